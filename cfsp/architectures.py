@@ -1,0 +1,91 @@
+"""Which transformers architectures can be pruned, and where their FFN lives.
+
+One frozen row a model type, keyed by `config.model_type`. A row says where the decoder blocks are and what the
+gated MLP's three projections are called; adding an architecture with a gated MLP is adding a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from cfsp.errors import InputError
+
+__all__ = ["ARCHITECTURES", "ArchitectureSpec", "FeedForward", "decoder_layers", "feed_forward", "ffn_widths", "spec_for"]
+
+
+@dataclass(frozen=True)
+class ArchitectureSpec:
+    """Where a model type keeps its blocks and the three projections of its gated MLP."""
+
+    model_type: str
+    layers: str = "model.layers"
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A block's gated MLP: down(act(gate(h)) * up(h)).
+
+    gate.weight and up.weight are (intermediate_size, hidden_size), down.weight is (hidden_size, intermediate_size).
+    """
+
+    module: nn.Module
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+    @property
+    def width(self) -> int:
+        """Number of intermediate channels."""
+        return int(self.down.weight.shape[1])
+
+
+ARCHITECTURES = MappingProxyType(
+    {name: ArchitectureSpec(name) for name in ("llama", "mistral", "qwen2", "qwen3")}
+)
+
+
+def spec_for(config: Any) -> ArchitectureSpec:
+    """Row for a transformers config.
+
+    Raises:
+        InputError: The model type is not in the table; the message names the known ones.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            "unsupported architecture", field="model_type", value=model_type, allowed=", ".join(ARCHITECTURES)
+        )
+    return ARCHITECTURES[model_type]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder blocks of a causal LM, first to last."""
+    return list(model.get_submodule(spec_for(model.config).layers).children())
+
+
+def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
+    """The gated MLP of one of `model`'s decoder blocks."""
+    spec = spec_for(model.config)
+    mlp = layer.get_submodule(spec.mlp)
+    gate, up, down = (mlp.get_submodule(name) for name in (spec.gate, spec.up, spec.down))
+    for linear in (gate, up, down):
+        if not isinstance(linear, nn.Linear):
+            raise InputError(
+                "projections must be plain torch Linear layers (load the model unquantized)",
+                field=spec.mlp,
+                value=type(linear).__name__,
+            )
+    return FeedForward(mlp, gate, up, down)
+
+
+def ffn_widths(model: nn.Module) -> tuple[int, ...]:
+    """intermediate_size of every block, first to last."""
+    return tuple(feed_forward(model, layer).width for layer in decoder_layers(model))

@@ -1,0 +1,45 @@
+"""The one family of errors that phoneready raises on purpose.
+
+Libraries raise, they never print or exit; the command line turns `exit_code` into the process's status.
+"""
+
+from __future__ import annotations
+
+__all__ = ["InputError", "LimitError", "MissingExtraError", "PhonereadyError"]
+
+
+class PhonereadyError(Exception):
+    """Base of every expected failure; its text is one line that names what is wrong and what would be right."""
+
+    exit_code = 2
+
+
+class InputError(PhonereadyError):
+    """Input or setting that cannot be used.
+
+    Args:
+        message: What is wrong.
+        field: Name of the setting or file at fault.
+        value: The offending value.
+        allowed: What would be accepted.
+    """
+
+    def __init__(self, message: str, *, field: str = "", value: object = None, allowed: str = "") -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        head = f"{field}: " if field else ""
+        got = f" (got {value!r})" if value is not None else ""
+        tail = f"; allowed: {allowed}" if allowed else ""
+        super().__init__(f"{head}{message}{got}{tail}")
+
+
+class MissingExtraError(PhonereadyError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; run: pip install 'phoneready[{extra}]'")
+
+
+class LimitError(PhonereadyError):
+    """A result was computed and misses the limit set for it (parity, budget, gate)."""
+
+    exit_code = 1

@@ -1,0 +1,14 @@
+"""How long-running functions report progress without knowing who shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["Progress", "no_progress"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(description, done, total)`; `done == total` ends the step."""
+
+
+def no_progress(description: str, done: int, total: int) -> None:
+    """Ignore progress: the default of every function that takes one."""
