@@ -1,0 +1,235 @@
+"""Tiny random models with real tokenizers, shared by all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import tokenizers
+import torch
+import transformers
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Once upon a time there was a small model that lived in a telephone.",
+    "It could list three fruits: an apple, a pear and an orange.",
+    "def add(a, b):\n    return a + b  # the sum of 12 and 30 is 42\n",
+    "Users ask questions, and the assistant answers them as well as it can.",
+    "What is the capital of France? The capital of France is Paris.",
+    "In 1969 people walked on the moon; in 2024 they talk to telephones.",
+] * 4
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TinyModel = Callable[..., tuple[Any, Any]]
+TinyPath = Callable[..., Path]
+
+
+def _train_tokenizer() -> Any:
+    """A byte-level BPE tokenizer in SmolLM2's format: single digits, GPT-2 splitting, no bos added."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=384,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _randomize(model: Any, seed: int) -> None:
+    """Random norm weights and biases, so that forgetting or permuting one is seen."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(0.15 * noise)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Any:
+    """A small real tokenizer; do not change it in a test."""
+    return _train_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> TinyModel:
+    """Factory `tiny_model(model_type="llama", tied=True, seed=0, **config_overrides) -> (model, tokenizer)`.
+
+    4 blocks, hidden 64, FFN 128, 4 heads on 2 key-value heads, float32, eval mode. Every call builds anew.
+    """
+
+    def make(
+        model_type: str = "llama", tied: bool = True, seed: int = 0, **overrides: Any
+    ) -> tuple[Any, Any]:
+        tokenizer = _train_tokenizer()
+        settings: dict[str, Any] = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": tied,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        if model_type == "mistral":
+            settings["sliding_window"] = None
+        config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        _randomize(model, seed)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model.eval(), tokenizer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyPath:
+    """Factory with `tiny_model`'s arguments -> a fresh Hugging Face folder with model and tokenizer."""
+
+    def make(*args: Any, **overrides: Any) -> Path:
+        model, tokenizer = tiny_model(*args, **overrides)
+        folder = tmp_path_factory.mktemp("hf") / "tiny-model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
+    config = model.config
+    llama = config.model_type in ("llama", "mistral")
+    for name, tensor in model.state_dict().items():
+        if name.startswith("model.layers."):
+            _, _, block, rest = name.split(".", 3)
+            module, kind = rest.rsplit(".", 1)
+            if llama and module in ("self_attn.q_proj", "self_attn.k_proj"):
+                heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
+                halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+                tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+            yield f"blk.{block}.{_GGUF_NAMES[module]}.{kind}", tensor
+        elif name == "lm_head.weight":
+            if not config.tie_word_embeddings:
+                yield "output.weight", tensor
+        else:
+            yield (
+                {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[
+                    name
+                ],
+                tensor,
+            )
+
+
+def write_tiny_gguf(path: Path, model: Any, tokenizer: Any) -> None:
+    """A float32 GGUF of a tiny model, written with the gguf package alone."""
+    config = model.config
+    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Tiny Model")
+    writer.add_license("apache-2.0")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(
+        config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
+    )
+    writer.add_value_length(
+        config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
+    )
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(0)
+    tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
+    special = set(tokenizer.all_special_tokens)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in special else 1 for t in tokens])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.unk_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(tokenizer.chat_template)
+    for name, tensor in _gguf_tensors(model):
+        writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyPath:
+    """Factory with `tiny_model`'s arguments -> a fresh float32 GGUF file of that model."""
+
+    def make(*args: Any, **overrides: Any) -> Path:
+        model, tokenizer = tiny_model(*args, **overrides)
+        path = tmp_path_factory.mktemp("gguf") / "tiny-model.gguf"
+        write_tiny_gguf(path, model, tokenizer)
+        return path
+
+    return make
