@@ -1,0 +1,54 @@
+# Every target makes its environment (.venv) when it is missing or when pyproject.toml has changed.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A Python to use instead of the one that is found.
+PYTHON ?=
+# Where the demo's release goes.
+DEMO ?= demo-release
+PYTEST_ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@echo "make demo    prune, export, prove and measure the built-in model; the report is $(DEMO)/report.md"
+	@echo "make test    lint, types and all tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   measure the demo's files, dense and pruned in turns"
+	@echo "make clean   remove the environment, the demo and what the tools left"
+
+demo: $(STAMP)
+	@$(BIN)/phoneready release -o "$(DEMO)"
+
+test: lint
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: demo
+	@$(BIN)/phoneready bench "$(DEMO)"/*.gguf
+
+clean:
+	rm -rf $(VENV) dist build "$(DEMO)" .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(STAMP): pyproject.toml tools/llama_wheel.py
+	@python="$$(tools/find_python.sh $(PYTHON))"; \
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		echo "making $(VENV) with $$python" >&2; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	@$(BIN)/python -m pip install --quiet packaging
+	@$(BIN)/python tools/llama_wheel.py
+	@echo "installing phoneready and what it needs into $(VENV)" >&2
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
