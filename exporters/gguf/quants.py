@@ -1,0 +1,80 @@
+"""The quantizations that GGUF files are written in: one row each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+
+__all__ = ["QUANTS", "ParityLimits", "Quant", "find_quant", "required_multiple"]
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """Bounds on a ParityReport's metrics; None is not checked.
+
+    The architecture, the permutations and the metadata are proven on the float32 file, to 1e-3 in the logits, before
+    anything is quantized from it. The bounds of the quantized files therefore have to catch a bad quantization alone.
+    """
+
+    max_logit_diff: float | None = None
+    kl_mean: float | None = None
+    same_top1: float | None = None
+    ppl_ratio: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """The bounds that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Quant:
+    """One way to store the weights.
+
+    Attributes:
+        name: llama-quantize's name; in lower case for the two unquantized ones.
+        ftype: llama.cpp's `llama_ftype`, also written as general.file_type.
+        base_type: ggml type of most matrices.
+        width_multiple: FFN widths that are multiples of it keep down_proj in the type asked for.
+        uses_imatrix: Whether an importance matrix is used by default.
+        limits: Bounds of the parity check.
+    """
+
+    name: str
+    ftype: int
+    base_type: str
+    width_multiple: int
+    uses_imatrix: bool
+    limits: ParityLimits
+
+
+_ROWS = (
+    Quant("f32", 0, "F32", 1, False, ParityLimits(max_logit_diff=1e-3)),
+    Quant("f16", 1, "F16", 1, False, ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
+    Quant("Q8_0", 7, "Q8_0", 32, False, ParityLimits(kl_mean=0.02, same_top1=0.92, ppl_ratio=1.05)),
+    Quant("Q5_K_M", 17, "Q5_K", 256, True, ParityLimits(kl_mean=0.1, same_top1=0.80, ppl_ratio=1.2)),
+    Quant("Q4_K_M", 15, "Q4_K", 256, True, ParityLimits(kl_mean=0.3, same_top1=0.65, ppl_ratio=1.4)),
+    Quant("Q4_0", 2, "Q4_0", 32, True, ParityLimits(kl_mean=0.5, same_top1=0.60, ppl_ratio=1.6)),
+    Quant("IQ4_NL", 25, "IQ4_NL", 32, True, ParityLimits(kl_mean=0.5, same_top1=0.60, ppl_ratio=1.6)),
+)
+QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
+
+
+def find_quant(name: str) -> Quant:
+    """Row of the table, in whatever case the name is written.
+
+    Raises:
+        InputError: Unknown; the message names the known ones.
+    """
+    for row in QUANTS.values():
+        if row.name.lower() == name.lower():
+            return row
+    raise InputError("unknown quantization", field="quant", value=name, allowed=", ".join(QUANTS))
+
+
+def required_multiple(quants: Sequence[str]) -> int:
+    """Smallest width unit with which no FFN matrix of these quantizations falls back to a larger type."""
+    return math.lcm(*(find_quant(name).width_multiple for name in quants))

@@ -1,0 +1,394 @@
+"""llama.cpp, through llama-cpp-python's low-level API: the one module that touches it.
+
+`open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits; `quantize` writes a quantized file.
+llama.cpp's own log is kept from the terminal; what it last complained about goes into error messages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import logging
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfsp.errors import InputError, MissingExtraError
+
+__all__ = ["LlamaModel", "open_model", "quantize", "runtime_version"]
+
+_log = logging.getLogger(__name__)
+
+_DISTRIBUTION = "llama-cpp-python"
+# 0.3.36 renamed fields that are set below (use_mmap became load_mode); the low-level API may move again in 0.4.
+_VERSIONS = ((0, 3, 36), (0, 4))
+_GGML_F32, _GGML_F16 = 0, 1
+_LOAD_READ, _LOAD_MMAP = 0, 1
+_WARNING, _ERROR, _CONTINUED = 2, 3, 5
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class _Complaints:
+    """The last warnings and errors that llama.cpp logged, whole lines."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=20)
+        self._open = ""
+        self._level = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, level: int, text: bytes | None, _: Any) -> None:
+        with self._lock:
+            self._level = self._level if level == _CONTINUED else level
+            if self._level not in (_WARNING, _ERROR):
+                return
+            *whole, self._open = (self._open + (text or b"").decode("utf-8", "replace")).split("\n")
+            self._lines.extend(line.strip() for line in whole if line.strip())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._lines.clear()
+            self._open = ""
+
+    def last(self, count: int = 2) -> str:
+        """The newest lines as one."""
+        with self._lock:
+            return "; ".join(list(self._lines)[-count:]) or "llama.cpp gave no reason"
+
+
+_complaints = _Complaints()
+
+
+@functools.cache
+def _library() -> Any:
+    """The llama_cpp module: imported, its version checked, its log redirected, its backend initialized."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise MissingExtraError(_DISTRIBUTION, "gguf") from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{_DISTRIBUTION} is installed but its library does not load: {error}") from error
+    version = importlib.metadata.version(_DISTRIBUTION)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not _VERSIONS[0] <= numbers < _VERSIONS[1]:
+        low, high = (".".join(map(str, bound)) for bound in _VERSIONS)
+        raise InputError(
+            "this version is not supported", field=_DISTRIBUTION, value=version, allowed=f">={low},<{high}"
+        )
+    callback = llama_cpp.llama_log_callback(_complaints)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.phoneready_log_callback = callback  # C keeps only the address: the object must live as long
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def runtime_version() -> str:
+    """Names and versions of the binding and of llama.cpp.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        InputError: Its version is not one that this module was written for.
+    """
+    library = _library()
+    return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {library.llama_version().decode()}"
+
+
+class LlamaModel:
+    """An open GGUF file with, unless it was opened for its vocabulary only, a context to run it in.
+
+    Use it as a context manager, or call `close`. Not safe to share between threads.
+
+    Attributes:
+        path: The file.
+        model_load_ns: Time llama.cpp took to load the file, in nanoseconds.
+        context_ns: Time it took to make the context (caches, compute buffers), in nanoseconds.
+    """
+
+    def __init__(self, path: Path, model: Any, context: Any, model_load_ns: int, context_ns: int) -> None:
+        self.path = path
+        self.model_load_ns = model_load_ns
+        self.context_ns = context_ns
+        self._lib = _library()
+        self._model = model
+        self._context = context
+        self._vocab = self._lib.llama_model_get_vocab(model)
+        self._n_batch = self._lib.llama_n_batch(context) if context else 0
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free context and model; may be called twice."""
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, which is also the length of a row of logits."""
+        return int(self._lib.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def n_params(self) -> int:
+        """Elements of all tensors."""
+        return int(self._lib.llama_model_n_params(self._model))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return int(self._lib.llama_model_size(self._model))
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that the context holds."""
+        return int(self._lib.llama_n_ctx(self._context))
+
+    @property
+    def n_ctx_train(self) -> int:
+        """The file's context_length."""
+        return int(self._lib.llama_model_n_ctx_train(self._model))
+
+    @property
+    def description(self) -> str:
+        """llama.cpp's words for the model, such as "llama 256M Q4_0"."""
+        buffer = ctypes.create_string_buffer(256)
+        self._lib.llama_model_desc(self._model, buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace")
+
+    @property
+    def bos_token(self) -> int:
+        """Id of the start token; -1 without one."""
+        return int(self._lib.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_token(self) -> int:
+        """Id of the end token; -1 without one."""
+        return int(self._lib.llama_vocab_eos(self._vocab))
+
+    def is_end_of_generation(self, token: int) -> bool:
+        """Whether llama.cpp stops generating at this token."""
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: Any text.
+            add_special: Add the start and end tokens that the file asks for.
+            parse_special: Recognize special tokens written out in the text.
+        """
+        raw = text.encode("utf-8")
+        size = len(raw) + 8
+        for _ in range(2):
+            ids = (self._lib.llama_token * size)()
+            count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, size, add_special, parse_special)
+            if count >= 0:
+                return list(ids[:count])
+            size = -count
+        raise InputError(f"llama.cpp cannot tokenize a text of {len(raw)} bytes with {self.path}")
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self._piece(token, special) for token in tokens).decode("utf-8", "replace")
+
+    def _piece(self, token: int, special: bool) -> bytes:
+        buffer = ctypes.create_string_buffer(64)
+        count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+        if count < 0:
+            buffer = ctypes.create_string_buffer(-count)
+            count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:count]
+
+    def set_n_threads(self, n_threads: int) -> None:
+        """Threads of all further decoding."""
+        self._lib.llama_set_n_threads(self._context, n_threads, n_threads)
+
+    def clear(self) -> None:
+        """Forget all decoded tokens: the next one is at position 0."""
+        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+
+    def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
+        """Run tokens after those decoded so far, and wait until they are done: what llama-bench times.
+
+        Logits are made for the last token alone. Prompts are cut where they exceed n_batch; llama.cpp itself works
+        in pieces of n_ubatch.
+
+        Raises:
+            InputError: The context is full, or a token is not in the vocabulary.
+        """
+        self._run(tokens, output_all=False, step=self._n_batch)
+
+    def last_logits(self) -> FloatArray:
+        """Logits after the last decoded token, (vocab_size,) float32, copied."""
+        pointer = self._lib.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
+
+    def iter_logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Iterator[FloatArray]:
+        """Logits of a window that starts an empty context.
+
+        Args:
+            tokens: Token ids (n,).
+
+        Yields:
+            (k, vocab_size) float32 for k successive positions, at most n_batch. A view that the next piece
+            overwrites: use or copy it at once.
+        """
+        self.clear()
+        ids = np.asarray(tokens, dtype=np.int32)
+        for start in range(0, len(ids), self._n_batch):
+            piece = ids[start : start + self._n_batch]
+            self._run(piece, output_all=True, step=self._n_batch)
+            pointer = self._lib.llama_get_logits(self._context)
+            yield np.ctypeslib.as_array(pointer, shape=(len(piece), self.vocab_size))
+
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Greedy continuation of a prompt in an empty context; ends early before an end-of-generation token."""
+        self.clear()
+        self.decode(prompt)
+        new: list[int] = []
+        while len(new) < max_new_tokens:
+            token = int(self.last_logits().argmax())
+            if self.is_end_of_generation(token):
+                break
+            new.append(token)
+            if len(new) < max_new_tokens:
+                self.decode([token])
+        return new
+
+    def _run(self, tokens: Any, *, output_all: bool, step: int) -> None:
+        ids = np.ascontiguousarray(tokens, dtype=np.int32)
+        for start in range(0, len(ids), step):
+            piece = ids[start : start + step]
+            pointer = piece.ctypes.data_as(ctypes.POINTER(self._lib.llama_token))
+            batch = self._lib.llama_batch_get_one(pointer, len(piece))
+            flags = np.ones(len(piece), dtype=np.int8)
+            if output_all:
+                batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
+            status = self._lib.llama_decode(self._context, batch)
+            if status == 1:
+                raise InputError(f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx)
+            if status != 0:
+                raise InputError(f"llama.cpp cannot run {self.path}: {_complaints.last()}")
+        self._lib.llama_synchronize(self._context)
+
+
+def open_model(
+    path: Path,
+    *,
+    n_ctx: int = 512,
+    n_threads: int = 1,
+    n_batch: int = 2048,
+    n_ubatch: int = 512,
+    kv_f32: bool = False,
+    vocab_only: bool = False,
+    use_mmap: bool = True,
+) -> LlamaModel:
+    """Open a GGUF file.
+
+    Args:
+        path: The file.
+        n_ctx: Tokens the context must hold; llama.cpp may round it up.
+        n_threads: Threads, for prompts and single tokens alike.
+        n_batch: Most tokens of one llama_decode call; with all logits the output buffer is n_batch * vocab_size floats.
+        n_ubatch: Tokens that are computed at once.
+        kv_f32: Keep keys and values in float32 instead of float16: for parity, not for speed.
+        vocab_only: Load no weights and make no context: enough to tokenize.
+        use_mmap: Map the file instead of reading it.
+
+    Raises:
+        InputError: Not there, or llama.cpp cannot load it (the message has its reason).
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    library = _library()
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is not a file")
+    params = library.llama_model_default_params()
+    params.n_gpu_layers = 0
+    params.vocab_only = vocab_only
+    params.load_mode = _LOAD_MMAP if use_mmap else _LOAD_READ
+    _complaints.clear()
+    start = time.perf_counter_ns()
+    model = library.llama_model_load_from_file(str(path).encode(), params)
+    loaded = time.perf_counter_ns()
+    if not model:
+        raise InputError(f"llama.cpp cannot load {path}: {_complaints.last()}")
+    context = None
+    if not vocab_only:
+        context = library.llama_init_from_model(
+            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, kv_f32=kv_f32)
+        )
+        if not context:
+            library.llama_model_free(model)
+            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {_complaints.last()}")
+    return LlamaModel(path, model, context, loaded - start, time.perf_counter_ns() - loaded)
+
+
+def _context_params(n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, *, kv_f32: bool) -> Any:
+    params = _library().llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_ubatch, n_batch, n_ctx)
+    params.n_threads = params.n_threads_batch = n_threads
+    params.type_k = params.type_v = _GGML_F32 if kv_f32 else _GGML_F16
+    params.no_perf = True
+    return params
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    ftype: int,
+    *,
+    n_threads: int = 1,
+    imatrix: Mapping[str, FloatArray] | None = None,
+) -> None:
+    """Quantize a float32 or float16 GGUF file.
+
+    Args:
+        source: The file to read.
+        destination: The file to write.
+        ftype: llama.cpp's `llama_ftype`, see exporters.gguf.quants.
+        n_threads: Threads.
+        imatrix: Tensor name to the mean squared input of each of its input channels, (in_features,) float32.
+
+    Raises:
+        InputError: llama.cpp refuses; the message has its reason.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    library = _library()
+    params = library.llama_model_quantize_default_params()
+    params.ftype = ftype
+    params.nthread = n_threads
+    entries, keep_alive = _imatrix_array(imatrix or {})
+    if imatrix:
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(library.llama_model_imatrix_data))
+    _complaints.clear()
+    status = library.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(params))
+    del keep_alive
+    if status != 0:
+        raise InputError(f"llama.cpp cannot quantize {source.name}: {_complaints.last()}")
+
+
+def _imatrix_array(imatrix: Mapping[str, FloatArray]) -> tuple[Any, list[Any]]:
+    """A C array ended by an entry without a name, and the Python objects whose memory it points to."""
+    library = _library()
+    entries = (library.llama_model_imatrix_data * (len(imatrix) + 1))()
+    keep_alive: list[Any] = []
+    for entry, (name, values) in zip(entries, imatrix.items(), strict=False):
+        data, raw = np.ascontiguousarray(values, dtype=np.float32), name.encode()
+        entry.name, entry.size = raw, data.size
+        entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        keep_alive += [data, raw]
+    return entries, keep_alive

@@ -1,0 +1,128 @@
+"""Records of an export: what was written, what it came from, and how it was proven."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+__all__ = ["ExportManifest", "ExportRecord", "ParityReport", "TensorFallback"]
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """An exported file, run in its own runtime, against the checkpoint on the same text.
+
+    P is the checkpoint's and Q the file's next-token distribution at a position; logarithms are natural.
+
+    Attributes:
+        n_tokens: Positions compared: windows x seqlen.
+        n_windows: Number of text windows, each run from an empty context.
+        seqlen: Tokens a window.
+        text: Where the text came from.
+        max_logit_diff: Largest absolute difference of a logit.
+        kl_mean: Mean over positions of KL(P || Q), in nats.
+        kl_median: Median of the same.
+        kl_p99_9: 99.9th percentile of the same.
+        same_top1: Share of positions whose most likely token is the same.
+        ppl_checkpoint: Perplexity of the checkpoint on the windows.
+        ppl_export: Perplexity of the file on the windows.
+        ppl_ratio: ppl_export / ppl_checkpoint.
+        limits: Metric name to the bound that was held: an upper one, for same_top1 a lower one.
+    """
+
+    n_tokens: int
+    n_windows: int
+    seqlen: int
+    text: str
+    max_logit_diff: float
+    kl_mean: float
+    kl_median: float
+    kl_p99_9: float
+    same_top1: float
+    ppl_checkpoint: float
+    ppl_export: float
+    ppl_ratio: float
+    limits: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TensorFallback:
+    """Tensors that the quantizer stored in another type than asked, because their rows do not divide into blocks.
+
+    Attributes:
+        asked: The type the quantization would have used, such as "Q4_K".
+        actual: The type in the file, such as "Q5_0".
+        row_length: Elements in a row of these tensors.
+        tensors: Their names in the file.
+    """
+
+    asked: str
+    actual: str
+    row_length: int
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """One exported file.
+
+    Attributes:
+        file: Name of the file inside the output folder.
+        format: "gguf".
+        quant: Row of the table of quantizations, such as "Q4_K_M".
+        architecture: The architecture name in the file, which may differ from the checkpoint's model type.
+        file_bytes: Size on disk.
+        sha256: Of the file.
+        n_params: Elements of all tensors.
+        tensor_types: Stored type to number of tensors, read back from the file.
+        fallbacks: Where the stored type is not the one asked for.
+        imatrix_tensors: Tensors quantized with the importance matrix; 0 without one.
+        widths: intermediate_size of every block in the checkpoint.
+        padded_width: Width to which every block was zero-padded; None where each keeps its own.
+        context_length: Longest context for which the file is the checkpoint's model.
+        tokenizer_strings: Strings on which the file's tokenization was found equal to the checkpoint's.
+        source_model: Name of the dense model.
+        source_sha256: Hash of the dense model's weights.
+        checkpoint_sha256: Hash of the checkpoint's weights.
+        plan_sha256: Hash of the pruning plan.
+        seed: Seed of the run that made the checkpoint.
+        parity: The proof.
+        warnings: What the user should know: fallbacks, padding, a shortened context.
+        runtime: Name and version of the runtime that quantized and proved the file.
+    """
+
+    KIND: ClassVar[str] = "export"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    file: str
+    format: str
+    quant: str
+    architecture: str
+    file_bytes: int
+    sha256: str
+    n_params: int
+    tensor_types: dict[str, int]
+    fallbacks: tuple[TensorFallback, ...]
+    imatrix_tensors: int
+    widths: tuple[int, ...]
+    padded_width: int | None
+    context_length: int
+    tokenizer_strings: int
+    source_model: str
+    source_sha256: str | None
+    checkpoint_sha256: str | None
+    plan_sha256: str | None
+    seed: int | None
+    parity: ParityReport
+    warnings: tuple[str, ...]
+    runtime: str
+
+
+@dataclass(frozen=True)
+class ExportManifest:
+    """All files of one export: `export.json` in the output folder."""
+
+    KIND: ClassVar[str] = "export-manifest"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    exports: tuple[ExportRecord, ...]
