@@ -49,12 +49,17 @@ def test_module_imports(path: Path) -> None:
 
 
 def test_the_rules_catch_what_they_are_for() -> None:
-    tree = ast.parse("try:\n    import pyarrow\nexcept ImportError:\n    pass\ndef f():\n    import llama_cpp\n")
+    tree = ast.parse(
+        "try:\n    import pyarrow\nexcept ImportError:\n    pass\ndef f():\n    import llama_cpp\n"
+    )
     found = {name for node in top_level(tree) for name in imported(node)}
     assert found == {"pyarrow"}
 
 
 def test_command_line_starts_without_torch() -> None:
-    code = "import sys, phoneready.main; print(sorted({'torch', 'transformers', 'llama_cpp'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = "import sys, phoneready.main; "
+    code += "print(sorted({'torch', 'transformers', 'llama_cpp'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -1,8 +1,8 @@
 """Install llama-cpp-python from a wheel that is compiled once a machine and kept outside the checkout.
 
-llama-cpp-python comes as source only and takes minutes to compile, for the processor it is compiled on. The wheel
-is therefore kept under `<cache>/wheels/<python tag>-<hash of processor features and CMAKE_ARGS>/`, the source
-archive it was made from under `<cache>/wheels/`; a second environment on the same machine installs in seconds.
+llama-cpp-python comes as source only and takes minutes to compile, for the processor it is compiled on. The
+wheel is therefore kept under `<cache>/wheels/<python tag>-<hash of processor features and CMAKE_ARGS>/`, and the
+source archive it was made from under `<cache>/wheels/`; a second environment then installs in seconds.
 Run by the Makefile with the environment's own Python: `python tools/llama_wheel.py`.
 """
 
@@ -40,7 +40,7 @@ def requirement() -> Requirement:
 
 
 def cache_directory() -> Path:
-    """The same folder as `cfsp.builtin.cache_directory`, which cannot be imported before torch is installed."""
+    """The same folder as `cfsp.builtin.cache_directory`, whose dependencies may not be installed yet."""
     own = os.environ.get("PHONEREADY_CACHE")
     if own:
         return Path(own).expanduser()
@@ -146,7 +146,9 @@ def fetch_source_for_tests(wheels: Path, work: Path, wanted: Requirement) -> Non
 
 def main() -> None:
     """Install the wheel into the environment of the running Python, or say what would be done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--where", action="store_true", help="print the wheel's folder and do nothing")
     arguments = parser.parse_args()
     cmake_args = os.environ.get("CMAKE_ARGS", DEFAULT_CMAKE_ARGS)

@@ -1,0 +1,1 @@
+"""The command line, and the release pipeline that strings the stages together."""

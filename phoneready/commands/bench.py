@@ -1,0 +1,92 @@
+"""`phoneready bench`: measure exported files on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfsp.errors import InputError, LimitError
+from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_numbers
+from phoneready.console import note, quiet_libraries, show_progress, write_result
+
+__all__ = ["bench"]
+
+
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="GGUF files; several are measured in turns (A B A B).")],
+    n_prompt: Annotated[
+        list[str], typer.Option("-p", "--n-prompt", help="Prompt sizes of pp.", metavar="N,...")
+    ] = ["512"],  # noqa: B006
+    n_gen: Annotated[
+        list[str], typer.Option("-n", "--n-gen", help="Generated tokens of tg.", metavar="N,...")
+    ] = ["128"],  # noqa: B006
+    ttft: Annotated[
+        list[str], typer.Option("--ttft", help="Prompt sizes of time to first token.", metavar="N,...")
+    ] = ["128"],  # noqa: B006
+    depth: Annotated[
+        list[str], typer.Option("-d", "--n-depth", help="Tokens in the context before.", metavar="N,...")
+    ] = ["0"],  # noqa: B006
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Samples of each row.", min=1)] = 5,
+    threads: Annotated[
+        list[str] | None,
+        typer.Option("-t", "--threads", help="Thread counts.", metavar="N,...", show_default="all cores"),
+    ] = None,
+    output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
+    no_warmup: Annotated[
+        bool, typer.Option("--no-warmup", help="Also count the first run of a process.")
+    ] = False,
+    delay: Annotated[
+        float, typer.Option("--delay", help="Seconds to pause before each process.", min=0)
+    ] = 0.0,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Append the records to a JSON Lines file.")
+    ] = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure loading, prompt processing, generation, time to first token and memory of GGUF files.
+
+    Each sample is taken in a fresh process; several files take turns. A size of 0 leaves a workload out.
+    """
+    quiet_libraries()
+    from runtime_bench.compare import compare
+    from runtime_bench.jsonl import append_jsonl
+    from runtime_bench.measure import run_bench
+    from runtime_bench.table import FORMATS, format_comparison, format_table
+    from runtime_bench.workload import BenchSettings
+
+    output = "json" if json else output
+    if output not in FORMATS:
+        raise InputError("unknown format", field="--output", value=output, allowed=", ".join(FORMATS))
+    settings = BenchSettings(
+        n_prompt=split_numbers(n_prompt, "--n-prompt"),
+        n_gen=split_numbers(n_gen, "--n-gen"),
+        ttft=split_numbers(ttft, "--ttft"),
+        n_depth=split_numbers(depth, "--n-depth"),
+        repetitions=repetitions,
+        n_threads=split_numbers(threads or [], "--threads"),
+        warmup=not no_warmup,
+        delay_s=delay,
+        seed=seed,
+    )
+    with show_progress() as progress:
+        records = run_bench(
+            files,
+            settings,
+            progress,
+            on_record=None if record is None else lambda row: append_jsonl(record, [row]),
+        )
+    text = format_table(records, output)
+    if output == "md" and len(files) > 1:
+        by_file = {path: [r for r in records if r.model_filename == str(path)] for path in files}
+        base, *others = by_file.values()
+        text += "\n" + format_comparison([row for other in others for row in compare(base, other)])
+    write_result(text, None, as_json=False)
+    failed = [r for r in records if not r.ok]
+    if failed:
+        for row in failed:
+            note(f"{Path(row.model_filename).name} {row.test}: {row.failure}")
+        raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured")

@@ -1,0 +1,192 @@
+"""`phoneready doctor`: what this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cfsp.builtin import cache_directory
+from cfsp.errors import MissingExtraError
+from phoneready.commands.options import DebugOption, JsonOption
+from phoneready.console import format_bytes, write_result
+
+__all__ = ["Check", "doctor", "examine"]
+
+REQUIRED = (
+    *("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf"),
+    *("pydantic", "typer", "rich", "psutil", "jinja2"),
+)
+OPTIONAL = {"llama-cpp-python": "gguf", "datasets": "data", "pyarrow": "data"}
+OLDEST_PYTHON = (3, 11)
+# What llama.cpp's kernels make use of, on x86-64 and on ARM.
+FEATURES = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
+DEMO_DISK_BYTES = 3 * 2**30
+DEMO_MEMORY_BYTES = 3 * 2**30
+_STATES = {"ok": "ok", "missing": "MISSING", "warning": "note", "failed": "FAILED"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the examination.
+
+    Attributes:
+        name: What was looked at.
+        state: `ok`, `warning`, `missing` (an optional part) or `failed` (nothing works without it).
+        found: What was found.
+        hint: What to do about it.
+    """
+
+    name: str
+    state: str
+    found: str
+    hint: str = ""
+
+
+def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Examine Python, packages, processor, memory, disk and cache; say what is missing and how to get it.
+
+    The exit status is 1 when something that every command needs is missing, else 0.
+    """
+    checks = examine()
+    width = max(len(check.name) for check in checks)
+    lines = [
+        f"{check.name.ljust(width)}  {_STATES[check.state].ljust(7)}  {check.found}"
+        + (f"  ({check.hint})" if check.hint else "")
+        for check in checks
+    ]
+    failed = [check.name for check in checks if check.state == "failed"]
+    missing = [check.name for check in checks if check.state == "missing"]
+    verdict = f"cannot work: {', '.join(failed)}" if failed else "ready"
+    if missing and not failed:
+        verdict += f", without {', '.join(missing)}"
+    payload: dict[str, Any] = {"ok": not failed, "checks": [asdict(check) for check in checks]}
+    write_result("\n".join([*lines, "", verdict]), payload, as_json=json)
+    if failed:
+        raise typer.Exit(1)
+
+
+def examine() -> list[Check]:
+    """All checks, in the order shown."""
+    checks = [_check_python(), *map(_check_required, REQUIRED)]
+    checks += [_check_optional(name, extra) for name, extra in OPTIONAL.items()]
+    return [*checks, _check_llama_library(), _check_processor(), _check_memory(), *_check_cache()]
+
+
+def _check_python() -> Check:
+    found = f"{platform.python_version()} at {sys.executable}"
+    if sys.version_info < OLDEST_PYTHON:
+        return Check("Python", "failed", found, "3.11 or newer is needed")
+    return Check("Python", "ok", found)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _check_required(package: str) -> Check:
+    version = _version(package)
+    if version is None:
+        return Check(package, "failed", "not installed", "pip install phoneready")
+    return Check(package, "ok", version)
+
+
+def _check_optional(package: str, extra: str) -> Check:
+    version = _version(package)
+    if version is None:
+        return Check(
+            package, "missing", "not installed", str(MissingExtraError(package, extra)).partition("; ")[2]
+        )
+    return Check(package, "ok", version)
+
+
+def _check_llama_library() -> Check:
+    """Whether llama.cpp's library loads: one compiled for another processor ends the process that tries."""
+    if _version("llama-cpp-python") is None:
+        return Check("llama.cpp library", "missing", "not installed")
+    command = [sys.executable, "-c", "import llama_cpp"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return Check("llama.cpp library", "ok", "loads")
+    if result.returncode < 0:
+        found = f"ends by signal {-result.returncode} when loaded"
+        return Check(
+            "llama.cpp library", "missing", found, "it was compiled for another processor: build it here"
+        )
+    return Check(
+        "llama.cpp library", "missing", (result.stderr.strip().splitlines() or ["does not load"])[-1]
+    )
+
+
+def _check_processor() -> Check:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    known = " ".join(feature for feature in FEATURES if feature in flags) or "unknown"
+    return Check("processor", "ok", f"{name}, {usable} of {os.cpu_count()} cores usable; features: {known}")
+
+
+def _check_memory() -> Check:
+    try:
+        import psutil
+    except ImportError:
+        return Check("memory", "warning", "unknown")
+    memory = psutil.virtual_memory()
+    found = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
+    if memory.available < DEMO_MEMORY_BYTES:
+        return Check("memory", "warning", found, f"the demo needs about {format_bytes(DEMO_MEMORY_BYTES)}")
+    return Check("memory", "ok", found)
+
+
+def _check_cache() -> list[Check]:
+    folder = cache_directory()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        hint = "set PHONEREADY_CACHE to a folder that can be written"
+        return [Check("cache folder", "failed", f"{folder} cannot be written", hint)]
+    free = shutil.disk_usage(existing).free
+    state, hint = (
+        ("ok", "")
+        if free >= DEMO_DISK_BYTES
+        else ("warning", f"the demo needs {format_bytes(DEMO_DISK_BYTES)}")
+    )
+    return [
+        Check("disk", state, f"{format_bytes(free)} free at {existing}", hint),
+        Check("cache folder", "ok", f"{folder}: {_contents(folder)}"),
+    ]
+
+
+def _contents(folder: Path) -> str:
+    if not folder.is_dir():
+        return "not made yet"
+    parts = []
+    for entry in sorted(folder.iterdir()):
+        files = [entry] if entry.is_file() else [path for path in entry.rglob("*") if path.is_file()]
+        parts.append(f"{entry.name} {format_bytes(sum(path.stat().st_size for path in files))}")
+    return ", ".join(parts) or "empty"

@@ -1,0 +1,6 @@
+"""To come."""
+
+
+def evaluate() -> None:
+    """To come."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""To come."""
+
+
+def export() -> None:
+    """To come."""
+    raise NotImplementedError

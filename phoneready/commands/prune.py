@@ -1,0 +1,6 @@
+"""To come."""
+
+
+def prune() -> None:
+    """To come."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""To come."""
+
+
+def release() -> None:
+    """To come."""
+    raise NotImplementedError

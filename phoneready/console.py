@@ -1,0 +1,160 @@
+"""What the commands share on the way out: results on stdout, progress on stderr, quiet libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from cfsp.errors import InputError
+from cfsp.progress import Progress
+
+__all__ = [
+    "format_bytes",
+    "format_rows",
+    "note",
+    "prepare_torch",
+    "quiet_libraries",
+    "show_progress",
+    "write_result",
+]
+
+PLAIN_INTERVAL_S = 15.0
+"""Without a terminal, a step that goes on is mentioned this often."""
+
+
+def write_result(text: str, payload: Any, *, as_json: bool) -> None:
+    """Print a command's result: `text` for people, or `payload` as one JSON document."""
+    output = (
+        json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) if as_json else text.rstrip("\n")
+    )
+    sys.stdout.write(output + "\n")
+
+
+def note(message: str) -> None:
+    """Tell the user something on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def format_bytes(count: float | None) -> str:
+    """A size in binary units, as `97.2 MiB`; a dash for what is unknown."""
+    if count is None:
+        return "-"
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; every column but the first is right-aligned."""
+    table = [list(header), *[[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    lines = [
+        "| "
+        + " | ".join(
+            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in table
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+
+
+@contextmanager
+def show_progress(stream: IO[str] | None = None) -> Iterator[Progress]:
+    """Yield a `cfsp.progress.Progress` that draws bars on a terminal and writes spare lines elsewhere."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        yield _PlainProgress(stream)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    bars = Bars(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=stream), transient=True
+    )
+    with bars:
+        yield _BarProgress(bars)
+
+
+@dataclass
+class _PlainProgress:
+    """A line when a step has gone on for a while, and one at its end if there was such a line."""
+
+    stream: IO[str]
+    started: dict[str, float] = field(default_factory=dict)
+    said: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        began = self.started.setdefault(description, now)
+        if done >= total:
+            self.started.pop(description)
+            if self.said.pop(description, None) is not None:
+                self._write(f"{description}: done in {now - began:.0f} s")
+        elif now - self.said.get(description, began) >= PLAIN_INTERVAL_S:
+            self.said[description] = now
+            self._write(f"{description}: {done} of {total}")
+
+    def _write(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+
+@dataclass
+class _BarProgress:
+    """One rich bar a description; it goes when its step ends."""
+
+    bars: Any
+    tasks: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        if description not in self.tasks:
+            self.tasks[description] = self.bars.add_task(description, total=total)
+        self.bars.update(self.tasks[description], completed=done, total=total)
+        if done >= total:
+            self.bars.remove_task(self.tasks.pop(description))
+
+
+def quiet_libraries() -> None:
+    """Keep the model libraries from writing to the terminal; to be called before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Import torch and transformers quietly and set the number of threads.
+
+    Raises:
+        InputError: Fewer than one thread.
+    """
+    if threads is not None and threads < 1:
+        raise InputError("out of range", field="--threads", value=threads, allowed="1 or more")
+    quiet_libraries()
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)

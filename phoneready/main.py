@@ -1,0 +1,133 @@
+"""Entry point of the command `phoneready`, and the one place where errors become messages and exit statuses.
+
+0    done
+1    a limit was missed, or `doctor` found something required missing
+2    an input, a setting or an option that cannot be used
+70   an error that nobody expected: a bug
+130  interrupted
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+import typer
+
+from cfsp.errors import PhonereadyError
+from cfsp.records import tool_version
+from phoneready.commands import bench, compare, doctor, evaluate, export, prune, release
+
+__all__ = ["app", "main", "run"]
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+_INPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+app = typer.Typer(
+    name="phoneready",
+    help="Make a language model fit for a phone: prune it, export it to GGUF, prove the export, measure it.",
+    epilog="Results go to stdout (--json: as one JSON document), progress to stderr. "
+    "`phoneready COMMAND --help` says more about each.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
+    {
+        "release": release.release,
+        "prune": prune.prune,
+        "eval": evaluate.evaluate,
+        "export": export.export,
+        "bench": bench.bench,
+        "compare": compare.compare,
+        "doctor": doctor.doctor,
+    }
+)
+for _name, _command in COMMANDS.items():
+    # The whole first line: left to itself the list of commands cuts it short.
+    app.command(_name, short_help=(_command.__doc__ or "").partition("\n")[0])(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"phoneready {tool_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Make a language model fit for a phone: prune it, export it to GGUF, prove the export, measure it."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit status; no exception leaves this function.
+
+    Args:
+        arguments: Without the program's name.
+    """
+    debug = "--debug" in arguments
+    try:
+        status = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", EXIT_INTERRUPTED, debug)
+    except BrokenPipeError:
+        # The reader of our output has gone; the interpreter's own flush at exit must not complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except PhonereadyError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        if error.errno in _INPUT_ERRNOS:
+            return _fail(
+                f"{error.filename or 'cannot write'}: {error.strerror}", PhonereadyError.exit_code, debug
+            )
+        return _fail_unexpected(error, debug)
+    except (
+        Exception
+    ) as error:  # the boundary: whatever is left is a bug, or a usage error of typer's own family
+        if hasattr(error, "format_message"):
+            return _fail_usage(error)
+        return _fail_unexpected(error, debug)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def _fail(message: str, status: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _fail_unexpected(error: BaseException, debug: bool) -> int:
+    hint = "" if debug else " (a bug; --debug shows where)"
+    return _fail(f"{type(error).__name__}: {error}{hint}", EXIT_BUG, debug)
+
+
+def _fail_usage(error: Exception) -> int:
+    """Typer's errors about options; `format_message`, `ctx` and `exit_code` are click's interface."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(context.get_help() if context else "", file=sys.stderr)
+        return 2
+    path = context.command_path if context else "phoneready"
+    message = error.format_message()  # type: ignore[attr-defined]
+    return _fail(
+        f"{message.rstrip('.')}; see {path} --help", int(getattr(error, "exit_code", 2)), debug=False
+    )

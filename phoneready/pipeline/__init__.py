@@ -1,0 +1,1 @@
+"""The release pipeline: configuration, resumable stages, report and manifest."""

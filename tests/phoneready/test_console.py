@@ -1,0 +1,63 @@
+"""Progress and tables."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from cfsp.errors import InputError
+from phoneready import console
+from phoneready.commands.options import split_names, split_numbers
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_progress_is_silent_for_short_steps() -> None:
+    stream = io.StringIO()
+    with console.show_progress(stream) as progress:
+        for done in range(11):
+            progress("reading", done, 10)
+    assert stream.getvalue() == ""
+
+
+def test_plain_progress_mentions_long_steps_and_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 20.0, 25.0, 50.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with console.show_progress(stream) as progress:
+        for done in (0, 1, 2, 3, 4):
+            progress("reading", done, 4)
+    assert stream.getvalue().splitlines() == ["reading: 2 of 4", "reading: done in 50 s"]
+
+
+def test_bars_are_drawn_on_a_terminal() -> None:
+    stream = Terminal()
+    with console.show_progress(stream) as progress:
+        progress("reading", 1, 2)
+        progress("reading", 2, 2)
+    assert "reading" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (92_871_040, "88.6 MiB")],
+)
+def test_format_bytes(count: int | None, shown: str) -> None:
+    assert console.format_bytes(count) == shown
+
+
+def test_rows_are_aligned_and_pipes_escaped() -> None:
+    lines = console.format_rows(["a", "long"], [["x|y", "1"], ["z", "22"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "x\\|y" in lines[2]
+
+
+def test_lists_of_options() -> None:
+    assert split_names(["Q4_0,Q8_0", "Q4_0"]) == ("Q4_0", "Q8_0")
+    assert split_numbers(["1,2", "4"], "-t") == (1, 2, 4)
+    with pytest.raises(InputError, match="-t"):
+        split_numbers(["1,-2"], "-t")

@@ -1,0 +1,102 @@
+"""The error boundary: one line on stderr, the right status, nothing on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import InputError, LimitError
+from phoneready import main as entry
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "phoneready", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("bad", field="x"), 2),
+        (LimitError("missed"), 1),
+        (RuntimeError("odd"), 70),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_become_one_line_and_a_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raising(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(entry, "app", raising)
+    monkeypatch.setattr(raising, "info", entry.typer.Typer(name="phoneready").info, raising=False)
+    assert entry.main(["prune"]) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert entry.main(["prune", "--debug"]) == status
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("bench",),
+        ("bench", "--nonsense"),
+        ("bench", "missing.gguf"),
+        ("compare", "missing", "missing"),
+    ],
+)
+def test_unusable_input_exits_2_with_one_line(arguments: tuple[str, ...]) -> None:
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_every_command_has_a_help_page() -> None:
+    for name in entry.COMMANDS:
+        result = command(name, "--help")
+        assert result.returncode == 0, result.stderr
+        assert "--json" in result.stdout
+        assert "--debug" in result.stdout
+
+
+def test_version_and_doctor_json() -> None:
+    assert command("--version").stdout.startswith("phoneready ")
+    result = command("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert result.returncode == (0 if report["ok"] else 1)
+    assert {"Python", "torch", "llama-cpp-python", "memory"} <= {check["name"] for check in report["checks"]}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_interrupting_a_command_exits_130() -> None:
+    code = "import phoneready.main as m, time, sys; "
+    code += "m.app = lambda *a, **k: (print('up', flush=True), time.sleep(60)); "
+    code += "m.app.info = m.typer.Typer(name='x').info; sys.exit(m.main([]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=-1, stderr=-1, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "error: interrupted\n"
