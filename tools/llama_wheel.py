@@ -1,7 +1,7 @@
 """Install llama-cpp-python from a wheel that is compiled once a machine and kept outside the checkout.
 
 llama-cpp-python comes as source only and takes minutes to compile, for the processor it is compiled on. The
-wheel is therefore kept under `<cache>/wheels/<python tag>-<hash of processor features and CMAKE_ARGS>/`, and the
+wheel is therefore kept under `<cache>/wheels/<python tag>-<hash of processor and CMAKE_ARGS>/`, and the
 source archive it was made from under `<cache>/wheels/`; a second environment then installs in seconds.
 Run by the Makefile with the environment's own Python: `python tools/llama_wheel.py`.
 """
