@@ -32,7 +32,7 @@ _DISTRIBUTION = "llama-cpp-python"
 _VERSIONS = ((0, 3, 36), (0, 4))
 _GGML_F32, _GGML_F16 = 0, 1
 _LOAD_READ, _LOAD_MMAP = 0, 1
-_WARNING, _ERROR, _CONTINUED = 2, 3, 5
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5
 
 FloatArray = npt.NDArray[np.float32]
 

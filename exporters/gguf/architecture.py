@@ -1,0 +1,261 @@
+"""Which llama.cpp architecture holds a model type, and what its tensors are called and look like there.
+
+Most of llama.cpp's architectures use block 0's FFN width for all blocks. Two take a width for each block and compute
+what our model types compute: `deci` (llama, mistral, qwen2) and `openelm` (qwen3 with tied embeddings). Every model
+type lists its layouts in order of preference; the first that can represent the model is used. Where none takes its
+widths, the FFN is padded with zero channels to the widest block: exact, but the pruned space comes back.
+
+Two conventions of rotary embedding exist. `llama` and `deci` rotate neighbouring pairs of a head's values, so the rows
+of q and k (weights and biases) are interleaved; the others rotate halves, as Hugging Face's models do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+
+from cfsp.errors import InputError
+from exporters.gguf.checkpoint_reader import CheckpointTensors, ModelConfig
+
+__all__ = ["LAYOUTS", "ChosenLayout", "Layout", "TensorSpec", "choose_layout", "linear_names", "tensor_specs"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What one of llama.cpp's architectures takes.
+
+    Attributes:
+        architecture: Its name in general.architecture.
+        per_layer_widths: Takes an FFN width for each block.
+        interleaved_rope: Rotates neighbouring pairs: rows of q and k are interleaved.
+        fused_qkv: Stores q, k and v as one matrix, and head counts as arrays.
+        biases: Linear layers of a block that may have a bias.
+        rope_factors: Reads rope_freqs.weight (llama3's rope scaling).
+        free_head_dim: head_dim * num_attention_heads may differ from hidden_size.
+        untied: Has an output matrix of its own.
+    """
+
+    architecture: str
+    per_layer_widths: bool = False
+    interleaved_rope: bool = False
+    fused_qkv: bool = False
+    biases: frozenset[str] = frozenset()
+    rope_factors: bool = False
+    free_head_dim: bool = True
+    untied: bool = True
+
+
+_ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+_ALL_LINEAR = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+
+_LLAMA = Layout("llama", interleaved_rope=True, biases=_ALL_LINEAR, rope_factors=True)
+_DECI = Layout("deci", per_layer_widths=True, interleaved_rope=True, biases=_ALL_LINEAR, rope_factors=True)
+_QWEN2 = Layout("qwen2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False)
+_QWEN3 = Layout("qwen3", biases=_ATTENTION - {"o_proj"})
+_OPENELM = Layout("openelm", per_layer_widths=True, fused_qkv=True, untied=False)
+
+LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
+    {
+        "llama": (_LLAMA, _DECI),
+        "mistral": (_LLAMA, _DECI),
+        "qwen2": (_QWEN2, _DECI),
+        "qwen3": (_QWEN3, _OPENELM),
+    }
+)
+
+# Hugging Face's module inside a block -> llama.cpp's name inside blk.N.
+_BLOCK_NAMES = MappingProxyType(
+    {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+)
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+@dataclass(frozen=True)
+class ChosenLayout:
+    """A layout and how the model goes into it.
+
+    Attributes:
+        layout: The architecture.
+        padded_width: Width to which every block is zero-padded; None where each keeps its own.
+    """
+
+    layout: Layout
+    padded_width: int | None = None
+
+    def widths(self, config: ModelConfig) -> tuple[int, ...]:
+        """Widths of the blocks in the file."""
+        return config.widths if self.padded_width is None else (self.padded_width,) * config.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the file and the checkpoint's tensors that it is made of.
+
+    Attributes:
+        name: llama.cpp's name.
+        sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
+        interleave_heads: For each source the number of heads whose rotary halves are interleaved; 0 leaves it alone.
+        pad_rows: Rows in the file; zero rows are added. 0 adds none.
+        pad_columns: Columns in the file; zero columns are added. 0 adds none.
+    """
+
+    name: str
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    interleave_heads: tuple[int, ...] = (0,)
+    pad_rows: int = 0
+    pad_columns: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the file, outermost dimension first."""
+        rows = self.pad_rows or sum(shape[0] for _, shape in self.sources)
+        rest = self.sources[0][1][1:]
+        return (rows, self.pad_columns or rest[0]) if rest else (rows,)
+
+    def build(self, tensors: CheckpointTensors) -> FloatArray:
+        """Read the sources and make the tensor, float32.
+
+        Raises:
+            InputError: A source is missing, of another shape, or not finite.
+        """
+        parts = [
+            interleave_halves(tensors.read(name, shape), heads) if heads else tensors.read(name, shape)
+            for (name, shape), heads in zip(self.sources, self.interleave_heads, strict=True)
+        ]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if values.shape == self.shape:
+            return np.ascontiguousarray(values)
+        padded = np.zeros(self.shape, dtype=np.float32)
+        padded[tuple(slice(n) for n in values.shape)] = values
+        return padded
+
+
+def interleave_halves(values: FloatArray, heads: int) -> FloatArray:
+    """Rows of q or k, (heads * head_dim, ...): row i of a head's first half comes before row i of its second half."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def choose_layout(config: ModelConfig, stored: set[str]) -> ChosenLayout:
+    """The first of the model type's layouts that can represent the model; padded to one width where none can as it is.
+
+    Args:
+        config: The model.
+        stored: Names of the checkpoint's tensors.
+
+    Raises:
+        InputError: No layout can represent it even padded.
+    """
+    obstacles: list[str] = []
+    for layout in LAYOUTS[config.model_type]:
+        obstacle = _obstacle(layout, config, stored)
+        if obstacle is None and (config.uniform or layout.per_layer_widths):
+            return ChosenLayout(layout)
+        obstacles.append(f"{layout.architecture}: {obstacle or 'one width for all blocks'}")
+    for layout in LAYOUTS[config.model_type]:
+        if _obstacle(layout, config, stored) is None:
+            return ChosenLayout(layout, padded_width=max(config.widths))
+    raise InputError(f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})")
+
+
+def _obstacle(layout: Layout, config: ModelConfig, stored: set[str]) -> str | None:
+    """Why a layout cannot hold the model, its widths aside."""
+    biased = {name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")}
+    if biased - layout.biases:
+        return f"no bias on {', '.join(sorted(biased - layout.biases))}"
+    if not layout.untied and not config.tie_word_embeddings:
+        return "tied embeddings only"
+    if not layout.free_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
+        return "head_dim must be hidden_size / num_attention_heads"
+    if not layout.rope_factors and (config.rope_scaling or {}).get("rope_type") == "llama3":
+        return "no llama3 rope scaling"
+    return None
+
+
+def tensor_specs(config: ModelConfig, chosen: ChosenLayout, stored: set[str]) -> list[TensorSpec]:
+    """All tensors of the file, in file order.
+
+    Raises:
+        InputError: The checkpoint has tensors that have no place in the file.
+    """
+    embedding = (config.vocab_size, config.hidden_size)
+    specs = [TensorSpec("token_embd.weight", (("model.embed_tokens.weight", embedding),))]
+    for block in range(config.num_hidden_layers):
+        specs += _block_specs(config, chosen, block, stored)
+    specs.append(TensorSpec("output_norm.weight", (("model.norm.weight", (config.hidden_size,)),)))
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if not config.tie_word_embeddings:
+        specs.append(TensorSpec("output.weight", (("lm_head.weight", embedding),)))
+    used = {name for spec in specs for name, _ in spec.sources}
+    unknown = sorted(n for n in stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
+    if unknown:
+        raise InputError(f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}")
+    return specs
+
+
+def _block_specs(config: ModelConfig, chosen: ChosenLayout, block: int, stored: set[str]) -> Iterator[TensorSpec]:
+    shapes = _block_shapes(config, block)
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    padding = chosen.padded_width or 0
+    if chosen.layout.fused_qkv:
+        sources = tuple((f"model.layers.{block}.{module}.weight", shapes.pop(module)) for module in _QKV)
+        yield TensorSpec(f"blk.{block}.attn_qkv.weight", sources, (0, 0, 0))
+    for module, shape in shapes.items():
+        source = f"model.layers.{block}.{module}"
+        interleave = (heads.get(module, 0) if chosen.layout.interleaved_rope else 0,)
+        rows = padding if module in ("mlp.gate_proj", "mlp.up_proj") else 0
+        columns = padding if module == "mlp.down_proj" else 0
+        target = f"blk.{block}.{_BLOCK_NAMES[module]}"
+        yield TensorSpec(f"{target}.weight", ((f"{source}.weight", shape),), interleave, rows, columns)
+        if f"{source}.bias" in stored:
+            yield TensorSpec(f"{target}.bias", ((f"{source}.bias", shape[:1]),), interleave, rows)
+
+
+def _block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]:
+    """Module inside a block -> shape of its weight."""
+    hidden, width = config.hidden_size, config.widths[block]
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (width, hidden),
+        "mlp.up_proj": (width, hidden),
+        "mlp.down_proj": (hidden, width),
+    }
+    if config.model_type == "qwen3":
+        shapes |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
+    return shapes
+
+
+def linear_names(config: ModelConfig, chosen: ChosenLayout) -> dict[str, str]:
+    """Every Linear of the blocks, by Hugging Face's module name -> the name of its weight in the file."""
+    names: dict[str, str] = {}
+    for block in range(config.num_hidden_layers):
+        for module, shape in _block_shapes(config, block).items():
+            fused = chosen.layout.fused_qkv and module in _QKV
+            if len(shape) == 2:
+                target = "attn_qkv" if fused else _BLOCK_NAMES[module]
+                names[f"model.layers.{block}.{module}"] = f"blk.{block}.{target}.weight"
+    return names

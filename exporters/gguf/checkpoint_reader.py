@@ -1,0 +1,215 @@
+"""Reading a Hugging Face folder tensor by tensor: config as plain values, weights checked, nothing kept in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cfsp.architectures import ARCHITECTURES
+from cfsp.errors import InputError
+from cfsp.files import read_json
+
+__all__ = ["CheckpointTensors", "ModelConfig", "read_config"]
+
+_SHARD_INDEX = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it.
+
+    Attributes:
+        widths: intermediate_size of every block, first to last.
+        sliding_window: Window of the blocks that have one; None where every block sees everything.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    widths: tuple[int, ...]
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    hidden_act: str
+    sliding_window: int | None
+    rope_theta: float
+    rope_scaling: Mapping[str, Any] | None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all blocks have the same width."""
+        return len(set(self.widths)) == 1
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read config.json.
+
+    Raises:
+        InputError: Missing or malformed, an architecture that is not in the table, or values that do not fit together.
+    """
+    import transformers
+
+    raw = read_json(folder / "config.json")
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type not in ARCHITECTURES:
+        raise InputError(
+            "unsupported architecture", field="model_type", value=model_type, allowed=", ".join(ARCHITECTURES)
+        )
+    plain = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
+    try:
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(plain).to_dict()
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / 'config.json'} is not a valid config: {error}") from error
+    return _from_dict(config, raw.get("per_layer_config") or {}, folder)
+
+
+def _from_dict(config: dict[str, Any], per_layer: Mapping[str, Any], folder: Path) -> ModelConfig:
+    heads = config["num_attention_heads"]
+    theta, scaling = _rope(config)
+    result = ModelConfig(
+        model_type=config["model_type"],
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        widths=_widths(config, per_layer, folder),
+        max_position_embeddings=config["max_position_embeddings"],
+        rms_norm_eps=config["rms_norm_eps"],
+        tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        hidden_act=config["hidden_act"],
+        sliding_window=_sliding_window(config),
+        rope_theta=theta,
+        rope_scaling=scaling,
+    )
+    if result.hidden_act not in ("silu", "swish"):
+        raise InputError(
+            "llama.cpp's architectures for this model type compute silu alone",
+            field="hidden_act",
+            value=result.hidden_act,
+            allowed="silu",
+        )
+    return result
+
+
+def _widths(config: Mapping[str, Any], per_layer: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
+    count, default = config["num_hidden_layers"], config["intermediate_size"]
+    try:
+        given = {int(key): int(value.get("intermediate_size", default)) for key, value in per_layer.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder / 'config.json'}: malformed per_layer_config: {error}") from error
+    if any(not 0 <= layer < count for layer in given):
+        raise InputError(f"{folder / 'config.json'}: per_layer_config names blocks beyond num_hidden_layers={count}")
+    return tuple(given.get(layer, default) for layer in range(count))
+
+
+def _rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
+    """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling."""
+    merged = {"rope_theta": config.get("rope_theta")}
+    for key in ("rope_scaling", "rope_parameters"):
+        merged |= {k: v for k, v in (config.get(key) or {}).items() if v is not None}
+    kind = merged.get("rope_type") or merged.get("type") or "default"
+    scaling = None if kind == "default" else merged | {"rope_type": kind}
+    return float(merged["rope_theta"] or 10000.0), scaling
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    if not config.get("use_sliding_window", True) or not config.get("sliding_window"):
+        return None
+    kinds = config.get("layer_types")
+    if kinds and "sliding_attention" not in kinds:
+        return None
+    return int(config["sliding_window"])
+
+
+class CheckpointTensors:
+    """The safetensors files of a folder, opened; a context manager.
+
+    Args:
+        folder: Hugging Face folder.
+
+    Raises:
+        InputError: No safetensors, or a file is missing, damaged or cut short.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stack = ExitStack()
+        self._where: dict[str, Any] = {}
+        try:
+            for file in self._files():
+                handle = self._open(file)
+                self._where.update(dict.fromkeys(handle.keys(), handle))
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> CheckpointTensors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        """Names of all stored tensors."""
+        return set(self._where)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """One tensor as float32.
+
+        Args:
+            name: Its name in the checkpoint.
+            shape: The shape that the config asks for.
+
+        Raises:
+            InputError: Missing, of another shape, or not finite.
+        """
+        handle = self._where.get(name)
+        if handle is None:
+            raise InputError(f"{self._folder} lacks the tensor {name}")
+        found = tuple(handle.get_slice(name).get_shape())
+        if found != shape:
+            raise InputError(
+                f"{self._folder}: weights disagree with config.json", field=name, value=found, allowed=str(shape)
+            )
+        tensor = handle.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise InputError(f"{self._folder}: {name} is stored as {tensor.dtype}; load the model unquantized")
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{self._folder}: {name} holds NaN or infinite values")
+        values: npt.NDArray[np.float32] = tensor.to(torch.float32).numpy()
+        return values
+
+    def _files(self) -> list[Path]:
+        if (self._folder / _SINGLE_FILE).is_file():
+            return [self._folder / _SINGLE_FILE]
+        if (self._folder / _SHARD_INDEX).is_file():
+            index = read_json(self._folder / _SHARD_INDEX)
+            return [self._folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+        raise InputError(f"{self._folder} has no {_SINGLE_FILE}")
+
+    def _open(self, file: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return self._stack.enter_context(safe_open(file, framework="pt"))
+        except FileNotFoundError:
+            raise InputError(f"{file} does not exist, but {_SHARD_INDEX} names it") from None
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{file} is damaged or cut short: {error}") from error

@@ -1,0 +1,136 @@
+"""Metadata of a GGUF file: hyperparameters under the architecture's name, general.*, and our own provenance keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.checkpoint import is_pruned_checkpoint, read_checkpoint_info
+from cfsp.errors import InputError
+from cfsp.records import tool_version
+from exporters.gguf.architecture import ChosenLayout
+from exporters.gguf.checkpoint_reader import ModelConfig
+from exporters.gguf.rope import rope_metadata
+
+__all__ = ["Provenance", "add_general", "add_hyperparameters", "context_length", "read_provenance"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint says about its origin; None where it says nothing.
+
+    Attributes:
+        name: Short name for titles and file names.
+        source_model: Name of the dense model.
+        source_sha256: Hash of the dense model's weights.
+        checkpoint_sha256: Hash of the checkpoint's weights.
+        plan_sha256: Hash of the pruning plan.
+        license: SPDX-like identifier.
+        base_model: The model that the dense one is made from.
+        seed: Seed of the run that made the checkpoint.
+    """
+
+    name: str
+    source_model: str
+    source_sha256: str | None = None
+    checkpoint_sha256: str | None = None
+    plan_sha256: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    seed: int | None = None
+
+
+def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
+    """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""
+    if not is_pruned_checkpoint(checkpoint):
+        folder = checkpoint.resolve().name
+        return Provenance(name=_file_stem(name or folder), source_model=folder)
+    info = read_checkpoint_info(checkpoint)
+    return Provenance(
+        name=_file_stem(name or info.source.name),
+        source_model=info.source.name,
+        source_sha256=info.source.sha256,
+        checkpoint_sha256=info.weights_sha256,
+        plan_sha256=info.plan_sha256,
+        license=info.source.license,
+        base_model=info.source.base_model,
+        seed=info.seed,
+    )
+
+
+def _file_stem(name: str) -> str:
+    stem = name.rsplit("/", 1)[-1]
+    if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
+        raise InputError("not usable as a file name", field="name", value=name)
+    return stem
+
+
+def context_length(config: ModelConfig) -> int:
+    """Longest context for which llama.cpp computes what the checkpoint computes.
+
+    llama.cpp's architectures for these models have no sliding window. As long as the context is not longer than the
+    window, that makes no difference.
+    """
+    return min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+
+
+def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:
+    """Write general.* and phoneready.*.
+
+    Args:
+        writer: gguf.GGUFWriter.
+        provenance: Origin of the checkpoint.
+        file_type: llama.cpp's `llama_ftype`.
+    """
+    import gguf
+
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(provenance.name)
+    if provenance.license:
+        writer.add_license(provenance.license)
+    if provenance.base_model:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, provenance.base_model.rsplit("/", 1)[-1])
+        if "/" in provenance.base_model:
+            writer.add_base_model_organization(0, provenance.base_model.rsplit("/", 1)[0])
+            writer.add_base_model_repo_url(0, f"https://huggingface.co/{provenance.base_model}")
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    own = {
+        "source_model": provenance.source_model,
+        "source_sha256": provenance.source_sha256,
+        "checkpoint_sha256": provenance.checkpoint_sha256,
+        "plan_sha256": provenance.plan_sha256,
+        "tool_version": tool_version(),
+    }
+    for key, value in own.items():
+        if value:
+            writer.add_string(f"phoneready.{key}", value)
+    if provenance.seed is not None:
+        writer.add_int64("phoneready.seed", provenance.seed)
+
+
+def add_hyperparameters(writer: Any, config: ModelConfig, chosen: ChosenLayout) -> None:
+    """Write the keys under the architecture's name, and the checkpoint's own shape under phoneready.*.
+
+    Raises:
+        InputError: A rope scaling that llama.cpp does not compute.
+    """
+    count, widths = config.num_hidden_layers, chosen.widths(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context_length(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(count)
+    writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_widths else widths[0])
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    writer.add_head_count([heads] * count if chosen.layout.fused_qkv else heads)
+    writer.add_head_count_kv([kv_heads] * count if chosen.layout.fused_qkv else kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for key, value in rope_metadata(config).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{writer.arch}.{key}", value)
+    writer.add_string("phoneready.model_type", config.model_type)
+    writer.add_array("phoneready.intermediate_sizes", list(config.widths))

@@ -1,0 +1,96 @@
+"""Rotary position embedding in llama.cpp's terms: metadata keys, and the factors of llama3's scaling.
+
+llama.cpp rotates by position / freq_factor * freq_base^(-2i/d) * freq_scale. Hugging Face's models rotate by
+position * inv_freq, so a scaling that changes single frequencies is written as freq_factor = plain / scaled inv_freq.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfsp.errors import InputError
+from exporters.gguf.checkpoint_reader import ModelConfig
+
+__all__ = ["rope_factors", "rope_metadata"]
+
+# llama.cpp's constants, which deci, llama, openelm, qwen2 and qwen3 do not read from the file.
+_YARN_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+
+def rope_metadata(config: ModelConfig) -> dict[str, float | int | str]:
+    """Key, without the architecture's prefix -> value.
+
+    Raises:
+        InputError: A scaling that llama.cpp does not compute.
+    """
+    keys: dict[str, float | int | str] = {
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+    }
+    if config.rope_scaling is None:
+        return keys
+    kind = config.rope_scaling["rope_type"]
+    if kind not in _SCALINGS:
+        raise InputError(
+            "llama.cpp does not compute this rope scaling for this architecture",
+            field="rope_type",
+            value=kind,
+            allowed=", ".join(("default", *_SCALINGS)),
+        )
+    return keys | _SCALINGS[kind](config.rope_scaling, config)
+
+
+def _linear(scaling: Mapping[str, Any], _: ModelConfig) -> dict[str, float | int | str]:
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+
+
+def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | int | str]:
+    for key, fixed in _YARN_FIXED.items():
+        if float(scaling.get(key, fixed)) != fixed:
+            raise InputError("llama.cpp has this constant built in", field=key, value=scaling[key], allowed=str(fixed))
+    if scaling.get("mscale") or scaling.get("mscale_all_dim"):
+        raise InputError("yarn with mscale is not supported for this architecture", field="mscale")
+    if scaling.get("truncate", True) is not True:
+        raise InputError("llama.cpp truncates yarn's correction range", field="truncate", value=False, allowed="true")
+    factor = float(scaling["factor"])
+    keys: dict[str, float | int | str] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(
+            scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+        ),
+    }
+    if scaling.get("attention_factor") is not None:
+        # llama.cpp multiplies the magnitude that yarn derives from the factor.
+        keys["rope.scaling.attn_factor"] = float(scaling["attention_factor"]) / (0.1 * math.log(factor) + 1.0)
+    return keys
+
+
+def _llama3(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | int | str]:
+    return {}
+
+
+_SCALINGS = {"linear": _linear, "yarn": _yarn, "llama3": _llama3}
+
+
+def rope_factors(config: ModelConfig) -> npt.NDArray[np.float32] | None:
+    """The tensor rope_freqs.weight, (head_dim / 2,) float32; None where the model needs none.
+
+    llama3's scaling with w = 2 pi / inv_freq, the wavelength, and L the original context: frequencies with
+    w < L / high_freq_factor stay, those with w > L / low_freq_factor are divided by the factor, and between the two
+    the divisor is interpolated: inv_freq' = (1 - s) * inv_freq / factor + s * inv_freq,
+    s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling["rope_type"] != "llama3":
+        return None
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(scaling["original_max_position_embeddings"])
+    inv_freq = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
+    smooth = np.clip((context * inv_freq / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)

@@ -1,0 +1,170 @@
+"""A Hugging Face tokenizer as GGUF metadata, and the proof that llama.cpp splits text with it in the same way.
+
+Two kinds exist in the architectures we export: byte-level BPE, as GPT-2 has it, where llama.cpp merges by rank; and
+SentencePiece's BPE with byte fallback, where it merges by score, the best first, so that rank r becomes score -r.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cfsp.errors import InputError, LimitError
+from cfsp.gguf_tokenizer import pre_tokenizer_name
+from exporters.gguf import runtime
+from exporters.gguf.tokenizer_strings import CHECK_STRINGS
+
+__all__ = ["add_tokenizer", "check_tokenizer"]
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_SPECIAL_IDS = MappingProxyType(
+    {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id", "pad": "pad_token_id"}
+)
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+    """Write tokenizer.*: vocabulary, merges or scores, special tokens, chat template.
+
+    Args:
+        writer: gguf.GGUFWriter.
+        tokenizer: PreTrainedTokenizerFast.
+        vocab_size: Rows of the embedding. Ids that the tokenizer does not use become [PADn], unused.
+
+    Raises:
+        InputError: More tokens than embeddings, or a kind of tokenizer that GGUF files of this family do not have.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens, types = _vocabulary(tokenizer, state, vocab_size)
+    kind = _kind(state)
+    writer.add_tokenizer_model(kind)
+    _KINDS[kind](writer, tokenizer, state, tokens, types)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for name, attribute in _SPECIAL_IDS.items():
+        index = getattr(tokenizer, attribute)
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    starts, ends = _added_around(tokenizer)
+    writer.add_add_bos_token(starts)
+    writer.add_add_eos_token(ends)
+    if tokenizer.chat_template:
+        template = tokenizer.chat_template
+        if isinstance(template, Mapping):
+            template = [{"name": key, "template": value} for key, value in template.items()]
+        writer.add_chat_template(template)
+
+
+def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_STRINGS) -> int:
+    """Hold llama.cpp's token ids of a file against the tokenizer's.
+
+    Args:
+        path: GGUF file.
+        tokenizer: PreTrainedTokenizerFast.
+        strings: Texts to compare, with and without the start and end tokens.
+
+    Returns:
+        Number of strings compared.
+
+    Raises:
+        LimitError: They differ; the message has the first string and both lists of ids.
+    """
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    texts = [*strings, f"{bos}a{eos}b", f"{eos}\n{bos}"]
+    with runtime.open_model(path, vocab_only=True) as model:
+        for text in texts:
+            for special in (False, True):
+                ours = tokenizer.encode(text, add_special_tokens=special)
+                theirs = model.tokenize(text, add_special=special)
+                if ours != theirs:
+                    raise LimitError(
+                        f"llama.cpp tokenizes {text!r} differently: {theirs[:24]}, the checkpoint's tokenizer: {ours[:24]}"
+                    )
+    return len(texts)
+
+
+def _vocabulary(tokenizer: Any, state: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Texts and types of all ids."""
+    by_id = {index: text for text, index in tokenizer.get_vocab().items()}
+    if by_id and max(by_id) >= vocab_size:
+        raise InputError(
+            "the tokenizer has more tokens than the model has embeddings",
+            field="vocab_size",
+            value=vocab_size,
+            allowed=f">= {max(by_id) + 1}",
+        )
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)]
+    types = [_NORMAL if index in by_id else _UNUSED for index in range(vocab_size)]
+    if state["model"].get("byte_fallback"):
+        types = [_BYTE if _BYTE_TOKEN.fullmatch(text) else kind for text, kind in zip(tokens, types, strict=True)]
+    for added in state.get("added_tokens") or []:
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    unknown = state["model"].get("unk_token")
+    if state["model"].get("byte_fallback") and unknown in tokenizer.get_vocab():
+        types[tokenizer.get_vocab()[unknown]] = _UNKNOWN
+    return tokens, types
+
+
+def _kind(state: Mapping[str, Any]) -> str:
+    if state["model"]["type"] != "BPE":
+        raise InputError(
+            "this kind of tokenizer cannot be exported", field="tokenizer", value=state["model"]["type"], allowed="BPE"
+        )
+    return "llama" if state["model"].get("byte_fallback") else "gpt2"
+
+
+def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    # Older files have "left right", newer ones ["left", "right"].
+    return [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else (merge[0], merge[1])
+        for merge in state["model"]["merges"]
+    ]
+
+
+def _add_byte_level(
+    writer: Any, tokenizer: Any, state: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> None:
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+    writer.add_token_merges([" ".join(merge) for merge in _merges(state)])
+    writer.add_add_space_prefix(False)
+
+
+def _add_sentencepiece(
+    writer: Any, tokenizer: Any, state: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> None:
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(_merges(state)):
+        ranks.setdefault(left + right, rank)
+    # Pieces of one character are never the result of a merge, so their score decides nothing.
+    writer.add_tokenizer_pre("default")
+    writer.add_token_scores([-float(ranks.get(text, len(ranks))) if types[i] == _NORMAL else 0.0 for i, text in enumerate(tokens)])
+    writer.add_add_space_prefix(_adds_space(state))
+
+
+_KINDS = MappingProxyType({"gpt2": _add_byte_level, "llama": _add_sentencepiece})
+
+
+def _adds_space(state: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text, by the normalizer or the pre-tokenizer."""
+    normalizer = json.dumps(state.get("normalizer") or {})
+    pre_tokenizer = state.get("pre_tokenizer") or {}
+    return '"Prepend"' in normalizer or pre_tokenizer.get("prepend_scheme") in ("first", "always")
+
+
+def _added_around(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the start and the end token are added to a text.
+
+    Raises:
+        InputError: Other tokens are added, which a GGUF file cannot say.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a", add_special_tokens=True)
+    starts = full[: 1 if full[:1] == [tokenizer.bos_token_id] and full != plain else 0]
+    ends = full[len(starts) + len(plain) :]
+    if full != [*starts, *plain, *ends] or ends not in ([], [tokenizer.eos_token_id]):
+        raise InputError(f"the tokenizer adds tokens that a GGUF file cannot describe: {full} around {plain}")
+    return bool(starts), bool(ends)

@@ -1,0 +1,100 @@
+"""A checkpoint folder as one unquantized GGUF file, written tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfsp.errors import InputError
+from cfsp.progress import Progress, no_progress
+from exporters.gguf.architecture import ChosenLayout, TensorSpec, choose_layout, tensor_specs
+from exporters.gguf.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
+from exporters.gguf.metadata import Provenance, add_general, add_hyperparameters
+from exporters.gguf.quants import find_quant
+from exporters.gguf.rope import rope_factors
+from exporters.gguf.tokenizer_metadata import add_tokenizer
+
+__all__ = ["WrittenFile", "write_gguf"]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """What was written, for the record and for quantizing."""
+
+    path: Path
+    config: ModelConfig
+    chosen: ChosenLayout
+
+
+def write_gguf(
+    checkpoint: Path,
+    path: Path,
+    tokenizer: Any,
+    provenance: Provenance,
+    *,
+    quant: str = "f32",
+    progress: Progress = no_progress,
+) -> WrittenFile:
+    """Write an unquantized file; the same input gives the same bytes.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        path: File to write.
+        tokenizer: The checkpoint's PreTrainedTokenizerFast.
+        provenance: Goes into the metadata.
+        quant: "f32", or "f16": matrices in float16, vectors in float32.
+        progress: Told after every tensor.
+
+    Raises:
+        InputError: The checkpoint is unusable, or llama.cpp has no architecture for it.
+    """
+    import gguf
+
+    half = find_quant(quant).base_type == "F16"
+    config = read_config(checkpoint)
+    with CheckpointTensors(checkpoint) as tensors:
+        chosen = choose_layout(config, tensors.names())
+        specs = tensor_specs(config, chosen, tensors.names())
+        writer = gguf.GGUFWriter(path, chosen.layout.architecture)
+        try:
+            add_general(writer, provenance, find_quant(quant).ftype)
+            add_hyperparameters(writer, config, chosen)
+            add_tokenizer(writer, tokenizer, config.vocab_size)
+            _declare(writer, specs, config, half)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            factors = rope_factors(config)
+            if factors is not None:
+                writer.write_tensor_data(factors)
+            for done, spec in enumerate(specs, start=1):
+                writer.write_tensor_data(_stored(spec, tensors, half))
+                progress(f"writing {quant}", done, len(specs))
+        finally:
+            writer.close()
+    return WrittenFile(path, config, chosen)
+
+
+def _declare(writer: Any, specs: list[TensorSpec], config: ModelConfig, half: bool) -> None:
+    factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for spec in specs:
+        dtype = _dtype(spec, half)
+        writer.add_tensor_info(spec.name, spec.shape, dtype, int(np.prod(spec.shape)) * dtype.itemsize)
+
+
+def _dtype(spec: TensorSpec, half: bool) -> np.dtype[Any]:
+    return np.dtype(np.float16 if half and len(spec.shape) == 2 else np.float32)
+
+
+def _stored(spec: TensorSpec, tensors: CheckpointTensors, half: bool) -> npt.NDArray[Any]:
+    values = spec.build(tensors)
+    dtype = _dtype(spec, half)
+    if dtype == np.float16 and values.size and float(np.abs(values).max()) > float(np.finfo(np.float16).max):
+        raise InputError("values too large for float16; export f32 or a quantized type", field=spec.name)
+    return values.astype(dtype)
