@@ -7,6 +7,7 @@ A temporary name is `.<name>.tmp-<random>`; `remove_stale_temporaries` clears wh
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -110,9 +111,10 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def remove_stale_temporaries(directory: Path) -> None:
-    """Remove what interrupted writes left directly inside `directory`."""
-    for entry in directory.glob(f".*{_MARK}*"):
+def remove_stale_temporaries(directory: Path, name: str = "*") -> None:
+    """Remove what interrupted writes left directly inside `directory`: of the destination `name`, or of all."""
+    pattern = name if name == "*" else glob.escape(name)
+    for entry in directory.glob(f".{pattern}{_MARK}*"):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
