@@ -31,7 +31,6 @@ _DISTRIBUTION = "llama-cpp-python"
 # 0.3.36 renamed fields that are set below (use_mmap became load_mode); the low-level API may move again in 0.4.
 _VERSIONS = ((0, 3, 36), (0, 4))
 _GGML_F32, _GGML_F16 = 0, 1
-_FLASH_ATTENTION_OFF = 0
 _LOAD_READ, _LOAD_MMAP = 0, 1
 _FLASH_ATTENTION_OFF = 0
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
@@ -262,14 +261,14 @@ class LlamaModel:
             pointer = self._lib.llama_get_logits(self._context)
             yield np.ctypeslib.as_array(pointer, shape=(len(piece), self.vocab_size))
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Greedy continuation of a prompt in an empty context; ends early before an end-of-generation token."""
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop_at_end: bool = True) -> list[int]:
+        """Greedy continuation of a prompt in an empty context; stops before an end-of-generation token if asked to."""
         self.clear()
         self.decode(prompt)
         new: list[int] = []
         while len(new) < max_new_tokens:
             token = int(self.last_logits().argmax())
-            if self.is_end_of_generation(token):
+            if stop_at_end and self.is_end_of_generation(token):
                 break
             new.append(token)
             if len(new) < max_new_tokens:

@@ -1,0 +1,193 @@
+"""Every architecture, tied and untied, uniform and not: llama.cpp's logits of the written file are the model's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cfsp.architectures import decoder_layers, feed_forward
+from exporters.gguf import runtime
+from exporters.gguf.metadata import read_provenance
+from exporters.gguf.writer import WrittenFile, write_gguf
+from exporters.parity import compare, reference_of
+from exporters.record import ParityReport
+
+WIDTHS = (96, 64, 128, 32)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def narrow(model: Any, widths: tuple[int, ...]) -> None:
+    """Keep the first channels of every FFN."""
+    for layer, width in zip(decoder_layers(model), widths, strict=True):
+        ffn = feed_forward(model, layer)
+        for linear in (ffn.gate, ffn.up):
+            linear.weight = nn.Parameter(linear.weight[:width].clone())
+            if linear.bias is not None:
+                linear.bias = nn.Parameter(linear.bias[:width].clone())
+            linear.out_features = width
+        ffn.down.weight = nn.Parameter(ffn.down.weight[:, :width].clone())
+        ffn.down.in_features = width
+
+
+def save(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | None = None) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if widths:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["per_layer_config"] = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+        path.write_text(json.dumps(config))
+    return folder
+
+
+def write(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | None = None) -> WrittenFile:
+    if widths:
+        narrow(model, widths)
+    save(model, tokenizer, folder, widths)
+    return write_gguf(folder, folder / "model.gguf", tokenizer, read_provenance(folder))
+
+
+def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
+    windows = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+    with runtime.open_model(path, n_ctx=length, n_batch=64, kv_f32=True) as opened:
+        return compare(reference_of(model, windows), opened.iter_logits, {})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "widths", "architecture", "padded"),
+    [
+        ("llama", True, None, "llama", None),
+        ("llama", False, WIDTHS, "deci", None),
+        ("mistral", False, None, "llama", None),
+        ("mistral", True, WIDTHS, "deci", None),
+        ("qwen2", True, None, "qwen2", None),
+        ("qwen2", False, WIDTHS, "deci", None),
+        ("qwen2", True, WIDTHS, "deci", None),
+        ("qwen3", True, None, "qwen3", None),
+        ("qwen3", False, None, "qwen3", None),
+        ("qwen3", True, WIDTHS, "openelm", None),
+        ("qwen3", False, WIDTHS, "qwen3", 128),
+    ],
+)
+def test_logits_equal_the_models(
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+    model_type: str,
+    tied: bool,
+    widths: tuple[int, ...] | None,
+    architecture: str,
+    padded: int | None,
+) -> None:
+    model, tokenizer = tiny_model(model_type, tied)
+    written = write(model, tokenizer, tmp_path / "hf", widths)
+    assert written.chosen.layout.architecture == architecture
+    assert written.chosen.padded_width == padded
+    report = measure(model, written.path)
+    assert report.max_logit_diff < 1e-3
+    assert report.same_top1 == 1.0
+    assert report.ppl_ratio == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "widths", "architecture"),
+    [
+        ("llama", {"num_key_value_heads": 1}, WIDTHS, "deci"),
+        ("llama", {"num_key_value_heads": 4}, None, "llama"),
+        ("llama", {"head_dim": 32}, WIDTHS, "deci"),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, WIDTHS, "deci"),
+        ("llama", {"attention_bias": True, "mlp_bias": True}, None, "llama"),
+        ("qwen2", {"head_dim": 32}, None, "deci"),
+        ("qwen3", {"head_dim": 32}, WIDTHS, "openelm"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}, WIDTHS, "deci"),
+        ("llama", {"rope_parameters": LLAMA3}, WIDTHS, "deci"),
+        ("llama", {"rope_parameters": LLAMA3}, None, "llama"),
+        ("qwen2", {"rope_parameters": LLAMA3}, None, "deci"),
+        ("llama", {"rope_parameters": LINEAR}, WIDTHS, "deci"),
+        ("llama", {"rope_parameters": YARN}, WIDTHS, "deci"),
+        ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3}}, None, "qwen2"),
+        ("qwen3", {"rope_parameters": YARN}, WIDTHS, "openelm"),
+    ],
+)
+def test_heads_biases_and_rope(
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+    model_type: str,
+    overrides: dict[str, Any],
+    widths: tuple[int, ...] | None,
+    architecture: str,
+) -> None:
+    model, tokenizer = tiny_model(model_type, **overrides)
+    written = write(model, tokenizer, tmp_path / "hf", widths)
+    assert written.chosen.layout.architecture == architecture
+    assert measure(model, written.path).max_logit_diff < 1e-3
+
+
+def test_greedy_text_is_the_models(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama")
+    written = write(model, tokenizer, tmp_path / "hf", WIDTHS)
+    prompt = tokenizer.encode("The quick brown")
+    expected = list(prompt)
+    with torch.inference_mode():
+        for _ in range(32):
+            expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
+    with runtime.open_model(written.path, n_ctx=128, kv_f32=True) as opened:
+        assert opened.generate(prompt, 32, stop_at_end=False) == expected[len(prompt) :]
+        stopped = opened.generate(prompt, 32)
+        ends = [i for i, token in enumerate(expected[len(prompt) :]) if opened.is_end_of_generation(token)]
+    assert stopped == expected[len(prompt) :][: ends[0] if ends else 32]
+
+
+def test_sliding_window_models_agree_inside_the_window(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("mistral", sliding_window=64)
+    written = write(model, tokenizer, tmp_path / "hf")
+    with runtime.open_model(written.path, n_ctx=64) as opened:
+        assert opened.n_ctx_train == 64
+    assert measure(model, written.path, length=64).max_logit_diff < 1e-3
+    assert measure(model, written.path, length=200).max_logit_diff > 1e-2
+
+
+def test_same_input_gives_the_same_bytes(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama")
+    written = write(model, tokenizer, tmp_path / "hf", WIDTHS)
+    again = write_gguf(tmp_path / "hf", tmp_path / "again.gguf", tokenizer, read_provenance(tmp_path / "hf"))
+    assert written.path.read_bytes() == again.path.read_bytes()
+
+
+def test_half_precision_keeps_vectors_in_float32(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    import gguf
+
+    model, tokenizer = tiny_model("qwen2")
+    folder = save(model, tokenizer, tmp_path / "hf")
+    written = write_gguf(folder, tmp_path / "half.gguf", tokenizer, read_provenance(folder), quant="f16")
+    for tensor in gguf.GGUFReader(written.path).tensors:
+        assert tensor.tensor_type.name == ("F16" if len(tensor.shape) == 2 else "F32")
+    report = measure(model, written.path)
+    assert 1e-5 < report.max_logit_diff < 0.2
+    assert report.kl_mean < 1e-4
+
+
+def test_rope_factors_follow_transformers(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    from exporters.gguf.checkpoint_reader import read_config
+    from exporters.gguf.rope import rope_factors
+
+    model, tokenizer = tiny_model("llama", rope_parameters=LLAMA3)
+    factors = rope_factors(read_config(save(model, tokenizer, tmp_path / "hf")))
+    plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+    assert factors is not None
+    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
