@@ -1,0 +1,1 @@
+"""Measure exported model files and keep the records."""

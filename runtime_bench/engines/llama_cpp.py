@@ -1,0 +1,82 @@
+"""llama.cpp as an engine, through the exporters' runtime: the same code path that parity is proven with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporters.gguf.runtime import LlamaModel, open_model, runtime_version, system_info
+from runtime_bench.engines import EngineFacts, Session, SessionSettings
+
+__all__ = ["LlamaCppSession", "open_session", "prepare"]
+
+_DISTRIBUTION = "llama-cpp-python"
+
+
+class LlamaCppSession:
+    """An open GGUF file; see `runtime_bench.engines.Session`."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self.n_vocab = model.vocab_size
+        added = model.tokenize("", add_special=True)
+        self.bos = model.bos_token if added[:1] == [model.bos_token] else None
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What llama.cpp says about itself and the file."""
+        return EngineFacts(
+            model_type=self._model.description,
+            model_size=self._model.size_bytes,
+            model_n_params=self._model.n_params,
+            backends="CPU",  # the runtime keeps every layer on the processor
+            build_commit=None,  # the library has a version but does not tell its revision
+            versions={
+                _DISTRIBUTION: importlib.metadata.version(_DISTRIBUTION),
+                "llama.cpp": runtime_version().rpartition("llama.cpp ")[2],
+            },
+            system_info=system_info(),
+        )
+
+    def clear(self) -> None:
+        """Forget the context."""
+        self._model.clear()
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the context and wait for the last one's logits."""
+        self._model.decode(tokens)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids, with the start token where the file asks for one."""
+        return self._model.tokenize(text, add_special=True)
+
+    def sample(self) -> int:
+        """The likeliest token after the last one."""
+        return int(self._model.last_logits().argmax())
+
+    def close(self) -> None:
+        """Free model and context."""
+        self._model.close()
+
+
+def prepare() -> None:
+    """Load and initialize the library."""
+    runtime_version()
+
+
+def open_session(path: Path, settings: SessionSettings) -> Session:
+    """Map a GGUF file and make a context with float16 caches, as llama-bench does.
+
+    Raises:
+        InputError: llama.cpp cannot load it.
+    """
+    return LlamaCppSession(
+        open_model(
+            path,
+            n_ctx=settings.n_ctx,
+            n_threads=settings.n_threads,
+            n_batch=settings.n_batch,
+            n_ubatch=settings.n_ubatch,
+        )
+    )

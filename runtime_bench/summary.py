@@ -1,0 +1,113 @@
+"""Summaries of a handful of timings: order statistics, moments, and a bootstrap of a ratio of medians.
+
+Everything takes plain samples and returns None where there is nothing to say, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cfsp.errors import InputError
+
+__all__ = [
+    "RatioInterval",
+    "finite_or_none",
+    "mean",
+    "median",
+    "quantile",
+    "ratio_interval",
+    "spread",
+    "stdev",
+]
+
+
+@dataclass(frozen=True)
+class RatioInterval:
+    """A ratio and the interval its bootstrap distribution puts around it."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """`value`, or None where it is None, NaN or infinite."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def mean(samples: Sequence[float]) -> float | None:
+    """Arithmetic mean; None without samples."""
+    return finite_or_none(statistics.fmean(samples)) if samples else None
+
+
+def stdev(samples: Sequence[float]) -> float | None:
+    """Sample standard deviation (n - 1); None with fewer than two samples."""
+    return finite_or_none(statistics.stdev(samples)) if len(samples) > 1 else None
+
+
+def median(samples: Sequence[float]) -> float | None:
+    """Middle value; None without samples."""
+    return finite_or_none(statistics.median(samples)) if samples else None
+
+
+def quantile(samples: Sequence[float], share: float) -> float | None:
+    """Linearly interpolated quantile, `share` in [0, 1]; None without samples."""
+    return finite_or_none(float(np.quantile(np.asarray(samples, np.float64), share))) if samples else None
+
+
+def spread(samples: Sequence[float]) -> float | None:
+    """p90 / p50, at least 1; None with fewer than two samples or a median that is not positive."""
+    middle, high = median(samples), quantile(samples, 0.9)
+    if len(samples) < 2 or not middle or middle < 0 or high is None:
+        return None
+    return high / middle
+
+
+def ratio_interval(
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    *,
+    paired: bool,
+    confidence: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> RatioInterval:
+    """Percentile bootstrap (Efron 1979) of median(numerator) / median(denominator).
+
+    The quantiles are taken of the logarithm, so that exchanging the two sides inverts a paired result
+    exactly.
+
+    Args:
+        numerator: Positive samples.
+        denominator: Positive samples.
+        paired: Sample i of both sides was taken side by side: rounds are drawn, so that slow drift of the
+            machine cancels. Otherwise each side is drawn by itself.
+        confidence: Share of the distribution inside the interval.
+        resamples: Bootstrap draws.
+        seed: Same seed and samples give the same interval.
+
+    Raises:
+        InputError: No samples, samples that are not positive and finite, or pairs of unequal length.
+    """
+    top, bottom = _positive(numerator), _positive(denominator)
+    if paired and len(top) != len(bottom):
+        raise InputError(f"paired samples differ in number: {len(top)} and {len(bottom)}")
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(top), (resamples, len(top)))
+    others = rows if paired else rng.integers(0, len(bottom), (resamples, len(bottom)))
+    logs = np.log(np.median(top[rows], axis=1)) - np.log(np.median(bottom[others], axis=1))
+    tail = (1 - confidence) / 2
+    low, high = np.exp(np.quantile(logs, [tail, 1 - tail]))
+    return RatioInterval(float(np.median(top) / np.median(bottom)), float(low), float(high))
+
+
+def _positive(samples: Sequence[float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    values = np.asarray(samples, np.float64)
+    if not len(values) or not np.isfinite(values).all() or (values <= 0).any():
+        raise InputError("a ratio needs positive, finite samples", field="samples", value=list(samples))
+    return values

@@ -1,0 +1,178 @@
+"""Records as text: Markdown in llama-bench's columns, JSON, JSON Lines, CSV. Units are converted only
+here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cfsp.errors import InputError
+from runtime_bench import summary
+from runtime_bench.compare import Comparison
+from runtime_bench.record import BenchRecord, record_to_json
+
+__all__ = ["FORMATS", "format_comparison", "format_table", "table_rows"]
+
+_NOTHING = "-"
+"""Shown for what was not measured."""
+
+_REASON_WIDTH = 40
+"""Letters of a failure's reason inside the table; the whole of it follows below."""
+
+
+def format_table(records: Sequence[BenchRecord], output: str = "md") -> str:
+    """Records in one of FORMATS, with a final newline.
+
+    Raises:
+        InputError: Unknown format.
+    """
+    if output not in FORMATS:
+        raise InputError("unknown format", field="output", value=output, allowed=", ".join(FORMATS))
+    return FORMATS[output](records)
+
+
+def table_rows(records: Sequence[BenchRecord]) -> list[dict[str, str]]:
+    """The cells of the Markdown table, by column.
+
+    llama-bench's columns, then ours: `time` is the median of a sample, `load` and `peak RSS` belong to the
+    row's processes. A column `file` is there when the records are of several files. Columns are the same in
+    every row.
+    """
+    several = len({record.model_filename for record in records}) > 1
+    columns = {name: cell for name, cell in _COLUMNS.items() if several or name != "file"}
+    return [{name: cell(record) for name, cell in columns.items()} for record in records]
+
+
+def format_comparison(comparisons: Sequence[Comparison]) -> str:
+    """A Markdown table of ratios, intervals and verdicts."""
+    rows = [
+        {
+            "test": c.test,
+            "threads": str(c.n_threads),
+            "base": Path(c.base).name,
+            "new": Path(c.new).name,
+            "speed ratio": _number(c.ratio, "{:.3f}"),
+            f"{c.confidence:.0%} interval": _interval(c),
+            "peak RSS ratio": _number(c.peak_rss_ratio, "{:.3f}"),
+            "size ratio": _number(c.file_size_ratio, "{:.3f}"),
+            "verdict": c.verdict + (f" ({c.reason})" if c.reason else ""),
+        }
+        for c in comparisons
+    ]
+    return _markdown(rows)
+
+
+def _interval(comparison: Comparison) -> str:
+    if comparison.low is None or comparison.high is None:
+        return _NOTHING
+    return f"{comparison.low:.3f} to {comparison.high:.3f}"
+
+
+def _number(value: float | None, pattern: str, scale: float = 1.0) -> str:
+    return _NOTHING if value is None else pattern.format(value / scale)
+
+
+def _size(value: int | None) -> str:
+    return (
+        _number(value, "{:.2f} MiB", 2**20) if (value or 0) < 2**30 else _number(value, "{:.2f} GiB", 2**30)
+    )
+
+
+def _count(value: int | None) -> str:
+    return _number(value, "{:.2f} M", 1e6) if (value or 0) < 1e9 else _number(value, "{:.2f} B", 1e9)
+
+
+def _speed(record: BenchRecord) -> str:
+    if not record.ok:
+        return "failed: " + textwrap.shorten(record.failure or "no reason", _REASON_WIDTH, placeholder=" ...")
+    if record.avg_ts is None:
+        return _NOTHING
+    deviation = summary.stdev(record.samples_ts)
+    return f"{record.avg_ts:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+
+
+def _test(record: BenchRecord) -> str:
+    """The workload; loads say what they found, as a cold load and a warm one are different things."""
+    return f"load ({record.page_cache_state})" if record.workload == "load" and record.ok else record.test
+
+
+_COLUMNS: MappingProxyType[str, Callable[[BenchRecord], str]] = MappingProxyType(
+    {
+        "file": lambda r: Path(r.model_filename).name,
+        "model": lambda r: r.model_type or _NOTHING,
+        "size": lambda r: _size(r.model_size),
+        "params": lambda r: _count(r.model_n_params),
+        "backend": lambda r: r.backends or _NOTHING,
+        "threads": lambda r: str(r.n_threads),
+        "test": _test,
+        "t/s": _speed,
+        "time": lambda r: _number(r.median_ns, "{:.1f} ms", 1e6),
+        "load": lambda r: _number(r.load_ns, "{:.1f} ms", 1e6),
+        "peak RSS": lambda r: _size(r.peak_rss_bytes),
+    }
+)
+_RIGHT = frozenset({"size", "params", "threads", "test", "t/s", "time", "load", "peak RSS"})
+
+
+def _as_markdown(records: Sequence[BenchRecord]) -> str:
+    remarks = [(r, text) for r in records for text in (r.failure, r.note) if text]
+    notes = [f"{Path(r.model_filename).name}, {r.test}: {text}" for r, text in remarks]
+    return _markdown(table_rows(records)) + "".join(f"\n{note}\n" for note in notes)
+
+
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    if not rows:
+        return ""
+    names = list(rows[0])
+    cells = [[row[name].replace("|", "\\|").replace("\n", " ") for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    rule = [
+        "-" * (width + 1) + ":" if name in _RIGHT else "-" * (width + 2)
+        for name, width in zip(names, widths, strict=True)
+    ]
+    lines = ["|" + "|".join(rule) + "|"]
+    for line in [names, *cells]:
+        padded = [
+            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+            for name, cell, width in zip(names, line, widths, strict=True)
+        ]
+        lines.append("| " + " | ".join(padded) + " |")
+    lines[0], lines[1] = lines[1], lines[0]
+    return "\n".join(lines) + "\n"
+
+
+def _as_json(records: Sequence[BenchRecord]) -> str:
+    payload = [record_to_json(record) for record in records]
+    return json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _as_jsonl(records: Sequence[BenchRecord]) -> str:
+    lines = (json.dumps(record_to_json(r), ensure_ascii=False, allow_nan=False) for r in records)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _as_csv(records: Sequence[BenchRecord]) -> str:
+    """One line a record; what is no single value is JSON in its cell, unmeasured is empty."""
+    if not records:
+        return ""
+    rows = [record_to_json(record) for record in records]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def _csv_cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+FORMATS: MappingProxyType[str, Callable[[Sequence[BenchRecord]], str]] = MappingProxyType(
+    {"md": _as_markdown, "json": _as_json, "jsonl": _as_jsonl, "csv": _as_csv}
+)
