@@ -66,7 +66,9 @@ def reference_of(
     states = []
     with torch.inference_mode():
         for done, window in enumerate(windows, start=1):
-            states.append(model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0].float())
+            states.append(
+                model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
+            )
             progress("parity: checkpoint", done, len(windows))
     return Reference(windows, torch.stack(states), head.float(), text)
 
@@ -162,4 +164,6 @@ def check_limits(report: ParityReport, what: str) -> None:
         if value < limit if lower else value > limit:
             misses.append(f"{metric} {value:.4g} {'below' if lower else 'above'} its limit {limit:g}")
     if misses:
-        raise LimitError(f"{what} is too far from the checkpoint: {', '.join(misses)} ({report.n_tokens} tokens)")
+        raise LimitError(
+            f"{what} is too far from the checkpoint: {', '.join(misses)} ({report.n_tokens} tokens)"
+        )

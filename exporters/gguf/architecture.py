@@ -173,12 +173,16 @@ def choose_layout(config: ModelConfig, stored: set[str]) -> ChosenLayout:
     for layout in LAYOUTS[config.model_type]:
         if _obstacle(layout, config, stored) is None:
             return ChosenLayout(layout, padded_width=max(config.widths))
-    raise InputError(f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})")
+    raise InputError(
+        f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})"
+    )
 
 
 def _obstacle(layout: Layout, config: ModelConfig, stored: set[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside."""
-    biased = {name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")}
+    biased = {
+        name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")
+    }
     if biased - layout.biases:
         return f"no bias on {', '.join(sorted(biased - layout.biases))}"
     if not layout.untied and not config.tie_word_embeddings:
@@ -207,11 +211,15 @@ def tensor_specs(config: ModelConfig, chosen: ChosenLayout, stored: set[str]) ->
     used = {name for spec in specs for name, _ in spec.sources}
     unknown = sorted(n for n in stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
     if unknown:
-        raise InputError(f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}")
+        raise InputError(
+            f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}"
+        )
     return specs
 
 
-def _block_specs(config: ModelConfig, chosen: ChosenLayout, block: int, stored: set[str]) -> Iterator[TensorSpec]:
+def _block_specs(
+    config: ModelConfig, chosen: ChosenLayout, block: int, stored: set[str]
+) -> Iterator[TensorSpec]:
     shapes = _block_shapes(config, block)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     padding = chosen.padded_width or 0

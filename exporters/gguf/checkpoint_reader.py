@@ -115,7 +115,9 @@ def _widths(config: Mapping[str, Any], per_layer: Mapping[str, Any], folder: Pat
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / 'config.json'}: malformed per_layer_config: {error}") from error
     if any(not 0 <= layer < count for layer in given):
-        raise InputError(f"{folder / 'config.json'}: per_layer_config names blocks beyond num_hidden_layers={count}")
+        raise InputError(
+            f"{folder / 'config.json'}: per_layer_config names blocks beyond num_hidden_layers={count}"
+        )
     return tuple(given.get(layer, default) for layer in range(count))
 
 
@@ -186,11 +188,16 @@ class CheckpointTensors:
         found = tuple(handle.get_slice(name).get_shape())
         if found != shape:
             raise InputError(
-                f"{self._folder}: weights disagree with config.json", field=name, value=found, allowed=str(shape)
+                f"{self._folder}: weights disagree with config.json",
+                field=name,
+                value=found,
+                allowed=str(shape),
             )
         tensor = handle.get_tensor(name)
         if not tensor.is_floating_point():
-            raise InputError(f"{self._folder}: {name} is stored as {tensor.dtype}; load the model unquantized")
+            raise InputError(
+                f"{self._folder}: {name} is stored as {tensor.dtype}; load the model unquantized"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{self._folder}: {name} holds NaN or infinite values")
         values: npt.NDArray[np.float32] = tensor.to(torch.float32).numpy()

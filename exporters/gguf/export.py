@@ -25,7 +25,7 @@ from exporters.gguf.imatrix import imatrix_from_moments
 from exporters.gguf.metadata import Provenance, context_length, read_provenance
 from exporters.gguf.quantize import TypesReport, quantize_file, report_types
 from exporters.gguf.quants import QUANTS, ParityLimits, Quant, find_quant
-from exporters.gguf.tokenizer_metadata import check_tokenizer
+from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.gguf.writer import WrittenFile, write_gguf
 from exporters.parity import Reference, check_limits, compare, reference_of
 from exporters.record import ExportManifest, ExportRecord, ParityReport
@@ -132,7 +132,12 @@ def _export_all(job: _Job, rows: Sequence[Quant]) -> tuple[ExportRecord, ...]:
             continue
         if row.base_type == "F16":
             write_gguf(
-                job.checkpoint, job.path(row), job.tokenizer, job.provenance, quant=row.name, progress=job.progress
+                job.checkpoint,
+                job.path(row),
+                job.tokenizer,
+                job.provenance,
+                quant=row.name,
+                progress=job.progress,
             )
         else:
             job.progress(f"quantizing {row.name}", 0, 1)
@@ -157,7 +162,13 @@ def _prove(job: _Job, quant: Quant, written: WrittenFile, strings: int) -> Expor
     check_limits(parity, path.name)
     types = report_types(path, quant)
     used = len(job.imatrix) if quant.uses_imatrix else 0
-    warnings = _warnings(quant, written, types, missing_imatrix=quant.uses_imatrix and not used)
+    warnings = _warnings(
+        quant,
+        written,
+        types,
+        composes=normalizes_to_nfc(job.tokenizer),
+        missing_imatrix=quant.uses_imatrix and not used,
+    )
     for warning in warnings:
         _log.warning("%s: %s", path.name, warning)
     origin = job.provenance
@@ -204,22 +215,28 @@ def _run_parity(job: _Job, path: Path, limits: Mapping[str, float], label: str) 
         )
 
 
-def _warnings(quant: Quant, written: WrittenFile, types: TypesReport, *, missing_imatrix: bool) -> tuple[str, ...]:
+def _warnings(
+    quant: Quant, written: WrittenFile, types: TypesReport, *, composes: bool, missing_imatrix: bool
+) -> tuple[str, ...]:
     config, chosen, found = written.config, written.chosen, []
     if chosen.padded_width is not None:
         found.append(
-            f"llama.cpp has no architecture for this {config.model_type} model with a width for each block: every FFN is "
-            f"padded with zeros to {chosen.padded_width} channels, which is exact but saves nothing; prune to a uniform width"
+            f"llama.cpp has no architecture for this {config.model_type} model with a width for each block: every "
+            f"FFN is padded with zeros to {chosen.padded_width} channels, which is exact but saves nothing; "
+            "prune to a uniform width"
         )
     if config.sliding_window and config.sliding_window < config.max_position_embeddings:
         found.append(
-            f"llama.cpp has no sliding window for this model: context_length is cut to the window, {config.sliding_window}"
+            "llama.cpp has no sliding window for this model: context_length is cut to the window, "
+            f"{config.sliding_window}"
         )
     for fallback in types.fallbacks:
         found.append(
             f"{len(fallback.tensors)} tensors with rows of {fallback.row_length} are stored as {fallback.actual} "
             f"instead of {fallback.asked} (such as {fallback.tensors[0]})"
         )
+    if composes:
+        found.append("the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text")
     if missing_imatrix:
         found.append(f"{quant.name} is quantized without an importance matrix")
     return tuple(found)
@@ -252,15 +269,7 @@ def _reference(
             value=windows.shape[1],
             allowed=f"<= {context_length(config)}",
         )
-    return reference_of(_load_model(checkpoint), windows, text=text, progress=progress)
-
-
-def _load_model(checkpoint: Path) -> Any:
-    if is_pruned_checkpoint(checkpoint):
-        return load_pruned(checkpoint, dtype=torch.float32)
-    import transformers
-
-    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return reference_of(load_pruned(checkpoint, dtype=torch.float32), windows, text=text, progress=progress)
 
 
 def _load_tokenizer(checkpoint: Path) -> Any:
@@ -271,7 +280,9 @@ def _load_tokenizer(checkpoint: Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{checkpoint} has no usable tokenizer: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(
+            f"{checkpoint} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{checkpoint}: the tokenizer must be a fast one (tokenizer.json)")
     return tokenizer

@@ -39,7 +39,11 @@ def imatrix_from_moments(
         if module not in moments:
             continue
         values = moments[module].detach().to(torch.float32).numpy()
-        if values.shape != (_in_features(module, config),) or not np.isfinite(values).all() or (values < 0).any():
+        if (
+            values.shape != (_in_features(module, config),)
+            or not np.isfinite(values).all()
+            or (values < 0).any()
+        ):
             raise InputError(
                 "input moments do not belong to this checkpoint", field=module, value=tuple(values.shape)
             )

@@ -68,9 +68,12 @@ def report_types(path: Path, quant: Quant) -> TypesReport:
         if asked != actual:
             groups[asked, actual, tensor.shape[-1]].append(tensor.name)
     fallbacks = tuple(
-        TensorFallback(asked, actual, row, tuple(names)) for (asked, actual, row), names in sorted(groups.items())
+        TensorFallback(asked, actual, row, tuple(names))
+        for (asked, actual, row), names in sorted(groups.items())
     )
-    return TypesReport(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), fallbacks, n_params)
+    return TypesReport(
+        dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), fallbacks, n_params
+    )
 
 
 def _asked(actual: str, shape: tuple[int, ...], quant: Quant) -> str:

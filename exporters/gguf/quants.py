@@ -54,11 +54,11 @@ class Quant:
 _ROWS = (
     Quant("f32", 0, "F32", 1, False, ParityLimits(max_logit_diff=1e-3)),
     Quant("f16", 1, "F16", 1, False, ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
-    Quant("Q8_0", 7, "Q8_0", 32, False, ParityLimits(kl_mean=0.02, same_top1=0.92, ppl_ratio=1.05)),
-    Quant("Q5_K_M", 17, "Q5_K", 256, True, ParityLimits(kl_mean=0.1, same_top1=0.80, ppl_ratio=1.2)),
-    Quant("Q4_K_M", 15, "Q4_K", 256, True, ParityLimits(kl_mean=0.3, same_top1=0.65, ppl_ratio=1.4)),
-    Quant("Q4_0", 2, "Q4_0", 32, True, ParityLimits(kl_mean=0.5, same_top1=0.60, ppl_ratio=1.6)),
-    Quant("IQ4_NL", 25, "IQ4_NL", 32, True, ParityLimits(kl_mean=0.5, same_top1=0.60, ppl_ratio=1.6)),
+    Quant("Q8_0", 7, "Q8_0", 32, False, ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1)),
+    Quant("Q5_K_M", 17, "Q5_K", 256, True, ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3)),
+    Quant("Q4_K_M", 15, "Q4_K", 256, True, ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5)),
+    Quant("Q4_0", 2, "Q4_0", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
+    Quant("IQ4_NL", 25, "IQ4_NL", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
 )
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
 

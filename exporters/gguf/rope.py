@@ -52,11 +52,15 @@ def _linear(scaling: Mapping[str, Any], _: ModelConfig) -> dict[str, float | int
 def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | int | str]:
     for key, fixed in _YARN_FIXED.items():
         if float(scaling.get(key, fixed)) != fixed:
-            raise InputError("llama.cpp has this constant built in", field=key, value=scaling[key], allowed=str(fixed))
+            raise InputError(
+                "llama.cpp has this constant built in", field=key, value=scaling[key], allowed=str(fixed)
+            )
     if scaling.get("mscale") or scaling.get("mscale_all_dim"):
         raise InputError("yarn with mscale is not supported for this architecture", field="mscale")
     if scaling.get("truncate", True) is not True:
-        raise InputError("llama.cpp truncates yarn's correction range", field="truncate", value=False, allowed="true")
+        raise InputError(
+            "llama.cpp truncates yarn's correction range", field="truncate", value=False, allowed="true"
+        )
     factor = float(scaling["factor"])
     keys: dict[str, float | int | str] = {
         "rope.scaling.type": "yarn",

@@ -201,7 +201,9 @@ class LlamaModel:
         size = len(raw) + 8
         for _ in range(2):
             ids = (self._lib.llama_token * size)()
-            count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, size, add_special, parse_special)
+            count = self._lib.llama_tokenize(
+                self._vocab, raw, len(raw), ids, size, add_special, parse_special
+            )
             if count >= 0:
                 return list(ids[:count])
             size = -count
@@ -286,7 +288,9 @@ class LlamaModel:
                 batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
             status = self._lib.llama_decode(self._context, batch)
             if status == 1:
-                raise InputError(f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx)
+                raise InputError(
+                    f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx
+                )
             if status != 0:
                 raise InputError(f"llama.cpp cannot run {self.path}: {_complaints.last()}")
         self._lib.llama_synchronize(self._context)
@@ -340,7 +344,9 @@ def open_model(
         )
         if not context:
             library.llama_model_free(model)
-            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {_complaints.last()}")
+            raise InputError(
+                f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {_complaints.last()}"
+            )
     return LlamaModel(path, model, context, loaded - start, time.perf_counter_ns() - loaded)
 
 
@@ -385,7 +391,9 @@ def quantize(
     if imatrix:
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(library.llama_model_imatrix_data))
     _complaints.clear()
-    status = library.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(params))
+    status = library.llama_model_quantize(
+        str(source).encode(), str(destination).encode(), ctypes.byref(params)
+    )
     del keep_alive
     if status != 0:
         raise InputError(f"llama.cpp cannot quantize {source.name}: {_complaints.last()}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from cfsp.gguf_tokenizer import pre_tokenizer_name
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import CHECK_STRINGS
 
-__all__ = ["add_tokenizer", "check_tokenizer"]
+__all__ = ["add_tokenizer", "check_tokenizer", "normalizes_to_nfc"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -62,6 +63,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
 def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_STRINGS) -> int:
     """Hold llama.cpp's token ids of a file against the tokenizer's.
 
+    llama.cpp does not normalize text. Where the tokenizer does (Qwen's, to NFC), the strings are compared in NFC.
+
     Args:
         path: GGUF file.
         tokenizer: PreTrainedTokenizerFast.
@@ -75,6 +78,8 @@ def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_S
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
     texts = [*strings, f"{bos}a{eos}b", f"{eos}\n{bos}"]
+    if normalizes_to_nfc(tokenizer):
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
     with runtime.open_model(path, vocab_only=True) as model:
         for text in texts:
             for special in (False, True):
@@ -82,9 +87,15 @@ def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_S
                 theirs = model.tokenize(text, add_special=special)
                 if ours != theirs:
                     raise LimitError(
-                        f"llama.cpp tokenizes {text!r} differently: {theirs[:24]}, the checkpoint's tokenizer: {ours[:24]}"
+                        f"llama.cpp's token ids of {text!r} are {theirs[:24]}, the checkpoint's are {ours[:24]}"
                     )
     return len(texts)
+
+
+def normalizes_to_nfc(tokenizer: Any) -> bool:
+    """Whether the tokenizer composes characters first, which llama.cpp does not do."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return '"NFC"' in json.dumps(state.get("normalizer") or {})
 
 
 def _vocabulary(tokenizer: Any, state: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -100,7 +111,9 @@ def _vocabulary(tokenizer: Any, state: Mapping[str, Any], vocab_size: int) -> tu
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     types = [_NORMAL if index in by_id else _UNUSED for index in range(vocab_size)]
     if state["model"].get("byte_fallback"):
-        types = [_BYTE if _BYTE_TOKEN.fullmatch(text) else kind for text, kind in zip(tokens, types, strict=True)]
+        types = [
+            _BYTE if _BYTE_TOKEN.fullmatch(text) else kind for text, kind in zip(tokens, types, strict=True)
+        ]
     for added in state.get("added_tokens") or []:
         types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
     unknown = state["model"].get("unk_token")
@@ -111,8 +124,9 @@ def _vocabulary(tokenizer: Any, state: Mapping[str, Any], vocab_size: int) -> tu
 
 def _kind(state: Mapping[str, Any]) -> str:
     if state["model"]["type"] != "BPE":
+        kind = state["model"]["type"]
         raise InputError(
-            "this kind of tokenizer cannot be exported", field="tokenizer", value=state["model"]["type"], allowed="BPE"
+            "this kind of tokenizer cannot be exported", field="tokenizer", value=kind, allowed="BPE"
         )
     return "llama" if state["model"].get("byte_fallback") else "gpt2"
 
@@ -141,7 +155,12 @@ def _add_sentencepiece(
         ranks.setdefault(left + right, rank)
     # Pieces of one character are never the result of a merge, so their score decides nothing.
     writer.add_tokenizer_pre("default")
-    writer.add_token_scores([-float(ranks.get(text, len(ranks))) if types[i] == _NORMAL else 0.0 for i, text in enumerate(tokens)])
+    writer.add_token_scores(
+        [
+            -float(ranks.get(text, len(ranks))) if kind == _NORMAL else 0.0
+            for text, kind in zip(tokens, types, strict=True)
+        ]
+    )
     writer.add_add_space_prefix(_adds_space(state))
 
 

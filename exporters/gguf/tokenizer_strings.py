@@ -35,7 +35,7 @@ CHECK_STRINGS = (
     'for (int i = 0; i < n; ++i) { printf("%d\\n", a[i]); }',
     "SELECT * FROM t WHERE a='b' AND c<>1;",
     '{"key": [1, 2.5, null, true], "nested": {"a": "\\u00e9"}}',
-    "<div class=\"x\">text</div><!-- note --><br/>",
+    '<div class="x">text</div><!-- note --><br/>',
     "https://example.org/path?query=1&other=%20#fragment",
     "name.surname@example.org +44 (0)20 7946 0000",
     "$100 \u20ac99 \u00a31 \u00a55 #tag @user ~^`|\\",
@@ -70,7 +70,7 @@ CHECK_STRINGS = (
     "mixed\u4e2d\u6587and123numbers\u0440\u0443\u0441",
     "'",
     "''''",
-    "\"\"\"docstring\"\"\"",
+    '"""docstring"""',
     "tab\tseparated\tvalues\t1\t2",
     "ALLCAPS123abc",
 )

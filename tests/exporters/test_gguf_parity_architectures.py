@@ -64,7 +64,9 @@ def write(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | No
 
 
 def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
-    windows = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1))
+    windows = torch.randint(
+        0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)
+    )
     with runtime.open_model(path, n_ctx=length, n_batch=64, kv_f32=True) as opened:
         return compare(reference_of(model, windows), opened.iter_logits, {})
 
@@ -153,7 +155,9 @@ def test_greedy_text_is_the_models(tiny_model: Callable[..., Any], tmp_path: Pat
     assert stopped == expected[len(prompt) :][: ends[0] if ends else 32]
 
 
-def test_sliding_window_models_agree_inside_the_window(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+def test_sliding_window_models_agree_inside_the_window(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
     model, tokenizer = tiny_model("mistral", sliding_window=64)
     written = write(model, tokenizer, tmp_path / "hf")
     with runtime.open_model(written.path, n_ctx=64) as opened:
