@@ -1,7 +1,7 @@
 """Is an exported file the same model? Its logits against the checkpoint's, position by position.
 
-The checkpoint is run once and remembered as its last hidden states, (tokens, hidden_size), and its output matrix. Logits
-are made from them in pieces, so that memory does not grow with vocabulary times tokens.
+The checkpoint is run once and remembered as its last hidden states, (tokens, hidden_size), and its output matrix.
+Logits are made from them in pieces, so that memory does not grow with vocabulary times tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python's low-level API: the one module that touches it.
+"""llama.cpp, through llama-cpp-python's low-level API: the one place that touches it, with llama_library.
 
 `open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits; `quantize` writes a quantized file.
 llama.cpp's own log is kept from the terminal; what it last complained about goes into error messages.
@@ -7,105 +7,29 @@ llama.cpp's own log is kept from the terminal; what it last complained about goe
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.metadata
-import logging
-import re
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError
+from exporters.gguf.llama_library import (
+    FloatArray,
+    complaints,
+    library,
+    quantize,
+    runtime_version,
+    system_info,
+)
 
 __all__ = ["LlamaModel", "open_model", "quantize", "runtime_version", "system_info"]
 
-_log = logging.getLogger(__name__)
-
-_DISTRIBUTION = "llama-cpp-python"
-# 0.3.36 renamed fields that are set below (use_mmap became load_mode); the low-level API may move again in 0.4.
-_VERSIONS = ((0, 3, 36), (0, 4))
 _GGML_F32, _GGML_F16 = 0, 1
 _LOAD_READ, _LOAD_MMAP = 0, 1
 _FLASH_ATTENTION_OFF = 0
-_WARNING, _ERROR, _CONTINUED = 3, 4, 5
-
-FloatArray = npt.NDArray[np.float32]
-
-
-class _Complaints:
-    """The last warnings and errors that llama.cpp logged, whole lines."""
-
-    def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=20)
-        self._open = ""
-        self._level = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, level: int, text: bytes | None, _: Any) -> None:
-        with self._lock:
-            self._level = self._level if level == _CONTINUED else level
-            if self._level not in (_WARNING, _ERROR):
-                return
-            *whole, self._open = (self._open + (text or b"").decode("utf-8", "replace")).split("\n")
-            self._lines.extend(line.strip() for line in whole if line.strip())
-
-    def clear(self) -> None:
-        with self._lock:
-            self._lines.clear()
-            self._open = ""
-
-    def last(self, count: int = 2) -> str:
-        """The newest lines as one."""
-        with self._lock:
-            return "; ".join(list(self._lines)[-count:]) or "llama.cpp gave no reason"
-
-
-_complaints = _Complaints()
-
-
-@functools.cache
-def _library() -> Any:
-    """The llama_cpp module: imported, its version checked, its log redirected, its backend initialized."""
-    try:
-        import llama_cpp
-    except ImportError as error:
-        raise MissingExtraError(_DISTRIBUTION, "gguf") from error
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{_DISTRIBUTION} is installed but its library does not load: {error}") from error
-    version = importlib.metadata.version(_DISTRIBUTION)
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not _VERSIONS[0] <= numbers < _VERSIONS[1]:
-        low, high = (".".join(map(str, bound)) for bound in _VERSIONS)
-        raise InputError(
-            "this version is not supported", field=_DISTRIBUTION, value=version, allowed=f">={low},<{high}"
-        )
-    callback = llama_cpp.llama_log_callback(_complaints)
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    llama_cpp.phoneready_log_callback = callback  # C keeps only the address: the object must live as long
-    llama_cpp.llama_backend_init()
-    return llama_cpp
-
-
-def runtime_version() -> str:
-    """Names and versions of the binding and of llama.cpp.
-
-    Raises:
-        MissingExtraError: llama-cpp-python is not installed.
-        InputError: Its version is not one that this module was written for.
-    """
-    library = _library()
-    return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {library.llama_version().decode()}"
-
-
-def system_info() -> str:
-    """llama.cpp's line about the backends and processor features it was built with."""
-    return str(_library().llama_print_system_info().decode("utf-8", "replace")).strip(" |")
 
 
 class LlamaModel:
@@ -123,7 +47,7 @@ class LlamaModel:
         self.path = path
         self.model_load_ns = model_load_ns
         self.context_ns = context_ns
-        self._lib = _library()
+        self._lib = library()
         self._model = model
         self._context = context
         self._vocab = self._lib.llama_model_get_vocab(model)
@@ -292,7 +216,7 @@ class LlamaModel:
                     f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx
                 )
             if status != 0:
-                raise InputError(f"llama.cpp cannot run {self.path}: {_complaints.last()}")
+                raise InputError(f"llama.cpp cannot run {self.path}: {complaints.last()}")
         self._lib.llama_synchronize(self._context)
 
 
@@ -324,34 +248,34 @@ def open_model(
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
         MissingExtraError: llama-cpp-python is not installed.
     """
-    library = _library()
+    lib = library()
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file")
-    params = library.llama_model_default_params()
+    params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only
     params.load_mode = _LOAD_MMAP if use_mmap else _LOAD_READ
-    _complaints.clear()
+    complaints.clear()
     start = time.perf_counter_ns()
-    model = library.llama_model_load_from_file(str(path).encode(), params)
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
     loaded = time.perf_counter_ns()
     if not model:
-        raise InputError(f"llama.cpp cannot load {path}: {_complaints.last()}")
+        raise InputError(f"llama.cpp cannot load {path}: {complaints.last()}")
     context = None
     if not vocab_only:
-        context = library.llama_init_from_model(
+        context = lib.llama_init_from_model(
             model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, kv_f32=kv_f32)
         )
         if not context:
-            library.llama_model_free(model)
+            lib.llama_model_free(model)
             raise InputError(
-                f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {_complaints.last()}"
+                f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {complaints.last()}"
             )
     return LlamaModel(path, model, context, loaded - start, time.perf_counter_ns() - loaded)
 
 
 def _context_params(n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, *, kv_f32: bool) -> Any:
-    params = _library().llama_context_default_params()
+    params = library().llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_ubatch, n_batch, n_ctx)
     params.n_threads = params.n_threads_batch = n_threads
     params.type_k = params.type_v = _GGML_F32 if kv_f32 else _GGML_F16
@@ -360,53 +284,3 @@ def _context_params(n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, *, 
         # Flash attention rounds to float16 inside, whatever the cache's type: 6e-3 in the logits of a tiny model.
         params.flash_attn_type = _FLASH_ATTENTION_OFF
     return params
-
-
-def quantize(
-    source: Path,
-    destination: Path,
-    ftype: int,
-    *,
-    n_threads: int = 1,
-    imatrix: Mapping[str, FloatArray] | None = None,
-) -> None:
-    """Quantize a float32 or float16 GGUF file.
-
-    Args:
-        source: The file to read.
-        destination: The file to write.
-        ftype: llama.cpp's `llama_ftype`, see exporters.gguf.quants.
-        n_threads: Threads.
-        imatrix: Tensor name to the mean squared input of each of its input channels, (in_features,) float32.
-
-    Raises:
-        InputError: llama.cpp refuses; the message has its reason.
-        MissingExtraError: llama-cpp-python is not installed.
-    """
-    library = _library()
-    params = library.llama_model_quantize_default_params()
-    params.ftype = ftype
-    params.nthread = n_threads
-    entries, keep_alive = _imatrix_array(imatrix or {})
-    if imatrix:
-        params.imatrix = ctypes.cast(entries, ctypes.POINTER(library.llama_model_imatrix_data))
-    _complaints.clear()
-    status = library.llama_model_quantize(
-        str(source).encode(), str(destination).encode(), ctypes.byref(params)
-    )
-    del keep_alive
-    if status != 0:
-        raise InputError(f"llama.cpp cannot quantize {source.name}: {_complaints.last()}")
-
-
-def _imatrix_array(imatrix: Mapping[str, FloatArray]) -> tuple[Any, list[Any]]:
-    """A C array ended by an entry without a name, and the Python objects whose memory it points to."""
-    library = _library()
-    entries = (library.llama_model_imatrix_data * (len(imatrix) + 1))()
-    keep_alive: list[Any] = []
-    for entry, (name, values) in zip(entries, imatrix.items(), strict=False):
-        data, raw = np.ascontiguousarray(values, dtype=np.float32), name.encode()
-        entry.name, entry.size = raw, data.size
-        entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        keep_alive += [data, raw]
-    return entries, keep_alive

@@ -133,10 +133,8 @@ def _kind(state: Mapping[str, Any]) -> str:
 
 def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
     # Older files have "left right", newer ones ["left", "right"].
-    return [
-        tuple(merge.split(" ", 1)) if isinstance(merge, str) else (merge[0], merge[1])
-        for merge in state["model"]["merges"]
-    ]
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in state["model"]["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def _add_byte_level(

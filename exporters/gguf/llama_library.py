@@ -1,0 +1,148 @@
+"""llama.cpp's library: found, its version checked, its log caught; and its quantizer.
+
+Everything here is reached through exporters.gguf.runtime, which with this module is all that knows llama_cpp's API.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import re
+import threading
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfsp.errors import InputError, MissingExtraError
+
+__all__ = ["FloatArray", "complaints", "library", "quantize", "runtime_version", "system_info"]
+
+_DISTRIBUTION = "llama-cpp-python"
+# 0.3.36 renamed fields that the runtime sets (use_mmap became load_mode); the low-level API may move again in 0.4.
+_VERSIONS = ((0, 3, 36), (0, 4))
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class _Complaints:
+    """The last warnings and errors that llama.cpp logged, whole lines."""
+
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=20)
+        self._open = ""
+        self._level = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, level: int, text: bytes | None, _: Any) -> None:
+        with self._lock:
+            self._level = self._level if level == _CONTINUED else level
+            if self._level not in (_WARNING, _ERROR):
+                return
+            *whole, self._open = (self._open + (text or b"").decode("utf-8", "replace")).split("\n")
+            self._lines.extend(line.strip() for line in whole if line.strip())
+
+    def clear(self) -> None:
+        with self._lock:
+            self._lines.clear()
+            self._open = ""
+
+    def last(self, count: int = 2) -> str:
+        """The newest lines as one."""
+        with self._lock:
+            return "; ".join(list(self._lines)[-count:]) or "llama.cpp gave no reason"
+
+
+complaints = _Complaints()
+
+
+@functools.cache
+def library() -> Any:
+    """The llama_cpp module: imported, its version checked, its log redirected, its backend initialized."""
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise MissingExtraError(_DISTRIBUTION, "gguf") from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{_DISTRIBUTION} is installed but its library does not load: {error}") from error
+    version = importlib.metadata.version(_DISTRIBUTION)
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not _VERSIONS[0] <= numbers < _VERSIONS[1]:
+        low, high = (".".join(map(str, bound)) for bound in _VERSIONS)
+        raise InputError(
+            "this version is not supported", field=_DISTRIBUTION, value=version, allowed=f">={low},<{high}"
+        )
+    callback = llama_cpp.llama_log_callback(complaints)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.phoneready_log_callback = callback  # C keeps only the address: the object must live as long
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def runtime_version() -> str:
+    """Names and versions of the binding and of llama.cpp.
+
+    Raises:
+        MissingExtraError: llama-cpp-python is not installed.
+        InputError: Its version is not one that this module was written for.
+    """
+    found = library().llama_version().decode()
+    return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {found}"
+
+
+def system_info() -> str:
+    """llama.cpp's line about the backends and processor features it was built with."""
+    return str(library().llama_print_system_info().decode("utf-8", "replace")).strip(" |")
+
+
+def quantize(
+    source: Path,
+    destination: Path,
+    ftype: int,
+    *,
+    n_threads: int = 1,
+    imatrix: Mapping[str, FloatArray] | None = None,
+) -> None:
+    """Quantize a float32 or float16 GGUF file.
+
+    Args:
+        source: The file to read.
+        destination: The file to write.
+        ftype: llama.cpp's `llama_ftype`, see exporters.gguf.quants.
+        n_threads: Threads.
+        imatrix: Tensor name to the mean squared input of each of its input channels, (in_features,) float32.
+
+    Raises:
+        InputError: llama.cpp refuses; the message has its reason.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    lib = library()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = ftype
+    params.nthread = n_threads
+    entries, keep_alive = _imatrix_array(imatrix or {})
+    if imatrix:
+        params.imatrix = ctypes.cast(entries, ctypes.POINTER(lib.llama_model_imatrix_data))
+    complaints.clear()
+    status = lib.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(params))
+    del keep_alive
+    if status != 0:
+        raise InputError(f"llama.cpp cannot quantize {source.name}: {complaints.last()}")
+
+
+def _imatrix_array(imatrix: Mapping[str, FloatArray]) -> tuple[Any, list[Any]]:
+    """A C array ended by an entry without a name, and the Python objects whose memory it points to."""
+    lib = library()
+    entries = (lib.llama_model_imatrix_data * (len(imatrix) + 1))()
+    keep_alive: list[Any] = []
+    for entry, (name, values) in zip(entries, imatrix.items(), strict=False):
+        data, raw = np.ascontiguousarray(values, dtype=np.float32), name.encode()
+        entry.name, entry.size = raw, data.size
+        entry.data = data.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        keep_alive += [data, raw]
+    return entries, keep_alive
