@@ -14,7 +14,15 @@ from torch import nn
 
 from cfsp.errors import InputError
 
-__all__ = ["ARCHITECTURES", "ArchitectureSpec", "FeedForward", "decoder_layers", "feed_forward", "ffn_widths", "spec_for"]
+__all__ = [
+    "ARCHITECTURES",
+    "ArchitectureSpec",
+    "FeedForward",
+    "decoder_layers",
+    "feed_forward",
+    "ffn_widths",
+    "spec_for",
+]
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,7 @@ def spec_for(config: Any) -> ArchitectureSpec:
     Raises:
         InputError: The model type is not in the table; the message names the known ones.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None))
     if model_type not in ARCHITECTURES:
         raise InputError(
             "unsupported architecture", field="model_type", value=model_type, allowed=", ".join(ARCHITECTURES)
@@ -75,17 +83,20 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     """The gated MLP of one of `model`'s decoder blocks."""
     spec = spec_for(model.config)
     mlp = layer.get_submodule(spec.mlp)
-    gate, up, down = (mlp.get_submodule(name) for name in (spec.gate, spec.up, spec.down))
-    for linear in (gate, up, down):
-        if not isinstance(linear, nn.Linear):
-            raise InputError(
-                "projections must be plain torch Linear layers (load the model unquantized)",
-                field=spec.mlp,
-                value=type(linear).__name__,
-            )
-    return FeedForward(mlp, gate, up, down)
+    return FeedForward(mlp, *(_linear(mlp, name) for name in (spec.gate, spec.up, spec.down)))
 
 
 def ffn_widths(model: nn.Module) -> tuple[int, ...]:
     """intermediate_size of every block, first to last."""
     return tuple(feed_forward(model, layer).width for layer in decoder_layers(model))
+
+
+def _linear(mlp: nn.Module, name: str) -> nn.Linear:
+    projection = mlp.get_submodule(name)
+    if not isinstance(projection, nn.Linear):
+        raise InputError(
+            "projections must be plain torch Linear layers (load the model unquantized)",
+            field=name,
+            value=type(projection).__name__,
+        )
+    return projection

@@ -41,7 +41,8 @@ def tool_version() -> str:
 def record_to_json(record: Record) -> dict[str, Any]:
     """The JSON object of a record."""
     head = {"kind": record.KIND, "schema_version": record.SCHEMA_VERSION, "tool_version": tool_version()}
-    return head | pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
+    fields: dict[str, Any] = pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
+    return head | fields
 
 
 def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:

@@ -1,0 +1,51 @@
+"""CFSP: coarse-to-fine structured pruning of the FFN, and what is needed to do it to a real model.
+
+The names below are loaded on first use, so that importing a small module of this package stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cfsp.calibration import Calibration, load_calibration
+    from cfsp.checkpoint import load_pruned, save_checkpoint
+    from cfsp.model_reference import LoadedModel, ModelSource, load_model
+    from cfsp.plan import PruneSettings, PruningPlan, apply_plan, make_plan
+    from cfsp.prune import PruneResult, prune_model
+    from cfsp.statistics import BlockStatistics, collect_statistics
+
+__all__ = [
+    "BlockStatistics",
+    "Calibration",
+    "LoadedModel",
+    "ModelSource",
+    "PruneResult",
+    "PruneSettings",
+    "PruningPlan",
+    "apply_plan",
+    "collect_statistics",
+    "load_calibration",
+    "load_model",
+    "load_pruned",
+    "make_plan",
+    "prune_model",
+    "save_checkpoint",
+]
+
+_HOMES = {
+    "cfsp.calibration": ("Calibration", "load_calibration"),
+    "cfsp.checkpoint": ("load_pruned", "save_checkpoint"),
+    "cfsp.model_reference": ("LoadedModel", "ModelSource", "load_model"),
+    "cfsp.plan": ("PruneSettings", "PruningPlan", "apply_plan", "make_plan"),
+    "cfsp.prune": ("PruneResult", "prune_model"),
+    "cfsp.statistics": ("BlockStatistics", "collect_statistics"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'cfsp' has no attribute {name!r}")

@@ -1,0 +1,108 @@
+"""How far a model's predictions are from the dense model's, token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfsp.evaluation.perplexity import next_token_logits
+from cfsp.progress import Progress, no_progress
+from cfsp.text import TokenWindows
+
+__all__ = ["Divergence", "divergence", "divergence_from_logits"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(reference || model) in nats over next-token distributions, and agreement.
+
+    Attributes:
+        kl_mean: Mean over tokens.
+        kl_median: Median over tokens.
+        kl_p99: 99th percentile.
+        kl_p99_9: 99.9th percentile.
+        same_top1: Share of tokens where both put the same token first.
+        max_logit_difference: Largest absolute difference of any logit.
+        reference_perplexity: Perplexity of the reference on the same tokens.
+        perplexity: Perplexity of the model on them.
+        perplexity_ratio: perplexity / reference_perplexity.
+        n_tokens: Number of predicted tokens.
+        source: Text reference.
+        seqlen: Tokens in a window.
+        windows_sha256: Hash of the token ids.
+    """
+
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    kl_p99_9: float
+    same_top1: float
+    max_logit_difference: float
+    reference_perplexity: float
+    perplexity: float
+    perplexity_ratio: float
+    n_tokens: int
+    source: str
+    seqlen: int
+    windows_sha256: str
+
+
+def divergence(
+    reference: Any, model: Any, windows: TokenWindows, *, progress: Progress = no_progress
+) -> Divergence:
+    """Divergence of `model` from `reference` on windows (n_windows, seqlen); both are causal LMs."""
+
+    def pairs() -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for done, window in enumerate(windows.ids, 1):
+            both = zip(next_token_logits(reference, window), next_token_logits(model, window), strict=True)
+            for (positions, expected), (_, actual) in both:
+                yield expected, actual, window[positions]
+            progress("measuring divergence", done, len(windows.ids))
+
+    return divergence_from_logits(pairs(), windows)
+
+
+def divergence_from_logits(
+    pairs: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], windows: TokenWindows
+) -> Divergence:
+    """Divergence from logits, wherever they were computed.
+
+    Args:
+        pairs: (reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)), chunk by chunk.
+        windows: What the logits were computed on, for the record.
+    """
+    kls, same, largest, nll_reference, nll_model = [], 0, 0.0, 0.0, 0.0
+    with torch.inference_mode():
+        for expected, actual, targets in pairs:
+            log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
+            kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0))
+            same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+            largest = max(largest, float((expected - actual).abs().max()))
+            nll_reference -= float(log_p.gather(-1, targets[:, None]).sum())
+            nll_model -= float(log_q.gather(-1, targets[:, None]).sum())
+    kl = torch.cat(kls).sort().values
+    n = len(kl)
+    return Divergence(
+        kl_mean=float(kl.mean()),
+        kl_median=_quantile(kl, 0.5),
+        kl_p99=_quantile(kl, 0.99),
+        kl_p99_9=_quantile(kl, 0.999),
+        same_top1=same / n,
+        max_logit_difference=largest,
+        reference_perplexity=math.exp(min(nll_reference / n, 700.0)),
+        perplexity=math.exp(min(nll_model / n, 700.0)),
+        perplexity_ratio=math.exp(min((nll_model - nll_reference) / n, 700.0)),
+        n_tokens=n,
+        source=windows.source,
+        seqlen=windows.ids.shape[1],
+        windows_sha256=windows.sha256,
+    )
+
+
+def _quantile(ordered: torch.Tensor, q: float) -> float:
+    """Nearest-rank quantile; torch.quantile refuses more than 2^24 values."""
+    return float(ordered[round(q * (len(ordered) - 1))])

@@ -1,0 +1,240 @@
+"""Text that is calibrated on or measured with: references, documents, and windows of token ids.
+
+A reference is one of
+    FILE.txt                      one document, taken as it stands
+    FILE.jsonl, FILE.parquet      one document a row: a column `text`, or a chat in `messages`
+    hub:NAME[@CONFIG][:SPLIT]     a Hugging Face data set with such columns (split `train` unless given)
+    builtin:python-docs           the language reference that every CPython carries: English prose, no download
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from cfsp.errors import InputError, MissingExtraError
+
+__all__ = [
+    "BUILTIN_TEXT",
+    "Document",
+    "TokenWindows",
+    "document_ids",
+    "join_documents",
+    "load_documents",
+    "token_windows",
+    "tokens_sha256",
+]
+
+BUILTIN_TEXT = "builtin:python-docs"
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of text, or one chat as a sequence of {"role", "content"} messages."""
+
+    text: str | None = None
+    messages: tuple[Mapping[str, str], ...] | None = None
+
+
+@dataclass(frozen=True)
+class TokenWindows:
+    """Consecutive, non-overlapping windows of a token stream.
+
+    Attributes:
+        ids: (n_windows, seqlen) int64.
+        source: The reference the text came from.
+        sha256: Hash of the token ids, so that equal hashes mean equal windows.
+    """
+
+    ids: torch.Tensor
+    source: str
+    sha256: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.ids.numel()
+
+
+def load_documents(reference: str) -> list[Document]:
+    """Read every document behind a reference; empty rows are left out.
+
+    Raises:
+        InputError: Unknown or unreadable reference, or nothing usable in it.
+        MissingExtraError: parquet or hub without the `data` extra.
+    """
+    prefix, _, rest = reference.partition(":")
+    if prefix in _SCHEMES and rest:
+        documents = _SCHEMES[prefix](rest)
+    else:
+        path = Path(reference)
+        if path.suffix not in _READERS:
+            raise InputError(
+                "cannot tell what kind of text this is",
+                field="text",
+                value=reference,
+                allowed=f"a file ending in {', '.join(_READERS)}, hub:NAME, or {BUILTIN_TEXT}",
+            )
+        if not path.is_file():
+            raise InputError(f"text file {path} does not exist")
+        documents = _READERS[path.suffix](path)
+    kept = [d for d in documents if d.messages or (d.text and d.text.strip())]
+    if not kept:
+        raise InputError(f"{reference} has no usable text (no non-empty `text` or `messages`)")
+    return kept
+
+
+def document_ids(document: Document, tokenizer: Any) -> list[int]:
+    """Token ids of a document, without special tokens; a chat is rendered in the model's own template.
+
+    Raises:
+        InputError: A chat, but the tokenizer has no chat template, or the template refuses the chat.
+    """
+    if document.messages is None:
+        text = document.text or ""
+    elif not tokenizer.chat_template:
+        raise InputError("the text holds chats but the model has no chat template; use plain text")
+    else:
+        try:
+            text = tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False)
+        except Exception as error:  # templates raise whatever Jinja or they themselves define
+            raise InputError(f"the model's chat template refuses a chat: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def join_documents(documents: Iterable[Document], tokenizer: Any, *, limit: int | None = None) -> list[int]:
+    """One token stream of many documents; plain texts are separated by the end-of-sequence token.
+
+    Args:
+        documents: In the order they are to be read.
+        tokenizer: A transformers tokenizer.
+        limit: Stop once this many tokens are there.
+    """
+    stream: list[int] = []
+    for index, document in enumerate(documents):
+        if limit is not None and len(stream) >= limit:
+            break
+        if index and document.messages is None and tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+        stream += document_ids(document, tokenizer)
+    return stream[:limit]
+
+
+def token_windows(
+    reference: str, tokenizer: Any, *, seqlen: int, max_windows: int | None = None, skip_windows: int = 0
+) -> TokenWindows:
+    """Windows for measuring: the stream cut in order, the incomplete last window dropped.
+
+    Raises:
+        InputError: Fewer tokens than one window.
+    """
+    stop = None if max_windows is None else skip_windows + max_windows
+    documents = load_documents(reference)
+    # A single document is tokenized in one piece, so a limit can only be applied between documents.
+    limit = None if stop is None or len(documents) == 1 else stop * seqlen
+    stream = join_documents(documents, tokenizer, limit=limit)
+    count = len(stream) // seqlen
+    if count <= skip_windows:
+        raise InputError(
+            f"{reference} has {len(stream)} tokens, too few for window {skip_windows + 1} of {seqlen}"
+        )
+    ids = torch.tensor(stream[: count * seqlen]).view(count, seqlen)[skip_windows:stop].clone()
+    return TokenWindows(ids, reference, tokens_sha256(ids))
+
+
+def tokens_sha256(ids: torch.Tensor) -> str:
+    """Hex SHA-256 of token ids as little-endian int64, preceded by their shape."""
+    data = ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    return hashlib.sha256(str(tuple(ids.shape)).encode() + data).hexdigest()
+
+
+def _document_from_row(row: Mapping[str, Any], where: str) -> Document:
+    messages = row.get("messages")
+    if messages is not None:
+        try:
+            chat = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{where}: `messages` must list objects with role and content") from error
+        return Document(messages=chat)
+    if "text" not in row:
+        raise InputError(f"{where}: no `text` and no `messages`", allowed="one of the two in every row")
+    return Document(text=str(row["text"] or ""))
+
+
+def _read_text(path: Path) -> list[Document]:
+    try:
+        return [Document(text=path.read_text(encoding="utf-8"))]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _read_jsonl(path: Path) -> list[Document]:
+    documents = []
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: not a JSON object")
+            documents.append(_document_from_row(row, f"{path}, line {number}"))
+    return documents
+
+
+def _read_parquet(path: Path) -> list[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "data") from None
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {error}") from error
+    return [_document_from_row(row, f"{path}, row {n}") for n, row in enumerate(table.to_pylist())]
+
+
+def _read_hub(name: str) -> list[Document]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtraError("datasets", "data") from None
+    name, _, split = name.partition(":")
+    name, _, config = name.partition("@")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the hub client's errors have no common base
+        raise InputError(f"data set {name} cannot be loaded from the hub: {error}") from error
+    return [_document_from_row(row, f"hub:{name}, row {n}") for n, row in enumerate(rows)]
+
+
+def _read_builtin(name: str) -> list[Document]:
+    if name != BUILTIN_TEXT.partition(":")[2]:
+        raise InputError("unknown built-in text", field="text", value=f"builtin:{name}", allowed=BUILTIN_TEXT)
+    from pydoc_data.topics import topics
+
+    return [Document(text="\n\n".join(topics[key] for key in sorted(topics)))]
+
+
+_SCHEMES: Mapping[str, Callable[[str], Sequence[Document]]] = MappingProxyType(
+    {"hub": _read_hub, "builtin": _read_builtin}
+)
+_READERS: Mapping[str, Callable[[Path], Sequence[Document]]] = MappingProxyType(
+    {".txt": _read_text, ".raw": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+)
+
+
+def shuffled(documents: Sequence[Document], seed: int) -> Iterator[Document]:
+    """The documents in an order that depends on the seed alone."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return (documents[int(i)] for i in order)
