@@ -75,6 +75,7 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=int(file.hyperparameter("context_length", 0)) or None,
         **special,
     )

@@ -9,49 +9,25 @@ A reference is one of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from cfsp.builtin import BUILTIN_MODELS, fetch_builtin
+from cfsp.errors import InputError
+from cfsp.files import sha256_file
+from cfsp.gguf_file import GGUFFile, read_gguf
+from cfsp.gguf_model import model_from_gguf
+from cfsp.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.hf_folder import check_config, folder_source, load_folder, load_folder_tokenizer
+from cfsp.hub import fetch_hub_model, hub_reference
+from cfsp.model_source import LoadedModel, ModelSource
 from cfsp.progress import Progress, no_progress
+from cfsp.weights import check_finite
 
 __all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer"]
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model came from.
-
-    Attributes:
-        reference: As the user gave it.
-        kind: "builtin", "hub", "folder" or "gguf".
-        name: Short name for files and titles, such as "SmolLM2-135M-Instruct".
-        path: The GGUF file or the folder that was read.
-        revision: Hub commit.
-        sha256: Of the GGUF file, or of the folder's safetensors files in order of name.
-        license: SPDX-like identifier, as the source states it.
-        base_model: The model that this one is made from, as the source states it.
-    """
-
-    reference: str
-    kind: str
-    name: str
-    path: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    license: str | None = None
-    base_model: str | None = None
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A causal LM in eval mode, its tokenizer (a transformers fast tokenizer) and its origin."""
-
-    model: Any
-    tokenizer: Any
-    source: ModelSource
 
 
 def load_model(
@@ -72,7 +48,23 @@ def load_model(
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
-    raise NotImplementedError
+    source = _locate(reference, progress=progress)
+    path = Path(source.path or "")
+    if path.is_file():
+        file = read_gguf(path)
+        tokenizer = tokenizer_from_gguf(file)
+        model = model_from_gguf(file, dtype=dtype, progress=progress)
+        source = _complete_from_gguf(source, file)
+    else:
+        progress(f"loading {source.name}", 0, 1)
+        check_config(path)
+        tokenizer = load_folder_tokenizer(path)
+        model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        source = folder_source(path, source)
+        progress(f"loading {source.name}", 1, 1)
+    check_finite(model, str(path))
+    _check_vocabulary(model, tokenizer, path)
+    return LoadedModel(model, tokenizer, source)
 
 
 def load_tokenizer(reference: str | Path) -> Any:
@@ -81,4 +73,55 @@ def load_tokenizer(reference: str | Path) -> Any:
     Raises:
         InputError: As `load_model`.
     """
-    raise NotImplementedError
+    path = Path(_locate(reference, progress=no_progress, tokenizer_only=True).path or "")
+    return tokenizer_from_gguf(path) if path.is_file() else load_folder_tokenizer(path)
+
+
+def _locate(reference: str | Path, *, progress: Progress, tokenizer_only: bool = False) -> ModelSource:
+    """Find, or fetch, what a reference stands for; the result's path is a GGUF file or a folder."""
+    text = str(reference)
+    path = Path(reference)
+    if text in BUILTIN_MODELS:
+        row = BUILTIN_MODELS[text]
+        file = fetch_builtin(text, progress=progress)
+        return ModelSource(text, "builtin", row.name, str(file), sha256=row.sha256, base_model=row.base_model)
+    if path.is_dir():
+        return ModelSource(text, "folder", path.resolve().name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError("not a model", field="model", value=text, allowed="a folder or a .gguf file")
+        return ModelSource(text, "gguf", path.stem, str(path))
+    hub = hub_reference(text)
+    if hub is None or path.suffix == ".gguf":
+        known = ", ".join(BUILTIN_MODELS)
+        raise InputError(
+            "no such model",
+            field="model",
+            value=text,
+            allowed=f"a folder, a .gguf file, OWNER/NAME on the hub, or built in: {known}",
+        )
+    name, revision = hub
+    folder = fetch_hub_model(name, revision, tokenizer_only=tokenizer_only, progress=progress)
+    return ModelSource(text, "hub", name.rpartition("/")[2], str(folder), revision=folder.name)
+
+
+def _complete_from_gguf(source: ModelSource, file: GGUFFile) -> ModelSource:
+    """Hash, licence and origin, the latter two as the file states them."""
+    stated = file.metadata.get
+    base = stated("general.base_model.0.name") or stated("general.name")
+    owner = stated("general.base_model.0.organization") or stated("general.organization")
+    base_model = f"{owner}/{base}" if owner and base else base
+    return replace(
+        source,
+        sha256=source.sha256 or sha256_file(file.path),
+        license=stated("general.license"),
+        base_model=source.base_model or base_model,
+    )
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, path: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
+        )

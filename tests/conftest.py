@@ -60,6 +60,7 @@ def _train_tokenizer() -> Any:
         unk_token="<|endoftext|>",
         pad_token="<|im_end|>",
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -106,6 +107,7 @@ def tiny_model() -> TinyModel:
             "head_dim": 16,
             "max_position_embeddings": 512,
             "tie_word_embeddings": tied,
+            "rope_theta": 50000.0,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
@@ -195,7 +197,7 @@ def write_tiny_gguf(path: Path, model: Any, tokenizer: Any) -> None:
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(50000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)

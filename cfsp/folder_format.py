@@ -1,0 +1,74 @@
+"""Making what one major version of transformers writes readable by the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import InputError
+from cfsp.files import read_json, write_json
+
+__all__ = ["portable_config", "save_tokenizer"]
+
+_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+# Keys of tokenizer_config.json that describe where a tokenizer was loaded from, or that only one major version knows.
+_DROPPED = (
+    "auto_map",
+    "backend",
+    "gguf_file",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "tokenizer_file",
+    "vocab_file",
+)
+
+
+def portable_config(stored: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A config.json's content with the rotary settings in both spellings.
+
+    transformers 5 writes `rope_parameters` alone; version 4 reads `rope_theta` and `rope_scaling` and would
+    silently take its defaults.
+    """
+    rope = stored.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return dict(stored)
+    rope = dict(rope)
+    theta = rope.pop("rope_theta", None)
+    portable = dict(stored)
+    if theta is not None:
+        portable["rope_theta"] = theta
+    portable["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    return portable
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a fast tokenizer so that AutoTokenizer of transformers 4 and 5 reads it back unchanged.
+
+    tokenizer.json is the whole truth of a fast tokenizer, so it is stored under the class that reads just that.
+
+    Raises:
+        InputError: Not a fast tokenizer.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            "only fast tokenizers (those with a tokenizer.json) are supported", value=type(tokenizer).__name__
+        )
+    tokenizer.save_pretrained(folder)
+    for leftover in (
+        "tokenizer.model",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ):
+        (folder / leftover).unlink(missing_ok=True)
+    file = folder / "tokenizer_config.json"
+    settings = {key: value for key, value in read_json(file).items() if key not in _DROPPED}
+    settings |= {"tokenizer_class": _TOKENIZER_CLASS, "model_input_names": list(tokenizer.model_input_names)}
+    # Version 5 lists these under a name that version 4 expects a mapping under.
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = extra
+    write_json(file, settings)

@@ -1,0 +1,42 @@
+"""What a loaded model is and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LoadedModel", "ModelSource"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model came from.
+
+    Attributes:
+        reference: As the user gave it.
+        kind: "builtin", "hub", "folder" or "gguf".
+        name: Short name for files and titles, such as "SmolLM2-135M-Instruct".
+        path: The GGUF file or the folder that was read.
+        revision: Hub commit.
+        sha256: Of the GGUF file, or of the folder's safetensors files in order of name.
+        license: Identifier such as "apache-2.0", as the source states it.
+        base_model: The model that this one is made from, as the source states it.
+    """
+
+    reference: str
+    kind: str
+    name: str
+    path: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM in eval mode, its tokenizer (a transformers fast tokenizer) and its origin."""
+
+    model: Any
+    tokenizer: Any
+    source: ModelSource
