@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.calibration import Calibration, load_calibration
+from cfsp.errors import InputError
+from cfsp.evaluation import divergence, perplexity
+from cfsp.model_reference import LoadedModel, ModelSource
+from cfsp.plan import PruneSettings, PruningPlan, apply_plan
+from cfsp.prune import prune_model
+from cfsp.reconstruction import reconstruct_down
+from cfsp.records import read_record, write_record
+from cfsp.statistics import collect_statistics
+from cfsp.text import TokenWindows
+
+TYPES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def loaded(tiny_model: Any, model_type: str = "llama", **overrides: Any) -> LoadedModel:
+    model, tokenizer = tiny_model(model_type, **overrides)
+    return LoadedModel(
+        copy.deepcopy(model), tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny")
+    )
+
+
+def calibration(model: Any, count: int = 6, seqlen: int = 32) -> Calibration:
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, model.config.vocab_size, (count, seqlen), generator=generator)
+    return Calibration(ids, ("random",), 5, "0" * 64)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: str) -> None:
+    dense = loaded(tiny_model, model_type)
+    before = {name: p.clone() for name, p in dense.model.state_dict().items()}
+    result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.0))
+    assert result.plan.keep_ratio == 1
+    for name, value in dense.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
+    dense = loaded(tiny_model, model_type)
+    full = ffn_widths(dense.model)[0]
+    result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
+    assert result.plan.widths == ffn_widths(dense.model)
+    for layer, block in zip(decoder_layers(dense.model), result.plan.blocks, strict=True):
+        ffn = feed_forward(dense.model, layer)
+        assert len(block.kept) == block.width < full
+        for linear in (ffn.gate, ffn.up, ffn.down):
+            assert linear.weight.shape == (linear.out_features, linear.in_features)
+    moments = result.input_moments["model.layers.0.mlp.down_proj"]
+    assert len(moments) == result.plan.widths[0]
+
+
+def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
+    pruned, masked = loaded(tiny_model, "qwen2"), loaded(tiny_model, "qwen2")
+    settings = PruneSettings(prune_ratio=0.5, align=1, reconstruct=False)
+    plan = prune_model(pruned, calibration(pruned.model), settings).plan
+    with torch.no_grad():
+        for layer, block in zip(decoder_layers(masked.model), plan.blocks, strict=True):
+            removed = torch.tensor(sorted(block.ranking[block.width :]))
+            feed_forward(masked.model, layer).down.weight[:, removed] = 0
+    ids = calibration(pruned.model).input_ids
+    with torch.inference_mode():
+        difference = pruned.model(input_ids=ids).logits - masked.model(input_ids=ids).logits
+    assert float(difference.abs().max()) < 1e-4
+
+
+def test_reconstruction_is_the_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3, 7, 8])
+    solved = reconstruct_down(weight, x.T @ x / len(x), kept, ridge=1e-9)
+    expected = torch.linalg.lstsq(x[:, kept], x @ weight.T).solution.T
+    torch.testing.assert_close(solved, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any) -> None:
+    kls = {}
+    for reconstruct in (False, True):
+        dense, pruned = loaded(tiny_model), loaded(tiny_model)
+        data = calibration(dense.model, 32)
+        settings = PruneSettings(prune_ratio=0.3, align=1, reconstruct=reconstruct)
+        prune_model(pruned, data, settings)
+        windows = TokenWindows(data.input_ids, "random", "")
+        kls[reconstruct] = divergence(dense.model, pruned.model, windows).kl_mean
+    assert kls[True] < 0.9 * kls[False]
+
+
+def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    layers = decoder_layers(dense.model)
+    width = ffn_widths(dense.model)[0]
+    dead = list(range(0, width, 4))
+    with torch.no_grad():
+        for layer in layers:
+            feed_forward(dense.model, layer).up.weight[dead] = 0
+    ids = calibration(dense.model).input_ids
+    with torch.inference_mode():
+        before = dense.model(input_ids=ids).logits
+    settings = PruneSettings(
+        prune_ratio=len(dead) / width,
+        allocation="uniform",
+        score="activation_norm",
+        align=1,
+        reconstruct=False,
+    )
+    plan = prune_model(dense, calibration(dense.model), settings).plan
+    assert all(set(block.ranking[block.width :]) == set(dead) for block in plan.blocks)
+    with torch.inference_mode():
+        torch.testing.assert_close(dense.model(input_ids=ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_path: Path) -> None:
+    first = loaded(tiny_model)
+    data = calibration(first.model)
+    settings = PruneSettings(prune_ratio=0.25, align=1, reconstruct=False)
+    plan = prune_model(first, data, settings).plan
+    write_record(tmp_path / "plan.json", plan)
+    again = read_record(PruningPlan, tmp_path / "plan.json")
+    assert again == plan
+    fresh, moved = loaded(tiny_model), loaded(tiny_model)
+    other = prune_model(fresh, data, replace(settings, prune_ratio=0.5)).plan
+    assert again.at_ratio(0.5).widths == other.widths
+    apply_plan(moved.model, again.at_ratio(0.5))
+    for name, value in moved.model.state_dict().items():
+        assert torch.equal(value, fresh.model.state_dict()[name]), name
+
+
+def test_statistics_do_not_depend_on_the_number_of_tokens(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    ids = calibration(dense.model).input_ids
+    once = collect_statistics(dense.model, ids)
+    twice = collect_statistics(dense.model, torch.cat([ids, ids]))
+    torch.testing.assert_close(once.importance["angular"], twice.importance["angular"])
+    torch.testing.assert_close(once.channels[0].norm, twice.channels[0].norm)
+
+
+def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
+    small, large = loaded(tiny_model), loaded(tiny_model, intermediate_size=256)
+    plan = prune_model(small, calibration(small.model), PruneSettings(align=1)).plan
+    with pytest.raises(InputError, match="another model"):
+        prune_model(large, calibration(large.model), PruneSettings(), plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "best"}, "score.*activation_norm"),
+        ({"coarse_metric": "taxicab"}, "coarse_metric.*angular"),
+        ({"allocation": "fair"}, "allocation.*uniform"),
+        ({"prune_ratio": 1.0}, "prune_ratio"),
+        ({"ridge": 0.0}, "ridge"),
+        ({"align": 0}, "align"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(
+    tiny_model: Any, changes: dict[str, Any], message: str
+) -> None:
+    dense = loaded(tiny_model)
+    with pytest.raises(InputError, match=message):
+        prune_model(dense, calibration(dense.model), replace(PruneSettings(), **changes))
+
+
+def test_self_calibration_is_repeatable_and_seeded(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws = []
+    for cache, seed in (("a", 1), ("b", 1), ("c", 2)):
+        monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / cache))
+        dense = loaded(tiny_model, max_position_embeddings=1024)
+        state = torch.get_rng_state()
+        draws.append(load_calibration(["self"], dense, nsamples=4, seqlen=32, seed=seed))
+        assert torch.equal(torch.get_rng_state(), state), "sampling must not disturb the caller's generator"
+    assert draws[0].sha256 == draws[1].sha256 != draws[2].sha256
+    assert draws[0].input_ids.shape == (4, 32)
+    start = dense.tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    assert draws[0].input_ids.flatten().tolist()[: len(start)] == start
+
+
+def test_perplexity_is_that_of_the_models_own_loss(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    ids = calibration(dense.model, 3, 300).input_ids
+    with torch.inference_mode():
+        losses = [float(dense.model(input_ids=row[None], labels=row[None]).loss) for row in ids]
+    result = perplexity(dense.model, TokenWindows(ids, "random", ""))
+    assert result.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
+    assert result.n_scored == 3 * 299
+
+
+def test_divergence_of_a_model_from_itself_is_zero(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    windows = TokenWindows(calibration(dense.model).input_ids, "random", "")
+    result = divergence(dense.model, dense.model, windows)
+    assert (result.kl_mean, result.same_top1, result.perplexity_ratio) == (0.0, 1.0, 1.0)
+
+
+def test_divergence_counts_what_it_says(tiny_model: Any) -> None:
+    a, b = loaded(tiny_model), loaded(tiny_model, "llama")
+    with torch.no_grad():
+        for parameter in b.model.parameters():
+            parameter.mul_(1.1)
+    ids = calibration(a.model, 2, 40).input_ids
+    with torch.inference_mode():
+        log_p = a.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        log_q = b.model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    result = divergence(a.model, b.model, TokenWindows(ids, "random", ""))
+    assert result.kl_mean == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert result.kl_median == pytest.approx(float(kl.flatten().sort().values[38]), rel=2e-2)
+    assert result.same_top1 == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean()))
+    assert result.perplexity_ratio == pytest.approx(result.perplexity / result.reference_perplexity)

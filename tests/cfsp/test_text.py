@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from cfsp.calibration import load_calibration
+from cfsp.errors import InputError
+from cfsp.model_reference import LoadedModel, ModelSource
+from cfsp.text import BUILTIN_TEXT, load_documents, token_windows
+
+CHAT = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}]
+
+
+def as_loaded(tiny_model: Any) -> LoadedModel:
+    model, tokenizer = tiny_model("llama", max_position_embeddings=512)
+    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_text_file_is_one_document_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\n two ü\n", encoding="utf-8")
+    assert [d.text for d in load_documents(str(path))] == ["one\n\n two ü\n"]
+
+
+def test_jsonl_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
+    rows = [{"text": "alpha"}, {"text": "beta"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    jsonl = load_documents(str(write_rows(tmp_path / "a.jsonl", rows)))
+    assert jsonl == load_documents(str(tmp_path / "a.parquet"))
+
+
+def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = as_loaded(tiny_model)
+    path = write_rows(tmp_path / "c.jsonl", [{"messages": CHAT}] * 3)
+    windows = token_windows(str(path), loaded.tokenizer, seqlen=16)
+    text = loaded.tokenizer.apply_chat_template(CHAT, tokenize=False) * 3
+    expected = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert windows.ids.flatten().tolist() == expected[: windows.n_tokens]
+
+
+def test_windows_are_cut_in_order_from_one_tokenization(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = as_loaded(tiny_model)
+    path = tmp_path / "a.txt"
+    path.write_text("The quick brown fox. " * 40, encoding="utf-8")
+    stream = loaded.tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    windows = token_windows(str(path), loaded.tokenizer, seqlen=10, max_windows=2, skip_windows=1)
+    assert windows.ids.tolist() == [stream[10:20], stream[20:30]]
+
+
+def test_builtin_text_is_there_without_download(tiny_model: Any) -> None:
+    windows = token_windows(BUILTIN_TEXT, as_loaded(tiny_model).tokenizer, seqlen=128, max_windows=3)
+    assert windows.ids.shape == (3, 128)
+
+
+def test_sources_share_the_windows_equally(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = as_loaded(tiny_model)
+    chats = write_rows(tmp_path / "c.jsonl", [{"messages": CHAT}] * 60)
+    text = tmp_path / "a.txt"
+    text.write_text("fox " * 400, encoding="utf-8")
+    result = load_calibration([str(chats), str(text)], loaded, nsamples=5, seqlen=32, seed=1)
+    assert result.input_ids.shape == (5, 32)
+    marker = loaded.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert [(row == marker).any().item() for row in result.input_ids] == [True, True, True, False, False]
+    again = load_calibration([str(chats), str(text)], loaded, nsamples=5, seqlen=32, seed=1)
+    other = load_calibration([str(chats), str(text)], loaded, nsamples=5, seqlen=32, seed=2)
+    assert torch.equal(result.input_ids, again.input_ids)
+    assert result.sha256 == again.sha256 != other.sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "", "no usable text"),
+        ("a.txt", "too short", "tokens, too few for 4 windows of 32"),
+        ("a.txt", b"\xff\xfe\xfa", "not UTF-8"),
+        ("a.jsonl", "", "no usable text"),
+        ("a.jsonl", '{"text": ""}\n', "no usable text"),
+        ("a.jsonl", '{"txet": "a"}\n', "line 1: no `text`"),
+        ("a.jsonl", '{"text": "a"}\n{oops\n', "line 2: not valid JSON"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: `messages`"),
+        ("a.parquet", "not parquet", "cannot be read as parquet"),
+        ("a.docx", "x", "allowed: a file ending in .txt"),
+    ],
+)
+def test_unusable_text_is_named(
+    tiny_model: Any, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=message):
+        load_calibration([str(path)], as_loaded(tiny_model), nsamples=4, seqlen=32)
+
+
+def test_missing_file_and_sizes(tiny_model: Any) -> None:
+    loaded = as_loaded(tiny_model)
+    with pytest.raises(InputError, match="does not exist"):
+        load_calibration(["nowhere.txt"], loaded, nsamples=1, seqlen=32)
+    with pytest.raises(InputError, match=r"seqlen.*2 to 512"):
+        load_calibration(["self"], loaded, seqlen=4096)
+    with pytest.raises(InputError, match="nsamples"):
+        load_calibration(["self"], loaded, nsamples=0)
