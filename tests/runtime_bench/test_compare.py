@@ -1,0 +1,125 @@
+"""Verdicts follow from the samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cfsp.errors import InputError
+from runtime_bench.compare import compare, compare_records
+from runtime_bench.workload import Workload
+
+NS = st.lists(st.integers(10**6, 10**9), min_size=5, max_size=8)
+REUSE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+OPPOSITE = {
+    "faster": "slower",
+    "slower": "faster",
+    "no difference": "no difference",
+    "inconclusive": "inconclusive",
+}
+
+
+@REUSE
+@given(NS)
+def test_identical_samples_make_no_difference(make_record: Any, samples: list[int]) -> None:
+    record = make_record(samples_ns=tuple(samples))
+    found = compare_records(record, record)
+    assert (found.ratio, found.low, found.high, found.verdict) == (1.0, 1.0, 1.0, "no difference")
+
+
+@REUSE
+@given(NS, st.sampled_from([2, 3, 10]))
+def test_c_times_the_time_is_one_cth_of_the_speed(make_record: Any, samples: list[int], c: int) -> None:
+    base = make_record(samples_ns=tuple(samples))
+    new = make_record(samples_ns=tuple(c * s for s in samples))
+    slower, faster = compare_records(base, new), compare_records(new, base)
+    assert slower.ratio == pytest.approx(1 / c)
+    assert slower.verdict == "slower"
+    assert faster.ratio == pytest.approx(c)
+    assert faster.verdict == "faster"
+
+
+@REUSE
+@given(
+    st.lists(st.tuples(st.integers(10**6, 2 * 10**6), st.integers(10**6, 2 * 10**6)), min_size=5, max_size=8)
+)
+def test_exchanging_the_sides_turns_the_verdict_round(make_record: Any, pairs: list[tuple[int, int]]) -> None:
+    left, right = (make_record(samples_ns=side) for side in zip(*pairs, strict=True))
+    there, back = compare_records(left, right), compare_records(right, left)
+    assert back.ratio == pytest.approx(1 / there.ratio)
+    assert back.verdict == OPPOSITE[there.verdict]
+
+
+def test_a_change_within_the_threshold_is_no_difference_and_across_it_inconclusive(make_record: Any) -> None:
+    base = make_record(samples_ns=(1000, 1001, 1002, 1003, 1004))
+    near = make_record(samples_ns=(1010, 1011, 1012, 1013, 1014))
+    wide = make_record(samples_ns=(700, 900, 1000, 1100, 1400))
+    assert compare_records(base, near, threshold=0.03).verdict == "no difference"
+    assert compare_records(base, near, threshold=0.005).verdict == "slower"
+    found = compare_records(base, wide)
+    assert found.verdict == "inconclusive"
+    assert "threshold" in str(found.reason)
+
+
+def test_too_few_samples_and_failures_give_no_verdict(make_record: Any) -> None:
+    base = make_record()
+    few = make_record(samples_ns=(1, 1, 1, 1))
+    assert compare_records(base, few).verdict == "inconclusive"
+    assert "4 samples" in str(compare_records(base, few).reason)
+    failed = make_record(status="failed", failure="timeout", samples_ns=())
+    found = compare_records(base, failed)
+    assert (found.verdict, found.ratio) == ("inconclusive", None)
+    assert "timeout" in str(found.reason)
+
+
+def test_only_rounds_of_one_session_are_paired(make_record: Any) -> None:
+    base = make_record()
+    assert compare_records(base, make_record()).paired
+    assert not compare_records(base, make_record(session="another")).paired
+    assert not compare_records(base, make_record(samples_ns=(10**9,) * 6)).paired
+
+
+def test_drift_of_the_machine_cancels_in_pairs(make_record: Any) -> None:
+    drift = (1.0, 1.3, 1.7, 2.2, 2.9, 3.7)
+    base = make_record(samples_ns=tuple(int(1e6 * d) for d in drift))
+    new = make_record(samples_ns=tuple(int(0.8e6 * d) for d in drift))
+    apart = make_record(samples_ns=new.samples_ns, session="another")
+    assert compare_records(base, new).verdict == "faster"
+    assert compare_records(base, apart).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": "emulated"}, {"target": "ssh:board"}, {"engine": "torch"}, {"n_threads": 8}, {"n_ubatch": 64}],
+)
+def test_different_things_are_not_compared(make_record: Any, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(change))):
+        compare_records(make_record(), make_record(**change))
+
+
+def test_rows_need_one_partner_each(make_record: Any) -> None:
+    tg, pp = make_record(), make_record(Workload("pp", n_prompt=512))
+    with pytest.raises(InputError, match="pp512 with 2 threads"):
+        compare([tg, pp], [tg])
+    with pytest.raises(InputError, match="several rows"):
+        compare([tg, tg], [tg])
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare([], [tg])
+    assert [c.test for c in compare([tg, pp], [pp, tg])] == ["tg128", "pp512"]
+
+
+def test_memory_and_size_ratios(make_record: Any) -> None:
+    base = make_record(peak_rss_samples_bytes=(1000,), file_size_bytes=800)
+    new = make_record(peak_rss_samples_bytes=(500,), file_size_bytes=200)
+    found = compare_records(base, new)
+    assert (found.peak_rss_ratio, found.file_size_ratio) == (0.5, 0.25)
+    assert compare_records(base, make_record(peak_rss_samples_bytes=())).peak_rss_ratio is None
+
+
+@pytest.mark.parametrize("setting", [{"threshold": -0.1}, {"threshold": 1.0}, {"confidence": 1.0}])
+def test_settings_out_of_range(make_record: Any, setting: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="out of range"):
+        compare_records(make_record(), make_record(), **setting)

@@ -1,0 +1,76 @@
+"""Summaries of samples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp.errors import InputError
+from runtime_bench import summary
+
+SAMPLES = st.lists(st.integers(10**5, 10**10), min_size=1, max_size=12)
+
+
+def test_nothing_gives_none_and_never_zero() -> None:
+    for function in (summary.mean, summary.median, summary.stdev, summary.spread):
+        assert function([]) is None
+    assert summary.quantile([], 0.9) is None
+    assert summary.stdev([5]) is None
+    assert summary.spread([5]) is None
+
+
+def test_not_finite_gives_none() -> None:
+    assert summary.mean([1.0, math.inf]) is None
+    assert summary.median([math.nan]) is None
+
+
+@given(SAMPLES)
+def test_moments_and_quantiles(samples: list[int]) -> None:
+    assert summary.median(samples) == pytest.approx(statistics.median(samples))
+    assert summary.quantile(samples, 0.0) == min(samples)
+    assert summary.quantile(samples, 1.0) == max(samples)
+    if len(samples) > 1:
+        assert summary.stdev(samples) == pytest.approx(statistics.stdev(samples))
+
+
+@given(SAMPLES, st.floats(0.1, 10))
+def test_scaling_by_c_gives_the_ratio_c_and_no_width(samples: list[int], c: float) -> None:
+    scaled = [c * s for s in samples]
+    found = summary.ratio_interval(scaled, samples, paired=True, resamples=200)
+    assert found.ratio == pytest.approx(c)
+    assert found.low == pytest.approx(c)
+    assert found.high == pytest.approx(c)
+
+
+@given(st.lists(st.tuples(st.integers(10**5, 10**8), st.integers(10**5, 10**8)), min_size=1, max_size=9))
+def test_exchanging_the_sides_inverts_a_paired_interval(pairs: list[tuple[int, int]]) -> None:
+    left, right = zip(*pairs, strict=True)
+    there = summary.ratio_interval(left, right, paired=True, resamples=200)
+    back = summary.ratio_interval(right, left, paired=True, resamples=200)
+    assert back.ratio == pytest.approx(1 / there.ratio)
+    assert back.low == pytest.approx(1 / there.high)
+    assert back.high == pytest.approx(1 / there.low)
+
+
+@given(SAMPLES, SAMPLES, st.integers(0, 5))
+def test_an_interval_holds_its_ratios_scale_and_repeats_for_a_seed(
+    left: list[int], right: list[int], seed: int
+) -> None:
+    first = summary.ratio_interval(left, right, paired=False, resamples=200, seed=seed)
+    assert first == summary.ratio_interval(left, right, paired=False, resamples=200, seed=seed)
+    assert min(left) / max(right) * 0.999 <= first.low <= first.high <= max(left) / min(right) * 1.001
+
+
+@pytest.mark.parametrize("bad", [[], [0.0], [-1.0], [math.nan], [math.inf]])
+def test_a_ratio_refuses_what_is_no_time(bad: list[float]) -> None:
+    with pytest.raises(InputError, match="positive"):
+        summary.ratio_interval(bad, [1.0], paired=False)
+
+
+def test_pairs_must_match_in_number() -> None:
+    with pytest.raises(InputError, match="differ in number"):
+        summary.ratio_interval([1.0, 2.0], [1.0], paired=True)

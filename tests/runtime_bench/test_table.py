@@ -1,0 +1,90 @@
+"""Tables of records."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from runtime_bench.compare import compare
+from runtime_bench.record import record_to_json
+from runtime_bench.table import format_comparison, format_table, table_rows
+from runtime_bench.workload import Workload
+
+COLUMNS = ["model", "size", "params", "backend", "threads", "test", "t/s", "time", "load", "peak RSS"]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_markdown_has_llama_benchs_columns_and_ours(make_record: Any) -> None:
+    header, rule, row = format_table([make_record()]).splitlines()
+    assert cells(header) == COLUMNS
+    assert len(header) == len(rule) == len(row)
+    assert cells(row) == [
+        *["llama 135M Q8_0", "150.00 MiB", "134.52 M", "CPU", "2", "tg128"],
+        *["128.52 ± 9.17", "1000.0 ms", "50.0 ms", "256.00 MiB"],
+    ]
+
+
+def test_several_files_are_told_apart(make_record: Any) -> None:
+    rows = table_rows([make_record(), make_record(model_filename="models/pruned.gguf")])
+    assert [row["file"] for row in rows] == ["dense.gguf", "pruned.gguf"]
+
+
+def test_what_was_not_measured_is_a_dash(make_record: Any) -> None:
+    (row,) = table_rows([make_record(peak_rss_samples_bytes=(), load_samples_ns=(), model_n_params=None)])
+    assert (row["peak RSS"], row["load"], row["params"]) == ("-", "-", "-")
+    (row,) = table_rows([make_record(samples_ns=(10**9,))])
+    assert row["t/s"] == "128.00"
+
+
+def test_a_failed_row_is_there_with_its_reason(make_record: Any) -> None:
+    reason = "timeout: no result after 600 s, | and a very long tale of how it came to that"
+    text = format_table([make_record(status="failed", failure=reason, samples_ns=())])
+    assert "failed: timeout: no result after 600 s" in text.splitlines()[2]
+    assert f"dense.gguf, tg128: {reason}" in text
+
+
+def test_loads_say_what_they_found_and_repeats_are_remarked(make_record: Any) -> None:
+    (row,) = table_rows([make_record(Workload("load"), page_cache_shares=(0.0,))])
+    assert row["test"] == "load (cold)"
+    record = make_record(quarantined_ns=(1, 2, 3, 4, 50), spread_limit=1.25)
+    assert "measured once more, then within it" in format_table([record])
+
+
+@pytest.mark.parametrize("output", ["json", "jsonl"])
+def test_json_forms_hold_whole_records(make_record: Any, output: str) -> None:
+    records = [make_record(), make_record(n_threads=4)]
+    text = format_table(records, output)
+    found = json.loads(text) if output == "json" else [json.loads(line) for line in text.splitlines()]
+    assert found == json.loads(json.dumps([record_to_json(r) for r in records]))
+
+
+def test_csv_has_a_line_a_record(make_record: Any) -> None:
+    text = format_table([make_record(), make_record(model_type=None)], "csv")
+    first, second = csv.DictReader(io.StringIO(text))
+    assert json.loads(first["samples_ns"]) == list(make_record().samples_ns)
+    assert float(first["avg_ts"]) == pytest.approx(128.52, abs=0.01)
+    assert second["model_type"] == ""
+
+
+def test_an_unknown_format_names_the_known_ones(make_record: Any) -> None:
+    with pytest.raises(InputError, match="md, json, jsonl, csv"):
+        format_table([make_record()], "xml")
+
+
+def test_comparisons_show_ratio_interval_and_verdict(make_record: Any) -> None:
+    new = make_record(
+        model_filename="pruned.gguf", samples_ns=tuple(ns // 2 for ns in make_record().samples_ns)
+    )
+    header, _, row = format_comparison(compare([make_record()], [new])).splitlines()
+    found = dict(zip(cells(header), cells(row), strict=True))
+    assert found["speed ratio"] == "2.000"
+    assert found["95% interval"] == "2.000 to 2.000"
+    assert found["verdict"] == "faster"
