@@ -1,0 +1,180 @@
+"""Stages that are done once: skipped when their inputs have not changed, taken up again after a kill.
+
+A stage writes into a temporary folder. Once everything in it, the stage's record last, is on the disk, one rename
+makes it `<folder>/stages/<name>`. A stage is done when that record carries the key that its settings and the keys
+of the stages before it give, and the files it names are there. Nothing else is remembered: a run that is killed at
+any point and started again repeats no finished stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, remove_stale_temporaries
+from cfsp.progress import Progress
+from cfsp.records import read_record, write_record
+
+__all__ = ["Stage", "StageRecord", "claim_folder", "run_stages", "stage_folder"]
+
+LOCK_FILE = ".phoneready.lock"
+RECORD_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a pipeline.
+
+    Attributes:
+        name: Its folder's name.
+        settings: What its result depends on, beside the stages before it; JSON.
+        after: Names of the stages whose output it reads.
+        run: Writes the output into the folder it is given.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    after: tuple[str, ...]
+    run: Callable[[Path, Progress], None]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What makes a stage's folder a finished one.
+
+    Attributes:
+        name: The stage.
+        key: Hash of its settings and of the keys of the stages before it.
+        settings: As they were.
+        files: Path inside the folder to size in bytes.
+        seconds: Time it took.
+    """
+
+    KIND: ClassVar[str] = "stage"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    name: str
+    key: str
+    settings: dict[str, Any]
+    files: dict[str, int]
+    seconds: float
+
+
+def stage_folder(folder: Path, name: str) -> Path:
+    """Where a stage's output lies."""
+    return folder / "stages" / name
+
+
+@contextmanager
+def claim_folder(folder: Path) -> Iterator[None]:
+    """Make `folder` the output of this run alone, and clear away what a killed run left in it.
+
+    Raises:
+        InputError: It holds something that no release made, another run is using it, or it cannot be written.
+    """
+    lock = folder / LOCK_FILE
+    if folder.exists() and (not folder.is_dir() or (not lock.exists() and any(folder.iterdir()))):
+        raise InputError(f"{folder} exists and is not a release folder; choose another one with -o")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as stream:
+            if not _try_lock(stream):
+                raise InputError(f"another run is using {folder}; wait for it, or choose another one with -o")
+            remove_stale_temporaries(folder)
+            if (folder / "stages").is_dir():
+                remove_stale_temporaries(folder / "stages")
+            yield
+    except (PermissionError, NotADirectoryError) as error:
+        raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    folder: Path,
+    *,
+    show: Callable[[str, str], None],
+    progress: Callable[[], AbstractContextManager[Progress]],
+) -> dict[str, StageRecord]:
+    """Run what is not done yet, in order.
+
+    Args:
+        stages: Each after the stages it names.
+        folder: Claimed by `claim_folder`.
+        show: Told a stage's name and state: `done before`, `running`, `finished in 12 s`.
+        progress: Opens the progress display of one stage.
+
+    Returns:
+        The record of every stage.
+    """
+    records: dict[str, StageRecord] = {}
+    for stage in stages:
+        key = _key(stage, records)
+        record = _finished(stage_folder(folder, stage.name), key)
+        if record is None:
+            show(stage.name, "running")
+            with progress() as report:
+                record = _run(stage, key, folder, report)
+            show(stage.name, f"finished in {record.seconds:.0f} s")
+        else:
+            show(stage.name, "done before")
+        records[stage.name] = record
+    return records
+
+
+def _key(stage: Stage, before: Mapping[str, StageRecord]) -> str:
+    inputs = {name: before[name].key for name in stage.after}
+    text = json.dumps(
+        [stage.name, stage.settings, inputs], sort_keys=True, ensure_ascii=True, allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finished(output: Path, key: str) -> StageRecord | None:
+    try:
+        record = read_record(StageRecord, output / RECORD_FILE)
+    except (InputError, OSError):
+        return None
+    if record.key != key or any(_size(output / name) != size for name, size in record.files.items()):
+        return None
+    return record
+
+
+def _run(stage: Stage, key: str, folder: Path, progress: Progress) -> StageRecord:
+    began = time.monotonic()
+    with atomic_directory(stage_folder(folder, stage.name), force=True) as temporary:
+        stage.run(temporary, progress)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+        # Through JSON, so that the record reads back equal whether or not the stage has just run.
+        settings = json.loads(json.dumps(dict(stage.settings)))
+        record = StageRecord(stage.name, key, settings, sizes, round(time.monotonic() - began, 3))
+        write_record(temporary / RECORD_FILE, record)
+    return record
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _try_lock(stream: IO[str]) -> bool:
+    """Lock an open file for as long as this process lives; False where another process holds it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,164 @@
+"""Stages: done once, keyed by what they depend on, and safe from a kill at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.progress import Progress, no_progress
+from phoneready.pipeline.stages import Stage, claim_folder, run_stages, stage_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PIPELINE = """
+import random, sys, time
+from contextlib import nullcontext
+from pathlib import Path
+from cfsp.progress import no_progress
+from phoneready.pipeline.stages import Stage, claim_folder, run_stages, stage_folder
+
+folder = Path(sys.argv[1])
+
+def make(name, before):
+    def run(output, progress):
+        text = "".join((stage_folder(folder, n) / "deep" / "data.txt").read_text() for n in before) + name
+        (output / "deep").mkdir()
+        for number in range(3):
+            (output / "deep" / f"part{number}.txt").write_text(name * 1000)
+            time.sleep(0.01)
+        (output / "deep" / "data.txt").write_text(text)
+    return Stage(name, {"n": name}, before, run)
+
+stages = [make("a", ()), make("b", ("a",)), make("c", ("a", "b"))]
+with claim_folder(folder):
+    print("claimed", flush=True)
+    show = lambda name, state: print(name, state, flush=True)
+    run_stages(stages, folder, show=show, progress=lambda: nullcontext(no_progress))
+"""
+
+
+def writing(name: str, after: tuple[str, ...] = (), **settings: object) -> Stage:
+    def run(output: Path, progress: Progress) -> None:
+        (output / "data.txt").write_text(name)
+
+    return Stage(name, settings, after, run)
+
+
+def states(stages: list[Stage], folder: Path) -> dict[str, str]:
+    """The last state shown of each stage, without the time."""
+    shown: dict[str, str] = {}
+    with claim_folder(folder):
+        run_stages(
+            stages,
+            folder,
+            show=lambda name, state: shown.__setitem__(name, state.partition(" in ")[0]),
+            progress=lambda: nullcontext(no_progress),
+        )
+    return shown
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file but the stages' records, whose times differ."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "stage.json")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_second_run_does_nothing_and_a_change_redoes_what_depends_on_it(tmp_path: Path) -> None:
+    def pipeline(a: int = 1, b: int = 1) -> list[Stage]:
+        return [writing("a", n=a), writing("b", ("a",), n=b), writing("c", ("a",), n=1)]
+
+    folder = tmp_path / "out"
+    assert set(states(pipeline(), folder).values()) == {"finished"}
+    assert set(states(pipeline(), folder).values()) == {"done before"}
+    assert states(pipeline(b=2), folder) == {"a": "done before", "b": "finished", "c": "done before"}
+    assert set(states(pipeline(a=2, b=2), folder).values()) == {"finished"}
+
+
+@pytest.mark.parametrize("damage", ["remove", "shorten", "record"])
+def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
+    stages = [writing("a", n=1)]
+    states(stages, tmp_path)
+    output = stage_folder(tmp_path, "a")
+    if damage == "remove":
+        (output / "data.txt").unlink()
+    elif damage == "shorten":
+        (output / "data.txt").write_text("")
+    else:
+        (output / "stage.json").write_text("{")
+    assert states(stages, tmp_path) == {"a": "finished"}
+    assert (output / "data.txt").read_text() == "a"
+
+
+def test_a_failing_stage_leaves_nothing_and_keeps_what_was_done(tmp_path: Path) -> None:
+    def fail(output: Path, progress: Progress) -> None:
+        (output / "half.txt").write_text("half")
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        states([writing("a"), Stage("b", {}, ("a",), fail)], tmp_path)
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["a"]
+    assert states([writing("a")], tmp_path) == {"a": "done before"}
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(InputError, match="not a release folder"), claim_folder(tmp_path):
+        pass
+    with pytest.raises(InputError, match="not a release folder"), claim_folder(tmp_path / "mine.txt"):
+        pass
+    with pytest.raises(InputError, match="cannot write"), claim_folder(tmp_path / "mine.txt" / "below"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def run_pipeline(folder: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", PIPELINE, str(folder)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    with run_pipeline(tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "claimed\n"
+        with pytest.raises(InputError, match="another run"), claim_folder(tmp_path):
+            pass
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    with claim_folder(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_ends_with_the_same_and_repeats_nothing(
+    tmp_path: Path, seed: int
+) -> None:
+    whole = run_pipeline(tmp_path / "whole")
+    assert whole.communicate(timeout=60)[1] == ""
+    generator, folder = random.Random(seed), tmp_path / "killed"
+    done: set[str] = set()
+    while done != {"a", "b", "c"}:
+        with run_pipeline(folder) as process:
+            assert process.stdout is not None
+            lines = [process.stdout.readline()]  # the interpreter has started: moments are those of the run
+            time.sleep(generator.uniform(0, 0.3))
+            process.kill()
+            lines += process.communicate(timeout=60)[0].splitlines()
+        started = {line.split()[0] for line in lines if line.strip().endswith("running")}
+        assert not started & done, "a finished stage ran again"
+        stages = folder / "stages"
+        done = {path.parent.name for path in stages.glob("[!.]*/stage.json")} if stages.exists() else set()
+    last = run_pipeline(folder)
+    output, errors = last.communicate(timeout=60)
+    assert (last.returncode, errors) == (0, "")
+    assert not {line.split()[0] for line in output.splitlines() if line.endswith("running")} & done
+    assert tree(folder) == tree(tmp_path / "whole")
