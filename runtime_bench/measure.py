@@ -270,5 +270,8 @@ def _hash_all(files: Sequence[Path]) -> tuple[str, ...]:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise InputError(f"no such file: {', '.join(missing)}")
-    known = {path: sha256_file(path) for path in dict.fromkeys(files)}
+    try:
+        known = {path: sha256_file(path) for path in dict.fromkeys(files)}
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
     return tuple(known[path] for path in files)
