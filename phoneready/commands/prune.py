@@ -1,6 +1,218 @@
-"""To come."""
+"""`phoneready prune`: a dense model in, a pruned checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cfsp.errors import InputError
+from cfsp.files import refuse_existing
+from phoneready.commands.options import (
+    TEXT_HELP,
+    DebugOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    ThreadsOption,
+    TrustOption,
+    split_names,
+    text_references,
+)
+from phoneready.console import prepare_torch, show_progress, write_result
+
+if TYPE_CHECKING:
+    from cfsp.calibration import Calibration
+    from cfsp.model_source import LoadedModel
+    from cfsp.plan import PruneSettings, PruningPlan
+    from cfsp.progress import Progress
+
+__all__ = ["format_plan", "prune"]
 
 
-def prune() -> None:
-    """To come."""
-    raise NotImplementedError
+def prune(
+    model: ModelArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Checkpoint folder to create.", show_default=False)
+    ] = None,
+    prune_ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--prune-ratio",
+            help="Share of FFN channels to remove (not of all parameters), 0 <= ratio < 1.",
+            show_default="0.2, or the plan's",
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            help=f"Calibration text; repeatable. `self` (sampled from the model), {TEXT_HELP}.",
+            metavar="REF",
+            show_default="self",
+        ),
+    ] = None,
+    nsamples: Annotated[int, typer.Option("--nsamples", help="Calibration windows.", min=1)] = 128,
+    seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens in a calibration window.", min=2)] = 1024,
+    seed: SeedOption = 0,
+    score: Annotated[
+        str | None, typer.Option("--score", help="Importance of a channel inside its block.")
+    ] = None,
+    coarse: Annotated[
+        str | None, typer.Option("--coarse", help="Importance of a block: angular, cosine, mse or mae.")
+    ] = None,
+    allocation: Annotated[
+        str | None, typer.Option("--allocation", help="Widths from importances: cfsp or uniform.")
+    ] = None,
+    coarse_strength: Annotated[
+        float | None, typer.Option("--coarse-strength", help="CFSP's a; 1 is the paper's.", min=0)
+    ] = None,
+    align: Annotated[
+        int | None,
+        typer.Option("--align", help="Widths are multiples of this.", min=1, show_default="from --for-quant"),
+    ] = None,
+    for_quant: Annotated[
+        list[str], typer.Option("--for-quant", help="Quantizations the widths must fit.", metavar="QUANT,...")
+    ] = ["Q4_0"],  # noqa: B006
+    uniform: Annotated[bool, typer.Option("--uniform", help="Give every block the same width.")] = False,
+    no_reconstruct: Annotated[
+        bool, typer.Option("--no-reconstruct", help="Only cut; do not solve down_proj anew.")
+    ] = False,
+    ridge: Annotated[float | None, typer.Option("--ridge", help="Ridge of that solution.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Apply this plan; --prune-ratio re-allocates it.")
+    ] = None,
+    plan_only: Annotated[
+        Path | None, typer.Option("--plan-only", help="Write the plan to this file and change no model.")
+    ] = None,
+    force: ForceOption = False,
+    trust_remote_code: TrustOption = False,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Remove FFN channels with CFSP and solve down_proj anew for what is left.
+
+    The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
+    """
+    _check_outputs(output, plan, plan_only, force=force)
+    prepare_torch(threads)
+    from cfsp.calibration import SELF, load_calibration
+    from cfsp.model_reference import load_model
+
+    chosen = {"score": score, "coarse_metric": coarse, "allocation": allocation, "strength": coarse_strength}
+    chosen |= {"prune_ratio": prune_ratio, "ridge": ridge}
+    settings = _settings(chosen, align, for_quant, uniform=uniform, reconstruct=not no_reconstruct)
+    ready = _read_plan(plan, prune_ratio)
+    references = text_references(calibration or (ready.calibration if ready else [SELF]))
+    with show_progress() as progress:
+        loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)
+        drawn = load_calibration(
+            references, loaded, nsamples=nsamples, seqlen=seqlen, seed=seed, progress=progress
+        )
+        if plan_only:
+            result = _only_plan(loaded, drawn, settings, plan_only, progress)
+        else:
+            assert output is not None  # _check_outputs
+            result = _prune(loaded, drawn, settings, ready, output, force=force, progress=progress)
+    write_result(format_plan(result, output or plan_only), _summary(result), as_json=json)
+
+
+def format_plan(plan: PruningPlan, destination: Path | None) -> str:
+    """What was removed, in words."""
+    widths = ", ".join(map(str, plan.widths))
+    removed = 1 - plan.keep_ratio
+    lines = [
+        f"Removed {removed:.2%} of the FFN channels ({plan.settings.prune_ratio:.2%} asked); "
+        f"{len(plan.widths)} blocks of {min(plan.widths)} to {max(plan.widths)} channels, "
+        f"multiples of {plan.settings.align}.",
+        f"Widths: {widths}",
+        f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
+        f"Written to {destination}.",
+    ]
+    return "\n".join(lines)
+
+
+def _summary(plan: PruningPlan) -> dict[str, Any]:
+    """The plan's record without the rankings, which are long and stand in the plan file."""
+    from cfsp.records import record_to_json
+
+    record = record_to_json(plan)
+    record["blocks"] = [{k: v for k, v in block.items() if k != "ranking"} for block in record["blocks"]]
+    return record | {"keep_ratio": plan.keep_ratio}
+
+
+def _check_outputs(output: Path | None, plan: Path | None, plan_only: Path | None, *, force: bool) -> None:
+    if (output is None) == (plan_only is None):
+        raise InputError("give one of -o DIR (a pruned checkpoint) and --plan-only FILE (the plan alone)")
+    if plan is not None and plan_only is not None:
+        raise InputError("--plan applies a plan and --plan-only makes one: give one of the two")
+    refuse_existing(output or plan_only or Path(), force=force)
+
+
+def _settings(
+    chosen: dict[str, Any], align: int | None, for_quant: Sequence[str], *, uniform: bool, reconstruct: bool
+) -> PruneSettings:
+    from cfsp.plan import PruneSettings, check_settings
+    from exporters.gguf import required_multiple
+
+    given = {name: value for name, value in chosen.items() if value is not None}
+    multiple = required_multiple(split_names(for_quant)) if align is None else align
+    settings = PruneSettings(**given, align=multiple, uniform_width=uniform, reconstruct=reconstruct)
+    check_settings(settings)
+    return settings
+
+
+def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | None:
+    from cfsp.plan import PruningPlan
+    from cfsp.records import read_record
+
+    if path is None:
+        return None
+    plan = read_record(PruningPlan, path)
+    return plan if prune_ratio is None else plan.at_ratio(prune_ratio)
+
+
+def _only_plan(
+    loaded: LoadedModel, drawn: Calibration, settings: PruneSettings, path: Path, progress: Progress
+) -> PruningPlan:
+    from cfsp.plan import make_plan
+    from cfsp.records import write_record
+    from cfsp.statistics import collect_statistics
+
+    statistics = collect_statistics(loaded.model, drawn.input_ids, with_gram=False, progress=progress)
+    plan = make_plan(
+        loaded.model,
+        statistics,
+        settings,
+        source=loaded.source.reference,
+        source_sha256=loaded.source.sha256,
+        calibration=drawn.sources,
+        calibration_sha256=drawn.sha256,
+        seed=drawn.seed,
+    )
+    write_record(path, plan)
+    return plan
+
+
+def _prune(
+    loaded: LoadedModel,
+    drawn: Calibration,
+    settings: PruneSettings,
+    plan: PruningPlan | None,
+    output: Path,
+    *,
+    force: bool,
+    progress: Progress,
+) -> PruningPlan:
+    from cfsp.checkpoint import save_checkpoint
+    from cfsp.prune import prune_model
+
+    result = prune_model(loaded, drawn, settings, plan=plan, progress=progress)
+    save_checkpoint(
+        loaded, output, plan=result.plan, input_moments=result.input_moments, seed=drawn.seed, force=force
+    )
+    return result.plan
