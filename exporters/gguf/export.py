@@ -15,6 +15,7 @@ import torch
 from cfsp.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
+from cfsp.model_reference import load_tokenizer
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
 from cfsp.text import BUILTIN_TEXT, token_windows
@@ -100,8 +101,10 @@ def export_gguf(
         raise InputError("no quantization asked for", field="quants", allowed=", ".join(QUANTS))
     refuse_existing(output, force=force)
     runtime.runtime_version()
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
     provenance = read_provenance(checkpoint, name)
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     imatrix = _read_imatrix(checkpoint) if use_imatrix and any(row.uses_imatrix for row in rows) else {}
     reference = _reference(checkpoint, tokenizer, parity_windows, progress)
     remove_stale_temporaries(output.parent, output.name)
@@ -270,19 +273,3 @@ def _reference(
             allowed=f"<= {context_length(config)}",
         )
     return reference_of(load_pruned(checkpoint, dtype=torch.float32), windows, text=text, progress=progress)
-
-
-def _load_tokenizer(checkpoint: Path) -> Any:
-    import transformers
-
-    if not (checkpoint / "config.json").is_file():
-        raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{checkpoint} has no usable tokenizer: {' '.join(str(error).split())[:200]}"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(f"{checkpoint}: the tokenizer must be a fast one (tokenizer.json)")
-    return tokenizer

@@ -52,7 +52,7 @@ class _Complaints:
             self._lines.clear()
             self._open = ""
 
-    def last(self, count: int = 2) -> str:
+    def last(self, count: int = 3) -> str:
         """The newest lines as one."""
         with self._lock:
             return "; ".join(list(self._lines)[-count:]) or "llama.cpp gave no reason"

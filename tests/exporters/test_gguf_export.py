@@ -15,18 +15,22 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 from torch import nn
 
 from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.checkpoint import save_checkpoint
+from cfsp.checkpoint import load_pruned, save_checkpoint
 from cfsp.errors import InputError, LimitError
-from cfsp.model_reference import LoadedModel, ModelSource
+from cfsp.model_reference import LoadedModel, ModelSource, load_tokenizer
 from cfsp.records import read_record
-from exporters.gguf import QUANTS, ParityLimits, export_gguf, required_multiple
+from exporters.gguf import QUANTS, ParityLimits, export_gguf, required_multiple, runtime
 from exporters.gguf import writer as writer_module
 from exporters.gguf.checkpoint_reader import read_config
 from exporters.gguf.export import MANIFEST_FILE
+from exporters.gguf.metadata import read_provenance
+from exporters.gguf.writer import write_gguf
+from exporters.parity import check_limits, compare, reference_of
 from exporters.record import ExportManifest, ExportRecord
 
 WIDTHS = (96, 64, 128, 40)
@@ -457,5 +461,35 @@ def test_plain_hugging_face_folders_are_exported_too(
     assert record.architecture == "qwen2"
     assert record.file == "tiny-model-Q8_0.gguf"
     assert record.plan_sha256 is None
-    # transformers builds Qwen's own tokenizer for this folder, which composes characters.
+
+
+def test_a_composing_tokenizer_is_exported_with_a_warning(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_model("qwen2")
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.NFC()
+    save_checkpoint(LoadedModel(model, tokenizer, ModelSource("x", "folder", "x")), tmp_path / "hf")
+    (record,) = export(tmp_path / "hf", tmp_path / "out", "f32")
     assert any("NFC" in warning for warning in record.warnings)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_limits_tell_a_broken_quantized_file_from_a_good_one(
+    pruned: Path, tmp_path: Path, broken: bool
+) -> None:
+    tokenizer, limits = load_tokenizer(pruned), QUANTS["Q8_0"].limits.as_dict()
+    original = writer_module.tensor_specs
+    with pytest.MonkeyPatch.context() as patch:
+        if broken:
+            patch.setattr(
+                writer_module, "tensor_specs", lambda *a: [_forget_permutation(spec) for spec in original(*a)]
+            )
+        write_gguf(pruned, tmp_path / "f32.gguf", tokenizer, read_provenance(pruned))
+    runtime.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
+    with runtime.open_model(tmp_path / "q.gguf", n_ctx=WINDOWS.shape[1], kv_f32=True) as opened:
+        report = compare(reference_of(load_pruned(pruned), WINDOWS), opened.iter_logits, limits)
+    if broken:
+        with pytest.raises(LimitError, match=r"q\.gguf .*kl_mean .* above"):
+            check_limits(report, "q.gguf")
+    else:
+        check_limits(report, "q.gguf")

@@ -1,0 +1,93 @@
+"""The llama.cpp runtime: decoding in steps equals decoding at once, and errors carry llama.cpp's reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cfsp.errors import InputError
+from exporters.gguf import runtime
+from exporters.gguf.quants import QUANTS
+
+IDS = list(range(20, 84))
+
+
+@pytest.fixture(scope="module")
+def model_file(tiny_gguf: Callable[..., Path]) -> Path:
+    return tiny_gguf("llama")
+
+
+def test_prompts_and_single_tokens_give_the_same_logits(model_file: Path) -> None:
+    with runtime.open_model(model_file, n_ctx=64, kv_f32=True) as model:
+        model.decode(IDS)
+        at_once = model.last_logits()
+        model.clear()
+        model.decode(IDS[:60])
+        for token in IDS[60:]:
+            model.decode([token])
+        np.testing.assert_allclose(model.last_logits(), at_once, atol=1e-4)
+        pieces = [piece.copy() for piece in model.iter_logits(IDS)]
+        np.testing.assert_allclose(np.concatenate(pieces)[-1], at_once, atol=1e-4)
+    assert at_once.shape == (384,)
+
+
+def test_logits_come_in_pieces_of_n_batch(model_file: Path) -> None:
+    with runtime.open_model(model_file, n_ctx=64, n_batch=32, n_ubatch=32) as model:
+        assert [len(piece) for piece in model.iter_logits(IDS[:50])] == [32, 18]
+
+
+def test_facts(model_file: Path) -> None:
+    with runtime.open_model(model_file, n_ctx=256) as model:
+        assert model.vocab_size == 384
+        assert model.n_ctx == 256
+        assert model.n_ctx_train == 512
+        assert model.n_params == model.size_bytes / 4
+        assert model.description.startswith("llama")
+        assert model.model_load_ns > 0
+        assert model.context_ns > 0
+    model.close()
+    assert "llama.cpp" in runtime.runtime_version()
+
+
+def test_a_full_context_and_unknown_tokens(model_file: Path) -> None:
+    with runtime.open_model(model_file, n_ctx=64) as model:
+        n_ctx = model.n_ctx
+        with pytest.raises(InputError, match="n_ctx"):
+            model.decode([1] * (n_ctx + 1))
+        model.clear()
+        with pytest.raises(InputError, match="invalid token"):
+            model.decode([384])
+
+
+def test_load_errors_have_a_reason(tmp_path: Path, model_file: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        runtime.open_model(tmp_path / "none.gguf")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(model_file.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"cannot load .*cut\.gguf: .*(corrupted|incomplete|bounds)"):
+        runtime.open_model(cut)
+
+
+def test_quantizing_refuses_with_a_reason(tmp_path: Path, model_file: Path) -> None:
+    with pytest.raises(InputError, match="cannot quantize"):
+        runtime.quantize(tmp_path / "none.gguf", tmp_path / "out.gguf", QUANTS["Q8_0"].ftype)
+    wrong = {"blk.0.ffn_up.weight": np.ones(7, dtype=np.float32)}
+    with pytest.raises(InputError, match="size"):
+        runtime.quantize(model_file, tmp_path / "out.gguf", QUANTS["Q4_0"].ftype, imatrix=wrong)
+
+
+def test_nothing_reaches_the_terminal_and_torch_stays_out(model_file: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom exporters.gguf import runtime\n"
+        f"path = Path({str(model_file)!r})\n"
+        "with runtime.open_model(path, n_ctx=64) as model: model.decode([5, 6, 7])\n"
+        f"runtime.quantize(path, Path({str(tmp_path / 'q.gguf')!r}), 7)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
