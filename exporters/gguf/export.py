@@ -104,7 +104,7 @@ def export_gguf(
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
     provenance = read_provenance(checkpoint, name)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
     imatrix = _read_imatrix(checkpoint) if use_imatrix and any(row.uses_imatrix for row in rows) else {}
     reference = _reference(checkpoint, tokenizer, parity_windows, progress)
     remove_stale_temporaries(output.parent, output.name)

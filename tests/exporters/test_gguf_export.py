@@ -493,3 +493,15 @@ def test_limits_tell_a_broken_quantized_file_from_a_good_one(
             check_limits(report, "q.gguf")
     else:
         check_limits(report, "q.gguf")
+
+
+def test_sharded_half_precision_folders(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("llama", tied=False)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "hf", max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "hf")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+    (record,) = export(tmp_path / "hf", tmp_path / "out", "f32")
+    assert record.parity.max_logit_diff <= 1e-3
+    next((tmp_path / "hf").glob("model-00002*")).unlink()
+    with pytest.raises(InputError, match="model-00002"):
+        export(tmp_path / "hf", tmp_path / "none", "f32")
