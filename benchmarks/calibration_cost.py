@@ -1,0 +1,127 @@
+"""What calibration and pruning cost beside a plain forward pass over the same tokens, in time and memory.
+
+Each measurement is a fresh process: A runs the model over all windows, B collects statistics and prunes. They take
+turns (A B A B ...). The ratio is that of CPU times (user + system, all threads), which other load on the machine
+disturbs less than wall time; wall times are printed too. Peak memory is the process's own while it works, after the
+model has been loaded (loading dequantizes, which needs more for a moment).
+
+    python benchmarks/calibration_cost.py [--model smollm2-135m] [--nsamples 32] [--seqlen 1024] [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cfsp.model_reference import load_model
+from cfsp.plan import PruneSettings, apply_plan, make_plan
+from cfsp.statistics import collect_statistics
+from runtime_bench.memory import current_rss_bytes, peak_rss_bytes
+from runtime_bench.summary import ratio_interval
+
+
+def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Run one side in this process."""
+    loaded = load_model(arguments.model)
+    ids = torch.randint(
+        0,
+        loaded.model.config.vocab_size,
+        (arguments.nsamples, arguments.seqlen),
+        generator=torch.Generator().manual_seed(0),
+    )
+    model_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    before = current_rss_bytes()
+    # 5 resets the peak of this process (proc(5), clear_refs).
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = SIDES[kind](loaded.model, ids)
+    return {
+        **result,
+        "wall_s": result.get("wall_s", time.perf_counter() - wall),
+        "cpu_s": result.get("cpu_s", time.process_time() - cpu),
+        "model_bytes": model_bytes,
+        "rss_before_bytes": before or 0,
+        "peak_rss_bytes": peak_rss_bytes() or 0,
+    }
+
+
+def forward(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    """The plain pass."""
+    with torch.inference_mode():
+        for window in ids:
+            model(input_ids=window[None], use_cache=False)
+    return {}
+
+
+def prune(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    """Statistics with Gram matrices, then plan, solves and surgery, timed apart."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    statistics = collect_statistics(model, ids)
+    times = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    cpu = time.process_time()
+    plan = make_plan(
+        model,
+        statistics,
+        PruneSettings(),
+        source="benchmark",
+        source_sha256=None,
+        calibration=["random tokens"],
+        calibration_sha256="",
+        seed=0,
+    )
+    apply_plan(model, plan, grams=statistics.grams)
+    return {**times, "solve_cpu_s": time.process_time() - cpu}
+
+
+SIDES = {"forward": forward, "prune": prune}
+
+
+def main() -> None:
+    """Take turns and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--nsamples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps(measure(arguments.side, arguments)))
+        return
+    samples: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(arguments.rounds):
+        for side, collected in samples.items():
+            run = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--side", side], stdout=subprocess.PIPE, check=True
+            )
+            collected.append(json.loads(run.stdout.splitlines()[-1]))
+            print(side, collected[-1], file=sys.stderr, flush=True)
+    report(samples)
+
+
+def report(samples: dict[str, list[dict[str, float]]]) -> None:
+    """Medians, the ratio with its interval, and memory beyond the model."""
+    mib = 2**20
+    for side, rows in samples.items():
+        columns = {key: sorted(row[key] for row in rows)[len(rows) // 2] for key in rows[0]}
+        extra = (columns["peak_rss_bytes"] - columns["model_bytes"]) / mib
+        print(
+            f"{side}: cpu {columns['cpu_s']:.1f} s, wall {columns['wall_s']:.1f} s, "
+            f"solves {columns.get('solve_cpu_s', 0):.1f} cpu s, peak RSS {columns['peak_rss_bytes'] / mib:.0f} MiB, "
+            f"that is model + {extra:.0f} MiB (loaded process: {columns['rss_before_bytes'] / mib:.0f} MiB)"
+        )
+    for key in ("cpu_s", "wall_s"):
+        base, new = ([row[key] for row in samples[side]] for side in ("forward", "prune"))
+        print(f"{key} ratio statistics / plain forward: {ratio_interval(new, base, paired=True)}")
+
+
+if __name__ == "__main__":
+    main()
