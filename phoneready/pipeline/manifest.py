@@ -1,0 +1,198 @@
+"""What a finished release leaves for its user: the files, manifest.json and report.md."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cfsp.checkpoint import PLAN_FILE, CheckpointInfo, read_checkpoint_info
+from cfsp.errors import InputError
+from cfsp.files import atomic_file, write_text
+from cfsp.model_source import ModelSource
+from cfsp.plan import PruningPlan
+from cfsp.records import read_record, tool_version, write_record
+from exporters.record import ExportManifest, ExportRecord
+from phoneready.pipeline.answers import Answers
+from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.evaluation import Evaluation
+from phoneready.pipeline.report import ReleaseFigures, render_report
+from phoneready.pipeline.stages import StageRecord, stage_folder
+from phoneready.pipeline.steps import ANSWERS_FILE, BENCH_FILE, EVALUATION_FILE, Steps
+from runtime_bench.jsonl import read_jsonl
+
+__all__ = ["MANIFEST_FILE", "REPORT_FILE", "ReleaseManifest", "ReleasedFile", "publish", "read_figures"]
+
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.md"
+
+
+@dataclass(frozen=True)
+class ReleasedFile:
+    """A file of the release.
+
+    Attributes:
+        file: Its name in the release folder.
+        role: `pruned`, or `dense` for the one it is compared with.
+        quant: Quantization.
+        architecture: llama.cpp's name for it, which may differ from the source's.
+        bytes: Size.
+        sha256: Hash.
+    """
+
+    file: str
+    role: str
+    quant: str
+    architecture: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ReleaseManifest:
+    """manifest.json: what was made, from what, how, and with what.
+
+    Attributes:
+        source: The dense model.
+        license: Its licence, which the files inherit; None where the source states none.
+        seed: Seed of the run.
+        prune_ratio: Share of FFN channels that was asked to be removed.
+        removed_ffn_share: Share that was removed.
+        widths: intermediate_size of each block.
+        plan_sha256: Hash of the pruning plan.
+        checkpoint_sha256: Hash of the pruned checkpoint's weights.
+        files: The files.
+        kinds: How each group of figures came about.
+        versions: Packages and runtime.
+        config: The configuration.
+        commands: Single commands that make the same.
+        stages: Name to key of each stage.
+        seconds: Name to duration of each stage.
+    """
+
+    KIND: ClassVar[str] = "release-manifest"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    source: ModelSource
+    license: str | None
+    seed: int
+    prune_ratio: float
+    removed_ffn_share: float
+    widths: tuple[int, ...]
+    plan_sha256: str | None
+    checkpoint_sha256: str
+    files: tuple[ReleasedFile, ...]
+    kinds: dict[str, str]
+    versions: dict[str, str]
+    config: dict[str, Any]
+    commands: tuple[str, ...]
+    stages: dict[str, str]
+    seconds: dict[str, float]
+
+
+def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) -> ReleaseManifest:
+    """Link the files into the folder and write manifest.json and report.md from what the stages left."""
+    figures = read_figures(config, folder)
+    checkpoint = read_checkpoint_info(stage_folder(folder, "prune") / "model")
+    manifest = _manifest(config, figures, checkpoint, stages)
+    before = _published_before(folder)
+    for file in Steps(config, folder, None).files():
+        _link(file, folder / file.name)
+    write_record(folder / MANIFEST_FILE, manifest)
+    write_text(folder / REPORT_FILE, render_report(config, figures, manifest.versions, manifest.commands))
+    for name in before - {file.file for file in manifest.files}:
+        (folder / name).unlink(missing_ok=True)
+    return manifest
+
+
+def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
+    """Everything that the stages of a finished release measured."""
+    exports = [_exports(folder, stage) for stage in ("export-dense", "export-pruned")]
+    return ReleaseFigures(
+        source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
+        plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
+        evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
+        dense=exports[0],
+        pruned=exports[1],
+        answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
+        bench=tuple(read_jsonl(stage_folder(folder, "bench") / BENCH_FILE)),
+    )
+
+
+def _exports(folder: Path, stage: str) -> tuple[ExportRecord, ...]:
+    return read_record(ExportManifest, stage_folder(folder, stage) / "gguf" / "export.json").exports
+
+
+def _manifest(
+    config: ReleaseConfig,
+    figures: ReleaseFigures,
+    checkpoint: CheckpointInfo,
+    stages: Sequence[StageRecord],
+) -> ReleaseManifest:
+    roles = [("pruned", record) for record in figures.pruned] + [
+        ("dense", record) for record in figures.dense
+    ]
+    versions = checkpoint.versions | {"phoneready": tool_version(), "runtime": figures.pruned[0].runtime}
+    return ReleaseManifest(
+        source=figures.source,
+        license=figures.source.license,
+        seed=config.seed,
+        prune_ratio=config.prune.prune_ratio,
+        removed_ffn_share=1 - figures.plan.keep_ratio,
+        widths=checkpoint.widths,
+        plan_sha256=checkpoint.plan_sha256,
+        checkpoint_sha256=checkpoint.weights_sha256,
+        files=tuple(
+            ReleasedFile(r.file, role, r.quant, r.architecture, r.file_bytes, r.sha256) for role, r in roles
+        ),
+        kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
+        versions=dict(sorted(versions.items())),
+        config=config.model_dump(mode="json"),
+        commands=_commands(config, figures),
+        stages={stage.name: stage.key for stage in stages},
+        seconds={stage.name: stage.seconds for stage in stages},
+    )
+
+
+def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:
+    """The release as single commands."""
+    p, e, s = config.prune, config.evaluate, figures.plan.settings
+    prune: list[object] = ["prune", config.model.reference, "-o", "checkpoint", "--prune-ratio", s.prune_ratio]
+    for reference in p.calibration:
+        prune += ["--calibration", reference]
+    prune += ["--nsamples", p.nsamples, "--seqlen", p.seqlen, "--seed", config.seed, "--score", s.score]
+    prune += ["--coarse", s.coarse_metric, "--allocation", s.allocation, "--coarse-strength", s.strength]
+    prune += ["--align", s.align, "--ridge", s.ridge]
+    prune += ["--uniform"] if s.uniform_width else []
+    prune += [] if s.reconstruct else ["--no-reconstruct"]
+    judge: list[object] = ["eval", "checkpoint", "--against", config.model.reference]
+    for option, references in (("--text", e.text), ("--chats", e.chats)):
+        for reference in references:
+            judge += [option, reference]
+    judge += ["--seqlen", e.seqlen, "--windows", e.max_windows, "--seed", config.seed + 1]
+    export = ["export", "checkpoint", "-o", "gguf", "--gguf", ",".join(config.export.quants)]
+    export += [] if config.export.imatrix else ["--no-imatrix"]
+    return tuple(shlex.join(map(str, ["phoneready", *words])) for words in (prune, judge, export))
+
+
+def _published_before(folder: Path) -> set[str]:
+    try:
+        return {file.file for file in read_record(ReleaseManifest, folder / MANIFEST_FILE).files}
+    except InputError:
+        return set()
+
+
+def _link(source: Path, destination: Path) -> None:
+    """Give a file a second name; a copy where the file system has no links."""
+    if destination.exists() and destination.samefile(source):
+        return
+    with atomic_file(destination) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,160 @@
+"""What each stage of a release does: read what earlier stages left, write into the folder it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import safetensors.torch
+
+from cfsp.calibration import Calibration, load_calibration
+from cfsp.checkpoint import read_checkpoint_info, save_checkpoint
+from cfsp.evaluation import PROMPTS
+from cfsp.model_reference import load_model, load_tokenizer
+from cfsp.model_source import LoadedModel
+from cfsp.progress import Progress
+from cfsp.prune import MOMENT_WINDOWS, prune_model
+from cfsp.records import write_record
+from cfsp.statistics import collect_input_moments
+from cfsp.text import tokens_sha256
+from exporters.gguf import export_gguf, find_quant
+from phoneready.pipeline.answers import answer_all
+from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.evaluation import EvaluationSettings, evaluate
+from phoneready.pipeline.stages import stage_folder
+from runtime_bench.jsonl import append_jsonl
+from runtime_bench.measure import run_bench
+
+__all__ = ["ANSWERS_FILE", "BENCH_FILE", "EVALUATION_FILE", "Steps"]
+
+CALIBRATION_FILE = "calibration.safetensors"
+EVALUATION_FILE = "evaluation.json"
+ANSWERS_FILE = "answers.json"
+BENCH_FILE = "bench.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The stages' work for one configuration and release folder.
+
+    Attributes:
+        config: What to make.
+        folder: The release folder.
+        threads: Threads of llama.cpp outside the benchmark; torch's number where None.
+    """
+
+    config: ReleaseConfig
+    folder: Path
+    threads: int | None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Questions for the models."""
+        return self.config.evaluate.prompts or PROMPTS
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether a quantization wants the importance matrix of the dense model."""
+        export = self.config.export
+        return export.imatrix and any(find_quant(quant).uses_imatrix for quant in export.quants)
+
+    def checkpoint(self, stage: str) -> Path:
+        """The checkpoint that a stage left."""
+        return stage_folder(self.folder, stage) / "model"
+
+    def files(self) -> list[Path]:
+        """The exported files: for each quantization the dense one, then the pruned one."""
+        folders = [stage_folder(self.folder, stage) / "gguf" for stage in ("export-dense", "export-pruned")]
+        quants = self.config.export.quants
+        return [next(folder.glob(f"*-{quant}.gguf")) for quant in quants for folder in folders]
+
+    def dense(self, output: Path, progress: Progress) -> None:
+        """Load the model, draw its calibration windows, keep both."""
+        model, prune = self.config.model, self.config.prune
+        loaded = load_model(model.reference, trust_remote_code=model.trust_remote_code, progress=progress)
+        sizes = {"nsamples": prune.nsamples, "seqlen": prune.seqlen, "seed": self.config.seed}
+        ids = load_calibration(prune.calibration, loaded, **sizes, progress=progress).input_ids
+        safetensors.torch.save_file({"input_ids": ids}, output / CALIBRATION_FILE)
+        moments = None
+        if self.needs_moments:
+            spread = ids[:: max(1, len(ids) // MOMENT_WINDOWS)][:MOMENT_WINDOWS]
+            moments = collect_input_moments(loaded.model, spread, progress=progress)
+        save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
+
+    def prune(self, output: Path, progress: Progress) -> None:
+        """Make a plan, apply it, save the pruned checkpoint."""
+        loaded = self._load("dense", progress)
+        path = stage_folder(self.folder, "dense") / CALIBRATION_FILE
+        ids = safetensors.torch.load_file(path)["input_ids"]
+        sources = self.config.prune.calibration
+        calibration = Calibration(ids, sources, self.config.seed, tokens_sha256(ids))
+        result = prune_model(loaded, calibration, self.config.prune_settings(), progress=progress)
+        save_checkpoint(
+            loaded,
+            output / "model",
+            plan=result.plan,
+            input_moments=result.input_moments,
+            seed=self.config.seed,
+        )
+
+    def evaluate(self, output: Path, progress: Progress) -> None:
+        """Pruned against dense, as checkpoints."""
+        settings = EvaluationSettings(
+            text=self.config.evaluate.text,
+            chats=self.config.evaluate.chats,
+            seqlen=self.config.evaluate.seqlen,
+            max_windows=self.config.evaluate.max_windows,
+            prompts=self.prompts,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            seed=self.config.seed + 1,  # not the calibration's: chats that pruning has seen prove nothing
+        )
+        dense, pruned = self._load("dense", progress), self._load("prune", progress)
+        result = evaluate(pruned, dense, settings, progress=progress)
+        write_record(
+            output / EVALUATION_FILE,
+            dataclasses.replace(result, model="pruned", against=dense.source.reference),
+        )
+
+    def export_dense(self, output: Path, progress: Progress) -> None:
+        """The dense model's files, for comparison."""
+        self._export("dense", "dense", output, progress)
+
+    def export_pruned(self, output: Path, progress: Progress) -> None:
+        """The pruned model's files."""
+        percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
+        self._export("prune", f"pruned{percent}", output, progress)
+
+    def answers(self, output: Path, progress: Progress) -> None:
+        """What the files answer in their own runtime."""
+        record = answer_all(
+            self.files(),
+            load_tokenizer(self.checkpoint("dense")),
+            self.prompts,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            n_threads=self.threads,
+            progress=progress,
+        )
+        write_record(output / ANSWERS_FILE, record)
+
+    def bench(self, output: Path, progress: Progress) -> None:
+        """All files in turns; records name the files without folders, as the release may move."""
+        records = run_bench(self.files(), self.config.bench.settings(self.config.seed), progress)
+        named = [dataclasses.replace(r, model_filename=Path(r.model_filename).name) for r in records]
+        append_jsonl(output / BENCH_FILE, named)
+
+    def _load(self, stage: str, progress: Progress) -> LoadedModel:
+        """A stage's checkpoint, with the origin of the model that it was made from."""
+        loaded = load_model(self.checkpoint(stage), progress=progress)
+        return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
+
+    def _export(self, stage: str, suffix: str, output: Path, progress: Progress) -> None:
+        name = read_checkpoint_info(self.checkpoint(stage)).source.name
+        export_gguf(
+            self.checkpoint(stage),
+            output / "gguf",
+            self.config.export.quants,
+            name=f"{name}-{suffix}",
+            use_imatrix=self.config.export.imatrix,
+            n_threads=self.threads,
+            progress=progress,
+        )
