@@ -1,11 +1,18 @@
-"""Reading GGUF files: metadata as plain values, tensors dequantized; damage becomes one clear line."""
+"""Reading GGUF files: metadata as plain values, tensors dequantized; damage becomes one clear line.
+
+The gguf package's own reader makes an array of every string, which takes seconds for a vocabulary; so the header is
+read here (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and the package dequantizes.
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -16,6 +23,23 @@ from cfsp.errors import InputError
 __all__ = ["GGUFFile", "GGUFTensor", "read_gguf"]
 
 _MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, _ARRAY = 8, 9
+_NUMBERS = MappingProxyType(
+    {
+        0: "u1",
+        1: "i1",
+        2: "<u2",
+        3: "<i2",
+        4: "<u4",
+        5: "<i4",
+        6: "<f4",
+        7: "?",
+        10: "<u8",
+        11: "<i8",
+        12: "<f8",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -25,22 +49,26 @@ class GGUFTensor:
     Attributes:
         name: llama.cpp's name, such as "blk.0.ffn_up.weight".
         shape: Outermost dimension first, as torch has it.
-        tensor: The gguf package's view of the data.
+        kind: The gguf package's quantization type.
+        data: (n_bytes,) uint8 view of the file.
     """
 
     name: str
     shape: tuple[int, ...]
-    tensor: Any
+    kind: Any
+    data: np.ndarray[Any, np.dtype[np.uint8]]
 
     def dequantize(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The values, (shape) float32, in memory of their own."""
+        dtype = {"F32": np.float32, "F16": np.float16, "F64": np.float64}.get(self.kind.name)
+        rows = self.data.reshape(*self.shape[:-1], -1) if dtype is None else self.data.view(dtype)
         try:
-            values = gguf.dequantize(self.tensor.data, self.tensor.tensor_type)
+            values = gguf.dequantize(rows, self.kind) if dtype is None else rows
         except NotImplementedError as error:
             raise InputError(
                 f"tensor {self.name} is stored in a type that cannot be dequantized",
                 field="tensor type",
-                value=self.tensor.tensor_type.name,
+                value=self.kind.name,
             ) from error
         return np.array(values, dtype=np.float32).reshape(self.shape)
 
@@ -81,25 +109,86 @@ def read_gguf(path: Path) -> GGUFFile:
     """
     try:
         with path.open("rb") as stream:
-            magic = stream.read(len(_MAGIC))
+            if stream.read(len(_MAGIC)) != _MAGIC:
+                raise InputError(f"{path} is not a GGUF file (it does not start with {_MAGIC.decode()})")
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if magic != _MAGIC:
-        raise InputError(f"{path} is not a GGUF file (it does not start with {_MAGIC.decode()})")
     try:
-        reader = gguf.GGUFReader(path)
-        metadata = {
-            name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
-        }
-        tensors = tuple(
-            GGUFTensor(t.name, tuple(int(n) for n in reversed(t.shape.tolist())), t) for t in reader.tensors
-        )
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
-        raise InputError(
-            f"{path} is damaged or cut short and cannot be read as GGUF: {_one_line(error)}"
-        ) from error
+        metadata, tensors = _parse(content)
+    except (ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path} is damaged or cut short and cannot be read as GGUF: {reason}") from error
     return GGUFFile(path, metadata, tensors)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+class _Cursor:
+    """A place in the file that moves on with every read and never beyond the end."""
+
+    def __init__(self, content: mmap.mmap) -> None:
+        self.content = content
+        self.at = len(_MAGIC)
+
+    def take(self, count: int) -> int:
+        """Where the next `count` bytes start."""
+        start = self.at
+        if count > len(self.content) - start:
+            raise ValueError(f"{count} bytes expected at {start}, the file ends at {len(self.content)}")
+        self.at = start + count
+        return start
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack_from(form, self.content, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def text(self) -> str:
+        count = self.number("<Q")
+        start = self.take(count)
+        return self.content[start : start + count].decode("utf-8")
+
+    def numbers(self, kind: int, count: int) -> list[Any]:
+        dtype = np.dtype(_NUMBERS[kind])
+        start = self.take(dtype.itemsize * count)
+        values: list[Any] = np.frombuffer(self.content, dtype, count, start).tolist()
+        return values
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.text()
+        if kind != _ARRAY:
+            return self.numbers(kind, 1)[0]
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind == _STRING:
+            return [self.text() for _ in range(count)]
+        return self.numbers(kind, count)
+
+
+def _parse(content: mmap.mmap) -> tuple[dict[str, Any], tuple[GGUFTensor, ...]]:
+    cursor = _Cursor(content)
+    version = cursor.number("<I")
+    if version not in _VERSIONS:
+        raise ValueError(f"GGUF version {version}, known are {_VERSIONS}")
+    n_tensors, n_values = cursor.number("<Q"), cursor.number("<Q")
+    metadata = {}
+    for _ in range(n_values):
+        key = cursor.text()
+        metadata[key] = cursor.value(cursor.number("<I"))
+    rows = []
+    for _ in range(n_tensors):
+        name = cursor.text()
+        shape = tuple(reversed(cursor.numbers(10, cursor.number("<I"))))
+        rows.append((name, shape, gguf.GGMLQuantizationType(cursor.number("<I")), cursor.number("<Q")))
+    alignment = int(metadata.get("general.alignment", 32))
+    start = -(-cursor.at // alignment) * alignment
+    return metadata, tuple(_tensor(cursor, start, *row) for row in rows)
+
+
+def _tensor(
+    cursor: _Cursor, start: int, name: str, shape: tuple[int, ...], kind: Any, offset: int
+) -> GGUFTensor:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if not shape or shape[-1] % block:
+        raise ValueError(f"tensor {name} of shape {shape} is not made of whole {kind.name} blocks")
+    cursor.at = start + offset
+    count = math.prod(shape) // block * block_bytes
+    return GGUFTensor(name, shape, kind, np.frombuffer(cursor.content, np.uint8, count, cursor.take(count)))

