@@ -5,6 +5,7 @@ Each source contributes the same number of windows, so several sources weigh equ
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -98,9 +99,9 @@ def _draw_windows(reference: str, loaded: LoadedModel, count: int, seqlen: int, 
     if len(documents) == 1:
         stream = torch.tensor(join_documents(documents, loaded.tokenizer))
         _check_enough(reference, len(stream), count, seqlen)
-        generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(0, len(stream) - seqlen + 1, (count,), generator=generator)
-        return torch.stack([stream[s : s + seqlen] for s in starts.tolist()])
+        generator = random.Random(seed)
+        starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
+        return torch.stack([stream[start : start + seqlen] for start in starts])
     stream = torch.tensor(join_documents(shuffled(documents, seed), loaded.tokenizer, limit=needed))
     _check_enough(reference, len(stream), count, seqlen)
     return stream.view(count, seqlen)

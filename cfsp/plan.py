@@ -44,7 +44,7 @@ class PruneSettings:
     coarse_metric: str = "angular"
     allocation: str = "cfsp"
     strength: float = 1.0
-    score: str = "wanda_sp"
+    score: str = "activation_norm"
     align: int = 32
     uniform_width: bool = False
     reconstruct: bool = True

@@ -12,10 +12,11 @@ __all__ = ["reconstruct_down"]
 def reconstruct_down(
     weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, ridge: float
 ) -> torch.Tensor:
-    """Ridge least-squares weights of the kept channels.
+    """Ridge least-squares weights of the kept channels, drawn towards the weights they had.
 
-    W' = W H[:, S] (H[S, S] + lambda mean(diag H[S, S]) I)^-1, the minimizer of ||X W^T - X_S W'^T||^2 plus the
-    ridge, so that the block's output is matched as well as the kept channels allow.
+    With S the kept and R the removed channels, W' = W_S + W_R H[R, S] (H[S, S] + lambda mean(diag H[S, S]) I)^-1
+    minimizes ||X W^T - X_S W'^T||^2 / T plus the ridge times ||W' - W_S||^2. At lambda = 0 it is ordinary least squares;
+    a large lambda leaves the kept columns alone, where shrinking W' itself would fade channels that are rarely active.
 
     Args:
         weight: W, (hidden_size, intermediate_size) of down_proj.
@@ -31,11 +32,15 @@ def reconstruct_down(
     """
     if not ridge > 0:
         raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
-    within = gram[kept][:, kept]
+    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_removed[kept] = False
+    removed = is_removed.nonzero()[:, 0]
+    rows = gram[kept]
+    within = rows[:, kept]
     damping = ridge * within.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     within.diagonal().add_(damping)
     factor, info = torch.linalg.cholesky_ex(within)
     if int(info) != 0:
         raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
-    target = gram[kept] @ weight.double().T
-    return torch.cholesky_solve(target, factor).T.contiguous().to(weight.dtype)
+    change = torch.cholesky_solve(rows[:, removed] @ weight[:, removed].double().T, factor).T
+    return (weight[:, kept].double() + change).contiguous().to(weight.dtype)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import tempfile
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def split_chats(path: Path, directory: Path) -> tuple[Path, Path]:
     """Write every 20th row to one file and the others to another; returns (train, held_out)."""
     train, held_out = directory / "train.jsonl", directory / "held_out.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    held_out.write_text("".join(lines[::HELD_OUT_EVERY]), encoding="utf-8")
+    # Data sets are often sorted by origin; the first windows should show all of them.
+    kept = random.Random(0).sample(lines[::HELD_OUT_EVERY], len(lines[::HELD_OUT_EVERY]))
+    held_out.write_text("".join(kept), encoding="utf-8")
     train.write_text("".join(x for i, x in enumerate(lines) if i % HELD_OUT_EVERY), encoding="utf-8")
     return train, held_out
 
