@@ -1,7 +1,8 @@
 """Perplexity of SmolLM2-135M-Instruct on WikiText-2 test after pruning, without any training.
 
 The paper's settings against phoneready's defaults, at equal kept shares of FFN channels. Calibration: 128 random
-windows of 1024 tokens of the validation split, seed 0. Measured on the first 74 windows of 1024 tokens of the test split.
+windows of 1024 tokens of the validation split, seed 0. Measured on the first 74 windows of 1024 tokens of the test
+split.
 
     python benchmarks/quality/wikitext.py --wikitext DIR [--ratios 0.2 0.3 0.5] [--json FILE]
 
