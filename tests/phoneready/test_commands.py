@@ -1,0 +1,137 @@
+"""The commands on a tiny model, in this process, with the real libraries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+SMALL = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "1"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> str:
+    return str(tiny_folder())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pruned") / "checkpoint"
+    assert main(["prune", model, "-o", str(output), "--prune-ratio", "0.25", *SMALL]) == 0
+    return output
+
+
+def test_prune_says_what_it_removed(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["prune", model, "-o", str(tmp_path / "out"), "--prune-ratio", "0.25", *SMALL]
+    assert main([*arguments, "--json"]) == 0
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
+    assert plan["keep_ratio"] == pytest.approx(0.75)
+    assert plan["settings"]["align"] == 1
+    assert (tmp_path / "out" / "pruning_plan.json").is_file()
+    assert main(arguments) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+    assert "25.00% of the FFN channels" in capsys.readouterr().out
+
+
+def test_a_plan_is_made_once_and_applied_at_another_ratio(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    assert main(["prune", model, "--plan-only", str(plan), "--prune-ratio", "0.25", *SMALL]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    capsys.readouterr()
+    again = ["prune", model, "-o", str(tmp_path / "out"), "--plan", str(plan), "--prune-ratio", "0.5"]
+    assert main([*again, "--nsamples", "2", "--seqlen", "32", "--json"]) == 0
+    applied = json.loads(capsys.readouterr().out)
+    assert applied["keep_ratio"] == pytest.approx(0.5)
+    assert applied["calibration"] == ["builtin:python-docs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([], "-o DIR"),
+        (["-o", "x", "--plan-only", "y"], "-o DIR"),
+        (["-o", "x", "--prune-ratio", "1"], "prune_ratio"),
+        (["-o", "x", "--score", "best"], "score"),
+        (["-o", "x", "--for-quant", "Q9"], "Q9"),
+        (["-o", "x", "--calibration", "missing.txt"], "missing.txt"),
+        (["-o", "x", "--plan", "missing.json"], "missing.json"),
+    ],
+)
+def test_prune_refuses_what_it_cannot_do(
+    arguments: list[str],
+    reason: str,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", model, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert reason in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_against_the_dense_model(
+    checkpoint: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--seqlen", "32", "--windows", "2", "--max-new-tokens", "2"]
+    assert main(["eval", str(checkpoint), "--against", model, *sizes, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (text,) = result["texts"]
+    assert text["n_tokens"] == 2 * 31
+    assert text["divergence"]["kl_mean"] > 0
+    assert len(result["answers"]) == len(result["against_answers"]) == len(result["prompts"]) > 0
+    assert main(["eval", model, "--against", model, *sizes, "--no-prompts"]) == 0
+    output = capsys.readouterr().out
+    assert "100.00%" in output
+    assert "62" in output
+
+
+def test_eval_alone_gives_the_same_perplexity(
+    checkpoint: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--seqlen", "32", "--windows", "2", "--no-prompts", "--json"]
+    figures = []
+    for extra in ([], ["--against", model]):
+        assert main(["eval", str(checkpoint), *extra, *sizes]) == 0
+        figures.append(json.loads(capsys.readouterr().out)["texts"][0])
+    assert figures[0]["divergence"] is None
+    assert figures[0]["perplexity"] == pytest.approx(figures[1]["perplexity"], rel=1e-5)
+    assert figures[0]["windows_sha256"] == figures[1]["windows_sha256"]
+
+
+def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    output, records = tmp_path / "gguf", tmp_path / "records.jsonl"
+    assert (
+        main(["export", str(checkpoint), "-o", str(output), "--gguf", "f32", "--threads", "1", "--json"]) == 0
+    )
+    (export,) = json.loads(capsys.readouterr().out)["exports"]
+    assert export["parity"]["max_logit_diff"] < 1e-3
+    file = output / export["file"]
+    assert file.stat().st_size == export["file_bytes"]
+    assert main(["export", str(checkpoint), "-o", str(output), "--gguf", "f32"]) == 2
+    assert "--force" in capsys.readouterr().err
+
+    sizes = ["-p", "8", "-n", "0", "--ttft", "0", "-r", "2", "-t", "1", "--record", str(records)]
+    assert main(["bench", str(file), str(file), *sizes, "--output", "jsonl"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["test"] for row in rows} == {"load", "pp8"}
+    assert records.read_text(encoding="utf-8").count("\n") == len(rows)
+
+
+def test_export_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(tmp_path / "missing"), "-o", str(tmp_path / "out")]) == 2
+    assert "not a folder" in capsys.readouterr().err

@@ -1,0 +1,45 @@
+"""The generated pages are up to date, and links inside the documentation lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+
+
+def test_the_command_line_page_is_what_the_help_pages_say() -> None:
+    spec = importlib.util.spec_from_file_location("command_line_docs", ROOT / "tools" / "command_line_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    # Typer's versions lay the page out differently; what must agree is what it says.
+    assert _words(written) >= _options(module.document())
+    assert set(module.COMMANDS) - {""} == set(_commands())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    broken = [t for t in targets if "://" not in t and not (page.parent / t).exists()]
+    assert not broken
+
+
+def _words(text: str) -> set[str]:
+    return set(text.split())
+
+
+def _options(text: str) -> set[str]:
+    return {word.strip(",.`") for word in text.split() if word.startswith("--")} & _words(text)
+
+
+def _commands() -> list[str]:
+    from phoneready.main import COMMANDS
+
+    return list(COMMANDS)
