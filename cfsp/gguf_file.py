@@ -116,7 +116,7 @@ def read_gguf(path: Path) -> GGUFFile:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     try:
         metadata, tensors = _parse(content)
-    except (ValueError, KeyError, OverflowError, MemoryError, struct.error) as error:
+    except (ValueError, TypeError, KeyError, ArithmeticError, MemoryError, struct.error) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is damaged or cut short and cannot be read as GGUF: {reason}") from error
     return GGUFFile(path, metadata, tensors)

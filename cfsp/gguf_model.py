@@ -19,7 +19,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.gguf_file import GGUFFile
 from cfsp.progress import Progress, no_progress
-from cfsp.weights import model_from_weights
+from cfsp.weights import model_from_weights, one_line
 
 __all__ = ["GGUF_ARCHITECTURES", "config_from_gguf", "model_from_gguf"]
 
@@ -77,6 +77,15 @@ def config_from_gguf(file: GGUFFile) -> Any:
         InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
     """
     row = _row(file)
+    try:
+        settings = _settings(file, row)
+        return transformers.AutoConfig.for_model(row.model_type, **settings)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{file.path}: metadata of the wrong kind: {one_line(error)}") from error
+
+
+def _settings(file: GGUFFile, row: GGUFArchitecture) -> dict[str, Any]:
+    """Keyword arguments of the transformers configuration."""
     shapes = {tensor.name: tensor.shape for tensor in file}
     heads = int(file.hyperparameter("attention.head_count") or 0)
     hidden = int(file.hyperparameter("embedding_length") or 0)
@@ -102,12 +111,13 @@ def config_from_gguf(file: GGUFFile) -> Any:
         **_rope_settings(file),
         **_special_ids(file),
     }
+    _check_shapes(file, shapes, settings)
     if row.biased is None:
         settings["attention_bias"] = "blk.0.attn_q.bias" in shapes
         settings["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     if row.model_type == "qwen3":
         del settings["mlp_bias"]
-    return transformers.AutoConfig.for_model(row.model_type, **settings)
+    return settings
 
 
 def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = no_progress) -> Any:
@@ -133,6 +143,26 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     model.generation_config.bos_token_id = config.bos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     return model
+
+
+def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
+    """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
+    hidden, width, head_dim = settings["hidden_size"], settings["intermediate_size"], settings["head_dim"]
+    last = settings["num_hidden_layers"] - 1
+    expected = {
+        "token_embd.weight": (settings["vocab_size"], hidden),
+        "blk.0.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
+        "blk.0.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
+        f"blk.{last}.ffn_up.weight": (width, hidden),
+    }
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"{file.path}: the metadata does not fit the tensors",
+                field=name,
+                value=shapes.get(name),
+                allowed=str(shape),
+            )
 
 
 def _row(file: GGUFFile) -> GGUFArchitecture:

