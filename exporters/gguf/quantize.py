@@ -61,7 +61,7 @@ def report_types(path: Path, quant: Quant) -> TypesReport:
     groups: dict[tuple[str, str, int], list[str]] = defaultdict(list)
     n_params = 0
     for tensor in read_gguf(path):
-        actual = tensor.tensor.tensor_type.name
+        actual = str(tensor.kind.name)
         counts[actual] += 1
         n_params += int(np.prod(tensor.shape))
         asked = _asked(actual, tensor.shape, quant)
