@@ -84,7 +84,9 @@ def test_the_wheel_has_every_module_and_data_file(built: Path) -> None:
 
 def test_the_installed_command_runs(environment: Path, tmp_path: Path) -> None:
     command = environment.parent / "phoneready"
-    version = call(environment, "-c", "import importlib.metadata as m; print(m.version('phoneready'))").strip()
+    version = call(
+        environment, "-c", "import importlib.metadata as m; print(m.version('phoneready'))"
+    ).strip()
     assert call(command, "--version").strip() == f"phoneready {version}"
     assert "release" in call(command, "--help")
     assert call(command, "doctor", "--json", PHONEREADY_CACHE=str(tmp_path)).startswith("{")

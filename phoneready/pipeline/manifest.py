@@ -161,7 +161,14 @@ def _manifest(
 def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:
     """The release as single commands."""
     p, e, s = config.prune, config.evaluate, figures.plan.settings
-    prune: list[object] = ["prune", config.model.reference, "-o", "checkpoint", "--prune-ratio", s.prune_ratio]
+    prune: list[object] = [
+        "prune",
+        config.model.reference,
+        "-o",
+        "checkpoint",
+        "--prune-ratio",
+        s.prune_ratio,
+    ]
     for reference in p.calibration:
         prune += ["--calibration", reference]
     prune += ["--nsamples", p.nsamples, "--seqlen", p.seqlen, "--seed", config.seed, "--score", s.score]

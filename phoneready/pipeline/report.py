@@ -68,11 +68,7 @@ def render_report(
         "widths": _widths_table(figures.plan),
         "environment": figures.bench[0].environment if figures.bench else None,
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
-        "bench_notes": [
-            f"{r.model_filename} {r.test}: {r.note or r.failure}"
-            for r in figures.bench
-            if r.note or r.failure
-        ],
+        "bench_notes": _bench_notes(figures.bench),
         "bytes": format_bytes,
     }
     text = (
@@ -187,13 +183,32 @@ def _parity_table(figures: ReleaseFigures) -> str:
 
 def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
     """Question by question: the checkpoints' answers, then the files'."""
-    sides = {"dense": figures.evaluation.against_answers, "pruned": figures.evaluation.answers}
-    for role, exports in (("dense", figures.dense), ("pruned", figures.pruned)):
-        sides |= {f"{role} {record.quant}": figures.answers.answers[record.file] for record in exports}
+    sides = [("checkpoint", figures.evaluation.against_answers, figures.evaluation.answers)]
+    for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+        said = figures.answers.answers
+        sides.append((dense.quant, said[dense.file], said[pruned.file]))
     return [
-        {"prompt": prompt, "sides": [(name, " ".join(answers[i].split())) for name, answers in sides.items()]}
+        {
+            "prompt": prompt,
+            "rows": [(name, _cell(dense[i]), _cell(pruned[i])) for name, dense, pruned in sides],
+        }
         for i, prompt in enumerate(figures.evaluation.prompts)
     ]
+
+
+def _bench_notes(records: Sequence[BenchRecord]) -> list[str]:
+    """What a reader must know about the samples, each remark once with the rows that it is about."""
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        outcome = (record.note or "").partition(": ")[2]
+        remark = record.failure or (outcome and f"samples spread widely, {outcome}")
+        if remark:
+            rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
+    return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _widths_table(plan: PruningPlan) -> str:

@@ -62,7 +62,7 @@ def test_a_plan_is_made_once_and_applied_at_another_ratio(
         (["-o", "x", "--prune-ratio", "1"], "prune_ratio"),
         (["-o", "x", "--score", "best"], "score"),
         (["-o", "x", "--for-quant", "Q9"], "Q9"),
-        (["-o", "x", "--calibration", "missing.txt"], "missing.txt"),
+        (["-o", "x", "--calibration", "missing.txt", "--seqlen", "32"], "missing.txt"),
         (["-o", "x", "--plan", "missing.json"], "missing.json"),
     ],
 )

@@ -13,7 +13,9 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 
 
 def test_the_command_line_page_is_what_the_help_pages_say() -> None:
-    spec = importlib.util.spec_from_file_location("command_line_docs", ROOT / "tools" / "command_line_docs.py")
+    spec = importlib.util.spec_from_file_location(
+        "command_line_docs", ROOT / "tools" / "command_line_docs.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
