@@ -30,8 +30,8 @@ __all__ = ["chat_frame", "model_fingerprint", "sample_windows"]
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 64
-MAX_USER_TOKENS = 128
-MAX_REPLY_TOKENS = 384
+MAX_USER_TOKENS = 96
+MAX_REPLY_TOKENS = 256
 _SENTINEL = "\N{SNOWMAN}user-turn\N{SNOWMAN}"
 _FORMAT = 1
 
