@@ -270,5 +270,11 @@ def _check_records(directory: Path, widths: tuple[int, ...]) -> None:
 
 def _load_generation_config(model: Any, directory: Path) -> None:
     file = directory / "generation_config.json"
-    if file.is_file():
-        model.generation_config = transformers.GenerationConfig.from_dict(read_json(file))
+    if not file.is_file():
+        return
+    try:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            directory, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file} cannot be used: {one_line(error)}") from error

@@ -1,0 +1,319 @@
+"""Checkpoints load bit for bit, with and without phoneready, and contradictions in a folder are found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.checkpoint import (
+    CheckpointInfo,
+    is_pruned_checkpoint,
+    load_input_moments,
+    load_pruned,
+    read_checkpoint_info,
+    save_checkpoint,
+)
+from cfsp.errors import InputError
+from cfsp.model_reference import load_model
+from cfsp.model_source import LoadedModel, ModelSource
+from cfsp.records import read_record
+from cfsp.surgery import cut_channels
+
+IDS = torch.arange(60).view(2, 30)
+DIFFERENT = (96, 64, 128, 32)
+UNIFORM = (64, 64, 64, 64)
+SOURCE = ModelSource("someone/tiny", "hub", "tiny", sha256="0" * 64, license="mit", base_model="someone/base")
+TEXT = "It's 12 o'clock,\n\n and <|im_start|> the capital of France is Paris."
+
+
+@dataclass(frozen=True)
+class TinyPlan:
+    """As much of a plan as a checkpoint looks at."""
+
+    KIND: ClassVar[str] = "tiny_plan"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    widths: tuple[int, ...]
+
+
+def pruned(tiny_model: Any, widths: Sequence[int], *args: Any, **overrides: Any) -> LoadedModel:
+    """A tiny model with random channels cut away."""
+    model, tokenizer = tiny_model(*args, **overrides)
+    generator = torch.Generator().manual_seed(3)
+    for layer, width in zip(decoder_layers(model), widths, strict=True):
+        kept = torch.randperm(128, generator=generator)[:width].sort().values
+        cut_channels(feed_forward(model, layer), kept)
+    return LoadedModel(model, tokenizer, SOURCE)
+
+
+def auto_load(folder: Path, *, trust: bool) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+
+
+@pytest.mark.parametrize("widths", [DIFFERENT, UNIFORM, (32, 128, 128, 128)])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_round_trip(
+    model_type: str, tied: bool, widths: tuple[int, ...], tiny_model: Any, tmp_path: Path
+) -> None:
+    loaded = pruned(tiny_model, widths, model_type, tied)
+    logits = loaded.model(IDS).logits
+    folder = tmp_path / "checkpoint"
+    info = save_checkpoint(loaded, folder)
+    assert info.widths == widths
+    trust = len(set(widths)) > 1
+    for model in (load_pruned(folder), auto_load(folder, trust=trust)):
+        assert torch.equal(model(IDS).logits, logits)
+        assert ffn_widths(model) == widths
+        assert not model.training
+        answer = model.generate(
+            IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1])
+        )
+        expected = loaded.model.generate(
+            IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1])
+        )
+        assert torch.equal(answer, expected)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(TEXT)["input_ids"] == loaded.tokenizer(TEXT)["input_ids"]
+    assert tokenizer.chat_template == loaded.tokenizer.chat_template
+    assert (tokenizer.bos_token, tokenizer.eos_token) == (
+        loaded.tokenizer.bos_token,
+        loaded.tokenizer.eos_token,
+    )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_saving_again_through_transformers(model_type: str, tiny_model: Any, tmp_path: Path) -> None:
+    loaded = pruned(tiny_model, DIFFERENT, model_type)
+    save_checkpoint(loaded, tmp_path / "first")
+    for number, model in enumerate(
+        (load_pruned(tmp_path / "first"), auto_load(tmp_path / "first", trust=True))
+    ):
+        again = tmp_path / f"again-{number}"
+        model.save_pretrained(again)
+        assert model.config.intermediate_size == max(DIFFERENT)
+        for reloaded in (load_pruned(again), auto_load(again, trust=True)):
+            assert torch.equal(reloaded(IDS).logits, loaded.model(IDS).logits)
+
+
+def test_reloaded_checkpoint_saves_the_same_again(tiny_model: Any, tmp_path: Path) -> None:
+    first = save_checkpoint(pruned(tiny_model, DIFFERENT), tmp_path / "first")
+    second = save_checkpoint(load_model(tmp_path / "first"), tmp_path / "second")
+    assert second.weights_sha256 == first.weights_sha256
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
+
+
+def test_different_widths_are_written_as_transformers_documents_them(tiny_model: Any, tmp_path: Path) -> None:
+    save_checkpoint(pruned(tiny_model, DIFFERENT), tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["per_layer_config"] == {str(i): {"intermediate_size": n} for i, n in enumerate(DIFFERENT)}
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    code, _, name = config["auto_map"]["AutoModelForCausalLM"].partition(".")
+    assert f"class {name}(" in (tmp_path / "checkpoint" / f"{code}.py").read_text()
+
+
+def test_uniform_widths_need_no_code(tiny_model: Any, tmp_path: Path) -> None:
+    save_checkpoint(pruned(tiny_model, UNIFORM), tmp_path / "checkpoint")
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["intermediate_size"] == 64
+    assert not {"auto_map", "per_layer_config"} & set(config)
+    assert not list((tmp_path / "checkpoint").glob("*.py"))
+
+
+def test_different_widths_without_trust_fail_instead_of_loading_the_dense_shape(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    save_checkpoint(pruned(tiny_model, DIFFERENT), tmp_path / "checkpoint")
+    with pytest.raises(RuntimeError):
+        auto_load(tmp_path / "checkpoint", trust=False)
+
+
+def test_a_checkpoint_made_uniform_loses_its_code(tiny_model: Any, tmp_path: Path) -> None:
+    save_checkpoint(pruned(tiny_model, (96, 64, 64, 64)), tmp_path / "first")
+    loaded = load_model(tmp_path / "first")
+    cut_channels(feed_forward(loaded.model, decoder_layers(loaded.model)[0]), torch.arange(64))
+    save_checkpoint(loaded, tmp_path / "second")
+    assert not list((tmp_path / "second").glob("*.py"))
+    assert torch.equal(auto_load(tmp_path / "second", trust=False)(IDS).logits, loaded.model(IDS).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_kept(dtype: torch.dtype, tiny_model: Any, tmp_path: Path) -> None:
+    loaded = pruned(tiny_model, DIFFERENT)
+    loaded.model.to(dtype)
+    info = save_checkpoint(loaded, tmp_path / "checkpoint")
+    assert info.dtype == str(dtype).removeprefix("torch.")
+    model = load_pruned(tmp_path / "checkpoint")
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {p.dtype for p in load_pruned(tmp_path / "checkpoint", torch.float32).parameters()} == {
+        torch.float32
+    }
+    stored = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "checkpoint", trust_remote_code=True, dtype="auto"
+    )
+    assert stored.dtype == dtype
+    assert torch.equal(stored(IDS).logits, model(IDS).logits)
+
+
+def test_what_else_is_in_the_folder(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = pruned(tiny_model, DIFFERENT)
+    plan = TinyPlan(DIFFERENT)
+    moments = {"model.layers.0.mlp.down_proj": torch.rand(96)}
+    info = save_checkpoint(loaded, tmp_path / "c", plan=plan, input_moments=moments, seed=5)
+    assert read_checkpoint_info(tmp_path / "c") == info
+    assert (info.source, info.seed) == (SOURCE, 5)
+    assert is_pruned_checkpoint(tmp_path / "c")
+    assert read_record(TinyPlan, tmp_path / "c" / "pruning_plan.json") == plan
+    stored = load_input_moments(tmp_path / "c")
+    assert stored is not None
+    assert torch.equal(stored["model.layers.0.mlp.down_proj"], moments["model.layers.0.mlp.down_proj"])
+    assert (tmp_path / "c" / "LICENSE").read_text().strip().endswith("mit")
+    save_checkpoint(loaded, tmp_path / "bare")
+    assert load_input_moments(tmp_path / "bare") is None
+    assert {"transformers", "torch", "phoneready"} <= set(info.versions)
+
+
+def test_licence_files_of_a_folder_are_kept(tiny_folder: Any, tmp_path: Path) -> None:
+    folder = tiny_folder()
+    (folder / "LICENSE.txt").write_text("do as you like")
+    save_checkpoint(load_model(folder), tmp_path / "c")
+    assert (tmp_path / "c" / "LICENSE.txt").read_text() == "do as you like"
+
+
+def test_checkpoint_of_a_gguf_source_leaves_the_gguf_behind(tiny_gguf: Any, tmp_path: Path) -> None:
+    path = tiny_gguf()
+    loaded = load_model(path)
+    save_checkpoint(loaded, tmp_path / "c")
+    assert not list((tmp_path / "c").glob("*.model"))
+    assert not list((tmp_path / "c").glob("*.gguf"))
+    assert "gguf" not in (tmp_path / "c" / "tokenizer_config.json").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
+    assert tokenizer(TEXT)["input_ids"] == loaded.tokenizer(TEXT)["input_ids"]
+    assert torch.equal(auto_load(tmp_path / "c", trust=False)(IDS).logits, loaded.model(IDS).logits)
+
+
+def test_generation_settings_are_kept_even_where_they_contradict_each_other(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    loaded = pruned(tiny_model, DIFFERENT)
+    loaded.model.generation_config.do_sample = False
+    loaded.model.generation_config.temperature = 0.7
+    save_checkpoint(loaded, tmp_path / "c")
+    assert load_pruned(tmp_path / "c").generation_config.temperature == 0.7
+    assert loaded.model.generation_config.temperature == 0.7
+
+
+def test_existing_folder_is_kept_unless_forced(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = pruned(tiny_model, UNIFORM)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "precious").write_text("")
+    with pytest.raises(InputError, match="exists already"):
+        save_checkpoint(loaded, tmp_path / "c")
+    assert [file.name for file in tmp_path.rglob("*")] == ["c", "precious"]
+    save_checkpoint(loaded, tmp_path / "c", force=True)
+    assert not (tmp_path / "c" / "precious").exists()
+
+
+def test_nothing_is_left_where_saving_fails(tiny_model: Any, tmp_path: Path) -> None:
+    loaded = pruned(tiny_model, DIFFERENT)
+    with pytest.raises(InputError, match="plan"):
+        save_checkpoint(loaded, tmp_path / "c", plan=TinyPlan(UNIFORM))
+    with torch.no_grad():
+        loaded.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InputError, match=r"model\.norm\.weight"):
+        save_checkpoint(loaded, tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def change_json(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | changes))
+
+
+@pytest.fixture
+def checkpoint(tiny_model: Any, tmp_path: Path) -> Path:
+    save_checkpoint(pruned(tiny_model, DIFFERENT), tmp_path / "c", plan=TinyPlan(DIFFERENT))
+    return tmp_path / "c"
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_pruned(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_widths_that_disagree_with_the_weights(checkpoint: Path) -> None:
+    other = {str(i): {"intermediate_size": n} for i, n in enumerate((96, 64, 128, 64))}
+    change_json(checkpoint / "config.json", per_layer_config=other)
+    assert str(checkpoint) in refused(checkpoint)
+    change_json(checkpoint / "config.json", per_layer_config={"7": {"intermediate_size": 64}})
+    refused(checkpoint)
+
+
+def test_info_that_disagrees_with_the_weights(checkpoint: Path) -> None:
+    change_json(checkpoint / "phoneready.json", widths=[96, 64, 128, 64])
+    assert "phoneready.json disagrees" in refused(checkpoint)
+    change_json(checkpoint / "phoneready.json", widths=list(DIFFERENT), schema_version=99)
+    assert "schema version" in refused(checkpoint)
+
+
+def test_plan_that_is_another_or_gone(checkpoint: Path) -> None:
+    change_json(checkpoint / "pruning_plan.json", widths=[1, 2, 3, 4])
+    assert "pruning_plan.json" in refused(checkpoint)
+    (checkpoint / "pruning_plan.json").unlink()
+    assert "missing" in refused(checkpoint)
+
+
+def test_damaged_weights(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-100])
+    assert "damaged or cut short" in refused(checkpoint)
+    weights = safetensors.torch.load(data)
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("inf")
+    safetensors.torch.save_file(weights, file)
+    assert "model.layers.1.mlp.up_proj.weight" in refused(checkpoint)
+    file.unlink()
+    assert "no weights" in refused(checkpoint)
+
+
+def test_not_a_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
+    assert "config.json" in refused(tmp_path)
+    assert not is_pruned_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r"phoneready\.json"):
+        read_checkpoint_info(tmp_path)
+    change_json(checkpoint / "config.json", model_type="gpt2")
+    assert "gpt2" in refused(checkpoint)
+
+
+def test_sharded_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    model = load_pruned(checkpoint)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert torch.equal(load_pruned(tmp_path / "shards")(IDS).logits, model(IDS).logits)
+
+
+def test_code_in_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "was-run"
+    for file in checkpoint.glob("*.py"):
+        file.write_text(f"open({str(marker)!r}, 'w').close()\n")
+    load_model(checkpoint)
+    assert not marker.exists()
+
+
+def test_a_checkpoint_can_be_moved(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.move(checkpoint, tmp_path / "elsewhere")
+    assert isinstance(read_checkpoint_info(tmp_path / "elsewhere"), CheckpointInfo)
+    assert ffn_widths(auto_load(tmp_path / "elsewhere", trust=True)) == DIFFERENT

@@ -1,0 +1,170 @@
+"""A checkpoint written under one major version of transformers loads under the other.
+
+The other version is installed, with the few small packages that must match it, into a folder of the cache that is
+put before this environment's own packages; torch and the rest are shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import cfsp
+from cfsp.architectures import decoder_layers, feed_forward
+from cfsp.builtin import cache_directory
+from cfsp.checkpoint import load_pruned, save_checkpoint
+from cfsp.model_reference import load_model
+from cfsp.model_source import LoadedModel, ModelSource
+from cfsp.surgery import cut_channels
+
+pytestmark = pytest.mark.slow
+
+REQUIREMENTS = {4: "transformers>=4.57,<5", 5: "transformers>=5,<6"}
+HERE = int(transformers.__version__.partition(".")[0])
+OTHER = 9 - HERE
+IDS = torch.arange(60).view(2, 30)
+TEXT = "It's 12 o'clock,\n\n and <|im_start|> the capital of France is Paris."
+WIDTHS = {"different": (96, 64, 128, 32), "uniform": (64, 64, 64, 64)}
+
+# Runs under the other version: arguments are a folder of checkpoints, and one to write re-saved copies to.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from cfsp.checkpoint import load_pruned, save_checkpoint
+from cfsp.model_reference import load_model
+
+source, target = map(Path, sys.argv[1:3])
+ids, text = torch.arange(60).view(2, 30), json.loads(sys.argv[3])
+report = {"version": transformers.__version__}
+for folder in sorted(source.iterdir()):
+    trust = bool(list(folder.glob("*.py")))
+    auto = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+    own = load_pruned(folder)
+    mask = torch.ones_like(ids[:1])
+    auto.save_pretrained(target / "transformers" / folder.name)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        target / "transformers" / folder.name, trust_remote_code=trust)
+    save_checkpoint(load_model(folder), target / "checkpoints" / folder.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    report[folder.name] = {
+        "logits": auto(ids).logits.tolist(),
+        "equal": torch.equal(auto(ids).logits, own(ids).logits) and torch.equal(auto(ids).logits, again(ids).logits),
+        "answer": auto.generate(ids[:1], max_new_tokens=6, do_sample=False, attention_mask=mask)[0].tolist(),
+        "tokens": tokenizer(text)["input_ids"],
+        "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
+        "chat_template": tokenizer.chat_template,
+    }
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def other_packages() -> Path:
+    """Folder with the other major version of transformers, installed once and kept in the cache."""
+    folder = cache_directory() / "test-environments" / f"transformers-{OTHER}-python-{sys.version_info.minor}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".installing-", dir=folder.parent))
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--target",
+        str(scratch),
+    ]
+    result = subprocess.run([*command, REQUIREMENTS[OTHER]], capture_output=True, text=True, check=False)
+    if result.returncode:
+        shutil.rmtree(scratch, ignore_errors=True)
+        pytest.skip(f"{REQUIREMENTS[OTHER]} cannot be installed: {result.stderr.strip().splitlines()[-1]}")
+    # Shared packages that torch here was built against stay this environment's.
+    for pattern in ("numpy*", "torch*"):
+        for path in scratch.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+    scratch.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for every model type, tied or not, with different and with uniform widths."""
+    folder = tmp_path_factory.mktemp("written-here")
+    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+        for tied in (True, False):
+            for kind, widths in WIDTHS.items():
+                model, tokenizer = tiny_model(model_type, tied)
+                for layer, width in zip(decoder_layers(model), widths, strict=True):
+                    cut_channels(feed_forward(model, layer), torch.arange(width))
+                loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
+                save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other_report(
+    other_packages: Path, checkpoints: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """What the other version found in the checkpoints, and where it saved them again."""
+    target = tmp_path_factory.mktemp("written-there")
+    root = str(Path(next(iter(cfsp.__path__))).parent)
+    environment = dict(os.environ) | {
+        "PYTHONPATH": os.pathsep.join([str(other_packages), root]),
+        "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")),
+    }
+    command = [sys.executable, "-c", SCRIPT, str(checkpoints), str(target), json.dumps(TEXT)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report.pop("version").startswith(f"{OTHER}.")
+    return report, target
+
+
+def test_the_other_version_loads_what_is_written_here(
+    other_report: tuple[dict[str, Any], Path], checkpoints: Path
+) -> None:
+    report, _ = other_report
+    assert sorted(report) == sorted(folder.name for folder in checkpoints.iterdir())
+    for name, found in report.items():
+        loaded = load_model(checkpoints / name)
+        assert found["equal"], name
+        # The two versions mask attention differently, which changes the order of additions.
+        torch.testing.assert_close(
+            torch.tensor(found["logits"]), loaded.model(IDS).logits, atol=1e-4, rtol=1e-4
+        )
+        mask = torch.ones_like(IDS[:1])
+        answer = loaded.model.generate(IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=mask)
+        assert found["answer"] == answer[0].tolist(), name
+        tokenizer = loaded.tokenizer
+        assert found["tokens"] == tokenizer(TEXT)["input_ids"], name
+        assert found["special"] == [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+        assert found["chat_template"] == tokenizer.chat_template
+
+
+def test_this_version_loads_what_the_other_writes(
+    other_report: tuple[dict[str, Any], Path], checkpoints: Path
+) -> None:
+    report, target = other_report
+    for name in report:
+        expected = load_pruned(checkpoints / name)(IDS).logits
+        folder = target / "checkpoints" / name
+        trust = bool(list(folder.glob("*.py")))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+        assert torch.equal(model(IDS).logits, expected), name
+        assert torch.equal(load_pruned(folder)(IDS).logits, expected), name
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer(TEXT)["input_ids"] == report[name]["tokens"], name
+        assert tokenizer.eos_token == report[name]["special"][1]
