@@ -16,7 +16,8 @@ def reconstruct_down(
 
     With S the kept and R the removed channels, W' = W_S + W_R H[R, S] (H[S, S] + lambda mean(diag H[S, S]) I)^-1
     minimizes ||X W^T - X_S W'^T||^2 / T plus the ridge times ||W' - W_S||^2. At lambda = 0 it is ordinary least
-    squares; a large lambda leaves the kept columns alone, where shrinking W' itself would fade channels that are rarely active.
+    squares; a large lambda leaves the kept columns alone, where shrinking W' itself would fade channels that are
+    rarely active.
 
     Args:
         weight: W, (hidden_size, intermediate_size) of down_proj.
