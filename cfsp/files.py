@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -154,13 +155,20 @@ def _umask() -> int:
     return mask
 
 
+# Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno.
+_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+
+
 @contextmanager
 def _no_space_as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except InputError:
+        raise
+    except Exception as error:
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT) or _NO_SPACE.search(str(error)):
             raise InputError(f"no space left to write {path}") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+            raise InputError(f"cannot write {path}: {error}") from error
         raise

@@ -1,0 +1,74 @@
+"""The scripts behind the Makefile."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="make and POSIX locks")
+
+
+@pytest.fixture(scope="module")
+def llama_wheel() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("llama_wheel", ROOT / "tools" / "llama_wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_wheels_are_kept_apart_by_processor_and_options(
+    llama_wheel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = llama_wheel.wheel_directory(tmp_path, "")
+    assert plain == llama_wheel.wheel_directory(tmp_path, "")
+    assert plain.name.startswith(f"cp{sys.version_info.major}{sys.version_info.minor}-")
+    assert plain != llama_wheel.wheel_directory(tmp_path, "-DGGML_NATIVE=OFF")
+    monkeypatch.setattr(llama_wheel, "processor_features", lambda: "another processor")
+    assert plain != llama_wheel.wheel_directory(tmp_path, "")
+
+
+def test_the_newest_wheel_inside_the_range_is_taken(llama_wheel: ModuleType, tmp_path: Path) -> None:
+    wanted = llama_wheel.requirement()
+    assert llama_wheel.newest_wheel(tmp_path, wanted) is None
+    for version in ("0.3.35", "0.3.36", "0.3.100", "0.4.0"):
+        (tmp_path / f"llama_cpp_python-{version}-py3-none-linux_x86_64.whl").touch()
+        (tmp_path / f"llama_cpp_python-{version}.tar.gz").touch()
+    assert "0.3.100" in llama_wheel.newest_wheel(tmp_path, wanted).name
+    assert "0.3.100" in llama_wheel.newest_sdist(tmp_path, wanted).name
+
+
+def test_what_a_killed_build_left_is_removed_and_a_build_leaves_nothing(
+    llama_wheel: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / ".build-killed").mkdir()
+    with llama_wheel.workspace(tmp_path) as work:
+        assert work.parent == tmp_path
+        assert [path.name for path in tmp_path.glob(".build-*")] == [work.name]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_cache_is_the_products_own(llama_wheel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cfsp.builtin import cache_directory
+
+    for name, value in (("PHONEREADY_CACHE", "/a"), ("XDG_CACHE_HOME", "/b"), ("HOME", "/c")):
+        monkeypatch.setenv(name, value)
+        assert llama_wheel.cache_directory() == cache_directory()
+        monkeypatch.delenv(name)
+
+
+def test_a_python_is_found_or_the_error_says_how_to_name_one() -> None:
+    script = ROOT / "tools" / "find_python.sh"
+    found = subprocess.run([script, sys.executable], capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == sys.executable
+    missing = subprocess.run([script, "no-such-python"], capture_output=True, text=True, check=False)
+    assert missing.returncode == 1
+    assert "make PYTHON=" in missing.stderr
