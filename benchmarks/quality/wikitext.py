@@ -57,8 +57,7 @@ def main() -> None:
         max_windows=arguments.windows,
     )
     statistics = collect_statistics(loaded.model, calibration.input_ids)
-    rows = [{"variant": "dense", "prune_ratio": 0.0, "perplexity": perplexity(loaded.model, test).perplexity}]
-    print(json.dumps(rows[0]), flush=True)
+    rows: list[dict[str, Any]] = []
     for ratio in arguments.ratios:
         for name, changes in VARIANTS.items():
             settings = PruneSettings(prune_ratio=ratio, **changes)
@@ -86,6 +85,8 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
+    rows.append({"variant": "dense", "prune_ratio": 0.0, "perplexity": perplexity(loaded.model, test).perplexity})
+    print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
         write_json(arguments.json, rows)
     print("\n| variant | " + " | ".join(map(str, arguments.ratios)) + " |")
