@@ -85,7 +85,9 @@ def main() -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
-    rows.append({"variant": "dense", "prune_ratio": 0.0, "perplexity": perplexity(loaded.model, test).perplexity})
+    rows.append(
+        {"variant": "dense", "prune_ratio": 0.0, "perplexity": perplexity(loaded.model, test).perplexity}
+    )
     print(json.dumps(rows[-1]), flush=True)
     if arguments.json:
         write_json(arguments.json, rows)
