@@ -10,9 +10,9 @@ from cfsp.calibration import Calibration
 from cfsp.model_reference import LoadedModel
 from cfsp.plan import PruneSettings, PruningPlan, apply_plan, check_plan_fits, check_settings, make_plan
 from cfsp.progress import Progress, no_progress
-from cfsp.statistics import collect_input_moments, collect_statistics
+from cfsp.statistics import BlockStatistics, collect_input_moments, collect_statistics
 
-__all__ = ["PruneResult", "prune_model"]
+__all__ = ["PruneResult", "plan_for", "prune_model"]
 
 MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""
@@ -61,19 +61,30 @@ def prune_model(
         loaded.model, calibration.input_ids, with_gram=with_gram, progress=progress
     )
     if plan is None:
-        plan = make_plan(
-            loaded.model,
-            statistics,
-            settings,
-            source=loaded.source.reference,
-            source_sha256=loaded.source.sha256,
-            calibration=calibration.sources,
-            calibration_sha256=calibration.sha256,
-            seed=calibration.seed,
-        )
+        plan = plan_for(loaded, statistics, calibration, settings)
     apply_plan(loaded.model, plan, grams=statistics.grams, progress=progress)
     moments = collect_input_moments(loaded.model, _spread(calibration.input_ids), progress=progress)
     return PruneResult(plan, moments)
+
+
+def plan_for(
+    loaded: LoadedModel, statistics: BlockStatistics, calibration: Calibration, settings: PruneSettings
+) -> PruningPlan:
+    """A plan that records where its model and its calibration came from.
+
+    Raises:
+        InputError: As `make_plan`.
+    """
+    return make_plan(
+        loaded.model,
+        statistics,
+        settings,
+        source=loaded.source.reference,
+        source_sha256=loaded.source.sha256,
+        calibration=calibration.sources,
+        calibration_sha256=calibration.sha256,
+        seed=calibration.seed,
+    )
 
 
 def _spread(input_ids: torch.Tensor) -> torch.Tensor:

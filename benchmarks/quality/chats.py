@@ -19,7 +19,8 @@ from cfsp.calibration import load_calibration
 from cfsp.evaluation import divergence, sample_answers
 from cfsp.files import write_json
 from cfsp.model_reference import load_model
-from cfsp.plan import PruneSettings, apply_plan, make_plan
+from cfsp.plan import PruneSettings, apply_plan
+from cfsp.prune import plan_for
 from cfsp.statistics import collect_statistics
 from cfsp.text import token_windows
 
@@ -78,16 +79,7 @@ def main() -> None:
                     for a in arguments.strength
                 ]
                 for setting in settings:
-                    plan = make_plan(
-                        loaded.model,
-                        statistics,
-                        setting,
-                        source="smollm2-135m",
-                        source_sha256=None,
-                        calibration=calibration.sources,
-                        calibration_sha256=calibration.sha256,
-                        seed=0,
-                    )
+                    plan = plan_for(loaded, statistics, calibration, setting)
                     model = copy.deepcopy(loaded.model)
                     apply_plan(model, plan, grams=statistics.grams)
                     result = divergence(loaded.model, model, windows)

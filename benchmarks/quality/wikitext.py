@@ -21,7 +21,8 @@ from cfsp.calibration import load_calibration
 from cfsp.evaluation import perplexity
 from cfsp.files import write_json
 from cfsp.model_reference import load_model
-from cfsp.plan import PruneSettings, apply_plan, make_plan
+from cfsp.plan import PruneSettings, apply_plan
+from cfsp.prune import plan_for
 from cfsp.statistics import collect_statistics
 from cfsp.text import token_windows
 
@@ -61,16 +62,7 @@ def main() -> None:
     for ratio in arguments.ratios:
         for name, changes in VARIANTS.items():
             settings = PruneSettings(prune_ratio=ratio, **changes)
-            plan = make_plan(
-                loaded.model,
-                statistics,
-                settings,
-                source="smollm2-135m",
-                source_sha256=None,
-                calibration=calibration.sources,
-                calibration_sha256=calibration.sha256,
-                seed=0,
-            )
+            plan = plan_for(loaded, statistics, calibration, settings)
             model = copy.deepcopy(loaded.model)
             apply_plan(model, plan, grams=statistics.grams)
             result = perplexity(model, test)

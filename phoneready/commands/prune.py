@@ -179,21 +179,12 @@ def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | No
 def _only_plan(
     loaded: LoadedModel, drawn: Calibration, settings: PruneSettings, path: Path, progress: Progress
 ) -> PruningPlan:
-    from cfsp.plan import make_plan
+    from cfsp.prune import plan_for
     from cfsp.records import write_record
     from cfsp.statistics import collect_statistics
 
     statistics = collect_statistics(loaded.model, drawn.input_ids, with_gram=False, progress=progress)
-    plan = make_plan(
-        loaded.model,
-        statistics,
-        settings,
-        source=loaded.source.reference,
-        source_sha256=loaded.source.sha256,
-        calibration=drawn.sources,
-        calibration_sha256=drawn.sha256,
-        seed=drawn.seed,
-    )
+    plan = plan_for(loaded, statistics, drawn, settings)
     write_record(path, plan)
     return plan
 
