@@ -12,7 +12,14 @@ import torch
 
 from cfsp.errors import InputError
 
-__all__ = ["ALLOCATIONS", "allocate_widths", "cfsp_keep_ratios", "integer_widths", "uniform_keep_ratios"]
+__all__ = [
+    "ALLOCATIONS",
+    "allocate_widths",
+    "cfsp_keep_ratios",
+    "check_allocation",
+    "integer_widths",
+    "uniform_keep_ratios",
+]
 
 _PAPER_SCALE = 128 * 1024 / 1e4
 """The released code sums I_l over 128 x 1024 tokens and divides by 1e4; with the mean this factor remains."""
@@ -76,14 +83,7 @@ def allocate_widths(
     Raises:
         InputError: A setting out of range, or an alignment that cannot meet the ratio.
     """
-    if not 0 <= prune_ratio < 1:
-        raise InputError("out of range", field="prune_ratio", value=prune_ratio, allowed="0 <= ratio < 1")
-    if allocation not in ALLOCATIONS:
-        raise InputError(
-            "unknown allocation", field="allocation", value=allocation, allowed=", ".join(ALLOCATIONS)
-        )
-    if align < 1:
-        raise InputError("out of range", field="align", value=align, allowed="at least 1")
+    check_allocation(prune_ratio, allocation, align)
     if prune_ratio == 0:
         return tuple(dense_widths)
     if uniform_width:
@@ -92,6 +92,18 @@ def allocate_widths(
     wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
     total = (1 - prune_ratio) * sum(dense_widths)
     return integer_widths(wanted.tolist(), dense_widths, total=total, align=align)
+
+
+def check_allocation(prune_ratio: float, allocation: str, align: int) -> None:
+    """Raise InputError for a value out of range or an unknown allocation; needs no model."""
+    if not 0 <= prune_ratio < 1:
+        raise InputError("out of range", field="prune_ratio", value=prune_ratio, allowed="0 <= ratio < 1")
+    if allocation not in ALLOCATIONS:
+        raise InputError(
+            "unknown allocation", field="allocation", value=allocation, allowed=", ".join(ALLOCATIONS)
+        )
+    if align < 1:
+        raise InputError("out of range", field="align", value=align, allowed="at least 1")
 
 
 def integer_widths(

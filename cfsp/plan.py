@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp.allocation import allocate_widths
+from cfsp.allocation import allocate_widths, check_allocation
 from cfsp.architectures import decoder_layers, feed_forward, ffn_widths, spec_for
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
@@ -223,18 +223,7 @@ def check_settings(settings: PruneSettings) -> None:
             raise InputError(f"unknown {name}", field=name, value=value, allowed=", ".join(table))
     if not settings.ridge > 0:
         raise InputError("out of range", field="ridge", value=settings.ridge, allowed="above 0")
-    # Range, name and alignment of the allocation are its own to check; one block of any width does for that.
-    allocate_widths(
-        torch.zeros(1),
-        [settings.align * 1000 if settings.align > 0 else 1],
-        prune_ratio=min(settings.prune_ratio, 0.5),
-        allocation=settings.allocation,
-        align=settings.align,
-    )
-    if not 0 <= settings.prune_ratio < 1:
-        raise InputError(
-            "out of range", field="prune_ratio", value=settings.prune_ratio, allowed="0 <= ratio < 1"
-        )
+    check_allocation(settings.prune_ratio, settings.allocation, settings.align)
 
 
 def check_plan_fits(model: Any, plan: PruningPlan) -> None:

@@ -12,7 +12,7 @@ from cfsp.plan import PruneSettings, PruningPlan, apply_plan, check_plan_fits, c
 from cfsp.progress import Progress, no_progress
 from cfsp.statistics import BlockStatistics, collect_input_moments, collect_statistics
 
-__all__ = ["PruneResult", "plan_for", "prune_model"]
+__all__ = ["PruneResult", "moment_windows", "plan_for", "prune_model"]
 
 MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""
@@ -63,7 +63,7 @@ def prune_model(
     if plan is None:
         plan = plan_for(loaded, statistics, calibration, settings)
     apply_plan(loaded.model, plan, grams=statistics.grams, progress=progress)
-    moments = collect_input_moments(loaded.model, _spread(calibration.input_ids), progress=progress)
+    moments = collect_input_moments(loaded.model, moment_windows(calibration.input_ids), progress=progress)
     return PruneResult(plan, moments)
 
 
@@ -87,7 +87,7 @@ def plan_for(
     )
 
 
-def _spread(input_ids: torch.Tensor) -> torch.Tensor:
-    """Windows from the whole length of the calibration, so that every source is among them."""
+def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
+    """The calibration windows that activation moments are measured on, spread so that every source is among them."""
     step = max(1, len(input_ids) // MOMENT_WINDOWS)
     return input_ids[::step][:MOMENT_WINDOWS]

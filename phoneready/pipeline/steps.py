@@ -13,7 +13,7 @@ from cfsp.evaluation import PROMPTS
 from cfsp.model_reference import load_model, load_tokenizer
 from cfsp.model_source import LoadedModel
 from cfsp.progress import Progress
-from cfsp.prune import MOMENT_WINDOWS, prune_model
+from cfsp.prune import moment_windows, prune_model
 from cfsp.records import write_record
 from cfsp.statistics import collect_input_moments
 from cfsp.text import tokens_sha256
@@ -77,8 +77,7 @@ class Steps:
         safetensors.torch.save_file({"input_ids": ids}, output / CALIBRATION_FILE)
         moments = None
         if self.needs_moments:
-            spread = ids[:: max(1, len(ids) // MOMENT_WINDOWS)][:MOMENT_WINDOWS]
-            moments = collect_input_moments(loaded.model, spread, progress=progress)
+            moments = collect_input_moments(loaded.model, moment_windows(ids), progress=progress)
         save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
 
     def prune(self, output: Path, progress: Progress) -> None:
