@@ -93,6 +93,7 @@ def save_checkpoint(
     *,
     plan: Record | None = None,
     input_moments: Mapping[str, torch.Tensor] | None = None,
+    extra_records: Mapping[str, Record] | None = None,
     seed: int = 0,
     force: bool = False,
 ) -> CheckpointInfo:
@@ -103,6 +104,7 @@ def save_checkpoint(
         directory: Destination.
         plan: Stored as pruning_plan.json.
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
+        extra_records: File name to a record that is stored beside the others.
         seed: Stored in the info.
         force: Replace an existing folder.
 
@@ -118,6 +120,8 @@ def save_checkpoint(
         _save_license(loaded.source, folder)
         if plan is not None:
             write_record(folder / PLAN_FILE, plan)
+        for name, record in (extra_records or {}).items():
+            write_record(folder / name, record)
         if input_moments is not None:
             moments = {name: values.float().contiguous() for name, values in input_moments.items()}
             safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)

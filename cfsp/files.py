@@ -25,6 +25,8 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "fsync_directory",
+    "fsync_file",
+    "no_space_as_input_error",
     "read_json",
     "refuse_existing",
     "remove_stale_temporaries",
@@ -48,14 +50,14 @@ def refuse_existing(path: Path, *, force: bool = False) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed."""
-    with _no_space_as_input_error(path):
+    with no_space_as_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{_MARK}", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
             yield temporary
-            _fsync(temporary)
+            fsync_file(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
             fsync_directory(path.parent)
@@ -71,14 +73,14 @@ def atomic_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         InputError: `path` exists, is not an empty directory, and `force` is not set.
     """
     refuse_existing(path, force=force)
-    with _no_space_as_input_error(path):
+    with no_space_as_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    _fsync(file)
+                    fsync_file(file)
             temporary.chmod(0o777 & ~_umask())
             _replace_directory(temporary, path)
         finally:
@@ -133,7 +135,8 @@ def fsync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _fsync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
+    """Make a file's content durable."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
 
@@ -155,12 +158,16 @@ def _umask() -> int:
     return mask
 
 
-# Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno.
-_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written")
+# Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno,
+# and torch says no more than that its archive could not be written.
+_NO_SPACE = re.compile(
+    r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed writing"
+)
 
 
 @contextmanager
-def _no_space_as_input_error(path: Path) -> Iterator[None]:
+def no_space_as_input_error(path: Path) -> Iterator[None]:
+    """Turn a full disk, or one that may not be written to, into an InputError that names `path`."""
     try:
         yield
     except InputError:

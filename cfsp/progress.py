@@ -7,7 +7,10 @@ from collections.abc import Callable
 __all__ = ["Progress", "no_progress"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as `progress(description, done, total)`; `done == total` ends the step."""
+"""Called as `progress(description, done, total)`; `done == total` ends the step.
+
+A description up to `": "` names the step; what follows it may change while the step goes on.
+"""
 
 
 def no_progress(description: str, done: int, total: int) -> None:

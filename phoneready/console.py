@@ -102,17 +102,25 @@ class _PlainProgress:
     stream: IO[str]
     started: dict[str, float] = field(default_factory=dict)
     said: dict[str, float] = field(default_factory=dict)
+    first: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, description: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        began = self.started.setdefault(description, now)
+        now, step = time.monotonic(), _step(description)
+        began = self.started.setdefault(step, now)
+        self.first.setdefault(step, done)
         if done >= total:
-            self.started.pop(description)
-            if self.said.pop(description, None) is not None:
+            self.started.pop(step)
+            self.first.pop(step)
+            if self.said.pop(step, None) is not None:
                 self._write(f"{description}: done in {now - began:.0f} s")
-        elif now - self.said.get(description, began) >= PLAIN_INTERVAL_S:
-            self.said[description] = now
-            self._write(f"{description}: {done} of {total}")
+        elif now - self.said.get(step, began) >= PLAIN_INTERVAL_S:
+            self.said[step] = now
+            self._write(f"{description}: {done} of {total}{self._remaining(step, done, total, now - began)}")
+
+    def _remaining(self, step: str, done: int, total: int, elapsed_s: float) -> str:
+        """The time left at the speed so far; a step that was resumed counts from where it began."""
+        progressed = done - self.first[step]
+        return f", about {elapsed_s * (total - done) / progressed:.0f} s left" if progressed > 0 else ""
 
     def _write(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
@@ -126,11 +134,17 @@ class _BarProgress:
     tasks: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, description: str, done: int, total: int) -> None:
-        if description not in self.tasks:
-            self.tasks[description] = self.bars.add_task(description, total=total)
-        self.bars.update(self.tasks[description], completed=done, total=total)
+        step = _step(description)
+        if step not in self.tasks:
+            self.tasks[step] = self.bars.add_task(description, total=total)
+        self.bars.update(self.tasks[step], description=description, completed=done, total=total)
         if done >= total:
-            self.bars.remove_task(self.tasks.pop(description))
+            self.bars.remove_task(self.tasks.pop(step))
+
+
+def _step(description: str) -> str:
+    """What a description names, without what changes while the step goes on."""
+    return description.partition(": ")[0]
 
 
 def quiet_libraries() -> None:

@@ -20,7 +20,7 @@ import typer
 
 from cfsp.errors import PhonereadyError
 from cfsp.records import tool_version
-from phoneready.commands import bench, compare, doctor, evaluate, export, prune, release
+from phoneready.commands import bench, compare, doctor, evaluate, export, prune, recover, release
 
 __all__ = ["app", "main", "run"]
 
@@ -43,6 +43,7 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
     {
         "release": release.release,
         "prune": prune.prune,
+        "recover": recover.recover,
         "eval": evaluate.evaluate,
         "export": export.export,
         "bench": bench.bench,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
-COMMANDS = ("", "release", "prune", "eval", "export", "bench", "compare", "doctor")
+COMMANDS = ("", "release", "prune", "recover", "eval", "export", "bench", "compare", "doctor")
 HEAD = """# Command line
 
 Results go to stdout (`--json`: one JSON document), progress and messages to stderr.

@@ -31,7 +31,23 @@ def test_plain_progress_mentions_long_steps_and_their_end(monkeypatch: pytest.Mo
     with console.show_progress(stream) as progress:
         for done in (0, 1, 2, 3, 4):
             progress("reading", done, 4)
-    assert stream.getvalue().splitlines() == ["reading: 2 of 4", "reading: done in 50 s"]
+    assert stream.getvalue().splitlines() == [
+        "reading: 2 of 4, about 20 s left",
+        "reading: done in 50 s",
+    ]
+
+
+def test_what_follows_a_colon_may_change_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 20.0, 30.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with console.show_progress(stream) as progress:
+        for done, loss in ((1, 3.0), (2, 2.5), (3, 2.25)):
+            progress(f"training: loss {loss}", done, 3)
+    assert stream.getvalue().splitlines() == [
+        "training: loss 2.5: 2 of 3, about 20 s left",
+        "training: loss 2.25: done in 30 s",
+    ]
 
 
 def test_bars_are_drawn_on_a_terminal() -> None:

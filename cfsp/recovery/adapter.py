@@ -1,0 +1,71 @@
+"""Low-rank adapters on every Linear of the blocks: put on before training, merged after it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from cfsp.architectures import decoder_layers
+from cfsp.errors import MissingExtraError
+
+__all__ = ["add_adapter", "block_linears", "merge_adapter"]
+
+
+def block_linears(model: Any) -> tuple[tuple[str, ...], ...]:
+    """Names of the Linear layers of every block, first block to last."""
+    places = {id(layer): index for index, layer in enumerate(decoder_layers(model))}
+    found: list[tuple[str, ...]] = [()] * len(places)
+    for outer, layer in model.named_modules():
+        if id(layer) in places:
+            found[places[id(layer)]] = tuple(
+                f"{outer}.{inner}" for inner, module in layer.named_modules() if isinstance(module, nn.Linear)
+            )
+    return tuple(found)
+
+
+def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
+    """Put LoRA (arXiv 2106.09685) on all Linear layers of the blocks; only the adapters are trainable then.
+
+        W_l x  becomes  W_l x + alpha * B_l A_l x,    A_l (r_l, in_features), B_l (out_features, r_l) zero
+
+    Args:
+        model: A causal LM of the architecture table; it is changed in place.
+        ranks: r_l of every block.
+        alpha: The scale, alpha_l / r_l in PEFT's terms.
+
+    Returns:
+        The PEFT model around `model`.
+
+    Raises:
+        MissingExtraError: PEFT is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MissingExtraError("peft", "recover") from None
+    by_name = {name: rank for rank, names in zip(ranks, block_linears(model), strict=True) for name in names}
+    config = peft.LoraConfig(
+        r=max(ranks),
+        lora_alpha=alpha * max(ranks),
+        target_modules=list(by_name),
+        rank_pattern={re.escape(name): rank for name, rank in by_name.items()},
+        alpha_pattern={re.escape(name): alpha * rank for name, rank in by_name.items()},
+        lora_dropout=0.0,
+        bias="none",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def merge_adapter(adapted: Any) -> Any:
+    """Add the adapters to the weights (W + alpha * B A) and return the plain model, same modules and widths.
+
+    Raises:
+        InputError: A merged weight is not finite.
+    """
+    model = adapted.merge_and_unload()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()

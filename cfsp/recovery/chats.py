@@ -1,0 +1,88 @@
+"""Chats as tokens, with labels on what the assistant says.
+
+The text is what the model's own template makes of the chat. Where each answer stands in it is found by rendering
+the messages before it with the generation prompt, which is exactly what the model sees when it has to answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cfsp.errors import InputError
+from cfsp.text import Document
+
+__all__ = ["LabelledTokens", "answer_spans", "labelled_chat"]
+
+_SENTINEL = "\N{SNOWMAN}answer\N{SNOWMAN}"
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """Token ids, and for each whether it is to be learnt."""
+
+    ids: tuple[int, ...]
+    learnt: tuple[bool, ...]
+
+
+def labelled_chat(document: Document, tokenizer: Any) -> LabelledTokens:
+    """Tokens of a chat; learnt are those of the answers, the token that ends the turn included.
+
+    Raises:
+        InputError: As `answer_spans`.
+    """
+    text, spans = answer_spans(document.messages or (), tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets = encoded["offset_mapping"]
+    learnt = tuple(
+        any(start <= first < end and last > first for start, end in spans) for first, last in offsets
+    )
+    return LabelledTokens(tuple(encoded["input_ids"]), learnt)
+
+
+def answer_spans(
+    messages: Sequence[Mapping[str, str]], tokenizer: Any
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A chat's text and the (start, end) of every non-empty answer in it, end-of-turn token included.
+
+    Raises:
+        InputError: No chat template, or one that refuses the chat or cannot be split at an answer.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the data holds chats but the model has no chat template; use plain text")
+    text = _render(tokenizer, messages)
+    end_of_turn = _end_of_turn(tokenizer)
+    spans: list[tuple[int, int]] = []
+    for index, message in enumerate(messages):
+        answer = message["content"].strip()
+        if message["role"] != "assistant" or not answer:
+            continue
+        before = _render(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
+        start = len(before)
+        found = text.find(answer, start) if text.startswith(before) else -1
+        if found < 0:
+            raise InputError(
+                "the model's chat template cannot be split at an answer: "
+                "it renders a chat's beginning differently when more follows, or changes the answer",
+                field="messages",
+                value=answer[:60],
+            )
+        end = found + len(answer)
+        if text[end:].lstrip().startswith(end_of_turn):
+            end = text.index(end_of_turn, end) + len(end_of_turn)
+        spans.append((start, end))
+    return text, tuple(spans)
+
+
+def _end_of_turn(tokenizer: Any) -> str:
+    """What the template writes after an answer, such as `<|im_end|>`; empty where it writes only space."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
+    return _render(tokenizer, messages).rpartition(_SENTINEL)[2].strip()
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
+    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        raise InputError(f"the model's chat template refuses a chat: {error}") from error

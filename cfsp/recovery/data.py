@@ -1,0 +1,273 @@
+"""Training and validation sequences: documents become tokens with targets, packed to one length.
+
+`targets[t]` is the token that position t has to predict, or IGNORED where nothing is learnt.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfsp.calibration import SELF
+from cfsp.errors import InputError
+from cfsp.model_source import LoadedModel
+from cfsp.progress import Progress, no_progress
+from cfsp.recovery.chats import LabelledTokens, labelled_chat
+from cfsp.recovery.settings import RecoverySettings
+from cfsp.self_sampling import sample_windows
+from cfsp.text import Document, document_ids, load_documents, shuffled, tokens_sha256
+
+__all__ = ["IGNORED", "RecoveryData", "Sequences", "TrainingMix", "load_recovery_data"]
+
+IGNORED = -100
+"""Target of a position where nothing is learnt, as torch and transformers have it."""
+
+HELD_OUT_SHARE = 0.1
+"""Most of the data that is held out where no validation data is given."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of one source.
+
+    Attributes:
+        input_ids: (n, seqlen) int64.
+        targets: (n, seqlen) int64; IGNORED where nothing is learnt, the last position always.
+        source: Reference of the data.
+        sha256: Hash of ids and targets.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    source: str
+    sha256: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of positions."""
+        return self.input_ids.numel()
+
+    @property
+    def n_learnt(self) -> int:
+        """Number of positions with a target."""
+        return int((self.targets != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class RecoveryData:
+    """What is trained and validated on."""
+
+    training: tuple[Sequences, ...]
+    validation: tuple[Sequences, ...]
+    held_out: bool
+
+
+class TrainingMix(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Sequences of several sources in turn, so that each gives the same share of tokens.
+
+    A source that is used up starts again in another order. Item i depends on the seed and i alone.
+    """
+
+    def __init__(self, sources: Sequence[Sequences], count: int, seed: int) -> None:
+        self.sources, self.count, self.seed = tuple(sources), count, seed
+        self._orders: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        turn, which = divmod(index, len(self.sources))
+        source = self.sources[which]
+        round_, place = divmod(turn, len(source.input_ids))
+        row = int(self._order(which, round_)[place])
+        return {"input_ids": source.input_ids[row], "labels": source.targets[row]}
+
+    def _order(self, which: int, round_: int) -> torch.Tensor:
+        key = (which, round_)
+        if key not in self._orders:
+            # Distinct for any two small (seed, source, round), on every machine.
+            key_seed = (self.seed * 1_000_003 + which) * 1_000_003 + round_
+            generator = torch.Generator().manual_seed(key_seed % (1 << 63))
+            count = len(self.sources[which].input_ids)
+            self._orders[key] = torch.randperm(count, generator=generator)
+        return self._orders[key]
+
+
+def load_recovery_data(
+    references: Sequence[str],
+    validation: Sequence[str],
+    tokenizer: Any,
+    settings: RecoverySettings,
+    *,
+    dense: LoadedModel | None = None,
+    progress: Progress = no_progress,
+) -> RecoveryData:
+    """Read, label and pack training and validation data.
+
+    Args:
+        references: `self`, or text references as in `cfsp.text`; they are mixed in equal shares.
+        validation: The same; nothing holds out a share of the training data.
+        tokenizer: The model's.
+        settings: Sequence length, budget and seed.
+        dense: The dense model, where a reference is `self`.
+        progress: Told about reading and sampling.
+
+    Raises:
+        InputError: No reference, no usable rows, chats without an answer, or too little data.
+    """
+    if not references:
+        raise InputError("no training data given", allowed="self, or one or more text references")
+    share = math.ceil(settings.validation_windows / len(validation or references))
+    wanted = None
+    if settings.max_tokens is not None:
+        wanted = math.ceil(settings.max_tokens / settings.seqlen / len(references)) + share
+    reader = _Reader(tokenizer, settings, dense, progress)
+    loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
+    if validation:
+        # A seed of its own: `self` as validation must not be the sequences that are trained on.
+        held = tuple(reader.read(reference, share, settings.seed + 1, share) for reference in validation)
+        return RecoveryData(tuple(loaded), held, held_out=False)
+    parts = [_hold_out(sequences, share) for sequences in loaded]
+    return RecoveryData(tuple(t for t, _ in parts), tuple(v for _, v in parts), held_out=True)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    tokenizer: Any
+    settings: RecoverySettings
+    dense: LoadedModel | None
+    progress: Progress
+
+    def read(self, reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
+        """At most about `wanted` sequences (all: None), never more than `most`."""
+        seqlen = self.settings.seqlen
+        if reference == SELF:
+            return self._sample(wanted, seed)
+        limit = None if wanted is None else wanted * seqlen
+        chats, stream = self._tokens(reference, limit, seed)
+        ids, learnt = _pack_chats(chats, seqlen, self.tokenizer)
+        count = len(stream) // seqlen
+        text = torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+        ids = torch.cat([ids, text])
+        targets = _targets(ids, torch.cat([learnt, torch.ones_like(text, dtype=torch.bool)]))
+        ids, targets = _with_targets(ids, targets)
+        if not len(ids):
+            raise InputError(
+                f"{reference} gives no training sequence: {len(stream)} tokens of text and {len(chats)} chats "
+                f"for sequences of {seqlen}",
+                allowed="more text, chats with answers, or a smaller seqlen",
+            )
+        order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:most]
+        return _sequences(ids[order], targets[order], reference)
+
+    def _sample(self, wanted: int | None, seed: int) -> Sequences:
+        if self.dense is None:
+            raise InputError("`self` needs the dense model that the text is sampled from", field="teacher")
+        seqlen = self.settings.seqlen
+        count = max(2, self.settings.self_tokens // seqlen)
+        count = count if wanted is None else min(count, max(2, wanted))
+        ids = sample_windows(self.dense, nsamples=count, seqlen=seqlen, seed=seed, progress=self.progress)
+        return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF)
+
+    def _tokens(self, reference: str, limit: int | None, seed: int) -> tuple[list[LabelledTokens], list[int]]:
+        """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""
+        chats: list[LabelledTokens] = []
+        stream: list[int] = []
+        documents = load_documents(reference)
+        answers, n_chats, used = 0, 0, 0
+        for done, document in enumerate(shuffled(documents, seed), 1):
+            if limit is not None and used >= limit:
+                break
+            if document.messages is None:
+                used += _append_text(stream, document, self.tokenizer)
+            else:
+                chat = labelled_chat(document, self.tokenizer)
+                n_chats += 1
+                if any(chat.learnt[1:]):
+                    answers += 1
+                    chats.append(chat)
+                    used += min(len(chat.ids), self.settings.seqlen)
+            self.progress(f"reading {reference}", done, len(documents))
+        self.progress(f"reading {reference}", len(documents), len(documents))
+        if n_chats and not answers and not stream:
+            raise InputError(
+                f"no chat in {reference} has an answer to learn from",
+                field="messages",
+                allowed='chats with a non-empty message of role "assistant"',
+            )
+        return chats, stream
+
+
+def _append_text(stream: list[int], document: Document, tokenizer: Any) -> int:
+    before = len(stream)
+    if stream and tokenizer.eos_token_id is not None:
+        stream.append(tokenizer.eos_token_id)
+    stream += document_ids(document, tokenizer)
+    return len(stream) - before
+
+
+def _pack_chats(
+    chats: Sequence[LabelledTokens], seqlen: int, tokenizer: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole chats in as few sequences as best-fit decreasing finds; the rest of a sequence is padding.
+
+    A chat that is longer than a sequence loses its end. An answer never stands without its question.
+    """
+    bins: list[list[LabelledTokens]] = []
+    room: list[tuple[int, int]] = []  # (free positions, index of the bin), ascending
+    for chat in sorted(chats, key=lambda c: -len(c.ids)):
+        size = min(len(chat.ids), seqlen)
+        place = bisect.bisect_left(room, (size, -1))
+        free, index = room.pop(place) if place < len(room) else (seqlen, len(bins))
+        if index == len(bins):
+            bins.append([])
+        bins[index].append(chat)
+        bisect.insort(room, (free - size, index))
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    ids = torch.full((len(bins), seqlen), pad, dtype=torch.int64)
+    learnt = torch.zeros((len(bins), seqlen), dtype=torch.bool)
+    for row, members in enumerate(bins):
+        tokens = [token for chat in members for token in chat.ids][:seqlen]
+        # The first token of a chat is never predicted: what stands before it has nothing to do with it.
+        flags = [flag and place > 0 for chat in members for place, flag in enumerate(chat.learnt)][:seqlen]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        learnt[row, : len(flags)] = torch.tensor(flags)
+    return ids, learnt
+
+
+def _targets(ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, :-1] = ids[:, 1:].masked_fill(~learnt[:, 1:], IGNORED)
+    return targets
+
+
+def _with_targets(ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    useful = (targets != IGNORED).any(dim=1)
+    return ids[useful], targets[useful]
+
+
+def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str) -> Sequences:
+    return Sequences(ids, targets, source, tokens_sha256(torch.stack([ids, targets])))
+
+
+def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:
+    """(training, validation): the last sequences are held out, at most a tenth and at least one."""
+    count = len(sequences.input_ids)
+    if count < 2:
+        raise InputError(
+            f"{sequences.source} fills one sequence only, which cannot be both trained on and validated with",
+            allowed="more data, a smaller seqlen, or validation data of its own",
+        )
+    held = max(1, min(share, int(count * HELD_OUT_SHARE)))
+    ids, targets = sequences.input_ids, sequences.targets
+    return (
+        _sequences(ids[:-held], targets[:-held], sequences.source),
+        _sequences(ids[-held:], targets[-held:], sequences.source),
+    )

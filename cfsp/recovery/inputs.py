@@ -1,0 +1,116 @@
+"""What a recovery starts from: the checkpoint, its plan, the teacher, and the rank of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cfsp.calibration import SELF
+from cfsp.checkpoint import INFO_FILE, PLAN_FILE, read_checkpoint_info
+from cfsp.errors import InputError
+from cfsp.model_reference import LoadedModel, load_model
+from cfsp.plan import PruningPlan
+from cfsp.progress import Progress, no_progress
+from cfsp.records import read_record
+from cfsp.recovery.adapter import block_linears
+from cfsp.recovery.ranks import importance_ranks
+from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
+
+__all__ = ["RecoveryInputs", "load_inputs"]
+
+
+@dataclass(frozen=True)
+class RecoveryInputs:
+    """What a run is made from.
+
+    Attributes:
+        loaded: The model that is trained; its source is the dense model where a checkpoint names one.
+        sha256: Hash of its weights.
+        plan: The checkpoint's pruning plan.
+        teacher: The dense model, where the loss or the data needs it.
+        ranks: Adapter rank of every block; empty where all weights are trained.
+    """
+
+    loaded: LoadedModel
+    sha256: str
+    plan: PruningPlan | None
+    teacher: LoadedModel | None
+    ranks: tuple[int, ...]
+
+
+def load_inputs(
+    checkpoint: str,
+    teacher: str | None,
+    settings: RecoverySettings,
+    *,
+    data: Sequence[str],
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> RecoveryInputs:
+    """Load what a run needs, and check that it fits together.
+
+    Args:
+        checkpoint: A pruned checkpoint, or any model reference.
+        teacher: Model reference; None is the dense model of the checkpoint.
+        settings: How to train.
+        data: References of training and validation data.
+        trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        progress: Told about loading.
+
+    Raises:
+        InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
+            is missing or has another vocabulary.
+    """
+    loaded = load_model(checkpoint, trust_remote_code=trust_remote_code, progress=progress)
+    folder, sha256 = Path(checkpoint), loaded.source.sha256 or ""
+    plan = read_record(PruningPlan, folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    if (folder / INFO_FILE).is_file():
+        loaded = replace(loaded, source=read_checkpoint_info(folder).source)
+    _check_seqlen(loaded, settings)
+    ranks = _ranks(settings, plan, loaded.model)
+    if not loss_weights(settings)[1] and SELF not in data:
+        return RecoveryInputs(loaded, sha256, plan, None, ranks)
+    try:
+        dense = load_model(
+            teacher or loaded.source.reference, trust_remote_code=trust_remote_code, progress=progress
+        )
+    except InputError as error:
+        raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
+    _check_vocabulary(loaded, dense)
+    return RecoveryInputs(loaded, sha256, plan, dense, ranks)
+
+
+def _check_seqlen(loaded: LoadedModel, settings: RecoverySettings) -> None:
+    longest = getattr(loaded.model.config, "max_position_embeddings", None) or settings.seqlen
+    if settings.seqlen > longest:
+        raise InputError("out of range", field="seqlen", value=settings.seqlen, allowed=f"2 to {longest}")
+
+
+def _check_vocabulary(loaded: LoadedModel, dense: LoadedModel) -> None:
+    rows = [m.model.get_output_embeddings().weight.shape[0] for m in (loaded, dense)]
+    if rows[0] != rows[1] or loaded.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        raise InputError(
+            f"the teacher has another vocabulary ({rows[1]} tokens) than the checkpoint ({rows[0]} tokens)",
+            field="teacher",
+            value=dense.source.reference,
+            allowed="the dense model of the checkpoint, or one with the same tokenizer",
+        )
+
+
+def _ranks(settings: RecoverySettings, plan: PruningPlan | None, model: Any) -> tuple[int, ...]:
+    method = METHODS[settings.method]
+    if not method.adapter:
+        return ()
+    blocks = len(block_linears(model))
+    if not method.by_importance:
+        return (settings.rank,) * blocks
+    if plan is None:
+        raise InputError(
+            f"ranks by importance need the checkpoint's {PLAN_FILE}, and there is none",
+            field="method",
+            value=settings.method,
+            allowed="lora, full",
+        )
+    return importance_ranks([block.importance for block in plan.blocks], settings.rank)

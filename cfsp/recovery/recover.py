@@ -1,0 +1,253 @@
+"""The whole way from a checkpoint to a recovered one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.calibration import SELF
+from cfsp.checkpoint import save_checkpoint
+from cfsp.errors import InputError, LimitError, MissingExtraError
+from cfsp.files import refuse_existing
+from cfsp.progress import Progress, no_progress
+from cfsp.prune import moment_windows
+from cfsp.recovery.adapter import add_adapter, merge_adapter
+from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
+from cfsp.recovery.inputs import RecoveryInputs, load_inputs
+from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord, data_record
+from cfsp.recovery.settings import (
+    METHODS,
+    RecoverySettings,
+    check_settings,
+    compute_dtype,
+    learning_rate,
+    loss_weights,
+)
+from cfsp.recovery.student import Objective, Student, Teacher
+from cfsp.recovery.work import RunInputs, WorkFolder
+from cfsp.statistics import collect_input_moments
+
+if TYPE_CHECKING:
+    from cfsp.recovery.trainer import Run
+
+__all__ = ["DEVICES", "Recovered", "check_outcome", "recover"]
+
+logger = logging.getLogger(__name__)
+
+DEVICES = ("auto", "cpu")
+MOMENT_TOKENS = 32_768
+"""Training tokens from which the windows for activation moments are chosen."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A finished run.
+
+    Attributes:
+        record: How it went.
+        is_main: Whether this process is the one that wrote the output.
+    """
+
+    record: RecoveryRecord
+    is_main: bool
+
+
+def recover(
+    checkpoint: str,
+    output: Path,
+    settings: RecoverySettings,
+    *,
+    data: Sequence[str] = (SELF,),
+    validation: Sequence[str] = (),
+    teacher: str | None = None,
+    work: Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> Recovered:
+    """Train what pruning has cost back into a checkpoint, and write a new one.
+
+    The weights that are written are those of the best validation, which may be the untrained ones: `check_outcome`
+    tells. A killed run goes on from its work folder when it is called again with the same arguments.
+
+    Args:
+        checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
+        output: Folder to create.
+        settings: How to train.
+        data: `self` (sampled from the teacher), or text references; mixed in equal shares.
+        validation: The same; nothing holds out a share of `data`.
+        teacher: Model reference; the checkpoint's dense model where the loss or the data needs one.
+        work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
+        device: A name in DEVICES; "auto" takes a GPU where there is one.
+        force: Replace an existing output, and a work folder of other inputs.
+        trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        progress: Told about every step.
+
+    Raises:
+        InputError: Something that cannot be used, another vocabulary, or a full disk.
+        MissingExtraError: Without the `recover` extra.
+    """
+    check_settings(settings)
+    refuse_existing(output, force=force)
+    _check_extras(settings, device)
+    from cfsp.recovery.trainer import Run, train, training_arguments
+
+    folder = WorkFolder(work or output.with_name(output.name + ".work"))
+    arguments = training_arguments(settings, folder.path, use_cpu=device == "cpu")
+    is_main = arguments.process_index == 0
+    progress = progress if is_main else no_progress
+    inputs = load_inputs(
+        checkpoint,
+        teacher,
+        settings,
+        data=(*data, *validation),
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    with arguments.main_process_first(local=False):
+        drawn = load_recovery_data(
+            data, validation, inputs.loaded.tokenizer, settings, dense=inputs.teacher, progress=progress
+        )
+    dtype = compute_dtype(settings, arguments.device.type)
+    tokens_per_step = _tokens_per_step(settings, arguments.world_size)
+    mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
+    with arguments.main_process_first(local=False):
+        folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
+    student = _student(inputs, settings, dtype)
+    held = drawn.validation
+    run = Run(student, mix, held, settings, folder, tokens_per_step, progress)
+    train(run, arguments)
+    record = _record(checkpoint, run, inputs, drawn, arguments)
+    if is_main:
+        _write(output, run, inputs, record, force=force, progress=progress)
+        folder.remove()
+    return Recovered(record, is_main)
+
+
+def check_outcome(record: RecoveryRecord, output: Path) -> None:
+    """Raise LimitError where a run diverged or gained nothing; what was kept is in `output` all the same."""
+    kept = (
+        f"the weights of step {record.kept_step} are kept"
+        if record.kept_step
+        else "no step was better than the untrained weights, which are kept"
+    )
+    if record.stopped_by == "diverged":
+        step = record.losses[-1].step if record.losses else 0
+        raise LimitError(
+            f"training diverged after step {step}; {kept} in {output}; try a lower learning rate"
+        )
+    if not record.kept_step:
+        raise LimitError(f"training gained nothing on the validation data; {kept} in {output}")
+
+
+def _check_extras(settings: RecoverySettings, device: str) -> None:
+    if device not in DEVICES:
+        raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
+    needed = ("accelerate", "peft") if METHODS[settings.method].adapter else ("accelerate",)
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "recover")
+
+
+def _tokens_per_step(settings: RecoverySettings, processes: int) -> int:
+    return settings.seqlen * settings.batch_size * settings.gradient_accumulation_steps * processes
+
+
+def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_step: int) -> int:
+    """Sequences of whole optimizer steps that come closest to the budget, at least one step."""
+    if settings.max_tokens is not None:
+        tokens = float(settings.max_tokens)
+    else:
+        tokens = (settings.epochs or 1.0) * sum(part.n_tokens for part in drawn.training)
+    steps = max(1, round(tokens / tokens_per_step))
+    return steps * tokens_per_step // settings.seqlen
+
+
+def _run_inputs(
+    settings: RecoverySettings,
+    inputs: RecoveryInputs,
+    drawn: RecoveryData,
+    dtype: torch.dtype,
+    processes: int,
+) -> RunInputs:
+    from cfsp.self_sampling import model_fingerprint
+
+    plain = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
+    hashes = {"checkpoint": model_fingerprint(inputs.loaded.model), "ranks": str(inputs.ranks)}
+    if inputs.teacher is not None:
+        hashes["teacher"] = model_fingerprint(inputs.teacher.model)
+    for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
+        hashes[name] = " ".join(part.sha256 for part in parts)
+    return RunInputs(plain | {"dtype": str(dtype)}, hashes, processes)
+
+
+def _student(inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dtype) -> Student:
+    model: Any = inputs.loaded.model
+    torch.manual_seed(settings.seed)
+    if inputs.ranks:
+        model = add_adapter(model, inputs.ranks, settings.alpha)
+    objective = Objective(loss_weights(settings), settings.temperature)
+    teacher = None
+    if objective.weights[1] and inputs.teacher is not None:
+        teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False))
+    return Student(model, objective, dtype, teacher)
+
+
+def _record(
+    checkpoint: str, run: Run, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any
+) -> RecoveryRecord:
+    state, settings = run.state, run.settings
+    teacher = inputs.teacher
+    return RecoveryRecord(
+        checkpoint=checkpoint,
+        checkpoint_sha256=inputs.sha256,
+        teacher=teacher.source.reference if teacher else None,
+        teacher_sha256=teacher.source.sha256 if teacher else None,
+        settings=settings,
+        learning_rate=learning_rate(settings),
+        dtype=str(run.student.dtype).removeprefix("torch."),
+        device=arguments.device.type,
+        processes=arguments.world_size,
+        ranks=inputs.ranks,
+        n_trainable=sum(p.numel() for _, p in run.student.trainable()),
+        training=tuple(data_record(part) for part in drawn.training),
+        validation=tuple(data_record(part) for part in drawn.validation),
+        held_out=drawn.held_out,
+        losses=tuple(state.losses),
+        validations=tuple(state.validations),
+        kept_step=state.best_step,
+        perplexity_before=state.validations[0].perplexity,
+        perplexity_after=state.best.perplexity,
+        tokens_seen=state.losses[-1].tokens if state.losses else 0,
+        seconds=state.seconds,
+        stopped_by=state.stopped_by or "budget",
+    )
+
+
+def _write(
+    output: Path, run: Run, inputs: RecoveryInputs, record: RecoveryRecord, *, force: bool, progress: Progress
+) -> None:
+    student = run.student.to("cpu")
+    model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
+    count = min(len(run.mix), math.ceil(MOMENT_TOKENS / run.settings.seqlen))
+    windows = torch.stack([run.mix[i]["input_ids"] for i in range(count)])
+    moments = collect_input_moments(model, moment_windows(windows), progress=progress)
+    save_checkpoint(
+        replace(inputs.loaded, model=model),
+        output,
+        plan=inputs.plan,
+        input_moments=moments,
+        extra_records={RECOVERY_FILE: record},
+        seed=run.settings.seed,
+        force=force,
+    )

@@ -1,0 +1,142 @@
+"""The model that is trained, with its loss: what a trainer calls, and what is wrapped for several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cfsp.recovery.data import IGNORED
+from cfsp.recovery.losses import ChunkLoss, distillation_loss, head_loss, next_token_loss
+
+__all__ = ["LossSums", "Objective", "Student", "Teacher"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """weights[0] * next-token + weights[1] * distillation at `temperature`, over labelled positions."""
+
+    weights: tuple[float, float]
+    temperature: float
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over labelled positions: the objective, the next-token loss, and how many positions."""
+
+    objective: float
+    next_token: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model; it is never trained, moved by a trainer, or saved."""
+
+    model: Any
+
+    @torch.no_grad()
+    def hidden(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Final hidden states of the labelled positions, (n, hidden_size)."""
+        states = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+        labelled: torch.Tensor = states[targets != IGNORED]
+        return labelled
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, vocab_size) float32."""
+        return F.linear(hidden, self.model.get_output_embeddings().weight).float()
+
+
+class Student(nn.Module):
+    """A causal LM whose forward pass is a loss, summed over labelled positions.
+
+    Args:
+        model: The causal LM, or the PEFT model around it.
+        objective: The loss.
+        dtype: Of the matrix products (autocast); weights keep their own.
+        teacher: Where the objective has distillation in it.
+    """
+
+    # Tells transformers' Trainer to count the labels of all accumulated batches before the first of them.
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, model: Any, objective: Objective, dtype: torch.dtype, teacher: Teacher | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective, self.dtype, self.teacher = objective, dtype, teacher
+
+    @property
+    def causal_lm(self) -> Any:
+        """The causal LM itself, adapters in place."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The objective's sum over labelled positions of one batch.
+
+        Args:
+            input_ids: (batch, seqlen) int64.
+            labels: (batch, seqlen) int64, what each position predicts, or IGNORED.
+        """
+        hidden, targets = self._labelled_hidden(input_ids, labels)
+        loss = self._chunk_loss(targets, self._teacher_hidden(input_ids, labels))
+        return head_loss(hidden, self._head(), loss, self.dtype)
+
+    @torch.no_grad()
+    def sums(self, input_ids: torch.Tensor, labels: torch.Tensor) -> LossSums:
+        """Objective and next-token loss of one batch, for validation."""
+        hidden, targets = self._labelled_hidden(input_ids, labels)
+        next_token = 0.0
+
+        def with_next_token(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+            nonlocal next_token
+            next_token += float(next_token_loss(logits, targets[chunk]))
+            return loss(logits, chunk)
+
+        loss = self._chunk_loss(targets, self._teacher_hidden(input_ids, labels))
+        objective = float(head_loss(hidden, self._head(), with_next_token, self.dtype))
+        return LossSums(objective, next_token, len(targets))
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and weights that training changes."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def _head(self) -> torch.Tensor:
+        head = self.causal_lm.get_output_embeddings()
+        weight: torch.Tensor = head.weight
+        return weight
+
+    def _labelled_hidden(
+        self, input_ids: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(input_ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            decoder = self.causal_lm.get_decoder()
+            states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        mask = labels != IGNORED
+        return states[mask], labels[mask]
+
+    def _teacher_hidden(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
+        if self.teacher is None or not self.objective.weights[1]:
+            return None
+        return self.teacher.hidden(input_ids, labels)
+
+    def _chunk_loss(self, targets: torch.Tensor, teacher_hidden: torch.Tensor | None) -> ChunkLoss:
+        next_weight, distill_weight = self.objective.weights
+        temperature, teacher = self.objective.temperature, self.teacher
+
+        def loss(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+            total = logits.new_zeros(())
+            if next_weight:
+                total = total + next_weight * next_token_loss(logits, targets[chunk])
+            if teacher is not None and teacher_hidden is not None:
+                dense = teacher.logits(teacher_hidden[chunk])
+                total = total + distill_weight * distillation_loss(logits, dense, temperature)
+            return total
+
+        return loss

@@ -1,0 +1,295 @@
+"""transformers' Trainer with our loss, our validation and checkpoints that can be trusted after a kill.
+
+Importing this module needs accelerate; `cfsp.recovery.recover` does so only when it trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cfsp.errors import InputError
+from cfsp.files import no_space_as_input_error
+from cfsp.progress import Progress
+from cfsp.recovery.data import Sequences, TrainingMix
+from cfsp.recovery.settings import RecoverySettings, learning_rate
+from cfsp.recovery.state import LossPoint, RunState, ValidationPoint
+from cfsp.recovery.student import Student
+from cfsp.recovery.work import WorkFolder
+from cfsp.weights import one_line, quiet_transformers, read_safetensors
+
+__all__ = ["RecoveryTrainer", "Run", "train", "training_arguments"]
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS = "trainable.safetensors"
+VALIDATIONS = 10
+"""Validations over a run where the settings do not say how often."""
+
+
+@dataclass
+class Run:
+    """What a trainer works on.
+
+    Attributes:
+        student: The model with its loss.
+        mix: Training sequences, exactly as many as the budget asks for.
+        validation: Validation sequences.
+        settings: How to train.
+        work: Where checkpoints go.
+        tokens_per_step: Input tokens of one optimizer step, over all processes.
+        progress: Told about every step.
+        state: Curves and the best state.
+    """
+
+    student: Student
+    mix: TrainingMix
+    validation: Sequence[Sequences]
+    settings: RecoverySettings
+    work: WorkFolder
+    tokens_per_step: int
+    progress: Progress
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return len(self.mix) * self.settings.seqlen // self.tokens_per_step
+
+
+def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool) -> Any:
+    """TrainingArguments of a run, steps and intervals still open; joins the other processes, if any."""
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        use_cpu=use_cpu,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=1,
+        learning_rate=learning_rate(settings),
+        lr_scheduler_type="cosine",
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        average_tokens_across_devices=True,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=list(settings.report_to) or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+    )
+    # Several GPUs in one process would mean DataParallel, which averages losses wrongly; accelerate launch is the way.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def train(run: Run, arguments: Any) -> None:
+    """Train until the budget is used, patience ends or the loss diverges; resumes from the work folder.
+
+    Afterwards the student holds the weights of the best validation, and `run.state` says how it went.
+
+    Raises:
+        InputError: The disk is full; the last complete checkpoint is kept.
+    """
+    settings, steps = run.settings, run.n_steps
+    every = settings.eval_every or max(1, steps // VALIDATIONS)
+    arguments.eval_strategy = arguments.save_strategy = transformers.trainer_utils.IntervalStrategy.STEPS
+    arguments.eval_steps, arguments.save_steps = every, settings.save_every or every
+    arguments.warmup_steps = math.ceil(settings.warmup_ratio * steps)
+    with quiet_transformers():
+        trainer = _trainer(run, arguments)
+        started = run.work.last_checkpoint()
+        if started is not None:
+            run.state.restore(run.work.read_state(started))
+        else:
+            trainer.validate()
+        if run.state.stopped_by is None and (not run.state.losses or run.state.losses[-1].step < steps):
+            trainer.train(resume_from_checkpoint=None if started is None else str(started))
+    trainer.note_time()
+    run.state.stopped_by = run.state.stopped_by or "budget"
+    trainer.load_best()
+
+
+def _trainer(run: Run, arguments: Any) -> RecoveryTrainer:
+    # The work folder is removed at the end; what TensorBoard shows is to stay.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{run.work.path}.runs")
+    try:
+        return RecoveryTrainer(run, arguments)
+    except (ValueError, RuntimeError) as error:
+        if not run.settings.report_to:
+            raise
+        raise InputError(
+            f"a tracker cannot be used: {one_line(error)}", field="report_to", value=run.settings.report_to
+        ) from error
+
+
+class RecoveryTrainer(Trainer):  # type: ignore[misc]
+    """Trainer over a `Student`; trainable weights alone are saved, as safetensors."""
+
+    control: Any
+
+    def __init__(self, run: Run, arguments: Any) -> None:
+        super().__init__(
+            model=run.student,
+            args=arguments,
+            train_dataset=run.mix,
+            eval_dataset=[],
+            data_collator=_stack,
+            callbacks=[_Watcher(run)],
+        )
+        self.remove_callback(transformers.trainer_callback.PrinterCallback)
+        self.run = run
+        self._clock = time.monotonic()
+        if run.student.teacher is not None:
+            run.student.teacher.model.to(arguments.device)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor:
+        """The batch's loss sum over the labels of ALL accumulated batches of all processes.
+
+        Gradients are averaged over processes afterwards, hence the factor.
+        """
+        total: torch.Tensor = model(inputs["input_ids"], inputs["labels"])
+        loss: torch.Tensor = total * (self.accelerator.num_processes / num_items_in_batch)
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validate, tell trackers, and keep the weights where they are the best so far."""
+        point = self.validate()
+        metrics = {"eval_loss": point.loss, "eval_perplexity": point.perplexity}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def validate(self) -> ValidationPoint:
+        """Mean losses on the validation sequences, which are shared out among the processes."""
+        student, run = self.run.student, self.run
+        student.eval()
+        rows = [
+            (ids, targets)
+            for part in run.validation
+            for ids, targets in zip(part.input_ids, part.targets, strict=True)
+        ]
+        mine = rows[self.args.process_index :: self.args.world_size]
+        sums = torch.zeros(3, dtype=torch.float64)
+        for done, (ids, targets) in enumerate(mine, 1):
+            result = student.sums(ids[None].to(self.args.device), targets[None].to(self.args.device))
+            sums += torch.tensor([result.objective, result.next_token, result.count], dtype=torch.float64)
+            run.progress("validating", done, len(mine))
+        total = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        step = self.state.global_step
+        point = ValidationPoint(
+            step,
+            step * run.tokens_per_step,
+            total[0] / total[2],
+            math.exp(min(total[1] / total[2], 700.0)),
+        )
+        if run.state.add_validation(point, run.settings.patience) and self.is_world_process_zero():
+            run.work.write_best(step, _weights(student))
+        return point
+
+    def load_best(self) -> None:
+        """Give the main process's student, the one that is saved, the weights of the best validation."""
+        if self.is_world_process_zero():
+            self._load_weights(self.run.work.read_best(self.run.state.best_step))
+
+    def note_time(self) -> None:
+        """Add the time since the last call to the run's."""
+        now = time.monotonic()
+        self.run.state.seconds += now - self._clock
+        self._clock = now
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trainable weights."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file(_weights(self.run.student), folder / _WEIGHTS)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with no_space_as_input_error(folder):
+                super()._save_checkpoint(model, trial)
+                self.note_time()
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self.run.work.complete(folder, self.run.state)
+        except Exception as error:
+            if self.is_world_process_zero():
+                self.run.work.discard(folder)
+            if isinstance(error, InputError):
+                raise InputError(f"{error}; {self.run.work.kept()}") from error
+            raise
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._load_weights(read_safetensors(Path(resume_from_checkpoint) / _WEIGHTS))
+
+    def _load_weights(self, stored: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.run.student.trainable():
+                parameter.copy_(stored[name])
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        # The mix has its own order, which depends on the seed alone.
+        return SequentialSampler(self.run.mix)
+
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    """Notes losses, reports progress, and ends training where the run's state says so."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+        if logs and "loss" in logs:
+            step = state.global_step
+            self.run.state.add_loss(LossPoint(step, step * self.run.tokens_per_step, float(logs["loss"])))
+            self.run.progress(f"training: loss {logs['loss']:.3f}", step, self.run.n_steps)
+            if self.run.state.stopped_by:
+                control.should_training_stop = True
+                control.should_evaluate = control.should_save = False
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= self.run.n_steps:
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.run.state.stopped_by:
+            control.should_training_stop = True
+            if self.run.state.stopped_by == "diverged":
+                control.should_save = False
+        return control
+
+
+def _stack(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+
+def _weights(student: Student) -> dict[str, torch.Tensor]:
+    return {name: p.detach().cpu().contiguous().clone() for name, p in student.trainable()}

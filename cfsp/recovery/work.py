@@ -1,0 +1,153 @@
+"""The work folder of a run: checkpoints that count only once they are complete, and the best weights.
+
+inputs.json              what the run is: another run's folder is refused
+checkpoint-<step>/       weights, optimizer, schedule, random states, and last of all COMPLETE
+best-<step>.safetensors  trainable weights of the best validation
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+
+from cfsp.errors import InputError
+from cfsp.files import atomic_file, fsync_directory, fsync_file, remove_stale_temporaries, write_text
+from cfsp.records import read_record, write_record
+from cfsp.recovery.state import RunState
+from cfsp.weights import read_safetensors
+
+__all__ = ["RunInputs", "WorkFolder"]
+
+_MARKER = "COMPLETE"
+_STATE = "recovery_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_BEST = re.compile(r"best-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run's result depends on; a run is resumed only where all of it is the same.
+
+    Attributes:
+        settings: The settings, as JSON.
+        hashes: What of, to SHA-256: checkpoint, teacher, data.
+        processes: Number of processes.
+    """
+
+    KIND: ClassVar[str] = "recovery_inputs"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    settings: dict[str, Any]
+    hashes: dict[str, str]
+    processes: int
+
+    def differences(self, other: RunInputs) -> list[str]:
+        """Names of what is not the same in two runs."""
+        mine, others = self._flat(), other._flat()
+        return sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key))
+
+    def _flat(self) -> dict[str, Any]:
+        return {**self.settings, **self.hashes, "processes": self.processes}
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """One run's work folder."""
+
+    path: Path
+
+    def open(self, inputs: RunInputs, *, force: bool) -> None:
+        """Make the folder this run's: anew, or as a killed run of the same inputs left it.
+
+        Raises:
+            InputError: It is another run's and `force` is not set, or no work folder at all.
+        """
+        file = self.path / "inputs.json"
+        if self.path.exists() and any(self.path.iterdir()):
+            if not file.is_file():
+                raise InputError(
+                    f"{self.path} is no work folder of recovery; name another one with --work, or remove it"
+                )
+            different = inputs.differences(read_record(RunInputs, file))
+            if different and not force:
+                raise InputError(
+                    f"{self.path} belongs to a run with other inputs (different: {', '.join(different)}); "
+                    "--force starts over, --work names another folder"
+                )
+            if different:
+                self.remove()
+        if not file.is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_record(file, inputs)
+        self._clear_incomplete()
+
+    def last_checkpoint(self) -> Path | None:
+        """The latest complete checkpoint."""
+        complete = {step: p for step, p in self._checkpoints().items() if (p / _MARKER).is_file()}
+        return complete[max(complete)] if complete else None
+
+    def complete(self, checkpoint: Path, state: RunState) -> None:
+        """Mark a checkpoint as complete, after everything in it is on disk, and drop what it makes needless."""
+        write_record(checkpoint / _STATE, state)
+        _sync(checkpoint)
+        write_text(checkpoint / _MARKER, "")
+        for other in self._checkpoints().values():
+            if other != checkpoint:
+                shutil.rmtree(other, ignore_errors=True)
+        for file in self.path.glob("best-*.safetensors"):
+            if file != self.best_file(state.best_step):
+                file.unlink()
+
+    def read_state(self, checkpoint: Path) -> RunState:
+        """The run's state at a complete checkpoint."""
+        return read_record(RunState, checkpoint / _STATE)
+
+    def best_file(self, step: int) -> Path:
+        """Where the best weights of that step are kept."""
+        return self.path / f"best-{step}.safetensors"
+
+    def write_best(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Keep the trainable weights of a step; those of earlier steps stay until a checkpoint is complete."""
+        with atomic_file(self.best_file(step)) as temporary:
+            safetensors.torch.save_file(dict(weights), temporary)
+
+    def read_best(self, step: int) -> dict[str, torch.Tensor]:
+        """The weights that `write_best` kept."""
+        return read_safetensors(self.best_file(step))
+
+    def kept(self) -> str:
+        """In words: what a failed run leaves."""
+        last = self.last_checkpoint()
+        return f"the last complete checkpoint is {last}" if last else "no checkpoint was complete yet"
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def discard(self, checkpoint: Path) -> None:
+        """Delete a checkpoint that could not be completed."""
+        if not (checkpoint / _MARKER).is_file():
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def _clear_incomplete(self) -> None:
+        remove_stale_temporaries(self.path)
+        for checkpoint in self._checkpoints().values():
+            self.discard(checkpoint)
+
+    def _checkpoints(self) -> dict[int, Path]:
+        entries = self.path.iterdir() if self.path.is_dir() else iter(())
+        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in entries if p.is_dir())
+        return {int(match[1]): p for match, p in found if match}
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        fsync_file(file)
+    fsync_directory(folder)

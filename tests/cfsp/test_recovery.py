@@ -1,0 +1,356 @@
+"""Recovery's parts: ranks, labels, packing, losses, adapters, settings, the run's state and its work folder."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.errors import InputError
+from cfsp.recovery import RecoverySettings, check_settings, importance_ranks, load_recovery_data
+from cfsp.recovery.chats import answer_spans, labelled_chat
+from cfsp.recovery.data import IGNORED, Sequences, TrainingMix
+from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
+from cfsp.recovery.state import RunState, ValidationPoint
+from cfsp.recovery.student import Objective, Student, Teacher
+from cfsp.recovery.work import RunInputs, WorkFolder
+from cfsp.surgery import cut_channels
+from cfsp.text import Document
+
+TinyModel = Callable[..., tuple[Any, Any]]
+
+CHAT = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+    {"role": "user", "content": "And a fruit?"},
+    {"role": "assistant", "content": "An apple."},
+)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=40), st.integers(1, 64))
+def test_ranks_have_the_exact_mean_and_the_order_of_importance(
+    importance: list[float], mean_rank: int
+) -> None:
+    ranks = importance_ranks(importance, mean_rank)
+    assert sum(ranks) == mean_rank * len(importance)
+    assert min(ranks) >= 1
+    order = sorted(range(len(ranks)), key=lambda i: importance[i])
+    assert all(ranks[a] <= ranks[b] for a, b in itertools.pairwise(order) if importance[a] < importance[b])
+
+
+def test_ranks_are_proportional() -> None:
+    assert importance_ranks([1, 2, 5], 8) == (3, 6, 15)
+    assert importance_ranks([0, 0], 3) == (3, 3)
+
+
+@pytest.mark.parametrize(("importance", "rank"), [([], 4), ([-1.0, 1.0], 4), ([float("nan")], 4), ([1.0], 0)])
+def test_ranks_of_nonsense_are_refused(importance: list[float], rank: int) -> None:
+    with pytest.raises(InputError):
+        importance_ranks(importance, rank)
+
+
+def learnt_text(chat: Any, tokenizer: Any) -> str:
+    ids = [token for token, learnt in zip(chat.ids, chat.learnt, strict=True) if learnt]
+    return str(tokenizer.decode(ids))
+
+
+def test_labels_are_the_answers_and_the_end_of_their_turn(tiny_tokenizer: Any) -> None:
+    chat = labelled_chat(Document(messages=CHAT), tiny_tokenizer)
+    assert learnt_text(chat, tiny_tokenizer) == "The capital of France is Paris.<|im_end|>An apple.<|im_end|>"
+    text, _ = answer_spans(CHAT, tiny_tokenizer)
+    assert tiny_tokenizer.decode(list(chat.ids)) == text
+
+
+def test_templates_that_change_answers_with_their_place(tiny_tokenizer: Any) -> None:
+    """The last answer gets an empty thought before it, as in Qwen 3; answers are trimmed, as in Llama 3."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    spaced = [m | {"content": f"  {m['content']}\n"} for m in CHAT]
+    text, spans = answer_spans(spaced, tokenizer)
+    assert [text[a:b] for a, b in spans] == [
+        "The capital of France is Paris.<|im_end|>",
+        "<think>\n\n</think>\n\nAn apple.<|im_end|>",
+    ]
+
+
+def test_a_template_that_cannot_be_split_is_refused(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(InputError, match="cannot be split"):
+        answer_spans(CHAT, tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        answer_spans(CHAT, tokenizer)
+
+
+def write_chats(path: Path, chats: list[Any]) -> str:
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    return str(path)
+
+
+def chat_of(index: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"Say {index}."},
+        {"role": "assistant", "content": " ".join(["number", str(index)] * (1 + index % 5))},
+    ]
+
+
+def test_packed_chats_keep_every_answer_whole(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    chats = [chat_of(i) for i in range(30)]
+    settings = RecoverySettings(seqlen=128, max_tokens=None, epochs=1.0)
+    data = load_recovery_data([write_chats(tmp_path / "c.jsonl", chats)], [], tiny_tokenizer, settings)
+    parts = (*data.training, *data.validation)
+    assert data.held_out
+    answers = []
+    for ids, targets in ((i, t) for part in parts for i, t in zip(part.input_ids, part.targets, strict=True)):
+        where = targets != IGNORED
+        assert torch.equal(ids[1:][where[:-1]], targets[:-1][where[:-1]])
+        assert not where[-1]
+        answers += tiny_tokenizer.decode(targets[where]).split("<|im_end|>")[:-1]
+    assert sorted(answers) == sorted(chat[1]["content"] for chat in chats)
+
+
+def test_text_is_learnt_everywhere_and_sources_mix_equally(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    chats = write_chats(tmp_path / "c.jsonl", [chat_of(i) for i in range(30)])
+    settings = RecoverySettings(seqlen=64, max_tokens=64 * 200, validation_windows=4)
+    data = load_recovery_data([str(text), chats], [], tiny_tokenizer, settings)
+    assert bool((data.training[0].targets[:, :-1] == data.training[0].input_ids[:, 1:]).all())
+    mix = TrainingMix(data.training, 200, seed=3)
+    assert len(mix) == 200
+    for source, part in enumerate(data.training):
+        taken = [tuple(mix[i]["input_ids"].tolist()) for i in range(source, 200, 2)]
+        rows = {tuple(row.tolist()) for row in part.input_ids}
+        assert len(taken) == 100
+        assert set(taken[: len(rows)]) == rows or len(rows) > 100
+    again = TrainingMix(data.training, 200, seed=3)
+    assert all(torch.equal(mix[i]["labels"], again[i]["labels"]) for i in (0, 77, 199))
+    assert any(
+        not torch.equal(mix[i]["labels"], TrainingMix(data.training, 200, seed=4)[i]["labels"])
+        for i in range(9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("chats", "message"),
+    [
+        ([[{"role": "user", "content": "Hello?"}]] * 3, "no chat in .* has an answer"),
+        ([[{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": " "}]], "has an answer"),
+        ([chat_of(1)], "one sequence only"),
+    ],
+)
+def test_data_without_answers_or_too_little(
+    tmp_path: Path, tiny_tokenizer: Any, chats: list[Any], message: str
+) -> None:
+    reference = write_chats(tmp_path / "c.jsonl", chats)
+    with pytest.raises(InputError, match=message):
+        load_recovery_data([reference], [], tiny_tokenizer, RecoverySettings(seqlen=128))
+
+
+def test_losses_are_their_equations() -> None:
+    torch.manual_seed(0)
+    logits, teacher = torch.randn(5, 11), torch.randn(5, 11)
+    targets = torch.randint(0, 11, (5,))
+    log_p = logits.log_softmax(-1)
+    assert next_token_loss(logits, targets) == pytest.approx(-float(log_p[range(5), targets].sum()), rel=1e-5)
+    q, p = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
+    expected = 4 * float((q * (q / p).log()).sum())
+    assert float(distillation_loss(logits, teacher, 2.0)) == pytest.approx(expected, rel=1e-4)
+    assert float(distillation_loss(logits, logits)) == 0.0
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_head_in_chunks_is_the_head_in_one_piece(frozen: bool) -> None:
+    torch.manual_seed(0)
+    count = 2 * CHUNK_TOKENS + 7
+    hidden = torch.randn(count, 8, requires_grad=True)
+    weight = torch.randn(13, 8, requires_grad=not frozen)
+    targets = torch.randint(0, 13, (count,))
+    whole = F.cross_entropy(hidden @ weight.T, targets, reduction="sum") / count
+    whole.backward()
+    wanted = [hidden.grad.clone(), None if frozen else weight.grad.clone()]  # type: ignore[union-attr]
+    hidden.grad = weight.grad = None
+    chunked = head_loss(hidden, weight, lambda z, chunk: next_token_loss(z, targets[chunk])) / count
+    chunked.backward()
+    assert float(chunked) == pytest.approx(float(whole), rel=1e-5)
+    torch.testing.assert_close(hidden.grad, wanted[0])
+    if not frozen:
+        torch.testing.assert_close(weight.grad, wanted[1])
+
+
+def different_widths(tiny_model: TinyModel) -> tuple[Any, Any]:
+    model, tokenizer = tiny_model()
+    for index, layer in enumerate(decoder_layers(model)):
+        cut_channels(feed_forward(model, layer), torch.arange(128 - 16 * index))
+    return model, tokenizer
+
+
+def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: TinyModel) -> None:
+    pytest.importorskip("peft", reason="the recover extra is not installed")
+    from cfsp.recovery.adapter import add_adapter, merge_adapter
+
+    model, _ = different_widths(tiny_model)
+    widths, names = ffn_widths(model), [(n, type(m)) for n, m in model.named_modules()]
+    ids = torch.arange(3, 60)[None]
+    before = model(ids).logits
+    adapted = add_adapter(model, (1, 2, 3, 6), 2.0)
+    rank_of = {n: p.shape[0] for n, p in adapted.named_parameters() if "lora_A" in n}
+    assert len(rank_of) == 4 * 7
+    assert all(rank == (1, 2, 3, 6)[int(name.partition("layers.")[2][0])] for name, rank in rank_of.items())
+    assert all(p.requires_grad == ("lora_" in n) for n, p in adapted.named_parameters())
+    scales = {m.scaling["default"] for m in adapted.modules() if hasattr(m, "scaling")}
+    assert scales == {2.0}
+    torch.testing.assert_close(adapted(ids).logits, before)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    trained = adapted(ids).logits
+    assert float((trained - before).abs().max()) > 0.01
+    merged = merge_adapter(adapted)
+    torch.testing.assert_close(merged(ids).logits, trained, atol=1e-4, rtol=1e-4)
+    assert ffn_widths(merged) == widths
+    assert [(n, type(m)) for n, m in merged.named_modules()] == names
+    assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+
+
+def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model()
+    student = Student(model, Objective((0.0, 1.0), 2.0), torch.float32, Teacher(model))
+    ids = torch.arange(4, 68).view(2, 32)
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, 3:20] = ids[:, 4:21]
+    loss = student(ids, targets)
+    assert float(loss) == pytest.approx(0.0, abs=1e-4)
+    loss.backward()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
+    assert largest < 1e-4
+    sums = student.sums(ids, targets)
+    logits = model(ids).logits
+    assert sums.count == 34
+    assert sums.next_token == pytest.approx(
+        float(F.cross_entropy(logits[targets != IGNORED], targets[targets != IGNORED], reduction="sum")),
+        rel=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rank": 0},
+        {"alpha": 0.0},
+        {"method": "qlora"},
+        {"loss": "mse"},
+        {"dtype": "float16"},
+        {"temperature": 0.0},
+        {"distill_weight": 1.0},
+        {"learning_rate": float("nan")},
+        {"max_tokens": 0},
+        {"max_tokens": None},
+        {"epochs": 1.0},
+        {"seqlen": 1},
+        {"batch_size": 0},
+        {"warmup_ratio": 1.0},
+        {"patience": 0},
+        {"seed": None},
+    ],
+)
+def test_settings_name_the_field(change: dict[str, Any]) -> None:
+    field = "max_tokens" if "epochs" in change else next(iter(change))
+    with pytest.raises(InputError, match=f"^{field}: "):
+        check_settings(replace(RecoverySettings(), **change))
+
+
+def points(*losses: float) -> list[ValidationPoint]:
+    return [ValidationPoint(step, step, loss, math.exp(loss)) for step, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "best", "stopped"),
+    [
+        ((3.0, 2.0, 2.1), 5, 1, None),
+        ((3.0, 2.0, 2.1, 2.2), 2, 1, "patience"),
+        ((3.0, 2.0, 2.8), 5, 1, "diverged"),
+        ((3.0, 2.0, float("nan")), 5, 1, "diverged"),
+        ((3.0, 3.1, 3.2), None, 0, None),
+    ],
+)
+def test_when_a_run_stops(
+    losses: tuple[float, ...], patience: int | None, best: int, stopped: str | None
+) -> None:
+    state = RunState()
+    for point in points(*losses):
+        state.add_validation(point, patience)
+    assert (state.best_step, state.stopped_by) == (best, stopped)
+
+
+def inputs(**settings: Any) -> RunInputs:
+    return RunInputs({"rank": 4} | settings, {"data": "abc"}, 1)
+
+
+def test_a_checkpoint_counts_once_it_is_complete(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "w")
+    work.open(inputs(), force=False)
+    for step in (1, 2, 3):
+        folder = work.path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text(str(step))
+        work.write_best(step, {"x": torch.full((2,), float(step))})
+        if step < 3:
+            work.complete(folder, RunState(best_step=step))
+    assert sorted(p.name for p in work.path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(p.name for p in work.path.glob("best-*")) == ["best-2.safetensors", "best-3.safetensors"]
+    work.open(inputs(), force=False)
+    last = work.last_checkpoint()
+    assert last is not None
+    assert last.name == "checkpoint-2"
+    assert work.read_state(last).best_step == 2
+    assert not (work.path / "checkpoint-3").exists()
+    assert float(work.read_best(2)["x"][0]) == 2.0
+
+
+def test_a_work_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path / "w")
+    work.open(inputs(), force=False)
+    folder = work.path / "checkpoint-1"
+    folder.mkdir()
+    work.complete(folder, RunState())
+    with pytest.raises(InputError, match=r"different: rank.*--force.*--work"):
+        work.open(inputs(rank=8), force=False)
+    work.open(inputs(), force=True)
+    assert work.last_checkpoint() is not None
+    work.open(inputs(rank=8), force=True)
+    assert work.last_checkpoint() is None
+    other = tmp_path / "photos"
+    other.mkdir()
+    (other / "cat.png").write_text("")
+    with pytest.raises(InputError, match="no work folder"):
+        WorkFolder(other).open(inputs(), force=True)
+    assert (other / "cat.png").exists()
+
+
+def test_sequences_count_what_is_learnt() -> None:
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    targets = torch.tensor([[1, 2, IGNORED, IGNORED], [IGNORED, 3, 4, IGNORED]])
+    part = Sequences(ids, targets, "x", "y")
+    assert (part.n_tokens, part.n_learnt) == (8, 4)

@@ -1,0 +1,366 @@
+"""`phoneready recover`, end to end on tiny models: real Trainer, PEFT, accelerate and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="the recover extra is not installed")
+pytest.importorskip("accelerate", reason="the recover extra is not installed")
+
+from cfsp import load_model
+from cfsp.architectures import ffn_widths
+from cfsp.checkpoint import load_input_moments, read_checkpoint_info
+from cfsp.records import read_record
+from cfsp.recovery import RECOVERY_FILE, RecoveryRecord
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_folder: TinyPath) -> Path:
+    return tiny_folder()
+
+
+@pytest.fixture(scope="module")
+def pruned(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with blocks of different widths."""
+    folder = tmp_path_factory.mktemp("pruned") / "checkpoint"
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--align", "8"]
+    assert main(["prune", str(dense), "-o", str(folder), "--prune-ratio", "0.3", *sizes]) == 0
+    assert len(set(read_checkpoint_info(folder).widths)) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"List {i % 7} fruits."},
+                {"role": "assistant", "content": "An apple, " * (i % 7) + "a pear."},
+            ]
+        }
+        for i in range(60)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+SMALL = (
+    "--seqlen",
+    "64",
+    "--batch-size",
+    "2",
+    "--validation-windows",
+    "4",
+    "--rank",
+    "4",
+    "--dtype",
+    "float32",
+)
+
+
+def command(checkpoint: Path, output: Path, data: Path, *options: str) -> list[str]:
+    return ["recover", str(checkpoint), "-o", str(output), "--data", str(data), *SMALL, *options]
+
+
+def record_of(folder: Path) -> RecoveryRecord:
+    return read_record(RecoveryRecord, folder / RECOVERY_FILE)
+
+
+def same_weights(first: Path, second: Path) -> None:
+    one, other = (load_model(folder).model.state_dict() for folder in (first, second))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [("ig-lora", "next-token"), ("lora", "distill"), ("full", "both"), ("full", "next-token")],
+)
+def test_a_few_steps_help_and_the_result_is_a_checkpoint(
+    pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, loss: str
+) -> None:
+    output = tmp_path / "out"
+    capsys.readouterr()
+    options = [
+        "--max-tokens",
+        "2560",
+        "--learning-rate",
+        "5e-3",
+        "--method",
+        method,
+        "--loss",
+        loss,
+        "--json",
+    ]
+    assert main(command(pruned, output, chats, *options)) == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    record = record_of(output)
+    assert printed["tokens_seen"] == record.tokens_seen == 2560
+    assert [point.step for point in record.losses] == list(range(1, 21))
+    assert record.validations[0].step == 0
+    assert record.validations[-1].loss < record.validations[0].loss
+    assert record.kept_step > 0
+    assert (record.teacher is None) == (loss == "next-token")
+    if loss == "next-token":
+        assert record.perplexity_after < record.perplexity_before
+    if method == "full":
+        assert record.ranks == ()
+    else:
+        assert sum(record.ranks) == 16
+        assert (len(set(record.ranks)) > 1) == (method == "ig-lora")
+    before, after = read_checkpoint_info(pruned), read_checkpoint_info(output)
+    assert after.widths == before.widths == ffn_widths(load_model(output).model)
+    assert after.source == before.source
+    assert after.plan_sha256 == before.plan_sha256
+    assert after.weights_sha256 != before.weights_sha256
+    moments = load_input_moments(output)
+    assert moments is not None
+    assert moments.keys() == (load_input_moments(pruned) or {}).keys()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_kept_weights_have_the_recorded_perplexity(pruned: Path, chats: Path, tmp_path: Path) -> None:
+    """Recovering the result again starts where the first run ended: same data, same held-out share."""
+    for name, source in (("first", pruned), ("second", tmp_path / "first")):
+        options = ["--max-tokens", "1280", "--patience", "0", "--learning-rate", "3e-3"]
+        assert main(command(source, tmp_path / name, chats, *options)) in (0, 1)
+    first, second = record_of(tmp_path / "first"), record_of(tmp_path / "second")
+    assert second.validation == first.validation
+    assert second.perplexity_before == pytest.approx(first.perplexity_after, rel=1e-4)
+    assert first.perplexity_after == min(point.perplexity for point in first.validations)
+
+
+def test_a_dense_model_is_trained_alike(dense: Path, chats: Path, tmp_path: Path) -> None:
+    options = ["--max-tokens", "640", "--method", "lora"]
+    assert main(command(dense, tmp_path / "out", chats, *options)) == 0
+    assert read_checkpoint_info(tmp_path / "out").plan_sha256 is None
+
+
+def test_without_data_the_teacher_writes_it(
+    pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = ["--max-tokens", "512", "--seqlen", "32", "--self-tokens", "512", "--loss", "distill"]
+    line = [
+        "recover",
+        str(pruned),
+        "-o",
+        str(tmp_path / "out"),
+        *SMALL,
+        *options,
+        "--validation-windows",
+        "2",
+    ]
+    assert main(line) in (0, 1)
+    record = record_of(tmp_path / "out")
+    assert [part.reference for part in record.training] == ["self"]
+    assert record.teacher is not None
+
+
+def test_training_that_diverges_keeps_the_best_and_says_so(
+    pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    options = ["--max-tokens", "5120", "--learning-rate", "3", "--method", "full", "--eval-every", "1"]
+    options += ["--warmup-ratio", "0.9", "--max-grad-norm", "1e6"]
+    assert main(command(pruned, tmp_path / "out", chats, *options)) == 1
+    captured = capsys.readouterr()
+    record = record_of(tmp_path / "out")
+    assert record.stopped_by == "diverged"
+    assert len(record.losses) < 40
+    assert record.perplexity_after == min(point.perplexity for point in record.validations)
+    error = captured.err.splitlines()[-1]
+    assert error.startswith("error: training diverged after step ")
+    assert f"are kept in {tmp_path / 'out'}" in error
+    load_model(tmp_path / "out")
+    assert not (tmp_path / "out.work").exists()
+
+
+def finish(line: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *line], capture_output=True, text=True, check=True, env=environment(), **options
+    )
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ig-lora", "full"])
+def test_a_killed_run_goes_on_to_the_same_result(
+    pruned: Path, chats: Path, tmp_path: Path, method: str
+) -> None:
+    options = ["--method", method, "--max-tokens", "12800", "--save-every", "5", "--eval-every", "10"]
+    options += ["--patience", "0", "--threads", "1", "--device", "cpu"]
+    whole = command(pruned, tmp_path / "whole", chats, *options)
+    killed = command(pruned, tmp_path / "killed", chats, *options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "phoneready", *killed], env=environment(), stdout=subprocess.DEVNULL
+    )
+    work = tmp_path / "killed.work"
+    while not list(work.glob("checkpoint-*/COMPLETE")):
+        assert process.poll() is None, "ended before its first checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    # What a kill in the middle of a later checkpoint leaves behind.
+    (work / "checkpoint-99").mkdir()
+    (work / "checkpoint-99" / "trainable.safetensors").write_bytes(b"half")
+    finish(["-m", "phoneready", *killed])
+    finish(["-m", "phoneready", *whole])
+    first, second = record_of(tmp_path / "whole"), record_of(tmp_path / "killed")
+    assert len(first.losses) == 100
+    for a, b in zip(first.losses, second.losses, strict=True):
+        assert (a.step, a.tokens) == (b.step, b.tokens)
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+    assert [p.step for p in first.validations] == [p.step for p in second.validations]
+    assert first.kept_step == second.kept_step
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert not work.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_accumulation(pruned: Path, chats: Path, tmp_path: Path) -> None:
+    options = ["--max-tokens", "2560", "--learning-rate", "3e-3", "--threads", "1", "--device", "cpu"]
+    one = command(pruned, tmp_path / "one", chats, *options, "--gradient-accumulation-steps", "2")
+    two = command(pruned, tmp_path / "two", chats, *options)
+    assert main(one) == 0
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    result = finish([*launch, "--mixed_precision", "no", "-m", "phoneready", *two])
+    assert result.stdout.count("Validation perplexity") == 1
+    first, second = record_of(tmp_path / "one"), record_of(tmp_path / "two")
+    assert (first.processes, second.processes) == (1, 2)
+    assert first.tokens_seen == second.tokens_seen
+    for a, b in zip(first.losses, second.losses, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+    for a, b in zip(first.validations, second.validations, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-4)
+    same_weights_within = 1e-3
+    one_model, two_model = (load_model(tmp_path / name).model.state_dict() for name in ("one", "two"))
+    assert max(float((one_model[k] - two_model[k]).abs().max()) for k in one_model) < same_weights_within
+
+
+def test_another_run_s_work_folder_is_refused(
+    pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(command(pruned, tmp_path / "out", chats, "--max-tokens", "640")) == 2
+    assert "no work folder of recovery" in capsys.readouterr().err
+    assert (work / "notes.txt").read_text() == "mine"
+
+
+@pytest.fixture
+def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
+    """Inputs that cannot be used, by name."""
+    empty, question = tmp_path / "empty.jsonl", tmp_path / "question.jsonl"
+    empty.write_text('{"text": " "}\n', encoding="utf-8")
+    question.write_text(json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n", encoding="utf-8")
+    return {
+        "empty": str(empty),
+        "question": str(question),
+        "other": str(tiny_folder("qwen2")),
+        "plain": str(tiny_folder()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rank", "0"], "rank: out of range"),
+        (["--method", "magic"], "allowed: ig-lora, lora, full"),
+        (["--loss", "mse"], "allowed: next-token, distill, both"),
+        (["--max-tokens", "100", "--epochs", "1"], "one of max_tokens and epochs"),
+        (["--seqlen", "4096"], "allowed: 2 to 512"),
+        (["--device", "tpu"], "allowed: auto, cpu"),
+        (["--data", "{empty}"], "no usable text"),
+        (["--data", "{question}"], "no chat in"),
+        (["--data", "missing.jsonl"], "does not exist"),
+        (["--validation", "{question}"], "no chat in"),
+        (["--loss", "distill", "--teacher", "{other}"], "another vocabulary"),
+        (["--report-to", "abacus"], "report_to"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
+    pruned: Path,
+    chats: Path,
+    tmp_path: Path,
+    bad: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    data = [] if "--data" in options else ["--data", str(chats)]
+    line = ["recover", str(pruned), "-o", str(tmp_path / "out"), *data, *SMALL]
+    capsys.readouterr()
+    assert main([*line, *(option.format(**bad) for option in options)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_ranks_by_importance_need_a_plan(
+    bad: dict[str, str], chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(command(Path(bad["plain"]), tmp_path / "out", chats)) == 2
+    assert "pruning_plan.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of the tiny model and half of another."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3200k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("a small file system cannot be mounted here (needs root on Linux)")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_complete_checkpoint(
+    pruned: Path, chats: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = small_disk / "work"
+    options = ["--method", "full", "--max-tokens", "2560", "--save-every", "4", "--eval-every", "20"]
+    line = command(pruned, tmp_path / "out", chats, *options, "--work", str(work))
+    capsys.readouterr()
+    assert main(line) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no space left to write ")
+    assert "the last complete checkpoint is " in error
+    assert error.count("\n") == 1
+    assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert (work / "checkpoint-4" / "COMPLETE").is_file()
+    assert not (tmp_path / "out").exists()
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    assert main(line) == 0
+    assert len(record_of(tmp_path / "out").losses) == 20
