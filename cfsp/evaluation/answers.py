@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from cfsp.evaluation.language_model import LanguageModel, prompt_ids
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.model_source import LoadedModel, ModelSource
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["PROMPTS", "sample_answers"]
+__all__ = ["CHECK_PROMPTS", "PROMPTS", "answer", "sample_answers"]
+
+_AT_ONCE = 16
 
 PROMPTS = (
     "List three fruits.",
@@ -21,6 +24,38 @@ PROMPTS = (
 )
 """Short tasks that a small chat model can do before pruning."""
 
+CHECK_PROMPTS = (
+    *PROMPTS,
+    "Tell a very short story about a lighthouse.",
+    "How do I boil an egg?",
+    "Write a Python function that returns the larger of two numbers.",
+    "Give me two tips for sleeping better.",
+    "What does a librarian do?",
+    "Translate 'good morning' into Spanish.",
+    "Write an email that asks for a day off.",
+    "Why do leaves fall in autumn?",
+    "Compare a bicycle with a car.",
+    "Describe the sea to someone who has never seen it.",
+)
+"""Varied short prompts for the check on degenerate text."""
+
+
+def answer(
+    model: LanguageModel,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    progress: Progress = no_progress,
+) -> list[str]:
+    """Greedy answers, one a prompt; in the model's chat template where it has one."""
+    ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
+    answers: list[str] = []
+    for start in range(0, len(ids), _AT_ONCE):
+        for tokens in model.generate(ids[start : start + _AT_ONCE], max_new_tokens):
+            answers.append(model.tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        progress("sampling answers", len(answers), len(ids))
+    return answers
+
 
 def sample_answers(
     model: Any,
@@ -30,26 +65,6 @@ def sample_answers(
     max_new_tokens: int = 64,
     progress: Progress = no_progress,
 ) -> list[str]:
-    """Greedy answers, one a prompt; in the model's chat template where it has one."""
-    answers = []
-    for done, prompt in enumerate(prompts, 1):
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        else:
-            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
-            )
-        answers.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-        progress("sampling answers", done, len(prompts))
-    return answers
+    """`answer` of a transformers causal LM."""
+    loaded = LoadedModel(model, tokenizer, ModelSource("", "folder", ""))
+    return answer(TorchLanguageModel(loaded), prompts, max_new_tokens=max_new_tokens, progress=progress)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cfsp.evaluation.perplexity import next_token_logits
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.perplexity import logits_of
 from cfsp.progress import Progress, no_progress
 from cfsp.text import TokenWindows
 
@@ -52,18 +53,49 @@ class Divergence:
 
 
 def divergence(
-    reference: Any, model: Any, windows: TokenWindows, *, progress: Progress = no_progress
+    reference: LanguageModel | torch.nn.Module | Any,
+    model: LanguageModel | torch.nn.Module | Any,
+    windows: TokenWindows,
+    *,
+    progress: Progress = no_progress,
 ) -> Divergence:
-    """Divergence of `model` from `reference` on windows (n_windows, seqlen); both are causal LMs."""
+    """Divergence of `model` from `reference` on windows (n_windows, seqlen).
+
+    Both are LanguageModels or transformers causal LMs. Where one predicts more tokens than the other (padding of
+    the embedding), only the tokens of both count.
+    """
+    run_reference, run_model = logits_of(reference), logits_of(model)
 
     def pairs() -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for done, window in enumerate(windows.ids, 1):
-            both = zip(next_token_logits(reference, window), next_token_logits(model, window), strict=True)
-            for (positions, expected), (_, actual) in both:
-                yield expected, actual, window[positions]
+            for positions, expected, actual in _aligned(run_reference(window), run_model(window)):
+                columns = min(expected.shape[-1], actual.shape[-1])
+                yield expected[:, :columns], actual[:, :columns], window[positions]
             progress("measuring divergence", done, len(windows.ids))
 
     return divergence_from_logits(pairs(), windows)
+
+
+def _aligned(
+    left: Iterator[tuple[slice, torch.Tensor]], right: Iterator[tuple[slice, torch.Tensor]]
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Pieces of both over the same positions, though each runtime cuts its logits where it likes."""
+    start = None
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+    while True:
+        if a is None or not len(a):
+            positions, a = next(left, (None, None))
+            if positions is not None and start is None:
+                start = positions.start
+        if b is None or not len(b):
+            _, b = next(right, (None, None))
+        if a is None or b is None:
+            return
+        assert start is not None
+        count = min(len(a), len(b))
+        yield slice(start, start + count), a[:count], b[:count]
+        start, a, b = start + count, a[count:], b[count:]
 
 
 def divergence_from_logits(

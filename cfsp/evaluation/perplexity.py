@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.torch_model import next_token_logits
 from cfsp.progress import Progress, no_progress
 from cfsp.text import TokenWindows
 
-__all__ = ["Perplexity", "next_token_logits", "perplexity"]
+__all__ = ["Perplexity", "logits_of", "perplexity"]
 
-_CHUNK = 256
+LogitsOf = Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -39,30 +42,26 @@ class Perplexity:
     windows_sha256: str
 
 
-def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits that predict tokens 1.. of one window, in chunks, so that seqlen x vocab_size is never held.
-
-    Args:
-        model: A causal LM.
-        window: (seqlen,) int64.
-
-    Yields:
-        (slice of target positions, logits (chunk, vocab_size) float32).
-    """
-    hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
-    head = model.get_output_embeddings()
-    last = len(window) - 1
-    for start in range(0, last, _CHUNK):
-        stop = min(start + _CHUNK, last)
-        yield slice(start + 1, stop + 1), head(hidden[start:stop]).float()
+def logits_of(model: LanguageModel | torch.nn.Module | Any) -> LogitsOf:
+    """`next_token_logits` of a LanguageModel, or of a bare transformers causal LM."""
+    if isinstance(model, torch.nn.Module):
+        return partial(next_token_logits, model)
+    found: LogitsOf = model.next_token_logits
+    return found
 
 
-def perplexity(model: Any, windows: TokenWindows, *, progress: Progress = no_progress) -> Perplexity:
-    """Perplexity of a model on windows (n_windows, seqlen)."""
+def perplexity(
+    model: LanguageModel | torch.nn.Module | Any,
+    windows: TokenWindows,
+    *,
+    progress: Progress = no_progress,
+) -> Perplexity:
+    """Perplexity of a model (a LanguageModel or a transformers causal LM) on windows (n_windows, seqlen)."""
     total = 0.0
+    run = logits_of(model)
     with torch.inference_mode():
         for done, window in enumerate(windows.ids, 1):
-            for positions, logits in next_token_logits(model, window):
+            for positions, logits in run(window):
                 total += float(F.cross_entropy(logits, window[positions], reduction="sum"))
             progress("measuring perplexity", done, len(windows.ids))
     count, seqlen = windows.ids.shape

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
+from exporters.gguf.llama_batch import Entry, native_batch
 from exporters.gguf.llama_library import (
     FloatArray,
     complaints,
@@ -187,6 +188,22 @@ class LlamaModel:
             pointer = self._lib.llama_get_logits(self._context)
             yield np.ctypeslib.as_array(pointer, shape=(len(piece), self.vocab_size))
 
+    def iter_entries(self, entries: Sequence[Entry]) -> Iterator[FloatArray]:
+        """Run tokens of several sequences after what their sequences hold already.
+
+        Yields:
+            (k, vocab_size) float32 for the next k wanted entries, in order. A view: use or copy it at once.
+        """
+        for start in range(0, len(entries), self._n_batch):
+            piece = entries[start : start + self._n_batch]
+            batch, arrays = native_batch(piece)
+            self._check(self._lib.llama_decode(self._context, batch))
+            del arrays
+            wanted = sum(entry.wanted for entry in piece)
+            if wanted:
+                pointer = self._lib.llama_get_logits(self._context)
+                yield np.ctypeslib.as_array(pointer, shape=(wanted, self.vocab_size))
+
     def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop_at_end: bool = True) -> list[int]:
         """Greedy continuation of a prompt in an empty context; stops before an end-of-generation token if asked to."""
         self.clear()
@@ -211,13 +228,16 @@ class LlamaModel:
             if output_all:
                 batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
             status = self._lib.llama_decode(self._context, batch)
-            if status == 1:
-                raise InputError(
-                    f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx
-                )
-            if status != 0:
-                raise InputError(f"llama.cpp cannot run {self.path}: {complaints.last()}")
+            self._check(status)
         self._lib.llama_synchronize(self._context)
+
+    def _check(self, status: int) -> None:
+        if status == 1:
+            raise InputError(
+                f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx
+            )
+        if status != 0:
+            raise InputError(f"llama.cpp cannot run {self.path}: {complaints.last()}")
 
 
 def open_model(
@@ -230,6 +250,7 @@ def open_model(
     kv_f32: bool = False,
     vocab_only: bool = False,
     use_mmap: bool = True,
+    n_seq: int = 1,
 ) -> LlamaModel:
     """Open a GGUF file.
 
@@ -243,6 +264,7 @@ def open_model(
             which rounds to float16: for parity, not for speed.
         vocab_only: Load no weights and make no context: enough to tokenize.
         use_mmap: Map the file instead of reading it.
+        n_seq: Sequences that share the context.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
@@ -264,7 +286,7 @@ def open_model(
     context = None
     if not vocab_only:
         context = lib.llama_init_from_model(
-            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, kv_f32=kv_f32)
+            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, n_seq, kv_f32=kv_f32)
         )
         if not context:
             lib.llama_model_free(model)
@@ -274,10 +296,14 @@ def open_model(
     return LlamaModel(path, model, context, loaded - start, time.perf_counter_ns() - loaded)
 
 
-def _context_params(n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, *, kv_f32: bool) -> Any:
+def _context_params(
+    n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, n_seq: int, *, kv_f32: bool
+) -> Any:
     params = library().llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_ubatch, n_batch, n_ctx)
     params.n_threads = params.n_threads_batch = n_threads
+    # One cache for all sequences: they may share tokens, and none has a fixed part of it.
+    params.n_seq_max, params.kv_unified = n_seq, n_seq > 1
     params.type_k = params.type_v = _GGML_F32 if kv_f32 else _GGML_F16
     params.no_perf = True
     if kv_f32:

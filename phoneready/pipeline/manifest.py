@@ -17,9 +17,9 @@ from cfsp.model_source import ModelSource
 from cfsp.plan import PruningPlan
 from cfsp.records import read_record, tool_version, write_record
 from exporters.record import ExportManifest, ExportRecord
+from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.answers import Answers
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.evaluation import Evaluation
 from phoneready.pipeline.report import ReleaseFigures, render_report
 from phoneready.pipeline.stages import StageRecord, stage_folder
 from phoneready.pipeline.steps import ANSWERS_FILE, BENCH_FILE, EVALUATION_FILE, Steps

@@ -14,9 +14,9 @@ from cfsp.model_source import ModelSource
 from cfsp.plan import PruningPlan
 from exporters.record import ExportRecord
 from phoneready.console import format_bytes, format_rows
+from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.answers import Answers
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.evaluation import Evaluation
 from runtime_bench.compare import compare_records
 from runtime_bench.record import BenchRecord
 

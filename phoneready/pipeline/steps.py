@@ -9,7 +9,7 @@ import safetensors.torch
 
 from cfsp.calibration import Calibration, load_calibration
 from cfsp.checkpoint import read_checkpoint_info, save_checkpoint
-from cfsp.evaluation import PROMPTS
+from cfsp.evaluation import PROMPTS, TorchLanguageModel
 from cfsp.model_reference import load_model, load_tokenizer
 from cfsp.model_source import LoadedModel
 from cfsp.progress import Progress
@@ -18,9 +18,10 @@ from cfsp.records import write_record
 from cfsp.statistics import collect_input_moments
 from cfsp.text import tokens_sha256
 from exporters.gguf import export_gguf, find_quant
+from phoneready.evaluation.record import EvaluationSettings, ModelIdentity
+from phoneready.evaluation.run import evaluate
 from phoneready.pipeline.answers import answer_all
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.evaluation import EvaluationSettings, evaluate
 from phoneready.pipeline.stages import stage_folder
 from runtime_bench.jsonl import append_jsonl
 from runtime_bench.measure import run_bench
@@ -108,11 +109,10 @@ class Steps:
             seed=self.config.seed + 1,  # not the calibration's: chats that pruning has seen prove nothing
         )
         dense, pruned = self._load("dense", progress), self._load("prune", progress)
-        result = evaluate(pruned, dense, settings, progress=progress)
-        write_record(
-            output / EVALUATION_FILE,
-            dataclasses.replace(result, model="pruned", against=dense.source.reference),
-        )
+        result = evaluate(TorchLanguageModel(pruned), TorchLanguageModel(dense), settings, progress=progress)
+        against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
+        named = dataclasses.replace(result, model=ModelIdentity("pruned"), against=against)
+        write_record(output / EVALUATION_FILE, named)
 
     def export_dense(self, output: Path, progress: Progress) -> None:
         """The dense model's files, for comparison."""

@@ -1,0 +1,165 @@
+"""Any `LanguageModel` as a model of lm-evaluation-harness.
+
+Requests with the same context (the choices of one question) are scored together, so the context is computed once.
+Tokens are made as the harness's own transformers model makes them, and longer requests are cut on the left.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from cfsp.errors import InputError, MissingExtraError
+from cfsp.evaluation.language_model import Branches, LanguageModel, Score
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["MAX_CONTEXT", "harness_model", "import_harness"]
+
+MAX_CONTEXT = 2048
+"""Most tokens of a request, in every runtime; what is longer loses its beginning."""
+_MAX_NEW_TOKENS = 256
+_ITEMS_AT_ONCE = 64
+
+
+def import_harness() -> Any:
+    """The lm_eval package.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import lm_eval
+        import lm_eval.api.model
+        import lm_eval.evaluator
+        import lm_eval.tasks
+    except ImportError as error:
+        raise MissingExtraError("lm_eval", "eval") from error
+    return lm_eval
+
+
+def harness_model(model: LanguageModel, *, progress: Progress = no_progress) -> Any:
+    """An lm_eval.api.model.TemplateLM around a model."""
+    return _adapter_class()(model, progress)
+
+
+@functools.cache
+def _adapter_class() -> type[Any]:
+    """Made on first use: its base class is of an optional package."""
+    template: type[Any] = import_harness().api.model.TemplateLM
+
+    class Adapter(template):  # type: ignore[misc]
+        """See `harness_model`."""
+
+        def __init__(self, model: LanguageModel, progress: Progress) -> None:
+            super().__init__()
+            self.model, self.progress = model, progress
+            self.tokenizer = model.tokenizer
+            self.max_length = min(model.context_length, MAX_CONTEXT)
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            """What an empty context is replaced by."""
+            ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+            return int(next((number for number in ids if number is not None), 0))
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            bos = self.tokenizer.bos_token
+            if add_special_tokens is None:
+                add_special_tokens = not (bos and string.startswith(bos))
+            encoded = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)
+            return list(encoded["input_ids"])
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return found
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            pairs = [_cut(context, continuation, self.max_length) for _, context, continuation in requests]
+            scores = _score_pairs(self.model, pairs, self.progress)
+            return [(score.log_likelihood, score.is_greedy) for score in scores]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+            from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+            pairs, counts = [], []
+            for request in requests:
+                ids = self.tok_encode(request.args[0])
+                windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+                found = [make_disjoint_window(window) for window in windows]
+                pairs += [(tuple(context), tuple(targets)) for context, targets in found]
+                counts.append(len(found))
+            scores = iter(_score_pairs(self.model, pairs, self.progress))
+            return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+            texts = []
+            for done, request in enumerate(requests, 1):
+                context, settings = request.args
+                texts.append(self._generate(context, dict(settings)))
+                self.progress("answering tasks", done, len(requests))
+            return texts
+
+        def _generate(self, context: str, settings: dict[str, Any]) -> str:
+            if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
+                raise InputError(
+                    "tasks that sample are not supported", field="do_sample", value=True, allowed="false"
+                )
+            until = settings.get("until") or []
+            until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+            limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
+            limit = min(limit, self.max_length - 1)
+            ids = self.tok_encode(context)[-(self.max_length - limit) :]
+            (answer,) = self.model.generate([ids or [self.prefix_token_id]], limit, stop_strings=until)
+            text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+            for stop in until:
+                text = text.partition(stop)[0]
+            return text
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(self.model.name).replace("/", "__")
+
+        def apply_chat_template(
+            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+        ) -> str:
+            text = self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+            return str(text)
+
+    return Adapter
+
+
+def _cut(
+    context: Sequence[int], continuation: Sequence[int], max_length: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A pair whose tokens but the last fit `max_length`, its beginning left out where it is longer."""
+    ids = [*context, *continuation][-(max_length + 1) :]
+    start = max(1, len(ids) - len(continuation))
+    return tuple(ids[:start]), tuple(ids[start:])
+
+
+def _score_pairs(
+    model: LanguageModel, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], progress: Progress
+) -> list[Score]:
+    """Scores of (context, continuation) pairs in their order; each distinct context is run once."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, _) in enumerate(pairs):
+        groups.setdefault(context, []).append(index)
+    items = [(Branches(c, tuple(pairs[i][1] for i in indices)), indices) for c, indices in groups.items()]
+    items.sort(key=lambda pair: pair[0].n_tokens, reverse=True)
+    scores: list[Score] = [Score(0.0, False)] * len(pairs)
+    done = 0
+    for start in range(0, len(items), _ITEMS_AT_ONCE):
+        part = items[start : start + _ITEMS_AT_ONCE]
+        for (_, indices), found in zip(part, model.score([item for item, _ in part]), strict=True):
+            for index, score in zip(indices, found, strict=True):
+                scores[index] = score
+            done += len(indices)
+        progress("scoring choices", done, len(pairs))
+    return scores

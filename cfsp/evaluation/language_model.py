@@ -1,0 +1,146 @@
+"""What a model must be able to do to be judged, whatever runs it.
+
+Perplexity, divergence, tasks, generated text and users' own metrics see a model through `LanguageModel` alone, so
+that a checkpoint and an exported file are judged by the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from cfsp.errors import InputError
+
+__all__ = ["Branches", "LanguageModel", "Score", "branch_scores", "check_same_vocabulary", "prompt_ids"]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Several continuations of one context, such as the choices of a question.
+
+    Attributes:
+        context: Token ids, at least one.
+        continuations: Token ids of each continuation, at least one each.
+    """
+
+    context: tuple[int, ...]
+    continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens to run: the context once, every continuation but its last token."""
+        return len(self.context) + sum(len(c) - 1 for c in self.continuations)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model sees one continuation.
+
+    Attributes:
+        log_likelihood: Sum of ln p(token | all before it), in nats.
+        is_greedy: Whether each token is the model's first choice there.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+class LanguageModel(Protocol):
+    """A causal language model in some runtime, with a transformers tokenizer beside it.
+
+    Attributes:
+        name: What was opened, as the user gave it.
+        runtime: What runs it, such as `torch`.
+        sha256: Hash of the weights' file or files, where known.
+        tokenizer: A transformers tokenizer; token ids below are its ids.
+        vocab_size: Length of a row of logits.
+        context_length: Most tokens of one sequence.
+    """
+
+    name: str
+    runtime: str
+    sha256: str | None
+    tokenizer: Any
+    vocab_size: int
+    context_length: int
+
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits that predict tokens 1.. of a window (seqlen,) that nothing comes before.
+
+        Yields:
+            (slice of target positions, logits (chunk, vocab_size) float32), in order; never all of them at once.
+        """
+        ...
+
+    def score(self, items: Sequence[Branches]) -> list[list[Score]]:
+        """The score of every continuation of every item; a context shared by continuations is run once."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """Greedy continuations, without the token that ends them.
+
+        A continuation also ends once its text contains one of `stop_strings`, which it then still holds.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let the model go; may be called twice."""
+        ...
+
+
+def branch_scores(
+    item: Branches, first: torch.Tensor, rows: Sequence[torch.Tensor | None]
+) -> Iterator[Score]:
+    """Scores from log-probabilities.
+
+    Args:
+        item: What was run.
+        first: Log-probabilities (vocab_size,) after the context.
+        rows: For each continuation those after all of its tokens but the last, (length - 1, vocab_size), or None
+            for a continuation of one token.
+    """
+    for continuation, later in zip(item.continuations, rows, strict=True):
+        table = first[None] if later is None else torch.cat([first[None], later])
+        targets = torch.tensor(continuation)
+        chosen = table.gather(-1, targets[:, None])
+        greedy = bool((table.argmax(-1) == targets).all())
+        yield Score(float(chosen.double().sum()), greedy)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, in the model's chat template where it has one."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        raise InputError(f"the model's chat template refuses a prompt: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def check_same_vocabulary(model: LanguageModel, reference: LanguageModel) -> None:
+    """Raise InputError unless every token that both know has the same id, and neither knows tokens beyond the other.
+
+    Rows of logits beyond the tokenizer (padding of the embedding) may differ in number.
+    """
+    ours: Mapping[str, int] = model.tokenizer.get_vocab()
+    theirs: Mapping[str, int] = reference.tokenizer.get_vocab()
+    small, large = sorted((ours, theirs), key=len)
+    different = next((token for token, number in small.items() if large.get(token) != number), None)
+    if different is not None:
+        raise InputError(
+            f"{model.name} and {reference.name} have different vocabularies ({len(ours)} and {len(theirs)} "
+            f"tokens; {different!r} differs), so their predictions cannot be compared"
+        )
+    rows = min(model.vocab_size, reference.vocab_size)
+    if rows < len(large):
+        raise InputError(
+            f"{model.name} and {reference.name} predict {model.vocab_size} and {reference.vocab_size} tokens, "
+            f"but the larger vocabulary has {len(large)}"
+        )

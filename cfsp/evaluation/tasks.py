@@ -1,0 +1,325 @@
+"""Tasks of lm-evaluation-harness: its own by name, and task files of the same format, read without a network.
+
+A task file is lm-eval's YAML. Relative `data_files` and `data_dir` in it start at the folder given for data, or at the
+file's own folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.errors import InputError, PhonereadyError
+from cfsp.evaluation.harness import harness_model, import_harness
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.files import sha256_file
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["TaskMetric", "TaskResult", "TaskSet", "TaskSettings", "load_tasks", "run_tasks"]
+
+_SEED = 1234
+_BOOTSTRAP = 1000
+_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Which tasks, and how much of them.
+
+    Attributes:
+        tasks: Names that lm-eval knows, task files, or folders of task files.
+        data: Folder of the task files' data; each file's own folder where None.
+        limit: Items of each task; all where None.
+        num_fewshot: Examples before each item; the task's own number where None.
+    """
+
+    tasks: tuple[str, ...] = ()
+    data: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """One figure of a task.
+
+    Attributes:
+        name: Such as `acc` or `acc_norm`; with its filter where that is not `none`.
+        value: Mean over items.
+        stderr: Its standard error, where lm-eval has one.
+        higher_is_better: Direction.
+    """
+
+    name: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task done by one model.
+
+    Attributes:
+        task: Its name.
+        version: Of its definition, as the task states it.
+        source: `lm_eval` or the task file's name.
+        sha256: Hash of the task file and its data files, for a task file.
+        n_items: Items that were answered.
+        limit: Items that were asked for, where not all.
+        num_fewshot: Examples before each item.
+        metrics: Its figures.
+    """
+
+    task: str
+    version: str
+    source: str
+    sha256: str | None
+    n_items: int
+    limit: int | None
+    num_fewshot: int
+    metrics: tuple[TaskMetric, ...]
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Loaded tasks, which any number of models may do.
+
+    Attributes:
+        loaded: What lm-eval's TaskManager gave.
+        origins: Task name -> (source, sha256).
+        settings: How they were loaded.
+    """
+
+    loaded: Any
+    origins: dict[str, tuple[str, str | None]]
+    settings: TaskSettings
+
+
+@contextlib.contextmanager
+def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
+    """Find and load tasks with their data; task files alone never ask the network.
+
+    Raises:
+        InputError: An unknown name, a file that is no task, missing data, data without the fields the task names.
+        MissingExtraError: lm_eval is not installed.
+    """
+    if settings.limit is not None and settings.limit < 1:
+        raise InputError("out of range", field="limit", value=settings.limit, allowed="1 or more")
+    with tempfile.TemporaryDirectory(prefix="phoneready-tasks-") as cache:
+        with _quiet():
+            tasks = _load_all(settings, Path(cache))
+        yield tasks
+
+
+def _load_all(settings: TaskSettings, cache: Path) -> TaskSet:
+    harness = import_harness()
+    files = [file for name in settings.tasks for file in _task_files(name)]
+    names = [name for name in settings.tasks if not _is_path(name)]
+    origins: dict[str, tuple[str, str | None]] = {}
+    with contextlib.nullcontext() if names else _offline():
+        manager = harness.tasks.TaskManager(include_defaults=bool(names))
+        found: list[Any] = []
+        for file in files:
+            config, digest = _read_task_file(file, settings.data, cache)
+            origins[config["task"]] = (file.name, digest)
+            found += _load(manager, config, str(file))["tasks"].values()
+        for name in names:
+            found += _load(manager, name, name)["tasks"].values()
+        loaded = _all_in_one(manager, found)
+        for name, task in loaded["tasks"].items():
+            _prepare(name, task, settings)
+    return TaskSet(loaded, origins, settings)
+
+
+def run_tasks(
+    model: LanguageModel, tasks: TaskSet, *, progress: Progress = no_progress
+) -> tuple[TaskResult, ...]:
+    """Let a model do the tasks.
+
+    Raises:
+        InputError: The harness cannot make the requests or read the answers; it says why.
+    """
+    harness = import_harness()
+    adapter = harness_model(model, progress=progress)
+    state = random.getstate()
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        random.seed(_SEED)
+        torch.manual_seed(_SEED)
+        try:
+            found = harness.evaluator.evaluate(
+                adapter,
+                tasks.loaded,
+                limit=tasks.settings.limit,
+                bootstrap_iters=_BOOTSTRAP,
+                log_samples=False,
+            )
+        except (PhonereadyError, MemoryError):
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            raise InputError(
+                f"lm_eval cannot evaluate {', '.join(tasks.loaded['tasks'])}: {error}"
+            ) from error
+        finally:
+            random.setstate(state)
+    return tuple(_result(name, found, tasks) for name in tasks.loaded["tasks"])
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).suffix in _SUFFIXES or Path(name).is_dir()
+
+
+def _task_files(name: str) -> list[Path]:
+    if not _is_path(name):
+        return []
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and not p.name.startswith("_"))
+        if not files:
+            raise InputError("the folder has no task files", field="tasks", value=name, allowed="*.yaml")
+        return files
+    if not path.is_file():
+        raise InputError("no such task file", field="tasks", value=name)
+    return [path]
+
+
+def _read_task_file(file: Path, data: Path | None, cache: Path) -> tuple[dict[str, Any], str]:
+    """The file's configuration with absolute data paths, and the hash of the file and its data."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        config = load_yaml(file, resolve_func=True)
+    except Exception as error:  # YAML's errors, and whatever a `!function` module raises when it is imported
+        raise InputError(f"{file} cannot be read as a task file: {error}") from error
+    if not isinstance(config.get("task"), str):
+        raise InputError(
+            f"{file} is not a task file", field="task", value=config.get("task"), allowed="a name"
+        )
+    digest = hashlib.sha256(sha256_file(file).encode())
+    settings = dict(config.get("dataset_kwargs") or {})
+    base = data or file.resolve().parent
+    for key in ("data_files", "data_dir"):
+        if key in settings:
+            settings[key] = _absolute(settings[key], base, file, digest)
+    config["dataset_kwargs"] = settings | {"cache_dir": str(cache)}
+    return config, digest.hexdigest()
+
+
+def _absolute(value: Any, base: Path, file: Path, digest: Any) -> Any:
+    """Data paths as they are nested in a task file, made absolute and hashed; addresses are left alone."""
+    if isinstance(value, dict):
+        return {key: _absolute(part, base, file, digest) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_absolute(part, base, file, digest) for part in value]
+    if "://" in str(value):
+        return value
+    path = base / str(value)
+    if not path.exists():
+        raise InputError(f"{file}: its data {path} does not exist; --task-data names the folder to look in")
+    if path.is_file():
+        digest.update(sha256_file(path).encode())
+    return str(path.resolve())
+
+
+def _load(manager: Any, spec: Any, what: str) -> Any:
+    try:
+        return manager.load([spec])
+    except KeyError as error:
+        if isinstance(spec, str):
+            raise InputError(
+                "lm_eval has no such task", field="tasks", value=what, allowed="a name it lists, or FILE.yaml"
+            ) from error
+        raise InputError(f"task {what} cannot be loaded: missing {error}") from error
+    except Exception as error:  # data sets, templates and task code raise whatever they like
+        raise InputError(f"task {what} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _all_in_one(manager: Any, tasks: Sequence[Any]) -> Any:
+    names = [task.config.task for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError("given twice", field="tasks", value=", ".join(twice), allowed="each task once")
+    return manager.load(list(tasks))
+
+
+def _prepare(name: str, task: Any, settings: TaskSettings) -> None:
+    """Set few-shot examples and make all requests once, so that bad data is found before a model runs."""
+    if settings.num_fewshot is not None:
+        task.set_config(key="num_fewshot", value=settings.num_fewshot)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_SEED)
+    try:
+        task.build_all_requests(limit=settings.limit, rank=0, world_size=1)
+        empty = not task.instances
+    except Exception as error:  # templates and data raise whatever they like
+        raise InputError(f"task {name} does not fit its data: {type(error).__name__}: {error}") from error
+    if empty:
+        raise InputError(f"task {name} has no items")
+
+
+def _result(name: str, found: Any, tasks: TaskSet) -> TaskResult:
+    figures = found["results"][name]
+    directions = found["higher_is_better"].get(name, {})
+    metrics = []
+    for key, value in figures.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = figures.get(f"{metric}_stderr,{kind}")
+        error = float(error) if isinstance(error, int | float) else None
+        label = metric if kind == "none" else f"{metric},{kind}"
+        metrics.append(TaskMetric(label, float(value), error, directions.get(metric) is not False))
+    source, digest = tasks.origins.get(name, ("lm_eval", None))
+    return TaskResult(
+        task=name,
+        version=str(found["versions"].get(name)),
+        source=source,
+        sha256=digest,
+        n_items=int(found["n-samples"][name]["effective"]),
+        limit=tasks.settings.limit,
+        num_fewshot=int(found["n-shot"].get(name) or 0),
+        metrics=tuple(metrics),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the harness prints and logs from the terminal; its errors come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Tell the data set library that there is no network; task files need none."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    places: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value

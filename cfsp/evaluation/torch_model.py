@@ -1,0 +1,190 @@
+"""A transformers checkpoint as a `LanguageModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cfsp.errors import InputError
+from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.model_source import LoadedModel
+
+__all__ = ["TorchLanguageModel", "next_token_logits"]
+
+_CHUNK = 256
+_BATCH_TOKENS = 2048
+_GENERATION_BATCH = 32
+
+
+def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits that predict tokens 1.. of one window, in chunks, so that seqlen x vocab_size is never held.
+
+    Args:
+        model: A causal LM.
+        window: (seqlen,) int64.
+
+    Yields:
+        (slice of target positions, logits (chunk, vocab_size) float32).
+    """
+    hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    last = len(window) - 1
+    for start in range(0, last, _CHUNK):
+        stop = min(start + _CHUNK, last)
+        yield slice(start + 1, stop + 1), head(hidden[start:stop]).float()
+
+
+class TorchLanguageModel:
+    """A loaded model, run by torch.
+
+    Continuations of one context are laid out behind it in one row, each attending to the context and itself:
+    the context is computed once, and a row's result is that of separate sequences.
+
+    Attributes:
+        loaded: The model with its tokenizer and source.
+    """
+
+    runtime = "torch"
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.name = loaded.source.reference
+        self.sha256 = loaded.source.sha256
+        self.tokenizer = loaded.tokenizer
+        self.vocab_size = int(loaded.model.get_output_embeddings().weight.shape[0])
+        self.context_length = int(getattr(loaded.model.config, "max_position_embeddings", None) or 2048)
+
+    def close(self) -> None:
+        """Nothing to let go: the loaded model belongs to the caller."""
+
+    @torch.inference_mode()
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `LanguageModel`."""
+        yield from next_token_logits(self.loaded.model, window)
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Branches]) -> list[list[Score]]:
+        """See `LanguageModel`; items of similar length share a batch."""
+        scores: list[list[Score]] = [[] for _ in items]
+        order = sorted(range(len(items)), key=lambda i: items[i].n_tokens, reverse=True)
+        for batch in _batches(order, [item.n_tokens for item in items]):
+            for index, found in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
+                scores[index] = found
+        return scores
+
+    def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
+        width = max(item.n_tokens for item in items)
+        ids = torch.zeros(len(items), width, dtype=torch.int64)
+        positions = torch.zeros(len(items), width, dtype=torch.int64)
+        allowed = torch.zeros(len(items), 1, width, width, dtype=torch.bool)
+        for row, item in enumerate(items):
+            _lay_out(item, ids[row], positions[row], allowed[row, 0])
+        model = self.loaded.model
+        bias = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(
+            ~allowed, torch.finfo(model.dtype).min
+        )
+        hidden = model.get_decoder()(
+            input_ids=ids, attention_mask=bias, position_ids=positions, use_cache=False
+        ).last_hidden_state
+        head = model.get_output_embeddings()
+        for row, item in enumerate(items):
+            start = len(item.context)
+            logits = head(hidden[row, start - 1 : item.n_tokens]).float().log_softmax(-1)
+            later, place = [], 1
+            for continuation in item.continuations:
+                length = len(continuation) - 1
+                later.append(logits[place : place + length] if length else None)
+                place += length
+            yield list(branch_scores(item, logits[0], later))
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        for start in range(0, len(order), _GENERATION_BATCH):
+            batch = order[start : start + _GENERATION_BATCH]
+            texts = self._generate_batch([prompts[i] for i in batch], max_new_tokens, stop_strings)
+            for index, found in zip(batch, texts, strict=True):
+                answers[index] = found
+        return answers
+
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: Sequence[str]
+    ) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        pad = 0 if pad is None else pad
+        stops = self._stop_ids()
+        extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}
+        output = self.loaded.model.generate(
+            input_ids=torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts]),
+            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+            pad_token_id=pad,
+            eos_token_id=sorted(stops) or None,
+            **extra,
+        )
+        found = []
+        for row in output[:, longest:].tolist():
+            end = next((i for i, token in enumerate(row) if token in stops), len(row))
+            found.append(self._until(row[:end], stop_strings))
+        return found
+
+    def _until(self, ids: list[int], stop_strings: Sequence[str]) -> list[int]:
+        """The shortest beginning that holds a stop string; a batch goes on for the others and pads this one."""
+        if not stop_strings or not any(s in self.tokenizer.decode(ids) for s in stop_strings):
+            return ids
+        for end in range(1, len(ids) + 1):
+            text = self.tokenizer.decode(ids[:end])
+            if any(s in text for s in stop_strings):
+                return ids[:end]
+        return ids
+
+    def _stop_ids(self) -> set[int]:
+        configured = getattr(self.loaded.model.generation_config, "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [configured]
+        return {token for token in [*listed, self.tokenizer.eos_token_id] if token is not None}
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Runs of `order`, longest first, whose padded size stays within the budget; at least one item each."""
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _lay_out(item: Branches, ids: torch.Tensor, positions: torch.Tensor, allowed: torch.Tensor) -> None:
+    """Fill one row (width,) and its attention (width, width): the context, then each continuation but its end."""
+    start = len(item.context)
+    if not start or not all(item.continuations):
+        raise InputError("a context and a continuation need at least one token each")
+    ids[:start] = torch.tensor(item.context)
+    positions[:start] = torch.arange(start)
+    allowed[:start, :start] = torch.ones(start, start, dtype=torch.bool).tril()
+    place = start
+    for continuation in item.continuations:
+        length = len(continuation) - 1
+        stop = place + length
+        if length:
+            ids[place:stop] = torch.tensor(continuation[:-1])
+            positions[place:stop] = torch.arange(start, start + length)
+            allowed[place:stop, :start] = True
+            allowed[place:stop, place:stop] = torch.ones(length, length, dtype=torch.bool).tril()
+        place = stop
+    # Padding attends to itself, or its softmax would be over nothing.
+    allowed[place:, place:] |= torch.eye(allowed.shape[0] - place, dtype=torch.bool)

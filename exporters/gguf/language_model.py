@@ -1,0 +1,166 @@
+"""A GGUF file in llama.cpp as a `cfsp.evaluation.LanguageModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cfsp.errors import InputError
+from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.files import sha256_file
+from cfsp.gguf_tokenizer import tokenizer_from_gguf
+from exporters.gguf import runtime
+from exporters.gguf.llama_batch import Entry
+
+__all__ = ["GGUFLanguageModel"]
+
+_SEQUENCES = 16
+_BATCH = 512
+
+
+class GGUFLanguageModel:
+    """An exported file, run by llama.cpp, with keys and values in float32 as parity measures it.
+
+    Args:
+        path: The file.
+        n_ctx: Most tokens at once; cut to what the model was trained for.
+        n_threads: Threads; torch's number by default.
+        name: What to call it; the path by default.
+
+    Raises:
+        InputError: As `runtime.open_model`, or a tokenizer that is not known.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+
+    runtime = "llama.cpp"
+
+    def __init__(
+        self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None, name: str | None = None
+    ) -> None:
+        with runtime.open_model(path, vocab_only=True) as vocabulary:
+            trained = vocabulary.n_ctx_train
+        self.name = name or str(path)
+        self.tokenizer = tokenizer_from_gguf(path)
+        self.sha256: str | None = sha256_file(path)
+        self.context_length = min(n_ctx, trained) if trained > 0 else n_ctx
+        self._model = runtime.open_model(
+            path,
+            n_ctx=self.context_length,
+            n_threads=n_threads or torch.get_num_threads(),
+            n_batch=_BATCH,
+            kv_f32=True,
+            n_seq=_SEQUENCES,
+        )
+        self.vocab_size = self._model.vocab_size
+
+    def close(self) -> None:
+        """Free the model; may be called twice."""
+        self._model.close()
+
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `LanguageModel`."""
+        self._check_length(len(window), "a window")
+        start = 1
+        for piece in self._model.iter_logits(window.numpy()):
+            count = min(len(piece), len(window) - start)
+            if count:
+                yield slice(start, start + count), torch.from_numpy(piece[:count].copy())
+            start += count
+
+    def score(self, items: Sequence[Branches]) -> list[list[Score]]:
+        """See `LanguageModel`; the context belongs to the sequences of all continuations at once."""
+        return [[score for part in self._parts(item) for score in self._score(part)] for item in items]
+
+    def _parts(self, item: Branches) -> Iterator[Branches]:
+        """An item in parts that fit the sequences and the context."""
+        part: list[tuple[int, ...]] = []
+        used = len(item.context)
+        for continuation in item.continuations:
+            length = len(continuation) - 1
+            if part and (len(part) == _SEQUENCES or used + length > self.context_length):
+                yield Branches(item.context, tuple(part))
+                part, used = [], len(item.context)
+            part.append(continuation)
+            used += length
+        self._check_length(used, "a context with its continuation")
+        yield Branches(item.context, tuple(part))
+
+    def _score(self, item: Branches) -> Iterator[Score]:
+        everyone = tuple(range(len(item.continuations)))
+        start = len(item.context)
+        entries = [Entry(token, place, everyone) for place, token in enumerate(item.context[:-1])]
+        entries.append(Entry(item.context[-1], start - 1, everyone, wanted=True))
+        for sequence, continuation in enumerate(item.continuations):
+            entries += [
+                Entry(token, start + place, (sequence,), wanted=True)
+                for place, token in enumerate(continuation[:-1])
+            ]
+        self._model.clear()
+        pieces = [torch.from_numpy(p.copy()).log_softmax(-1) for p in self._model.iter_entries(entries)]
+        rows = torch.cat(pieces)
+        later: list[torch.Tensor | None] = []
+        place = 1
+        for continuation in item.continuations:
+            length = len(continuation) - 1
+            later.append(rows[place : place + length] if length else None)
+            place += length
+        yield from branch_scores(item, rows[0], later)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """See `LanguageModel`; as many prompts at once as fit the context together."""
+        answers: list[list[int]] = []
+        group: list[Sequence[int]] = []
+        used = 0
+        for prompt in prompts:
+            needed = len(prompt) + max_new_tokens
+            self._check_length(needed, "a prompt with its answer")
+            if group and (len(group) == _SEQUENCES or used + needed > self.context_length):
+                answers += self._generate(group, max_new_tokens, stop_strings)
+                group, used = [], 0
+            group.append(prompt)
+            used += needed
+        return answers + (self._generate(group, max_new_tokens, stop_strings) if group else [])
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: Sequence[str]
+    ) -> list[list[int]]:
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        entries = [
+            Entry(token, place, (sequence,), wanted=place == len(prompt) - 1)
+            for sequence, prompt in enumerate(prompts)
+            for place, token in enumerate(prompt)
+        ]
+        self._model.clear()
+        while going:
+            best = np.concatenate([piece.argmax(-1) for piece in self._model.iter_entries(entries)])
+            entries, still = [], []
+            for sequence, token in zip(going, best.tolist(), strict=True):
+                if self._model.is_end_of_generation(token):
+                    continue
+                answers[sequence].append(token)
+                if len(answers[sequence]) < max_new_tokens and not self._stopped(
+                    answers[sequence], stop_strings
+                ):
+                    place = len(prompts[sequence]) + len(answers[sequence]) - 1
+                    entries.append(Entry(token, place, (sequence,), wanted=True))
+                    still.append(sequence)
+            going = still
+        return answers
+
+    def _stopped(self, ids: Sequence[int], stop_strings: Sequence[str]) -> bool:
+        return bool(stop_strings) and any(s in self.tokenizer.decode(ids) for s in stop_strings)
+
+    def _check_length(self, needed: int, what: str) -> None:
+        if needed > self.context_length:
+            raise InputError(
+                f"{what} has {needed} tokens, more than the context of {self.name}",
+                field="context",
+                value=needed,
+                allowed=f"up to {self.context_length}",
+            )

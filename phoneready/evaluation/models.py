@@ -1,0 +1,109 @@
+"""Opening a model for judgement in the runtime that it is meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+from cfsp.evaluation import LanguageModel, TorchLanguageModel
+from cfsp.evaluation.harness import MAX_CONTEXT
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["RUNTIMES", "OpenSettings", "Runtime", "open_language_model", "runtime_for"]
+
+
+@dataclass(frozen=True)
+class OpenSettings:
+    """How to open a model.
+
+    Attributes:
+        seqlen: Longest window that will be run.
+        trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        threads: Threads outside torch; torch's number where None.
+    """
+
+    seqlen: int = 1024
+    trust_remote_code: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Something that runs models.
+
+    Attributes:
+        opens: Opens a reference.
+        claims: Whether a reference is meant for this runtime, so that it is the default for it.
+    """
+
+    opens: Callable[[str, OpenSettings, Progress], LanguageModel]
+    claims: Callable[[str], bool]
+
+
+def _open_torch(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
+    from cfsp.model_reference import load_model
+
+    loaded = load_model(reference, trust_remote_code=settings.trust_remote_code, progress=progress)
+    return TorchLanguageModel(loaded)
+
+
+def _is_gguf(reference: str) -> bool:
+    return Path(reference).suffix == ".gguf"
+
+
+def _open_llama_cpp(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
+    from exporters.gguf.language_model import GGUFLanguageModel
+
+    if not _is_gguf(reference):
+        raise InputError("llama.cpp runs .gguf files", field="model", value=reference, allowed="FILE.gguf")
+    context = max(settings.seqlen, MAX_CONTEXT)
+    return GGUFLanguageModel(Path(reference), n_ctx=context, n_threads=settings.threads)
+
+
+RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
+    {
+        "llama.cpp": Runtime(_open_llama_cpp, _is_gguf),
+        "torch": Runtime(_open_torch, lambda reference: True),
+    }
+)
+"""Name -> runtime; the first that claims a reference is its default."""
+
+
+def runtime_for(reference: str, chosen: str | None = None) -> str:
+    """The name of the runtime to use for a reference.
+
+    Raises:
+        InputError: `chosen` is unknown.
+    """
+    if chosen is None:
+        return next(name for name, runtime in RUNTIMES.items() if runtime.claims(reference))
+    if chosen not in RUNTIMES:
+        raise InputError("unknown runtime", field="runtime", value=chosen, allowed=", ".join(RUNTIMES))
+    return chosen
+
+
+@contextmanager
+def open_language_model(
+    reference: str, runtime: str, settings: OpenSettings, *, progress: Progress = no_progress
+) -> Iterator[LanguageModel]:
+    """Open a model for the time of a `with` block.
+
+    Raises:
+        InputError: The runtime cannot run it, or its context is shorter than a window.
+    """
+    model = RUNTIMES[runtime].opens(reference, settings, progress)
+    try:
+        if settings.seqlen > model.context_length:
+            raise InputError(
+                "longer than the model's context",
+                field="seqlen",
+                value=settings.seqlen,
+                allowed=f"up to {model.context_length}",
+            )
+        yield model
+    finally:
+        model.close()

@@ -1,0 +1,168 @@
+"""What is judged, and the record of a judgement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from cfsp.evaluation import PROMPTS, Divergence, LanguageModel
+from cfsp.evaluation.tasks import TaskResult, TaskSettings
+
+__all__ = [
+    "Degeneration",
+    "Evaluation",
+    "EvaluationSettings",
+    "MetricResult",
+    "ModelIdentity",
+    "TextResult",
+    "identity_of",
+]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What to judge on.
+
+    Attributes:
+        text: Text references as in cfsp.text.
+        chats: References to chats; `self` samples them from the reference model.
+        seqlen: Tokens in a window.
+        max_windows: Most windows of each reference.
+        prompts: Questions to answer; empty for none.
+        max_new_tokens: Longest answer.
+        seed: Of `self`; the calibration should have another one.
+        tasks: Tasks of lm-evaluation-harness.
+        metrics: Own metrics, `module:function`.
+    """
+
+    text: tuple[str, ...]
+    chats: tuple[str, ...] = ()
+    seqlen: int = 1024
+    max_windows: int = 16
+    prompts: tuple[str, ...] = PROMPTS
+    max_new_tokens: int = 64
+    seed: int = 1
+    tasks: TaskSettings = field(default_factory=TaskSettings)
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model, and what ran it.
+
+    Attributes:
+        reference: As it was given.
+        runtime: `torch`, `llama.cpp`.
+        sha256: Hash of its weights' file or files, where known.
+    """
+
+    reference: str
+    runtime: str = "torch"
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """Figures on one text.
+
+    Attributes:
+        kind: `text` or `chats`.
+        source: The reference.
+        seqlen: Tokens in a window.
+        n_tokens: Predicted tokens.
+        windows_sha256: Hash of the token ids.
+        perplexity: Of the model.
+        divergence: From the reference model, where there is one.
+    """
+
+    kind: str
+    source: str
+    seqlen: int
+    n_tokens: int
+    windows_sha256: str
+    perplexity: float
+    divergence: Divergence | None = None
+
+
+@dataclass(frozen=True)
+class Degeneration:
+    """How many of the answers are degenerate; see cfsp.evaluation.degeneration.
+
+    Attributes:
+        prompts_sha256: Hash of the prompts.
+        n_prompts: Their number.
+        max_new_tokens: Longest answer.
+        share: Share of degenerate answers.
+        by_reason: Reason -> share.
+        reasons: Reason of each answer, None for a good one.
+        against_share: The reference model's share.
+        against_by_reason: The reference model's by reason.
+        against_reasons: The reference model's reasons.
+        difference_points: share minus against_share in percentage points.
+    """
+
+    prompts_sha256: str
+    n_prompts: int
+    max_new_tokens: int
+    share: float
+    by_reason: Mapping[str, float]
+    reasons: tuple[str | None, ...]
+    against_share: float | None = None
+    against_by_reason: Mapping[str, float] = field(default_factory=dict)
+    against_reasons: tuple[str | None, ...] = ()
+    difference_points: float | None = None
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """A figure of an own metric.
+
+    Attributes:
+        name: `module:function`, with `.key` behind it where the function returns several.
+        value: The figure.
+        higher_is_better: Direction, where the function states it.
+    """
+
+    name: str
+    value: float
+    higher_is_better: bool | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model judged.
+
+    Attributes:
+        model: What was judged.
+        against: The reference model, where there is one.
+        seed: Seed of sampled chats.
+        texts: One entry a text.
+        prompts: Questions.
+        answers: The model's.
+        against_answers: The reference model's.
+        degeneration: Of the answers, where there are any.
+        tasks: Results of tasks.
+        against_tasks: The reference model's, in the same order.
+        metrics: Own metrics.
+    """
+
+    KIND: ClassVar[str] = "evaluation"
+    SCHEMA_VERSION: ClassVar[int] = 2
+
+    model: ModelIdentity
+    against: ModelIdentity | None
+    seed: int
+    texts: tuple[TextResult, ...]
+    prompts: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    against_answers: tuple[str, ...] = ()
+    degeneration: Degeneration | None = None
+    tasks: tuple[TaskResult, ...] = ()
+    against_tasks: tuple[TaskResult, ...] = ()
+    metrics: tuple[MetricResult, ...] = ()
+
+
+def identity_of(model: LanguageModel) -> ModelIdentity:
+    """The identity of an opened model."""
+    return ModelIdentity(model.name, model.runtime, model.sha256)

@@ -1,0 +1,201 @@
+"""Judge a model, alone or against another one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.calibration import SELF
+from cfsp.errors import InputError
+from cfsp.evaluation import (
+    Divergence,
+    LanguageModel,
+    Perplexity,
+    TorchLanguageModel,
+    answer,
+    degenerate,
+    divergence,
+    perplexity,
+)
+from cfsp.evaluation.degeneration import system_text
+from cfsp.evaluation.language_model import check_same_vocabulary
+from cfsp.evaluation.tasks import load_tasks, run_tasks
+from cfsp.progress import Progress, no_progress
+from cfsp.self_sampling import sample_windows
+from cfsp.text import TokenWindows, token_windows, tokens_sha256
+from phoneready.evaluation.metrics import find_metric, measure
+from phoneready.evaluation.record import Degeneration, Evaluation, EvaluationSettings, TextResult, identity_of
+
+__all__ = ["evaluate", "read_prompts"]
+
+
+def evaluate(
+    model: LanguageModel,
+    against: LanguageModel | None,
+    settings: EvaluationSettings,
+    *,
+    progress: Progress = no_progress,
+) -> Evaluation:
+    """Judge a model, against a reference model where one is given; token ids come from the reference's tokenizer.
+
+    Raises:
+        InputError: A text that cannot be read or is too short, tasks or metrics that cannot be used, or a reference
+            model with another vocabulary.
+        MissingExtraError: Tasks without the `eval` extra.
+    """
+    reference = against or model
+    if against is not None:
+        check_same_vocabulary(model, against)
+    metrics = [(name, find_metric(name)) for name in settings.metrics]
+    both = [m for m in (model, against) if m is not None]
+    with ExitStack() as stack:
+        # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
+        tasks = stack.enter_context(load_tasks(settings.tasks)) if settings.tasks.tasks else None
+        windows = [
+            (kind, _windows(source, reference, settings, progress))
+            for kind, sources in (("text", settings.text), ("chats", settings.chats))
+            for source in sources
+        ]
+        texts = tuple(_judge(kind, model, against, w, progress) for kind, w in windows)
+        done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
+    measured = [r for name, metric in metrics for r in measure(name, metric, model, [w for _, w in windows])]
+    said = [_answers(m, settings, progress) for m in both]
+    return Evaluation(
+        model=identity_of(model),
+        against=identity_of(against) if against else None,
+        seed=settings.seed,
+        texts=texts,
+        prompts=settings.prompts,
+        answers=said[0].texts,
+        against_answers=said[1].texts if against else (),
+        degeneration=_degeneration(settings, said) if settings.prompts else None,
+        tasks=done[0],
+        against_tasks=done[1] if against else (),
+        metrics=tuple(measured),
+    )
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Prompts from a file: .txt one a line; .jsonl with `prompt`, or `turns` of which the first counts.
+
+    Raises:
+        InputError: Not there, not such a file, or without prompts.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise InputError("not a prompts file", field="prompts", value=str(path), allowed=".txt or .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if path.suffix == ".txt":
+        prompts = [line for _, line in numbered]
+    else:
+        prompts = [_prompt(line, f"{path}, line {number}") for number, line in numbered]
+    if not prompts:
+        raise InputError(f"{path} has no prompts")
+    return tuple(prompts)
+
+
+def _prompt(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not valid JSON: {error.msg}") from error
+    row = row if isinstance(row, dict) else {}
+    turns = row.get("turns")
+    found = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+    if not isinstance(found, str) or not found.strip():
+        raise InputError(f"{where}: no prompt", allowed="a text in `prompt`, or `turns` with one")
+    return found
+
+
+def _windows(
+    source: str, reference: LanguageModel, settings: EvaluationSettings, progress: Progress
+) -> TokenWindows:
+    if source != SELF:
+        return token_windows(
+            source, reference.tokenizer, seqlen=settings.seqlen, max_windows=settings.max_windows
+        )
+    if not isinstance(reference, TorchLanguageModel):
+        raise InputError(
+            "only a reference model in torch can write its own text", field="chats", value=SELF,
+            allowed="a file of chats, or --against a checkpoint",
+        )  # fmt: skip
+    ids = sample_windows(
+        reference.loaded,
+        nsamples=settings.max_windows,
+        seqlen=settings.seqlen,
+        seed=settings.seed,
+        progress=progress,
+    )
+    return TokenWindows(ids, SELF, tokens_sha256(ids))
+
+
+def _judge(
+    kind: str, model: LanguageModel, against: LanguageModel | None, windows: TokenWindows, progress: Progress
+) -> TextResult:
+    figures: Perplexity | Divergence
+    if against is None:
+        figures = perplexity(model, windows, progress=progress)
+        scored, found = figures.n_scored, None
+    else:
+        figures = found = divergence(against, model, windows, progress=progress)
+        scored = figures.n_tokens
+    seqlen = windows.ids.shape[1]
+    return TextResult(kind, windows.source, seqlen, scored, windows.sha256, figures.perplexity, found)
+
+
+@dataclass(frozen=True)
+class _Said:
+    texts: tuple[str, ...]
+    reasons: tuple[str | None, ...]
+
+    @property
+    def by_reason(self) -> dict[str, float]:
+        found = Counter(reason for reason in self.reasons if reason)
+        return {reason: count / len(self.reasons) for reason, count in sorted(found.items())}
+
+    @property
+    def share(self) -> float:
+        return sum(reason is not None for reason in self.reasons) / len(self.reasons)
+
+
+def _answers(model: LanguageModel, settings: EvaluationSettings, progress: Progress) -> _Said:
+    prompts = settings.prompts
+    if not prompts:
+        return _Said((), ())
+    texts = answer(model, prompts, max_new_tokens=settings.max_new_tokens, progress=progress)
+    pairs = zip(texts, prompts, strict=True)
+    reasons = tuple(degenerate(text, prompt, system_text(model.tokenizer, prompt)) for text, prompt in pairs)
+    return _Said(tuple(texts), reasons)
+
+
+def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degeneration:
+    text = json.dumps(settings.prompts, ensure_ascii=False)
+    ours, theirs = said[0], said[1] if len(said) > 1 else None
+    more: dict[str, Any] = {}
+    if theirs is not None:
+        more = {
+            "against_share": theirs.share,
+            "against_by_reason": theirs.by_reason,
+            "against_reasons": theirs.reasons,
+            "difference_points": 100 * (ours.share - theirs.share),
+        }
+    return Degeneration(
+        prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        n_prompts=len(settings.prompts),
+        max_new_tokens=settings.max_new_tokens,
+        share=ours.share,
+        by_reason=ours.by_reason,
+        reasons=ours.reasons,
+        **more,
+    )

@@ -1,0 +1,358 @@
+"""`phoneready eval` on tiny models: runtimes, tasks, own metrics, degeneration, the gate and sweeps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phoneready.evaluation.gate import TOLERANCES
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+SIZES = ["--seqlen", "32", "--windows", "2", "--max-new-tokens", "4"]
+TEXT = [*SIZES, "--no-prompts"]
+TASK = """task: fruits
+dataset_path: json
+dataset_kwargs: {data_files: {validation: fruits.jsonl}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "Question: {{goal}}\\nAnswer:"
+doc_to_target: label
+doc_to_choice: "{{[sol1, sol2]}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 2.0}
+"""
+METRICS = """
+import torch
+
+def logit_mean(model, tokenizer, windows):
+    assert len(tokenizer) <= model.vocab_size
+    return torch.cat([logits for _, logits in model.next_token_logits(windows[0].ids[0])]).mean()
+
+def two(model, tokenizer, windows):
+    return {"a": 1, "b": 2.5}
+
+two.higher_is_better = True
+
+def text(model, tokenizer, windows):
+    return "good"
+
+def fails(model, tokenizer, windows):
+    raise RuntimeError("no luck")
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> str:
+    return str(tiny_folder())
+
+
+@pytest.fixture(scope="module")
+def other(tiny_folder: TinyPath) -> str:
+    return str(tiny_folder(seed=1))
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_gguf: TinyPath) -> str:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    return str(tiny_gguf())
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    rows = [
+        {
+            "goal": f"list {i} fruits",
+            "sol1": "an apple",
+            "sol2": "the lazy dog " * (1 + i % 3),
+            "label": i % 2,
+        }
+        for i in range(10)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "fruits.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "fruits.yaml").write_text(TASK, encoding="utf-8")
+    return tmp_path / "fruits.yaml"
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["eval", *arguments, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
+    """The one line that a refused command leaves on stderr."""
+    capsys.readouterr()
+    assert main(["eval", *arguments]) == status
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert status != 2 or captured.out == ""
+    return captured.err
+
+
+def test_a_file_is_judged_in_its_own_runtime(
+    model: str, gguf: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [
+        evaluate(capsys, *arguments, *SIZES) for arguments in ([model], [gguf], [gguf, "--runtime", "torch"])
+    ]
+    assert [r["model"]["runtime"] for r in results] == ["torch", "llama.cpp", "torch"]
+    torch_figures, llama_figures, dequantized = (r["texts"][0] for r in results)
+    assert llama_figures["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-4)
+    assert dequantized["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-5)
+    assert llama_figures["windows_sha256"] == torch_figures["windows_sha256"]
+    assert results[0]["answers"] == results[1]["answers"]
+
+
+def test_a_file_against_the_checkpoint(model: str, gguf: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate(capsys, gguf, "--against", model, *TEXT)
+    found = result["texts"][0]["divergence"]
+    assert 0 <= found["kl_median"] <= found["kl_p99"] <= found["kl_p99_9"] < 1e-6
+    assert found["same_top1"] == 1
+    assert found["perplexity_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_agree_between_runtimes(
+    model: str, gguf: str, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+    asked = ["--tasks", str(task), "--num-fewshot", "1", "--no-text", "--no-prompts"]
+    result = evaluate(capsys, gguf, "--against", model, *asked)
+    assert result["tasks"] == result["against_tasks"]
+    (done,) = result["tasks"]
+    assert (done["task"], done["version"], done["n_items"], done["num_fewshot"]) == ("fruits", "2.0", 10, 1)
+    assert main(["eval", model, *asked]) == 0
+    captured = capsys.readouterr()
+    assert "acc_norm" in captured.out
+    assert captured.err == ""
+
+
+def test_own_metrics(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own_metrics_of_a_test.py").write_text(METRICS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    name = "own_metrics_of_a_test"
+    result = evaluate(capsys, model, *TEXT, "--metric", f"{name}:logit_mean", "--metric", f"{name}:two")
+    names = [metric["name"] for metric in result["metrics"]]
+    assert names == [f"{name}:logit_mean", f"{name}:two.a", f"{name}:two.b"]
+    assert [metric["value"] for metric in result["metrics"]][1:] == [1, 2.5]
+    assert [metric["higher_is_better"] for metric in result["metrics"]] == [None, True, True]
+    bad = {
+        f"{name}:text": "not a finite number",
+        f"{name}:fails": "no luck",
+        f"{name}:missing": "missing",
+        "no_such_module:f": "no_such_module",
+        "os": "module:function",
+    }
+    for reference, reason in bad.items():
+        message = refused(capsys, model, *TEXT, "--metric", reference)
+        assert reason in message
+        assert reference.partition(":")[0] in message
+
+
+def test_answers_are_checked(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Once"}\n{"turns": ["List three fruits.", "More."]}\n', encoding="utf-8")
+    asked = ["--prompts", str(prompts), "--no-text", "--max-new-tokens", "8"]
+    result = evaluate(capsys, model, "--against", model, *asked)
+    assert result["prompts"] == ["Once", "List three fruits."]
+    found = result["degeneration"]
+    assert found["n_prompts"] == len(found["reasons"]) == len(found["against_reasons"]) == 2
+    assert found["share"] == sum(reason is not None for reason in found["reasons"]) / 2
+    assert sum(found["by_reason"].values()) == pytest.approx(found["share"])
+    assert found["difference_points"] == 0
+    (tmp_path / "prompts.txt").write_text("Once\n\nTwice\n", encoding="utf-8")
+    assert evaluate(capsys, model, "--prompts", str(tmp_path / "prompts.txt"), *asked[2:])["prompts"] == [
+        "Once",
+        "Twice",
+    ]
+
+
+@pytest.fixture
+def baseline(model: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    path = tmp_path / "baseline.json"
+    assert main(["eval", other, "--against", model, *SIZES, "--save", str(path)]) == 0
+    capsys.readouterr()
+    return str(path)
+
+
+def test_the_gate_passes_what_is_as_good(
+    model: str, other: str, baseline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = evaluate(capsys, other, "--against", model, *SIZES, "--baseline", baseline)
+    rows = {row["metric"]: row for row in result["gate"]}
+    assert len(rows) == 4
+    assert all(row["ok"] for row in rows.values())
+    assert rows["perplexity, text builtin:python-docs"]["change"] == pytest.approx(1)
+    assert rows["KL mean, text builtin:python-docs"]["allowed"] == 0.01
+
+
+def test_the_gate_fails_what_is_worse(
+    model: str, other: str, baseline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads(Path(baseline).read_text(encoding="utf-8"))
+    text = record["texts"][0]
+    text["perplexity"] /= 1.1
+    text["divergence"]["kl_mean"] -= 0.05
+    Path(baseline).write_text(json.dumps(record), encoding="utf-8")
+    asked = [other, "--against", model, *SIZES, "--baseline", baseline]
+    assert main(["eval", *asked]) == 1
+    captured = capsys.readouterr()
+    assert "perplexity, text" in captured.err
+    assert "ratio 1.1" in captured.err
+    assert "KL mean" in captured.err
+    assert "same top-1" not in captured.err
+    assert captured.out.count("worse") == 2
+    assert main(["eval", *asked, "--max-perplexity-ratio", "1.2", "--max-kl-increase", "0.1"]) == 0
+
+
+def _other_windows(record: dict[str, Any]) -> None:
+    record["texts"][0]["windows_sha256"] = "0" * 64
+
+
+def _other_reference(record: dict[str, Any]) -> None:
+    record["against"]["sha256"] = "0" * 64
+
+
+def _another_text(record: dict[str, Any]) -> None:
+    record["texts"][0]["source"] = "wiki.test.txt"
+
+
+def _another_metric(record: dict[str, Any]) -> None:
+    record["metrics"] = [{"name": "m:f", "value": 1.0, "higher_is_better": True}]
+
+
+def _a_task(record: dict[str, Any]) -> None:
+    metric = {"name": "acc", "value": 0.5, "stderr": 0.1, "higher_is_better": True}
+    task = {"task": "piqa", "version": "1.0", "source": "lm_eval", "sha256": None, "n_items": 10, "limit": 10}
+    record["tasks"] = [task | {"num_fewshot": 0, "metrics": [metric]}]
+
+
+def _longer_answers(record: dict[str, Any]) -> None:
+    record["degeneration"]["max_new_tokens"] = 128
+
+
+def _old_schema(record: dict[str, Any]) -> None:
+    record["schema_version"] = 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_other_windows, "windows_sha256"),
+        (_other_reference, "reference model"),
+        (_another_text, "wiki.test.txt"),
+        (_another_metric, "m:f"),
+        (_a_task, "piqa"),
+        (_longer_answers, "max_new_tokens"),
+        (_old_schema, "schema_version"),
+    ],
+)
+def test_another_baseline_is_refused(
+    change: Callable[[dict[str, Any]], None],
+    reason: str,
+    model: str,
+    other: str,
+    baseline: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = json.loads(Path(baseline).read_text(encoding="utf-8"))
+    change(record)
+    Path(baseline).write_text(json.dumps(record), encoding="utf-8")
+    assert reason in refused(capsys, other, "--against", model, *SIZES, "--baseline", baseline)
+
+
+def test_task_figures_are_gated(
+    model: str, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+    saved = str(tmp_path / "tasks.json")
+    asked = [model, "--no-text", "--no-prompts", "--tasks", str(task)]
+    evaluate(capsys, *asked, "--save", saved)
+    record = json.loads(Path(saved).read_text(encoding="utf-8"))
+    record["tasks"][0]["metrics"][0]["value"] += 0.05
+    Path(saved).write_text(json.dumps(record), encoding="utf-8")
+    assert "fruits acc went from" in refused(capsys, *asked, "--baseline", saved, status=1)
+    assert main(["eval", *asked, "--baseline", saved, "--max-accuracy-drop", "0.06"]) == 0
+    assert "limit of task fruits" in refused(capsys, *asked, "--limit", "4", "--baseline", saved)
+
+
+def test_a_sweep_is_one_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "sweep.csv"
+    calibration = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--calibration-seqlen", "32"]
+    asked = [model, "--ratios", "0.5,0,0.25", "--align", "1", *calibration, *TEXT, "--csv", str(table)]
+    result = evaluate(capsys, *asked)
+    points = result["points"]
+    assert [point["prune_ratio"] for point in points] == [0, 0.25, 0.5]
+    assert [point["removed"] for point in points] == pytest.approx([0, 0.25, 0.5])
+    divergences = [point["evaluation"]["texts"][0]["divergence"] for point in points]
+    assert divergences[0]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert 0 < divergences[1]["kl_mean"] < divergences[2]["kl_mean"]
+    assert len({d["reference_perplexity"] for d in divergences}) == 1
+    with table.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["prune ratio"]) for row in rows] == [0, 0.25, 0.5]
+    assert float(rows[1]["KL mean text builtin:python-docs"]) == divergences[1]["kl_mean"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--runtime", "onnx"], "torch"),
+        (["--runtime", "llama.cpp"], ".gguf"),
+        (["--seqlen", "4096"], "512"),
+        (["--tasks", "missing.yaml", "--no-text"], "missing.yaml"),
+        (["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--prompts", "prompts.md"], "prompts.md"),
+        (["--baseline", "missing.json"], "missing.json"),
+        (["--max-kl-increase", "-1"], "--max-kl-increase"),
+        (["--ratios", "0.1,much"], "--ratios"),
+        (["--ratios", "1.5"], "prune_ratio"),
+        (["--ratios", "0.1", "--against", "x"], "--against"),
+        (["--csv", "x.csv"], "--ratios"),
+        (["--no-text", "--text", "builtin:python-docs"], "--no-text"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(
+    arguments: list[str],
+    reason: str,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.md").write_text("Hello", encoding="utf-8")
+    assert reason in refused(
+        capsys, model, "--no-prompts" if "--prompts" not in arguments else "--no-text", *arguments
+    )
+
+
+def test_another_vocabulary_is_refused(
+    model: str, tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_folder("qwen2")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    names = {number: token for token, number in tokenizer["model"]["vocab"].items()}
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[names[10]], vocabulary[names[11]] = 11, 10
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert "vocabular" in refused(capsys, str(folder), "--against", model, *TEXT)
+
+
+def test_every_tolerance_has_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for tolerance in TOLERANCES.values():
+        assert "--" + tolerance.option.replace("_", "-") in shown
+        assert f"{tolerance.default:g}" in shown
