@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,6 +24,7 @@ from cfsp.recovery.adapter import add_adapter, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs
 from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord, data_record
+from cfsp.recovery.run import Run
 from cfsp.recovery.settings import (
     METHODS,
     RecoverySettings,
@@ -35,9 +36,6 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.statistics import collect_input_moments
-
-if TYPE_CHECKING:
-    from cfsp.recovery.trainer import Run
 
 __all__ = ["DEVICES", "Recovered", "check_outcome", "recover"]
 
@@ -100,7 +98,7 @@ def recover(
     check_settings(settings)
     refuse_existing(output, force=force)
     _check_extras(settings, device)
-    from cfsp.recovery.trainer import Run, train, training_arguments
+    from cfsp.recovery.trainer import train, training_arguments
 
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     arguments = training_arguments(settings, folder.path, use_cpu=device == "cpu")

@@ -9,8 +9,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +18,24 @@ import safetensors.torch
 import torch
 import transformers
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
-from cfsp.progress import Progress
-from cfsp.recovery.data import Sequences, TrainingMix
+from cfsp.recovery.run import Run
 from cfsp.recovery.settings import RecoverySettings, learning_rate
-from cfsp.recovery.state import LossPoint, RunState, ValidationPoint
+from cfsp.recovery.state import ValidationPoint
 from cfsp.recovery.student import Student
-from cfsp.recovery.work import WorkFolder
+from cfsp.recovery.watcher import Watcher
 from cfsp.weights import one_line, quiet_transformers, read_safetensors
 
-__all__ = ["RecoveryTrainer", "Run", "train", "training_arguments"]
+__all__ = ["RecoveryTrainer", "train", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "trainable.safetensors"
 VALIDATIONS = 10
 """Validations over a run where the settings do not say how often."""
-
-
-@dataclass
-class Run:
-    """What a trainer works on.
-
-    Attributes:
-        student: The model with its loss.
-        mix: Training sequences, exactly as many as the budget asks for.
-        validation: Validation sequences.
-        settings: How to train.
-        work: Where checkpoints go.
-        tokens_per_step: Input tokens of one optimizer step, over all processes.
-        progress: Told about every step.
-        state: Curves and the best state.
-    """
-
-    student: Student
-    mix: TrainingMix
-    validation: Sequence[Sequences]
-    settings: RecoverySettings
-    work: WorkFolder
-    tokens_per_step: int
-    progress: Progress
-    state: RunState = field(default_factory=RunState)
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return len(self.mix) * self.settings.seqlen // self.tokens_per_step
 
 
 def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool) -> Any:
@@ -129,16 +98,29 @@ def train(run: Run, arguments: Any) -> None:
 
 
 def _trainer(run: Run, arguments: Any) -> RecoveryTrainer:
-    # The work folder is removed at the end; what TensorBoard shows is to stay.
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", f"{run.work.path}.runs")
     try:
-        return RecoveryTrainer(run, arguments)
+        with _tensorboard_folder(Path(f"{run.work.path}.runs")):
+            return RecoveryTrainer(run, arguments)
     except (ValueError, RuntimeError) as error:
         if not run.settings.report_to:
             raise
         raise InputError(
             f"a tracker cannot be used: {one_line(error)}", field="report_to", value=run.settings.report_to
         ) from error
+
+
+@contextmanager
+def _tensorboard_folder(folder: Path) -> Iterator[None]:
+    """Where TensorBoard's files go unless the user says it: the work folder, transformers' choice, is removed."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -153,7 +135,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             train_dataset=run.mix,
             eval_dataset=[],
             data_collator=_stack,
-            callbacks=[_Watcher(run)],
+            callbacks=[Watcher(run)],
         )
         self.remove_callback(transformers.trainer_callback.PrinterCallback)
         self.run = run
@@ -256,35 +238,6 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         # The mix has its own order, which depends on the seed alone.
         return SequentialSampler(self.run.mix)
-
-
-class _Watcher(TrainerCallback):  # type: ignore[misc]
-    """Notes losses, reports progress, and ends training where the run's state says so."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
-        if logs and "loss" in logs:
-            step = state.global_step
-            self.run.state.add_loss(LossPoint(step, step * self.run.tokens_per_step, float(logs["loss"])))
-            self.run.progress(f"training: loss {logs['loss']:.3f}", step, self.run.n_steps)
-            if self.run.state.stopped_by:
-                control.should_training_stop = True
-                control.should_evaluate = control.should_save = False
-        return control
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= self.run.n_steps:
-            control.should_evaluate = True
-        return control
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.run.state.stopped_by:
-            control.should_training_stop = True
-            if self.run.state.stopped_by == "diverged":
-                control.should_save = False
-        return control
 
 
 def _stack(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -130,7 +130,7 @@ def test_packed_chats_keep_every_answer_whole(tmp_path: Path, tiny_tokenizer: An
 
 def test_text_is_learnt_everywhere_and_sources_mix_equally(tmp_path: Path, tiny_tokenizer: Any) -> None:
     text = tmp_path / "t.txt"
-    text.write_text("The quick brown fox jumps over the lazy dog. " * 200, encoding="utf-8")
+    text.write_text(" ".join(f"Fox {i} jumps over dog {i * i}." for i in range(400)), encoding="utf-8")
     chats = write_chats(tmp_path / "c.jsonl", [chat_of(i) for i in range(30)])
     settings = RecoverySettings(seqlen=64, max_tokens=64 * 200, validation_windows=4)
     data = load_recovery_data([str(text), chats], [], tiny_tokenizer, settings)
@@ -141,7 +141,8 @@ def test_text_is_learnt_everywhere_and_sources_mix_equally(tmp_path: Path, tiny_
         taken = [tuple(mix[i]["input_ids"].tolist()) for i in range(source, 200, 2)]
         rows = {tuple(row.tolist()) for row in part.input_ids}
         assert len(taken) == 100
-        assert set(taken[: len(rows)]) == rows or len(rows) > 100
+        assert set(taken) <= rows
+        assert len(set(taken[: len(rows)])) == min(len(rows), 100)
     again = TrainingMix(data.training, 200, seed=3)
     assert all(torch.equal(mix[i]["labels"], again[i]["labels"]) for i in (0, 77, 199))
     assert any(
@@ -217,7 +218,7 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
     assert len(rank_of) == 4 * 7
     assert all(rank == (1, 2, 3, 6)[int(name.partition("layers.")[2][0])] for name, rank in rank_of.items())
     assert all(p.requires_grad == ("lora_" in n) for n, p in adapted.named_parameters())
-    scales = {m.scaling["default"] for m in adapted.modules() if hasattr(m, "scaling")}
+    scales = {m.scaling["default"] for m in adapted.modules() if hasattr(m, "lora_A")}
     assert scales == {2.0}
     torch.testing.assert_close(adapted(ids).logits, before)
     torch.manual_seed(1)
