@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from cfsp.calibration import Calibration, load_calibration
     from cfsp.checkpoint import load_pruned, save_checkpoint
     from cfsp.model_reference import LoadedModel, ModelSource, load_model
-    from cfsp.plan import PruneSettings, PruningPlan, apply_plan, make_plan
+    from cfsp.plan import PruningPlan, apply_plan, make_plan
     from cfsp.prune import PruneResult, prune_model
+    from cfsp.prune_settings import PruneSettings
     from cfsp.statistics import BlockStatistics, collect_statistics
 
 __all__ = [
@@ -38,8 +39,9 @@ _HOMES = {
     "cfsp.calibration": ("Calibration", "load_calibration"),
     "cfsp.checkpoint": ("load_pruned", "save_checkpoint"),
     "cfsp.model_reference": ("LoadedModel", "ModelSource", "load_model"),
-    "cfsp.plan": ("PruneSettings", "PruningPlan", "apply_plan", "make_plan"),
+    "cfsp.plan": ("PruningPlan", "apply_plan", "make_plan"),
     "cfsp.prune": ("PruneResult", "prune_model"),
+    "cfsp.prune_settings": ("PruneSettings",),
     "cfsp.statistics": ("BlockStatistics", "collect_statistics"),
 }
 

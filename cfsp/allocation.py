@@ -6,6 +6,7 @@ p is the pruned share of FFN channels over all blocks (not of all parameters).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -14,10 +15,14 @@ from cfsp.errors import InputError
 
 __all__ = [
     "ALLOCATIONS",
+    "Allocation",
+    "BlockEvidence",
     "allocate_widths",
     "cfsp_keep_ratios",
     "check_allocation",
     "integer_widths",
+    "loss_keep_ratios",
+    "mixed_keep_ratios",
     "uniform_keep_ratios",
 ]
 
@@ -25,21 +30,37 @@ _PAPER_SCALE = 128 * 1024 / 1e4
 """The released code sums I_l over 128 x 1024 tokens and divides by 1e4; with the mean this factor remains."""
 
 
-def cfsp_keep_ratios(importance: torch.Tensor, prune_ratio: float, strength: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class BlockEvidence:
+    """What an allocation may look at.
+
+    Attributes:
+        importance: (num_hidden_layers,) I_l, averaged over tokens.
+        dense_widths: intermediate_size of every block.
+        loss_curves: (num_hidden_layers, n_points) predicted loss in nats a token when the block keeps 0, ...,
+            all of its channels, at evenly spaced widths; None where it was not measured.
+    """
+
+    importance: torch.Tensor
+    dense_widths: Sequence[int]
+    loss_curves: torch.Tensor | None = None
+
+
+def cfsp_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
     """CFSP's coarse allocation (method 1 and 2).
 
     s_l = sigmoid(a (128 * 1024 / 1e4) (I_l - mean I)),  keep_l = (1 - p) s_l / mean s. Where a block would keep
     all of its channels or more, all deviations from the mean are shrunk by one factor, as the released code does.
 
     Args:
-        importance: (num_hidden_layers,) I_l, averaged over tokens.
+        evidence: Importances.
         prune_ratio: p in [0, 1).
         strength: a; 1 is the paper's setting, 0 is uniform.
 
     Returns:
         (num_hidden_layers,) float64 with mean 1 - p, each below 1 unless p is 0.
     """
-    centred = importance.double() - importance.double().mean()
+    centred = evidence.importance.double() - evidence.importance.double().mean()
     s = torch.sigmoid(strength * _PAPER_SCALE * centred)
     keep = 1 - prune_ratio
     relative = s / s.mean()
@@ -49,19 +70,66 @@ def cfsp_keep_ratios(importance: torch.Tensor, prune_ratio: float, strength: flo
     return keep * relative
 
 
-def uniform_keep_ratios(importance: torch.Tensor, prune_ratio: float, strength: float) -> torch.Tensor:
+def uniform_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
     """The same share of every block."""
-    return torch.full((len(importance),), 1 - prune_ratio, dtype=torch.float64)
+    return torch.full((len(evidence.dense_widths),), 1 - prune_ratio, dtype=torch.float64)
 
 
-ALLOCATIONS: Mapping[str, Callable[[torch.Tensor, float, float], torch.Tensor]] = MappingProxyType(
-    {"cfsp": cfsp_keep_ratios, "uniform": uniform_keep_ratios}
+def loss_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
+    """The widths whose predicted losses have the least sum, as if blocks did not depend on each other.
+
+    A loss curve that bends the right way is minimized by removing the cheapest channels of all blocks first, until
+    the budget is met; where it does not, the cost of a channel counts as that of the dearest one that went before.
+
+    Raises:
+        InputError: No loss curves.
+    """
+    if evidence.loss_curves is None:
+        raise InputError("this allocation needs loss curves, which come from gradients", field="allocation")
+    curves = evidence.loss_curves.double()
+    n_blocks, n_segments = curves.shape[0], curves.shape[1] - 1
+    sizes = torch.tensor(evidence.dense_widths, dtype=torch.float64)[:, None] / n_segments
+    # Ordered from the first channel to go to the last, so that costs rise along the row.
+    costs = ((curves[:, :-1] - curves[:, 1:]) / sizes).flip(1).cummax(1).values
+    order = costs.flatten().argsort(stable=True)
+    removable = sizes.expand(n_blocks, n_segments).flatten()[order]
+    budget = prune_ratio * float(removable.sum())
+    taken = (budget - (removable.cumsum(0) - removable)).clamp(min=0).minimum(removable)
+    removed = torch.zeros(n_blocks, dtype=torch.float64).index_add_(0, order // n_segments, taken)
+    return 1 - removed / (sizes[:, 0] * n_segments)
+
+
+def mixed_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: float) -> torch.Tensor:
+    """The mean of CFSP's keep ratios, which see how blocks act on the text, and of the predicted loss's."""
+    pair = (cfsp_keep_ratios, loss_keep_ratios)
+    return torch.stack([keep_ratios(evidence, prune_ratio, strength) for keep_ratios in pair]).mean(0)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A row of ALLOCATIONS.
+
+    Attributes:
+        keep_ratios: From evidence, prune ratio and strength to (num_hidden_layers,) shares of channels kept.
+        needs_loss: Whether it reads the loss curves.
+    """
+
+    keep_ratios: Callable[[BlockEvidence, float, float], torch.Tensor]
+    needs_loss: bool = False
+
+
+ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(
+    {
+        "cfsp": Allocation(cfsp_keep_ratios),
+        "uniform": Allocation(uniform_keep_ratios),
+        "loss": Allocation(loss_keep_ratios, needs_loss=True),
+        "mixed": Allocation(mixed_keep_ratios, needs_loss=True),
+    }
 )
 
 
 def allocate_widths(
-    importance: torch.Tensor,
-    dense_widths: Sequence[int],
+    evidence: BlockEvidence,
     *,
     prune_ratio: float,
     allocation: str = "cfsp",
@@ -72,8 +140,7 @@ def allocate_widths(
     """Integer widths of all blocks; pruning nothing gives the dense widths.
 
     Args:
-        importance: (num_hidden_layers,) coarse importances.
-        dense_widths: intermediate_size of every block.
+        evidence: What is known about the blocks.
         prune_ratio: Share of FFN channels to remove, in [0, 1).
         allocation: A name in ALLOCATIONS.
         strength: CFSP's a.
@@ -83,25 +150,26 @@ def allocate_widths(
     Raises:
         InputError: A setting out of range, or an alignment that cannot meet the ratio.
     """
-    check_allocation(prune_ratio, allocation, align)
+    check_allocation(prune_ratio, align)
+    if allocation not in ALLOCATIONS:
+        raise InputError(
+            "unknown allocation", field="allocation", value=allocation, allowed=", ".join(ALLOCATIONS)
+        )
+    dense_widths = evidence.dense_widths
     if prune_ratio == 0:
         return tuple(dense_widths)
     if uniform_width:
         return _one_width(dense_widths, prune_ratio, align)
-    keep = ALLOCATIONS[allocation](importance, prune_ratio, strength)
+    keep = ALLOCATIONS[allocation].keep_ratios(evidence, prune_ratio, strength)
     wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
     total = (1 - prune_ratio) * sum(dense_widths)
     return integer_widths(wanted.tolist(), dense_widths, total=total, align=align)
 
 
-def check_allocation(prune_ratio: float, allocation: str, align: int) -> None:
-    """Raise InputError for a value out of range or an unknown allocation; needs no model."""
+def check_allocation(prune_ratio: float, align: int) -> None:
+    """Raise InputError for a value out of range; needs no model."""
     if not 0 <= prune_ratio < 1:
         raise InputError("out of range", field="prune_ratio", value=prune_ratio, allowed="0 <= ratio < 1")
-    if allocation not in ALLOCATIONS:
-        raise InputError(
-            "unknown allocation", field="allocation", value=allocation, allowed=", ".join(ALLOCATIONS)
-        )
     if align < 1:
         raise InputError("out of range", field="align", value=align, allowed="at least 1")
 

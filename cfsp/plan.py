@@ -12,43 +12,21 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp.allocation import allocate_widths, check_allocation
-from cfsp.architectures import decoder_layers, feed_forward, ffn_widths, spec_for
+from cfsp.allocation import BlockEvidence, allocate_widths
+from cfsp.architectures import FeedForward, decoder_layers, feed_forward, ffn_widths, spec_for
+from cfsp.cutting import RECONSTRUCTIONS, Cut
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from cfsp.reconstruction import reconstruct_down
-from cfsp.scoring import SCORES, score_channels
-from cfsp.statistics import COARSE_METRICS, BlockStatistics, GramStore
-from cfsp.surgery import cut_channels, set_config_widths
+from cfsp.prune_settings import PruneSettings, check_settings
+from cfsp.scoring import ChannelEvidence, score_channels
+from cfsp.statistics import BlockStatistics
+from cfsp.surgery import set_config_widths
 
-__all__ = ["BlockPlan", "PruneSettings", "PruningPlan", "ScoreSummary", "apply_plan", "make_plan"]
+__all__ = ["BlockPlan", "PruningPlan", "ScoreSummary", "apply_plan", "check_plan_fits", "make_plan"]
 
 
-@dataclass(frozen=True)
-class PruneSettings:
-    """How to prune; the defaults are what phoneready recommends.
-
-    Attributes:
-        prune_ratio: Share of FFN channels to remove over all blocks, in [0, 1).
-        coarse_metric: Importance between blocks, a name in COARSE_METRICS.
-        allocation: Widths from importances, a name in ALLOCATIONS.
-        strength: CFSP's a.
-        score: Importance inside a block, a name in SCORES.
-        align: Every width is a multiple of this; set it from what will be exported.
-        uniform_width: Give every block the same width.
-        reconstruct: Whether down_proj is solved anew for the kept channels.
-        ridge: Ridge of that solution, relative to the mean of the Gram matrix's diagonal.
-    """
-
-    prune_ratio: float = 0.2
-    coarse_metric: str = "angular"
-    allocation: str = "cfsp"
-    strength: float = 1.0
-    score: str = "activation_norm"
-    align: int = 32
-    uniform_width: bool = False
-    reconstruct: bool = True
-    ridge: float = 1e-3
+_LOSS_SEGMENTS = 64
+"""Resolution of the predicted loss over a block's width."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +48,15 @@ class BlockPlan:
         importance: Coarse importance of the block.
         ranking: All channel indices, best first; the first `width` are kept.
         scores: Summary of the scores behind the ranking.
+        loss_curve: Predicted loss in nats a token at evenly spaced widths from 0 to all channels; empty where the
+            allocation does not read it.
     """
 
     width: int
     importance: float
     ranking: tuple[int, ...]
     scores: ScoreSummary
+    loss_curve: tuple[float, ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -101,7 +82,7 @@ class PruningPlan:
     """
 
     KIND: ClassVar[str] = "pruning_plan"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     model_type: str
     source: str
@@ -128,7 +109,7 @@ class PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
         settings = replace(self.settings, prune_ratio=prune_ratio)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
-        widths = _widths(importance, self.dense_widths, settings)
+        widths = _widths(importance, self.dense_widths, [b.loss_curve for b in self.blocks], settings)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
         return replace(self, settings=settings, blocks=blocks)
 
@@ -162,11 +143,13 @@ def make_plan(
     check_settings(settings)
     importance = statistics.importance[settings.coarse_metric]
     dense_widths = ffn_widths(model)
-    widths = _widths(importance, dense_widths, settings)
-    blocks = []
+    scores, curves = [], []
     for index, layer in enumerate(decoder_layers(model)):
-        scores = score_channels(settings.score, feed_forward(model, layer), statistics.channels[index])
-        blocks.append(_block_plan(scores, widths[index], float(importance[index])))
+        evidence = _evidence(feed_forward(model, layer), statistics, index, settings)
+        scores.append(score_channels(settings.score, evidence))
+        curves.append(_loss_curve(evidence, settings))
+    widths = _widths(importance, dense_widths, curves, settings)
+    blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
     return PruningPlan(
         model_type=spec_for(model.config).model_type,
         source=source,
@@ -182,48 +165,42 @@ def make_plan(
 
 
 def apply_plan(
-    model: Any, plan: PruningPlan, *, grams: GramStore | None = None, progress: Progress = no_progress
+    model: Any,
+    plan: PruningPlan,
+    *,
+    statistics: BlockStatistics | None = None,
+    input_ids: torch.Tensor | None = None,
+    progress: Progress = no_progress,
 ) -> None:
-    """Cut the model to the plan, in place.
+    """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
 
     Blocks that keep all of their channels are left untouched, so a ratio of 0 changes nothing.
 
     Args:
         model: The dense model the plan was made for.
         plan: What to keep.
-        grams: Gram matrices for reconstruction; needed when the plan's settings ask for it.
+        statistics: Of the dense model, where the reconstruction reads them.
+        input_ids: Calibration windows (nsamples, seqlen), where it runs them.
         progress: Told after each block.
 
     Raises:
-        InputError: The plan belongs to another model, or reconstruction is asked for without Gram matrices.
+        InputError: The plan belongs to another model, or what its reconstruction reads is not there.
     """
     check_plan_fits(model, plan)
-    pruned = plan.widths != plan.dense_widths
-    if pruned and plan.settings.reconstruct and grams is None:
-        raise InputError("the plan asks for reconstruction, which needs calibration statistics")
-    with torch.no_grad():
-        for index, (layer, block) in enumerate(zip(decoder_layers(model), plan.blocks, strict=True)):
-            ffn = feed_forward(model, layer)
-            if block.width < ffn.width:
-                kept = torch.tensor(block.kept)
-                down = None
-                if plan.settings.reconstruct and grams is not None:
-                    down = reconstruct_down(ffn.down.weight, grams.get(index), kept, plan.settings.ridge)
-                cut_channels(ffn, kept, down)
-            progress("pruning", index + 1, len(plan.blocks))
+    check_settings(plan.settings)
+    if plan.widths == plan.dense_widths:
+        return
+    cut = Cut(
+        model,
+        [torch.tensor(block.kept) for block in plan.blocks],
+        ridge=plan.settings.ridge,
+        correction=plan.settings.correction,
+        statistics=statistics,
+        input_ids=input_ids,
+        progress=progress,
+    )
+    RECONSTRUCTIONS[plan.settings.reconstruct].carry_out(cut)
     set_config_widths(model)
-
-
-def check_settings(settings: PruneSettings) -> None:
-    """Raise InputError for an unknown name or a value out of range; needs no model."""
-    tables = {"score": SCORES, "coarse_metric": COARSE_METRICS}
-    for name, table in tables.items():
-        value = getattr(settings, name)
-        if value not in table:
-            raise InputError(f"unknown {name}", field=name, value=value, allowed=", ".join(table))
-    if not settings.ridge > 0:
-        raise InputError("out of range", field="ridge", value=settings.ridge, allowed="above 0")
-    check_allocation(settings.prune_ratio, settings.allocation, settings.align)
 
 
 def check_plan_fits(model: Any, plan: PruningPlan) -> None:
@@ -239,12 +216,34 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
             raise InputError(f"the plan's block {index} does not rank its {dense} channels once each")
 
 
+def _evidence(
+    ffn: FeedForward, statistics: BlockStatistics, index: int, settings: PruneSettings
+) -> ChannelEvidence:
+    return ChannelEvidence(
+        ffn,
+        statistics.channels[index],
+        gram=statistics.grams.get(index)
+        if settings.plan_needs_gram and statistics.grams is not None
+        else None,
+        gradients=statistics.gradients[index] if statistics.gradients is not None else None,
+    )
+
+
+def _loss_curve(evidence: ChannelEvidence, settings: PruneSettings) -> tuple[float, ...]:
+    if not settings.needs_loss:
+        return ()
+    return tuple(evidence.loss_elimination.error_curve(_LOSS_SEGMENTS).tolist())
+
+
 def _widths(
-    importance: torch.Tensor, dense_widths: Sequence[int], settings: PruneSettings
+    importance: torch.Tensor,
+    dense_widths: Sequence[int],
+    loss_curves: Sequence[tuple[float, ...]],
+    settings: PruneSettings,
 ) -> tuple[int, ...]:
+    curves = torch.tensor(loss_curves, dtype=torch.float64) if all(loss_curves) else None
     return allocate_widths(
-        importance,
-        dense_widths,
+        BlockEvidence(importance, dense_widths, curves),
         prune_ratio=settings.prune_ratio,
         allocation=settings.allocation,
         strength=settings.strength,
@@ -253,9 +252,11 @@ def _widths(
     )
 
 
-def _block_plan(scores: torch.Tensor, width: int, importance: float) -> BlockPlan:
+def _block_plan(
+    scores: torch.Tensor, width: int, importance: float, loss_curve: tuple[float, ...]
+) -> BlockPlan:
     order = torch.argsort(scores, descending=True, stable=True)
     total = float(scores.sum())
     share = float(scores[order[:width]].sum()) / total if total > 0 else 1.0
     summary = ScoreSummary(float(scores.min()), float(scores.median()), float(scores.max()), share)
-    return BlockPlan(width, importance, tuple(order.tolist()), summary)
+    return BlockPlan(width, importance, tuple(order.tolist()), summary, loss_curve)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from cfsp.calibration import Calibration
+from cfsp.cutting import RECONSTRUCTIONS
+from cfsp.gradients import collect_gradients
 from cfsp.model_reference import LoadedModel
-from cfsp.plan import PruneSettings, PruningPlan, apply_plan, check_plan_fits, check_settings, make_plan
+from cfsp.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
 from cfsp.progress import Progress, no_progress
+from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.statistics import BlockStatistics, collect_input_moments, collect_statistics
 
-__all__ = ["PruneResult", "moment_windows", "plan_for", "prune_model"]
+__all__ = ["PruneResult", "moment_windows", "plan_for", "prune_model", "statistics_for"]
 
 MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""
+GRADIENT_WINDOWS = 32
+"""Windows behind the gradients of the loss."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +58,39 @@ def prune_model(
         InputError: Settings or a plan that do not fit the model.
     """
     if plan is None:
-        check_settings(settings)
+        plan, statistics = _make_plan(loaded, calibration, settings, progress)
     else:
         check_plan_fits(loaded.model, plan)
-        settings = plan.settings
-    with_gram = settings.reconstruct and settings.prune_ratio > 0
-    statistics = collect_statistics(
-        loaded.model, calibration.input_ids, with_gram=with_gram, progress=progress
-    )
-    if plan is None:
-        plan = plan_for(loaded, statistics, calibration, settings)
-    apply_plan(loaded.model, plan, grams=statistics.grams, progress=progress)
+        statistics = _statistics_to_apply(loaded.model, calibration, plan, progress)
+    apply_plan(loaded.model, plan, statistics=statistics, input_ids=calibration.input_ids, progress=progress)
     moments = collect_input_moments(loaded.model, moment_windows(calibration.input_ids), progress=progress)
     return PruneResult(plan, moments)
+
+
+def statistics_for(
+    model: Any,
+    calibration: Calibration,
+    settings: PruneSettings,
+    *,
+    only_plan: bool = False,
+    progress: Progress = no_progress,
+) -> BlockStatistics:
+    """What the settings read of the dense model, and no more.
+
+    Args:
+        model: The dense model.
+        calibration: Windows the statistics are taken from.
+        settings: How it will be pruned.
+        only_plan: Leave out what only the reconstruction reads.
+        progress: Told about each step.
+    """
+    with_gram = settings.plan_needs_gram if only_plan else settings.needs_gram
+    statistics = collect_statistics(model, calibration.input_ids, with_gram=with_gram, progress=progress)
+    if settings.needs_gradients:
+        windows = spread_windows(calibration.input_ids, GRADIENT_WINDOWS)
+        gradients = collect_gradients(model, windows, seed=calibration.seed, progress=progress)
+        statistics = replace(statistics, gradients=gradients)
+    return statistics
 
 
 def plan_for(
@@ -88,6 +114,29 @@ def plan_for(
 
 
 def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
-    """The calibration windows that activation moments are measured on, spread so that every source is among them."""
-    step = max(1, len(input_ids) // MOMENT_WINDOWS)
-    return input_ids[::step][:MOMENT_WINDOWS]
+    """The calibration windows that activation moments are measured on."""
+    return spread_windows(input_ids, MOMENT_WINDOWS)
+
+
+def spread_windows(input_ids: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the windows, spread so that every source is among them."""
+    step = max(1, len(input_ids) // count)
+    return input_ids[::step][:count]
+
+
+def _make_plan(
+    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, progress: Progress
+) -> tuple[PruningPlan, BlockStatistics | None]:
+    check_settings(settings)
+    statistics = statistics_for(loaded.model, calibration, settings, progress=progress)
+    return plan_for(loaded, statistics, calibration, settings), statistics
+
+
+def _statistics_to_apply(
+    model: Any, calibration: Calibration, plan: PruningPlan, progress: Progress
+) -> BlockStatistics | None:
+    check_settings(plan.settings)
+    row = RECONSTRUCTIONS[plan.settings.reconstruct]
+    if not row.needs_statistics or plan.widths == plan.dense_widths:
+        return None
+    return collect_statistics(model, calibration.input_ids, with_gram=row.needs_gram, progress=progress)

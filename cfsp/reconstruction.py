@@ -1,4 +1,7 @@
-"""Closed-form reconstruction of down_proj after channels are gone (method 4)."""
+"""Closed-form solutions for down_proj after channels are gone (method 4): tensors in, one tensor out.
+
+S are the kept and R the removed channels, X (T x m) down_proj's input, H = X^T X / T, W (d, m) its weight.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,81 @@ import torch
 
 from cfsp.errors import InputError
 
-__all__ = ["reconstruct_down"]
+__all__ = ["reconstruct_down", "reconstruct_mean", "solve_change"]
 
 
-def reconstruct_down(
-    weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, ridge: float
-) -> torch.Tensor:
-    """Ridge least-squares weights of the kept channels, drawn towards the weights they had.
+def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The change of the kept weights that best makes up for what is missing.
 
-    With S the kept and R the removed channels, W' = W_S + W_R H[R, S] (H[S, S] + lambda mean(diag H[S, S]) I)^-1
-    minimizes ||X W^T - X_S W'^T||^2 / T plus the ridge times ||W' - W_S||^2. At lambda = 0 it is ordinary least
-    squares; a large lambda leaves the kept columns alone, where shrinking W' itself would fade channels that are
-    rarely active.
+    Delta = M^T (H_SS + lambda mean(diag H_SS) I)^-1 minimizes ||E - X_S Delta^T||^2 / T plus the ridge times
+    ||Delta||^2, E (T x d) being what the output lacks. At lambda = 0 it is ordinary least squares; a large lambda
+    leaves the kept weights alone, where shrinking the weights themselves would fade channels that are rarely active.
 
     Args:
-        weight: W, (hidden_size, intermediate_size) of down_proj.
-        gram: H = X^T X / T, (intermediate_size, intermediate_size), float64.
-        kept: S, (n_kept,) int64 channel indices.
+        gram: H_SS, (n_kept, n_kept) float64; changed in place.
+        missing: M = X_S^T E / T, (n_kept, hidden_size) float64.
         ridge: lambda > 0, relative to the mean of the diagonal.
 
     Returns:
-        (hidden_size, n_kept), in the dtype of `weight`.
+        (hidden_size, n_kept) float64.
 
     Raises:
         InputError: `ridge` is not positive, or the system cannot be solved.
     """
     if not ridge > 0:
         raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
-    is_removed = torch.ones(weight.shape[1], dtype=torch.bool)
-    is_removed[kept] = False
-    removed = is_removed.nonzero()[:, 0]
-    rows = gram[kept]
-    within = rows[:, kept]
-    damping = ridge * within.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    within.diagonal().add_(damping)
-    factor, info = torch.linalg.cholesky_ex(within)
+    damping = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    gram.diagonal().add_(damping)
+    factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
-    change = torch.cholesky_solve(rows[:, removed] @ weight[:, removed].double().T, factor).T
+    return torch.cholesky_solve(missing, factor).T
+
+
+def reconstruct_down(
+    weight: torch.Tensor, gram: torch.Tensor, kept: torch.Tensor, ridge: float
+) -> torch.Tensor:
+    """Weights with which the kept channels best give the output of all: E = X_R W_R^T in `solve_change`.
+
+    Args:
+        weight: W, (hidden_size, intermediate_size) of down_proj.
+        gram: H, (intermediate_size, intermediate_size), float64.
+        kept: S, (n_kept,) int64 channel indices.
+        ridge: lambda > 0.
+
+    Returns:
+        (hidden_size, n_kept), in the dtype of `weight`.
+
+    Raises:
+        InputError: As `solve_change`.
+    """
+    removed = _others(kept, weight.shape[1])
+    rows = gram[kept]
+    change = solve_change(rows[:, kept], rows[:, removed] @ weight[:, removed].double().T, ridge)
     return (weight[:, kept].double() + change).contiguous().to(weight.dtype)
+
+
+def reconstruct_mean(weight: torch.Tensor, mean: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Weights that keep the mean output: FLAP's bias compensation (An et al., AAAI 2024) without a bias.
+
+    W' = W_S + W_R mu_R mu_S^T / ||mu_S||^2 is the smallest change with W' mu_S = W mu, mu being the mean of X.
+
+    Args:
+        weight: W, (hidden_size, intermediate_size).
+        mean: mu, (intermediate_size,).
+        kept: S, (n_kept,) int64.
+
+    Returns:
+        (hidden_size, n_kept), in the dtype of `weight`.
+    """
+    removed = _others(kept, weight.shape[1])
+    mu = mean.double()
+    scale = mu[kept].square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    change = torch.outer(weight[:, removed].double() @ mu[removed], mu[kept] / scale)
+    return (weight[:, kept].double() + change).contiguous().to(weight.dtype)
+
+
+def _others(kept: torch.Tensor, width: int) -> torch.Tensor:
+    is_removed = torch.ones(width, dtype=torch.bool)
+    is_removed[kept] = False
+    return is_removed.nonzero()[:, 0]

@@ -11,9 +11,10 @@ X (T x intermediate_size) the input of down_proj.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,9 @@ from torch import nn
 
 from cfsp.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.errors import InputError
+from cfsp.gradients import BlockGradients
 from cfsp.progress import Progress, no_progress
+from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
 
 __all__ = [
     "COARSE_METRICS",
@@ -35,8 +38,6 @@ __all__ = [
     "collect_input_moments",
     "collect_statistics",
 ]
-
-_GRAM_TILE = 384
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,14 @@ class BlockStatistics:
         channels: Moments of down_proj's input, one entry a block.
         grams: Gram matrices, or None where they were not asked for.
         n_tokens: Number of tokens summed over.
+        gradients: What the loss says about every block, where it was asked.
     """
 
     importance: dict[str, torch.Tensor]
     channels: tuple[ChannelStatistics, ...]
     grams: GramStore | None
     n_tokens: int
+    gradients: BlockGradients | None = None
 
 
 def _angular(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
@@ -127,7 +130,7 @@ class _BlockSums:
     def __post_init__(self) -> None:
         self.x_sum = torch.zeros(self.width, dtype=torch.float64)
         self.x_square = torch.zeros(self.width, dtype=torch.float64)
-        self.gram = torch.zeros(self.width, self.width, dtype=torch.float64) if self.with_gram else None
+        self.gram = GramSum(self.width) if self.with_gram else None
 
     def add_channels(self, x: torch.Tensor) -> None:
         """Add X of one batch; `x` is (..., intermediate_size)."""
@@ -135,7 +138,7 @@ class _BlockSums:
         self.x_sum += x.sum(0, dtype=torch.float64)
         self.x_square += torch.einsum("ti,ti->i", x, x).double()
         if self.gram is not None:
-            _add_gram(self.gram, x)
+            self.gram.add(x)
 
     def add_block(self, h_in: torch.Tensor, h_out: torch.Tensor) -> None:
         """Add one batch's coarse importances; both are (batch, seqlen, hidden_size)."""
@@ -171,7 +174,7 @@ def collect_statistics(
     n_tokens = input_ids.numel()
     layers = decoder_layers(model)
     with torch.inference_mode():
-        hidden, calls = _enter_blocks(model, layers, torch.split(input_ids, batch_size))
+        hidden, calls = enter_blocks(model, layers, torch.split(input_ids, batch_size))
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram)
@@ -180,7 +183,7 @@ def collect_statistics(
                 importance[name].append(total / n_tokens)
             channels.append(_finished_channels(sums, n_tokens, index))
             if grams is not None and sums.gram is not None:
-                grams.put(index, _symmetric(sums.gram / n_tokens))
+                grams.put(index, sums.gram.total() / n_tokens)
             progress("calibrating", index + 1, len(layers))
     values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
     return BlockStatistics(values, tuple(channels), grams, n_tokens)
@@ -216,53 +219,11 @@ def collect_input_moments(
 
     with torch.inference_mode(), ExitStack() as stack:
         for name, linear in linears.items():
-            stack.enter_context(_input_hook(linear, lambda x, name=name: add(name, x)))
+            stack.enter_context(input_hook(linear, partial(add, name)))
         for done, window in enumerate(input_ids, 1):
             model.get_decoder()(input_ids=window[None], use_cache=False)
             progress("measuring activations", done, len(input_ids))
     return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
-
-
-def _enter_blocks(
-    model: Any, layers: Sequence[nn.Module], batches: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
-    """Hidden states before the first block, and every block's keyword arguments, for each batch.
-
-    The decoder is run with its blocks short-circuited: masks, positions and rotary tables then are exactly what
-    the model itself passes, whatever the architecture and the library's version.
-    """
-    hidden: list[torch.Tensor] = []
-    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
-    seen: dict[tuple[int, ...], int] = {}
-    with _short_circuited(layers) as record:
-        for batch in batches:
-            record.clear()
-            model.get_decoder()(input_ids=batch, use_cache=False)
-            hidden.append(record[0][0].clone())
-            # Batches of one shape share their arguments, so that they are held once.
-            first = seen.setdefault(tuple(batch.shape), len(hidden) - 1)
-            for index, (_, arguments) in enumerate(record):
-                calls[index].append(arguments if first == len(hidden) - 1 else calls[index][first])
-    return hidden, calls
-
-
-@contextmanager
-def _short_circuited(layers: Sequence[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
-    record: list[tuple[torch.Tensor, dict[str, Any]]] = []
-
-    def passes_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            raise InputError(
-                "the decoder passes block arguments by position; this architecture is unsupported"
-            )
-        record.append((hidden_states, kwargs))
-        return hidden_states
-
-    with ExitStack() as stack:
-        for layer in layers:
-            layer.forward = passes_on
-            stack.callback(delattr, layer, "forward")
-        yield record
 
 
 def _run_block(
@@ -273,33 +234,11 @@ def _run_block(
     sums: _BlockSums,
 ) -> None:
     """Run one block over all batches, adding to its sums; `hidden` is replaced by the block's output."""
-    with _input_hook(ffn.down, sums.add_channels):
+    with input_hook(ffn.down, sums.add_channels):
         for index, h_in in enumerate(hidden):
-            output = layer(h_in, **calls[index])
-            h_out = output[0] if isinstance(output, tuple) else output
+            h_out = run_layer(layer, h_in, calls[index])
             sums.add_block(h_in, h_out)
             hidden[index] = h_out
-
-
-@contextmanager
-def _input_hook(linear: nn.Linear, receive: Any) -> Iterator[None]:
-    handle = linear.register_forward_pre_hook(lambda _, args: receive(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _add_gram(gram: torch.Tensor, x: torch.Tensor) -> None:
-    """gram += x^T x, upper tiles only: the matrix is symmetric and the products are what this pass costs."""
-    width = gram.shape[0]
-    for start in range(0, width, _GRAM_TILE):
-        rows = slice(start, min(start + _GRAM_TILE, width))
-        gram[rows, start:] += x[:, rows].T @ x[:, start:]
-
-
-def _symmetric(gram: torch.Tensor) -> torch.Tensor:
-    return gram.triu() + gram.triu(1).T
 
 
 def _finished_channels(sums: _BlockSums, n_tokens: int, layer: int) -> ChannelStatistics:

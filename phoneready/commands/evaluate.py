@@ -285,7 +285,7 @@ def _sweep(given: dict[str, Any], settings: EvaluationSettings, opening: OpenSet
 def _run_sweep(given: dict[str, Any], settings: EvaluationSettings, opening: OpenSettings) -> Sweep:
     from cfsp.calibration import SELF, load_calibration
     from cfsp.model_reference import load_model
-    from cfsp.plan import PruneSettings
+    from cfsp.prune_settings import PruneSettings
     from phoneready.evaluation.sweep import check_ratios, sweep
 
     prune = PruneSettings() if given["align"] is None else PruneSettings(align=given["align"])

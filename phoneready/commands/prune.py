@@ -27,8 +27,9 @@ from phoneready.console import prepare_torch, show_progress, write_result
 if TYPE_CHECKING:
     from cfsp.calibration import Calibration
     from cfsp.model_source import LoadedModel
-    from cfsp.plan import PruneSettings, PruningPlan
+    from cfsp.plan import PruningPlan
     from cfsp.progress import Progress
+    from cfsp.prune_settings import PruneSettings
 
 __all__ = ["format_plan", "prune"]
 
@@ -65,7 +66,7 @@ def prune(
         str | None, typer.Option("--coarse", help="Importance of a block: angular, cosine, mse or mae.")
     ] = None,
     allocation: Annotated[
-        str | None, typer.Option("--allocation", help="Widths from importances: cfsp or uniform.")
+        str | None, typer.Option("--allocation", help="Widths of the blocks: cfsp, loss, mixed or uniform.")
     ] = None,
     coarse_strength: Annotated[
         float | None, typer.Option("--coarse-strength", help="CFSP's a; 1 is the paper's.", min=0)
@@ -78,10 +79,25 @@ def prune(
         list[str], typer.Option("--for-quant", help="Quantizations the widths must fit.", metavar="QUANT,...")
     ] = ["Q4_0"],  # noqa: B006
     uniform: Annotated[bool, typer.Option("--uniform", help="Give every block the same width.")] = False,
-    no_reconstruct: Annotated[
-        bool, typer.Option("--no-reconstruct", help="Only cut; do not solve down_proj anew.")
-    ] = False,
-    ridge: Annotated[float | None, typer.Option("--ridge", help="Ridge of that solution.")] = None,
+    reconstruct: Annotated[
+        str | None,
+        typer.Option(
+            "--reconstruct",
+            help="How down_proj is solved anew: block-by-block, one-pass, mean or none.",
+            show_default="block-by-block",
+        ),
+    ] = None,
+    ridge: Annotated[
+        float | None, typer.Option("--ridge", help="Ridge of that solution.", show_default="0.001")
+    ] = None,
+    correction: Annotated[
+        float | None,
+        typer.Option(
+            "--correction",
+            help="Share of earlier blocks' error that a block takes back, 0 to 1.",
+            show_default="0.5",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Apply this plan; --prune-ratio re-allocates it.")
     ] = None,
@@ -104,8 +120,8 @@ def prune(
     from cfsp.model_reference import load_model
 
     chosen = {"score": score, "coarse_metric": coarse, "allocation": allocation, "strength": coarse_strength}
-    chosen |= {"prune_ratio": prune_ratio, "ridge": ridge}
-    settings = _settings(chosen, align, for_quant, uniform=uniform, reconstruct=not no_reconstruct)
+    chosen |= {"prune_ratio": prune_ratio, "reconstruct": reconstruct, "ridge": ridge}
+    settings = _settings(chosen | {"correction": correction}, align, for_quant, uniform=uniform)
     ready = _read_plan(plan, prune_ratio)
     references = text_references(calibration or (ready.calibration if ready else [SELF]))
     with show_progress() as progress:
@@ -154,14 +170,14 @@ def _check_outputs(output: Path | None, plan: Path | None, plan_only: Path | Non
 
 
 def _settings(
-    chosen: dict[str, Any], align: int | None, for_quant: Sequence[str], *, uniform: bool, reconstruct: bool
+    chosen: dict[str, Any], align: int | None, for_quant: Sequence[str], *, uniform: bool
 ) -> PruneSettings:
-    from cfsp.plan import PruneSettings, check_settings
+    from cfsp.prune_settings import PruneSettings, check_settings
     from exporters.gguf import required_multiple
 
     given = {name: value for name, value in chosen.items() if value is not None}
     multiple = required_multiple(split_names(for_quant)) if align is None else align
-    settings = PruneSettings(**given, align=multiple, uniform_width=uniform, reconstruct=reconstruct)
+    settings = PruneSettings(**given, align=multiple, uniform_width=uniform)
     check_settings(settings)
     return settings
 
@@ -179,11 +195,10 @@ def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | No
 def _only_plan(
     loaded: LoadedModel, drawn: Calibration, settings: PruneSettings, path: Path, progress: Progress
 ) -> PruningPlan:
-    from cfsp.prune import plan_for
+    from cfsp.prune import plan_for, statistics_for
     from cfsp.records import write_record
-    from cfsp.statistics import collect_statistics
 
-    statistics = collect_statistics(loaded.model, drawn.input_ids, with_gram=False, progress=progress)
+    statistics = statistics_for(loaded.model, drawn, settings, only_plan=True, progress=progress)
     plan = plan_for(loaded, statistics, drawn, settings)
     write_record(path, plan)
     return plan

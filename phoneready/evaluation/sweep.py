@@ -14,8 +14,9 @@ from cfsp.errors import InputError
 from cfsp.evaluation import TorchLanguageModel
 from cfsp.files import atomic_file
 from cfsp.model_source import LoadedModel
-from cfsp.plan import PruneSettings, check_settings
 from cfsp.progress import Progress, no_progress
+from cfsp.prune_settings import PruneSettings, check_settings
+from cfsp.statistics import BlockStatistics
 from phoneready.console import format_rows
 from phoneready.evaluation.gate import measures
 from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity, identity_of
@@ -98,10 +99,15 @@ def sweep(
     Raises:
         InputError: As `evaluate`, or settings that do not fit the model.
     """
+    from cfsp.prune import statistics_for
+
     dense = TorchLanguageModel(loaded)
     points = []
-    for ratio in check_ratios(ratios, prune):
-        pruned, removed = _pruned_copy(loaded, calibration, replace(prune, prune_ratio=ratio), progress)
+    ratios = check_ratios(ratios, prune)
+    measured = statistics_for(loaded.model, calibration, prune, progress=progress)
+    for ratio in ratios:
+        settings = replace(prune, prune_ratio=ratio)
+        pruned, removed = _pruned_copy(loaded, measured, calibration, settings, progress)
         judged = evaluate(TorchLanguageModel(pruned), dense, judge, progress=progress)
         name = f"{loaded.source.reference} pruned by {ratio:g}"
         judged = replace(judged, model=ModelIdentity(name))
@@ -143,10 +149,17 @@ def _table(result: Sweep) -> tuple[list[str], list[list[float]]]:
 
 
 def _pruned_copy(
-    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, progress: Progress
+    loaded: LoadedModel,
+    measured: BlockStatistics,
+    calibration: Calibration,
+    settings: PruneSettings,
+    progress: Progress,
 ) -> tuple[LoadedModel, float]:
-    from cfsp.prune import prune_model
+    """A pruned copy, and the share of channels that it lost; the dense model's statistics serve every ratio."""
+    from cfsp.plan import apply_plan
+    from cfsp.prune import plan_for
 
-    pruned = LoadedModel(copy.deepcopy(loaded.model), loaded.tokenizer, loaded.source)
-    plan = prune_model(pruned, calibration, settings, progress=progress).plan
-    return pruned, 1 - plan.keep_ratio
+    plan = plan_for(loaded, measured, calibration, settings)
+    model = copy.deepcopy(loaded.model)
+    apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
+    return LoadedModel(model, loaded.tokenizer, loaded.source), 1 - plan.keep_ratio

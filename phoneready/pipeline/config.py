@@ -12,7 +12,7 @@ import pydantic
 
 from cfsp.calibration import SELF
 from cfsp.errors import InputError
-from cfsp.plan import PruneSettings, check_settings
+from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.text import BUILTIN_TEXT
 from exporters.gguf import find_quant, required_multiple
 from runtime_bench.workload import BenchSettings, workloads_of
@@ -42,7 +42,7 @@ class ModelConfig(_Section):
 
 
 class PruneConfig(_Section):
-    """How to prune; see cfsp.plan.PruneSettings. `align` 0 means: what the quantizations need."""
+    """How to prune; see cfsp.prune_settings. `align` 0 means: what the quantizations need."""
 
     prune_ratio: float = pydantic.Field(default=PruneSettings.prune_ratio, ge=0, lt=1)
     calibration: tuple[str, ...] = pydantic.Field(default=(SELF,), min_length=1)
@@ -54,8 +54,9 @@ class PruneConfig(_Section):
     strength: float = pydantic.Field(default=PruneSettings.strength, ge=0)
     align: int = pydantic.Field(default=0, ge=0)
     uniform_width: bool = PruneSettings.uniform_width
-    reconstruct: bool = PruneSettings.reconstruct
+    reconstruct: str = PruneSettings.reconstruct
     ridge: float = pydantic.Field(default=PruneSettings.ridge, gt=0)
+    correction: float = pydantic.Field(default=PruneSettings.correction, ge=0, le=1)
 
     @pydantic.model_validator(mode="after")
     def _known_names(self) -> Self:
@@ -65,7 +66,7 @@ class PruneConfig(_Section):
     def settings(self, align: int) -> PruneSettings:
         """For cfsp, with the alignment to use where none is set."""
         names = ("prune_ratio", "score", "coarse_metric", "allocation", "strength", "uniform_width")
-        chosen = {name: getattr(self, name) for name in (*names, "reconstruct", "ridge")}
+        chosen = {name: getattr(self, name) for name in (*names, "reconstruct", "ridge", "correction")}
         return PruneSettings(**chosen, align=self.align or align)
 
 

@@ -173,9 +173,9 @@ def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]
         prune += ["--calibration", reference]
     prune += ["--nsamples", p.nsamples, "--seqlen", p.seqlen, "--seed", config.seed, "--score", s.score]
     prune += ["--coarse", s.coarse_metric, "--allocation", s.allocation, "--coarse-strength", s.strength]
-    prune += ["--align", s.align, "--ridge", s.ridge]
+    prune += ["--align", s.align, "--reconstruct", s.reconstruct]
+    prune += ["--ridge", s.ridge, "--correction", s.correction]
     prune += ["--uniform"] if s.uniform_width else []
-    prune += [] if s.reconstruct else ["--no-reconstruct"]
     judge: list[object] = ["eval", "checkpoint", "--against", config.model.reference]
     for option, references in (("--text", e.text), ("--chats", e.chats)):
         for reference in references:

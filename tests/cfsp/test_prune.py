@@ -10,12 +10,14 @@ import torch
 
 from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
 from cfsp.calibration import Calibration, load_calibration
+from cfsp.cutting import RECONSTRUCTIONS
 from cfsp.errors import InputError
 from cfsp.evaluation import divergence, perplexity
 from cfsp.model_reference import LoadedModel, ModelSource
-from cfsp.plan import PruneSettings, PruningPlan, apply_plan
+from cfsp.plan import PruningPlan, apply_plan
 from cfsp.prune import prune_model
-from cfsp.reconstruction import reconstruct_down
+from cfsp.prune_settings import PruneSettings
+from cfsp.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.records import read_record, write_record
 from cfsp.statistics import collect_statistics
 from cfsp.text import TokenWindows
@@ -63,7 +65,7 @@ def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_t
 
 def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
     pruned, masked = loaded(tiny_model, "qwen2"), loaded(tiny_model, "qwen2")
-    settings = PruneSettings(prune_ratio=0.5, align=1, reconstruct=False)
+    settings = PruneSettings(prune_ratio=0.5, align=1, reconstruct="none")
     plan = prune_model(pruned, calibration(pruned.model), settings).plan
     with torch.no_grad():
         for layer, block in zip(decoder_layers(masked.model), plan.blocks, strict=True):
@@ -87,14 +89,108 @@ def test_reconstruction_is_the_least_squares_solution() -> None:
 
 def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any) -> None:
     kls = {}
-    for reconstruct in (False, True):
+    for name in RECONSTRUCTIONS:
         dense, pruned = loaded(tiny_model), loaded(tiny_model)
         data = calibration(dense.model, 32)
-        settings = PruneSettings(prune_ratio=0.3, align=1, reconstruct=reconstruct)
+        settings = PruneSettings(prune_ratio=0.3, align=1, reconstruct=name)
         prune_model(pruned, data, settings)
         windows = TokenWindows(data.input_ids, "random", "")
-        kls[reconstruct] = divergence(dense.model, pruned.model, windows).kl_mean
-    assert kls[True] < 0.9 * kls[False]
+        kls[name] = divergence(dense.model, pruned.model, windows).kl_mean
+    assert kls["mean"] < kls["none"]
+    assert kls["one-pass"] < 0.9 * kls["none"]
+    assert kls["block-by-block"] < kls["one-pass"]
+
+
+@pytest.mark.parametrize("name", RECONSTRUCTIONS)
+def test_a_pruned_model_can_be_trained(tiny_model: Any, name: str) -> None:
+    pruned = loaded(tiny_model)
+    data = calibration(pruned.model)
+    prune_model(pruned, data, PruneSettings(prune_ratio=0.3, align=1, reconstruct=name))
+    pruned.model(input_ids=data.input_ids, labels=data.input_ids).loss.backward()
+    for layer in decoder_layers(pruned.model):
+        gradient = feed_forward(pruned.model, layer).down.weight.grad
+        assert gradient is not None
+        assert float(gradient.abs().max()) > 0
+
+
+def test_keeping_the_mean_keeps_the_mean_output_with_the_least_change() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3, 7, 8])
+    solved = reconstruct_mean(weight, mean, kept)
+    torch.testing.assert_close(solved @ mean[kept], weight @ mean)
+    change = solved - weight[:, kept]
+    # The least change is along mu_S alone.
+    along = torch.outer(change @ mean[kept], mean[kept]) / mean[kept].square().sum()
+    torch.testing.assert_close(change, along)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_each_block_is_solved_on_what_the_pruned_blocks_before_it_give(
+    tiny_model: Any, model_type: str
+) -> None:
+    """Block by block, against the same least squares written once more on whole activations."""
+    correction = 0.4
+    dense, pruned = loaded(tiny_model, model_type), loaded(tiny_model, model_type)
+    data = calibration(dense.model, 32)
+    settings = PruneSettings(prune_ratio=0.3, align=1, ridge=1e-10, correction=correction)
+    plan = prune_model(pruned, data, settings).plan
+    for index, block in enumerate(plan.blocks):
+        before = copy.deepcopy(pruned.model)  # pruned up to this block, dense from it on
+        for later in range(index, len(plan.blocks)):
+            before.model.layers[later] = copy.deepcopy(dense.model.model.layers[later])
+        seen = activations(before, index, data.input_ids)
+        wanted = activations(dense.model, index, data.input_ids)
+        x = seen["x"][:, list(block.kept)]
+        target = seen["ffn"] + correction * (wanted["output"] - seen["output"])
+        expected = torch.linalg.lstsq(x, target).solution
+        found = (
+            feed_forward(pruned.model, decoder_layers(pruned.model)[index]).down.weight.detach().double().T
+        )
+        torch.testing.assert_close(x @ found, x @ expected, rtol=1e-3, atol=1e-3)
+
+
+def activations(model: Any, index: int, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """down_proj's input, the FFN's and the block's output of one block, each (tokens, features) float64."""
+    layer = decoder_layers(model)[index]
+    kept: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda m, i, o: kept.update(x=i[0], ffn=o)),
+        layer.register_forward_hook(lambda m, i, o: kept.update(output=o[0] if isinstance(o, tuple) else o)),
+    ]
+    with torch.no_grad():
+        model.model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {name: value.double().flatten(0, 1) for name, value in kept.items()}
+
+
+@pytest.mark.parametrize("name", ["mean", "one-pass", "block-by-block"])
+def test_a_reconstruction_without_what_it_reads_is_refused(tiny_model: Any, name: str) -> None:
+    first, second = loaded(tiny_model), loaded(tiny_model)
+    plan = prune_model(first, calibration(first.model), PruneSettings(align=1, reconstruct=name)).plan
+    before = {key: value.clone() for key, value in second.model.state_dict().items()}
+    with pytest.raises(InputError, match="calibration"):
+        apply_plan(second.model, plan)
+    for key, value in second.model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    ("score", "allocation"),
+    [("obs", "cfsp"), ("obs_loss", "loss"), ("fisher", "mixed"), ("taylor", "uniform")],
+)
+def test_every_score_and_allocation_prunes_to_the_budget(
+    tiny_model: Any, score: str, allocation: str
+) -> None:
+    dense = loaded(tiny_model)
+    settings = PruneSettings(prune_ratio=0.4, align=1, score=score, allocation=allocation)
+    plan = prune_model(dense, calibration(dense.model), settings).plan
+    assert ffn_widths(dense.model) == plan.widths
+    assert abs(plan.keep_ratio - 0.6) * sum(plan.dense_widths) < 1
+    assert all(bool(block.loss_curve) == (allocation in ("loss", "mixed")) for block in plan.blocks)
+    assert plan.at_ratio(0.4).widths == plan.widths
 
 
 def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
@@ -113,7 +209,7 @@ def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
         allocation="uniform",
         score="activation_norm",
         align=1,
-        reconstruct=False,
+        reconstruct="none",
     )
     plan = prune_model(dense, calibration(dense.model), settings).plan
     assert all(set(block.ranking[block.width :]) == set(dead) for block in plan.blocks)
@@ -124,7 +220,7 @@ def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
 def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_path: Path) -> None:
     first = loaded(tiny_model)
     data = calibration(first.model)
-    settings = PruneSettings(prune_ratio=0.25, align=1, reconstruct=False)
+    settings = PruneSettings(prune_ratio=0.25, align=1, reconstruct="none")
     plan = prune_model(first, data, settings).plan
     write_record(tmp_path / "plan.json", plan)
     again = read_record(PruningPlan, tmp_path / "plan.json")

@@ -1,0 +1,96 @@
+"""Running a decoder block by block, so that memory holds one depth of hidden states instead of all.
+
+What is common to collecting statistics and to reconstructing block after block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfsp.errors import InputError
+
+__all__ = ["GramSum", "enter_blocks", "input_hook", "run_layer"]
+
+_GRAM_TILE = 384
+
+
+class GramSum:
+    """Running X^T X of batches of X, in float64; only the upper tiles are multiplied, which is what costs."""
+
+    def __init__(self, width: int) -> None:
+        self._upper = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add one batch, (tokens, width) float32."""
+        width = self._upper.shape[0]
+        for start in range(0, width, _GRAM_TILE):
+            rows = slice(start, min(start + _GRAM_TILE, width))
+            self._upper[rows, start:] += x[:, rows].T @ x[:, start:]
+
+    def total(self) -> torch.Tensor:
+        """The whole symmetric matrix, (width, width) float64."""
+        return self._upper.triu() + self._upper.triu(1).T
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """A block's output, (batch, seqlen, hidden_size), whether the library returns a tensor or a tuple."""
+    output = layer(hidden, **arguments)
+    result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
+def enter_blocks(
+    model: Any, layers: Sequence[nn.Module], batches: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
+    """Hidden states before the first block, and every block's keyword arguments, for each batch.
+
+    The decoder is run with its blocks short-circuited: masks, positions and rotary tables then are exactly what
+    the model itself passes, whatever the architecture and the library's version.
+    """
+    hidden: list[torch.Tensor] = []
+    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
+    seen: dict[tuple[int, ...], int] = {}
+    with _short_circuited(layers) as record:
+        for batch in batches:
+            record.clear()
+            model.get_decoder()(input_ids=batch, use_cache=False)
+            hidden.append(record[0][0].clone())
+            # Batches of one shape share their arguments, so that they are held once.
+            first = seen.setdefault(tuple(batch.shape), len(hidden) - 1)
+            for index, (_, arguments) in enumerate(record):
+                calls[index].append(arguments if first == len(hidden) - 1 else calls[index][first])
+    return hidden, calls
+
+
+@contextmanager
+def _short_circuited(layers: Sequence[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
+    record: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def passes_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            raise InputError(
+                "the decoder passes block arguments by position; this architecture is unsupported"
+            )
+        record.append((hidden_states, kwargs))
+        return hidden_states
+
+    with ExitStack() as stack:
+        for layer in layers:
+            layer.forward = passes_on
+            stack.callback(delattr, layer, "forward")
+        yield record
+
+
+@contextmanager
+def input_hook(linear: nn.Linear, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Hand a Linear's input to `receive` each time it runs."""
+    handle = linear.register_forward_pre_hook(lambda _, args: receive(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
