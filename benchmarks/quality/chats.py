@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import random
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from cfsp.calibration import load_calibration
@@ -21,7 +23,6 @@ from cfsp.files import write_json
 from cfsp.model_reference import load_model
 from cfsp.plan import PruneSettings, apply_plan
 from cfsp.prune import plan_for
-from cfsp.statistics import collect_statistics
 from cfsp.text import token_windows
 
 HELD_OUT_EVERY = 20
@@ -38,19 +39,27 @@ def split_chats(path: Path, directory: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
+def settings_from(prune_ratio: float, given: list[str]) -> PruneSettings:
+    """The defaults with NAME=VALUE changes; a value has the type of the default."""
+    changes = {}
+    for name, _, value in (change.partition("=") for change in given):
+        changes[name] = type(getattr(PruneSettings(), name))(value)
+    return PruneSettings(prune_ratio=prune_ratio, **changes)
+
+
 def main() -> None:
-    """Print one JSON line a source, size, score and ratio."""
+    """Print one JSON line a source, size and ratio."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--chats", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2])
-    parser.add_argument("--scores", nargs="+", default=[PruneSettings().score])
     parser.add_argument("--sources", nargs="+", default=["self", "text", "chats", "both"])
-    parser.add_argument("--nsamples", type=int, nargs="+", default=[128])
-    parser.add_argument("--ridge", type=float, nargs="+", default=[PruneSettings().ridge])
-    parser.add_argument("--strength", type=float, nargs="+", default=[PruneSettings().strength])
+    parser.add_argument("--nsamples", type=int, nargs="+", default=[96])
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=VALUE", help="Other settings to prune with."
+    )
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -65,40 +74,26 @@ def main() -> None:
             "chats": [str(train)],
             "both": [str(train), str(arguments.text)],
         }
-        for nsamples in arguments.nsamples:
-            for source in arguments.sources:
-                calibration = load_calibration(
-                    references[source], loaded, nsamples=nsamples, seqlen=1024, seed=0
+        for nsamples, source in itertools.product(arguments.nsamples, arguments.sources):
+            drawn = load_calibration(references[source], loaded, nsamples=nsamples, seqlen=1024, seed=0)
+            for ratio in arguments.ratios:
+                settings = settings_from(ratio, arguments.set)
+                pruned = replace(loaded, model=copy.deepcopy(loaded.model))
+                prune_model(pruned, drawn, settings)
+                result = divergence(loaded.model, pruned.model, windows)
+                rows.append(
+                    {
+                        "source": source,
+                        "calibration_tokens": drawn.n_tokens,
+                        "settings": asdict(settings),
+                        "kl_mean": round(result.kl_mean, 4),
+                        "same_top1": round(result.same_top1, 4),
+                        "perplexity_ratio": round(result.perplexity_ratio, 4),
+                        "n_tokens": result.n_tokens,
+                        "answers": sample_answers(pruned.model, loaded.tokenizer, max_new_tokens=40),
+                    }
                 )
-                statistics = collect_statistics(loaded.model, calibration.input_ids)
-                settings = [
-                    PruneSettings(prune_ratio=r, score=s, ridge=g, strength=a)
-                    for r in arguments.ratios
-                    for s in arguments.scores
-                    for g in arguments.ridge
-                    for a in arguments.strength
-                ]
-                for setting in settings:
-                    plan = plan_for(loaded, statistics, calibration, setting)
-                    model = copy.deepcopy(loaded.model)
-                    apply_plan(model, plan, grams=statistics.grams)
-                    result = divergence(loaded.model, model, windows)
-                    rows.append(
-                        {
-                            "source": source,
-                            "nsamples": nsamples,
-                            "prune_ratio": setting.prune_ratio,
-                            "score": setting.score,
-                            "ridge": setting.ridge,
-                            "strength": setting.strength,
-                            "kl_mean": round(result.kl_mean, 4),
-                            "same_top1": round(result.same_top1, 4),
-                            "perplexity_ratio": round(result.perplexity_ratio, 4),
-                            "n_tokens": result.n_tokens,
-                            "answers": sample_answers(model, loaded.tokenizer, max_new_tokens=40),
-                        }
-                    )
-                    print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
     if arguments.json:
         write_json(arguments.json, rows)
 
