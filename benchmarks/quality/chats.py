@@ -21,8 +21,8 @@ from cfsp.calibration import load_calibration
 from cfsp.evaluation import divergence, sample_answers
 from cfsp.files import write_json
 from cfsp.model_reference import load_model
-from cfsp.plan import PruneSettings, apply_plan
-from cfsp.prune import plan_for
+from cfsp.prune import prune_model
+from cfsp.prune_settings import PruneSettings
 from cfsp.text import token_windows
 
 HELD_OUT_EVERY = 20
