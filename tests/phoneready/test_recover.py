@@ -244,8 +244,9 @@ def test_two_processes_are_one_with_twice_the_accumulation(pruned: Path, chats: 
     one = command(pruned, tmp_path / "one", chats, *options, "--gradient-accumulation-steps", "2")
     two = command(pruned, tmp_path / "two", chats, *options)
     assert main(one) == 0
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    result = finish([*launch, "--mixed_precision", "no", "-m", "phoneready", *two])
+    # What accelerate's launcher runs for several GPUs; for several processes on a CPU it would want MPI.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "phoneready"]
+    result = finish([*launch, *two])
     assert result.stdout.count("Validation perplexity") == 1
     first, second = record_of(tmp_path / "one"), record_of(tmp_path / "two")
     assert (first.processes, second.processes) == (1, 2)
