@@ -40,8 +40,8 @@ class PruneSettings:
     align: int = 32
     uniform_width: bool = False
     reconstruct: str = "block-by-block"
-    ridge: float = 1e-3
-    correction: float = 0.5
+    ridge: float = 1e-2
+    correction: float = 0.4
 
     @property
     def plan_needs_gram(self) -> bool:

@@ -88,14 +88,14 @@ def prune(
         ),
     ] = None,
     ridge: Annotated[
-        float | None, typer.Option("--ridge", help="Ridge of that solution.", show_default="0.001")
+        float | None, typer.Option("--ridge", help="Ridge of that solution.", show_default="0.01")
     ] = None,
     correction: Annotated[
         float | None,
         typer.Option(
             "--correction",
             help="Share of earlier blocks' error that a block takes back, 0 to 1.",
-            show_default="0.5",
+            show_default="0.4",
         ),
     ] = None,
     plan: Annotated[
