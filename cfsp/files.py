@@ -162,6 +162,7 @@ def _umask() -> int:
 # and torch says no more than that its archive could not be written.
 _NO_SPACE = re.compile(
     r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed writing"
+    r"|inline_container\.cc.*unexpected pos"
 )
 
 

@@ -98,8 +98,9 @@ def recover(
     check_settings(settings)
     refuse_existing(output, force=force)
     _check_extras(settings, device)
-    from cfsp.recovery.trainer import train, training_arguments
+    from cfsp.recovery.trainer import check_trackers, train, training_arguments
 
+    check_trackers(settings.report_to)
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     arguments = training_arguments(settings, folder.path, use_cpu=device == "cpu")
     is_main = arguments.process_index == 0

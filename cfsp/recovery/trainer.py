@@ -29,7 +29,7 @@ from cfsp.recovery.student import Student
 from cfsp.recovery.watcher import Watcher
 from cfsp.weights import one_line, quiet_transformers, read_safetensors
 
-__all__ = ["RecoveryTrainer", "train", "training_arguments"]
+__all__ = ["RecoveryTrainer", "check_trackers", "train", "training_arguments"]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,8 @@ def train(run: Run, arguments: Any) -> None:
     arguments.eval_steps, arguments.save_steps = every, settings.save_every or every
     arguments.warmup_steps = math.ceil(settings.warmup_ratio * steps)
     with quiet_transformers():
-        trainer = _trainer(run, arguments)
+        with _tensorboard_folder(Path(f"{run.work.path}.runs")):
+            trainer = RecoveryTrainer(run, arguments)
         started = run.work.last_checkpoint()
         if started is not None:
             run.state.restore(run.work.read_state(started))
@@ -97,15 +98,14 @@ def train(run: Run, arguments: Any) -> None:
     trainer.load_best()
 
 
-def _trainer(run: Run, arguments: Any) -> RecoveryTrainer:
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise InputError for a tracker that transformers does not know or whose package is missing."""
     try:
-        with _tensorboard_folder(Path(f"{run.work.path}.runs")):
-            return RecoveryTrainer(run, arguments)
-    except (ValueError, RuntimeError) as error:
-        if not run.settings.report_to:
-            raise
+        for tracker in transformers.integrations.get_reporting_integration_callbacks(list(names)):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(
-            f"a tracker cannot be used: {one_line(error)}", field="report_to", value=run.settings.report_to
+            f"a tracker cannot be used: {one_line(error)}", field="report_to", value=list(names)
         ) from error
 
 
