@@ -1,0 +1,176 @@
+"""Recovery of pruned SmolLM2-135M-Instruct: methods and losses against each other, and against a dense control.
+
+Everything is done by the command line, each step in a process of its own, and every step whose output is there
+already is not done again: a run of many hours can be spread. The dense control is the dense model with the same
+training, which is what a recovered model is to be compared with: in-domain data would improve any model.
+
+    python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
+        [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
+        [--prompts prompts.jsonl] [--task-data DIR]
+
+Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first 74 windows of 1024
+tokens of --wikitext, on 16 windows of the held-out chats in random order, on --prompts (degenerate answers) and on
+the tasks under examples/tasks (with --task-data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chats import split_chats
+
+DENSE = "smollm2-135m"
+TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"
+VARIANTS = {
+    "ig-lora": ["--method", "ig-lora"],
+    "lora": ["--method", "lora"],
+    "ig-lora-distill": ["--method", "ig-lora", "--loss", "distill"],
+    "lora-distill": ["--method", "lora", "--loss", "distill"],
+    "full": ["--method", "full"],
+    "full-distill": ["--method", "full", "--loss", "distill"],
+    "full-both": ["--method", "full", "--loss", "both"],
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train and measure.
+
+    Attributes:
+        ratio: Of FFN channels removed before; 0 is the dense control.
+        variant: A name in VARIANTS, or `unrecovered`.
+        seed: Of training.
+    """
+
+    ratio: float
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.ratio:g}-{self.variant}-{self.seed}"
+
+
+def main() -> None:
+    """Do what is missing, and print one JSON line a run and a Markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--chats", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--max-tokens", type=int, default=500_000)
+    parser.add_argument("--nsamples", type=int, default=96, help="Calibration windows.")
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--task-data", type=Path)
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "held_out.jsonl").exists():
+        split_chats(arguments.chats, folder)
+    data = [str(folder / "train.jsonl"), str(arguments.text)]
+    runs = [Run(0.0, "unrecovered", 0)]
+    # Without a plan there are no importances for ranks to follow.
+    controls = [variant for variant in arguments.variants if "ig-lora" not in VARIANTS[variant]]
+    runs += [Run(0.0, *pair) for pair in itertools.product(controls, arguments.seeds)]
+    for ratio in arguments.ratios:
+        prune(folder, ratio, data, arguments.nsamples)
+        runs.append(Run(ratio, "unrecovered", 0))
+        runs += [Run(ratio, *pair) for pair in itertools.product(arguments.variants, arguments.seeds)]
+    rows = []
+    for run in runs:
+        recover(folder, run, data, arguments.max_tokens)
+        rows.append(measure(folder, run, arguments))
+        print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+def prune(folder: Path, ratio: float, data: list[str], nsamples: int) -> None:
+    """The checkpoint that recovery starts from, calibrated on the training data."""
+    output = folder / f"pruned-{ratio:g}"
+    if not output.exists():
+        phoneready(
+            "prune", DENSE, "-o", output, "--prune-ratio", ratio, "--nsamples", nsamples, *references(data)
+        )
+
+
+def recover(folder: Path, run: Run, data: list[str], max_tokens: int) -> None:
+    """Train; a killed training goes on."""
+    if run.variant == "unrecovered" or (folder / run.name).exists():
+        return
+    options = ["--seed", run.seed, "--max-tokens", max_tokens, "--teacher", DENSE]
+    for reference in data:
+        options += ["--data", reference]
+    phoneready("recover", start(folder, run.ratio), "-o", folder / run.name, *VARIANTS[run.variant], *options)
+
+
+def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate against the dense model, and alone on tasks and prompts."""
+    model = start(folder, run.ratio) if run.variant == "unrecovered" else str(folder / run.name)
+    texts, rest = folder / f"{run.name}.texts.json", folder / f"{run.name}.rest.json"
+    if not texts.exists():
+        options = ["--against", DENSE, "--no-prompts", "--save", texts]
+        phoneready("eval", model, *options, "--text", arguments.wikitext, "--windows", 74)
+    if not (chats := folder / f"{run.name}.chats.json").exists():
+        options = ["--against", DENSE, "--no-prompts", "--save", chats]
+        phoneready("eval", model, *options, "--chats", folder / "held_out.jsonl", "--windows", 16)
+    wanted: list[object] = []
+    wanted += ["--prompts", arguments.prompts, "--max-new-tokens", 128] if arguments.prompts else []
+    wanted += ["--tasks", TASKS, "--task-data", arguments.task_data] if arguments.task_data else []
+    if wanted and not rest.exists():
+        phoneready("eval", model, "--no-text", "--save", rest, *wanted)
+    row: dict[str, Any] = {"ratio": run.ratio, "variant": run.variant, "seed": run.seed}
+    text = json.loads(texts.read_text())["texts"][0]["divergence"]
+    chat = json.loads(chats.read_text())["texts"][0]["divergence"]
+    row |= {"perplexity": text["perplexity"], "text_kl": text["kl_mean"]}
+    row |= {"chat_kl": chat["kl_mean"], "chat_top1": chat["same_top1"]}
+    if rest.exists():
+        found = json.loads(rest.read_text())
+        row |= {f"{t['task']} {m['name']}": m["value"] for t in found["tasks"] for m in t["metrics"]}
+        row |= {"degenerate": found["degeneration"]["share"]} if found["degeneration"] else {}
+    if (record := folder / run.name / "recovery.json").exists():
+        row |= {"seconds": json.loads(record.read_text())["seconds"]}
+    return row
+
+
+def start(folder: Path, ratio: float) -> str:
+    """What training starts from."""
+    return str(folder / f"pruned-{ratio:g}") if ratio else DENSE
+
+
+def references(data: list[str]) -> list[object]:
+    """Calibration options."""
+    return [word for reference in data for word in ("--calibration", reference)]
+
+
+def phoneready(*words: object) -> None:
+    """Run a command; its result is read from files."""
+    command = [sys.executable, "-m", "phoneready", *map(str, words)]
+    print("$", *command[2:], file=sys.stderr, flush=True)
+    subprocess.run(command, stdout=sys.stderr, check=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Every run a row, every figure a column."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        lines.append("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
