@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,47 +13,34 @@ import pytest
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a small file system cannot be mounted here (needs root on Linux)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+SmallDisk = Callable[[str], Path]
 
 
 def test_a_checkpoint_that_does_not_fit(
-    small_disk: Path, tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
+    small_disk: SmallDisk, tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    disk = small_disk("200k")
     sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
     model = str(tiny_folder())
     capsys.readouterr()
-    assert main(["prune", model, "-o", str(small_disk / "out"), *sizes]) == 2
+    assert main(["prune", model, "-o", str(disk / "out"), *sizes]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: no space left to write ")
     assert captured.err.count("\n") == 1
-    assert not list(small_disk.iterdir())
+    assert not list(disk.iterdir())
 
 
 def test_an_export_that_does_not_fit(
-    small_disk: Path, tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
+    small_disk: SmallDisk, tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    disk = small_disk("200k")
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     model = str(tiny_folder())
     capsys.readouterr()
-    assert main(["export", model, "-o", str(small_disk / "out"), "--threads", "1"]) == 2
+    assert main(["export", model, "-o", str(disk / "out"), "--threads", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: no space left to write ")
-    assert not list(small_disk.iterdir())
+    assert not list(disk.iterdir())
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from cfsp.recovery import RECOVERY_FILE, RecoveryRecord
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
+SmallDisk = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -331,26 +332,12 @@ def test_ranks_by_importance_need_a_plan(
     assert "pruning_plan.json" in capsys.readouterr().err
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with room for one checkpoint of the tiny model and half of another."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3200k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a small file system cannot be mounted here (needs root on Linux)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_leaves_the_last_complete_checkpoint(
-    pruned: Path, chats: Path, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+    pruned: Path, chats: Path, tmp_path: Path, small_disk: SmallDisk, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = small_disk / "work"
+    # Room for one checkpoint of the tiny model and half of another.
+    disk = small_disk("3200k")
+    work = disk / "work"
     options = ["--method", "full", "--max-tokens", "2560", "--save-every", "4", "--eval-every", "20"]
     line = command(pruned, tmp_path / "out", chats, *options, "--work", str(work))
     capsys.readouterr()
@@ -362,6 +349,6 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(
     assert [p.name for p in work.glob("checkpoint-*")] == ["checkpoint-4"]
     assert (work / "checkpoint-4" / "COMPLETE").is_file()
     assert not (tmp_path / "out").exists()
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
     assert main(line) == 0
     assert len(record_of(tmp_path / "out").losses) == 20
