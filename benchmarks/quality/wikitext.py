@@ -30,8 +30,9 @@ from cfsp.text import token_windows
 PAPER = PruneSettings(score="activation_norm", align=1, reconstruct="none")
 VARIANTS = {
     "CFSP, the paper's settings": PAPER,
-    "CFSP, one-pass reconstruction": replace(PAPER, reconstruct="one-pass"),
+    "one-pass reconstruction": PruneSettings(reconstruct="one-pass", ridge=1e-3),
     "phoneready's defaults": PruneSettings(),
+    "channels ranked by `obs_loss`": PruneSettings(score="obs_loss"),
 }
 
 
