@@ -51,7 +51,7 @@ def test_cfsp_keep_ratios_follow_the_paper(importance: list[float], p: float, a:
     assert float(ours.max()) < 1 + 1e-12
 
 
-@given(importances, st.floats(0.02, 0.9), st.sampled_from([1, 8, 32]), st.sampled_from([256, 512, 1536]))
+@given(importances, st.floats(0.02, 0.87), st.sampled_from([1, 8, 32]), st.sampled_from([256, 512, 1536]))
 def test_budget_is_met_and_widths_are_aligned(
     importance: list[float], p: float, align: int, dense: int
 ) -> None:
