@@ -18,6 +18,7 @@ __all__ = [
     "ARCHITECTURES",
     "ArchitectureSpec",
     "FeedForward",
+    "block_linears",
     "decoder_layers",
     "feed_forward",
     "ffn_widths",
@@ -77,6 +78,15 @@ def spec_for(config: Any) -> ArchitectureSpec:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks of a causal LM, first to last."""
     return list(model.get_submodule(spec_for(model.config).layers).children())
+
+
+def block_linears(model: nn.Module) -> tuple[dict[str, nn.Linear], ...]:
+    """The Linear layers of every block by their names in the model, first block to last."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return tuple(
+        {names[id(module)]: module for module in layer.modules() if isinstance(module, nn.Linear)}
+        for layer in decoder_layers(model)
+    )
 
 
 def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cfsp.architectures import FeedForward, decoder_layers, feed_forward
+from cfsp.architectures import FeedForward, block_linears, decoder_layers, feed_forward
 from cfsp.errors import InputError
 from cfsp.gradients import BlockGradients
 from cfsp.progress import Progress, no_progress
@@ -203,14 +203,6 @@ def collect_input_moments(
         Module name -> (in_features,) float32; what llama.cpp calls an importance matrix.
     """
     sums: dict[str, torch.Tensor] = {}
-    prefixes = {id(layer) for layer in decoder_layers(model)}
-    linears = {
-        f"{outer}.{inner}": module
-        for outer, layer in model.named_modules()
-        if id(layer) in prefixes
-        for inner, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
-    }
 
     def add(name: str, x: torch.Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
@@ -218,8 +210,9 @@ def collect_input_moments(
         sums[name] = sums[name] + total if name in sums else total
 
     with torch.inference_mode(), ExitStack() as stack:
-        for name, linear in linears.items():
-            stack.enter_context(input_hook(linear, partial(add, name)))
+        for linears in block_linears(model):
+            for name, linear in linears.items():
+                stack.enter_context(input_hook(linear, partial(add, name)))
         for done, window in enumerate(input_ids, 1):
             model.get_decoder()(input_ids=window[None], use_cache=False)
             progress("measuring activations", done, len(input_ids))

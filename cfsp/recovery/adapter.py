@@ -6,24 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from cfsp.architectures import decoder_layers
+from cfsp.architectures import block_linears
 from cfsp.errors import MissingExtraError
 
-__all__ = ["add_adapter", "block_linears", "merge_adapter"]
-
-
-def block_linears(model: Any) -> tuple[tuple[str, ...], ...]:
-    """Names of the Linear layers of every block, first block to last."""
-    places = {id(layer): index for index, layer in enumerate(decoder_layers(model))}
-    found: list[tuple[str, ...]] = [()] * len(places)
-    for outer, layer in model.named_modules():
-        if id(layer) in places:
-            found[places[id(layer)]] = tuple(
-                f"{outer}.{inner}" for inner, module in layer.named_modules() if isinstance(module, nn.Linear)
-            )
-    return tuple(found)
+__all__ = ["add_adapter", "merge_adapter"]
 
 
 def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
@@ -60,11 +46,7 @@ def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
 
 
 def merge_adapter(adapted: Any) -> Any:
-    """Add the adapters to the weights (W + alpha * B A) and return the plain model, same modules and widths.
-
-    Raises:
-        InputError: A merged weight is not finite.
-    """
+    """Add the adapters to the weights (W + alpha * B A) and return the plain model, same modules and widths."""
     model = adapted.merge_and_unload()
     for parameter in model.parameters():
         parameter.requires_grad_(True)

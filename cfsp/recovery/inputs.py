@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cfsp.architectures import decoder_layers
 from cfsp.calibration import SELF
 from cfsp.checkpoint import INFO_FILE, PLAN_FILE, read_checkpoint_info
 from cfsp.errors import InputError
@@ -14,7 +15,6 @@ from cfsp.model_reference import LoadedModel, load_model
 from cfsp.plan import PruningPlan
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record
-from cfsp.recovery.adapter import block_linears
 from cfsp.recovery.ranks import importance_ranks
 from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
 
@@ -103,9 +103,8 @@ def _ranks(settings: RecoverySettings, plan: PruningPlan | None, model: Any) -> 
     method = METHODS[settings.method]
     if not method.adapter:
         return ()
-    blocks = len(block_linears(model))
     if not method.by_importance:
-        return (settings.rank,) * blocks
+        return (settings.rank,) * len(decoder_layers(model))
     if plan is None:
         raise InputError(
             f"ranks by importance need the checkpoint's {PLAN_FILE}, and there is none",
