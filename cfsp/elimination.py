@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cfsp.errors import InputError
+from cfsp.reconstruction import damped_cholesky
 
 __all__ = ["Elimination", "eliminate_channels"]
 
@@ -63,7 +63,7 @@ def eliminate_channels(
     columns = weight.detach().double()
     if metric is not None:
         columns = _square_root(metric.double()) @ columns
-    inverse = _damped_inverse(gram, ridge)
+    inverse = torch.cholesky_inverse(damped_cholesky(gram.double().clone(), ridge))
     left = torch.arange(width)
     order, cost = [], []
     per_step = max(1, width // _STEPS)
@@ -94,13 +94,3 @@ def _square_root(metric: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(metric)
     root: torch.Tensor = values.clamp_min(0).sqrt()[:, None] * vectors.T
     return root
-
-
-def _damped_inverse(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    damped = gram.double().clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny))
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
-        raise InputError("the Gram matrix cannot be inverted; raise the ridge", field="ridge", value=ridge)
-    inverse: torch.Tensor = torch.cholesky_inverse(factor)
-    return inverse

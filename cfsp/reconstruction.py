@@ -9,7 +9,23 @@ import torch
 
 from cfsp.errors import InputError
 
-__all__ = ["reconstruct_down", "reconstruct_mean", "solve_change"]
+__all__ = ["damped_cholesky", "reconstruct_down", "reconstruct_mean", "solve_change"]
+
+
+def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, which is changed in place.
+
+    Raises:
+        InputError: `ridge` is not positive, or the matrix is not finite or still singular.
+    """
+    if not ridge > 0:
+        raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
+    gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:
+        raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
+    result: torch.Tensor = factor
+    return result
 
 
 def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -30,14 +46,7 @@ def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> tor
     Raises:
         InputError: `ridge` is not positive, or the system cannot be solved.
     """
-    if not ridge > 0:
-        raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
-    damping = ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(damping)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if int(info) != 0:
-        raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
-    return torch.cholesky_solve(missing, factor).T
+    return torch.cholesky_solve(missing, damped_cholesky(gram, ridge)).T
 
 
 def reconstruct_down(
