@@ -22,6 +22,7 @@ import torch
 from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
 from cfsp.files import atomic_file
+from cfsp.generation import left_padded, pad_id, stop_ids
 from cfsp.model_reference import LoadedModel
 from cfsp.progress import Progress, no_progress
 
@@ -138,7 +139,7 @@ def _sample_batch(loaded: LoadedModel, report: Callable[[int], None]) -> list[li
         return _continue(loaded, prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
     before, between = frame
     asked = _continue(loaded, [before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)
-    stops = _stop_ids(loaded)
+    stops = stop_ids(loaded)
     prompts = [
         (ids[:-1] if ids[-1] in stops else ids) + between for ids in asked if len(ids) > len(before) + 1
     ]
@@ -149,14 +150,11 @@ def _continue(
     loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int, report: Callable[[int], None]
 ) -> list[list[int]]:
     """Sample a continuation of each prompt; the result holds prompt and continuation up to the stop token."""
-    longest = max(map(len, prompts))
-    pad = loaded.tokenizer.pad_token_id
-    pad = 0 if pad is None else pad
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
     from transformers import StoppingCriteriaList
 
-    stops = _stop_ids(loaded)
+    pad = pad_id(loaded)
+    ids, mask = left_padded(prompts, pad)
+    stops = stop_ids(loaded)
     output = loaded.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -172,16 +170,10 @@ def _continue(
         cache_implementation="static",
     )
     results = []
-    for prompt, row in zip(prompts, output[:, longest:].tolist(), strict=True):
+    for prompt, row in zip(prompts, output[:, ids.shape[1] :].tolist(), strict=True):
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         results.append(prompt + row[:end])
     return results
-
-
-def _stop_ids(loaded: LoadedModel) -> set[int]:
-    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
-    listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*listed, loaded.tokenizer.eos_token_id] if token is not None}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

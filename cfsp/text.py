@@ -28,6 +28,7 @@ __all__ = [
     "document_ids",
     "join_documents",
     "load_documents",
+    "render_chat",
     "token_windows",
     "tokens_sha256",
 ]
@@ -102,11 +103,22 @@ def document_ids(document: Document, tokenizer: Any) -> list[int]:
     elif not tokenizer.chat_template:
         raise InputError("the text holds chats but the model has no chat template; use plain text")
     else:
-        try:
-            text = tokenizer.apply_chat_template([dict(m) for m in document.messages], tokenize=False)
-        except Exception as error:  # templates raise whatever Jinja or they themselves define
-            raise InputError(f"the model's chat template refuses a chat: {error}") from error
+        text = render_chat(tokenizer, document.messages)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def render_chat(
+    tokenizer: Any, messages: Iterable[Mapping[str, str]], *, what: str = "a chat", **options: Any
+) -> str:
+    """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
+
+    Raises:
+        InputError: The template refuses the chat.
+    """
+    try:
+        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
+    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        raise InputError(f"the model's chat template refuses {what}: {error}") from error
 
 
 def join_documents(documents: Iterable[Document], tokenizer: Any, *, limit: int | None = None) -> list[int]:

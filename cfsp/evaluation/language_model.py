@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from cfsp.errors import InputError
+from cfsp.text import render_chat
 
 __all__ = ["Branches", "LanguageModel", "Score", "branch_scores", "check_same_vocabulary", "prompt_ids"]
 
@@ -93,19 +94,17 @@ class LanguageModel(Protocol):
         ...
 
 
-def branch_scores(
-    item: Branches, first: torch.Tensor, rows: Sequence[torch.Tensor | None]
-) -> Iterator[Score]:
+def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:
     """Scores from log-probabilities.
 
     Args:
         item: What was run.
-        first: Log-probabilities (vocab_size,) after the context.
-        rows: For each continuation those after all of its tokens but the last, (length - 1, vocab_size), or None
-            for a continuation of one token.
+        rows: Log-probabilities (n, vocab_size) after the context, then after all tokens but the last of each
+            continuation in turn.
     """
-    for continuation, later in zip(item.continuations, rows, strict=True):
-        table = first[None] if later is None else torch.cat([first[None], later])
+    later = torch.split(rows[1:], [len(continuation) - 1 for continuation in item.continuations])
+    for continuation, own in zip(item.continuations, later, strict=True):
+        table = torch.cat([rows[:1], own])
         targets = torch.tensor(continuation)
         chosen = table.gather(-1, targets[:, None])
         greedy = bool((table.argmax(-1) == targets).all())
@@ -117,10 +116,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise whatever Jinja or they themselves define
-        raise InputError(f"the model's chat template refuses a prompt: {error}") from error
+    text = render_chat(tokenizer, messages, what="a prompt", add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

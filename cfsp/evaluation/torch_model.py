@@ -9,6 +9,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.generation import left_padded, pad_id, stop_ids
 from cfsp.model_source import LoadedModel
 
 __all__ = ["TorchLanguageModel", "next_token_logits"]
@@ -92,12 +93,7 @@ class TorchLanguageModel:
         for row, item in enumerate(items):
             start = len(item.context)
             logits = head(hidden[row, start - 1 : item.n_tokens]).float().log_softmax(-1)
-            later, place = [], 1
-            for continuation in item.continuations:
-                length = len(continuation) - 1
-                later.append(logits[place : place + length] if length else None)
-                place += length
-            yield list(branch_scores(item, logits[0], later))
+            yield list(branch_scores(item, logits))
 
     @torch.inference_mode()
     def generate(
@@ -116,14 +112,13 @@ class TorchLanguageModel:
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: Sequence[str]
     ) -> list[list[int]]:
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        pad = 0 if pad is None else pad
-        stops = self._stop_ids()
+        pad = pad_id(self.loaded)
+        ids, mask = left_padded(prompts, pad)
+        stops = stop_ids(self.loaded)
         extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}
         output = self.loaded.model.generate(
-            input_ids=torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts]),
-            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -135,7 +130,7 @@ class TorchLanguageModel:
             **extra,
         )
         found = []
-        for row in output[:, longest:].tolist():
+        for row in output[:, ids.shape[1] :].tolist():
             end = next((i for i, token in enumerate(row) if token in stops), len(row))
             found.append(self._until(row[:end], stop_strings))
         return found
@@ -149,11 +144,6 @@ class TorchLanguageModel:
             if any(s in text for s in stop_strings):
                 return ids[:end]
         return ids
-
-    def _stop_ids(self) -> set[int]:
-        configured = getattr(self.loaded.model.generation_config, "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [configured]
-        return {token for token in [*listed, self.tokenizer.eos_token_id] if token is not None}
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

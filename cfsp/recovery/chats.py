@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.text import Document
+from cfsp.text import Document, render_chat
 
 __all__ = ["LabelledTokens", "answer_spans", "labelled_chat"]
 
@@ -51,14 +51,14 @@ def answer_spans(
     """
     if not tokenizer.chat_template:
         raise InputError("the data holds chats but the model has no chat template; use plain text")
-    text = _render(tokenizer, messages)
+    text = render_chat(tokenizer, messages)
     end_of_turn = _end_of_turn(tokenizer)
     spans: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         answer = message["content"].strip()
         if message["role"] != "assistant" or not answer:
             continue
-        before = _render(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
+        before = render_chat(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
         start = len(before)
         found = text.find(answer, start) if text.startswith(before) else -1
         if found < 0:
@@ -78,11 +78,4 @@ def answer_spans(
 def _end_of_turn(tokenizer: Any) -> str:
     """What the template writes after an answer, such as `<|im_end|>`; empty where it writes only space."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
-    return _render(tokenizer, messages).rpartition(_SENTINEL)[2].strip()
-
-
-def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-    try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
-    except Exception as error:  # templates raise whatever Jinja or they themselves define
-        raise InputError(f"the model's chat template refuses a chat: {error}") from error
+    return render_chat(tokenizer, messages).rpartition(_SENTINEL)[2].strip()

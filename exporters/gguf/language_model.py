@@ -100,14 +100,7 @@ class GGUFLanguageModel:
             ]
         self._model.clear()
         pieces = [torch.from_numpy(p.copy()).log_softmax(-1) for p in self._model.iter_entries(entries)]
-        rows = torch.cat(pieces)
-        later: list[torch.Tensor | None] = []
-        place = 1
-        for continuation in item.continuations:
-            length = len(continuation) - 1
-            later.append(rows[place : place + length] if length else None)
-            place += length
-        yield from branch_scores(item, rows[0], later)
+        yield from branch_scores(item, torch.cat(pieces))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
