@@ -22,7 +22,7 @@ from torch import nn
 from cfsp.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.progress import Progress, no_progress
 from cfsp.reconstruction import solve_change
-from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
+from cfsp.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
 from cfsp.surgery import cut_channels
 
 __all__ = ["prune_block_by_block"]
@@ -84,7 +84,7 @@ class _Block:
         self.gram = GramSum(len(kept))
         self.missing = torch.zeros(len(kept), ffn.down.weight.shape[0], dtype=torch.float64)
         self.n_tokens = 0
-        self.x = self.ffn_input = torch.empty(0)
+        self.x = self.given = self.ffn_input = torch.empty(0)
 
     def observe(
         self, hidden: torch.Tensor, wanted: torch.Tensor, arguments: dict[str, Any]
@@ -99,9 +99,9 @@ class _Block:
         Returns:
             (the block's output without its FFN, the FFN's input), each (1, seqlen, hidden_size).
         """
-        with input_hook(self.ffn.down, self._keep_x), input_hook(self.ffn.gate, self._keep_ffn_input):
+        with output_hook(self.ffn.down, self._keep_down), input_hook(self.ffn.gate, self._keep_ffn_input):
             output = run_layer(self.layer, hidden, arguments)
-        given = self.ffn.down(self.x)
+        given = self.given
         kept_x = self.x[..., self.kept]
         # The bias, where there is one, is in both terms and cancels.
         lost = given - nn.functional.linear(kept_x, self.columns, self.ffn.down.bias)
@@ -117,8 +117,8 @@ class _Block:
         change = solve_change(self.gram.total() / self.n_tokens, self.missing / self.n_tokens, ridge)
         return (self.columns.double() + change).to(self.columns.dtype)
 
-    def _keep_x(self, x: torch.Tensor) -> None:
-        self.x = x
+    def _keep_down(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        self.x, self.given = x, output
 
     def _keep_ffn_input(self, x: torch.Tensor) -> None:
         self.ffn_input = x

@@ -14,7 +14,7 @@ from torch import nn
 
 from cfsp.errors import InputError
 
-__all__ = ["GramSum", "enter_blocks", "input_hook", "run_layer"]
+__all__ = ["GramSum", "enter_blocks", "input_hook", "output_hook", "run_layer"]
 
 _GRAM_TILE = 384
 
@@ -84,6 +84,16 @@ def _short_circuited(layers: Sequence[nn.Module]) -> Iterator[list[tuple[torch.T
             layer.forward = passes_on
             stack.callback(delattr, layer, "forward")
         yield record
+
+
+@contextmanager
+def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Hand a Linear's input and output to `receive` each time it has run."""
+    handle = linear.register_forward_hook(lambda _, args, output: receive(args[0], output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
