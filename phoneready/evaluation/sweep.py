@@ -14,7 +14,9 @@ from cfsp.errors import InputError
 from cfsp.evaluation import TorchLanguageModel
 from cfsp.files import atomic_file
 from cfsp.model_source import LoadedModel
+from cfsp.plan import apply_plan
 from cfsp.progress import Progress, no_progress
+from cfsp.prune import plan_for, statistics_for
 from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.statistics import BlockStatistics
 from phoneready.console import format_rows
@@ -99,8 +101,6 @@ def sweep(
     Raises:
         InputError: As `evaluate`, or settings that do not fit the model.
     """
-    from cfsp.prune import statistics_for
-
     dense = TorchLanguageModel(loaded)
     points = []
     ratios = check_ratios(ratios, prune)
@@ -156,9 +156,6 @@ def _pruned_copy(
     progress: Progress,
 ) -> tuple[LoadedModel, float]:
     """A pruned copy, and the share of channels that it lost; the dense model's statistics serve every ratio."""
-    from cfsp.plan import apply_plan
-    from cfsp.prune import plan_for
-
     plan = plan_for(loaded, measured, calibration, settings)
     model = copy.deepcopy(loaded.model)
     apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
