@@ -16,6 +16,7 @@ from cfsp.allocation import BlockEvidence, allocate_widths
 from cfsp.architectures import FeedForward, decoder_layers, feed_forward, ffn_widths, spec_for
 from cfsp.cutting import RECONSTRUCTIONS, Cut
 from cfsp.errors import InputError
+from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.scoring import ChannelEvidence, score_channels
@@ -199,7 +200,8 @@ def apply_plan(
         input_ids=input_ids,
         progress=progress,
     )
-    RECONSTRUCTIONS[plan.settings.reconstruct].carry_out(cut)
+    with products_in(plan.settings.dtype):
+        RECONSTRUCTIONS[plan.settings.reconstruct].carry_out(cut)
     set_config_widths(model)
 
 

@@ -12,6 +12,7 @@ from cfsp.cutting import RECONSTRUCTIONS
 from cfsp.gradients import collect_gradients
 from cfsp.model_reference import LoadedModel
 from cfsp.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
+from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.statistics import BlockStatistics, collect_input_moments, collect_statistics
@@ -63,7 +64,9 @@ def prune_model(
         check_plan_fits(loaded.model, plan)
         statistics = _statistics_to_apply(loaded.model, calibration, plan, progress)
     apply_plan(loaded.model, plan, statistics=statistics, input_ids=calibration.input_ids, progress=progress)
-    moments = collect_input_moments(loaded.model, moment_windows(calibration.input_ids), progress=progress)
+    with products_in(plan.settings.dtype):
+        windows = moment_windows(calibration.input_ids)
+        moments = collect_input_moments(loaded.model, windows, progress=progress)
     return PruneResult(plan, moments)
 
 
@@ -85,18 +88,20 @@ def statistics_for(
         progress: Told about each step.
     """
     with_gram = settings.plan_needs_gram if only_plan else settings.needs_gram
-    statistics = collect_statistics(model, calibration.input_ids, with_gram=with_gram, progress=progress)
-    if settings.needs_gradients:
-        windows = spread_windows(calibration.input_ids, GRADIENT_WINDOWS)
+    ids = calibration.input_ids
+    with products_in(settings.dtype):
+        statistics = collect_statistics(model, ids, with_gram=with_gram, progress=progress)
+        if not settings.needs_gradients:
+            return statistics
+        windows = spread_windows(ids, GRADIENT_WINDOWS)
         gradients = collect_gradients(model, windows, seed=calibration.seed, progress=progress)
-        statistics = replace(statistics, gradients=gradients)
-    return statistics
+    return replace(statistics, gradients=gradients)
 
 
 def plan_for(
     loaded: LoadedModel, statistics: BlockStatistics, calibration: Calibration, settings: PruneSettings
 ) -> PruningPlan:
-    """A plan that records where its model and its calibration came from.
+    """A plan that records where its model and its calibration came from, and the dtype that was meant.
 
     Raises:
         InputError: As `make_plan`.
@@ -104,7 +109,7 @@ def plan_for(
     return make_plan(
         loaded.model,
         statistics,
-        settings,
+        replace(settings, dtype=str(product_dtype(settings.dtype)).removeprefix("torch.")),
         source=loaded.source.reference,
         source_sha256=loaded.source.sha256,
         calibration=calibration.sources,
@@ -139,4 +144,6 @@ def _statistics_to_apply(
     row = RECONSTRUCTIONS[plan.settings.reconstruct]
     if not row.needs_statistics or plan.widths == plan.dense_widths:
         return None
-    return collect_statistics(model, calibration.input_ids, with_gram=row.needs_gram, progress=progress)
+    ids = calibration.input_ids
+    with products_in(plan.settings.dtype):
+        return collect_statistics(model, ids, with_gram=row.needs_gram, progress=progress)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from cfsp.allocation import ALLOCATIONS, check_allocation
 from cfsp.cutting import RECONSTRUCTIONS
 from cfsp.errors import InputError
+from cfsp.precision import DTYPES
 from cfsp.scoring import SCORES
 from cfsp.statistics import COARSE_METRICS
 
@@ -30,6 +30,7 @@ class PruneSettings:
         reconstruct: How down_proj is solved anew for the kept channels, a name in RECONSTRUCTIONS.
         ridge: Ridge of that solution, relative to the mean of the Gram matrix's diagonal.
         correction: Share of earlier blocks' error that a block takes back (block-by-block only), in [0, 1].
+        dtype: Of the matrix products over calibration text, a name in `cfsp.precision.DTYPES`.
     """
 
     prune_ratio: float = 0.2
@@ -42,6 +43,7 @@ class PruneSettings:
     reconstruct: str = "block-by-block"
     ridge: float = 1e-2
     correction: float = 0.4
+    dtype: str = "auto"
 
     @property
     def plan_needs_gram(self) -> bool:
@@ -66,11 +68,12 @@ class PruneSettings:
 
 def check_settings(settings: PruneSettings) -> None:
     """Raise InputError for an unknown name or a value out of range; needs no model."""
-    tables: dict[str, Mapping[str, Any]] = {
+    tables: dict[str, Collection[str]] = {
         "score": SCORES,
         "coarse_metric": COARSE_METRICS,
         "allocation": ALLOCATIONS,
         "reconstruct": RECONSTRUCTIONS,
+        "dtype": DTYPES,
     }
     for name, table in tables.items():
         value = getattr(settings, name)

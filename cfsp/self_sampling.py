@@ -24,6 +24,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_file
 from cfsp.generation import left_padded, pad_id, stop_ids
 from cfsp.model_reference import LoadedModel
+from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
 
 __all__ = ["chat_frame", "model_fingerprint", "sample_windows"]
@@ -99,15 +100,9 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def sampling_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it in hardware (about twice as fast here), else float32."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return torch.bfloat16 if supported is not None and supported() else torch.float32
-
-
 def _fast_copy(loaded: LoadedModel) -> LoadedModel:
     """The model in the dtype that samples fastest; sampling does not need the precision, statistics do."""
-    dtype = sampling_dtype()
+    dtype = fast_dtype()
     if loaded.model.dtype == dtype:
         return loaded
     copy = type(loaded.model)._from_config(loaded.model.config, dtype=dtype).eval()
@@ -185,7 +180,7 @@ def _cache_path(loaded: LoadedModel, nsamples: int, seqlen: int, seed: int) -> P
         "format": _FORMAT,
         "model": model_fingerprint(loaded.model),
         "frame": chat_frame(loaded.tokenizer),
-        "dtype": str(sampling_dtype()),
+        "dtype": str(fast_dtype()),
         "sizes": [nsamples, seqlen, BATCH_SIZE, MAX_USER_TOKENS, MAX_REPLY_TOKENS],
         "seed": seed,
     }

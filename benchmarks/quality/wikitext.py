@@ -27,7 +27,7 @@ from cfsp.prune import plan_for, statistics_for
 from cfsp.prune_settings import PruneSettings
 from cfsp.text import token_windows
 
-PAPER = PruneSettings(score="activation_norm", align=1, reconstruct="none")
+PAPER = PruneSettings(score="activation_norm", align=1, reconstruct="none", dtype="float32")
 VARIANTS = {
     "CFSP, the paper's settings": PAPER,
     "one-pass reconstruction": PruneSettings(reconstruct="one-pass", ridge=1e-3),

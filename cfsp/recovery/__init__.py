@@ -6,10 +6,9 @@ from cfsp.recovery.data import load_recovery_data
 from cfsp.recovery.ranks import importance_ranks
 from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord
 from cfsp.recovery.recover import Recovered, check_outcome, recover
-from cfsp.recovery.settings import DTYPES, LOSSES, METHODS, RecoverySettings, check_settings
+from cfsp.recovery.settings import LOSSES, METHODS, RecoverySettings, check_settings
 
 __all__ = [
-    "DTYPES",
     "LOSSES",
     "METHODS",
     "RECOVERY_FILE",

@@ -18,6 +18,7 @@ from cfsp.calibration import SELF
 from cfsp.checkpoint import save_checkpoint
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.files import refuse_existing
+from cfsp.precision import product_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.prune import moment_windows
 from cfsp.recovery.adapter import add_adapter, merge_adapter
@@ -29,7 +30,6 @@ from cfsp.recovery.settings import (
     METHODS,
     RecoverySettings,
     check_settings,
-    compute_dtype,
     learning_rate,
     loss_weights,
 )
@@ -117,7 +117,7 @@ def recover(
         drawn = load_recovery_data(
             data, validation, inputs.loaded.tokenizer, settings, dense=inputs.teacher, progress=progress
         )
-    dtype = compute_dtype(settings, arguments.device.type)
+    dtype = product_dtype(settings.dtype, arguments.device.type)
     tokens_per_step = _tokens_per_step(settings, arguments.world_size)
     mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
     with arguments.main_process_first(local=False):

@@ -8,19 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
-
 from cfsp.errors import InputError
-from cfsp.self_sampling import sampling_dtype
+from cfsp.precision import DTYPES
 
 __all__ = [
-    "DTYPES",
     "LOSSES",
     "METHODS",
     "Method",
     "RecoverySettings",
     "check_settings",
-    "compute_dtype",
     "learning_rate",
     "loss_weights",
 ]
@@ -57,8 +53,6 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
     }
 )
 """Name to the weights (next-token, distillation), given `distill_weight`."""
-
-DTYPES = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -178,13 +172,3 @@ def learning_rate(settings: RecoverySettings) -> float:
     """The peak learning rate: the one set, or the method's."""
     chosen = settings.learning_rate
     return METHODS[settings.method].learning_rate if chosen is None else chosen
-
-
-def compute_dtype(settings: RecoverySettings, device_type: str) -> torch.dtype:
-    """dtype of the matrix products on a device; "auto" is bfloat16 where the hardware multiplies it."""
-    if settings.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        return dtype
-    if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return sampling_dtype()

@@ -98,6 +98,14 @@ def prune(
             show_default="0.4",
         ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Of matrix products over the calibration text: auto, float32 or bfloat16.",
+            show_default="auto",
+        ),
+    ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="Apply this plan; --prune-ratio re-allocates it.")
     ] = None,
@@ -121,7 +129,9 @@ def prune(
 
     chosen = {"score": score, "coarse_metric": coarse, "allocation": allocation, "strength": coarse_strength}
     chosen |= {"prune_ratio": prune_ratio, "reconstruct": reconstruct, "ridge": ridge}
-    settings = _settings(chosen | {"correction": correction}, align, for_quant, uniform=uniform)
+    settings = _settings(
+        chosen | {"correction": correction, "dtype": dtype}, align, for_quant, uniform=uniform
+    )
     ready = _read_plan(plan, prune_ratio)
     references = text_references(calibration or (ready.calibration if ready else [SELF]))
     with show_progress() as progress:

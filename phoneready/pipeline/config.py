@@ -57,6 +57,7 @@ class PruneConfig(_Section):
     reconstruct: str = PruneSettings.reconstruct
     ridge: float = pydantic.Field(default=PruneSettings.ridge, gt=0)
     correction: float = pydantic.Field(default=PruneSettings.correction, ge=0, le=1)
+    dtype: str = PruneSettings.dtype
 
     @pydantic.model_validator(mode="after")
     def _known_names(self) -> Self:
@@ -66,7 +67,9 @@ class PruneConfig(_Section):
     def settings(self, align: int) -> PruneSettings:
         """For cfsp, with the alignment to use where none is set."""
         names = ("prune_ratio", "score", "coarse_metric", "allocation", "strength", "uniform_width")
-        chosen = {name: getattr(self, name) for name in (*names, "reconstruct", "ridge", "correction")}
+        chosen = {
+            name: getattr(self, name) for name in (*names, "reconstruct", "ridge", "correction", "dtype")
+        }
         return PruneSettings(**chosen, align=self.align or align)
 
 

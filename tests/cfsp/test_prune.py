@@ -134,7 +134,7 @@ def test_each_block_is_solved_on_what_the_pruned_blocks_before_it_give(
     correction = 0.4
     dense, pruned = loaded(tiny_model, model_type), loaded(tiny_model, model_type)
     data = calibration(dense.model, 32)
-    settings = PruneSettings(prune_ratio=0.3, align=1, ridge=1e-10, correction=correction)
+    settings = PruneSettings(prune_ratio=0.3, align=1, ridge=1e-10, correction=correction, dtype="float32")
     plan = prune_model(pruned, data, settings).plan
     for index, block in enumerate(plan.blocks):
         before = copy.deepcopy(pruned.model)  # pruned up to this block, dense from it on
@@ -258,6 +258,7 @@ def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
         ({"prune_ratio": 1.0}, "prune_ratio"),
         ({"ridge": 0.0}, "ridge"),
         ({"align": 0}, "align"),
+        ({"dtype": "float16"}, "dtype.*bfloat16"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(

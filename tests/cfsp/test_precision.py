@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.calibration import Calibration
+from cfsp.model_reference import LoadedModel, ModelSource
+from cfsp.precision import fast_dtype, product_dtype, products_in
+from cfsp.prune import prune_model
+from cfsp.prune_settings import PruneSettings
+
+
+def product() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(64, 512, generator=generator) @ torch.randn(512, 64, generator=generator)
+
+
+def test_only_inside_the_context_products_are_rounded() -> None:
+    exact = product()
+    with products_in("float32"):
+        assert torch.equal(product(), exact)
+    with products_in("bfloat16"):
+        rounded = product()
+    assert torch.equal(product(), exact)
+    if fast_dtype() == torch.bfloat16:
+        assert not torch.equal(rounded, exact)
+        # Inputs have eight significant bits; the sum of 512 products keeps float32's.
+        assert float((rounded - exact).norm() / exact.norm()) < 2**-8
+
+
+def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(ZeroDivisionError), products_in("bfloat16"):
+        raise ZeroDivisionError
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_auto_is_what_the_hardware_multiplies() -> None:
+    assert product_dtype("auto") == fast_dtype()
+    assert product_dtype("float32") == torch.float32
+    assert product_dtype("bfloat16") == torch.bfloat16
+
+
+def test_a_plan_says_which_dtype_it_was_made_with(tiny_model: Any) -> None:
+    model, tokenizer = tiny_model("llama")
+    ids = torch.randint(0, model.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    settings = PruneSettings(prune_ratio=0.25, align=1)
+    source = ModelSource(reference="tiny", kind="folder", name="tiny")
+    loaded = LoadedModel(copy.deepcopy(model), tokenizer, source)
+    plan = prune_model(loaded, Calibration(ids, ("random",), 0, "0" * 64), settings).plan
+    assert plan.settings.dtype == str(fast_dtype()).removeprefix("torch.")
