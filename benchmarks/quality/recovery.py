@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chats import split_chats
+from pruning import split_chats
 
 DENSE = "smollm2-135m"
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"

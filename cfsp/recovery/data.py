@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from cfsp.errors import InputError
 from cfsp.model_source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
-from cfsp.recovery.settings import RecoverySettings
+from cfsp.recovery.settings import RecoverySettings, labels_whole_chats
 from cfsp.self_sampling import sample_windows
 from cfsp.text import Document, document_ids, load_documents, shuffled, tokens_sha256
 
@@ -181,6 +181,7 @@ class _Reader:
         chats: list[LabelledTokens] = []
         stream: list[int] = []
         documents = load_documents(reference)
+        whole = labels_whole_chats(self.settings)
         answers, n_chats, used = 0, 0, 0
         for done, document in enumerate(shuffled(documents, seed), 1):
             if limit is not None and used >= limit:
@@ -192,7 +193,7 @@ class _Reader:
                 n_chats += 1
                 if any(chat.learnt[1:]):
                     answers += 1
-                    chats.append(chat)
+                    chats.append(replace(chat, learnt=(True,) * len(chat.ids)) if whole else chat)
                     used += min(len(chat.ids), self.settings.seqlen)
             self.progress(f"reading {reference}", done, len(documents))
         self.progress(f"reading {reference}", len(documents), len(documents))

@@ -12,11 +12,13 @@ from cfsp.errors import InputError
 from cfsp.precision import DTYPES
 
 __all__ = [
+    "CHAT_LABELS",
     "LOSSES",
     "METHODS",
     "Method",
     "RecoverySettings",
     "check_settings",
+    "labels_whole_chats",
     "learning_rate",
     "loss_weights",
 ]
@@ -54,6 +56,8 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
 )
 """Name to the weights (next-token, distillation), given `distill_weight`."""
 
+CHAT_LABELS = ("auto", "answers", "all")
+
 
 @dataclass(frozen=True)
 class RecoverySettings:
@@ -66,6 +70,8 @@ class RecoverySettings:
         loss: A name in LOSSES.
         temperature: Softens both distributions in distillation.
         distill_weight: Share of distillation in the loss "both", in (0, 1).
+        chat_labels: What of a chat is labelled, a name in CHAT_LABELS; "auto" is the answers, and all of it where
+            the loss is distillation alone: the teacher's distribution is as good a target in the user's turn.
         learning_rate: Peak; None is the method's default.
         max_tokens: Training budget in input tokens, over all processes; None where `epochs` says it.
         epochs: Passes over the data; None where `max_tokens` says it.
@@ -91,6 +97,7 @@ class RecoverySettings:
     loss: str = "next-token"
     temperature: float = 1.0
     distill_weight: float = 0.5
+    chat_labels: str = "auto"
     learning_rate: float | None = None
     max_tokens: int | None = 1_000_000
     epochs: float | None = None
@@ -138,7 +145,7 @@ _RANGES: Mapping[str, _Check] = MappingProxyType(
     }
 )
 _CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"method": tuple(METHODS), "loss": tuple(LOSSES), "dtype": DTYPES}
+    {"method": tuple(METHODS), "loss": tuple(LOSSES), "dtype": DTYPES, "chat_labels": CHAT_LABELS}
 )
 
 
@@ -166,6 +173,13 @@ _OPTIONAL = {"learning_rate", "max_tokens", "epochs", "eval_every", "save_every"
 def loss_weights(settings: RecoverySettings) -> tuple[float, float]:
     """Weights of the next-token loss and of distillation."""
     return LOSSES[settings.loss](settings.distill_weight)
+
+
+def labels_whole_chats(settings: RecoverySettings) -> bool:
+    """Whether every token of a chat is labelled, not the answers' alone."""
+    if settings.chat_labels == "auto":
+        return not loss_weights(settings)[0]
+    return settings.chat_labels == "all"
 
 
 def learning_rate(settings: RecoverySettings) -> float:

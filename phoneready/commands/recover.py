@@ -75,6 +75,13 @@ def recover(
     distill_weight: Annotated[
         float, typer.Option("--distill-weight", help="Share of distillation in `--loss both`.")
     ] = 0.5,
+    chat_labels: Annotated[
+        str,
+        typer.Option(
+            "--chat-labels",
+            help="What of a chat is learnt: answers, all, or auto (all for `--loss distill`, else answers).",
+        ),
+    ] = "auto",
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -176,6 +183,7 @@ def recover(
             loss=loss,
             temperature=temperature,
             distill_weight=distill_weight,
+            chat_labels=chat_labels,
             learning_rate=learning_rate,
             max_tokens=1_000_000 if max_tokens is None and epochs is None else max_tokens,
             epochs=epochs,

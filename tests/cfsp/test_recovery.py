@@ -128,6 +128,26 @@ def test_packed_chats_keep_every_answer_whole(tmp_path: Path, tiny_tokenizer: An
     assert sorted(answers) == sorted(chat[1]["content"] for chat in chats)
 
 
+@pytest.mark.parametrize(
+    ("loss", "chat_labels", "whole"),
+    [
+        ("next-token", "auto", False),
+        ("both", "auto", False),
+        ("distill", "auto", True),
+        ("distill", "answers", False),
+        ("next-token", "all", True),
+    ],
+)
+def test_what_of_a_chat_is_learnt(
+    tmp_path: Path, tiny_tokenizer: Any, loss: str, chat_labels: str, whole: bool
+) -> None:
+    chats = write_chats(tmp_path / "c.jsonl", [chat_of(i) for i in range(30)])
+    settings = RecoverySettings(seqlen=128, max_tokens=None, epochs=1.0, loss=loss, chat_labels=chat_labels)
+    data = load_recovery_data([chats], [], tiny_tokenizer, settings)
+    learnt = [tiny_tokenizer.decode(t[t != IGNORED]) for part in data.training for t in part.targets]
+    assert all(("Say" in text) == whole for text in learnt)
+
+
 def test_text_is_learnt_everywhere_and_sources_mix_equally(tmp_path: Path, tiny_tokenizer: Any) -> None:
     text = tmp_path / "t.txt"
     text.write_text(" ".join(f"Fox {i} jumps over dog {i * i}." for i in range(400)), encoding="utf-8")
@@ -265,6 +285,7 @@ def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> 
         {"dtype": "float16"},
         {"temperature": 0.0},
         {"distill_weight": 1.0},
+        {"chat_labels": "questions"},
         {"learning_rate": float("nan")},
         {"max_tokens": 0},
         {"max_tokens": None},
