@@ -17,11 +17,14 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.progress import Progress, no_progress
+from cfsp.text import BUILTIN_TEXT, token_windows
 from exporters.record import ParityReport
 
-__all__ = ["Reference", "check_limits", "compare", "reference_of"]
+__all__ = ["Reference", "check_limits", "choose_windows", "compare", "reference_of"]
 
 FloatArray = npt.NDArray[np.float32]
+
+_SEQLEN, _WINDOWS = 512, 4
 
 # Metrics that must not fall below their limit; all others must not exceed it.
 _LOWER_BOUNDS = frozenset({"same_top1"})
@@ -42,6 +45,33 @@ class Reference:
     hidden: torch.Tensor
     head: torch.Tensor
     text: str
+
+
+def choose_windows(
+    tokenizer: Any, context_length: int, given: torch.Tensor | None = None
+) -> tuple[torch.Tensor, str]:
+    """The text to compare on, and where it came from: what is given, or windows of built-in English prose.
+
+    Args:
+        tokenizer: The checkpoint's.
+        context_length: Longest window that the exported file can run.
+        given: Token ids (n_windows, seqlen).
+
+    Raises:
+        InputError: Given windows are longer than the context.
+    """
+    if given is None:
+        seqlen = min(_SEQLEN, context_length)
+        found = token_windows(BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=_WINDOWS)
+        return found.ids, f"{found.source} ({found.sha256[:12]})"
+    if given.ndim == 2 and given.shape[1] > context_length:
+        raise InputError(
+            "windows are longer than the file's context",
+            field="parity_windows",
+            value=given.shape[1],
+            allowed=f"<= {context_length}",
+        )
+    return given, "given token ids"
 
 
 def reference_of(

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-__all__ = ["ExportManifest", "ExportRecord", "ParityReport", "TensorFallback"]
+__all__ = ["ExportManifest", "ExportRecord", "ParityLimits", "ParityReport", "TensorFallback"]
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """Bounds on a ParityReport's metrics; None is not checked.
+
+    What a graph computes is proven on its float32 file, in the logits. The bounds of the quantized files therefore
+    have to catch a bad quantization alone.
+    """
+
+    max_logit_diff: float | None = None
+    kl_mean: float | None = None
+    same_top1: float | None = None
+    ppl_ratio: float | None = None
+
+    def as_dict(self) -> dict[str, float]:
+        """The bounds that are set."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

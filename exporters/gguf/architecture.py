@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
-from exporters.gguf.checkpoint_reader import CheckpointTensors, ModelConfig
+from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
 
 __all__ = ["LAYOUTS", "ChosenLayout", "Layout", "TensorSpec", "choose_layout", "linear_names", "tensor_specs"]
 

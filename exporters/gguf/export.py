@@ -18,17 +18,16 @@ from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporari
 from cfsp.model_reference import load_tokenizer
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
-from cfsp.text import BUILTIN_TEXT, token_windows
+from exporters.checkpoint_reader import CheckpointTensors, read_config
 from exporters.gguf import runtime
 from exporters.gguf.architecture import choose_layout
-from exporters.gguf.checkpoint_reader import CheckpointTensors, read_config
 from exporters.gguf.imatrix import imatrix_from_moments
-from exporters.gguf.metadata import Provenance, context_length, read_provenance
 from exporters.gguf.quantize import TypesReport, quantize_file, report_types
 from exporters.gguf.quants import QUANTS, ParityLimits, Quant, find_quant
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.gguf.writer import WrittenFile, write_gguf
-from exporters.parity import Reference, check_limits, compare, reference_of
+from exporters.parity import Reference, check_limits, choose_windows, compare, reference_of
+from exporters.provenance import Provenance, read_provenance
 from exporters.record import ExportManifest, ExportRecord, ParityReport
 
 __all__ = ["MANIFEST_FILE", "export_gguf"]
@@ -36,7 +35,6 @@ __all__ = ["MANIFEST_FILE", "export_gguf"]
 _log = logging.getLogger(__name__)
 
 MANIFEST_FILE = "export.json"
-_PARITY_SEQLEN, _PARITY_WINDOWS = 512, 4
 _LOGITS_CHUNK = 128
 
 
@@ -188,7 +186,7 @@ def _prove(job: _Job, quant: Quant, written: WrittenFile, strings: int) -> Expor
         imatrix_tensors=used,
         widths=written.config.widths,
         padded_width=written.chosen.padded_width,
-        context_length=context_length(written.config),
+        context_length=written.config.context_length,
         tokenizer_strings=strings,
         source_model=origin.source_model,
         source_sha256=origin.source_sha256,
@@ -260,16 +258,5 @@ def _reference(
     config = read_config(checkpoint)
     with CheckpointTensors(checkpoint) as tensors:
         choose_layout(config, tensors.names())  # refuse early what cannot be exported
-    text = "given token ids"
-    if windows is None:
-        seqlen = min(_PARITY_SEQLEN, context_length(config))
-        found = token_windows(BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=_PARITY_WINDOWS)
-        windows, text = found.ids, f"{found.source} ({found.sha256[:12]})"
-    elif windows.ndim == 2 and windows.shape[1] > context_length(config):
-        raise InputError(
-            "windows are longer than the file's context",
-            field="parity_windows",
-            value=windows.shape[1],
-            allowed=f"<= {context_length(config)}",
-        )
+    windows, text = choose_windows(tokenizer, config.context_length, windows)
     return reference_of(load_pruned(checkpoint, dtype=torch.float32), windows, text=text, progress=progress)

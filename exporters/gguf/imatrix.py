@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
+from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import ChosenLayout, linear_names
-from exporters.gguf.checkpoint_reader import ModelConfig
 
 __all__ = ["imatrix_from_moments"]
 

@@ -2,77 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cfsp.checkpoint import is_pruned_checkpoint, read_checkpoint_info
-from cfsp.errors import InputError
 from cfsp.records import tool_version
+from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import ChosenLayout
-from exporters.gguf.checkpoint_reader import ModelConfig
 from exporters.gguf.rope import rope_metadata
+from exporters.provenance import Provenance
 
-__all__ = ["Provenance", "add_general", "add_hyperparameters", "context_length", "read_provenance"]
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What a checkpoint says about its origin; None where it says nothing.
-
-    Attributes:
-        name: Short name for titles and file names.
-        source_model: Name of the dense model.
-        source_sha256: Hash of the dense model's weights.
-        checkpoint_sha256: Hash of the checkpoint's weights.
-        plan_sha256: Hash of the pruning plan.
-        license: SPDX-like identifier.
-        base_model: The model that the dense one is made from.
-        seed: Seed of the run that made the checkpoint.
-    """
-
-    name: str
-    source_model: str
-    source_sha256: str | None = None
-    checkpoint_sha256: str | None = None
-    plan_sha256: str | None = None
-    license: str | None = None
-    base_model: str | None = None
-    seed: int | None = None
-
-
-def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
-    """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""
-    if not is_pruned_checkpoint(checkpoint):
-        folder = checkpoint.resolve().name
-        return Provenance(name=_file_stem(name or folder), source_model=folder)
-    info = read_checkpoint_info(checkpoint)
-    return Provenance(
-        name=_file_stem(name or info.source.name),
-        source_model=info.source.name,
-        source_sha256=info.source.sha256,
-        checkpoint_sha256=info.weights_sha256,
-        plan_sha256=info.plan_sha256,
-        license=info.source.license,
-        base_model=info.source.base_model,
-        seed=info.seed,
-    )
-
-
-def _file_stem(name: str) -> str:
-    stem = name.rsplit("/", 1)[-1]
-    if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
-        raise InputError("not usable as a file name", field="name", value=name)
-    return stem
-
-
-def context_length(config: ModelConfig) -> int:
-    """Longest context for which llama.cpp computes what the checkpoint computes.
-
-    llama.cpp's architectures for these models have no sliding window. As long as the context is not longer than the
-    window, that makes no difference.
-    """
-    return min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+__all__ = ["add_general", "add_hyperparameters"]
 
 
 def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:
@@ -119,7 +57,7 @@ def add_hyperparameters(writer: Any, config: ModelConfig, chosen: ChosenLayout) 
     """
     count, widths = config.num_hidden_layers, chosen.widths(config)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context_length(config))
+    writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(count)
     writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_widths else widths[0])

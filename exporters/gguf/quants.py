@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
+from exporters.record import ParityLimits
 
 __all__ = ["QUANTS", "ParityLimits", "Quant", "find_quant", "required_multiple"]
-
-
-@dataclass(frozen=True)
-class ParityLimits:
-    """Bounds on a ParityReport's metrics; None is not checked.
-
-    The architecture, the permutations and the metadata are proven on the float32 file, to 1e-3 in the logits, before
-    anything is quantized from it. The bounds of the quantized files therefore have to catch a bad quantization alone.
-    """
-
-    max_logit_diff: float | None = None
-    kl_mean: float | None = None
-    same_top1: float | None = None
-    ppl_ratio: float | None = None
-
-    def as_dict(self) -> dict[str, float]:
-        """The bounds that are set."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
-from exporters.gguf.checkpoint_reader import ModelConfig
+from exporters.checkpoint_reader import ModelConfig
 
 __all__ = ["rope_factors", "rope_metadata"]
 

@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
+from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 from exporters.gguf.architecture import ChosenLayout, TensorSpec, choose_layout, tensor_specs
-from exporters.gguf.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
-from exporters.gguf.metadata import Provenance, add_general, add_hyperparameters
+from exporters.gguf.metadata import add_general, add_hyperparameters
 from exporters.gguf.quants import find_quant
 from exporters.gguf.rope import rope_factors
 from exporters.gguf.tokenizer_metadata import add_tokenizer
+from exporters.provenance import Provenance
 
 __all__ = ["WrittenFile", "write_gguf"]
 

@@ -1,4 +1,4 @@
-"""`phoneready export`: a checkpoint as GGUF files, each proven against the checkpoint."""
+"""`phoneready export`: a checkpoint as GGUF files and ONNX folders, each proven against the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from cfsp.errors import InputError
-from phoneready.commands.options import DebugOption, ForceOption, JsonOption, ThreadsOption, split_names
+from phoneready.commands.options import (
+    TEXT_HELP,
+    DebugOption,
+    ForceOption,
+    JsonOption,
+    SeedOption,
+    ThreadsOption,
+    split_names,
+    text_references,
+)
 from phoneready.console import format_bytes, format_rows, prepare_torch, show_progress, write_result
 
 __all__ = ["export", "format_exports"]
@@ -19,44 +28,67 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face folder, pruned or dense.", metavar="DIR")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.", show_default=False)],
     gguf: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            "--gguf", help="f32, f16, Q8_0, Q5_K_M, Q4_K_M, Q4_0, IQ4_NL; as A,B.", metavar="QUANT,..."
+            "--gguf",
+            help="f32, f16, Q8_0, Q5_K_M, Q4_K_M, Q4_0, IQ4_NL; as A,B.",
+            metavar="QUANT,...",
+            show_default="Q4_0 without --onnx",
         ),
-    ] = ["Q4_0"],  # noqa: B006
+    ] = None,
+    onnx: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--onnx",
+            help="fp32, fp16, int8, int4, int4-b128; as A,B.",
+            metavar="VARIANT,...",
+            show_default="none",
+        ),
+    ] = None,
     name: Annotated[
         str | None, typer.Option("--name", help="Stem of the file names.", show_default="the model's name")
     ] = None,
     no_imatrix: Annotated[
         bool, typer.Option("--no-imatrix", help="Quantize without the importance matrix of the calibration.")
     ] = False,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibration",
+            help=f"Text that 4-bit ONNX variants are rounded for; repeatable. `self`, `none`, {TEXT_HELP}.",
+            metavar="REF",
+            show_default="self",
+        ),
+    ] = None,
+    seed: SeedOption = 0,
     force: ForceOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write GGUF files of a checkpoint, reopen each in llama.cpp and hold it against the checkpoint.
+    """Write a checkpoint as GGUF files or ONNX folders, reopen each in its runtime and hold it against the checkpoint.
 
-    A file that is too far from the checkpoint fails the export: nothing is left, and the exit status is 1.
+    With both kinds the output has a folder for each. What is too far from the checkpoint fails the export: nothing
+    is left, and the exit status is 1.
     """
     prepare_torch(threads)
     from cfsp.records import record_to_json
-    from exporters.gguf import export_gguf
     from exporters.record import ExportManifest
+    from phoneready.exporting import ExportRequest, export_checkpoint
 
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint} is not a folder; `phoneready prune MODEL -o DIR` makes one")
+    request = ExportRequest(
+        quants=split_names(gguf or ([] if onnx else ["Q4_0"])),
+        variants=split_names(onnx or []),
+        name=name,
+        use_imatrix=not no_imatrix,
+        calibration=text_references(calibration or ["self"]),
+        seed=seed,
+        n_threads=threads,
+    )
     with show_progress() as progress:
-        records = export_gguf(
-            checkpoint,
-            output,
-            split_names(gguf),
-            name=name,
-            use_imatrix=not no_imatrix,
-            n_threads=threads,
-            force=force,
-            progress=progress,
-        )
+        records = export_checkpoint(checkpoint, output, request, force=force, progress=progress)
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 
 
@@ -70,9 +102,19 @@ def format_exports(records: Sequence[Any], output: Path) -> str:
         parity = [f"{p.max_logit_diff:.2g}", f"{p.kl_mean:.4f}", f"{p.same_top1:.2%}", f"{p.ppl_ratio:.4f}"]
         rows.append([record.file, format_bytes(record.file_bytes), types, *parity])
     notes = [f"{record.file}: {warning}" for record in records for warning in record.warnings]
-    parity = records[0].parity
-    proof = (
-        f"Held against the checkpoint in llama.cpp on {parity.text}, {parity.n_windows} windows of "
-        f"{parity.seqlen} tokens; tokenization equal on {records[0].tokenizer_strings} strings."
-    )
-    return "\n".join([format_rows(header, rows), *notes, proof, f"Written to {output}."])
+    return "\n".join([format_rows(header, rows), *notes, *_proofs(records), f"Written to {output}."])
+
+
+def _proofs(records: Sequence[Any]) -> list[str]:
+    """How each kind of file was proven, once a kind."""
+    lines = []
+    for kind in dict.fromkeys(record.format for record in records):
+        first = next(record for record in records if record.format == kind)
+        parity = first.parity
+        line = (
+            f"Held against the checkpoint in {first.runtime}, on {parity.text}, {parity.n_windows} windows of "
+            f"{parity.seqlen} tokens"
+        )
+        strings = first.tokenizer_strings
+        lines.append(line + (f"; tokenization equal on {strings} strings." if strings else "."))
+    return lines

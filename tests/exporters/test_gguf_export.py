@@ -17,20 +17,18 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from torch import nn
 
-from cfsp.architectures import decoder_layers, feed_forward
 from cfsp.checkpoint import load_pruned, save_checkpoint
 from cfsp.errors import InputError, LimitError
 from cfsp.model_reference import LoadedModel, ModelSource, load_tokenizer
 from cfsp.records import read_record
+from exporters.checkpoint_reader import read_config
 from exporters.gguf import QUANTS, ParityLimits, export_gguf, required_multiple, runtime
 from exporters.gguf import writer as writer_module
-from exporters.gguf.checkpoint_reader import read_config
 from exporters.gguf.export import MANIFEST_FILE
-from exporters.gguf.metadata import read_provenance
 from exporters.gguf.writer import write_gguf
 from exporters.parity import check_limits, compare, reference_of
+from exporters.provenance import read_provenance
 from exporters.record import ExportManifest, ExportRecord
 
 WIDTHS = (96, 64, 128, 40)
@@ -44,61 +42,6 @@ MakeCheckpoint = Callable[..., Path]
 def export(checkpoint: Path, output: Path, *quants: str, **settings: Any) -> tuple[ExportRecord, ...]:
     settings = {"limits": LOOSE, "parity_windows": WINDOWS, "n_threads": 1} | settings
     return export_gguf(checkpoint, output, quants, **settings)
-
-
-def narrow(model: Any, widths: tuple[int, ...]) -> None:
-    for layer, width in zip(decoder_layers(model), widths, strict=True):
-        ffn = feed_forward(model, layer)
-        for linear in (ffn.gate, ffn.up):
-            linear.weight, linear.out_features = nn.Parameter(linear.weight[:width].clone()), width
-        ffn.down.weight, ffn.down.in_features = nn.Parameter(ffn.down.weight[:, :width].clone()), width
-
-
-def measured_moments(model: Any) -> dict[str, torch.Tensor]:
-    """Mean squared inputs of the blocks' Linears over the test's windows, made uneven on purpose."""
-    moments, hooks = {}, []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.startswith("model.layers."):
-
-            def keep(_: Any, inputs: Any, name: str = name) -> None:
-                moments[name] = inputs[0].detach().flatten(0, -2).pow(2).mean(0)
-
-            hooks.append(module.register_forward_pre_hook(keep))
-    with torch.inference_mode():
-        model(WINDOWS)
-    for hook in hooks:
-        hook.remove()
-    return moments
-
-
-@pytest.fixture(scope="module")
-def make_checkpoint(
-    tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> MakeCheckpoint:
-    def make(
-        *args: Any, widths: tuple[int, ...] | None = None, moments: bool = True, **overrides: Any
-    ) -> Path:
-        model, tokenizer = tiny_model(*args, **overrides)
-        if widths:
-            narrow(model, widths)
-        source = ModelSource(
-            "owner/dense",
-            "hub",
-            "Dense-1B",
-            sha256="a" * 64,
-            license="apache-2.0",
-            base_model="owner/Base-1B",
-        )
-        folder = tmp_path_factory.mktemp("checkpoint") / "pruned"
-        save_checkpoint(
-            LoadedModel(model, tokenizer, source),
-            folder,
-            input_moments=measured_moments(model) if moments else None,
-            seed=7,
-        )
-        return folder
-
-    return make
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from torch import nn
 
 from cfsp.architectures import decoder_layers, feed_forward
 from exporters.gguf import runtime
-from exporters.gguf.metadata import read_provenance
 from exporters.gguf.writer import WrittenFile, write_gguf
 from exporters.parity import compare, reference_of
+from exporters.provenance import read_provenance
 from exporters.record import ParityReport
 
 WIDTHS = (96, 64, 128, 32)
@@ -187,7 +187,7 @@ def test_half_precision_keeps_vectors_in_float32(tiny_model: Callable[..., Any],
 
 
 def test_rope_factors_follow_transformers(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    from exporters.gguf.checkpoint_reader import read_config
+    from exporters.checkpoint_reader import read_config
     from exporters.gguf.rope import rope_factors
 
     model, tokenizer = tiny_model("llama", rope_parameters=LLAMA3)

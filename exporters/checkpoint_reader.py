@@ -55,6 +55,14 @@ class ModelConfig:
         """Whether all blocks have the same width."""
         return len(set(self.widths)) == 1
 
+    @property
+    def context_length(self) -> int:
+        """Longest context for which a runtime without a sliding window computes what the checkpoint computes.
+
+        As long as the context is not longer than the window, the window makes no difference.
+        """
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
 
 def read_config(folder: Path) -> ModelConfig:
     """Read config.json.
@@ -100,7 +108,7 @@ def _from_dict(config: dict[str, Any], per_layer: Mapping[str, Any], folder: Pat
     )
     if result.hidden_act not in ("silu", "swish"):
         raise InputError(
-            "llama.cpp's architectures for this model type compute silu alone",
+            "exported graphs of this model type compute silu alone",
             field="hidden_act",
             value=result.hidden_act,
             allowed="silu",

@@ -1,0 +1,153 @@
+"""Matrices in blocks of few bits: rounding to nearest, and GPTQ. Tensors in, tensors out.
+
+A block is `block_size` neighbouring inputs of one output. Its numbers are stored as q in 0 .. 2^bits - 1 with
+
+    w = (q - 2^(bits-1)) * scale
+
+which is ONNX Runtime's symmetric MatMulNBits without stored zero points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from cfsp.reconstruction import damped_cholesky
+from exporters.onnx.layers import BlockQuantized
+from exporters.onnx.variants import BlockFormat
+
+__all__ = ["Rounded", "gptq", "joined", "pack", "round_to_nearest"]
+
+_SEARCH = 16
+_SMALLEST = 0.7
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix of few bits, not packed yet.
+
+    Attributes:
+        q: (rows, blocks, block_size) uint8.
+        scales: (rows, blocks) float16.
+        columns: Inputs before padding.
+        form: How it is stored.
+    """
+
+    q: torch.Tensor
+    scales: torch.Tensor
+    columns: int
+    form: BlockFormat
+
+    def dequantized(self) -> torch.Tensor:
+        """The matrix that the runtime computes with, (rows, columns) float32."""
+        values = (self.q.float() - self.form.half) * self.scales.float()[..., None]
+        return values.flatten(1)[:, : self.columns]
+
+
+def round_to_nearest(
+    weight: torch.Tensor, form: BlockFormat, importance: torch.Tensor | None = None
+) -> Rounded:
+    """Every number to its nearest, with the scale of each block that loses least.
+
+    Args:
+        weight: (rows, columns) float32.
+        form: How to store it.
+        importance: (columns,) mean squared inputs, by which an input's error counts; equal unless given.
+    """
+    blocks = _in_blocks(weight, form.block_size)
+    counts = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    counts = _in_blocks(counts[None], form.block_size)[0]
+    scales = _best_scales(blocks, counts, form)
+    return Rounded(_levels(blocks, scales, form), scales.half(), weight.shape[1], form)
+
+
+def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: float = 1e-2) -> Rounded:
+    """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
+
+    Columns are rounded in order; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as
+    e_j U_j, where U is the upper Cholesky factor of (H + ridge mean(diag H) I)^-1. A block's scale is found when its
+    first column's turn comes, on the weights as they are by then.
+
+    Args:
+        weight: W, (rows, columns) float32.
+        gram: H = X^T X / T of the layer's inputs, (columns, columns).
+        form: How to store it.
+        ridge: Relative to the mean of H's diagonal.
+
+    Raises:
+        InputError: H is not finite or cannot be inverted.
+    """
+    columns, size = weight.shape[1], form.block_size
+    factor = damped_cholesky(gram.double().clone(), ridge)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    importance = gram.diagonal().float()
+    left = weight.float().clone()
+    q, scales = [], []
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        block = round_to_nearest(left[:, start:stop], form, importance[start:stop])
+        scale = block.scales[:, 0].float()
+        levels = torch.full((len(weight), size), form.half, dtype=torch.uint8)
+        errors = torch.zeros(len(weight), stop - start)
+        for j in range(start, stop):
+            levels[:, j - start] = _levels(left[:, j], scale, form)
+            lost = left[:, j] - (levels[:, j - start].float() - form.half) * scale
+            errors[:, j - start] = lost / upper[j, j]
+            left[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+        q.append(levels)
+        scales.append(scale)
+    return Rounded(torch.stack(q, 1), torch.stack(scales, 1).half(), columns, form)
+
+
+def pack(rounded: Rounded) -> BlockQuantized:
+    """The bytes as MatMulNBits reads them; of two 4-bit numbers in a byte the first is the low one."""
+    q, form = rounded.q, rounded.form
+    data = q if form.bits == 8 else q[..., 0::2] | (q[..., 1::2] << 4)
+    return BlockQuantized(
+        form.bits,
+        form.block_size,
+        np.ascontiguousarray(data.numpy()),
+        rounded.scales.numpy(),
+        rounded.columns,
+    )
+
+
+def joined(parts: Sequence[Rounded]) -> Rounded:
+    """Matrices of one format and the same inputs as one, their rows after each other."""
+    first = parts[0]
+    return replace(first, q=torch.cat([p.q for p in parts]), scales=torch.cat([p.scales for p in parts]))
+
+
+def _in_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """(rows, columns) -> (rows, blocks, size), padded with zeros."""
+    padding = -matrix.shape[1] % size
+    return torch.nn.functional.pad(matrix.float(), (0, padding)).view(len(matrix), -1, size)
+
+
+def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) -> torch.Tensor:
+    """(rows, blocks) scales, exact in float16: a block's extreme over q's range, times the factor that loses least.
+
+    The number that is largest in size gets the side of the range that reaches one step further (q = 0).
+    """
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+    base = -largest / form.half
+    base = torch.where(base == 0, torch.ones_like(base), base)
+    best, lowest = base, torch.full_like(base, torch.inf)
+    for factor in torch.linspace(_SMALLEST, 1.05, _SEARCH).tolist():
+        scale = base * factor
+        values = (_levels(blocks, scale, form).float() - form.half) * scale[..., None]
+        loss = ((blocks - values).square() * counts).sum(-1)
+        best = torch.where(loss < lowest, scale, best)
+        lowest = torch.minimum(loss, lowest)
+    return best.half().float()
+
+
+def _levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
+    """Nearest q of values (..., block_size) or (rows,), given scales without or of the same last dimension."""
+    scales = scales[..., None] if values.ndim > scales.ndim else scales
+    levels = (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1)
+    return levels.to(torch.uint8)

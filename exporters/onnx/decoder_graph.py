@@ -1,0 +1,300 @@
+"""The decoder of a LLaMA-like model as one ONNX graph in ONNX Runtime's fused operators.
+
+Read `build_decoder` from top to bottom: embedding, blocks, last norm, output matrix. A block is
+
+    h  = rms_norm(x)                                    Skip/SimplifiedLayerNormalization
+    x += o_proj(attention(qkv_proj(h)))                 GroupQueryAttention, which rotates and keeps the cache
+    h  = rms_norm(x)                                    SkipSimplifiedLayerNormalization adds and normalizes
+    x += down_proj(silu(gate_proj(h)) * up_proj(h))
+
+with the FFN's own width in every block. The residual sum x and the next norm are one operator, so x is handed on
+as (x so far, what is still to be added).
+
+Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
+input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
+from exporters.onnx.layers import TOKENS, Embedding, Layer
+
+__all__ = ["OPSET", "Block", "Decoder", "DecoderShape", "build_decoder"]
+
+OPSET = 21
+_IR_VERSION = 10
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What is the same in all blocks.
+
+    Attributes:
+        rms_norm_eps: Of all norms.
+        local_window: Tokens that attention looks back on; None for all.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    local_window: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's weights.
+
+    Attributes:
+        input_norm: (hidden_size,).
+        qkv: One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
+        q_norm: (head_dim,) norm of each head's query, or None.
+        k_norm: (head_dim,) norm of each head's key, or None.
+        o_proj: Attention's output.
+        post_norm: (hidden_size,).
+        gate_proj: FFN, to this block's width.
+        up_proj: FFN, to this block's width.
+        down_proj: FFN, back to hidden_size.
+    """
+
+    input_norm: npt.NDArray[np.floating]
+    qkv: tuple[Layer, ...]
+    o_proj: Layer
+    post_norm: npt.NDArray[np.floating]
+    gate_proj: Layer
+    up_proj: Layer
+    down_proj: Layer
+    q_norm: npt.NDArray[np.floating] | None = None
+    k_norm: npt.NDArray[np.floating] | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A whole model's weights.
+
+    Attributes:
+        shape: What is the same in all blocks.
+        embedding: The token embedding.
+        blocks: First to last.
+        final_norm: (hidden_size,).
+        head: The output matrix; the embedding's own where they are tied.
+        cos: (positions, head_dim / 2) of the rotary embedding.
+        sin: The same.
+        dtype: Of everything computed between the ends; logits are float32 always.
+    """
+
+    shape: DecoderShape
+    embedding: Embedding
+    blocks: tuple[Block, ...]
+    final_norm: npt.NDArray[np.floating]
+    head: Layer
+    cos: npt.NDArray[np.floating]
+    sin: npt.NDArray[np.floating]
+    dtype: ir.DataType = ir.DataType.FLOAT
+
+
+def build_decoder(
+    decoder: Decoder, *, name: str, metadata: Mapping[str, str] | None = None, last_logits: bool = False
+) -> ir.Model:
+    """Write the graph.
+
+    Args:
+        decoder: The weights.
+        name: Of the graph.
+        metadata: Own key-value pairs of the file.
+        last_logits: Compute the logits of each sequence's last position alone.
+    """
+    graph = _Graph(decoder)
+    x = decoder.embedding.look_up(graph.builder, graph.input_ids, "model.embed_tokens")
+    added: ir.Value | None = None
+    for index, block in enumerate(decoder.blocks):
+        x, added = graph.block(index, block, x, added)
+    hidden, _ = graph.add_norm(x, added, decoder.final_norm, "model.norm")
+    graph.logits(hidden, last_logits=last_logits)
+    built = graph.builder.graph(graph.inputs, graph.outputs, name=name, opsets={"": OPSET, CONTRIB: 1})
+    return ir.Model(
+        built, ir_version=_IR_VERSION, producer_name="phoneready", metadata_props=dict(metadata or {})
+    )
+
+
+class _Graph:
+    """The graph while it is written."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self.shape, self.dtype = decoder, decoder.shape, decoder.dtype
+        self.builder = GraphBuilder()
+        self.input_ids = ir.val("input_ids", ir.DataType.INT64, list(TOKENS))
+        self.attention_mask = ir.val(
+            "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
+        )
+        self.inputs = [self.input_ids, self.attention_mask]
+        self.outputs: list[ir.Value] = []
+        self.seqlens_k, self.total = self._lengths()
+
+    def block(
+        self, index: int, block: Block, x: ir.Value, added: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """One block; returns the residual sum before its FFN, and the FFN's output that is still to be added."""
+        prefix = f"model.layers.{index}"
+        hidden, x = self.add_norm(x, added, block.input_norm, f"{prefix}.input_layernorm")
+        attended = self._attention(index, block, hidden)
+        added = block.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
+        hidden, x = self.add_norm(x, added, block.post_norm, f"{prefix}.post_attention_layernorm")
+        return x, self._feed_forward(block, hidden, f"{prefix}.mlp")
+
+    def add_norm(
+        self, x: ir.Value, added: ir.Value | None, weight: npt.NDArray[np.floating], name: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """(norm of x + added, x + added)."""
+        gamma = self.builder.constant(f"{name}.weight", weight)
+        tokens = (*TOKENS, self.shape.hidden_size)
+        if added is None:
+            return self._norm(x, gamma, name, tokens), x
+        normed, total = (ir.val(n, self.dtype, list(tokens)) for n in (name, f"{name}.sum"))
+        self.builder.op_outputs(
+            "SkipSimplifiedLayerNormalization",
+            [x, added, gamma],
+            [normed, ir.val(""), ir.val(""), total],
+            name=name,
+            domain=CONTRIB,
+            epsilon=self.shape.rms_norm_eps,
+        )
+        return normed, total
+
+    def logits(self, hidden: ir.Value, *, last_logits: bool) -> None:
+        """The output matrix, and its output in float32."""
+        length: int | str = "sequence_length"
+        if last_logits:
+            length = 1
+            last = self.builder.constant("last_position", np.array([-1], dtype=np.int64))
+            hidden = self.builder.op(
+                "Gather",
+                [hidden, last],
+                "last_hidden",
+                axis=1,
+                dtype=self.dtype,
+                shape=("batch_size", length, self.shape.hidden_size),
+            )
+        exact = self.dtype == ir.DataType.FLOAT
+        logits = self.decoder.head.apply(self.builder, hidden, "logits" if exact else "lm_head")
+        shape = ("batch_size", length, self.shape.vocab_size)
+        if not exact:
+            logits = self.builder.op(
+                "Cast", [logits], "logits", to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT, shape=shape
+            )
+        logits.shape = ir.Shape(shape)
+        self.outputs.insert(0, logits)
+
+    def _lengths(self) -> tuple[ir.Value, ir.Value]:
+        """What GroupQueryAttention wants to know: each sequence's last position, and the longest length."""
+        int32, int64, b = ir.DataType.INT32, ir.DataType.INT64, self.builder
+        one = b.constant("one", np.array([1], dtype=np.int64))
+        count = b.op(
+            "ReduceSum", [self.attention_mask, one], "n_tokens", keepdims=0, dtype=int64, shape=["batch_size"]
+        )
+        last = b.op("Sub", [count, one], "last_token", dtype=int64, shape=["batch_size"])
+        seqlens = b.op("Cast", [last], "seqlens_k", to=int32, dtype=int32, shape=["batch_size"])
+        sizes = b.op("Shape", [self.attention_mask], "mask_shape", dtype=int64, shape=[2])
+        index = b.constant("mask_length_axis", np.array(1, dtype=np.int64))
+        length = b.op("Gather", [sizes, index], "mask_length", axis=0, dtype=int64, shape=[])
+        total = b.op("Cast", [length], "total_sequence_length", to=int32, dtype=int32, shape=[])
+        return seqlens, total
+
+    def _attention(self, index: int, block: Block, hidden: ir.Value) -> ir.Value:
+        """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
+        s, prefix = self.shape, f"model.layers.{index}.self_attn"
+        query, key, value = self._heads(block, hidden, prefix)
+        past = [
+            self._cache(f"past_key_values.{index}.{part}", "past_sequence_length")
+            for part in ("key", "value")
+        ]
+        present = [
+            self._cache(f"present.{index}.{part}", "total_sequence_length") for part in ("key", "value")
+        ]
+        attended = ir.val(prefix, self.dtype, [*TOKENS, s.num_attention_heads * s.head_dim])
+        rotary = [
+            self.builder.constant(n, v)
+            for n, v in (("cos_cache", self.decoder.cos), ("sin_cache", self.decoder.sin))
+        ]
+        self.builder.op_outputs(
+            "GroupQueryAttention",
+            [query, key, value, *past, self.seqlens_k, self.total, *rotary],
+            [attended, *present],
+            name=prefix,
+            domain=CONTRIB,
+            num_heads=s.num_attention_heads,
+            kv_num_heads=s.num_key_value_heads,
+            scale=s.head_dim**-0.5,
+            local_window_size=-1 if s.local_window is None else s.local_window,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+        self.inputs += past
+        self.outputs += present
+        return attended
+
+    def _heads(
+        self, block: Block, hidden: ir.Value, prefix: str
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """Query, key and value; the query alone holds all three where one layer gives them."""
+        s, b = self.shape, self.builder
+        if len(block.qkv) == 1:
+            return block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj"), None, None
+        names = ("q_proj", "k_proj", "v_proj")
+        query, key, value = (
+            layer.apply(b, hidden, f"{prefix}.{name}") for name, layer in zip(names, block.qkv, strict=True)
+        )
+        if block.q_norm is not None and block.k_norm is not None:
+            query = self._head_norm(query, block.q_norm, s.num_attention_heads, f"{prefix}.q_norm")
+            key = self._head_norm(key, block.k_norm, s.num_key_value_heads, f"{prefix}.k_norm")
+        return query, key, value
+
+    def _head_norm(self, x: ir.Value, weight: npt.NDArray[np.floating], heads: int, name: str) -> ir.Value:
+        b, size = self.builder, self.shape.head_dim
+        apart = b.constant(f"{heads}_heads", np.array([0, 0, heads, size], dtype=np.int64))
+        together = b.constant("joined_heads", np.array([0, 0, -1], dtype=np.int64))
+        shape = (*TOKENS, heads, size)
+        split = b.op("Reshape", [x, apart], f"{name}.heads", dtype=self.dtype, shape=shape)
+        normed = self._norm(split, b.constant(f"{name}.weight", weight), f"{name}.normed", shape)
+        return b.op("Reshape", [normed, together], name, dtype=self.dtype, shape=(*TOKENS, heads * size))
+
+    def _feed_forward(self, block: Block, hidden: ir.Value, name: str) -> ir.Value:
+        b, tokens = self.builder, (*TOKENS, block.gate_proj.out_features)
+        gate = block.gate_proj.apply(b, hidden, f"{name}.gate_proj")
+        up = block.up_proj.apply(b, hidden, f"{name}.up_proj")
+        # x * sigmoid(alpha x) with alpha = 1 is silu.
+        act = b.op(
+            "QuickGelu", [gate], f"{name}.act", alpha=1.0, domain=CONTRIB, dtype=self.dtype, shape=tokens
+        )
+        product = b.op("Mul", [act, up], f"{name}.product", dtype=self.dtype, shape=tokens)
+        return block.down_proj.apply(b, product, f"{name}.down_proj")
+
+    def _norm(self, x: ir.Value, gamma: ir.Value, name: str, shape: tuple[int | str, ...]) -> ir.Value:
+        return self.builder.op(
+            "SimplifiedLayerNormalization",
+            [x, gamma],
+            name,
+            dtype=self.dtype,
+            shape=shape,
+            axis=-1,
+            epsilon=self.shape.rms_norm_eps,
+            stash_type=1,
+        )
+
+    def _cache(self, name: str, length: str) -> ir.Value:
+        shape: list[int | str | None] = [
+            "batch_size",
+            self.shape.num_key_value_heads,
+            length,
+            self.shape.head_dim,
+        ]
+        return ir.val(name, self.dtype, shape)

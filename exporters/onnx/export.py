@@ -1,0 +1,249 @@
+"""Export a checkpoint to ONNX folders: build, save, reopen, prove; the folder appears only when all of it holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from cfsp.checkpoint import load_pruned
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
+from cfsp.model_reference import load_tokenizer
+from cfsp.precision import products_in
+from cfsp.progress import Progress, no_progress
+from cfsp.records import write_record
+from exporters.checkpoint_reader import ModelConfig, read_config
+from exporters.onnx.checks import check_graph
+from exporters.onnx.decoder_graph import Decoder, build_decoder
+from exporters.onnx.folder import GRAPHS, write_companions
+from exporters.onnx.quantize import quantize_linears, quantized_embedding, quantized_layers
+from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE, open_model, runtime_version
+from exporters.onnx.variants import VARIANTS, Variant, find_variant
+from exporters.onnx.weights import decoder_of, float_weights
+from exporters.parity import Reference, check_limits, choose_windows, compare, reference_of
+from exporters.provenance import Provenance, read_provenance
+from exporters.record import ExportManifest, ExportRecord, ParityLimits
+
+__all__ = ["MANIFEST_FILE", "export_onnx"]
+
+MANIFEST_FILE = "export.json"
+_EXTERNAL_BYTES = 1024
+_LOGITS_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all variants of one export share."""
+
+    checkpoint: Path
+    folder: Path
+    config: ModelConfig
+    provenance: Provenance
+    reference: Reference
+    calibration: torch.Tensor | None
+    limits: Mapping[str, ParityLimits]
+    n_threads: int
+    progress: Progress
+
+
+def export_onnx(
+    checkpoint: Path,
+    output: Path,
+    variants: Sequence[str],
+    *,
+    calibration: torch.Tensor | None = None,
+    name: str | None = None,
+    parity_windows: torch.Tensor | None = None,
+    limits: Mapping[str, ParityLimits] | None = None,
+    n_threads: int | None = None,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[ExportRecord, ...]:
+    """Write output/<variant>/ for every variant, and output/export.json (an ExportManifest).
+
+    Args:
+        checkpoint: Hugging Face folder, pruned or dense.
+        output: Folder to create.
+        variants: Names from VARIANTS, in any case.
+        calibration: Token ids (nsamples, seqlen) that 4-bit variants are rounded for; nearest numbers without them.
+        name: Of the graphs; the source model's name by default.
+        parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
+        limits: Bounds by variant name, in place of the table's.
+        n_threads: Threads of the parity run; torch's number by default.
+        force: Replace an existing output folder.
+        progress: Told about every step.
+
+    Returns:
+        One record a variant, in the order asked.
+
+    Raises:
+        InputError: Unknown variant, unusable checkpoint, a model that the graph cannot compute, existing output.
+        LimitError: A variant is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    rows = list(dict.fromkeys(find_variant(variant) for variant in variants))
+    if not rows:
+        raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
+    refuse_existing(output, force=force)
+    runtime_version()
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
+    config = read_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
+    windows, text = choose_windows(tokenizer, config.context_length, parity_windows)
+    reference = reference_of(_load(checkpoint), windows, text=text, progress=progress)
+    remove_stale_temporaries(output.parent, output.name)
+    with atomic_directory(output, force=force) as folder:
+        job = _Job(
+            checkpoint=checkpoint,
+            folder=folder,
+            config=config,
+            provenance=read_provenance(checkpoint, name),
+            reference=reference,
+            calibration=calibration,
+            limits=limits or {},
+            n_threads=n_threads or torch.get_num_threads(),
+            progress=progress,
+        )
+        records = tuple(_export(job, row) for row in rows)
+        write_record(folder / MANIFEST_FILE, ExportManifest(records))
+    return records
+
+
+def _export(job: _Job, variant: Variant) -> ExportRecord:
+    folder = job.folder / variant.name
+    (folder / GRAPHS).mkdir(parents=True)
+    model = _load(job.checkpoint)
+    decoder = _decoder(job, model, variant)
+    job.progress(f"writing {variant.name}", 0, 1)
+    path = _save(decoder, folder / GRAPHS, variant, _metadata(job))
+    write_companions(job.checkpoint, folder, variant, model.config, context_length=job.config.context_length)
+    job.progress(f"writing {variant.name}", 1, 1)
+    del model, decoder
+    return _prove(job, variant, path)
+
+
+def _decoder(job: _Job, model: Any, variant: Variant) -> Decoder:
+    dtype: torch.dtype = getattr(torch, variant.dtype)
+    if variant.format_of is None or variant.embedding is None:
+        layer, embedding = float_weights(dtype)
+    else:
+        with products_in("auto"):
+            text = job.calibration if variant.calibrated else None
+            rounded = quantize_linears(model, variant.format_of, text, progress=job.progress)
+        layer = quantized_layers(rounded, variant.embedding)
+        stored = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT
+        embedding = quantized_embedding(variant.embedding, stored)
+    return decoder_of(
+        model, make_layer=layer, make_embedding=embedding, pack_qkv=variant.pack_qkv, dtype=dtype
+    )
+
+
+def _save(decoder: Decoder, folder: Path, variant: Variant, metadata: dict[str, str]) -> Path:
+    """Two graphs over one file of weights; returns the one with all logits."""
+    path, weights = folder / f"{variant.stem}.onnx", f"{variant.stem}.onnx_data"
+    every = build_decoder(decoder, name=variant.stem)
+    ir.external_data.unload_from_model(every, folder, weights, size_threshold_bytes=_EXTERNAL_BYTES)
+    metadata = metadata | {"phoneready.data_sha256": sha256_file(folder / weights)}
+    every.metadata_props.update(metadata)
+    ir.save(every, path)
+    last = build_decoder(decoder, name=f"{variant.stem}_last", metadata=metadata, last_logits=True)
+    for name, value in every.graph.initializers.items():
+        last.graph.initializers[name].const_value = value.const_value
+    ir.save(last, folder / f"{variant.stem}_last.onnx")
+    return path
+
+
+def _metadata(job: _Job) -> dict[str, str]:
+    """What a graph says about itself and its origin."""
+    origin = job.provenance
+    known = {
+        "phoneready.source_model": origin.source_model,
+        "phoneready.checkpoint_sha256": origin.checkpoint_sha256,
+        "phoneready.plan_sha256": origin.plan_sha256,
+        "phoneready.license": origin.license,
+    }
+    return {CACHE_KEY: FIXED_CACHE} | {key: value for key, value in known.items() if value}
+
+
+def _prove(job: _Job, variant: Variant, path: Path) -> ExportRecord:
+    """Reopen a graph, compare it with the checkpoint, and describe it.
+
+    Raises:
+        LimitError: It is too far from the checkpoint, or not shaped as its plan says.
+    """
+    check_graph(path, job.config)
+    limits = job.limits.get(variant.name, variant.limits).as_dict()
+    model = open_model(
+        path, n_ctx=job.reference.windows.shape[1], n_threads=job.n_threads, n_batch=_LOGITS_CHUNK
+    )
+    try:
+        parity = compare(
+            job.reference,
+            model.iter_logits,
+            limits,
+            progress=lambda _, done, total: job.progress(f"parity {variant.name}", done, total),
+        )
+    finally:
+        model.close()
+    check_limits(parity, f"{variant.name} ({path.name})")
+    types = _tensor_types(path)
+    files = [path, path.with_name(f"{path.name}_data")]
+    unguided = variant.calibrated and job.calibration is None
+    origin = job.provenance
+    return ExportRecord(
+        file=str(path.relative_to(job.folder)),
+        format="onnx",
+        quant=variant.name,
+        architecture=job.config.model_type,
+        file_bytes=sum(file.stat().st_size for file in files),
+        sha256=sha256_file(path),
+        n_params=types.n_params,
+        tensor_types=types.counts,
+        fallbacks=(),
+        imatrix_tensors=0,
+        widths=job.config.widths,
+        padded_width=None,
+        context_length=job.config.context_length,
+        tokenizer_strings=0,
+        source_model=origin.source_model,
+        source_sha256=origin.source_sha256,
+        checkpoint_sha256=origin.checkpoint_sha256,
+        plan_sha256=origin.plan_sha256,
+        seed=origin.seed,
+        parity=parity,
+        warnings=(f"{variant.name} is rounded to the nearest numbers, without text",) if unguided else (),
+        runtime=runtime_version(),
+    )
+
+
+@dataclass(frozen=True)
+class _Types:
+    counts: dict[str, int]
+    n_params: int
+
+
+def _tensor_types(path: Path) -> _Types:
+    """Stored type -> number of matrices and vectors, and the weights that they stand for."""
+    counts: Counter[str] = Counter()
+    n_params = 0
+    for name, value in ir.load(path).graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype == ir.DataType.INT64 or name.endswith((".scale", "_cache")):
+            continue
+        bits = name.rpartition(".q")[2]
+        packed = tensor.dtype == ir.DataType.UINT8
+        counts[f"int{bits}" if packed else tensor.dtype.name.lower()] += 1
+        n_params += int(np.prod(tensor.shape.numpy())) * (8 // int(bits) if packed else 1)
+    return _Types(dict(counts), n_params)
+
+
+def _load(checkpoint: Path) -> Any:
+    return load_pruned(checkpoint, dtype=torch.float32)

@@ -1,0 +1,179 @@
+"""ONNX Runtime: a decoder graph opened with its key-value cache. The one place that makes sessions.
+
+A graph with GroupQueryAttention writes keys and values into buffers of a fixed length that are its input and its
+output at once; other graphs give a longer cache each time. A file says in its metadata which kind it is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cfsp.errors import InputError, MissingExtraError
+
+__all__ = ["CACHE_KEY", "FIXED_CACHE", "OnnxModel", "open_model", "require_onnxruntime", "runtime_version"]
+
+FloatArray = npt.NDArray[np.float32]
+
+CACHE_KEY, FIXED_CACHE = "phoneready.cache", "fixed"
+"""Metadata of a file whose cache is buffers of a fixed length."""
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def require_onnxruntime() -> None:
+    """Raise MissingExtraError where ONNX Runtime is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingExtraError("onnxruntime", "onnx")
+
+
+def runtime_version() -> str:
+    """Name and version.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    require_onnxruntime()
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__}"
+
+
+class OnnxModel:
+    """An open decoder graph and the text it has seen. Not safe to share between threads.
+
+    Attributes:
+        path: The file.
+        vocab_size: Length of a row of logits.
+        n_ctx: Tokens that fit the cache.
+        n_past: Tokens in it.
+        last_logits: Whether the graph gives the last position's logits alone.
+    """
+
+    def __init__(self, path: Path, session: Any, n_ctx: int, n_batch: int) -> None:
+        self.path, self.n_ctx, self.n_batch, self.n_past = path, n_ctx, n_batch, 0
+        self._session = session
+        inputs = {value.name: value for value in session.get_inputs()}
+        outputs = session.get_outputs()
+        if "input_ids" not in inputs or outputs[0].name != "logits":
+            raise InputError(f"{path} is no decoder graph: it has no input_ids and logits")
+        self._inputs = inputs
+        self._caches = [name for name in inputs if name.startswith("past_key_values.")]
+        self._presents = [name.replace("past_key_values.", "present.") for name in self._caches]
+        self.vocab_size = int(outputs[0].shape[-1])
+        self.last_logits = outputs[0].shape[1] == 1
+        metadata = session.get_modelmeta().custom_metadata_map
+        self._fixed = metadata.get(CACHE_KEY) == FIXED_CACHE
+        self._cache: dict[str, Any] = {}
+        self.clear()
+
+    def close(self) -> None:
+        """Let the session go; may be called twice."""
+        self._session, self._cache = None, {}
+
+    def clear(self) -> None:
+        """Forget all text."""
+        self.rewind(0)
+
+    def rewind(self, n_past: int) -> None:
+        """Forget all but the first `n_past` tokens; any number needs a cache of fixed length, others only 0."""
+        if n_past and not self._fixed:
+            raise InputError("this graph's cache cannot be rewound", value=n_past, allowed="0")
+        self.n_past = n_past
+        if not self._cache or not self._fixed:
+            self._cache = {name: self._empty(name) for name in self._caches}
+
+    def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
+        """Append tokens, at most n_batch.
+
+        Returns:
+            Logits (n, vocab_size) float32 of the tokens, or of the last alone, (1, vocab_size).
+
+        Raises:
+            InputError: More than fits the cache.
+        """
+        count = len(tokens)
+        if self.n_past + count > self.n_ctx:
+            raise InputError(
+                "more text than the context holds",
+                field="n_ctx",
+                value=self.n_past + count,
+                allowed=f"up to {self.n_ctx}",
+            )
+        feeds = {
+            "input_ids": np.asarray(tokens, dtype=np.int64)[None],
+            "attention_mask": np.ones((1, self.n_past + count), dtype=np.int64),
+            "position_ids": np.arange(self.n_past, self.n_past + count, dtype=np.int64)[None],
+        }
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            if name in self._inputs:
+                binding.bind_cpu_input(name, value)
+        for name, cache in self._cache.items():
+            binding.bind_ortvalue_input(name, cache)
+        binding.bind_output("logits", "cpu")
+        for name, present in zip(self._caches, self._presents, strict=True):
+            if self._fixed:
+                binding.bind_ortvalue_output(present, self._cache[name])
+            else:
+                binding.bind_output(present, "cpu")
+        self._session.run_with_iobinding(binding)
+        logits, *grown = binding.get_outputs()
+        if not self._fixed:
+            self._cache = dict(zip(self._caches, grown, strict=True))
+        self.n_past += count
+        values: FloatArray = logits.numpy()[0]
+        return values
+
+    def iter_logits(
+        self, tokens: npt.NDArray[np.integer], *, chunk: int | None = None
+    ) -> Iterator[FloatArray]:
+        """Logits of a text that nothing comes before, piece by piece, (k, vocab_size)."""
+        self.clear()
+        step = chunk or self.n_batch
+        for start in range(0, len(tokens), step):
+            yield self.decode(tokens[start : start + step])
+
+    def _empty(self, name: str) -> Any:
+        from onnxruntime import OrtValue
+
+        value = self._inputs[name]
+        _, heads, _, size = value.shape
+        length = self.n_ctx if self._fixed else 0
+        return OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, size), dtype=_TYPES[value.type]))
+
+
+def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = 128) -> OnnxModel:
+    """Open a file on the CPU.
+
+    Args:
+        path: The .onnx file; its external data lies beside it.
+        n_ctx: Tokens that the cache holds.
+        n_threads: Threads inside an operator.
+        n_batch: Most tokens run at once; logits of all of them are held.
+
+    Raises:
+        InputError: ONNX Runtime cannot load it.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+    require_onnxruntime()
+    import onnxruntime
+
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # The arena grows in powers of two and keeps what the longest prompt needed.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
+    return OnnxModel(path, session, n_ctx, n_batch)

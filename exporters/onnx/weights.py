@@ -1,0 +1,164 @@
+"""From a checkpoint's modules to the tables of layers that a decoder graph is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from cfsp.architectures import decoder_layers, feed_forward, spec_for
+from cfsp.errors import InputError
+from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape
+from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
+
+__all__ = ["MakeEmbedding", "MakeLayer", "decoder_of", "float_weights", "packed_names"]
+
+MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
+"""(name, W (out_features, in_features) float32, bias (out_features,) or None) -> how it is stored."""
+MakeEmbedding = Callable[[torch.Tensor], Embedding]
+"""Table (vocab_size, hidden_size) float32 -> how it is stored."""
+
+
+_PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
+
+
+def packed_names(name: str) -> tuple[str, ...]:
+    """The modules whose rows a layer holds: itself, or q, k and v of a packed one."""
+    prefix, _, last = name.rpartition(".")
+    return tuple(f"{prefix}.{part}" for part in _PARTS) if last == _PACKED else (name,)
+
+
+def float_weights(dtype: torch.dtype) -> tuple[MakeLayer, MakeEmbedding]:
+    """Layers and embedding as the checkpoint has them, in a float type."""
+
+    def layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
+        return FloatLinear(_array(weight.to(dtype)), None if bias is None else _array(bias.to(dtype)))
+
+    return layer, lambda table: FloatEmbedding(_array(table.to(dtype)))
+
+
+def decoder_of(
+    model: Any,
+    *,
+    make_layer: MakeLayer,
+    make_embedding: MakeEmbedding,
+    pack_qkv: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """The weights of a causal LM, layer by layer.
+
+    Args:
+        model: A causal LM of the architecture table, float32.
+        make_layer: How a Linear is stored; its name is the module's, `...qkv_proj` for q, k and v in one.
+        make_embedding: How the token embedding is stored.
+        pack_qkv: Store q, k and v as one layer where the model norms no heads.
+        dtype: Of norms, rotary tables and what is computed.
+
+    Raises:
+        InputError: A rope that the graph cannot compute.
+    """
+    config, decoder = model.config, model.get_decoder()
+    layers, norm = decoder_layers(model), _Caster(dtype)
+    table = model.get_input_embeddings().weight.detach()
+    head = model.get_output_embeddings()
+    embedding = make_embedding(table)
+    tied = head.weight.data_ptr() == table.data_ptr()
+    cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
+    return Decoder(
+        shape=_shape(config, layers[0]),
+        embedding=embedding,
+        blocks=tuple(
+            _block(model, layer, f"{spec_for(config).layers}.{index}", make_layer, norm, pack_qkv=pack_qkv)
+            for index, layer in enumerate(layers)
+        ),
+        final_norm=norm(decoder.norm.weight),
+        head=embedding.as_head() if tied else make_layer("lm_head", head.weight.detach(), _bias(head)),
+        cos=norm(cos),
+        sin=norm(sin),
+        dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
+    )
+
+
+class _Caster:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, tensor: torch.Tensor) -> npt.NDArray[np.floating]:
+        return _array(tensor.to(self.dtype))
+
+
+def _shape(config: Any, layer: nn.Module) -> DecoderShape:
+    attention: Any = layer.get_submodule("self_attn")
+    return DecoderShape(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=int(attention.head_dim),
+        rms_norm_eps=float(config.rms_norm_eps),
+    )
+
+
+def _block(
+    model: Any, layer: nn.Module, name: str, make_layer: MakeLayer, norm: _Caster, *, pack_qkv: bool
+) -> Block:
+    attention: Any = layer.get_submodule("self_attn")
+    ffn = feed_forward(model, layer)
+
+    def linear(path: str, module: nn.Linear) -> Layer:
+        return make_layer(f"{name}.{path}", module.weight.detach(), _bias(module))
+
+    parts = {part: getattr(attention, part) for part in _PARTS}
+    q_norm, k_norm = (
+        norm(getattr(attention, part).weight) if hasattr(attention, part) else None
+        for part in ("q_norm", "k_norm")
+    )
+    if pack_qkv and q_norm is None:
+        weight = torch.cat([part.weight.detach() for part in parts.values()])
+        biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        qkv: tuple[Layer, ...] = (make_layer(f"{name}.self_attn.{_PACKED}", weight, bias),)
+    else:
+        qkv = tuple(linear(f"self_attn.{part}", module) for part, module in parts.items())
+    return Block(
+        input_norm=norm(layer.get_parameter("input_layernorm.weight")),
+        qkv=qkv,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        o_proj=linear("self_attn.o_proj", attention.o_proj),
+        post_norm=norm(layer.get_parameter("post_attention_layernorm.weight")),
+        gate_proj=linear("mlp.gate_proj", ffn.gate),
+        up_proj=linear("mlp.up_proj", ffn.up),
+        down_proj=linear("mlp.down_proj", ffn.down),
+    )
+
+
+def _rotary(rotary: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (positions, head_dim / 2), from the model's own frequencies and scale.
+
+    Raises:
+        InputError: Frequencies that change with the length of the text.
+    """
+    if rotary.rope_type in ("dynamic", "longrope"):
+        raise InputError(
+            "a rope whose frequencies change with the text's length is not supported by the fused graph",
+            field="rope_type",
+            value=rotary.rope_type,
+            allowed="default, linear, llama3, yarn",
+        )
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * rotary.inv_freq.float()[None]
+    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+
+
+def _bias(linear: Any) -> torch.Tensor | None:
+    return None if linear.bias is None else linear.bias.detach()
+
+
+def _array(tensor: torch.Tensor) -> npt.NDArray[np.floating]:
+    values: npt.NDArray[np.floating] = tensor.detach().numpy()
+    return values

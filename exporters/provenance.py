@@ -1,0 +1,61 @@
+"""Where an exported file comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfsp.checkpoint import is_pruned_checkpoint, read_checkpoint_info
+from cfsp.errors import InputError
+
+__all__ = ["Provenance", "read_provenance"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a checkpoint says about its origin; None where it says nothing.
+
+    Attributes:
+        name: Short name for titles and file names.
+        source_model: Name of the dense model.
+        source_sha256: Hash of the dense model's weights.
+        checkpoint_sha256: Hash of the checkpoint's weights.
+        plan_sha256: Hash of the pruning plan.
+        license: SPDX-like identifier.
+        base_model: The model that the dense one is made from.
+        seed: Seed of the run that made the checkpoint.
+    """
+
+    name: str
+    source_model: str
+    source_sha256: str | None = None
+    checkpoint_sha256: str | None = None
+    plan_sha256: str | None = None
+    license: str | None = None
+    base_model: str | None = None
+    seed: int | None = None
+
+
+def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
+    """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""
+    if not is_pruned_checkpoint(checkpoint):
+        folder = checkpoint.resolve().name
+        return Provenance(name=_file_stem(name or folder), source_model=folder)
+    info = read_checkpoint_info(checkpoint)
+    return Provenance(
+        name=_file_stem(name or info.source.name),
+        source_model=info.source.name,
+        source_sha256=info.source.sha256,
+        checkpoint_sha256=info.weights_sha256,
+        plan_sha256=info.plan_sha256,
+        license=info.source.license,
+        base_model=info.source.base_model,
+        seed=info.seed,
+    )
+
+
+def _file_stem(name: str) -> str:
+    stem = name.rsplit("/", 1)[-1]
+    if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
+        raise InputError("not usable as a file name", field="name", value=name)
+    return stem

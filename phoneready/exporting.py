@@ -1,0 +1,120 @@
+"""A checkpoint in all the formats that are asked for, in one folder that appears when all of them are proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cfsp.calibration import load_calibration
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries
+from cfsp.model_reference import load_model
+from cfsp.progress import Progress, no_progress
+from exporters.gguf import export_gguf
+from exporters.onnx import export_onnx, find_variant
+from exporters.record import ExportRecord
+
+__all__ = ["ExportRequest", "export_checkpoint"]
+
+NO_TEXT = "none"
+CALIBRATION_WINDOWS, CALIBRATION_SEQLEN = 32, 512
+"""Text that 4-bit variants are rounded for."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        quants: GGUF quantizations.
+        variants: ONNX variants.
+        name: Stem of file names; the model's own where None.
+        use_imatrix: Quantize 4-bit GGUF types with the importance matrix.
+        calibration: Text references for 4-bit ONNX variants; `none` rounds to nearest.
+        seed: Of what is drawn from them.
+        n_threads: Threads outside torch; torch's number where None.
+    """
+
+    quants: tuple[str, ...]
+    variants: tuple[str, ...]
+    name: str | None
+    use_imatrix: bool
+    calibration: tuple[str, ...]
+    seed: int
+    n_threads: int | None
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    request: ExportRequest,
+    *,
+    force: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[ExportRecord, ...]:
+    """Export; of both kinds each has a folder of its own in `output`, and one kind is `output` itself.
+
+    Raises:
+        InputError: As `export_gguf` and `export_onnx`, or calibration text that cannot be read.
+        LimitError: Something is too far from the checkpoint. Nothing is left.
+    """
+
+    def gguf(folder: Path, *, force: bool) -> tuple[ExportRecord, ...]:
+        return export_gguf(
+            checkpoint,
+            folder,
+            request.quants,
+            name=request.name,
+            use_imatrix=request.use_imatrix,
+            n_threads=request.n_threads,
+            force=force,
+            progress=progress,
+        )
+
+    def onnx(folder: Path, *, force: bool) -> tuple[ExportRecord, ...]:
+        return export_onnx(
+            checkpoint,
+            folder,
+            request.variants,
+            calibration=_calibration(checkpoint, request, progress),
+            name=request.name,
+            n_threads=request.n_threads,
+            force=force,
+            progress=progress,
+        )
+
+    refuse_existing(output, force=force)
+    kinds: dict[str, Callable[..., tuple[ExportRecord, ...]]] = {}
+    kinds |= {"gguf": gguf} if request.quants or not request.variants else {}
+    kinds |= {"onnx": onnx} if request.variants else {}
+    if len(kinds) == 1:
+        return next(iter(kinds.values()))(output, force=force)
+    remove_stale_temporaries(output.parent, output.name)
+    with atomic_directory(output, force=force) as folder:
+        return tuple(
+            replace(record, file=f"{kind}/{record.file}")
+            for kind, export in kinds.items()
+            for record in export(folder / kind, force=False)
+        )
+
+
+def _calibration(checkpoint: Path, request: ExportRequest, progress: Progress) -> torch.Tensor | None:
+    """Windows to round 4-bit weights for, where a variant wants them."""
+    if NO_TEXT in request.calibration:
+        if len(request.calibration) > 1:
+            raise InputError("`none` stands alone", field="calibration", value=request.calibration)
+        return None
+    if not any(find_variant(variant).calibrated for variant in request.variants):
+        return None
+    loaded = load_model(str(checkpoint), progress=progress)
+    return load_calibration(
+        request.calibration,
+        loaded,
+        nsamples=CALIBRATION_WINDOWS,
+        seqlen=CALIBRATION_SEQLEN,
+        seed=request.seed,
+        progress=progress,
+    ).input_ids

@@ -1,0 +1,288 @@
+"""export_onnx as a whole: the graphs compute the checkpoint, consumers load the folder, nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from cfsp.checkpoint import load_pruned
+from cfsp.errors import InputError, LimitError
+from cfsp.model_reference import load_tokenizer
+from cfsp.records import read_record
+from exporters.checkpoint_reader import read_config
+from exporters.onnx import VARIANTS, export_onnx
+from exporters.onnx.checks import check_graph
+from exporters.onnx.export import MANIFEST_FILE
+from exporters.onnx.runtime import OnnxModel, open_model
+from exporters.record import ExportManifest, ExportRecord, ParityLimits
+
+MakeCheckpoint = Callable[..., Path]
+WIDTHS = (96, 64, 128, 40)
+WINDOWS = torch.randint(0, 384, (2, 96), generator=torch.Generator().manual_seed(0))
+# Next-token distributions of random weights are nearly flat, so quantization moves them far.
+LOOSE = {name: ParityLimits(kl_mean=3.0) for name in VARIANTS if name != "fp32"}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> tuple[ExportRecord, ...]:
+    settings = {"limits": LOOSE, "parity_windows": WINDOWS, "n_threads": 1} | settings
+    return export_onnx(checkpoint, output, variants, **settings)
+
+
+def opened(folder: Path, variant: str, *, last: bool = False, n_ctx: int = 160) -> OnnxModel:
+    stem = VARIANTS[variant].stem + ("_last" if last else "")
+    return open_model(folder / variant / "onnx" / f"{stem}.onnx", n_ctx=n_ctx, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def pruned(make_checkpoint: MakeCheckpoint) -> Path:
+    return make_checkpoint("llama", widths=WIDTHS)
+
+
+@pytest.fixture(scope="module")
+def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("onnx") / "out"
+    export(pruned, output, *VARIANTS, calibration=WINDOWS)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {}),
+        ("llama", {"tied": False}),
+        ("llama", {"num_key_value_heads": 1}),
+        ("llama", {"head_dim": 32}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen2", {"tied": False}),
+        ("qwen3", {}),
+        ("qwen3", {"head_dim": 32}),
+    ],
+)
+def test_the_graph_computes_the_checkpoint(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    checkpoint = make_checkpoint(model_type, widths=WIDTHS, **overrides)
+    (record,) = export(checkpoint, tmp_path / "out", "fp32")
+    assert record.parity.max_logit_diff < 2e-4
+    assert record.parity.same_top1 == 1
+    assert record.widths == WIDTHS
+    model = load_pruned(checkpoint)
+    # Each weight once; rotary tables and sizes of reshapes are no weights.
+    assert record.n_params == sum(p.numel() for p in model.parameters())
+    graph = opened(tmp_path / "out", "fp32")
+    ids = WINDOWS[0].numpy()
+    with torch.inference_mode():
+        expected = model(input_ids=WINDOWS[:1]).logits[0].numpy()
+    for chunk in (96, 17, 1):
+        found = np.concatenate([piece.copy() for piece in graph.iter_logits(ids, chunk=chunk)])
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+    graph.rewind(40)
+    np.testing.assert_allclose(graph.decode(ids[40:]), expected[40:], atol=2e-4)
+
+
+def test_thirty_two_greedy_tokens_are_torchs(pruned: Path, exported: Path) -> None:
+    model = load_pruned(pruned)
+    prompt = WINDOWS[:1, :20]
+    with torch.inference_mode():
+        answer = model.generate(input_ids=prompt, max_new_tokens=32, do_sample=False, eos_token_id=None)
+    for last in (False, True):
+        graph = opened(exported, "fp32", last=last)
+        logits = graph.decode(prompt[0].numpy())
+        found: list[int] = []
+        while len(found) < 32:
+            found.append(int(logits[-1].argmax()))
+            logits = graph.decode([found[-1]])
+            assert logits.shape == (1, model.config.vocab_size)
+        assert found == answer[0, 20:].tolist()
+
+
+def test_variants_store_what_they_say(pruned: Path, exported: Path) -> None:
+    records = {
+        record.quant: record for record in read_record(ExportManifest, exported / MANIFEST_FILE).exports
+    }
+    assert list(records) == list(VARIANTS)
+    assert records["fp32"].tensor_types.keys() == {"float"}
+    assert records["fp16"].tensor_types.keys() == {"float16"}
+    assert {"int8", "float"} == records["int8"].tensor_types.keys()
+    assert {"int4", "int8", "float"} == records["int4"].tensor_types.keys()
+    # In every block q, k, o, gate, up and some down; v, the embedding and the other down have eight bits.
+    assert records["int4"].tensor_types["int4"] > records["int4"].tensor_types["int8"]
+    sizes = [records[name].file_bytes for name in ("fp32", "fp16", "int8", "int4")]
+    assert sizes == sorted(sizes, reverse=True)
+    for record in records.values():
+        check_graph(exported / record.file, read_config(pruned))
+        graph = onnx.load(exported / record.file, load_external_data=False)
+        onnx.shape_inference.infer_shapes(graph, strict_mode=True, check_type=True, data_prop=True)
+        assert record.source_model == "Dense-1B"
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4", "int4-b128"])
+def test_a_quantized_graph_computes_the_numbers_it_stores(exported: Path, variant: str) -> None:
+    """Against the same graph whose quantized layers are dequantized here, without rounding activations."""
+    path = exported / variant / "onnx" / f"{VARIANTS[variant].stem}.onnx"
+    graph = ir.load(path)
+    initializers = graph.graph.initializers
+    for node in list(graph.graph):
+        if node.op_type != "MatMulNBits":
+            continue
+        data, scales = (initializers[name].const_value for name in stored_names(node))
+        assert data is not None
+        assert scales is not None
+        weight = dequantized(data.numpy(), scales.numpy(), node.attributes["bits"].as_int())
+        weight = weight[:, : node.attributes["K"].as_int()]
+        name = f"{node.name}.dense"
+        value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(weight.T), name=name))
+        graph.graph.initializers[name] = value
+        node.replace_input_with(1, value)
+        plain = ir.Node("", "MatMul", [node.inputs[0], value], outputs=None, num_outputs=1)
+        ir.convenience.replace_nodes_and_values(
+            graph.graph, node, [node], [plain], node.outputs, plain.outputs
+        )
+    reference = path.with_name("reference.onnx")
+    ir.save(graph, reference)
+    ids = WINDOWS[0].numpy()
+    ours = next(iter(opened(exported, variant).iter_logits(ids))).copy()
+    theirs = next(iter(open_model(reference, n_ctx=160, n_threads=1).iter_logits(ids)))
+    # Only the rounding of activations to int8 is between them.
+    assert float(np.abs(ours - theirs).max()) < 0.05 * float(np.abs(theirs).max())
+
+
+def stored_names(node: ir.Node) -> tuple[str, str]:
+    data, scales = node.inputs[1], node.inputs[2]
+    assert data is not None
+    assert data.name is not None
+    assert scales is not None
+    producer = scales.producer()
+    assert producer is not None
+    stored = producer.inputs[0]
+    assert stored is not None
+    assert stored.name is not None
+    return data.name, stored.name
+
+
+def dequantized(data: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """As the operator's documentation has it."""
+    numbers = data if bits == 8 else np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:2], -1)
+    centred = numbers.astype(np.float32) - (1 << (bits - 1))
+    return (centred * scales.astype(np.float32)[..., None]).reshape(len(data), -1)
+
+
+def test_genai_generates_what_the_graph_generates(pruned: Path, exported: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    tokenizer = load_tokenizer(pruned)
+    text = "List three fruits: an apple, "
+    for variant in ("fp32", "int8", "int4"):
+        model = genai.Model(str(exported / variant))
+        ids = [int(i) for i in genai.Tokenizer(model).encode(text)]
+        assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(ids) + 12)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(ids)
+        graph = opened(exported, variant, last=True)
+        logits = graph.decode(ids)
+        for _ in range(10):
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            assert token == int(logits[-1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            logits = graph.decode([token])
+
+
+def test_a_folder_has_what_its_consumers_read(pruned: Path, exported: Path) -> None:
+    for name, variant in VARIANTS.items():
+        folder = exported / name
+        config = json.loads((folder / "config.json").read_text())
+        assert "auto_map" not in config
+        assert config["transformers.js_config"]["use_external_data_format"] == {f"{variant.stem}.onnx": 1}
+        genai = json.loads((folder / "genai_config.json").read_text())["model"]
+        assert (folder / genai["decoder"]["filename"]).is_file()
+        session = onnxruntime.InferenceSession(folder / "onnx" / f"{variant.stem}.onnx")
+        caches = [value for value in session.get_inputs() if "past_key_values" in value.name]
+        assert all(value.shape[1] == 2 and value.shape[3] == 16 for value in caches)
+        assert load_tokenizer(folder)("a fox")["input_ids"] == load_tokenizer(pruned)("a fox")["input_ids"]
+
+
+def test_both_graphs_share_one_file_of_weights(exported: Path) -> None:
+    folder = exported / "int4" / "onnx"
+    data = (folder / "model_q4.onnx_data").stat().st_size
+    graphs = [folder / "model_q4.onnx", folder / "model_q4_last.onnx"]
+    assert all(path.stat().st_size < 0.9 * data + 200_000 for path in graphs)
+    for path in graphs:
+        values = ir.load(path).graph.initializers.values()
+        outside = [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+        assert outside
+        assert all(tensor.location == "model_q4.onnx_data" for tensor in outside)
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [((), "no variant"), (("int2",), "onnx.*int2.*int4"), (("fp32", "int2"), "int2")],
+)
+def test_unknown_variants_are_refused(pruned: Path, tmp_path: Path, variants: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        export(pruned, tmp_path / "out", *variants)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_an_export_beyond_its_limit(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(LimitError, match=r"int4 .*kl_mean .* above its limit 1e-09"):
+        export(pruned, tmp_path / "out", "fp32", "int4", limits={"int4": ParityLimits(kl_mean=1e-9)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_kept_unless_forced(pruned: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="exists"):
+        export(pruned, tmp_path / "out", "fp32")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+    export(pruned, tmp_path / "out", "fp32", force=True)
+    assert (tmp_path / "out" / "fp32").is_dir()
+
+
+def test_a_graph_that_is_not_its_plan_is_refused(make_checkpoint: MakeCheckpoint, exported: Path) -> None:
+    other = read_config(make_checkpoint("llama", widths=(96, 64, 96, 40)))
+    with pytest.raises(LimitError, match=r"block 2's gate_proj gives .*128.*, not 96"):
+        check_graph(exported / "fp32" / "onnx" / "model.onnx", other)
+
+
+def test_a_rope_that_changes_with_length_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
+    checkpoint = make_checkpoint("llama", rope_parameters=rope)
+    with pytest.raises(InputError, match="rope_type"):
+        export(checkpoint, tmp_path / "out", "fp32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_opened_is_said_in_a_line(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        open_model(tmp_path / "none.onnx", n_ctx=8, n_threads=1)
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a graph")
+    with pytest.raises(InputError, match=r"cannot load .*broken\.onnx"):
+        open_model(broken, n_ctx=8, n_threads=1)
+    graph = opened(exported, "fp32", n_ctx=8)
+    with pytest.raises(InputError, match="n_ctx"):
+        graph.decode(list(range(9)))
