@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from cfsp.model_source import LoadedModel
 
-__all__ = ["left_padded", "pad_id", "stop_ids"]
+__all__ = ["left_padded", "pad_id", "stop_ids", "stop_tokens"]
 
 
 def stop_ids(loaded: LoadedModel) -> set[int]:
     """Tokens that end a text: the generation config's and the tokenizer's."""
-    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
+    return stop_tokens(loaded.model.generation_config, loaded.tokenizer)
+
+
+def stop_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
+    """The same without a model; the generation config may be None."""
+    configured = getattr(generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*listed, loaded.tokenizer.eos_token_id] if token is not None}
+    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
 def pad_id(loaded: LoadedModel) -> int:

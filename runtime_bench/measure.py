@@ -21,8 +21,9 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench import summary
-from runtime_bench.engines import EngineFacts, SessionSettings, require_engine
+from runtime_bench.engines import EngineFacts, SessionSettings, engine_for, require_engine
 from runtime_bench.environment import describe_environment
+from runtime_bench.files import files_of
 from runtime_bench.process import run_worker
 from runtime_bench.record import BenchRecord, Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -41,7 +42,7 @@ class _Session:
 
     files: tuple[Path, ...]
     hashes: tuple[str, ...]
-    engine: str
+    engines: tuple[str, ...]
     settings: BenchSettings
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -68,7 +69,7 @@ def run_bench(
     settings: BenchSettings,
     progress: Progress = no_progress,
     *,
-    engine: str = "llama.cpp",
+    engine: str | None = None,
     on_record: Callable[[BenchRecord], None] | None = None,
 ) -> list[BenchRecord]:
     """Measure every workload on every file, on this machine.
@@ -81,7 +82,7 @@ def run_bench(
         files: Exported model files.
         settings: What to measure and how often.
         progress: Told after each process.
-        engine: Key of ENGINES.
+        engine: Key of ENGINES; each file's default one unless given.
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
 
@@ -93,8 +94,10 @@ def run_bench(
         InputError: No file, a file that does not exist, an unknown engine, or nothing to measure.
     """
     workloads = workloads_of(settings)
-    require_engine(engine)
-    session = _Session(tuple(files), _hash_all(files), engine, settings)
+    engines = tuple(engine or engine_for(path) for path in files)
+    for name in engines:
+        require_engine(name)
+    session = _Session(tuple(files), _hash_all(files), engines, settings)
     groups = [(threads, workload) for threads in settings.threads for workload in workloads]
     processes = sum(len(_shares(settings, workload)) for _, workload in groups)
     counter = _Counter(progress, processes * len(files))
@@ -177,7 +180,7 @@ def _measure_once(
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     request = WorkerRequest(
         path=str(session.files[index]),
-        engine=session.engine,
+        engine=session.engines[index],
         workload=workload,
         session=SessionSettings(workload.n_ctx, threads, settings.n_batch, settings.n_ubatch),
         samples=samples,
@@ -208,7 +211,7 @@ def _record(
     return BenchRecord(
         kind="measured",
         target="local",
-        engine=session.engine,
+        engine=session.engines[index],
         status="failed" if row.failure else "ok",
         failure=row.failure,
         session=session.id,
@@ -218,7 +221,7 @@ def _record(
         model_type=facts.model_type,
         model_size=facts.model_size,
         model_n_params=facts.model_n_params,
-        file_size_bytes=path.stat().st_size,
+        file_size_bytes=sum(file.stat().st_size for file in files_of(path)),
         file_sha256=session.hashes[index],
         n_prompt=workload.n_prompt,
         n_gen=workload.n_gen,

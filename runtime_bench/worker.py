@@ -22,6 +22,7 @@ from typing import Any
 
 from cfsp.errors import PhonereadyError
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, open_session, prepare_engine
+from runtime_bench.files import files_of
 from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
 from runtime_bench.workload import Workload
 
@@ -94,8 +95,11 @@ def measure(request: WorkerRequest) -> WorkerResult:
     """
     path = Path(request.path)
     prepare_engine(request.engine)
-    _PAGE_CACHE[request.page_cache](path)
-    share = page_cache_share(path)
+    files = files_of(path)
+    for file in files:
+        _PAGE_CACHE[request.page_cache](file)
+    # The weights are in the largest file.
+    share = page_cache_share(max(files, key=lambda file: file.stat().st_size))
     baseline = current_rss_bytes()
     start = time.perf_counter_ns()
     session = open_session(request.engine, path, request.session)

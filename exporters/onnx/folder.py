@@ -14,10 +14,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cfsp.errors import InputError
 from cfsp.files import read_json, write_json
 from exporters.onnx.variants import Variant
 
-__all__ = ["GRAPHS", "write_companions"]
+__all__ = ["GRAPHS", "find_graph", "is_onnx", "write_companions"]
 
 GRAPHS = "onnx"
 """Folder of the graphs."""
@@ -31,6 +32,31 @@ _COPIED = (
 )
 # Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
+
+
+def is_onnx(reference: str) -> bool:
+    """Whether a reference is an .onnx file, or a folder that `export_onnx` made for a variant."""
+    path = Path(reference)
+    return path.suffix == ".onnx" or (path / GRAPHS).is_dir()
+
+
+def find_graph(reference: str, *, last_logits: bool = False) -> Path:
+    """The graph of a reference: the file itself, or of a variant's folder the one with the logits that are wanted.
+
+    Raises:
+        InputError: A folder without a graph, or with several.
+    """
+    path = Path(reference)
+    if path.suffix == ".onnx":
+        return path
+    graphs = [p for p in (path / GRAPHS).glob("*.onnx") if p.stem.endswith("_last") == last_logits]
+    if len(graphs) != 1:
+        raise InputError(
+            f"{path} has {len(graphs)} such graphs under {GRAPHS}",
+            field="model",
+            allowed="name the .onnx file",
+        )
+    return graphs[0]
 
 
 def write_companions(

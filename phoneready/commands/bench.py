@@ -15,7 +15,12 @@ __all__ = ["bench"]
 
 
 def bench(
-    files: Annotated[list[Path], typer.Argument(help="GGUF files; several are measured in turns (A B A B).")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            help="GGUF files, .onnx files, folders of ONNX variants; measured in turns (A B A B)."
+        ),
+    ],
     n_prompt: Annotated[
         list[str], typer.Option("-p", "--n-prompt", help="Prompt sizes of pp.", metavar="N,...")
     ] = ["512"],  # noqa: B006
@@ -28,6 +33,14 @@ def bench(
     depth: Annotated[
         list[str], typer.Option("-d", "--n-depth", help="Tokens in the context before.", metavar="N,...")
     ] = ["0"],  # noqa: B006
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            help="llama.cpp, onnxruntime or onnxruntime-genai.",
+            show_default="by the file",
+        ),
+    ] = None,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Samples of each row.", min=1)] = 5,
     threads: Annotated[
         list[str] | None,
@@ -47,11 +60,12 @@ def bench(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure loading, prompt processing, generation, time to first token and memory of GGUF files.
+    """Measure loading, prompt processing, generation, time to first token and memory of exported files.
 
     Each sample is taken in a fresh process; several files take turns. A size of 0 leaves a workload out.
     """
     quiet_libraries()
+    from exporters.onnx.folder import find_graph, is_onnx
     from runtime_bench.compare import compare
     from runtime_bench.jsonl import append_jsonl
     from runtime_bench.measure import run_bench
@@ -72,11 +86,13 @@ def bench(
         delay_s=delay,
         seed=seed,
     )
+    files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
     with show_progress() as progress:
         records = run_bench(
             files,
             settings,
             progress,
+            engine=engine,
             on_record=None if record is None else lambda row: append_jsonl(record, [row]),
         )
     text = format_table(records, output)

@@ -12,6 +12,7 @@ from cfsp.errors import InputError
 from cfsp.evaluation import LanguageModel, TorchLanguageModel
 from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.progress import Progress, no_progress
+from exporters.onnx.folder import is_onnx
 
 __all__ = ["RUNTIMES", "OpenSettings", "Runtime", "open_language_model", "runtime_for"]
 
@@ -64,9 +65,24 @@ def _open_llama_cpp(reference: str, settings: OpenSettings, progress: Progress) 
     return GGUFLanguageModel(Path(reference), n_ctx=context, n_threads=settings.threads)
 
 
+def _open_onnxruntime(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
+    from exporters.onnx.language_model import OnnxLanguageModel
+
+    if not is_onnx(reference):
+        raise InputError(
+            "onnxruntime runs .onnx files and folders of ONNX variants",
+            field="model",
+            value=reference,
+            allowed="FILE.onnx, DIR",
+        )
+    context = max(settings.seqlen, MAX_CONTEXT)
+    return OnnxLanguageModel(reference, n_ctx=context, n_threads=settings.threads)
+
+
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
     {
         "llama.cpp": Runtime(_open_llama_cpp, _is_gguf),
+        "onnxruntime": Runtime(_open_onnxruntime, is_onnx),
         "torch": Runtime(_open_torch, lambda reference: True),
     }
 )

@@ -22,6 +22,7 @@ __all__ = [
     "EngineSpec",
     "Session",
     "SessionSettings",
+    "engine_for",
     "open_session",
     "prepare_engine",
     "require_engine",
@@ -114,17 +115,39 @@ class EngineSpec:
         package: Import name of the runtime.
         distribution: What it is called where it is installed from.
         extra: Extra of phoneready that brings it.
+        suffix: Of the files it runs; the first engine for a suffix is the default.
     """
 
     module: str
     package: str
     distribution: str
     extra: str
+    suffix: str
 
 
+_ENGINES = "runtime_bench.engines"
 ENGINES = MappingProxyType(
-    {"llama.cpp": EngineSpec("runtime_bench.engines.llama_cpp", "llama_cpp", "llama-cpp-python", "gguf")}
+    {
+        "llama.cpp": EngineSpec(f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", "gguf", ".gguf"),
+        "onnxruntime": EngineSpec(f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", "onnx", ".onnx"),
+        "onnxruntime-genai": EngineSpec(
+            f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", "onnx", ".onnx"
+        ),
+    }
 )
+
+
+def engine_for(path: Path) -> str:
+    """The default engine of a file.
+
+    Raises:
+        InputError: No engine runs files of this kind.
+    """
+    found = next((name for name, spec in ENGINES.items() if spec.suffix == path.suffix), None)
+    if found is None:
+        known = ", ".join(dict.fromkeys(spec.suffix for spec in ENGINES.values()))
+        raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=known)
+    return found
 
 
 def require_engine(engine: str) -> None:

@@ -1,0 +1,111 @@
+"""An ONNX graph in ONNX Runtime as a `cfsp.evaluation.LanguageModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cfsp.errors import InputError
+from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.files import read_json, sha256_file
+from cfsp.generation import stop_tokens
+from cfsp.model_reference import load_tokenizer
+from exporters.onnx.folder import GRAPHS, find_graph
+from exporters.onnx.runtime import open_model
+
+__all__ = ["OnnxLanguageModel"]
+
+_BATCH = 256
+
+
+class OnnxLanguageModel:
+    """An exported graph, run by ONNX Runtime, with keys and values in the type of the graph.
+
+    Args:
+        reference: The .onnx file with the logits of every position, or the folder of its variant.
+        n_ctx: Most tokens at once; cut to the model's context.
+        n_threads: Threads; torch's number by default.
+
+    Raises:
+        InputError: As `open_model`, or no tokenizer beside it.
+        MissingExtraError: ONNX Runtime is not installed.
+    """
+
+    runtime = "onnxruntime"
+
+    def __init__(self, reference: str, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
+        path = find_graph(reference)
+        folder = next((p for p in path.resolve().parents[:2] if (p / "tokenizer.json").is_file()), None)
+        if folder is None:
+            raise InputError(f"no tokenizer.json beside {path}")
+        self.name = reference
+        self.tokenizer = load_tokenizer(folder)
+        self.sha256: str | None = sha256_file(path)
+        config = read_json(folder / "config.json")
+        self.context_length = min(n_ctx, int(config["max_position_embeddings"]))
+        threads = n_threads or torch.get_num_threads()
+        self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH)
+        if self._model.last_logits:
+            raise InputError(
+                f"{path} gives the last position's logits alone", allowed=f"the other graph in {GRAPHS}"
+            )
+        self.vocab_size = self._model.vocab_size
+        self._stops = stop_tokens(_generation_config(folder), self.tokenizer)
+
+    def close(self) -> None:
+        """Let the session go; may be called twice."""
+        self._model.close()
+
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `LanguageModel`."""
+        start = 1
+        for piece in self._model.iter_logits(window.numpy()):
+            count = min(len(piece), len(window) - start)
+            if count:
+                yield slice(start, start + count), torch.from_numpy(piece[:count].copy())
+            start += count
+
+    def score(self, items: Sequence[Branches]) -> list[list[Score]]:
+        """See `LanguageModel`; after each continuation the cache is rewound to the context."""
+        return [list(self._score(item)) for item in items]
+
+    def _score(self, item: Branches) -> Iterator[Score]:
+        rows = [self._read(item.context)[-1:]]
+        for continuation in item.continuations:
+            self._model.rewind(len(item.context))
+            if len(continuation) > 1:
+                rows.append(self._model.decode(continuation[:-1]).copy())
+        yield from branch_scores(item, torch.from_numpy(np.concatenate(rows)).log_softmax(-1))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """See `LanguageModel`; one prompt after the other."""
+        return [self._generate(prompt, max_new_tokens, stop_strings) for prompt in prompts]
+
+    def _generate(self, prompt: Sequence[int], max_new_tokens: int, stop_strings: Sequence[str]) -> list[int]:
+        answer: list[int] = []
+        logits = self._read(prompt)
+        while (token := int(logits[-1].argmax())) not in self._stops:
+            answer.append(token)
+            stopped = bool(stop_strings) and any(s in self.tokenizer.decode(answer) for s in stop_strings)
+            if stopped or len(answer) == max_new_tokens:
+                break
+            logits = self._model.decode([token])
+        return answer
+
+    def _read(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits of the last piece of a text that nothing comes before."""
+        *_, last = self._model.iter_logits(np.asarray(tokens, dtype=np.int64))
+        return last.copy()
+
+
+def _generation_config(folder: Path) -> Any:
+    from transformers import GenerationConfig
+
+    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None

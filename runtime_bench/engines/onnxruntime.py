@@ -1,0 +1,80 @@
+"""ONNX Runtime as an engine, through the exporters' runtime: the same code path that parity is proven with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from exporters.onnx.runtime import OnnxModel, open_model, runtime_version
+from runtime_bench.engines import EngineFacts, Session, SessionSettings
+from runtime_bench.files import files_of
+
+__all__ = ["OnnxRuntimeSession", "open_session", "prepare"]
+
+
+class OnnxRuntimeSession:
+    """An open graph; see `runtime_bench.engines.Session`."""
+
+    def __init__(self, model: OnnxModel) -> None:
+        from tokenizers import Tokenizer
+
+        self._model = model
+        self._last: int | None = None
+        folder = next(p for p in model.path.resolve().parents if (p / "tokenizer.json").is_file())
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.n_vocab = model.vocab_size
+        added = self._tokenizer.encode("").ids
+        self.bos = added[0] if added else None
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What ONNX Runtime says about itself, and what the files say."""
+        name, version = runtime_version().split(" ")
+        return EngineFacts(
+            model_type=self._model.path.stem,
+            model_size=sum(file.stat().st_size for file in files_of(self._model.path)),
+            model_n_params=None,
+            backends="CPU",
+            build_commit=None,
+            versions={name: version},
+            system_info=None,
+        )
+
+    def clear(self) -> None:
+        """Forget the context."""
+        self._model.clear()
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the context, n_batch at a time."""
+        step = self._model.n_batch
+        for start in range(0, len(tokens), step):
+            self._last = int(self._model.decode(tokens[start : start + step])[-1].argmax())
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids, with the start token where the tokenizer adds one."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def sample(self) -> int:
+        """The likeliest token after the last one."""
+        assert self._last is not None  # something was decoded
+        return self._last
+
+    def close(self) -> None:
+        """Let the session go."""
+        self._model.close()
+
+
+def prepare() -> None:
+    """Load the library."""
+    runtime_version()
+
+
+def open_session(path: Path, settings: SessionSettings) -> Session:
+    """Open a graph whose weights lie beside it.
+
+    Raises:
+        InputError: ONNX Runtime cannot load it.
+    """
+    model = open_model(path, n_ctx=settings.n_ctx, n_threads=settings.n_threads, n_batch=settings.n_batch)
+    return OnnxRuntimeSession(model)

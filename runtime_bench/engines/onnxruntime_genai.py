@@ -1,0 +1,92 @@
+"""ONNX Runtime GenAI as an engine: its own cache and generation loop over the graph that genai_config.json names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import InputError
+from runtime_bench.engines import EngineFacts, Session, SessionSettings
+from runtime_bench.files import files_of
+
+__all__ = ["GenAISession", "open_session", "prepare"]
+
+_CONFIG = "genai_config.json"
+
+
+class GenAISession:
+    """An open folder; see `runtime_bench.engines.Session`."""
+
+    def __init__(self, path: Path, folder: Path, settings: SessionSettings) -> None:
+        import onnxruntime_genai as genai
+
+        options = {"intra_op_num_threads": settings.n_threads}
+        config = genai.Config(str(folder))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self._genai, self._path, self._settings = genai, path, settings
+        self._model = genai.Model(config)
+        self._tokenizer = genai.Tokenizer(self._model)
+        self.n_vocab = int(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["model"]["vocab_size"])
+        added = self.tokenize("")
+        self.bos = added[0] if added else None
+        self.clear()
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What GenAI says about itself, and what the files say."""
+        return EngineFacts(
+            model_type=self._path.stem,
+            model_size=sum(file.stat().st_size for file in files_of(self._path)),
+            model_n_params=None,
+            backends="CPU",
+            build_commit=None,
+            versions={"onnxruntime-genai": self._genai.__version__},
+            system_info=None,
+        )
+
+    def clear(self) -> None:
+        """Forget the context."""
+        parameters = self._genai.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=self._settings.n_ctx, do_sample=False)
+        self._generator: Any = self._genai.Generator(self._model, parameters)
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the context, n_batch at a time."""
+        step = self._settings.n_batch
+        for start in range(0, len(tokens), step):
+            self._generator.append_tokens(list(tokens[start : start + step]))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids, with the start token where the tokenizer adds one."""
+        return [int(token) for token in self._tokenizer.encode(text)] if text else []
+
+    def sample(self) -> int:
+        """The likeliest token after the last one."""
+        self._generator.generate_next_token()
+        return int(self._generator.get_next_tokens()[0])
+
+    def close(self) -> None:
+        """Let generator and model go."""
+        self._generator = self._model = None
+
+
+def prepare() -> None:
+    """Load the library."""
+    import onnxruntime_genai  # noqa: F401
+
+
+def open_session(path: Path, settings: SessionSettings) -> Session:
+    """Open the folder that a graph belongs to.
+
+    Raises:
+        InputError: No genai_config.json above it, or GenAI cannot load it.
+    """
+    folder = next((p for p in path.resolve().parents if (p / _CONFIG).is_file()), None)
+    if folder is None:
+        raise InputError(f"no {_CONFIG} beside {path} or above it")
+    try:
+        return GenAISession(path, folder, settings)
+    except RuntimeError as error:
+        raise InputError(f"ONNX Runtime GenAI cannot load {folder}: {str(error).splitlines()[0]}") from error
