@@ -21,8 +21,8 @@ from exporters.onnx.variants import BlockFormat
 
 __all__ = ["Rounded", "gptq", "joined", "pack", "round_to_nearest"]
 
-_SEARCH = 16
-_SMALLEST = 0.7
+# 1 is among them: a block that lies on a grid already is kept.
+_FACTORS = tuple(round(0.7 + 0.025 * i, 3) for i in range(15))
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
     base = -largest / form.half
     base = torch.where(base == 0, torch.ones_like(base), base)
     best, lowest = base, torch.full_like(base, torch.inf)
-    for factor in torch.linspace(_SMALLEST, 1.05, _SEARCH).tolist():
+    for factor in _FACTORS:
         scale = base * factor
         values = (_levels(blocks, scale, form).float() - form.half) * scale[..., None]
         loss = ((blocks - values).square() * counts).sum(-1)

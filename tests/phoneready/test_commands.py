@@ -132,6 +132,54 @@ def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert records.read_text(encoding="utf-8").count("\n") == len(rows)
 
 
+def test_both_kinds_of_export_share_a_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    output = tmp_path / "out"
+    kinds = ["--gguf", "f32", "--onnx", "fp32,int8", "--threads", "1"]
+    assert main(["export", str(checkpoint), "-o", str(output), *kinds, "--json"]) == 0
+    exports = json.loads(capsys.readouterr().out)["exports"]
+    assert [export["quant"] for export in exports] == ["f32", "fp32", "int8"]
+    assert all((output / export["file"]).is_file() for export in exports)
+    assert {path.name for path in output.iterdir()} == {"gguf", "onnx"}
+
+    folders = [str(output / "onnx" / name) for name in ("fp32", "int8")]
+    sizes = ["-p", "8", "-n", "4", "--ttft", "4", "-r", "1", "-t", "1", "--output", "jsonl"]
+    for engine in ("onnxruntime", "onnxruntime-genai"):
+        assert main(["bench", *folders, *sizes, "--engine", engine]) == 0
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert {row["engine"] for row in rows} == {engine}
+        assert [row["test"] for row in rows[::2]] == ["load", "pp8", "tg4", "ttft4"]
+        files = [Path(row["model_filename"]) for row in rows]
+        assert {file.name for file in files} == {"model_last.onnx", "model_quantized_last.onnx"}
+        # The weights beside a graph belong to its size.
+        assert all(
+            row["file_size_bytes"] > 2 * file.stat().st_size for row, file in zip(rows, files, strict=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--onnx", "int3"], "int4-b128"),
+        (["--onnx", "int4", "--calibration", "missing.txt"], "missing.txt"),
+        (["--onnx", "int4", "--calibration", "none", "--calibration", "self"], "stands alone"),
+    ],
+)
+def test_export_refuses_what_it_cannot_do(
+    arguments: list[str], reason: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    assert main(["export", str(checkpoint), "-o", str(tmp_path / "out"), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert reason in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "missing"), "-o", str(tmp_path / "out")]) == 2
     assert "not a folder" in capsys.readouterr().err

@@ -65,6 +65,15 @@ def gguf(tiny_gguf: TinyPath) -> str:
     return str(tiny_gguf())
 
 
+@pytest.fixture(scope="module")
+def onnx(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the float32 ONNX variant."""
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    output = tmp_path_factory.mktemp("onnx") / "out"
+    assert main(["export", model, "-o", str(output), "--onnx", "fp32", "--threads", "1"]) == 0
+    return str(output / "fp32")
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Path:
     rows = [
@@ -99,17 +108,19 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2
 
 
 def test_a_file_is_judged_in_its_own_runtime(
-    model: str, gguf: str, capsys: pytest.CaptureFixture[str]
+    model: str, gguf: str, onnx: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = [
-        evaluate(capsys, *arguments, *SIZES) for arguments in ([model], [gguf], [gguf, "--runtime", "torch"])
-    ]
-    assert [r["model"]["runtime"] for r in results] == ["torch", "llama.cpp", "torch"]
-    torch_figures, llama_figures, dequantized = (r["texts"][0] for r in results)
-    assert llama_figures["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-4)
+    runs = ([model], [gguf], [gguf, "--runtime", "torch"], [onnx], [f"{onnx}/onnx/model.onnx"])
+    capsys.readouterr()
+    results = [evaluate(capsys, *arguments, *SIZES) for arguments in runs]
+    runtimes = [r["model"]["runtime"] for r in results]
+    assert runtimes == ["torch", "llama.cpp", "torch", "onnxruntime", "onnxruntime"]
+    torch_figures, llama_figures, dequantized, *onnx_figures = (r["texts"][0] for r in results)
+    for exported in (llama_figures, *onnx_figures):
+        assert exported["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-4)
     assert dequantized["perplexity"] == pytest.approx(torch_figures["perplexity"], rel=1e-5)
     assert llama_figures["windows_sha256"] == torch_figures["windows_sha256"]
-    assert results[0]["answers"] == results[1]["answers"]
+    assert results[0]["answers"] == results[1]["answers"] == results[3]["answers"]
 
 
 def test_a_file_against_the_checkpoint(model: str, gguf: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,12 +133,14 @@ def test_a_file_against_the_checkpoint(model: str, gguf: str, capsys: pytest.Cap
 
 @pytest.mark.filterwarnings("ignore")
 def test_tasks_agree_between_runtimes(
-    model: str, gguf: str, task: Path, capsys: pytest.CaptureFixture[str]
+    model: str, gguf: str, onnx: str, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the eval extra is not installed")
     asked = ["--tasks", str(task), "--num-fewshot", "1", "--no-text", "--no-prompts"]
-    result = evaluate(capsys, gguf, "--against", model, *asked)
-    assert result["tasks"] == result["against_tasks"]
+    capsys.readouterr()
+    for exported in (gguf, onnx):
+        result = evaluate(capsys, exported, "--against", model, *asked)
+        assert result["tasks"] == result["against_tasks"]
     (done,) = result["tasks"]
     assert (done["task"], done["version"], done["n_items"], done["num_fewshot"]) == ("fruits", "2.0", 10, 1)
     assert main(["eval", model, *asked]) == 0

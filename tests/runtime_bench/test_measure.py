@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
+from exporters.onnx import export_onnx
+from exporters.onnx.folder import find_graph
 from runtime_bench import measure as measure_module
-from runtime_bench.engines import SessionSettings
+from runtime_bench.engines import ENGINES, SessionSettings
 from runtime_bench.measure import run_bench
 from runtime_bench.process import run_worker
 from runtime_bench.record import BenchRecord
@@ -34,6 +36,14 @@ ONE = replace(QUICK, n_prompt=(), ttft=(), load=False)
 @pytest.fixture(scope="module")
 def model(tiny_gguf: Callable[..., Path]) -> Path:
     return tiny_gguf()
+
+
+@pytest.fixture(scope="module")
+def onnx_graph(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    output = tmp_path_factory.mktemp("onnx") / "out"
+    export_onnx(tiny_folder(), output, ["fp32"], n_threads=1)
+    return find_graph(str(output / "fp32"), last_logits=True)
 
 
 def request(path: Path, workload: Workload, **changes: object) -> WorkerRequest:
@@ -65,13 +75,15 @@ def test_records_say_what_and_where(records: list[BenchRecord], model: Path) -> 
     assert 0 < record.baseline_rss_bytes <= record.peak_rss_bytes
 
 
-def test_the_measuring_process_holds_no_torch(model: Path) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_measuring_process_holds_no_torch(model: Path, onnx_graph: Path, engine: str) -> None:
     code = (
         "import sys, json; from runtime_bench.worker import measure, request_from_json;"
         "measure(request_from_json(json.loads(sys.argv[1])));"
         "print(sorted({'torch', 'transformers', 'pydantic'} & set(sys.modules)))"
     )
-    payload = json.dumps(asdict(request(model, Workload("pp", n_prompt=4))))
+    path = {".gguf": model, ".onnx": onnx_graph}[ENGINES[engine].suffix]
+    payload = json.dumps(asdict(request(path, Workload("pp", n_prompt=4), engine=engine)))
     command = [sys.executable, "-c", code, payload]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,129 @@
+"""Rounding to blocks of few bits: bounds, GPTQ against nearest numbers, and what the model becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp.architectures import block_linears
+from cfsp.errors import InputError
+from exporters.onnx import VARIANTS, BlockFormat
+from exporters.onnx.block_quantize import gptq, joined, pack, round_to_nearest
+from exporters.onnx.quantize import quantize_linears
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated_inputs(columns: int, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(512, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 150),
+    bits=st.sampled_from([4, 8]),
+    block_size=st.sampled_from([16, 32, 128]),
+    seed=st.integers(0, 99),
+)
+def test_no_number_moves_further_than_its_step(
+    rows: int, columns: int, bits: int, block_size: int, seed: int
+) -> None:
+    weight, form = weights(rows, columns, seed), BlockFormat(bits, block_size)
+    rounded = round_to_nearest(weight, form)
+    assert rounded.q.shape == (rows, -(-columns // block_size), block_size)
+    assert int(rounded.q.max()) < 2**bits
+    step = rounded.scales.float().abs().repeat_interleave(block_size, 1)[:, :columns]
+    inside = weight.abs() <= step * (form.half - 1)
+    error = (rounded.dequantized() - weight).abs()
+    assert bool((error <= 0.5001 * step)[inside].all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_matrix_on_its_grid_is_kept(bits: int) -> None:
+    form = BlockFormat(bits, 32)
+    q = torch.randint(0, 2**bits, (6, 2, 32), generator=torch.Generator().manual_seed(0)).float()
+    q[..., 0] = 0  # the extreme, so that the grid is found
+    weight = ((q - form.half) * 0.25).flatten(1)
+    torch.testing.assert_close(round_to_nearest(weight, form).dequantized(), weight, atol=0, rtol=0)
+
+
+def test_zeros_stay_zeros() -> None:
+    rounded = round_to_nearest(torch.zeros(3, 64), BlockFormat(4, 32))
+    assert bool(torch.isfinite(rounded.scales).all())
+    assert float(rounded.dequantized().abs().max()) == 0
+
+
+@pytest.mark.parametrize("columns", [64, 72])
+def test_gptq_loses_less_of_the_output_than_nearest_numbers(columns: int) -> None:
+    weight, x, form = weights(48, columns), correlated_inputs(columns), BlockFormat(4, 32)
+    gram = x.T @ x / len(x)
+
+    def lost(approximation: torch.Tensor) -> float:
+        return float((x @ (weight - approximation).T).square().mean())
+
+    nearest = lost(round_to_nearest(weight, form, gram.diagonal()).dequantized())
+    assert lost(gptq(weight, gram, form).dequantized()) < 0.5 * nearest
+
+
+def test_gptq_of_independent_inputs_is_nearest_numbers() -> None:
+    weight, form = weights(8, 64), BlockFormat(4, 32)
+    found = gptq(weight, torch.eye(64), form)
+    assert torch.equal(found.q, round_to_nearest(weight, form, torch.ones(64)).q)
+
+
+def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
+    with pytest.raises(InputError):
+        gptq(weights(4, 32), torch.full((32, 32), float("nan")), BlockFormat(4, 32))
+
+
+def test_important_inputs_decide_the_scale() -> None:
+    weight = torch.cat([weights(64, 31), torch.full((64, 1), 12.0)], 1)
+    importance = torch.ones(32)
+    importance[31] = 1e-6
+    form = BlockFormat(4, 32)
+    plain, guided = (round_to_nearest(weight, form, i).dequantized() for i in (None, importance))
+
+    def loss(approximation: torch.Tensor) -> float:
+        return float(((weight - approximation).square() * importance).sum())
+
+    assert loss(guided) < loss(plain)
+
+
+def test_packed_bytes_hold_the_low_number_first() -> None:
+    rounded = round_to_nearest(weights(2, 32), BlockFormat(4, 32))
+    data = torch.from_numpy(pack(rounded).data)
+    assert torch.equal(data & 15, rounded.q[..., 0::2])
+    assert torch.equal(data >> 4, rounded.q[..., 1::2])
+    both = joined([rounded, rounded])
+    assert torch.equal(both.dequantized(), torch.cat([rounded.dequantized()] * 2))
+
+
+def test_the_model_becomes_what_is_stored(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("qwen2")
+    ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before = model(ids).logits
+    form_of = VARIANTS["int4"].format_of
+    assert form_of is not None
+    names = [name for block in block_linears(model) for name in block]
+    done: list[tuple[int, int]] = []
+    rounded = quantize_linears(model, form_of, ids, progress=lambda _, a, b: done.append((a, b)))
+    assert list(rounded) == names
+    assert done == [(i, 4) for i in range(1, 5)]
+    assert {rounded[name].form.bits for name in names if name.endswith("v_proj")} == {8}
+    for name in names:
+        assert torch.equal(model.get_submodule(name).weight, rounded[name].dequantized())
+    with torch.inference_mode():
+        guided = (model(ids).logits - before).square().mean()
+    plain, _ = tiny_model("qwen2")
+    quantize_linears(plain, form_of, None)
+    with torch.inference_mode():
+        assert guided < (plain(ids).logits - before).square().mean()
