@@ -105,7 +105,13 @@ def folder_source(folder: Path, source: ModelSource) -> ModelSource:
     completed = replace(source, sha256=sha256_files(safetensors_files(folder)))
     if is_pruned_checkpoint(folder):
         dense = read_checkpoint_info(folder).source
-        return replace(completed, name=dense.name, license=dense.license, base_model=dense.base_model)
+        return replace(
+            completed,
+            name=dense.name,
+            license=dense.license,
+            base_model=dense.base_model,
+            made_from=dense.sha256,
+        )
     card = _model_card(folder)
     base_model = card.get("base_model") or (source.reference if source.kind == "hub" else None)
     return replace(completed, license=card.get("license"), base_model=base_model)

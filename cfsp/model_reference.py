@@ -116,6 +116,7 @@ def _complete_from_gguf(source: ModelSource, file: GGUFFile) -> ModelSource:
         sha256=source.sha256 or sha256_file(file.path),
         license=stated("general.license"),
         base_model=source.base_model or base_model,
+        made_from=stated("phoneready.source_sha256"),
     )
 
 

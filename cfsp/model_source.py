@@ -21,6 +21,7 @@ class ModelSource:
         sha256: Of the GGUF file, or of the folder's safetensors files in order of name.
         license: Identifier such as "apache-2.0", as the source states it.
         base_model: The model that this one is made from, as the source states it.
+        made_from: Hash of the dense model's weights, of a checkpoint or a file that states it.
     """
 
     reference: str
@@ -31,6 +32,7 @@ class ModelSource:
     sha256: str | None = None
     license: str | None = None
     base_model: str | None = None
+    made_from: str | None = None
 
 
 @dataclass(frozen=True)

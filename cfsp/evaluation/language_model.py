@@ -56,6 +56,7 @@ class LanguageModel(Protocol):
         name: What was opened, as the user gave it.
         runtime: What runs it, such as `torch`.
         sha256: Hash of the weights' file or files, where known.
+        source_sha256: Hash of the dense model's weights that it was made from, where it says so.
         tokenizer: A transformers tokenizer; token ids below are its ids.
         vocab_size: Length of a row of logits.
         context_length: Most tokens of one sequence.
@@ -64,6 +65,7 @@ class LanguageModel(Protocol):
     name: str
     runtime: str
     sha256: str | None
+    source_sha256: str | None
     tokenizer: Any
     vocab_size: int
     context_length: int

@@ -11,6 +11,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores
 from cfsp.files import sha256_file
+from cfsp.gguf_file import read_gguf
 from cfsp.gguf_tokenizer import tokenizer_from_gguf
 from exporters.gguf import runtime
 from exporters.gguf.llama_batch import Entry
@@ -45,6 +46,7 @@ class GGUFLanguageModel:
         self.name = name or str(path)
         self.tokenizer = tokenizer_from_gguf(path)
         self.sha256: str | None = sha256_file(path)
+        self.source_sha256: str | None = read_gguf(path).metadata.get("phoneready.source_sha256")
         self.context_length = min(n_ctx, trained) if trained > 0 else n_ctx
         self._model = runtime.open_model(
             path,

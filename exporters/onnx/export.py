@@ -166,6 +166,7 @@ def _metadata(job: _Job) -> dict[str, str]:
     origin = job.provenance
     known = {
         "phoneready.source_model": origin.source_model,
+        "phoneready.source_sha256": origin.source_sha256,
         "phoneready.checkpoint_sha256": origin.checkpoint_sha256,
         "phoneready.plan_sha256": origin.plan_sha256,
         "phoneready.license": origin.license,

@@ -55,6 +55,7 @@ class OnnxLanguageModel:
                 f"{path} gives the last position's logits alone", allowed=f"the other graph in {GRAPHS}"
             )
         self.vocab_size = self._model.vocab_size
+        self.source_sha256: str | None = self._model.metadata.get("phoneready.source_sha256")
         self._stops = stop_tokens(_generation_config(folder), self.tokenizer)
 
     def close(self) -> None:

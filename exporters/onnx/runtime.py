@@ -53,6 +53,7 @@ class OnnxModel:
         n_ctx: Tokens that fit the cache.
         n_past: Tokens in it.
         last_logits: Whether the graph gives the last position's logits alone.
+        metadata: The file's own keys.
     """
 
     def __init__(self, path: Path, session: Any, n_ctx: int, n_batch: int) -> None:
@@ -67,8 +68,8 @@ class OnnxModel:
         self._presents = [name.replace("past_key_values.", "present.") for name in self._caches]
         self.vocab_size = int(outputs[0].shape[-1])
         self.last_logits = outputs[0].shape[1] == 1
-        metadata = session.get_modelmeta().custom_metadata_map
-        self._fixed = metadata.get(CACHE_KEY) == FIXED_CACHE
+        self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
+        self._fixed = self.metadata.get(CACHE_KEY) == FIXED_CACHE
         self._cache: dict[str, Any] = {}
         self.clear()
 

@@ -243,6 +243,8 @@ def _check_comparable(now: Evaluation, baseline: Evaluation, where: str | Path) 
 def _conditions(now: Evaluation, baseline: Evaluation) -> Iterator[tuple[str, Any, Any]]:
     """(what, then, now) of everything that must be equal for figures to be comparable."""
     yield "reference model", _reference(baseline, now), _reference(now, baseline)
+    if baseline.model.source_sha256 and now.model.source_sha256:
+        yield "hash of the dense model", baseline.model.source_sha256, now.model.source_sha256
     texts = {_text_name(text): text for text in now.texts}
     for text in baseline.texts:
         name = _text_name(text)

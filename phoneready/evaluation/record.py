@@ -53,13 +53,15 @@ class ModelIdentity:
 
     Attributes:
         reference: As it was given.
-        runtime: `torch`, `llama.cpp`.
+        runtime: A name in `phoneready.evaluation.models.RUNTIMES`.
         sha256: Hash of its weights' file or files, where known.
+        source_sha256: Hash of the dense model's weights that it was made from, where it says so.
     """
 
     reference: str
     runtime: str = "torch"
     sha256: str | None = None
+    source_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,4 +167,4 @@ class Evaluation:
 
 def identity_of(model: LanguageModel) -> ModelIdentity:
     """The identity of an opened model."""
-    return ModelIdentity(model.name, model.runtime, model.sha256)
+    return ModelIdentity(model.name, model.runtime, model.sha256, model.source_sha256)

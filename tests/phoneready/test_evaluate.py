@@ -285,6 +285,24 @@ def test_another_baseline_is_refused(
     assert reason in refused(capsys, other, "--against", model, *SIZES, "--baseline", baseline)
 
 
+def test_a_baseline_of_another_dense_model_is_refused_without_a_reference(
+    model: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = str(tmp_path / "baseline.json")
+    small = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "1"]
+    for name, dense in (("ours", model), ("theirs", other)):
+        assert main(["prune", dense, "-o", str(tmp_path / name), "--prune-ratio", "0.25", *small]) == 0
+    exported = tmp_path / "onnx"
+    assert main(["export", str(tmp_path / "ours"), "-o", str(exported), "--onnx", "fp32"]) == 0
+    capsys.readouterr()
+    found = evaluate(capsys, str(tmp_path / "ours"), *TEXT, "--save", saved)
+    assert found["model"]["source_sha256"] is not None
+    result = evaluate(capsys, str(exported / "fp32"), *TEXT, "--baseline", saved)
+    assert result["model"]["source_sha256"] == found["model"]["source_sha256"]
+    gated = [str(tmp_path / "theirs"), *TEXT, "--baseline", saved]
+    assert "hash of the dense model" in refused(capsys, *gated)
+
+
 def test_task_figures_are_gated(
     model: str, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
