@@ -14,7 +14,7 @@ from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporari
 from cfsp.model_reference import load_model
 from cfsp.progress import Progress, no_progress
 from exporters.gguf import export_gguf
-from exporters.onnx import export_onnx, find_variant
+from exporters.onnx import find_variant
 from exporters.record import ExportRecord
 
 __all__ = ["ExportRequest", "export_checkpoint"]
@@ -75,6 +75,8 @@ def export_checkpoint(
         )
 
     def onnx(folder: Path, *, force: bool) -> tuple[ExportRecord, ...]:
+        from exporters.onnx import export_onnx
+
         return export_onnx(
             checkpoint,
             folder,

@@ -25,9 +25,15 @@ REQUIRED = (
     *("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf"),
     *("pydantic", "typer", "rich", "psutil", "jinja2"),
 )
-OPTIONAL = {"llama-cpp-python": "gguf", "datasets": "data", "pyarrow": "data"}
+OPTIONAL = {
+    "llama-cpp-python": "gguf",
+    **dict.fromkeys(("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai"), "onnx"),
+    **dict.fromkeys(("datasets", "pyarrow"), "data"),
+    **dict.fromkeys(("peft", "accelerate"), "recover"),
+    "lm-eval": "eval",
+}
 OLDEST_PYTHON = (3, 11)
-# What llama.cpp's kernels make use of, on x86-64 and on ARM.
+# What llama.cpp's and torch's kernels make use of, on x86-64 and on ARM.
 FEATURES = (
     "avx",
     "avx2",
@@ -37,6 +43,7 @@ FEATURES = (
     "avx512_vnni",
     "avx512_bf16",
     "amx_int8",
+    "amx_bf16",
     "asimddp",
     "i8mm",
     "sve",

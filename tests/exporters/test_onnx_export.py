@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,45 @@ def test_thirty_two_greedy_tokens_are_torchs(pruned: Path, exported: Path) -> No
             logits = graph.decode([found[-1]])
             assert logits.shape == (1, model.config.vocab_size)
         assert found == answer[0, 20:].tolist()
+
+
+def run_session(session: Any, ids: Any, mask: Any, cache: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Logits, and the cache as the next call's inputs; without one, from an empty past."""
+    names = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    empty = np.zeros((len(ids), 2, 0, 16), dtype=np.float32)
+    feeds = {"input_ids": ids, "attention_mask": mask} | (cache or dict.fromkeys(names, empty))
+    logits, *present = session.run(None, feeds)
+    return logits, dict(zip(names, present, strict=True))
+
+
+def test_a_cache_may_grow_from_nothing(pruned: Path, exported: Path) -> None:
+    """As optimum and transformers.js run it."""
+    session = onnxruntime.InferenceSession(exported / "fp32" / "onnx" / "model.onnx")
+    model, ids = load_pruned(pruned), WINDOWS[:1, :30]
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits.numpy()
+    cache: dict[str, Any] = {}
+    found = []
+    for start, stop in ((0, 20), (20, 21), (21, 30)):
+        mask = np.ones((1, stop), dtype=np.int64)
+        logits, cache = run_session(session, ids[:, start:stop].numpy(), mask, cache)
+        found.append(logits)
+        assert all(part.shape[2] == stop for part in cache.values())
+    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, atol=2e-4)
+
+
+def test_rows_of_a_batch_may_end_with_padding(pruned: Path, exported: Path) -> None:
+    session = onnxruntime.InferenceSession(exported / "fp32" / "onnx" / "model.onnx")
+    model, ids = load_pruned(pruned), WINDOWS[:, :12].clone()
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    logits, _ = run_session(session, ids.numpy(), mask.numpy(), {})
+    with torch.inference_mode():
+        alone = [
+            model(input_ids=row[None, :length]).logits[0] for row, length in zip(ids, (12, 7), strict=True)
+        ]
+    np.testing.assert_allclose(logits[0], alone[0], atol=2e-4)
+    np.testing.assert_allclose(logits[1, :7], alone[1], atol=2e-4)
 
 
 def test_variants_store_what_they_say(pruned: Path, exported: Path) -> None:
@@ -286,3 +327,24 @@ def test_what_cannot_be_opened_is_said_in_a_line(exported: Path, tmp_path: Path)
     graph = opened(exported, "fp32", n_ctx=8)
     with pytest.raises(InputError, match="n_ctx"):
         graph.decode(list(range(9)))
+
+
+def test_without_the_extra_gguf_works_and_onnx_names_it(tmp_path: Path) -> None:
+    """In a process that cannot find onnx_ir, as where the extra is not installed."""
+    code = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'onnx_ir':\n"
+        "            raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "import phoneready.exporting\n"
+        "from cfsp.errors import MissingExtraError\n"
+        "try:\n"
+        "    from exporters.onnx import export_onnx\n"
+        "except MissingExtraError as error:\n"
+        "    print(error)\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "onnx-ir is not installed; run: pip install 'phoneready[onnx]'\n"
