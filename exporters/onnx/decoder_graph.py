@@ -34,12 +34,7 @@ _IR_VERSION = 10
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What is the same in all blocks.
-
-    Attributes:
-        rms_norm_eps: Of all norms.
-        local_window: Tokens that attention looks back on; None for all.
-    """
+    """What is the same in all blocks, in Hugging Face's names."""
 
     hidden_size: int
     vocab_size: int
@@ -47,7 +42,6 @@ class DecoderShape:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    local_window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -234,7 +228,6 @@ class _Graph:
             num_heads=s.num_attention_heads,
             kv_num_heads=s.num_key_value_heads,
             scale=s.head_dim**-0.5,
-            local_window_size=-1 if s.local_window is None else s.local_window,
             do_rotary=1,
             rotary_interleaved=0,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 
 __all__ = ["MakeEmbedding", "MakeLayer", "decoder_of", "float_weights", "packed_names"]
 
+FloatArray = npt.NDArray[np.floating]
 MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
 """(name, W (out_features, in_features) float32, bias (out_features,) or None) -> how it is stored."""
 MakeEmbedding = Callable[[torch.Tensor], Embedding]
@@ -37,9 +39,9 @@ def float_weights(dtype: torch.dtype) -> tuple[MakeLayer, MakeEmbedding]:
     """Layers and embedding as the checkpoint has them, in a float type."""
 
     def layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
-        return FloatLinear(_array(weight.to(dtype)), None if bias is None else _array(bias.to(dtype)))
+        return FloatLinear(_array(weight, dtype), None if bias is None else _array(bias, dtype))
 
-    return layer, lambda table: FloatEmbedding(_array(table.to(dtype)))
+    return layer, lambda table: FloatEmbedding(_array(table, dtype))
 
 
 def decoder_of(
@@ -63,7 +65,7 @@ def decoder_of(
         InputError: A rope that the graph cannot compute.
     """
     config, decoder = model.config, model.get_decoder()
-    layers, norm = decoder_layers(model), _Caster(dtype)
+    layers, norm = decoder_layers(model), partial(_array, dtype=dtype)
     table = model.get_input_embeddings().weight.detach()
     head = model.get_output_embeddings()
     embedding = make_embedding(table)
@@ -84,14 +86,6 @@ def decoder_of(
     )
 
 
-class _Caster:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, tensor: torch.Tensor) -> npt.NDArray[np.floating]:
-        return _array(tensor.to(self.dtype))
-
-
 def _shape(config: Any, layer: nn.Module) -> DecoderShape:
     attention: Any = layer.get_submodule("self_attn")
     return DecoderShape(
@@ -105,7 +99,13 @@ def _shape(config: Any, layer: nn.Module) -> DecoderShape:
 
 
 def _block(
-    model: Any, layer: nn.Module, name: str, make_layer: MakeLayer, norm: _Caster, *, pack_qkv: bool
+    model: Any,
+    layer: nn.Module,
+    name: str,
+    make_layer: MakeLayer,
+    norm: Callable[[torch.Tensor], FloatArray],
+    *,
+    pack_qkv: bool,
 ) -> Block:
     attention: Any = layer.get_submodule("self_attn")
     ffn = feed_forward(model, layer)
@@ -159,6 +159,6 @@ def _bias(linear: Any) -> torch.Tensor | None:
     return None if linear.bias is None else linear.bias.detach()
 
 
-def _array(tensor: torch.Tensor) -> npt.NDArray[np.floating]:
-    values: npt.NDArray[np.floating] = tensor.detach().numpy()
+def _array(tensor: torch.Tensor, dtype: torch.dtype) -> FloatArray:
+    values: FloatArray = tensor.detach().to(dtype).numpy()
     return values

@@ -174,7 +174,7 @@ def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]
     prune += ["--nsamples", p.nsamples, "--seqlen", p.seqlen, "--seed", config.seed, "--score", s.score]
     prune += ["--coarse", s.coarse_metric, "--allocation", s.allocation, "--coarse-strength", s.strength]
     prune += ["--align", s.align, "--reconstruct", s.reconstruct]
-    prune += ["--ridge", s.ridge, "--correction", s.correction]
+    prune += ["--ridge", s.ridge, "--correction", s.correction, "--dtype", s.dtype]
     prune += ["--uniform"] if s.uniform_width else []
     judge: list[object] = ["eval", "checkpoint", "--against", config.model.reference]
     for option, references in (("--text", e.text), ("--chats", e.chats)):
