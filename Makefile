@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench javascript clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,13 +19,14 @@ help:
 	@echo "make demo    prune, export, prove and measure the built-in model; the report is $(DEMO)/report.md"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy"
+	@echo "make javascript   packages that the tests of JavaScript consumers need (make test does it)"
 	@echo "make bench   measure the demo's files, dense and pruned in turns"
 	@echo "make clean   remove the environment, the demo and what the tools left"
 
 demo: $(STAMP)
 	@$(BIN)/phoneready release -o "$(DEMO)"
 
-test: lint
+test: lint javascript
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -33,11 +34,20 @@ lint: $(STAMP)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# What the tests of JavaScript consumers need; without Node.js these tests are skipped.
+javascript: tests/javascript/node_modules/.installed
+
+tests/javascript/node_modules/.installed: tests/javascript/package.json
+	@if command -v npm >/dev/null; then \
+		npm install --prefix tests/javascript --ignore-scripts --no-audit --no-fund --no-package-lock --loglevel=error \
+			>/dev/null && touch $@ || echo "npm cannot install; tests of JavaScript consumers are skipped" >&2; \
+	else echo "no npm; tests of JavaScript consumers are skipped" >&2; fi
+
 bench: demo
 	@$(BIN)/phoneready bench "$(DEMO)"/*.gguf
 
 clean:
-	rm -rf $(VENV) dist build "$(DEMO)" .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build "$(DEMO)" .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/javascript/node_modules
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # The stamp is written last: an interrupted installation is taken up again.

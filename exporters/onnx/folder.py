@@ -74,6 +74,11 @@ def write_companions(
     for pattern in _COPIED:
         for file in checkpoint.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        # transformers.js knows the template from here alone.
+        file = folder / "tokenizer_config.json"
+        write_json(file, read_json(file) | {"chat_template": template.read_text(encoding="utf-8")})
     write_json(folder / "config.json", _config(read_json(checkpoint / "config.json"), variant))
     write_json(folder / "genai_config.json", _genai_config(variant, config, context_length))
 

@@ -22,6 +22,7 @@ __all__ = ["MakeEmbedding", "MakeLayer", "decoder_of", "float_weights", "packed_
 FloatArray = npt.NDArray[np.floating]
 MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
 """(name, W (out_features, in_features) float32, bias (out_features,) or None) -> how it is stored."""
+MakeVector = Callable[[torch.Tensor], FloatArray]
 MakeEmbedding = Callable[[torch.Tensor], Embedding]
 """Table (vocab_size, hidden_size) float32 -> how it is stored."""
 
@@ -103,7 +104,7 @@ def _block(
     layer: nn.Module,
     name: str,
     make_layer: MakeLayer,
-    norm: Callable[[torch.Tensor], FloatArray],
+    norm: MakeVector,
     *,
     pack_qkv: bool,
 ) -> Block:
