@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -250,6 +252,36 @@ def tiny_gguf(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def packages_folder() -> Callable[..., Path]:
+    """`packages_folder(name, *pip_arguments)` installs packages into a folder that goes before this environment's.
+
+    The folder is kept in the user's cache; torch and numpy stay this environment's. Skips where pip cannot install.
+    """
+
+    def install(name: str, *arguments: str) -> Path:
+        folder = cache_directory() / "test-environments" / f"{name}-python-{sys.version_info.minor}"
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".installing-", dir=folder.parent))
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command = [*pip, "--target", str(scratch), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            shutil.rmtree(scratch, ignore_errors=True)
+            pytest.skip(
+                f"{' '.join(arguments)} cannot be installed: {result.stderr.strip().splitlines()[-1]}"
+            )
+        for pattern in ("numpy*", "torch*"):
+            for path in scratch.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
+        scratch.rename(folder)
+        return folder
+
+    return install
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import transformers
 
 import cfsp
 from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.builtin import cache_directory
 from cfsp.checkpoint import load_pruned, save_checkpoint
 from cfsp.model_reference import load_model
 from cfsp.model_source import LoadedModel, ModelSource
@@ -29,7 +27,7 @@ from cfsp.surgery import cut_channels
 
 pytestmark = pytest.mark.slow
 
-REQUIREMENTS = {4: "transformers>=4.57,<5", 5: "transformers>=5,<6"}
+REQUIREMENTS = {4: "transformers>=4.57,<4.58", 5: "transformers>=5,<6"}
 HERE = int(transformers.__version__.partition(".")[0])
 OTHER = 9 - HERE
 IDS = torch.arange(60).view(2, 30)
@@ -70,33 +68,9 @@ print(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def other_packages() -> Path:
-    """Folder with the other major version of transformers, installed once and kept in the cache."""
-    folder = cache_directory() / "test-environments" / f"transformers-{OTHER}-python-{sys.version_info.minor}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".installing-", dir=folder.parent))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--target",
-        str(scratch),
-    ]
-    result = subprocess.run([*command, REQUIREMENTS[OTHER]], capture_output=True, text=True, check=False)
-    if result.returncode:
-        shutil.rmtree(scratch, ignore_errors=True)
-        pytest.skip(f"{REQUIREMENTS[OTHER]} cannot be installed: {result.stderr.strip().splitlines()[-1]}")
-    # Shared packages that torch here was built against stay this environment's.
-    for pattern in ("numpy*", "torch*"):
-        for path in scratch.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-    scratch.rename(folder)
-    return folder
+def other_packages(packages_folder: Callable[..., Path]) -> Path:
+    """Folder with the other major version of transformers."""
+    return packages_folder(f"transformers-{OTHER}", REQUIREMENTS[OTHER])
 
 
 @pytest.fixture(scope="module")
