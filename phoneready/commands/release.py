@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption
+from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, split_names
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 __all__ = ["release"]
@@ -21,6 +21,15 @@ def release(
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Release folder; continued when it holds a release.")
     ] = Path("release"),
+    onnx: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--onnx",
+            help="ONNX variants beside the GGUF files: fp32, fp16, int8, int4, int4-b128.",
+            metavar="VARIANT,...",
+            show_default="the configuration's",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -32,12 +41,14 @@ def release(
     """
     prepare_torch(threads)
     from cfsp.records import record_to_json
-    from phoneready.pipeline.config import load_config
+    from phoneready.pipeline.config import load_config, with_variants
     from phoneready.pipeline.manifest import REPORT_FILE, read_figures
     from phoneready.pipeline.release import run_release
     from phoneready.pipeline.report import headline, quality_table, verdict_table
 
     settings = load_config(config)
+    if onnx:
+        settings = with_variants(settings, split_names(onnx))
     manifest = run_release(
         settings,
         output,

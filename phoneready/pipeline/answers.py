@@ -1,27 +1,30 @@
-"""What exported files answer, asked in their own runtime."""
+"""What exported models answer, asked in their own runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from cfsp.evaluation import answer
 from cfsp.progress import Progress, no_progress
 from exporters.gguf import runtime
+from phoneready.pipeline.artifact import Artifact
 
 __all__ = ["Answers", "answer_all"]
+
+_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Greedy answers of files.
+    """Greedy answers of exports.
 
     Attributes:
         prompts: The questions.
-        answers: File name to its answers.
+        answers: Name of an export to its answers.
     """
 
     KIND: ClassVar[str] = "answers"
@@ -32,7 +35,7 @@ class Answers:
 
 
 def answer_all(
-    files: Sequence[Path],
+    artifacts: Sequence[Artifact],
     tokenizer: Any,
     prompts: Sequence[str],
     *,
@@ -40,31 +43,53 @@ def answer_all(
     n_threads: int | None = None,
     progress: Progress = no_progress,
 ) -> Answers:
-    """Ask every file every question, in the chat template where the model has one.
+    """Ask every export every question, in its own runtime, in the chat template where the model has one.
 
     Args:
-        files: GGUF files of one model.
-        tokenizer: The model's transformers tokenizer; it renders the template, the file's own makes the tokens.
+        artifacts: Exports of one model.
+        tokenizer: The model's transformers tokenizer; it renders the template, a GGUF file's own makes the tokens.
         prompts: The questions.
         max_new_tokens: Longest answer.
         n_threads: Threads; torch's number by default.
-        progress: Told after each answer.
+        progress: Told after each export.
 
     Raises:
-        InputError: A file that llama.cpp cannot run.
+        InputError: An export that its runtime cannot run.
     """
+    threads = n_threads or torch.get_num_threads()
     texts = [_render(tokenizer, prompt) for prompt in prompts]
     found: dict[str, tuple[str, ...]] = {}
-    for file in files:
-        answers = []
-        with runtime.open_model(file, n_threads=n_threads or torch.get_num_threads(), n_ctx=1024) as model:
-            for text in texts:
-                tokens = model.tokenize(text, add_special=not tokenizer.chat_template)
-                answer = model.generate(tokens, min(max_new_tokens, model.n_ctx - len(tokens)))
-                answers.append(model.detokenize(answer, special=False).strip())
-                progress("asking the files", len(found) * len(texts) + len(answers), len(files) * len(texts))
-        found[file.name] = tuple(answers)
+    for artifact in artifacts:
+        if artifact.root.is_dir():
+            answers = _ask_onnx(artifact, prompts, max_new_tokens, threads)
+        else:
+            add_special = not tokenizer.chat_template
+            answers = _ask_gguf(artifact, texts, max_new_tokens, threads, add_special=add_special)
+        found[artifact.name] = tuple(answers)
+        progress("asking the files", len(found), len(artifacts))
     return Answers(tuple(prompts), found)
+
+
+def _ask_gguf(
+    artifact: Artifact, texts: Sequence[str], max_new_tokens: int, n_threads: int, *, add_special: bool
+) -> list[str]:
+    answers = []
+    with runtime.open_model(artifact.path, n_threads=n_threads, n_ctx=_CONTEXT) as model:
+        for text in texts:
+            tokens = model.tokenize(text, add_special=add_special)
+            said = model.generate(tokens, min(max_new_tokens, model.n_ctx - len(tokens)))
+            answers.append(model.detokenize(said, special=False).strip())
+    return answers
+
+
+def _ask_onnx(artifact: Artifact, prompts: Sequence[str], max_new_tokens: int, n_threads: int) -> list[str]:
+    from exporters.onnx.language_model import OnnxLanguageModel
+
+    model = OnnxLanguageModel(str(artifact.root), n_ctx=_CONTEXT, n_threads=n_threads)
+    try:
+        return answer(model, prompts, max_new_tokens=max_new_tokens)
+    finally:
+        model.close()
 
 
 def _render(tokenizer: Any, prompt: str) -> str:

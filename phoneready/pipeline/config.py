@@ -15,6 +15,7 @@ from cfsp.errors import InputError
 from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.text import BUILTIN_TEXT
 from exporters.gguf import find_quant, required_multiple
+from exporters.onnx import find_variant
 from runtime_bench.workload import BenchSettings, workloads_of
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "demo_config_text",
     "load_config",
     "parse_config",
+    "with_variants",
 ]
 
 
@@ -88,9 +90,10 @@ class EvaluateConfig(_Section):
 
 
 class ExportConfig(_Section):
-    """Which files are made, of the dense model too; names as in exporters.gguf.QUANTS."""
+    """What is made, of the dense model too; names as in exporters.gguf.QUANTS and exporters.onnx.VARIANTS."""
 
     quants: tuple[str, ...] = pydantic.Field(default=("Q4_0",), min_length=1)
+    onnx: tuple[str, ...] = ()
     imatrix: bool = True
 
     @pydantic.field_validator("quants")
@@ -98,6 +101,13 @@ class ExportConfig(_Section):
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         found: list[str] = []
         _as_value_error(lambda: found.extend(find_quant(name).name for name in names))
+        return tuple(dict.fromkeys(found))
+
+    @pydantic.field_validator("onnx")
+    @classmethod
+    def _known_variants(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        found: list[str] = []
+        _as_value_error(lambda: found.extend(find_variant(name).name for name in names))
         return tuple(dict.fromkeys(found))
 
 
@@ -136,6 +146,16 @@ class ReleaseConfig(_Section):
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the quantizations unless an alignment is set."""
         return self.prune.settings(required_multiple(self.export.quants))
+
+
+def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
+    """The configuration with other ONNX variants.
+
+    Raises:
+        InputError: An unknown one.
+    """
+    variants = tuple(find_variant(name).name for name in names)
+    return config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
 
 
 def demo_config_text() -> str:

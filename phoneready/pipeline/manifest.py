@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from cfsp.records import read_record, tool_version, write_record
 from exporters.record import ExportManifest, ExportRecord
 from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.answers import Answers
+from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.report import ReleaseFigures, render_report
 from phoneready.pipeline.stages import StageRecord, stage_folder
@@ -33,19 +34,21 @@ REPORT_FILE = "report.md"
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """A file of the release.
+    """A GGUF file, or the folder of an ONNX variant.
 
     Attributes:
         file: Its name in the release folder.
         role: `pruned`, or `dense` for the one it is compared with.
-        quant: Quantization.
-        architecture: llama.cpp's name for it, which may differ from the source's.
-        bytes: Size.
-        sha256: Hash.
+        format: `gguf` or `onnx`.
+        quant: Quantization or variant.
+        architecture: The runtime's name for it, which may differ from the source's.
+        bytes: Size; of a folder, of its graph and weights.
+        sha256: Hash; of a folder, of its graph, whose metadata has the hash of the weights.
     """
 
     file: str
     role: str
+    format: str
     quant: str
     architecture: str
     bytes: int
@@ -75,7 +78,7 @@ class ReleaseManifest:
     """
 
     KIND: ClassVar[str] = "release-manifest"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     source: ModelSource
     license: str | None
@@ -100,18 +103,23 @@ def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) 
     checkpoint = read_checkpoint_info(stage_folder(folder, "prune") / "model")
     manifest = _manifest(config, figures, checkpoint, stages)
     before = _published_before(folder)
-    for file in Steps(config, folder, None).files():
-        _link(file, folder / file.name)
+    for artifact in Steps(config, folder, None).artifacts():
+        _publish(artifact, folder / artifact.name)
     write_record(folder / MANIFEST_FILE, manifest)
     write_text(folder / REPORT_FILE, render_report(config, figures, manifest.versions, manifest.commands))
     for name in before - {file.file for file in manifest.files}:
-        (folder / name).unlink(missing_ok=True)
+        _remove(folder / name)
     return manifest
 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     """Everything that the stages of a finished release measured."""
-    exports = [_exports(folder, stage) for stage in ("export-dense", "export-pruned")]
+    names = [artifact.name for artifact in Steps(config, folder, None).artifacts()]
+    # Dense and pruned take turns.
+    exports = [
+        _exports(config, folder, stage, names[first::2])
+        for first, stage in enumerate(("export-dense", "export-pruned"))
+    ]
     return ReleaseFigures(
         source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
         plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
@@ -123,8 +131,17 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     )
 
 
-def _exports(folder: Path, stage: str) -> tuple[ExportRecord, ...]:
-    return read_record(ExportManifest, stage_folder(folder, stage) / "gguf" / "export.json").exports
+def _exports(
+    config: ReleaseConfig, folder: Path, stage: str, names: Sequence[str]
+) -> tuple[ExportRecord, ...]:
+    """The records of a stage, which call the exports as the release does."""
+    kinds = ("gguf", "onnx") if config.export.onnx else ("gguf",)
+    found = [
+        record
+        for kind in kinds
+        for record in read_record(ExportManifest, stage_folder(folder, stage) / kind / "export.json").exports
+    ]
+    return tuple(replace(record, file=name) for record, name in zip(found, names, strict=True))
 
 
 def _manifest(
@@ -147,7 +164,8 @@ def _manifest(
         plan_sha256=checkpoint.plan_sha256,
         checkpoint_sha256=checkpoint.weights_sha256,
         files=tuple(
-            ReleasedFile(r.file, role, r.quant, r.architecture, r.file_bytes, r.sha256) for role, r in roles
+            ReleasedFile(r.file, role, r.format, r.quant, r.architecture, r.file_bytes, r.sha256)
+            for role, r in roles
         ),
         kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
         versions=dict(sorted(versions.items())),
@@ -181,7 +199,8 @@ def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]
         for reference in references:
             judge += [option, reference]
     judge += ["--seqlen", e.seqlen, "--windows", e.max_windows, "--seed", config.seed + 1]
-    export = ["export", "checkpoint", "-o", "gguf", "--gguf", ",".join(config.export.quants)]
+    variants = ["--onnx", ",".join(config.export.onnx)] if config.export.onnx else []
+    export = ["export", "checkpoint", "-o", "exports", "--gguf", ",".join(config.export.quants), *variants]
     export += [] if config.export.imatrix else ["--no-imatrix"]
     return tuple(shlex.join(map(str, ["phoneready", *words])) for words in (prune, judge, export))
 
@@ -191,6 +210,24 @@ def _published_before(folder: Path) -> set[str]:
         return {file.file for file in read_record(ReleaseManifest, folder / MANIFEST_FILE).files}
     except InputError:
         return set()
+
+
+def _publish(artifact: Artifact, destination: Path) -> None:
+    """Give a file, or all files of a folder, a second name."""
+    if artifact.root.is_file():
+        _link(artifact.root, destination)
+        return
+    for file in sorted(path for path in artifact.root.rglob("*") if path.is_file()):
+        target = destination / file.relative_to(artifact.root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _link(file, target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _link(source: Path, destination: Path) -> None:

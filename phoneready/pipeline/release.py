@@ -3,10 +3,10 @@
     dense          load the model, draw the calibration windows, keep both
     prune          make a plan, apply it, save the pruned checkpoint
     evaluate       pruned against dense on text and chats, answers of both
-    export-dense   GGUF files of the dense model, each held against it
-    export-pruned  GGUF files of the pruned model, each held against it
-    answers        what the files themselves answer, in llama.cpp
-    bench          all files, in turns
+    export-dense   GGUF files and ONNX folders of the dense model, each held against it
+    export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
+    answers        what the exports themselves answer, each in its own runtime
+    bench          all of them, in turns
 
 Report and manifest are written from what the stages left, in every run; the files are linked into the folder.
 """
@@ -31,7 +31,7 @@ from runtime_bench.environment import cpu_model
 
 __all__ = ["release_stages", "run_release"]
 
-PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python")
+PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "onnx-ir", "onnxruntime")
 """Packages whose version changes what a stage makes."""
 
 

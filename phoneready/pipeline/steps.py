@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from cfsp.calibration import Calibration, load_calibration
 from cfsp.checkpoint import read_checkpoint_info, save_checkpoint
@@ -18,9 +19,11 @@ from cfsp.records import write_record
 from cfsp.statistics import collect_input_moments
 from cfsp.text import tokens_sha256
 from exporters.gguf import export_gguf, find_quant
+from exporters.onnx.folder import find_graph
 from phoneready.evaluation.record import EvaluationSettings, ModelIdentity
 from phoneready.evaluation.run import evaluate
 from phoneready.pipeline.answers import answer_all
+from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.stages import stage_folder
 from runtime_bench.jsonl import append_jsonl
@@ -63,11 +66,19 @@ class Steps:
         """The checkpoint that a stage left."""
         return stage_folder(self.folder, stage) / "model"
 
-    def files(self) -> list[Path]:
-        """The exported files: for each quantization the dense one, then the pruned one."""
-        folders = [stage_folder(self.folder, stage) / "gguf" for stage in ("export-dense", "export-pruned")]
+    def artifacts(self) -> list[Artifact]:
+        """What was exported: of each quantization, then of each ONNX variant, the dense model, then the pruned one."""
+        folders = [stage_folder(self.folder, stage) for stage in ("export-dense", "export-pruned")]
         quants = self.config.export.quants
-        return [next(folder.glob(f"*-{quant}.gguf")) for quant in quants for folder in folders]
+        files = [next((folder / "gguf").glob(f"*-{quant}.gguf")) for quant in quants for folder in folders]
+        found = [Artifact(file.name, file, file) for file in files]
+        stems = [file.name.removesuffix(f"-{quants[0]}.gguf") for file in files[:2]]
+        for variant in self.config.export.onnx:
+            for stem, folder in zip(stems, folders, strict=True):
+                root = folder / "onnx" / variant
+                graph = find_graph(str(root), last_logits=True)
+                found.append(Artifact(f"{stem}-{variant}", root, graph))
+        return found
 
     def dense(self, output: Path, progress: Progress) -> None:
         """Load the model, draw its calibration windows, keep both."""
@@ -84,8 +95,7 @@ class Steps:
     def prune(self, output: Path, progress: Progress) -> None:
         """Make a plan, apply it, save the pruned checkpoint."""
         loaded = self._load("dense", progress)
-        path = stage_folder(self.folder, "dense") / CALIBRATION_FILE
-        ids = safetensors.torch.load_file(path)["input_ids"]
+        ids = self._calibration_ids()
         sources = self.config.prune.calibration
         calibration = Calibration(ids, sources, self.config.seed, tokens_sha256(ids))
         result = prune_model(loaded, calibration, self.config.prune_settings(), progress=progress)
@@ -115,18 +125,18 @@ class Steps:
         write_record(output / EVALUATION_FILE, named)
 
     def export_dense(self, output: Path, progress: Progress) -> None:
-        """The dense model's files, for comparison."""
+        """The dense model's exports, for comparison."""
         self._export("dense", "dense", output, progress)
 
     def export_pruned(self, output: Path, progress: Progress) -> None:
-        """The pruned model's files."""
+        """The pruned model's exports."""
         percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
         self._export("prune", f"pruned{percent}", output, progress)
 
     def answers(self, output: Path, progress: Progress) -> None:
         """What the files answer in their own runtime."""
         record = answer_all(
-            self.files(),
+            self.artifacts(),
             load_tokenizer(self.checkpoint("dense")),
             self.prompts,
             max_new_tokens=self.config.evaluate.max_new_tokens,
@@ -136,15 +146,22 @@ class Steps:
         write_record(output / ANSWERS_FILE, record)
 
     def bench(self, output: Path, progress: Progress) -> None:
-        """All files in turns; records name the files without folders, as the release may move."""
-        records = run_bench(self.files(), self.config.bench.settings(self.config.seed), progress)
-        named = [dataclasses.replace(r, model_filename=Path(r.model_filename).name) for r in records]
+        """All of them in turns; records name them without folders, as the release may move."""
+        names = {str(artifact.path): artifact.name for artifact in self.artifacts()}
+        settings = self.config.bench.settings(self.config.seed)
+        records = run_bench([Path(path) for path in names], settings, progress)
+        named = [dataclasses.replace(r, model_filename=names[r.model_filename]) for r in records]
         append_jsonl(output / BENCH_FILE, named)
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         """A stage's checkpoint, with the origin of the model that it was made from."""
         loaded = load_model(self.checkpoint(stage), progress=progress)
         return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
+
+    def _calibration_ids(self) -> torch.Tensor:
+        """The calibration windows, (nsamples, seqlen)."""
+        path = stage_folder(self.folder, "dense") / CALIBRATION_FILE
+        return safetensors.torch.load_file(path)["input_ids"]
 
     def _export(self, stage: str, suffix: str, output: Path, progress: Progress) -> None:
         name = read_checkpoint_info(self.checkpoint(stage)).source.name
@@ -157,3 +174,15 @@ class Steps:
             n_threads=self.threads,
             progress=progress,
         )
+        if self.config.export.onnx:
+            from exporters.onnx import export_onnx
+
+            export_onnx(
+                self.checkpoint(stage),
+                output / "onnx",
+                self.config.export.onnx,
+                calibration=moment_windows(self._calibration_ids()),
+                name=f"{name}-{suffix}",
+                n_threads=self.threads,
+                progress=progress,
+            )

@@ -36,6 +36,7 @@ prompts = ["List three fruits.", "What is 2+2?"]
 max_new_tokens = 4
 [export]
 quants = ["{quants}"]
+onnx = ["int8"]
 [bench]
 n_prompt = [8]
 n_gen = [2]
@@ -102,10 +103,20 @@ def test_manifest_and_files_agree(released: tuple[Path, Path]) -> None:
     folder = released[1]
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     assert {file["role"] for file in manifest["files"]} == {"dense", "pruned"}
+    assert [(file["format"], file["quant"]) for file in manifest["files"]] == [
+        ("gguf", "Q8_0"),
+        ("onnx", "int8"),
+    ] * 2
     for file in manifest["files"]:
         path = folder / file["file"]
-        assert (path.stat().st_size, sha256_file(path)) == (file["bytes"], file["sha256"])
-        assert path.stat().st_nlink == 2, "a second copy instead of a link"
+        parts = [path]
+        if file["format"] == "onnx":
+            graph = path / "onnx" / "model_quantized.onnx"
+            parts = [graph, graph.with_suffix(".onnx_data")]
+            assert (path / "genai_config.json").is_file()
+        assert sum(part.stat().st_size for part in parts) == file["bytes"]
+        assert sha256_file(parts[0]) == file["sha256"]
+        assert all(part.stat().st_nlink == 2 for part in parts), "a second copy instead of a link"
     assert sum(manifest["widths"]) == 4 * 192
     assert manifest["removed_ffn_share"] == pytest.approx(0.25)
     assert tuple(manifest["stages"]) == STAGES
@@ -131,6 +142,7 @@ def test_the_report_says_what_was_measured_and_how(released: tuple[Path, Path]) 
         "chats: chats.jsonl",
         "windows of 64 tokens",
         "List three fruits.",
+        "## int8: dense and pruned",
         "1 thread",
         "126",
     ):
@@ -172,8 +184,10 @@ def test_killed_again_and_again_it_ends_with_the_same_files(
     _, errors = process.communicate(timeout=800)
     assert process.returncode == 0, errors
     assert {name for name, state in states(errors).items() if state == "done before"} == done
-    for name in (path.name for path in whole.glob("*.gguf")):
-        assert sha256_file(folder / name) == sha256_file(whole / name)
+    files = [*whole.glob("*.gguf"), *(path for path in whole.glob("*-int8/**/*") if path.is_file())]
+    assert len(files) > 4
+    for path in files:
+        assert sha256_file(folder / path.relative_to(whole)) == sha256_file(path)
     assert not list(folder.rglob(".*.tmp-*"))
 
 

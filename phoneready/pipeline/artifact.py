@@ -1,0 +1,23 @@
+"""An exported model of a release."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Artifact"]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A GGUF file or the folder of an ONNX variant.
+
+    Attributes:
+        name: What it is called in the release folder.
+        root: The file, or the folder.
+        path: What a benchmark opens: the file, or the graph in the folder that gives the last position's logits.
+    """
+
+    name: str
+    root: Path
+    path: Path
