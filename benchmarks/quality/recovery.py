@@ -6,7 +6,7 @@ training, which is what a recovered model is to be compared with: in-domain data
 
     python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
         [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
-        [--prompts prompts.jsonl] [--task-data DIR]
+        [--prompts prompts.jsonl] [--task-data DIR] [--limit 300]
 
 Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first 74 windows of 1024
 tokens of --wikitext, on 16 windows of the held-out chats in random order, on --prompts (degenerate answers) and on
@@ -28,11 +28,12 @@ from pruning import split_chats
 
 DENSE = "smollm2-135m"
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"
+_DISTILL = ["--loss", "distill", "--learning-rate", "2e-3"]
 VARIANTS = {
-    "ig-lora": ["--method", "ig-lora"],
-    "lora": ["--method", "lora"],
-    "ig-lora-distill": ["--method", "ig-lora", "--loss", "distill"],
-    "lora-distill": ["--method", "lora", "--loss", "distill"],
+    "ig-lora": ["--method", "ig-lora", "--rank", "32"],
+    "lora": ["--method", "lora", "--rank", "32"],
+    "ig-lora-distill": ["--method", "ig-lora", "--rank", "32", *_DISTILL],
+    "lora-distill": ["--method", "lora", "--rank", "32", *_DISTILL],
     "full": ["--method", "full"],
     "full-distill": ["--method", "full", "--loss", "distill"],
     "full-both": ["--method", "full", "--loss", "both"],
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=96, help="Calibration windows.")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--task-data", type=Path)
+    parser.add_argument("--limit", type=int, help="Items of each task.")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,22 +122,25 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
     """Evaluate against the dense model, and alone on tasks and prompts."""
     model = start(folder, run.ratio) if run.variant == "unrecovered" else str(folder / run.name)
     texts, rest = folder / f"{run.name}.texts.json", folder / f"{run.name}.rest.json"
+    against = [] if model == DENSE else ["--against", DENSE]
     if not texts.exists():
-        options = ["--against", DENSE, "--no-prompts", "--save", texts]
+        options = [*against, "--no-prompts", "--save", texts]
         phoneready("eval", model, *options, "--text", arguments.wikitext, "--windows", 74)
     if not (chats := folder / f"{run.name}.chats.json").exists():
-        options = ["--against", DENSE, "--no-prompts", "--save", chats]
+        options = [*against, "--no-prompts", "--save", chats]
         phoneready("eval", model, *options, "--chats", folder / "held_out.jsonl", "--windows", 16)
-    wanted: list[object] = []
-    wanted += ["--prompts", arguments.prompts, "--max-new-tokens", 128] if arguments.prompts else []
+    asked = ["--prompts", arguments.prompts, "--max-new-tokens", 128]
+    wanted: list[object] = asked if arguments.prompts else ["--no-prompts"]
     wanted += ["--tasks", TASKS, "--task-data", arguments.task_data] if arguments.task_data else []
-    if wanted and not rest.exists():
+    wanted += ["--limit", arguments.limit] if arguments.task_data and arguments.limit else []
+    if (arguments.prompts or arguments.task_data) and not rest.exists():
         phoneready("eval", model, "--no-text", "--save", rest, *wanted)
     row: dict[str, Any] = {"ratio": run.ratio, "variant": run.variant, "seed": run.seed}
-    text = json.loads(texts.read_text())["texts"][0]["divergence"]
-    chat = json.loads(chats.read_text())["texts"][0]["divergence"]
-    row |= {"perplexity": text["perplexity"], "text_kl": text["kl_mean"]}
-    row |= {"chat_kl": chat["kl_mean"], "chat_top1": chat["same_top1"]}
+    text, chat = (json.loads(file.read_text())["texts"][0] for file in (texts, chats))
+    row |= {"perplexity": text["perplexity"], "chat_perplexity": chat["perplexity"]}
+    if chat["divergence"]:
+        row |= {"text_kl": text["divergence"]["kl_mean"], "chat_kl": chat["divergence"]["kl_mean"]}
+        row |= {"chat_top1": chat["divergence"]["same_top1"]}
     if rest.exists():
         found = json.loads(rest.read_text())
         row |= {f"{t['task']} {m['name']}": m["value"] for t in found["tasks"] for m in t["metrics"]}
