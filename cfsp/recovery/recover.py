@@ -18,7 +18,7 @@ from cfsp.calibration import SELF
 from cfsp.checkpoint import save_checkpoint
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.files import refuse_existing
-from cfsp.precision import product_dtype
+from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.prune import moment_windows
 from cfsp.recovery.adapter import add_adapter, merge_adapter
@@ -240,7 +240,8 @@ def _write(
     model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
     count = min(len(run.mix), math.ceil(MOMENT_TOKENS / run.settings.seqlen))
     windows = torch.stack([run.mix[i]["input_ids"] for i in range(count)])
-    moments = collect_input_moments(model, moment_windows(windows), progress=progress)
+    with products_in(run.settings.dtype):
+        moments = collect_input_moments(model, moment_windows(windows), progress=progress)
     save_checkpoint(
         replace(inputs.loaded, model=model),
         output,
