@@ -86,11 +86,11 @@ class ExportRecord:
 
     Attributes:
         file: Name of the file inside the output folder.
-        format: "gguf".
-        quant: Row of the table of quantizations, such as "Q4_K_M".
+        format: "gguf" or "onnx".
+        quant: Row of the table of quantizations or variants, such as "Q4_K_M" or "int4".
         architecture: The architecture name in the file, which may differ from the checkpoint's model type.
-        file_bytes: Size on disk.
-        sha256: Of the file.
+        file_bytes: Size on disk, with the weights that lie beside an ONNX graph.
+        sha256: Of the file; an ONNX graph has the hash of its weights in its metadata.
         n_params: Elements of all tensors.
         tensor_types: Stored type to number of tensors, read back from the file.
         fallbacks: Where the stored type is not the one asked for.
@@ -98,7 +98,8 @@ class ExportRecord:
         widths: intermediate_size of every block in the checkpoint.
         padded_width: Width to which every block was zero-padded; None where each keeps its own.
         context_length: Longest context for which the file is the checkpoint's model.
-        tokenizer_strings: Strings on which the file's tokenization was found equal to the checkpoint's.
+        tokenizer_strings: Strings on which the file's tokenization was found equal to the checkpoint's; 0 for ONNX,
+            whose folders have the checkpoint's own tokenizer.
         source_model: Name of the dense model.
         source_sha256: Hash of the dense model's weights.
         checkpoint_sha256: Hash of the checkpoint's weights.
@@ -106,7 +107,7 @@ class ExportRecord:
         seed: Seed of the run that made the checkpoint.
         parity: The proof.
         warnings: What the user should know: fallbacks, padding, a shortened context.
-        runtime: Name and version of the runtime that quantized and proved the file.
+        runtime: Name and version of the runtime that proved the file.
     """
 
     KIND: ClassVar[str] = "export"

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from cfsp.calibration import load_calibration
+from cfsp.calibration import SELF, load_calibration
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries
 from cfsp.model_reference import load_model
 from cfsp.progress import Progress, no_progress
-from exporters.gguf import export_gguf
+from exporters.gguf import export_gguf, find_quant
 from exporters.onnx import find_variant
 from exporters.record import ExportRecord
 
-__all__ = ["ExportRequest", "export_checkpoint"]
+__all__ = ["ExportRequest", "export_checkpoint", "require_onnx_export"]
 
 NO_TEXT = "none"
 CALIBRATION_WINDOWS, CALIBRATION_SEQLEN = 32, 512
@@ -33,7 +33,7 @@ class ExportRequest:
         variants: ONNX variants.
         name: Stem of file names; the model's own where None.
         use_imatrix: Quantize 4-bit GGUF types with the importance matrix.
-        calibration: Text references for 4-bit ONNX variants; `none` rounds to nearest.
+        calibration: Text references for 4-bit ONNX variants, `self` where empty; `none` rounds to nearest.
         seed: Of what is drawn from them.
         n_threads: Threads outside torch; torch's number where None.
     """
@@ -62,6 +62,10 @@ def export_checkpoint(
         LimitError: Something is too far from the checkpoint. Nothing is left.
     """
 
+    refuse_existing(output, force=force)
+    _check(request)
+    text = _calibration(checkpoint, request, progress)
+
     def gguf(folder: Path, *, force: bool) -> tuple[ExportRecord, ...]:
         return export_gguf(
             checkpoint,
@@ -81,14 +85,13 @@ def export_checkpoint(
             checkpoint,
             folder,
             request.variants,
-            calibration=_calibration(checkpoint, request, progress),
+            calibration=text,
             name=request.name,
             n_threads=request.n_threads,
             force=force,
             progress=progress,
         )
 
-    refuse_existing(output, force=force)
     kinds: dict[str, Callable[..., tuple[ExportRecord, ...]]] = {}
     kinds |= {"gguf": gguf} if request.quants or not request.variants else {}
     kinds |= {"onnx": onnx} if request.variants else {}
@@ -103,17 +106,37 @@ def export_checkpoint(
         )
 
 
+def require_onnx_export() -> None:
+    """Raise MissingExtraError where ONNX folders cannot be made."""
+    import exporters.onnx
+    from exporters.onnx.runtime import require_onnxruntime
+
+    require_onnxruntime()
+    _ = exporters.onnx.export_onnx
+
+
+def _check(request: ExportRequest) -> None:
+    """Refuse what cannot be made before anything is."""
+    for quant in request.quants:
+        find_quant(quant)
+    variants = [find_variant(variant) for variant in request.variants]
+    if variants:
+        require_onnx_export()
+    if request.calibration and not any(variant.calibrated for variant in variants):
+        raise InputError("calibration text is for 4-bit ONNX variants alone", field="calibration")
+    if NO_TEXT in request.calibration and len(request.calibration) > 1:
+        raise InputError("`none` stands alone", field="calibration", value=request.calibration)
+
+
 def _calibration(checkpoint: Path, request: ExportRequest, progress: Progress) -> torch.Tensor | None:
     """Windows to round 4-bit weights for, where a variant wants them."""
-    if NO_TEXT in request.calibration:
-        if len(request.calibration) > 1:
-            raise InputError("`none` stands alone", field="calibration", value=request.calibration)
+    wanted = any(find_variant(variant).calibrated for variant in request.variants)
+    if not wanted or NO_TEXT in request.calibration:
         return None
-    if not any(find_variant(variant).calibrated for variant in request.variants):
-        return None
-    loaded = load_model(str(checkpoint), progress=progress)
+    # A bare name could be a built-in alias.
+    loaded = load_model(checkpoint.resolve(), progress=progress)
     return load_calibration(
-        request.calibration,
+        request.calibration or (SELF,),
         loaded,
         nsamples=CALIBRATION_WINDOWS,
         seqlen=CALIBRATION_SEQLEN,

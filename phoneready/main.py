@@ -30,7 +30,7 @@ _INPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 
 app = typer.Typer(
     name="phoneready",
-    help="Make a language model fit for a phone: prune it, export it to GGUF, prove the export, measure it.",
+    help="Make a language model fit for a phone: prune it, export it to GGUF or ONNX, prove the export, measure it.",
     epilog="Results go to stdout (--json: as one JSON document), progress to stderr. "
     "`phoneready COMMAND --help` says more about each.",
     no_args_is_help=True,
@@ -68,7 +68,7 @@ def root(
         False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """Make a language model fit for a phone: prune it, export it to GGUF, prove the export, measure it."""
+    """Make a language model fit for a phone: prune it, export it to GGUF or ONNX, prove the export, measure it."""
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -94,6 +94,7 @@ def run_bench(
         InputError: No file, a file that does not exist, an unknown engine, or nothing to measure.
     """
     workloads = workloads_of(settings)
+    _check_files(files)
     engines = tuple(engine or engine_for(path) for path in files)
     for name in engines:
         require_engine(name)
@@ -267,12 +268,15 @@ def _shares(settings: BenchSettings, workload: Workload) -> list[int]:
     return [most] * full + ([rest] if rest else [])
 
 
-def _hash_all(files: Sequence[Path]) -> tuple[str, ...]:
+def _check_files(files: Sequence[Path]) -> None:
     if not files:
         raise InputError("no file to measure", allowed="one or more exported model files")
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise InputError(f"no such file: {', '.join(missing)}")
+
+
+def _hash_all(files: Sequence[Path]) -> tuple[str, ...]:
     try:
         known = {path: sha256_file(path) for path in dict.fromkeys(files)}
     except OSError as error:

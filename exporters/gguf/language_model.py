@@ -44,9 +44,10 @@ class GGUFLanguageModel:
         with runtime.open_model(path, vocab_only=True) as vocabulary:
             trained = vocabulary.n_ctx_train
         self.name = name or str(path)
-        self.tokenizer = tokenizer_from_gguf(path)
+        file = read_gguf(path)
+        self.tokenizer = tokenizer_from_gguf(file)
         self.sha256: str | None = sha256_file(path)
-        self.source_sha256: str | None = read_gguf(path).metadata.get("phoneready.source_sha256")
+        self.source_sha256: str | None = file.metadata.get("phoneready.source_sha256")
         self.context_length = min(n_ctx, trained) if trained > 0 else n_ctx
         self._model = runtime.open_model(
             path,

@@ -11,6 +11,10 @@ from exporters.checkpoint_reader import ModelConfig
 
 __all__ = ["check_graph"]
 
+_PRODUCTS = ("MatMul", "MatMulNBits")
+_LOOK_UPS = ("Gather", "GatherBlockQuantized")
+_HEADS = ("logits", "lm_head")
+
 
 def check_graph(path: Path, config: ModelConfig) -> None:
     """Hold a written graph against the checkpoint's config.
@@ -30,29 +34,54 @@ def check_graph(path: Path, config: ModelConfig) -> None:
 
 
 def _widths(graph: ir.Graph, config: ModelConfig) -> list[str]:
-    found = {node.name: node for node in graph}
+    """Of the stored matrices, not of what the file says about the values between."""
+    nodes = {str(node.name).removesuffix(".product"): node for node in graph if node.op_type in _PRODUCTS}
     problems = []
     for index, width in enumerate(config.widths):
-        for part, wanted in (("gate_proj", width), ("up_proj", width), ("down_proj", config.hidden_size)):
-            output = found[f"model.layers.{index}.mlp.{part}"].outputs[0]
-            if output.shape is None or output.shape[-1] != wanted:
-                problems.append(f"block {index}'s {part} gives {output.shape}, not {wanted} channels")
+        wanted = {
+            "gate_proj": (config.hidden_size, width),
+            "up_proj": (config.hidden_size, width),
+            "down_proj": (width, config.hidden_size),
+        }
+        for part, sizes in wanted.items():
+            found = _sizes(nodes.get(f"model.layers.{index}.mlp.{part}"))
+            if found != sizes:
+                problems.append(f"block {index}'s {part} is {found}, not {sizes}")
     return problems
 
 
+def _sizes(node: ir.Node | None) -> tuple[int, int] | None:
+    """(inputs, outputs) of a matrix product's stored weight."""
+    weight = node.inputs[1] if node is not None else None
+    tensor = weight.const_value if weight is not None else None
+    if node is None or tensor is None:
+        return None
+    shape = tuple(tensor.shape.numpy())
+    if node.op_type == "MatMul":
+        return int(shape[0]), int(shape[1])
+    columns, block = node.attributes["K"].as_int(), node.attributes["block_size"].as_int()
+    return (columns, int(shape[0])) if shape[1] == -(-columns // block) else None
+
+
 def _embeddings(graph: ir.Graph, config: ModelConfig) -> list[str]:
-    """Matrices with a row or column a token."""
-    large = [
-        name
-        for name, value in graph.initializers.items()
-        if value.shape is not None and config.vocab_size in tuple(value.shape) and not name.endswith(".scale")
-    ]
+    """Matrices over the vocabulary: the table that is looked up, and the output matrix."""
+    found = {
+        value.name
+        for node in graph
+        if node.op_type in _LOOK_UPS or str(node.name) in _HEADS
+        for value in node.inputs[:2]
+        if value is not None and value.const_value is not None and value.const_value.size > config.vocab_size
+    } | {
+        value.name
+        for node in graph
+        if node.op_type == "Reshape" and str(node.name).startswith("model.embed_tokens")
+        for value in node.inputs[:1]
+        if value is not None
+    }
     wanted = 1 if config.tie_word_embeddings else 2
-    return (
-        []
-        if len(large) == wanted
-        else [f"{len(large)} matrices over the vocabulary ({', '.join(large)}), not {wanted}"]
-    )
+    if len(found) == wanted:
+        return []
+    return [f"{len(found)} matrices over the vocabulary, not {wanted}: {', '.join(sorted(map(str, found)))}"]
 
 
 def _untyped(graph: ir.Graph) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +15,18 @@ import onnx_ir as ir
 import torch
 
 from cfsp.checkpoint import load_pruned
-from cfsp.errors import InputError
+from cfsp.errors import InputError, LimitError
 from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
 from cfsp.model_reference import load_tokenizer
-from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
 from exporters.checkpoint_reader import ModelConfig, read_config
 from exporters.onnx.checks import check_graph
+from exporters.onnx.companions import write_companions
 from exporters.onnx.decoder_graph import Decoder, build_decoder
-from exporters.onnx.folder import GRAPHS, write_companions
+from exporters.onnx.folder import GRAPHS
 from exporters.onnx.quantize import quantize_linears, quantized_embedding, quantized_layers
-from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE, open_model, runtime_version
+from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.weights import decoder_of, float_weights
 from exporters.parity import Reference, check_limits, choose_windows, compare, reference_of
@@ -36,6 +38,8 @@ __all__ = ["MANIFEST_FILE", "export_onnx"]
 MANIFEST_FILE = "export.json"
 _EXTERNAL_BYTES = 1024
 _LOGITS_CHUNK = 128
+_SAME_LOGITS = 1e-2
+"""Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class _Job:
     folder: Path
     config: ModelConfig
     provenance: Provenance
+    tokenizer: Any
     reference: Reference
     calibration: torch.Tensor | None
     limits: Mapping[str, ParityLimits]
@@ -67,6 +72,8 @@ def export_onnx(
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
     """Write output/<variant>/ for every variant, and output/export.json (an ExportManifest).
+
+    The float32 variant is always written and proven first; it is kept only where it is asked for.
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
@@ -106,28 +113,41 @@ def export_onnx(
             folder=folder,
             config=config,
             provenance=read_provenance(checkpoint, name),
+            tokenizer=tokenizer,
             reference=reference,
             calibration=calibration,
             limits=limits or {},
             n_threads=n_threads or torch.get_num_threads(),
             progress=progress,
         )
-        records = tuple(_export(job, row) for row in rows)
+        records = _export_all(job, rows)
         write_record(folder / MANIFEST_FILE, ExportManifest(records))
     return records
+
+
+def _export_all(job: _Job, rows: Sequence[Variant]) -> tuple[ExportRecord, ...]:
+    """The float32 graph comes first: that the graph computes the checkpoint shows on it alone."""
+    base = VARIANTS["fp32"]
+    done = {base.name: _export(job, base)}
+    if base not in rows:
+        shutil.rmtree(job.folder / base.name)
+    done |= {row.name: _export(job, row) for row in rows if row.name not in done}
+    return tuple(done[row.name] for row in rows)
 
 
 def _export(job: _Job, variant: Variant) -> ExportRecord:
     folder = job.folder / variant.name
     (folder / GRAPHS).mkdir(parents=True)
     model = _load(job.checkpoint)
+    n_params = sum(parameter.numel() for parameter in model.parameters())
     decoder = _decoder(job, model, variant)
     job.progress(f"writing {variant.name}", 0, 1)
-    path = _save(decoder, folder / GRAPHS, variant, _metadata(job))
-    write_companions(job.checkpoint, folder, variant, model.config, context_length=job.config.context_length)
+    path = _save(job, decoder, folder / GRAPHS, variant)
+    context_length = job.config.context_length
+    write_companions(job.checkpoint, folder, variant, model, job.tokenizer, context_length=context_length)
     job.progress(f"writing {variant.name}", 1, 1)
     del model, decoder
-    return _prove(job, variant, path)
+    return _prove(job, variant, path, n_params)
 
 
 def _decoder(job: _Job, model: Any, variant: Variant) -> Decoder:
@@ -135,30 +155,35 @@ def _decoder(job: _Job, model: Any, variant: Variant) -> Decoder:
     if variant.format_of is None or variant.embedding is None:
         layer, embedding = float_weights(dtype)
     else:
-        with products_in("auto"):
-            text = job.calibration if variant.calibrated else None
-            rounded = quantize_linears(model, variant.format_of, text, progress=job.progress)
+        text = job.calibration if variant.calibrated else None
+        rounded = quantize_linears(model, variant.format_of, text, progress=job.progress)
         layer = quantized_layers(rounded, variant.embedding)
-        stored = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT
-        embedding = quantized_embedding(variant.embedding, stored)
+        embedding = quantized_embedding(variant.embedding)
     return decoder_of(
         model, make_layer=layer, make_embedding=embedding, pack_qkv=variant.pack_qkv, dtype=dtype
     )
 
 
-def _save(decoder: Decoder, folder: Path, variant: Variant, metadata: dict[str, str]) -> Path:
+def _save(job: _Job, decoder: Decoder, folder: Path, variant: Variant) -> Path:
     """Two graphs over one file of weights; returns the one with all logits."""
-    path, weights = folder / f"{variant.stem}.onnx", f"{variant.stem}.onnx_data"
-    every = build_decoder(decoder, name=variant.stem)
+    name, weights = f"{job.provenance.name}-{variant.name}", f"{variant.stem}.onnx_data"
+    every = build_decoder(decoder, name=name)
     ir.external_data.unload_from_model(every, folder, weights, size_threshold_bytes=_EXTERNAL_BYTES)
-    metadata = metadata | {"phoneready.data_sha256": sha256_file(folder / weights)}
+    metadata = _metadata(job) | {"phoneready.data_sha256": sha256_file(folder / weights)}
     every.metadata_props.update(metadata)
+    path = folder / f"{variant.stem}.onnx"
     ir.save(every, path)
-    last = build_decoder(decoder, name=f"{variant.stem}_last", metadata=metadata, last_logits=True)
-    for name, value in every.graph.initializers.items():
-        last.graph.initializers[name].const_value = value.const_value
-    ir.save(last, folder / f"{variant.stem}_last.onnx")
+    stored = {key: value.const_value for key, value in every.graph.initializers.items()}
+    last = build_decoder(decoder, name=name, metadata=metadata, last_logits=True)
+    for key, tensor in stored.items():
+        last.graph.initializers[key].const_value = tensor
+    ir.save(last, _last(path))
     return path
+
+
+def _last(path: Path) -> Path:
+    """The graph beside it that gives the last position's logits."""
+    return path.with_name(f"{path.stem}_last.onnx")
 
 
 def _metadata(job: _Job) -> dict[str, str]:
@@ -174,28 +199,29 @@ def _metadata(job: _Job) -> dict[str, str]:
     return {CACHE_KEY: FIXED_CACHE} | {key: value for key, value in known.items() if value}
 
 
-def _prove(job: _Job, variant: Variant, path: Path) -> ExportRecord:
-    """Reopen a graph, compare it with the checkpoint, and describe it.
+def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportRecord:
+    """Reopen both graphs, compare them with the checkpoint and with each other, and describe them.
 
     Raises:
-        LimitError: It is too far from the checkpoint, or not shaped as its plan says.
+        LimitError: They are too far from the checkpoint, or not shaped as its plan says.
     """
-    check_graph(path, job.config)
+    for graph in (path, _last(path)):
+        check_graph(graph, job.config)
     limits = job.limits.get(variant.name, variant.limits).as_dict()
-    model = open_model(
-        path, n_ctx=job.reference.windows.shape[1], n_threads=job.n_threads, n_batch=_LOGITS_CHUNK
-    )
-    try:
+    with _opened(job, path) as model:
         parity = compare(
             job.reference,
             model.iter_logits,
             limits,
             progress=lambda _, done, total: job.progress(f"parity {variant.name}", done, total),
         )
-    finally:
-        model.close()
+        window = job.reference.windows[0, :_LOGITS_CHUNK].numpy()
+        every = next(iter(model.iter_logits(window)))[-1].copy()
+    with _opened(job, _last(path)) as model:
+        difference = float(np.abs(model.decode(window)[-1] - every).max())
+    if not difference <= _SAME_LOGITS:
+        raise LimitError(f"{_last(path).name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
-    types = _tensor_types(path)
     files = [path, path.with_name(f"{path.name}_data")]
     unguided = variant.calibrated and job.calibration is None
     origin = job.provenance
@@ -206,8 +232,8 @@ def _prove(job: _Job, variant: Variant, path: Path) -> ExportRecord:
         architecture=job.config.model_type,
         file_bytes=sum(file.stat().st_size for file in files),
         sha256=sha256_file(path),
-        n_params=types.n_params,
-        tensor_types=types.counts,
+        n_params=n_params,
+        tensor_types=_tensor_types(path),
         fallbacks=(),
         imatrix_tensors=0,
         widths=job.config.widths,
@@ -225,25 +251,25 @@ def _prove(job: _Job, variant: Variant, path: Path) -> ExportRecord:
     )
 
 
-@dataclass(frozen=True)
-class _Types:
-    counts: dict[str, int]
-    n_params: int
+@contextmanager
+def _opened(job: _Job, path: Path) -> Iterator[OnnxModel]:
+    n_ctx = job.reference.windows.shape[1]
+    model = open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=_LOGITS_CHUNK)
+    try:
+        yield model
+    finally:
+        model.close()
 
 
-def _tensor_types(path: Path) -> _Types:
-    """Stored type -> number of matrices and vectors, and the weights that they stand for."""
+def _tensor_types(path: Path) -> dict[str, int]:
+    """Stored type -> number of weights' tensors; scales, rotary tables and sizes of reshapes are left out."""
     counts: Counter[str] = Counter()
-    n_params = 0
     for name, value in ir.load(path).graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or tensor.dtype == ir.DataType.INT64 or name.endswith((".scale", "_cache")):
+        if value.dtype in (None, ir.DataType.INT64) or name.endswith((".scale", "_cache")):
             continue
-        bits = name.rpartition(".q")[2]
-        packed = tensor.dtype == ir.DataType.UINT8
-        counts[f"int{bits}" if packed else tensor.dtype.name.lower()] += 1
-        n_params += int(np.prod(tensor.shape.numpy())) * (8 // int(bits) if packed else 1)
-    return _Types(dict(counts), n_params)
+        packed = value.dtype == ir.DataType.UINT8
+        counts[f"int{name.rpartition('.q')[2]}" if packed else str(value.dtype.name).lower()] += 1
+    return dict(counts)
 
 
 def _load(checkpoint: Path) -> Any:

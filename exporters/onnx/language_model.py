@@ -12,10 +12,11 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores
-from cfsp.files import read_json, sha256_file
+from cfsp.files import sha256_file
 from cfsp.generation import stop_tokens
 from cfsp.model_reference import load_tokenizer
-from exporters.onnx.folder import GRAPHS, find_graph
+from exporters.checkpoint_reader import read_config
+from exporters.onnx.folder import GRAPHS, find_graph, folder_of
 from exporters.onnx.runtime import open_model
 
 __all__ = ["OnnxLanguageModel"]
@@ -40,14 +41,11 @@ class OnnxLanguageModel:
 
     def __init__(self, reference: str, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
         path = find_graph(reference)
-        folder = next((p for p in path.resolve().parents[:2] if (p / "tokenizer.json").is_file()), None)
-        if folder is None:
-            raise InputError(f"no tokenizer.json beside {path}")
+        folder = folder_of(path)
         self.name = reference
         self.tokenizer = load_tokenizer(folder)
         self.sha256: str | None = sha256_file(path)
-        config = read_json(folder / "config.json")
-        self.context_length = min(n_ctx, int(config["max_position_embeddings"]))
+        self.context_length = min(n_ctx, read_config(folder).context_length)
         threads = n_threads or torch.get_num_threads()
         self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH)
         if self._model.last_logits:
@@ -87,6 +85,14 @@ class OnnxLanguageModel:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
     ) -> list[list[int]]:
         """See `LanguageModel`; one prompt after the other."""
+        needed = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+        if needed > self.context_length:
+            raise InputError(
+                f"a prompt with its answer has {needed} tokens, more than the context of {self.name}",
+                field="context",
+                value=needed,
+                allowed=f"up to {self.context_length}",
+            )
         return [self._generate(prompt, max_new_tokens, stop_strings) for prompt in prompts]
 
     def _generate(self, prompt: Sequence[int], max_new_tokens: int, stop_strings: Sequence[str]) -> list[int]:

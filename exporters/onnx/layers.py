@@ -60,7 +60,7 @@ class BlockQuantized:
         bits: 4 or 8.
         block_size: Inputs that share a scale; a power of two, 16 or more.
         data: (rows, blocks, block_size * bits / 8) uint8; of two 4-bit numbers in a byte the first is the low one.
-        scales: (rows, blocks) float16; a graph that computes in float32 casts them when it is loaded.
+        scales: (rows, blocks) float16; the graph casts them when it is loaded.
         columns: Inputs before padding to whole blocks.
     """
 
@@ -129,7 +129,7 @@ class FloatEmbedding:
 
 @dataclass(frozen=True)
 class NBitsLinear:
-    """Weights of few bits, multiplied by MatMulNBits.
+    """Weights of few bits, multiplied by MatMulNBits with float32 activations.
 
     Attributes:
         weight: W in blocks.
@@ -153,7 +153,7 @@ class NBitsLinear:
         stored = self.stored_name or f"{name}.weight"
         y = builder.op(
             "MatMulNBits",
-            [x, *_stored(builder, self.weight, stored, _dtype(x))],
+            [x, *_stored(builder, self.weight, stored)],
             name if self.bias is None else f"{name}.product",
             dtype=_dtype(x),
             shape=(*TOKENS, self.out_features),
@@ -172,13 +172,12 @@ class NBitsEmbedding:
     """A table of few bits, looked up by GatherBlockQuantized; a tied head multiplies by the same bytes."""
 
     table: BlockQuantized
-    dtype: ir.DataType
     accuracy_level: int = 4
     stored_name: str = "model.embed_tokens.weight"
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
         """See `Embedding`."""
-        data, scales = _stored(builder, self.table, self.stored_name, self.dtype)
+        data, scales = _stored(builder, self.table, self.stored_name)
         rows = self.table.data.shape[0]
         flat = builder.op(
             "Reshape",
@@ -191,7 +190,7 @@ class NBitsEmbedding:
             "GatherBlockQuantized",
             [flat, ids, scales],
             name,
-            dtype=self.dtype,
+            dtype=ir.DataType.FLOAT,
             shape=(*TOKENS, self.table.columns),
             domain=CONTRIB,
             bits=self.table.bits,
@@ -205,15 +204,13 @@ class NBitsEmbedding:
         return NBitsLinear(self.table, None, self.accuracy_level, self.stored_name)
 
 
-def _stored(
-    builder: GraphBuilder, matrix: BlockQuantized, name: str, dtype: ir.DataType
-) -> tuple[ir.Value, ir.Value]:
-    """(numbers, scales) as an operator on `dtype` wants them."""
-    data = builder.constant(f"{name}.q{matrix.bits}", matrix.data)
+def _stored(builder: GraphBuilder, matrix: BlockQuantized, name: str) -> tuple[ir.Value, ir.Value]:
+    """(numbers, scales in float32)."""
     scales = builder.constant(f"{name}.scale", matrix.scales)
-    if dtype != ir.DataType.FLOAT16:
-        scales = builder.cast_once(scales, dtype, matrix.scales.shape)
-    return data, scales
+    return (
+        builder.constant(f"{name}.q{matrix.bits}", matrix.data),
+        builder.cast_once(scales, ir.DataType.FLOAT, matrix.scales.shape),
+    )
 
 
 def _add_bias(builder: GraphBuilder, y: ir.Value, bias: npt.NDArray[np.floating], name: str) -> ir.Value:

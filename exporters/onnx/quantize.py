@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
 
 from cfsp.architectures import block_linears, decoder_layers
+from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
@@ -50,15 +50,15 @@ def quantize_linears(
             ([], []) if input_ids is None else enter_blocks(model, layers, torch.split(input_ids, 1))
         )
         for index, layer in enumerate(layers):
-            grams = _input_grams(linears[index], layer, hidden, calls[index]) if hidden else {}
+            with products_in("auto"):
+                grams = _input_grams(linears[index], layer, hidden, calls[index]) if hidden else {}
             for name, linear in linears[index].items():
                 form = format_of(name, index, len(layers))
                 rounded = _rounded(linear.weight, form, grams.get(name))
                 linear.weight.copy_(rounded.dequantized())
                 result[name] = rounded
-            hidden = (
-                [run_layer(layer, h, c) for h, c in zip(hidden, calls[index], strict=True)] if hidden else []
-            )
+            with products_in("auto"):
+                hidden = [run_layer(layer, h, calls[index][i]) for i, h in enumerate(hidden)]
             progress("quantizing", index + 1, len(layers))
     return result
 
@@ -74,9 +74,9 @@ def quantized_layers(rounded: Mapping[str, Rounded], head: BlockFormat) -> MakeL
     return make
 
 
-def quantized_embedding(form: BlockFormat, dtype: ir.DataType) -> Callable[[torch.Tensor], NBitsEmbedding]:
+def quantized_embedding(form: BlockFormat) -> Callable[[torch.Tensor], NBitsEmbedding]:
     """The embedding rounded to nearest: its rows are looked up one by one, so there is no input to weigh by."""
-    return lambda table: NBitsEmbedding(pack(round_to_nearest(table, form)), dtype)
+    return lambda table: NBitsEmbedding(pack(round_to_nearest(table, form)))
 
 
 def _input_grams(

@@ -23,6 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 CACHE_KEY, FIXED_CACHE = "phoneready.cache", "fixed"
 """Metadata of a file whose cache is buffers of a fixed length."""
 
+_FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -66,6 +67,17 @@ class OnnxModel:
         self._inputs = inputs
         self._caches = [name for name in inputs if name.startswith("past_key_values.")]
         self._presents = [name.replace("past_key_values.", "present.") for name in self._caches]
+        sizes = [outputs[0].shape[-1], *(inputs[name].shape[i] for name in self._caches for i in (1, 3))]
+        if not all(isinstance(size, int) for size in sizes):
+            raise InputError(f"{path} leaves the size of its vocabulary or of its heads open")
+        unknown = {inputs[name].type for name in self._caches} - _TYPES.keys()
+        if unknown:
+            raise InputError(f"{path} has a cache of {', '.join(unknown)}", allowed=", ".join(_TYPES))
+        missing = inputs.keys() - {*_FEEDS, *self._caches}
+        if missing:
+            raise InputError(
+                f"{path} wants inputs that a decoder does not have: {', '.join(sorted(missing))}"
+            )
         self.vocab_size = int(outputs[0].shape[-1])
         self.last_logits = outputs[0].shape[1] == 1
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
@@ -171,8 +183,6 @@ def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = 128) ->
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # The arena grows in powers of two and keeps what the longest prompt needed.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base

@@ -40,7 +40,7 @@ class Variant:
 
     Attributes:
         name: As users say it.
-        suffix: Of the file name, as transformers.js expects it for its `dtype`.
+        suffix: Of the file name; transformers.js finds the known ones by its `dtype`.
         dtype: Name of the torch dtype of what is computed: float32 or float16.
         format_of: Format of each Linear of the blocks; None stores floats.
         embedding: Format of the token embedding and a tied head.
@@ -130,7 +130,6 @@ def find_variant(name: str) -> Variant:
     Raises:
         InputError: Unknown; the message names the known ones.
     """
-    for row in VARIANTS.values():
-        if row.name == name.lower():
-            return row
+    if name.lower() in VARIANTS:
+        return VARIANTS[name.lower()]
     raise InputError("unknown ONNX variant", field="onnx", value=name, allowed=", ".join(VARIANTS))

@@ -40,8 +40,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--runtime",
-            help="What runs MODEL: torch (a .gguf file is dequantized) or llama.cpp.",
-            show_default="llama.cpp for .gguf files, else torch",
+            help="What runs MODEL: torch (a .gguf file is dequantized), llama.cpp or onnxruntime.",
+            show_default="llama.cpp for .gguf files, onnxruntime for ONNX, else torch",
         ),
     ] = None,
     text: Annotated[

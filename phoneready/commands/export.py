@@ -46,7 +46,8 @@ def export(
         ),
     ] = None,
     name: Annotated[
-        str | None, typer.Option("--name", help="Stem of the file names.", show_default="the model's name")
+        str | None,
+        typer.Option("--name", help="Stem of GGUF files, name of graphs.", show_default="the model's name"),
     ] = None,
     no_imatrix: Annotated[
         bool, typer.Option("--no-imatrix", help="Quantize without the importance matrix of the calibration.")
@@ -83,7 +84,7 @@ def export(
         variants=split_names(onnx or []),
         name=name,
         use_imatrix=not no_imatrix,
-        calibration=text_references(calibration or ["self"]),
+        calibration=text_references(calibration or []),
         seed=seed,
         n_threads=threads,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,6 +134,8 @@ def prune(
         chosen | {"correction": correction, "dtype": dtype}, align, for_quant, uniform=uniform
     )
     ready = _read_plan(plan, prune_ratio)
+    if ready and dtype:
+        ready = replace(ready, settings=replace(ready.settings, dtype=dtype))
     references = text_references(calibration or (ready.calibration if ready else [SELF]))
     with show_progress() as progress:
         loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)

@@ -154,7 +154,7 @@ def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
     Raises:
         InputError: An unknown one.
     """
-    variants = tuple(find_variant(name).name for name in names)
+    variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
     return config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
 
 

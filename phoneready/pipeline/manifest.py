@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from cfsp.checkpoint import PLAN_FILE, CheckpointInfo, read_checkpoint_info
 from cfsp.errors import InputError
-from cfsp.files import atomic_file, write_text
+from cfsp.files import atomic_directory, atomic_file, write_text
 from cfsp.model_source import ModelSource
 from cfsp.plan import PruningPlan
 from cfsp.records import read_record, tool_version, write_record
+from exporters.onnx import find_variant
 from exporters.record import ExportManifest, ExportRecord
 from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.answers import Answers
@@ -72,7 +73,7 @@ class ReleaseManifest:
         kinds: How each group of figures came about.
         versions: Packages and runtime.
         config: The configuration.
-        commands: Single commands that make the same.
+        commands: Single commands that do the same; 4-bit ONNX variants are rounded for other windows of that text.
         stages: Name to key of each stage.
         seconds: Name to duration of each stage.
     """
@@ -153,7 +154,8 @@ def _manifest(
     roles = [("pruned", record) for record in figures.pruned] + [
         ("dense", record) for record in figures.dense
     ]
-    versions = checkpoint.versions | {"phoneready": tool_version(), "runtime": figures.pruned[0].runtime}
+    runtimes = ", ".join(dict.fromkeys(record.runtime for record in figures.pruned))
+    versions = checkpoint.versions | {"phoneready": tool_version(), "runtime": runtimes}
     return ReleaseManifest(
         source=figures.source,
         license=figures.source.license,
@@ -199,8 +201,12 @@ def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]
         for reference in references:
             judge += [option, reference]
     judge += ["--seqlen", e.seqlen, "--windows", e.max_windows, "--seed", config.seed + 1]
-    variants = ["--onnx", ",".join(config.export.onnx)] if config.export.onnx else []
-    export = ["export", "checkpoint", "-o", "exports", "--gguf", ",".join(config.export.quants), *variants]
+    variants: list[object] = ["--onnx", ",".join(config.export.onnx)] if config.export.onnx else []
+    if any(find_variant(variant).calibrated for variant in config.export.onnx):
+        variants += [word for reference in p.calibration for word in ("--calibration", reference)]
+        variants += ["--seed", config.seed]
+    export: list[object] = ["export", "checkpoint", "-o", "exports"]
+    export += ["--gguf", ",".join(config.export.quants), *variants]
     export += [] if config.export.imatrix else ["--no-imatrix"]
     return tuple(shlex.join(map(str, ["phoneready", *words])) for words in (prune, judge, export))
 
@@ -217,10 +223,17 @@ def _publish(artifact: Artifact, destination: Path) -> None:
     if artifact.root.is_file():
         _link(artifact.root, destination)
         return
-    for file in sorted(path for path in artifact.root.rglob("*") if path.is_file()):
-        target = destination / file.relative_to(artifact.root)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _link(file, target)
+    files = sorted(path for path in artifact.root.rglob("*") if path.is_file())
+    names = [file.relative_to(artifact.root) for file in files]
+    there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
+    if there == set(names) and all(
+        (destination / name).samefile(file) for name, file in zip(names, files, strict=True)
+    ):
+        return
+    with atomic_directory(destination, force=True) as folder:
+        for name, file in zip(names, files, strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(file, folder / name)
 
 
 def _remove(path: Path) -> None:

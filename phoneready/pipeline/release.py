@@ -23,6 +23,7 @@ from cfsp.builtin import BUILTIN_MODELS
 from cfsp.files import sha256_file
 from cfsp.progress import Progress
 from cfsp.records import tool_version
+from phoneready.exporting import require_onnx_export
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.manifest import ReleaseManifest, publish
 from phoneready.pipeline.stages import Stage, claim_folder, run_stages
@@ -50,12 +51,15 @@ def run_release(
         folder: Where; made when missing, continued when it holds a release.
         show: Told each stage's name and state.
         progress: Opens a progress display.
-        threads: Threads of llama.cpp outside the benchmark; torch's number by default.
+        threads: Threads outside torch and the benchmark; torch's number by default.
 
     Raises:
         InputError: A setting or an input that cannot be used, or a folder that is not a release's.
+        MissingExtraError: The configuration asks for ONNX variants and the extra is not installed.
         LimitError: An exported file is too far from its checkpoint.
     """
+    if config.export.onnx:
+        require_onnx_export()
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)
         records = run_stages(stages, folder, show=show, progress=progress)

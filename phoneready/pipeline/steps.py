@@ -13,6 +13,7 @@ from cfsp.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.evaluation import PROMPTS, TorchLanguageModel
 from cfsp.model_reference import load_model, load_tokenizer
 from cfsp.model_source import LoadedModel
+from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.prune import moment_windows, prune_model
 from cfsp.records import write_record
@@ -44,7 +45,7 @@ class Steps:
     Attributes:
         config: What to make.
         folder: The release folder.
-        threads: Threads of llama.cpp outside the benchmark; torch's number where None.
+        threads: Threads outside torch and the benchmark; torch's number where None.
     """
 
     config: ReleaseConfig
@@ -89,7 +90,8 @@ class Steps:
         safetensors.torch.save_file({"input_ids": ids}, output / CALIBRATION_FILE)
         moments = None
         if self.needs_moments:
-            moments = collect_input_moments(loaded.model, moment_windows(ids), progress=progress)
+            with products_in(prune.dtype):
+                moments = collect_input_moments(loaded.model, moment_windows(ids), progress=progress)
         save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
 
     def prune(self, output: Path, progress: Progress) -> None:

@@ -143,7 +143,7 @@ def engine_for(path: Path) -> str:
     Raises:
         InputError: No engine runs files of this kind.
     """
-    found = next((name for name, spec in ENGINES.items() if spec.suffix == path.suffix), None)
+    found = next((name for name, spec in ENGINES.items() if spec.suffix == path.suffix.lower()), None)
     if found is None:
         known = ", ".join(dict.fromkeys(spec.suffix for spec in ENGINES.values()))
         raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=known)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import OnnxModel, open_model, runtime_version
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
@@ -19,9 +23,8 @@ class OnnxRuntimeSession:
         from tokenizers import Tokenizer
 
         self._model = model
-        self._last: int | None = None
-        folder = next(p for p in model.path.resolve().parents if (p / "tokenizer.json").is_file())
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._logits: npt.NDArray[np.float32] | None = None
+        self._tokenizer = Tokenizer.from_file(str(folder_of(model.path) / "tokenizer.json"))
         self.n_vocab = model.vocab_size
         added = self._tokenizer.encode("").ids
         self.bos = added[0] if added else None
@@ -48,7 +51,7 @@ class OnnxRuntimeSession:
         """Append tokens to the context, n_batch at a time."""
         step = self._model.n_batch
         for start in range(0, len(tokens), step):
-            self._last = int(self._model.decode(tokens[start : start + step])[-1].argmax())
+            self._logits = self._model.decode(tokens[start : start + step])
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with the start token where the tokenizer adds one."""
@@ -57,8 +60,8 @@ class OnnxRuntimeSession:
 
     def sample(self) -> int:
         """The likeliest token after the last one."""
-        assert self._last is not None  # something was decoded
-        return self._last
+        assert self._logits is not None  # something was decoded
+        return int(self._logits[-1].argmax())
 
     def close(self) -> None:
         """Let the session go."""

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from exporters.onnx.folder import GENAI_CONFIG, folder_of
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
 
 __all__ = ["GenAISession", "open_session", "prepare"]
 
-_CONFIG = "genai_config.json"
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
+    return found
 
 
 class GenAISession:
@@ -28,9 +32,8 @@ class GenAISession:
         self._genai, self._path, self._settings = genai, path, settings
         self._model = genai.Model(config)
         self._tokenizer = genai.Tokenizer(self._model)
-        self.n_vocab = int(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["model"]["vocab_size"])
-        added = self.tokenize("")
-        self.bos = added[0] if added else None
+        self.n_vocab = int(_config(folder)["model"]["vocab_size"])
+        self.bos = None
         self.clear()
 
     @property
@@ -59,8 +62,8 @@ class GenAISession:
             self._generator.append_tokens(list(tokens[start : start + step]))
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids, with the start token where the tokenizer adds one."""
-        return [int(token) for token in self._tokenizer.encode(text)] if text else []
+        """Token ids, as GenAI's tokenizer makes them; it adds a start token where the model's own does."""
+        return [int(token) for token in self._tokenizer.encode(text)]
 
     def sample(self) -> int:
         """The likeliest token after the last one."""
@@ -83,9 +86,14 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     Raises:
         InputError: No genai_config.json above it, or GenAI cannot load it.
     """
-    folder = next((p for p in path.resolve().parents if (p / _CONFIG).is_file()), None)
-    if folder is None:
-        raise InputError(f"no {_CONFIG} beside {path} or above it")
+    folder = folder_of(path)
+    if not (folder / GENAI_CONFIG).is_file():
+        raise InputError(f"no {GENAI_CONFIG} in {folder}")
+    named = _config(folder)["model"]["decoder"]["filename"]
+    if (folder / named).resolve() != path.resolve():
+        raise InputError(
+            f"GenAI runs the graph that {GENAI_CONFIG} names, not {path}", allowed=str(folder / named)
+        )
     try:
         return GenAISession(path, folder, settings)
     except RuntimeError as error:

@@ -23,7 +23,7 @@ PROMPT = "List three fruits."
 @pytest.fixture(scope="module")
 def node() -> str:
     found = shutil.which("node")
-    if found is None or not (JAVASCRIPT / "node_modules").is_dir():
+    if found is None or not (JAVASCRIPT / "node_modules" / ".installed").is_file():
         pytest.skip("Node.js or its packages are not installed; `make javascript` installs the packages")
     return found
 

@@ -166,6 +166,8 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int3"], "int4-b128"),
         (["--onnx", "int4", "--calibration", "missing.txt"], "missing.txt"),
         (["--onnx", "int4", "--calibration", "none", "--calibration", "self"], "stands alone"),
+        (["--onnx", "int8", "--calibration", "self"], "4-bit"),
+        (["--gguf", "Q4_0", "--onnx", "int2"], "int2"),
     ],
 )
 def test_export_refuses_what_it_cannot_do(

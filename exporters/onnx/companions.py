@@ -1,0 +1,110 @@
+"""An ONNX folder as its consumers want it: what lies beside the graphs.
+
+config.json, generation_config.json     optimum, transformers.js
+tokenizer.json, tokenizer_config.json, chat_template.jinja
+genai_config.json                       ONNX Runtime GenAI
+onnx/model<suffix>.onnx                 logits of every position: optimum, transformers.js, evaluation
+onnx/model<suffix>_last.onnx            logits of the last position alone: GenAI, the benchmark
+onnx/model<suffix>.onnx_data            the weights of both
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cfsp.files import read_json, write_json
+from cfsp.folder_format import save_tokenizer
+from cfsp.generation import stop_tokens
+from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
+from exporters.onnx.variants import Variant
+
+__all__ = ["write_companions"]
+
+_COPIED = ("generation_config.json", "LICENSE*")
+# Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
+_DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
+
+
+def write_companions(
+    checkpoint: Path, folder: Path, variant: Variant, model: Any, tokenizer: Any, *, context_length: int
+) -> None:
+    """Write all of a variant's folder but the graphs.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        folder: The variant's folder, which exists.
+        variant: What the graphs are stored as.
+        model: The checkpoint's model, for its config and generation config.
+        tokenizer: Its tokenizer.
+        context_length: Most tokens of a text.
+    """
+    save_tokenizer(tokenizer, folder)
+    if tokenizer.chat_template:
+        # transformers.js knows the template from here alone.
+        file = folder / "tokenizer_config.json"
+        write_json(file, read_json(file) | {"chat_template": tokenizer.chat_template})
+    for pattern in _COPIED:
+        for found in checkpoint.glob(pattern):
+            shutil.copyfile(found, folder / found.name)
+    ends = sorted(stop_tokens(model.generation_config, tokenizer))
+    write_json(folder / "config.json", _config(read_json(checkpoint / "config.json"), variant))
+    write_json(folder / GENAI_CONFIG, _genai_config(variant, model.config, ends, context_length))
+
+
+def _config(stored: dict[str, Any], variant: Variant) -> dict[str, Any]:
+    kept = {key: value for key, value in stored.items() if key not in _DROPPED}
+    web: dict[str, Any] = {"use_external_data_format": {f"{variant.stem}.onnx": 1}}
+    if variant.dtype == "float16":
+        web["kv_cache_dtype"] = {"fp16": "float16"}
+    return kept | {"transformers.js_config": web}
+
+
+def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pad = config.pad_token_id
+    special = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends or None,
+        "pad_token_id": next(iter(ends), None) if pad is None else pad,
+    }
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": f"{GRAPHS}/{variant.stem}_last.onnx",
+        "head_size": head_dim,
+        "hidden_size": config.hidden_size,
+        "inputs": {
+            "input_ids": "input_ids",
+            "attention_mask": "attention_mask",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_key_value_heads,
+    }
+    return {
+        "model": {
+            # GenAI has one decoder for all of these graphs; the name only chooses its chat heuristics.
+            "type": "llama",
+            "vocab_size": config.vocab_size,
+            "context_length": context_length,
+            "decoder": decoder,
+            # GenAI refuses null; what a model does not have is left out.
+            **{key: value for key, value in special.items() if value is not None},
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": context_length,
+            "past_present_share_buffer": True,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
