@@ -15,7 +15,15 @@ import torch
 from cfsp.errors import InputError
 from cfsp.text import render_chat
 
-__all__ = ["Branches", "LanguageModel", "Score", "branch_scores", "check_same_vocabulary", "prompt_ids"]
+__all__ = [
+    "Branches",
+    "LanguageModel",
+    "Score",
+    "branch_scores",
+    "check_length",
+    "check_same_vocabulary",
+    "prompt_ids",
+]
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,17 @@ class LanguageModel(Protocol):
     def close(self) -> None:
         """Let the model go; may be called twice."""
         ...
+
+
+def check_length(model: LanguageModel, needed: int, what: str) -> None:
+    """Raise InputError where `what`, of `needed` tokens, is longer than the model's context."""
+    if needed > model.context_length:
+        raise InputError(
+            f"{what} has {needed} tokens, more than the context of {model.name}",
+            field="context",
+            value=needed,
+            allowed=f"up to {model.context_length}",
+        )
 
 
 def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
 from cfsp.files import sha256_file
 from cfsp.gguf_file import read_gguf
 from cfsp.gguf_tokenizer import tokenizer_from_gguf
@@ -65,7 +64,7 @@ class GGUFLanguageModel:
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `LanguageModel`."""
-        self._check_length(len(window), "a window")
+        check_length(self, len(window), "a window")
         start = 1
         for piece in self._model.iter_logits(window.numpy()):
             count = min(len(piece), len(window) - start)
@@ -88,7 +87,7 @@ class GGUFLanguageModel:
                 part, used = [], len(item.context)
             part.append(continuation)
             used += length
-        self._check_length(used, "a context with its continuation")
+        check_length(self, used, "a context with its continuation")
         yield Branches(item.context, tuple(part))
 
     def _score(self, item: Branches) -> Iterator[Score]:
@@ -114,7 +113,7 @@ class GGUFLanguageModel:
         used = 0
         for prompt in prompts:
             needed = len(prompt) + max_new_tokens
-            self._check_length(needed, "a prompt with its answer")
+            check_length(self, needed, "a prompt with its answer")
             if group and (len(group) == _SEQUENCES or used + needed > self.context_length):
                 answers += self._generate(group, max_new_tokens, stop_strings)
                 group, used = [], 0
@@ -151,12 +150,3 @@ class GGUFLanguageModel:
 
     def _stopped(self, ids: Sequence[int], stop_strings: Sequence[str]) -> bool:
         return bool(stop_strings) and any(s in self.tokenizer.decode(ids) for s in stop_strings)
-
-    def _check_length(self, needed: int, what: str) -> None:
-        if needed > self.context_length:
-            raise InputError(
-                f"{what} has {needed} tokens, more than the context of {self.name}",
-                field="context",
-                value=needed,
-                allowed=f"up to {self.context_length}",
-            )

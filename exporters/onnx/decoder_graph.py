@@ -97,7 +97,12 @@ class Decoder:
 
 
 def build_decoder(
-    decoder: Decoder, *, name: str, metadata: Mapping[str, str] | None = None, last_logits: bool = False
+    decoder: Decoder,
+    *,
+    name: str,
+    metadata: Mapping[str, str] | None = None,
+    last_logits: bool = False,
+    stored: Mapping[str, ir.TensorProtocol] | None = None,
 ) -> ir.Model:
     """Write the graph.
 
@@ -106,8 +111,9 @@ def build_decoder(
         name: Of the graph.
         metadata: Own key-value pairs of the file.
         last_logits: Compute the logits of each sequence's last position alone.
+        stored: Weights of another graph of this decoder, by name, which this one shares.
     """
-    graph = _Graph(decoder)
+    graph = _Graph(decoder, GraphBuilder(stored))
     x = decoder.embedding.look_up(graph.builder, graph.input_ids, "model.embed_tokens")
     added: ir.Value | None = None
     for index, block in enumerate(decoder.blocks):
@@ -123,9 +129,9 @@ def build_decoder(
 class _Graph:
     """The graph while it is written."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, builder: GraphBuilder) -> None:
         self.decoder, self.shape, self.dtype = decoder, decoder.shape, decoder.dtype
-        self.builder = GraphBuilder()
+        self.builder = builder
         self.input_ids = ir.val("input_ids", ir.DataType.INT64, list(TOKENS))
         self.attention_mask = ir.val(
             "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]

@@ -173,10 +173,8 @@ def _save(job: _Job, decoder: Decoder, folder: Path, variant: Variant) -> Path:
     every.metadata_props.update(metadata)
     path = folder / f"{variant.stem}.onnx"
     ir.save(every, path)
-    stored = {key: value.const_value for key, value in every.graph.initializers.items()}
-    last = build_decoder(decoder, name=name, metadata=metadata, last_logits=True)
-    for key, tensor in stored.items():
-        last.graph.initializers[key].const_value = tensor
+    stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
+    last = build_decoder(decoder, name=name, metadata=metadata, last_logits=True, stored=stored)
     ir.save(last, _last(path))
     return path
 

@@ -20,11 +20,15 @@ Dims = Sequence[int | str]
 class GraphBuilder:
     """Collects nodes and initializers.
 
+    Args:
+        stored: Initializers that are written already, by name; they are used as they are.
+
     Every value is given its type and shape when it is made: the shape inference of onnx knows nothing of
     the contributed operators, and runtimes without a full one (the web's) believe what the file says.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stored: Mapping[str, ir.TensorProtocol] | None = None) -> None:
+        self._stored = stored or {}
         self._tape = ir.tape.Tape()
         self._constants: dict[str, ir.Value] = {}
         self._casts: dict[str, ir.Value] = {}
@@ -60,7 +64,9 @@ class GraphBuilder:
     def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
         """An initializer; the same name gives the same one."""
         if name not in self._constants:
-            tensor = ir.tensor(np.asarray(value, order="C"), name=name)
+            tensor = self._stored.get(name)
+            if tensor is None:
+                tensor = ir.tensor(np.asarray(value, order="C"), name=name)
             self._constants[name] = self._tape.initializer(tensor, name)
         return self._constants[name]
 

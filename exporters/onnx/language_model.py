@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
 from cfsp.files import sha256_file
 from cfsp.generation import stop_tokens
 from cfsp.model_reference import load_tokenizer
@@ -85,14 +85,8 @@ class OnnxLanguageModel:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
     ) -> list[list[int]]:
         """See `LanguageModel`; one prompt after the other."""
-        needed = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        if needed > self.context_length:
-            raise InputError(
-                f"a prompt with its answer has {needed} tokens, more than the context of {self.name}",
-                field="context",
-                value=needed,
-                allowed=f"up to {self.context_length}",
-            )
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        check_length(self, longest + max_new_tokens, "a prompt with its answer")
         return [self._generate(prompt, max_new_tokens, stop_strings) for prompt in prompts]
 
     def _generate(self, prompt: Sequence[int], max_new_tokens: int, stop_strings: Sequence[str]) -> list[int]:
