@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench javascript clean
+.PHONY: help demo test lint bench javascript chromium clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,13 +20,14 @@ help:
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make javascript   packages that the tests of JavaScript consumers need (make test does it)"
+	@echo "make chromium     Debian's Chromium for the tests in a page, where root may install it (make test does it)"
 	@echo "make bench   measure the demo's files, dense and pruned in turns"
 	@echo "make clean   remove the environment, the demo and what the tools left"
 
 demo: $(STAMP)
 	@$(BIN)/phoneready release -o "$(DEMO)"
 
-test: lint javascript
+test: lint javascript chromium
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -42,6 +43,14 @@ tests/javascript/node_modules/.installed: tests/javascript/package.json
 		npm install --prefix tests/javascript --ignore-scripts --no-audit --no-fund --no-package-lock --loglevel=error \
 			>/dev/null && touch $@ || echo "npm cannot install; tests of JavaScript consumers are skipped" >&2; \
 	else echo "no npm; tests of JavaScript consumers are skipped" >&2; fi
+
+# What the tests in a page need; without it these tests are skipped.
+chromium:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
+			{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 || \
+			echo "no Chromium, and it cannot be installed; tests in a page are skipped" >&2; \
+	}
 
 bench: demo
 	@$(BIN)/phoneready bench "$(DEMO)"/*.gguf

@@ -42,7 +42,12 @@ def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
         lora_dropout=0.0,
         bias="none",
     )
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            # Under autocast PEFT would cast every input up to float32, only for autocast to cast it down again.
+            module.cast_input_dtype_enabled = False
+    return adapted
 
 
 def merge_adapter(adapted: Any) -> Any:

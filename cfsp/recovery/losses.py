@@ -8,31 +8,37 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["ChunkLoss", "distillation_loss", "head_loss", "next_token_loss"]
+__all__ = ["ChunkLoss", "LossAndGradient", "distillation_loss", "head_loss", "next_token_loss"]
 
 CHUNK_TOKENS = 256
 """Positions whose logits are held at once: 256 x 49152 float32 are 48 MiB."""
 
-ChunkLoss = Callable[[torch.Tensor, slice], torch.Tensor]
-"""(logits (chunk, vocab_size) float32, which positions) -> scalar sum over the chunk."""
+LossAndGradient = tuple[torch.Tensor, torch.Tensor]
+"""A loss summed over positions, scalar, and its gradient with respect to the logits (n, vocab_size)."""
+
+ChunkLoss = Callable[[torch.Tensor, slice], LossAndGradient]
+"""Told the logits of a chunk (n, vocab_size) float32 and which positions they are."""
 
 
-def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy  -sum_t log softmax(z_t)[y_t], in nats.
+def next_token_loss(logits: torch.Tensor, targets: torch.Tensor) -> LossAndGradient:
+    """Cross entropy  -sum_t log softmax(z_t)[y_t], in nats; its gradient is  softmax(z_t) - onehot(y_t).
 
     Args:
         logits: z (n, vocab_size) float32.
         targets: y (n,) int64.
     """
-    return F.cross_entropy(logits, targets, reduction="sum")
+    probabilities = F.softmax(logits, dim=-1)
+    chosen = targets[:, None]
+    loss = (_log_partition(logits, probabilities) - logits.gather(1, chosen).squeeze(1)).sum()
+    return loss, probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
 
 
 def distillation_loss(
     logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
+) -> LossAndGradient:
     """T^2 * sum_t KL( softmax(teacher_t / T) || softmax(z_t / T) ), in nats (Hinton et al., arXiv 1503.02531).
 
-    T^2 keeps the gradient's size independent of T.
+    T^2 keeps the gradient's size,  T * (softmax(z_t / T) - softmax(teacher_t / T)),  independent of T.
 
     Args:
         logits: z (n, vocab_size) float32.
@@ -40,9 +46,17 @@ def distillation_loss(
         temperature: T.
     """
     # Dividing by one would cost as much as a softmax.
-    softened = [z if temperature == 1 else z / temperature for z in (logits, teacher_logits)]
-    student, teacher = (F.log_softmax(z, dim=-1) for z in softened)
-    return temperature**2 * F.kl_div(student, teacher, reduction="sum", log_target=True)
+    student, teacher = (z if temperature == 1 else z / temperature for z in (logits, teacher_logits))
+    p, q = F.softmax(student, dim=-1), F.softmax(teacher, dim=-1)
+    partitions = _log_partition(student, p) - _log_partition(teacher, q)
+    loss = torch.dot(q.flatten(), (teacher - student).flatten()) + partitions.sum()
+    gradient = p.sub_(q)
+    return temperature**2 * loss, gradient if temperature == 1 else gradient.mul_(temperature)
+
+
+def _log_partition(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """log sum_v exp z_v  =  z_v - log p_v, at the v with the largest p: saves a second pass of exponentials."""
+    return logits.amax(-1) - probabilities.amax(-1).log()
 
 
 def head_loss(
@@ -50,26 +64,20 @@ def head_loss(
 ) -> torch.Tensor:
     """Sum of a loss over the logits  hidden @ weight^T, chunk by chunk.
 
-    Gradients are taken chunk by chunk in the forward pass already, so that no logits outlive their chunk and
-    none is computed twice.
+    Gradients are formed in the forward pass already, so that no logits outlive their chunk and none is computed
+    twice.
 
     Args:
         hidden: (n, hidden_size), the positions that count.
         weight: (vocab_size, hidden_size), the output embedding.
         loss: Told the logits of each chunk.
-        dtype: Of the product.
+        dtype: Of the products.
 
     Returns:
         A float32 scalar; zero for no positions.
     """
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        result: torch.Tensor = _HeadLoss.apply(hidden, weight, loss, dtype)  # type: ignore[no-untyped-call]
-        return result
-    cast = weight.to(dtype)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for chunk in _chunks(len(hidden)):
-        total = total + loss(F.linear(hidden[chunk].to(dtype), cast).float(), chunk)
-    return total
+    result: torch.Tensor = _HeadLoss.apply(hidden, weight, loss, dtype)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -78,21 +86,18 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, loss: ChunkLoss, dtype: torch.dtype
     ) -> torch.Tensor:
         with_hidden, with_weight = ctx.needs_input_grad[:2]
-        cast = weight.detach().to(dtype).requires_grad_(with_weight)
+        hidden_cast, weight_cast = hidden.to(dtype), weight.to(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grad = torch.zeros_like(hidden) if with_hidden else None
+        hidden_grad = torch.empty_like(hidden) if with_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
         for chunk in _chunks(len(hidden)):
-            piece = hidden[chunk].detach().to(dtype).requires_grad_(with_hidden)
-            wanted = [t for t, needed in ((piece, with_hidden), (cast, with_weight)) if needed]
-            with torch.enable_grad():
-                value = loss(F.linear(piece, cast).float(), chunk)
-            grads = list(torch.autograd.grad(value, wanted))
-            total += value.detach()
+            value, gradient = loss(F.linear(hidden_cast[chunk], weight_cast).float(), chunk)
+            total += value
+            gradient = gradient.to(dtype)
             if hidden_grad is not None:
-                hidden_grad[chunk] = grads.pop(0).to(hidden.dtype)
+                hidden_grad[chunk] = (gradient @ weight_cast).to(hidden.dtype)
             if weight_grad is not None:
-                weight_grad += grads.pop(0)
+                weight_grad += gradient.T @ hidden_cast[chunk]
         ctx.grads = (hidden_grad, weight_grad)
         return total
 

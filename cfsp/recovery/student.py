@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from cfsp.recovery.data import IGNORED
-from cfsp.recovery.losses import ChunkLoss, distillation_loss, head_loss, next_token_loss
+from cfsp.recovery.losses import (
+    ChunkLoss,
+    LossAndGradient,
+    distillation_loss,
+    head_loss,
+    next_token_loss,
+)
 
 __all__ = ["LossSums", "Objective", "Student", "Teacher"]
 
@@ -94,9 +100,9 @@ class Student(nn.Module):
         hidden, targets = self._labelled_hidden(input_ids, labels)
         next_token = 0.0
 
-        def with_next_token(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
+        def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
             nonlocal next_token
-            next_token += float(next_token_loss(logits, targets[chunk]))
+            next_token += float(next_token_loss(logits, targets[chunk])[0])
             return loss(logits, chunk)
 
         loss = self._chunk_loss(targets, self._teacher_hidden(input_ids, labels))
@@ -130,13 +136,22 @@ class Student(nn.Module):
         next_weight, distill_weight = self.objective.weights
         temperature, teacher = self.objective.temperature, self.teacher
 
-        def loss(logits: torch.Tensor, chunk: slice) -> torch.Tensor:
-            total = logits.new_zeros(())
+        def loss(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
+            terms = []
             if next_weight:
-                total = total + next_weight * next_token_loss(logits, targets[chunk])
+                terms.append((next_weight, next_token_loss(logits, targets[chunk])))
             if teacher is not None and teacher_hidden is not None:
                 dense = teacher.logits(teacher_hidden[chunk])
-                total = total + distill_weight * distillation_loss(logits, dense, temperature)
-            return total
+                terms.append((distill_weight, distillation_loss(logits, dense, temperature)))
+            return _weighted(terms)
 
         return loss
+
+
+def _weighted(terms: Sequence[tuple[float, LossAndGradient]]) -> LossAndGradient:
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+    losses, gradients = zip(
+        *((weight * loss, weight * gradient) for weight, (loss, gradient) in terms), strict=True
+    )
+    return torch.stack(losses).sum(), sum(gradients[1:], gradients[0])

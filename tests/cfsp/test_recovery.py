@@ -192,11 +192,31 @@ def test_losses_are_their_equations() -> None:
     logits, teacher = torch.randn(5, 11), torch.randn(5, 11)
     targets = torch.randint(0, 11, (5,))
     log_p = logits.log_softmax(-1)
-    assert next_token_loss(logits, targets) == pytest.approx(-float(log_p[range(5), targets].sum()), rel=1e-5)
+    loss, _ = next_token_loss(logits, targets)
+    assert float(loss) == pytest.approx(-float(log_p[range(5), targets].sum()), rel=1e-5)
     q, p = (teacher / 2).softmax(-1), (logits / 2).softmax(-1)
-    expected = 4 * float((q * (q / p).log()).sum())
-    assert float(distillation_loss(logits, teacher, 2.0)) == pytest.approx(expected, rel=1e-4)
-    assert float(distillation_loss(logits, logits)) == 0.0
+    loss, _ = distillation_loss(logits, teacher, 2.0)
+    assert float(loss) == pytest.approx(4 * float((q * (q / p).log()).sum()), rel=1e-4)
+    loss, gradient = distillation_loss(logits, logits)
+    assert float(loss) == 0.0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradients_of_losses_are_their_derivatives(temperature: float) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 11, requires_grad=True)
+    teacher, targets = torch.randn(5, 11), torch.randint(0, 11, (5,))
+    log_p, log_q = ((z / temperature).log_softmax(-1) for z in (logits, teacher))
+    reference = {
+        F.cross_entropy(logits, targets, reduction="sum"): next_token_loss(logits, targets),
+        temperature**2 * F.kl_div(log_p, log_q, reduction="sum", log_target=True): distillation_loss(
+            logits, teacher, temperature
+        ),
+    }
+    for expected, (loss, gradient) in reference.items():
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
 
 
 @pytest.mark.parametrize("frozen", [True, False])
