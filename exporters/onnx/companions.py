@@ -2,9 +2,9 @@
 
 config.json, generation_config.json     optimum, transformers.js
 tokenizer.json, tokenizer_config.json, chat_template.jinja
-genai_config.json                       ONNX Runtime GenAI
+genai_config.json                       ONNX Runtime GenAI; not for a portable graph
 onnx/model<suffix>.onnx                 logits of every position: optimum, transformers.js, evaluation
-onnx/model<suffix>_last.onnx            logits of the last position alone: GenAI, the benchmark
+onnx/model<suffix>_last.onnx            logits of the last position alone: GenAI, the benchmark; the same
 onnx/model<suffix>.onnx_data            the weights of both
 """
 
@@ -48,8 +48,10 @@ def write_companions(
     for pattern in _COPIED:
         for found in checkpoint.glob(pattern):
             shutil.copyfile(found, folder / found.name)
-    ends = sorted(stop_tokens(model.generation_config, tokenizer))
     write_json(folder / "config.json", _config(read_json(checkpoint / "config.json"), variant))
+    if variant.portable:
+        return
+    ends = sorted(stop_tokens(model.generation_config, tokenizer))
     write_json(folder / GENAI_CONFIG, _genai_config(variant, model.config, ends, context_length))
 
 

@@ -25,6 +25,7 @@ from exporters.onnx.checks import check_graph
 from exporters.onnx.companions import write_companions
 from exporters.onnx.decoder_graph import Decoder, build_decoder
 from exporters.onnx.folder import GRAPHS
+from exporters.onnx.portable import portable_graph, require_optimum
 from exporters.onnx.quantize import quantize_linears, quantized_embedding, quantized_layers
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
@@ -73,7 +74,7 @@ def export_onnx(
 ) -> tuple[ExportRecord, ...]:
     """Write output/<variant>/ for every variant, and output/export.json (an ExportManifest).
 
-    The float32 variant is always written and proven first; it is kept only where it is asked for.
+    The float32 variant is written and proven before all that are built like it, and kept only where it is asked for.
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
@@ -93,13 +94,15 @@ def export_onnx(
     Raises:
         InputError: Unknown variant, unusable checkpoint, a model that the graph cannot compute, existing output.
         LimitError: A variant is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
-        MissingExtraError: ONNX Runtime is not installed.
+        MissingExtraError: ONNX Runtime is not installed, or optimum's exporter for a portable variant.
     """
     rows = list(dict.fromkeys(find_variant(variant) for variant in variants))
     if not rows:
         raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
     refuse_existing(output, force=force)
     runtime_version()
+    if any(row.portable for row in rows):
+        require_optimum()
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
     config = read_config(checkpoint)
@@ -127,10 +130,11 @@ def export_onnx(
 
 def _export_all(job: _Job, rows: Sequence[Variant]) -> tuple[ExportRecord, ...]:
     """The float32 graph comes first: that the graph computes the checkpoint shows on it alone."""
-    base = VARIANTS["fp32"]
-    done = {base.name: _export(job, base)}
-    if base not in rows:
-        shutil.rmtree(job.folder / base.name)
+    base, done = VARIANTS["fp32"], {}
+    if not all(row.portable for row in rows):
+        done[base.name] = _export(job, base)
+        if base not in rows:
+            shutil.rmtree(job.folder / base.name)
     done |= {row.name: _export(job, row) for row in rows if row.name not in done}
     return tuple(done[row.name] for row in rows)
 
@@ -140,13 +144,11 @@ def _export(job: _Job, variant: Variant) -> ExportRecord:
     (folder / GRAPHS).mkdir(parents=True)
     model = _load(job.checkpoint)
     n_params = sum(parameter.numel() for parameter in model.parameters())
-    decoder = _decoder(job, model, variant)
-    job.progress(f"writing {variant.name}", 0, 1)
-    path = _save(job, decoder, folder / GRAPHS, variant)
+    path = (_save_portable if variant.portable else _save)(job, model, folder / GRAPHS, variant)
     context_length = job.config.context_length
     write_companions(job.checkpoint, folder, variant, model, job.tokenizer, context_length=context_length)
     job.progress(f"writing {variant.name}", 1, 1)
-    del model, decoder
+    del model
     return _prove(job, variant, path, n_params)
 
 
@@ -164,19 +166,38 @@ def _decoder(job: _Job, model: Any, variant: Variant) -> Decoder:
     )
 
 
-def _save(job: _Job, decoder: Decoder, folder: Path, variant: Variant) -> Path:
+def _save(job: _Job, model: Any, folder: Path, variant: Variant) -> Path:
     """Two graphs over one file of weights; returns the one with all logits."""
-    name, weights = f"{job.provenance.name}-{variant.name}", f"{variant.stem}.onnx_data"
-    every = build_decoder(decoder, name=name)
-    ir.external_data.unload_from_model(every, folder, weights, size_threshold_bytes=_EXTERNAL_BYTES)
-    metadata = _metadata(job) | {"phoneready.data_sha256": sha256_file(folder / weights)}
-    every.metadata_props.update(metadata)
-    path = folder / f"{variant.stem}.onnx"
-    ir.save(every, path)
+    decoder = _decoder(job, model, variant)
+    job.progress(f"writing {variant.name}", 0, 1)
+    name = _graph_name(job, variant)
+    every = build_decoder(decoder, name=name, metadata={CACHE_KEY: FIXED_CACHE})
+    path = _write(job, every, folder, variant)
     stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
+    metadata = every.metadata_props
     last = build_decoder(decoder, name=name, metadata=metadata, last_logits=True, stored=stored)
     ir.save(last, _last(path))
     return path
+
+
+def _save_portable(job: _Job, model: Any, folder: Path, variant: Variant) -> Path:
+    """One graph: who takes standard operators alone wants what optimum's users expect."""
+    job.progress(f"writing {variant.name}", 0, 1)
+    return _write(job, portable_graph(model, name=_graph_name(job, variant)), folder, variant)
+
+
+def _write(job: _Job, graph: ir.Model, folder: Path, variant: Variant) -> Path:
+    """The graph, which is told its origin, and its weights beside it."""
+    path = folder / f"{variant.stem}.onnx"
+    data = path.with_name(f"{path.name}_data")
+    ir.external_data.unload_from_model(graph, folder, data.name, size_threshold_bytes=_EXTERNAL_BYTES)
+    graph.metadata_props.update(_origin(job) | {"phoneready.data_sha256": sha256_file(data)})
+    ir.save(graph, path)
+    return path
+
+
+def _graph_name(job: _Job, variant: Variant) -> str:
+    return f"{job.provenance.name}-{variant.name}"
 
 
 def _last(path: Path) -> Path:
@@ -184,8 +205,8 @@ def _last(path: Path) -> Path:
     return path.with_name(f"{path.stem}_last.onnx")
 
 
-def _metadata(job: _Job) -> dict[str, str]:
-    """What a graph says about itself and its origin."""
+def _origin(job: _Job) -> dict[str, str]:
+    """What a graph says about where it comes from."""
     origin = job.provenance
     known = {
         "phoneready.source_model": origin.source_model,
@@ -194,16 +215,17 @@ def _metadata(job: _Job) -> dict[str, str]:
         "phoneready.plan_sha256": origin.plan_sha256,
         "phoneready.license": origin.license,
     }
-    return {CACHE_KEY: FIXED_CACHE} | {key: value for key, value in known.items() if value}
+    return {key: value for key, value in known.items() if value}
 
 
 def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportRecord:
-    """Reopen both graphs, compare them with the checkpoint and with each other, and describe them.
+    """Reopen the graphs, compare them with the checkpoint and with each other, and describe them.
 
     Raises:
         LimitError: They are too far from the checkpoint, or not shaped as its plan says.
     """
-    for graph in (path, _last(path)):
+    last = _last(path) if _last(path).exists() else None
+    for graph in filter(None, (path, last)):
         check_graph(graph, job.config)
     limits = job.limits.get(variant.name, variant.limits).as_dict()
     with _opened(job, path) as model:
@@ -215,10 +237,11 @@ def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportReco
         )
         window = job.reference.windows[0, :_LOGITS_CHUNK].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
-    with _opened(job, _last(path)) as model:
-        difference = float(np.abs(model.decode(window)[-1] - every).max())
-    if not difference <= _SAME_LOGITS:
-        raise LimitError(f"{_last(path).name} differs from {path.name} by {difference:.4g} in a logit")
+    if last is not None:
+        with _opened(job, last) as model:
+            difference = float(np.abs(model.decode(window)[-1] - every).max())
+        if not difference <= _SAME_LOGITS:
+            raise LimitError(f"{last.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
     files = [path, path.with_name(f"{path.name}_data")]
     unguided = variant.calibrated and job.calibration is None

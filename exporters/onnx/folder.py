@@ -22,9 +22,8 @@ def is_onnx(reference: str) -> bool:
     path = Path(reference)
     if path.suffix == ".onnx":
         return True
-    return (
-        (path / GENAI_CONFIG).is_file() and (path / GRAPHS).is_dir() and not any(path.glob("*.safetensors"))
-    )
+    graphs = (path / "config.json").is_file() and any((path / GRAPHS).glob("*.onnx"))
+    return graphs and not any(path.glob("*.safetensors"))
 
 
 def folder_of(graph: Path) -> Path:
@@ -42,13 +41,18 @@ def folder_of(graph: Path) -> Path:
 def find_graph(reference: str, *, last_logits: bool = False) -> Path:
     """The graph of a reference: the file itself, or of a variant's folder the one with the logits that are wanted.
 
+    A folder may lack the graph with the last position's logits; the one with all of them will do.
+
     Raises:
         InputError: A folder without a graph, or with several.
     """
     path = Path(reference)
     if path.suffix == ".onnx":
         return path
-    graphs = [p for p in (path / GRAPHS).glob("*.onnx") if p.stem.endswith("_last") == last_logits]
+    by_kind: dict[bool, list[Path]] = {True: [], False: []}
+    for graph in (path / GRAPHS).glob("*.onnx"):
+        by_kind[graph.stem.endswith("_last")].append(graph)
+    graphs = (by_kind[True] if last_logits else []) or by_kind[False]
     if len(graphs) != 1:
         raise InputError(
             f"{path} has {len(graphs)} such graphs under {GRAPHS}",

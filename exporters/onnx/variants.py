@@ -46,6 +46,7 @@ class Variant:
         embedding: Format of the token embedding and a tied head.
         calibrated: Rounded by GPTQ, which wants text.
         pack_qkv: Whether q, k and v have one format, so that they can be one layer.
+        portable: In standard operators alone, as optimum exports it.
         limits: Bounds of the parity check.
     """
 
@@ -57,6 +58,7 @@ class Variant:
     embedding: BlockFormat | None = None
     calibrated: bool = False
     pack_qkv: bool = True
+    portable: bool = False
 
     @property
     def stem(self) -> str:
@@ -120,6 +122,7 @@ _ROWS = (
         calibrated=True,
         pack_qkv=False,
     ),
+    Variant("portable", "", "float32", ParityLimits(max_logit_diff=2e-3), portable=True),
 )
 VARIANTS: Mapping[str, Variant] = MappingProxyType({row.name: row for row in _ROWS})
 

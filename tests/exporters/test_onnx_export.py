@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from cfsp.checkpoint import load_pruned
-from cfsp.errors import InputError, LimitError
+from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.model_reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
@@ -33,7 +34,8 @@ MakeCheckpoint = Callable[..., Path]
 WIDTHS = (96, 64, 128, 40)
 WINDOWS = torch.randint(0, 384, (2, 96), generator=torch.Generator().manual_seed(0))
 # Next-token distributions of random weights are nearly flat, so quantization moves them far.
-LOOSE = {name: ParityLimits(kl_mean=3.0) for name in VARIANTS if name != "fp32"}
+FUSED = {name: variant for name, variant in VARIANTS.items() if not variant.portable}
+LOOSE = {name: ParityLimits(kl_mean=3.0) for name in FUSED if name != "fp32"}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,
@@ -62,7 +64,7 @@ def pruned(make_checkpoint: MakeCheckpoint) -> Path:
 @pytest.fixture(scope="module")
 def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("onnx") / "out"
-    export(pruned, output, *VARIANTS, calibration=WINDOWS)
+    export(pruned, output, *FUSED, calibration=WINDOWS)
     return output
 
 
@@ -163,7 +165,7 @@ def test_variants_store_what_they_say(pruned: Path, exported: Path) -> None:
     records = {
         record.quant: record for record in read_record(ExportManifest, exported / MANIFEST_FILE).exports
     }
-    assert list(records) == list(VARIANTS)
+    assert list(records) == list(FUSED)
     assert records["fp32"].tensor_types.keys() == {"float"}
     assert records["fp16"].tensor_types.keys() == {"float16"}
     assert {"int8", "float"} == records["int8"].tensor_types.keys()
@@ -255,8 +257,17 @@ def test_genai_generates_what_the_graph_generates(pruned: Path, exported: Path) 
             logits = graph.decode([token])
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("optimum") is not None, reason="optimum is installed in this environment"
+)
+def test_the_portable_graph_wants_optimum(pruned: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingExtraError, match=r"optimum-onnx is not installed.*phoneready\[portable\]"):
+        export(pruned, tmp_path / "out", "portable")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_has_what_its_consumers_read(pruned: Path, exported: Path) -> None:
-    for name, variant in VARIANTS.items():
+    for name, variant in FUSED.items():
         folder = exported / name
         config = json.loads((folder / "config.json").read_text())
         assert "auto_map" not in config

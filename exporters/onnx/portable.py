@@ -1,0 +1,92 @@
+"""A decoder in ONNX's standard operators alone, as optimum exports it: for runtimes without ONNX Runtime's own.
+
+It computes the same from the same inputs as `exporters.onnx.decoder_graph`, and wants `position_ids` besides. Its
+attention reads the mask, so rows of a batch may begin with padding. It is slower: thousands of small operators.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from cfsp.errors import InputError, MissingExtraError
+from cfsp.weights import one_line, quiet_transformers
+
+__all__ = ["portable_graph", "require_optimum"]
+
+_TASK = "text-generation-with-past"
+_SCOPES = re.compile(r"^/(.*)/[^/]+$")
+
+
+def require_optimum() -> None:
+    """Raise MissingExtraError where optimum's exporter is not installed."""
+    found = importlib.util.find_spec("optimum")
+    if found is None or importlib.util.find_spec("optimum.exporters.onnx") is None:
+        raise MissingExtraError("optimum-onnx", "portable")
+
+
+def portable_graph(model: Any, *, name: str, metadata: Mapping[str, str] | None = None) -> ir.Model:
+    """Trace a causal LM, and store a tied embedding once.
+
+    Args:
+        model: A causal LM of the architecture table, float32; its class may be changed to transformers' own.
+        name: Of the graph.
+        metadata: Own key-value pairs of the file.
+
+    Raises:
+        InputError: optimum cannot export it.
+        MissingExtraError: optimum's exporter is not installed.
+    """
+    require_optimum()
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    # optimum knows transformers' classes alone. Ours differ in how they are built and saved, not in what they compute.
+    model.__class__ = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+    with tempfile.TemporaryDirectory() as scratch, quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # Without the empty list it asks the hub for a tokenizer.
+            onnx_export_from_model(model, output=scratch, task=_TASK, do_validation=False, preprocessors=[])
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise InputError(f"optimum cannot export this model: {one_line(error)}") from error
+        traced = ir.load(Path(scratch) / "model.onnx")
+        ir.external_data.load_to_model(traced)
+    graph = traced.graph
+    graph.name = name
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        # /model/layers.0/mlp/up_proj/MatMul is module model.layers.0.mlp.up_proj, as in the other graph.
+        if (
+            weight is not None
+            and weight.const_value is not None
+            and (scope := _SCOPES.match(node.name or ""))
+        ):
+            node.name = scope[1].replace("/", ".")
+    _share_embedding(graph)
+    traced.metadata_props.update(metadata or {})
+    return traced
+
+
+def _share_embedding(graph: ir.Graph) -> None:
+    """Multiply by the transpose of the embedding where the output matrix is stored as that; runtimes fold it."""
+    look_up = next(node for node in graph if node.op_type == "Gather" and "embed_tokens" in (node.name or ""))
+    head = next(node for node in reversed(graph) if node.op_type == "MatMul")
+    table, matrix = look_up.inputs[0], head.inputs[1]
+    if table is None or matrix is None or table.const_value is None or matrix.const_value is None:
+        return
+    if not np.array_equal(table.const_value.numpy(), matrix.const_value.numpy().T):
+        return
+    shape = list(reversed(table.const_value.shape.numpy()))
+    output = ir.val("lm_head.weight", table.const_value.dtype, shape)
+    transposed = ir.node("Transpose", [table], {"perm": [1, 0]}, name="lm_head.transpose", outputs=[output])
+    graph.insert_before(head, transposed)
+    head.replace_input_with(1, output)
+    graph.initializers.pop(str(matrix.name))
