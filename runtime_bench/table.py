@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from runtime_bench import summary
 from runtime_bench.compare import Comparison
 from runtime_bench.record import BenchRecord, record_to_json
 
-__all__ = ["FORMATS", "format_comparison", "format_table", "table_rows"]
+__all__ = ["FORMATS", "format_comparison", "format_table", "short_names", "table_rows"]
 
 _NOTHING = "-"
 """Shown for what was not measured."""
@@ -44,19 +44,34 @@ def table_rows(records: Sequence[BenchRecord]) -> list[dict[str, str]]:
     row's processes. A column `file` is there when the records are of several files. Columns are the same in
     every row.
     """
-    several = len({record.model_filename for record in records}) > 1
-    columns = {name: cell for name, cell in _COLUMNS.items() if several or name != "file"}
-    return [{name: cell(record) for name, cell in columns.items()} for record in records]
+    names = short_names(record.model_filename for record in records)
+    several = len(names) > 1
+    return [
+        ({"file": names[record.model_filename]} if several else {})
+        | {name: cell(record) for name, cell in _COLUMNS.items()}
+        for record in records
+    ]
+
+
+def short_names(files: Iterable[str]) -> dict[str, str]:
+    """Each file's name, with as many of its folders as it takes to tell the files apart."""
+    parts = {file: Path(file).parts for file in files}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {file: str(Path(*path[-depth:])) for file, path in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {file: file for file in parts}
 
 
 def format_comparison(comparisons: Sequence[Comparison]) -> str:
     """A Markdown table of ratios, intervals and verdicts."""
+    names = short_names(file for c in comparisons for file in (c.base, c.new))
     rows = [
         {
             "test": c.test,
             "threads": str(c.n_threads),
-            "base": Path(c.base).name,
-            "new": Path(c.new).name,
+            "base": names[c.base],
+            "new": names[c.new],
             "speed ratio": _number(c.ratio, "{:.3f}"),
             f"{c.confidence:.0%} interval": _interval(c),
             "peak RSS ratio": _number(c.peak_rss_ratio, "{:.3f}"),
@@ -104,7 +119,6 @@ def _test(record: BenchRecord) -> str:
 
 _COLUMNS: MappingProxyType[str, Callable[[BenchRecord], str]] = MappingProxyType(
     {
-        "file": lambda r: Path(r.model_filename).name,
         "model": lambda r: r.model_type or _NOTHING,
         "size": lambda r: _size(r.model_size),
         "params": lambda r: _count(r.model_n_params),
@@ -122,7 +136,8 @@ _RIGHT = frozenset({"size", "params", "threads", "test", "t/s", "time", "load", 
 
 def _as_markdown(records: Sequence[BenchRecord]) -> str:
     remarks = [(r, text) for r in records for text in (r.failure, r.note) if text]
-    notes = [f"{Path(r.model_filename).name}, {r.test}: {text}" for r, text in remarks]
+    names = short_names(record.model_filename for record in records)
+    notes = [f"{names[r.model_filename]}, {r.test}: {text}" for r, text in remarks]
     return _markdown(table_rows(records)) + "".join(f"\n{note}\n" for note in notes)
 
 

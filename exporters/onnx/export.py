@@ -27,7 +27,14 @@ from exporters.onnx.decoder_graph import Decoder, build_decoder
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.portable import portable_graph, require_optimum
 from exporters.onnx.quantize import quantize_linears, quantized_embedding, quantized_layers
-from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE, OnnxModel, open_model, runtime_version
+from exporters.onnx.runtime import (
+    CACHE_KEY,
+    FIXED_CACHE,
+    PREFILL_TOKENS,
+    OnnxModel,
+    open_model,
+    runtime_version,
+)
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.weights import decoder_of, float_weights
 from exporters.parity import Reference, check_limits, choose_windows, compare, reference_of
@@ -38,7 +45,6 @@ __all__ = ["MANIFEST_FILE", "export_onnx"]
 
 MANIFEST_FILE = "export.json"
 _EXTERNAL_BYTES = 1024
-_LOGITS_CHUNK = 128
 _SAME_LOGITS = 1e-2
 """Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
 
@@ -235,7 +241,7 @@ def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportReco
             limits,
             progress=lambda _, done, total: job.progress(f"parity {variant.name}", done, total),
         )
-        window = job.reference.windows[0, :_LOGITS_CHUNK].numpy()
+        window = job.reference.windows[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
     if last is not None:
         with _opened(job, last) as model:
@@ -275,7 +281,7 @@ def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportReco
 @contextmanager
 def _opened(job: _Job, path: Path) -> Iterator[OnnxModel]:
     n_ctx = job.reference.windows.shape[1]
-    model = open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=_LOGITS_CHUNK)
+    model = open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS)
     try:
         yield model
     finally:

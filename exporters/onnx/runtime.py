@@ -16,12 +16,24 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError, MissingExtraError
 
-__all__ = ["CACHE_KEY", "FIXED_CACHE", "OnnxModel", "open_model", "require_onnxruntime", "runtime_version"]
+__all__ = [
+    "CACHE_KEY",
+    "FIXED_CACHE",
+    "PREFILL_TOKENS",
+    "OnnxModel",
+    "open_model",
+    "require_onnxruntime",
+    "runtime_version",
+]
 
 FloatArray = npt.NDArray[np.float32]
 
 CACHE_KEY, FIXED_CACHE = "phoneready.cache", "fixed"
 """Metadata of a file whose cache is buffers of a fixed length."""
+
+PREFILL_TOKENS = 128
+"""Tokens of a prompt to run at once. More are slower, and cost memory: ONNX Runtime keeps the buffers of one block for
+the next, and those of blocks that differ in width do not fit into each other's place."""
 
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -161,7 +173,7 @@ class OnnxModel:
         return OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, size), dtype=_TYPES[value.type]))
 
 
-def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = 128) -> OnnxModel:
+def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL_TOKENS) -> OnnxModel:
     """Open a file on the CPU.
 
     Args:

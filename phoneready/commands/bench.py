@@ -69,7 +69,7 @@ def bench(
     from runtime_bench.compare import compare
     from runtime_bench.jsonl import append_jsonl
     from runtime_bench.measure import run_bench
-    from runtime_bench.table import FORMATS, format_comparison, format_table
+    from runtime_bench.table import FORMATS, format_comparison, format_table, short_names
     from runtime_bench.workload import BenchSettings
 
     output = "json" if json else output
@@ -103,6 +103,7 @@ def bench(
     write_result(text, None, as_json=False)
     failed = [r for r in records if not r.ok]
     if failed:
+        names = short_names(row.model_filename for row in records)
         for row in failed:
-            note(f"{Path(row.model_filename).name} {row.test}: {row.failure}")
+            note(f"{names[row.model_filename]} {row.test}: {row.failure}")
         raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured")

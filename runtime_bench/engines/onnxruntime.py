@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from exporters.onnx.folder import folder_of
-from exporters.onnx.runtime import OnnxModel, open_model, runtime_version
+from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
 
@@ -48,7 +48,7 @@ class OnnxRuntimeSession:
         self._model.clear()
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the context, n_batch at a time."""
+        """Append tokens to the context, piece by piece."""
         step = self._model.n_batch
         for start in range(0, len(tokens), step):
             self._logits = self._model.decode(tokens[start : start + step])
@@ -79,5 +79,6 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     Raises:
         InputError: ONNX Runtime cannot load it.
     """
-    model = open_model(path, n_ctx=settings.n_ctx, n_threads=settings.n_threads, n_batch=settings.n_batch)
+    piece = min(settings.n_batch, settings.n_ubatch, PREFILL_TOKENS)
+    model = open_model(path, n_ctx=settings.n_ctx, n_threads=settings.n_threads, n_batch=piece)
     return OnnxRuntimeSession(model)

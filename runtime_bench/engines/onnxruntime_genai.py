@@ -9,6 +9,7 @@ from typing import Any
 
 from cfsp.errors import InputError
 from exporters.onnx.folder import GENAI_CONFIG, folder_of
+from exporters.onnx.runtime import PREFILL_TOKENS
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
 
@@ -56,8 +57,8 @@ class GenAISession:
         self._generator: Any = self._genai.Generator(self._model, parameters)
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the context, n_batch at a time."""
-        step = self._settings.n_batch
+        """Append tokens to the context, piece by piece."""
+        step = min(self._settings.n_batch, self._settings.n_ubatch, PREFILL_TOKENS)
         for start in range(0, len(tokens), step):
             self._generator.append_tokens(list(tokens[start : start + step]))
 

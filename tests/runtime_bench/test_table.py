@@ -12,7 +12,7 @@ import pytest
 from cfsp.errors import InputError
 from runtime_bench.compare import compare
 from runtime_bench.record import record_to_json
-from runtime_bench.table import format_comparison, format_table, table_rows
+from runtime_bench.table import format_comparison, format_table, short_names, table_rows
 from runtime_bench.workload import Workload
 
 COLUMNS = ["model", "size", "params", "backend", "threads", "test", "t/s", "time", "load", "peak RSS"]
@@ -35,6 +35,21 @@ def test_markdown_has_llama_benchs_columns_and_ours(make_record: Any) -> None:
 def test_several_files_are_told_apart(make_record: Any) -> None:
     rows = table_rows([make_record(), make_record(model_filename="models/pruned.gguf")])
     assert [row["file"] for row in rows] == ["dense.gguf", "pruned.gguf"]
+
+
+def test_files_of_one_name_show_the_folders_that_tell_them_apart() -> None:
+    files = ["a/int4/onnx/model.onnx", "b/int4/onnx/model.onnx"]
+    assert short_names(files) == {file: file for file in files}
+    assert short_names(["/x/a/m.gguf", "/x/b/m.gguf"]) == {
+        "/x/a/m.gguf": "a/m.gguf",
+        "/x/b/m.gguf": "b/m.gguf",
+    }
+    assert short_names(["/x/a.gguf", "/x/b.gguf", "/x/a.gguf"]) == {
+        "/x/a.gguf": "a.gguf",
+        "/x/b.gguf": "b.gguf",
+    }
+    assert short_names(["m.gguf", "/x/m.gguf"]) == {"m.gguf": "m.gguf", "/x/m.gguf": "/x/m.gguf"}
+    assert short_names([]) == {}
 
 
 def test_what_was_not_measured_is_a_dash(make_record: Any) -> None:
