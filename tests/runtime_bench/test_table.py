@@ -48,7 +48,7 @@ def test_files_of_one_name_show_the_folders_that_tell_them_apart() -> None:
         "/x/a.gguf": "a.gguf",
         "/x/b.gguf": "b.gguf",
     }
-    assert short_names(["m.gguf", "/x/m.gguf"]) == {"m.gguf": "m.gguf", "/x/m.gguf": "/x/m.gguf"}
+    assert short_names(["m.gguf", "/x/m.gguf"]) == {"m.gguf": "m.gguf", "/x/m.gguf": "x/m.gguf"}
     assert short_names([]) == {}
 
 
