@@ -12,7 +12,7 @@ from exporters.onnx.graph_builder import CONTRIB
 
 __all__ = ["check_graph"]
 
-_PRODUCTS = ("MatMul", "MatMulNBits")
+_PRODUCTS = ("MatMul", "MatMulInteger", "MatMulNBits")
 _LOOK_UPS = ("Gather", "GatherBlockQuantized")
 _HEADS = ("logits", "lm_head")
 
@@ -58,7 +58,7 @@ def _sizes(node: ir.Node | None) -> tuple[int, int] | None:
     if node is None or tensor is None:
         return None
     shape = tuple(tensor.shape.numpy())
-    if node.op_type == "MatMul":
+    if node.op_type != "MatMulNBits":
         return int(shape[0]), int(shape[1])
     columns, block = node.attributes["K"].as_int(), node.attributes["block_size"].as_int()
     return (columns, int(shape[0])) if shape[1] == -(-columns // block) else None
@@ -69,7 +69,7 @@ def _embeddings(graph: ir.Graph, config: ModelConfig) -> list[str]:
     found = {
         value.name
         for node in graph
-        if node.op_type in _LOOK_UPS or str(node.name) in _HEADS
+        if node.op_type in _LOOK_UPS or str(node.name).removesuffix(".product") in _HEADS
         for value in node.inputs[:2]
         if value is not None and value.const_value is not None and value.const_value.size > config.vocab_size
     } | {

@@ -25,6 +25,7 @@ from exporters.onnx.checks import check_graph
 from exporters.onnx.companions import write_companions
 from exporters.onnx.decoder_graph import Decoder, build_decoder
 from exporters.onnx.folder import GRAPHS
+from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.portable import portable_graph, require_optimum
 from exporters.onnx.quantize import quantize_linears, quantized_embedding, quantized_layers
 from exporters.onnx.runtime import (
@@ -160,7 +161,9 @@ def _export(job: _Job, variant: Variant) -> ExportRecord:
 
 def _decoder(job: _Job, model: Any, variant: Variant) -> Decoder:
     dtype: torch.dtype = getattr(torch, variant.dtype)
-    if variant.format_of is None or variant.embedding is None:
+    if variant.int8_rows:
+        layer, embedding = int8_weights()
+    elif variant.format_of is None or variant.embedding is None:
         layer, embedding = float_weights(dtype)
     else:
         text = job.calibration if variant.calibrated else None
@@ -289,13 +292,16 @@ def _opened(job: _Job, path: Path) -> Iterator[OnnxModel]:
 
 
 def _tensor_types(path: Path) -> dict[str, int]:
-    """Stored type -> number of weights' tensors; scales, rotary tables and sizes of reshapes are left out."""
+    """Stored type -> number of weights' tensors; scales, rotary tables, single numbers and sizes are left out."""
     counts: Counter[str] = Counter()
     for name, value in ir.load(path).graph.initializers.items():
-        if value.dtype in (None, ir.DataType.INT64) or name.endswith((".scale", "_cache")):
+        tensor = value.const_value
+        if tensor is None or value.dtype == ir.DataType.INT64 or tensor.size == 1:
             continue
-        packed = value.dtype == ir.DataType.UINT8
-        counts[f"int{name.rpartition('.q')[2]}" if packed else str(value.dtype.name).lower()] += 1
+        if name.endswith((".scale", "_cache")):
+            continue
+        packed = tensor.dtype == ir.DataType.UINT8
+        counts[f"int{name.rpartition('.q')[2]}" if packed else tensor.dtype.name.lower()] += 1
     return dict(counts)
 
 

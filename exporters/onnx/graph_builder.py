@@ -31,7 +31,7 @@ class GraphBuilder:
         self._stored = stored or {}
         self._tape = ir.tape.Tape()
         self._constants: dict[str, ir.Value] = {}
-        self._casts: dict[str, ir.Value] = {}
+        self._shared: dict[str, ir.Value] = {}
 
     def op(
         self,
@@ -70,12 +70,20 @@ class GraphBuilder:
             self._constants[name] = self._tape.initializer(tensor, name)
         return self._constants[name]
 
-    def cast_once(self, constant: ir.Value, dtype: ir.DataType, shape: Dims) -> ir.Value:
-        """A constant in another type, which the runtime computes when it loads the file."""
-        name = f"{constant.name}.cast"
-        if name not in self._casts:
-            self._casts[name] = self.op("Cast", [constant], name, to=dtype, dtype=dtype, shape=shape)
-        return self._casts[name]
+    def once(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        dtype: ir.DataType,
+        shape: Dims,
+        **attributes: Any,
+    ) -> ir.Value:
+        """`op`, or the value that it gave when it was called with this name before."""
+        if name not in self._shared:
+            self._shared[name] = self.op(op_type, inputs, name, dtype=dtype, shape=shape, **attributes)
+        return self._shared[name]
 
     def graph(
         self,

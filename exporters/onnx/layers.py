@@ -23,6 +23,7 @@ __all__ = [
     "Layer",
     "NBitsEmbedding",
     "NBitsLinear",
+    "add_bias",
 ]
 
 TOKENS = ("batch_size", "sequence_length")
@@ -105,7 +106,7 @@ class FloatLinear:
         else:
             factors = [x, builder.constant(stored, self.weight.T)]
             y = builder.op("MatMul", factors, product, dtype=dtype, shape=shape)
-        return y if self.bias is None else _add_bias(builder, y, self.bias, name)
+        return y if self.bias is None else add_bias(builder, y, self.bias, name)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class NBitsLinear:
             block_size=self.weight.block_size,
             accuracy_level=self.accuracy_level,
         )
-        return y if self.bias is None else _add_bias(builder, y, self.bias, name)
+        return y if self.bias is None else add_bias(builder, y, self.bias, name)
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,20 @@ def _stored(builder: GraphBuilder, matrix: BlockQuantized, name: str) -> tuple[i
     scales = builder.constant(f"{name}.scale", matrix.scales)
     return (
         builder.constant(f"{name}.q{matrix.bits}", matrix.data),
-        builder.cast_once(scales, ir.DataType.FLOAT, matrix.scales.shape),
+        # The runtime computes it when it loads the file.
+        builder.once(
+            "Cast",
+            [scales],
+            f"{scales.name}.cast",
+            dtype=ir.DataType.FLOAT,
+            shape=matrix.scales.shape,
+            to=ir.DataType.FLOAT,
+        ),
     )
 
 
-def _add_bias(builder: GraphBuilder, y: ir.Value, bias: npt.NDArray[np.floating], name: str) -> ir.Value:
+def add_bias(builder: GraphBuilder, y: ir.Value, bias: npt.NDArray[np.floating], name: str) -> ir.Value:
+    """y + b, called `name`."""
     stored = builder.constant(f"{name}.bias", bias)
     return builder.op("Add", [y, stored], name, dtype=_dtype(y), shape=(*TOKENS, len(bias)))
 

@@ -46,6 +46,7 @@ class Variant:
         embedding: Format of the token embedding and a tied head.
         calibrated: Rounded by GPTQ, which wants text.
         pack_qkv: Whether q, k and v have one format, so that they can be one layer.
+        int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
         portable: In standard operators alone, as optimum exports it.
         limits: Bounds of the parity check.
     """
@@ -58,6 +59,7 @@ class Variant:
     embedding: BlockFormat | None = None
     calibrated: bool = False
     pack_qkv: bool = True
+    int8_rows: bool = False
     portable: bool = False
 
     @property
@@ -121,6 +123,13 @@ _ROWS = (
         embedding=_INT8,
         calibrated=True,
         pack_qkv=False,
+    ),
+    Variant(
+        "int8-dynamic",
+        "_int8",
+        "float32",
+        ParityLimits(kl_mean=0.15, same_top1=0.75, ppl_ratio=1.15),
+        int8_rows=True,
     ),
     Variant("portable", "", "float32", ParityLimits(max_logit_diff=2e-3), portable=True),
 )

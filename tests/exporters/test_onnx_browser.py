@@ -20,8 +20,8 @@ from exporters.onnx.runtime import open_model
 from exporters.record import ParityLimits
 
 JAVASCRIPT = Path(__file__).resolve().parents[1] / "javascript"
-LIMITS = {"fp32": 1e-3, "int8": 0.25, "int4": 0.25}
-"""Most that a logit may differ, in standard deviations of a row: few-bit kernels round activations, each in its way."""
+LIMITS = {"fp32": 1e-3, "int8-dynamic": 1e-3, "int8": 0.25, "int4": 0.25}
+"""Most that a logit may differ, in standard deviations of a row: MatMulNBits rounds activations in its own way."""
 PROMPT = [5, 17, 300, 42, 9]
 COUNT = 16
 
@@ -97,5 +97,5 @@ def test_a_page_generates_the_same_tokens(browser: Any, exported: Path, variant:
     assert difference < LIMITS[variant]
     # The page does not stop where an answer ends.
     assert expected
-    if variant == "fp32":
+    if LIMITS[variant] < 0.01:
         assert found["tokens"][: len(expected)] == expected

@@ -16,7 +16,7 @@ from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.record import ParityLimits
 
 JAVASCRIPT = Path(__file__).resolve().parents[1] / "javascript"
-DTYPES = {"fp32": "fp32", "int8": "q8", "int4": "q4"}
+DTYPES = {"fp32": "fp32", "int8": "q8", "int8-dynamic": "int8", "int4": "q4"}
 PROMPT = "List three fruits."
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,9 @@ from cfsp.architectures import block_linears
 from cfsp.errors import InputError
 from exporters.onnx import VARIANTS, BlockFormat
 from exporters.onnx.block_quantize import gptq, joined, pack, round_to_nearest
+from exporters.onnx.decoder_graph import OPSET
+from exporters.onnx.graph_builder import GraphBuilder
+from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.quantize import quantize_linears
 
 
@@ -127,3 +132,20 @@ def test_the_model_becomes_what_is_stored(tiny_model: Callable[..., Any]) -> Non
     quantize_linears(plain, form_of, None)
     with torch.inference_mode():
         assert guided < (plain(ids).logits - before).square().mean()
+
+
+def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -> None:
+    weight, bias, x = weights(24, 40), weights(1, 24, 1)[0], weights(6, 40, 2)
+    x[0] *= 1000
+    x[5] = 0
+    layer = int8_weights()[0]("layer", weight, bias)
+    builder = GraphBuilder()
+    given = ir.val("x", ir.DataType.FLOAT, ["batch_size", "sequence_length", 40])
+    output = layer.apply(builder, given, "y")
+    graph = builder.graph([given], [output], name="one layer", opsets={"": OPSET})
+    file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"x": x[None].numpy()})
+    exact = x @ weight.T + bias
+    error = (torch.from_numpy(found[0]) - exact).norm(dim=1) / exact.norm(dim=1)
+    assert float(error.max()) < 0.02
+    torch.testing.assert_close(torch.from_numpy(found[0, 5]), bias)

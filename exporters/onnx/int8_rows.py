@@ -1,0 +1,168 @@
+"""Weights in int8 with a scale for each output, multiplied as integers: W8A8 in standard operators.
+
+    y = ((x_q - 128) W_q^T) * s_x * s_w,   x_q = 128 + round(x / s_x),  s_x = max |x| / 127 of the token,
+                                           W_q = round(W / s_w),  s_w likewise of the row
+
+x_q is unsigned because WebAssembly has a fast kernel for that alone.
+
+MatMulInteger is fast where MatMulNBits is not: runtimes in a browser unpack the latter's weights for every token.
+A scale for each token keeps apart the few tokens whose activations are a hundred times as large as all others',
+which one scale for all of them, DynamicQuantizeLinear's, does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from exporters.onnx.graph_builder import GraphBuilder
+from exporters.onnx.layers import TOKENS, add_bias
+from exporters.onnx.weights import MakeEmbedding, MakeLayer
+
+__all__ = ["Int8Embedding", "Int8Linear", "Int8Rows", "int8_weights", "round_rows"]
+
+_LARGEST, _ZERO = 127, 128
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """A matrix W (rows, columns): w = data * scale of the row.
+
+    Attributes:
+        data: (rows, columns) int8.
+        scales: (rows,) float32.
+    """
+
+    data: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+
+
+def round_rows(weight: torch.Tensor) -> Int8Rows:
+    """The nearest numbers; a row of zeros has the scale one."""
+    largest = weight.detach().float().abs().amax(dim=1)
+    scales = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
+    data = (weight.detach().float() / scales[:, None]).round().to(torch.int8)
+    return Int8Rows(data.numpy(), scales.numpy())
+
+
+@dataclass(frozen=True)
+class Int8Linear:
+    """A Linear of int8 rows.
+
+    Attributes:
+        weight: W.
+        bias: b (out_features,), or None.
+        table_name: Of the embedding whose rows these are, stored as W and not as W^T.
+    """
+
+    weight: Int8Rows
+    bias: npt.NDArray[np.floating] | None = None
+    table_name: str | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return int(self.weight.data.shape[0])
+
+    def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+        """See `exporters.onnx.layers.Layer`."""
+        stored, shape = self.table_name or f"{name}.weight", (*TOKENS, self.out_features)
+        if self.table_name is None:
+            weight = builder.constant(f"{stored}.q8", self.weight.data.T)
+        else:
+            weight = builder.once(
+                "Transpose",
+                [builder.constant(f"{stored}.q8", self.weight.data)],
+                f"{stored}.transpose",
+                dtype=ir.DataType.INT8,
+                shape=self.weight.data.shape[::-1],
+                perm=[1, 0],
+            )
+        rounded, scale = _rounded(builder, x)
+        zero = builder.constant("activation_zero", np.array(_ZERO, dtype=np.uint8))
+        product = builder.op(
+            "MatMulInteger", [rounded, weight, zero], f"{name}.product", dtype=ir.DataType.INT32, shape=shape
+        )
+        y = builder.op(
+            "Cast",
+            [product],
+            f"{name}.float",
+            to=ir.DataType.FLOAT,
+            dtype=ir.DataType.FLOAT,
+            shape=shape,
+        )
+        y = _multiply(builder, y, scale, f"{name}.times_token", shape)
+        scales = builder.constant(f"{stored}.scale", self.weight.scales)
+        y = _multiply(builder, y, scales, name if self.bias is None else f"{name}.times_row", shape)
+        return y if self.bias is None else add_bias(builder, y, self.bias, name)
+
+
+@dataclass(frozen=True)
+class Int8Embedding:
+    """A table of int8 rows; a tied head multiplies by the same bytes, turned when the file is loaded."""
+
+    table: Int8Rows
+    stored_name: str = "model.embed_tokens.weight"
+
+    def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
+        """See `exporters.onnx.layers.Embedding`."""
+        shape, stored = (*TOKENS, self.table.data.shape[1]), self.stored_name
+        data = builder.constant(f"{stored}.q8", self.table.data)
+        scales = builder.constant(f"{stored}.scale", self.table.scales)
+        rows = builder.op("Gather", [data, ids], f"{name}.rows", dtype=ir.DataType.INT8, shape=shape)
+        values = builder.op(
+            "Cast", [rows], f"{name}.float", to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT, shape=shape
+        )
+        scale = builder.op(
+            "Gather", [scales, ids], f"{name}.row_scale", dtype=ir.DataType.FLOAT, shape=TOKENS
+        )
+        last = builder.constant("last_axis", np.array([-1], dtype=np.int64))
+        apart = builder.op(
+            "Unsqueeze", [scale, last], f"{name}.scale", dtype=ir.DataType.FLOAT, shape=(*TOKENS, 1)
+        )
+        return _multiply(builder, values, apart, name, shape)
+
+    def as_head(self) -> Int8Linear:
+        """See `exporters.onnx.layers.Embedding`."""
+        return Int8Linear(self.table, table_name=self.stored_name)
+
+
+def int8_weights() -> tuple[MakeLayer, MakeEmbedding]:
+    """Layers and embedding of int8 rows."""
+
+    def layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+        return Int8Linear(round_rows(weight), None if bias is None else bias.numpy())
+
+    return layer, lambda table: Int8Embedding(round_rows(table))
+
+
+def _rounded(builder: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(x_q in uint8, s_x of each token); layers that read the same x share them."""
+    assert x.shape is not None  # every value of a GraphBuilder has its shape
+    shape = (*TOKENS, int(x.shape[-1]))  # type: ignore[arg-type]
+    tokens, float32, uint8 = (*TOKENS, 1), ir.DataType.FLOAT, ir.DataType.UINT8
+    last = builder.constant("last_axis", np.array([-1], dtype=np.int64))
+    sizes = builder.once("Abs", [x], f"{x.name}.abs", dtype=float32, shape=shape)
+    largest = builder.once(
+        "ReduceMax", [sizes, last], f"{x.name}.largest", dtype=float32, shape=tokens, keepdims=1
+    )
+    # A token of zeros must not divide by zero.
+    least = builder.constant("smallest_scale", np.array(1e-30, dtype=np.float32))
+    share = builder.constant("int8_share", np.array(1 / _LARGEST, dtype=np.float32))
+    scale = builder.once("Mul", [largest, share], f"{x.name}.scale", dtype=float32, shape=tokens)
+    scale = builder.once("Max", [scale, least], f"{x.name}.token_scale", dtype=float32, shape=tokens)
+    steps = builder.once("Div", [x, scale], f"{x.name}.steps", dtype=float32, shape=shape)
+    whole = builder.once("Round", [steps], f"{x.name}.whole", dtype=float32, shape=shape)
+    middle = builder.constant("activation_middle", np.array(_ZERO, dtype=np.float32))
+    moved = builder.once("Add", [whole, middle], f"{x.name}.moved", dtype=float32, shape=shape)
+    return builder.once("Cast", [moved], f"{x.name}.q8", dtype=uint8, shape=shape, to=uint8), scale
+
+
+def _multiply(
+    builder: GraphBuilder, x: ir.Value, factor: ir.Value, name: str, shape: tuple[int | str, ...]
+) -> ir.Value:
+    return builder.op("Mul", [x, factor], name, dtype=ir.DataType.FLOAT, shape=shape)
