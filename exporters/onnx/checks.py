@@ -72,12 +72,6 @@ def _embeddings(graph: ir.Graph, config: ModelConfig) -> list[str]:
         if node.op_type in _LOOK_UPS or str(node.name).removesuffix(".product") in _HEADS
         for value in node.inputs[:2]
         if value is not None and value.const_value is not None and value.const_value.size > config.vocab_size
-    } | {
-        value.name
-        for node in graph
-        if node.op_type == "Reshape" and str(node.name).startswith("model.embed_tokens")
-        for value in node.inputs[:1]
-        if value is not None
     }
     wanted = 1 if config.tie_word_embeddings else 2
     if len(found) == wanted:

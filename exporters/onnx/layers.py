@@ -179,26 +179,44 @@ class NBitsEmbedding:
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
         """See `Embedding`."""
         data, scales = _stored(builder, self.table, self.stored_name)
-        rows = self.table.data.shape[0]
-        flat = builder.op(
-            "Reshape",
-            [data, builder.constant("flat_rows", np.array([rows, -1], dtype=np.int64))],
-            f"{self.stored_name}.flat",
-            dtype=ir.DataType.UINT8,
-            shape=(rows, self.table.data.shape[1] * self.table.data.shape[2]),
+        count, float32 = self.table.data.shape[1], ir.DataType.FLOAT
+        size = self.table.block_size
+        # The numbers keep the shape that MatMulNBits wants: a reshaped table would be a second one in memory.
+        apart = builder.op(
+            "Unsqueeze",
+            [scales, builder.constant("last_axis", np.array([-1], dtype=np.int64))],
+            f"{self.stored_name}.scale_blocks",
+            dtype=float32,
+            shape=(*self.table.scales.shape, 1),
         )
-        return builder.op(
+        rows = builder.op(
             "GatherBlockQuantized",
-            [flat, ids, scales],
-            name,
-            dtype=ir.DataType.FLOAT,
-            shape=(*TOKENS, self.table.columns),
+            [data, ids, apart],
+            f"{name}.blocks",
+            dtype=float32,
+            shape=(*TOKENS, count, size),
             domain=CONTRIB,
             bits=self.table.bits,
-            block_size=self.table.block_size,
+            block_size=size,
             gather_axis=0,
-            quantize_axis=1,
+            quantize_axis=2,
         )
+        together = builder.constant("joined_blocks", np.array([0, 0, -1], dtype=np.int64))
+        columns, padded = self.table.columns, count * size
+        joined = builder.op(
+            "Reshape",
+            [rows, together],
+            name if columns == padded else f"{name}.padded",
+            dtype=float32,
+            shape=(*TOKENS, padded),
+        )
+        if columns == padded:
+            return joined
+        bounds = [
+            builder.constant(f"{self.stored_name}.{part}", np.array([value], dtype=np.int64))
+            for part, value in (("first", 0), ("end", columns), ("axis", 2))
+        ]
+        return builder.op("Slice", [joined, *bounds], name, dtype=float32, shape=(*TOKENS, columns))
 
     def as_head(self) -> NBitsLinear:
         """See `Embedding`."""

@@ -17,8 +17,9 @@ from cfsp.errors import InputError
 from exporters.onnx import VARIANTS, BlockFormat
 from exporters.onnx.block_quantize import gptq, joined, pack, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
-from exporters.onnx.graph_builder import GraphBuilder
+from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import int8_weights
+from exporters.onnx.layers import NBitsEmbedding
 from exporters.onnx.quantize import quantize_linears
 
 
@@ -149,3 +150,17 @@ def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -
     error = (torch.from_numpy(found[0]) - exact).norm(dim=1) / exact.norm(dim=1)
     assert float(error.max()) < 0.02
     torch.testing.assert_close(torch.from_numpy(found[0, 5]), bias)
+
+
+@pytest.mark.parametrize("columns", [64, 40])
+def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int) -> None:
+    rounded = round_to_nearest(weights(11, columns), BlockFormat(8, 32))
+    builder = GraphBuilder()
+    given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    output = NBitsEmbedding(pack(rounded)).look_up(builder, given, "rows")
+    opsets = {"": OPSET, CONTRIB: 1}
+    graph = builder.graph([given], [output], name="one table", opsets=opsets)
+    file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    ids = torch.tensor([[3, 10, 0], [10, 1, 2]])
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), rounded.dequantized()[ids])
