@@ -108,6 +108,7 @@ class ExportRecord:
         parity: The proof.
         warnings: What the user should know: fallbacks, padding, a shortened context.
         runtime: Name and version of the runtime that proved the file.
+        ort_file: The same as an .ort file, where it was asked for.
     """
 
     KIND: ClassVar[str] = "export"
@@ -135,6 +136,7 @@ class ExportRecord:
     parity: ParityReport
     warnings: tuple[str, ...]
     runtime: str
+    ort_file: str | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class ExportRequest:
         calibration: Text references for 4-bit ONNX variants, `self` where empty; `none` rounds to nearest.
         seed: Of what is drawn from them.
         n_threads: Threads outside torch; torch's number where None.
+        ort: Write ONNX variants as .ort files too.
     """
 
     quants: tuple[str, ...]
@@ -45,6 +46,7 @@ class ExportRequest:
     calibration: tuple[str, ...]
     seed: int
     n_threads: int | None
+    ort: bool = False
 
 
 def export_checkpoint(
@@ -87,6 +89,7 @@ def export_checkpoint(
             request.variants,
             calibration=text,
             name=request.name,
+            ort=request.ort,
             n_threads=request.n_threads,
             force=force,
             progress=progress,
@@ -100,10 +103,16 @@ def export_checkpoint(
     remove_stale_temporaries(output.parent, output.name)
     with atomic_directory(output, force=force) as folder:
         return tuple(
-            replace(record, file=f"{kind}/{record.file}")
+            _within(kind, record)
             for kind, export in kinds.items()
             for record in export(folder / kind, force=False)
         )
+
+
+def _within(folder: str, record: ExportRecord) -> ExportRecord:
+    """The record as it is from the folder above."""
+    ort_file = f"{folder}/{record.ort_file}" if record.ort_file else None
+    return replace(record, file=f"{folder}/{record.file}", ort_file=ort_file)
 
 
 def require_onnx_export() -> None:
@@ -124,6 +133,8 @@ def _check(request: ExportRequest) -> None:
         require_onnx_export()
     if request.calibration and not any(variant.calibrated for variant in variants):
         raise InputError("calibration text is for 4-bit ONNX variants alone", field="calibration")
+    if request.ort and not variants:
+        raise InputError("only ONNX variants can be .ort files", field="ort", allowed="--onnx VARIANT,...")
     if NO_TEXT in request.calibration and len(request.calibration) > 1:
         raise InputError("`none` stands alone", field="calibration", value=request.calibration)
 

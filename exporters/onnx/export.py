@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from exporters.onnx.companions import write_companions
 from exporters.onnx.decoder_graph import Decoder, build_decoder
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.int8_rows import int8_weights
+from exporters.onnx.ort_format import write_ort
 from exporters.onnx.portable import portable_graph, require_optimum
 from exporters.onnx.quantize import quantize_linears, quantized_embedding, quantized_layers
 from exporters.onnx.runtime import (
@@ -62,6 +63,7 @@ class _Job:
     reference: Reference
     calibration: torch.Tensor | None
     limits: Mapping[str, ParityLimits]
+    ort: bool
     n_threads: int
     progress: Progress
 
@@ -75,6 +77,7 @@ def export_onnx(
     name: str | None = None,
     parity_windows: torch.Tensor | None = None,
     limits: Mapping[str, ParityLimits] | None = None,
+    ort: bool = False,
     n_threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
@@ -91,6 +94,7 @@ def export_onnx(
         name: Of the graphs; the source model's name by default.
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by variant name, in place of the table's.
+        ort: Also write output/<variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
         n_threads: Threads of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -127,6 +131,7 @@ def export_onnx(
             reference=reference,
             calibration=calibration,
             limits=limits or {},
+            ort=ort,
             n_threads=n_threads or torch.get_num_threads(),
             progress=progress,
         )
@@ -156,7 +161,10 @@ def _export(job: _Job, variant: Variant) -> ExportRecord:
     write_companions(job.checkpoint, folder, variant, model, job.tokenizer, context_length=context_length)
     job.progress(f"writing {variant.name}", 1, 1)
     del model
-    return _prove(job, variant, path, n_params)
+    last = _last(path) if _last(path).exists() else None
+    ort = write_ort(last or path, folder / "ort") if job.ort else None
+    record = _prove(job, variant, path, [other for other in (last, ort) if other], n_params)
+    return record if ort is None else replace(record, ort_file=str(ort.relative_to(job.folder)))
 
 
 def _decoder(job: _Job, model: Any, variant: Variant) -> Decoder:
@@ -227,15 +235,15 @@ def _origin(job: _Job) -> dict[str, str]:
     return {key: value for key, value in known.items() if value}
 
 
-def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportRecord:
-    """Reopen the graphs, compare them with the checkpoint and with each other, and describe them.
+def _prove(job: _Job, variant: Variant, path: Path, others: Sequence[Path], n_params: int) -> ExportRecord:
+    """Reopen the graph, compare it with the checkpoint, others of its weights with it, and describe it.
 
     Raises:
         LimitError: They are too far from the checkpoint, or not shaped as its plan says.
     """
-    last = _last(path) if _last(path).exists() else None
-    for graph in filter(None, (path, last)):
-        check_graph(graph, job.config)
+    for graph in (path, *others):
+        if graph.suffix == ".onnx":
+            check_graph(graph, job.config)
     limits = job.limits.get(variant.name, variant.limits).as_dict()
     with _opened(job, path) as model:
         parity = compare(
@@ -246,11 +254,11 @@ def _prove(job: _Job, variant: Variant, path: Path, n_params: int) -> ExportReco
         )
         window = job.reference.windows[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
-    if last is not None:
-        with _opened(job, last) as model:
+    for other in others:
+        with _opened(job, other) as model:
             difference = float(np.abs(model.decode(window)[-1] - every).max())
         if not difference <= _SAME_LOGITS:
-            raise LimitError(f"{last.name} differs from {path.name} by {difference:.4g} in a logit")
+            raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
     files = [path, path.with_name(f"{path.name}_data")]
     unguided = variant.calibrated and job.calibration is None

@@ -40,7 +40,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--onnx",
-            help="fp32, fp16, int8, int4, int4-b128; as A,B.",
+            help="fp32, fp16, int8, int8-dynamic, int4, int4-b128, portable; as A,B.",
             metavar="VARIANT,...",
             show_default="none",
         ),
@@ -61,6 +61,9 @@ def export(
             show_default="self",
         ),
     ] = None,
+    ort: Annotated[
+        bool, typer.Option("--ort", help="Write each ONNX variant as one .ort file, too.")
+    ] = False,
     seed: SeedOption = 0,
     force: ForceOption = False,
     threads: ThreadsOption = None,
@@ -87,6 +90,7 @@ def export(
         calibration=text_references(calibration or []),
         seed=seed,
         n_threads=threads,
+        ort=ort,
     )
     with show_progress() as progress:
         records = export_checkpoint(checkpoint, output, request, force=force, progress=progress)

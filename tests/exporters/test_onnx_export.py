@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from exporters.onnx.checks import check_graph
 from exporters.onnx.export import MANIFEST_FILE
 from exporters.onnx.folder import is_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
+from exporters.onnx.ort_format import OPERATORS_FILE
 from exporters.onnx.runtime import OnnxModel, open_model
 from exporters.record import ExportManifest, ExportRecord, ParityLimits
 
@@ -255,6 +257,24 @@ def test_genai_generates_what_the_graph_generates(pruned: Path, exported: Path) 
             if token == tokenizer.eos_token_id:
                 break
             logits = graph.decode([token])
+
+
+def test_an_ort_file_is_the_whole_model(pruned: Path, tmp_path: Path) -> None:
+    records = export(pruned, tmp_path / "out", "int4", "int8-dynamic", ort=True)
+    for record in records:
+        assert record.ort_file is not None
+        path = tmp_path / "out" / record.ort_file
+        alone = Path(shutil.copy(path, tmp_path / "alone.ort"))
+        logits = []
+        for file in (alone, path.parents[1] / "onnx" / f"{path.stem}.onnx"):
+            model = open_model(file, n_ctx=64, n_threads=1)
+            logits.append(model.decode(range(40, 60)))
+            model.close()
+        assert logits[0].shape == (1, 384)
+        np.testing.assert_allclose(*logits, atol=1e-4)
+        operators = (path.parent / OPERATORS_FILE).read_text()
+        assert "GroupQueryAttention" in operators
+        assert str(tmp_path) not in operators
 
 
 @pytest.mark.skipif(
