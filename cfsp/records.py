@@ -15,6 +15,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.files import read_json, write_json
+from cfsp.validation import describe_problems
 
 __all__ = ["Record", "read_record", "record_from_json", "record_to_json", "tool_version", "write_record"]
 
@@ -73,8 +74,7 @@ def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
     try:
         return pydantic.TypeAdapter(cls).validate_python(fields)
     except pydantic.ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{where}: {problems}") from error
+        raise InputError(f"{where}: {describe_problems(error)}") from error
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -20,7 +20,7 @@ import typer
 
 from cfsp.errors import PhonereadyError
 from cfsp.records import tool_version
-from phoneready.commands import bench, compare, doctor, evaluate, export, prune, recover, release
+from phoneready.commands import bench, compare, devices, doctor, evaluate, export, prune, recover, release
 
 __all__ = ["app", "main", "run"]
 
@@ -48,12 +48,25 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "export": export.export,
         "bench": bench.bench,
         "compare": compare.compare,
+        "devices list": devices.list_devices,
+        "devices show": devices.show_device,
+        "devices fit": devices.fit,
         "doctor": doctor.doctor,
     }
 )
+GROUPS: MappingProxyType[str, str] = MappingProxyType(
+    {"devices": "Say what is known of phones and boards, and whether a model will fit."}
+)
+_groups = {
+    name: typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None) for name, help in GROUPS.items()
+}
+for _name, _group in _groups.items():
+    app.add_typer(_group, name=_name)
 for _name, _command in COMMANDS.items():
     # The whole first line: left to itself the list of commands cuts it short.
-    app.command(_name, short_help=(_command.__doc__ or "").partition("\n")[0])(_command)
+    _place, _, _last = _name.rpartition(" ")
+    register = _groups[_place] if _place else app
+    register.command(_last, short_help=(_command.__doc__ or "").partition("\n")[0])(_command)
 
 
 def _print_version(wanted: bool) -> None:

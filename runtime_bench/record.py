@@ -17,6 +17,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.records import tool_version
+from cfsp.validation import describe_problems
 from runtime_bench import summary
 from runtime_bench.workload import Workload
 
@@ -263,5 +264,4 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
     try:
         return _ADAPTER.validate_python(fields)
     except pydantic.ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{where}: {problems}") from error
+        raise InputError(f"{where}: {describe_problems(error)}") from error

@@ -17,7 +17,7 @@ from runtime_bench import summary
 from runtime_bench.compare import Comparison
 from runtime_bench.record import BenchRecord, record_to_json
 
-__all__ = ["FORMATS", "format_comparison", "format_table", "short_names", "table_rows"]
+__all__ = ["FORMATS", "as_markdown", "format_comparison", "format_table", "short_names", "table_rows"]
 
 _NOTHING = "-"
 """Shown for what was not measured."""
@@ -80,7 +80,7 @@ def format_comparison(comparisons: Sequence[Comparison]) -> str:
         }
         for c in comparisons
     ]
-    return _markdown(rows)
+    return as_markdown(rows)
 
 
 def _interval(comparison: Comparison) -> str:
@@ -138,10 +138,11 @@ def _as_markdown(records: Sequence[BenchRecord]) -> str:
     remarks = [(r, text) for r in records for text in (r.failure, r.note) if text]
     names = short_names(record.model_filename for record in records)
     notes = [f"{names[r.model_filename]}, {r.test}: {text}" for r, text in remarks]
-    return _markdown(table_rows(records)) + "".join(f"\n{note}\n" for note in notes)
+    return as_markdown(table_rows(records)) + "".join(f"\n{note}\n" for note in notes)
 
 
-def _markdown(rows: Sequence[dict[str, str]]) -> str:
+def as_markdown(rows: Sequence[dict[str, str]]) -> str:
+    """A table with aligned columns; numbers are right-aligned."""
     if not rows:
         return ""
     names = list(rows[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,9 @@ def test_the_installed_command_runs(environment: Path, tmp_path: Path) -> None:
     assert call(command, "--version").strip() == f"phoneready {version}"
     assert "release" in call(command, "--help")
     assert call(command, "doctor", "--json", PHONEREADY_CACHE=str(tmp_path)).startswith("{")
+    shown = json.loads(call(command, "devices", "show", "raspberry-pi-5-8gb", "--json"))
+    assert shown["built_in"]
+    assert Path(shown["file"]).is_relative_to(environment.parent.parent)
 
 
 def test_installed_data_is_read_from_the_installation(environment: Path) -> None:

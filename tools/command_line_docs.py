@@ -9,7 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
-COMMANDS = ("", "release", "prune", "recover", "eval", "export", "bench", "compare", "doctor")
+COMMANDS = (
+    *("", "release", "prune", "recover", "eval", "export", "bench", "compare", "doctor"),
+    *("devices list", "devices show", "devices fit"),
+)
 HEAD = """# Command line
 
 Results go to stdout (`--json`: one JSON document), progress and messages to stderr.
@@ -21,7 +24,7 @@ This page is generated from the help pages by `tools/command_line_docs.py`.
 
 def help_page(command: str) -> str:
     """The help page of a subcommand, or of `phoneready` itself for an empty name, 100 columns wide."""
-    line = [sys.executable, "-m", "phoneready", *([command] if command else []), "--help"]
+    line = [sys.executable, "-m", "phoneready", *command.split(), "--help"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1"}
     return subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout
 

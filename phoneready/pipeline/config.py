@@ -14,6 +14,7 @@ from cfsp.calibration import SELF
 from cfsp.errors import InputError
 from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.text import BUILTIN_TEXT
+from cfsp.validation import describe_problems
 from exporters.gguf import find_quant, required_multiple
 from exporters.onnx import find_variant
 from runtime_bench.workload import BenchSettings, workloads_of
@@ -191,18 +192,7 @@ def parse_config(text: str, *, where: str) -> ReleaseConfig:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where} is not valid TOML: {error}") from error
     except pydantic.ValidationError as error:
-        raise InputError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from error
-
-
-def _problem(error: Any) -> str:
-    place = ".".join(map(str, error["loc"])) or "file"
-    if error["type"] == "extra_forbidden":
-        return f"{place}: unknown key"
-    if error["type"] == "missing":
-        return f"{place}: missing"
-    message = error["msg"].removeprefix("Value error, ")
-    got = error["input"]
-    return f"{place}: {message}" + ("" if isinstance(got, dict | pydantic.BaseModel) else f" (got {got!r})")
+        raise InputError(f"{where}: {describe_problems(error)}") from error
 
 
 def _as_value_error(check: Any) -> None:

@@ -70,7 +70,7 @@ def test_unusable_input_exits_2_with_one_line(arguments: tuple[str, ...]) -> Non
 
 def test_every_command_has_a_help_page() -> None:
     for name in entry.COMMANDS:
-        result = command(name, "--help")
+        result = command(*name.split(), "--help")
         assert result.returncode == 0, result.stderr
         assert "--json" in result.stdout
         assert "--debug" in result.stdout

@@ -1,0 +1,78 @@
+"""`phoneready devices`: what is known of phones and boards."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfsp.errors import InputError
+from phoneready.commands.options import DebugOption, JsonOption, split_names
+from phoneready.console import write_result
+
+__all__ = ["fit", "list_devices", "show_device"]
+
+
+def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """List the devices that have a profile, built in or your own."""
+    from runtime_bench.device_profile import load_profiles
+    from runtime_bench.device_table import profile_row, profile_to_json
+    from runtime_bench.table import as_markdown
+
+    profiles = list(load_profiles().values())
+    rows = [profile_row(entry) for entry in profiles]
+    if not any(row["own"] for row in rows):
+        rows = [{name: cell for name, cell in row.items() if name != "own"} for row in rows]
+    write_result(as_markdown(rows), [profile_to_json(entry) for entry in profiles], as_json=json)
+
+
+def show_device(
+    device: Annotated[str, typer.Argument(help="Name as `devices list` has it.", metavar="NAME")],
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show every figure of a device, what it rests on, and who says so."""
+    from runtime_bench.device_profile import find_profile, load_profiles
+    from runtime_bench.device_table import format_profile, profile_to_json
+
+    entry = find_profile(device, load_profiles().values())
+    write_result(format_profile(entry), profile_to_json(entry), as_json=json)
+
+
+def fit(
+    file: Annotated[Path, typer.Argument(help="GGUF file.", metavar="FILE")],
+    context: Annotated[
+        int, typer.Option("-c", "--context", help="Tokens of the context.", min=1, metavar="N")
+    ] = 2048,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", help="Devices, as A,B.", metavar="NAME,...", show_default="all"),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Project whether a file fits on devices, and how fast it may be there; nothing is measured."""
+    from runtime_bench.device_profile import find_profile, load_profiles
+    from runtime_bench.device_table import format_projections
+    from runtime_bench.model_facts import gguf_facts
+    from runtime_bench.projection import project
+
+    profiles = load_profiles()
+    chosen = [find_profile(name, profiles.values()) for name in split_names(device or list(profiles))]
+    facts = gguf_facts(file)
+    if context > facts.context_length:
+        raise InputError(
+            "longer than the model's context",
+            field="context",
+            value=context,
+            allowed=f"up to {facts.context_length}",
+        )
+    found = [project(entry.profile, facts, context) for entry in chosen]
+    payload = {"kind": "projected", "file": str(file), "context": context}
+    write_result(
+        format_projections(found, context),
+        payload | {"devices": [asdict(row) | {"total_bytes": row.memory.total} for row in found]},
+        as_json=json,
+    )
