@@ -24,8 +24,8 @@ from runtime_bench import summary
 from runtime_bench.engines import EngineFacts, SessionSettings, engine_for, require_engine
 from runtime_bench.environment import describe_environment
 from runtime_bench.files import files_of
-from runtime_bench.process import run_worker
 from runtime_bench.record import BenchRecord, Environment
+from runtime_bench.targets import LOCAL, VERDICTS, Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
@@ -44,6 +44,7 @@ class _Session:
     hashes: tuple[str, ...]
     engines: tuple[str, ...]
     settings: BenchSettings
+    target: Target
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -70,9 +71,10 @@ def run_bench(
     progress: Progress = no_progress,
     *,
     engine: str | None = None,
+    target: Target = LOCAL,
     on_record: Callable[[BenchRecord], None] | None = None,
 ) -> list[BenchRecord]:
-    """Measure every workload on every file, on this machine.
+    """Measure every workload on every file.
 
     A row whose samples spread too widely (p90 / p50 over `settings.spread_limit`) is set aside and measured
     once more, together with the same row of the other files, so that the comparison stays interleaved; its
@@ -83,6 +85,7 @@ def run_bench(
         settings: What to measure and how often.
         progress: Told after each process.
         engine: Key of ENGINES; each file's default one unless given.
+        target: Where to measure.
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
 
@@ -98,7 +101,7 @@ def run_bench(
     engines = tuple(engine or engine_for(path) for path in files)
     for name in engines:
         require_engine(name)
-    session = _Session(tuple(files), _hash_all(files), engines, settings)
+    session = _Session(tuple(files), _hash_all(files), engines, settings, target)
     groups = [(threads, workload) for threads in settings.threads for workload in workloads]
     processes = sum(len(_shares(settings, workload)) for _, workload in groups)
     counter = _Counter(progress, processes * len(files))
@@ -189,7 +192,7 @@ def _measure_once(
         seed=settings.seed,
         page_cache=_page_cache(settings, workload),
     )
-    result = run_worker(request, settings.timeout_s)
+    result = session.target.run(request, settings.timeout_s)
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
@@ -210,8 +213,8 @@ def _record(
     versions = environment.versions | facts.versions
     opened = [r for r in row.results if r.load_ns]
     return BenchRecord(
-        kind="measured",
-        target="local",
+        kind=session.target.kind,
+        target=session.target.name,
         engine=session.engines[index],
         status="failed" if row.failure else "ok",
         failure=row.failure,
@@ -246,6 +249,11 @@ def _record(
         peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in row.results if r.peak_rss_bytes),
         quarantined_ns=tuple(first.samples_ns) if first is not None and first is not row else (),
         spread_limit=settings.spread_limit,
+        memory_limit_bytes=session.target.memory_limit_bytes,
+        memory_verdict=max(
+            (r.memory_verdict for r in row.results if r.memory_verdict), key=VERDICTS.index, default=None
+        ),
+        reread_bytes=max((r.reread_bytes for r in row.results if r.reread_bytes is not None), default=None),
     )
 
 

@@ -9,6 +9,7 @@ import site
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -23,12 +24,15 @@ _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
 """Marks of the line that says why, among what a dying engine writes."""
 
 
-def run_worker(request: WorkerRequest, timeout_s: float) -> WorkerResult:
+def run_worker(
+    request: WorkerRequest, timeout_s: float, before: Callable[[], None] | None = None
+) -> WorkerResult:
     """Measure in a fresh process.
 
     Args:
         request: What to measure.
         timeout_s: After this long the process is ended.
+        before: Called in the new process before its program is loaded.
 
     Returns:
         Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
@@ -37,7 +41,12 @@ def run_worker(request: WorkerRequest, timeout_s: float) -> WorkerResult:
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=_environment(),
+            preexec_fn=before,
         ) as process,
     ):
         try:

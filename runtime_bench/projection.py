@@ -16,7 +16,16 @@ from types import MappingProxyType
 from runtime_bench.device_profile import Cluster, DeviceProfile
 from runtime_bench.model_facts import ModelFacts
 
-__all__ = ["Band", "Memory", "Projection", "project", "project_memory"]
+__all__ = [
+    "Band",
+    "Memory",
+    "Projection",
+    "decode_band",
+    "memory_limit",
+    "prefill_band",
+    "project",
+    "project_memory",
+]
 
 MIB = 2**20
 DECODE_SHARE = (0.35, 0.80)
@@ -152,12 +161,12 @@ def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection
     """
     features = profile.isa.value
     memory = project_memory(facts, n_ctx, _DOT_PRODUCTS if features is None else features)
-    limit, of_limit = _limit(profile)
+    limit, of_limit = memory_limit(profile)
     notes = [of_limit]
     if features is None:
         notes.append("the processor's instructions are unknown: it is taken to have dot products")
-    decode, of_decode = _decode(profile, facts, memory.cache)
-    prefill, of_prefill = _prefill(profile, facts)
+    decode, of_decode = decode_band(profile, facts.read_bytes, memory.cache)
+    prefill, of_prefill = prefill_band(profile, facts.n_multiplied)
     return Projection(
         device=profile.id,
         memory=memory,
@@ -169,7 +178,8 @@ def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection
     )
 
 
-def _limit(profile: DeviceProfile) -> tuple[int | None, str]:
+def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
+    """Bytes that one application may use on a device, None where that is unknown; and what that rests on."""
     if profile.app_memory_mib.value is not None:
         return (
             profile.app_memory_mib.value * MIB,
@@ -180,17 +190,30 @@ def _limit(profile: DeviceProfile) -> tuple[int | None, str]:
     return int(profile.ram_mib.value * MIB * APP_SHARE), f"an application may use {APP_SHARE:.0%} of the RAM"
 
 
-def _decode(profile: DeviceProfile, facts: ModelFacts, cache: int) -> tuple[Band | None, str]:
+def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Band | None, str]:
+    """Generated tokens a second, None where the bandwidth is unknown; and what that rests on.
+
+    Args:
+        profile: The device.
+        read_bytes: Of the weights that every token reads.
+        cache: Bytes of the full context.
+    """
     bandwidth = profile.dram_gb_s.value
     if bandwidth is None:
         return None, "decode unknown: the profile has no bandwidth"
-    full, empty = ((bandwidth * 1e9) / (facts.read_bytes + read) for read in (cache, 0))
+    full, empty = ((bandwidth * 1e9) / (read_bytes + read) for read in (cache, 0))
     low, high = DECODE_SHARE
     text = f"decode gets {low:.0%} of {bandwidth:g} GB/s with a full context to {high:.0%} with an empty one"
     return Band(low * full, high * empty), text
 
 
-def _prefill(profile: DeviceProfile, facts: ModelFacts) -> tuple[Band | None, str]:
+def prefill_band(profile: DeviceProfile, n_multiplied: int) -> tuple[Band | None, str]:
+    """Prompt tokens a second, None where cores, clocks or instructions are unknown; and what that rests on.
+
+    Args:
+        profile: The device.
+        n_multiplied: Weights that every token is multiplied by.
+    """
     clusters, features = profile.cores.value, profile.isa.value
     if clusters is None or features is None:
         return None, "prefill unknown: the profile has no cores or no instructions"
@@ -201,7 +224,7 @@ def _prefill(profile: DeviceProfile, facts: ModelFacts) -> tuple[Band | None, st
         return None, f"prefill unknown: no clock or no vector units of {', '.join(unknown)}"
     operations = sum(c.count * (c.max_mhz or 0) * 1e6 * _pipes(c.core) * each for c in fast)
     low, high = PREFILL_SHARE
-    tokens = operations / (2 * facts.n_multiplied)
+    tokens = operations / (2 * n_multiplied)
     cores = sum(c.count for c in fast)
     return Band(low * tokens, high * tokens), f"prefill gets {low:.0%} to {high:.0%} of {cores} fast cores"
 

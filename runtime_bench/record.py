@@ -107,6 +107,10 @@ class BenchRecord:
         quarantined_ns: Samples of a first round that spread too widely and was measured once more.
         spread_limit: p90 / p50 above which that happens.
         environment: The machine.
+        memory_limit_bytes: What a run might use; None where nothing limited it.
+        memory_verdict: Under that limit: fits, thrashes (pages of the file were dropped and read again) or does not
+            fit (killed); the worst of all processes.
+        reread_bytes: Bytes of files that were read again, the most of any process.
     """
 
     kind: str
@@ -145,6 +149,9 @@ class BenchRecord:
     peak_rss_samples_bytes: _PositiveInts = ()
     quarantined_ns: _PositiveInts = ()
     spread_limit: float | None = None
+    memory_limit_bytes: int | None = None
+    memory_verdict: str | None = None
+    reread_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -205,7 +212,16 @@ class BenchRecord:
 
     @property
     def note(self) -> str | None:
-        """What a reader must know about the spread."""
+        """What a reader must know about the figures."""
+        return "; ".join(filter(None, (self._memory_note(), self._spread_note()))) or None
+
+    def _memory_note(self) -> str | None:
+        if self.memory_verdict != "thrashes" or self.memory_limit_bytes is None:
+            return None
+        again, limit = ((size or 0) / 2**20 for size in (self.reread_bytes, self.memory_limit_bytes))
+        return f"thrashes: under the limit of {limit:.0f} MiB, {again:.0f} MiB of the file were read again"
+
+    def _spread_note(self) -> str | None:
         if not self.quarantined_ns or self.spread_limit is None:
             return None
         before, after = summary.spread(self.quarantined_ns) or 0.0, self.spread

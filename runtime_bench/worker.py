@@ -67,6 +67,8 @@ class WorkerResult:
         peak_rss_bytes: Most resident memory of the whole process.
         facts: The engine's facts.
         error: Why it failed, one line; None when it did not.
+        memory_verdict: Under a memory limit: fits, thrashes or does not fit.
+        reread_bytes: Pages of files that were dropped for the limit and read again.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -76,6 +78,8 @@ class WorkerResult:
     peak_rss_bytes: int | None = None
     facts: EngineFacts | None = None
     error: str | None = None
+    memory_verdict: str | None = None
+    reread_bytes: int | None = None
 
 
 def request_from_json(payload: dict[str, Any]) -> WorkerRequest:

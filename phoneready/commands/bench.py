@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cfsp.errors import InputError, LimitError
-from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_numbers
+from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_bytes, split_numbers
 from phoneready.console import note, quiet_libraries, show_progress, write_result
+
+if TYPE_CHECKING:
+    from runtime_bench.targets import Target
 
 __all__ = ["bench"]
 
@@ -56,6 +59,23 @@ def bench(
     record: Annotated[
         Path | None, typer.Option("--record", help="Append the records to a JSON Lines file.")
     ] = None,
+    on: Annotated[
+        str, typer.Option("--on", help="local, or constrained: this machine under limits.", metavar="TARGET")
+    ] = "local",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", help="Memory that a constrained run may use, as 400M or 2G.", metavar="SIZE"
+        ),
+    ] = None,
+    cores: Annotated[
+        list[str] | None,
+        typer.Option("--cores", help="Cores that a constrained run may use, as 0,1.", metavar="N,..."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Take the memory limit from this device's profile.", metavar="NAME"),
+    ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -86,6 +106,7 @@ def bench(
         delay_s=delay,
         seed=seed,
     )
+    target = _target(on, memory, cores, device)
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
     with show_progress() as progress:
         records = run_bench(
@@ -93,6 +114,7 @@ def bench(
             settings,
             progress,
             engine=engine,
+            target=target,
             on_record=None if record is None else lambda row: append_jsonl(record, [row]),
         )
     text = format_table(records, output)
@@ -107,3 +129,36 @@ def bench(
         for row in failed:
             note(f"{names[row.model_filename]} {row.test}: {row.failure}")
         raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured")
+
+
+def _target(on: str, memory: str | None, cores: list[str] | None, device: str | None) -> Target:
+    """Where to measure.
+
+    Raises:
+        InputError: Unknown, limits without a constrained target, or limits that cannot be set here.
+    """
+    from runtime_bench.targets import LOCAL
+    from runtime_bench.targets.constrained import Constrained
+
+    limits = {"--memory": memory, "--cores": cores, "--device": device}
+    if on == LOCAL.name:
+        given = [name for name, value in limits.items() if value]
+        if given:
+            raise InputError("a limit is for a constrained run", field=given[0], allowed="--on constrained")
+        return LOCAL
+    if on != "constrained":
+        raise InputError("unknown target", field="--on", value=on, allowed="local, constrained")
+    if memory and device:
+        raise InputError("one of --memory and --device says the limit, not both", field="--memory")
+    limit = split_bytes(memory, "--memory") if memory else _limit_of(device) if device else None
+    return Constrained(limit, split_numbers(cores or [], "--cores"))
+
+
+def _limit_of(device: str) -> int:
+    from runtime_bench.device_profile import find_profile, load_profiles
+    from runtime_bench.projection import memory_limit
+
+    limit, why = memory_limit(find_profile(device, load_profiles().values()).profile)
+    if limit is None:
+        raise InputError(why, field="--device", value=device, allowed="--memory SIZE")
+    return limit

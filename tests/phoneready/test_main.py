@@ -58,6 +58,15 @@ def test_errors_become_one_line_and_a_status(
         ("bench", "--nonsense"),
         ("bench", "missing.gguf"),
         ("compare", "missing", "missing"),
+        ("bench", "missing.gguf", "--on", "the-moon"),
+        ("bench", "missing.gguf", "--memory", "1G"),
+        ("bench", "missing.gguf", "--on", "constrained"),
+        ("bench", "missing.gguf", "--on", "constrained", "--memory", "much"),
+        ("bench", "missing.gguf", "--on", "constrained", "--memory", "1K"),
+        ("bench", "missing.gguf", "--on", "constrained", "--cores", "9999"),
+        ("bench", "missing.gguf", "--on", "constrained", "--memory", "1G", "--device", "pixel-8a"),
+        ("devices", "show", "nokia-3310"),
+        ("devices", "fit", "missing.gguf"),
     ],
 )
 def test_unusable_input_exits_2_with_one_line(arguments: tuple[str, ...]) -> None:

@@ -16,11 +16,11 @@ import pytest
 from cfsp.errors import InputError
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from runtime_bench import measure as measure_module
 from runtime_bench.engines import ENGINES, SessionSettings
 from runtime_bench.measure import run_bench
 from runtime_bench.process import run_worker
 from runtime_bench.record import BenchRecord
+from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult, request_from_json
 from runtime_bench.workload import BenchSettings, Workload
 
@@ -168,29 +168,28 @@ def test_a_process_that_dies_is_a_reason(
     assert re.search(reason, result.error)
 
 
-def test_what_was_measured_before_a_failure_is_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def flaky(asked: WorkerRequest, timeout_s: float) -> WorkerResult:
-        calls.append(asked)
-        return WorkerResult(error="killed") if len(calls) == 2 else run_worker(asked, timeout_s)
+def test_what_was_measured_before_a_failure_is_kept(model: Path) -> None:
+    class Flaky(Local):
+        def run(self, asked: WorkerRequest, timeout_s: float) -> WorkerResult:
+            calls.append(asked)
+            return WorkerResult(error="killed") if len(calls) == 2 else super().run(asked, timeout_s)
 
     calls: list[WorkerRequest] = []
-    monkeypatch.setattr(measure_module, "run_worker", flaky)
-    (record,) = run_bench([model], replace(ONE, repetitions=4))
+    (record,) = run_bench([model], replace(ONE, repetitions=4), target=Flaky())
     assert (record.status, record.failure, len(record.samples_ns), len(calls)) == ("failed", "killed", 1, 2)
 
 
-def test_a_wide_row_is_measured_once_more_with_its_partners(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wide_row_is_measured_once_more_with_its_partners(model: Path) -> None:
     times = iter([100, 100, 900, 100, 100, 100, 70, 80, 70, 80, 70, 80])
 
-    def scripted(asked: WorkerRequest, timeout_s: float) -> WorkerResult:
-        return WorkerResult(samples_ns=[next(times)])
+    class Scripted(Local):
+        def run(self, asked: WorkerRequest, timeout_s: float) -> WorkerResult:
+            return WorkerResult(samples_ns=[next(times)])
 
-    monkeypatch.setattr(measure_module, "run_worker", scripted)
     settings = replace(ONE, repetitions=3, spread_limit=1.25)
     seen: list[tuple[int, int]] = []
-    left, right = run_bench([model, model], settings, lambda _, a, b: seen.append((a, b)))
+    progress = lambda _, done, total: seen.append((done, total))  # noqa: E731
+    left, right = run_bench([model, model], settings, progress, target=Scripted())
     assert left.samples_ns == (70, 70, 70)
     assert left.quarantined_ns == (100, 900, 100)
     assert "measured once more, then within it" in left.note

@@ -1,0 +1,51 @@
+"""Where a measurement runs: a target runs one request and turns every way it can end into a result."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from runtime_bench.process import run_worker
+from runtime_bench.worker import WorkerRequest, WorkerResult
+
+__all__ = ["DOES_NOT_FIT", "FITS", "LOCAL", "THRASHES", "VERDICTS", "Local", "Target"]
+
+VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
+"""How a run can stand to its memory limit, the best first."""
+
+
+class Target(Protocol):
+    """A place to measure.
+
+    Attributes:
+        name: As records have it.
+        kind: What its numbers are, of runtime_bench.record.KINDS.
+        memory_limit_bytes: What a run may use; None where nothing limits it.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def memory_limit_bytes(self) -> int | None: ...
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        """Measure in a fresh process; a failure is a result whose `error` says what happened."""
+        ...
+
+
+class Local:
+    """This machine as it is."""
+
+    name = "local"
+    kind = "measured"
+    memory_limit_bytes = None
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        """See `Target`."""
+        return run_worker(request, timeout_s)
+
+
+LOCAL = Local()
