@@ -51,7 +51,7 @@ def row(entry: dict[str, Any], bands: dict[str, Band | None]) -> dict[str, str]:
         outside = band is not None and speed is not None and not band.low <= speed <= band.high
         cells[f"{name} t/s"] = "-" if speed is None else f"{speed:g}"
         cells[f"{name} projected"] = "-" if speed is None else text + (" (outside)" if outside else "")
-    return cells | {"source": entry["source"]}
+    return cells
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def find_parent() -> tuple[Path, int]:
     raise InputError(
         f"no memory limit can be set here: {why}",
         field="memory",
-        allowed="run it as root, or under `systemd-run --user --scope -p Delegate=yes`",
+        allowed="run it as root",
     )
 
 
@@ -131,15 +131,19 @@ def limited_group(limit_bytes: int) -> Iterator[ControlGroup]:
 
 
 def _candidates() -> Iterator[tuple[int, Path]]:
-    """(version, folder) of our own groups, the version whose memory controller is in use first."""
+    """(version, folder) of our own group and, in version 2, of those above it: only a group without processes of its
+    own, or the root, hands controllers on."""
     mounts = [line.split() for line in _MOUNTS.read_text(encoding="utf-8").splitlines()]
     for entry in _OURS.read_text(encoding="utf-8").splitlines():
         _, controllers, path = entry.split(":", 2)
         for _, mount, kind, options, *_ in mounts:
             if kind == "cgroup" and "memory" in options.split(",") and "memory" in controllers.split(","):
                 yield 1, Path(mount + path)
-            elif kind == "cgroup2" and not controllers and _has_memory(Path(mount + path)):
-                yield 2, Path(mount + path)
+            elif kind == "cgroup2" and not controllers:
+                own = Path(mount + path)
+                for folder in (own, *own.parents):
+                    if folder.is_relative_to(mount) and _has_memory(folder):
+                        yield 2, folder
 
 
 def _has_memory(folder: Path) -> bool:
@@ -148,7 +152,7 @@ def _has_memory(folder: Path) -> bool:
 
 
 def _delegates_memory(folder: Path) -> bool:
-    """Groups below get the controller; a group that has processes of its own must not hand it on, but the root may."""
+    """Whether groups below get the controller, which is turned on where it may be."""
     control = folder / "cgroup.subtree_control"
     if "memory" not in control.read_text(encoding="ascii").split():
         try:

@@ -1,8 +1,8 @@
 """What a model would need and how fast it would be on a device that is not here: a projection, never a measurement.
 
 Memory is a sum of what llama.cpp allocates. Speed is a band: a generated token reads all weights and the cache once,
-and a phone's memory gives between 35 and 80 % of its theoretical bandwidth to that; a prompt is a matrix product, and
-gets between 10 and 30 % of what the cores could multiply. docs/devices.md holds the bands against published speeds.
+and a phone's memory gives between 30 and 70 % of its theoretical bandwidth to that; a prompt is a matrix product, and
+gets between 5 and 30 % of what the cores could multiply. docs/devices.md holds the bands against published speeds.
 A figure that the profile does not have makes everything unknown that rests on it.
 """
 
@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 MIB = 2**20
-DECODE_SHARE = (0.35, 0.80)
+DECODE_SHARE = (0.30, 0.70)
 """Of the theoretical bandwidth that reading weights gets."""
-PREFILL_SHARE = (0.10, 0.30)
+PREFILL_SHARE = (0.05, 0.30)
 """Of the multiplications that the cores could do."""
 APP_SHARE = 0.65
 """Of the RAM that one application may count on where its limit is not known."""

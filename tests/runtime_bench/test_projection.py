@@ -84,9 +84,9 @@ def test_speed_is_a_band_of_what_the_device_could_do(tiny_gguf: Callable[..., Pa
     facts = gguf_facts(tiny_gguf())
     found = project(device(), facts, 256)
     assert found.decode is not None
-    assert found.decode.high == pytest.approx(0.80 * 20e9 / facts.read_bytes)
+    assert found.decode.high == pytest.approx(0.70 * 20e9 / facts.read_bytes)
     full = facts.read_bytes + 2 * 256 * facts.key_value_width
-    assert found.decode.low == pytest.approx(0.35 * 20e9 / full)
+    assert found.decode.low == pytest.approx(0.30 * 20e9 / full)
     # Two fast cores with two vector units of 32 operations; the six slow ones are left out.
     assert found.prefill is not None
     assert found.prefill.high == pytest.approx(0.30 * 2 * 2e9 * 2 * 32 / (2 * facts.n_multiplied))
