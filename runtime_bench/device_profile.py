@@ -10,7 +10,7 @@ import datetime
 import importlib.resources
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal, Self, TypeVar
@@ -194,13 +194,12 @@ def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
     return dict(sorted(found.items()))
 
 
-def find_profile(name: str, profiles: Iterable[KnownProfile]) -> KnownProfile:
-    """The profile of an id.
+def find_profile(name: str, profiles: Mapping[str, KnownProfile]) -> KnownProfile:
+    """The profile of an id, from what `load_profiles` gave.
 
     Raises:
         InputError: There is none; the message has the ids that there are.
     """
-    known = {entry.profile.id: entry for entry in profiles}
-    if name in known:
-        return known[name]
-    raise InputError("no profile of this name", field="device", value=name, allowed=", ".join(known))
+    if name in profiles:
+        return profiles[name]
+    raise InputError("no profile of this name", field="device", value=name, allowed=", ".join(profiles))

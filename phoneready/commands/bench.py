@@ -158,7 +158,7 @@ def _limit_of(device: str) -> int:
     from runtime_bench.device_profile import find_profile, load_profiles
     from runtime_bench.projection import memory_limit
 
-    limit, why = memory_limit(find_profile(device, load_profiles().values()).profile)
+    limit, why = memory_limit(find_profile(device, load_profiles()).profile)
     if limit is None:
         raise InputError(why, field="--device", value=device, allowed="--memory SIZE")
     return limit

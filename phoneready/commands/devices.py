@@ -37,7 +37,7 @@ def show_device(
     from runtime_bench.device_profile import find_profile, load_profiles
     from runtime_bench.device_table import format_profile, profile_to_json
 
-    entry = find_profile(device, load_profiles().values())
+    entry = find_profile(device, load_profiles())
     write_result(format_profile(entry), profile_to_json(entry), as_json=json)
 
 
@@ -60,7 +60,7 @@ def fit(
     from runtime_bench.projection import project
 
     profiles = load_profiles()
-    chosen = [find_profile(name, profiles.values()) for name in split_names(device or list(profiles))]
+    chosen = [find_profile(name, profiles) for name in split_names(device or list(profiles))]
     facts = gguf_facts(file)
     if context > facts.context_length:
         raise InputError(

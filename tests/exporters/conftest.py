@@ -14,6 +14,7 @@ from cfsp.checkpoint import save_checkpoint
 from cfsp.model_reference import LoadedModel, ModelSource
 from cfsp.statistics import collect_input_moments
 from cfsp.surgery import cut_channels, set_config_widths
+from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -57,3 +58,18 @@ def make_checkpoint(
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the ONNX variants that JavaScript's runtimes load; do not change it in a test."""
+    from exporters.onnx import export_onnx  # needs the onnx extra, which other tests here do without
+
+    output = tmp_path_factory.mktemp("onnx") / "out"
+    variants = ("fp32", "int8", "int8-dynamic", "int4")
+    # Next-token distributions of random weights are nearly flat, so quantization moves them far.
+    loose = {name: ParityLimits(kl_mean=3.0) for name in variants if name != "fp32"}
+    export_onnx(
+        make_checkpoint("llama", widths=(96, 64, 128, 40)), output, variants, limits=loose, n_threads=1
+    )
+    return output

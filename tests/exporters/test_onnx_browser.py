@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.server
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from exporters.onnx import VARIANTS, export_onnx
+from exporters.onnx import VARIANTS
 from exporters.onnx.folder import find_graph
 from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.runtime import open_model
-from exporters.record import ParityLimits
 
 JAVASCRIPT = Path(__file__).resolve().parents[1] / "javascript"
 LIMITS = {"fp32": 1e-3, "int8-dynamic": 1e-3, "int8": 0.25, "int4": 0.25}
@@ -59,18 +58,9 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-@pytest.fixture(scope="module")
-def exported(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("onnx") / "out"
-    loose = {name: ParityLimits(kl_mean=3.0) for name in VARIANTS}
-    checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 40))
-    export_onnx(checkpoint, output, list(LIMITS), limits=loose, n_threads=1)
-    return output
-
-
 @pytest.mark.parametrize("variant", LIMITS)
-def test_a_page_generates_the_same_tokens(browser: Any, exported: Path, variant: str) -> None:
-    handler = type("VariantHandler", (Handler,), {"model": exported / variant})
+def test_a_page_generates_the_same_tokens(browser: Any, browser_export: Path, variant: str) -> None:
+    handler = type("VariantHandler", (Handler,), {"model": browser_export / variant})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(JAVASCRIPT)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     page, problems = browser.new_page(), []
@@ -87,10 +77,10 @@ def test_a_page_generates_the_same_tokens(browser: Any, exported: Path, variant:
         server.server_close()
     assert problems == []
     assert found["isolated"]
-    model = OnnxLanguageModel(str(exported / variant), n_threads=1)
+    model = OnnxLanguageModel(str(browser_export / variant), n_threads=1)
     (expected,) = model.generate([PROMPT], COUNT)
     model.close()
-    with_cache = open_model(find_graph(str(exported / variant)), n_ctx=64, n_threads=1)
+    with_cache = open_model(find_graph(str(browser_export / variant)), n_ctx=64, n_threads=1)
     logits = with_cache.decode(PROMPT)[-1]
     with_cache.close()
     difference = np.abs(np.array(found["logits"]) - logits).max() / logits.std()

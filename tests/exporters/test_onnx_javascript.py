@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cfsp.model_reference import load_tokenizer
-from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
-from exporters.record import ParityLimits
 
 JAVASCRIPT = Path(__file__).resolve().parents[1] / "javascript"
 DTYPES = {"fp32": "fp32", "int8": "q8", "int8-dynamic": "int8", "int4": "q4"}
@@ -28,27 +25,17 @@ def node() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
-def exported(make_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("onnx") / "out"
-    loose = {name: ParityLimits(kl_mean=3.0) for name in VARIANTS}
-    export_onnx(
-        make_checkpoint("llama", widths=(96, 64, 128, 40)), output, list(DTYPES), limits=loose, n_threads=1
-    )
-    return output
-
-
 @pytest.mark.parametrize("variant", DTYPES)
-def test_transformers_js_generates_the_same_tokens(node: str, exported: Path, variant: str) -> None:
-    command = [node, "generate.mjs", str(exported), variant, DTYPES[variant], PROMPT, "16"]
+def test_transformers_js_generates_the_same_tokens(node: str, browser_export: Path, variant: str) -> None:
+    command = [node, "generate.mjs", str(browser_export), variant, DTYPES[variant], PROMPT, "16"]
     done = subprocess.run(command, cwd=JAVASCRIPT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    tokenizer = load_tokenizer(exported / variant)
+    tokenizer = load_tokenizer(browser_export / variant)
     messages = [{"role": "user", "content": PROMPT}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert found["prompt"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    model = OnnxLanguageModel(str(exported / variant), n_threads=1)
+    model = OnnxLanguageModel(str(browser_export / variant), n_threads=1)
     (expected,) = model.generate([found["prompt"]], 16)
     model.close()
     # Where the model ends its answer, transformers.js keeps the token that says so.

@@ -100,4 +100,4 @@ def test_problems_of_all_files_come_together(tmp_path: Path) -> None:
 def test_an_unknown_name_gets_the_known_ones(tmp_path: Path) -> None:
     write(tmp_path, GOOD)
     with pytest.raises(InputError, match="mine"):
-        find_profile("nokia-3310", load_profiles(tmp_path).values())
+        find_profile("nokia-3310", load_profiles(tmp_path))
