@@ -10,7 +10,6 @@ import importlib.util
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,12 @@ def require_optimum() -> None:
         raise MissingExtraError("optimum-onnx", "portable")
 
 
-def portable_graph(model: Any, *, name: str, metadata: Mapping[str, str] | None = None) -> ir.Model:
+def portable_graph(model: Any, *, name: str) -> ir.Model:
     """Trace a causal LM, and store a tied embedding once.
 
     Args:
         model: A causal LM of the architecture table, float32; its class may be changed to transformers' own.
         name: Of the graph.
-        metadata: Own key-value pairs of the file.
 
     Raises:
         InputError: optimum cannot export it.
@@ -71,7 +69,6 @@ def portable_graph(model: Any, *, name: str, metadata: Mapping[str, str] | None 
         ):
             node.name = scope[1].replace("/", ".")
     _share_embedding(graph)
-    traced.metadata_props.update(metadata or {})
     return traced
 
 
