@@ -34,6 +34,7 @@ VARIANTS = {
     "lora": ["--method", "lora", "--rank", "32"],
     "ig-lora-distill": ["--method", "ig-lora", "--rank", "32", *_DISTILL],
     "lora-distill": ["--method", "lora", "--rank", "32", *_DISTILL],
+    "ig-lora-both": ["--method", "ig-lora", "--rank", "32", "--loss", "both"],
     "full": ["--method", "full"],
     "full-distill": ["--method", "full", "--loss", "distill"],
     "full-both": ["--method", "full", "--loss", "both"],
@@ -84,8 +85,8 @@ def main() -> None:
         split_chats(arguments.chats, folder)
     data = [str(folder / "train.jsonl"), str(arguments.text)]
     runs = [Run(0.0, "unrecovered", 0)]
-    # Without a plan there are no importances for ranks to follow.
-    controls = [variant for variant in arguments.variants if "ig-lora" not in VARIANTS[variant]]
+    # Without a plan there are no importances for ranks to follow; distilled from itself, a model does not change.
+    controls = [v for v in arguments.variants if not {"ig-lora", "distill"} & set(VARIANTS[v])]
     runs += [Run(0.0, *pair) for pair in itertools.product(controls, arguments.seeds)]
     for ratio in arguments.ratios:
         prune(folder, ratio, data, arguments.nsamples)
