@@ -6,9 +6,9 @@ training, which is what a recovered model is to be compared with: in-domain data
 
     python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
         [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
-        [--prompts prompts.jsonl] [--task-data DIR] [--limit 300]
+        [--text-windows 74] [--prompts prompts.jsonl] [--task-data DIR] [--limit 300]
 
-Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first 74 windows of 1024
+Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first windows of 1024
 tokens of --wikitext, on 16 windows of the held-out chats in random order, on --prompts (degenerate answers) and on
 the tasks under examples/tasks (with --task-data).
 """
@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=500_000)
     parser.add_argument("--nsamples", type=int, default=96, help="Calibration windows.")
+    parser.add_argument("--text-windows", type=int, default=74, help="Of 1024 tokens of --wikitext.")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--task-data", type=Path)
     parser.add_argument("--limit", type=int, help="Items of each task.")
@@ -126,7 +127,7 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
     against = [] if model == DENSE else ["--against", DENSE]
     if not texts.exists():
         options = [*against, "--no-prompts", "--save", texts]
-        phoneready("eval", model, *options, "--text", arguments.wikitext, "--windows", 74)
+        phoneready("eval", model, *options, "--text", arguments.wikitext, "--windows", arguments.text_windows)
     if not (chats := folder / f"{run.name}.chats.json").exists():
         options = [*against, "--no-prompts", "--save", chats]
         phoneready("eval", model, *options, "--chats", folder / "held_out.jsonl", "--windows", 16)
