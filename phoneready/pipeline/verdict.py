@@ -1,10 +1,26 @@
-"""What a budget says of one figure."""
+"""What a budget says of one figure, and what all of a release's say together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-__all__ = ["INCONCLUSIVE", "MISSED", "OUTCOMES", "PASS", "BudgetVerdict"]
+from phoneready.console import format_bytes
+
+__all__ = [
+    "INCONCLUSIVE",
+    "MISSED",
+    "OUTCOMES",
+    "PASS",
+    "VERDICTS_FILE",
+    "BudgetVerdict",
+    "Verdicts",
+    "format_figure",
+    "worst_outcome",
+]
+
+VERDICTS_FILE = "verdicts.json"
 
 OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"
 """How a figure can stand to its budget, the worst first."""
@@ -24,6 +40,7 @@ class BudgetVerdict:
         high: Upper end.
         outcome: One of OUTCOMES.
         reason: For people, one sentence.
+        unit: Of value, low and high: `bytes`, `ms`, `t/s`, `nats`, `share`, `x` for a ratio, or nothing.
     """
 
     metric: str
@@ -35,3 +52,40 @@ class BudgetVerdict:
     high: float | None
     outcome: str
     reason: str
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """verdicts.json: every budget of a release.
+
+    Attributes:
+        outcome: The worst of all; `pass` where there are no budgets.
+        source: Reference of the dense model.
+        source_sha256: Hash of its weights, where known.
+        baseline: File that figures were compared with, or None.
+        verdicts: In the order of the budgets.
+    """
+
+    KIND: ClassVar[str] = "verdicts"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    outcome: str
+    source: str
+    source_sha256: str | None
+    baseline: str | None
+    verdicts: tuple[BudgetVerdict, ...]
+
+
+def worst_outcome(verdicts: Sequence[BudgetVerdict]) -> str:
+    """The worst outcome of several; `pass` of none."""
+    return min((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default=PASS)
+
+
+def format_figure(value: float | None, unit: str) -> str:
+    """A figure for people, such as `83.4 MiB`, `57.2 ms` or `1.05 x`; a dash for what is not known."""
+    if value is None:
+        return "-"
+    if unit == "bytes":
+        return format_bytes(value)
+    return f"{value:.4g} {unit}" if unit in ("ms", "t/s", "nats", "x") else f"{value:.4g}"
