@@ -21,6 +21,7 @@ import typer
 from cfsp.errors import PhonereadyError
 from cfsp.records import tool_version
 from phoneready.commands import bench, compare, devices, doctor, evaluate, export, prune, recover, release
+from runtime_bench.markup import visible
 
 __all__ = ["app", "main", "run"]
 
@@ -125,7 +126,7 @@ def run() -> None:
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 

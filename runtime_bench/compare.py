@@ -1,7 +1,8 @@
 """Compare two sets of records row by row: a ratio of speeds, its interval, and a verdict that the interval
 bears out.
 
-Speed is 1 / median wall time for every workload, so that a ratio above 1 is faster, for ttft and load too.
+Speed is 1 / median wall time for every workload, so that a ratio above 1 is faster, for ttft and load too. Only what
+was measured alike is compared: numbers of one kind, on one target and processor, in one engine, with one workload.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from cfsp.errors import InputError
 from runtime_bench.record import BenchRecord
 from runtime_bench.summary import ratio_interval
 
-__all__ = ["MIN_SAMPLES", "VERDICTS", "Comparison", "compare", "compare_records"]
+__all__ = ["MIN_SAMPLES", "THRESHOLD", "VERDICTS", "Comparison", "by_model", "compare", "compare_records"]
 
 MIN_SAMPLES = 5
 """Fewest samples of each side for a verdict: the range of five covers the median with probability 1 - 2/2^5 =
 0.94."""
+
+THRESHOLD = 0.03
+"""Relative change that counts as a difference."""
 
 VERDICTS = ("faster", "slower", "no difference", "inconclusive")
 
@@ -32,8 +36,14 @@ _COMPARABLE = (
     "n_threads",
     "n_batch",
     "n_ubatch",
+    "warmup",
+    "page_cache",
+    "memory_limit_bytes",
 )
 """Two rows that differ in one of these measure different things."""
+
+_Row = tuple[str, str, str, str, int]
+"""Kind, target, engine, test, threads."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,15 @@ class Comparison:
     """One row of a comparison.
 
     Attributes:
+        kind: How the numbers of both sides came about.
+        target: Where both ran.
+        engine: What both ran in.
         test: The workload, e.g. tg128.
         n_threads: Threads of both sides.
         base: File of the base.
         new: File held against it.
+        base_median_ns: Median time of the base; None where it has no samples.
+        new_median_ns: Median time of the new file.
         ratio: Speed of new / speed of base; None where a side has no samples. Above 1 is faster.
         low: Lower end of the interval.
         high: Upper end of the interval.
@@ -57,10 +72,15 @@ class Comparison:
         file_size_ratio: File size of new / base.
     """
 
+    kind: str
+    target: str
+    engine: str
     test: str
     n_threads: int
     base: str
     new: str
+    base_median_ns: float | None
+    new_median_ns: float | None
     ratio: float | None
     low: float | None
     high: float | None
@@ -77,7 +97,7 @@ def compare(
     base: Sequence[BenchRecord],
     new: Sequence[BenchRecord],
     *,
-    threshold: float = 0.03,
+    threshold: float = THRESHOLD,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
@@ -96,23 +116,26 @@ def compare(
     left, right = _by_row(base, "base"), _by_row(new, "new")
     if not left or not right:
         raise InputError("nothing to compare: no records of the base or of the new file")
-    alone = [_row_name(key) for key in [*left, *right] if (key in left) != (key in right)]
-    if alone:
-        raise InputError(
-            f"rows without partner: {', '.join(alone)}",
-            allowed="the same workloads and threads on both sides",
-        )
+    _check_partners(left, right)
     return [
         compare_records(record, right[key], threshold=threshold, confidence=confidence, seed=seed)
         for key, record in left.items()
     ]
 
 
+def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
+    """Records of each file, by the file as it was named, in order of appearance."""
+    models: dict[str, list[BenchRecord]] = {}
+    for record in records:
+        models.setdefault(record.model_filename, []).append(record)
+    return models
+
+
 def compare_records(
     base: BenchRecord,
     new: BenchRecord,
     *,
-    threshold: float = 0.03,
+    threshold: float = THRESHOLD,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
@@ -141,10 +164,15 @@ def compare_records(
     if verdict == "inconclusive" and reason is None:
         reason = "the interval crosses the threshold"
     return Comparison(
+        kind=base.kind,
+        target=base.target,
+        engine=base.engine,
         test=base.test,
         n_threads=base.n_threads,
         base=base.model_filename,
         new=new.model_filename,
+        base_median_ns=base.median_ns,
+        new_median_ns=new.median_ns,
         ratio=interval.ratio if interval else None,
         low=interval.low if interval else None,
         high=interval.high if interval else None,
@@ -173,6 +201,8 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
             return f"{side} failed: {record.failure}"
         if len(record.samples_ns) < MIN_SAMPLES:
             return f"{side} has {len(record.samples_ns)} samples, a verdict needs {MIN_SAMPLES}"
+    if base.workload == "load" and base.page_cache_state != new.page_cache_state:
+        return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
     return None
 
 
@@ -190,24 +220,42 @@ def _check_settings(threshold: float, confidence: float) -> None:
 
 
 def _check_comparable(base: BenchRecord, new: BenchRecord) -> None:
-    different = [
-        f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}"
-        for name in _COMPARABLE
-        if getattr(base, name) != getattr(new, name)
-    ]
+    names = [name for name in _COMPARABLE if getattr(base, name) != getattr(new, name)]
+    if base.cpu_info and new.cpu_info and base.cpu_info != new.cpu_info:
+        names.append("cpu_info")
+    different = [f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}" for name in names]
     if different:
-        raise InputError(f"{base.test} and {new.test} measure different things: {', '.join(different)}")
+        raise InputError(
+            f"{base.test} and {new.test} measure different things and are never compared: {', '.join(different)}"
+        )
 
 
-def _by_row(records: Sequence[BenchRecord], side: str) -> dict[tuple[str, int], BenchRecord]:
-    rows: dict[tuple[str, int], BenchRecord] = {}
+def _check_partners(left: dict[_Row, BenchRecord], right: dict[_Row, BenchRecord]) -> None:
+    """Refuse rows that one side has alone; where the other has the same test, say what keeps them apart."""
+    for key, record in left.items():
+        near = [other for row, other in right.items() if row[3:] == key[3:]]
+        if key not in right and near:
+            _check_comparable(record, near[0])
+    alone = [_row_name(key) for key in [*left, *right] if (key in left) != (key in right)]
+    if alone:
+        raise InputError(
+            f"rows without partner: {', '.join(alone)}",
+            allowed="the same workloads, threads, targets and engines on both sides",
+        )
+
+
+def _by_row(records: Sequence[BenchRecord], side: str) -> dict[_Row, BenchRecord]:
+    rows: dict[_Row, BenchRecord] = {}
     for record in records:
-        key = (record.test, record.n_threads)
+        key = (record.kind, record.target, record.engine, record.test, record.n_threads)
         if key in rows:
-            raise InputError(f"{side} has several rows {_row_name(key)}; compare one file at a time")
+            raise InputError(
+                f"{side} has several rows {_row_name(key)}", allowed="one model and one session at a time"
+            )
         rows[key] = record
     return rows
 
 
-def _row_name(key: tuple[str, int]) -> str:
-    return f"{key[0]} with {key[1]} thread{'s' if key[1] > 1 else ''}"
+def _row_name(row: _Row) -> str:
+    kind, target, engine, test, threads = row
+    return f"{test} with {threads} thread{'s' if threads > 1 else ''} ({kind}, {target}, {engine})"

@@ -7,10 +7,10 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from cfsp.errors import InputError
 from runtime_bench.record import BenchRecord, record_from_json, record_to_json
+from runtime_bench.untrusted import parse_json, read_limited
 
 __all__ = ["append_jsonl", "read_jsonl"]
 
@@ -42,27 +42,38 @@ def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:
 
 
 def read_jsonl(path: Path) -> list[BenchRecord]:
-    """Read records in file order. A line that is no JSON is what a kill left: it is skipped with a warning.
+    """Read records in file order: JSON Lines, or the array that `bench --output json` prints.
+
+    A line that is no JSON is what a kill left: it is skipped with a warning.
 
     Raises:
-        InputError: The file cannot be read, or a line is JSON but no valid record.
+        InputError: The file cannot be read, is too large, or has no line of JSON at all; a line is JSON but no valid
+            record.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    records = []
-    for number, line in enumerate(lines, 1):
+    content = read_limited(path)
+    if content.lstrip()[:1] == b"[":
+        return _read_array(content, path)
+    records, torn = [], []
+    for number, line in enumerate(content.split(b"\n"), 1):
         where = f"{path}, line {number}"
-        try:
-            payload = json.loads(line, parse_constant=_refuse_constant) if line.strip() else None
-        except ValueError:
-            logger.warning("%s is not complete JSON and is left out", where)
+        if not line.strip():
             continue
-        if payload is not None:
-            records.append(record_from_json(payload, where=where))
+        try:
+            payload = parse_json(line, where)
+        except ValueError:
+            torn.append(where)
+            continue
+        records.append(record_from_json(payload, where=where))
+    if torn and not records:
+        raise InputError(f"{path} is no file of records: no line is complete JSON")
+    for where in torn:
+        logger.warning("%s is not complete JSON and is left out", where)
     return records
 
 
-def _refuse_constant(name: str) -> Any:
-    raise InputError(f"benchmark records hold finite numbers or null, never {name}")
+def _read_array(content: bytes, path: Path) -> list[BenchRecord]:
+    try:
+        payload = parse_json(content, str(path))
+    except ValueError as error:
+        raise InputError(f"{path} is not complete JSON: {error}") from error
+    return [record_from_json(entry, where=f"{path}, entry {n}") for n, entry in enumerate(payload, 1)]

@@ -8,6 +8,7 @@ is null, never 0.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +20,7 @@ from cfsp.errors import InputError
 from cfsp.records import tool_version
 from cfsp.validation import describe_problems
 from runtime_bench import summary
+from runtime_bench.untrusted import check_bounded
 from runtime_bench.workload import Workload
 
 __all__ = [
@@ -37,6 +39,7 @@ KINDS = ("measured", "constrained-host", "emulated", "projected")
 """How a number came about; different kinds are never ranked together."""
 
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
+_Size = pydantic.NonNegativeInt | None
 
 
 @dataclass(frozen=True)
@@ -123,35 +126,35 @@ class BenchRecord:
     test: str
     model_filename: str
     model_type: str | None
-    model_size: int | None
-    model_n_params: int | None
-    file_size_bytes: int | None
+    model_size: _Size
+    model_n_params: _Size
+    file_size_bytes: _Size
     file_sha256: str | None
-    n_prompt: int
-    n_gen: int
-    n_depth: int
-    n_batch: int
-    n_ubatch: int
-    n_threads: int
+    n_prompt: pydantic.NonNegativeInt
+    n_gen: pydantic.NonNegativeInt
+    n_depth: pydantic.NonNegativeInt
+    n_batch: pydantic.PositiveInt
+    n_ubatch: pydantic.PositiveInt
+    n_threads: pydantic.PositiveInt
     backends: str | None
     build_commit: str | None
     cpu_info: str | None
     test_time: str | None
     warmup: bool
-    samples_per_process: int
+    samples_per_process: pydantic.PositiveInt
     environment: Environment
     samples_ns: _PositiveInts = ()
     sequence: tuple[int, ...] = ()
     load_samples_ns: _PositiveInts = ()
     page_cache: str = "as_found"
     page_cache_shares: tuple[float | None, ...] = ()
-    baseline_rss_bytes: int | None = None
+    baseline_rss_bytes: _Size = None
     peak_rss_samples_bytes: _PositiveInts = ()
     quarantined_ns: _PositiveInts = ()
     spread_limit: float | None = None
-    memory_limit_bytes: int | None = None
+    memory_limit_bytes: _Size = None
     memory_verdict: str | None = None
-    reread_bytes: int | None = None
+    reread_bytes: _Size = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -262,8 +265,8 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
     """Rebuild a record.
 
     Raises:
-        InputError: Not a benchmark record, an unknown schema version, unknown keys, or fields that do not
-            validate.
+        InputError: Not a benchmark record, an unknown schema version, unknown keys, fields that do not validate, or
+            more than a record can hold.
     """
     if not isinstance(payload, dict) or payload.get("record_type") != RECORD_TYPE:
         raise InputError(f"{where} is not a benchmark record")
@@ -272,12 +275,14 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
         raise InputError(
             f"{where}: unknown version", field="schema_version", value=version, allowed=str(SCHEMA_VERSION)
         )
+    check_bounded(payload, where)
     extra = {"record_type", "schema_version", "tool_version", *_DERIVED}
     fields = {key: value for key, value in payload.items() if key not in extra}
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(BenchRecord)})
     if unknown:
         raise InputError(f"{where} has unknown keys: {', '.join(unknown)}")
     try:
-        return _ADAPTER.validate_python(fields)
+        # Through JSON: there lists are tuples, but "2" is no number.
+        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {describe_problems(error)}") from error

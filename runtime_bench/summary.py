@@ -25,6 +25,9 @@ __all__ = [
     "stdev",
 ]
 
+_Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+_DRAWN_AT_ONCE = 2**21
+
 
 @dataclass(frozen=True)
 class RatioInterval:
@@ -98,15 +101,33 @@ def ratio_interval(
     if paired and len(top) != len(bottom):
         raise InputError(f"paired samples differ in number: {len(top)} and {len(bottom)}")
     rng = np.random.default_rng(seed)
-    rows = rng.integers(0, len(top), (resamples, len(top)))
-    others = rows if paired else rng.integers(0, len(bottom), (resamples, len(bottom)))
-    logs = np.log(np.median(top[rows], axis=1)) - np.log(np.median(bottom[others], axis=1))
+    logs = np.concatenate(
+        [
+            _log_ratios(top, bottom, paired, count, rng)
+            for count in _portions(resamples, max(len(top), len(bottom)))
+        ]
+    )
     tail = (1 - confidence) / 2
     low, high = np.exp(np.quantile(logs, [tail, 1 - tail]))
     return RatioInterval(float(np.median(top) / np.median(bottom)), float(low), float(high))
 
 
-def _positive(samples: Sequence[float]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+def _log_ratios(top: _Floats, bottom: _Floats, paired: bool, count: int, rng: np.random.Generator) -> _Floats:
+    """log median(top) - log median(bottom) of `count` draws."""
+    rows = rng.integers(0, len(top), (count, len(top)))
+    others = rows if paired else rng.integers(0, len(bottom), (count, len(bottom)))
+    found: _Floats = np.log(np.median(top[rows], axis=1)) - np.log(np.median(bottom[others], axis=1))
+    return found
+
+
+def _portions(resamples: int, size: int) -> list[int]:
+    """`resamples` in portions that need little memory however many samples there are."""
+    most = max(1, _DRAWN_AT_ONCE // size)
+    full, rest = divmod(resamples, most)
+    return [most] * full + ([rest] if rest else [])
+
+
+def _positive(samples: Sequence[float]) -> _Floats:
     values = np.asarray(samples, np.float64)
     if not len(values) or not np.isfinite(values).all() or (values <= 0).any():
         raise InputError("a ratio needs positive, finite samples", field="samples", value=list(samples))

@@ -14,13 +14,16 @@ from typing import Any
 
 from cfsp.errors import InputError
 from runtime_bench import summary
-from runtime_bench.compare import Comparison
+from runtime_bench.markup import escape_cell, escape_markdown, visible
 from runtime_bench.record import BenchRecord, record_to_json
 
-__all__ = ["FORMATS", "as_markdown", "format_comparison", "format_table", "short_names", "table_rows"]
+__all__ = ["FORMATS", "as_markdown", "csv_cell", "format_table", "short_names", "table_rows"]
 
 _NOTHING = "-"
 """Shown for what was not measured."""
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What makes a spreadsheet compute a cell."""
 
 _REASON_WIDTH = 40
 """Letters of a failure's reason inside the table; the whole of it follows below."""
@@ -61,32 +64,6 @@ def short_names(files: Iterable[str]) -> dict[str, str]:
         if len(set(names.values())) == len(names):
             return names
     return {file: file for file in parts}
-
-
-def format_comparison(comparisons: Sequence[Comparison]) -> str:
-    """A Markdown table of ratios, intervals and verdicts."""
-    names = short_names(file for c in comparisons for file in (c.base, c.new))
-    rows = [
-        {
-            "test": c.test,
-            "threads": str(c.n_threads),
-            "base": names[c.base],
-            "new": names[c.new],
-            "speed ratio": _number(c.ratio, "{:.3f}"),
-            f"{c.confidence:.0%} interval": _interval(c),
-            "peak RSS ratio": _number(c.peak_rss_ratio, "{:.3f}"),
-            "size ratio": _number(c.file_size_ratio, "{:.3f}"),
-            "verdict": c.verdict + (f" ({c.reason})" if c.reason else ""),
-        }
-        for c in comparisons
-    ]
-    return as_markdown(rows)
-
-
-def _interval(comparison: Comparison) -> str:
-    if comparison.low is None or comparison.high is None:
-        return _NOTHING
-    return f"{comparison.low:.3f} to {comparison.high:.3f}"
 
 
 def _number(value: float | None, pattern: str, scale: float = 1.0) -> str:
@@ -137,16 +114,16 @@ _RIGHT = frozenset({"size", "params", "threads", "test", "t/s", "time", "load", 
 def _as_markdown(records: Sequence[BenchRecord]) -> str:
     remarks = [(r, text) for r in records for text in (r.failure, r.note) if text]
     names = short_names(record.model_filename for record in records)
-    notes = [f"{names[r.model_filename]}, {r.test}: {text}" for r, text in remarks]
+    notes = [escape_markdown(f"{names[r.model_filename]}, {r.test}: {text}") for r, text in remarks]
     return as_markdown(table_rows(records)) + "".join(f"\n{note}\n" for note in notes)
 
 
 def as_markdown(rows: Sequence[dict[str, str]]) -> str:
-    """A table with aligned columns; numbers are right-aligned."""
+    """A table with aligned columns; numbers are right-aligned, and cells show their text as it is."""
     if not rows:
         return ""
     names = list(rows[0])
-    cells = [[row[name].replace("|", "\\|").replace("\n", " ") for name in names] for row in rows]
+    cells = [[escape_cell(row[name]) for name in names] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
     rule = [
         "-" * (width + 1) + ":" if name in _RIGHT else "-" * (width + 2)
@@ -181,12 +158,17 @@ def _as_csv(records: Sequence[BenchRecord]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _csv_cell(value) for key, value in row.items()} for row in rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
     return stream.getvalue()
 
 
-def _csv_cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+def csv_cell(value: Any) -> Any:
+    """A value as a spreadsheet takes it: lists as JSON, texts without control characters and never a formula."""
+    if isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        return visible("'" + value if value[:1] in _FORMULA else value)
+    return value
 
 
 FORMATS: MappingProxyType[str, Callable[[Sequence[BenchRecord]], str]] = MappingProxyType(

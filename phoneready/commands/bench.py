@@ -12,6 +12,8 @@ from phoneready.commands.options import DebugOption, JsonOption, SeedOption, spl
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 
 if TYPE_CHECKING:
+    from runtime_bench.compare import Comparison
+    from runtime_bench.record import BenchRecord
     from runtime_bench.targets import Target
 
 __all__ = ["bench"]
@@ -86,10 +88,10 @@ def bench(
     """
     quiet_libraries()
     from exporters.onnx.folder import find_graph, is_onnx
-    from runtime_bench.compare import compare
+    from runtime_bench.comparison_table import format_comparison
     from runtime_bench.jsonl import append_jsonl
     from runtime_bench.measure import run_bench
-    from runtime_bench.table import FORMATS, format_comparison, format_table, short_names
+    from runtime_bench.table import FORMATS, format_table, short_names
     from runtime_bench.workload import BenchSettings
 
     output = "json" if json else output
@@ -119,9 +121,7 @@ def bench(
         )
     text = format_table(records, output)
     if output == "md" and len(files) > 1:
-        by_file = {path: [r for r in records if r.model_filename == str(path)] for path in files}
-        base, *others = by_file.values()
-        text += "\n" + format_comparison([row for other in others for row in compare(base, other)])
+        text += "\n" + format_comparison(_against_the_first(records))
     write_result(text, None, as_json=False)
     failed = [r for r in records if not r.ok]
     if failed:
@@ -129,6 +129,17 @@ def bench(
         for row in failed:
             note(f"{names[row.model_filename]} {row.test}: {row.failure}")
         raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured")
+
+
+def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
+    """Every file against the first one of its engine."""
+    from runtime_bench.compare import by_model, compare
+
+    rows = []
+    for engine in dict.fromkeys(record.engine for record in records):
+        base, *others = by_model([record for record in records if record.engine == engine]).values()
+        rows += [row for other in others for row in compare(base, other)]
+    return rows
 
 
 def _target(on: str, memory: str | None, cores: list[str] | None, device: str | None) -> Target:

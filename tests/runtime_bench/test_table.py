@@ -11,8 +11,9 @@ import pytest
 
 from cfsp.errors import InputError
 from runtime_bench.compare import compare
+from runtime_bench.comparison_table import format_comparison
 from runtime_bench.record import record_to_json
-from runtime_bench.table import format_comparison, format_table, short_names, table_rows
+from runtime_bench.table import format_table, short_names, table_rows
 from runtime_bench.workload import Workload
 
 COLUMNS = ["model", "size", "params", "backend", "threads", "test", "t/s", "time", "load", "peak RSS"]
@@ -98,8 +99,9 @@ def test_comparisons_show_ratio_interval_and_verdict(make_record: Any) -> None:
     new = make_record(
         model_filename="pruned.gguf", samples_ns=tuple(ns // 2 for ns in make_record().samples_ns)
     )
-    header, _, row = format_comparison(compare([make_record()], [new])).splitlines()
+    header, _, row, *remarks = format_comparison(compare([make_record()], [new])).splitlines()
     found = dict(zip(cells(header), cells(row), strict=True))
     assert found["speed ratio"] == "2.000"
     assert found["95% interval"] == "2.000 to 2.000"
     assert found["verdict"] == "faster"
+    assert "beyond 0.03" in " ".join(remarks)
