@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
+from cfsp.checkpoint import load_pruned
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
 from cfsp.model_reference import load_tokenizer
@@ -21,7 +21,7 @@ from cfsp.records import write_record
 from exporters.checkpoint_reader import CheckpointTensors, read_config
 from exporters.gguf import runtime
 from exporters.gguf.architecture import choose_layout
-from exporters.gguf.imatrix import imatrix_from_moments
+from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.quantize import TypesReport, quantize_file, report_types
 from exporters.gguf.quants import QUANTS, ParityLimits, Quant, find_quant
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
@@ -103,7 +103,7 @@ def export_gguf(
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
     provenance = read_provenance(checkpoint, name)
     tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
-    imatrix = _read_imatrix(checkpoint) if use_imatrix and any(row.uses_imatrix for row in rows) else {}
+    imatrix = read_imatrix(checkpoint) if use_imatrix and any(row.uses_imatrix for row in rows) else {}
     reference = _reference(checkpoint, tokenizer, parity_windows, progress)
     remove_stale_temporaries(output.parent, output.name)
     with atomic_directory(output, force=force) as folder:
@@ -241,15 +241,6 @@ def _warnings(
     if missing_imatrix:
         found.append(f"{quant.name} is quantized without an importance matrix")
     return tuple(found)
-
-
-def _read_imatrix(checkpoint: Path) -> dict[str, npt.NDArray[np.float32]]:
-    moments = load_input_moments(checkpoint) if is_pruned_checkpoint(checkpoint) else None
-    if not moments:
-        return {}
-    config = read_config(checkpoint)
-    with CheckpointTensors(checkpoint) as tensors:
-        return imatrix_from_moments(moments, config, choose_layout(config, tensors.names()))
 
 
 def _reference(

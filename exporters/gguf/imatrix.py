@@ -6,16 +6,32 @@ When a block of weights is quantized, its error in every input channel is weight
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from cfsp.checkpoint import is_pruned_checkpoint, load_input_moments
 from cfsp.errors import InputError
-from exporters.checkpoint_reader import ModelConfig
-from exporters.gguf.architecture import ChosenLayout, linear_names
+from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
+from exporters.gguf.architecture import ChosenLayout, choose_layout, linear_names
 
-__all__ = ["imatrix_from_moments"]
+__all__ = ["imatrix_from_moments", "read_imatrix"]
+
+
+def read_imatrix(checkpoint: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """The importance matrix of a checkpoint, by the file's tensor names; empty where it has no input moments.
+
+    Raises:
+        InputError: As `imatrix_from_moments`.
+    """
+    moments = load_input_moments(checkpoint) if is_pruned_checkpoint(checkpoint) else None
+    if not moments:
+        return {}
+    config = read_config(checkpoint)
+    with CheckpointTensors(checkpoint) as tensors:
+        return imatrix_from_moments(moments, config, choose_layout(config, tensors.names()))
 
 
 def imatrix_from_moments(

@@ -16,7 +16,7 @@ from exporters.gguf import runtime
 from exporters.gguf.quants import Quant
 from exporters.record import TensorFallback
 
-__all__ = ["TypesReport", "quantize_file", "report_types"]
+__all__ = ["TypesReport", "asked_type", "quantize_file", "report_types"]
 
 # Where a row does not divide into blocks of 256, llama.cpp stores the right-hand type instead; where it does not even
 # divide into blocks of 32, float16.
@@ -64,7 +64,7 @@ def report_types(path: Path, quant: Quant) -> TypesReport:
         actual = str(tensor.kind.name)
         counts[actual] += 1
         n_params += int(np.prod(tensor.shape))
-        asked = _asked(actual, tensor.shape, quant)
+        asked = asked_type(actual, tensor.shape, quant)
         if asked != actual:
             groups[asked, actual, tensor.shape[-1]].append(tensor.name)
     fallbacks = tuple(
@@ -76,7 +76,7 @@ def report_types(path: Path, quant: Quant) -> TypesReport:
     )
 
 
-def _asked(actual: str, shape: tuple[int, ...], quant: Quant) -> str:
+def asked_type(actual: str, shape: tuple[int, ...], quant: Quant) -> str:
     """The type that a tensor would have been given, had its rows divided into blocks."""
     if len(shape) < 2 or quant.base_type in ("F32", "F16") or actual == quant.base_type:
         return actual

@@ -1,0 +1,148 @@
+"""The size of a GGUF file of other FFN widths, computed from one file of the same model: nothing is exported.
+
+llama.cpp chooses a tensor's type by its name, its block and the quantization, not by its width, unless a row does not
+divide into the type's blocks. So one written file says what every other one of its architecture will weigh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import gguf
+
+from cfsp.errors import InputError
+from cfsp.gguf_file import read_gguf
+from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
+from exporters.gguf.architecture import ChosenLayout, choose_layout, tensor_specs
+from exporters.gguf.quantize import asked_type
+from exporters.gguf.quants import find_quant
+
+__all__ = ["FileShape", "PredictedTensor", "SizeTemplate", "read_shape", "size_template"]
+
+_ALIGNMENT = 32
+# What llama.cpp stores instead where a row does not divide into blocks of 256; where it does not even divide into
+# blocks of 32, float16.
+_FALLBACKS = MappingProxyType({"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"})
+
+
+@dataclass(frozen=True)
+class SizeTemplate:
+    """What a written file says of others of its model, quantization and architecture.
+
+    Attributes:
+        quant: The quantization.
+        architecture: llama.cpp's.
+        overhead_bytes: All that is not a tensor: metadata, vocabulary, names. A name of another length moves it by
+            at most one step of the alignment, 32 bytes.
+        types: Tensor -> the type that the quantization asks for, before any fallback.
+    """
+
+    quant: str
+    architecture: str
+    overhead_bytes: int
+    types: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PredictedTensor:
+    """A tensor of a file that is not written.
+
+    Attributes:
+        name: llama.cpp's name.
+        shape: Outermost dimension first.
+        kind: Stored type.
+        n_bytes: Size without padding.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class FileShape:
+    """A model, as far as the sizes of its files depend on it.
+
+    Attributes:
+        config: The model; its widths are replaced.
+        stored: Names of the checkpoint's tensors.
+    """
+
+    config: ModelConfig
+    stored: frozenset[str]
+
+    def architecture(self, widths: Sequence[int]) -> str:
+        """llama.cpp's architecture for these widths."""
+        return self._chosen(widths)[1].layout.architecture
+
+    def tensors(self, template: SizeTemplate, widths: Sequence[int]) -> list[PredictedTensor]:
+        """The tensors of a file with these FFN widths, in file order.
+
+        Raises:
+            InputError: The template is of another architecture than these widths need.
+        """
+        config, chosen = self._chosen(widths)
+        if chosen.layout.architecture != template.architecture:
+            raise InputError(
+                "the size template is of another architecture",
+                field="architecture",
+                value=template.architecture,
+                allowed=chosen.layout.architecture,
+            )
+        specs = tensor_specs(config, chosen, set(self.stored))
+        return [_tensor(spec.name, spec.shape, template.types[spec.name]) for spec in specs]
+
+    def file_bytes(self, template: SizeTemplate, widths: Sequence[int]) -> int:
+        """Bytes of the file with these FFN widths."""
+        return template.overhead_bytes + sum(_padded(t.n_bytes) for t in self.tensors(template, widths))
+
+    def _chosen(self, widths: Sequence[int]) -> tuple[ModelConfig, ChosenLayout]:
+        config = replace(self.config, widths=tuple(widths))
+        return config, choose_layout(config, set(self.stored))
+
+
+def read_shape(checkpoint: Path) -> FileShape:
+    """The shape of a checkpoint's files; its widths do not matter.
+
+    Raises:
+        InputError: No usable checkpoint.
+    """
+    with CheckpointTensors(checkpoint) as tensors:
+        return FileShape(read_config(checkpoint), frozenset(tensors.names()))
+
+
+def size_template(path: Path, quant: str) -> SizeTemplate:
+    """Read a written file.
+
+    Raises:
+        InputError: No GGUF file, or an unknown quantization.
+    """
+    row, file = find_quant(quant), read_gguf(path)
+    # The tensor that is made of the config counts as overhead: no width changes it.
+    tensors = [tensor for tensor in file.tensors if tensor.name != "rope_freqs.weight"]
+    types = {t.name: asked_type(str(t.kind.name), t.shape, row) for t in tensors}
+    data = sum(_padded(int(tensor.data.nbytes)) for tensor in tensors)
+    return SizeTemplate(row.name, file.architecture, path.stat().st_size - data, types)
+
+
+def _tensor(name: str, shape: tuple[int, ...], asked: str) -> PredictedTensor:
+    kind = asked
+    while shape[-1] % _block(kind)[0]:
+        kind = _FALLBACKS.get(kind, "F16")
+    block, size = _block(kind)
+    return PredictedTensor(name, shape, kind, math.prod(shape) // block * size)
+
+
+def _block(kind: str) -> tuple[int, int]:
+    """Elements and bytes of a block."""
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return int(elements), int(size)
+
+
+def _padded(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,67 @@
+"""Sizes of GGUF files are computed exactly from a file of other widths; drafts are the bytes that an export writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from exporters.gguf import QUANTS, ParityLimits, export_gguf
+from exporters.gguf.draft import draft_gguf
+from exporters.gguf.size import read_shape, size_template
+
+MakeCheckpoint = Callable[..., Path]
+LOOSE = {name: ParityLimits(kl_mean=3.0) for name in QUANTS if name not in ("f32", "f16")}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("moments", [True, False])
+def test_sizes_of_other_widths_are_exact(
+    model_type: str, moments: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    dense = {"intermediate_size": 512}
+    template_of = make_checkpoint(model_type, widths=(512, 256, 512, 512), moments=moments, **dense)
+    templates = {
+        quant: size_template(path, quant)
+        for quant, path in draft_gguf(template_of, tmp_path, list(QUANTS), name="template").items()
+    }
+    shape = read_shape(template_of)
+    for number, widths in enumerate([(256, 512, 256, 256), (96, 64, 128, 480), (33, 64, 40, 512)]):
+        other = make_checkpoint(model_type, widths=widths, moments=moments, **dense)
+        (tmp_path / str(number)).mkdir()
+        written = draft_gguf(other, tmp_path / str(number), list(QUANTS), name="template")
+        for quant, path in written.items():
+            assert shape.file_bytes(templates[quant], widths) == path.stat().st_size, (quant, widths)
+
+
+def test_a_template_of_another_architecture_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 64))
+    template = size_template(draft_gguf(checkpoint, tmp_path, ["Q8_0"])["Q8_0"], "Q8_0")
+    shape = read_shape(checkpoint)
+    assert template.architecture == shape.architecture((64, 64, 96, 96)) == "deci"
+    assert shape.architecture((64, 64, 64, 64)) == "llama"
+    with pytest.raises(InputError, match="another architecture"):
+        shape.file_bytes(template, (64, 64, 64, 64))
+
+
+def test_a_draft_has_the_bytes_of_the_export(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 64))
+    windows = torch.randint(0, 384, (1, 48), generator=torch.Generator().manual_seed(0))
+    quants = ["f16", "Q4_0", "Q8_0"]
+    export_gguf(
+        checkpoint, tmp_path / "export", quants, limits=LOOSE, parity_windows=windows, n_threads=1, name="m"
+    )
+    (tmp_path / "draft").mkdir()
+    drafts = draft_gguf(checkpoint, tmp_path / "draft", quants, name="m")
+    assert sorted(path.name for path in (tmp_path / "draft").iterdir()) == sorted(
+        f"m-{quant}.gguf" for quant in quants
+    )
+    for path in drafts.values():
+        assert path.read_bytes() == (tmp_path / "export" / path.name).read_bytes()
