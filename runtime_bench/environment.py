@@ -1,40 +1,133 @@
-"""What the machine says about itself. Every figure that it does not give is None."""
+"""What a machine says about itself. Every figure that it does not give is None.
+
+Linux, and so Android, says it in files; `environment_of` reads their text, wherever it was fetched from.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from cfsp.records import tool_version
 from runtime_bench.record import Environment
 from runtime_bench.workload import default_threads
 
-__all__ = ["cpu_model", "describe_environment"]
+__all__ = ["FACT_FILES", "cpu_model", "describe_environment", "environment_of"]
+
+_CPUFREQ = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"
+FACT_FILES = (
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/loadavg",
+    f"{_CPUFREQ}/scaling_governor",
+    f"{_CPUFREQ}/scaling_max_freq",
+    f"{_CPUFREQ}/cpuinfo_max_freq",
+    "/sys/class/thermal/thermal_zone[0-9]*/type",
+    "/sys/class/thermal/thermal_zone[0-9]*/temp",
+)
+"""Patterns of the files that `environment_of` reads; the machine decides which are there and may be read."""
+_COLDEST_C, _HOTTEST_C = -40.0, 150.0
+"""Zones that are not connected report values far outside."""
 
 
-def cpu_model() -> str | None:
-    """Marketing name of the processor."""
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model") and value.strip():
-            return value.strip()
-    return platform.processor() or None
+def cpu_model(cpuinfo: str | None = None) -> str | None:
+    """Name of the processor: as it is sold, or on Arm the number of cores of each part.
+
+    Args:
+        cpuinfo: Text of /proc/cpuinfo; this machine's unless given.
+    """
+    text = _read(Path("/proc/cpuinfo")) if cpuinfo is None else cpuinfo
+    pairs = [
+        (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in text.splitlines())
+    ]
+    for wanted in ("model name", "Hardware", "Model"):
+        name = next((value for key, value in pairs if key == wanted and value), None)
+        if name:
+            return name
+    makers = [value for key, value in pairs if key == "CPU implementer"]
+    parts = Counter(zip(makers, (value for key, value in pairs if key == "CPU part"), strict=False))
+    found = ", ".join(f"{count} x {maker}/{part}" for (maker, part), count in parts.items())
+    return found or (platform.processor() or None if cpuinfo is None else None)
+
+
+def environment_of(
+    files: Mapping[str, str], *, cpus_usable: int | None, platform: str, versions: Mapping[str, str]
+) -> Environment:
+    """The machine that some files were read on.
+
+    Args:
+        files: Path -> text, of those that FACT_FILES found.
+        cpus_usable: Cores a measurement may use.
+        platform: Operating system and instruction set.
+        versions: Names of programs to their versions.
+    """
+    memory = re.search(r"^MemTotal:\s*(\d+) kB", files.get("/proc/meminfo", ""), re.MULTILINE)
+    load = re.match(r"\d+(?:\.\d+)?", files.get("/proc/loadavg", ""))
+    governors = list(_of_cores(files, "scaling_governor"))
+    return Environment(
+        cpu_model=cpu_model(files.get("/proc/cpuinfo", "")),
+        cpus_usable=cpus_usable,
+        governor=governors[0] if governors else None,
+        load_average=float(load[0]) if load else None,
+        memory_bytes=int(memory[1]) * 1024 if memory else None,
+        platform=platform,
+        versions=dict(versions),
+        core_max_khz=_clocks(files, "cpuinfo_max_freq"),
+        core_cap_khz=_clocks(files, "scaling_max_freq"),
+        temperatures_c=_temperatures(files),
+    )
 
 
 def describe_environment() -> Environment:
-    """The machine as it is now, before any engine has added its versions."""
+    """This machine as it is now, before any engine has added its versions."""
     import psutil
 
-    return Environment(
-        cpu_model=cpu_model(),
+    found = environment_of(
+        {str(path): _read(path) for pattern in FACT_FILES for path in Path("/").glob(pattern[1:])},
         cpus_usable=default_threads(),
-        governor=_read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")).strip() or None,
-        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        memory_bytes=int(psutil.virtual_memory().total),
         platform=platform.platform(),
         versions={"phoneready": tool_version(), "python": platform.python_version()},
     )
+    return replace(
+        found,
+        cpu_model=cpu_model(),
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        memory_bytes=int(psutil.virtual_memory().total),
+    )
+
+
+def _of_cores(files: Mapping[str, str], name: str) -> Iterator[str]:
+    """A cpufreq file's text for each core that has it, in the order of the cores."""
+    found = {}
+    for path, text in files.items():
+        match = re.fullmatch(rf"/sys/devices/system/cpu/cpu(\d+)/cpufreq/{name}", path)
+        if match and text.strip():
+            found[int(match[1])] = text.strip()
+    return (found[core] for core in sorted(found))
+
+
+def _clocks(files: Mapping[str, str], name: str) -> tuple[int, ...]:
+    texts = list(_of_cores(files, name))
+    return tuple(map(int, texts)) if all(text.isdecimal() for text in texts) else ()
+
+
+def _temperatures(files: Mapping[str, str]) -> dict[str, float]:
+    """Thermal zones by their kind; several of a kind keep the hottest."""
+    found: dict[str, float] = {}
+    for path, text in files.items():
+        folder, _, name = path.rpartition("/")
+        kind = files.get(f"{folder}/type", "").strip()
+        if name != "temp" or not kind or not re.fullmatch(r"-?\d+", text.strip()):
+            continue
+        celsius = int(text) / 1000  # millidegrees, as the kernel documents
+        if _COLDEST_C < celsius < _HOTTEST_C:
+            found[kind] = max(celsius, found.get(kind, celsius))
+    return found
 
 
 def _read(path: Path) -> str:

@@ -21,8 +21,7 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench import summary
-from runtime_bench.engines import EngineFacts, SessionSettings, engine_for, require_engine
-from runtime_bench.environment import describe_environment
+from runtime_bench.engines import EngineFacts, SessionSettings, engine_for
 from runtime_bench.files import files_of
 from runtime_bench.record import BenchRecord, Environment
 from runtime_bench.targets import LOCAL, VERDICTS, Target
@@ -94,15 +93,16 @@ def run_bench(
         is there, with the reason.
 
     Raises:
-        InputError: No file, a file that does not exist, an unknown engine, or nothing to measure.
+        InputError: No file, a file that does not exist, an engine that cannot run there, or nothing to measure.
     """
     workloads = workloads_of(settings)
     _check_files(files)
     engines = tuple(engine or engine_for(path) for path in files)
     for name in engines:
-        require_engine(name)
+        target.require(name)
     session = _Session(tuple(files), _hash_all(files), engines, settings, target)
-    groups = [(threads, workload) for threads in settings.threads for workload in workloads]
+    counts = settings.threads(target.environment().cpus_usable)
+    groups = [(threads, workload) for threads in counts for workload in workloads]
     processes = sum(len(_shares(settings, workload)) for _, workload in groups)
     counter = _Counter(progress, processes * len(files))
     records = []
@@ -136,7 +136,7 @@ def _measure_group(
     session: _Session, workload: Workload, threads: int, counter: _Counter
 ) -> list[BenchRecord]:
     """One workload on all files."""
-    environment = describe_environment()
+    environment = session.target.environment()
     rows = _interleave(session, workload, threads, counter)
     first: list[_Row] | None = None
     if any(_too_wide(row, session.settings) for row in rows):

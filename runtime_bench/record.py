@@ -48,23 +48,29 @@ class Environment:
 
     Attributes:
         cpu_model: Marketing name of the processor.
-        cpus_usable: Cores the measurement may use.
+        cpus_usable: Cores the measurement may use; None where the machine did not answer.
         governor: Frequency governor of the first core.
         load_average: Load of the last minute, just before the first sample.
         memory_bytes: Size of the main memory.
         platform: Operating system and instruction set.
         versions: Names of libraries to their versions.
         system_info: The engine's line about the processor features it uses.
+        core_max_khz: Highest clock of each core that says it.
+        core_cap_khz: Highest clock that the system lets each of them have just then.
+        temperatures_c: Thermal zones' kinds to degrees Celsius, just before the first sample.
     """
 
     cpu_model: str | None
-    cpus_usable: int
+    cpus_usable: int | None
     governor: str | None
     load_average: float | None
     memory_bytes: int | None
     platform: str
     versions: dict[str, str]
     system_info: str | None = None
+    core_max_khz: _PositiveInts = ()
+    core_cap_khz: _PositiveInts = ()
+    temperatures_c: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

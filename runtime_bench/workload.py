@@ -76,7 +76,7 @@ class BenchSettings:
         load: Whether load is measured by itself (every process notes its load time anyway).
         n_depth: Context depths of pp and tg.
         repetitions: Samples of each row.
-        n_threads: Thread counts; empty means all cores this process may use.
+        n_threads: Thread counts; empty means all cores that the target lets a process use.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens it computes at once.
         warmup: Run each workload once, unrecorded, before its first sample in a process.
@@ -118,10 +118,12 @@ class BenchSettings:
         if problems:
             raise InputError("benchmark settings out of range: " + "; ".join(problems))
 
-    @property
-    def threads(self) -> tuple[int, ...]:
-        """Thread counts, the default filled in, each once, in the order given."""
-        return tuple(dict.fromkeys(self.n_threads or (default_threads(),)))
+    def threads(self, cores: int | None = None) -> tuple[int, ...]:
+        """Thread counts, each once, in the order given; all `cores` where none is given.
+
+        A machine that does not answer does not say how many it has: one thread is tried, and fails.
+        """
+        return tuple(dict.fromkeys(self.n_threads or (cores or 1,)))
 
 
 def _sizes(least: int) -> Callable[[Sequence[int]], bool]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from runtime_bench.engines import require_engine
+from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
+from runtime_bench.record import Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["DOES_NOT_FIT", "FITS", "LOCAL", "THRASHES", "VERDICTS", "Local", "Target"]
@@ -31,6 +34,18 @@ class Target(Protocol):
     @property
     def memory_limit_bytes(self) -> int | None: ...
 
+    def require(self, engine: str) -> None:
+        """Check before anything is measured that it can be measured in this engine there.
+
+        Raises:
+            PhonereadyError: Unknown engine, one that is not installed, or one that never runs there.
+        """
+        ...
+
+    def environment(self) -> Environment:
+        """The machine that is measured, as it is now; what it does not tell is None."""
+        ...
+
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """Measure in a fresh process; a failure is a result whose `error` says what happened."""
         ...
@@ -42,6 +57,14 @@ class Local:
     name = "local"
     kind = "measured"
     memory_limit_bytes = None
+
+    def require(self, engine: str) -> None:
+        """See `Target`."""
+        require_engine(engine)
+
+    def environment(self) -> Environment:
+        """See `Target`."""
+        return describe_environment()
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`."""

@@ -14,9 +14,12 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from runtime_bench.cgroup import MemoryCounters, find_parent, limited_group
+from runtime_bench.engines import require_engine
+from runtime_bench.environment import describe_environment
 from runtime_bench.files import files_of
 from runtime_bench.memory import evict_from_page_cache
 from runtime_bench.process import run_worker
+from runtime_bench.record import Environment
 from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
@@ -76,6 +79,15 @@ class Constrained:
         if self.cores:
             limits.append(f"cores={'+'.join(map(str, self.cores))}")
         return f"constrained({', '.join(limits)})"
+
+    def require(self, engine: str) -> None:
+        """See `Target`."""
+        require_engine(engine)
+
+    def environment(self) -> Environment:
+        """See `Target`."""
+        found = describe_environment()
+        return replace(found, cpus_usable=len(set(self.cores))) if self.cores else found
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; the result says whether the model fits."""

@@ -49,8 +49,9 @@ def test_all_wrong_settings_are_reported_together() -> None:
 
 
 def test_threads_default_to_the_usable_cores_and_come_once() -> None:
-    assert BenchSettings(n_threads=(4, 1, 4)).threads == (4, 1)
-    assert BenchSettings().threads[0] >= 1
+    assert BenchSettings(n_threads=(4, 1, 4)).threads(cores=8) == (4, 1)
+    assert BenchSettings().threads(cores=8) == (8,)
+    assert BenchSettings().threads(cores=None) == (1,)
 
 
 def test_an_unknown_workload_names_the_known_ones() -> None:
