@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench javascript chromium clean
+.PHONY: help demo test lint bench javascript debian clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,14 +20,14 @@ help:
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make javascript   packages that the tests of JavaScript consumers need (make test does it)"
-	@echo "make chromium     Debian's Chromium for the tests in a page, where root may install it (make test does it)"
+	@echo "make debian  Debian's packages for the tests of browsers and devices, where root may install them (make test does it)"
 	@echo "make bench   measure the demo's files, dense and pruned in turns"
 	@echo "make clean   remove the environment, the demo and what the tools left"
 
 demo: $(STAMP)
 	@$(BIN)/phoneready release -o "$(DEMO)"
 
-test: lint javascript chromium
+test: lint javascript debian
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
@@ -44,13 +44,24 @@ tests/javascript/node_modules/.installed: tests/javascript/package.json
 			>/dev/null && touch $@ || echo "npm cannot install; tests of JavaScript consumers are skipped" >&2; \
 	else echo "no npm; tests of JavaScript consumers are skipped" >&2; fi
 
-# What the tests in a page need; without it these tests are skipped.
-chromium:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
-		test "$$(id -u)" = 0 && command -v apt-get >/dev/null && \
-			{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } >/dev/null 2>&1 || \
-			echo "no Chromium, and it cannot be installed; tests in a page are skipped" >&2; \
-	}
+# What tests need of Debian: commands, any of which will do, and the package that brings one. Tests whose commands are
+# missing are skipped.
+DEBIAN := \
+	chromium,google-chrome=chromium \
+	qemu-aarch64=qemu-user \
+	aarch64-linux-gnu-g++=g++-aarch64-linux-gnu
+
+debian:
+	@missing=(); \
+	for row in $(DEBIAN); do \
+		commands="$${row%%=*}"; command -v $${commands//,/ } >/dev/null || missing+=("$${row#*=}"); \
+	done; \
+	(( $${#missing[@]} == 0 )) && exit; \
+	if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then apt-get update -qq >/dev/null 2>&1 || true; fi; \
+	for package in "$${missing[@]}"; do \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$$package" >/dev/null 2>&1 || \
+			echo "cannot install $$package; the tests that need it are skipped" >&2; \
+	done
 
 bench: demo
 	@$(BIN)/phoneready bench "$(DEMO)"/*.gguf
