@@ -21,7 +21,7 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench import summary
-from runtime_bench.engines import EngineFacts, SessionSettings, engine_for
+from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.files import files_of
 from runtime_bench.record import BenchRecord, Environment
 from runtime_bench.targets import LOCAL, VERDICTS, Target
@@ -83,7 +83,7 @@ def run_bench(
         files: Exported model files.
         settings: What to measure and how often.
         progress: Told after each process.
-        engine: Key of ENGINES; each file's default one unless given.
+        engine: Name of an engine; each file's default one on the target unless given.
         target: Where to measure.
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
@@ -97,7 +97,7 @@ def run_bench(
     """
     workloads = workloads_of(settings)
     _check_files(files)
-    engines = tuple(engine or engine_for(path) for path in files)
+    engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
     session = _Session(tuple(files), _hash_all(files), engines, settings, target)

@@ -13,16 +13,16 @@ from pathlib import Path
 
 __all__ = ["current_rss_bytes", "evict_from_page_cache", "page_cache_share", "peak_rss_bytes"]
 
-_STATUS = Path("/proc/self/status")
 
+def peak_rss_bytes(pid: int | None = None) -> int | None:
+    """Highest resident set size of this process, or another one, since it began to run its program.
 
-def peak_rss_bytes() -> int | None:
-    """Highest resident set size of this process since it began to run its program.
-
-    Linux's VmHWM belongs to the address space and starts anew with exec. ru_maxrss, the fallback, does not: a
-    small program started by a large one begins with the large one's value, so it is only used where there is
-    no /proc.
+    Another's is known on Linux alone. Its VmHWM belongs to the address space and starts anew with exec. ru_maxrss, the
+    fallback, does not: a small program started by a large one begins with the large one's value, so it is only used
+    where there is no /proc.
     """
+    if pid is not None:
+        return _status_bytes("VmHWM", str(pid))
     return _status_bytes("VmHWM") or _maxrss_bytes()
 
 
@@ -69,9 +69,9 @@ def evict_from_page_cache(path: Path) -> None:
         os.close(handle)
 
 
-def _status_bytes(key: str) -> int | None:
+def _status_bytes(key: str, process: str = "self") -> int | None:
     try:
-        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = Path("/proc", process, "status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,15 +10,15 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from runtime_bench.engines import EngineFacts
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["run_worker"]
+__all__ = ["run_module", "run_worker"]
 
 _TAIL_BYTES = 8192
 _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
@@ -37,7 +38,30 @@ def run_worker(
     Returns:
         Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
     """
-    command = [sys.executable, "-P", "-m", "runtime_bench.worker"]
+    return run_module("runtime_bench.worker", asdict(request), timeout_s, before)
+
+
+def run_module(
+    module: str,
+    payload: dict[str, Any],
+    timeout_s: float,
+    before: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> WorkerResult:
+    """Run a module that reads a payload as JSON and writes a result, in a fresh process; it and all that it started are
+    gone afterwards.
+
+    Args:
+        module: Name of the module.
+        payload: What it reads.
+        timeout_s: After this long it is ended.
+        before: Called in the new process before its program is loaded.
+        environment: Variables that it gets besides ours.
+
+    Returns:
+        As `run_worker`.
+    """
+    command = [sys.executable, "-P", "-m", module]
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
@@ -45,22 +69,33 @@ def run_worker(
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
-            env=_environment(),
+            env=_environment() | dict(environment or {}),
             preexec_fn=before,
         ) as process,
     ):
         try:
-            output, _ = process.communicate(json.dumps(asdict(request)).encode(), timeout_s)
+            output, _ = process.communicate(json.dumps(payload).encode(), timeout_s)
         except subprocess.TimeoutExpired:
-            process.kill()
+            _kill_tree(process.pid)
             return WorkerResult(error=f"timeout: no result after {timeout_s:g} s")
         except BaseException:
-            process.kill()
+            _kill_tree(process.pid)
             raise
         tail = _tail(errors)
     if process.returncode:
         return WorkerResult(error=_exit_reason(process.returncode, tail))
     return _result_from_json(output)
+
+
+def _kill_tree(pid: int) -> None:
+    """End a process and all below it."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _environment() -> dict[str, str]:

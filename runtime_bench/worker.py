@@ -14,19 +14,35 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import PhonereadyError
-from runtime_bench.engines import EngineFacts, Session, SessionSettings, open_session, prepare_engine
+from runtime_bench.engines import (
+    EngineFacts,
+    Session,
+    SessionSettings,
+    Vocabulary,
+    open_session,
+    prepare_engine,
+)
 from runtime_bench.files import files_of
 from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
 from runtime_bench.workload import Workload
 
-__all__ = ["WorkerRequest", "WorkerResult", "main", "measure", "request_from_json"]
+__all__ = [
+    "WorkerRequest",
+    "WorkerResult",
+    "main",
+    "measure",
+    "prepare_page_cache",
+    "random_tokens",
+    "request_from_json",
+    "text_of",
+]
 
 
 @dataclass(frozen=True)
@@ -100,8 +116,7 @@ def measure(request: WorkerRequest) -> WorkerResult:
     path = Path(request.path)
     prepare_engine(request.engine)
     files = files_of(path)
-    for file in files:
-        _PAGE_CACHE[request.page_cache](file)
+    prepare_page_cache(request.page_cache, files)
     # The weights are in the largest file.
     share = page_cache_share(max(files, key=lambda file: file.stat().st_size))
     baseline = current_rss_bytes()
@@ -115,6 +130,12 @@ def measure(request: WorkerRequest) -> WorkerResult:
     finally:
         session.close()
     return WorkerResult(samples or [load_ns], load_ns, share, baseline, peak, facts)
+
+
+def prepare_page_cache(state: str, files: Sequence[Path]) -> None:
+    """Bring files into the state that a request asks for; see `WorkerRequest.page_cache`."""
+    for file in files:
+        _PAGE_CACHE[state](file)
 
 
 def main() -> None:
@@ -137,13 +158,13 @@ def _run_load(session: Session, request: WorkerRequest) -> list[int]:
 
 def _run_prompt(session: Session, request: WorkerRequest) -> list[int]:
     """As llama-bench's pp: the whole prompt from an empty (or `n_depth` deep) context."""
-    tokens = _random_tokens(session, request, request.workload.n_prompt)
+    tokens = random_tokens(session, request, request.workload.n_prompt)
     return _timed(session, request, lambda: session.decode(tokens), lambda: session.decode(tokens))
 
 
 def _run_generation(session: Session, request: WorkerRequest) -> list[int]:
     """As llama-bench's tg: one token after another, drawn beforehand; sampling is not part of it."""
-    tokens = [[token] for token in _random_tokens(session, request, request.workload.n_gen)]
+    tokens = [[token] for token in random_tokens(session, request, request.workload.n_gen)]
 
     def generate() -> None:
         for token in tokens:
@@ -155,7 +176,7 @@ def _run_generation(session: Session, request: WorkerRequest) -> list[int]:
 def _run_first_token(session: Session, request: WorkerRequest) -> list[int]:
     """Tokenize a text, process its first n_prompt tokens, sample one."""
     count = request.workload.n_prompt
-    text = _text_of(session, count)
+    text = text_of(session, count)
 
     def first_token() -> None:
         session.decode(session.tokenize(text)[:count])
@@ -180,14 +201,15 @@ def _timed(
     for _ in range(request.samples):
         session.clear()
         if depth:
-            session.decode(_random_tokens(session, request, depth))
+            session.decode(random_tokens(session, request, depth))
         start = time.perf_counter_ns()
         work()
         samples.append(time.perf_counter_ns() - start)
     return samples
 
 
-def _random_tokens(session: Session, request: WorkerRequest, count: int) -> list[int]:
+def random_tokens(session: Vocabulary, request: WorkerRequest, count: int) -> list[int]:
+    """Tokens drawn by the request's seed, begun as the model wants a sequence begun."""
     rng = random.Random(request.seed)
     tokens = [rng.randrange(session.n_vocab) for _ in range(count)]
     if session.bos is not None:
@@ -195,7 +217,7 @@ def _random_tokens(session: Session, request: WorkerRequest, count: int) -> list
     return tokens
 
 
-def _text_of(session: Session, count: int) -> str:
+def text_of(session: Vocabulary, count: int) -> str:
     """English text of at least `count` tokens and hardly more: what would be tokenized in vain is timed as
     well."""
     from pydoc_data.topics import topics

@@ -42,7 +42,7 @@ def bench(
         str | None,
         typer.Option(
             "--engine",
-            help="llama.cpp, onnxruntime or onnxruntime-genai.",
+            help="llama.cpp, onnxruntime or onnxruntime-genai; in a browser wllama or onnxruntime-web.",
             show_default="by the file",
         ),
     ] = None,
@@ -62,7 +62,12 @@ def bench(
         Path | None, typer.Option("--record", help="Append the records to a JSON Lines file.")
     ] = None,
     on: Annotated[
-        str, typer.Option("--on", help="local, or constrained: this machine under limits.", metavar="TARGET")
+        str,
+        typer.Option(
+            "--on",
+            help="local; constrained: this machine under limits; browser: a page in headless Chromium.",
+            metavar="TARGET",
+        ),
     ] = "local",
     memory: Annotated[
         str | None,
@@ -149,16 +154,17 @@ def _target(on: str, memory: str | None, cores: list[str] | None, device: str | 
         InputError: Unknown, limits without a constrained target, or limits that cannot be set here.
     """
     from runtime_bench.targets import LOCAL
+    from runtime_bench.targets.browser import Browser
     from runtime_bench.targets.constrained import Constrained
 
     limits = {"--memory": memory, "--cores": cores, "--device": device}
-    if on == LOCAL.name:
+    if on in (LOCAL.name, "browser"):
         given = [name for name, value in limits.items() if value]
         if given:
             raise InputError("a limit is for a constrained run", field=given[0], allowed="--on constrained")
-        return LOCAL
+        return LOCAL if on == LOCAL.name else Browser()
     if on != "constrained":
-        raise InputError("unknown target", field="--on", value=on, allowed="local, constrained")
+        raise InputError("unknown target", field="--on", value=on, allowed="local, constrained, browser")
     if memory and device:
         raise InputError("one of --memory and --device says the limit, not both", field="--memory")
     limit = split_bytes(memory, "--memory") if memory else _limit_of(device) if device else None

@@ -22,6 +22,7 @@ __all__ = [
     "EngineSpec",
     "Session",
     "SessionSettings",
+    "Vocabulary",
     "engine_for",
     "open_session",
     "prepare_engine",
@@ -69,12 +70,8 @@ class EngineFacts:
     system_info: str | None
 
 
-class Session(Protocol):
-    """An open file, ready for tokens. Every method returns only when its work is done."""
-
-    @property
-    def facts(self) -> EngineFacts:
-        """What the engine says about itself and the file."""
+class Vocabulary(Protocol):
+    """The tokens of an open file."""
 
     @property
     def n_vocab(self) -> int:
@@ -84,14 +81,22 @@ class Session(Protocol):
     def bos(self) -> int | None:
         """The token a sequence must begin with; None where the model adds none."""
 
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, begun as the model wants a sequence begun."""
+
+
+class Session(Vocabulary, Protocol):
+    """An open file, ready for tokens. Every method returns only when its work is done."""
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine says about itself and the file."""
+
     def clear(self) -> None:
         """Forget the context."""
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Append tokens to the context, n_batch at a time, computing the logits of the last of each batch."""
-
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, begun as the model wants a sequence begun."""
 
     def sample(self) -> int:
         """The likeliest token after the last one."""

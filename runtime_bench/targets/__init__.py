@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
-from runtime_bench.engines import require_engine
+from runtime_bench.engines import engine_for, require_engine
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
 from runtime_bench.record import Environment
@@ -34,6 +35,14 @@ class Target(Protocol):
     @property
     def memory_limit_bytes(self) -> int | None: ...
 
+    def default_engine(self, path: Path) -> str:
+        """The engine that runs a file there unless another one is asked for.
+
+        Raises:
+            InputError: None does.
+        """
+        ...
+
     def require(self, engine: str) -> None:
         """Check before anything is measured that it can be measured in this engine there.
 
@@ -57,6 +66,10 @@ class Local:
     name = "local"
     kind = "measured"
     memory_limit_bytes = None
+
+    def default_engine(self, path: Path) -> str:
+        """See `Target`."""
+        return engine_for(path)
 
     def require(self, engine: str) -> None:
         """See `Target`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from runtime_bench.cgroup import MemoryCounters, find_parent, limited_group
-from runtime_bench.engines import require_engine
+from runtime_bench.engines import engine_for, require_engine
 from runtime_bench.environment import describe_environment
 from runtime_bench.files import files_of
 from runtime_bench.memory import evict_from_page_cache
@@ -79,6 +79,10 @@ class Constrained:
         if self.cores:
             limits.append(f"cores={'+'.join(map(str, self.cores))}")
         return f"constrained({', '.join(limits)})"
+
+    def default_engine(self, path: Path) -> str:
+        """See `Target`."""
+        return engine_for(path)
 
     def require(self, engine: str) -> None:
         """See `Target`."""

@@ -1,0 +1,1 @@
+"""Models in a page: headless Chromium, a server on this machine, and the page's own scripts under `page/`."""

@@ -1,0 +1,177 @@
+"""Headless Chromium with the benchmark's page in it, driven by Playwright."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import InputError, MissingExtraError, PhonereadyError
+from runtime_bench.browser.server import PAGE, serve
+
+__all__ = ["BrowserError", "Page", "PageSettings", "find_chromium", "open_page", "require_playwright"]
+
+EXECUTABLE_VARIABLE = "PHONEREADY_CHROMIUM"
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+_ARGUMENTS = (
+    # No renderer is kept ready for a second page: its memory would be in the figures.
+    "--disable-features=SpareRendererForSitePerProcess",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-gpu",
+    "--disable-sync",
+)
+MOBILE: Mapping[str, Any] = {
+    "viewport": {"width": 412, "height": 915},
+    "device_scale_factor": 2.625,
+    "is_mobile": True,
+    "has_touch": True,
+}
+"""A common Android phone's screen in CSS pixels."""
+MOBILE_AGENT = (
+    "Mozilla/5.0 (Linux; Android 10; K) AppleWebKit/537.36 (KHTML, like Gecko) "
+    "Chrome/{major}.0.0.0 Mobile Safari/537.36"
+)
+"""What Chrome says of itself on every Android device: https://www.chromium.org/updates/ua-reduction/."""
+_MEMORY_MARKS = (
+    "out of memory",
+    "oom",
+    "bad_alloc",
+    "cannot enlarge memory",
+    "array buffer allocation failed",
+)
+
+
+class BrowserError(PhonereadyError):
+    """The browser or its page failed."""
+
+
+@dataclass(frozen=True)
+class PageSettings:
+    """How the page is opened.
+
+    Attributes:
+        executable: Chromium.
+        packages: Folder of the npm packages.
+        mobile: Whether the browser passes for a phone's: screen, touch, user agent.
+        throttling_rate: How many times slower than here the page's main thread runs; 1 leaves it alone.
+    """
+
+    executable: str
+    packages: str
+    mobile: bool = True
+    throttling_rate: float = 1.0
+
+
+def require_playwright() -> None:
+    """Raise MissingExtraError where Playwright is not installed."""
+    if importlib.util.find_spec("playwright") is None:
+        raise MissingExtraError("playwright", "browser")
+
+
+def find_chromium() -> str:
+    """Path of Chromium: PHONEREADY_CHROMIUM, or the first of the usual names in PATH.
+
+    Raises:
+        InputError: There is none.
+    """
+    named = os.environ.get(EXECUTABLE_VARIABLE)
+    if named:
+        if not os.access(named, os.X_OK):
+            raise InputError("cannot be run", field=EXECUTABLE_VARIABLE, value=named)
+        return named
+    found = next(filter(None, map(shutil.which, _NAMES)), None)
+    if found is None:
+        raise InputError(
+            "Chromium is not installed", allowed=f"{', '.join(_NAMES)} in PATH, or {EXECUTABLE_VARIABLE}=FILE"
+        )
+    return found
+
+
+class Page:
+    """The open page. Every call waits for its end.
+
+    Attributes:
+        version: Of Chromium.
+    """
+
+    def __init__(self, page: Any, devtools: Any, version: str) -> None:
+        self._page, self._devtools, self.version = page, devtools, version
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """Call one of the page's functions (`bench.mjs`).
+
+        Raises:
+            BrowserError: It failed, memory ran out, or the page is gone.
+        """
+        code = f"(values) => window.bench.{function}(...values)"
+        with translated_errors():
+            return self._page.evaluate(code, list(arguments))
+
+    def throttle(self, rate: float) -> None:
+        """Slow the page's main thread down, and it alone."""
+        with translated_errors():
+            self._devtools.send("Emulation.setCPUThrottlingRate", {"rate": rate})
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn Playwright's errors into ours, with one line of reason."""
+    from playwright.sync_api import Error
+
+    try:
+        yield
+    except Error as error:
+        raise BrowserError(_reason(str(error.message))) from error
+
+
+@contextmanager
+def open_page(settings: PageSettings, files: Mapping[str, Path]) -> Iterator[Page]:
+    """Start a server and Chromium and open the page; all are gone afterwards.
+
+    Args:
+        settings: How.
+        files: Names below the server's root to files that the page may fetch.
+
+    Raises:
+        BrowserError: Chromium does not start, or the page does not load.
+        MissingExtraError: Playwright is not installed.
+    """
+    require_playwright()
+    from playwright.sync_api import sync_playwright
+
+    roots = {"page": PAGE, "packages": Path(settings.packages), **files}
+    with serve(roots) as address, sync_playwright() as playwright, translated_errors():
+        browser = playwright.chromium.launch(executable_path=settings.executable, args=list(_ARGUMENTS))
+        try:
+            major = browser.version.partition(".")[0]
+            options = dict(MOBILE, user_agent=MOBILE_AGENT.format(major=major)) if settings.mobile else {}
+            context = browser.new_context(**options)
+            page = context.new_page()
+            opened = Page(page, context.new_cdp_session(page), browser.version)
+            page.goto(f"{address}/page/index.html")
+            page.wait_for_function("() => window.bench !== undefined")
+            if not page.evaluate("() => crossOriginIsolated"):
+                raise BrowserError("the page is not isolated from other origins, so it may have no threads")
+            if settings.throttling_rate > 1:
+                opened.throttle(settings.throttling_rate)
+            yield opened
+        finally:
+            browser.close()
+
+
+def _reason(message: str) -> str:
+    """The line of a message that says why."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    first = lines[0] if lines else "no reason given"
+    first = first.removeprefix("Page.evaluate: ")[:300]
+    if any(mark in first.lower() for mark in _MEMORY_MARKS):
+        return f"out of memory in the page: {first}"
+    if "crash" in first.lower() or "has been closed" in first:
+        return f"the page crashed: {first}"
+    return f"the page failed: {first}"

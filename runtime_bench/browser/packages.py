@@ -1,0 +1,72 @@
+"""The npm packages that the page loads: fetched once into the cache, in the ranges of `package.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from cfsp.builtin import cache_directory
+from cfsp.errors import InputError
+
+__all__ = ["fetch_packages", "package_version"]
+
+MANIFEST = Path(__file__).with_name("package.json")
+_TIMEOUT_S = 600
+
+
+def fetch_packages() -> Path:
+    """The folder `node_modules`, from the cache or from the npm registry.
+
+    Raises:
+        InputError: npm is not installed, or cannot fetch them.
+    """
+    wanted = hashlib.sha256(MANIFEST.read_bytes()).hexdigest()[:12]
+    folder = cache_directory() / "browser" / wanted
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
+        try:
+            _install(scratch)
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder / "node_modules"
+
+
+def package_version(packages: Path, name: str) -> str:
+    """The version of a package that was fetched."""
+    found: str = json.loads((packages / name / "package.json").read_text(encoding="utf-8"))["version"]
+    return found
+
+
+def _install(folder: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise InputError(
+            "npm is not installed; it fetches onnxruntime-web and wllama once, for the browser",
+            allowed="Node.js with npm in PATH",
+        )
+    shutil.copy(MANIFEST, folder / "package.json")
+    # No package of these has to run anything to be installed.
+    options = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error")
+    try:
+        done = subprocess.run(
+            [npm, "install", *options],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(f"npm did not fetch the browser's packages within {_TIMEOUT_S} s") from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+        raise InputError(f"npm cannot fetch the browser's packages: {lines[-1][:200]}")
