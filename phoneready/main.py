@@ -52,6 +52,7 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "devices list": devices.list_devices,
         "devices show": devices.show_device,
         "devices fit": devices.fit,
+        "devices build-runner": devices.build_runner,
         "doctor": doctor.doctor,
     }
 )

@@ -1,4 +1,4 @@
-"""Run one worker process on this machine and turn every way it can end into a result."""
+"""Run one measuring process on this machine and turn every way it can end into a result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +18,15 @@ from typing import IO, Any
 from runtime_bench.engines import EngineFacts
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["run_module", "run_worker"]
+__all__ = ["ProcessFailed", "exchange", "measure_in", "result_from_json", "run_module", "run_worker"]
 
 _TAIL_BYTES = 8192
 _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
 """Marks of the line that says why, among what a dying engine writes."""
+
+
+class ProcessFailed(Exception):  # noqa: N818  (it says what the process did)
+    """A process gave no result; the text is the reason, one line."""
 
 
 def run_worker(
@@ -62,29 +66,72 @@ def run_module(
         As `run_worker`.
     """
     command = [sys.executable, "-P", "-m", module]
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=_environment() | dict(environment or {}),
-            preexec_fn=before,
-        ) as process,
-    ):
+    return measure_in(
+        command, payload, timeout_s, before=before, environment=_environment() | dict(environment or {})
+    )
+
+
+def measure_in(
+    command: Sequence[str],
+    payload: Mapping[str, Any],
+    timeout_s: float,
+    *,
+    before: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> WorkerResult:
+    """As `run_module`, in any program that answers a worker's requests, in exactly this environment (ours if None)."""
+    try:
+        output = exchange(command, payload, timeout_s, before=before, environment=environment)
+    except ProcessFailed as error:
+        return WorkerResult(error=str(error))
+    return result_from_json(output)
+
+
+def exchange(
+    command: Sequence[str],
+    payload: Mapping[str, Any],
+    timeout_s: float,
+    *,
+    before: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> bytes:
+    """Give a new process a JSON document and take what it writes to stdout.
+
+    Args:
+        command: Program and arguments.
+        payload: The document.
+        timeout_s: After this long the process, and all that it started, is ended.
+        before: Called in the new process before its program is loaded.
+        environment: Its environment; this process's unless given.
+
+    Raises:
+        ProcessFailed: It cannot be started, crashed, was killed, or took too long.
+    """
+    with tempfile.TemporaryFile() as errors:
         try:
-            output, _ = process.communicate(json.dumps(payload).encode(), timeout_s)
-        except subprocess.TimeoutExpired:
-            _kill_tree(process.pid)
-            return WorkerResult(error=f"timeout: no result after {timeout_s:g} s")
-        except BaseException:
-            _kill_tree(process.pid)
-            raise
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                preexec_fn=before,
+            )
+        except OSError as error:
+            raise ProcessFailed(f"{command[0]} cannot be started: {error.strerror}") from error
+        with process:
+            try:
+                output, _ = process.communicate(json.dumps(payload).encode(), timeout_s)
+            except subprocess.TimeoutExpired:
+                _kill_tree(process.pid)
+                raise ProcessFailed(f"timeout: no result after {timeout_s:g} s") from None
+            except BaseException:
+                _kill_tree(process.pid)
+                raise
         tail = _tail(errors)
     if process.returncode:
-        return WorkerResult(error=_exit_reason(process.returncode, tail))
-    return _result_from_json(output)
+        raise ProcessFailed(_exit_reason(process.returncode, tail))
+    return output
 
 
 def _kill_tree(pid: int) -> None:
@@ -132,7 +179,8 @@ def _exit_reason(code: int, tail: list[str]) -> str:
     return f"crashed with {name}{last}"
 
 
-def _result_from_json(output: bytes) -> WorkerResult:
+def result_from_json(output: bytes) -> WorkerResult:
+    """A worker's answer; one that cannot be read is a result with the reason."""
     try:
         payload = json.loads(output)
         facts = payload.pop("facts")

@@ -23,6 +23,8 @@ DATA_FILES = (
     "phoneready/pipeline/demo.toml",
     "phoneready/pipeline/templates/report.md.j2",
     "runtime_bench/devices/README.md",
+    "runtime_bench/native/CMakeLists.txt",
+    "runtime_bench/native/runner.cpp",
 )
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
 COMMANDS = (
     *("", "release", "prune", "recover", "eval", "export", "bench", "compare", "doctor"),
-    *("devices list", "devices show", "devices fit"),
+    *("devices list", "devices show", "devices fit", "devices build-runner"),
 )
 HEAD = """# Command line
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError
-from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_bytes, split_numbers
+from phoneready.commands.bench_targets import Limits, open_target
+from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_numbers
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 
 if TYPE_CHECKING:
     from runtime_bench.compare import Comparison
     from runtime_bench.record import BenchRecord
-    from runtime_bench.targets import Target
 
 __all__ = ["bench"]
 
@@ -113,7 +113,7 @@ def bench(
         delay_s=delay,
         seed=seed,
     )
-    target = _target(on, memory, cores, device)
+    target = open_target(on, Limits(memory, tuple(cores or ()), device))
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
     with show_progress() as progress:
         records = run_bench(
@@ -145,37 +145,3 @@ def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
         base, *others = by_model([record for record in records if record.engine == engine]).values()
         rows += [row for other in others for row in compare(base, other)]
     return rows
-
-
-def _target(on: str, memory: str | None, cores: list[str] | None, device: str | None) -> Target:
-    """Where to measure.
-
-    Raises:
-        InputError: Unknown, limits without a constrained target, or limits that cannot be set here.
-    """
-    from runtime_bench.targets import LOCAL
-    from runtime_bench.targets.browser import Browser
-    from runtime_bench.targets.constrained import Constrained
-
-    limits = {"--memory": memory, "--cores": cores, "--device": device}
-    if on in (LOCAL.name, "browser"):
-        given = [name for name, value in limits.items() if value]
-        if given:
-            raise InputError("a limit is for a constrained run", field=given[0], allowed="--on constrained")
-        return LOCAL if on == LOCAL.name else Browser()
-    if on != "constrained":
-        raise InputError("unknown target", field="--on", value=on, allowed="local, constrained, browser")
-    if memory and device:
-        raise InputError("one of --memory and --device says the limit, not both", field="--memory")
-    limit = split_bytes(memory, "--memory") if memory else _limit_of(device) if device else None
-    return Constrained(limit, split_numbers(cores or [], "--cores"))
-
-
-def _limit_of(device: str) -> int:
-    from runtime_bench.device_profile import find_profile, load_profiles
-    from runtime_bench.projection import memory_limit
-
-    limit, why = memory_limit(find_profile(device, load_profiles()).profile)
-    if limit is None:
-        raise InputError(why, field="--device", value=device, allowed="--memory SIZE")
-    return limit

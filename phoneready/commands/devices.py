@@ -10,9 +10,9 @@ import typer
 
 from cfsp.errors import InputError
 from phoneready.commands.options import DebugOption, JsonOption, split_names
-from phoneready.console import write_result
+from phoneready.console import format_bytes, show_progress, write_result
 
-__all__ = ["fit", "list_devices", "show_device"]
+__all__ = ["build_runner", "fit", "list_devices", "show_device"]
 
 
 def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -76,3 +76,34 @@ def fit(
         payload | {"devices": [asdict(row) | {"total_bytes": row.memory.total} for row in found]},
         as_json=json,
     )
+
+
+def build_runner(
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            help="x86_64-linux, aarch64-linux, android-arm64, or native for this machine; docs/targets.md has all.",
+            metavar="TARGET",
+        ),
+    ] = "native",
+    ndk: Annotated[
+        Path | None,
+        typer.Option("--ndk", help="Folder of the Android NDK, for Android's targets.", metavar="DIR"),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Build the program that measures GGUF files on machines without Python; prints where it is.
+
+    It is compiled once from the llama.cpp source of llama-cpp-python, which takes minutes, and kept in the cache.
+    """
+    from runtime_bench.native import build_runner as build
+    from runtime_bench.native import read_build
+
+    with show_progress() as progress:
+        program = build(target, ndk=ndk, progress=progress)
+    made = read_build(program)
+    needs = ", ".join(made.needs) or "nothing"
+    text = f"{program}\n{made.target}, {format_bytes(made.size_bytes)}, llama.cpp of llama-cpp-python {made.source};"
+    write_result(f"{text} needs {needs}", {"path": str(program)} | asdict(made), as_json=json)

@@ -1,0 +1,222 @@
+"""Building the runner: once for each source, target and compiler; kept in the cache, never half."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from cfsp.builtin import cache_directory
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, remove_stale_temporaries, sha256_file
+from cfsp.progress import Progress, no_progress
+from cfsp.records import read_record, write_record
+from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source
+from runtime_bench.native.targets import require_target
+from runtime_bench.native.toolchain import Toolchain, find_toolchain
+
+__all__ = ["RunnerBuild", "build_runner", "read_build"]
+
+_SOURCES = ("CMakeLists.txt", "runner.cpp")
+_PROGRAM = "phoneready-runner"
+_RECORD = "build.json"
+_STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)|%)\]")
+"""How Ninja ([3/76]) and make ([ 4%]) count."""
+_FLAGS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    *(f"-DCMAKE_{lang}_FLAGS_RELEASE=-O2 -DNDEBUG" for lang in ("C", "CXX")),
+)
+
+
+@dataclass(frozen=True)
+class RunnerBuild:
+    """What a built runner was made from.
+
+    Attributes:
+        target: Key of RUNNER_TARGETS.
+        key: Hash of everything it was made from.
+        needs: Processor features without which it refuses to run.
+        source: Version of llama-cpp-python whose llama.cpp it is.
+        source_sha256: Of that archive.
+        compiler: The compiler's own line about itself.
+        cmake: Options that were given to CMake.
+        sha256: Of the program.
+        size_bytes: Of the program.
+        build_s: Seconds that unpacking and compiling took.
+    """
+
+    KIND: ClassVar[str] = "runner_build"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    target: str
+    key: str
+    needs: tuple[str, ...]
+    source: str
+    source_sha256: str
+    compiler: str
+    cmake: tuple[str, ...]
+    sha256: str
+    size_bytes: int
+    build_s: float
+
+
+def build_runner(target: str, *, ndk: Path | None = None, progress: Progress = no_progress) -> Path:
+    """The runner for a target, from the cache or built now, which takes minutes.
+
+    A build is known by the hash of the runner's and llama.cpp's sources, the target's options, the compiler, and for
+    `native` the processor. It comes into the cache by one rename, together with the hash of the program, which is
+    checked whenever it is served.
+
+    Args:
+        target: Key of RUNNER_TARGETS.
+        ndk: Folder of the Android NDK, for Android's targets.
+        progress: Told as steps are done.
+
+    Raises:
+        InputError: Unknown target, no compiler, no source, or it does not compile.
+    """
+    toolchain = find_toolchain(target, ndk)
+    source = fetch_source(progress)
+    key = _key(target, source, toolchain)
+    runners = cache_directory() / "runners"
+    folder = runners / f"{target}-{key}"
+    if _is_whole(folder):
+        return folder / _PROGRAM
+    with _lock(runners, folder.name):
+        if _is_whole(folder):  # another process built it meanwhile
+            return folder / _PROGRAM
+        remove_stale_temporaries(runners, folder.name)
+        start = time.monotonic()
+        with atomic_directory(folder, force=True) as place:
+            with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
+                program = _compile(target, key, source, toolchain, Path(work), progress)
+                shutil.copy2(program, place / _PROGRAM)
+            record = _record(target, key, source, toolchain, place / _PROGRAM, time.monotonic() - start)
+            write_record(place / _RECORD, record)
+    return folder / _PROGRAM
+
+
+def read_build(program: Path) -> RunnerBuild:
+    """What a program that `build_runner` gave was made from.
+
+    Raises:
+        InputError: No record lies beside it.
+    """
+    return read_record(RunnerBuild, program.parent / _RECORD)
+
+
+def _key(target: str, source: LlamaSource, toolchain: Toolchain) -> str:
+    here = Path(__file__).parent
+    row = require_target(target)
+    facts = {
+        "sources": {name: sha256_file(here / name) for name in _SOURCES},
+        "llama": source.sha256,
+        "options": [*_FLAGS, *row.cmake, str(row.static)],
+        "needs": row.needs,
+        "compiler": toolchain.version,
+    }
+    return hashlib.sha256(json.dumps([target, facts], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_whole(folder: Path) -> bool:
+    program = folder / _PROGRAM
+    try:
+        return program.is_file() and read_build(program).sha256 == sha256_file(program)
+    except InputError:
+        return False
+
+
+def _record(
+    target: str, key: str, source: LlamaSource, toolchain: Toolchain, program: Path, seconds: float
+) -> RunnerBuild:
+    row = require_target(target)
+    return RunnerBuild(
+        target=target,
+        key=key,
+        needs=row.needs,
+        source=source.version,
+        source_sha256=source.sha256,
+        compiler=toolchain.version,
+        cmake=(*_FLAGS, *row.cmake),
+        sha256=sha256_file(program),
+        size_bytes=program.stat().st_size,
+        build_s=round(seconds, 1),
+    )
+
+
+def _compile(
+    target: str, key: str, source: LlamaSource, toolchain: Toolchain, work: Path, progress: Progress
+) -> Path:
+    row, build = require_target(target), work / "build"
+    step = f"building the runner for {target}"
+    progress(step, 0, 1)
+    llama = extract_llama(source, work)
+    configure = [
+        toolchain.cmake,
+        "-S",
+        str(Path(__file__).parent),
+        "-B",
+        str(build),
+        *toolchain.options,
+        *_FLAGS,
+    ]
+    configure += [*row.cmake, f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={target}", f"-DRUNNER_KEY={key}"]
+    configure += [f"-DRUNNER_NEEDS={' '.join(row.needs)}", f"-DRUNNER_STATIC={'ON' if row.static else 'OFF'}"]
+    _run(configure, step, no_progress)
+    _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress)
+    progress(step, 1, 1)
+    return build / _PROGRAM
+
+
+def _run(command: Sequence[str], step: str, progress: Progress) -> None:
+    """Run a tool to its end; its lines become progress, or the reason why it failed."""
+    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
+    lines: deque[str] = deque(maxlen=400)
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"CMAKE_BUILD_PARALLEL_LEVEL": jobs},
+        start_new_session=True,  # so that the compilers can be ended together with what started them
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append(line.strip())
+                count = _STEP.match(line)
+                if count:
+                    done, total = int(count[1]), int(count[2] or 100)
+                    progress(step, min(done, total - 1), total)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        telling = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
+        reason = telling[0] if telling else "no output"
+        raise InputError(f"{step} failed with status {process.returncode}: {reason}")
+
+
+@contextmanager
+def _lock(runners: Path, name: str) -> Iterator[None]:
+    """Only one process builds the same thing; a killed one's lock is gone with it."""
+    import fcntl
+
+    runners.mkdir(parents=True, exist_ok=True)
+    with (runners / f".{name}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

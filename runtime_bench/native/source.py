@@ -1,0 +1,125 @@
+"""llama.cpp's source, out of the archive that llama-cpp-python is published as."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+from cfsp.builtin import cache_directory
+from cfsp.errors import InputError
+from cfsp.files import atomic_file, sha256_file
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["LlamaSource", "extract_llama", "fetch_source"]
+
+_DISTRIBUTION = "llama-cpp-python"
+_DEFAULT_VERSION = "0.3.36"
+_SHA256 = MappingProxyType({"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"})
+"""Archives whose content is known; of another version, whatever PyPI serves is taken and its hash recorded."""
+_WANTED = frozenset({"CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor"})
+"""What of llama.cpp's folder the libraries are compiled from."""
+
+
+@dataclass(frozen=True)
+class LlamaSource:
+    """A source archive.
+
+    Attributes:
+        path: The file.
+        version: Of llama-cpp-python.
+        sha256: Of the file.
+    """
+
+    path: Path
+    version: str
+    sha256: str
+
+
+def fetch_source(progress: Progress = no_progress) -> LlamaSource:
+    """The archive of the llama-cpp-python that is installed, or else of the version that is known here.
+
+    It is kept in the cache, where the environment's own build (tools/llama_wheel.py) leaves it too.
+
+    Raises:
+        InputError: It cannot be fetched, or is not the file it was.
+    """
+    try:
+        version = importlib.metadata.version(_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        version = _DEFAULT_VERSION
+    path = cache_directory() / "wheels" / f"llama_cpp_python-{version}.tar.gz"
+    if not path.is_file():
+        progress(f"fetching the source of {_DISTRIBUTION}", 0, 1)
+        _download(version, path)
+        progress(f"fetching the source of {_DISTRIBUTION}", 1, 1)
+    digest = sha256_file(path)
+    known = _SHA256.get(version)
+    if known is not None and digest != known:
+        raise InputError(
+            f"{path} is not the archive it should be; remove it", field="sha256", value=digest, allowed=known
+        )
+    return LlamaSource(path, version, digest)
+
+
+def extract_llama(source: LlamaSource, folder: Path) -> Path:
+    """Unpack what the libraries are compiled from into `folder`; returns llama.cpp's own folder there.
+
+    Raises:
+        InputError: The archive is damaged, or carries no llama.cpp.
+    """
+    place = PurePosixPath(source.path.name.removesuffix(".tar.gz")) / "vendor" / "llama.cpp"
+    try:
+        with tarfile.open(source.path) as archive:
+            members = [member for member in archive if _is_wanted(PurePosixPath(member.name), place)]
+            archive.extractall(folder, members, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"{source.path} cannot be unpacked: {error}") from error
+    found = folder / place
+    if not (found / "CMakeLists.txt").is_file():
+        raise InputError(f"{source.path} carries no llama.cpp")
+    return found
+
+
+def _is_wanted(name: PurePosixPath, place: PurePosixPath) -> bool:
+    return name.is_relative_to(place) and name != place and name.relative_to(place).parts[0] in _WANTED
+
+
+def _download(version: str, destination: Path) -> None:
+    requirement = f"{_DISTRIBUTION}=={version}"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-input",
+    ]
+    command += ["--no-deps", "--no-binary", _DISTRIBUTION]
+    with tempfile.TemporaryDirectory(prefix="phoneready-") as scratch:
+        result = subprocess.run(
+            [*command, "--dest", scratch, requirement],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        found = next(Path(scratch).glob("*.tar.gz"), None)
+        if result.returncode or found is None:
+            errors = [line for line in result.stderr.splitlines() if "ERROR" in line] or ["pip failed"]
+            raise InputError(
+                f"the source of {requirement} could not be fetched from PyPI by pip: {errors[-1].strip()}"
+            )
+        with (
+            atomic_file(destination) as temporary,
+            found.open("rb") as stream,
+            temporary.open("wb") as target,
+        ):
+            while block := stream.read(1 << 20):
+                target.write(block)

@@ -1,0 +1,134 @@
+"""What the runner can be built for.
+
+A build is one static program for one set of processor features: llama.cpp chooses its kernels when it is compiled.
+The choice at run time is therefore one between builds, made by `runner_target_for` from what the far machine's
+/proc/cpuinfo names; the program itself refuses to start where a feature is missing, instead of crashing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+
+__all__ = ["RUNNER_TARGETS", "RunnerTarget", "cpu_features", "require_target", "runner_target_for"]
+
+
+@dataclass(frozen=True)
+class RunnerTarget:
+    """One way to build the runner.
+
+    Attributes:
+        system: `linux` or `android`.
+        machine: Instruction set, as `uname -m` says it.
+        needs: Processor features that the kernels use, as /proc/cpuinfo names them.
+        cmake: Options that set these features.
+        static: Whether the C library is linked in; Android's is always there and is not.
+    """
+
+    system: str
+    machine: str
+    needs: tuple[str, ...]
+    cmake: tuple[str, ...]
+    static: bool = True
+
+
+_NAMES = {"AMD64": "x86_64", "arm64": "aarch64"}
+_HERE = _NAMES.get(platform.machine(), platform.machine())
+
+_AVX2 = ("avx", "avx2", "bmi2", "f16c", "fma", "sse4_2")
+_AVX2_FLAGS = tuple(
+    f"-DGGML_{name}=ON" for name in ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
+)  # llama.cpp's own defaults hold only where it is not cross-compiled
+_AVX512 = (*_AVX2, *(f"avx512{part}" for part in ("f", "cd", "bw", "dq", "vl", "vbmi", "_vnni")))
+_AVX512_FLAGS = (*_AVX2_FLAGS, *(f"-DGGML_AVX512{part}=ON" for part in ("", "_VBMI", "_VNNI")))
+_DOTPROD = ("asimd", "asimddp", "asimdhp", "atomics")
+_ARMV8 = "-DGGML_CPU_ARM_ARCH=armv8-a"
+_ARMV82 = "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"
+_PORTABLE = "-DGGML_NATIVE=OFF"
+# The NDK's OpenMP would be one more library to carry along; llama.cpp's own threads do the same.
+_ANDROID = ("-DANDROID_ABI=arm64-v8a", "-DANDROID_PLATFORM=android-28", "-DANDROID_STL=c++_static")
+_NO_OPENMP = "-DGGML_OPENMP=OFF"
+
+
+def _arm(system: str, needs: tuple[str, ...], arch: str) -> RunnerTarget:
+    extra = (*_ANDROID, _NO_OPENMP) if system == "android" else ()
+    return RunnerTarget(system, "aarch64", needs, (_PORTABLE, arch, *extra), static=system != "android")
+
+
+_KERNEL_FEATURES = frozenset(
+    {*_AVX512, "avx512_bf16", "avx_vnni", "amx_int8", *_DOTPROD, "i8mm", "sve", "sve2"}
+)
+"""What kernels make use of, of all that a processor names."""
+
+
+def cpu_features() -> frozenset[str]:
+    """What this machine's processor names, on Linux; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    pairs = (line.partition(":") for line in lines)
+    found = next((value for key, _, value in pairs if key.strip() in ("flags", "Features")), "")
+    return frozenset(found.split())
+
+
+RUNNER_TARGETS: MappingProxyType[str, RunnerTarget] = MappingProxyType(
+    {
+        "native": RunnerTarget(
+            "linux", _HERE, tuple(sorted(_KERNEL_FEATURES & cpu_features())), ("-DGGML_NATIVE=ON",)
+        ),
+        "x86_64-linux": RunnerTarget("linux", "x86_64", _AVX2, (_PORTABLE, *_AVX2_FLAGS)),
+        "x86_64-linux-avx512": RunnerTarget("linux", "x86_64", _AVX512, (_PORTABLE, *_AVX512_FLAGS)),
+        "aarch64-linux": _arm("linux", _DOTPROD, _ARMV82),
+        "aarch64-linux-i8mm": _arm("linux", (*_DOTPROD, "i8mm"), f"{_ARMV82}+i8mm"),
+        "aarch64-linux-v8": _arm("linux", (), _ARMV8),
+        "android-arm64": _arm("android", _DOTPROD, _ARMV82),
+        "android-arm64-i8mm": _arm("android", (*_DOTPROD, "i8mm"), f"{_ARMV82}+i8mm"),
+        "android-arm64-v8": _arm("android", (), _ARMV8),
+    }
+)
+"""Names of what can be built. `native` is for this machine's processor and no other: the same features as
+llama-cpp-python's own build; the other builds are portable."""
+
+
+def require_target(name: str) -> RunnerTarget:
+    """A row of RUNNER_TARGETS.
+
+    Raises:
+        InputError: Unknown name.
+    """
+    if name not in RUNNER_TARGETS:
+        raise InputError("unknown target", field="target", value=name, allowed=", ".join(RUNNER_TARGETS))
+    return RUNNER_TARGETS[name]
+
+
+def runner_target_for(system: str, machine: str, features: Collection[str]) -> str:
+    """The build that makes most of a machine.
+
+    Args:
+        system: `linux` or `android`.
+        machine: What `uname -m` says there.
+        features: What the line `flags` or `Features` of /proc/cpuinfo names there.
+
+    Raises:
+        InputError: No build runs there.
+    """
+    alike = _NAMES.get(machine, machine)
+    fitting = {
+        name: len(row.needs)
+        for name, row in RUNNER_TARGETS.items()
+        if (row.system, row.machine) == (system, alike) and set(row.needs) <= set(features)
+    }
+    if not fitting:
+        machines = sorted({f"{row.machine} {row.system}" for row in RUNNER_TARGETS.values()})
+        raise InputError(
+            "no build of the runner is for this machine",
+            value=f"{machine} {system}",
+            allowed=f"{', '.join(machines)}; on x86_64 with AVX2",
+        )
+    return max(fitting, key=lambda name: fitting[name])

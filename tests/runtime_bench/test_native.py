@@ -1,0 +1,227 @@
+"""The native runner: compiled here from llama.cpp's source, and held against the Python worker."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from exporters.gguf.runtime import open_model
+from runtime_bench.engines import SessionSettings
+from runtime_bench.native import RUNNER_TARGETS, build_runner, read_build, runner_target_for
+from runtime_bench.native.run import generate_tokens, generation_request
+from runtime_bench.native.targets import cpu_features
+from runtime_bench.native.toolchain import find_toolchain
+from runtime_bench.process import exchange, measure_in, run_worker
+from runtime_bench.worker import WorkerRequest, WorkerResult
+from runtime_bench.workload import Workload
+
+pytest.importorskip("llama_cpp")
+
+WORKLOADS = (
+    Workload("load"),
+    Workload("pp", n_prompt=24),
+    Workload("pp", n_prompt=8, n_depth=16),
+    Workload("tg", n_gen=6),
+    Workload("ttft", n_prompt=16, n_gen=1),
+)
+SETTINGS = SessionSettings(n_ctx=64, n_threads=1, n_batch=2048, n_ubatch=512)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_gguf: Callable[..., Path]) -> Path:
+    return tiny_gguf()
+
+
+@pytest.fixture(scope="module")
+def runner(runner_for: Callable[[str], Path]) -> Path:
+    return runner_for("native")
+
+
+def request(path: Path, workload: Workload, **changes: Any) -> WorkerRequest:
+    settings = replace(SETTINGS, n_ctx=workload.n_ctx)
+    return WorkerRequest(str(path), "llama.cpp", workload, settings, **changes)
+
+
+def ask(runner: Path, payload: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = json.loads(exchange([str(runner)], payload, 120))
+    return answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.test)
+def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workload: Workload) -> None:
+    wanted = request(model, workload, samples=1 if workload.kind == "load" else 3, page_cache="warm")
+    native, python = measure_in([str(runner)], asdict(wanted), 120), run_worker(wanted, 120)
+    assert native.error is None
+    assert len(native.samples_ns) == len(python.samples_ns)
+    assert min(native.samples_ns) > 0
+    assert native.load_ns is not None
+    assert native.page_cache_share == python.page_cache_share == 1.0
+    assert native.baseline_rss_bytes is not None
+    assert native.peak_rss_bytes is not None
+    assert 0 < native.baseline_rss_bytes < native.peak_rss_bytes
+    assert native.facts is not None
+    assert python.facts is not None
+    for name in ("model_type", "model_size", "model_n_params", "backends", "build_commit"):
+        assert getattr(native.facts, name) == getattr(python.facts, name)
+    assert native.facts.versions["llama.cpp"] == python.facts.versions["llama.cpp"]
+
+
+@pytest.mark.slow
+def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
+    names = [field.name for field in fields(WorkerResult)]
+    assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
+    assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3])
+def test_random_tokens_are_those_of_the_python_worker(runner: Path, model: Path, seed: int) -> None:
+    wanted = {"n_random": 700, "max_new_tokens": 0}
+    payload = {
+        "path": str(model),
+        "session": asdict(replace(SETTINGS, n_ctx=1024)),
+        "seed": seed,
+        "generate": wanted,
+    }
+    with open_model(model, vocab_only=True) as opened:
+        generator, size = random.Random(seed), opened.vocab_size
+    assert ask(runner, payload)["prompt"] == [generator.randrange(size) for _ in range(700)]
+
+
+@pytest.mark.slow
+def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path) -> None:
+    with open_model(model, n_ctx=64) as opened:
+        prompt = opened.tokenize("Once upon a time there was")
+        expected = opened.generate(prompt, 24, stop_at_end=False)
+    wanted = generation_request(str(model), SETTINGS, prompt, 24, stop_at_end=False)
+    assert len(set(expected)) > 3
+    assert generate_tokens([str(runner)], wanted, 120) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"path": '/nowhere/it\'s "here"; $(x).gguf'}, '/nowhere/it\'s "here"; $(x).gguf: No such file'),
+        ({"path": "/"}, "/ is not a file"),
+        ({"engine": "onnxruntime"}, "no engine onnxruntime"),
+        ({"page_cache": "frozen"}, "no state of the page cache frozen"),
+        ({"workload": {"kind": "sing"}}, "no workload sing"),
+        ({"session": {"n_ctx": 8}}, "unreadable request"),
+        (
+            {"session": asdict(replace(SETTINGS, n_ctx=8)), "workload": {"kind": "pp", "n_prompt": 300}},
+            "context",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_a_result_with_the_reason(
+    runner: Path, model: Path, changes: dict[str, Any], reason: str
+) -> None:
+    answer = ask(runner, asdict(request(model, WORKLOADS[1])) | changes)
+    assert reason in answer["error"]
+    assert "\n" not in answer["error"]
+    assert not answer["samples_ns"]
+
+
+@pytest.mark.slow
+def test_a_damaged_file_is_named_with_llama_cpps_reason(runner: Path, model: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(model.read_bytes()[:5000])
+    result = measure_in([str(runner)], asdict(request(damaged, WORKLOADS[1])), 120)
+    assert result.error is not None
+    assert result.error.startswith(f"llama.cpp cannot load {damaged}: ")
+    assert "gave no reason" not in result.error
+
+
+@pytest.mark.slow
+def test_something_that_is_no_request_is_refused(runner: Path) -> None:
+    done = subprocess.run([runner], input=b"{", capture_output=True, check=True)
+    assert "unreadable request" in json.loads(done.stdout)["error"]
+    assert subprocess.run([runner, "--help"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.slow
+def test_it_says_what_it_is_and_what_the_build_was_made_from(runner: Path) -> None:
+    about = json.loads(subprocess.run([runner, "--about"], capture_output=True, check=True).stdout)
+    made = read_build(runner)
+    assert (about["target"], about["key"], about["missing"]) == ("native", made.key, [])
+    assert made.source_sha256
+    linked = subprocess.run(["ldd", runner], capture_output=True, text=True, check=False)
+    assert "not a dynamic executable" in linked.stdout + linked.stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_program_is_not_served(
+    runner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime_bench.native import build
+
+    folder = tmp_path / runner.parent.name
+    folder.mkdir()
+    for file in runner.parent.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert build._is_whole(folder)
+    (folder / runner.name).write_bytes(runner.read_bytes()[:-1])
+    assert not build._is_whole(folder)
+
+
+def test_the_command_needs_an_ndk_for_android(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "phoneready", "devices", "build-runner", "--target", "android-arm64"]
+    for more, reason in (([], "want the Android NDK"), (["--ndk", str(tmp_path)], "not an Android NDK")):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_ndk_is_known_by_its_revision(tmp_path: Path) -> None:
+    toolchain = tmp_path / "build" / "cmake" / "android.toolchain.cmake"
+    toolchain.parent.mkdir(parents=True)
+    toolchain.touch()
+    (tmp_path / "source.properties").write_text("Pkg.Desc = Android NDK\nPkg.Revision = 27.2.12479018\n")
+    found = find_toolchain("android-arm64", tmp_path)
+    assert found.version == "NDK 27.2.12479018"
+    assert f"-DCMAKE_TOOLCHAIN_FILE={toolchain}" in found.options
+
+
+@pytest.mark.parametrize(
+    ("target", "ndk", "reason"),
+    [("riscv", None, "unknown target"), ("native", "ndk", "for Android's targets")],
+)
+def test_what_cannot_be_built_is_refused(target: str, ndk: str | None, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=reason):
+        build_runner(target, ndk=None if ndk is None else tmp_path / ndk)
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "features", "target"),
+    [
+        ("linux", "aarch64", "fp asimd evtstrm crc32", "aarch64-linux-v8"),
+        ("linux", "arm64", "fp asimd atomics asimdhp asimddp", "aarch64-linux"),
+        ("android", "aarch64", "fp asimd atomics asimdhp asimddp i8mm bf16 sve2", "android-arm64-i8mm"),
+    ],
+)
+def test_a_machine_gets_the_build_that_makes_most_of_it(
+    system: str, machine: str, features: str, target: str
+) -> None:
+    assert runner_target_for(system, machine, features.split()) == target
+
+
+def test_this_machine_gets_its_own_build() -> None:
+    row = RUNNER_TARGETS["native"]
+    assert runner_target_for("linux", row.machine, cpu_features()) == "native"
+
+
+def test_a_machine_that_no_build_is_for_is_named() -> None:
+    with pytest.raises(InputError, match="riscv64 linux"):
+        runner_target_for("linux", "riscv64", ["rv64gc"])
