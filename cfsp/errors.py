@@ -5,7 +5,7 @@ Libraries raise, they never print or exit; the command line turns `exit_code` in
 
 from __future__ import annotations
 
-__all__ = ["InputError", "LimitError", "MissingExtraError", "PhonereadyError"]
+__all__ = ["InconclusiveError", "InputError", "LimitError", "MissingExtraError", "PhonereadyError"]
 
 
 class PhonereadyError(Exception):
@@ -43,3 +43,9 @@ class LimitError(PhonereadyError):
     """A result was computed and misses the limit set for it (parity, budget, gate)."""
 
     exit_code = 1
+
+
+class InconclusiveError(PhonereadyError):
+    """A result was computed, and its noise leaves open whether it keeps to its limit."""
+
+    exit_code = 3

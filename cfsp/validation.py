@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pydantic
 
-__all__ = ["describe_problems"]
+__all__ = ["Location", "describe_problems", "place_of"]
+
+Location = tuple[str | int, ...]
+"""Keys and positions from the outermost to the one at fault, as pydantic gives them."""
 
 
-def describe_problems(error: pydantic.ValidationError) -> str:
-    """Every problem with its place, such as `prune.ratio: unknown key; seed: missing`."""
-    return "; ".join(map(_problem, error.errors()))
+def describe_problems(
+    error: pydantic.ValidationError, line_of: Callable[[Location], str] = lambda location: ""
+) -> str:
+    """Every problem with its place, such as `prune.ratio: unknown key; seed: missing`.
+
+    Args:
+        error: What pydantic raised.
+        line_of: What to put before a place, such as `line 3: `.
+    """
+    return "; ".join(line_of(problem["loc"]) + _problem(problem) for problem in error.errors())
+
+
+def place_of(location: Location) -> str:
+    """A location as people write it: `budgets[0].metric`."""
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).removeprefix(".") or "file"
 
 
 def _problem(error: Any) -> str:
-    place = ".".join(map(str, error["loc"])) or "file"
+    place = place_of(error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{place}: unknown key"
     if error["type"] == "missing":
         return f"{place}: missing"
     message = error["msg"].removeprefix("Value error, ")
     got = error["input"]
-    return f"{place}: {message}" + ("" if isinstance(got, dict | pydantic.BaseModel) else f" (got {got!r})")
+    complete = isinstance(got, dict | pydantic.BaseModel) or "(got " in message
+    return f"{place}: {message}" + ("" if complete else f" (got {got!r})")

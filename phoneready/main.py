@@ -3,6 +3,7 @@
 0    done
 1    a limit was missed, or `doctor` found something required missing
 2    an input, a setting or an option that cannot be used
+3    with --strict: whether a limit is kept cannot be told from the samples
 70   an error that nobody expected: a bug
 130  interrupted
 """
@@ -20,7 +21,18 @@ import typer
 
 from cfsp.errors import PhonereadyError
 from cfsp.records import tool_version
-from phoneready.commands import bench, compare, devices, doctor, evaluate, export, prune, recover, release
+from phoneready.commands import (
+    bench,
+    compare,
+    devices,
+    doctor,
+    evaluate,
+    export,
+    init,
+    prune,
+    recover,
+    release,
+)
 from runtime_bench.markup import visible
 
 __all__ = ["app", "main", "run"]
@@ -42,6 +54,7 @@ app = typer.Typer(
 
 COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
     {
+        "init": init.init,
         "release": release.release,
         "prune": prune.prune,
         "recover": recover.recover,

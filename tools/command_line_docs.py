@@ -10,13 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
 COMMANDS = (
-    *("", "release", "prune", "recover", "eval", "export", "bench", "compare", "doctor"),
+    *("", "init", "release", "prune", "recover", "eval", "export", "bench", "compare", "doctor"),
     *("devices list", "devices show", "devices fit", "devices build-runner"),
 )
 HEAD = """# Command line
 
 Results go to stdout (`--json`: one JSON document), progress and messages to stderr.
-Exit status: 0 done, 1 a limit was missed, 2 an input or option that cannot be used, 70 a bug, 130 interrupted.
+Exit status: 0 done, 1 a limit was missed, 2 an input or option that cannot be used,
+3 (`release --strict`) a budget that the samples cannot decide, 70 a bug, 130 interrupted.
 
 This page is generated from the help pages by `tools/command_line_docs.py`.
 """

@@ -8,12 +8,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cfsp.errors import InputError
-from phoneready.commands.options import split_bytes, split_numbers
+from phoneready.commands.options import split_numbers
+from phoneready.units import parse_bytes
 
 if TYPE_CHECKING:
     from runtime_bench.targets import Target
 
-__all__ = ["TARGETS", "Limits", "TargetRow", "open_target"]
+__all__ = ["TARGETS", "Limits", "TargetRow", "find_row", "open_target"]
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,26 @@ def open_target(on: str, limits: Limits) -> Target:
     Raises:
         InputError: Unknown, limits without a constrained target, or a target that cannot be used.
     """
-    name, colon, address = on.partition(":")
-    row = TARGETS.get(name)
-    if row is None or bool(colon) != (":" in row.form) or (colon and not address):
-        forms = ", ".join(row.form for row in TARGETS.values())
-        raise InputError("unknown target", field="--on", value=on, allowed=forms)
+    row, address = find_row(on)
     if limits.given and not row.limited:
         raise InputError(
             "a limit is for a constrained run", field=limits.given[0], allowed="--on constrained"
         )
     return row.open(address, limits)
+
+
+def find_row(on: str) -> tuple[TargetRow, str]:
+    """The row of a target and its address; nothing is opened.
+
+    Raises:
+        InputError: There is none, or the address is missing or too much.
+    """
+    name, colon, address = on.partition(":")
+    row = TARGETS.get(name)
+    if row is None or bool(colon) != (":" in row.form) or (colon and not address):
+        forms = ", ".join(row.form for row in TARGETS.values())
+        raise InputError("unknown target", field="--on", value=on, allowed=forms)
+    return row, address
 
 
 def _local(_: str, limits: Limits) -> Target:
@@ -81,7 +92,7 @@ def _constrained(_: str, limits: Limits) -> Target:
 
     if limits.memory and limits.device:
         raise InputError("one of --memory and --device says the limit, not both", field="--memory")
-    memory = split_bytes(limits.memory, "--memory") if limits.memory else None
+    memory = parse_bytes(limits.memory, "--memory") if limits.memory else None
     memory = _memory_of(limits.device) if limits.device else memory
     return Constrained(memory, split_numbers(limits.cores, "--cores"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +18,6 @@ __all__ = [
     "SeedOption",
     "ThreadsOption",
     "TrustOption",
-    "split_bytes",
     "split_names",
     "split_numbers",
     "text_references",
@@ -63,19 +61,6 @@ def split_numbers(values: Sequence[str], option: str) -> tuple[int, ...]:
             allowed="such as 128 or 128,512",
         )
     return tuple(int(name) for name in names)
-
-
-def split_bytes(value: str, option: str) -> int:
-    """A size such as 400M, 1.5G or 419430400; the letters are binary units, `MiB` and `MB` too.
-
-    Raises:
-        InputError: It is none.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMG])(?:i?B)?)?", value.strip(), re.IGNORECASE)
-    if match is None:
-        raise InputError("not a size", field=option, value=value, allowed="such as 400M or 2G")
-    power: int = " KMG".index((match[2] or " ").upper())
-    return round(float(match[1]) * 1024.0**power)
 
 
 def text_references(values: Sequence[str | Path]) -> tuple[str, ...]:

@@ -30,37 +30,61 @@ def release(
             show_default="the configuration's",
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Override a setting; repeatable. The value is TOML: prune.prune_ratio=0.3.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say why each stage would run, and run nothing.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 where a budget is inconclusive and none is missed.")
+    ] = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Prune, evaluate, export, prove and measure a model; write a report and a manifest.
+    """Prune, evaluate, export, prove and measure a model, and hold it against budgets; write reports and a manifest.
 
     Without CONFIG this is the demo: SmolLM2-135M-Instruct, fetched with pip, pruned with text sampled from itself.
-    A run that was interrupted goes on where it was; a second run does only what has changed.
+    A run that was interrupted goes on where it was; a second run does only what has changed. Exit status: 0 all budgets
+    are met, 1 one is missed, 2 something cannot be used, 3 (with --strict) one is inconclusive.
     """
     prepare_torch(threads)
     from cfsp.records import record_to_json
     from phoneready.pipeline.config import load_config, with_variants
+    from phoneready.pipeline.gate_files import badge, check_verdicts, verdict_rows
     from phoneready.pipeline.manifest import REPORT_FILE, read_figures
-    from phoneready.pipeline.release import run_release
+    from phoneready.pipeline.release import explain_release, run_release
     from phoneready.pipeline.report import headline, quality_table, verdict_table
 
-    settings = load_config(config)
+    chosen = load_config(config, settings or [])
     if onnx:
-        settings = with_variants(settings, split_names(onnx))
-    manifest = run_release(
-        settings,
+        chosen = with_variants(chosen, split_names(onnx))
+    if explain:
+        reasons = explain_release(chosen, output, threads)
+        lines = [f"{name:<14} {why or 'done before'}" for name, why in reasons.items()]
+        write_result("\n".join(lines), reasons, as_json=json)
+        return
+    released = run_release(
+        chosen,
         output,
         show=lambda name, state: note(f"{name:<14} {state}"),
         progress=show_progress,
         threads=threads,
     )
-    figures = read_figures(settings, output)
+    figures, verdicts = read_figures(chosen, output), released.verdicts
     tables = [verdict_table(figures, d, p) for d, p in zip(figures.dense, figures.pruned, strict=True)]
     best = figures.pruned[0]
     lines = [headline(figures), *tables, quality_table(figures)]
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
     lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
-    lines += [f"Report: {output / REPORT_FILE}"]
-    write_result("\n".join(lines), record_to_json(manifest), as_json=json)
+    lines += [verdict_rows(verdicts)] if verdicts.verdicts else []
+    lines += [f"Report: {output / REPORT_FILE}", badge(verdicts)]
+    payload = record_to_json(released.manifest)
+    write_result("\n".join(lines), payload, as_json=json)
+    check_verdicts(verdicts, strict=strict)

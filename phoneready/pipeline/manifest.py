@@ -24,8 +24,7 @@ from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.report import ReleaseFigures, render_report
 from phoneready.pipeline.stages import StageRecord, stage_folder
-from phoneready.pipeline.steps import ANSWERS_FILE, BENCH_FILE, EVALUATION_FILE, Steps
-from runtime_bench.jsonl import read_jsonl
+from phoneready.pipeline.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
 
 __all__ = ["MANIFEST_FILE", "REPORT_FILE", "ReleaseManifest", "ReleasedFile", "publish", "read_figures"]
 
@@ -101,7 +100,9 @@ class ReleaseManifest:
 def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) -> ReleaseManifest:
     """Link the files into the folder and write manifest.json and report.md from what the stages left."""
     figures = read_figures(config, folder)
-    checkpoint = read_checkpoint_info(stage_folder(folder, "prune") / "model")
+    checkpoint = read_checkpoint_info(
+        Steps(config, folder, None).checkpoint(Steps(config, folder, None).final)
+    )
     manifest = _manifest(config, figures, checkpoint, stages)
     before = _published_before(folder)
     for artifact in Steps(config, folder, None).artifacts():
@@ -115,7 +116,8 @@ def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     """Everything that the stages of a finished release measured."""
-    names = [artifact.name for artifact in Steps(config, folder, None).artifacts()]
+    steps = Steps(config, folder, None)
+    names = [artifact.name for artifact in steps.artifacts()]
     # Dense and pruned take turns.
     exports = [
         _exports(config, folder, stage, names[first::2])
@@ -128,7 +130,7 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         dense=exports[0],
         pruned=exports[1],
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
-        bench=tuple(read_jsonl(stage_folder(folder, "bench") / BENCH_FILE)),
+        bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
     )
 
 

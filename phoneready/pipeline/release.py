@@ -6,34 +6,61 @@
     export-dense   GGUF files and ONNX folders of the dense model, each held against it
     export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
     answers        what the exports themselves answer, each in its own runtime
-    bench          all of them, in turns
+    bench-<target> all of them, in turns, for each target
 
+With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
 Report and manifest are written from what the stages left, in every run; the files are linked into the folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
+import importlib.util
+import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cfsp.builtin import BUILTIN_MODELS
+from cfsp.checkpoint import read_checkpoint_info
+from cfsp.errors import MissingExtraError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress
 from cfsp.records import tool_version
 from phoneready.exporting import require_onnx_export
-from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.manifest import ReleaseManifest, publish
-from phoneready.pipeline.stages import Stage, claim_folder, run_stages
-from phoneready.pipeline.steps import Steps
+from phoneready.pipeline.budgets import select
+from phoneready.pipeline.collect import collect_figures
+from phoneready.pipeline.config import RecoverConfig, ReleaseConfig
+from phoneready.pipeline.figure_set import FigureSet, check_same_model, read_baseline
+from phoneready.pipeline.gate_files import write_verdicts
+from phoneready.pipeline.manifest import ReleaseManifest, publish, read_figures
+from phoneready.pipeline.metrics import planned_figures
+from phoneready.pipeline.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
+from phoneready.pipeline.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
+from phoneready.pipeline.verdict import Verdicts
 from runtime_bench.environment import cpu_model
 
-__all__ = ["release_stages", "run_release"]
+__all__ = ["Released", "explain_release", "release_stages", "run_release"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "onnx-ir", "onnxruntime")
 """Packages whose version changes what a stage makes."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A finished run.
+
+    Attributes:
+        manifest: What was made.
+        verdicts: What the budgets say of it.
+    """
+
+    manifest: ReleaseManifest
+    verdicts: Verdicts
 
 
 def run_release(
@@ -43,8 +70,8 @@ def run_release(
     show: Callable[[str, str], None],
     progress: Callable[[], AbstractContextManager[Progress]],
     threads: int | None = None,
-) -> ReleaseManifest:
-    """Do what is not done yet; write report.md, manifest.json and the files.
+) -> Released:
+    """Do what is not done yet; write the verdicts, report.md, manifest.json and the files.
 
     Args:
         config: What to make.
@@ -54,47 +81,125 @@ def run_release(
         threads: Threads outside torch and the benchmark; torch's number by default.
 
     Raises:
-        InputError: A setting or an input that cannot be used, or a folder that is not a release's.
-        MissingExtraError: The configuration asks for ONNX variants and the extra is not installed.
+        InputError: A setting or an input that cannot be used, a folder that is not a release's, or a baseline of
+            another model or schema.
+        MissingExtraError: The configuration asks for something whose extra is not installed.
         LimitError: An exported file is too far from its checkpoint.
     """
+    check_extras(config)
+    baseline = load_baseline(config)
+    with claim_folder(folder):
+
+        def check(stage: str) -> None:
+            # As soon as the model is known: not after an hour of work.
+            if stage == "dense" and baseline is not None and config.baseline is not None:
+                source = read_checkpoint_info(stage_folder(folder, stage) / "model").source
+                check_same_model(baseline, source.reference, source.sha256, config.baseline.file)
+
+        stages = release_stages(config, folder, threads)
+        records = run_stages(stages, folder, show=show, progress=progress, check=check)
+        figures = collect_figures(config, folder, read_figures(config, folder))
+        verdicts = write_verdicts(config, folder, figures, baseline)
+        manifest = publish(config, folder, list(records.values()))
+        shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
+        return Released(manifest, verdicts)
+
+
+def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = None) -> dict[str, str]:
+    """For each stage why it would run; nothing for one that is done. Nothing is run or written."""
+    return explain_stages(release_stages(config, folder, threads), folder)
+
+
+def load_baseline(config: ReleaseConfig) -> FigureSet | None:
+    """The baseline, if there is one, checked for what budgets want of it.
+
+    Raises:
+        InputError: It cannot be read, or lacks a figure.
+    """
+    if config.baseline is None:
+        return None
+    keys = list(planned_figures(config))
+    wanted = [
+        key for budget in config.budgets if budget.relative_to == "baseline" for key in select(budget, keys)
+    ]
+    return read_baseline(config.baseline.file, wanted)
+
+
+def check_extras(config: ReleaseConfig) -> None:
+    """Raise MissingExtraError for what the configuration needs and is not installed, before anything runs."""
     if config.export.onnx:
         require_onnx_export()
-    with claim_folder(folder):
-        stages = release_stages(config, folder, threads)
-        records = run_stages(stages, folder, show=show, progress=progress)
-        return publish(config, folder, list(records.values()))
+    if config.recover is not None:
+        _require("accelerate", "recover")
+    if config.evaluate.tasks:
+        _require("lm_eval", "eval")
+
+
+def _require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra)
 
 
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
     """The stages in order, with everything that their results depend on."""
     steps, c = Steps(config, folder, threads), config
-    source = c.model.model_dump(mode="json") | {"identity": _identity(c.model.reference)}
-    dense = {
-        "tool": tool_version(),
-        "packages": _versions(),
-        "seed": c.seed,
-        "model": source,
-        "calibration": _identities(c.prune.calibration),
-        "windows": [c.prune.nsamples, c.prune.seqlen],
-        "moments": steps.needs_moments,
-    }
-    judged = c.evaluate.model_dump(mode="json")
-    judged |= {"text": _identities(c.evaluate.text), "chats": _identities(c.evaluate.chats)}
-    judged["prompts"] = list(steps.prompts)
     exported = c.export.model_dump(mode="json")
     asked = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
-    measured = c.bench.model_dump(mode="json") | {"cpu": cpu_model()}
     exports = ("export-dense", "export-pruned")
-    return [
-        Stage("dense", dense, (), steps.dense),
+    judged = _judged(c, steps)
+    files = {"files": list(c.evaluate.files)}
+    stages = [
+        Stage("dense", _dense(c, steps), (), steps.dense),
         Stage("prune", dataclasses.asdict(c.prune_settings()), ("dense",), steps.prune),
-        Stage("evaluate", judged, ("dense", "prune"), steps.evaluate),
-        Stage("export-dense", exported, ("dense",), steps.export_dense),
-        Stage("export-pruned", exported, ("prune",), steps.export_pruned),
-        Stage("answers", asked, exports, steps.answers),
-        Stage("bench", measured, exports, steps.bench),
     ]
+    if c.recover is not None:
+        stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
+    stages += [
+        Stage("evaluate", judged, ("dense", steps.final), steps.evaluate),
+        Stage("export-dense", exported, ("dense",), steps.export_dense),
+        Stage("export-pruned", exported, (steps.final,), steps.export_pruned),
+        Stage("answers", asked, exports, steps.answers),
+    ]
+    if c.evaluate.files:
+        after = ("dense", "export-pruned")
+        stages.append(Stage("evaluate-files", judged | files, after, steps.evaluate_files))
+    stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
+    return stages
+
+
+def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
+    source = config.model.model_dump(mode="json") | {"identity": _identity(config.model.reference)}
+    return {
+        "tool": tool_version(),
+        "packages": _versions(),
+        "seed": config.seed,
+        "model": source,
+        "calibration": _identities(config.prune.calibration),
+        "windows": [config.prune.nsamples, config.prune.seqlen],
+        "moments": steps.needs_moments,
+    }
+
+
+def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
+    training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
+    data = {"data": _identities(settings.data), "validation": _identities(settings.validation)}
+    return training | data
+
+
+def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
+    evaluate = config.evaluate
+    settings = evaluate.model_dump(mode="json", exclude={"files"})
+    settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats", "tasks")}
+    if evaluate.task_data is not None:
+        settings["task_data"] = _identity(str(evaluate.task_data))
+    return settings | {"prompts": list(steps.prompts)}
+
+
+def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
+    # Other places and devices change nothing here.
+    settings = config.bench.model_dump(mode="json", exclude={"targets", "devices", "n_ctx"})
+    settings |= {"target": place, "cpu": cpu_model()}
+    return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
 
 
 def _versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from cfsp.files import atomic_directory, remove_stale_temporaries
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
 
-__all__ = ["Stage", "StageRecord", "claim_folder", "run_stages", "stage_folder"]
+__all__ = ["Stage", "StageRecord", "claim_folder", "explain_stages", "run_stages", "stage_folder"]
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
@@ -38,12 +38,14 @@ class Stage:
         settings: What its result depends on, beside the stages before it; JSON.
         after: Names of the stages whose output it reads.
         run: Writes the output into the folder it is given.
+        settled: Says of a finished output whether another run would give the same; one that would not is done again.
     """
 
     name: str
     settings: Mapping[str, Any]
     after: tuple[str, ...]
     run: Callable[[Path, Progress], None]
+    settled: Callable[[Path], bool] = lambda output: True
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,18 @@ class StageRecord:
         name: The stage.
         key: Hash of its settings and of the keys of the stages before it.
         settings: As they were.
+        inputs: The stages before it and their keys.
         files: Path inside the folder to size in bytes.
         seconds: Time it took.
     """
 
     KIND: ClassVar[str] = "stage"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     name: str
     key: str
     settings: dict[str, Any]
+    inputs: dict[str, str]
     files: dict[str, int]
     seconds: float
 
@@ -102,6 +106,7 @@ def run_stages(
     *,
     show: Callable[[str, str], None],
     progress: Callable[[], AbstractContextManager[Progress]],
+    check: Callable[[str], None] = lambda name: None,
 ) -> dict[str, StageRecord]:
     """Run what is not done yet, in order.
 
@@ -110,52 +115,106 @@ def run_stages(
         folder: Claimed by `claim_folder`.
         show: Told a stage's name and state: `done before`, `running`, `finished in 12 s`.
         progress: Opens the progress display of one stage.
+        check: Told a stage's name when its output is there; it may raise to end the run.
 
     Returns:
         The record of every stage.
     """
     records: dict[str, StageRecord] = {}
     for stage in stages:
-        key = _key(stage, records)
-        record = _finished(stage_folder(folder, stage.name), key)
+        inputs = {name: records[name].key for name in stage.after}
+        key = _key(stage, inputs)
+        record = _finished(stage, stage_folder(folder, stage.name), key)
         if record is None:
             show(stage.name, "running")
             with progress() as report:
-                record = _run(stage, key, folder, report)
+                record = _run(stage, inputs, folder, report)
             show(stage.name, f"finished in {record.seconds:.0f} s")
         else:
             show(stage.name, "done before")
         records[stage.name] = record
+        check(stage.name)
     return records
 
 
-def _key(stage: Stage, before: Mapping[str, StageRecord]) -> str:
-    inputs = {name: before[name].key for name in stage.after}
+def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
+    """For each stage why it would run now, in words; nothing for one that is done. Nothing is run or changed."""
+    reasons: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    for stage in stages:
+        inputs = {name: keys[name] for name in stage.after}
+        keys[stage.name] = _key(stage, inputs)
+        reasons[stage.name] = _reason(stage, inputs, keys[stage.name], folder)
+    return reasons
+
+
+def _reason(stage: Stage, inputs: Mapping[str, str], key: str, folder: Path) -> str:
+    output = stage_folder(folder, stage.name)
+    if not (output / RECORD_FILE).is_file():
+        return "it was not done yet"
+    try:
+        record = read_record(StageRecord, output / RECORD_FILE)
+    except InputError:
+        return "its record cannot be read by this version"
+    changes = [_change(*difference) for difference in _differences(record.settings, _plain(stage.settings))]
+    changes += [f"{name} has changed" for name in inputs if record.inputs.get(name) != inputs[name]]
+    if changes:
+        return "; ".join(changes)
+    if record.key != key:
+        return "it depends on other stages now"
+    damaged = [name for name, size in record.files.items() if _size(output / name) != size]
+    if damaged:
+        return f"files are missing or have another size: {', '.join(damaged)}"
+    return "" if stage.settled(output) else "some of it failed and is tried again"
+
+
+def _differences(
+    before: Any, now: Any, place: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """(keys, then, now) of everything that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _differences(before.get(name), now.get(name), (*place, name))
+    elif before != now:
+        yield place, before, now
+
+
+def _change(place: tuple[str, ...], before: Any, now: Any) -> str:
+    shown = (json.dumps(value, ensure_ascii=False) for value in (before, now))
+    return f"{'.'.join(place)} was {' and is '.join(text if len(text) <= 80 else text[:77] + '...' for text in shown)}"
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Through JSON, so that they are equal to those of a record that was read back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return plain
+
+
+def _key(stage: Stage, inputs: Mapping[str, str]) -> str:
     text = json.dumps(
         [stage.name, stage.settings, inputs], sort_keys=True, ensure_ascii=True, allow_nan=False
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _finished(output: Path, key: str) -> StageRecord | None:
+def _finished(stage: Stage, output: Path, key: str) -> StageRecord | None:
     try:
         record = read_record(StageRecord, output / RECORD_FILE)
     except (InputError, OSError):
         return None
     if record.key != key or any(_size(output / name) != size for name, size in record.files.items()):
         return None
-    return record
+    return record if stage.settled(output) else None
 
 
-def _run(stage: Stage, key: str, folder: Path, progress: Progress) -> StageRecord:
+def _run(stage: Stage, inputs: dict[str, str], folder: Path, progress: Progress) -> StageRecord:
     began = time.monotonic()
     with atomic_directory(stage_folder(folder, stage.name), force=True) as temporary:
         stage.run(temporary, progress)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
-        # Through JSON, so that the record reads back equal whether or not the stage has just run.
-        settings = json.loads(json.dumps(dict(stage.settings)))
-        record = StageRecord(stage.name, key, settings, sizes, round(time.monotonic() - began, 3))
+        seconds = round(time.monotonic() - began, 3)
+        record = StageRecord(stage.name, _key(stage, inputs), _plain(stage.settings), inputs, sizes, seconds)
         write_record(temporary / RECORD_FILE, record)
     return record
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors.torch
@@ -10,32 +11,58 @@ import torch
 
 from cfsp.calibration import Calibration, load_calibration
 from cfsp.checkpoint import read_checkpoint_info, save_checkpoint
-from cfsp.evaluation import PROMPTS, TorchLanguageModel
+from cfsp.errors import PhonereadyError
+from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
 from cfsp.model_reference import load_model, load_tokenizer
 from cfsp.model_source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.prune import moment_windows, prune_model
-from cfsp.records import write_record
+from cfsp.records import read_record, write_record
 from cfsp.statistics import collect_input_moments
 from cfsp.text import tokens_sha256
 from exporters.gguf import export_gguf, find_quant
 from exporters.onnx.folder import find_graph
-from phoneready.evaluation.record import EvaluationSettings, ModelIdentity
+from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
+from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity
 from phoneready.evaluation.run import evaluate
 from phoneready.pipeline.answers import answer_all
 from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.metrics import CHECKPOINT
+from phoneready.pipeline.places import Unreachable, open_place, place_slug
 from phoneready.pipeline.stages import stage_folder
-from runtime_bench.jsonl import append_jsonl
+from runtime_bench.jsonl import append_jsonl, read_jsonl
 from runtime_bench.measure import run_bench
+from runtime_bench.record import BenchRecord
+from runtime_bench.targets import DOES_NOT_FIT, Target
 
-__all__ = ["ANSWERS_FILE", "BENCH_FILE", "EVALUATION_FILE", "Steps"]
+__all__ = [
+    "ANSWERS_FILE",
+    "BENCH_FILE",
+    "EVALUATION_FILE",
+    "RECOVERY_STAGE",
+    "Steps",
+    "bench_settled",
+    "bench_stage",
+]
 
 CALIBRATION_FILE = "calibration.safetensors"
 EVALUATION_FILE = "evaluation.json"
 ANSWERS_FILE = "answers.json"
 BENCH_FILE = "bench.jsonl"
+RECOVERY_STAGE = "recover"
+
+
+def bench_stage(place: str) -> str:
+    """The stage that measures at a place."""
+    return f"bench-{place_slug(place)}"
+
+
+def bench_settled(output: Path) -> bool:
+    """Whether measuring again would give nothing else: all rows were measured, or do not fit where they were."""
+    records = read_jsonl(output / BENCH_FILE)
+    return all(record.ok or record.memory_verdict == DOES_NOT_FIT for record in records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +89,16 @@ class Steps:
         """Whether a quantization wants the importance matrix of the dense model."""
         export = self.config.export
         return export.imatrix and any(find_quant(quant).uses_imatrix for quant in export.quants)
+
+    @property
+    def final(self) -> str:
+        """The stage whose checkpoint is exported."""
+        return RECOVERY_STAGE if self.config.recover else "prune"
+
+    @property
+    def recovery_work(self) -> Path:
+        """Where training keeps its own checkpoints, so that a killed one goes on."""
+        return self.folder / "stages" / "recover.work"
 
     def checkpoint(self, stage: str) -> Path:
         """The checkpoint that a stage left."""
@@ -109,22 +146,68 @@ class Steps:
             seed=self.config.seed,
         )
 
+    def recover(self, output: Path, progress: Progress) -> None:
+        """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
+        from cfsp.recovery import recover
+
+        settings = self.config.recover
+        assert settings is not None
+        recover(
+            str(self.checkpoint("prune")),
+            output / "model",
+            settings.settings(self.config.seed),
+            data=settings.data,
+            validation=settings.validation,
+            teacher=str(self.checkpoint("dense")),
+            work=self.recovery_work,
+            force=True,
+            progress=progress,
+        )
+
     def evaluate(self, output: Path, progress: Progress) -> None:
         """Pruned against dense, as checkpoints."""
+        dense, pruned = self._load("dense", progress), self._load(self.final, progress)
+        self._judge(TorchLanguageModel(pruned), dense, "pruned", output / EVALUATION_FILE, progress)
+
+    def evaluate_files(self, output: Path, progress: Progress) -> None:
+        """Exports of the pruned model in their own runtime, against the dense checkpoint."""
+        dense = self._load("dense", progress)
+        opening = OpenSettings(self.config.evaluate.seqlen, threads=self.threads)
+        for item, artifact in self.pruned_artifacts().items():
+            if item not in self.config.evaluate.files:
+                continue
+            root = str(artifact.root)
+            with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
+                self._judge(model, dense, artifact.name, output / f"{item}.json", progress)
+
+    def evaluations(self) -> Iterator[tuple[str, str, Evaluation]]:
+        """(item, name, judgement) of the checkpoint and of every export that was judged."""
+        path = stage_folder(self.folder, "evaluate") / EVALUATION_FILE
+        yield CHECKPOINT, CHECKPOINT, read_record(Evaluation, path)
+        artifacts = self.pruned_artifacts() if self.config.evaluate.files else {}
+        for item in self.config.evaluate.files:
+            path = stage_folder(self.folder, "evaluate-files") / f"{item}.json"
+            yield item, artifacts[item].name, read_record(Evaluation, path)
+
+    def _judge(
+        self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
+    ) -> None:
+        chosen = self.config.evaluate
         settings = EvaluationSettings(
-            text=self.config.evaluate.text,
-            chats=self.config.evaluate.chats,
-            seqlen=self.config.evaluate.seqlen,
-            max_windows=self.config.evaluate.max_windows,
+            text=chosen.text,
+            chats=chosen.chats,
+            seqlen=chosen.seqlen,
+            max_windows=chosen.max_windows,
             prompts=self.prompts,
-            max_new_tokens=self.config.evaluate.max_new_tokens,
+            max_new_tokens=chosen.max_new_tokens,
             seed=self.config.seed + 1,  # not the calibration's: chats that pruning has seen prove nothing
+            tasks=chosen.task_settings(),
+            metrics=chosen.metrics,
         )
-        dense, pruned = self._load("dense", progress), self._load("prune", progress)
-        result = evaluate(TorchLanguageModel(pruned), TorchLanguageModel(dense), settings, progress=progress)
+        result = evaluate(model, TorchLanguageModel(dense), settings, progress=progress)
         against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
-        named = dataclasses.replace(result, model=ModelIdentity("pruned"), against=against)
-        write_record(output / EVALUATION_FILE, named)
+        named = ModelIdentity(name, result.model.runtime)
+        write_record(path, dataclasses.replace(result, model=named, against=against))
 
     def export_dense(self, output: Path, progress: Progress) -> None:
         """The dense model's exports, for comparison."""
@@ -133,7 +216,8 @@ class Steps:
     def export_pruned(self, output: Path, progress: Progress) -> None:
         """The pruned model's exports."""
         percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
-        self._export("prune", f"pruned{percent}", output, progress)
+        recovered = "-recovered" if self.config.recover else ""
+        self._export(self.final, f"pruned{percent}{recovered}", output, progress)
 
     def answers(self, output: Path, progress: Progress) -> None:
         """What the files answer in their own runtime."""
@@ -147,13 +231,34 @@ class Steps:
         )
         write_record(output / ANSWERS_FILE, record)
 
-    def bench(self, output: Path, progress: Progress) -> None:
-        """All of them in turns; records name them without folders, as the release may move."""
-        names = {str(artifact.path): artifact.name for artifact in self.artifacts()}
+    def bench(self, place: str, output: Path, progress: Progress) -> None:
+        """All of them in turns at a place; records name them without folders, as the release may move.
+
+        A place that cannot be reached is no reason to lose all else: its rows are recorded as failed.
+        """
+        wanted = self.config.bench.files or self.config.export.names
+        items = self.config.export.names
+        # Dense and pruned take turns.
+        chosen = [a for i, a in enumerate(self.artifacts()) if items[i // 2] in wanted]
+        names = {str(artifact.path): artifact.name for artifact in chosen}
         settings = self.config.bench.settings(self.config.seed)
-        records = run_bench([Path(path) for path in names], settings, progress)
+        files = [Path(path) for path in names]
+        target: Target
+        try:
+            target = open_place(place)
+        except PhonereadyError as error:
+            target = Unreachable(place, str(error))
+        records = run_bench(files, settings, progress, target=target)
         named = [dataclasses.replace(r, model_filename=names[r.model_filename]) for r in records]
         append_jsonl(output / BENCH_FILE, named)
+
+    def bench_records(self, place: str) -> list[BenchRecord]:
+        """What was measured at a place."""
+        return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
+
+    def pruned_artifacts(self) -> dict[str, Artifact]:
+        """Quantization or variant -> its export of the pruned model."""
+        return dict(zip(self.config.export.names, self.artifacts()[1::2], strict=True))
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         """A stage's checkpoint, with the origin of the model that it was made from."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from cfsp.errors import InputError
+from phoneready.main import main
 from phoneready.pipeline.config import demo_config_text, load_config, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +19,9 @@ def test_the_demo_and_the_example_are_valid_and_the_same() -> None:
     demo = load_config(None)
     assert demo.model.reference == "smollm2-135m"
     assert demo.prune_settings().align == 32
-    assert parse_config((ROOT / "examples" / "release.toml").read_text(encoding="utf-8"), where="x") == demo
+    example = parse_config((ROOT / "examples" / "release.toml").read_text(encoding="utf-8"), where="x")
+    assert example.model_copy(update={"budgets": ()}) == demo
+    assert example.budgets
     assert "reference" in demo_config_text()
 
 
@@ -39,11 +43,118 @@ def test_all_errors_are_reported_at_once() -> None:
     for part in (
         "evaluate.seqlen",
         "export.quants: quant: unknown quantization (got 'Q9')",
-        "bench: ",
-        "repetitions=0",
+        "bench.repetitions: Input should be greater than or equal to 1",
     ):
         assert part in message
+    for part in ("line 1: sead", "line 2: model", "line 4: prune.p", "line 5: prune.c", "line 7: evaluate"):
+        assert part in message
     assert "\n" not in message
+
+
+LINES = '''# first
+seed = -1
+[model]
+reference = ""   # [prune]
+[export]
+quants = [
+    "Q4_0",
+    # "Q9",
+    "Q8",
+]
+onnx = ["""
+[bench]
+repetitions = 0"""]
+[recover]
+rank = 0
+loss = "best"
+max_tokens = 10
+epochs = 1.0
+"seqlen" = 1
+[[budgets]]
+metric = "file_bytes"
+at_most = "9 apples"
+[[budgets]]
+metric = "speed"
+at_least = 1
+[[budgets]]
+metric = "tg64"
+at_most = 3
+[[budgets]]
+metric = "kl_mean"
+at_most = 0.1
+relative_to = "dense"
+'''
+
+
+def test_every_error_stands_at_its_line() -> None:
+    with pytest.raises(InputError) as caught:
+        parse_config(LINES, where="release.toml")
+    problems = str(caught.value).removeprefix("release.toml: ").split("; line ")
+    found = {int(part.removeprefix("line ").split(":")[0]): part for part in problems}
+    assert sorted(found) == [2, 4, 6, 11, 15, 16, 19, 20, 24, 26, 29]
+    for line, key in {
+        6: "export.quants",
+        15: "recover.rank",
+        24: "budgets[1].metric",
+        29: "budgets[3]",
+    }.items():
+        assert f": {key}: " in found[line]
+    assert "9 apples" in found[20]
+    assert "at_least alone" in found[26]
+
+
+@pytest.mark.parametrize(
+    ("more", "wrong"),
+    [
+        ('metric = "tg65"\nat_least = 1', r"line 4: budgets\[0\]\.metric: tg65 is not measured here; allowed: .*tg128"),
+        ('metric = "tg128"\nat_least = 1\nfiles = ["Q8_0"]', r"line 6: .*files: Q8_0 has no tg128 here; allowed: Q4_0"),
+        ('metric = "tg128"\nat_least = 1\ntargets = ["moon"]', r"targets: moon has no tg128 here; allowed: local"),
+        ('metric = "kl_mean"\nat_most = 1\non = ["song"]', r"on: song has no kl_mean here; allowed: text builtin"),
+        ('metric = "accuracy"\nat_least = 0.5', "accuracy is not measured here"),
+        ('metric = "file_bytes"\nat_most = 1\nrelative_to = "baseline"', r"there is no \[baseline\]"),
+        ('metric = "file_bytes"\nat_most = "1 MB"\nrelative_to = "dense"', "a ratio is a number"),
+        ('metric = "file_bytes"\nat_most = 1.0\ndifference = true', "difference: wants relative_to"),
+    ],
+)  # fmt: skip
+def test_a_budget_on_what_is_not_produced_is_an_error(more: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=wrong):
+        parse_config(f"{MODEL}[[budgets]]\n{more}", where="release.toml")
+
+
+def test_files_that_are_not_exported_cannot_be_measured_or_judged() -> None:
+    with pytest.raises(
+        InputError, match=r"line 4: bench\.files: not exported .*line 6: evaluate\.files: not"
+    ):
+        parse_config(MODEL + '[bench]\nfiles = ["int8"]\n[evaluate]\nfiles = ["Q8_0"]', where="x")
+
+
+def test_settings_can_be_overridden_with_toml_values() -> None:
+    given = ["prune.prune_ratio=0.3", 'export.quants=["Q8_0"]', "seed=7", "recover.rank=4"]
+    config = parse_config(MODEL, where="x", overrides=given)
+    assert (config.prune.prune_ratio, config.export.quants, config.seed) == (0.3, ("Q8_0",), 7)
+    assert config.recover is not None
+    assert config.recover.rank == 4
+    with pytest.raises(InputError, match=r"--set prune\.prune_ratio=2: prune\.prune_ratio: .*less than 1"):
+        parse_config(MODEL, where="x", overrides=["prune.prune_ratio=2"])
+    with pytest.raises(InputError, match="--set: not understood"):
+        parse_config(MODEL, where="x", overrides=["model.reference=smollm2-135m"])
+
+
+def test_init_writes_a_configuration_whose_comments_are_the_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "release.toml"
+    assert main(["init", str(file), "--model", 'a "quoted" name']) == 0
+    text = file.read_text(encoding="utf-8")
+    config = parse_config(text, where="x")
+    assert config.model.reference == 'a "quoted" name'
+    shown = re.sub(r"(?m)^#(?=\w+ = )(?!(data|max_tokens|file|limit) )", "", text)
+    assert shown != text
+    assert parse_config(shown, where="x") == config
+    capsys.readouterr()
+    assert main(["init", str(file)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert file.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.parametrize(

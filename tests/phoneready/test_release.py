@@ -44,8 +44,20 @@ ttft = [4]
 n_threads = [1]
 repetitions = 5
 samples_per_process = 5
+devices = ["pixel-8a", "galaxy-s24-ultra"]
+[[budgets]]
+metric = "file_bytes"
+at_most = 0.999
+relative_to = "dense"
+[[budgets]]
+metric = "kl_mean"
+on = ["chats"]
+at_most = 1e-6
+[[budgets]]
+metric = "projected_memory_bytes"
+at_most = "1 GB"
 """
-STAGES = ("dense", "prune", "evaluate", "export-dense", "export-pruned", "answers", "bench")
+STAGES = ("dense", "prune", "evaluate", "export-dense", "export-pruned", "answers", "bench-local")
 
 
 def write_config(folder: Path, model: Path, quants: str = "Q8_0") -> Path:

@@ -1,0 +1,38 @@
+"""`phoneready init`: a configuration to begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cfsp.errors import InputError
+from cfsp.files import refuse_existing, write_text
+from phoneready.commands.options import DebugOption, ForceOption, JsonOption
+from phoneready.console import write_result
+
+__all__ = ["init"]
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="File to write.", metavar="FILE")] = Path("release.toml"),
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Model to put into it.", metavar="MODEL", show_default="smollm2-135m"),
+    ] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a release.toml with every setting, its default and a word on it.
+
+    Edit it, then run `phoneready release FILE`.
+    """
+    from phoneready.pipeline.config import template_text
+
+    if file.is_dir():
+        raise InputError("a folder; name the file", field="FILE", value=str(file))
+    refuse_existing(file, force=force)
+    write_text(file, template_text(model))
+    write_result(f"Written to {file}; next: phoneready release {file}", {"file": str(file)}, as_json=json)

@@ -1,0 +1,196 @@
+"""The figures of a finished release, from what its stages left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from cfsp.evaluation.tasks import TaskResult
+from exporters.record import ExportRecord
+from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.pipeline.metrics import FigureKey, metric_of, text_name
+from phoneready.pipeline.report import ReleaseFigures
+from phoneready.pipeline.steps import Steps
+from runtime_bench.device_profile import find_profile, load_profiles
+from runtime_bench.model_facts import gguf_facts
+from runtime_bench.projection import Band, project
+from runtime_bench.record import BenchRecord
+from runtime_bench.summary import median
+
+__all__ = ["collect_figures"]
+
+_Exports = Mapping[str, tuple[str, ExportRecord]]
+"""Name of an exported file -> its role and record."""
+
+
+def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
+    """Every figure of `planned_figures`, of the dense model too where it has one.
+
+    Args:
+        config: Of the release.
+        folder: Of the release.
+        release: What the stages recorded.
+    """
+    steps = Steps(config, folder, None)
+    sides = ((PRUNED, release.pruned), (DENSE, release.dense))
+    exports = {record.file: (role, record) for role, records in sides for record in records}
+    found = [_size(role, record) for role, record in exports.values()]
+    for place in config.bench.targets:
+        found += _benchmarks(config, place, steps.bench_records(place), exports)
+    found += _projections(config, steps, exports)
+    for item, subject, evaluation in steps.evaluations():
+        found += _judgements(item, subject, evaluation)
+    return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
+
+
+def _size(role: str, record: ExportRecord) -> Figure:
+    return Figure(FigureKey("file_bytes", record.quant), role, record.file, "bytes", record.file_bytes)
+
+
+def _benchmarks(
+    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], exports: _Exports
+) -> Iterator[Figure]:
+    rows: dict[tuple[str, int], list[BenchRecord]] = {}
+    for record in records:
+        yield _timing(config, place, record, *exports[record.model_filename])
+        rows.setdefault((record.model_filename, record.n_threads), []).append(record)
+    for (name, _), group in rows.items():
+        yield _peak(config, place, group, *exports[name])
+
+
+def _bench_figure(
+    config: ReleaseConfig, place: str, record: BenchRecord, role: str, export: ExportRecord, metric: str
+) -> dict[str, object]:
+    """What all figures of a benchmark record have in common."""
+    threads = record.n_threads if config.bench.n_threads else None
+    conditions = {"kind": record.kind, "engine": record.engine, "processor": record.cpu_info}
+    if threads is None:
+        conditions["threads"] = str(record.n_threads)
+    return {
+        "key": FigureKey(metric, export.quant, place, threads),
+        "role": role,
+        "subject": record.model_filename,
+        "unit": metric_of(metric).unit,
+        "kind": record.kind,
+        "target": record.target,
+        "paired": f"{record.session} {metric} {record.n_threads}",
+        "failure": record.failure,
+        "conditions": {name: str(value) for name, value in conditions.items()},
+    }
+
+
+def _timing(
+    config: ReleaseConfig, place: str, record: BenchRecord, role: str, export: ExportRecord
+) -> Figure:
+    common = _bench_figure(config, place, record, role, export, record.test)
+    samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
+    value = median(samples) if record.ok else None
+    return Figure(**common, value=value, samples=samples if record.ok else ())  # type: ignore[arg-type]
+
+
+def _peak(
+    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, export: ExportRecord
+) -> Figure:
+    """Of the workload that needs most: the most of any process, and the least and the most as an interval."""
+    failed = next((record for record in records if not record.ok), None)
+    worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
+    common = _bench_figure(config, place, worst, role, export, "peak_rss_bytes")
+    peaks = tuple(map(float, worst.peak_rss_samples_bytes))
+    if failed or not peaks:
+        return Figure(**common, value=None)  # type: ignore[arg-type]
+    return Figure(**common, value=max(peaks), samples=peaks, low=min(peaks), high=max(peaks))  # type: ignore[arg-type]
+
+
+def _projections(config: ReleaseConfig, steps: Steps, exports: _Exports) -> Iterator[Figure]:
+    if not config.bench.devices:
+        return
+    profiles = load_profiles()
+    wanted = [q for q in config.export.quants if not config.bench.files or q in config.bench.files]
+    for artifact in steps.artifacts():
+        role, export = exports[artifact.name]
+        if export.quant not in wanted:
+            continue
+        facts = gguf_facts(artifact.path)
+        context = min(config.bench.n_ctx, facts.context_length)
+        for device in config.bench.devices:
+            found = project(find_profile(device, profiles).profile, facts, context)
+            why = "; ".join(found.assumptions)
+            memory = found.memory.total
+            bands = {
+                "projected_memory_bytes": Band(memory, memory),
+                "projected_tg": found.decode,
+                "projected_pp": found.prefill,
+            }
+            for metric, band in bands.items():
+                key = FigureKey(metric, export.quant, device)
+                yield _projection(key, role, artifact.name, band, why, context)
+
+
+def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why: str, context: int) -> Figure:
+    unit, conditions = metric_of(key.metric).unit, {"n_ctx": str(context)}
+    shared = {"kind": "projected", "target": key.place, "conditions": conditions}
+    if band is None:
+        return Figure(key, role, subject, unit, None, failure=why, **shared)  # type: ignore[arg-type]
+    middle = math.sqrt(band.low * band.high)
+    return Figure(key, role, subject, unit, middle, low=band.low, high=band.high, **shared)  # type: ignore[arg-type]
+
+
+def _judgements(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
+    dense = evaluation.against.reference if evaluation.against else "dense"
+    for text in evaluation.texts:
+        yield from _text_figures(item, subject, dense, text)
+    yield from _task_figures(item, PRUNED, subject, evaluation.tasks)
+    yield from _task_figures(item, DENSE, dense, evaluation.against_tasks)
+    answers = evaluation.degeneration
+    if answers is not None:
+        key, conditions = FigureKey("degenerate", item), {"prompts": answers.prompts_sha256}
+        for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
+            yield Figure(key, role, name, "share", share, conditions=conditions)
+
+
+def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iterator[Figure]:
+    name = text_name(text.kind, text.source)
+    conditions = {f"tokens of {name}": text.windows_sha256}
+    d = text.divergence
+    values = {"perplexity": text.perplexity}
+    if d is not None:
+        values |= {
+            "perplexity_ratio": d.perplexity_ratio,
+            "kl_mean": d.kl_mean,
+            "kl_p99_9": d.kl_p99_9,
+            "same_top1": d.same_top1,
+        }
+        key = FigureKey("perplexity", item, on=name)
+        yield Figure(key, DENSE, dense, "", d.reference_perplexity, conditions=conditions)
+    for metric, value in values.items():
+        unit = metric_of(metric).unit
+        yield Figure(FigureKey(metric, item, on=name), PRUNED, subject, unit, value, conditions=conditions)
+
+
+def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
+    found = []
+    for task in tasks:
+        score = next((m for m in task.metrics if m.name == "acc"), None)
+        score = score or next((m for m in task.metrics if m.higher_is_better), None)
+        if score is None:
+            continue
+        conditions = {
+            f"{name} of {task.task}": str(getattr(task, name))
+            for name in ("version", "sha256", "limit", "num_fewshot", "n_items")
+        } | {f"metric of {task.task}": score.name}
+        figure = Figure(
+            FigureKey("accuracy", item, on=task.task), role, subject, "share", score.value,
+            stderr=score.stderr, conditions=conditions,
+        )  # fmt: skip
+        found.append(figure)
+        yield figure
+    if found:
+        yield Figure(
+            FigureKey("mean_accuracy", item), role, subject, "share",
+            sum(f.value or 0 for f in found) / len(found),
+            stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in found)) / len(found),
+            conditions={name: value for f in found for name, value in f.conditions.items()},
+        )  # fmt: skip

@@ -1,0 +1,44 @@
+"""Sizes and times as people write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+
+__all__ = ["parse_bytes", "parse_ms"]
+
+_BYTES: Mapping[str, int] = MappingProxyType(
+    {"": 1, "b": 1}
+    | {letter + more: 2 ** (10 * i) for i, letter in enumerate("kmg", 1) for more in ("", "ib")}
+    | {letter + "b": 10 ** (3 * i) for i, letter in enumerate("kmg", 1)}
+)
+_MS: Mapping[str, float] = MappingProxyType({"ms": 1.0, "s": 1e3, "us": 1e-3})
+
+
+def parse_bytes(text: str, field: str) -> int:
+    """A size: `400M`, `400 MiB` and `1.5G` in powers of 1024, `80 MB` in powers of 1000, or bytes.
+
+    Raises:
+        InputError: It is none; `field` is named.
+    """
+    return round(_parse(text, _BYTES, field, "such as 400M, 400 MiB or 420 MB"))
+
+
+def parse_ms(text: str, field: str) -> float:
+    """A time such as `120 ms` or `1.5 s`, in milliseconds.
+
+    Raises:
+        InputError: It is none, or has no unit; `field` is named.
+    """
+    return _parse(text, _MS, field, "such as 120 ms or 1.5 s")
+
+
+def _parse(text: str, units: Mapping[str, float], field: str, allowed: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = match[2].lower() if match else ""
+    if match is None or unit not in units:
+        raise InputError("not understood", field=field, value=text, allowed=allowed)
+    return float(match[1]) * units[unit]

@@ -1,0 +1,208 @@
+"""Figures held against budgets: noise decides what can be said, and what is written can be read by others."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from cfsp.errors import InconclusiveError, InputError, LimitError
+from cfsp.records import read_record, write_record
+from phoneready.pipeline.budgets import BudgetConfig
+from phoneready.pipeline.config import parse_config
+from phoneready.pipeline.figure_set import Figure, FigureSet, check_same_model, read_baseline
+from phoneready.pipeline.gate import judge_all
+from phoneready.pipeline.gate_files import badge, check_verdicts, write_verdicts
+from phoneready.pipeline.metrics import FigureKey
+from phoneready.pipeline.verdict import BudgetVerdict, Verdicts
+
+MODEL = '[model]\nreference = "some/model"\n'
+SIZE = FigureKey("file_bytes", "Q4_0")
+SPEED = FigureKey("tg128", "Q4_0", "local")
+KL = FigureKey("kl_mean", "checkpoint", on="chats self")
+ACCURACY = FigureKey("accuracy", "checkpoint", on="piqa")
+
+
+def samples(median: float, spread: float, n: int = 10, seed: int = 0) -> tuple[float, ...]:
+    generator = random.Random(seed)
+    return tuple(median * (1 + spread * generator.uniform(-1, 1)) for _ in range(n))
+
+
+def figure(key: FigureKey, value: float | None, role: str = "pruned", **more: object) -> Figure:
+    units = {"file_bytes": "bytes", "tg128": "t/s", "kl_mean": "nats", "accuracy": "share"}
+    return Figure(key, role, f"{role}-{key.item}", units[key.metric], value, **more)  # type: ignore[arg-type]
+
+
+def speed(values: tuple[float, ...], role: str = "pruned", **more: object) -> Figure:
+    return figure(SPEED, sorted(values)[len(values) // 2], role, samples=values, target="local", **more)
+
+
+def figures(*found: Figure, sha256: str | None = "ab") -> FigureSet:
+    return FigureSet("some/model", sha256, 0, found)
+
+
+def budget(**settings: object) -> BudgetConfig:
+    return BudgetConfig.model_validate(settings)
+
+
+def judge(one: BudgetConfig, *found: Figure, baseline: FigureSet | None = None) -> BudgetVerdict:
+    (verdict,) = judge_all([one], figures(*found), baseline)
+    return verdict
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(100, "pass"), ("100 B", "pass"), (99, "missed")])
+def test_a_size_keeps_to_its_limit_or_not(limit: float | str, outcome: str) -> None:
+    verdict = judge(budget(metric="file_bytes", at_most=limit), figure(SIZE, 100))
+    assert (verdict.outcome, verdict.value, verdict.low, verdict.unit) == (outcome, 100, None, "bytes")
+    assert (verdict.metric, verdict.subject, verdict.target) == ("file_bytes", "pruned-Q4_0", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1 KB", 1000), ("1 KiB", 1024), ("1.5M", 1572864), ("2 GB", 2e9)]
+)
+def test_sizes_have_units(text: str, count: float) -> None:
+    assert budget(metric="file_bytes", at_most=text).limit == count
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(90, "pass"), (100, "inconclusive"), (115, "missed")])
+def test_a_speed_passes_only_with_its_whole_interval(limit: float, outcome: str) -> None:
+    verdict = judge(budget(metric="tg128", at_least=limit), speed(samples(100, 0.05)))
+    assert verdict.outcome == outcome
+    assert verdict.low is not None
+    assert verdict.high is not None
+    assert verdict.low < 100 < verdict.high
+
+
+def test_few_samples_and_failed_runs_say_nothing() -> None:
+    one = budget(metric="tg128", at_least=1)
+    few = judge(one, speed((100.0,) * 4))
+    assert (few.outcome, few.reason) == ("inconclusive", "pruned-Q4_0 has 4 samples, a verdict needs 5")
+    gone = judge(one, figure(SPEED, None, failure="the board has gone"))
+    assert (gone.outcome, gone.reason) == ("inconclusive", "pruned-Q4_0: the board has gone")
+    killed = judge(one, figure(SPEED, None, failure="does not fit: killed at the limit of 400 MiB"))
+    assert killed.outcome == "missed"
+
+
+def test_pairs_decide_what_single_samples_cannot() -> None:
+    """A machine whose speed drifts by half, and a file that is 5 % faster in every round."""
+    drift = [100 * (1 + 0.5 * i / 19) for i in range(20)]
+    dense = speed(tuple(drift), "dense", paired="one")
+    ours = tuple(1.05 * value for value in drift)
+    one = budget(metric="tg128", at_least=1.02, relative_to="dense")
+    assert judge(one, speed(ours, paired="one"), dense).outcome == "pass"
+    apart = judge(one, speed(ours, paired="two"), dense)
+    assert apart.outcome == "inconclusive"
+    assert (apart.unit, apart.limit) == ("x", "at least 1.02 x dense")
+
+
+def test_accuracies_have_standard_errors() -> None:
+    dense = figure(ACCURACY, 0.70, "dense", stderr=0.005)
+    one = budget(metric="accuracy", at_least=-0.02, relative_to="dense", difference=True)
+    assert judge(one, figure(ACCURACY, 0.70, stderr=0.005), dense).outcome == "pass"
+    assert judge(one, figure(ACCURACY, 0.69, stderr=0.005), dense).outcome == "inconclusive"
+    assert judge(one, figure(ACCURACY, 0.60, stderr=0.005), dense).outcome == "missed"
+    ratio = budget(metric="accuracy", at_least=0.95, relative_to="dense")
+    assert judge(ratio, figure(ACCURACY, 0.70, stderr=0.005), dense).outcome == "pass"
+
+
+def test_a_band_is_an_interval() -> None:
+    key = FigureKey("projected_tg", "Q4_0", "pixel-8a")
+    found = Figure(key, "pruned", "f", "t/s", 20, kind="projected", low=10, high=40)
+    outcomes = [judge(budget(metric="projected_tg", at_least=n), found).outcome for n in (9, 20, 41)]
+    assert outcomes == ["pass", "inconclusive", "missed"]
+
+
+def test_a_baseline_must_be_of_the_same_model_schema_text_and_machine(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    before = figures(
+        figure(KL, 0.10, conditions={"tokens of chats self": "aa"}),
+        speed(samples(100, 0.01), conditions={"processor": "this"}),
+    )
+    write_record(path, before)
+    assert read_baseline(path, [KL, SPEED]) == before
+    with pytest.raises(InputError, match="has no file_bytes, Q4_0"):
+        read_baseline(path, [KL, SIZE])
+    check_same_model(before, "elsewhere/the-same", "ab", path)
+    with pytest.raises(InputError, match="of another model: some/model"):
+        check_same_model(before, "some/model", "cd", path)
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(InputError, match="unknown schema version"):
+        read_baseline(path, [])
+
+    kl = budget(metric="kl_mean", at_most=1.05, relative_to="baseline")
+    same = figure(KL, 0.104, conditions={"tokens of chats self": "aa"})
+    assert judge(kl, same, baseline=before).outcome == "pass"
+    other = dataclasses.replace(same, conditions={"tokens of chats self": "bb"})
+    with pytest.raises(InputError, match="tokens of chats self was aa and is bb"):
+        judge(kl, other, baseline=before)
+    fast = budget(metric="tg128", at_least=0.9, relative_to="baseline")
+    here = speed(samples(100, 0.01, seed=1), conditions={"processor": "this"})
+    assert judge(fast, here, baseline=before).outcome == "pass"
+    elsewhere = judge(fast, dataclasses.replace(here, conditions={"processor": "that"}), baseline=before)
+    assert (elsewhere.outcome, "processor was this and is that" in elsewhere.reason) == ("inconclusive", True)
+
+
+HOSTILE = "<script>alert(1)</script> | `x` [y](http://z) @someone #1 $a$ \x00 & ❤"
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A release folder with one verdict of each kind, about a file with a hostile name."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
+    (tmp_path / "step.md").write_text("before\n", encoding="utf-8")
+    config = parse_config(
+        MODEL + '[[budgets]]\nmetric = "file_bytes"\nat_most = 1\n[[budgets]]\nmetric = "tg128"\nat_least = 100\n'
+        '[[budgets]]\nmetric = "kl_mean"\nat_most = 0.2\n',
+        where="x",
+    )  # fmt: skip
+    found = (figure(SIZE, 3 * 2**20), speed(samples(100, 0.05)), figure(KL, 0.1))
+    hostile = [dataclasses.replace(one, subject=HOSTILE) for one in found]
+    write_verdicts(config, tmp_path, figures(*hostile), None)
+    return tmp_path
+
+
+def test_verdicts_are_read_back_and_make_the_exit_status(written: Path) -> None:
+    verdicts = read_record(Verdicts, written / "verdicts.json")
+    assert [v.outcome for v in verdicts.verdicts] == ["missed", "inconclusive", "pass"]
+    assert verdicts.outcome == "missed"
+    assert badge(verdicts) == "[MISSED] model: 1 pass, 1 inconclusive, 1 missed"
+    with pytest.raises(
+        LimitError, match=r"1 of 3 budgets missed: file_bytes of .* is 3\.0 MiB, at most 1 B"
+    ) as missed:
+        check_verdicts(verdicts, strict=False)
+    assert missed.value.exit_code == 1
+    rest = dataclasses.replace(verdicts, outcome="inconclusive", verdicts=verdicts.verdicts[1:])
+    check_verdicts(rest, strict=False)
+    with pytest.raises(InconclusiveError) as open_:
+        check_verdicts(rest, strict=True)
+    assert open_.value.exit_code == 3
+    assert len(read_record(FigureSet, written / "figures.json").figures) == 3
+
+
+def test_junit_is_xml_with_a_case_for_every_budget(written: Path) -> None:
+    suite = ElementTree.parse(written / "junit.xml").getroot().find("testsuite")
+    assert suite is not None
+    assert {name: suite.get(name) for name in ("tests", "failures", "skipped")} == {
+        "tests": "3",
+        "failures": "1",
+        "skipped": "1",
+    }
+    kinds = [{child.tag for child in case} for case in suite]
+    assert kinds == [{"failure"}, {"skipped"}, {"system-out"}]
+    assert "<script>" in str(suite[0].get("classname")), "the reader, not the file, has the characters"
+
+
+def test_the_step_summary_is_appended_and_escaped(written: Path) -> None:
+    summary = (written / "summary.md").read_text(encoding="utf-8")
+    assert (written / "step.md").read_text(encoding="utf-8") == f"before\n{summary}\n"
+    rows = [line for line in summary.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert "missed" in rows[2], "the worst first"
+    for row in rows:
+        assert row.count("|") == 8
+        for character in "<>`[]@$":
+            assert character not in row
+        assert "://" not in row
