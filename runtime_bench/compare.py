@@ -17,8 +17,8 @@ from runtime_bench.summary import ratio_interval
 __all__ = ["MIN_SAMPLES", "THRESHOLD", "VERDICTS", "Comparison", "by_model", "compare", "compare_records"]
 
 MIN_SAMPLES = 5
-"""Fewest samples of each side for a verdict: the range of five covers the median with probability 1 - 2/2^5 =
-0.94."""
+"""Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
+probability 1 - 2/2^5 = 0.94."""
 
 THRESHOLD = 0.03
 """Relative change that counts as a difference."""
@@ -150,10 +150,18 @@ def compare_records(
     """
     _check_settings(threshold, confidence)
     _check_comparable(base, new)
-    paired = base.session == new.session and len(base.samples_ns) == len(new.samples_ns)
+    paired = base.session == new.session and base.rounds == new.rounds
     measured = bool(base.samples_ns and new.samples_ns)
     interval = (
-        ratio_interval(base.samples_ns, new.samples_ns, paired=paired, confidence=confidence, seed=seed)
+        ratio_interval(
+            base.samples_ns,
+            new.samples_ns,
+            paired=paired,
+            numerator_rounds=base.rounds,
+            denominator_rounds=new.rounds,
+            confidence=confidence,
+            seed=seed,
+        )
         if measured
         else None
     )
@@ -199,8 +207,11 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
     for side, record in (("base", base), ("new", new)):
         if not record.ok:
             return f"{side} failed: {record.failure}"
-        if len(record.samples_ns) < MIN_SAMPLES:
-            return f"{side} has {len(record.samples_ns)} samples, a verdict needs {MIN_SAMPLES}"
+        if record.void:
+            return f"{side} writes degenerate text ({record.degenerate}), its speed is void"
+        if len(set(record.rounds)) < MIN_SAMPLES:
+            independent = "samples" if record.samples_per_process == 1 else "processes"
+            return f"{side} has {len(set(record.rounds))} {independent}, a verdict needs {MIN_SAMPLES}"
     if base.workload == "load" and base.page_cache_state != new.page_cache_state:
         return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
     return None

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,47 +20,18 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench import summary
-from runtime_bench.engines import EngineFacts, SessionSettings
-from runtime_bench.files import files_of
-from runtime_bench.record import BenchRecord, Environment
-from runtime_bench.targets import LOCAL, VERDICTS, Target
-from runtime_bench.worker import WorkerRequest, WorkerResult
+from runtime_bench.engines import SessionSettings
+from runtime_bench.record import BenchRecord
+from runtime_bench.rows import Row, Session, page_cache_wish, record_of, shares
+from runtime_bench.targets import LOCAL, Target
+from runtime_bench.text_check import TextCheck, check_text
+from runtime_bench.thermal import heat_around
+from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
 __all__ = ["run_bench"]
 
 logger = logging.getLogger(__name__)
-
-_NO_FACTS = EngineFacts(None, None, None, None, None, {}, None)
-
-
-@dataclass(frozen=True)
-class _Session:
-    """What all rows of one call share."""
-
-    files: tuple[Path, ...]
-    hashes: tuple[str, ...]
-    engines: tuple[str, ...]
-    settings: BenchSettings
-    target: Target
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-@dataclass
-class _Row:
-    """Results of one file, workload and thread count, in the order taken."""
-
-    results: list[WorkerResult] = field(default_factory=list)
-    sequence: list[int] = field(default_factory=list)
-    started: str | None = None
-
-    @property
-    def failure(self) -> str | None:
-        return next((r.error for r in self.results if r.error), None)
-
-    @property
-    def samples_ns(self) -> list[int]:
-        return [ns for result in self.results for ns in result.samples_ns]
 
 
 def run_bench(
@@ -100,10 +70,12 @@ def run_bench(
     engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
-    session = _Session(tuple(files), _hash_all(files), engines, settings, target)
+    session = Session(
+        tuple(files), _hash_all(files), engines, _check_texts(files, settings), settings, target
+    )
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]
-    processes = sum(len(_shares(settings, workload)) for _, workload in groups)
+    processes = sum(len(shares(settings, workload)) for _, workload in groups)
     counter = _Counter(progress, processes * len(files))
     records = []
     for threads, workload in groups:
@@ -112,6 +84,17 @@ def run_bench(
             if on_record is not None:
                 on_record(record)
     return records
+
+
+def _check_texts(files: Sequence[Path], settings: BenchSettings) -> tuple[TextCheck | None, ...]:
+    """What each file writes, once a file; None where nobody asked."""
+    if not settings.check_text:
+        return (None,) * len(files)
+    found = {path: check_text(path, settings.timeout_s) for path in dict.fromkeys(files)}
+    for path, check in found.items():
+        if check.problem:
+            logger.warning("%s: its text could not be checked: %s", path.name, check.problem)
+    return tuple(found[path] for path in files)
 
 
 @dataclass
@@ -133,49 +116,53 @@ class _Counter:
 
 
 def _measure_group(
-    session: _Session, workload: Workload, threads: int, counter: _Counter
+    session: Session, workload: Workload, threads: int, counter: _Counter
 ) -> list[BenchRecord]:
     """One workload on all files."""
     environment = session.target.environment()
     rows = _interleave(session, workload, threads, counter)
-    first: list[_Row] | None = None
+    first: list[Row] | None = None
     if any(_too_wide(row, session.settings) for row in rows):
         logger.info("%s: samples spread widely, measuring once more", workload.test)
         again = sum(row.failure is None for row in rows)
-        counter.total += again * len(_shares(session.settings, workload))
+        counter.total += again * len(shares(session.settings, workload))
         first, rows = rows, _interleave(session, workload, threads, counter, skip=rows)
     return [
-        _record(session, index, workload, threads, row, first[index] if first else None, environment)
+        record_of(session, index, workload, threads, row, first[index] if first else None, environment)
         for index, row in enumerate(rows)
     ]
 
 
 def _interleave(
-    session: _Session,
+    session: Session,
     workload: Workload,
     threads: int,
     counter: _Counter,
-    skip: Sequence[_Row] = (),
-) -> list[_Row]:
+    skip: Sequence[Row] = (),
+) -> list[Row]:
     """A B A B; a file that failed is not tried again. Rows in `skip` that failed already are kept as they
     are."""
-    rows = [row if row.failure else _Row() for row in skip] or [_Row() for _ in session.files]
+    rows = [row if row.failure else Row() for row in skip] or [Row() for _ in session.files]
     tried = [index for index, row in enumerate(rows) if row.failure is None]
-    for samples in _shares(session.settings, workload):
+    before = session.target.environment()
+    for samples in shares(session.settings, workload):
         for index in tried:
             if rows[index].failure is None:
                 _measure_once(session, index, workload, threads, samples, rows[index], counter.next_number())
+                after = session.target.environment()
+                rows[index].heat.append(heat_around(before, after))
+                before = after
             counter.step()
     return rows
 
 
 def _measure_once(
-    session: _Session,
+    session: Session,
     index: int,
     workload: Workload,
     threads: int,
     samples: int,
-    row: _Row,
+    row: Row,
     number: int,
 ) -> None:
     settings = session.settings
@@ -190,7 +177,7 @@ def _measure_once(
         samples=samples,
         warmup=settings.warmup,
         seed=settings.seed,
-        page_cache=_page_cache(settings, workload),
+        page_cache=page_cache_wish(settings, workload),
     )
     result = session.target.run(request, settings.timeout_s)
     row.results.append(result)
@@ -199,81 +186,9 @@ def _measure_once(
         logger.warning("%s %s failed: %s", session.files[index].name, workload.test, result.error)
 
 
-def _record(
-    session: _Session,
-    index: int,
-    workload: Workload,
-    threads: int,
-    row: _Row,
-    first: _Row | None,
-    environment: Environment,
-) -> BenchRecord:
-    settings, path = session.settings, session.files[index]
-    facts = next((r.facts for r in row.results if r.facts), _NO_FACTS)
-    versions = environment.versions | facts.versions
-    opened = [r for r in row.results if r.load_ns]
-    return BenchRecord(
-        kind=session.target.kind,
-        target=session.target.name,
-        engine=session.engines[index],
-        status="failed" if row.failure else "ok",
-        failure=row.failure,
-        session=session.id,
-        workload=workload.kind,
-        test=workload.test,
-        model_filename=str(path),
-        model_type=facts.model_type,
-        model_size=facts.model_size,
-        model_n_params=facts.model_n_params,
-        file_size_bytes=sum(file.stat().st_size for file in files_of(path)),
-        file_sha256=session.hashes[index],
-        n_prompt=workload.n_prompt,
-        n_gen=workload.n_gen,
-        n_depth=workload.n_depth,
-        n_batch=settings.n_batch,
-        n_ubatch=settings.n_ubatch,
-        n_threads=threads,
-        backends=facts.backends,
-        build_commit=facts.build_commit,
-        cpu_info=environment.cpu_model,
-        test_time=row.started,
-        warmup=settings.warmup and workload.kind != "load",
-        samples_per_process=_shares(settings, workload)[0],
-        environment=replace(environment, versions=versions, system_info=facts.system_info),
-        samples_ns=tuple(row.samples_ns),
-        sequence=tuple(row.sequence),
-        load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
-        page_cache=_page_cache(settings, workload),
-        page_cache_shares=tuple(r.page_cache_share for r in opened),
-        baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
-        peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in row.results if r.peak_rss_bytes),
-        quarantined_ns=tuple(first.samples_ns) if first is not None and first is not row else (),
-        spread_limit=settings.spread_limit,
-        memory_limit_bytes=session.target.memory_limit_bytes,
-        memory_verdict=max(
-            (r.memory_verdict for r in row.results if r.memory_verdict), key=VERDICTS.index, default=None
-        ),
-        reread_bytes=max((r.reread_bytes for r in row.results if r.reread_bytes is not None), default=None),
-    )
-
-
-def _page_cache(settings: BenchSettings, workload: Workload) -> str:
-    if workload.kind != "load":
-        return "as_found"
-    return "cold" if settings.cold_load else "warm"
-
-
-def _too_wide(row: _Row, settings: BenchSettings) -> bool:
+def _too_wide(row: Row, settings: BenchSettings) -> bool:
     width = summary.spread(row.samples_ns)
     return row.failure is None and width is not None and width > settings.spread_limit
-
-
-def _shares(settings: BenchSettings, workload: Workload) -> list[int]:
-    """How many samples each round takes in its process; a process opens its file but once, so one load
-    each."""
-    most = 1 if workload.kind == "load" else settings.samples_per_process
-    full, rest = divmod(settings.repetitions, most)
-    return [most] * full + ([rest] if rest else [])
 
 
 def _check_files(files: Sequence[Path]) -> None:

@@ -20,6 +20,7 @@ from cfsp.errors import InputError
 from cfsp.records import tool_version
 from cfsp.validation import describe_problems
 from runtime_bench import summary
+from runtime_bench.notes import note_of
 from runtime_bench.untrusted import check_bounded
 from runtime_bench.workload import Workload
 
@@ -120,6 +121,11 @@ class BenchRecord:
         memory_verdict: Under that limit: fits, thrashes (pages of the file were dropped and read again) or does not
             fit (killed); the worst of all processes.
         reread_bytes: Bytes of files that were read again, the most of any process.
+        clock_caps: For each process, the least share of its highest clock that any core was allowed around it; None
+            where the machine shows no clocks.
+        hottest_c: For each process, the hottest thermal zone around it, degrees Celsius; None without zones.
+        text_sample: What the file writes, the first of a few continuations; None where that was not checked.
+        degenerate: Why all it writes is degenerate, which voids the row's speed; None where it is not.
     """
 
     kind: str
@@ -161,6 +167,10 @@ class BenchRecord:
     memory_limit_bytes: _Size = None
     memory_verdict: str | None = None
     reread_bytes: _Size = None
+    clock_caps: tuple[float | None, ...] = ()
+    hottest_c: tuple[float | None, ...] = ()
+    text_sample: str | None = None
+    degenerate: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -176,6 +186,19 @@ class BenchRecord:
     def ok(self) -> bool:
         """Whether every sample was taken."""
         return self.status == "ok"
+
+    @property
+    def void(self) -> bool:
+        """Whether the speed counts for nothing: the file writes no text that makes sense."""
+        return self.degenerate is not None
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """For each sample, which process it came from, counted from 0: 0, 0, 1, 1 for two of each."""
+        if len(self.sequence) != len(self.samples_ns):
+            return tuple(range(len(self.samples_ns)))
+        order = {number: place for place, number in enumerate(dict.fromkeys(self.sequence))}
+        return tuple(order[number] for number in self.sequence)
 
     @property
     def samples_ts(self) -> tuple[float, ...]:
@@ -222,21 +245,7 @@ class BenchRecord:
     @property
     def note(self) -> str | None:
         """What a reader must know about the figures."""
-        return "; ".join(filter(None, (self._memory_note(), self._spread_note()))) or None
-
-    def _memory_note(self) -> str | None:
-        if self.memory_verdict != "thrashes" or self.memory_limit_bytes is None:
-            return None
-        again, limit = ((size or 0) / 2**20 for size in (self.reread_bytes, self.memory_limit_bytes))
-        return f"thrashes: under the limit of {limit:.0f} MiB, {again:.0f} MiB of the file were read again"
-
-    def _spread_note(self) -> str | None:
-        if not self.quarantined_ns or self.spread_limit is None:
-            return None
-        before, after = summary.spread(self.quarantined_ns) or 0.0, self.spread
-        still = after is not None and after > self.spread_limit
-        outcome = "still wide" if still else "then within it"
-        return f"p90/p50 {before:.2f} over the limit {self.spread_limit:.2f}: measured once more, {outcome}"
+        return note_of(self)
 
 
 _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType(
@@ -253,6 +262,7 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "page_cache_state": lambda r: r.page_cache_state,
         "peak_rss_bytes": lambda r: r.peak_rss_bytes,
         "spread": lambda r: r.spread,
+        "void": lambda r: r.void,
         "note": lambda r: r.note,
     }
 )

@@ -76,47 +76,68 @@ def ratio_interval(
     denominator: Sequence[float],
     *,
     paired: bool,
+    numerator_rounds: Sequence[int] | None = None,
+    denominator_rounds: Sequence[int] | None = None,
     confidence: float = 0.95,
     resamples: int = 4000,
     seed: int = 0,
 ) -> RatioInterval:
     """Percentile bootstrap (Efron 1979) of median(numerator) / median(denominator).
 
-    The quantiles are taken of the logarithm, so that exchanging the two sides inverts a paired result
-    exactly.
+    Rounds are drawn, not samples: samples of one process share what that process met (a cluster bootstrap, Davison and
+    Hinkley 1997, 3.8). The quantiles are taken of the logarithm, so that exchanging the two sides inverts a paired
+    result exactly.
 
     Args:
         numerator: Positive samples.
         denominator: Positive samples.
-        paired: Sample i of both sides was taken side by side: rounds are drawn, so that slow drift of the
-            machine cancels. Otherwise each side is drawn by itself.
+        paired: Round i of both sides was taken side by side: the same rounds are drawn of both, so that slow drift of
+            the machine cancels. Otherwise each side is drawn by itself.
+        numerator_rounds: For each sample the number of its round; each sample is one of its own unless given.
+        denominator_rounds: The same for the denominator.
         confidence: Share of the distribution inside the interval.
         resamples: Bootstrap draws.
         seed: Same seed and samples give the same interval.
 
     Raises:
-        InputError: No samples, samples that are not positive and finite, or pairs of unequal length.
+        InputError: No samples, samples that are not positive and finite, or pairs of unequal number.
     """
-    top, bottom = _positive(numerator), _positive(denominator)
+    top = _by_round(_positive(numerator), numerator_rounds)
+    bottom = _by_round(_positive(denominator), denominator_rounds)
     if paired and len(top) != len(bottom):
-        raise InputError(f"paired samples differ in number: {len(top)} and {len(bottom)}")
+        raise InputError(f"paired rounds differ in number: {len(top)} and {len(bottom)}")
     rng = np.random.default_rng(seed)
-    logs = np.concatenate(
-        [
-            _log_ratios(top, bottom, paired, count, rng)
-            for count in _portions(resamples, max(len(top), len(bottom)))
-        ]
-    )
+    portions = _portions(resamples, max(top.size, bottom.size))
+    logs = np.concatenate([_log_ratios(top, bottom, paired, count, rng) for count in portions])
     tail = (1 - confidence) / 2
     low, high = np.exp(np.quantile(logs, [tail, 1 - tail]))
-    return RatioInterval(float(np.median(top) / np.median(bottom)), float(low), float(high))
+    ratio = float(np.nanmedian(top) / np.nanmedian(bottom))
+    return RatioInterval(ratio, float(low), float(high))
+
+
+def _by_round(values: _Floats, rounds: Sequence[int] | None) -> _Floats:
+    """(rounds, most samples of a round), filled up with NaN."""
+    if rounds is None or len(rounds) != len(values):
+        return values[:, None]
+    numbers = list(dict.fromkeys(rounds))
+    groups = [values[np.asarray(rounds) == number] for number in numbers]
+    table = np.full((len(groups), max(map(len, groups))), np.nan)
+    for row, group in zip(table, groups, strict=True):
+        row[: len(group)] = group
+    return table
 
 
 def _log_ratios(top: _Floats, bottom: _Floats, paired: bool, count: int, rng: np.random.Generator) -> _Floats:
-    """log median(top) - log median(bottom) of `count` draws."""
+    """log median(top) - log median(bottom) of `count` draws of rounds."""
     rows = rng.integers(0, len(top), (count, len(top)))
     others = rows if paired else rng.integers(0, len(bottom), (count, len(bottom)))
-    found: _Floats = np.log(np.median(top[rows], axis=1)) - np.log(np.median(bottom[others], axis=1))
+    found: _Floats = np.log(_drawn_medians(top, rows)) - np.log(_drawn_medians(bottom, others))
+    return found
+
+
+def _drawn_medians(table: _Floats, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> _Floats:
+    drawn = table[rows].reshape(len(rows), -1)
+    found: _Floats = np.nanmedian(drawn, axis=1) if np.isnan(table).any() else np.median(drawn, axis=1)
     return found
 
 

@@ -83,6 +83,8 @@ def _count(value: int | None) -> str:
 def _speed(record: BenchRecord) -> str:
     if not record.ok:
         return "failed: " + textwrap.shorten(record.failure or "no reason", _REASON_WIDTH, placeholder=" ...")
+    if record.void:
+        return f"void: {record.degenerate}"
     if record.avg_ts is None:
         return _NOTHING
     deviation = summary.stdev(record.samples_ts)
@@ -103,7 +105,7 @@ _COLUMNS: MappingProxyType[str, Callable[[BenchRecord], str]] = MappingProxyType
         "threads": lambda r: str(r.n_threads),
         "test": _test,
         "t/s": _speed,
-        "time": lambda r: _number(r.median_ns, "{:.1f} ms", 1e6),
+        "time": lambda r: _NOTHING if r.void else _number(r.median_ns, "{:.1f} ms", 1e6),
         "load": lambda r: _number(r.load_ns, "{:.1f} ms", 1e6),
         "peak RSS": lambda r: _size(r.peak_rss_bytes),
     }

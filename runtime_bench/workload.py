@@ -89,6 +89,7 @@ class BenchSettings:
         timeout_s: A process that takes longer is ended and its row fails.
         spread_limit: p90 / p50 above which a row is measured once more.
         seed: Of the random tokens.
+        check_text: Let each file write first; what is degenerate voids its speeds.
     """
 
     n_prompt: tuple[int, ...] = (512,)
@@ -107,6 +108,7 @@ class BenchSettings:
     timeout_s: float = 600.0
     spread_limit: float = 1.25
     seed: int = 0
+    check_text: bool = False
 
     def __post_init__(self) -> None:
         problems = [

@@ -58,6 +58,15 @@ def bench(
     delay: Annotated[
         float, typer.Option("--delay", help="Seconds to pause before each process.", min=0)
     ] = 0.0,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Load from the disk: have the file forgotten before each load.")
+    ] = False,
+    no_text_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-text-check", help="Do not let each file write first; degenerate text voids speeds."
+        ),
+    ] = False,
     record: Annotated[
         Path | None, typer.Option("--record", help="Append the records to a JSON Lines file.")
     ] = None,
@@ -96,6 +105,7 @@ def bench(
     from runtime_bench.comparison_table import format_comparison
     from runtime_bench.jsonl import append_jsonl
     from runtime_bench.measure import run_bench
+    from runtime_bench.sweep_table import format_sweep
     from runtime_bench.table import FORMATS, format_table, short_names
     from runtime_bench.workload import BenchSettings
 
@@ -110,7 +120,9 @@ def bench(
         repetitions=repetitions,
         n_threads=split_numbers(threads or [], "--threads"),
         warmup=not no_warmup,
+        cold_load=cold,
         delay_s=delay,
+        check_text=not no_text_check,
         seed=seed,
     )
     target = open_target(on, Limits(memory, tuple(cores or ()), device))
@@ -125,6 +137,8 @@ def bench(
             on_record=None if record is None else lambda row: append_jsonl(record, [row]),
         )
     text = format_table(records, output)
+    if output == "md" and len(settings.n_threads) > 1:
+        text += "\n" + format_sweep(records)
     if output == "md" and len(files) > 1:
         text += "\n" + format_comparison(_against_the_first(records))
     write_result(text, None, as_json=False)

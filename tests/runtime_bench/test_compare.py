@@ -123,3 +123,24 @@ def test_memory_and_size_ratios(make_record: Any) -> None:
 def test_settings_out_of_range(make_record: Any, setting: dict[str, float]) -> None:
     with pytest.raises(InputError, match="out of range"):
         compare_records(make_record(), make_record(), **setting)
+
+
+def test_a_verdict_needs_as_many_processes_as_samples(make_record: Any) -> None:
+    samples = (1000,) * 10
+    one = {"samples_ns": samples, "sequence": (0,) * 10, "samples_per_process": 10}
+    found = compare_records(make_record(**one), make_record(**one))
+    assert found.verdict == "inconclusive"
+    assert "1 processes" in str(found.reason)
+    five = {"samples_ns": samples, "samples_per_process": 2}
+    base = make_record(sequence=(0, 0, 2, 2, 4, 4, 6, 6, 8, 8), **five)
+    new = make_record(sequence=(1, 1, 3, 3, 5, 5, 7, 7, 9, 9), **five)
+    assert base.rounds == new.rounds == (0, 0, 1, 1, 2, 2, 3, 3, 4, 4)
+    assert compare_records(base, new).paired
+    assert compare_records(base, new).verdict == "no difference"
+
+
+def test_the_speed_of_a_file_that_writes_nonsense_is_void(make_record: Any) -> None:
+    fast = make_record(samples_ns=(10**8,) * 5, degenerate="loop", text_sample="and and and")
+    found = compare_records(make_record(), fast)
+    assert found.verdict == "inconclusive"
+    assert "degenerate text (loop)" in str(found.reason)

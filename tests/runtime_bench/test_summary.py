@@ -6,12 +6,13 @@ import math
 import statistics
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from runtime_bench import summary
 
+NO_CLOCK = settings(deadline=None)
 SAMPLES = st.lists(st.integers(10**5, 10**10), min_size=1, max_size=12)
 
 
@@ -28,6 +29,7 @@ def test_not_finite_gives_none() -> None:
     assert summary.median([math.nan]) is None
 
 
+@NO_CLOCK
 @given(SAMPLES)
 def test_moments_and_quantiles(samples: list[int]) -> None:
     assert summary.median(samples) == pytest.approx(statistics.median(samples))
@@ -37,6 +39,7 @@ def test_moments_and_quantiles(samples: list[int]) -> None:
         assert summary.stdev(samples) == pytest.approx(statistics.stdev(samples))
 
 
+@NO_CLOCK
 @given(SAMPLES, st.floats(0.1, 10))
 def test_scaling_by_c_gives_the_ratio_c_and_no_width(samples: list[int], c: float) -> None:
     scaled = [c * s for s in samples]
@@ -46,6 +49,7 @@ def test_scaling_by_c_gives_the_ratio_c_and_no_width(samples: list[int], c: floa
     assert found.high == pytest.approx(c)
 
 
+@NO_CLOCK
 @given(st.lists(st.tuples(st.integers(10**5, 10**8), st.integers(10**5, 10**8)), min_size=1, max_size=9))
 def test_exchanging_the_sides_inverts_a_paired_interval(pairs: list[tuple[int, int]]) -> None:
     left, right = zip(*pairs, strict=True)
@@ -56,6 +60,7 @@ def test_exchanging_the_sides_inverts_a_paired_interval(pairs: list[tuple[int, i
     assert back.high == pytest.approx(1 / there.low)
 
 
+@NO_CLOCK
 @given(SAMPLES, SAMPLES, st.integers(0, 5))
 def test_an_interval_holds_its_ratios_scale_and_repeats_for_a_seed(
     left: list[int], right: list[int], seed: int
@@ -74,3 +79,29 @@ def test_a_ratio_refuses_what_is_no_time(bad: list[float]) -> None:
 def test_pairs_must_match_in_number() -> None:
     with pytest.raises(InputError, match="differ in number"):
         summary.ratio_interval([1.0, 2.0], [1.0], paired=True)
+
+
+def test_samples_of_one_process_count_as_one_round() -> None:
+    # Five processes of four samples; what differs, differs between processes.
+    top = [ns for middle in (100, 110, 120, 130, 140) for ns in (middle, middle + 1, middle + 2, middle + 3)]
+    bottom = [
+        ns for middle in (140, 100, 130, 110, 120) for ns in (middle, middle + 1, middle + 2, middle + 3)
+    ]
+    rounds = [i // 4 for i in range(20)]
+    alone = summary.ratio_interval(top, bottom, paired=True)
+    together = summary.ratio_interval(
+        top, bottom, paired=True, numerator_rounds=rounds, denominator_rounds=rounds
+    )
+    assert together.ratio == alone.ratio == 1
+    assert together.high / together.low > 1.2 * alone.high / alone.low
+    uneven = summary.ratio_interval(
+        top[:-3], bottom[:-3], paired=True, numerator_rounds=rounds[:-3], denominator_rounds=rounds[:-3]
+    )
+    assert uneven.low < uneven.ratio < uneven.high
+
+
+def test_many_samples_need_little_memory_and_change_nothing_else() -> None:
+    samples = [float(n % 97 + 1) for n in range(3000)]
+    found = summary.ratio_interval(samples, samples[::-1], paired=False, resamples=1500)
+    assert found.low < 1 < found.high
+    assert found == summary.ratio_interval(samples, samples[::-1], paired=False, resamples=1500)
