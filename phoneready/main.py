@@ -32,6 +32,7 @@ from phoneready.commands import (
     prune,
     recover,
     release,
+    tune,
 )
 from runtime_bench.markup import visible
 
@@ -56,6 +57,7 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
     {
         "init": init.init,
         "release": release.release,
+        "tune": tune.tune,
         "prune": prune.prune,
         "recover": recover.recover,
         "eval": evaluate.evaluate,

@@ -12,7 +12,7 @@ from cfsp.evaluation.language_model import Branches, Score, branch_scores
 from cfsp.generation import left_padded, pad_id, stop_ids
 from cfsp.model_source import LoadedModel
 
-__all__ = ["TorchLanguageModel", "next_token_logits"]
+__all__ = ["TorchLanguageModel", "logits_from_hidden", "next_token_logits"]
 
 _CHUNK = 256
 _BATCH_TOKENS = 2048
@@ -29,9 +29,15 @@ def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice,
     Yields:
         (slice of target positions, logits (chunk, vocab_size) float32).
     """
-    hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
+    yield from logits_from_hidden(
+        model, model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
+    )
+
+
+def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As `next_token_logits`, from the decoder's last hidden states (seqlen, hidden_size) of a window."""
     head = model.get_output_embeddings()
-    last = len(window) - 1
+    last = len(hidden) - 1
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
         yield slice(start + 1, stop + 1), head(hidden[start:stop]).float()

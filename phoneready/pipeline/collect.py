@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cfsp.evaluation.tasks import TaskResult
-from exporters.record import ExportRecord
 from phoneready.evaluation.record import Evaluation, TextResult
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.figure_set import DENSE, PRUNED, Figure, FigureSet
@@ -15,15 +14,21 @@ from phoneready.pipeline.metrics import FigureKey, metric_of, text_name
 from phoneready.pipeline.report import ReleaseFigures
 from phoneready.pipeline.steps import Steps
 from runtime_bench.device_profile import find_profile, load_profiles
-from runtime_bench.model_facts import gguf_facts
+from runtime_bench.model_facts import ModelFacts, gguf_facts
 from runtime_bench.projection import Band, project
 from runtime_bench.record import BenchRecord
 from runtime_bench.summary import median
 
-__all__ = ["collect_figures"]
+__all__ = [
+    "benchmark_figures",
+    "collect_figures",
+    "judgement_figures",
+    "projected_figures",
+    "size_figure",
+]
 
-_Exports = Mapping[str, tuple[str, ExportRecord]]
-"""Name of an exported file -> its role and record."""
+_Items = Mapping[str, tuple[str, str]]
+"""Name of an exported file -> its role, and the quantization or variant that it is."""
 
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
@@ -36,33 +41,36 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
     """
     steps = Steps(config, folder, None)
     sides = ((PRUNED, release.pruned), (DENSE, release.dense))
-    exports = {record.file: (role, record) for role, records in sides for record in records}
-    found = [_size(role, record) for role, record in exports.values()]
+    exports = [(role, record) for role, records in sides for record in records]
+    items = {record.file: (role, record.quant) for role, record in exports}
+    found = [size_figure(role, record.quant, record.file, record.file_bytes) for role, record in exports]
     for place in config.bench.targets:
-        found += _benchmarks(config, place, steps.bench_records(place), exports)
-    found += _projections(config, steps, exports)
+        found += benchmark_figures(config, place, steps.bench_records(place), items)
+    found += _projections(config, steps, items)
     for item, subject, evaluation in steps.evaluations():
-        found += _judgements(item, subject, evaluation)
+        found += judgement_figures(item, subject, evaluation)
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
 
 
-def _size(role: str, record: ExportRecord) -> Figure:
-    return Figure(FigureKey("file_bytes", record.quant), role, record.file, "bytes", record.file_bytes)
+def size_figure(role: str, item: str, subject: str, n_bytes: int) -> Figure:
+    """A file's size."""
+    return Figure(FigureKey("file_bytes", item), role, subject, "bytes", n_bytes)
 
 
-def _benchmarks(
-    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], exports: _Exports
+def benchmark_figures(
+    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], items: Mapping[str, tuple[str, str]]
 ) -> Iterator[Figure]:
+    """What was measured at a place; `items` has the role and the quantization or variant of every file."""
     rows: dict[tuple[str, int], list[BenchRecord]] = {}
     for record in records:
-        yield _timing(config, place, record, *exports[record.model_filename])
+        yield _timing(config, place, record, *items[record.model_filename])
         rows.setdefault((record.model_filename, record.n_threads), []).append(record)
     for (name, _), group in rows.items():
-        yield _peak(config, place, group, *exports[name])
+        yield _peak(config, place, group, *items[name])
 
 
 def _bench_figure(
-    config: ReleaseConfig, place: str, record: BenchRecord, role: str, export: ExportRecord, metric: str
+    config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str, metric: str
 ) -> dict[str, object]:
     """What all figures of a benchmark record have in common."""
     threads = record.n_threads if config.bench.n_threads else None
@@ -70,7 +78,7 @@ def _bench_figure(
     if threads is None:
         conditions["threads"] = str(record.n_threads)
     return {
-        "key": FigureKey(metric, export.quant, place, threads),
+        "key": FigureKey(metric, item, place, threads),
         "role": role,
         "subject": record.model_filename,
         "unit": metric_of(metric).unit,
@@ -82,51 +90,51 @@ def _bench_figure(
     }
 
 
-def _timing(
-    config: ReleaseConfig, place: str, record: BenchRecord, role: str, export: ExportRecord
-) -> Figure:
-    common = _bench_figure(config, place, record, role, export, record.test)
+def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str) -> Figure:
+    common = _bench_figure(config, place, record, role, item, record.test)
     samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
     value = median(samples) if record.ok else None
     return Figure(**common, value=value, samples=samples if record.ok else ())  # type: ignore[arg-type]
 
 
-def _peak(
-    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, export: ExportRecord
-) -> Figure:
+def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:
     """Of the workload that needs most: the most of any process, and the least and the most as an interval."""
     failed = next((record for record in records if not record.ok), None)
     worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
-    common = _bench_figure(config, place, worst, role, export, "peak_rss_bytes")
+    common = _bench_figure(config, place, worst, role, item, "peak_rss_bytes")
     peaks = tuple(map(float, worst.peak_rss_samples_bytes))
     if failed or not peaks:
         return Figure(**common, value=None)  # type: ignore[arg-type]
     return Figure(**common, value=max(peaks), samples=peaks, low=min(peaks), high=max(peaks))  # type: ignore[arg-type]
 
 
-def _projections(config: ReleaseConfig, steps: Steps, exports: _Exports) -> Iterator[Figure]:
+def _projections(config: ReleaseConfig, steps: Steps, items: _Items) -> Iterator[Figure]:
     if not config.bench.devices:
         return
-    profiles = load_profiles()
     wanted = [q for q in config.export.quants if not config.bench.files or q in config.bench.files]
     for artifact in steps.artifacts():
-        role, export = exports[artifact.name]
-        if export.quant not in wanted:
-            continue
-        facts = gguf_facts(artifact.path)
-        context = min(config.bench.n_ctx, facts.context_length)
-        for device in config.bench.devices:
-            found = project(find_profile(device, profiles).profile, facts, context)
-            why = "; ".join(found.assumptions)
-            memory = found.memory.total
-            bands = {
-                "projected_memory_bytes": Band(memory, memory),
-                "projected_tg": found.decode,
-                "projected_pp": found.prefill,
-            }
-            for metric, band in bands.items():
-                key = FigureKey(metric, export.quant, device)
-                yield _projection(key, role, artifact.name, band, why, context)
+        role, item = items[artifact.name]
+        if item in wanted:
+            yield from projected_figures(config, role, item, artifact.name, gguf_facts(artifact.path))
+
+
+def projected_figures(
+    config: ReleaseConfig, role: str, item: str, subject: str, facts: ModelFacts
+) -> Iterator[Figure]:
+    """What a GGUF file would need, and how fast it would be, on every device of the configuration."""
+    profiles = load_profiles()
+    context = min(config.bench.n_ctx, facts.context_length)
+    for device in config.bench.devices:
+        found = project(find_profile(device, profiles).profile, facts, context)
+        why = "; ".join(found.assumptions)
+        memory = found.memory.total
+        bands = {
+            "projected_memory_bytes": Band(memory, memory),
+            "projected_tg": found.decode,
+            "projected_pp": found.prefill,
+        }
+        for metric, band in bands.items():
+            yield _projection(FigureKey(metric, item, device), role, subject, band, why, context)
 
 
 def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why: str, context: int) -> Figure:
@@ -138,7 +146,8 @@ def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why:
     return Figure(key, role, subject, unit, middle, low=band.low, high=band.high, **shared)  # type: ignore[arg-type]
 
 
-def _judgements(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
+def judgement_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
+    """What an evaluation found."""
     dense = evaluation.against.reference if evaluation.against else "dense"
     for text in evaluation.texts:
         yield from _text_figures(item, subject, dense, text)

@@ -28,6 +28,7 @@ from phoneready.pipeline.sections import (
     Section,
 )
 from phoneready.pipeline.toml_lines import key_lines, line_of
+from phoneready.tune.settings import TuneConfig
 
 __all__ = [
     "BaselineConfig",
@@ -59,6 +60,7 @@ class ReleaseConfig(Section):
     bench: BenchConfig = pydantic.Field(default_factory=BenchConfig)
     baseline: BaselineConfig | None = None
     budgets: tuple[BudgetConfig, ...] = ()
+    tune: TuneConfig | None = None
 
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the quantizations unless an alignment is set."""

@@ -1,0 +1,51 @@
+"""`phoneready tune`: the largest reduction, or the best quality, that meets the budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption
+from phoneready.console import note, prepare_torch, show_progress, write_result
+
+__all__ = ["tune"]
+
+
+def tune(
+    config: Annotated[
+        Path,
+        typer.Argument(help="release.toml with [tune] and budgets.", show_default=False, metavar="CONFIG"),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder of the search; continued when it holds one.")
+    ] = Path("tuned"),
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Replace a setting, such as tune.trials=6; may be repeated.", metavar="KEY=VALUE"
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Find the best quality, or the smallest file, that meets the budgets.
+
+    Varies what [tune] lists: ratio, alignment, allocation, recovery, quantization, format. The dense model is
+    calibrated once; sizes are computed, and only points that may be the best are made and measured. Leaves
+    tune.md, tune.json and the release.toml of the chosen point. A search that was interrupted goes on where it
+    was.
+    """
+    prepare_torch(threads)
+    from phoneready.pipeline.config import load_config
+    from phoneready.tune.result import format_result, result_to_json
+    from phoneready.tune.tune import RELEASE_FILE
+    from phoneready.tune.tune import tune as search
+
+    chosen = load_config(config, settings or [])
+    with show_progress() as progress:
+        result = search(chosen, output, show=note, progress=progress, threads=threads)
+    text = format_result(result) + f"\nNow: phoneready release {output / RELEASE_FILE}\n"
+    write_result(text, result_to_json(result), as_json=json)

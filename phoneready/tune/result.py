@@ -1,0 +1,196 @@
+"""What a search found: tune.json, its tables, and the release.toml of the chosen point."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from cfsp.records import record_to_json
+from phoneready.console import format_bytes, format_rows
+from phoneready.pipeline.config import ReleaseConfig
+from phoneready.tune.settings import SIZE
+from phoneready.tune.space import Point, config_of
+
+__all__ = ["Outlook", "TrialRow", "TuneResult", "format_result", "pareto", "release_toml", "result_to_json"]
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """A trial.
+
+    Attributes:
+        number: In the order made, from 0.
+        prune_ratio: Share of FFN channels to remove.
+        removed: Share that went, after alignment.
+        file: Quantization or variant.
+        allocation: As prune.allocation.
+        align: Widths are multiples of it.
+        recover: Whether the model was trained.
+        file_bytes: Size of the file.
+        divergence: Mean KL divergence from the dense model over the texts, in nats.
+        expected: What was predicted of that before the trial: middle, low, high; None of the first.
+        others: Other figures that budgets limit, by name.
+        meets: Whether it misses no budget.
+        is_open: Whether noise leaves one open.
+        missed: What it misses, for people.
+        seconds: Time it took.
+    """
+
+    number: int
+    prune_ratio: float
+    removed: float
+    file: str
+    allocation: str
+    align: int
+    recover: bool
+    file_bytes: int
+    divergence: float
+    expected: tuple[float, float, float] | None
+    others: dict[str, float]
+    meets: bool
+    is_open: bool
+    missed: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A point that was not tried.
+
+    Attributes:
+        prune_ratio: Of the chosen recipe.
+        file_bytes: Size of its file; None of a format that has to be exported first.
+        divergence: Expected: middle, low, high.
+    """
+
+    prune_ratio: float
+    file_bytes: int | None
+    divergence: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """tune.json.
+
+    Attributes:
+        source: Reference of the dense model.
+        source_sha256: Hash of its weights, where known.
+        seed: Of everything drawn.
+        goal: As tune.goal.
+        judge: As tune.judge.
+        budgets: For people.
+        trials: All of them.
+        failed: Points that could not be made, and why.
+        pareto: Numbers of the trials that no other beats in size and quality both.
+        chosen: Number of the best that meets all budgets; None where none does.
+        next: The point that would be tried next, for people; None where nothing is expected to be better.
+        outlook: What other ratios of the chosen recipe are expected to give.
+        calibrations: How often statistics were taken, in this run.
+        seconds: All trials together.
+    """
+
+    KIND: ClassVar[str] = "tune-result"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    source: str
+    source_sha256: str | None
+    seed: int
+    goal: str
+    judge: str
+    budgets: tuple[str, ...]
+    trials: tuple[TrialRow, ...]
+    failed: tuple[str, ...]
+    pareto: tuple[int, ...]
+    chosen: int | None
+    next: str | None
+    outlook: tuple[Outlook, ...]
+    calibrations: int
+    seconds: float
+
+    @property
+    def best(self) -> TrialRow | None:
+        """The chosen trial."""
+        return next((row for row in self.trials if row.number == self.chosen), None)
+
+
+def pareto(rows: Sequence[TrialRow]) -> tuple[int, ...]:
+    """Numbers of the rows that no other beats in size and quality both, by size."""
+    found: list[TrialRow] = []
+    for row in sorted(rows, key=lambda r: (r.file_bytes, r.divergence)):
+        if not found or row.divergence < found[-1].divergence:
+            found.append(row)
+    return tuple(row.number for row in found)
+
+
+def release_toml(config: ReleaseConfig, point: Point) -> str:
+    """The configuration of a point's release; references to files are absolute."""
+    import tomli_w
+
+    chosen = config_of(config, point).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    head = f"# Chosen by `phoneready tune`: {point.describe()}.\n\n"
+    return head + tomli_w.dumps(chosen)
+
+
+def result_to_json(result: TuneResult) -> dict[str, Any]:
+    """As a document."""
+    found: dict[str, Any] = json.loads(json.dumps(record_to_json(result)))
+    return found
+
+
+def format_result(result: TuneResult) -> str:
+    """The Pareto table, all other trials, what comes next."""
+    on_front = [row for number in result.pareto for row in result.trials if row.number == number]
+    others = [row for row in result.trials if row.number not in result.pareto]
+    best = result.best
+    goal = "the smallest file" if result.goal == SIZE else "the best quality"
+    head = f"Goal: {goal} with {'; '.join(result.budgets) or 'no budget'}."
+    parts = [head, "", "Size against quality, best of both:", "", _table(on_front, result.chosen)]
+    parts += ["Other points that were tried:", "", _table(others, result.chosen)] if others else []
+    parts += ["Could not be made:", *(f"- {text}" for text in result.failed), ""] if result.failed else []
+    if result.outlook and best is not None:
+        title = f"Expected of {best.file} files with allocation {best.allocation} at other ratios (95 % intervals):"
+        parts += [title, "", _outlook_table(result.outlook)]
+    parts.append(f"Next to try: {result.next}." if result.next else "Nothing else is expected to be better.")
+    if best is not None:
+        parts.append(
+            f"Chosen: prune_ratio {best.prune_ratio:g}, {best.file}, allocation {best.allocation}, "
+            f"{'recovered, ' if best.recover else ''}{format_bytes(best.file_bytes)} "
+            f"({best.file_bytes / 1e6:.2f} MB), KL {best.divergence:.4f}"
+            f"{'; noise leaves a budget open' if best.is_open else ''}."
+        )
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.others))
+    header = ["trial", "prune ratio", "file", "allocation", "align", "recovered", "size", "KL", "expected"]
+    cells = []
+    for row in rows:
+        expected = "-"
+        if row.expected is not None:
+            expected = "{:.3f} ({:.3f} to {:.3f})".format(*row.expected)
+        figures = [f"{row.others[name]:.4g}" if name in row.others else "-" for name in names]
+        verdict = "chosen" if row.number == chosen else "meets" if row.meets else row.missed
+        size = f"{row.file_bytes / 1e6:.2f} MB"
+        cells.append(
+            [
+                *(str(row.number), f"{row.prune_ratio:.4f}", row.file, row.allocation, str(row.align)),
+                *("yes" if row.recover else "no", size, f"{row.divergence:.4f}", expected),
+                *(*figures, verdict),
+            ]
+        )
+    return format_rows([*header, *names, "budgets"], cells)
+
+
+def _outlook_table(rows: Sequence[Outlook]) -> str:
+    cells = [
+        [
+            f"{row.prune_ratio:.4f}",
+            "-" if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f} MB",
+            "{:.3f} ({:.3f} to {:.3f})".format(*row.divergence),
+        ]
+        for row in rows
+    ]
+    return format_rows(["prune ratio", "size", "KL"], cells)

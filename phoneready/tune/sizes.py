@@ -1,0 +1,136 @@
+"""Sizes of GGUF files that are not made, and what such files would need on a device."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from cfsp.architectures import block_linears, decoder_layers, feed_forward, ffn_widths
+from cfsp.checkpoint import save_checkpoint
+from cfsp.model_source import LoadedModel
+from cfsp.plan import PruningPlan
+from cfsp.surgery import cut_channels, set_config_widths
+from exporters.gguf.draft import draft_gguf
+from exporters.gguf.size import FileShape, SizeTemplate, read_shape, size_template
+from runtime_bench.model_facts import ModelFacts
+
+__all__ = ["Sizes"]
+
+_TEMPLATE_WIDTH = 256
+"""No type falls back at this width."""
+_TABLE, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass
+class Sizes:
+    """Computes sizes from one small file of every quantization and architecture, written when it is first needed.
+
+    Args:
+        loaded: The dense model.
+        plan: A plan of it, for what a plan adds to a file.
+        folder: Scratch.
+        use_imatrix: Whether files are quantized with an importance matrix.
+        seed: Of the run.
+        n_threads: Threads of the quantizer.
+    """
+
+    loaded: LoadedModel
+    plan: PruningPlan
+    folder: Path
+    use_imatrix: bool
+    seed: int
+    n_threads: int
+    _templates: dict[tuple[str, str, bool], SizeTemplate] = field(default_factory=dict)
+    _shape: FileShape | None = None
+
+    def file_bytes(self, item: str, widths: Sequence[int], *, dense: bool = False) -> int:
+        """Size of the file with these FFN widths, exact to one step of its alignment (32 bytes).
+
+        Args:
+            item: Quantization.
+            widths: One for each block.
+            dense: Whether it is the dense model's, which carries no plan's hash.
+        """
+        template = self._template(item, tuple(widths), dense=dense)
+        return self._known_shape.file_bytes(template, widths)
+
+    def facts(self, item: str, widths: Sequence[int]) -> ModelFacts:
+        """What a projection to a device needs to know of it."""
+        template = self._template(item, tuple(widths))
+        config = self._known_shape.config
+        tensors = self._known_shape.tensors(template, widths)
+        has_head = any(t.name == _HEAD for t in tensors)
+        read = [t for t in tensors if t.name != _TABLE or not has_head]
+        by_type: Counter[str] = Counter()
+        for tensor in read:
+            if len(tensor.shape) > 1:
+                by_type[tensor.kind] += tensor.n_bytes
+        return ModelFacts(
+            path=self.folder,
+            weight_bytes=sum(t.n_bytes for t in tensors),
+            read_bytes=sum(t.n_bytes for t in read),
+            n_multiplied=sum(math.prod(t.shape) for t in read if len(t.shape) > 1),
+            bytes_by_type=dict(by_type),
+            n_layers=config.num_hidden_layers,
+            key_value_width=config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim,
+            hidden_size=config.hidden_size,
+            ffn_width=max(widths),
+            vocab_size=config.vocab_size,
+            context_length=config.context_length,
+        )
+
+    @property
+    def _known_shape(self) -> FileShape:
+        assert self._shape is not None
+        return self._shape
+
+    def _template(self, item: str, widths: tuple[int, ...], *, dense: bool = False) -> SizeTemplate:
+        if self._shape is None:
+            self._write([], [_TEMPLATE_WIDTH] * len(widths), dense=True)
+        key = (item, self._known_shape.architecture(widths), dense)
+        if key not in self._templates:
+            small = [min(_TEMPLATE_WIDTH, width) for width in self.plan.dense_widths]
+            if len(set(widths)) > 1:
+                small[0] //= 2
+            self._templates[key] = self._write([item], small, dense=dense)[item]
+        return self._templates[key]
+
+    def _write(self, items: list[str], widths: list[int], *, dense: bool) -> dict[str, SizeTemplate]:
+        """A model that is the dense one in all but its widths, which are small, as files."""
+        model = copy.deepcopy(self.loaded.model)
+        with torch.no_grad():
+            for layer, width in zip(decoder_layers(model), widths, strict=True):
+                ffn = feed_forward(model, layer)
+                cut_channels(ffn, torch.arange(min(width, ffn.down.in_features)))
+        set_config_widths(model)
+        ones = {
+            name: torch.ones(linear.in_features)
+            for linears in block_linears(model)
+            for name, linear in linears.items()
+        }
+        blocks = zip(self.plan.blocks, ffn_widths(model), strict=True)
+        plan = replace(self.plan, blocks=tuple(replace(block, width=width) for block, width in blocks))
+        folder = self.folder / "template"
+        shutil.rmtree(folder, ignore_errors=True)
+        save_checkpoint(
+            replace(self.loaded, model=model),
+            folder / "model",
+            plan=None if dense else plan,
+            input_moments=ones if self.use_imatrix else None,
+            seed=self.seed,
+        )
+        self._shape = self._shape or read_shape(folder / "model")
+        name = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
+        written = draft_gguf(
+            folder / "model", folder, items, name=name, use_imatrix=self.use_imatrix, n_threads=self.n_threads
+        )
+        found = {item: size_template(path, item) for item, path in written.items()}
+        shutil.rmtree(folder)
+        return found

@@ -1,0 +1,124 @@
+"""The points that a search may choose from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cfsp.errors import InputError
+from exporters.gguf import QUANTS, required_multiple
+from phoneready.pipeline.config import ReleaseConfig
+from phoneready.tune.settings import TuneConfig
+
+__all__ = ["Point", "Recipe", "config_of", "recipes_of"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a point but its ratio.
+
+    Attributes:
+        item: Quantization or ONNX variant.
+        allocation: As prune.allocation.
+        align: Widths are multiples of it.
+        recover: Whether the pruned model is trained.
+    """
+
+    item: str
+    allocation: str
+    align: int
+    recover: bool
+
+    @property
+    def settings(self) -> Mapping[str, str]:
+        """By name, as predictions tell them apart."""
+        return {
+            "file": self.item,
+            "allocation": self.allocation,
+            "align": str(self.align),
+            "recover": str(self.recover),
+        }
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the file's size follows from the widths alone."""
+        return self.item in QUANTS
+
+    def describe(self) -> str:
+        """For people."""
+        recovered = ", recovered" if self.recover else ""
+        return f"{self.item}, {self.allocation}, widths in {self.align}{recovered}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point: a recipe at a ratio, the share of FFN channels to remove."""
+
+    recipe: Recipe
+    prune_ratio: float
+
+    def describe(self) -> str:
+        """For people."""
+        return f"prune_ratio {self.prune_ratio:g}, {self.recipe.describe()}"
+
+
+def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
+    """Everything that [tune] lets vary, combined.
+
+    Raises:
+        InputError: Recovery is to be tried and the configuration does not say how.
+    """
+    tune = config.tune or TuneConfig()
+    recover = tune.recover or (config.recover is not None,)
+    if any(recover) and config.recover is None:
+        raise InputError("there is no [recover] that says how to train", field="tune.recover", value=True)
+    items = tune.files or config.export.names
+    allocations = tune.allocations or (config.prune.allocation,)
+    found: Iterator[Recipe] = (
+        Recipe(item, allocation, align or _needed(item, config), trained)
+        for item, allocation, align, trained in itertools.product(
+            items, allocations, tune.aligns or (config.prune.align,), recover
+        )
+    )
+    return tuple(dict.fromkeys(found))
+
+
+def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
+    """The configuration of the release that a point is; budgets of files that it does not make are left out."""
+    recipe, export = point.recipe, config.export
+    files = {"quants": (recipe.item,), "onnx": ()} if recipe.is_gguf else {"onnx": (recipe.item,)}
+    exported = export.model_copy(update=files)
+    pruned = {
+        "prune_ratio": point.prune_ratio,
+        "allocation": recipe.allocation,
+        "align": recipe.align,
+    }
+    changed = {
+        "prune": config.prune.model_copy(update=pruned),
+        "export": exported,
+        "recover": config.recover if recipe.recover else None,
+        "evaluate": config.evaluate.model_copy(
+            update={"files": _kept(config.evaluate.files, exported.names)}
+        ),
+        "bench": config.bench.model_copy(update={"files": _kept(config.bench.files, exported.names)}),
+        "budgets": tuple(_budgets(config, (*exported.names, "checkpoint"))),
+        "tune": None,
+    }
+    return config.model_copy(update=changed)
+
+
+def _budgets(config: ReleaseConfig, names: tuple[str, ...]) -> Iterator[object]:
+    for budget in config.budgets:
+        if not budget.files:
+            yield budget
+        elif _kept(budget.files, names):
+            yield budget.model_copy(update={"files": _kept(budget.files, names)})
+
+
+def _kept(names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in known)
+
+
+def _needed(item: str, config: ReleaseConfig) -> int:
+    return required_multiple([item] if item in QUANTS else config.export.quants)

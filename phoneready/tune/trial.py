@@ -1,0 +1,232 @@
+"""One trial: make a point, measure what budgets and the goal ask of it, nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
+from cfsp.evaluation.tasks import TaskSettings
+from cfsp.evaluation.torch_model import logits_from_hidden
+from cfsp.model_reference import load_model
+from cfsp.model_source import LoadedModel
+from exporters.gguf import QUANTS
+from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
+from phoneready.evaluation.record import EvaluationSettings
+from phoneready.evaluation.run import evaluate
+from phoneready.pipeline.artifact import Artifact
+from phoneready.pipeline.collect import (
+    benchmark_figures,
+    judgement_figures,
+    projected_figures,
+    size_figure,
+)
+from phoneready.pipeline.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.pipeline.metrics import CHECKPOINT, FigureKey
+from phoneready.pipeline.places import open_place
+from phoneready.tune.limits import QUALITY, Limits, family, objective_item
+from phoneready.tune.settings import TuneConfig
+from phoneready.tune.space import Point, config_of
+from phoneready.tune.workshop import Workshop
+from runtime_bench.files import files_of
+from runtime_bench.measure import run_bench
+from runtime_bench.model_facts import gguf_facts
+from runtime_bench.workload import BenchSettings
+
+__all__ = ["Bench", "Measured"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trial found out.
+
+    Attributes:
+        removed: Share of FFN channels that went, after alignment.
+        widths: Of every block.
+        file_bytes: Size of the file.
+        figures: What budgets limit and the goal is.
+        seconds: Time it took.
+    """
+
+    removed: float
+    widths: tuple[int, ...]
+    file_bytes: int
+    figures: FigureSet
+    seconds: float
+
+
+@dataclass
+class Bench:
+    """Measures points.
+
+    Attributes:
+        shop: Where points are made.
+        limits: What has to be known of them.
+    """
+
+    shop: Workshop
+    limits: Limits
+    _dense: _Remembered | None = field(default=None, repr=False)
+    _dense_files: dict[str, Artifact] = field(default_factory=dict, repr=False)
+
+    def exact_figures(self, point: Point) -> tuple[Figure, ...]:
+        """Sizes and projections of a GGUF file that is not made; nothing of other formats."""
+        if not point.recipe.is_gguf:
+            return ()
+        config, item = config_of(self.limits.config, point), point.recipe.item
+        sides = [(PRUNED, self.shop.plan(point.recipe, point.prune_ratio).widths)]
+        if self.limits.relative(point):
+            sides.append((DENSE, self.shop.dense_widths))
+        found: list[Figure] = []
+        for role, widths in sides:
+            sizes = self.shop.sizes
+            found.append(size_figure(role, item, item, sizes.file_bytes(item, widths, dense=role == DENSE)))
+            if config.bench.devices:
+                found += projected_figures(config, role, item, item, sizes.facts(item, widths))
+        return tuple(found)
+
+    def measure(self, point: Point) -> Measured:
+        """Make a point and measure it.
+
+        Raises:
+            InputError: It cannot be made.
+            LimitError: Its recovery diverged, or an ONNX graph is not what the checkpoint computes.
+        """
+        began = time.monotonic()
+        plan = self.shop.plan(point.recipe, point.prune_ratio)
+        checkpoint = self.shop.make(point)
+        file = self.shop.export(checkpoint, point.recipe.item, _file_name(self.shop, point))
+        n_bytes = sum(path.stat().st_size for path in files_of(file.path))
+        found = [size_figure(PRUNED, point.recipe.item, file.name, n_bytes)]
+        found += self._dense_sizes(point)
+        found += self._projections(point, file)
+        found += self._judgements(point, checkpoint, file)
+        found += self._benchmarks(point, file)
+        source = self.shop.loaded.source
+        figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(found))
+        seconds = round(time.monotonic() - began, 2)
+        return Measured(1 - plan.keep_ratio, plan.widths, n_bytes, figures, seconds)
+
+    def _dense_sizes(self, point: Point) -> Iterator[Figure]:
+        if any(key.metric == "file_bytes" for key in self.limits.relative(point)):
+            file = self._dense_file(point)
+            n_bytes = sum(path.stat().st_size for path in files_of(file.path))
+            yield size_figure(DENSE, point.recipe.item, file.name, n_bytes)
+
+    def _projections(self, point: Point, file: Artifact) -> Iterator[Figure]:
+        config, item = config_of(self.limits.config, point), point.recipe.item
+        if not config.bench.devices or item not in QUANTS:
+            return
+        yield from projected_figures(config, PRUNED, item, file.name, gguf_facts(file.path))
+        if any(key.metric.startswith("projected_") for key in self.limits.relative(point)):
+            dense = self._dense_file(point)
+            yield from projected_figures(config, DENSE, item, dense.name, gguf_facts(dense.path))
+
+    def _judgements(self, point: Point, checkpoint: Path, file: Artifact) -> Iterator[Figure]:
+        config = self.limits.config
+        tune = config.tune or TuneConfig()
+        wanted = [key for key in self.limits.wanted(point) if family(key.metric) == QUALITY]
+        for item in dict.fromkeys((objective_item(tune, point.recipe.item), *(key.item for key in wanted))):
+            metrics = {key.metric for key in wanted if key.item == item}
+            settings = self._judgement_settings(metrics)
+            if item == CHECKPOINT:
+                model = TorchLanguageModel(load_model(checkpoint, progress=self.shop.progress))
+                yield from self._judge(item, CHECKPOINT, model, settings)
+                continue
+            opening = OpenSettings(config.evaluate.seqlen, threads=self.shop.threads)
+            root = str(file.root)
+            with open_language_model(root, runtime_for(root), opening) as opened:
+                yield from self._judge(item, file.name, opened, settings)
+
+    def _judgement_settings(self, metrics: set[str]) -> EvaluationSettings:
+        """What a release judges on, less what no budget asks for."""
+        config = self.limits.config
+        chosen = config.evaluate
+        asks = "degenerate" in metrics
+        tasks = chosen.task_settings() if metrics & {"accuracy", "mean_accuracy"} else TaskSettings()
+        return EvaluationSettings(
+            text=chosen.text,
+            chats=chosen.chats,
+            seqlen=chosen.seqlen,
+            max_windows=chosen.max_windows,
+            prompts=(chosen.prompts or PROMPTS) if asks else (),
+            max_new_tokens=chosen.max_new_tokens,
+            seed=config.seed + 1,  # as a release does: not the calibration's
+            tasks=tasks,
+        )
+
+    def _judge(
+        self, item: str, name: str, model: LanguageModel, settings: EvaluationSettings
+    ) -> Iterator[Figure]:
+        if self._dense is None:
+            self._dense = _Remembered(self.shop.loaded)
+        found = evaluate(model, self._dense, settings, progress=self.shop.progress)
+        yield from judgement_figures(item, name, found)
+
+    def _benchmarks(self, point: Point, file: Artifact) -> Iterator[Figure]:
+        config, item = config_of(self.limits.config, point), point.recipe.item
+        keys = [key for key in self.limits.wanted(point) if key.place in config.bench.targets]
+        relative = {key for key in self.limits.relative(point) if key.place}
+        for place in dict.fromkeys(key.place for key in keys if key.place):
+            here = [key for key in keys if key.place == place]
+            files = [file] + ([self._dense_file(point)] if relative & set(here) else [])
+            names = {str(one.path): one.name for one in files}
+            settings = _needed(config.bench.settings(config.seed), here)
+            records = run_bench(
+                [one.path for one in files], settings, self.shop.progress, target=open_place(place)
+            )
+            named = [replace(r, model_filename=names[r.model_filename]) for r in records]
+            roles = {one.name: (role, item) for one, role in zip(files, (PRUNED, DENSE), strict=False)}
+            yield from benchmark_figures(config, place, named, roles)
+
+    def _dense_file(self, point: Point) -> Artifact:
+        """Of the latest quantization or variant only, as disks are finite."""
+        item = point.recipe.item
+        if self._dense_files.get(item) is None:
+            name = f"{self.shop.loaded.source.name}-dense"
+            made = self.shop.export(self.shop.checkpoint(DENSE), item, name)
+            self._dense_files = {item: made}
+        return self._dense_files[item]
+
+
+class _Remembered(TorchLanguageModel):
+    """The dense model, run once over every window: what it is judged against at every point.
+
+    The last hidden states are kept, not the logits, which are some hundred times larger.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
+        self._hidden: dict[bytes, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `LanguageModel`."""
+        key, model = window.numpy().tobytes(), self.loaded.model
+        if key not in self._hidden:
+            found = model.get_decoder()(input_ids=window[None], use_cache=False)
+            self._hidden[key] = found.last_hidden_state[0]
+        yield from logits_from_hidden(model, self._hidden[key])
+
+
+def _file_name(shop: Workshop, point: Point) -> str:
+    """As a release calls it, so that the file is the same to the byte."""
+    percent = f"{100 * point.prune_ratio:g}".replace(".", "_")
+    return f"{shop.loaded.source.name}-pruned{percent}{'-recovered' if point.recipe.recover else ''}"
+
+
+def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:
+    """Only the workloads that are asked for; of memory all, as any may need most."""
+    asked = {key.metric for key in keys}
+    if "peak_rss_bytes" in asked:
+        return settings
+    sizes: dict[str, Any] = {
+        field: tuple(n for n in getattr(settings, field) if f"{test}{n}" in asked)
+        for field, test in (("n_prompt", "pp"), ("n_gen", "tg"), ("ttft", "ttft"))
+    }
+    return replace(settings, **sizes, load="load" in asked)

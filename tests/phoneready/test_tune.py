@@ -1,0 +1,204 @@
+"""`phoneready tune` on a tiny model: every trial is a real file, judged in llama.cpp."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+pytest.importorskip("optuna", reason="the tune extra is not installed")
+
+from cfsp.errors import InputError, LimitError
+from cfsp.records import read_record
+from phoneready.main import main
+from phoneready.pipeline.config import load_config
+from phoneready.tune.limits import Limits
+from phoneready.tune.result import TuneResult, format_result
+from phoneready.tune.space import Point, Recipe, recipes_of
+from phoneready.tune.trial import Bench
+from phoneready.tune.tune import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, tune
+from phoneready.tune.workshop import Workshop
+
+TinyPath = Callable[..., Path]
+CONFIG = """
+[model]
+reference = "{model}"
+[prune]
+calibration = ["builtin:python-docs"]
+nsamples = 4
+seqlen = 64
+[evaluate]
+text = ["builtin:python-docs"]
+chats = []
+seqlen = 64
+max_windows = 2
+prompts = ["List three fruits."]
+max_new_tokens = 2
+[export]
+quants = ["Q8_0"]
+[bench]
+n_prompt = [8]
+n_gen = [2]
+ttft = [4]
+n_threads = [1]
+repetitions = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> Path:
+    return tiny_folder("llama")
+
+
+def write(folder: Path, model: Path, more: str) -> Path:
+    path = folder / "release.toml"
+    path.write_text(CONFIG.format(model=model) + more, encoding="utf-8")
+    return path
+
+
+def search(path: Path, output: Path) -> TuneResult:
+    return tune(load_config(path), output, show=lambda line: None, threads=1)
+
+
+SIZE_BUDGET = """
+[[budgets]]
+metric = "file_bytes"
+at_most = {limit}
+"""
+
+
+def sizes(path: Path, folder: Path, model: Path) -> dict[float, int]:
+    """Size of the file at every ratio that widths in multiples of 32 can have."""
+    config = load_config(path)
+    shop = Workshop(config, folder, threads=1)
+    recipe = Recipe("Q8_0", "cfsp", 32, False)
+    return {
+        units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(recipe, units / 16).widths) for units in range(9)
+    }
+
+
+def test_best_quality_within_a_size(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = write(tmp_path, model, "")
+    known = sizes(plain, tmp_path / "sizes", model)
+    limit = known[5 / 16]
+    path = write(tmp_path, model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=limit))
+    output = tmp_path / "tuned"
+    assert main(["tune", str(path), "-o", str(output), "--threads", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chosen"] == 0
+    result = read_record(TuneResult, output / RESULT_FILE)
+    assert result.calibrations == 1
+    best = result.best
+    assert best is not None
+    assert best.prune_ratio == 5 / 16
+    assert len(result.trials) == 4
+    for row in result.trials:
+        assert abs(row.file_bytes - known[row.prune_ratio]) <= 32
+        assert row.meets == (row.file_bytes <= limit)
+    assert result.pareto[-1] == min(result.trials, key=lambda row: row.divergence).number
+    assert "chosen" in (output / TABLE_FILE).read_text(encoding="utf-8")
+    assert not [p for p in (output / "state").rglob("*") if p.is_file() and p.suffix != ".json"]
+
+    # The chosen configuration is a release, and its file has exactly the bytes that the trial had.
+    chosen = load_config(output / RELEASE_FILE)
+    assert (chosen.prune.prune_ratio, chosen.prune.align, chosen.tune) == (5 / 16, 32, None)
+    assert (
+        main(["release", str(output / RELEASE_FILE), "-o", str(tmp_path / "release"), "--threads", "1"]) == 0
+    )
+    released = next((tmp_path / "release").glob("*pruned31_25-Q8_0.gguf"))
+    assert released.stat().st_size == best.file_bytes <= limit
+
+    # Once more: everything is known already, even for another budget.
+    again = search(path, output)
+    assert (again.calibrations, again.trials, again.chosen) == (0, result.trials, 0)
+    wider = write(tmp_path, model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=best.file_bytes + 64))
+    assert search(wider, output).trials[:4] == result.trials
+
+
+def test_smallest_file_within_a_divergence(model: Path, tmp_path: Path) -> None:
+    tuning = '[tune]\ngoal = "size"\njudge = "checkpoint"\ntrials = 8\ntolerance = 0.0\n'
+    budget = '[[budgets]]\nmetric = "kl_mean"\nat_most = {limit}\n'
+    path = write(tmp_path, model, tuning + budget.format(limit=1.0))
+    config = load_config(path)
+    recipe = Recipe("Q8_0", "cfsp", 32, False)
+    bench = Bench(Workshop(config, tmp_path / "shop", threads=1), Limits(config))
+    curve = {}
+    for units in range(9):
+        figures = bench.measure(Point(recipe, units / 16)).figures.figures
+        curve[units / 16] = next(f.value for f in figures if f.key.metric == "kl_mean") or 0.0
+    limit = (curve[3 / 16] + curve[4 / 16]) / 2
+    path = write(tmp_path, model, tuning + budget.format(limit=limit))
+    result = search(path, tmp_path / "tuned")
+    best = result.best
+    assert best is not None
+    assert best.divergence == curve[best.prune_ratio] <= limit
+    # The search takes the curve to rise; it ends where the next ratio is beyond the limit.
+    assert curve[best.prune_ratio + 1 / 16] > limit
+    tried = {row.prune_ratio for row in result.trials}
+    assert best.prune_ratio + 1 / 16 in tried
+    assert len(tried) == len(result.trials)
+
+
+def test_a_search_that_stopped_goes_on_as_if_it_had_not(model: Path, tmp_path: Path) -> None:
+    budget = '[[budgets]]\nmetric = "projected_memory_bytes"\ndevices = ["pixel-8a"]\nat_most = "4 GiB"\n'
+    text = CONFIG.replace("[bench]", '[bench]\ndevices = ["pixel-8a"]') + "[tune]\ntrials = {trials}\n"
+    text += 'allocations = ["cfsp", "uniform"]\n' + budget
+
+    def run(trials: int, output: str) -> TuneResult:
+        path = tmp_path / "release.toml"
+        path.write_text(text.format(model=model, trials=trials), encoding="utf-8")
+        return search(path, tmp_path / output)
+
+    run(2, "stopped")
+    journal = (tmp_path / "stopped" / STUDY_FILE).read_bytes()
+    # As a kill in the middle of a write leaves it.
+    (tmp_path / "stopped" / STUDY_FILE).write_bytes(journal + b'{"op_code": 4, "wor')
+    stopped, whole = run(4, "stopped"), run(4, "whole")
+
+    def timeless(result: TuneResult) -> list[tuple[object, ...]]:
+        return [(r.prune_ratio, r.allocation, r.file_bytes, r.divergence) for r in result.trials]
+
+    assert timeless(stopped) == timeless(whole)
+    assert {row.allocation for row in whole.trials} == {"cfsp", "uniform"}
+    assert whole.trials[0].prune_ratio == 0
+    assert any("projected" in name for name in whole.trials[0].others)
+    assert "pixel-8a" in format_result(whole)
+
+
+def test_a_budget_that_no_point_can_meet(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, model, SIZE_BUDGET.format(limit='"10 kB"'))
+    with pytest.raises(LimitError, match=r"closest is prune_ratio 0\.5, Q8_0.*at most 10 kB"):
+        search(path, tmp_path / "tuned")
+    more = '[tune]\ntrials = 1\n[[budgets]]\nmetric = "same_top1"\nat_least = 1.0\n'
+    path = write(tmp_path, model, more + SIZE_BUDGET.format(limit=170_000))
+    assert main(["tune", str(path), "-o", str(tmp_path / "other"), "--threads", "1"]) == 1
+    assert "none of 1 points meets the budgets; closest is prune_ratio" in capsys.readouterr().err
+    assert not (tmp_path / "other" / RELEASE_FILE).exists()
+    assert read_record(TuneResult, tmp_path / "other" / RESULT_FILE).chosen is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('[tune]\ngoal = "size"\n', "without a budget for the quality of Q8_0"),
+        ("[tune]\nrecover = [true]\n", "no .recover. that says how"),
+        ("[tune]\naligns = [100]\nmax_prune_ratio = 0.1\n", "reach no prune ratio"),
+        ("[tune]\nmin_prune_ratio = 0.6\n", "min_prune_ratio is not below max_prune_ratio"),
+        ('[tune]\nfiles = ["Q9"]\nallocations = ["best"]\n', "unknown.*Q9.*unknown.*best"),
+    ],
+)
+def test_what_cannot_be_searched(model: Path, tmp_path: Path, more: str, message: str) -> None:
+    path = write(tmp_path, model, more)
+    with pytest.raises(InputError, match=message):
+        search(path, tmp_path / "tuned")
+
+
+def test_everything_that_may_vary_is_combined(model: Path, tmp_path: Path) -> None:
+    more = '[recover]\nmax_tokens = 64\n[tune]\nfiles = ["Q4_K_M", "int8"]\naligns = [0, 64]\nrecover = [true, false]\n'
+    found = recipes_of(load_config(write(tmp_path, model, more)))
+    assert {(r.item, r.align) for r in found} == {("Q4_K_M", 256), ("Q4_K_M", 64), ("int8", 32), ("int8", 64)}
+    assert len(found) == 8
