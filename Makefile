@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
-	@echo "make demo    prune, export, prove and measure the built-in model; the report is $(DEMO)/report.md"
+	@echo "make demo    prune, export, prove and measure the built-in model; the report is $(DEMO)/report.html"
 	@echo "make test    lint, types and all tests"
 	@echo "make lint    ruff and mypy"
 	@echo "make javascript   packages that the tests of JavaScript consumers need (make test does it)"

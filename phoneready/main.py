@@ -32,6 +32,7 @@ from phoneready.commands import (
     prune,
     recover,
     release,
+    report,
     tune,
 )
 from runtime_bench.markup import visible
@@ -57,6 +58,7 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
     {
         "init": init.init,
         "release": release.release,
+        "report": report.report,
         "tune": tune.tune,
         "prune": prune.prune,
         "recover": recover.recover,

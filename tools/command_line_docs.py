@@ -10,7 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
 COMMANDS = (
-    *("", "init", "release", "tune", "prune", "recover", "eval", "export", "bench", "compare", "doctor"),
+    *(
+        "",
+        "init",
+        "release",
+        "report",
+        "tune",
+        "prune",
+        "recover",
+        "eval",
+        "export",
+        "bench",
+        "compare",
+        "doctor",
+    ),
     *("devices list", "devices show", "devices fit", "devices build-runner"),
 )
 HEAD = """# Command line

@@ -32,6 +32,7 @@ OPTIONAL = {
     **dict.fromkeys(("peft", "accelerate"), "recover"),
     "lm-eval": "eval",
     "playwright": "browser",
+    "plotly": "report",
 }
 OLDEST_PYTHON = (3, 11)
 # What llama.cpp's and torch's kernels make use of, on x86-64 and on ARM.

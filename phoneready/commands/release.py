@@ -57,8 +57,9 @@ def release(
     prepare_torch(threads)
     from cfsp.records import record_to_json
     from phoneready.pipeline.config import load_config, with_variants
+    from phoneready.pipeline.figures import read_figures
     from phoneready.pipeline.gate_files import badge, check_verdicts, verdict_rows
-    from phoneready.pipeline.manifest import REPORT_FILE, read_figures
+    from phoneready.pipeline.publish import PAGE_FILE
     from phoneready.pipeline.release import explain_release, run_release
     from phoneready.pipeline.report import headline, quality_table, verdict_table
 
@@ -84,7 +85,7 @@ def release(
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
     lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
     lines += [verdict_rows(verdicts)] if verdicts.verdicts else []
-    lines += [f"Report: {output / REPORT_FILE}", badge(verdicts)]
+    lines += [f"Report: {output / PAGE_FILE}", badge(verdicts)]
     payload = record_to_json(released.manifest)
     write_result("\n".join(lines), payload, as_json=json)
     check_verdicts(verdicts, strict=strict)

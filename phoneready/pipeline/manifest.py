@@ -1,35 +1,23 @@
-"""What a finished release leaves for its user: the files, manifest.json and report.md."""
+"""manifest.json: what a release made, from what, how, and with what."""
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from cfsp.checkpoint import PLAN_FILE, CheckpointInfo, read_checkpoint_info
-from cfsp.errors import InputError
-from cfsp.files import atomic_directory, atomic_file, write_text
+from cfsp.checkpoint import CheckpointInfo
 from cfsp.model_source import ModelSource
-from cfsp.plan import PruningPlan
-from cfsp.records import read_record, tool_version, write_record
+from cfsp.records import tool_version
 from exporters.onnx import find_variant
-from exporters.record import ExportManifest, ExportRecord
-from phoneready.evaluation.record import Evaluation
-from phoneready.pipeline.answers import Answers
-from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.report import ReleaseFigures, render_report
-from phoneready.pipeline.stages import StageRecord, stage_folder
-from phoneready.pipeline.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
+from phoneready.pipeline.report import ReleaseFigures
+from phoneready.pipeline.stages import StageRecord
 
-__all__ = ["MANIFEST_FILE", "REPORT_FILE", "ReleaseManifest", "ReleasedFile", "publish", "read_figures"]
+__all__ = ["MANIFEST_FILE", "ReleaseManifest", "ReleasedFile", "make_manifest"]
 
 MANIFEST_FILE = "manifest.json"
-REPORT_FILE = "report.md"
 
 
 @dataclass(frozen=True)
@@ -97,62 +85,20 @@ class ReleaseManifest:
     seconds: dict[str, float]
 
 
-def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) -> ReleaseManifest:
-    """Link the files into the folder and write manifest.json and report.md from what the stages left."""
-    figures = read_figures(config, folder)
-    checkpoint = read_checkpoint_info(
-        Steps(config, folder, None).checkpoint(Steps(config, folder, None).final)
-    )
-    manifest = _manifest(config, figures, checkpoint, stages)
-    before = _published_before(folder)
-    for artifact in Steps(config, folder, None).artifacts():
-        _publish(artifact, folder / artifact.name)
-    write_record(folder / MANIFEST_FILE, manifest)
-    write_text(folder / REPORT_FILE, render_report(config, figures, manifest.versions, manifest.commands))
-    for name in before - {file.file for file in manifest.files}:
-        _remove(folder / name)
-    return manifest
-
-
-def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
-    """Everything that the stages of a finished release measured."""
-    steps = Steps(config, folder, None)
-    names = [artifact.name for artifact in steps.artifacts()]
-    # Dense and pruned take turns.
-    exports = [
-        _exports(config, folder, stage, names[first::2])
-        for first, stage in enumerate(("export-dense", "export-pruned"))
-    ]
-    return ReleaseFigures(
-        source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
-        plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
-        evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
-        dense=exports[0],
-        pruned=exports[1],
-        answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
-        bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
-    )
-
-
-def _exports(
-    config: ReleaseConfig, folder: Path, stage: str, names: Sequence[str]
-) -> tuple[ExportRecord, ...]:
-    """The records of a stage, which call the exports as the release does."""
-    kinds = ("gguf", "onnx") if config.export.onnx else ("gguf",)
-    found = [
-        record
-        for kind in kinds
-        for record in read_record(ExportManifest, stage_folder(folder, stage) / kind / "export.json").exports
-    ]
-    return tuple(replace(record, file=name) for record, name in zip(found, names, strict=True))
-
-
-def _manifest(
+def make_manifest(
     config: ReleaseConfig,
     figures: ReleaseFigures,
     checkpoint: CheckpointInfo,
     stages: Sequence[StageRecord],
 ) -> ReleaseManifest:
+    """The manifest of a finished release.
+
+    Args:
+        config: What was asked for.
+        figures: What the stages found.
+        checkpoint: The pruned checkpoint.
+        stages: Records of all stages.
+    """
     roles = [("pruned", record) for record in figures.pruned] + [
         ("dense", record) for record in figures.dense
     ]
@@ -211,47 +157,3 @@ def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]
     export += ["--gguf", ",".join(config.export.quants), *variants]
     export += [] if config.export.imatrix else ["--no-imatrix"]
     return tuple(shlex.join(map(str, ["phoneready", *words])) for words in (prune, judge, export))
-
-
-def _published_before(folder: Path) -> set[str]:
-    try:
-        return {file.file for file in read_record(ReleaseManifest, folder / MANIFEST_FILE).files}
-    except InputError:
-        return set()
-
-
-def _publish(artifact: Artifact, destination: Path) -> None:
-    """Give a file, or all files of a folder, a second name."""
-    if artifact.root.is_file():
-        _link(artifact.root, destination)
-        return
-    files = sorted(path for path in artifact.root.rglob("*") if path.is_file())
-    names = [file.relative_to(artifact.root) for file in files]
-    there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
-    if there == set(names) and all(
-        (destination / name).samefile(file) for name, file in zip(names, files, strict=True)
-    ):
-        return
-    with atomic_directory(destination, force=True) as folder:
-        for name, file in zip(names, files, strict=True):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(file, folder / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _link(source: Path, destination: Path) -> None:
-    """Give a file a second name; a copy where the file system has no links."""
-    if destination.exists() and destination.samefile(source):
-        return
-    with atomic_file(destination) as temporary:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)

@@ -36,9 +36,11 @@ from phoneready.pipeline.budgets import select
 from phoneready.pipeline.collect import collect_figures
 from phoneready.pipeline.config import RecoverConfig, ReleaseConfig
 from phoneready.pipeline.figure_set import FigureSet, check_same_model, read_baseline
+from phoneready.pipeline.figures import read_figures
 from phoneready.pipeline.gate_files import write_verdicts
-from phoneready.pipeline.manifest import ReleaseManifest, publish, read_figures
+from phoneready.pipeline.manifest import ReleaseManifest
 from phoneready.pipeline.metrics import planned_figures
+from phoneready.pipeline.publish import publish
 from phoneready.pipeline.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
 from phoneready.pipeline.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
 from phoneready.pipeline.verdict import Verdicts
@@ -71,7 +73,7 @@ def run_release(
     progress: Callable[[], AbstractContextManager[Progress]],
     threads: int | None = None,
 ) -> Released:
-    """Do what is not done yet; write the verdicts, report.md, manifest.json and the files.
+    """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
 
     Args:
         config: What to make.

@@ -20,9 +20,24 @@ from phoneready.pipeline.config import ReleaseConfig
 from runtime_bench.compare import compare_records
 from runtime_bench.record import BenchRecord
 
-__all__ = ["ReleaseFigures", "headline", "quality_table", "render_report", "verdict_table"]
+__all__ = [
+    "WORKLOAD_TITLES",
+    "ReleaseFigures",
+    "bench_notes",
+    "headline",
+    "quality_table",
+    "render_report",
+    "speed_text",
+    "text_name",
+    "verdict_table",
+]
 
-_TITLES = {"pp": "prompt processing", "tg": "generation", "ttft": "time to first token", "load": "loading"}
+WORKLOAD_TITLES = {
+    "pp": "prompt processing",
+    "tg": "generation",
+    "ttft": "time to first token",
+    "load": "loading",
+}
 _COLUMNS = ("", "dense", "pruned", "pruned / dense")
 
 
@@ -68,7 +83,7 @@ def render_report(
         "widths": _widths_table(figures.plan),
         "environment": figures.bench[0].environment if figures.bench else None,
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
-        "bench_notes": _bench_notes(figures.bench),
+        "bench_notes": bench_notes(figures.bench),
         "bytes": format_bytes,
     }
     text = (
@@ -139,13 +154,13 @@ def quality_table(figures: ReleaseFigures) -> str:
             continue
         perplexities = [f"{d.reference_perplexity:.2f}", f"{d.perplexity:.2f}", f"{d.perplexity_ratio:.3f}"]
         kl = [f"{d.kl_mean:.4f}", f"{d.kl_median:.4f}", f"{d.kl_p99_9:.2f}"]
-        place = _source(text.source, figures.evaluation.seed)
+        place = text_name(text.source, figures.evaluation.seed)
         rows.append([f"{text.kind}: {place}", f"{d.n_tokens}", *perplexities, *kl, f"{d.same_top1:.1%}"])
     return format_rows([*header, "same top-1"], rows) if rows else "Nothing was evaluated.\n"
 
 
 def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> list[str]:
-    title = f"{_TITLES[dense.workload]}, {dense.test}" if dense.workload != "load" else "loading"
+    title = f"{WORKLOAD_TITLES[dense.workload]}, {dense.test}" if dense.workload != "load" else "loading"
     title += f", {dense.n_threads} thread" + ("s" if dense.n_threads > 1 else "")
     if not (dense.ok and pruned.ok):
         return [title, *("measured" if r.ok else "failed" for r in (dense, pruned)), "-"]
@@ -153,10 +168,11 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> list[str]:
     change = "-"
     if c.ratio is not None and c.low is not None and c.high is not None:
         change = f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}): {c.verdict}"
-    return [title, _speed(dense), _speed(pruned), change]
+    return [title, speed_text(dense), speed_text(pruned), change]
 
 
-def _speed(record: BenchRecord) -> str:
+def speed_text(record: BenchRecord) -> str:
+    """Tokens a second where the workload is a rate, else the median time."""
     if record.avg_ts is not None:
         return f"{record.avg_ts:.1f} t/s"
     return "-" if record.median_ns is None else f"{record.median_ns / 1e6:.1f} ms"
@@ -196,7 +212,7 @@ def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
     ]
 
 
-def _bench_notes(records: Sequence[BenchRecord]) -> list[str]:
+def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
     """What a reader must know about the samples, each remark once with the rows that it is about."""
     rows: dict[str, list[str]] = {}
     for record in records:
@@ -219,7 +235,8 @@ def _widths_table(plan: PruningPlan) -> str:
     return format_rows(["block", "dense", "kept", "share", "importance"], rows)
 
 
-def _source(reference: str, seed: int) -> str:
+def text_name(reference: str, seed: int) -> str:
+    """What a text reference is called in reports."""
     if reference == "self":
         return f"sampled from the dense model, seed {seed}"
     return Path(reference).name if Path(reference).exists() else reference

@@ -1,0 +1,207 @@
+"""Plots of what was measured: quality over the share removed, speed over size, speed of pruned over dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from exporters.record import ExportRecord
+from phoneready.console import format_bytes
+from phoneready.evaluation.record import Evaluation
+from phoneready.evaluation.sweep import Sweep
+from phoneready.pipeline.report import ReleaseFigures, speed_text, text_name
+from phoneready.report.escape import plot_text
+from phoneready.report.groups import BenchGroup
+from phoneready.report.plot_style import BAND, DENSE, PRUNED, SERIES, SOFT, SYMBOLS, Plot, plot_layout
+from runtime_bench import summary
+from runtime_bench.compare import Comparison, compare_records
+from runtime_bench.record import BenchRecord
+
+__all__ = ["quality_plot", "ratio_plot", "speed_plot"]
+
+
+def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot:
+    """Perplexity over the share of channels removed: the sweep where there is one, checkpoints, and files."""
+    removed = 1 - figures.plan.keep_ratio
+    data: list[dict[str, Any]] = []
+    if sweep:
+        points = [(0.0, {}), *((p.removed, _ratios(p.evaluation)) for p in sweep.points)]
+        for name in points[-1][1]:
+            series = [(x, found.get(name, 1.0)) for x, found in points]
+            data.append(_line(f"sweep, {name}", series, len(data), dash="dot"))
+    for name, ratio in _ratios(figures.evaluation).items():
+        data.append(_line(f"checkpoint, {name}", [(0.0, 1.0), (removed, ratio)], len(data)))
+    for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+        base = dense.parity.ppl_checkpoint
+        series = [(0.0, dense.parity.ppl_export / base), (removed, pruned.parity.ppl_export / base)]
+        data.append(_line(f"{dense.quant}, file", series, len(data), dash="dash"))
+    layout = plot_layout(xaxis="share of FFN channels removed", yaxis="perplexity / dense checkpoint's")
+    layout["xaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
+    caption = (
+        "1 is the dense checkpoint; lower is better. Files are measured on the text that proves them, checkpoints on "
+        "the evaluation's: follow a line, do not compare points of different texts."
+    )
+    figure = {"data": data, "layout": layout}
+    return Plot("plot-quality", "Quality against ratio", caption, "quality", 380, figure)
+
+
+def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot | None:
+    """Speed of generation over size, one point a file; None where no file generated."""
+    tests = [key for key in group.main_tests() if key[0].startswith("tg")] or group.main_tests()
+    if not tests:
+        return None
+    test, threads = tests[0]
+    data = []
+    for index, pair in enumerate(zip(figures.dense, figures.pruned, strict=True)):
+        for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
+            record = group.find(export.file, test, threads)
+            if record is None or not record.ok or not record.samples_ns:
+                continue
+            data.append(_point(f"{export.quant} {role}", colour, index, export, record, group))
+    if not data:
+        return None
+    unit = "tokens a second" if data[0]["meta"] == "rate" else "milliseconds"
+    layout = plot_layout(xaxis="file size, MiB", yaxis=f"{test}, {unit}")
+    layout["xaxis"] |= {"rangemode": "tozero"}
+    layout["yaxis"] |= {"rangemode": "tozero"}
+    caption = (
+        f"{group.title}, {threads} thread{'s' if threads > 1 else ''}; "
+        "bars reach from the slowest tenth of the samples to the fastest. Top left is best."
+    )
+    title = f"Speed against size: {group.kind}, {group.target}"
+    figure = {"data": data, "layout": layout}
+    return Plot(f"plot-speed-{number}", title, caption, "figures", 380, figure)
+
+
+def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot | None:
+    """Speed of pruned over dense with intervals, one row a workload; None where nothing compares."""
+    found = [
+        (dense.quant, index, rows)
+        for index, (dense, pruned) in enumerate(zip(figures.dense, figures.pruned, strict=True))
+        if (rows := _comparisons(group.pairs(dense.file, pruned.file)))
+    ]
+    if not found:
+        return None
+    threshold = found[0][2][0].threshold
+    layout = plot_layout(xaxis="speed of pruned / dense", yaxis="")
+    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "automargin": True}
+    layout["scattermode"] = "group"
+    ends = [end for _, _, rows in found for c in rows for end in (c.low or 1.0, c.high or 1.0)]
+    layout["xaxis"]["range"] = [min(*ends, 1 / (1 + threshold)) - 0.02, max(*ends, 1 + threshold) + 0.02]
+    one = {
+        "type": "line",
+        "x0": 1,
+        "x1": 1,
+        "y0": 0,
+        "y1": 1,
+        "yref": "paper",
+        "line": {"color": SOFT, "width": 1},
+    }
+    layout["shapes"] = [_rectangle(1 / (1 + threshold), 1 + threshold), one]
+    caption = (
+        f"{group.title}. Right of 1 is faster; lines are {found[0][2][0].confidence:.0%} intervals "
+        f"of the ratio of medians. Inside the grey band, {threshold:.0%}, nothing is called a difference."
+    )
+    title = f"Speed, pruned over dense: {group.kind}, {group.target}"
+    height = 130 + max(len(rows) for _, _, rows in found) * (26 + 12 * len(found))
+    figure = {"data": [_intervals(*series) for series in found], "layout": layout}
+    return Plot(f"plot-ratio-{number}", title, caption, "figures", height, figure)
+
+
+def _comparisons(pairs: Sequence[tuple[BenchRecord, BenchRecord]]) -> list[Comparison]:
+    found = [compare_records(dense, pruned) for dense, pruned in pairs if dense.ok and pruned.ok]
+    return [c for c in found if c.ratio and c.low and c.high]
+
+
+def _intervals(quant: str, index: int, rows: Sequence[Comparison]) -> dict[str, Any]:
+    ratios = [c.ratio or 0.0 for c in rows]
+    name = plot_text(quant)
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "orientation": "h",  # so that quantizations of one workload stand above each other
+        "name": name,
+        "x": ratios,
+        "y": [f"{c.test}, {c.n_threads} thr." for c in rows],
+        "error_x": _error(
+            [(c.high or 0.0) - r for c, r in zip(rows, ratios, strict=True)],
+            [r - (c.low or 0.0) for c, r in zip(rows, ratios, strict=True)],
+        ),
+        "hovertext": [
+            f"{name}, {c.test}, {c.n_threads} thr.<br>{c.ratio:.3f} times as fast ({c.low:.3f} to {c.high:.3f})"
+            f"<br>{c.verdict}"
+            for c in rows
+        ],
+        "hoverinfo": "text",
+        "marker": {"size": 10, "color": SERIES[index % len(SERIES)], "symbol": SYMBOLS[index % len(SYMBOLS)]},
+    }
+
+
+def _error(above: list[float], below: list[float]) -> dict[str, Any]:
+    shown = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 0}
+    return shown | {"array": above, "arrayminus": below}
+
+
+def _ratios(evaluation: Evaluation) -> dict[str, float]:
+    return {
+        f"{text.kind} {text_name(text.source, evaluation.seed)}": text.divergence.perplexity_ratio
+        for text in evaluation.texts
+        if text.divergence
+    }
+
+
+def _line(
+    name: str, points: Sequence[tuple[float, float]], index: int, dash: str = "solid"
+) -> dict[str, Any]:
+    colour, name = SERIES[index % len(SERIES)], plot_text(name)
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "hovertext": [f"{name}<br>{x:.1%} removed<br>{y:.3f} times the perplexity" for x, y in points],
+        "hoverinfo": "text",
+        "line": {"color": colour, "dash": dash, "width": 2},
+        "marker": {"color": colour, "size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+    }
+
+
+def _point(
+    name: str, colour: str, index: int, export: ExportRecord, record: BenchRecord, group: BenchGroup
+) -> dict[str, Any]:
+    rate = bool(record.samples_ts)
+    values = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
+    middle, low, high = (summary.quantile(values, share) or 0.0 for share in (0.5, 0.1, 0.9))
+    lines = [
+        plot_text(export.file),
+        f"{format_bytes(export.file_bytes)}, {speed_text(record)}",
+        f"perplexity {export.parity.ppl_export:.2f}",
+        f"peak memory {format_bytes(group.peak_rss_bytes(export.file))}",
+    ]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "meta": "rate" if rate else "time",
+        "name": plot_text(name),
+        "x": [export.file_bytes / 2**20],
+        "y": [middle],
+        "error_y": _error([high - middle], [middle - low]),
+        "hovertext": ["<br>".join(lines)],
+        "hoverinfo": "text",
+        "marker": {"color": colour, "size": 13, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+    }
+
+
+def _rectangle(low: float, high: float) -> dict[str, Any]:
+    return {
+        "type": "rect",
+        "x0": low,
+        "x1": high,
+        "y0": 0,
+        "y1": 1,
+        "yref": "paper",
+        "fillcolor": BAND,
+        "line": {"width": 0},
+        "layer": "below",
+    }

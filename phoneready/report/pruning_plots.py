@@ -1,0 +1,111 @@
+"""Plots of the plan: which channels are kept, and how many of each block."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from cfsp.plan import PruningPlan
+from phoneready.report.plot_style import SOFT, STEPS, Plot, plot_layout
+
+__all__ = ["allocation_plot", "pattern_plot"]
+
+_BINS = 96
+"""Most cells in a row of the heat map."""
+
+
+def pattern_plot(plan: PruningPlan) -> Plot:
+    """Which channels each block keeps, and beside it how much it keeps and how important it is."""
+    n = len(plan.blocks)
+    cells, hover = zip(*(_kept_bins(plan, index) for index in range(n)), strict=True)
+    shares = [[block.width / dense] for block, dense in zip(plan.blocks, plan.dense_widths, strict=True)]
+    importances = [[block.importance] for block in plan.blocks]
+    data = [
+        _heat(list(cells), list(hover), "x", "y", (0, 1)),
+        _heat(shares, [[f"block {i}: {s[0]:.1%} kept"] for i, s in enumerate(shares)], "x2", "y", None),
+        _heat(
+            importances,
+            [[f"block {i}: importance {v[0]:.4f}"] for i, v in enumerate(importances)],
+            "x3",
+            "y",
+            None,
+        ),
+    ]
+    layout = plot_layout(xaxis="channels, in the order of the dense model", yaxis="block")
+    layout["xaxis"] |= {"domain": [0, 0.8], "showticklabels": False, "showgrid": False}
+    layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "dtick": max(1, n // 10)}
+    strip = {"showgrid": False, "zeroline": False, "tickmode": "array", "tickvals": [0], "fixedrange": True}
+    layout["xaxis2"] = strip | {"domain": [0.83, 0.9], "anchor": "y", "ticktext": ["kept"]}
+    layout["xaxis3"] = strip | {"domain": [0.93, 1], "anchor": "y", "ticktext": ["imp."]}
+    caption = (
+        f"Each cell is a group of neighbouring channels; the darker, the more of them are kept. The strips on the "
+        f"right are each block's kept share ({min(s[0] for s in shares):.2f} to {max(s[0] for s in shares):.2f}) "
+        f"and its coarse importance ({min(v[0] for v in importances):.4f} to {max(v[0] for v in importances):.4f})."
+    )
+    height = max(260, 12 * n + 90)
+    figure = {"data": data, "layout": layout}
+    return Plot("plot-pattern", "What is kept, block by block", caption, "pruning", height, figure)
+
+
+def allocation_plot(plan: PruningPlan) -> Plot:
+    """Kept share of each block over its importance."""
+    shares = [block.width / dense for block, dense in zip(plan.blocks, plan.dense_widths, strict=True)]
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [block.importance for block in plan.blocks],
+        "y": shares,
+        "hovertext": [
+            f"block {i}<br>importance {b.importance:.4f}<br>{b.width} of {d} channels kept ({s:.1%})"
+            for i, (b, d, s) in enumerate(zip(plan.blocks, plan.dense_widths, shares, strict=True))
+        ],
+        "hoverinfo": "text",
+        "marker": {
+            "size": 11,
+            "color": list(range(len(shares))),
+            "colorscale": [[i / 3, c] for i, c in enumerate(STEPS[1:])],
+            "line": {"width": 1, "color": SOFT},
+            "colorbar": {
+                "title": {"text": "block", "font": {"size": 12}},
+                "thickness": 10,
+                "outlinewidth": 0,
+                "tickfont": {"color": SOFT},
+            },
+        },
+    }
+    layout = plot_layout(xaxis="coarse importance of the block", yaxis="share of channels kept")
+    caption = (
+        f"Allocation {plan.settings.allocation}: blocks that change the residual stream more keep more channels. "
+        f"On average {plan.keep_ratio:.1%} are kept."
+    )
+    figure = {"data": [trace], "layout": layout}
+    return Plot("plot-allocation", "Allocation against importance", caption, "pruning", 340, figure)
+
+
+def _kept_bins(plan: PruningPlan, index: int) -> tuple[list[float], list[str]]:
+    """Share of channels that a block keeps in each group of neighbours, and the text of each group."""
+    dense, kept = plan.dense_widths[index], set(plan.blocks[index].kept)
+    edges = [round(i * dense / min(_BINS, dense)) for i in range(min(_BINS, dense) + 1)]
+    shares, texts = [], []
+    for low, high in itertools.pairwise(edges):
+        count = sum(channel in kept for channel in range(low, high))
+        shares.append(round(count / (high - low), 4))
+        texts.append(f"block {index}, channels {low} to {high - 1}<br>{count} of {high - low} kept")
+    return shares, texts
+
+
+def _heat(
+    values: list[list[float]], hover: list[list[str]], x: str, y: str, limits: tuple[float, float] | None
+) -> dict[str, Any]:
+    trace = {
+        "type": "heatmap",
+        "z": values,
+        "hovertext": hover,
+        "hoverinfo": "text",
+        "xaxis": x,
+        "yaxis": y,
+        "showscale": False,
+        "colorscale": [[i / (len(STEPS) - 1), colour] for i, colour in enumerate(STEPS)],
+        "ygap": 1,
+    }
+    return trace | ({"zmin": limits[0], "zmax": limits[1]} if limits else {})

@@ -1,0 +1,162 @@
+"""A release's records made by hand, for the reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cfsp.evaluation import Divergence
+from cfsp.model_source import ModelSource
+from cfsp.plan import BlockPlan, PruningPlan, ScoreSummary
+from cfsp.prune_settings import PruneSettings
+from exporters.record import ExportRecord, ParityReport
+from phoneready.evaluation.record import Degeneration, Evaluation, ModelIdentity, TextResult
+from phoneready.pipeline.answers import Answers
+from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.report import ReleaseFigures
+from phoneready.pipeline.verdict import BudgetVerdict, Verdicts
+from phoneready.report.inputs import DeviceProjections, ReportInput
+from runtime_bench.device_profile import load_profiles
+from runtime_bench.model_facts import ModelFacts
+from runtime_bench.projection import project
+from runtime_bench.record import BenchRecord
+from runtime_bench.workload import Workload
+
+MakeReportInput = Callable[..., ReportInput]
+BLOCKS, DENSE_WIDTH = 6, 256
+
+
+@pytest.fixture
+def make_report_input(make_record: Callable[..., BenchRecord]) -> MakeReportInput:
+    """`make_report_input(name="Tiny")`: two quantizations, two targets, verdicts, projections.
+
+    `name` is in every text that comes from a model, a file, a device or a user.
+    """
+
+    def make(name: str = "Tiny") -> ReportInput:
+        figures = _figures(name, make_record)
+        verdicts = tuple(
+            BudgetVerdict(
+                "tg128",
+                f"{name}.gguf",
+                name,
+                f"at most {name}",
+                1.1,
+                1.0,
+                1.2,
+                outcome,
+                f"{name} says so",
+                "x",
+            )
+            for outcome in ("pass", "missed", "inconclusive")
+        )
+        return ReportInput(
+            config=ReleaseConfig.model_validate({"model": {"reference": name}}),
+            figures=figures,
+            versions={"phoneready": "1.0", "runtime": name},
+            commands=(f"phoneready prune '{name}'",),
+            seconds={"dense": 1.0},
+            verdicts=Verdicts("missed", name, None, f"{name}.json", verdicts),
+            projections=_projections(name),
+        )
+
+    return make
+
+
+def _figures(name: str, make_record: Callable[..., BenchRecord]) -> ReleaseFigures:
+    exports = {
+        (role, quant): _export(f"{name}-{role}-{quant}.gguf", quant, factor)
+        for role, factor in (("dense", 1.0), ("pruned", 0.9))
+        for quant in ("Q8_0", "Q4_0")
+    }
+    dense, pruned = (
+        tuple(record for (part, _), record in exports.items() if part == role) for role in ("dense", "pruned")
+    )
+    files = [record.file for record in (*dense, *pruned)]
+    return ReleaseFigures(
+        source=ModelSource(name, "hub", name, license=name, sha256="ab" * 32),
+        plan=_plan(name),
+        evaluation=_evaluation(name),
+        dense=dense,
+        pruned=pruned,
+        answers=Answers((name,), {file: (f"{file} answers {name}",) for file in files}),
+        bench=tuple(_records(files, name, make_record)),
+    )
+
+
+def _records(files: list[str], name: str, make_record: Callable[..., BenchRecord]) -> list[BenchRecord]:
+    workloads = (Workload("tg", n_gen=128), Workload("pp", n_prompt=64), Workload("load"))
+    places = (("measured", "local"), ("constrained-host", name))
+    found = []
+    for kind, target in places:
+        for number, file in enumerate(files):
+            samples = tuple(10**9 + 10**7 * (number * 3 + i) for i in range(5))
+            shared = {"kind": kind, "target": target, "model_filename": file, "samples_ns": samples}
+            found += [make_record(workload, **shared) for workload in workloads]
+    gone = make_record(workloads[0], status="failed", failure=f"{name} went away", samples_ns=(), sequence=())
+    return [*found, gone]
+
+
+def _plan(name: str) -> PruningPlan:
+    blocks = []
+    for i in range(BLOCKS):
+        ranking = tuple((channel * 7 + i) % DENSE_WIDTH for channel in range(DENSE_WIDTH))
+        blocks.append(BlockPlan(192 + 8 * i, 0.1 + 0.01 * i, ranking, ScoreSummary(0.0, 0.5, 1.0, 0.9)))
+    widths = (DENSE_WIDTH,) * BLOCKS
+    return PruningPlan(
+        "llama", name, None, (name,), "cd" * 32, 1024, 0, PruneSettings(), widths, tuple(blocks)
+    )
+
+
+def _evaluation(name: str) -> Evaluation:
+    d = Divergence(0.1, 0.05, 1.0, 2.0, 0.8, 9.0, 13.0, 15.0, 15 / 13, 1024, name, 64, "ef" * 32)
+    flags = Degeneration("0", 1, 64, 1.0, {name: 1.0}, (name,), 0.0, {}, (None,), 100.0)
+    return Evaluation(
+        ModelIdentity("pruned"),
+        ModelIdentity(name),
+        1,
+        (TextResult("text", name, 64, 1024, "ef" * 32, 15.0, d),),
+        (name,),
+        (f"pruned answers {name}",),
+        (f"dense answers {name}",),
+        flags,
+    )
+
+
+def _export(file: str, quant: str, factor: float) -> ExportRecord:
+    parity = ParityReport(
+        2048, 4, 512, file, 0.5, 0.01, 0.005, 0.2, 0.95, 15.0, 15.5, 15.5 / 15, {"kl_mean": 0.1}
+    )
+    return ExportRecord(
+        file=file,
+        format="gguf",
+        quant=quant,
+        architecture="llama",
+        file_bytes=int(150e6 * factor * (0.6 if quant == "Q4_0" else 1)),
+        sha256="12" * 32,
+        n_params=134_515_008,
+        tensor_types={quant: 10},
+        fallbacks=(),
+        imatrix_tensors=0,
+        widths=(DENSE_WIDTH,) * BLOCKS,
+        padded_width=None,
+        context_length=2048,
+        tokenizer_strings=126,
+        source_model=file,
+        source_sha256=None,
+        checkpoint_sha256=None,
+        plan_sha256=None,
+        seed=0,
+        parity=parity,
+        warnings=(f"{file} is odd",),
+        runtime=file,
+    )
+
+
+def _projections(name: str) -> tuple[DeviceProjections, ...]:
+    facts = ModelFacts(Path(name), 10**8, 10**8, 10**8, {"Q8_0": 10**8}, 30, 5760, 576, 1536, 49152, 2048)
+    profiles = [entry.profile for entry in load_profiles().values()]
+    rows = tuple(project(profile, facts, 2048) for profile in profiles)
+    return (DeviceProjections(f"{name}.gguf", 2048, rows, {profile.id: name for profile in profiles}),)

@@ -1,0 +1,305 @@
+"""report.html in headless Chromium, without a network: complete, readable, and proof against hostile text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.records import write_record
+from phoneready.report import ReportInput, read_verdicts, render_page
+from phoneready.report.escape import plot_text, script_json, spelled_out
+from phoneready.report.groups import bench_groups
+from phoneready.report.plots import make_plots
+
+MakeReportInput = Callable[..., ReportInput]
+SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")
+HOSTILE = {
+    "markup": "</script><script>window.hacked=1</script><!--<script></style><img src=x onerror=window.hacked=1>"
+    '" onmouseover=window.hacked=1 x="\' onfocus=\'window.hacked=1 <svg onload=window.hacked=1>"]}};window.hacked=1;//',
+    "templates": "{{ 7*7 }}{% include 'x' %}${7*7}%{customdata} &lt;script&gt;&#60;b&#62;&amp; \\u003c/script\\u003e"
+    "<a href='javascript:window.hacked=1'>x</a><b>bold</b><br> ![z](http://127.0.0.1:9/z) `x` | y",
+    "unseen": "safe\u202egnp.exe\u2066\u2069 a\u2028b\u2029c\u0000d\u001b[31me\r\nf 👩\u200d🚀 שלום مرحبا 中文",
+}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("Chromium is not installed")
+    with playwright.sync_playwright() as session:
+        chromium = session.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+class Opened:
+    """A page that was opened from a file, and what went wrong in it."""
+
+    def __init__(self, browser: Any, file: Path, width: int = 1280, scheme: str = "light") -> None:
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme, offline=True
+        )
+        self.context.set_default_timeout(300_000)  # a busy machine is no failure
+        self.page = self.context.new_page()
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("dialog", lambda dialog: self.problems.append(dialog.message))
+        self.page.goto(file.as_uri())
+
+    def _heard(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.problems.append(message.text)
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.close()
+
+
+@pytest.fixture
+def page_file(make_report_input: MakeReportInput, tmp_path: Path) -> Path:
+    pytest.importorskip("plotly", reason="the report extra is not installed")
+    file = tmp_path / "report.html"
+    file.write_text(render_page(make_report_input("Tiny")), encoding="utf-8")
+    return file
+
+
+def test_it_is_complete_without_a_network(browser: Any, page_file: Path) -> None:
+    with Opened(browser, page_file) as opened:
+        assert opened.page.evaluate("document.documentElement.dataset.plots") == "drawn"
+        shown = opened.page.eval_on_selector_all("main > section", "all => all.map(one => one.id)")
+        assert tuple(shown) == SECTIONS
+        for link in opened.page.eval_on_selector_all("nav a", "all => all.map(one => one.hash)"):
+            assert opened.page.locator(link).count() == 1
+        plots = opened.page.locator(".plot").all()
+        assert len(plots) == 7
+        for plot in plots:
+            assert plot.locator("svg.main-svg").count() > 0
+        text = opened.page.inner_text("main")
+        for part in ("missed", "inconclusive", "constrained-host", "projected", "Tiny answers"):
+            assert part in text or part.replace("Tiny ", "pruned ") in text
+        assert opened.requests == [page_file.as_uri()]
+        assert opened.problems == []
+    assert page_file.stat().st_size < 6e6, "plotly.js is there more than once"
+
+
+def test_a_point_says_what_it_is(browser: Any, page_file: Path) -> None:
+    with Opened(browser, page_file) as opened:
+        plot = opened.page.locator("#plot-allocation")
+        plot.scroll_into_view_if_needed()
+        plot.locator(".points path").first.hover(force=True)
+        opened.page.wait_for_selector("#plot-allocation .hovertext")
+        assert "192 of 256 channels kept" in plot.locator(".hovertext").first.text_content()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(browser: Any, page_file: Path, scheme: str) -> None:
+    with Opened(browser, page_file, width=390, scheme=scheme) as opened:
+        assert opened.page.evaluate("document.documentElement.scrollWidth") == 390
+        opened.page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true })")
+        assert opened.page.evaluate("document.documentElement.scrollWidth") == 390
+        too_small = opened.page.evaluate(
+            "[...document.querySelectorAll('main *')].filter(one => one.childElementCount === 0 && "
+            "one.textContent.trim() && !one.closest('svg') && parseFloat(getComputedStyle(one).fontSize) < 12)"
+            ".map(one => one.textContent)"
+        )
+        assert too_small == []
+        assert opened.problems == []
+
+
+def test_text_stands_out_from_the_page_in_light_and_dark(browser: Any, page_file: Path) -> None:
+    """WCAG AA: 4.5 to 1 for every colour of text on what lies behind it."""
+    contrast = """() => {
+      const light = (colour) => {
+        const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map((v) => v / 255)
+          .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const behind = (one) => {
+        for (let e = one; e; e = e.parentElement) {
+          const colour = getComputedStyle(e).backgroundColor;
+          if (colour !== "rgba(0, 0, 0, 0)") return colour;
+        }
+        return "rgb(255, 255, 255)";
+      };
+      const texts = [...document.querySelectorAll("body *")].filter((one) => !one.closest("svg, script, style")
+        && [...one.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+      const ratio = (one) => {
+        const [a, b] = [light(getComputedStyle(one).color), light(behind(one))].sort((x, y) => y - x);
+        return (a + 0.05) / (b + 0.05);
+      };
+      return [texts.length, texts.filter((one) => ratio(one) < 4.5).map((one) => one.textContent)];
+    }"""
+    for scheme in ("light", "dark"):
+        with Opened(browser, page_file, scheme=scheme) as opened:
+            count, faint = opened.page.evaluate(contrast)
+            assert count > 100
+            assert faint == []
+
+
+def test_paper_is_white_and_plots_follow_the_system(browser: Any, page_file: Path) -> None:
+    colour = "getComputedStyle(document.querySelector('#plot-speed-0 .xtick text')).fill"
+    with Opened(browser, page_file, scheme="dark") as opened:
+        dark = opened.page.evaluate(colour)
+        opened.page.emulate_media(color_scheme="light")
+        opened.page.wait_for_function(f"{colour} !== {json.dumps(dark)}")
+        light = opened.page.evaluate(colour)
+        opened.page.emulate_media(color_scheme="dark")
+        opened.page.wait_for_function(f"{colour} === {json.dumps(dark)}")
+        opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+        assert opened.page.evaluate(colour) == light
+        opened.page.emulate_media(media="print")
+        assert opened.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert opened.page.pdf()[:5] == b"%PDF-"
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_text_is_only_text(
+    browser: Any, make_report_input: MakeReportInput, tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("plotly", reason="the report extra is not installed")
+    file = tmp_path / "report.html"
+    file.write_text(render_page(make_report_input(name)), encoding="utf-8")
+    with Opened(browser, file, width=390) as opened:
+        page = opened.page
+        assert page.evaluate("document.documentElement.dataset.plots") == "drawn"
+        for plot in page.locator(".plot").all():
+            plot.scroll_into_view_if_needed()
+            if plot.locator(".points path").count():
+                plot.locator(".points path").first.hover(force=True)
+        page.evaluate("document.querySelectorAll('bdi, th, td, p, h1').forEach(one => one.focus())")
+        assert page.evaluate("window.hacked") is None
+        assert opened.problems == []
+        assert opened.requests == [file.as_uri()]
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        assert tuple(page.eval_on_selector_all("main > section", "all => all.map(one => one.id)")) == SECTIONS
+        assert page.locator("img, iframe, object, a[href^='javascript'], main script, svg a").count() == 0
+        shown = "".join(spelled_out(name).replace("\r\n", "\n").split())
+        heading = "".join(page.locator("h1 bdi").text_content().split())
+        assert heading == shown
+        assert shown in "".join(page.locator("#plot-quality .legendtext").first.text_content().split())
+
+
+def test_without_the_policy_hostile_text_is_still_only_text(
+    browser: Any, make_report_input: MakeReportInput, tmp_path: Path
+) -> None:
+    """Escaping alone holds: the Content-Security-Policy is a second wall."""
+    file = tmp_path / "report.html"
+    text = render_page(make_report_input(" ".join(HOSTILE.values())))
+    policy = text[text.index('<meta http-equiv="Content-Security-Policy"') :].partition("\n")[0]
+    file.write_text(text.replace(policy, ""), encoding="utf-8")
+    with Opened(browser, file) as opened:
+        assert opened.page.evaluate("window.hacked") is None
+        assert opened.problems == []
+        assert opened.requests == [file.as_uri()]
+
+
+def test_the_policy_stops_a_script_that_is_not_the_pages(browser: Any, page_file: Path) -> None:
+    text = page_file.read_text(encoding="utf-8")
+    page_file.write_text(text.replace("</main>", "</main><script>window.hacked=1</script>"), encoding="utf-8")
+    with Opened(browser, page_file) as opened:
+        assert opened.page.evaluate("window.hacked") is None
+        assert any("Content Security Policy" in problem for problem in opened.problems)
+        assert opened.page.evaluate("document.documentElement.dataset.plots") == "drawn"
+
+
+def test_kinds_and_targets_are_never_in_one_table_or_plot(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    groups = bench_groups(report.figures.bench)
+    assert [(group.kind, group.target) for group in groups] == [
+        ("measured", "local"),
+        ("constrained-host", "Tiny"),
+    ]
+    for group in groups:
+        assert {(r.kind, r.target) for r in group.records} == {(group.kind, group.target)}
+    plots = {plot.id: plot for plot in make_plots(report.figures, groups, None)}
+    for number, group in enumerate(groups):
+        assert f"{group.kind}, {group.target}" in plots[f"plot-speed-{number}"].title
+
+
+def test_plots_are_valid_plotly_figures(make_report_input: MakeReportInput) -> None:
+    graph_objects = pytest.importorskip("plotly.graph_objects", reason="the report extra is not installed")
+    report = make_report_input("Tiny")
+    for plot in make_plots(report.figures, bench_groups(report.figures.bench), None):
+        graph_objects.Figure(plot.figure)
+
+
+def test_the_heat_map_counts_the_kept_channels(make_report_input: MakeReportInput) -> None:
+    plan = make_report_input("Tiny").figures.plan
+    plots = {plot.id: plot for plot in make_plots(make_report_input("Tiny").figures, [], None)}
+    rows = plots["plot-pattern"].figure["data"][0]
+    edges = [round(i * 256 / 96) for i in range(97)]
+    for index, block in enumerate(plan.blocks):
+        counts = [
+            share * (b - a) for share, a, b in zip(rows["z"][index], edges[:-1], edges[1:], strict=True)
+        ]
+        assert sum(counts) == pytest.approx(block.width, abs=0.05)
+
+
+def test_without_budgets_and_records_it_says_so(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    bare = replace(report, verdicts=None, projections=(), figures=replace(report.figures, bench=()))
+    text = render_page(bare)
+    assert "No budgets were set" in text
+    assert "Nothing was measured" in text
+
+
+def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:
+    """Every element that is opened is closed, whatever the names are."""
+    checker = Nesting()
+    checker.feed(render_page(make_report_input(" ".join(HOSTILE.values()))))
+    assert checker.open == []
+
+
+def test_verdicts_of_another_kind_are_refused(tmp_path: Path, make_report_input: MakeReportInput) -> None:
+    assert read_verdicts(tmp_path) is None
+    verdicts = make_report_input("Tiny").verdicts
+    write_record(tmp_path / "verdicts.json", verdicts)
+    assert read_verdicts(tmp_path) == verdicts
+    (tmp_path / "verdicts.json").write_text('{"kind": "something"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"verdicts\.json"):
+        read_verdicts(tmp_path)
+
+
+def test_json_in_a_script_reads_back_and_cannot_end_it() -> None:
+    value = {"a": list(HOSTILE.values())}
+    text = script_json(value)
+    assert json.loads(text) == value
+    assert not set("<>&") & set(text)
+    assert text.isascii()
+
+
+def test_overrides_of_direction_are_spelled_out_and_joiners_stay() -> None:
+    emoji = "👩\u200d🚀 שלום"
+    assert spelled_out("a\u202eb\u0000") == "a⟨U+202E⟩b⟨U+0000⟩"
+    assert spelled_out(emoji) == emoji
+    assert plot_text("<b>%{x}") == "&lt;b&gt;%&#123;x}"
+
+
+class Nesting(HTMLParser):
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
