@@ -11,19 +11,22 @@ weight, g_t (hidden_size,) the gradient at down_proj's output for token t.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cfsp.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
+from cfsp.streaming import output_hook
 
-__all__ = ["BlockGradients", "ChannelGradients", "collect_gradients"]
+__all__ = ["BlockGradients", "ChannelGradients", "collect_gradients", "predict_divergence"]
 
 _HEAD_CHUNK = 256
 
@@ -89,11 +92,8 @@ def collect_gradients(
         InputError: A gradient is not finite.
     """
     sums = [_Sums(feed_forward(model, layer)) for layer in decoder_layers(model)]
-    generator = torch.Generator().manual_seed(seed)
-    with _frozen(model), _hooked(sums):
-        for done, window in enumerate(input_ids, 1):
-            _backward(model, window, generator)
-            progress("measuring gradients", done, len(input_ids))
+    with _hooked(sums):
+        _run_backwards(model, input_ids, seed, progress)
     n_tokens = input_ids.numel()
     result = tuple(
         ChannelGradients(s.output / n_tokens, s.taylor / n_tokens, s.fisher / n_tokens) for s in sums
@@ -102,6 +102,73 @@ def collect_gradients(
         if not bool(torch.isfinite(block.fisher).all()):
             raise InputError(f"gradients of block {index} are not finite; check the weights and their dtype")
     return result
+
+
+class _Change:
+    """What changing one Linear's weight does to the loss, summed over tokens."""
+
+    def __init__(self, change: Callable[[], torch.Tensor]) -> None:
+        self.change, self.total = change, 0.0
+
+    def watch(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the Linear's input of a window until the gradient at its output is known."""
+        kept = x.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            delta = kept.reshape(len(g), -1).float() @ self.change().T
+            self.total += float((g * delta).sum(1).square().sum())
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+
+def predict_divergence(
+    model: Any,
+    changes: Mapping[str, Callable[[], torch.Tensor]],
+    input_ids: torch.Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """KL(model || model with one Linear's weight changed), to second order, for each of many Linears at once.
+
+    A change C of a weight moves the output for token t by C x_t, which costs E[(g_t^T C x_t)^2] / 2: the Fisher
+    matrix's quadratic form, with what tokens do to each other through it left out.
+
+    Args:
+        model: A causal LM of the architecture table, in eval mode; unchanged.
+        changes: Module name of a Linear -> a function that gives C (out_features, in_features) float32; it is called
+            for each window, so that not all of them have to be held.
+        input_ids: (nsamples, seqlen) int64.
+        seed: Of the drawn labels.
+        progress: Told after each window.
+
+    Returns:
+        Module name -> nats a token.
+
+    Raises:
+        InputError: A prediction is not finite.
+    """
+    watched = {name: _Change(change) for name, change in changes.items()}
+    with ExitStack() as stack:
+        for name, change in watched.items():
+            linear: nn.Linear = model.get_submodule(name)
+            stack.enter_context(output_hook(linear, change.watch))
+        _run_backwards(model, input_ids, seed, progress)
+    result = {name: change.total / input_ids.numel() / 2 for name, change in watched.items()}
+    for name, value in result.items():
+        if not math.isfinite(value):
+            raise InputError("gradients are not finite; check the weights and their dtype", field=name)
+    return result
+
+
+def _run_backwards(model: Any, input_ids: torch.Tensor, seed: int, progress: Progress) -> None:
+    """Forwards and backwards through every window, under whatever hooks are set."""
+    generator = torch.Generator().manual_seed(seed)
+    with _frozen(model):
+        for done, window in enumerate(input_ids, 1):
+            _backward(model, window, generator)
+            progress("measuring gradients", done, len(input_ids))
 
 
 def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> None:

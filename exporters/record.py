@@ -109,6 +109,10 @@ class ExportRecord:
         warnings: What the user should know: fallbacks, padding, a shortened context.
         runtime: Name and version of the runtime that proved the file.
         ort_file: The same as an .ort file, where it was asked for.
+        calibration_sha256: Hash of the token ids that an ONNX variant was rounded for; None without.
+        calibration_tokens: Their number.
+        budget_bytes: Most that a mixture of bits was allowed to take; None for what is no such mixture.
+        eight_bit_layers: What a mixture stores in eight bits, by module name.
     """
 
     KIND: ClassVar[str] = "export"
@@ -122,12 +126,8 @@ class ExportRecord:
     sha256: str
     n_params: int
     tensor_types: dict[str, int]
-    fallbacks: tuple[TensorFallback, ...]
-    imatrix_tensors: int
     widths: tuple[int, ...]
-    padded_width: int | None
     context_length: int
-    tokenizer_strings: int
     source_model: str
     source_sha256: str | None
     checkpoint_sha256: str | None
@@ -136,7 +136,15 @@ class ExportRecord:
     parity: ParityReport
     warnings: tuple[str, ...]
     runtime: str
+    fallbacks: tuple[TensorFallback, ...] = ()
+    imatrix_tensors: int = 0
+    padded_width: int | None = None
+    tokenizer_strings: int = 0
     ort_file: str | None = None
+    calibration_sha256: str | None = None
+    calibration_tokens: int = 0
+    budget_bytes: int | None = None
+    eight_bit_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class ExportRequest:
         seed: Of what is drawn from them.
         n_threads: Threads outside torch; torch's number where None.
         ort: Write ONNX variants as .ort files too.
+        mixed_bytes: Most that `int4-mixed` may take; None for its default.
     """
 
     quants: tuple[str, ...]
@@ -47,6 +48,7 @@ class ExportRequest:
     seed: int
     n_threads: int | None
     ort: bool = False
+    mixed_bytes: int | None = None
 
 
 def export_checkpoint(
@@ -88,6 +90,7 @@ def export_checkpoint(
             folder,
             request.variants,
             calibration=text,
+            mixed_bytes=request.mixed_bytes,
             name=request.name,
             ort=request.ort,
             n_threads=request.n_threads,
@@ -135,6 +138,13 @@ def _check(request: ExportRequest) -> None:
         raise InputError("calibration text is for 4-bit ONNX variants alone", field="calibration")
     if request.ort and not variants:
         raise InputError("only ONNX variants can be .ort files", field="ort", allowed="--onnx VARIANT,...")
+    mixed = [variant.name for variant in variants if variant.mixed]
+    if request.mixed_bytes is not None and not mixed:
+        raise InputError(
+            "a size is for mixtures of bits alone", field="mixed-size", allowed="--onnx int4-mixed"
+        )
+    if mixed and NO_TEXT in request.calibration:
+        raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
     if NO_TEXT in request.calibration and len(request.calibration) > 1:
         raise InputError("`none` stands alone", field="calibration", value=request.calibration)
 

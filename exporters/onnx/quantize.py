@@ -5,8 +5,8 @@ The model is run as far as it is quantized already: every layer is rounded for t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,11 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
-from exporters.onnx.layers import NBitsEmbedding, NBitsLinear
+from exporters.onnx.layers import NBitsLinear
 from exporters.onnx.variants import BlockFormat, FormatOf
 from exporters.onnx.weights import MakeLayer, packed_names
 
-__all__ = ["quantize_linears", "quantized_embedding", "quantized_layers"]
+__all__ = ["quantize_linears", "quantized_layers"]
 
 
 def quantize_linears(
@@ -32,10 +32,10 @@ def quantize_linears(
     *,
     progress: Progress = no_progress,
 ) -> dict[str, Rounded]:
-    """Quantize every Linear of the blocks; the model's weights become what the runtime will compute with.
+    """Quantize every Linear of the blocks.
 
     Args:
-        model: A causal LM of the architecture table, float32; changed in place.
+        model: A causal LM of the architecture table, float32; unchanged.
         format_of: How each Linear is stored.
         input_ids: Text to quantize for, (nsamples, seqlen): GPTQ; None rounds to nearest.
         progress: Told after each block.
@@ -52,12 +52,12 @@ def quantize_linears(
         for index, layer in enumerate(layers):
             with products_in("auto"):
                 grams = _input_grams(linears[index], layer, hidden, calls[index]) if hidden else {}
-            for name, linear in linears[index].items():
-                form = format_of(name, index, len(layers))
-                rounded = _rounded(linear.weight, form, grams.get(name))
-                linear.weight.copy_(rounded.dequantized())
-                result[name] = rounded
-            with products_in("auto"):
+            block = {
+                name: _rounded(linear.weight, format_of(name, index, len(layers)), grams.get(name))
+                for name, linear in linears[index].items()
+            }
+            result |= block
+            with products_in("auto"), _replaced(linears[index], block):
                 hidden = [run_layer(layer, h, calls[index][i]) for i, h in enumerate(hidden)]
             progress("quantizing", index + 1, len(layers))
     return result
@@ -72,11 +72,6 @@ def quantized_layers(rounded: Mapping[str, Rounded], head: BlockFormat) -> MakeL
         return NBitsLinear(pack(joined(parts)), None if bias is None else bias.numpy())
 
     return make
-
-
-def quantized_embedding(form: BlockFormat) -> Callable[[torch.Tensor], NBitsEmbedding]:
-    """The embedding rounded to nearest: its rows are looked up one by one, so there is no input to weigh by."""
-    return lambda table: NBitsEmbedding(pack(round_to_nearest(table, form)))
 
 
 def _input_grams(
@@ -106,6 +101,19 @@ def _input_grams(
             run_layer(layer, h, arguments)
     totals = {name: total.total() / n_tokens for name, total in sums.items()}
     return {name: totals[first] for name, first in same_as.items()}
+
+
+@contextmanager
+def _replaced(linears: Mapping[str, nn.Linear], rounded: Mapping[str, Rounded]) -> Iterator[None]:
+    """Let a block compute with what the runtime will compute with."""
+    weights = {name: linear.weight.data for name, linear in linears.items()}
+    for name, linear in linears.items():
+        linear.weight.data = rounded[name].dequantized()
+    try:
+        yield
+    finally:
+        for name, linear in linears.items():
+            linear.weight.data = weights[name]
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None) -> Rounded:

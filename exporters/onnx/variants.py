@@ -48,6 +48,7 @@ class Variant:
         pack_qkv: Whether q, k and v have one format, so that they can be one layer.
         int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
         portable: In standard operators alone, as optimum exports it.
+        mixed: Of the Linears that `format_of` gives four bits, those get eight that need them most, as many as fit.
         limits: Bounds of the parity check.
     """
 
@@ -61,6 +62,7 @@ class Variant:
     pack_qkv: bool = True
     int8_rows: bool = False
     portable: bool = False
+    mixed: bool = False
 
     @property
     def stem(self) -> str:
@@ -68,11 +70,15 @@ class Variant:
         return f"model{self.suffix}"
 
 
-_INT8 = BlockFormat(8, 32)
+_INT4, _INT8 = BlockFormat(4, 32), BlockFormat(8, 32)
 
 
 def _all_int8(name: str, block: int, blocks: int) -> BlockFormat:
     return _INT8
+
+
+def _all_int4(name: str, block: int, blocks: int) -> BlockFormat:
+    return _INT4
 
 
 def _int4(block_size: int) -> FormatOf:
@@ -113,6 +119,17 @@ _ROWS = (
         embedding=_INT8,
         calibrated=True,
         pack_qkv=False,
+    ),
+    Variant(
+        "int4-mixed",
+        "_q4_mixed",
+        "float32",
+        ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
+        format_of=_all_int4,
+        embedding=_INT8,
+        calibrated=True,
+        pack_qkv=False,
+        mixed=True,
     ),
     Variant(
         "int4-b128",

@@ -20,6 +20,7 @@ from phoneready.commands.options import (
     text_references,
 )
 from phoneready.console import format_bytes, format_rows, prepare_torch, show_progress, write_result
+from phoneready.units import parse_bytes
 
 __all__ = ["export", "format_exports"]
 
@@ -40,7 +41,7 @@ def export(
         list[str] | None,
         typer.Option(
             "--onnx",
-            help="fp32, fp16, int8, int8-dynamic, int4, int4-b128, portable; as A,B.",
+            help="fp32, fp16, int8, int8-dynamic, int4, int4-mixed, int4-b128, portable; as A,B.",
             metavar="VARIANT,...",
             show_default="none",
         ),
@@ -59,6 +60,15 @@ def export(
             help=f"Text that 4-bit ONNX variants are rounded for; repeatable. `self`, `none`, {TEXT_HELP}.",
             metavar="REF",
             show_default="self",
+        ),
+    ] = None,
+    mixed_size: Annotated[
+        str | None,
+        typer.Option(
+            "--mixed-size",
+            help="Most that `int4-mixed` may take, such as 80M.",
+            metavar="SIZE",
+            show_default="1.1 times what GGUF's Q4_0 takes",
         ),
     ] = None,
     ort: Annotated[
@@ -91,6 +101,7 @@ def export(
         seed=seed,
         n_threads=threads,
         ort=ort,
+        mixed_bytes=parse_bytes(mixed_size, "--mixed-size") if mixed_size else None,
     )
     with show_progress() as progress:
         records = export_checkpoint(checkpoint, output, request, force=force, progress=progress)

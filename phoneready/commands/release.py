@@ -25,7 +25,8 @@ def release(
         list[str] | None,
         typer.Option(
             "--onnx",
-            help="ONNX variants beside the GGUF files: fp32, fp16, int8, int4, int4-b128.",
+            help="ONNX variants beside the GGUF files: fp32, fp16, int8, int8-dynamic, int4, int4-mixed, "
+            "int4-b128, portable.",
             metavar="VARIANT,...",
             show_default="the configuration's",
         ),

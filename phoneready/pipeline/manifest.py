@@ -155,5 +155,6 @@ def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]
         variants += ["--seed", config.seed]
     export: list[object] = ["export", "checkpoint", "-o", "exports"]
     export += ["--gguf", ",".join(config.export.quants), *variants]
+    export += [] if config.export.mixed_bytes is None else ["--mixed-size", config.export.mixed_bytes]
     export += [] if config.export.imatrix else ["--no-imatrix"]
     return tuple(shlex.join(map(str, ["phoneready", *words])) for words in (prune, judge, export))

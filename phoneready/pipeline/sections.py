@@ -165,6 +165,7 @@ class ExportConfig(Section):
 
     quants: tuple[str, ...] = pydantic.Field(default=("Q4_0",), min_length=1)
     onnx: tuple[str, ...] = ()
+    mixed_bytes: int | None = pydantic.Field(default=None, ge=1)
     imatrix: bool = True
 
     @pydantic.field_validator("quants")

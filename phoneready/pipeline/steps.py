@@ -289,6 +289,7 @@ class Steps:
                 output / "onnx",
                 self.config.export.onnx,
                 calibration=moment_windows(self._calibration_ids()),
+                mixed_bytes=self.config.export.mixed_bytes,
                 name=f"{name}-{suffix}",
                 n_threads=self.threads,
                 progress=progress,

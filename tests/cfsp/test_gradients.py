@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.gradients import collect_gradients
+from cfsp.gradients import collect_gradients, predict_divergence
 
 
 def kl_after(model, change, ids: torch.Tensor) -> float:
@@ -65,3 +65,34 @@ def test_the_model_is_left_as_it_was(tiny_model):
         assert torch.equal(parameter, before[name])
     assert not any(m._forward_hooks for m in model.modules())
     assert torch.equal(first[0].fisher, again[0].fisher)
+
+
+def test_the_divergence_of_a_changed_weight_is_predicted(tiny_model):
+    model, _ = tiny_model()
+    model.double()
+    ids = torch.randint(3, model.config.vocab_size, (24, 16), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(3)
+    last = "model.layers.3.mlp"
+    changes = {
+        f"{last}.{part}": 0.01
+        * torch.randn(model.get_submodule(f"{last}.{part}").weight.shape, generator=generator)
+        for part in ("gate_proj", "up_proj", "down_proj")
+    }
+    predicted = predict_divergence(model, {n: (lambda c=c: c) for n, c in changes.items()}, ids.repeat(20, 1))
+    assert list(predicted) == list(changes)
+    for name, change in changes.items():
+        measured = kl_after(model, ChangedWeight(model.get_submodule(name), change), ids)
+        assert predicted[name] == pytest.approx(measured, rel=0.25)
+
+
+class ChangedWeight:
+    """Adds to a Linear's weight while it is entered."""
+
+    def __init__(self, linear: torch.nn.Linear, change: torch.Tensor) -> None:
+        self.weight, self.change = linear.weight.data, change
+
+    def __enter__(self) -> None:
+        self.weight += self.change
+
+    def __exit__(self, *error: object) -> None:
+        self.weight -= self.change

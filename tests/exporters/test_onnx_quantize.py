@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cfsp.architectures import block_linears
 from cfsp.errors import InputError
 from exporters.onnx import VARIANTS, BlockFormat
-from exporters.onnx.block_quantize import gptq, joined, pack, round_to_nearest
+from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import int8_weights
@@ -112,8 +112,16 @@ def test_packed_bytes_hold_the_low_number_first() -> None:
     assert torch.equal(both.dequantized(), torch.cat([rounded.dequantized()] * 2))
 
 
-def test_the_model_becomes_what_is_stored(tiny_model: Callable[..., Any]) -> None:
+def become(model: Any, rounded: Mapping[str, Rounded]) -> None:
+    """Let a model compute with what is stored."""
+    with torch.no_grad():
+        for name, stored in rounded.items():
+            model.get_submodule(name).weight.copy_(stored.dequantized())
+
+
+def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model("qwen2")
+    given = {name: value.clone() for name, value in model.state_dict().items()}
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before = model(ids).logits
@@ -125,14 +133,14 @@ def test_the_model_becomes_what_is_stored(tiny_model: Callable[..., Any]) -> Non
     assert list(rounded) == names
     assert done == [(i, 4) for i in range(1, 5)]
     assert {rounded[name].form.bits for name in names if name.endswith("v_proj")} == {8}
-    for name in names:
-        assert torch.equal(model.get_submodule(name).weight, rounded[name].dequantized())
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    nearest = quantize_linears(model, form_of, None)
+    become(model, rounded)
     with torch.inference_mode():
         guided = (model(ids).logits - before).square().mean()
-    plain, _ = tiny_model("qwen2")
-    quantize_linears(plain, form_of, None)
+    become(model, nearest)
     with torch.inference_mode():
-        assert guided < (plain(ids).logits - before).square().mean()
+        assert guided < (model(ids).logits - before).square().mean()
 
 
 def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -> None:

@@ -168,6 +168,9 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int4", "--calibration", "none", "--calibration", "self"], "stands alone"),
         (["--onnx", "int8", "--calibration", "self"], "4-bit"),
         (["--gguf", "Q4_0", "--onnx", "int2"], "int2"),
+        (["--onnx", "int4-mixed", "--calibration", "none"], "wants text"),
+        (["--onnx", "int4-mixed", "--mixed-size", "large"], "--mixed-size"),
+        (["--onnx", "int4", "--mixed-size", "80M"], "int4-mixed"),
     ],
 )
 def test_export_refuses_what_it_cannot_do(

@@ -1,0 +1,188 @@
+"""What every export shares: the checkpoint's side of the proof, the record, the folder that appears when all holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cfsp.checkpoint import load_pruned
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
+from cfsp.model_reference import load_tokenizer
+from cfsp.progress import Progress
+from cfsp.records import write_record
+from exporters.checkpoint_reader import ModelConfig, read_config
+from exporters.parity import Reference, choose_windows, compare, reference_of
+from exporters.provenance import Provenance, read_provenance
+from exporters.record import ExportManifest, ExportRecord, ParityLimits, ParityReport
+
+__all__ = [
+    "MANIFEST_FILE",
+    "Job",
+    "JobSettings",
+    "check_input",
+    "load_checkpoint",
+    "open_job",
+    "write_manifest",
+]
+
+MANIFEST_FILE = "export.json"
+
+
+class _Row(Protocol):
+    """A row of the table of quantizations or variants."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def limits(self) -> ParityLimits: ...
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What can be said about any export.
+
+    Attributes:
+        name: Short name of the model for titles and file names; the source model's by default.
+        parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
+        limits: Bounds by row name, in place of the table's.
+        n_threads: Threads of the parity run; torch's number by default.
+        force: Replace an existing output folder.
+        progress: Told about every step.
+    """
+
+    name: str | None
+    parity_windows: torch.Tensor | None
+    limits: Mapping[str, ParityLimits] | None
+    n_threads: int | None
+    force: bool
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all files of one export have in common.
+
+    Attributes:
+        checkpoint: Hugging Face folder.
+        folder: Where files are written; it becomes the output folder at the end.
+        config: The checkpoint's.
+        provenance: The checkpoint's.
+        tokenizer: The checkpoint's.
+        reference: The checkpoint's logits, to hold files against.
+        limits: Bounds by row name, in place of the table's.
+        n_threads: Threads of the parity run.
+        progress: Told about every step.
+    """
+
+    checkpoint: Path
+    folder: Path
+    config: ModelConfig
+    provenance: Provenance
+    tokenizer: Any
+    reference: Reference
+    limits: Mapping[str, ParityLimits]
+    n_threads: int
+    progress: Progress
+
+    def compare(
+        self, row: _Row, run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]]
+    ) -> ParityReport:
+        """Hold a file against the checkpoint; its limits are stored in the report, not checked."""
+        return compare(
+            self.reference,
+            run,
+            self.limits.get(row.name, row.limits).as_dict(),
+            progress=lambda _, done, total: self.progress(f"parity {row.name}", done, total),
+        )
+
+    def record(self, path: Path, row: _Row, *, format: str, parity: ParityReport, **own: Any) -> ExportRecord:
+        """Describe a proven file.
+
+        Args:
+            path: The file.
+            row: What it is.
+            format: "gguf" or "onnx".
+            parity: The proof.
+            own: Fields of ExportRecord that depend on the format.
+        """
+        fields: dict[str, Any] = {
+            "file_bytes": path.stat().st_size,
+            "widths": self.config.widths,
+            "context_length": self.config.context_length,
+        }
+        return ExportRecord(
+            file=str(path.relative_to(self.folder)),
+            format=format,
+            quant=row.name,
+            sha256=sha256_file(path),
+            source_model=self.provenance.source_model,
+            source_sha256=self.provenance.source_sha256,
+            checkpoint_sha256=self.provenance.checkpoint_sha256,
+            plan_sha256=self.provenance.plan_sha256,
+            seed=self.provenance.seed,
+            parity=parity,
+            **(fields | own),
+        )
+
+
+def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
+    """Refuse what cannot be exported before anything is loaded.
+
+    Raises:
+        InputError: The output exists, or the input is no checkpoint folder.
+    """
+    refuse_existing(output, force=force)
+    if not (checkpoint / "config.json").is_file():
+        raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
+
+
+def load_checkpoint(checkpoint: Path) -> Any:
+    """The model as float32."""
+    return load_pruned(checkpoint, dtype=torch.float32)
+
+
+@contextmanager
+def open_job(checkpoint: Path, output: Path, model: Any, settings: JobSettings) -> Iterator[Job]:
+    """Run the checkpoint on the parity text, and make the output folder, which appears when the block ends well.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        output: Folder to create.
+        model: `load_checkpoint`'s; it is let go.
+        settings: The rest.
+
+    Raises:
+        InputError: Unusable windows.
+    """
+    config, progress = read_config(checkpoint), settings.progress
+    provenance = read_provenance(checkpoint, settings.name)
+    tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
+    windows, text = choose_windows(tokenizer, config.context_length, settings.parity_windows)
+    reference = reference_of(model, windows, text=text, progress=progress)
+    del model
+    remove_stale_temporaries(output.parent, output.name)
+    with atomic_directory(output, force=settings.force) as folder:
+        yield Job(
+            checkpoint=checkpoint,
+            folder=folder,
+            config=config,
+            provenance=provenance,
+            tokenizer=tokenizer,
+            reference=reference,
+            limits=settings.limits or {},
+            n_threads=settings.n_threads or torch.get_num_threads(),
+            progress=progress,
+        )
+
+
+def write_manifest(job: Job, records: Sequence[ExportRecord]) -> None:
+    """Write export.json."""
+    write_record(job.folder / MANIFEST_FILE, ExportManifest(tuple(records)))

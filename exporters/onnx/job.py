@@ -1,0 +1,48 @@
+"""What the variants of one ONNX export share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from exporters.job import Job
+from exporters.onnx.block_quantize import pack, round_to_nearest
+from exporters.onnx.layers import NBitsEmbedding
+from exporters.onnx.variants import BlockFormat, Variant
+
+__all__ = ["OnnxJob"]
+
+
+@dataclass(frozen=True)
+class OnnxJob:
+    """An export, and what only ONNX variants want.
+
+    Attributes:
+        common: What every export has.
+        model: The checkpoint, float32; no variant changes it.
+        calibration: Token ids (nsamples, seqlen) that 4-bit variants are rounded for; None rounds to nearest.
+        calibration_sha256: Their hash.
+        mixed_bytes: Most bytes of a mixture of bits; None for the default.
+        ort: Also write .ort files.
+        embeddings: The token embedding in each format that was asked for; variants share it.
+    """
+
+    common: Job
+    model: Any
+    calibration: torch.Tensor | None
+    calibration_sha256: str | None
+    mixed_bytes: int | None
+    ort: bool
+    embeddings: dict[BlockFormat, NBitsEmbedding] = field(default_factory=dict)
+
+    def text_for(self, variant: Variant) -> torch.Tensor | None:
+        """What a variant is rounded for."""
+        return self.calibration if variant.calibrated else None
+
+    def embedding(self, form: BlockFormat, table: torch.Tensor) -> NBitsEmbedding:
+        """The token embedding rounded to nearest: its rows are looked up one by one, so no input weighs more."""
+        if form not in self.embeddings:
+            self.embeddings[form] = NBitsEmbedding(pack(round_to_nearest(table, form)))
+        return self.embeddings[form]

@@ -1,0 +1,106 @@
+"""A variant's graphs, reopened: shaped as the plan says, as close as the limits say, and all of them alike."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from cfsp.errors import LimitError
+from exporters.job import Job
+from exporters.onnx.checks import check_graph
+from exporters.onnx.job import OnnxJob
+from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
+from exporters.onnx.variants import Variant
+from exporters.onnx.writer import WrittenGraphs
+from exporters.parity import check_limits
+from exporters.record import ExportRecord
+
+__all__ = ["prove"]
+
+_SAME_LOGITS = 1e-2
+"""Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
+
+
+def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | None) -> ExportRecord:
+    """Compare the graph with the checkpoint, others of its weights with it, and describe it.
+
+    Raises:
+        LimitError: They are too far from the checkpoint, or not shaped as its plan says.
+    """
+    common, path = job.common, written.every
+    graphs = [path, *([written.last] if written.last else [])]
+    for graph in graphs:
+        check_graph(graph, common.config)
+    with _opened(common, path) as model:
+        parity = common.compare(variant, model.iter_logits)
+        window = common.reference.windows[0, :PREFILL_TOKENS].numpy()
+        every = next(iter(model.iter_logits(window)))[-1].copy()
+    for other in [*graphs[1:], *([ort] if ort else [])]:
+        with _opened(common, other) as model:
+            difference = float(np.abs(model.decode(window)[-1] - every).max())
+        if not difference <= _SAME_LOGITS:
+            raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
+    check_limits(parity, f"{variant.name} ({path.name})")
+    return common.record(
+        path,
+        variant,
+        format="onnx",
+        parity=parity,
+        architecture=common.config.model_type,
+        file_bytes=written.size_bytes,
+        n_params=sum(parameter.numel() for parameter in job.model.parameters()),
+        tensor_types=_tensor_types(path),
+        warnings=_warnings(job, variant),
+        runtime=runtime_version(),
+        ort_file=str(ort.relative_to(common.folder)) if ort else None,
+        **_rounding(job, variant, written),
+    )
+
+
+def _rounding(job: OnnxJob, variant: Variant, written: WrittenGraphs) -> dict[str, Any]:
+    """What a record says about how weights were rounded."""
+    fields: dict[str, Any] = {}
+    text = job.text_for(variant)
+    if text is not None:
+        fields |= {"calibration_sha256": job.calibration_sha256, "calibration_tokens": text.numel()}
+    if written.mixture is not None:
+        fields |= {
+            "budget_bytes": written.mixture.budget_bytes,
+            "eight_bit_layers": written.mixture.eight_bits,
+        }
+    return fields
+
+
+def _warnings(job: OnnxJob, variant: Variant) -> tuple[str, ...]:
+    unguided = variant.calibrated and job.calibration is None
+    return (f"{variant.name} is rounded to the nearest numbers, without text",) if unguided else ()
+
+
+@contextmanager
+def _opened(job: Job, path: Path) -> Iterator[OnnxModel]:
+    n_ctx = job.reference.windows.shape[1]
+    model = open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _tensor_types(path: Path) -> dict[str, int]:
+    """Stored type -> number of weights' tensors; scales, rotary tables, single numbers and sizes are left out."""
+    counts: Counter[str] = Counter()
+    for name, value in ir.load(path).graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or value.dtype == ir.DataType.INT64 or tensor.size == 1:
+            continue
+        if name.endswith((".scale", "_cache")):
+            continue
+        packed = tensor.dtype == ir.DataType.UINT8
+        counts[f"int{name.rpartition('.q')[2]}" if packed else tensor.dtype.name.lower()] += 1
+    return dict(counts)

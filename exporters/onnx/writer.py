@@ -1,0 +1,169 @@
+"""A variant's graphs on disk: layers as the variant stores them, the graphs over them, the file of their weights."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from cfsp.errors import InputError
+from cfsp.files import sha256_file
+from exporters.job import load_checkpoint
+from exporters.onnx.block_quantize import Rounded
+from exporters.onnx.decoder_graph import Decoder, build_decoder
+from exporters.onnx.int8_rows import int8_weights
+from exporters.onnx.job import OnnxJob
+from exporters.onnx.mixed import Mixture, choose_mixture, round_small
+from exporters.onnx.portable import portable_graph
+from exporters.onnx.quantize import quantize_linears, quantized_layers
+from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
+from exporters.onnx.variants import Variant
+from exporters.onnx.weights import decoder_of, float_weights
+
+__all__ = ["WrittenGraphs", "save_graph", "write_graphs"]
+
+_EXTERNAL_BYTES = 1024
+"""Smaller weights stay inside the graph."""
+
+
+@dataclass(frozen=True)
+class WrittenGraphs:
+    """A variant's files.
+
+    Attributes:
+        every: The graph with the logits of every position.
+        last: The one with the last position's alone; None where a variant has none.
+        data: The weights of both.
+        mixture: Which layers got eight bits, of a variant that mixes.
+    """
+
+    every: Path
+    last: Path | None
+    data: Path
+    mixture: Mixture | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """The graph with all logits and its weights."""
+        return self.every.stat().st_size + self.data.stat().st_size
+
+
+def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
+    """Write folder/<stem>.onnx, <stem>_last.onnx and <stem>.onnx_data.
+
+    Raises:
+        InputError: A model that the graph cannot compute, or a budget that it does not fit.
+    """
+    progress = job.common.progress
+    if variant.portable:
+        progress(f"writing {variant.name}", 0, 1)
+        # A model of its own: optimum's exporter changes the one that it is given.
+        graph = portable_graph(load_checkpoint(job.common.checkpoint), name=_graph_name(job, variant))
+        # One graph: who takes standard operators alone wants what optimum's users expect.
+        return _write(job, graph, folder, variant)
+    mixture = _mixture(job, variant) if variant.mixed else None
+    format_of = mixture.format_of if mixture else variant.format_of
+    rounded = None
+    if format_of is not None:
+        rounded = quantize_linears(job.model, format_of, job.text_for(variant), progress=progress)
+    decoder = _decoder(job, variant, rounded)
+    progress(f"writing {variant.name}", 0, 1)
+    return replace(_write_both(job, decoder, folder, variant), mixture=mixture)
+
+
+def _mixture(job: OnnxJob, variant: Variant) -> Mixture:
+    """Which layers get eight bits: a file with none of them says how many bytes are left.
+
+    Raises:
+        InputError: No text, or a budget that four bits do not fit.
+    """
+    text, common = job.text_for(variant), job.common
+    if text is None:
+        raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
+    small = round_small(job.model, text, progress=common.progress)
+    with tempfile.TemporaryDirectory(prefix="sizing-", dir=common.folder) as scratch:
+        graph = _every(job, _decoder(job, variant, small), variant)
+        size_bytes = _write(job, graph, Path(scratch), variant).size_bytes
+    return choose_mixture(
+        job.model, small, text, size_bytes, budget_bytes=job.mixed_bytes, progress=common.progress
+    )
+
+
+def _decoder(job: OnnxJob, variant: Variant, rounded: dict[str, Rounded] | None) -> Decoder:
+    dtype: torch.dtype = getattr(torch, variant.dtype)
+    if variant.int8_rows:
+        layer, embedding = int8_weights()
+    elif rounded is None or variant.embedding is None:
+        layer, embedding = float_weights(dtype)
+    else:
+        layer, embedding = (
+            quantized_layers(rounded, variant.embedding),
+            partial(job.embedding, variant.embedding),
+        )
+    return decoder_of(
+        job.model, make_layer=layer, make_embedding=embedding, pack_qkv=variant.pack_qkv, dtype=dtype
+    )
+
+
+def _every(job: OnnxJob, decoder: Decoder, variant: Variant) -> ir.Model:
+    """The graph with all logits."""
+    return build_decoder(decoder, name=_graph_name(job, variant), metadata={CACHE_KEY: FIXED_CACHE})
+
+
+def _write_both(job: OnnxJob, decoder: Decoder, folder: Path, variant: Variant) -> WrittenGraphs:
+    """Two graphs over one file of weights."""
+    every = _every(job, decoder, variant)
+    written = _write(job, every, folder, variant)
+    stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
+    name, metadata = _graph_name(job, variant), every.metadata_props
+    last = build_decoder(decoder, name=name, metadata=metadata, last_logits=True, stored=stored)
+    path = folder / f"{variant.stem}_last.onnx"
+    ir.save(last, path)
+    return replace(written, last=path)
+
+
+def _write(job: OnnxJob, graph: ir.Model, folder: Path, variant: Variant) -> WrittenGraphs:
+    """One graph, which is told its origin, and its weights beside it."""
+    path = folder / f"{variant.stem}.onnx"
+    return WrittenGraphs(path, None, save_graph(graph, path, metadata=_origin(job, variant)))
+
+
+def save_graph(graph: ir.Model, path: Path, *, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a graph, and its weights beside it, whose hash it holds: no protobuf is larger than 2 GiB.
+
+    Args:
+        graph: Its weights become references to the file.
+        path: The .onnx file.
+        metadata: More keys for it.
+
+    Returns:
+        The file of the weights.
+    """
+    data = path.with_name(f"{path.name}_data")
+    ir.external_data.unload_from_model(graph, path.parent, data.name, size_threshold_bytes=_EXTERNAL_BYTES)
+    graph.metadata_props.update({**(metadata or {}), "phoneready.data_sha256": sha256_file(data)})
+    ir.save(graph, path)
+    return data
+
+
+def _graph_name(job: OnnxJob, variant: Variant) -> str:
+    return f"{job.common.provenance.name}-{variant.name}"
+
+
+def _origin(job: OnnxJob, variant: Variant) -> dict[str, str]:
+    """What a graph says about where it comes from."""
+    origin = job.common.provenance
+    known = {
+        "phoneready.source_model": origin.source_model,
+        "phoneready.source_sha256": origin.source_sha256,
+        "phoneready.checkpoint_sha256": origin.checkpoint_sha256,
+        "phoneready.plan_sha256": origin.plan_sha256,
+        "phoneready.license": origin.license,
+        "phoneready.calibration_sha256": job.calibration_sha256 if variant.calibrated else None,
+    }
+    return {key: value for key, value in known.items() if value}

@@ -1,0 +1,149 @@
+"""int4-mixed: eight bits go where four cost most, the budget is held, and the result is closer than int4's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp.architectures import block_linears
+from cfsp.checkpoint import load_pruned
+from cfsp.errors import InputError
+from cfsp.gradients import predict_divergence
+from cfsp.text import tokens_sha256
+from exporters.onnx import export_onnx
+from exporters.onnx.mixed import EIGHT, FOUR, choose_eight_bits, choose_mixture, default_budget, round_small
+from exporters.record import ExportRecord, ParityLimits
+
+MakeCheckpoint = Callable[..., Path]
+WINDOWS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(0))
+LOOSE = {name: ParityLimits(kl_mean=5.0) for name in ("int4", "int4-mixed", "int8")}
+
+
+def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> dict[str, ExportRecord]:
+    settings = {
+        "limits": LOOSE,
+        "parity_windows": WINDOWS[:2],
+        "calibration": WINDOWS,
+        "n_threads": 1,
+    } | settings
+    return {record.quant: record for record in export_onnx(checkpoint, output, variants, **settings)}
+
+
+@given(
+    layers=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 100)), min_size=1, max_size=12),
+    left=st.integers(0, 400),
+)
+def test_the_budget_is_held_and_used(layers: list[tuple[float, int]], left: int) -> None:
+    losses = {str(i): loss for i, (loss, _) in enumerate(layers)}
+    prices = {str(i): price for i, (_, price) in enumerate(layers)}
+    chosen = choose_eight_bits(losses, prices, left)
+    spent = sum(prices[name] for name in chosen)
+    assert spent <= left
+    assert all(prices[name] > left - spent for name in losses.keys() - set(chosen))
+    best = max(losses, key=lambda name: losses[name] / prices[name])
+    assert best in chosen or prices[best] > left
+
+
+def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model()
+    small = round_small(model, WINDOWS)
+    names = [name for block in block_linears(model) for name in block]
+    sizes = []
+    for budget in (10_000, 60_000, 10**7):
+        mixture = choose_mixture(model, small, WINDOWS, 0, budget_bytes=budget)
+        sizes.append(len(mixture.eight_bits))
+        assert {mixture.format_of(name, 0, 4) for name in mixture.eight_bits} <= {EIGHT}
+    assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
+    few = choose_mixture(model, small, WINDOWS, 0, budget_bytes=300)
+    assert few.eight_bits == ()
+    assert few.format_of(names[0], 0, 4) == FOUR
+
+
+def test_layers_are_ordered_as_their_true_losses_order_them(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model()
+    small = round_small(model, WINDOWS)
+    weights = {name: model.get_submodule(name).weight for name in small}
+    changes = {name: (lambda name=name: small[name].dequantized() - weights[name].detach()) for name in small}
+    predicted = predict_divergence(model, changes, WINDOWS)
+    measured = {}
+    with torch.inference_mode():
+        before = model(WINDOWS).logits.log_softmax(-1)
+        for name, weight in weights.items():
+            kept = weight.data
+            weight.data = small[name].dequantized()
+            after = model(WINDOWS).logits.log_softmax(-1)
+            weight.data = kept
+            measured[name] = float((before.exp() * (before - after)).sum(-1).mean())
+    ranks = [
+        torch.tensor(list(losses.values())).argsort().argsort().double() for losses in (predicted, measured)
+    ]
+    assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.7
+
+
+def test_a_mixture_is_closer_than_int4_in_no_more_bytes(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 40))
+    plain = export(checkpoint, tmp_path / "plain", "int4")["int4"]
+    # The bytes of the same format in all layers, and the room of int4's own eight-bit layers.
+    mixed = export(checkpoint, tmp_path / "mixed", "int4-mixed", mixed_bytes=plain.file_bytes)["int4-mixed"]
+    assert mixed.file_bytes <= plain.file_bytes == mixed.budget_bytes
+    assert mixed.parity.kl_mean < plain.parity.kl_mean
+    assert plain.budget_bytes is None
+    assert plain.eight_bit_layers == ()
+    for record in (plain, mixed):
+        assert record.calibration_sha256 == tokens_sha256(WINDOWS)
+        assert record.calibration_tokens == WINDOWS.numel()
+    assert bits_in(tmp_path / "mixed" / mixed.file) == {
+        name: 8 if name in mixed.eight_bit_layers else 4
+        for block in block_linears(load_pruned(checkpoint))
+        for name in block
+    }
+
+
+def bits_in(path: Path) -> dict[str, int]:
+    """Of every Linear of the blocks, as the graph multiplies by it."""
+    graph = ir.load(path)
+    assert graph.metadata_props["phoneready.calibration_sha256"] == tokens_sha256(WINDOWS)
+    return {
+        str(node.name): node.attributes["bits"].as_int()
+        for node in graph.graph
+        if node.op_type == "MatMulNBits" and str(node.name).startswith("model.layers.")
+    }
+
+
+def test_without_a_number_a_mixture_keeps_to_its_share_of_q4_0(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    # Wide enough that graphs, whose size does not depend on the weights, are a small part of the file.
+    checkpoint = make_checkpoint(
+        "llama", hidden_size=256, intermediate_size=1024, max_position_embeddings=128
+    )
+    records = export(checkpoint, tmp_path / "out", "int8", "int4-mixed")
+    model = load_pruned(checkpoint)
+    mixed = records["int4-mixed"]
+    assert mixed.budget_bytes == default_budget(model)
+    assert mixed.file_bytes <= mixed.budget_bytes < records["int8"].file_bytes
+    assert 0 < len(mixed.eight_bit_layers) < 28
+    blocks = sum(linear.weight.numel() for block in block_linears(model) for linear in block.values())
+    ends = model.get_input_embeddings().weight.numel()
+    vectors = 9 * 256
+    assert default_budget(model) == math.floor(1.1 * (4.5 / 8 * blocks + 8.5 / 8 * ends + 4 * vectors))
+    assert records["int8"].calibration_sha256 is None
+
+
+def test_what_a_mixture_cannot_be_made_of_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama")
+    with pytest.raises(InputError, match="int4-mixed wants text"):
+        export(checkpoint, tmp_path / "out", "int4-mixed", calibration=None)
+    with pytest.raises(InputError, match=r"mixed_bytes.*1000.*or more"):
+        export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=1000)
+    assert not list(tmp_path.iterdir())
