@@ -98,41 +98,42 @@ def tiny_tokenizer() -> Any:
     return _train_tokenizer()
 
 
+def make_tiny_model(
+    model_type: str = "llama", tied: bool = True, seed: int = 0, **overrides: Any
+) -> tuple[Any, Any]:
+    """See `tiny_model`."""
+    tokenizer = _train_tokenizer(model_type)
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "rope_theta": 50000.0,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if model_type == "mistral":
+        settings["sliding_window"] = None
+    config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    _randomize(model, seed)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> TinyModel:
     """Factory `tiny_model(model_type="llama", tied=True, seed=0, **config_overrides) -> (model, tokenizer)`.
 
     4 blocks, hidden 64, FFN 128, 4 heads on 2 key-value heads, float32, eval mode. Every call builds anew.
     """
-
-    def make(
-        model_type: str = "llama", tied: bool = True, seed: int = 0, **overrides: Any
-    ) -> tuple[Any, Any]:
-        tokenizer = _train_tokenizer(model_type)
-        settings: dict[str, Any] = {
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": tied,
-            "rope_theta": 50000.0,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        if model_type == "mistral":
-            settings["sliding_window"] = None
-        config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
-        model = transformers.AutoModelForCausalLM.from_config(config)
-        _randomize(model, seed)
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        return model.eval(), tokenizer
-
-    return make
+    return make_tiny_model
 
 
 @pytest.fixture(scope="session")

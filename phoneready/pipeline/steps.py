@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,9 @@ class Steps:
 
         settings = self.config.recover
         assert settings is not None
+        if not (self.recovery_work / "inputs.json").is_file():
+            # Killed while it was made or removed: nothing in it can be used.
+            shutil.rmtree(self.recovery_work, ignore_errors=True)
         recover(
             str(self.checkpoint("prune")),
             output / "model",

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import random
+import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cfsp.files import sha256_file
+from cfsp.records import read_record
+from phoneready.main import main
+from phoneready.pipeline.figure_set import FigureSet
+from phoneready.pipeline.metrics import FigureKey
+from phoneready.pipeline.verdict import Verdicts
+from runtime_bench.jsonl import read_jsonl
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
@@ -27,6 +33,11 @@ prune_ratio = 0.25
 calibration = ["builtin:python-docs"]
 nsamples = 4
 seqlen = 64
+[recover]
+data = ["builtin:python-docs"]
+max_tokens = 1024
+seqlen = 64
+batch_size = 2
 [evaluate]
 text = ["builtin:python-docs"]
 chats = ["chats.jsonl"]
@@ -34,6 +45,7 @@ seqlen = 64
 max_windows = 2
 prompts = ["List three fruits.", "What is 2+2?"]
 max_new_tokens = 4
+files = ["{quants}"]
 [export]
 quants = ["{quants}"]
 onnx = ["int8"]
@@ -51,13 +63,19 @@ at_most = 0.999
 relative_to = "dense"
 [[budgets]]
 metric = "kl_mean"
-on = ["chats"]
-at_most = 10.0
+files = ["checkpoint", "Q8_0"]
+at_most = 5
+[[budgets]]
+metric = "load"
+at_most = "100 s"
 [[budgets]]
 metric = "projected_memory_bytes"
 at_most = "1 GB"
 """
-STAGES = ("dense", "prune", "evaluate", "export-dense", "export-pruned", "answers", "bench-local")
+STAGES = (
+    *("dense", "prune", "recover", "evaluate", "export-dense", "export-pruned", "answers"),
+    *("evaluate-files", "bench-local"),
+)
 
 
 def write_config(folder: Path, model: Path, quants: str = "Q8_0") -> Path:
@@ -197,31 +215,168 @@ def test_a_second_run_repeats_nothing_and_writes_the_same(released: tuple[Path, 
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.fixture
+def copied(released: tuple[Path, Path], tmp_path: Path) -> Callable[..., int]:
+    """`copied(*options)` runs a release in a copy of the finished one's folder and returns its exit status."""
+    config, whole = released
+    folder = tmp_path / "out"
+    shutil.copytree(whole, folder)
+
+    def run(*options: str) -> int:
+        return main(["release", str(config), "-o", str(folder), "--threads", "1", *options])
+
+    return run
+
+
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_files(
-    released: tuple[Path, Path], tmp_path: Path
+def test_the_budgets_verdicts_are_there(released: tuple[Path, Path]) -> None:
+    verdicts = read_record(Verdicts, released[1] / "verdicts.json")
+    assert verdicts.outcome == "pass"
+    found = {(v.metric, v.subject, v.target): v for v in verdicts.verdicts}
+    assert len(found) == len(verdicts.verdicts) == 2 + 4 + 2 + 2
+    file = "tiny-model-pruned25-recovered-Q8_0.gguf"
+    assert found["file_bytes", file, None].limit == "at most 0.999 x dense"
+    load = found["load, 1 thread", file, "local"]
+    assert load.low is not None
+    assert load.high is not None
+    assert 0 < load.low <= (load.value or 0) <= load.high < 100_000
+    assert found["projected_memory_bytes", file, "pixel-8a"].unit == "bytes"
+    of_file, of_checkpoint = (
+        found["kl_mean, chats chats.jsonl", name, None] for name in (file, "checkpoint")
+    )
+    assert of_file.value != of_checkpoint.value, "the file was not judged itself"
+    assert (released[1] / "junit.xml").is_file()
+
+
+@pytest.mark.slow
+def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
+    copied: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = ("--set", "bench.n_gen=[3]")
+    assert copied("--explain", "--json", *change) == 0
+    captured = capsys.readouterr()
+    reasons = json.loads(captured.out)
+    assert tuple(reasons) == STAGES
+    assert {name: why for name, why in reasons.items() if why} == {"bench-local": "n_gen was [2] and is [3]"}
+    assert states(captured.err) == {}
+    assert copied(*change) == 0
+    expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
+    assert states(capsys.readouterr().err) == expected
+    assert copied("--explain", "--set", "prune.prune_ratio=0.5") == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["prune"] == "prune_ratio was 0.25 and is 0.5"
+    assert lines["recover"] == "prune has changed"
+    assert lines["dense"] == "done before"
+
+
+@pytest.mark.slow
+def test_budgets_make_the_exit_status(
+    copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert copied("--set", 'budgets=[{metric="file_bytes", at_most=1, files=["Q8_0"]}]') == 1
+    captured = capsys.readouterr()
+    assert "1 of 1 budgets missed: file_bytes of tiny-model-pruned25-recovered-Q8_0.gguf" in captured.err
+    assert captured.out.splitlines()[-1] == "[MISSED] tiny-model: 1 missed"
+    figures = read_record(FigureSet, tmp_path / "out" / "figures.json").by_key("pruned")
+    middle = figures[FigureKey("projected_tg", "Q8_0", "galaxy-s24-ultra")].value
+    band = f'budgets=[{{metric="projected_tg", at_least={middle}, devices=["galaxy-s24-ultra"]}}]'
+    assert copied("--set", band) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "[INCONCLUSIVE] tiny-model: 1 inconclusive"
+    assert copied("--strict", "--set", band) == 3
+    assert copied("--set", 'budgets=[{metric="tg64", at_least=1}]') == 2
+    baseline = tmp_path / "baseline.json"
+    shutil.copy(tmp_path / "out" / "figures.json", baseline)
+    against = ("--set", f'baseline.file="{baseline}"', "--set",
+               'budgets=[{metric="kl_mean", at_most=1.01, relative_to="baseline"}]')  # fmt: skip
+    assert copied(*against) == 0
+    stored = json.loads(baseline.read_text(encoding="utf-8"))
+    baseline.write_text(json.dumps(stored | {"source_sha256": "0" * 64}), encoding="utf-8")
+    capsys.readouterr()
+    assert copied(*against) == 2
+    captured = capsys.readouterr()
+    assert "is of another model" in captured.err
+    assert list(states(captured.err)) == ["dense"], "the model is known after the first stage"
+    baseline.write_text(json.dumps(stored | {"schema_version": 99}), encoding="utf-8")
+    assert copied(*against) == 2
+    captured = capsys.readouterr()
+    assert "unknown schema version" in captured.err
+    assert not states(captured.err)
+
+
+@pytest.mark.slow
+def test_a_target_that_is_gone_is_a_failed_run_and_tried_again(
+    copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    gone = "constrained:cores=4000"
+    options = ("--set", f'bench.targets=["local", "{gone}"]', "--set",
+               f'budgets=[{{metric="tg2", at_least=1, targets=["{gone}"]}}]')  # fmt: skip
+    assert copied(*options) == 0
+    expected = dict.fromkeys(STAGES, "done before")
+    stage = "bench-constrained-cores-4000"
+    shown = capsys.readouterr().err
+    assert states(shown) == expected
+    assert f"{stage} finished" in shown
+    verdicts = read_record(Verdicts, tmp_path / "out" / "verdicts.json").verdicts
+    assert {v.outcome for v in verdicts} == {"inconclusive"}
+    assert all("cores that this process may not use" in v.reason for v in verdicts)
+    rows = read_jsonl(tmp_path / "out" / "stages" / stage / "bench.jsonl")
+    assert {row.status for row in rows} == {"failed"}
+    assert copied("--explain", "--json", *options) == 0
+    reasons = json.loads(capsys.readouterr().out)
+    assert {n: why for n, why in reasons.items() if why} == {stage: "some of it failed and is tried again"}
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_folder(released: tuple[Path, Path], tmp_path: Path) -> None:
+    config = released[0]
+    first = start(config, tmp_path / "out")
+    assert first.stderr is not None
+    assert first.stderr.readline().startswith("dense")
+    second = start(config, tmp_path / "out")
+    _, errors = second.communicate(timeout=300)
+    assert second.returncode == 2
+    assert errors.startswith("error: another run is using ")
+    first.kill()
+    first.communicate(timeout=60)
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing_and_a_later_run_goes_on(
+    released: tuple[Path, Path],
+    small_disk: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, whole = released
-    generator, folder = random.Random(0), tmp_path / "out"
-    done: set[str] = set()
-    for attempt in range(6):
-        process = start(config, folder)
-        assert process.stderr is not None
-        first = process.stderr.readline()  # starting the interpreter takes longest, and nothing happens in it
-        time.sleep(generator.uniform(0, 2 + attempt))
-        process.kill()
-        errors = first + process.communicate(timeout=60)[1]
-        assert not {name for name, state in states(errors).items() if state != "done before"} & done
-        done = {path.parent.name for path in (folder / "stages").glob("[!.]*/stage.json")}
-    process = start(config, folder)
-    _, errors = process.communicate(timeout=800)
-    assert process.returncode == 0, errors
-    assert {name for name, state in states(errors).items() if state == "done before"} == done
-    files = [*whole.glob("*.gguf"), *(path for path in whole.glob("*-int8/**/*") if path.is_file())]
-    assert len(files) > 4
-    for path in files:
-        assert sha256_file(folder / path.relative_to(whole)) == sha256_file(path)
-    assert not list(folder.rglob(".*.tmp-*"))
+    disk = small_disk("2600k")
+    line = ["release", str(config), "-o", str(disk / "out"), "--threads", "1"]
+    assert main(line) == 2
+    shown = capsys.readouterr().err
+    assert shown.splitlines()[-1].startswith("error: no space left to write "), shown
+    done = {name for name, state in states(shown).items() if state == "finished"}
+    assert "dense" in done
+    assert not list(disk.rglob(".*.tmp-*"))
+    subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
+    assert main(line) == 0
+    now = states(capsys.readouterr().err)
+    assert {name for name, state in now.items() if state == "done before"} == done
+    for file in whole.glob("*.gguf"):
+        assert sha256_file(disk / "out" / file.name) == sha256_file(file)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_files(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("kill_release", ROOT / "benchmarks" / "kill_release.py")
+    assert spec is not None
+    assert spec.loader is not None
+    experiment = importlib.util.module_from_spec(spec)
+    sys.modules["kill_release"] = experiment
+    spec.loader.exec_module(experiment)
+    config = tmp_path / "release.toml"
+    model = tiny_folder(intermediate_size=256)
+    config.write_text(experiment.CONFIG.replace("tiny-model", str(model)), encoding="utf-8")
+    outcome = experiment.kill_and_restart(config, tmp_path, kills=3)
+    assert outcome.problems == []
+    assert outcome.kills == 3
 
 
 @pytest.mark.slow
