@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cfsp.evaluation.tasks import TaskResult
@@ -69,43 +70,50 @@ def benchmark_figures(
         yield _peak(config, place, group, *items[name])
 
 
-def _bench_figure(
+def _unmeasured(
     config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str, metric: str
-) -> dict[str, object]:
-    """What all figures of a benchmark record have in common."""
+) -> Figure:
+    """A figure of a benchmark record, without its value."""
     threads = record.n_threads if config.bench.n_threads else None
-    conditions = {"kind": record.kind, "engine": record.engine, "processor": record.cpu_info}
+    conditions = {"kind": record.kind, "engine": record.engine, "processor": str(record.cpu_info)}
     if threads is None:
         conditions["threads"] = str(record.n_threads)
-    return {
-        "key": FigureKey(metric, item, place, threads),
-        "role": role,
-        "subject": record.model_filename,
-        "unit": metric_of(metric).unit,
-        "kind": record.kind,
-        "target": record.target,
-        "paired": f"{record.session} {metric} {record.n_threads}",
-        "failure": record.failure,
-        "conditions": {name: str(value) for name, value in conditions.items()},
-    }
+    if metric == "load":
+        conditions["page cache"] = record.page_cache_state
+    return Figure(
+        key=FigureKey(metric, item, place, threads),
+        role=role,
+        subject=record.model_filename,
+        unit=metric_of(metric).unit,
+        value=None,
+        kind=record.kind,
+        target=record.target,
+        paired=f"{record.session} {metric} {record.n_threads}",
+        failure=record.failure,
+        conditions=conditions,
+    )
 
 
 def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str) -> Figure:
-    common = _bench_figure(config, place, record, role, item, record.test)
+    figure = _unmeasured(config, place, record, role, item, record.test)
+    if record.void:
+        return replace(figure, failure=f"it writes degenerate text ({record.degenerate}), its speed is void")
+    if not record.ok:
+        return figure
     samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
-    value = median(samples) if record.ok else None
-    return Figure(**common, value=value, samples=samples if record.ok else ())  # type: ignore[arg-type]
+    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds)
 
 
 def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:
     """Of the workload that needs most: the most of any process, and the least and the most as an interval."""
     failed = next((record for record in records if not record.ok), None)
     worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
-    common = _bench_figure(config, place, worst, role, item, "peak_rss_bytes")
+    figure = _unmeasured(config, place, worst, role, item, "peak_rss_bytes")
     peaks = tuple(map(float, worst.peak_rss_samples_bytes))
     if failed or not peaks:
-        return Figure(**common, value=None)  # type: ignore[arg-type]
-    return Figure(**common, value=max(peaks), samples=peaks, low=min(peaks), high=max(peaks))  # type: ignore[arg-type]
+        return figure
+    rounds = tuple(range(len(peaks)))
+    return replace(figure, value=max(peaks), samples=peaks, rounds=rounds, low=min(peaks), high=max(peaks))
 
 
 def _projections(config: ReleaseConfig, steps: Steps, items: _Items) -> Iterator[Figure]:
@@ -138,12 +146,15 @@ def projected_figures(
 
 
 def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why: str, context: int) -> Figure:
-    unit, conditions = metric_of(key.metric).unit, {"n_ctx": str(context)}
-    shared = {"kind": "projected", "target": key.place, "conditions": conditions}
+    conditions = {"n_ctx": str(context)}
+    figure = Figure(
+        key, role, subject, metric_of(key.metric).unit, None,
+        kind="projected", target=key.place, failure=why, conditions=conditions,
+    )  # fmt: skip
     if band is None:
-        return Figure(key, role, subject, unit, None, failure=why, **shared)  # type: ignore[arg-type]
+        return figure
     middle = math.sqrt(band.low * band.high)
-    return Figure(key, role, subject, unit, middle, low=band.low, high=band.high, **shared)  # type: ignore[arg-type]
+    return replace(figure, value=middle, low=band.low, high=band.high, failure=None)
 
 
 def judgement_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:

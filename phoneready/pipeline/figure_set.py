@@ -30,6 +30,7 @@ class Figure:
         kind: How it came about: `exact`, or as in benchmark records.
         target: Where, as in benchmark records; None for what depends on no machine.
         samples: What it is the median of, in its unit, in the order taken.
+        rounds: For each sample, the process that it came from, counted from 0.
         paired: Figures of one name were sampled in turns: their samples may be compared pair by pair.
         stderr: Standard error, of accuracies.
         low: Lower end, of bands and of what is the most of several.
@@ -46,6 +47,7 @@ class Figure:
     kind: str = "exact"
     target: str | None = None
     samples: tuple[float, ...] = ()
+    rounds: tuple[int, ...] = ()
     paired: str | None = None
     stderr: float | None = None
     low: float | None = None

@@ -4,7 +4,7 @@ A figure passes or misses its budget only where its whole interval does; where t
 too little to say, the verdict is inconclusive. An interval is
 
     of timings      the bootstrap interval of the median, or of the ratio of medians (runtime_bench.summary), as in
-                    `phoneready compare`, with at least five samples
+                    `phoneready compare`, with samples of at least five processes
     of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
     of accuracies   1.96 standard errors to both sides, of both models where they are compared
     of projections  the band
@@ -103,9 +103,9 @@ def _absolute(figure: Figure) -> _Estimate:
         return _around(figure.value, NORMAL_95 * figure.stderr)
     if not figure.samples:
         return _Estimate(figure.value, figure.value, figure.value)
-    if len(figure.samples) < MIN_SAMPLES:
+    if _n_rounds(figure) < MIN_SAMPLES:
         return _Estimate(figure.value, reason=_too_few(figure))
-    found = ratio_interval(figure.samples, (1.0,), paired=False)
+    found = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
     return _Estimate(found.ratio, found.low, found.high)
 
 
@@ -125,11 +125,16 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
 
 def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
     for one in (figure, reference):
-        if len(one.samples) < MIN_SAMPLES:
+        if _n_rounds(one) < MIN_SAMPLES:
             return _Estimate(reason=_too_few(one))
     paired = figure.paired is not None and figure.paired == reference.paired
-    paired = paired and len(figure.samples) == len(reference.samples)
-    found = ratio_interval(figure.samples, reference.samples, paired=paired)
+    found = ratio_interval(
+        figure.samples,
+        reference.samples,
+        paired=paired and _n_rounds(figure) == _n_rounds(reference),
+        numerator_rounds=figure.rounds,
+        denominator_rounds=reference.rounds,
+    )
     return _Estimate(found.ratio, found.low, found.high)
 
 
@@ -162,7 +167,13 @@ def _failed(figure: Figure) -> _Estimate:
 
 
 def _too_few(figure: Figure) -> str:
-    return f"{figure.subject} has {len(figure.samples)} samples, a verdict needs {MIN_SAMPLES}"
+    independent = "samples" if _n_rounds(figure) == len(figure.samples) else "processes"
+    return f"{figure.subject} has {_n_rounds(figure)} {independent}, a verdict needs {MIN_SAMPLES}"
+
+
+def _n_rounds(figure: Figure) -> int:
+    """Independent samples: those of one process share what that process met."""
+    return len(set(figure.rounds)) if len(figure.rounds) == len(figure.samples) else len(figure.samples)
 
 
 def _differences(figure: Figure, reference: Figure) -> str:

@@ -80,6 +80,11 @@ def test_few_samples_and_failed_runs_say_nothing() -> None:
     one = budget(metric="tg128", at_least=1)
     few = judge(one, speed((100.0,) * 4))
     assert (few.outcome, few.reason) == ("inconclusive", "pruned-Q4_0 has 4 samples, a verdict needs 5")
+    together = judge(one, speed((100.0,) * 8, rounds=(0, 0, 1, 1, 2, 2, 3, 3)))
+    assert (together.outcome, together.reason) == (
+        "inconclusive",
+        "pruned-Q4_0 has 4 processes, a verdict needs 5",
+    )
     gone = judge(one, figure(SPEED, None, failure="the board has gone"))
     assert (gone.outcome, gone.reason) == ("inconclusive", "pruned-Q4_0: the board has gone")
     killed = judge(one, figure(SPEED, None, failure="does not fit: killed at the limit of 400 MiB"))
