@@ -84,7 +84,12 @@ def model_from_weights(
     try:
         with quiet_transformers():
             model, report = builder.from_pretrained(
-                None, config=config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
+                None,
+                config=config,
+                state_dict=dict(weights),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and told below by name
             )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{where}: the weights do not fit the configuration: {one_line(error)}") from error

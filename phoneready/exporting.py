@@ -38,6 +38,7 @@ class ExportRequest:
         n_threads: Threads outside torch; torch's number where None.
         ort: Write ONNX variants as .ort files too.
         mixed_bytes: Most that `int4-mixed` may take; None for its default.
+        opset: Of ONNX graphs; None for the newest that is needed.
     """
 
     quants: tuple[str, ...]
@@ -49,6 +50,7 @@ class ExportRequest:
     n_threads: int | None
     ort: bool = False
     mixed_bytes: int | None = None
+    opset: int | None = None
 
 
 def export_checkpoint(
@@ -93,6 +95,7 @@ def export_checkpoint(
             mixed_bytes=request.mixed_bytes,
             name=request.name,
             ort=request.ort,
+            opset=request.opset,
             n_threads=request.n_threads,
             force=force,
             progress=progress,
@@ -136,6 +139,8 @@ def _check(request: ExportRequest) -> None:
         require_onnx_export()
     if request.calibration and not any(variant.calibrated for variant in variants):
         raise InputError("calibration text is for 4-bit ONNX variants alone", field="calibration")
+    if request.opset is not None and not variants:
+        raise InputError("only ONNX variants have an opset", field="opset", allowed="--onnx VARIANT,...")
     if request.ort and not variants:
         raise InputError("only ONNX variants can be .ort files", field="ort", allowed="--onnx VARIANT,...")
     mixed = [variant.name for variant in variants if variant.mixed]

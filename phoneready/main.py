@@ -112,6 +112,9 @@ def main(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     try:
         status = app(list(arguments), prog_name=app.info.name, standalone_mode=False)
+        if status == EXIT_INTERRUPTED:
+            # Typer turns the interrupt of a running command into a status.
+            return _fail("interrupted", EXIT_INTERRUPTED, debug)
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):

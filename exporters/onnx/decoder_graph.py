@@ -25,11 +25,11 @@ import onnx_ir as ir
 
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.layers import TOKENS, Embedding, Layer
+from exporters.onnx.operators import ir_version_for, require_operators
 
 __all__ = ["OPSET", "Block", "Decoder", "DecoderShape", "build_decoder"]
 
 OPSET = 21
-_IR_VERSION = 10
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def build_decoder(
     metadata: Mapping[str, str] | None = None,
     last_logits: bool = False,
     stored: Mapping[str, ir.TensorProtocol] | None = None,
+    opset: int = OPSET,
 ) -> ir.Model:
     """Write the graph.
 
@@ -112,6 +113,10 @@ def build_decoder(
         metadata: Own key-value pairs of the file.
         last_logits: Compute the logits of each sequence's last position alone.
         stored: Weights of another graph of this decoder, by name, which this one shares.
+        opset: Of ONNX's own operators.
+
+    Raises:
+        InputError: The opset lacks an operator.
     """
     graph = _Graph(decoder, GraphBuilder(stored))
     x = decoder.embedding.look_up(graph.builder, graph.input_ids, "model.embed_tokens")
@@ -120,9 +125,13 @@ def build_decoder(
         x, added = graph.block(index, block, x, added)
     hidden, _ = graph.add_norm(x, added, decoder.final_norm, "model.norm")
     graph.logits(hidden, last_logits=last_logits)
-    built = graph.builder.graph(graph.inputs, graph.outputs, name=name, opsets={"": OPSET, CONTRIB: 1})
+    built = graph.builder.graph(graph.inputs, graph.outputs, name=name, opsets={"": opset, CONTRIB: 1})
+    require_operators(built, opset)
     return ir.Model(
-        built, ir_version=_IR_VERSION, producer_name="phoneready", metadata_props=dict(metadata or {})
+        built,
+        ir_version=ir_version_for(opset),
+        producer_name="phoneready",
+        metadata_props=dict(metadata or {}),
     )
 
 

@@ -15,6 +15,7 @@ from exporters.job import MANIFEST_FILE, JobSettings, check_input, load_checkpoi
 from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.job import OnnxJob
+from exporters.onnx.operators import OPSETS
 from exporters.onnx.ort_format import write_ort
 from exporters.onnx.portable import require_optimum
 from exporters.onnx.proof import prove
@@ -37,6 +38,7 @@ def export_onnx(
     parity_windows: torch.Tensor | None = None,
     limits: Mapping[str, ParityLimits] | None = None,
     ort: bool = False,
+    opset: int | None = None,
     n_threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
@@ -55,6 +57,7 @@ def export_onnx(
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by variant name, in place of the table's.
         ort: Also write output/<variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
+        opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
         n_threads: Threads of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -64,7 +67,7 @@ def export_onnx(
 
     Raises:
         InputError: Unknown variant, unusable checkpoint, a model that the graph cannot compute, existing output,
-            a mixture without text or with too few bytes.
+            a mixture without text or with too few bytes, an operator that the opset lacks.
         LimitError: A variant is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
         MissingExtraError: ONNX Runtime is not installed, or optimum's exporter for a portable variant.
     """
@@ -73,13 +76,16 @@ def export_onnx(
         raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
     check_input(checkpoint, output, force=force)
     runtime_version()
+    if opset is not None and opset not in OPSETS:
+        known = f"{OPSETS.start} to {OPSETS.stop - 1}"
+        raise InputError("out of range", field="opset", value=opset, allowed=known)
     if any(row.portable for row in rows):
         require_optimum()
     settings = JobSettings(name, parity_windows, limits, n_threads, force, progress)
     model = load_checkpoint(checkpoint)
     with open_job(checkpoint, output, model, settings) as common:
         digest = None if calibration is None else tokens_sha256(calibration)
-        job = OnnxJob(common, model, calibration, digest, mixed_bytes, ort)
+        job = OnnxJob(common, model, calibration, digest, mixed_bytes, ort, opset)
         records = _export_all(job, rows)
         write_manifest(common, records)
     return records

@@ -26,6 +26,7 @@ class OnnxJob:
         calibration_sha256: Their hash.
         mixed_bytes: Most bytes of a mixture of bits; None for the default.
         ort: Also write .ort files.
+        opset: Of ONNX's own operators; None for each graph's own.
         embeddings: The token embedding in each format that was asked for; variants share it.
     """
 
@@ -35,6 +36,7 @@ class OnnxJob:
     calibration_sha256: str | None
     mixed_bytes: int | None
     ort: bool
+    opset: int | None
     embeddings: dict[BlockFormat, NBitsEmbedding] = field(default_factory=dict)
 
     def text_for(self, variant: Variant) -> torch.Tensor | None:

@@ -32,12 +32,13 @@ def require_optimum() -> None:
         raise MissingExtraError("optimum-onnx", "portable")
 
 
-def portable_graph(model: Any, *, name: str) -> ir.Model:
+def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Model:
     """Trace a causal LM, and store a tied embedding once.
 
     Args:
         model: A causal LM of the architecture table, float32; its class may be changed to transformers' own.
         name: Of the graph.
+        opset: Of its operators; optimum's choice where None.
 
     Raises:
         InputError: optimum cannot export it.
@@ -52,7 +53,9 @@ def portable_graph(model: Any, *, name: str) -> ir.Model:
         warnings.simplefilter("ignore")
         try:
             # Without the empty list it asks the hub for a tokenizer.
-            onnx_export_from_model(model, output=scratch, task=_TASK, do_validation=False, preprocessors=[])
+            onnx_export_from_model(
+                model, output=scratch, opset=opset, task=_TASK, do_validation=False, preprocessors=[]
+            )
         except (ValueError, KeyError, NotImplementedError) as error:
             raise InputError(f"optimum cannot export this model: {one_line(error)}") from error
         traced = ir.load(Path(scratch) / "model.onnx")

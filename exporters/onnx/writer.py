@@ -15,7 +15,7 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from exporters.job import load_checkpoint
 from exporters.onnx.block_quantize import Rounded
-from exporters.onnx.decoder_graph import Decoder, build_decoder
+from exporters.onnx.decoder_graph import OPSET, Decoder, build_decoder
 from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import Mixture, choose_mixture, round_small
@@ -63,7 +63,8 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
     if variant.portable:
         progress(f"writing {variant.name}", 0, 1)
         # A model of its own: optimum's exporter changes the one that it is given.
-        graph = portable_graph(load_checkpoint(job.common.checkpoint), name=_graph_name(job, variant))
+        model = load_checkpoint(job.common.checkpoint)
+        graph = portable_graph(model, name=_graph_name(job, variant), opset=job.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return _write(job, graph, folder, variant)
     mixture = _mixture(job, variant) if variant.mixed else None
@@ -112,7 +113,12 @@ def _decoder(job: OnnxJob, variant: Variant, rounded: dict[str, Rounded] | None)
 
 def _every(job: OnnxJob, decoder: Decoder, variant: Variant) -> ir.Model:
     """The graph with all logits."""
-    return build_decoder(decoder, name=_graph_name(job, variant), metadata={CACHE_KEY: FIXED_CACHE})
+    return build_decoder(
+        decoder,
+        name=_graph_name(job, variant),
+        metadata={CACHE_KEY: FIXED_CACHE},
+        opset=job.opset or OPSET,
+    )
 
 
 def _write_both(job: OnnxJob, decoder: Decoder, folder: Path, variant: Variant) -> WrittenGraphs:
@@ -121,7 +127,14 @@ def _write_both(job: OnnxJob, decoder: Decoder, folder: Path, variant: Variant) 
     written = _write(job, every, folder, variant)
     stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
     name, metadata = _graph_name(job, variant), every.metadata_props
-    last = build_decoder(decoder, name=name, metadata=metadata, last_logits=True, stored=stored)
+    last = build_decoder(
+        decoder,
+        name=name,
+        metadata=metadata,
+        last_logits=True,
+        stored=stored,
+        opset=job.opset or OPSET,
+    )
     path = folder / f"{variant.stem}_last.onnx"
     ir.save(last, path)
     return replace(written, last=path)

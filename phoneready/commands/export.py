@@ -71,6 +71,15 @@ def export(
             show_default="1.1 times what GGUF's Q4_0 takes",
         ),
     ] = None,
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            "--opset",
+            help="ONNX opset of the graphs; older runtimes want an older one.",
+            metavar="N",
+            show_default="21",
+        ),
+    ] = None,
     ort: Annotated[
         bool, typer.Option("--ort", help="Write each ONNX variant as one .ort file, too.")
     ] = False,
@@ -101,6 +110,7 @@ def export(
         seed=seed,
         n_threads=threads,
         ort=ort,
+        opset=opset,
         mixed_bytes=parse_bytes(mixed_size, "--mixed-size") if mixed_size else None,
     )
     with show_progress() as progress:

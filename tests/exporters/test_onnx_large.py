@@ -1,0 +1,103 @@
+"""Weights beyond 2 GiB, which no protobuf holds: they lie beside the graph, at offsets beyond 2^31."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import psutil
+import pytest
+
+from cfsp.errors import InputError
+from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape, build_decoder
+from exporters.onnx.layers import FloatEmbedding, FloatLinear
+from exporters.onnx.ort_format import write_ort
+from exporters.onnx.writer import save_graph
+
+HIDDEN, HEADS, HEAD_DIM, WIDTH, POSITIONS = 256, 4, 64, 48, 16
+ROWS = 64
+"""Rows of the table that are not zero: as many at its beginning as at its end."""
+
+
+def decoder(vocab_size: int) -> Decoder:
+    """One block; the same numbers whatever the vocabulary. A table of zeros takes no memory until it is written."""
+    generator = np.random.default_rng(0)
+
+    def floats(*shape: int) -> np.ndarray:
+        return generator.standard_normal(shape).astype(np.float32) * 0.1
+
+    def linear(out_features: int, in_features: int) -> FloatLinear:
+        return FloatLinear(floats(out_features, in_features))
+
+    table = np.zeros((vocab_size, HIDDEN), dtype=np.float32)
+    table[:ROWS], table[-ROWS:] = floats(ROWS, HIDDEN), floats(ROWS, HIDDEN)
+    embedding = FloatEmbedding(table)
+    angles = floats(POSITIONS, HEAD_DIM // 2)
+    block = Block(
+        input_norm=1 + floats(HIDDEN),
+        qkv=(linear(3 * HEADS * HEAD_DIM, HIDDEN),),
+        o_proj=linear(HIDDEN, HEADS * HEAD_DIM),
+        post_norm=1 + floats(HIDDEN),
+        gate_proj=linear(WIDTH, HIDDEN),
+        up_proj=linear(WIDTH, HIDDEN),
+        down_proj=linear(HIDDEN, WIDTH),
+    )
+    return Decoder(
+        shape=DecoderShape(HIDDEN, vocab_size, HEADS, HEADS, HEAD_DIM, 1e-5),
+        embedding=embedding,
+        blocks=(block,),
+        final_norm=1 + floats(HIDDEN),
+        head=embedding.as_head(),
+        cos=np.cos(angles),
+        sin=np.sin(angles),
+    )
+
+
+def logits(path: Path, ids: list[int]) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    past = np.zeros((1, HEADS, 0, HEAD_DIM), dtype=np.float32)
+    feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), dtype=np.int64)}
+    feeds |= {f"past_key_values.0.{part}": past for part in ("key", "value")}
+    found: np.ndarray = session.run(["logits"], feeds)[0][0]
+    return found
+
+
+@pytest.mark.slow
+def test_weights_beyond_two_gibibytes_lie_beside_the_graph(tmp_path: Path) -> None:
+    vocab_size = 2**31 // (4 * HIDDEN) + 4096
+    if psutil.disk_usage(str(tmp_path)).free < 4 * 2**30 or psutil.virtual_memory().available < 6 * 2**30:
+        pytest.skip("wants 4 GiB of disk and 6 GiB of memory")
+    large, small = tmp_path / "large" / "model.onnx", tmp_path / "small" / "model.onnx"
+    for path, rows in ((large, vocab_size), (small, 2 * ROWS)):
+        path.parent.mkdir()
+        save_graph(build_decoder(decoder(rows), name="large"), path)
+    data = large.with_name("model.onnx_data")
+    assert data.stat().st_size > 2**31
+    assert large.stat().st_size < 100_000
+    values = ir.load(large).graph.initializers.values()
+    outside = [v.const_value for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+    ends = sorted((tensor.offset or 0, tensor.length or 0) for tensor in outside)
+    assert ends[-1][0] > 2**31
+    # Each begins where the one before it ends, or later, and the last ends with the file.
+    assert all(start + length <= following for (start, length), (following, _) in pairwise(ends))
+    assert sum(ends[-1]) == data.stat().st_size
+    ids = [0, ROWS - 1, ROWS, 2 * ROWS - 1]
+    there = [i if i < ROWS else vocab_size - 2 * ROWS + i for i in ids]
+    found = logits(large, there)
+    expected = logits(small, ids)
+    np.testing.assert_allclose(found[:, :ROWS], expected[:, :ROWS], atol=1e-5)
+    np.testing.assert_allclose(found[:, -ROWS:], expected[:, ROWS:], atol=1e-5)
+
+
+def test_an_ort_file_beyond_two_gibibytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "onnx" / "model.onnx"
+    path.parent.mkdir()
+    save_graph(build_decoder(decoder(2 * ROWS), name="small"), path)
+    with path.with_name("model.onnx_data").open("rb+") as stream:
+        stream.truncate(2**31)  # a hole: it takes no room
+    with pytest.raises(InputError, match=r"2 GiB, as \.ort wants it"):
+        write_ort(path, tmp_path / "ort")
+    assert not list((tmp_path / "ort").glob("*.ort"))
