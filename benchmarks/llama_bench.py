@@ -1,6 +1,6 @@
 """Hold our pp and tg against llama.cpp's own llama-bench, on the same file, alternately.
 
-    python benchmarks/llama_bench.py MODEL.gguf [-p 512] [-n 128] [-t 1,2] [-r 10]
+    python benchmarks/llama_bench.py MODEL.gguf [-p 512] [-n 128] [-t 1,2] [-r 10] [--native]
 
 llama-bench is built once, from the source inside llama-cpp-python's sdist in the installed version, with the
 build type and the options of the installed wheel (CMAKE_ARGS is honoured as it is there). It is kept in the
@@ -35,6 +35,9 @@ from cfsp.files import atomic_directory, sha256_file
 from runtime_bench import summary
 from runtime_bench.environment import describe_environment
 from runtime_bench.measure import run_bench
+from runtime_bench.native.source import fetch_source
+from runtime_bench.targets import LOCAL, Target
+from runtime_bench.targets.native import native
 from runtime_bench.workload import BenchSettings, Workload, default_threads
 
 DISTRIBUTION = "llama-cpp-python"
@@ -85,7 +88,7 @@ def llama_bench(jobs: int) -> Path:
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
             raise InputError(f"{tool} is needed to build {BINARY} and is not installed")
-    sdist = find_sdist(version)
+    sdist = fetch_source().path
     home.parent.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=home.parent) as scratch,
@@ -93,21 +96,6 @@ def llama_bench(jobs: int) -> Path:
     ):
         build(sdist, Path(scratch), output, jobs)
     return binary
-
-
-def find_sdist(version: str) -> Path:
-    """llama-cpp-python's sdist, from the wheel cache or downloaded into it."""
-    wheels = cache_directory() / "wheels"
-    pattern = f"llama[_-]cpp[_-]python-{version}.tar.gz"
-    if not any(wheels.glob(pattern)):
-        say(f"downloading the source of {DISTRIBUTION} {version}")
-        wheels.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", DISTRIBUTION]
-        run([*command, "-d", str(wheels), f"{DISTRIBUTION}=={version}"])
-    found = sorted(wheels.glob(pattern))
-    if not found:
-        raise InputError(f"no sdist of {DISTRIBUTION} {version} in {wheels} or on the package index")
-    return found[0]
 
 
 def build(sdist: Path, scratch: Path, output: Path, jobs: int) -> None:
@@ -144,7 +132,7 @@ def theirs(binary: Path, model: Path, workload: Workload, threads: int) -> dict[
     return dict(entry)
 
 
-def ours(model: Path, workload: Workload, threads: int) -> tuple[tuple[int, ...], str | None]:
+def ours(model: Path, workload: Workload, threads: int, target: Target) -> tuple[tuple[int, ...], str | None]:
     """One repetition of our worker: its samples in nanoseconds, and the engine's revision."""
     settings = BenchSettings(
         n_prompt=(workload.n_prompt,),
@@ -154,14 +142,19 @@ def ours(model: Path, workload: Workload, threads: int) -> tuple[tuple[int, ...]
         repetitions=1,
         n_threads=(threads,),
     )
-    (record,) = run_bench([model], settings)
+    (record,) = run_bench([model], settings, target=target)
     if not record.ok:
         raise InputError(f"{workload.test} on {model} failed: {record.failure}")
     return record.samples_ns, record.build_commit
 
 
 def alternate(
-    binary: Path, model: Path, workloads: list[Workload], threads: tuple[int, ...], rounds: int
+    binary: Path,
+    model: Path,
+    workloads: list[Workload],
+    threads: tuple[int, ...],
+    rounds: int,
+    target: Target,
 ) -> tuple[list[Row], set[str]]:
     """Rounds of llama-bench and ours; also the revisions of llama.cpp that took part."""
     rows = {(w, t): Row(w.test, t) for t in threads for w in workloads}
@@ -169,7 +162,7 @@ def alternate(
     for number in range(rounds):
         for (workload, count), row in rows.items():
             entry = theirs(binary, model, workload, count)
-            samples, revision = ours(model, workload, count)
+            samples, revision = ours(model, workload, count, target)
             row.theirs_ns += [int(ns) for ns in entry["samples_ns"]]  # type: ignore[attr-defined]
             row.ours_ns += samples
             revisions |= {str(entry["build_commit"])} | ({revision} if revision else set())
@@ -228,6 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-r", "--rounds", type=int, default=10, help="rounds (10)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="see exit status (default 0.05)")
     parser.add_argument("-j", "--jobs", type=int, default=default_threads(), help="parallel compilers")
+    parser.add_argument("--native", action="store_true", help="measure in the native runner, not in Python")
     parser.add_argument("--llama-bench", type=Path, help="use this program instead of building one")
     return parser.parse_args(argv)
 
@@ -254,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
         workloads = [Workload("pp", n_prompt=n) for n in arguments.n_prompt if n]
         workloads += [Workload("tg", n_gen=n) for n in arguments.n_gen if n]
         threads = arguments.threads or (default_threads(),)
-        rows, revisions = alternate(binary, arguments.model, workloads, threads, arguments.rounds)
+        target = native() if arguments.native else LOCAL
+        rows, revisions = alternate(binary, arguments.model, workloads, threads, arguments.rounds, target)
         text, agree = report(arguments.model, rows, revisions, arguments.tolerance)
         sys.stdout.write(text)
         if not agree:

@@ -15,8 +15,12 @@ __all__ = ["note_of"]
 
 def note_of(record: BenchRecord) -> str | None:
     """Every remark on a record, or None."""
-    notes = (_on_text(record), _on_memory(record), _on_spread(record), _on_heat(record))
+    notes = (_on_kind(record), _on_text(record), _on_memory(record), _on_spread(record), _on_heat(record))
     return "; ".join(filter(None, notes)) or None
+
+
+def _on_kind(record: BenchRecord) -> str | None:
+    return "emulated: that it ran counts, its times say nothing" if record.kind == "emulated" else None
 
 
 def _on_text(record: BenchRecord) -> str | None:

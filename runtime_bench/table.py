@@ -85,10 +85,15 @@ def _speed(record: BenchRecord) -> str:
         return "failed: " + textwrap.shorten(record.failure or "no reason", _REASON_WIDTH, placeholder=" ...")
     if record.void:
         return f"void: {record.degenerate}"
-    if record.avg_ts is None:
+    if record.avg_ts is None or record.kind == "emulated":
         return _NOTHING
     deviation = summary.stdev(record.samples_ts)
     return f"{record.avg_ts:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+
+
+def _time(record: BenchRecord, value: float | None) -> str:
+    """An emulator's times are kept in the record and shown to nobody."""
+    return _number(None if record.kind == "emulated" else value, "{:.1f} ms", 1e6)
 
 
 def _test(record: BenchRecord) -> str:
@@ -105,8 +110,8 @@ _COLUMNS: MappingProxyType[str, Callable[[BenchRecord], str]] = MappingProxyType
         "threads": lambda r: str(r.n_threads),
         "test": _test,
         "t/s": _speed,
-        "time": lambda r: _NOTHING if r.void else _number(r.median_ns, "{:.1f} ms", 1e6),
-        "load": lambda r: _number(r.load_ns, "{:.1f} ms", 1e6),
+        "time": lambda r: _NOTHING if r.void else _time(r, r.median_ns),
+        "load": lambda r: _time(r, r.load_ns),
         "peak RSS": lambda r: _size(r.peak_rss_bytes),
     }
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError
-from phoneready.commands.bench_targets import Limits, open_target
+from phoneready.commands.bench_targets import TARGETS, Limits, open_target
 from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_numbers
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 
@@ -74,7 +74,7 @@ def bench(
         str,
         typer.Option(
             "--on",
-            help="local; constrained: this machine under limits; browser: a page in headless Chromium.",
+            help=f"Where: {', '.join(row.form for row in TARGETS.values())}; see docs/targets.md.",
             metavar="TARGET",
         ),
     ] = "local",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.errors import InputError
 from phoneready.commands.options import split_numbers
+from phoneready.console import show_progress
 from phoneready.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -103,6 +104,20 @@ def _browser(_: str, limits: Limits) -> Target:
     return Browser()
 
 
+def _native(_: str, limits: Limits) -> Target:
+    from runtime_bench.targets.native import native
+
+    with show_progress() as progress:
+        return native(progress)
+
+
+def _qemu(_: str, limits: Limits) -> Target:
+    from runtime_bench.targets.qemu import qemu_aarch64
+
+    with show_progress() as progress:
+        return qemu_aarch64(progress)
+
+
 def _memory_of(device: str) -> int:
     from runtime_bench.device_profile import find_profile, load_profiles
     from runtime_bench.projection import memory_limit
@@ -116,7 +131,9 @@ def _memory_of(device: str) -> int:
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", _local),
+        "native": TargetRow("native", _native),
         "constrained": TargetRow("constrained", _constrained, limited=True),
         "browser": TargetRow("browser", _browser),
+        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu),
     }
 )

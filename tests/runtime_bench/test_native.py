@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -13,19 +14,24 @@ from typing import Any
 
 import pytest
 
+from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
+from runtime_bench.measure import run_bench
 from runtime_bench.native import RUNNER_TARGETS, build_runner, read_build, runner_target_for
 from runtime_bench.native.run import generate_tokens, generation_request
 from runtime_bench.native.targets import cpu_features
 from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
+from runtime_bench.record import record_to_json
+from runtime_bench.targets.native import Native
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import Workload
+from runtime_bench.workload import BenchSettings, Workload
 
 pytest.importorskip("llama_cpp")
 
+RUNNER_NAME = "phoneready-runner"
 WORKLOADS = (
     Workload("load"),
     Workload("pp", n_prompt=24),
@@ -225,3 +231,55 @@ def test_this_machine_gets_its_own_build() -> None:
 def test_a_machine_that_no_build_is_for_is_named() -> None:
     with pytest.raises(InputError, match="riscv64 linux"):
         runner_target_for("linux", "riscv64", ["rv64gc"])
+
+
+@pytest.mark.slow
+def test_its_records_are_those_of_the_python_worker(runner: Path, model: Path) -> None:
+    settings = BenchSettings(
+        n_prompt=(24,), n_gen=(8,), ttft=(16,), repetitions=2, n_threads=(1,), spread_limit=1e9, timeout_s=120
+    )
+    here, there = run_bench([model], settings), run_bench([model], settings, target=Native(runner))
+    for python, native in zip(here, there, strict=True):
+        left, right = record_to_json(python), record_to_json(native)
+        assert native.ok
+        assert (native.kind, native.target) == ("measured", "native")
+        assert {key for key in left if type(left[key]) is not type(right[key])} == set()
+        assert python.peak_rss_bytes is not None
+        assert native.peak_rss_bytes is not None
+        assert native.peak_rss_bytes < python.peak_rss_bytes
+
+
+def test_the_native_target_runs_gguf_files_only(tmp_path: Path) -> None:
+    target = Native(tmp_path / "runner")
+    assert target.default_engine(Path("a.GGUF")) == "llama.cpp"
+    with pytest.raises(InputError, match="runs GGUF files"):
+        target.default_engine(Path("a.onnx"))
+    with pytest.raises(InputError, match="runs GGUF files"):
+        target.require("onnxruntime")
+    result = target.run(request(tmp_path / "a.gguf", WORKLOADS[0]), 10)
+    assert result.error is not None
+    assert "cannot be started" in result.error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("runner")
+def test_a_build_that_is_killed_leaves_nothing_to_serve(tmp_path: Path) -> None:
+    (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
+    runners = tmp_path / "runners"
+    command = [sys.executable, "-m", "phoneready", "devices", "build-runner", "--target", "native"]
+    for _ in range(2):
+        with subprocess.Popen(
+            ["nice", *command],
+            env=os.environ | {"PHONEREADY_CACHE": str(tmp_path), "CMAKE_BUILD_PARALLEL_LEVEL": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            # The first object file is there.
+            assert next((line for line in process.stderr if " of 7" in line), None)
+            process.kill()
+        names = [path.name for path in runners.iterdir() if not path.name.endswith(".lock")]
+        # One unfinished folder, hidden: the second build has removed the first one's.
+        assert len(names) == 1
+        assert names[0].startswith(".native-")
+        assert not list(runners.glob(f"*/{RUNNER_NAME}"))
