@@ -22,6 +22,7 @@ COMMANDS = (
         "export",
         "bench",
         "compare",
+        "history",
         "doctor",
     ),
     *("devices list", "devices show", "devices fit", "devices build-runner"),

@@ -45,6 +45,10 @@ def release(
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 3 where a budget is inconclusive and none is missed.")
     ] = False,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", help="What `phoneready history` is to call this run, such as a version."),
+    ] = None,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -78,6 +82,7 @@ def release(
         show=lambda name, state: note(f"{name:<14} {state}"),
         progress=show_progress,
         threads=threads,
+        label=label,
     )
     figures, verdicts = read_figures(chosen, output), released.verdicts
     tables = [verdict_table(figures, d, p) for d, p in zip(figures.dense, figures.pruned, strict=True)]

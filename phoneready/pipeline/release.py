@@ -32,6 +32,7 @@ from cfsp.files import sha256_file
 from cfsp.progress import Progress
 from cfsp.records import tool_version
 from phoneready.exporting import require_onnx_export
+from phoneready.history.record import HistoryEntry, append_entry, entry_of
 from phoneready.pipeline.budgets import select
 from phoneready.pipeline.collect import collect_figures
 from phoneready.pipeline.config import RecoverConfig, ReleaseConfig
@@ -72,6 +73,7 @@ def run_release(
     show: Callable[[str, str], None],
     progress: Callable[[], AbstractContextManager[Progress]],
     threads: int | None = None,
+    label: str | None = None,
 ) -> Released:
     """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
 
@@ -81,6 +83,7 @@ def run_release(
         show: Told each stage's name and state.
         progress: Opens a progress display.
         threads: Threads outside torch and the benchmark; torch's number by default.
+        label: What the history is to call this run.
 
     Raises:
         InputError: A setting or an input that cannot be used, a folder that is not a release's, or a baseline of
@@ -103,8 +106,26 @@ def run_release(
         figures = collect_figures(config, folder, read_figures(config, folder))
         verdicts = write_verdicts(config, folder, figures, baseline)
         manifest = publish(config, folder, list(records.values()))
+        append_entry(folder, _history_entry(manifest, figures, verdicts, label))
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return Released(manifest, verdicts)
+
+
+def _history_entry(
+    manifest: ReleaseManifest, figures: FigureSet, verdicts: Verdicts, label: str | None
+) -> HistoryEntry:
+    export = manifest.config["export"]
+    return entry_of(
+        figures,
+        outcome=verdicts.outcome,
+        settings={
+            "prune_ratio": f"{manifest.prune_ratio:g}",
+            "files": ", ".join((*export["quants"], *export["onnx"])),
+        },
+        versions=manifest.versions,
+        stages=manifest.stages,
+        label=label,
+    )
 
 
 def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = None) -> dict[str, str]:

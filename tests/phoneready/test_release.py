@@ -15,6 +15,7 @@ import pytest
 
 from cfsp.files import sha256_file
 from cfsp.records import read_record
+from phoneready.history.record import HISTORY_FILE, read_entries
 from phoneready.main import main
 from phoneready.pipeline.figure_set import FigureSet
 from phoneready.pipeline.metrics import FigureKey
@@ -152,6 +153,23 @@ def test_manifest_and_files_agree(released: tuple[Path, Path]) -> None:
     assert tuple(manifest["stages"]) == STAGES
     assert manifest["source"]["sha256"]
     assert not list(folder.rglob(".*.tmp-*"))
+
+
+@pytest.mark.slow
+def test_the_run_is_in_the_history_once(
+    released: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, folder = released
+    (entry,) = read_entries(folder / HISTORY_FILE)
+    assert set(entry.stages) == set(STAGES)
+    assert {figure.key.metric for figure in entry.figures} >= {
+        "file_bytes",
+        "tg2",
+        "kl_mean",
+        "peak_rss_bytes",
+    }
+    assert main(["history", str(folder)]) == 0
+    assert "file_bytes, Q8_0" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,296 @@
+"""Runs put side by side: series of every figure, and where they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from cfsp.errors import InputError, LimitError
+from phoneready.history.changes import Change, exact_changes, sampled_changes
+from phoneready.history.record import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
+from phoneready.pipeline.figure_set import DENSE
+from phoneready.pipeline.metrics import metric_of
+
+__all__ = ["Anomaly", "History", "Run", "Series", "check_history", "find_entries", "make_history"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+        number: In order of time, from 1.
+        name: Its label, or the beginning of its id.
+        time: UTC, RFC 3339.
+        outcome: The budgets' verdict.
+        settings: What was made.
+        changed: Stages, and packages with their versions, that differ from the run before.
+    """
+
+    number: int
+    name: str
+    time: str
+    outcome: str
+    settings: dict[str, str]
+    changed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Series:
+    """A figure over runs, measured in the same way.
+
+    Attributes:
+        name: For people.
+        metric: A name in METRICS, with its number of tokens.
+        role: `pruned`, or `dense`.
+        unit: Of the values.
+        higher_is_better: Direction.
+        sampled: Whether the figure has noise.
+        conditions: How it was measured.
+        runs: Numbers of the runs that have it.
+        values: Of each.
+        errors: Relative standard error of each; None where it has none.
+    """
+
+    name: str
+    metric: str
+    role: str
+    unit: str
+    higher_is_better: bool
+    sampled: bool
+    conditions: dict[str, str]
+    runs: tuple[int, ...]
+    values: tuple[float, ...]
+    errors: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """A change of a series that its noise does not explain.
+
+    Attributes:
+        series: Its name.
+        role: `pruned`, or `dense`.
+        kind: `step`, or `drift`.
+        run: Number of the run that began it.
+        name: That run's name.
+        before: Figure before.
+        after: Figure after.
+        unit: Of both.
+        ratio: after / before; None where before is 0.
+        noise: Relative scatter of single runs; 0 of exact figures.
+        worse: Whether the change is for the worse.
+        changed: What that run did otherwise than the one before.
+        dense_too: Whether the dense model's figure changed with it: then it was the machine or the runtime.
+    """
+
+    series: str
+    role: str
+    kind: str
+    run: int
+    name: str
+    before: float
+    after: float
+    unit: str
+    ratio: float | None
+    noise: float
+    worse: bool
+    changed: tuple[str, ...]
+    dense_too: bool
+
+
+@dataclass(frozen=True)
+class History:
+    """Runs, series and anomalies.
+
+    Attributes:
+        source: Reference of the dense model.
+        threshold: Relative change that counts.
+        false_alarms: Chance that a history without changes shows any.
+        runs: In order of time.
+        series: Of all figures.
+        anomalies: In order of the runs that began them.
+    """
+
+    KIND: ClassVar[str] = "history"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    source: str
+    threshold: float
+    false_alarms: float
+    runs: tuple[Run, ...]
+    series: tuple[Series, ...]
+    anomalies: tuple[Anomaly, ...]
+
+
+def find_entries(paths: Sequence[Path]) -> list[HistoryEntry]:
+    """The runs of history files, of folders that have one, and of the folders inside those; each once, by time.
+
+    Raises:
+        InputError: Nothing there, a file that cannot be read, or runs of different models.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = [path] if path.is_file() else [path / HISTORY_FILE, *sorted(path.glob(f"*/{HISTORY_FILE}"))]
+        found = [file for file in inside if file.is_file()]
+        if not found:
+            raise InputError(
+                f"{path} has no {HISTORY_FILE}", allowed="release folders, folders of those, or such files"
+            )
+        files += found
+    entries = {(e.time, e.id): e for file in dict.fromkeys(files) for e in read_entries(file)}
+    runs = [entries[key] for key in sorted(entries)]
+    models = {e.source_sha256 or e.source: e.source for e in runs}
+    if len(models) > 1:
+        raise InputError(
+            f"runs of different models: {', '.join(sorted(models.values()))}", allowed="one model at a time"
+        )
+    return runs
+
+
+def make_history(
+    entries: Sequence[HistoryEntry], *, threshold: float = 0.03, false_alarms: float = 0.05, last: int = 100
+) -> History:
+    """Put runs side by side and look for changes.
+
+    Args:
+        entries: By time.
+        threshold: Relative change that counts, however sure it is.
+        false_alarms: Chance that a history in which nothing changed, of whatever many series, shows an anomaly.
+        last: Most runs to look at, the newest.
+
+    Raises:
+        InputError: No runs, or a setting out of range.
+    """
+    _check(threshold, false_alarms, last)
+    if not entries:
+        raise InputError("there are no runs")
+    entries = entries[-last:]
+    runs = _runs(entries)
+    series = _series(entries)
+    tested = sum(one.sampled for one in series)
+    anomalies = [
+        _anomaly(one, change, runs)
+        for one in series
+        for change in _changes(one, threshold, false_alarms / max(tested, 1))
+    ]
+    dense = {(a.series, a.run) for a in anomalies if a.role == DENSE}
+    marked = [a if (a.series, a.run) not in dense or a.role == DENSE else _with_dense(a) for a in anomalies]
+    return History(
+        source=entries[-1].source,
+        threshold=threshold,
+        false_alarms=false_alarms,
+        runs=runs,
+        series=series,
+        anomalies=tuple(sorted(marked, key=lambda a: (a.run, a.role == DENSE, a.series))),
+    )
+
+
+def check_history(history: History, recent: int) -> None:
+    """Turn anomalies for the worse into an exit status.
+
+    Args:
+        history: With its anomalies.
+        recent: Runs, the newest, in which one must have begun to count.
+
+    Raises:
+        LimitError: There is such a one, of the pruned model; the message has them all.
+    """
+    newest = history.runs[-1].number
+    bad = [a for a in history.anomalies if a.worse and a.role != DENSE and a.run > newest - recent]
+    if bad:
+        told = "; ".join(f"{a.kind} of {a.series} since {a.name} (run {a.run}): {_change(a)}" for a in bad)
+        raise LimitError(f"{len(bad)} changes for the worse in the last {recent} runs: {told}")
+
+
+def _change(anomaly: Anomaly) -> str:
+    if anomaly.ratio is None:
+        return f"{anomaly.before:.4g} to {anomaly.after:.4g}"
+    return f"{anomaly.before:.4g} to {anomaly.after:.4g} {anomaly.unit} ({100 * (anomaly.ratio - 1):+.1f} %)"
+
+
+def _check(threshold: float, false_alarms: float, last: int) -> None:
+    if not 0 <= threshold < 1:
+        raise InputError("out of range", field="threshold", value=threshold, allowed="0 <= threshold < 1")
+    if not 0 < false_alarms < 1:
+        raise InputError("out of range", field="false_alarms", value=false_alarms, allowed="between 0 and 1")
+    if last < 1:
+        raise InputError("out of range", field="last", value=last, allowed="1 or more")
+
+
+def _runs(entries: Sequence[HistoryEntry]) -> tuple[Run, ...]:
+    befores: list[HistoryEntry | None] = [None, *entries[:-1]]
+    return tuple(
+        Run(number, e.name, e.time, e.outcome, e.settings, tuple(_differences(before, e)))
+        for number, (before, e) in enumerate(zip(befores, entries, strict=True), 1)
+    )
+
+
+def _differences(before: HistoryEntry | None, now: HistoryEntry) -> Iterable[str]:
+    if before is None:
+        return
+    for name, value in now.settings.items():
+        if before.settings.get(name) != value:
+            yield f"{name} {before.settings.get(name)} -> {value}"
+    for name, value in now.versions.items():
+        if before.versions.get(name) != value:
+            yield f"{name} {before.versions.get(name)} -> {value}"
+    stages = [name for name, key in now.stages.items() if before.stages.get(name) != key]
+    if stages:
+        yield f"stages done again: {', '.join(stages)}"
+
+
+def _series(entries: Sequence[HistoryEntry]) -> tuple[Series, ...]:
+    found: dict[tuple[object, ...], list[tuple[int, HistoryFigure]]] = {}
+    for number, entry in enumerate(entries, 1):
+        for figure in entry.figures:
+            conditions = tuple(sorted(figure.conditions.items()))
+            found.setdefault((figure.role, figure.key, conditions), []).append((number, figure))
+    return tuple(_one_series(rows) for rows in found.values())
+
+
+def _one_series(rows: Sequence[tuple[int, HistoryFigure]]) -> Series:
+    first, metric = rows[0][1], metric_of(rows[0][1].key.metric)
+    return Series(
+        name=first.key.describe(),
+        metric=first.key.metric,
+        role=first.role,
+        unit=first.unit,
+        higher_is_better=metric.higher_is_better,
+        sampled=any(figure.error is not None for _, figure in rows),
+        conditions=first.conditions,
+        runs=tuple(number for number, _ in rows),
+        values=tuple(figure.value for _, figure in rows),
+        errors=tuple(figure.error for _, figure in rows),
+    )
+
+
+def _changes(series: Series, threshold: float, false_alarms: float) -> tuple[Change, ...]:
+    if series.sampled and min(series.values) > 0:
+        return sampled_changes(series.values, series.errors, threshold=threshold, false_alarms=false_alarms)
+    return exact_changes(series.values, threshold)
+
+
+def _anomaly(series: Series, change: Change, runs: Sequence[Run]) -> Anomaly:
+    run = runs[series.runs[change.first] - 1]
+    return Anomaly(
+        series=series.name,
+        role=series.role,
+        kind=change.kind,
+        run=run.number,
+        name=run.name,
+        before=change.before,
+        after=change.after,
+        unit=series.unit,
+        ratio=change.after / change.before if change.before else None,
+        noise=change.noise,
+        worse=(change.after < change.before) == series.higher_is_better,
+        changed=run.changed,
+        dense_too=False,
+    )
+
+
+def _with_dense(anomaly: Anomaly) -> Anomaly:
+    return replace(anomaly, dense_too=True)

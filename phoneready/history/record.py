@@ -1,0 +1,179 @@
+"""history.jsonl: one line a release, so that figures can be followed over versions whatever becomes of the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+from cfsp.errors import InputError
+from cfsp.files import write_text
+from cfsp.records import record_from_json, record_to_json
+from phoneready.pipeline.figure_set import Figure, FigureSet
+from phoneready.pipeline.metrics import FigureKey
+from runtime_bench.summary import ratio_interval
+
+__all__ = ["HISTORY_FILE", "HistoryEntry", "HistoryFigure", "append_entry", "entry_of", "read_entries"]
+
+HISTORY_FILE = "history.jsonl"
+_NORMAL_95 = 1.96
+_RESAMPLES = 1000
+_FEWEST = 3
+"""Independent samples that say how far a median may be off."""
+
+
+@dataclass(frozen=True)
+class HistoryFigure:
+    """A figure of a run.
+
+    Attributes:
+        key: Which one.
+        role: `pruned`, or `dense`.
+        unit: Of the value.
+        value: The figure.
+        error: Its relative standard error, from its own samples; None of figures without noise.
+        conditions: What must be equal for two such figures to be comparable.
+    """
+
+    key: FigureKey
+    role: str
+    unit: str
+    value: float
+    error: float | None
+    conditions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """A run.
+
+    Attributes:
+        id: Hash of what the run did: the same for a run that found everything done.
+        time: UTC time of its end, RFC 3339.
+        label: What the user calls it, such as a version; None where nobody said.
+        source: Reference of the dense model.
+        source_sha256: Hash of its weights, where known.
+        outcome: The budgets' verdict.
+        settings: What was made, such as the prune ratio.
+        versions: Package to version.
+        stages: Name to key of each stage.
+        figures: Everything that was measured.
+    """
+
+    KIND: ClassVar[str] = "history-entry"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    id: str
+    time: str
+    label: str | None
+    source: str
+    source_sha256: str | None
+    outcome: str
+    settings: dict[str, str]
+    versions: dict[str, str]
+    stages: dict[str, str]
+    figures: tuple[HistoryFigure, ...]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.label or self.id[:8]
+
+
+def entry_of(
+    figures: FigureSet,
+    *,
+    outcome: str,
+    settings: Mapping[str, str],
+    versions: Mapping[str, str],
+    stages: Mapping[str, str],
+    label: str | None = None,
+    time: datetime | None = None,
+) -> HistoryEntry:
+    """The line of a run.
+
+    Args:
+        figures: What it measured.
+        outcome: The budgets' verdict.
+        settings: What was made.
+        versions: Package to version.
+        stages: Name to key of each stage.
+        label: What the user calls it.
+        time: Of its end; now unless given.
+    """
+    known = json.dumps([dict(stages), label], sort_keys=True)
+    return HistoryEntry(
+        id=hashlib.sha256(known.encode()).hexdigest(),
+        time=(time or datetime.now(UTC)).astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        label=label,
+        source=figures.source,
+        source_sha256=figures.source_sha256,
+        outcome=outcome,
+        settings=dict(settings),
+        versions=dict(versions),
+        stages=dict(stages),
+        figures=tuple(_kept(figure, figure.value) for figure in figures.figures if figure.value is not None),
+    )
+
+
+def append_entry(folder: Path, entry: HistoryEntry) -> bool:
+    """Add a run to the folder's history, atomically; False where the last run was the same.
+
+    Raises:
+        InputError: The history that is there cannot be read.
+    """
+    path = folder / HISTORY_FILE
+    before = read_entries(path) if path.is_file() else []
+    if before and before[-1].id == entry.id:
+        return False
+    lines = [json.dumps(record_to_json(one), ensure_ascii=False, allow_nan=False) for one in (*before, entry)]
+    write_text(path, "\n".join(lines) + "\n")
+    return True
+
+
+def read_entries(path: Path) -> list[HistoryEntry]:
+    """The runs of a history file, in the order written.
+
+    Raises:
+        InputError: Unreadable, or a line that is no run of a known schema; the line is named.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    return [_entry(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _entry(line: str, where: str) -> HistoryEntry:
+    try:
+        payload: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not valid JSON: {error.msg}") from error
+    return record_from_json(HistoryEntry, payload, where=where)
+
+
+def _kept(figure: Figure, value: float) -> HistoryFigure:
+    error = None
+    if figure.samples and value > 0:
+        error = _error_of_median(figure)
+    elif figure.stderr is not None and value > 0:
+        error = figure.stderr / value
+    return HistoryFigure(figure.key, figure.role, figure.unit, value, error, figure.conditions)
+
+
+def _error_of_median(figure: Figure) -> float | None:
+    """Relative standard error that the bootstrap interval of the median stands for; None of too few processes."""
+    rounds = figure.rounds if len(figure.rounds) == len(figure.samples) else ()
+    if len(set(rounds) or figure.samples) < _FEWEST:
+        return None
+    found = ratio_interval(
+        figure.samples, (1.0,), paired=False, numerator_rounds=rounds or None, resamples=_RESAMPLES
+    )
+    return math.log(found.high / found.low) / (2 * _NORMAL_95)

@@ -1,0 +1,89 @@
+"""A history for people: Markdown."""
+
+from __future__ import annotations
+
+from phoneready.console import format_rows
+from phoneready.history.history import Anomaly, History, Series
+from phoneready.pipeline.figure_set import DENSE
+from phoneready.pipeline.verdict import format_figure
+from runtime_bench.markup import escape_markdown
+
+__all__ = ["describe_anomalies", "format_history"]
+
+_SHOWN = 6
+"""Newest runs in the table of figures."""
+
+
+def format_history(history: History, *, every: bool = False) -> str:
+    """Runs, figures of the newest of them, and what changed.
+
+    Args:
+        history: The history.
+        every: Show the dense model's figures, too.
+    """
+    runs = [
+        [
+            str(run.number),
+            *map(escape_markdown, (run.name, run.time, run.outcome, "; ".join(run.changed) or "-")),
+        ]
+        for run in history.runs
+    ]
+    parts = [
+        f"{escape_markdown(history.source)}: {len(runs)} runs",
+        format_rows(["run", "name", "time (UTC)", "budgets", "changed since the run before"], runs),
+        _figures(history, every=every),
+    ]
+    told = describe_anomalies(history)
+    if told:
+        parts.append(
+            "Changes that the noise does not explain:\n\n"
+            + "\n".join(f"- {escape_markdown(text)}" for text, _ in told)
+        )
+    else:
+        parts.append("No change that the noise does not explain.")
+    parts.append(
+        f"(more than {history.threshold:.0%}; in a history without changes "
+        f"the chance to see any is at most {history.false_alarms:.0%})"
+    )
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def describe_anomalies(history: History) -> list[tuple[str, bool]]:
+    """Every anomaly as a sentence, and whether it is for the worse."""
+    return [(_sentence(anomaly), anomaly.worse) for anomaly in history.anomalies]
+
+
+def _sentence(anomaly: Anomaly) -> str:
+    before, after = (format_figure(value, anomaly.unit) for value in (anomaly.before, anomaly.after))
+    share = "" if anomaly.ratio is None else f", {100 * (anomaly.ratio - 1):+.1f} %"
+    noise = f" (single runs scatter by {anomaly.noise:.1%})" if anomaly.noise else ""
+    whose = " of the dense model" if anomaly.role == DENSE else ""
+    text = (
+        f"{'worse' if anomaly.worse else 'better'}: {anomaly.series}{whose}, {anomaly.kind} since {anomaly.name} "
+        f"(run {anomaly.run}): {before} to {after}{share}{noise}"
+    )
+    if anomaly.dense_too:
+        text += "; the dense model's figure changed with it, so look at the machine and the runtime"
+    return text + (f"; that run: {'; '.join(anomaly.changed)}" if anomaly.changed else "")
+
+
+def _figures(history: History, *, every: bool) -> str:
+    shown = history.runs[-_SHOWN:]
+    header = ["figure", *(escape_markdown(run.name).replace("|", "\\|") for run in shown), "changed"]
+    rows = []
+    for series in history.series:
+        if series.role == DENSE and not every:
+            continue
+        known = dict(zip(series.runs, zip(series.values, series.errors, strict=True), strict=True))
+        cells = [_cell(known.get(run.number), series) for run in shown]
+        since = [a.name for a in history.anomalies if (a.series, a.role) == (series.name, series.role)]
+        name = f"{series.name} (dense)" if series.role == DENSE else series.name
+        rows.append([escape_markdown(name), *cells, escape_markdown(", ".join(since) or "-")])
+    return format_rows(header, rows)
+
+
+def _cell(found: tuple[float, float | None] | None, series: Series) -> str:
+    if found is None:
+        return "-"
+    value, error = found
+    return format_figure(value, series.unit) + (f" ± {100 * error:.1f} %" if error else "")
