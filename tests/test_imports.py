@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
-OPTIONAL = {"llama_cpp", "datasets", "pyarrow", "peft", "accelerate", "lm_eval", "optuna", "tomli_w"}
+OPTIONAL = {
+    "llama_cpp",
+    "datasets",
+    "pyarrow",
+    "peft",
+    "accelerate",
+    "lm_eval",
+    "mlflow",
+    "optuna",
+    "tomli_w",
+}
 MODULES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cfsp.errors import InputError
 from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, split_names
 from phoneready.console import note, prepare_torch, show_progress, write_result
+
+if TYPE_CHECKING:
+    from phoneready.pipeline.config import ReleaseConfig
 
 __all__ = ["release"]
 
@@ -84,6 +88,7 @@ def release(
         threads=threads,
         label=label,
     )
+    not_logged = _track(chosen, output, label)
     figures, verdicts = read_figures(chosen, output), released.verdicts
     tables = [verdict_table(figures, d, p) for d, p in zip(figures.dense, figures.pruned, strict=True)]
     best = figures.pruned[0]
@@ -94,4 +99,22 @@ def release(
     lines += [f"Report: {output / PAGE_FILE}", badge(verdicts)]
     payload = record_to_json(released.manifest)
     write_result("\n".join(lines), payload, as_json=json)
+    if not_logged is not None:
+        note(f"warning: {not_logged}")
     check_verdicts(verdicts, strict=strict)
+    if not_logged is not None:
+        raise not_logged
+
+
+def _track(config: ReleaseConfig, folder: Path, label: str | None) -> InputError | None:
+    """Log the release where the configuration says; what keeps it from that must not hide the gate's verdict."""
+    if config.tracking is None:
+        return None
+    from phoneready.tracking.mlflow_log import log_release
+
+    try:
+        run = log_release(config.tracking, folder, label=label)
+    except InputError as error:
+        return error
+    note(f"logged as run {run} of experiment {config.tracking.experiment}")
+    return None

@@ -28,6 +28,7 @@ from phoneready.pipeline.sections import (
     Section,
 )
 from phoneready.pipeline.toml_lines import key_lines, line_of
+from phoneready.tracking.settings import TrackingConfig
 from phoneready.tune.settings import TuneConfig
 
 __all__ = [
@@ -61,6 +62,7 @@ class ReleaseConfig(Section):
     baseline: BaselineConfig | None = None
     budgets: tuple[BudgetConfig, ...] = ()
     tune: TuneConfig | None = None
+    tracking: TrackingConfig | None = None
 
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the quantizations unless an alignment is set."""

@@ -152,6 +152,8 @@ def check_extras(config: ReleaseConfig) -> None:
     """Raise MissingExtraError for what the configuration needs and is not installed, before anything runs."""
     if config.export.onnx:
         require_onnx_export()
+    if config.tracking is not None:
+        _require("mlflow", "track")
     if config.recover is not None:
         _require("accelerate", "recover")
     if config.evaluate.tasks:

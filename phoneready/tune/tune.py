@@ -77,12 +77,12 @@ def tune(
         result = search.run(show)
         write_record(folder / RESULT_FILE, result)
         write_text(folder / TABLE_FILE, format_result(result))
+        shop.clear()
         best = result.best
         if best is None:
             raise LimitError(search.closest())
         recipe = Recipe(best.file, best.allocation, best.align, best.recover)
         write_text(folder / RELEASE_FILE, release_toml(config, Point(recipe, best.prune_ratio)))
-        shop.clear()
     return result
 
 

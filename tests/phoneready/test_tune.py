@@ -202,3 +202,28 @@ def test_everything_that_may_vary_is_combined(model: Path, tmp_path: Path) -> No
     found = recipes_of(load_config(write(tmp_path, model, more)))
     assert {(r.item, r.align) for r in found} == {("Q4_K_M", 256), ("Q4_K_M", 64), ("int8", 32), ("int8", 64)}
     assert len(found) == 8
+
+
+def test_formats_and_recovery_are_tried_for_real(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    pytest.importorskip("peft", reason="the recover extra is not installed")
+    more = '[recover]\ndata = ["builtin:python-docs"]\nmax_tokens = 512\nseqlen = 64\nbatch_size = 2\n'
+    more += '[tune]\nfiles = ["int8", "Q8_0"]\nrecover = [true, false]\ntrials = 4\nmin_prune_ratio = 0.2\n'
+    more += '[[budgets]]\nmetric = "tg2"\nat_least = 0.1\n'
+    path = write(tmp_path, tiny_folder(intermediate_size=256), more)
+    text = path.read_text(encoding="utf-8").replace('quants = ["Q8_0"]', 'quants = ["Q8_0"]\nonnx = ["int8"]')
+    path.write_text(text, encoding="utf-8")
+    result = search(path, tmp_path / "tuned")
+    assert not result.failed
+    assert {row.file for row in result.trials} == {"int8", "Q8_0"}
+    assert {row.recover for row in result.trials} == {True, False}
+    assert result.calibrations == 1
+    for row in result.trials:
+        assert row.file_bytes > 0
+        assert row.divergence > 0
+        assert any(name.startswith("tg2") for name in row.others)
+    best = result.best
+    assert best is not None
+    chosen = load_config(tmp_path / "tuned" / RELEASE_FILE)
+    assert (chosen.recover is not None) == best.recover
+    assert best.file in chosen.export.names

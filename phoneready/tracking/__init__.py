@@ -1,0 +1,1 @@
+"""Telling an experiment tracker about releases."""

@@ -1,0 +1,190 @@
+"""A release as a run of MLflow: configuration as parameters, figures as metrics, records and reports as artifacts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import InputError, MissingExtraError
+from cfsp.records import read_record
+from phoneready.history.record import HISTORY_FILE, read_entries
+from phoneready.pipeline.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
+from phoneready.pipeline.manifest import MANIFEST_FILE, ReleaseManifest
+from phoneready.pipeline.verdict import VERDICTS_FILE, Verdicts
+from phoneready.tracking.settings import TrackingConfig
+
+__all__ = ["log_release", "require_mlflow"]
+
+_MOST_PARAMETERS, _MOST_METRICS = 100, 1000
+"""Of one request, by MLflow's REST interface."""
+_LONGEST_PARAMETER = 500
+_ID = "phoneready.id"
+_KEPT = (".json", ".jsonl", ".md", ".html", ".xml")
+# A server that is not there is to be noticed in seconds; MLflow itself would try for minutes. And it reports usage home
+# unless it is told not to.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+@dataclass(frozen=True)
+class _Release:
+    """What is logged of a finished release."""
+
+    folder: Path
+    manifest: ReleaseManifest
+    figures: FigureSet
+    verdicts: Verdicts
+    label: str | None
+    id: str
+
+
+def require_mlflow() -> None:
+    """Raise MissingExtraError where releases cannot be logged."""
+    if importlib.util.find_spec("mlflow") is None:
+        raise MissingExtraError("mlflow", "track")
+
+
+def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = None) -> str:
+    """Log a finished release; one that was logged before, unchanged, is not logged again.
+
+    Args:
+        tracking: Where.
+        folder: The release folder; it is read, not changed.
+        label: Name of the run; the tracker makes one up unless given.
+
+    Returns:
+        Id of the run.
+
+    Raises:
+        InputError: The tracker cannot be reached or refuses; the release is not touched.
+        MissingExtraError: MLflow is not installed.
+    """
+    require_mlflow()
+    release = _Release(
+        folder,
+        read_record(ReleaseManifest, folder / MANIFEST_FILE),
+        read_record(FigureSet, folder / FIGURES_FILE),
+        read_record(Verdicts, folder / VERDICTS_FILE),
+        label,
+        read_entries(folder / HISTORY_FILE)[-1].id,
+    )
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        return _log(tracking, release)
+    except Exception as error:  # the client raises whatever its store, its transport or its database raises
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"the release in {folder} is complete, but could not be logged: {reason}",
+            field="tracking.mlflow",
+            value=tracking.mlflow,
+        ) from error
+
+
+def _log(tracking: TrackingConfig, release: _Release) -> str:
+    import mlflow
+    from mlflow.entities import Metric, Param
+
+    client: Any = mlflow.MlflowClient(tracking_uri=tracking.mlflow)
+    experiment = _experiment(client, tracking)
+    before = client.search_runs(
+        [experiment], f"tags.`{_ID}` = '{release.id}' and attributes.status = 'FINISHED'"
+    )
+    if before:
+        return str(before[0].info.run_id)
+    run_id = str(client.create_run(experiment, run_name=release.label, tags=_tags(release)).info.run_id)
+    status = "FAILED"
+    try:
+        now = int(time.time() * 1000)
+        for parameters in _parts(list(_parameters(release.manifest)), _MOST_PARAMETERS):
+            client.log_batch(run_id, params=[Param(name, value) for name, value in parameters])
+        for metrics in _parts(list(_metrics(release.figures.figures)), _MOST_METRICS):
+            client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics])
+        for path in _artifacts(release, files=tracking.files):
+            if path.is_dir():
+                client.log_artifacts(run_id, str(path), path.name)
+            else:
+                client.log_artifact(run_id, str(path))
+        status = "FINISHED"
+    finally:
+        client.set_terminated(run_id, status)
+    return run_id
+
+
+def _experiment(client: Any, tracking: TrackingConfig) -> str:
+    found = client.get_experiment_by_name(tracking.experiment)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(tracking.experiment, **_beside(tracking)))
+
+
+def _beside(tracking: TrackingConfig) -> dict[str, str]:
+    """Where a new experiment of a database on this machine keeps artifacts: beside it, not in the working folder."""
+    kind, _, path = tracking.mlflow.partition(":///")
+    if kind != "sqlite":
+        return {}
+    database = Path(path).resolve()
+    return {"artifact_location": (database.parent / f"{database.stem}-artifacts").as_uri()}
+
+
+def _tags(release: _Release) -> dict[str, str]:
+    manifest = release.manifest
+    return {
+        _ID: release.id,
+        "phoneready.source": manifest.source.reference,
+        "phoneready.source_sha256": manifest.source.sha256 or "",
+        "phoneready.outcome": release.verdicts.outcome,
+        "phoneready.version": manifest.versions.get("phoneready", ""),
+    }
+
+
+def _parameters(manifest: ReleaseManifest) -> Iterator[tuple[str, str]]:
+    for name, value in _flat("", manifest.config):
+        yield _name(name), value[:_LONGEST_PARAMETER]
+    yield "removed_ffn_share", f"{manifest.removed_ffn_share:.6f}"
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if (prefix, key) != ("", "tracking"):
+                yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif value is not None:
+        yield prefix, str(value)
+
+
+def _metrics(figures: Sequence[Figure]) -> Iterator[tuple[str, float]]:
+    for figure in figures:
+        if figure.value is not None:
+            role = "" if figure.role == PRUNED else f"{figure.role}/"
+            yield _name(f"{role}{figure.key.describe()}".replace(", ", "/")), figure.value
+
+
+def _name(text: str) -> str:
+    """In the characters that every MLflow takes."""
+    return re.sub(r"[^\w\-. /]", "_", text)
+
+
+def _artifacts(release: _Release, *, files: bool) -> Iterator[Path]:
+    """Records and reports at the top of the folder, and the exported files where they are wanted."""
+    exported = {file.file for file in release.manifest.files}
+    for path in sorted(release.folder.iterdir()):
+        if path.name in exported:
+            if files:
+                yield path
+        elif path.is_file() and path.suffix in _KEPT:
+            yield path
+
+
+def _parts(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(values), most):
+        yield values[start : start + most]

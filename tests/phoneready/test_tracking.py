@@ -1,0 +1,85 @@
+"""Releases in MLflow: a real store, a server that is not there, and nothing logged twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+pytest.importorskip("mlflow", reason="the track extra is not installed")
+
+from phoneready.main import main
+
+CONFIG = """
+[model]
+reference = "{model}"
+[prune]
+prune_ratio = 0.25
+calibration = ["builtin:python-docs"]
+nsamples = 4
+seqlen = 64
+[evaluate]
+text = ["builtin:python-docs"]
+chats = []
+seqlen = 64
+max_windows = 2
+prompts = ["List three fruits."]
+max_new_tokens = 2
+[export]
+quants = ["Q8_0"]
+[bench]
+n_prompt = [8]
+n_gen = [2]
+ttft = [4]
+n_threads = [1]
+repetitions = 1
+[tracking]
+mlflow = "{uri}"
+experiment = "phones"
+"""
+
+
+def test_a_release_is_logged_once_and_a_missing_server_loses_nothing(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import mlflow
+
+    model, folder, store = tiny_folder(), tmp_path / "release", tmp_path / "runs.db"
+
+    def release(uri: str, *options: str) -> int:
+        path = tmp_path / "release.toml"
+        path.write_text(CONFIG.format(model=model, uri=uri), encoding="utf-8")
+        return main(["release", str(path), "-o", str(folder), "--threads", "1", "--label", "1.0", *options])
+
+    # Nothing listens there.
+    assert release("http://127.0.0.1:9") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: tracking.mlflow: the release in")
+    assert "is complete, but could not be logged" in lines[-1]
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert (folder / manifest["files"][0]["file"]).is_file()
+
+    # A missed budget is what the exit status tells, not the tracker's absence.
+    assert release("http://127.0.0.1:9", "--set", 'budgets=[{metric="kl_mean", at_most=0.0}]') == 1
+    capsys.readouterr()
+
+    for _ in range(2):
+        assert release(f"sqlite:///{store}") == 0
+    assert "logged as run" in capsys.readouterr().err
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{store}")
+    experiment = client.get_experiment_by_name("phones")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.run_name, run.info.status) == ("1.0", "FINISHED")
+    assert run.data.params["prune.prune_ratio"] == "0.25"
+    assert not [name for name in run.data.params if name.startswith("tracking")]
+    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["figures"]
+    assert len(run.data.metrics) == sum(figure["value"] is not None for figure in figures)
+    size = next(file["bytes"] for file in manifest["files"] if file["role"] == "pruned")
+    assert run.data.metrics["file_bytes/Q8_0"] == size
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"manifest.json", "figures.json", "report.md", "history.jsonl"} <= names
+    assert not [name for name in names if name.endswith(".gguf")]
+    assert (tmp_path / "runs-artifacts").is_dir()
