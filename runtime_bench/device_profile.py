@@ -81,6 +81,7 @@ class Cluster(_Strict):
 
 Feature = Literal["asimd", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
 _Memory = Annotated[int, pydantic.Field(ge=64, le=262144)]
+_Score = Annotated[float, pydantic.Field(ge=1, le=1e6)]
 _Bandwidth = Annotated[float, pydantic.Field(ge=0.5, le=1000)]
 
 
@@ -101,6 +102,7 @@ class DeviceProfile(_Strict):
         dram_gb_s: Theoretical bandwidth of the RAM, 10^9 bytes a second.
         dram_sustained_gb_s: Measured bandwidth.
         app_memory_mib: What one application may use, MiB.
+        browser_score: Its browser's score (`runtime_bench/browser/page/score.html`); a file may leave it out.
     """
 
     schema_version: Literal[1]
@@ -116,6 +118,7 @@ class DeviceProfile(_Strict):
     dram_gb_s: Figure[_Bandwidth]
     dram_sustained_gb_s: Figure[_Bandwidth]
     app_memory_mib: Figure[_Memory]
+    browser_score: Figure[_Score] = Figure(basis="unknown")
 
 
 FIGURES = tuple(

@@ -15,7 +15,14 @@ __all__ = ["note_of"]
 
 def note_of(record: BenchRecord) -> str | None:
     """Every remark on a record, or None."""
-    notes = (_on_kind(record), _on_text(record), _on_memory(record), _on_spread(record), _on_heat(record))
+    notes = (
+        _on_kind(record),
+        _on_text(record),
+        _on_memory(record),
+        _on_throttling(record),
+        _on_spread(record),
+        _on_heat(record),
+    )
     return "; ".join(filter(None, notes)) or None
 
 
@@ -25,6 +32,10 @@ def _on_kind(record: BenchRecord) -> str | None:
 
 def _on_text(record: BenchRecord) -> str | None:
     return f"void: what it writes is degenerate ({record.degenerate})" if record.void else None
+
+
+def _on_throttling(record: BenchRecord) -> str | None:
+    return None if record.throttling is None else record.throttling.text
 
 
 def _on_memory(record: BenchRecord) -> str | None:

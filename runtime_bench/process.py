@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime_bench.engines import EngineFacts
+from runtime_bench.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["ProcessFailed", "exchange", "measure_in", "result_from_json", "run_module", "run_worker"]
@@ -183,7 +184,11 @@ def result_from_json(output: bytes) -> WorkerResult:
     """A worker's answer; one that cannot be read is a result with the reason."""
     try:
         payload = json.loads(output)
-        facts = payload.pop("facts")
-        return WorkerResult(**payload, facts=EngineFacts(**facts) if facts else None)
+        facts, throttling = payload.pop("facts"), payload.pop("throttling")
+        return WorkerResult(
+            **payload,
+            facts=EngineFacts(**facts) if facts else None,
+            throttling=Throttling(**throttling) if throttling else None,
+        )
     except (ValueError, TypeError, KeyError) as error:
         return WorkerResult(error=f"the measuring process gave no readable result: {error}")

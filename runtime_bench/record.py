@@ -21,6 +21,7 @@ from cfsp.records import tool_version
 from cfsp.validation import describe_problems
 from runtime_bench import summary
 from runtime_bench.notes import note_of
+from runtime_bench.throttling import Throttling
 from runtime_bench.untrusted import check_bounded
 from runtime_bench.workload import Workload
 
@@ -126,6 +127,7 @@ class BenchRecord:
         hottest_c: For each process, the hottest thermal zone around it, degrees Celsius; None without zones.
         text_sample: What the file writes, the first of a few continuations; None where that was not checked.
         degenerate: Why all it writes is degenerate, which voids the row's speed; None where it is not.
+        throttling: How the processor was slowed down to a device's score; None where it was not.
     """
 
     kind: str
@@ -171,6 +173,7 @@ class BenchRecord:
     hottest_c: tuple[float | None, ...] = ()
     text_sample: str | None = None
     degenerate: str | None = None
+    throttling: Throttling | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

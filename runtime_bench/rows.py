@@ -130,6 +130,7 @@ def record_of(
             (r.memory_verdict for r in row.results if r.memory_verdict), key=VERDICTS.index, default=None
         ),
         reread_bytes=max((r.reread_bytes for r in row.results if r.reread_bytes is not None), default=None),
+        throttling=next((r.throttling for r in row.results if r.throttling), None),
         clock_caps=tuple(heat.clock_cap for heat in row.heat),
         hottest_c=tuple(heat.hottest_c for heat in row.heat),
         text_sample=check.texts[0] if check.texts else None,

@@ -31,6 +31,7 @@ from runtime_bench.engines import (
 )
 from runtime_bench.files import files_of
 from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
+from runtime_bench.throttling import Throttling
 from runtime_bench.workload import Workload
 
 __all__ = [
@@ -85,6 +86,7 @@ class WorkerResult:
         error: Why it failed, one line; None when it did not.
         memory_verdict: Under a memory limit: fits, thrashes or does not fit.
         reread_bytes: Pages of files that were dropped for the limit and read again.
+        throttling: How the processor was slowed down; None where it was not.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -96,6 +98,7 @@ class WorkerResult:
     error: str | None = None
     memory_verdict: str | None = None
     reread_bytes: int | None = None
+    throttling: Throttling | None = None
 
 
 def request_from_json(payload: dict[str, Any]) -> WorkerRequest:

@@ -90,7 +90,15 @@ def bench(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", help="Take the memory limit from this device's profile.", metavar="NAME"),
+        typer.Option(
+            "--device",
+            help="Take limits from this device's profile: memory, or the score of its browser.",
+            metavar="NAME",
+        ),
+    ] = None,
+    score: Annotated[
+        float | None,
+        typer.Option("--score", help="Slow the browser's page down to this score.", metavar="NUMBER"),
     ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
@@ -125,7 +133,7 @@ def bench(
         check_text=not no_text_check,
         seed=seed,
     )
-    target = open_target(on, Limits(memory, tuple(cores or ()), device))
+    target = open_target(on, Limits(memory, tuple(cores or ()), device, score))
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
     with show_progress() as progress:
         records = run_bench(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -20,23 +20,24 @@ __all__ = ["TARGETS", "Limits", "TargetRow", "find_row", "open_target"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What limits a constrained run, as it was given.
+    """What limits a run, as it was given; each is for some targets.
 
     Attributes:
         memory: A size.
         cores: Lists of core numbers.
-        device: A device whose memory is the limit.
+        device: A device whose memory, or whose browser's score, is the limit.
+        score: Score that a browser's page is slowed down to.
     """
 
     memory: str | None = None
     cores: tuple[str, ...] = ()
     device: str | None = None
+    score: float | None = None
 
     @property
     def given(self) -> list[str]:
         """The options that were used."""
-        values = {"--memory": self.memory, "--cores": self.cores, "--device": self.device}
-        return [name for name, value in values.items() if value]
+        return [f"--{field.name}" for field in fields(self) if getattr(self, field.name)]
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,25 @@ class TargetRow:
     Attributes:
         form: How it is written.
         open: Makes it from its address and the limits.
-        limited: Whether limits are for it.
+        takes: Limits that are for it.
     """
 
     form: str
     open: Callable[[str, Limits], Target]
-    limited: bool = False
+    takes: frozenset[str] = frozenset()
 
 
 def open_target(on: str, limits: Limits) -> Target:
     """Where to measure.
 
     Raises:
-        InputError: Unknown, limits without a constrained target, or a target that cannot be used.
+        InputError: Unknown, a limit of another target, or a target that cannot be used.
     """
     row, address = find_row(on)
-    if limits.given and not row.limited:
-        raise InputError(
-            "a limit is for a constrained run", field=limits.given[0], allowed="--on constrained"
-        )
+    wrong = next((name for name in limits.given if name not in row.takes), None)
+    if wrong:
+        takers = " or ".join(row.form for row in TARGETS.values() if wrong in row.takes)
+        raise InputError("a limit of another target", field=wrong, allowed=f"--on {takers}")
     return row.open(address, limits)
 
 
@@ -99,9 +100,12 @@ def _constrained(_: str, limits: Limits) -> Target:
 
 
 def _browser(_: str, limits: Limits) -> Target:
-    from runtime_bench.targets.browser import Browser
+    from runtime_bench.device_profile import find_profile, load_profiles
+    from runtime_bench.targets.browser import Browser, browser_of
 
-    return Browser()
+    if limits.device is None:
+        return Browser(target_score=limits.score)
+    return browser_of(find_profile(limits.device, load_profiles()).profile, limits.score)
 
 
 def _native(_: str, limits: Limits) -> Target:
@@ -132,8 +136,8 @@ TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", _local),
         "native": TargetRow("native", _native),
-        "constrained": TargetRow("constrained", _constrained, limited=True),
-        "browser": TargetRow("browser", _browser),
+        "constrained": TargetRow("constrained", _constrained, frozenset({"--memory", "--cores", "--device"})),
+        "browser": TargetRow("browser", _browser, frozenset({"--device", "--score"})),
         "qemu-aarch64": TargetRow("qemu-aarch64", _qemu),
     }
 )

@@ -40,9 +40,10 @@ MOBILE_AGENT = (
 """What Chrome says of itself on every Android device: https://www.chromium.org/updates/ua-reduction/."""
 _MEMORY_MARKS = (
     "out of memory",
-    "oom",
+    "(oom)",
     "bad_alloc",
     "cannot enlarge memory",
+    "could not allocate memory",
     "array buffer allocation failed",
 )
 
@@ -59,13 +60,11 @@ class PageSettings:
         executable: Chromium.
         packages: Folder of the npm packages.
         mobile: Whether the browser passes for a phone's: screen, touch, user agent.
-        throttling_rate: How many times slower than here the page's main thread runs; 1 leaves it alone.
     """
 
     executable: str
     packages: str
     mobile: bool = True
-    throttling_rate: float = 1.0
 
 
 def require_playwright() -> None:
@@ -94,27 +93,39 @@ def find_chromium() -> str:
 
 
 class Page:
-    """The open page. Every call waits for its end.
+    """The open tab. Every call waits for its end.
 
     Attributes:
         version: Of Chromium.
     """
 
-    def __init__(self, page: Any, devtools: Any, version: str) -> None:
-        self._page, self._devtools, self.version = page, devtools, version
+    def __init__(self, page: Any, devtools: Any, address: str, version: str) -> None:
+        self._page, self._devtools, self._address, self.version = page, devtools, address, version
+
+    def visit(self, file: str) -> None:
+        """Open one of the files under `page/`.
+
+        Raises:
+            BrowserError: It does not load.
+        """
+        with translated_errors():
+            self._page.goto(f"{self._address}/page/{file}")
+            if not self._page.evaluate("() => crossOriginIsolated"):
+                raise BrowserError("the page is not isolated from other origins, so it may have no threads")
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Call one of the page's functions (`bench.mjs`).
+        """Call one of the functions that the page has put into its window.
 
         Raises:
             BrowserError: It failed, memory ran out, or the page is gone.
         """
-        code = f"(values) => window.bench.{function}(...values)"
         with translated_errors():
-            return self._page.evaluate(code, list(arguments))
+            loaded = "window." + function.replace(".", "?.")
+            self._page.wait_for_function(f"() => {loaded} !== undefined")
+            return self._page.evaluate(f"(values) => window.{function}(...values)", list(arguments))
 
     def throttle(self, rate: float) -> None:
-        """Slow the page's main thread down, and it alone."""
+        """Slow the page's main thread down, roughly by this factor, and it alone; 1 lets it run."""
         with translated_errors():
             self._devtools.send("Emulation.setCPUThrottlingRate", {"rate": rate})
 
@@ -132,14 +143,14 @@ def translated_errors() -> Iterator[None]:
 
 @contextmanager
 def open_page(settings: PageSettings, files: Mapping[str, Path]) -> Iterator[Page]:
-    """Start a server and Chromium and open the page; all are gone afterwards.
+    """Start a server and Chromium with an empty tab; all are gone afterwards.
 
     Args:
         settings: How.
         files: Names below the server's root to files that the page may fetch.
 
     Raises:
-        BrowserError: Chromium does not start, or the page does not load.
+        BrowserError: Chromium does not start.
         MissingExtraError: Playwright is not installed.
     """
     require_playwright()
@@ -153,14 +164,7 @@ def open_page(settings: PageSettings, files: Mapping[str, Path]) -> Iterator[Pag
             options = dict(MOBILE, user_agent=MOBILE_AGENT.format(major=major)) if settings.mobile else {}
             context = browser.new_context(**options)
             page = context.new_page()
-            opened = Page(page, context.new_cdp_session(page), browser.version)
-            page.goto(f"{address}/page/index.html")
-            page.wait_for_function("() => window.bench !== undefined")
-            if not page.evaluate("() => crossOriginIsolated"):
-                raise BrowserError("the page is not isolated from other origins, so it may have no threads")
-            if settings.throttling_rate > 1:
-                opened.throttle(settings.throttling_rate)
-            yield opened
+            yield Page(page, context.new_cdp_session(page), address, browser.version)
         finally:
             browser.close()
 

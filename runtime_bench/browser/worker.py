@@ -17,15 +17,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cfsp.errors import PhonereadyError
+from cfsp.errors import InputError, PhonereadyError
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS
+from runtime_bench.browser.calibration import calibrate
 from runtime_bench.browser.chromium import Page, PageSettings, open_page
 from runtime_bench.browser.packages import package_version
 from runtime_bench.browser.processes import renderer_peak_bytes, renderer_rss_bytes
 from runtime_bench.engines import EngineFacts
 from runtime_bench.files import files_of
 from runtime_bench.memory import page_cache_share
+from runtime_bench.throttling import Throttling
 from runtime_bench.worker import (
     WorkerRequest,
     WorkerResult,
@@ -64,28 +66,47 @@ class OpenModel:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, begun as the model wants a sequence begun."""
-        return [int(token) for token in self.page.call("tokenize", text)]
+        return [int(token) for token in self.page.call("bench.tokenize", text)]
 
     def greedy(self, prompt: list[int], count: int) -> list[int]:
         """The likeliest continuation of a prompt, `count` tokens."""
-        return [int(token) for token in self.page.call("greedy", prompt, count)]
+        return [int(token) for token in self.page.call("bench.greedy", prompt, count)]
 
 
-def measure(request: WorkerRequest, settings: PageSettings) -> WorkerResult:
+def measure(
+    request: WorkerRequest,
+    settings: PageSettings,
+    target_score: float | None = None,
+    throttling: Throttling | None = None,
+) -> WorkerResult:
     """Take the samples of a request in a page.
 
+    Args:
+        request: What to measure.
+        settings: How the page is opened.
+        target_score: Slow the page down to this score first.
+        throttling: What that came to before, to be used again.
+
     Raises:
-        PhonereadyError: The browser or the page failed.
+        PhonereadyError: The browser or the page failed, or this machine is too weak for the score.
     """
     files = files_of(Path(request.path))
     prepare_page_cache(request.page_cache, files)
     share = page_cache_share(max(files, key=lambda file: file.stat().st_size))
     with open_page(settings, served_files(request)) as page:
-        model = open_model(page, request, settings)
+        if target_score is not None and throttling is None:
+            throttling = calibrate(page, target_score)
+        model = open_model(page, request, settings, throttling)
         samples = _RUNNERS[request.workload.kind](model, request)
         peak = renderer_peak_bytes()
     return WorkerResult(
-        samples or [model.load_ns], model.load_ns, share, model.baseline_rss_bytes, peak, model.facts
+        samples_ns=samples or [model.load_ns],
+        load_ns=model.load_ns,
+        page_cache_share=share,
+        baseline_rss_bytes=model.baseline_rss_bytes,
+        peak_rss_bytes=peak,
+        facts=model.facts,
+        throttling=throttling,
     )
 
 
@@ -99,14 +120,27 @@ def served_files(request: WorkerRequest) -> dict[str, Path]:
     return files
 
 
-def open_model(page: Page, request: WorkerRequest, settings: PageSettings) -> OpenModel:
+def open_model(
+    page: Page, request: WorkerRequest, settings: PageSettings, throttling: Throttling | None = None
+) -> OpenModel:
     """Open a request's file in its engine.
 
     Raises:
         BrowserError: The page cannot load it.
+        InputError: More than one thread where the page is throttled.
     """
     session = request.session
-    page.call("prepare", request.engine, {"threads": session.n_threads})
+    if throttling is not None and session.n_threads != 1:
+        raise InputError(
+            "a page is slowed down on its main thread alone",
+            field="threads",
+            value=session.n_threads,
+            allowed="1",
+        )
+    page.visit("index.html")
+    preparation = {"threads": session.n_threads, "mainThread": throttling is not None}
+    page.call("bench.prepare", request.engine, preparation)
+    page.throttle(1 if throttling is None else throttling.rate)
     baseline = renderer_rss_bytes()
     batch = min(session.n_batch, session.n_ubatch)
     options = {
@@ -115,7 +149,7 @@ def open_model(page: Page, request: WorkerRequest, settings: PageSettings) -> Op
         "batchTokens": batch,
         "pieceTokens": min(batch, PREFILL_TOKENS),
     }
-    opened = page.call("open", _addresses(request), options)
+    opened = page.call("bench.open", _addresses(request), options)
     package = _PACKAGES[request.engine]
     versions = {
         package: package_version(Path(settings.packages), package),
@@ -143,7 +177,12 @@ def main() -> None:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
         payload = json.load(sys.stdin)
         try:
-            result = measure(request_from_json(payload["request"]), PageSettings(**payload["settings"]))
+            result = measure(
+                request_from_json(payload["request"]),
+                PageSettings(**payload["settings"]),
+                payload["target_score"],
+                Throttling(**payload["throttling"]) if payload["throttling"] else None,
+            )
         except (PhonereadyError, OSError, MemoryError) as error:
             result = WorkerResult(error=" ".join(str(error).split()) or type(error).__name__)
         json.dump(asdict(result), results, allow_nan=False)
@@ -191,7 +230,7 @@ _RUNNERS: MappingProxyType[str, Callable[[OpenModel, WorkerRequest], list[int]]]
 def _timed(model: OpenModel, request: WorkerRequest, work: Any, warmup: Any) -> list[int]:
     depth = request.workload.n_depth
     before = random_tokens(model, request, depth) if depth else []
-    times = model.page.call("time", work, warmup if request.warmup else None, before, request.samples)
+    times = model.page.call("bench.time", work, warmup if request.warmup else None, before, request.samples)
     return [_ns(time) for time in times]
 
 

@@ -6,42 +6,58 @@ leaves of it. They say nothing of a phone unless the page is slowed down to a ph
 
 from __future__ import annotations
 
+import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError, PhonereadyError
 from runtime_bench.browser.chromium import PageSettings, find_chromium, require_playwright
 from runtime_bench.browser.packages import fetch_packages
+from runtime_bench.device_profile import DeviceProfile
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_module
 from runtime_bench.record import Environment
+from runtime_bench.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["BROWSER_ENGINES", "Browser"]
+__all__ = ["BROWSER_ENGINES", "Browser", "browser_of"]
 
 BROWSER_ENGINES = MappingProxyType({".onnx": "onnxruntime-web", ".gguf": "wllama"})
 """Suffix of a file -> what runs it in a page."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Browser:
     """Headless Chromium on this machine.
 
     Attributes:
+        device: Id of the device that it stands for; None for no one in particular.
         mobile: Whether it passes for a phone's: screen, touch, user agent.
+        target_score: The page is slowed down to this score; None leaves it alone.
+        throttling: What that came to in the first run that got so far; the runs after it use it again, so that files
+            which take turns have the same processor.
     """
 
+    device: str | None = None
     mobile: bool = True
+    target_score: float | None = None
+    throttling: Throttling | None = field(default=None, init=False, compare=False)
 
     kind = "constrained-host"
     memory_limit_bytes = None
 
+    def __post_init__(self) -> None:
+        if self.target_score is not None and not 0 < self.target_score < math.inf:
+            raise InputError("no score", field="score", value=self.target_score, allowed="more than 0")
+
     @property
     def name(self) -> str:
-        """As records have it."""
-        return "browser(mobile)" if self.mobile else "browser"
+        """As records have it, such as `browser(pixel-8a, mobile, score=1500)`."""
+        score = "not throttled" if self.target_score is None else f"score={self.target_score:g}"
+        parts = (self.device, "mobile" if self.mobile else None, score)
+        return f"browser({', '.join(filter(None, parts))})"
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""
@@ -61,8 +77,9 @@ class Browser:
             )
 
     def environment(self) -> Environment:
-        """See `Target`."""
-        return describe_environment()
+        """See `Target`; a page that is slowed down has one thread."""
+        found = describe_environment()
+        return found if self.target_score is None else replace(found, cpus_usable=1)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`: a browser of its own for every measurement."""
@@ -75,9 +92,36 @@ class Browser:
             settings = PageSettings(find_chromium(), str(fetch_packages()), self.mobile)
         except (PhonereadyError, OSError) as error:
             return WorkerResult(error=str(error))
-        payload = {"request": asdict(request), "settings": asdict(settings)}
+        payload = {
+            "request": asdict(request),
+            "settings": asdict(settings),
+            "target_score": self.target_score,
+            "throttling": asdict(self.throttling) if self.throttling else None,
+        }
         # Chromium's profile goes with the folder, however the browser ends.
         with tempfile.TemporaryDirectory(prefix="phoneready-browser-", ignore_cleanup_errors=True) as scratch:
-            return run_module(
+            result = run_module(
                 "runtime_bench.browser.worker", payload, timeout_s, environment={"TMPDIR": scratch}
             )
+        self.throttling = self.throttling or result.throttling
+        return result
+
+
+def browser_of(profile: DeviceProfile, score: float | None = None) -> Browser:
+    """A browser that stands for a device's.
+
+    Args:
+        profile: The device.
+        score: Its browser's score; the profile's own unless given, and where that is unknown nothing is slowed down.
+
+    Raises:
+        InputError: A device whose browsers are not Chromium.
+    """
+    if profile.os == "ios":
+        raise InputError(
+            "browsers on iOS are WebKit, which Chromium cannot stand for",
+            field="device",
+            value=profile.id,
+            allowed="a device with android or linux",
+        )
+    return Browser(profile.id, profile.os == "android", score or profile.browser_score.value)

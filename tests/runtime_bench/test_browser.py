@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from cfsp.errors import PhonereadyError
+from cfsp.errors import InputError, PhonereadyError
 from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
-from runtime_bench.browser.chromium import PageSettings, find_chromium, open_page, require_playwright
+from runtime_bench.browser.calibration import calibrate, corrected_rate, refuse_weak_host
+from runtime_bench.browser.chromium import (
+    BrowserError,
+    PageSettings,
+    find_chromium,
+    open_page,
+    require_playwright,
+)
 from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.browser.worker import open_model, served_files
+from runtime_bench.device_profile import load_profiles
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measure import run_bench
-from runtime_bench.targets.browser import Browser
-from runtime_bench.worker import WorkerRequest
+from runtime_bench.record import record_from_json, record_to_json
+from runtime_bench.targets.browser import Browser, browser_of
+from runtime_bench.throttling import Throttling
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = BenchSettings(
-    n_prompt=(24,), n_gen=(8,), ttft=(16,), repetitions=2, n_threads=(1,), spread_limit=1e9, timeout_s=120
+    n_prompt=(24,),
+    n_gen=(8,),
+    ttft=(16,),
+    repetitions=2,
+    n_threads=(1,),
+    spread_limit=1e9,
+    samples_per_process=2,
 )
-ONE = replace(QUICK, n_prompt=(), ttft=(), load=False, repetitions=1)
 PROMPT = [5, 17, 300, 42, 9]
 
 
@@ -58,9 +83,10 @@ def file(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-def request_for(path: Path, threads: int = 1) -> WorkerRequest:
+def request_for(path: Path, threads: int = 1, **changes: Any) -> WorkerRequest:
     engine = Browser().default_engine(path)
-    return WorkerRequest(str(path), engine, Workload("load"), SessionSettings(64, threads, 32, 32))
+    made = WorkerRequest(str(path), engine, Workload("load"), SessionSettings(64, threads, 32, 32))
+    return replace(made, **changes)
 
 
 def native_tokens(path: Path, count: int) -> list[int]:
@@ -80,6 +106,40 @@ def native_tokens(path: Path, count: int) -> list[int]:
     return tokens
 
 
+def browsers() -> set[int]:
+    """Processes of our workers, told by their folder for temporary files, and all below them."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "phoneready-browser-" in process.environ().get("TMPDIR", ""):
+                found |= {process.pid, *(child.pid for child in process.children(recursive=True))}
+    return found
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    before = browsers()
+    yield
+    deadline = time.monotonic() + 30
+    while browsers() - before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert browsers() - before == set()
+
+
+@pytest.mark.usefixtures("settings", "nothing_left")
+def test_every_workload_gives_samples(file: Path) -> None:
+    records = run_bench([file], QUICK, target=Browser())
+    assert [r.failure for r in records] == [None] * 4
+    assert [r.test for r in records] == ["load", "pp24", "tg8", "ttft16"]
+    for record in records:
+        assert (record.kind, record.target) == ("constrained-host", "browser(mobile, not throttled)")
+        assert record.engine == {".onnx": "onnxruntime-web", ".gguf": "wllama"}[file.suffix]
+        assert len(record.samples_ns) == 2
+        assert {"chromium", "playwright"} <= set(record.environment.versions)
+        assert 0 < (record.baseline_rss_bytes or 0) <= (record.peak_rss_bytes or 0)
+        assert record.throttling is None
+
+
 @pytest.mark.parametrize(("threads", "count"), [(1, 16), (2, 3)])
 def test_greedy_tokens_are_those_of_the_native_runtime(
     file: Path, settings: PageSettings, threads: int, count: int
@@ -96,14 +156,212 @@ def test_greedy_tokens_are_those_of_the_native_runtime(
     assert f"{threads} threads" in (model.facts.system_info or "")
 
 
-@pytest.mark.usefixtures("settings")
-def test_every_workload_gives_samples(file: Path) -> None:
-    records = run_bench([file], QUICK, target=Browser())
-    assert [r.failure for r in records] == [None] * 4
-    assert [r.test for r in records] == ["load", "pp24", "tg8", "ttft16"]
-    for record in records:
-        assert (record.kind, record.target) == ("constrained-host", "browser(mobile)")
-        assert record.engine == {".onnx": "onnxruntime-web", ".gguf": "wllama"}[file.suffix]
-        assert len(record.samples_ns) == len(record.load_samples_ns) == 2
-        assert {"chromium", "playwright"} <= set(record.environment.versions)
-        assert 0 < (record.baseline_rss_bytes or 0) <= (record.peak_rss_bytes or 0)
+def test_the_browser_passes_for_a_phones(settings: PageSettings) -> None:
+    facts = "() => [innerWidth, navigator.maxTouchPoints > 0, navigator.userAgent, crossOriginIsolated]"
+    found = []
+    for mobile in (True, False):
+        with open_page(replace(settings, mobile=mobile), {}) as page:
+            page.visit("index.html")
+            found.append(page._page.evaluate(facts))
+    (width, touch, agent, isolated), (_, desktop_touch, desktop_agent, _) = found
+    assert (width, touch, isolated, desktop_touch) == (412, True, True, False)
+    assert "Android" in agent
+    assert "Android" not in desktop_agent
+
+
+def test_throttling_holds_for_the_thread_that_the_model_runs_on(file: Path, settings: PageSettings) -> None:
+    """The page's main thread is slowed down by using the processor up, so its CPU time shows the work."""
+    request = request_for(file)
+    throttled = Throttling(1.0, 1.0, 8.0, 1.0)
+    used = []
+    for throttling in (None, throttled):
+        with open_page(settings, served_files(request)) as page:
+            model = open_model(page, request, settings, throttling)
+            model.greedy(PROMPT, 4)
+            before = main_thread_seconds()
+            tokens = model.greedy(PROMPT, 48)
+            used.append(main_thread_seconds() - before)
+    assert tokens[:16] == native_tokens(file, 16)
+    # Eight times is what it is told; a model in a thread of its own would leave the main thread as idle as before.
+    assert used[1] > 2 * used[0]
+
+
+def main_thread_seconds() -> float:
+    """CPU time of the main threads of the renderers below this process."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        if any("--type=renderer" in part for part in process.cmdline()):
+            total += next(t.user_time + t.system_time for t in process.threads() if t.id == process.pid)
+    return total
+
+
+def test_a_page_is_held_to_a_score(graph: Path, settings: PageSettings) -> None:
+    with open_page(settings, {}) as page:
+        page.visit("score.html?quiet")
+        host = float(page.call("score"))
+        with pytest.raises(InputError, match="too weak to stand for the device"):
+            calibrate(page, 1e6)
+    assert host > 1
+    target = Browser(target_score=host / 20)
+    assert target.environment().cpus_usable == 1
+    row = replace(
+        QUICK,
+        n_prompt=(),
+        n_gen=(8,),
+        ttft=(),
+        load=False,
+        repetitions=2,
+        samples_per_process=1,
+        n_threads=(),
+    )
+    (record,) = run_bench([graph], row, target=target)
+    assert record.n_threads == 1
+    if record.failure:
+        # On a machine whose load changes from second to second.
+        assert "could not be held to the score" in record.failure
+        return
+    held = record.throttling
+    assert held is not None
+    assert held == target.throttling
+    assert abs(held.reached_score / held.target_score - 1) <= 0.1
+    assert held.rate > 1
+    assert "slowed down" in (record.note or "")
+    assert record_from_json(record_to_json(record), where="here") == record
+
+
+def test_rates_are_corrected_by_what_they_reach() -> None:
+    assert corrected_rate(1.0, 1000, 250) == 4
+    assert corrected_rate(4.0, 200, 250) == pytest.approx(3.2)
+    assert corrected_rate(1.0, 100, 250) == 1
+    refuse_weak_host(95, 100)
+    with pytest.raises(InputError, match="allowed: up to 80"):
+        refuse_weak_host(80, 100)
+
+
+def test_more_than_one_thread_is_refused_where_the_page_is_throttled(
+    graph: Path, settings: PageSettings
+) -> None:
+    with (
+        open_page(settings, {}) as page,
+        pytest.raises(InputError, match="main thread alone"),
+    ):
+        open_model(page, request_for(graph, threads=2), settings, Throttling(1, 1, 2, 1))
+
+
+def test_a_profile_says_what_the_browser_passes_for() -> None:
+    profiles = load_profiles()
+    phone, board = profiles["pixel-8a"].profile, profiles["raspberry-pi-5-8gb"].profile
+    assert browser_of(phone).name == "browser(pixel-8a, mobile, not throttled)"
+    assert browser_of(phone, 1500).name == "browser(pixel-8a, mobile, score=1500)"
+    assert not browser_of(board).mobile
+    with pytest.raises(InputError, match="WebKit"):
+        browser_of(profiles["iphone-15-pro"].profile)
+    with pytest.raises(InputError, match="no score"):
+        Browser(target_score=-1)
+
+
+@pytest.mark.usefixtures("settings", "nothing_left")
+def test_a_file_that_does_not_open_is_a_result_with_a_reason(gguf_file: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file.read_bytes()[:5000])
+    result = Browser().run(request_for(broken), 120)
+    assert result.samples_ns == []
+    assert "the page failed" in (result.error or "")
+
+
+def test_memory_that_runs_out_is_named(settings: PageSettings) -> None:
+    with open_page(settings, {}) as page:
+        page.visit("score.html?quiet")
+        page._page.evaluate(WASTE)
+        with pytest.raises(BrowserError, match="out of memory in the page"):
+            page.call("waste")
+
+
+WASTE = """() => {
+  const wasted = [];
+  window.waste = () => { for (;;) wasted.push(new WebAssembly.Memory({ initial: 65536 })); };
+}"""
+
+
+def renderers(known: set[int]) -> list[psutil.Process]:
+    found = []
+    for pid in browsers() - known:
+        with contextlib.suppress(psutil.Error):
+            if any("--type=renderer" in part for part in psutil.Process(pid).cmdline()):
+                found.append(psutil.Process(pid))
+    return found
+
+
+def wait_for_renderer(known: set[int]) -> None:
+    deadline = time.monotonic() + 120
+    while not renderers(known):
+        assert time.monotonic() < deadline, "no renderer appeared"
+        time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("settings", "nothing_left")
+def test_a_page_that_crashes_is_a_result_with_a_reason(graph: Path) -> None:
+    known = browsers()
+    results: list[WorkerResult] = []
+    long = request_for(graph, workload=Workload("tg", n_gen=60), samples=10**6)
+    thread = threading.Thread(target=lambda: results.append(Browser().run(long, 120)))
+    thread.start()
+    wait_for_renderer(known)
+    while thread.is_alive():  # also the renderers that appear later
+        for process in renderers(known):
+            process.kill()
+        time.sleep(0.2)
+    assert "crash" in (results[0].error or "")
+
+
+@pytest.mark.usefixtures("settings", "nothing_left")
+def test_a_run_that_takes_too_long_is_ended(graph: Path) -> None:
+    long = request_for(graph, workload=Workload("tg", n_gen=60), samples=10**6)
+    assert Browser().run(long, 5).error == "timeout: no result after 5 s"
+
+
+@pytest.mark.usefixtures("settings", "nothing_left")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_command_leaves_nothing_running(graph: Path, how: signal.Signals) -> None:
+    known = browsers()
+    command = [
+        sys.executable,
+        "-m",
+        "phoneready",
+        "bench",
+        str(graph),
+        "--on",
+        "browser",
+        "-t",
+        "1",
+        "-r",
+        "100",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for_renderer(known)
+        os.kill(process.pid, how)
+        assert process.wait(60) == (130 if how is signal.SIGINT else -signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PHONEREADY_CHROMIUM": "/no/such/file"}, "PHONEREADY_CHROMIUM"),
+        ({"PATH": ""}, "Chromium is not installed"),
+    ],
+)
+def test_a_browser_that_is_missing_is_a_result_with_a_reason(
+    gguf_file: Path, variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("playwright", reason="Playwright is not installed")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in (Browser().run(request_for(gguf_file), 10).error or "")
+
+
+def test_npm_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="npm is not installed"):
+        fetch_packages()
+    assert list((tmp_path / "browser").iterdir()) == []

@@ -54,11 +54,6 @@ async function greedy(prompt, count) {
   return tokens;
 }
 
-window.bench = {
-  prepare,
-  open,
-  time,
-  greedy,
-  tokenize: async (text) => Array.from(await session.tokenize(text)),
-  close: async () => session.close(),
-};
+const tokenize = async (text) => Array.from(await session.tokenize(text));
+
+window.bench = { prepare, open, time, greedy, tokenize };

@@ -75,8 +75,4 @@ class Session {
     const last = this.logits.data.subarray((length - 1) * width, length * width);
     return last.reduce((best, value, index) => (value > last[best] ? index : best), 0);
   }
-
-  async close() {
-    await this.session.release();
-  }
 }

@@ -4,7 +4,25 @@ import { Wllama } from "/packages/@wllama/wllama/esm/index.js";
 const FOLDER = "/packages/@wllama/wllama/esm/";
 const QUIET = { debug() {}, log() {}, warn() {}, error: console.warn };
 
-export async function prepare() {}
+// A worker whose code runs on the page's own thread, which is the one that a browser can slow down.
+class OwnThread {
+  constructor(address) {
+    this.code = fetch(address)
+      .then((answer) => answer.text())
+      .then((text) => new Function("postMessage", `let onmessage;\n${text};\nreturn onmessage;`))
+      .then((run) => run((data) => setTimeout(() => this.onmessage({ data }))));
+  }
+
+  async postMessage(data) {
+    (await this.code)({ data });
+  }
+
+  terminate() {}
+}
+
+export async function prepare({ mainThread }) {
+  if (mainThread) globalThis.Worker = OwnThread;
+}
 
 export async function open(model, { context, threads, batchTokens }) {
   const wllama = new Wllama(
@@ -47,9 +65,5 @@ class Session {
 
   async sample() {
     return (await this.wllama.samplingSample()).token;
-  }
-
-  async close() {
-    await this.wllama.exit();
   }
 }
