@@ -80,3 +80,10 @@ def test_a_missing_file_is_a_failed_result(target: QemuAarch64) -> None:
 def test_other_engines_are_refused(target: QemuAarch64) -> None:
     with pytest.raises(InputError, match="runs GGUF files"):
         target.require("onnxruntime")
+
+
+def test_a_processor_without_its_features_is_told_so(target: QemuAarch64, model: Path) -> None:
+    old = [target.emulator, "-cpu", "cortex-a53", str(target.runner)]
+    wanted = generation_request(str(model), SETTINGS, [1], 1)
+    with pytest.raises(InputError, match="built for aarch64-linux and this processor lacks asimddp"):
+        generate_tokens(old, wanted, 120)
