@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress
+from runtime_bench.markup import lay_out_table
 
 __all__ = [
     "format_bytes",
@@ -56,18 +57,8 @@ def format_bytes(count: float | None) -> str:
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns; every column but the first is right-aligned."""
-    table = [list(header), *[[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines = [
-        "| "
-        + " | ".join(
-            c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        + " |"
-        for row in table
-    ]
-    rule = "|" + "|".join("-" * (w + 1) + ":" if i else "-" * (w + 2) for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return lay_out_table(header, cells, range(1, len(header)))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 
 from cfsp.errors import InputError
 from runtime_bench import summary
-from runtime_bench.markup import escape_cell, escape_markdown, visible
+from runtime_bench.markup import escape_cell, escape_markdown, lay_out_table, visible
 from runtime_bench.record import BenchRecord, record_to_json
 
 __all__ = ["FORMATS", "as_markdown", "csv_cell", "format_table", "short_names", "table_rows"]
@@ -131,20 +131,7 @@ def as_markdown(rows: Sequence[dict[str, str]]) -> str:
         return ""
     names = list(rows[0])
     cells = [[escape_cell(row[name]) for name in names] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
-    rule = [
-        "-" * (width + 1) + ":" if name in _RIGHT else "-" * (width + 2)
-        for name, width in zip(names, widths, strict=True)
-    ]
-    lines = ["|" + "|".join(rule) + "|"]
-    for line in [names, *cells]:
-        padded = [
-            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
-            for name, cell, width in zip(names, line, widths, strict=True)
-        ]
-        lines.append("| " + " | ".join(padded) + " |")
-    lines[0], lines[1] = lines[1], lines[0]
-    return "\n".join(lines) + "\n"
+    return lay_out_table(names, cells, [i for i, name in enumerate(names) if name in _RIGHT])
 
 
 def _as_json(records: Sequence[BenchRecord]) -> str:

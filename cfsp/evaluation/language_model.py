@@ -6,10 +6,12 @@ that a checkpoint and an exported file are judged by the same code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
@@ -22,6 +24,7 @@ __all__ = [
     "branch_scores",
     "check_length",
     "check_same_vocabulary",
+    "predicting",
     "prompt_ids",
 ]
 
@@ -113,6 +116,23 @@ def check_length(model: LanguageModel, needed: int, what: str) -> None:
             value=needed,
             allowed=f"up to {model.context_length}",
         )
+
+
+def predicting(
+    pieces: Iterable[npt.NDArray[np.float32]], n_tokens: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """What `LanguageModel.next_token_logits` yields, from the logits of all of a window's positions in turn.
+
+    Args:
+        pieces: Logits (k, vocab_size) of successive positions; they are copied, as runtimes write over them.
+        n_tokens: Length of the window, whose last position predicts nothing in it.
+    """
+    start = 1
+    for piece in pieces:
+        count = min(len(piece), n_tokens - start)
+        if count:
+            yield slice(start, start + count), torch.from_numpy(piece[:count].copy())
+        start += count
 
 
 def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
+from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
 from cfsp.files import sha256_file
 from cfsp.gguf_file import read_gguf
 from cfsp.gguf_tokenizer import tokenizer_from_gguf
@@ -65,12 +65,7 @@ class GGUFLanguageModel:
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `LanguageModel`."""
         check_length(self, len(window), "a window")
-        start = 1
-        for piece in self._model.iter_logits(window.numpy()):
-            count = min(len(piece), len(window) - start)
-            if count:
-                yield slice(start, start + count), torch.from_numpy(piece[:count].copy())
-            start += count
+        yield from predicting(self._model.iter_logits(window.numpy()), len(window))
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; the context belongs to the sequences of all continuations at once."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
+from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
 from cfsp.files import sha256_file
 from cfsp.generation import stop_tokens
 from cfsp.model_reference import load_tokenizer
@@ -62,12 +62,8 @@ class OnnxLanguageModel:
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """See `LanguageModel`."""
-        start = 1
-        for piece in self._model.iter_logits(window.numpy()):
-            count = min(len(piece), len(window) - start)
-            if count:
-                yield slice(start, start + count), torch.from_numpy(piece[:count].copy())
-            start += count
+        check_length(self, len(window), "a window")
+        yield from predicting(self._model.iter_logits(window.numpy()), len(window))
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; after each continuation the cache is rewound to the context."""

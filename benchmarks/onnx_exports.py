@@ -1,0 +1,232 @@
+"""The figures of docs/onnx.md: size, closeness and export time; speed against other exporters' graphs; memory.
+
+    python benchmarks/onnx_exports.py files CHECKPOINT -o OUT --calibration chats.jsonl --calibration text.jsonl
+    python benchmarks/onnx_exports.py speed DENSE -o OUT [--portable FOLDER] [-r 7]
+    python benchmarks/onnx_exports.py memory DENSE/int4 PRUNED/int4
+
+`files` exports every variant by itself, so that each has its own time, beside the GGUF file Q4_0. `speed` lets ONNX
+Runtime GenAI's own builder export the same checkpoint and measures its graph and ours in turns, each sample in a
+fresh process; --portable is a folder that `phoneready export --onnx portable` made in an environment with optimum.
+`memory` measures folders' peak RSS after a prompt of 512 tokens. Tables go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from cfsp.errors import InputError, PhonereadyError
+from cfsp.files import atomic_directory
+from exporters.onnx.folder import find_graph
+from exporters.record import ExportRecord
+from phoneready.console import format_bytes, prepare_torch
+from phoneready.exporting import ExportRequest, export_checkpoint
+from runtime_bench.compare import Comparison, by_model, compare
+from runtime_bench.measure import run_bench
+from runtime_bench.record import BenchRecord
+from runtime_bench.table import as_markdown
+from runtime_bench.workload import BenchSettings
+
+VARIANTS = ("fp32", "int8", "int8-dynamic", "int4", "int4-mixed", "int4-b128")
+GENAI_PRECISIONS = ("fp32", "int8", "int4")
+GENAI = "onnxruntime-genai"
+Q4_0 = "Q4_0"
+
+
+def files(arguments: argparse.Namespace) -> None:
+    """Every variant: size, share of Q4_0's, closeness to the checkpoint, seconds."""
+    rows: list[tuple[ExportRecord, float]] = []
+    with atomic_directory(arguments.output, force=arguments.force) as folder:
+        for name in (Q4_0, *arguments.variants):
+            started = time.monotonic()
+            (record,) = export_one(arguments.checkpoint, folder / name, name, tuple(arguments.calibration))
+            rows.append((record, time.monotonic() - started))
+            say(f"{name}: {rows[-1][1]:.0f} s")
+    q4_0_bytes = rows[0][0].file_bytes
+    print(as_markdown([file_row(record, seconds, q4_0_bytes) for record, seconds in rows]))
+    for record, _ in rows:
+        if record.budget_bytes is not None:
+            listed = ", ".join(record.eight_bit_layers)
+            print(f"\n{record.quant} may take {format_bytes(record.budget_bytes)}; in eight bits: {listed}")
+
+
+def export_one(
+    checkpoint: Path, output: Path, name: str, calibration: tuple[str, ...] = ()
+) -> tuple[ExportRecord, ...]:
+    """Export in one format alone."""
+    quantized = name.startswith("int4")
+    request = ExportRequest(
+        quants=(name,) if name == Q4_0 else (),
+        variants=() if name == Q4_0 else (name,),
+        name=None,
+        use_imatrix=True,
+        calibration=calibration if quantized else (),
+        seed=0,
+        n_threads=None,
+    )
+    return export_checkpoint(checkpoint, output, request)
+
+
+def file_row(record: ExportRecord, seconds: float, q4_0_bytes: int) -> dict[str, str]:
+    """A line of the table."""
+    p = record.parity
+    return {
+        "file": record.quant,
+        "size": format_bytes(record.file_bytes),
+        "of Q4_0": f"{record.file_bytes / q4_0_bytes:.2f}",
+        "max logit difference": f"{p.max_logit_diff:.2g}",
+        "KL mean": f"{p.kl_mean:.4f}",
+        "same top-1": f"{p.same_top1:.1%}",
+        "perplexity ratio": f"{p.ppl_ratio:.3f}",
+        "export s": f"{seconds:.0f}",
+    }
+
+
+def speed(arguments: argparse.Namespace) -> None:
+    """Our graphs against others of the same checkpoint: speeds' ratios with 95 % intervals."""
+    rows = []
+    for name in arguments.precisions:
+        ours = exported(
+            arguments.checkpoint, arguments.output / "ours" / name, name, tuple(arguments.calibration)
+        )
+        theirs = genai_built(arguments.checkpoint, arguments.output / "genai" / name, name)
+        rows += held_against(
+            theirs, find_graph(str(ours), last_logits=True), f"{name} / GenAI's", GENAI, arguments
+        )
+    if arguments.portable:
+        ours = exported(arguments.checkpoint, arguments.output / "ours" / "fp32", "fp32", ())
+        graphs = (find_graph(str(arguments.portable)), find_graph(str(ours)))
+        rows += held_against(*graphs, "fp32 / portable", "onnxruntime", arguments)
+    print(as_markdown(rows))
+
+
+def exported(checkpoint: Path, folder: Path, name: str, calibration: tuple[str, ...]) -> Path:
+    """The folder of a variant, made unless it is there."""
+    if not folder.is_dir():
+        say(f"exporting {name}")
+        export_one(checkpoint, folder, name, calibration)
+    return folder / name
+
+
+def genai_built(checkpoint: Path, folder: Path, precision: str) -> Path:
+    """The graph of GenAI's own builder, made unless it is there."""
+    if not folder.is_dir():
+        say(f"GenAI's builder: {precision}")
+        with atomic_directory(folder) as output:
+            command = [
+                sys.executable,
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-m",
+                str(checkpoint.resolve()),
+            ]
+            command += ["-o", str(output), "-p", precision, "-e", "cpu", "-c", str(output / "cache")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                last = done.stderr.strip().splitlines()[-1:]
+                raise InputError(f"GenAI's builder failed with {precision}: {' '.join(last)}")
+            shutil.rmtree(output / "cache", ignore_errors=True)
+    return folder / "model.onnx"
+
+
+def held_against(
+    base: Path, new: Path, label: str, engine: str, arguments: argparse.Namespace
+) -> list[dict[str, str]]:
+    """One line of the table."""
+    settings = BenchSettings(
+        n_prompt=(arguments.n_prompt,),
+        n_gen=(arguments.n_gen,),
+        ttft=(),
+        load=False,
+        repetitions=arguments.rounds,
+        n_threads=(1,),
+    )
+    say(f"measuring {label}")
+    records = run_bench([base, new], settings, engine=engine)
+    failed = [f"{r.model_filename} {r.test}: {r.failure}" for r in records if not r.ok]
+    if failed:
+        raise InputError(f"not measured: {'; '.join(failed)}")
+    left, right = by_model(records).values()
+    found = compare(left, right)
+    cells = {f"{row.test}": ratio(row) for row in found}
+    return [{"ours / theirs": label, **cells, "file": f"{found[0].file_size_ratio or 0:.2f}"}]
+
+
+def ratio(row: Comparison) -> str:
+    """Speed of the new file over the base's; above 1 is faster."""
+    return f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})" if row.ratio else "-"
+
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Peak RSS of a process that does no more than run the file."""
+    settings = BenchSettings(
+        n_prompt=(arguments.n_prompt,), n_gen=(arguments.n_gen,), ttft=(), repetitions=2, n_threads=(1,)
+    )
+    graphs = [find_graph(str(folder), last_logits=True) for folder in arguments.folders]
+    records = by_model(run_bench(graphs, settings))
+    rows = []
+    for folder, found in zip(arguments.folders, records.values(), strict=True):
+        peaks = {record.test: format_bytes(peak(record)) for record in found}
+        rows.append({"folder": str(folder), "file": format_bytes(found[0].file_size_bytes), **peaks})
+    print(as_markdown(rows))
+
+
+def peak(record: BenchRecord) -> float | None:
+    """Least over processes: what else ran only adds."""
+    return min(record.peak_rss_samples_bytes, default=None)
+
+
+def say(message: str) -> None:
+    """Progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("files", help="size, closeness, export time")
+    two = commands.add_parser("speed", help="against other exporters' graphs")
+    for command in (one, two):
+        command.add_argument("checkpoint", type=Path, help="a folder of `phoneready prune`, or a dense one")
+        command.add_argument("-o", "--output", type=Path, required=True, help="where exports go")
+        command.add_argument(
+            "--calibration", action="append", default=[], help="text for 4-bit variants (self)"
+        )
+    one.add_argument("--variants", nargs="+", default=VARIANTS, help="which ones")
+    one.add_argument("--force", action="store_true", help="replace the output")
+    two.add_argument("--precisions", nargs="*", default=GENAI_PRECISIONS, help="which ones")
+    two.add_argument("--portable", type=Path, help="folder of a portable variant")
+    two.add_argument("-r", "--rounds", type=int, default=7, help="samples of each (7)")
+    three = commands.add_parser("memory", help="peak RSS")
+    three.add_argument("folders", type=Path, nargs="+", help="folders of variants")
+    for command, n_prompt, n_gen in ((two, 128, 64), (three, 512, 16)):
+        command.add_argument("-p", "--n-prompt", type=int, default=n_prompt, help=f"prompt ({n_prompt})")
+        command.add_argument("-n", "--n-gen", type=int, default=n_gen, help=f"generated tokens ({n_gen})")
+    return parser.parse_args(argv)
+
+
+COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = MappingProxyType(
+    {"files": files, "speed": speed, "memory": memory}
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print."""
+    arguments = parse(argv)
+    prepare_torch(None)
+    try:
+        COMMANDS[arguments.command](arguments)
+    except PhonereadyError as error:
+        say(f"error: {error}")
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()
