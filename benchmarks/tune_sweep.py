@@ -15,13 +15,17 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
+from cfsp.records import read_record
 from phoneready.console import note, prepare_torch
 from phoneready.pipeline.config import ReleaseConfig, parse_config
-from phoneready.tune.limits import Limits
+from phoneready.tune.forecast import Forecast, Tried
+from phoneready.tune.limits import Judged, Limits
+from phoneready.tune.result import TuneResult
 from phoneready.tune.space import Point, Recipe
 from phoneready.tune.trial import Bench
-from phoneready.tune.tune import tune
+from phoneready.tune.tune import RESULT_FILE, tune
 from phoneready.tune.workshop import Workshop
 from phoneready.units import parse_bytes
 
@@ -59,6 +63,9 @@ def main() -> None:
     parser.add_argument(
         "--ratios", nargs=3, type=float, default=[0.10, 0.40, 0.02], metavar=("FROM", "TO", "STEP")
     )
+    parser.add_argument(
+        "--swept", nargs="+", help="allocations of the sweep; those of the search unless given"
+    )
     parser.add_argument("--calibration", default="self")
     parser.add_argument("--nsamples", type=int, default=8)
     parser.add_argument("--windows", type=int, default=4)
@@ -74,8 +81,10 @@ def main() -> None:
         where="the benchmark",
     )  # fmt: skip
     found = search(config, chosen.output, chosen.threads)
-    rows = sweep(config, chosen.output, chosen.threads, ratios(*chosen.ratios))
+    swept = chosen.swept or chosen.allocations
+    rows = sweep(config, chosen.output, swept, ratios(*chosen.ratios), chosen.threads)
     report(found, rows, limit)
+    print(covered(config, chosen.output, rows))
 
 
 def ratios(low: float, high: float, step: float) -> list[float]:
@@ -83,7 +92,7 @@ def ratios(low: float, high: float, step: float) -> list[float]:
     return [round(low + i * step, 4) for i in range(round((high - low) / step) + 1)]
 
 
-def search(config: ReleaseConfig, output: Path, threads: int) -> dict[str, float]:
+def search(config: ReleaseConfig, output: Path, threads: int) -> dict[str, Any]:
     """The search, from nothing, once."""
     kept = output / "search.json"
     if not kept.is_file():
@@ -101,19 +110,20 @@ def search(config: ReleaseConfig, output: Path, threads: int) -> dict[str, float
     return row
 
 
-def sweep(config: ReleaseConfig, output: Path, threads: int, grid: list[float]) -> list[dict[str, float]]:
+def sweep(
+    config: ReleaseConfig, output: Path, allocations: list[str], grid: list[float], threads: int
+) -> list[dict[str, Any]]:
     """Every ratio and allocation; the first row's time has the calibration in it."""
     kept, rows = output / "sweep.jsonl", []
     if kept.is_file():
         rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     bench = Bench(Workshop(config, output / "swept", threads), Limits(config))
-    assert config.tune is not None
-    for allocation in config.tune.allocations:
+    for allocation in allocations:
         for ratio in grid:
             if any((row["allocation"], row["prune_ratio"]) == (allocation, ratio) for row in rows):
                 continue
             began = time.process_time()
-            measured = bench.measure(Point(Recipe("Q4_0", allocation, 32, False), ratio))
+            measured = bench.measure(_point(allocation, ratio))
             seconds = time.process_time() - began
             kl = next(f.value for f in measured.figures.figures if f.key.metric == "kl_mean")
             row = {"allocation": allocation, "prune_ratio": ratio, "divergence": kl, "seconds": seconds}
@@ -124,7 +134,7 @@ def sweep(config: ReleaseConfig, output: Path, threads: int, grid: list[float]) 
     return rows
 
 
-def report(found: dict[str, float], rows: list[dict[str, float]], limit: int) -> None:
+def report(found: dict[str, Any], rows: list[dict[str, Any]], limit: int) -> None:
     """What both found, and the share of the time."""
     best = min((row for row in rows if row["file_bytes"] <= limit), key=lambda row: row["divergence"])
     seconds = sum(row["seconds"] for row in rows)
@@ -133,6 +143,26 @@ def report(found: dict[str, float], rows: list[dict[str, float]], limit: int) ->
     print(line.format("sweep:", len(rows), seconds, best["divergence"], best["file_bytes"]))
     print(f"KL {found['divergence'] / best['divergence']:.4f} times the sweep's")
     print(f"time {found['seconds'] / seconds:.3f} of the sweep's")
+
+
+def covered(config: ReleaseConfig, output: Path, rows: list[dict[str, Any]]) -> str:
+    """How the search's predictions from its few trials stand against the sweep, beyond the point that it began with."""
+    trials = read_record(TuneResult, output / "tuned" / RESULT_FILE).trials
+    tried = [
+        Tried(_point(t.allocation, t.prune_ratio), t.removed, t.file_bytes, t.divergence, Judged(()))
+        for t in trials
+    ]
+    forecast, inside, errors = Forecast(tried, Limits(config)), 0, []
+    for row in rows:
+        expected = forecast.divergence(_point(row["allocation"], row["prune_ratio"]))
+        assert expected is not None
+        inside += expected.low <= row["divergence"] <= expected.high
+        errors.append(abs(expected.value / row["divergence"] - 1))
+    return f"predicted: {inside} of {len(rows)} in the interval, median error {sorted(errors)[len(errors) // 2]:.1%}"
+
+
+def _point(allocation: str, prune_ratio: float) -> Point:
+    return Point(Recipe("Q4_0", allocation, 32, False), prune_ratio)
 
 
 if __name__ == "__main__":

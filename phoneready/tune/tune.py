@@ -277,7 +277,7 @@ def _study_key(config: ReleaseConfig, folder: Path) -> str:
         for stage in release_stages(config, folder)
         if stage.name in ("dense", "prune", "recover", "evaluate") or stage.name.startswith("bench")
     }
-    text = json.dumps([kept, config.export.imatrix], sort_keys=True)
+    text = json.dumps([kept, config.export.imatrix, config.export.mixed_bytes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

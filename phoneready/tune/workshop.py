@@ -149,6 +149,7 @@ class Workshop:
             folder / "onnx",
             (item,),
             calibration=moment_windows(self.calibration.input_ids),
+            mixed_bytes=self.config.export.mixed_bytes,
             name=name,
             n_threads=self.threads,
             progress=self.progress,
