@@ -181,10 +181,13 @@ def _exit_reason(code: int, tail: list[str]) -> str:
 
 
 def result_from_json(output: bytes) -> WorkerResult:
-    """A worker's answer; one that cannot be read is a result with the reason."""
+    """A worker's answer; one that cannot be read is a result with the reason.
+
+    The runner is older than some fields, which are a browser's alone, and leaves them out.
+    """
     try:
         payload = json.loads(output)
-        facts, throttling = payload.pop("facts"), payload.pop("throttling")
+        facts, throttling = payload.pop("facts"), payload.pop("throttling", None)
         return WorkerResult(
             **payload,
             facts=EngineFacts(**facts) if facts else None,

@@ -206,7 +206,9 @@ def _run(command: Sequence[str], step: str, progress: Progress) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        telling = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
+        # The compiler's own words where there are some; CMake's first line about an error only says where it is.
+        found = [line for line in lines if "error: " in line] or [line for line in lines if "Error" in line]
+        telling = found or [line for line in lines if line]
         reason = telling[0] if telling else "no output"
         raise InputError(f"{step} failed with status {process.returncode}: {reason}")
 

@@ -16,11 +16,13 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_file, sha256_file
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["LlamaSource", "extract_llama", "fetch_source"]
+__all__ = ["KNOWN_SHA256", "LlamaSource", "extract_llama", "fetch_source"]
 
 _DISTRIBUTION = "llama-cpp-python"
 _DEFAULT_VERSION = "0.3.36"
-_SHA256 = MappingProxyType({"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"})
+KNOWN_SHA256 = MappingProxyType(
+    {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
+)
 """Archives whose content is known; of another version, whatever PyPI serves is taken and its hash recorded."""
 _WANTED = frozenset({"CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor"})
 """What of llama.cpp's folder the libraries are compiled from."""
@@ -59,7 +61,7 @@ def fetch_source(progress: Progress = no_progress) -> LlamaSource:
         _download(version, path)
         progress(f"fetching the source of {_DISTRIBUTION}", 1, 1)
     digest = sha256_file(path)
-    known = _SHA256.get(version)
+    known = KNOWN_SHA256.get(version)
     if known is not None and digest != known:
         raise InputError(
             f"{path} is not the archive it should be; remove it", field="sha256", value=digest, allowed=known

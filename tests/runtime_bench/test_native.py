@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from cfsp.errors import InputError
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measure import run_bench
-from runtime_bench.native import RUNNER_TARGETS, build_runner, read_build, runner_target_for
+from runtime_bench.native import RUNNER_TARGETS, build_runner, read_build, runner_target_for, source
 from runtime_bench.native.run import generate_tokens, generation_request
 from runtime_bench.native.targets import cpu_features
 from runtime_bench.native.toolchain import find_toolchain
@@ -84,7 +85,7 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
 
 @pytest.mark.slow
 def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
-    names = [field.name for field in fields(WorkerResult)]
+    names = [field.name for field in fields(WorkerResult) if field.name != "throttling"]  # a browser's alone
     assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
 
@@ -259,6 +260,31 @@ def test_the_native_target_runs_gguf_files_only(tmp_path: Path) -> None:
     result = target.run(request(tmp_path / "a.gguf", WORKLOADS[0]), 10)
     assert result.error is not None
     assert "cannot be started" in result.error
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("runner")
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wheels").symlink_to(cache_directory() / "wheels")
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "c++ --no-such-option")
+    with pytest.raises(InputError, match=r"building the runner for native failed .*no-such-option"):
+        build_runner("native")
+    assert not [path for path in (tmp_path / "runners").iterdir() if path.suffix != ".lock"]
+
+
+def test_an_archive_that_is_not_the_known_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = importlib.metadata.version("llama-cpp-python")
+    if version not in source.KNOWN_SHA256:
+        pytest.skip(f"the archive of llama-cpp-python {version} has no known hash")
+    archive = tmp_path / "wheels" / f"llama_cpp_python-{version}.tar.gz"
+    archive.parent.mkdir()
+    archive.write_bytes(b"something else")
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="is not the archive it should be"):
+        source.fetch_source()
 
 
 @pytest.mark.slow
