@@ -2,12 +2,14 @@
 
     python benchmarks/onnx_exports.py files CHECKPOINT -o OUT --calibration chats.jsonl --calibration text.jsonl
     python benchmarks/onnx_exports.py speed DENSE -o OUT [--portable FOLDER] [-r 7]
+    python benchmarks/onnx_exports.py mixed CHECKPOINT --calibration chats.jsonl --calibration text.jsonl
     python benchmarks/onnx_exports.py memory DENSE/int4 PRUNED/int4
 
 `files` exports every variant by itself, so that each has its own time, beside the GGUF file Q4_0. `speed` lets ONNX
 Runtime GenAI's own builder export the same checkpoint and measures its graph and ours in turns, each sample in a
 fresh process; --portable is a folder that `phoneready export --onnx portable` made in an environment with optimum.
-`memory` measures folders' peak RSS after a prompt of 512 tokens. Tables go to stdout, progress to stderr.
+`mixed` holds int4's choice of eight-bit layers against int4-mixed's in as many bytes, in torch. `memory` measures
+folders' peak RSS after a prompt of 512 tokens. Tables go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -20,13 +22,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cfsp.architectures import block_linears
+from cfsp.calibration import SELF, load_calibration
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_directory
+from cfsp.model_reference import load_model
+from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
-from exporters.record import ExportRecord
+from exporters.onnx.mixed import EIGHT, FOUR, OFFSET_DIGITS, choose_mixture, round_small, stored_bytes
+from exporters.onnx.quantize import quantize_linears
+from exporters.onnx.variants import BlockFormat, find_variant
+from exporters.parity import Reference, choose_windows, reference_of
+from exporters.parity import compare as compare_logits
+from exporters.record import ExportRecord, ParityReport
 from phoneready.console import format_bytes, prepare_torch
-from phoneready.exporting import ExportRequest, export_checkpoint
+from phoneready.exporting import CALIBRATION_SEQLEN, ExportRequest, export_checkpoint
 from runtime_bench.compare import Comparison, by_model, compare
 from runtime_bench.measure import run_bench
 from runtime_bench.record import BenchRecord
@@ -163,6 +179,61 @@ def ratio(row: Comparison) -> str:
     return f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})" if row.ratio else "-"
 
 
+def mixed(arguments: argparse.Namespace) -> None:
+    """int4's choice of eight-bit layers, the same with an embedding of four bits, and int4-mixed's choice."""
+    loaded = load_model(arguments.checkpoint.resolve())
+    model, references = loaded.model, arguments.calibration or [SELF]
+    sizes = {"nsamples": arguments.windows, "seqlen": CALIBRATION_SEQLEN}
+    text = load_calibration(references, loaded, **sizes).input_ids
+    windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
+    reference = reference_of(model, windows[:2])
+    blocks = block_linears(model)
+    linears = {name: linear for block in blocks for name, linear in block.items()}
+    fixed = find_variant("int4").format_of
+    assert fixed is not None
+    forms = {name: fixed(name, index, len(blocks)) for index, block in enumerate(blocks) for name in block}
+    n_bytes = sum(stored_bytes(linears[name].weight, form) for name, form in forms.items())
+    small = round_small(model, text)
+    four = sum(stored_bytes(linear.weight, FOUR) for linear in linears.values())
+    mixture = choose_mixture(model, small, text, four, budget_bytes=n_bytes + OFFSET_DIGITS * len(linears))
+    own, chosen = (quantize_linears(model, choice, text) for choice in (fixed, mixture.format_of))
+    rows = []
+    for label, rounded, embedding in (
+        ("int4", own, EIGHT),
+        ("int4, embedding too", own, FOUR),
+        ("int4-mixed", chosen, EIGHT),
+    ):
+        found = torch_parity(model, rounded, embedding, reference)
+        taken = sum(stored_bytes(linears[name].weight, r.form) for name, r in rounded.items())
+        cells = {"blocks": format_bytes(taken), "KL mean": f"{found.kl_mean:.4f}"}
+        rows.append({"file": label, **cells, "same top-1": f"{found.same_top1:.1%}"})
+    print(as_markdown(rows))
+    print(f"\nIn eight bits, {len(mixture.eight_bits)}: {', '.join(mixture.eight_bits)}")
+
+
+def torch_parity(
+    model: Any, rounded: Mapping[str, Rounded], embedding: BlockFormat, reference: Reference
+) -> ParityReport:
+    """The model with its weights as they are stored, in torch, against itself."""
+    changed = {model.get_submodule(name): stored for name, stored in rounded.items()}
+    changed[model.get_input_embeddings()] = round_to_nearest(model.get_input_embeddings().weight, embedding)
+    kept = {module: module.weight.data for module in changed}
+    for module, stored in changed.items():
+        module.weight.data = stored.dequantized()
+    head, given = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight.data_ptr() == kept[given].data_ptr():
+        kept[head], head.weight.data = head.weight.data, given.weight.data
+
+    def run(window: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
+        with torch.inference_mode():
+            return [model(input_ids=torch.from_numpy(window).long()[None]).logits[0].numpy()]
+
+    found = compare_logits(reference, run, {})
+    for module, weight in kept.items():
+        module.weight.data = weight
+    return found
+
+
 def memory(arguments: argparse.Namespace) -> None:
     """Peak RSS of a process that does no more than run the file."""
     settings = BenchSettings(
@@ -204,6 +275,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     two.add_argument("--precisions", nargs="*", default=GENAI_PRECISIONS, help="which ones")
     two.add_argument("--portable", type=Path, help="folder of a portable variant")
     two.add_argument("-r", "--rounds", type=int, default=7, help="samples of each (7)")
+    four = commands.add_parser("mixed", help="int4 against int4-mixed in as many bytes")
+    four.add_argument("checkpoint", type=Path, help="as above")
+    four.add_argument("--calibration", action="append", default=[], help="text to round for (self)")
+    four.add_argument("--windows", type=int, default=10, help="windows of it (10)")
     three = commands.add_parser("memory", help="peak RSS")
     three.add_argument("folders", type=Path, nargs="+", help="folders of variants")
     for command, n_prompt, n_gen in ((two, 128, 64), (three, 512, 16)):
@@ -213,7 +288,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = MappingProxyType(
-    {"files": files, "speed": speed, "memory": memory}
+    {"files": files, "speed": speed, "mixed": mixed, "memory": memory}
 )
 
 

@@ -25,10 +25,10 @@ from exporters.onnx.variants import BlockFormat
 __all__ = ["Mixture", "choose_eight_bits", "choose_mixture", "default_budget", "round_small", "stored_bytes"]
 
 FOUR, EIGHT = BlockFormat(4, 32), BlockFormat(8, 32)
-GRADIENT_WINDOWS = 8
+GRADIENT_WINDOWS = 4
 """Windows of the calibration text to predict losses from: what counts is the layers' order."""
 _Q4_0_RATIO = 1.1
-_OFFSET_DIGITS = 8
+OFFSET_DIGITS = 8
 """A longer tensor's place in the file may take more digits, which the graph holds."""
 
 
@@ -80,7 +80,7 @@ def choose_mixture(
     """
     budget = default_budget(model) if budget_bytes is None else budget_bytes
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
-    left = budget - size_bytes - _OFFSET_DIGITS * len(linears)
+    left = budget - size_bytes - OFFSET_DIGITS * len(linears)
     if left < 0:
         raise InputError(
             "four bits for every layer take more",

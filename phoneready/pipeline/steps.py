@@ -293,7 +293,8 @@ class Steps:
                 output / "onnx",
                 self.config.export.onnx,
                 calibration=moment_windows(self._calibration_ids()),
-                mixed_bytes=self.config.export.mixed_bytes,
+                # The dense model is there for comparison; it need not fit what the pruned one must.
+                mixed_bytes=None if stage == "dense" else self.config.export.mixed_bytes,
                 name=f"{name}-{suffix}",
                 n_threads=self.threads,
                 progress=progress,
