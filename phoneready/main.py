@@ -35,6 +35,7 @@ from phoneready.commands import (
     release,
     report,
     tune,
+    verify,
 )
 from runtime_bench.markup import visible
 
@@ -60,6 +61,7 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "init": init.init,
         "release": release.release,
         "report": report.report,
+        "verify": verify.verify,
         "tune": tune.tune,
         "prune": prune.prune,
         "recover": recover.recover,

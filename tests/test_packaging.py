@@ -21,6 +21,7 @@ DATA_FILES = (
     "phoneready/py.typed",
     "cfsp/remote_code/modeling_pruned.py",
     "phoneready/pipeline/demo.toml",
+    "phoneready/pipeline/templates/model_card.md.j2",
     "phoneready/pipeline/templates/report.md.j2",
     "phoneready/report/templates/report.css",
     "phoneready/report/templates/report.html.j2",

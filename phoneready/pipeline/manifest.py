@@ -12,6 +12,7 @@ from cfsp.model_source import ModelSource
 from cfsp.records import tool_version
 from exporters.onnx import find_variant
 from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.contents import Content
 from phoneready.pipeline.report import ReleaseFigures
 from phoneready.pipeline.stages import StageRecord
 
@@ -56,7 +57,8 @@ class ReleaseManifest:
         widths: intermediate_size of each block.
         plan_sha256: Hash of the pruning plan.
         checkpoint_sha256: Hash of the pruned checkpoint's weights.
-        files: The files.
+        files: The models.
+        contents: Every file of the release but this one and SHA256SUMS, with its hash.
         kinds: How each group of figures came about.
         versions: Packages and runtime.
         config: The configuration.
@@ -66,7 +68,7 @@ class ReleaseManifest:
     """
 
     KIND: ClassVar[str] = "release-manifest"
-    SCHEMA_VERSION: ClassVar[int] = 2
+    SCHEMA_VERSION: ClassVar[int] = 3
 
     source: ModelSource
     license: str | None
@@ -77,6 +79,7 @@ class ReleaseManifest:
     plan_sha256: str | None
     checkpoint_sha256: str
     files: tuple[ReleasedFile, ...]
+    contents: tuple[Content, ...]
     kinds: dict[str, str]
     versions: dict[str, str]
     config: dict[str, Any]
@@ -91,7 +94,7 @@ def make_manifest(
     checkpoint: CheckpointInfo,
     stages: Sequence[StageRecord],
 ) -> ReleaseManifest:
-    """The manifest of a finished release.
+    """The manifest of a finished release, still without its contents.
 
     Args:
         config: What was asked for.
@@ -117,6 +120,7 @@ def make_manifest(
             ReleasedFile(r.file, role, r.format, r.quant, r.architecture, r.file_bytes, r.sha256)
             for role, r in roles
         ),
+        contents=(),
         kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
         versions=dict(sorted(versions.items())),
         config=config.model_dump(mode="json"),

@@ -5,45 +5,93 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pydantic
 
 from cfsp.checkpoint import read_checkpoint_info
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, atomic_file, write_text
+from cfsp.files import atomic_directory, atomic_file, write_json, write_text
+from cfsp.model_reference import load_tokenizer
 from cfsp.records import read_record, write_record
 from cfsp.validation import describe_problems
 from phoneready.evaluation.sweep import Sweep
 from phoneready.pipeline.artifact import Artifact
+from phoneready.pipeline.bom import BOM_FILE, make_bom
 from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.contents import describe_files, write_sums
+from phoneready.pipeline.figure_set import FIGURES_FILE
 from phoneready.pipeline.figures import read_figures
+from phoneready.pipeline.gate_files import JUNIT_FILE, SUMMARY_FILE
 from phoneready.pipeline.manifest import MANIFEST_FILE, ReleaseManifest, make_manifest
+from phoneready.pipeline.model_card import model_card_text
+from phoneready.pipeline.modelfile import modelfile_text
 from phoneready.pipeline.report import ReleaseFigures, render_report
 from phoneready.pipeline.stages import StageRecord, claim_folder
 from phoneready.pipeline.steps import Steps
+from phoneready.pipeline.verdict import VERDICTS_FILE
 from phoneready.report import ReportInput, project_files, read_verdicts, render_page
 
-__all__ = ["PAGE_FILE", "REPORT_FILE", "publish", "rewrite_reports", "write_reports"]
+__all__ = ["PAGE_FILE", "REPORT_FILE", "publish", "rewrite_reports", "seal_release", "write_reports"]
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
+CARD_FILE = "README.md"
+MODELFILE = "Modelfile"
+LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+_MADE = (
+    *(REPORT_FILE, PAGE_FILE, CARD_FILE, MODELFILE, BOM_FILE),
+    *(VERDICTS_FILE, FIGURES_FILE, JUNIT_FILE, SUMMARY_FILE),
+)
+"""What is made anew in every run; all but the card, the Modelfile and the bill of materials hold times."""
 
 
 def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) -> ReleaseManifest:
-    """Link the files into the folder and write manifest.json, report.md and report.html from what the stages left."""
+    """Link the files into the folder; write reports, card, Modelfile, bill of materials, hashes and manifest.
+
+    Everything is made from what the stages left. The manifest and SHA256SUMS come last.
+    """
     figures = read_figures(config, folder)
     steps = Steps(config, folder, None)
     checkpoint = read_checkpoint_info(steps.checkpoint(steps.final))
     manifest = make_manifest(config, figures, checkpoint, stages)
-    before = _published_before(folder)
-    for artifact in steps.artifacts():
+    before, artifacts = _published_before(folder), steps.artifacts()
+    for artifact in artifacts:
         _publish(artifact, folder / artifact.name)
-    write_record(folder / MANIFEST_FILE, manifest)
+    licenses = _copy_licenses(steps.checkpoint(steps.final), folder)
+    names = [artifact.name for artifact in artifacts]
+    known = _known_hashes(artifacts, figures)
+    manifest = replace(manifest, contents=describe_files(folder, names, known))
+    write_text(folder / CARD_FILE, model_card_text(figures, manifest))
+    write_text(folder / MODELFILE, modelfile_text(figures.pruned, load_tokenizer(steps.checkpoint("dense"))))
+    write_json(folder / BOM_FILE, make_bom(figures, manifest))
     write_reports(config, folder, figures, manifest)
+    contents = describe_files(folder, [*names, *licenses, *_MADE], known)
+    sealed = seal_release(folder, replace(manifest, contents=contents))
     for name in before - {file.file for file in manifest.files}:
         _remove(folder / name)
+    return sealed
+
+
+def seal_release(folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
+    """Write the manifest and, over it and all else, SHA256SUMS."""
+    write_record(folder / MANIFEST_FILE, manifest)
+    write_sums(folder, [*manifest.contents, *describe_files(folder, [MANIFEST_FILE], {})])
     return manifest
+
+
+def _known_hashes(artifacts: Sequence[Artifact], figures: ReleaseFigures) -> dict[str, str]:
+    """Hashes from when the models were made: what changes on the disk since then does not become right."""
+    records = {record.file: record for record in (*figures.dense, *figures.pruned)}
+    return {a.name: records[a.name].sha256 for a in artifacts if a.root.is_file()}
+
+
+def _copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
+    files = [file for pattern in LICENSE_PATTERNS for file in sorted(checkpoint.glob(pattern))]
+    for file in files:
+        _link(file, folder / file.name)
+    return [file.name for file in files]
 
 
 def write_reports(
@@ -97,7 +145,11 @@ def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManif
         raise InputError(f"{where}, config: {describe_problems(error)}") from error
     with claim_folder(folder):
         write_reports(config, folder, read_figures(config, folder), manifest, sweep=sweep)
-    return manifest
+        # The other files keep the hashes that they were released with.
+        made = {content.path: content for content in describe_files(folder, [REPORT_FILE, PAGE_FILE], {})}
+        kept = [content for content in manifest.contents if content.path not in made]
+        contents = sorted([*kept, *made.values()], key=lambda content: content.path)
+        return seal_release(folder, replace(manifest, contents=tuple(contents)))
 
 
 def _published_before(folder: Path) -> set[str]:

@@ -18,6 +18,7 @@ from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.answers import Answers
 from phoneready.pipeline.config import ReleaseConfig
 from runtime_bench.compare import compare_records
+from runtime_bench.markup import escape_markdown
 from runtime_bench.record import BenchRecord
 
 __all__ = [
@@ -154,7 +155,7 @@ def quality_table(figures: ReleaseFigures) -> str:
             continue
         perplexities = [f"{d.reference_perplexity:.2f}", f"{d.perplexity:.2f}", f"{d.perplexity_ratio:.3f}"]
         kl = [f"{d.kl_mean:.4f}", f"{d.kl_median:.4f}", f"{d.kl_p99_9:.2f}"]
-        place = text_name(text.source, figures.evaluation.seed)
+        place = escape_markdown(text_name(text.source, figures.evaluation.seed))
         rows.append([f"{text.kind}: {place}", f"{d.n_tokens}", *perplexities, *kl, f"{d.same_top1:.1%}"])
     return format_rows([*header, "same top-1"], rows) if rows else "Nothing was evaluated.\n"
 

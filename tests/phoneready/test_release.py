@@ -20,6 +20,7 @@ from phoneready.main import main
 from phoneready.pipeline.figure_set import FigureSet
 from phoneready.pipeline.metrics import FigureKey
 from phoneready.pipeline.verdict import Verdicts
+from phoneready.pipeline.verify import verify_release
 from runtime_bench.jsonl import read_jsonl
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
@@ -210,6 +211,7 @@ def test_report_makes_both_reports_again_without_a_model(released: tuple[Path, P
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run(line, env=environment, check=True, capture_output=True)
     assert {name: (folder / name).read_text(encoding="utf-8") for name in before} == before
+    assert verify_release(folder)[1] == []
     page = before["report.html"]
     for part in (
         "tiny-model-pruned25-Q8_0.gguf",

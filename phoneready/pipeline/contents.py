@@ -1,0 +1,143 @@
+"""The files of a release with their hashes, and whether a folder still holds them and nothing else.
+
+SHA256SUMS lists every file of the release, manifest.json too, so that `sha256sum -c SHA256SUMS` checks a release
+where phoneready is not. It is no signature: who can change a file can change it as well; sign it where that matters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from cfsp.errors import InputError
+from cfsp.files import sha256_file, write_text
+
+__all__ = ["SUMS_FILE", "Content", "Problem", "describe_files", "find_problems", "read_sums", "write_sums"]
+
+SUMS_FILE = "SHA256SUMS"
+_KEPT_APART = ("stages", ".phoneready.lock")
+"""What the pipeline keeps beside a release to go on from."""
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+@dataclass(frozen=True)
+class Content:
+    """A file of a release.
+
+    Attributes:
+        path: From the release folder, with slashes.
+        bytes: Size.
+        sha256: Hash.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A difference between a folder and its release.
+
+    Attributes:
+        path: The file.
+        reason: What is wrong with it.
+    """
+
+    path: str
+    reason: str
+
+
+def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str]) -> tuple[Content, ...]:
+    """Size and hash of files, and of all files in folders, in order of their paths.
+
+    Args:
+        folder: The release folder.
+        names: Files and folders in it; what is not there is left out.
+        known: Path to hash, of files that were hashed when they were made.
+    """
+    paths: set[Path] = set()
+    for name in names:
+        path = folder / name
+        paths |= {path} if path.is_file() else {file for file in path.rglob("*") if file.is_file()}
+    found = []
+    for path in paths:
+        name = path.relative_to(folder).as_posix()
+        found.append(Content(name, path.stat().st_size, known.get(name) or sha256_file(path)))
+    return tuple(sorted(found, key=lambda content: content.path))
+
+
+def write_sums(folder: Path, contents: Iterable[Content]) -> None:
+    """Write SHA256SUMS in the form of coreutils."""
+    write_text(folder / SUMS_FILE, "".join(f"{content.sha256}  {content.path}\n" for content in contents))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA256SUMS as path to hash.
+
+    Raises:
+        InputError: It is missing, or a line is no hash and path inside the folder.
+    """
+    file = folder / SUMS_FILE
+    try:
+        # Bytes first: reading as text would take several characters for ends of lines.
+        *lines, last = file.read_bytes().decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist: {folder} is no finished release") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text") from error
+    found = {}
+    for number, line in enumerate(lines, 1):
+        match = _LINE.fullmatch(line)
+        if match is None or not _is_inside(match[2]):
+            raise InputError(f"{file}, line {number} is no hash and file of the folder")
+        found[match[2]] = match[1]
+    if last:
+        raise InputError(f"{file} does not end with a whole line")
+    return found
+
+
+def find_problems(folder: Path, contents: Iterable[Content]) -> list[Problem]:
+    """Compare a folder with what it should hold; every byte is read.
+
+    Args:
+        folder: The release folder.
+        contents: All of its files.
+
+    Returns:
+        Changed, missing and further files, in order of their paths.
+    """
+    expected = {content.path: content for content in contents}
+    found = []
+    for path, content in expected.items():
+        reason = "is no path inside a release" if not _is_inside(path) else _reason(folder / path, content)
+        if reason:
+            found.append(Problem(path, reason))
+    further = sorted(_present(folder) - set(expected))
+    found += [Problem(path, "is not of this release") for path in further]
+    return sorted(found, key=lambda problem: problem.path)
+
+
+def _reason(path: Path, content: Content) -> str | None:
+    if path.is_symlink() or not path.is_file():
+        return "is not a regular file" if path.is_symlink() or path.exists() else "is missing"
+    size = path.stat().st_size
+    if content.bytes >= 0 and size != content.bytes:
+        return f"has {size} bytes instead of {content.bytes}"
+    return None if sha256_file(path) == content.sha256 else "has changed: its SHA-256 is another"
+
+
+def _present(folder: Path) -> set[str]:
+    found = set()
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if relative.parts[0] not in _KEPT_APART and (path.is_symlink() or not path.is_dir()):
+            found.add(relative.as_posix())
+    return found
+
+
+def _is_inside(path: str) -> bool:
+    parts = PurePosixPath(path)
+    return bool(path) and "\\" not in path and not parts.is_absolute() and ".." not in parts.parts
