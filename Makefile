@@ -48,6 +48,7 @@ tests/javascript/node_modules/.installed: tests/javascript/package.json
 # missing are skipped.
 DEBIAN := \
 	chromium,google-chrome=chromium \
+	groovy=groovy \
 	qemu-aarch64=qemu-user \
 	aarch64-linux-gnu-g++=g++-aarch64-linux-gnu
 

@@ -87,7 +87,9 @@ def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "automargin": True}
     layout["scattermode"] = "group"
     ends = [end for _, _, rows in found for c in rows for end in (c.low or 1.0, c.high or 1.0)]
-    layout["xaxis"]["range"] = [min(*ends, 1 / (1 + threshold)) - 0.02, max(*ends, 1 + threshold) + 0.02]
+    # An interval of a few noisy samples may reach very far: it leaves the picture rather than shrink the others.
+    low, high = max(min(*ends, 1 / (1 + threshold)), 0.4), min(max(*ends, 1 + threshold), 2.5)
+    layout["xaxis"]["range"] = [low - 0.02, high + 0.02]
     one = {
         "type": "line",
         "x0": 1,
