@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,10 +9,10 @@ from typing import Any, ClassVar
 from cfsp.checkpoint import CheckpointInfo
 from cfsp.model_source import ModelSource
 from cfsp.records import tool_version
-from exporters.onnx import find_variant
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.contents import Content
 from phoneready.pipeline.report import ReleaseFigures
+from phoneready.pipeline.single_commands import single_commands
 from phoneready.pipeline.stages import StageRecord
 
 __all__ = ["MANIFEST_FILE", "ReleaseManifest", "ReleasedFile", "make_manifest"]
@@ -124,41 +123,7 @@ def make_manifest(
         kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
         versions=dict(sorted(versions.items())),
         config=config.model_dump(mode="json"),
-        commands=_commands(config, figures),
+        commands=single_commands(config, figures),
         stages={stage.name: stage.key for stage in stages},
         seconds={stage.name: stage.seconds for stage in stages},
     )
-
-
-def _commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:
-    """The release as single commands."""
-    p, e, s = config.prune, config.evaluate, figures.plan.settings
-    prune: list[object] = [
-        "prune",
-        config.model.reference,
-        "-o",
-        "checkpoint",
-        "--prune-ratio",
-        s.prune_ratio,
-    ]
-    for reference in p.calibration:
-        prune += ["--calibration", reference]
-    prune += ["--nsamples", p.nsamples, "--seqlen", p.seqlen, "--seed", config.seed, "--score", s.score]
-    prune += ["--coarse", s.coarse_metric, "--allocation", s.allocation, "--coarse-strength", s.strength]
-    prune += ["--align", s.align, "--reconstruct", s.reconstruct]
-    prune += ["--ridge", s.ridge, "--correction", s.correction, "--dtype", s.dtype]
-    prune += ["--uniform"] if s.uniform_width else []
-    judge: list[object] = ["eval", "checkpoint", "--against", config.model.reference]
-    for option, references in (("--text", e.text), ("--chats", e.chats)):
-        for reference in references:
-            judge += [option, reference]
-    judge += ["--seqlen", e.seqlen, "--windows", e.max_windows, "--seed", config.seed + 1]
-    variants: list[object] = ["--onnx", ",".join(config.export.onnx)] if config.export.onnx else []
-    if any(find_variant(variant).calibrated for variant in config.export.onnx):
-        variants += [word for reference in p.calibration for word in ("--calibration", reference)]
-        variants += ["--seed", config.seed]
-    export: list[object] = ["export", "checkpoint", "-o", "exports"]
-    export += ["--gguf", ",".join(config.export.quants), *variants]
-    export += [] if config.export.mixed_bytes is None else ["--mixed-size", config.export.mixed_bytes]
-    export += [] if config.export.imatrix else ["--no-imatrix"]
-    return tuple(shlex.join(map(str, ["phoneready", *words])) for words in (prune, judge, export))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,19 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from huggingface_hub import ModelCard
 
 from cfsp.checkpoint import CheckpointInfo
 from cfsp.files import sha256_file
-from phoneready.main import main
+from phoneready.evaluation.record import ModelIdentity
+from phoneready.evaluation.sweep import Sweep, SweepPoint
+from phoneready.main import app, main
 from phoneready.pipeline.bom import make_bom
+from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.contents import Content, describe_files, read_sums
 from phoneready.pipeline.manifest import ReleaseManifest, make_manifest
 from phoneready.pipeline.model_card import model_card_text
 from phoneready.pipeline.modelfile import modelfile_text
 from phoneready.pipeline.publish import seal_release
+from phoneready.pipeline.single_commands import single_commands
 from phoneready.pipeline.verify import verify_release
 from phoneready.report import ReportInput
+from phoneready.report.plots import make_plots
 
 MakeReportInput = Callable[..., ReportInput]
 
@@ -219,3 +226,36 @@ def test_the_bill_of_materials_keeps_to_its_schema_and_repeats(
     hashes = json.dumps(bom)
     assert all(value in hashes for value in ("ab" * 32, "56" * 32, "78" * 32))
     assert bom["metadata"]["component"]["pedigree"]["ancestors"][0]["name"] == report.figures.source.name
+
+
+def test_every_single_command_is_one_that_the_command_line_takes(make_report_input: MakeReportInput) -> None:
+    figures = make_report_input("Tiny").figures
+    settings = {
+        "model": {"reference": "my model"},
+        "prune": {"calibration": ["self", "builtin:python-docs"], "uniform_width": True},
+        "recover": {"max_tokens": 1000, "patience": None},
+        "evaluate": {"tasks": ["sciq"], "limit": 5, "metrics": ["m:f"]},
+        "export": {"quants": ["Q8_0"], "onnx": ["int4"], "imatrix": False},
+    }
+    found = single_commands(ReleaseConfig.model_validate(settings), figures)
+    group = typer.main.get_command(app)
+    assert [shlex.split(line)[1] for line in found] == ["prune", "recover", "eval", "export"]
+    for line in found:
+        program, name, *arguments = shlex.split(line)
+        assert program == "phoneready"
+        group.commands[name].make_context(name, arguments)
+    assert "my model" in shlex.split(found[0])
+    assert shlex.split(found[2])[2] == "recovered"
+    assert "recover" not in " ".join(
+        single_commands(ReleaseConfig.model_validate(settings | {"recover": None}), figures)
+    )
+
+
+def test_a_sweep_is_in_the_plot_of_quality(make_report_input: MakeReportInput) -> None:
+    figures = make_report_input("Tiny").figures
+    points = tuple(SweepPoint(ratio, ratio, figures.evaluation) for ratio in (0.1, 0.3))
+    sweep = Sweep(ModelIdentity("Tiny"), ("self",), "0", 1, 0, points)
+    plots = {plot.id: plot for plot in make_plots(figures, [], sweep)}
+    trace = plots["plot-quality"].figure["data"][0]
+    assert trace["x"] == [0.0, 0.1, 0.3]
+    assert trace["y"] == [1.0, 15 / 13, 15 / 13]
