@@ -31,14 +31,15 @@ def pattern_plot(plan: PruningPlan) -> Plot:
             None,
         ),
     ]
-    layout = plot_layout(xaxis="channels, in the order of the dense model", yaxis="block")
-    layout["xaxis"] |= {"domain": [0, 0.8], "showticklabels": False, "showgrid": False}
+    layout = plot_layout(xaxis="channels", yaxis="block")
+    layout["xaxis"] |= {"domain": [0, 0.72], "showticklabels": False, "showgrid": False}
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "dtick": max(1, n // 10)}
     strip = {"showgrid": False, "zeroline": False, "tickmode": "array", "tickvals": [0], "fixedrange": True}
-    layout["xaxis2"] = strip | {"domain": [0.83, 0.9], "anchor": "y", "ticktext": ["kept"]}
-    layout["xaxis3"] = strip | {"domain": [0.93, 1], "anchor": "y", "ticktext": ["imp."]}
+    layout["xaxis2"] = strip | {"domain": [0.76, 0.87], "anchor": "y", "ticktext": ["kept"]}
+    layout["xaxis3"] = strip | {"domain": [0.89, 1], "anchor": "y", "ticktext": ["imp."]}
     caption = (
-        f"Each cell is a group of neighbouring channels; the darker, the more of them are kept. The strips on the "
+        "Each cell is a group of neighbouring channels, in the dense model's order; the darker, the more of them "
+        "are kept. The strips on the "
         f"right are each block's kept share ({min(s[0] for s in shares):.2f} to {max(s[0] for s in shares):.2f}) "
         f"and its coarse importance ({min(v[0] for v in importances):.4f} to {max(v[0] for v in importances):.4f})."
     )
