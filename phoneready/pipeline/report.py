@@ -173,7 +173,9 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> list[str]:
 
 
 def speed_text(record: BenchRecord) -> str:
-    """Tokens a second where the workload is a rate, else the median time."""
+    """Tokens a second where the workload is a rate, else the median time; no figure where degenerate text voids it."""
+    if record.void:
+        return "void"
     if record.avg_ts is not None:
         return f"{record.avg_ts:.1f} t/s"
     return "-" if record.median_ns is None else f"{record.median_ns / 1e6:.1f} ms"
@@ -219,6 +221,8 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
     for record in records:
         outcome = (record.note or "").partition(": ")[2]
         remark = record.failure or (outcome and f"samples spread widely, {outcome}")
+        if record.void:
+            remark = f"writes degenerate text ({record.degenerate}), its speed is void"
         if remark:
             rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]

@@ -55,7 +55,7 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     for index, pair in enumerate(zip(figures.dense, figures.pruned, strict=True)):
         for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
             record = group.find(export.file, test, threads)
-            if record is None or not record.ok or not record.samples_ns:
+            if record is None or not record.ok or record.void or not record.samples_ns:
                 continue
             data.append(_point(f"{export.quant} {role}", colour, index, export, record, group))
     if not data:
@@ -111,8 +111,12 @@ def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
 
 
 def _comparisons(pairs: Sequence[tuple[BenchRecord, BenchRecord]]) -> list[Comparison]:
-    found = [compare_records(dense, pruned) for dense, pruned in pairs if dense.ok and pruned.ok]
+    found = [compare_records(dense, pruned) for dense, pruned in pairs if _usable(dense) and _usable(pruned)]
     return [c for c in found if c.ratio and c.low and c.high]
+
+
+def _usable(record: BenchRecord) -> bool:
+    return record.ok and not record.void
 
 
 def _intervals(quant: str, index: int, rows: Sequence[Comparison]) -> dict[str, Any]:

@@ -151,7 +151,14 @@ def _tiles(report: ReportInput, group: BenchGroup | None) -> list[Tile]:
     if group:
         for test, threads in group.main_tests()[:1]:
             a, b = (group.find(record.file, test, threads) for record in (dense, pruned))
-            if a and b and a.ok and b.ok and (found := compare_records(a, b)).ratio:
+            if (
+                a
+                and b
+                and a.ok
+                and b.ok
+                and not (a.void or b.void)
+                and (found := compare_records(a, b)).ratio
+            ):
                 tiles.append(Tile(f"speed, {test}", speed_text(b), f"{found.ratio:.2f}", found.verdict))
         peaks = [group.peak_rss_bytes(record.file) for record in (dense, pruned)]
         if peaks[0] and peaks[1]:

@@ -192,6 +192,8 @@ def record_table(group: BenchGroup) -> Table:
     for r in group.records:
         threads = f"{r.n_threads}"
         found: Cell = speed_text(r) if r.ok else Mark("failed", "bad", r.failure or "no reason")
+        if r.void:
+            found = Mark("void", "bad", f"writes degenerate text: {r.degenerate}")
         memory = format_bytes(r.peak_rss_bytes) + (f", {r.memory_verdict}" if r.memory_verdict else "")
         spread = NOTHING if r.spread is None else f"{r.spread:.2f}"
         rows.append((r.model_filename, r.test, threads, found, f"{len(r.samples_ns)}", spread, memory))
@@ -226,6 +228,8 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> tuple[Cell, ...]:
     title += f", {dense.n_threads} thread" + ("s" if dense.n_threads > 1 else "")
     if not (dense.ok and pruned.ok):
         return (title, *("measured" if r.ok else "failed" for r in (dense, pruned)), NOTHING)
+    if dense.void or pruned.void:
+        return (title, speed_text(dense), speed_text(pruned), Mark("void", "bad"))
     c = compare_records(dense, pruned)
     change: Cell = NOTHING
     if c.ratio is not None and c.low is not None and c.high is not None:

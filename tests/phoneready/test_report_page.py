@@ -231,6 +231,20 @@ def test_kinds_and_targets_are_never_in_one_table_or_plot(make_report_input: Mak
         assert f"{group.kind}, {group.target}" in plots[f"plot-speed-{number}"].title
 
 
+def test_a_file_that_writes_nonsense_has_no_speed(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    file = report.figures.pruned[0].file
+    bench = tuple(
+        replace(r, degenerate="loop <b>") if r.model_filename == file else r for r in report.figures.bench
+    )
+    figures = replace(report.figures, bench=bench)
+    text = render_page(replace(report, figures=figures))
+    assert "writes degenerate text: loop &lt;b&gt;" in text
+    plots = {plot.id: plot for plot in make_plots(figures, bench_groups(bench), None)}
+    assert "Q8_0 pruned" not in {trace["name"] for trace in plots["plot-speed-0"].figure["data"]}
+    assert [trace["name"] for trace in plots["plot-ratio-0"].figure["data"]] == ["Q4_0"]
+
+
 def test_plots_are_valid_plotly_figures(make_report_input: MakeReportInput) -> None:
     graph_objects = pytest.importorskip("plotly.graph_objects", reason="the report extra is not installed")
     report = make_report_input("Tiny")
