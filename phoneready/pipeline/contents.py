@@ -17,8 +17,8 @@ from cfsp.files import sha256_file, write_text
 __all__ = ["SUMS_FILE", "Content", "Problem", "describe_files", "find_problems", "read_sums", "write_sums"]
 
 SUMS_FILE = "SHA256SUMS"
-_KEPT_APART = ("stages", ".phoneready.lock")
-"""What the pipeline keeps beside a release to go on from."""
+_KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl")
+"""What the pipeline keeps beside a release: what it goes on from, and the figures of the releases before."""
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
