@@ -15,6 +15,7 @@ COMMANDS = (
         "init",
         "release",
         "report",
+        "verify",
         "tune",
         "prune",
         "recover",
