@@ -33,6 +33,8 @@ OPTIONAL = {
     "lm-eval": "eval",
     "playwright": "browser",
     "plotly": "report",
+    **dict.fromkeys(("optuna", "tomli-w"), "tune"),
+    "mlflow-skinny": "track",
 }
 OLDEST_PYTHON = (3, 11)
 # What llama.cpp's and torch's kernels make use of, on x86-64 and on ARM.

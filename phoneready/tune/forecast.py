@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from phoneready.tune.limits import QUALITY, Held, Judged, Limits
+from phoneready.tune.limits import EXACT, QUALITY, Held, Judged, Limits
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
 from phoneready.tune.space import Point
 
@@ -121,6 +121,18 @@ class Forecast:
         if not self._tried:
             return None
         return self._divergence.predict(point.recipe.settings, _removed(point.prune_ratio))
+
+    def figures(self, point: Point) -> dict[str, Prediction]:
+        """What budgets limit and had to be measured, by the names that people read, in the figures' units."""
+        found = {}
+        for name, held in self._held.items():
+            if not self._concerns(held[0], point) or held[0][1].budget.metric in EXACT:
+                continue
+            scale = _scale(held[0][1])
+            predicted = self._predictor(name).predict(point.recipe.settings, scale.x(point.prune_ratio))
+            low, high = sorted((scale.back(predicted.low), scale.back(predicted.high)))
+            found[held[0][1].label] = Prediction(scale.back(predicted.value), low, high)
+        return found
 
     def knows(self, family: str) -> bool:
         """Whether any figure of a family that a budget limits was measured."""

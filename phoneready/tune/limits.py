@@ -15,7 +15,7 @@ from phoneready.pipeline.verdict import INCONCLUSIVE, MISSED, BudgetVerdict, for
 from phoneready.tune.settings import TuneConfig
 from phoneready.tune.space import Point, config_of
 
-__all__ = ["COST", "QUALITY", "Held", "Judged", "Limits", "family", "objective_item"]
+__all__ = ["COST", "EXACT", "QUALITY", "Held", "Judged", "Limits", "family", "objective_item"]
 
 QUALITY, COST = "quality", "cost"
 """What gets worse with every channel that goes, and what gets better."""
@@ -26,7 +26,8 @@ _QUALITIES = frozenset(
         *("accuracy", "mean_accuracy", "degenerate"),
     )
 )
-_EXACT = frozenset(("file_bytes", "projected_memory_bytes", "projected_pp", "projected_tg"))
+EXACT = frozenset(("file_bytes", "projected_memory_bytes", "projected_pp", "projected_tg"))
+"""What widths alone settle, of GGUF files."""
 
 
 def family(metric: str) -> str:
@@ -61,6 +62,11 @@ class Held:
         """The same at every point, whatever its file is called."""
         whose = CHECKPOINT if self.verdict.subject == CHECKPOINT else "file"
         return " ".join((self.verdict.metric, whose, self.verdict.target or "", self.budget.describe()))
+
+    @property
+    def label(self) -> str:
+        """The figure's name in tables."""
+        return self.verdict.metric + (f" on {self.verdict.target}" if self.verdict.target else "")
 
     @property
     def missed(self) -> bool:
@@ -145,7 +151,7 @@ class Limits:
 
     def exact(self, point: Point) -> tuple[FigureKey, ...]:
         """Those of them that widths alone settle."""
-        return tuple(key for key in self.wanted(point) if key.metric in _EXACT and point.recipe.is_gguf)
+        return tuple(key for key in self.wanted(point) if key.metric in EXACT and point.recipe.is_gguf)
 
     def relative(self, point: Point) -> tuple[FigureKey, ...]:
         """Those that need the dense model's figure beside them."""

@@ -63,11 +63,13 @@ class Outlook:
         prune_ratio: Of the chosen recipe.
         file_bytes: Size of its file; None of a format that has to be exported first.
         divergence: Expected: middle, low, high.
+        others: The same of other measured figures that budgets limit, by name.
     """
 
     prune_ratio: float
     file_bytes: int | None
     divergence: tuple[float, float, float]
+    others: dict[str, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -185,12 +187,14 @@ def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
 
 
 def _outlook_table(rows: Sequence[Outlook]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.others))
     cells = [
         [
             f"{row.prune_ratio:.4f}",
             "-" if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f} MB",
             "{:.3f} ({:.3f} to {:.3f})".format(*row.divergence),
+            *("{:.4g} ({:.4g} to {:.4g})".format(*row.others[n]) if n in row.others else "-" for n in names),
         ]
         for row in rows
     ]
-    return format_rows(["prune ratio", "size", "KL"], cells)
+    return format_rows(["prune ratio", "size", "KL", *names], cells)

@@ -15,7 +15,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
 from phoneready.pipeline.budgets import BudgetConfig
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.figure_set import PRUNED
+from phoneready.pipeline.figure_set import PRUNED, check_same_model
 from phoneready.pipeline.release import load_baseline, release_stages
 from phoneready.pipeline.stages import claim_folder
 from phoneready.tune.forecast import Tried
@@ -71,6 +71,9 @@ def tune(
     with claim_folder(folder):
         key = _study_key(config, folder)
         shop = Workshop(config, folder / "state" / key[:12], threads, progress)
+        if limits.baseline is not None and config.baseline is not None:
+            source = shop.loaded.source
+            check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
         search = _Search(
             config, limits, Bench(shop, limits), recipes, Study(folder / STUDY_FILE, key, config.seed)
         )
@@ -242,7 +245,9 @@ class _Search:
             ratio = round(max(low, 0.02) + (high - max(low, 0.02)) * (step + 0.5) / _OUTLOOK, 2)
             expected = _ends(forecast.divergence(Point(recipe, ratio)))
             if expected is not None:
-                found.append(Outlook(ratio, self.bench.shop.file_bytes(recipe, ratio), expected))
+                size = self.bench.shop.file_bytes(recipe, ratio)
+                others = {n: _three(p) for n, p in forecast.figures(Point(recipe, ratio)).items()}
+                found.append(Outlook(ratio, size, expected, others))
         return tuple(found)
 
 
@@ -295,7 +300,7 @@ def _row(one: Done, tried: Tried) -> TrialRow:
         divergence=tried.divergence,
         expected=one.expected,
         others={
-            f"{held.verdict.metric}{f' on {held.verdict.target}' if held.verdict.target else ''}": held.verdict.value
+            held.label: held.verdict.value
             for held in tried.judged.held
             if held.verdict.value is not None and held.budget.metric != "file_bytes"
         },
@@ -307,7 +312,11 @@ def _row(one: Done, tried: Tried) -> TrialRow:
 
 
 def _ends(prediction: Prediction | None) -> tuple[float, float, float] | None:
-    return None if prediction is None else (prediction.value, prediction.low, prediction.high)
+    return None if prediction is None else _three(prediction)
+
+
+def _three(prediction: Prediction) -> tuple[float, float, float]:
+    return prediction.value, prediction.low, prediction.high
 
 
 def _describe(budget: BudgetConfig) -> str:

@@ -12,9 +12,11 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 pytest.importorskip("optuna", reason="the tune extra is not installed")
 
 from cfsp.errors import InputError, LimitError
-from cfsp.records import read_record
+from cfsp.records import read_record, write_record
 from phoneready.main import main
 from phoneready.pipeline.config import load_config
+from phoneready.pipeline.figure_set import PRUNED, Figure, FigureSet
+from phoneready.pipeline.metrics import FigureKey
 from phoneready.tune.limits import Limits
 from phoneready.tune.result import TuneResult, format_result
 from phoneready.tune.space import Point, Recipe, recipes_of
@@ -224,6 +226,20 @@ def test_formats_and_recovery_are_tried_for_real(tiny_folder: TinyPath, tmp_path
         assert any(name.startswith("tg2") for name in row.others)
     best = result.best
     assert best is not None
+    for outlook in result.outlook:
+        (speed,) = outlook.others.values()
+        assert speed[1] < speed[0] < speed[2]
     chosen = load_config(tmp_path / "tuned" / RELEASE_FILE)
     assert (chosen.recover is not None) == best.recover
     assert best.file in chosen.export.names
+
+
+def test_a_baseline_of_another_model_is_refused_before_any_trial(model: Path, tmp_path: Path) -> None:
+    key = FigureKey("file_bytes", "Q8_0")
+    figure = Figure(key, PRUNED, "other.gguf", "bytes", 100_000)
+    write_record(tmp_path / "figures.json", FigureSet("another model", "f" * 64, 0, (figure,)))
+    more = '[baseline]\nfile = "figures.json"\n[[budgets]]\nmetric = "file_bytes"\nat_most = 1.0\n'
+    path = write(tmp_path, model, more + 'relative_to = "baseline"\n')
+    with pytest.raises(InputError, match="of another model: another model"):
+        search(path, tmp_path / "tuned")
+    assert not (tmp_path / "tuned" / STUDY_FILE).exists()
