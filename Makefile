@@ -50,11 +50,18 @@ DEBIAN := \
 	chromium,google-chrome=chromium \
 	groovy=groovy \
 	qemu-aarch64=qemu-user \
-	aarch64-linux-gnu-g++=g++-aarch64-linux-gnu
+	aarch64-linux-gnu-g++=g++-aarch64-linux-gnu \
+	ssh=openssh-client \
+	adb=adb
+# Their packages start them, open to the network, where there is a systemd to do it: there they are left out.
+DAEMONS := \
+	sshd=openssh-server \
+	adbd=adbd
 
 debian:
-	@missing=(); \
-	for row in $(DEBIAN); do \
+	@missing=(); rows="$(DEBIAN)"; \
+	test -d /run/systemd/system || rows+=" $(DAEMONS)"; \
+	for row in $$rows; do \
 		commands="$${row%%=*}"; command -v $${commands//,/ } >/dev/null || missing+=("$${row#*=}"); \
 	done; \
 	(( $${#missing[@]} == 0 )) && exit; \

@@ -74,11 +74,12 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "devices show": devices.show_device,
         "devices fit": devices.fit,
         "devices build-runner": devices.build_runner,
+        "devices clean": devices.clean,
         "doctor": doctor.doctor,
     }
 )
 GROUPS: MappingProxyType[str, str] = MappingProxyType(
-    {"devices": "Say what is known of phones and boards, and whether a model will fit."}
+    {"devices": "Phones and boards: what is known of them, whether a model will fit, what was put there."}
 )
 _groups = {
     name: typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None) for name, help in GROUPS.items()
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str]) -> int:
             # Typer turns the interrupt of a running command into a status.
             return _fail("interrupted", EXIT_INTERRUPTED, debug)
         sys.stdout.flush()
+        if status == EXIT_INTERRUPTED:  # newer typers turn Ctrl-C into this status themselves
+            return _fail("interrupted", EXIT_INTERRUPTED, debug=False)
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, debug)

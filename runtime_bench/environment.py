@@ -56,7 +56,12 @@ def cpu_model(cpuinfo: str | None = None) -> str | None:
 
 
 def environment_of(
-    files: Mapping[str, str], *, cpus_usable: int | None, platform: str, versions: Mapping[str, str]
+    files: Mapping[str, str],
+    *,
+    cpus_usable: int | None,
+    platform: str,
+    versions: Mapping[str, str],
+    cpu_name: str | None = None,
 ) -> Environment:
     """The machine that some files were read on.
 
@@ -65,12 +70,13 @@ def environment_of(
         cpus_usable: Cores a measurement may use.
         platform: Operating system and instruction set.
         versions: Names of programs to their versions.
+        cpu_name: Of the processor, where something other than a file says it.
     """
     memory = re.search(r"^MemTotal:\s*(\d+) kB", files.get("/proc/meminfo", ""), re.MULTILINE)
     load = re.match(r"\d+(?:\.\d+)?", files.get("/proc/loadavg", ""))
     governors = list(_of_cores(files, "scaling_governor"))
     return Environment(
-        cpu_model=cpu_model(files.get("/proc/cpuinfo", "")),
+        cpu_model=cpu_name or cpu_model(files.get("/proc/cpuinfo", "")),
         cpus_usable=cpus_usable,
         governor=governors[0] if governors else None,
         load_average=float(load[0]) if load else None,

@@ -15,11 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from runtime_bench.engines import EngineFacts
-from runtime_bench.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["ProcessFailed", "exchange", "measure_in", "result_from_json", "run_module", "run_worker"]
+__all__ = [
+    "ProcessFailed",
+    "exchange",
+    "exit_reason",
+    "measure_in",
+    "result_from_json",
+    "run_module",
+    "run_worker",
+]
 
 _TAIL_BYTES = 8192
 _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
@@ -131,7 +137,7 @@ def exchange(
                 raise
         tail = _tail(errors)
     if process.returncode:
-        raise ProcessFailed(_exit_reason(process.returncode, tail))
+        raise ProcessFailed(exit_reason(process.returncode, tail))
     return output
 
 
@@ -167,7 +173,13 @@ def _tail(stream: IO[bytes]) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def _exit_reason(code: int, tail: list[str]) -> str:
+def exit_reason(code: int, tail: list[str]) -> str:
+    """Why a process ended without a result.
+
+    Args:
+        code: Its status; negative, or 128 and more as shells have it, for a signal.
+        tail: Last lines that it wrote.
+    """
     telling = [line for line in tail if any(mark in line for mark in _TELLING)] or tail
     last = f": {telling[-1]}" if telling else ""
     number = -code if code < 0 else code - 128
@@ -181,17 +193,15 @@ def _exit_reason(code: int, tail: list[str]) -> str:
 
 
 def result_from_json(output: bytes) -> WorkerResult:
-    """A worker's answer; one that cannot be read is a result with the reason.
+    """A worker's answer; one that cannot be read is a result with the reason. Fields that it leaves out are unknown."""
+    import pydantic
 
-    The runner is older than some fields, which are a browser's alone, and leaves them out.
-    """
     try:
-        payload = json.loads(output)
-        facts, throttling = payload.pop("facts"), payload.pop("throttling", None)
-        return WorkerResult(
-            **payload,
-            facts=EngineFacts(**facts) if facts else None,
-            throttling=Throttling(**throttling) if throttling else None,
-        )
-    except (ValueError, TypeError, KeyError) as error:
-        return WorkerResult(error=f"the measuring process gave no readable result: {error}")
+        result = pydantic.TypeAdapter(WorkerResult).validate_json(output)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        return WorkerResult(error=f"the measuring process gave no readable result: {where} {problem['msg']}")
+    if not result.samples_ns and result.error is None:
+        return WorkerResult(error="the measuring process gave neither samples nor a reason")
+    return result

@@ -44,13 +44,14 @@ def table_rows(records: Sequence[BenchRecord]) -> list[dict[str, str]]:
     """The cells of the Markdown table, by column.
 
     llama-bench's columns, then ours: `time` is the median of a sample, `load` and `peak RSS` belong to the
-    row's processes. A column `file` is there when the records are of several files. Columns are the same in
-    every row.
+    row's processes. A column `file` is there when the records are of several files, `target` when they are of several
+    targets. Columns are the same in every row.
     """
     names = short_names(record.model_filename for record in records)
-    several = len(names) > 1
+    several, targets = len(names) > 1, {record.target for record in records}
     return [
-        ({"file": names[record.model_filename]} if several else {})
+        ({"target": record.target} if len(targets) > 1 else {})
+        | ({"file": names[record.model_filename]} if several else {})
         | {name: cell(record) for name, cell in _COLUMNS.items()}
         for record in records
     ]

@@ -26,7 +26,7 @@ COMMANDS = (
         "history",
         "doctor",
     ),
-    *("devices list", "devices show", "devices fit", "devices build-runner"),
+    *("devices list", "devices show", "devices fit", "devices build-runner", "devices clean"),
 )
 HEAD = """# Command line
 

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cfsp.errors import InputError, LimitError
-from phoneready.commands.bench_targets import TARGETS, Limits, open_target
-from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_numbers
+from cfsp.errors import InputError, LimitError, PhonereadyError
+from phoneready.commands.bench_targets import TARGETS, TargetOptions, open_targets
+from phoneready.commands.options import (
+    DebugOption,
+    JsonOption,
+    RemoteFolderOption,
+    SeedOption,
+    SshConfigOption,
+    split_numbers,
+)
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 
 if TYPE_CHECKING:
     from runtime_bench.compare import Comparison
     from runtime_bench.record import BenchRecord
+    from runtime_bench.targets import Target
 
 __all__ = ["bench"]
 
@@ -71,13 +81,13 @@ def bench(
         Path | None, typer.Option("--record", help="Append the records to a JSON Lines file.")
     ] = None,
     on: Annotated[
-        str,
+        list[str],
         typer.Option(
             "--on",
-            help=f"Where: {', '.join(row.form for row in TARGETS.values())}; see docs/targets.md.",
+            help=f"Where: {', '.join(row.form for row in TARGETS.values())}; see docs/targets.md. May be repeated.",
             metavar="TARGET",
         ),
-    ] = "local",
+    ] = ["local"],  # noqa: B006
     memory: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +110,23 @@ def bench(
         float | None,
         typer.Option("--score", help="Slow the browser's page down to this score.", metavar="NUMBER"),
     ] = None,
+    runner: Annotated[
+        Path | None,
+        typer.Option(
+            "--runner",
+            help="Native program to measure GGUF files with on other machines.",
+            show_default="built here once",
+        ),
+    ] = None,
+    ndk: Annotated[
+        Path | None,
+        typer.Option("--ndk", help="Folder of the Android NDK, to build that program with.", metavar="DIR"),
+    ] = None,
+    remote_folder: RemoteFolderOption = None,
+    ssh_config: SshConfigOption = None,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Afterwards remove what was pushed to other machines.")
+    ] = False,
     seed: SeedOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -107,12 +134,13 @@ def bench(
     """Measure loading, prompt processing, generation, time to first token and memory of exported files.
 
     Each sample is taken in a fresh process; several files take turns. A size of 0 leaves a workload out.
+    Other machines are measured at the same time, this one after them.
     """
     quiet_libraries()
     from exporters.onnx.folder import find_graph, is_onnx
     from runtime_bench.comparison_table import format_comparison
     from runtime_bench.jsonl import append_jsonl
-    from runtime_bench.measure import run_bench
+    from runtime_bench.matrix import run_matrix
     from runtime_bench.sweep_table import format_sweep
     from runtime_bench.table import FORMATS, format_table, short_names
     from runtime_bench.workload import BenchSettings
@@ -133,16 +161,17 @@ def bench(
         check_text=not no_text_check,
         seed=seed,
     )
-    target = open_target(on, Limits(memory, tuple(cores or ()), device, score))
+    options = TargetOptions(memory, tuple(cores or ()), device, score, runner, ndk, remote_folder, ssh_config)
+    targets = open_targets(on, options)
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
-    with show_progress() as progress:
-        records = run_bench(
+    with show_progress() as progress, _cleaned(targets if clean else []):
+        records = run_matrix(
             files,
             settings,
+            targets,
             progress,
             engine=engine,
-            target=target,
-            on_record=None if record is None else lambda row: append_jsonl(record, [row]),
+            on_record=lambda row: None if record is None else append_jsonl(record, [row]),
         )
     text = format_table(records, output)
     if output == "md" and len(settings.n_threads) > 1:
@@ -154,16 +183,33 @@ def bench(
     if failed:
         names = short_names(row.model_filename for row in records)
         for row in failed:
-            note(f"{names[row.model_filename]} {row.test}: {row.failure}")
+            where = f"{row.target} " if len(targets) > 1 else ""
+            note(f"{where}{names[row.model_filename]} {row.test}: {row.failure}")
         raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured")
 
 
 def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
-    """Every file against the first one of its engine."""
+    """Every file against the first one of its engine on its target."""
     from runtime_bench.compare import by_model, compare
 
     rows = []
-    for engine in dict.fromkeys(record.engine for record in records):
-        base, *others = by_model([record for record in records if record.engine == engine]).values()
+    for place in dict.fromkeys((record.target, record.engine) for record in records):
+        base, *others = by_model([r for r in records if (r.target, r.engine) == place]).values()
         rows += [row for other in others for row in compare(base, other)]
     return rows
+
+
+@contextmanager
+def _cleaned(targets: Sequence[Target]) -> Iterator[None]:
+    """At the end, interrupted or not, remove what was pushed; a machine that does not answer any more is told of."""
+    from runtime_bench.targets.remote import Remote
+
+    try:
+        yield
+    finally:
+        for target in targets:
+            try:
+                if isinstance(target, Remote):
+                    target.clean()
+            except PhonereadyError as error:
+                note(str(error))

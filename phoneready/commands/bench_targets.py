@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,30 +15,40 @@ from phoneready.units import parse_bytes
 
 if TYPE_CHECKING:
     from runtime_bench.targets import Target
+    from runtime_bench.targets.remote import Remote
+    from runtime_bench.targets.transport import Transport
 
-__all__ = ["TARGETS", "Limits", "TargetRow", "find_row", "open_target"]
+__all__ = ["TARGETS", "TargetOptions", "TargetRow", "find_row", "open_remote", "open_targets"]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What limits a run, as it was given; each is for some targets.
+class TargetOptions:
+    """Options of targets, as they were given; each is for some of them. Their names are the options' names.
 
     Attributes:
-        memory: A size.
+        memory: A size that limits a constrained run.
         cores: Lists of core numbers.
         device: A device whose memory, or whose browser's score, is the limit.
         score: Score that a browser's page is slowed down to.
+        runner: Native program to measure with on another machine.
+        ndk: Folder of the Android NDK, to build one for Android with.
+        remote_folder: Where to put files on another machine.
+        ssh_config: Configuration file of the ssh client.
     """
 
     memory: str | None = None
     cores: tuple[str, ...] = ()
     device: str | None = None
     score: float | None = None
+    runner: Path | None = None
+    ndk: Path | None = None
+    remote_folder: str | None = None
+    ssh_config: Path | None = None
 
     @property
     def given(self) -> list[str]:
-        """The options that were used."""
-        return [f"--{field.name}" for field in fields(self) if getattr(self, field.name)]
+        """Names of those that were used."""
+        return [option.name for option in fields(self) if getattr(self, option.name)]
 
 
 @dataclass(frozen=True)
@@ -46,80 +57,116 @@ class TargetRow:
 
     Attributes:
         form: How it is written.
-        open: Makes it from its address and the limits.
-        takes: Limits that are for it.
+        open: Makes it from its address and the options.
+        takes: Options that are for it.
     """
 
     form: str
-    open: Callable[[str, Limits], Target]
+    open: Callable[[str, TargetOptions], Target]
     takes: frozenset[str] = frozenset()
 
 
-def open_target(on: str, limits: Limits) -> Target:
-    """Where to measure.
+def open_targets(names: Sequence[str], options: TargetOptions) -> list[Target]:
+    """Where to measure: each target once. Nothing is connected to yet.
 
     Raises:
-        InputError: Unknown, a limit of another target, or a target that cannot be used.
+        InputError: Unknown, an option that is for none of the targets, or a target that cannot be used.
     """
-    row, address = find_row(on)
-    wrong = next((name for name in limits.given if name not in row.takes), None)
-    if wrong:
-        takers = " or ".join(row.form for row in TARGETS.values() if wrong in row.takes)
-        raise InputError("a limit of another target", field=wrong, allowed=f"--on {takers}")
-    return row.open(address, limits)
+    rows = [find_row(name) for name in dict.fromkeys(names)]
+    taken = frozenset[str]().union(*(row.takes for row, _ in rows))
+    strange = [name for name in options.given if name not in taken]
+    if strange:
+        users = [row.form for row in TARGETS.values() if strange[0] in row.takes]
+        option = f"--{strange[0].replace('_', '-')}"
+        raise InputError(
+            "not for this target", field=option, allowed=", ".join(f"--on {form}" for form in users)
+        )
+    return [row.open(address, options) for row, address in rows]
 
 
-def find_row(on: str) -> tuple[TargetRow, str]:
+def open_remote(name: str, options: TargetOptions) -> Remote:
+    """Another machine.
+
+    Raises:
+        InputError: The name is not one of such a target.
+    """
+    from runtime_bench.targets.remote import Remote
+
+    (target,) = open_targets([name], options)
+    if not isinstance(target, Remote):
+        raise InputError("not another machine", field="target", value=name, allowed="ssh:HOST, adb:SERIAL")
+    return target
+
+
+def find_row(name: str) -> tuple[TargetRow, str]:
     """The row of a target and its address; nothing is opened.
 
     Raises:
         InputError: There is none, or the address is missing or too much.
     """
-    name, colon, address = on.partition(":")
-    row = TARGETS.get(name)
+    kind, colon, address = name.partition(":")
+    row = TARGETS.get(kind)
     if row is None or bool(colon) != (":" in row.form) or (colon and not address):
         forms = ", ".join(row.form for row in TARGETS.values())
-        raise InputError("unknown target", field="--on", value=on, allowed=forms)
+        raise InputError("unknown target", field="--on", value=name, allowed=forms)
     return row, address
 
 
-def _local(_: str, limits: Limits) -> Target:
+def _local(_: str, options: TargetOptions) -> Target:
     from runtime_bench.targets import LOCAL
 
     return LOCAL
 
 
-def _constrained(_: str, limits: Limits) -> Target:
+def _constrained(_: str, options: TargetOptions) -> Target:
     from runtime_bench.targets.constrained import Constrained
 
-    if limits.memory and limits.device:
+    if options.memory and options.device:
         raise InputError("one of --memory and --device says the limit, not both", field="--memory")
-    memory = parse_bytes(limits.memory, "--memory") if limits.memory else None
-    memory = _memory_of(limits.device) if limits.device else memory
-    return Constrained(memory, split_numbers(limits.cores, "--cores"))
+    memory = parse_bytes(options.memory, "--memory") if options.memory else None
+    memory = _memory_of(options.device) if options.device else memory
+    return Constrained(memory, split_numbers(options.cores, "--cores"))
 
 
-def _browser(_: str, limits: Limits) -> Target:
+def _browser(_: str, options: TargetOptions) -> Target:
     from runtime_bench.device_profile import find_profile, load_profiles
     from runtime_bench.targets.browser import Browser, browser_of
 
-    if limits.device is None:
-        return Browser(target_score=limits.score)
-    return browser_of(find_profile(limits.device, load_profiles()).profile, limits.score)
+    if options.device is None:
+        return Browser(target_score=options.score)
+    return browser_of(find_profile(options.device, load_profiles()).profile, options.score)
 
 
-def _native(_: str, limits: Limits) -> Target:
+def _native(_: str, options: TargetOptions) -> Target:
     from runtime_bench.targets.native import native
 
     with show_progress() as progress:
         return native(progress)
 
 
-def _qemu(_: str, limits: Limits) -> Target:
+def _qemu(_: str, options: TargetOptions) -> Target:
     from runtime_bench.targets.qemu import qemu_aarch64
 
     with show_progress() as progress:
         return qemu_aarch64(progress)
+
+
+def _ssh(host: str, options: TargetOptions) -> Target:
+    from runtime_bench.targets.ssh import Ssh
+
+    return _remote(Ssh(host, options.ssh_config), options)
+
+
+def _adb(serial: str, options: TargetOptions) -> Target:
+    from runtime_bench.targets.adb import Adb
+
+    return _remote(Adb(serial), options)
+
+
+def _remote(transport: Transport, options: TargetOptions) -> Target:
+    from runtime_bench.targets.remote import Remote
+
+    return Remote(transport, runner=options.runner, ndk=options.ndk, folder=options.remote_folder)
 
 
 def _memory_of(device: str) -> int:
@@ -132,12 +179,16 @@ def _memory_of(device: str) -> int:
     return limit
 
 
+_LIMITS = frozenset({"memory", "cores", "device"})
+_PLACES = frozenset({"runner", "ndk", "remote_folder"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", _local),
         "native": TargetRow("native", _native),
-        "constrained": TargetRow("constrained", _constrained, frozenset({"--memory", "--cores", "--device"})),
-        "browser": TargetRow("browser", _browser, frozenset({"--device", "--score"})),
+        "constrained": TargetRow("constrained", _constrained, _LIMITS),
+        "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),
+        "ssh": TargetRow("ssh:HOST", _ssh, _PLACES | {"ssh_config"}),
+        "adb": TargetRow("adb:SERIAL", _adb, _PLACES),
         "qemu-aarch64": TargetRow("qemu-aarch64", _qemu),
     }
 )

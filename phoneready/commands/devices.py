@@ -9,10 +9,16 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError
-from phoneready.commands.options import DebugOption, JsonOption, split_names
+from phoneready.commands.options import (
+    DebugOption,
+    JsonOption,
+    RemoteFolderOption,
+    SshConfigOption,
+    split_names,
+)
 from phoneready.console import format_bytes, show_progress, write_result
 
-__all__ = ["build_runner", "fit", "list_devices", "show_device"]
+__all__ = ["build_runner", "clean", "fit", "list_devices", "show_device"]
 
 
 def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -107,3 +113,19 @@ def build_runner(
     needs = ", ".join(made.needs) or "nothing"
     text = f"{program}\n{made.target}, {format_bytes(made.size_bytes)}, llama.cpp of llama-cpp-python {made.source};"
     write_result(f"{text} needs {needs}", {"path": str(program)} | asdict(made), as_json=json)
+
+
+def clean(
+    target: Annotated[str, typer.Argument(help="ssh:HOST or adb:SERIAL.", metavar="TARGET")],
+    remote_folder: RemoteFolderOption = None,
+    ssh_config: SshConfigOption = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Remove what `bench` pushed to another machine."""
+    from phoneready.commands.bench_targets import TargetOptions, open_remote
+
+    remote = open_remote(target, TargetOptions(remote_folder=remote_folder, ssh_config=ssh_config))
+    removed = remote.clean()
+    text = f"{remote.name}: {removed} file{'' if removed == 1 else 's'} removed"
+    write_result(text, {"target": remote.name, "removed": removed}, as_json=json)

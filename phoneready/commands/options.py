@@ -15,7 +15,9 @@ __all__ = [
     "ForceOption",
     "JsonOption",
     "ModelArgument",
+    "RemoteFolderOption",
     "SeedOption",
+    "SshConfigOption",
     "ThreadsOption",
     "TrustOption",
     "split_names",
@@ -37,6 +39,18 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", help="Threads to compute with.", min=1, show_default="as many as torch finds"),
+]
+RemoteFolderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--remote-folder",
+        help="Where to put files on other machines: an absolute path.",
+        metavar="DIR",
+        show_default="a cache folder there",
+    ),
+]
+SshConfigOption = Annotated[
+    Path | None, typer.Option("--ssh-config", help="Configuration of the ssh client, instead of your own.")
 ]
 
 

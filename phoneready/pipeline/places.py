@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.errors import InputError
-from phoneready.commands.bench_targets import Limits, find_row, open_target
+from phoneready.commands.bench_targets import TargetOptions, find_row, open_targets
 from phoneready.units import parse_bytes
 from runtime_bench.device_profile import find_profile, load_profiles
 from runtime_bench.engines import engine_for
@@ -48,7 +48,9 @@ def open_place(name: str) -> Target:
         InputError: There is none, or it cannot be reached now.
     """
     kind, _, details = name.partition(":")
-    return open_target(kind, _limits(details)) if kind == CONSTRAINED else open_target(name, Limits())
+    limited = kind == CONSTRAINED
+    (target,) = open_targets([kind], _limits(details)) if limited else open_targets([name], TargetOptions())
+    return target
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def place_slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
 
 
-def _limits(details: str) -> Limits:
-    limits = Limits()
+def _limits(details: str) -> TargetOptions:
+    limits = TargetOptions()
     for part in filter(None, details.split(",")):
         if part.startswith("cores="):
             limits = replace(limits, cores=_cores(part))

@@ -23,6 +23,7 @@ __all__ = [
     "Session",
     "SessionSettings",
     "Vocabulary",
+    "check_engine",
     "engine_for",
     "open_session",
     "prepare_engine",
@@ -153,6 +154,15 @@ def engine_for(path: Path) -> str:
         known = ", ".join(dict.fromkeys(spec.suffix for spec in ENGINES.values()))
         raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=known)
     return found
+
+
+def check_engine(engine: str) -> None:
+    """Check that an engine is known, be it installed or not.
+
+    Raises:
+        InputError: Unknown engine.
+    """
+    _spec(engine)
 
 
 def require_engine(engine: str) -> None:

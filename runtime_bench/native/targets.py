@@ -66,13 +66,18 @@ _KERNEL_FEATURES = frozenset(
 """What kernels make use of, of all that a processor names."""
 
 
-def cpu_features() -> frozenset[str]:
-    """What this machine's processor names, on Linux; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    pairs = (line.partition(":") for line in lines)
+def cpu_features(cpuinfo: str | None = None) -> frozenset[str]:
+    """What a processor names.
+
+    Args:
+        cpuinfo: Text of a Linux machine's /proc/cpuinfo; this machine's unless given.
+    """
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return frozenset()
+    pairs = (line.partition(":") for line in cpuinfo.splitlines())
     found = next((value for key, _, value in pairs if key.strip() in ("flags", "Features")), "")
     return frozenset(found.split())
 

@@ -1,0 +1,104 @@
+"""What another machine says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cfsp.records import tool_version
+from runtime_bench.environment import environment_of
+from runtime_bench.native.targets import cpu_features, runner_target_for
+from runtime_bench.record import Environment
+from runtime_bench.targets.far_scripts import DESCRIBE, FACTS_FOLLOW
+from runtime_bench.targets.transport import FarError, FarShell
+
+__all__ = ["UNKNOWN", "Machine", "describe"]
+
+ANSWER_S = 60.0
+UNKNOWN = "unknown"
+_ABIS = {"arm64-v8a": "aarch64"}
+"""Android's names of instruction sets that have another one."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that answered.
+
+    Attributes:
+        folder: Where pushed files go, absolute.
+        system: Kernel's name.
+        machine: Instruction set, as the kernel calls it.
+        abi: Android's name of the instruction set; empty elsewhere.
+        features: What its processor names.
+        environment: For records.
+    """
+
+    folder: str
+    system: str
+    machine: str
+    abi: str
+    features: frozenset[str]
+    environment: Environment
+
+    @property
+    def runner(self) -> str:
+        """The build of the runner that makes most of it.
+
+        Raises:
+            InputError: There is none for it.
+        """
+        machine = _ABIS.get(self.abi, self.abi) or self.machine
+        # An Android on a PC's processor, an emulator's mostly, runs Linux's static programs.
+        system = "android" if self.abi and machine != "x86_64" else self.system.lower()
+        return runner_target_for(system, machine, self.features)
+
+
+def describe(shell: FarShell, folder: str) -> Machine:
+    """Connect and ask.
+
+    Args:
+        shell: The way there.
+        folder: Where files shall go; empty for a folder under the home there.
+
+    Raises:
+        FarError: No connection, or no sensible answer.
+    """
+    reply = shell.run(DESCRIBE, folder, timeout_s=ANSWER_S)
+    facts, files = _parse(reply.text.partition(f"{FACTS_FOLLOW}\n")[2])
+    if not facts.get("folder", "").startswith("/") or not facts.get("machine"):
+        raise FarError("its shell does not say what machine it is")
+    return Machine(
+        # As it was asked for: only what the shell there chose itself has to be read back.
+        folder=folder or facts["folder"],
+        system=facts.get("system", UNKNOWN),
+        machine=facts["machine"],
+        abi=facts.get("abi", ""),
+        features=cpu_features(files.get("/proc/cpuinfo", "")),
+        environment=_environment(facts, files),
+    )
+
+
+def _parse(text: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Lines `name=value`, and `path:line` of files."""
+    facts: dict[str, str] = {}
+    files: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        path, colon, content = line.partition(":")
+        if line.startswith("/") and colon:
+            files.setdefault(path, []).append(content)
+        else:
+            name, _, value = line.partition("=")
+            facts[name] = value.strip()
+    return facts, {path: "\n".join(lines) for path, lines in files.items()}
+
+
+def _environment(facts: Mapping[str, str], files: Mapping[str, str]) -> Environment:
+    cores, android = facts.get("cores", ""), facts.get("android", "")
+    platform = f"{facts.get('system', UNKNOWN)} {facts.get('release', UNKNOWN)} {facts['machine']}"
+    return environment_of(
+        files,
+        cpu_name=facts.get("soc") or None,
+        cpus_usable=int(cores) if cores.isdecimal() else None,
+        platform=f"{platform}, Android {android}, {facts.get('device', UNKNOWN)}" if android else platform,
+        versions={"phoneready": tool_version()} | ({"android": android} if android else {}),
+    )

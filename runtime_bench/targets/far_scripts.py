@@ -1,0 +1,120 @@
+"""What runs on the other machine: scripts for any POSIX shell, dash, bash, busybox and Android's mksh among them.
+
+They use what toybox and busybox have, too: cat, chmod, grep, kill, mkdir, mv, nproc, rm, rmdir, sha256sum, uname.
+Names come in as arguments and are only ever used inside double quotes.
+"""
+
+from __future__ import annotations
+
+from runtime_bench.environment import FACT_FILES
+
+__all__ = [
+    "CHECK",
+    "CLEAN",
+    "DESCRIBE",
+    "FACTS_FOLLOW",
+    "HAVE_PACKAGES",
+    "MISMATCH",
+    "NO_PROGRAM",
+    "PUSH",
+    "RUN",
+]
+
+FACTS_FOLLOW = "phoneready-facts"
+"""Line after which the facts come; a login script may have written before it."""
+NO_PROGRAM = 69
+"""Status of a script that lacks a program there."""
+MISMATCH = 65
+"""Status of a push whose bytes there are not those that were sent."""
+
+DESCRIBE = f"""
+echo {FACTS_FOLLOW}
+folder=$1
+test "$folder" || folder=${{XDG_CACHE_HOME:-$HOME/.cache}}/phoneready/pushed
+echo "folder=$folder"
+echo "system=$(uname -s)"
+echo "machine=$(uname -m)"
+echo "release=$(uname -r)"
+unset OMP_NUM_THREADS OMP_THREAD_LIMIT  # nproc heeds them
+echo "cores=$(nproc 2>/dev/null)"
+if command -v getprop >/dev/null; then
+    echo "abi=$(getprop ro.product.cpu.abi)"
+    echo "android=$(getprop ro.build.version.release)"
+    echo "device=$(getprop ro.product.manufacturer) $(getprop ro.product.model)"
+    echo "soc=$(getprop ro.soc.manufacturer) $(getprop ro.soc.model)"
+fi
+grep '' /dev/null {" ".join(FACT_FILES)} 2>/dev/null
+true
+"""
+"""Arguments: folder, or nothing. Lines `name=value`, then `path:line` of each file with facts."""
+
+CHECK = f"""
+command -v sha256sum >/dev/null || exit {NO_PROGRAM}
+while test $# -gt 1; do
+    sum=$(sha256sum <"$1" 2>/dev/null)
+    case $sum in "$2 "*) echo same ;; *) echo other ;; esac
+    shift 2
+done
+"""
+"""Arguments: path, SHA-256, path, SHA-256, ... One line each: `same`, or `other` where the file is not there or not
+that."""
+
+PUSH = f"""
+trap '' HUP
+umask 077
+mkdir -p "${{1%/*}}" || exit
+part=${{1%/*}}/.part-$$
+cat >"$part"
+status=$?
+if test $status = 0; then
+    status={MISMATCH}
+    sum=$(sha256sum <"$part")
+    case $sum in "$2 "*) chmod 700 "$part" && mv -f "$part" "$1" && exit ;; esac
+fi
+rm -f "$part"
+exit $status
+"""
+"""Arguments: path, SHA-256; stdin: the file. It gets its name only when all of it is there and is what was sent. A
+connection that breaks looks like the end of the file: then the sum is another one."""
+
+RUN = """
+trap '' HUP
+exec 3<&0
+IFS= read -r request || exit
+printf '%s\\n' "$request" | "$@" 3<&- &
+program=$!
+(
+    while read -r _ <&3; do :; done
+    kill -9 $program
+) >/dev/null 2>&1 &
+watcher=$!
+exec 3<&-
+wait $program
+status=$?
+kill $watcher
+exit $status
+"""
+"""Arguments: a program and its arguments; stdin: one line, and nothing more for as long as somebody waits. When stdin
+ends, because the client was ended, or its machine or the connection is gone, the program is killed."""
+
+HAVE_PACKAGES = f"""
+command -v "$1" >/dev/null || exit {NO_PROGRAM}
+program=$1
+shift
+"$program" -c 'import importlib.util, sys
+old = ["python"] if sys.version_info < (3, 11) else []
+print(*old, *(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))' "$@"
+"""
+"""Arguments: a Python, packages. The last line names those that it lacks, `python` where it is too old itself."""
+
+CLEAN = """
+test -d "$1" || exit 0
+for entry in "$1"/*; do
+    name=${entry##*/}
+    case $name in *[!0-9a-f]*) continue ;; esac
+    test ${#name} = 64 && rm -rf "$entry" && echo "removed $name"
+done
+rmdir "$1" 2>/dev/null
+true
+"""
+"""Arguments: folder. Removes what was pushed, which is known by its name, and the folder if nothing else is in it."""

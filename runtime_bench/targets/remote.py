@@ -1,0 +1,230 @@
+"""Another machine as a target: what is needed is pushed there once, by content, and a program there measures.
+
+Nothing of a run passes the connection but one line with the request and one with the result, before and after the
+clock runs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from cfsp.builtin import cache_directory
+from cfsp.errors import InputError, PhonereadyError
+from cfsp.progress import Progress, no_progress
+from cfsp.records import tool_version
+from runtime_bench.engines import check_engine, engine_for
+from runtime_bench.native import build_runner
+from runtime_bench.process import exit_reason, result_from_json
+from runtime_bench.record import Environment
+from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
+from runtime_bench.targets.depot import Depot
+from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
+from runtime_bench.targets.far_scripts import HAVE_PACKAGES, RUN
+from runtime_bench.targets.transport import (
+    FarError,
+    FarShell,
+    Reply,
+    StoppedError,
+    Transport,
+    UnreachableError,
+)
+from runtime_bench.worker import WorkerRequest, WorkerResult
+
+__all__ = ["Remote"]
+
+_GRACE_S = 30.0
+"""What a connection may take, beside the run itself."""
+_NATIVE = "llama.cpp"
+_PYTHON = "python3"
+_PACKAGES = MappingProxyType(
+    {
+        "onnxruntime": ("onnxruntime", "numpy", "tokenizers"),
+        "onnxruntime-genai": ("onnxruntime_genai", "numpy"),
+    }
+)
+"""What the worker imports in an engine."""
+_BUILDING = threading.Lock()
+_CANNOT_EXECUTE = 126
+"""Status of a shell whose command is there but cannot be run."""
+
+
+@dataclass
+class _Connection:
+    """A machine that answered, and what was found or put there since."""
+
+    machine: Machine
+    depot: Depot
+    programs: dict[str, list[str] | PhonereadyError] = field(default_factory=dict)
+
+
+@dataclass
+class Remote:
+    """A machine behind a transport; see `runtime_bench.targets.Target`.
+
+    Attributes:
+        transport: The way there.
+        runner: Native program to measure with, instead of the one that is built here.
+        ndk: Folder of the Android NDK, to build one for Android with.
+        folder: Where to put files there, absolute; None for the transport's.
+        progress: Told what is built and pushed.
+
+    Raises:
+        InputError: A folder that is not absolute, or has control characters in its name.
+    """
+
+    transport: Transport
+    _: KW_ONLY
+    runner: Path | None = None
+    ndk: Path | None = None
+    folder: str | None = None
+    progress: Progress = no_progress
+    _shell: FarShell = field(init=False, repr=False)
+    _open: _Connection | None = field(default=None, init=False, repr=False)
+    _problem: str = field(default="", init=False, repr=False)
+
+    kind = "measured"
+    memory_limit_bytes = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and not (self.folder.startswith("/") and self.folder.isprintable()):
+            raise InputError("not an absolute path in one line", field="--remote-folder", value=self.folder)
+        self._shell = FarShell(self.transport)
+
+    @property
+    def _folder(self) -> str:
+        return self.folder or self.transport.folder
+
+    @property
+    def name(self) -> str:
+        """As records have it."""
+        return self.transport.name
+
+    def default_engine(self, path: Path) -> str:
+        """See `Target`."""
+        return engine_for(path)
+
+    def require(self, engine: str) -> None:
+        """See `Target`. Whether the machine has the engine, a run finds out, so that other rows go on."""
+        check_engine(engine)
+
+    def environment(self) -> Environment:
+        """See `Target`. It connects; a machine that does not answer is unknown, and runs on it say why."""
+        try:
+            machine = describe(self._shell, self._folder)
+        except FarError as error:
+            self._open, self._problem = None, f"{self.name}: {error}"
+            return Environment(None, None, None, None, None, UNKNOWN, {"phoneready": tool_version()})
+        if self._open is None:
+            self._open = _Connection(machine, Depot(self._shell, machine.folder, self._report))
+        return machine.environment
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        """See `Target`; what is missing there is pushed first.
+
+        Raises:
+            StoppedError: After `stop`.
+        """
+        try:
+            link = self._connection()
+            command = self._program(request.engine, link)
+            path = link.depot.have(Path(request.path), model_bundle)
+            line = json.dumps(asdict(replace(request, path=path)))
+            reply = self._shell.ask(RUN, *command, line=line, timeout_s=timeout_s + _GRACE_S)
+        except StoppedError:
+            raise
+        except UnreachableError as error:
+            # What is there has to be looked for again, should it come back.
+            self._open, self._problem = None, f"{self.name}: {error}"
+            return WorkerResult(error=self._problem)
+        except PhonereadyError as error:
+            return WorkerResult(error=str(error))
+        if reply.status:
+            return WorkerResult(error=_exit_reason(reply, link.machine.folder))
+        return result_from_json(reply.output.strip().rpartition(b"\n")[2])
+
+    def clean(self) -> int:
+        """Remove all that was ever pushed there, and return how many files and programs that was.
+
+        Raises:
+            FarError: It cannot be reached, or something cannot be removed.
+        """
+        shell = FarShell(self.transport)  # one that `stop` did not stop
+        try:
+            machine = describe(shell, self._folder)
+            removed = Depot(shell, machine.folder).clean()
+        except FarError as error:
+            raise FarError(f"{self.name}: {error}") from error
+        self._open = None
+        return removed
+
+    def stop(self) -> None:
+        """End what runs there; `run`, in whatever thread, raises StoppedError."""
+        self._shell.stop()
+
+    def _connection(self) -> _Connection:
+        if self._open is None and not self._problem:
+            self.environment()
+        if self._open is None:
+            raise FarError(self._problem)
+        return self._open
+
+    def _report(self, description: str, done: int, total: int) -> None:
+        self.progress(description, done, total)
+
+    def _program(self, engine: str, link: _Connection) -> list[str]:
+        """The program that measures, with its arguments. A failure is remembered: finding out takes minutes."""
+        if engine not in link.programs:
+            try:
+                link.programs[engine] = (_native if engine == _NATIVE else _python)(self, engine, link)
+            except (StoppedError, UnreachableError):
+                raise
+            except PhonereadyError as error:
+                link.programs[engine] = error
+        found = link.programs[engine]
+        if isinstance(found, PhonereadyError):
+            raise found
+        return found
+
+
+def _native(remote: Remote, engine: str, link: _Connection) -> list[str]:
+    """The runner for the machine, given or built here."""
+    runner = remote.runner or _built(link.machine, remote.ndk, remote.progress)
+    made_for = program_machine(runner)
+    if made_for and made_for != link.machine.machine:
+        raise FarError(f"wrong ABI: {runner.name} is for {made_for}, the device is {link.machine.machine}")
+    return [link.depot.have(runner, program_bundle)]
+
+
+def _python(remote: Remote, engine: str, link: _Connection) -> list[str]:
+    """The worker that measures here, in a Python there."""
+    if link.machine.abi:
+        raise FarError(f"{engine} needs Python there, which Android does not have; measure a GGUF file")
+    reply = remote._shell.run(HAVE_PACKAGES, _PYTHON, *_PACKAGES[engine], timeout_s=ANSWER_S)
+    if reply.status:
+        raise FarError(f"{engine} needs Python there, and there is no {_PYTHON}")
+    lacking = reply.text.strip().rpartition("\n")[2].split()
+    if lacking:
+        what = "3.11 or newer" if "python" in lacking else f"with {', '.join(lacking)}"
+        raise FarError(f"{engine} needs a {_PYTHON} {what} there")
+    packed = cache_directory() / "worker.zip"
+    with _BUILDING:
+        pack_worker(packed)
+    path = link.depot.have(packed, program_bundle)
+    return ["env", f"PYTHONPATH={path}", _PYTHON, "-P", "-m", "runtime_bench.worker"]
+
+
+def _built(machine: Machine, ndk: Path | None, progress: Progress) -> Path:
+    target = machine.runner
+    with _BUILDING:
+        return build_runner(target, ndk=ndk if target.startswith("android") else None, progress=progress)
+
+
+def _exit_reason(reply: Reply, folder: str) -> str:
+    """Why a program there gave no result."""
+    if reply.status == _CANNOT_EXECUTE:
+        return f"the runner cannot be executed in {folder}; name a folder that allows it: --remote-folder"
+    return exit_reason(reply.status, reply.errors)

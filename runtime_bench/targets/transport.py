@@ -1,0 +1,251 @@
+"""Commands on another machine: a client program here carries one script to the shell there.
+
+All that goes there is `sh -c SCRIPT phoneready ARGUMENT...` with every word quoted, so that no name is ever read as
+shell. The script's status comes back in a last line on stderr: a client's own exit status does not tell a command
+that failed there from a connection that broke.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Protocol
+
+from cfsp.errors import PhonereadyError
+
+__all__ = ["FarError", "FarShell", "Reply", "StoppedError", "Transport", "UnreachableError"]
+
+_STATUS = "phoneready-status:"
+_MOST_BYTES = 2**24
+_TAIL_BYTES = 8192
+_STALL_S = 60.0
+"""A client that takes nothing more of a file for so long has lost its device."""
+_POLL_S = 0.2
+
+
+class FarError(PhonereadyError):
+    """Something could not be done there; the text says what, and does not name the target."""
+
+
+class UnreachableError(FarError):
+    """There is no way there, or there is none any more."""
+
+
+class StoppedError(PhonereadyError):
+    """It was stopped from another thread."""
+
+    exit_code = 130
+
+
+class Transport(Protocol):
+    """A way to another machine's shell.
+
+    Attributes:
+        name: Of the target, as records have it.
+        folder: Where files go unless the user says; empty for a folder under the home there.
+        client: The program that has to be here.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> str: ...
+
+    @property
+    def client(self) -> str: ...
+
+    def command(self, line: str) -> list[str]:
+        """Arguments of the process here that has the shell there run a line, with stdin, stdout, stderr of its own."""
+        ...
+
+    def failure(self, lines: Sequence[str], status: int) -> str:
+        """Why a line was not run to its end, from what the client said last and how it ended."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a script ended.
+
+    Attributes:
+        status: Its exit status there.
+        output: Its stdout.
+        errors: Last lines of its stderr.
+    """
+
+    status: int
+    output: bytes
+    errors: list[str]
+
+    @property
+    def text(self) -> str:
+        """stdout as text."""
+        return self.output.decode("utf-8", "replace")
+
+    def reason(self, what: str) -> FarError:
+        """The error that a script ended with."""
+        last = f": {self.errors[-1]}" if self.errors else ""
+        return FarError(f"{what} failed there with status {self.status}{last}")
+
+
+class FarShell:
+    """Runs scripts over a transport, one at a time; `stop` ends the one that runs, from any thread."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
+
+    def run(self, script: str, *arguments: str, timeout_s: float) -> Reply:
+        """Run a script that reads nothing.
+
+        Raises:
+            UnreachableError: No client, no connection, or a connection that broke.
+            FarError: No end in time.
+        """
+        return self._run(
+            script, arguments, subprocess.DEVNULL, lambda process: process.wait(timeout_s), timeout_s
+        )
+
+    def ask(self, script: str, *arguments: str, line: str, timeout_s: float) -> Reply:
+        """Run a script that reads one line. Its stdin stays open until it has ended, or nobody waits any more.
+
+        Raises:
+            UnreachableError: As `run`.
+            FarError: As `run`.
+        """
+
+        def wait(process: subprocess.Popen[bytes]) -> None:
+            assert process.stdin is not None  # a pipe was asked for
+            try:
+                process.stdin.write(line.encode() + b"\n")
+                process.stdin.flush()
+            except BrokenPipeError:
+                pass  # the client has ended already and will say why
+            process.wait(timeout_s)
+
+        return self._run(script, arguments, subprocess.PIPE, wait, timeout_s)
+
+    def feed(
+        self, script: str, *arguments: str, file: Path, on_bytes: Callable[[int], None] = lambda count: None
+    ) -> Reply:
+        """Run a script that reads a file of this machine.
+
+        Args:
+            script: What to run.
+            arguments: Its arguments.
+            file: Its stdin.
+            on_bytes: Told how much the client has taken.
+
+        Raises:
+            UnreachableError: As `run`.
+            FarError: The file is not taken any further.
+            OSError: The file cannot be read.
+        """
+        with file.open("rb", buffering=0) as stream:
+            return self._run(
+                script, arguments, stream, lambda process: _watch(process, stream, on_bytes), _STALL_S
+            )
+
+    def stop(self) -> None:
+        """End what runs and start nothing any more; whoever waits gets StoppedError."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
+
+    def _run(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        stdin: int | IO[bytes],
+        wait: Callable[[subprocess.Popen[bytes]], object],
+        timeout_s: float,
+    ) -> Reply:
+        line = shlex.join(
+            ["sh", "-c", f"LC_ALL=C; export LC_ALL; ({script}\n); {_TELL}", "phoneready", *arguments]
+        )
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            process = self._start(self.transport.command(line), stdin, output, errors)
+            try:
+                wait(process)
+            except subprocess.TimeoutExpired:
+                raise FarError(f"timeout: no answer within {timeout_s:g} s") from None
+            finally:
+                # Whatever runs there sees its stdin close, and ends.
+                process.kill()
+                if process.stdin is not None:
+                    process.stdin.close()
+                status = process.wait()
+                self._process = None
+            if self._stopped:
+                raise StoppedError("stopped")
+            lines, told = _split_status(_tail(errors))
+            if told is None:
+                raise UnreachableError(self.transport.failure(lines, status))
+            output.seek(0)
+            return Reply(told, output.read(_MOST_BYTES), lines)
+
+    def _start(
+        self, command: list[str], stdin: int | IO[bytes], output: IO[bytes], errors: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._stopped:
+                raise StoppedError("stopped")
+            try:
+                # A session of its own: Ctrl-C is for us, and what we do about it is to end the client.
+                self._process = subprocess.Popen(
+                    command, stdin=stdin, stdout=output, stderr=errors, start_new_session=True
+                )
+            except OSError as error:
+                client = self.transport.client
+                why = (
+                    "is not installed"
+                    if isinstance(error, FileNotFoundError)
+                    else f"cannot run: {error.strerror}"
+                )
+                raise UnreachableError(
+                    f"{client} {why}; {self.transport.name} is reached through it"
+                ) from error
+            return self._process
+
+
+_TELL = f"printf '\\n%s%s\\n' {_STATUS} \"$?\" >&2"
+
+
+def _watch(process: subprocess.Popen[bytes], stream: IO[bytes], on_bytes: Callable[[int], None]) -> None:
+    """Wait for the reader of a file. It shares our offset, which so says how far it is."""
+    taken, since = -1, time.monotonic()
+    while True:
+        try:
+            process.wait(_POLL_S)
+            return
+        except subprocess.TimeoutExpired:
+            now = stream.tell()
+            if now != taken:
+                taken, since = now, time.monotonic()
+                on_bytes(taken)
+            elif time.monotonic() - since > _STALL_S:
+                raise
+
+
+def _tail(stream: IO[bytes]) -> list[str]:
+    size = stream.seek(0, 2)
+    stream.seek(max(0, size - _TAIL_BYTES))
+    lines = stream.read().decode("utf-8", "replace").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
+
+def _split_status(lines: list[str]) -> tuple[list[str], int | None]:
+    """What was said, without the script's status, and that; a client may say something after it."""
+    told = [line.removeprefix(_STATUS) for line in lines if line.startswith(_STATUS)]
+    said = [line for line in lines if not line.startswith(_STATUS)]
+    return said, int(told[-1]) if told and told[-1].isdecimal() else None

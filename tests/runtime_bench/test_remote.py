@@ -1,0 +1,559 @@
+"""Other machines, behind a real sshd and real adbds on loopback."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from cfsp.errors import InputError
+from exporters.onnx import export_onnx
+from exporters.onnx.folder import find_graph
+from phoneready.commands.bench_targets import TargetOptions, open_remote, open_targets
+from phoneready.main import main
+from runtime_bench.matrix import run_matrix
+from runtime_bench.measure import run_bench
+from runtime_bench.record import BenchRecord
+from runtime_bench.targets import LOCAL
+from runtime_bench.targets.adb import Adb
+from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.ssh import Ssh
+from runtime_bench.workload import BenchSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = BenchSettings(n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,))
+HOSTILE = "-o $(touch pwned) `touch pwned`; 'q' \"d\" \\ \n &"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
+
+
+def _daemons() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("loopback_daemons", ROOT / "tools" / "loopback_daemons.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Device:
+    """A machine behind one of the transports, and how to make it vanish and come back."""
+
+    target: Callable[..., Remote]
+    vanish: Callable[[], None]
+    come_back: Callable[[], None]
+    options: list[str]
+
+
+@pytest.fixture(scope="module")
+def daemons() -> ModuleType:
+    return _daemons()
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def board(daemons: ModuleType, stack: ExitStack) -> Any:
+    """The sshd; what it runs finds the Python of these tests."""
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    try:
+        return stack.enter_context(daemons.ssh_server(path))
+    except daemons.NotPossible as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def phones(daemons: ModuleType, stack: ExitStack) -> Any:
+    """The adb server, without devices."""
+    try:
+        return stack.enter_context(daemons.adb_devices())
+    except daemons.NotPossible as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def adb_environment(phones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in phones.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(params=["ssh", "adb"])
+def device(request: pytest.FixtureRequest, far: Path, runner: Path) -> Iterator[Device]:
+    if request.param == "ssh":
+        board = request.getfixturevalue("board")
+        options = ["--on", "ssh:board", "--ssh-config", str(board.config)]
+
+        def target(**changes: Any) -> Remote:
+            return Remote(Ssh("board", board.config), **({"runner": runner, "folder": str(far)} | changes))
+
+        yield Device(target, board.kill, board.start, options)
+        board.kill()
+        board.start()
+        return
+    phones = request.getfixturevalue("phones")
+    request.getfixturevalue("adb_environment")
+    serial = phones.start()
+
+    def target(**changes: Any) -> Remote:
+        return Remote(Adb(serial), **({"runner": runner, "folder": str(far)} | changes))
+
+    yield Device(target, lambda: phones.kill(serial), lambda: phones.start(), ["--on", f"adb:{serial}"])
+    phones.kill_all()
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Path:
+    """The folder there, which does not exist yet and has a name that a shell must not see bare."""
+    return tmp_path / "far away" / HOSTILE.replace("\n", "")
+
+
+@pytest.fixture(scope="module")
+def tiny_onnx(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    output = tmp_path_factory.mktemp("onnx") / "out"
+    export_onnx(tiny_folder(), output, ["fp32"], n_threads=1)
+    return find_graph(str(output / "fp32"), last_logits=True)
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    return path
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Path:
+    """A program that speaks the runner's protocol: the worker that measures here."""
+    command = f"PYTHONPATH='{ROOT}' exec '{sys.executable}' -P -m runtime_bench.worker"
+    return script(tmp_path / "runner", command)
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path) -> Path:
+    """A runner that never ends by itself; its last argument makes it known."""
+    return script(
+        tmp_path / "sleeper", f"exec {sys.executable} -c 'import time; time.sleep(600)' {tmp_path}/awake"
+    )
+
+
+def running(mark: object) -> list[psutil.Process]:
+    """Processes with a mark in their arguments, but for this one and those above it."""
+    above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if str(mark) in words and process.pid not in above:
+            found.append(process)
+    return found
+
+
+def until(holds: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    return {file.name: file for file in folder.rglob("*") if file.is_file()}
+
+
+def bench(path: Path, target: Remote, **changes: Any) -> BenchRecord:
+    (record,) = run_bench([path], SETTINGS, target=target, **changes)
+    return record
+
+
+def test_a_file_is_measured_there(
+    device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path, far: Path
+) -> None:
+    path = tiny_gguf()
+    target = device.target()
+    record = bench(path, target)
+    assert record.failure is None
+    assert (record.kind, record.target, record.engine) == ("measured", target.name, "llama.cpp")
+    assert (record.model_filename, record.n_threads, len(record.samples_ns)) == (str(path), 1, 1)
+    assert record.memory_verdict is None
+    assert record.model_n_params
+    assert record.environment.platform.startswith(f"Linux {os.uname().release}")
+    assert record.environment.cpus_usable == len(os.sched_getaffinity(0))
+    assert record.environment.memory_bytes == pytest.approx(psutil.virtual_memory().total, rel=0.01)
+    assert record.environment.cpu_model
+    assert set(files_in(far)) == {"model.gguf", "runner"}
+    assert not running(tmp_path), "something is left running"
+
+
+def test_files_are_pushed_once_and_again_when_they_are_spoiled(
+    device: Device, tiny_gguf: Callable[..., Path], far: Path
+) -> None:
+    path = tiny_gguf()
+    assert bench(path, device.target()).ok
+    pushed = files_in(far)["model.gguf"]
+    first = pushed.stat()
+    assert pushed.parent.name == bench(path, device.target()).file_sha256
+    assert (pushed.stat().st_ino, pushed.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    with pushed.open("r+b") as stream:
+        stream.write(b"spoiled")
+    assert bench(path, device.target()).ok
+    assert pushed.read_bytes() == path.read_bytes()
+
+
+def test_hostile_names_are_only_names(
+    device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path, far: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(HOSTILE + ".gguf")
+    path.write_bytes(tiny_gguf().read_bytes())
+    folder = tmp_path / HOSTILE.replace("\n", "")
+    record = bench(path, device.target(folder=str(folder)))
+    assert record.failure is None
+    assert record.model_filename == str(path)
+    assert set(files_in(folder)) == {"model.gguf", "runner"}
+    assert device.target(folder=str(folder)).clean() == 2
+    assert not folder.exists()
+    assert not list(tmp_path.rglob("pwned"))
+    assert not (Path.home() / "pwned").exists()
+
+
+def test_what_was_pushed_is_removed_and_nothing_else(
+    device: Device, tiny_gguf: Callable[..., Path], far: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(tiny_gguf(), device.target()).ok
+    own = far / "diary.txt"
+    own.write_text("not pushed by phoneready")
+    name, options = device.options[1], [*device.options[2:], "--remote-folder", str(far), "--json"]
+    assert main(["devices", "clean", name, *options]) == 0
+    assert json.loads(capsys.readouterr().out) == {"target": name, "removed": 2}
+    assert list(far.iterdir()) == [own]
+    own.unlink()
+    assert device.target().clean() == 0
+    assert not far.exists()
+
+
+def test_a_device_that_vanishes_during_a_push_keeps_no_half(
+    device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path, far: Path
+) -> None:
+    large, small = tmp_path / "large.gguf", tiny_gguf()
+    with large.open("wb") as stream:
+        stream.truncate(2**29)
+    target = device.target()
+
+    def vanish() -> None:
+        until(lambda: list(far.rglob(".part-*")), "the push does not begin")
+        device.vanish()
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    failed, after = run_bench([large, small], SETTINGS, target=target)
+    thread.join()
+    assert "the device went away" in (failed.failure or "")
+    # Nobody answers any more: the next file fails, too, and at once.
+    assert after.status == "failed"
+    until(lambda: set(files_in(far)) <= {"runner"}, "half a file is left")
+    device.come_back()
+    assert bench(small, target).ok
+
+
+def test_a_device_that_vanishes_during_a_run_is_told_and_nothing_runs_on(
+    device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path, sleeper: Path
+) -> None:
+    def vanish() -> None:
+        until(lambda: running(tmp_path / "awake"), "the run does not begin")
+        device.vanish()
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    # The rest of the matrix goes on.
+    gone, here = run_matrix([tiny_gguf()], SETTINGS, [device.target(runner=sleeper), LOCAL])
+    thread.join()
+    assert (gone.status, here.status) == ("failed", "ok")
+    assert "the device went away" in (gone.failure or "")
+    assert gone.samples_ns == ()
+    until(lambda: not running(tmp_path / "awake"), "the run goes on there")
+
+
+def test_a_run_that_takes_too_long_is_ended_there(
+    device: Device,
+    tiny_gguf: Callable[..., Path],
+    tmp_path: Path,
+    sleeper: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("runtime_bench.targets.remote._GRACE_S", 1.0)
+    settings = BenchSettings(
+        n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,), timeout_s=1
+    )
+    (record,) = run_bench([tiny_gguf()], settings, target=device.target(runner=sleeper))
+    assert "timeout" in (record.failure or "")
+    until(lambda: not running(tmp_path / "awake"), "the run goes on there")
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_runs_on_when_we_are_ended(
+    device: Device,
+    tiny_gguf: Callable[..., Path],
+    tmp_path: Path,
+    sleeper: Path,
+    far: Path,
+    ending: signal.Signals,
+) -> None:
+    options = ["-n", "4", "-t", "1", "--no-text-check", "--runner", str(sleeper), "--remote-folder", str(far)]
+    command = [sys.executable, "-m", "phoneready", "bench", str(tiny_gguf()), *options, *device.options]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: running(tmp_path / "awake"), "the run does not begin")
+        process.send_signal(ending)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if ending == signal.SIGINT else -signal.SIGKILL)
+    assert said == ("error: interrupted\n" if ending == signal.SIGINT else "")
+    until(lambda: not running(tmp_path / "awake"), "the run goes on there")
+    until(lambda: not running(tmp_path), "a shell or a client is left")
+
+
+def test_no_space_there(
+    device: Device, tiny_gguf: Callable[..., Path], small_disk: Callable[[str], Path], far: Path
+) -> None:
+    folder = small_disk("256k") / "files"
+    path = tiny_gguf(hidden_size=256, head_dim=64)
+    record = bench(path, device.target(folder=str(folder)))
+    size = path.stat().st_size / 2**20
+    assert record.failure == f"no space left there for {path.name} ({size:.1f} MiB) in {folder}"
+    assert set(files_in(folder)) == {"runner"}
+    assert bench(path, device.target()).ok
+
+
+def test_a_folder_that_cannot_be(device: Device, tiny_gguf: Callable[..., Path]) -> None:
+    record = bench(tiny_gguf(), device.target(folder="/proc/nowhere"))
+    assert (record.failure or "").startswith("pushing runner failed there with status 1: ")
+    for folder in ("~/files", "/tmp/a\nb"):
+        with pytest.raises(InputError, match="not an absolute path"):
+            device.target(folder=folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "cat >/dev/null; echo GGML_ASSERT failed: sorry >&2; exit 3",
+            "exit status 3: GGML_ASSERT failed: sorry",
+        ),
+        ("kill -9 $$", "killed by SIGKILL, as the system does when memory runs out"),
+        ("cat >/dev/null", "no readable result"),
+        ('cat >/dev/null; echo \'{"samples_ns": ["many"]}\'', "no readable result: samples_ns.0"),
+    ],
+)
+def test_a_runner_that_fails(
+    device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path, text: str, reason: str
+) -> None:
+    record = bench(tiny_gguf(), device.target(runner=script(tmp_path / "bad", text)))
+    assert reason in (record.failure or "")
+
+
+def test_a_runner_for_another_processor(
+    device: Device, tiny_gguf: Callable[..., Path], tmp_path: Path
+) -> None:
+    other, number = ("aarch64", 183) if os.uname().machine == "x86_64" else ("x86_64", 62)
+    program = tmp_path / "foreign"
+    program.write_bytes(b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHI", 2, number, 1) + bytes(40))
+    record = bench(tiny_gguf(), device.target(runner=program))
+    assert record.failure == f"wrong ABI: foreign is for {other}, the device is {os.uname().machine}"
+
+
+def test_a_client_that_is_not_installed(
+    device: Device, tiny_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = device.target()
+    monkeypatch.setenv("PATH", "/nowhere")
+    record = bench(tiny_gguf(), target)
+    client = target.name.partition(":")[0]
+    assert record.failure == f"{target.name}: {client} is not installed; {target.name} is reached through it"
+    assert record.environment.cpus_usable is None
+
+
+def test_host_keys_are_checked(
+    daemons: ModuleType, tiny_gguf: Callable[..., Path], board: Any, runner: Path
+) -> None:
+    stranger = bench(tiny_gguf(), Remote(Ssh("stranger", board.config), runner=runner))
+    assert "its host key could not be verified" in (stranger.failure or "")
+    with daemons.ssh_server() as other:
+        other.change_host_key()
+        record = bench(tiny_gguf(), Remote(Ssh("board", other.config), runner=runner))
+    assert record.failure == "ssh:board: its host key is not the one that is known; it may be another machine"
+
+
+def test_hosts_that_do_not_answer_or_refuse(
+    tiny_gguf: Callable[..., Path], board: Any, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        record = bench(tiny_gguf(), Remote(Ssh(f"127.0.0.1:{port}")))
+    assert record.failure == f"ssh:127.0.0.1:{port}: nothing answers there: connection refused"
+    (tmp_path / "config").write_text(board.config.read_text().replace("user_key", "host_key"))
+    record = bench(tiny_gguf(), Remote(Ssh("board", tmp_path / "config")))
+    assert "it refuses the login" in (record.failure or "")
+
+
+@pytest.mark.usefixtures("adb_environment")
+def test_devices_that_are_not_there_or_not_ready(phones: Any, tiny_gguf: Callable[..., Path]) -> None:
+    path = tiny_gguf()
+    record = bench(path, Remote(Adb("nobody")))
+    assert record.failure == "adb:nobody: no such device; adb devices lists those that are there"
+    serial = phones.start(5611)
+    phones.kill(serial)  # and adb's server still knows it
+    assert "adb:127.0.0.1:5611: the device is offline" in (bench(path, Remote(Adb(serial))).failure or "")
+    phones.disconnect(serial)
+    # A device that asks its owner: it answers every signature with another token.
+    program = phones.enter([sys.executable, "-c", UNAUTHORIZED])
+    try:
+        phones.connect("127.0.0.1:5612")
+        phones.wait("127.0.0.1:5612", "unauthorized")
+        reason = bench(path, Remote(Adb("127.0.0.1:5612"))).failure or ""
+    finally:
+        program.kill()
+        program.wait()
+        phones.disconnect("127.0.0.1:5612")
+    assert "the device has not authorized this computer" in reason
+
+
+UNAUTHORIZED = """
+import socket, struct
+with socket.create_server(("127.0.0.1", 5612)) as server:
+    while True:
+        peer, _ = server.accept()
+        with peer:
+            while head := peer.recv(24, socket.MSG_WAITALL):
+                size = struct.unpack("<6I", head)[3]
+                peer.recv(size, socket.MSG_WAITALL)
+                word = int.from_bytes(b"AUTH", "little")
+                token = bytes(range(20))
+                peer.sendall(struct.pack("<6I", word, 1, 0, 20, sum(token), word ^ 0xFFFFFFFF) + token)
+"""
+"""The least of adb's protocol: system/core/adb/protocol.txt, A_AUTH of type TOKEN."""
+
+
+@pytest.mark.usefixtures("adb_environment")
+def test_several_devices_at_once(
+    phones: Any, board: Any, tiny_gguf: Callable[..., Path], tmp_path: Path, runner: Path
+) -> None:
+    serials = [phones.start(port) for port in (5621, 5622)]
+    missing = Remote(Adb("nobody"))
+    targets = [
+        *(
+            Remote(Adb(serial), runner=runner, folder=str(tmp_path / f"far-{i}"))
+            for i, serial in enumerate(serials)
+        ),
+        missing,
+        Remote(Ssh("board", board.config), runner=runner, folder=str(tmp_path / "far-board")),
+    ]
+    paths = [tiny_gguf(), tiny_gguf(seed=1)]
+    said, kept = set(), []
+    records = run_matrix(
+        paths, SETTINGS, targets, lambda text, done, total: said.add(text), on_record=kept.append
+    )
+    assert [(r.target, r.model_filename) for r in records] == [
+        (t.name, str(p)) for t in targets for p in paths
+    ]
+    assert [r.ok for r in records] == [r.target != missing.name for r in records]
+    assert sorted(map(id, kept)) == sorted(map(id, records))
+    assert {f"{t.name} measuring" for t in targets} <= said
+    assert f"{targets[0].name} pushing" in said
+    phones.kill_all()
+
+
+def test_onnx_is_measured_by_a_python_there(
+    board: Any, tiny_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    far = tmp_path / "far"
+    record = bench(tiny_onnx, Remote(Ssh("board", board.config), folder=str(far)))
+    assert record.failure is None
+    assert (record.engine, record.target) == ("onnxruntime", "ssh:board")
+    assert {"worker.zip", tiny_onnx.name, "tokenizer.json"} <= set(files_in(far))
+
+
+def test_onnx_without_a_python_there(daemons: ModuleType, tiny_onnx: Path, tmp_path: Path) -> None:
+    lean = tmp_path / "bin"
+    lean.mkdir()
+    for name in ("sh", "uname", "cat", "nproc", "grep", "sha256sum"):
+        (lean / name).symlink_to(f"/usr/bin/{name}")
+    try:
+        with daemons.ssh_server(str(lean)) as bare:
+            target = Remote(Ssh("board", bare.config), folder=str(tmp_path / "far"))
+            assert (
+                bench(tiny_onnx, target).failure == "onnxruntime needs Python there, and there is no python3"
+            )
+            script(lean / "python3", "echo onnxruntime tokenizers").chmod(0o755)
+            lacking = bench(tiny_onnx, Remote(target.transport, folder=target.folder)).failure
+            assert lacking == "onnxruntime needs a python3 with onnxruntime, tokenizers there"
+    except daemons.NotPossible as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "ssh",
+            "ssh:",
+            "ssh:-oProxyCommand=touch pwned",
+            "ssh:a b",
+            "ssh:host;id",
+            "ssh:$(id)",
+            "ssh:me@-x",
+        ),
+        *("ssh:host:port", "ssh:a\nb", "adb", "adb:", "adb:-s", "adb:a\nb", "local:here", "telnet:host"),
+    ],
+)
+def test_names_that_are_none(name: str) -> None:
+    with pytest.raises(InputError, match="--on"):
+        open_targets([name], TargetOptions())
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("board", ["--", "board", "true"]),
+        ("me@board:2222", ["-l", "me", "-p", "2222", "--", "board", "true"]),
+        ("[fe80::1%eth0]:22", ["-p", "22", "--", "fe80::1%eth0", "true"]),
+        ("a-b.example", ["--", "a-b.example", "true"]),
+    ],
+)
+def test_names_of_hosts(host: str, words: list[str]) -> None:
+    target = open_remote(f"ssh:{host}", TargetOptions())
+    command = target.transport.command("true")
+    assert target.name == f"ssh:{host}"
+    assert command[-len(words) :] == words
+    assert "BatchMode=yes" in command
+    assert not any("StrictHostKeyChecking" in word for word in command)
+
+
+def test_options_that_nobody_uses() -> None:
+    for names, options in (
+        (["local"], TargetOptions(memory="1G")),
+        (["constrained"], TargetOptions(runner=Path("runner"))),
+        (["adb:x"], TargetOptions(ssh_config=Path("config"))),
+    ):
+        with pytest.raises(InputError, match="not for this target"):
+            open_targets(names, options)
+    with pytest.raises(InputError, match="not another machine"):
+        open_remote("local", TargetOptions())
