@@ -21,6 +21,7 @@ OPTIONAL = {
     "lm_eval",
     "mlflow",
     "optuna",
+    "playwright",
     "tomli_w",
 }
 MODULES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
