@@ -177,12 +177,19 @@ def test_an_older_opset_gives_a_file_that_older_runtimes_read(checkpoint: Path, 
         ("onnxruntime", ["export", "CHECKPOINT", "-o", "OUT", "--onnx", "fp32"]),
         ("onnx_ir", ["export", "CHECKPOINT", "-o", "OUT", "--onnx", "fp32"]),
         ("optimum", ["export", "CHECKPOINT", "-o", "OUT", "--onnx", "portable"]),
+        ("onnxruntime_genai", ["bench", "GRAPH", "--engine", "onnxruntime-genai"]),
     ],
 )
 def test_what_is_not_installed_is_named_with_its_extra(
-    package: str, arguments: list[str], checkpoint: Path, tmp_path: Path
+    package: str,
+    arguments: list[str],
+    checkpoint: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    places = {"CHECKPOINT": checkpoint, "OUT": tmp_path / "out"}
+    graph = tmp_path_factory.mktemp("graph") / "model.onnx"
+    graph.touch()
+    places = {"CHECKPOINT": checkpoint, "OUT": tmp_path / "out", "GRAPH": graph}
     line = command(*(places.get(word, word) for word in arguments), without=package)
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 2
