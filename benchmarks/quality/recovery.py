@@ -1,12 +1,12 @@
 """Recovery of pruned SmolLM2-135M-Instruct: methods and losses against each other, and against a dense control.
 
 Everything is done by the command line, each step in a process of its own, and every step whose output is there
-already is not done again: a run of many hours can be spread. The dense control is the dense model with the same
+already is not done again, nor a run whose row --json has: many hours can be spread, over machines too. The dense control is the dense model with the same
 training, which is what a recovered model is to be compared with: in-domain data would improve any model.
 
     python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
         [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
-        [--text-windows 74] [--prompts prompts.jsonl] [--task-data DIR] [--limit 300]
+        [--text-windows 74] [--prompts prompts.jsonl] [--task-data DIR] [--limit 300] [--json FILE]
 
 Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first windows of 1024
 tokens of --wikitext, on 16 windows of the held-out chats in random order, on --prompts (degenerate answers) and on
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pruning import split_chats
+
+from cfsp.files import read_json, write_json
 
 DENSE = "smollm2-135m"
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--task-data", type=Path)
     parser.add_argument("--limit", type=int, help="Items of each task.")
+    parser.add_argument("--json", type=Path, help="Rows, kept as they come.")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,21 +93,28 @@ def main() -> None:
     controls = [v for v in arguments.variants if not {"ig-lora", "distill"} & set(VARIANTS[v])]
     runs += [Run(0.0, *pair) for pair in itertools.product(controls, arguments.seeds)]
     for ratio in arguments.ratios:
-        prune(folder, ratio, data, arguments.nsamples)
         runs.append(Run(ratio, "unrecovered", 0))
         runs += [Run(ratio, *pair) for pair in itertools.product(arguments.variants, arguments.seeds)]
-    rows = []
+    rows: list[dict[str, Any]] = (
+        read_json(arguments.json) if arguments.json and arguments.json.exists() else []
+    )
+    done = {(row["ratio"], row["variant"], row["seed"]) for row in rows}
     for run in runs:
+        if (run.ratio, run.variant, run.seed) in done:
+            continue
+        prune(folder, run.ratio, data, arguments.nsamples)
         recover(folder, run, data, arguments.max_tokens)
         rows.append(measure(folder, run, arguments))
         print(json.dumps(rows[-1]), flush=True)
+        if arguments.json:
+            write_json(arguments.json, rows)
     print(table(rows))
 
 
 def prune(folder: Path, ratio: float, data: list[str], nsamples: int) -> None:
     """The checkpoint that recovery starts from, calibrated on the training data."""
     output = folder / f"pruned-{ratio:g}"
-    if not output.exists():
+    if ratio and not output.exists():
         phoneready(
             "prune", DENSE, "-o", output, "--prune-ratio", ratio, "--nsamples", nsamples, *references(data)
         )
