@@ -1,8 +1,9 @@
 """Recovery of pruned SmolLM2-135M-Instruct: methods and losses against each other, and against a dense control.
 
-Everything is done by the command line, each step in a process of its own, and every step whose output is there
-already is not done again, nor a run whose row --json has: many hours can be spread, over machines too. The dense control is the dense model with the same
-training, which is what a recovered model is to be compared with: in-domain data would improve any model.
+Everything is done by the command line, each step in a process of its own. A step whose output is there already is not
+done again, nor a run whose row --json has: many hours can be spread, over machines too. The dense control is the dense
+model with the same training, which is what a recovered model is to be compared with: in-domain data would improve any
+model.
 
     python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
         [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
