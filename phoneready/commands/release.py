@@ -87,6 +87,7 @@ def release(
         progress=show_progress,
         threads=threads,
         label=label,
+        tell=lambda line: note(f"{'':<14} {line}"),
     )
     not_logged = _track(chosen, output, label)
     figures, verdicts = read_figures(chosen, output), released.verdicts

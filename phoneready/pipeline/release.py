@@ -39,6 +39,7 @@ from phoneready.pipeline.config import RecoverConfig, ReleaseConfig
 from phoneready.pipeline.figure_set import FigureSet, check_same_model, read_baseline
 from phoneready.pipeline.figures import read_figures
 from phoneready.pipeline.gate_files import write_verdicts
+from phoneready.pipeline.live import last_times, stage_figures
 from phoneready.pipeline.manifest import ReleaseManifest
 from phoneready.pipeline.metrics import planned_figures
 from phoneready.pipeline.publish import publish
@@ -74,6 +75,7 @@ def run_release(
     progress: Callable[[], AbstractContextManager[Progress]],
     threads: int | None = None,
     label: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Released:
     """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
 
@@ -84,6 +86,7 @@ def run_release(
         progress: Opens a progress display.
         threads: Threads outside torch and the benchmark; torch's number by default.
         label: What the history is to call this run.
+        tell: Told after each stage where the run is, what the stage has found, and how long the rest took last time.
 
     Raises:
         InputError: A setting or an input that cannot be used, a folder that is not a release's, or a baseline of
@@ -94,14 +97,17 @@ def run_release(
     check_extras(config)
     baseline = load_baseline(config)
     with claim_folder(folder):
+        stages = release_stages(config, folder, threads)
+        times = last_times(stages, folder)
 
         def check(stage: str) -> None:
+            told = (times.position(stage), stage_figures(folder, stage), times.rest(stage))
+            tell("; ".join(filter(None, told)))
             # As soon as the model is known: not after an hour of work.
             if stage == "dense" and baseline is not None and config.baseline is not None:
                 source = read_checkpoint_info(stage_folder(folder, stage) / "model").source
                 check_same_model(baseline, source.reference, source.sha256, config.baseline.file)
 
-        stages = release_stages(config, folder, threads)
         records = run_stages(stages, folder, show=show, progress=progress, check=check)
         figures = collect_figures(config, folder, read_figures(config, folder))
         verdicts = write_verdicts(config, folder, figures, baseline)

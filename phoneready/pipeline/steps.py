@@ -30,6 +30,7 @@ from phoneready.evaluation.run import evaluate
 from phoneready.pipeline.answers import answer_all
 from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.live import rows_so_far
 from phoneready.pipeline.metrics import CHECKPOINT
 from phoneready.pipeline.places import Unreachable, open_place, place_slug
 from phoneready.pipeline.stages import stage_folder
@@ -252,7 +253,8 @@ class Steps:
             target = open_place(place)
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
-        records = run_bench(files, settings, progress, target=target)
+        progress, tell = rows_so_far(progress)
+        records = run_bench(files, settings, progress, target=target, on_record=tell)
         named = [dataclasses.replace(r, model_filename=names[r.model_filename]) for r in records]
         append_jsonl(output / BENCH_FILE, named)
 

@@ -125,6 +125,15 @@ def released(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) ->
     output, errors = process.communicate(timeout=800)
     assert process.returncode == 0, errors
     assert states(errors) == dict.fromkeys(STAGES, "finished")
+    told = [line.strip() for line in errors.splitlines() if line.startswith("  ")]
+    assert [line.split(";")[0] for line in told] == [
+        f"{n} of {len(STAGES)}" for n in range(1, len(STAGES) + 1)
+    ]
+    assert "25.0% of the FFN channels removed" in told[1]
+    assert "validation perplexity" in told[2]
+    assert "x dense, KL " in told[3]
+    assert "Q8_0 " in told[5]
+    assert "tg2 " in told[-1]
     manifest = json.loads(output)
     assert manifest == json.loads((folder / "out" / "manifest.json").read_text(encoding="utf-8"))
     return config, folder / "out"
@@ -214,7 +223,7 @@ def test_report_makes_both_reports_again_without_a_model(released: tuple[Path, P
     assert verify_release(folder)[1] == []
     page = before["report.html"]
     for part in (
-        "tiny-model-pruned25-Q8_0.gguf",
+        "tiny-model-pruned25-recovered-Q8_0.gguf",
         "Pixel 8a",
         "kl_mean",
         "builtin:python-docs",
@@ -232,6 +241,7 @@ def test_a_second_run_repeats_nothing_and_writes_the_same(released: tuple[Path, 
     assert process.returncode == 0, errors
     assert states(errors) == dict.fromkeys(STAGES, "done before")
     assert "Report: " in output
+    assert "the rest took" not in errors
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -281,7 +291,9 @@ def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
     assert states(captured.err) == {}
     assert copied(*change) == 0
     expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
-    assert states(capsys.readouterr().err) == expected
+    shown = capsys.readouterr().err
+    assert states(shown) == expected
+    assert shown.count("the rest took ") == len(STAGES) - 1
     assert copied("--explain", "--set", "prune.prune_ratio=0.5") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["prune"] == "prune_ratio was 0.25 and is 0.5"
