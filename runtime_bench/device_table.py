@@ -9,10 +9,12 @@ from typing import Any
 from runtime_bench.device_profile import FIGURES, Cluster, Figure, KnownProfile
 from runtime_bench.projection import MIB, Band, Projection
 from runtime_bench.table import as_markdown
+from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
 
 __all__ = ["UNKNOWN", "format_profile", "format_projections", "profile_row", "profile_to_json"]
 
 UNKNOWN = "unknown"
+_FITS = {FITS: "yes", THRASHES: "thrashes", DOES_NOT_FIT: "NO"}
 
 
 def profile_row(entry: KnownProfile) -> dict[str, str]:
@@ -52,7 +54,7 @@ def format_projections(projections: Sequence[Projection], context: int) -> str:
     rows = [
         {
             "device": p.device,
-            "fits": UNKNOWN if p.fits is None else ("yes" if p.fits else "NO"),
+            "fits": _FITS[p.verdict] if p.verdict else UNKNOWN,
             "needs": _mib(p.memory.total),
             "may have": _mib(p.limit_bytes),
             "decode t/s": _band(p.decode),

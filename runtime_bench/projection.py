@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from runtime_bench.device_profile import Cluster, DeviceProfile
 from runtime_bench.model_facts import ModelFacts
+from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
 
 __all__ = [
     "Band",
@@ -89,6 +90,7 @@ class Memory:
         cache: Keys and values of a full context.
         buffers: What is computed on the way, of BATCH_TOKENS tokens.
         process: The program.
+        replaced: Of the weights, those whose repacked copy is read in their stead; the system may drop their pages.
     """
 
     weights: int
@@ -96,11 +98,28 @@ class Memory:
     cache: int
     buffers: int
     process: int
+    replaced: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.weights + self.repacked + self.cache + self.buffers + self.process
+        """All of it: the peak where memory is plenty."""
+        return self.weights + self.kept
+
+    @property
+    def kept(self) -> int:
+        """What cannot be dropped: all but the weights, which are mapped from the file."""
+        return self.repacked + self.cache + self.buffers + self.process
+
+    @property
+    def needed(self) -> int:
+        """What every token wants in memory."""
+        return self.total - self.replaced
+
+    def verdict(self, limit_bytes: int) -> str:
+        """How a run stands to a limit, one of runtime_bench.targets.VERDICTS."""
+        if self.kept > limit_bytes:
+            return DOES_NOT_FIT
+        return FITS if self.needed <= limit_bytes else THRASHES
 
 
 @dataclass(frozen=True)
@@ -111,7 +130,7 @@ class Projection:
         device: Id of the profile.
         memory: What it needs.
         limit_bytes: What it may have; None where neither the limit nor the RAM is known.
-        fits: Whether it does; None where that is unknown.
+        verdict: How it stands to that, one of runtime_bench.targets.VERDICTS; None where the limit is unknown.
         decode: Generated tokens a second; None where the bandwidth is unknown.
         prefill: Prompt tokens a second; None where cores, clocks or instructions are unknown.
         assumptions: What this rests on, and why something is unknown.
@@ -120,10 +139,15 @@ class Projection:
     device: str
     memory: Memory
     limit_bytes: int | None
-    fits: bool | None
+    verdict: str | None
     decode: Band | None
     prefill: Band | None
     assumptions: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it runs there without reading its weights again and again; None where that is unknown."""
+        return None if self.verdict is None else self.verdict == FITS
 
 
 def project_memory(
@@ -139,6 +163,7 @@ def project_memory(
     """
     growth: Mapping[str, float] = next((types for name, types in REPACKED.items() if name in features), {})
     repacked = sum(size * growth.get(kind, 0.0) for kind, size in facts.bytes_by_type.items())
+    replaced = sum(size for kind, size in facts.bytes_by_type.items() if kind in growth)
     # The largest that live together: the FFN's two halves and its output, the residual stream and its norm; float32.
     widest = 2 * facts.ffn_width + 3 * facts.hidden_size
     return Memory(
@@ -148,6 +173,7 @@ def project_memory(
         # The mask of attention is float16, all else float32.
         buffers=4 * (BATCH_TOKENS * widest + facts.vocab_size) + 2 * BATCH_TOKENS * n_ctx,
         process=process_bytes,
+        replaced=replaced,
     )
 
 
@@ -171,7 +197,7 @@ def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection
         device=profile.id,
         memory=memory,
         limit_bytes=limit,
-        fits=None if limit is None else memory.total <= limit,
+        verdict=None if limit is None else memory.verdict(limit),
         decode=decode,
         prefill=prefill,
         assumptions=(*notes, of_decode, of_prefill),

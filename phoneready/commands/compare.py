@@ -9,7 +9,7 @@ import typer
 
 from cfsp.errors import InputError, LimitError
 from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_names
-from phoneready.console import quiet_libraries, write_result
+from phoneready.console import note, quiet_libraries, write_result
 
 if TYPE_CHECKING:
     from runtime_bench.compare import Comparison
@@ -46,6 +46,18 @@ def compare(
             metavar="VERDICT,...",
         ),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", help="Write size against speed against quality, one point a model, to this HTML file."
+        ),
+    ] = None,
+    quality: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--quality", help="Evaluation of a measured file, from `eval --save`; repeatable.", metavar="FILE"
+        ),
+    ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -65,12 +77,16 @@ def compare(
             "unknown format", field="--format", value=output, allowed=", ".join(COMPARISON_FORMATS)
         )
     gate = _verdicts(fail_on or [])
+    if quality and plot is None:
+        raise InputError("is for the plot", field="--quality", allowed="with --plot FILE.html")
     first, others = _sides(base, new or [], base_model)
     rows = [
         row
         for other in others
         for row in comparison.compare(first, other, threshold=threshold, confidence=confidence, seed=seed)
     ]
+    if plot is not None:
+        _write_plot(plot, [first, *others], quality or [])
     write_result(format_comparison(rows, output), None, as_json=False)
     _check(rows, gate)
 
@@ -125,6 +141,19 @@ def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
             f"{path} has {what} of that name", field="--base-model", value=name, allowed=", ".join(models)
         )
     return found[0]
+
+
+def _write_plot(path: Path, models: list[list[BenchRecord]], quality: list[Path]) -> None:
+    from cfsp.files import write_text
+    from cfsp.records import read_record
+    from phoneready.evaluation.record import Evaluation
+    from phoneready.report.comparison_page import render_comparison
+    from phoneready.report.model_points import point_groups, quality_of
+
+    found = quality_of([read_record(Evaluation, file) for file in quality])
+    groups = point_groups([record for records in models for record in records], found)
+    write_text(path, render_comparison(groups, found))
+    note(f"{path}: size against speed against quality")
 
 
 def _check(rows: list[Comparison], gate: tuple[str, ...]) -> None:

@@ -79,7 +79,8 @@ def fit(
     payload = {"kind": "projected", "file": str(file), "context": context}
     write_result(
         format_projections(found, context),
-        payload | {"devices": [asdict(row) | {"total_bytes": row.memory.total} for row in found]},
+        payload
+        | {"devices": [asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total} for row in found]},
         as_json=json,
     )
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import importlib.resources
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from phoneready.console import format_bytes
 from phoneready.pipeline.report import bench_notes, headline, speed_text, text_name
 from phoneready.pipeline.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict
+from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
 from phoneready.report.devices import projection_tables
-from phoneready.report.escape import script_json, spelled_out
+from phoneready.report.escape import script_json
 from phoneready.report.groups import BenchGroup, bench_groups
 from phoneready.report.inputs import ReportInput
 from phoneready.report.plot_style import DARK, Plot
@@ -36,13 +33,6 @@ from phoneready.report.tables import (
 from runtime_bench.compare import compare_records
 
 __all__ = ["render_page"]
-
-_KINDS = {
-    "measured": "Measured on the device that is named.",
-    "constrained-host": "Measured on this machine under a device's limits of memory, cores and threads.",
-    "emulated": "Run in an emulator: it shows that the file works there; its speed means nothing.",
-    "projected": "Computed from a device's profile; nothing was run.",
-}
 
 
 @dataclass(frozen=True)
@@ -67,20 +57,20 @@ def render_page(report: ReportInput) -> str:
 
     Without plotly (the extra `report`) the page has its tables and says what the plots need.
     """
-    figures, plotly = report.figures, _plotly_script()
+    figures, plotly = report.figures, plotly_script()
     groups = bench_groups(figures.bench)
     plots = make_plots(figures, groups, report.sweep) if plotly else []
     specs = {"plots": {plot.id: plot.figure for plot in plots}, "dark": dict(DARK)}
-    scripts = [Markup(text) for text in (plotly, _resource("report.js")) if plotly and text]
+    scripts = [Markup(text) for text in (plotly, resource("report.js")) if plotly and text]
     context = _context(report, groups) | {
         "plots": {plot.id: plot for plot in plots},
         "plot_groups": _by_section(plots),
         "specs": Markup(script_json(specs)),
         "scripts": scripts,
-        "style": Markup(_resource("report.css")),
-        "policy": _policy(scripts),
+        "style": Markup(resource("report.css")),
+        "policy": content_policy(scripts),
     }
-    return _environment().get_template("report.html.j2").render(context)
+    return environment().get_template("report.html.j2").render(context)
 
 
 def _context(report: ReportInput, groups: Sequence[BenchGroup]) -> dict[str, Any]:
@@ -105,10 +95,10 @@ def _context(report: ReportInput, groups: Sequence[BenchGroup]) -> dict[str, Any
         "evaluation": evaluation_tables(figures.evaluation),
         "widths": width_rows(figures),
         "groups": [
-            (group, _KINDS[group.kind], group_table(figures, group), record_table(group)) for group in groups
+            (group, KINDS[group.kind], group_table(figures, group), record_table(group)) for group in groups
         ],
         "projections": projection_tables(report.projections),
-        "projected": _KINDS["projected"],
+        "projected": KINDS["projected"],
         "answers": _answers(report),
         "proof": proof_table(exports),
         "warnings": [(r.file, warning) for r in exports for warning in r.warnings],
@@ -116,18 +106,6 @@ def _context(report: ReportInput, groups: Sequence[BenchGroup]) -> dict[str, Any
         "bytes": format_bytes,
         "text_name": text_name,
     }
-
-
-def _environment() -> jinja2.Environment:
-    """Everything is escaped, and controls of direction are spelled out first."""
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("phoneready.report", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: spelled_out(value) if type(value) is str else value,
-    )
 
 
 def _outcome(verdicts: Sequence[BudgetVerdict]) -> Mark:
@@ -195,26 +173,3 @@ def _by_section(plots: Sequence[Plot]) -> dict[str, list[Plot]]:
     for plot in plots:
         sections.setdefault(plot.section, []).append(plot)
     return sections
-
-
-def _plotly_script() -> str:
-    """plotly.js as the Python package carries it; empty where it is not installed."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        return ""
-    return str(get_plotlyjs())
-
-
-def _resource(name: str) -> str:
-    return importlib.resources.files("phoneready.report").joinpath("templates", name).read_text("utf-8")
-
-
-def _policy(scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy: our own scripts by their hash and nothing else, no network at all."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )

@@ -1,9 +1,11 @@
-"""A release's records made by hand, for the reports."""
+"""A release's records made by hand, and a browser, for the reports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,18 @@ from runtime_bench.workload import Workload
 
 MakeReportInput = Callable[..., ReportInput]
 BLOCKS, DENSE_WIDTH = 6, 256
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("Chromium is not installed")
+    with playwright.sync_playwright() as session:
+        chromium = session.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -28,18 +27,6 @@ HOSTILE = {
     "<a href='javascript:window.hacked=1'>x</a><b>bold</b><br> ![z](http://127.0.0.1:9/z) `x` | y",
     "unseen": "safe\u202egnp.exe\u2066\u2069 a\u2028b\u2029c\u0000d\u001b[31me\r\nf 👩\u200d🚀 שלום مرحبا 中文",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    executable = shutil.which("chromium") or shutil.which("google-chrome")
-    if executable is None:
-        pytest.skip("Chromium is not installed")
-    with playwright.sync_playwright() as session:
-        chromium = session.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 class Opened:

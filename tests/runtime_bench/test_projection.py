@@ -12,7 +12,7 @@ from cfsp.errors import InputError
 from runtime_bench.device_profile import DeviceProfile
 from runtime_bench.measure import run_bench
 from runtime_bench.model_facts import gguf_facts
-from runtime_bench.projection import MIB, project, project_memory
+from runtime_bench.projection import MIB, Memory, project, project_memory
 from runtime_bench.workload import BenchSettings
 
 FIGURES: dict[str, Any] = {
@@ -100,7 +100,25 @@ def test_speed_is_a_band_of_what_the_device_could_do(tiny_gguf: Callable[..., Pa
 def test_an_applications_own_limit_comes_first(tiny_gguf: Callable[..., Path]) -> None:
     found = project(device(app_memory_mib=64), gguf_facts(tiny_gguf()), 512)
     assert found.limit_bytes == 64 * MIB
-    assert found.fits == (found.memory.total <= 64 * MIB)
+    assert found.fits == (found.memory.needed <= 64 * MIB)
+
+
+def test_mapped_weights_can_be_dropped_and_the_rest_cannot() -> None:
+    memory = Memory(weights=100, repacked=40, cache=20, buffers=10, process=30, replaced=40)
+    assert (memory.total, memory.needed, memory.kept) == (200, 160, 100)
+    assert [memory.verdict(limit) for limit in (200, 160, 159, 100, 99)] == [
+        *("fits", "fits", "thrashes", "thrashes", "does not fit")
+    ]
+
+
+def test_repacked_weights_take_the_place_of_the_files(smollm2_gguf: Path) -> None:
+    facts = gguf_facts(smollm2_gguf)
+    plain = project_memory(facts, 512, [])
+    assert (plain.repacked, plain.replaced) == (0, 0)
+    assert plain.needed == plain.total
+    amx = project_memory(facts, 512, ["amx_int8"])
+    assert amx.replaced == amx.repacked == facts.bytes_by_type["Q4_1"]
+    assert amx.needed == plain.needed
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,141 @@
+"""Size against speed against quality, one point a model: a page of its own that opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from cfsp.errors import MissingExtraError
+from phoneready.console import format_bytes
+from phoneready.pipeline.report import speed_text
+from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
+from phoneready.report.escape import plot_text, script_json
+from phoneready.report.model_points import ModelPoint, PointGroup, Quality
+from phoneready.report.plot_style import DARK, SOFT, STEPS, SYMBOLS, plot_layout
+from runtime_bench import summary
+from runtime_bench.table import short_names
+
+__all__ = ["models_figure", "render_comparison"]
+
+
+def render_comparison(groups: Sequence[PointGroup], quality: Quality | None) -> str:
+    """The page as HTML, complete in itself.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    plotly = plotly_script()
+    if not plotly:
+        raise MissingExtraError("plotly", "report")
+    names = short_names(
+        [p.record.model_filename for g in groups for p in g.points]
+        + [f for g in groups for f, _ in g.left_out]
+    )
+    figures = {f"plot-{i}": models_figure(group, quality, names) for i, group in enumerate(groups)}
+    scripts = [Markup(text) for text in (plotly, resource("report.js"))]
+    context = {
+        "groups": [
+            (f"plot-{i}", group, KINDS[group.kind], _rows(group, names)) for i, group in enumerate(groups)
+        ],
+        "quality": quality.name if quality else None,
+        "names": names,
+        "specs": Markup(script_json({"plots": figures, "dark": dict(DARK)})),
+        "scripts": scripts,
+        "style": Markup(resource("report.css")),
+        "policy": content_policy(scripts),
+    }
+    return environment().get_template("comparison.html.j2").render(context)
+
+
+def models_figure(group: PointGroup, quality: Quality | None, names: dict[str, str]) -> dict[str, Any]:
+    """plotly's figure: size to the right, speed upwards, quality as colour, engines as symbols."""
+    engines = list(dict.fromkeys(point.record.engine for point in group.points))
+    data = []
+    for index, engine in enumerate(engines):
+        for known in (True, False):
+            points = [
+                p for p in group.points if p.record.engine == engine and (p.quality is not None) is known
+            ]
+            if points:
+                data.append(_trace(points, engine, SYMBOLS[index % len(SYMBOLS)], known, names))
+    rate = all(point.record.samples_ts for point in group.points)
+    unit = "tokens a second" if rate else "milliseconds"
+    layout = plot_layout(xaxis="file size, MiB", yaxis=f"{group.test}, {unit}")
+    for axis in ("xaxis", "yaxis"):
+        layout[axis] |= {"rangemode": "tozero"}
+    layout["coloraxis"] = {
+        "colorscale": [[i / (len(STEPS) - 2), colour] for i, colour in enumerate(STEPS[1:])],
+        "colorbar": {"title": {"text": "quality: low is good", "side": "right"}, "thickness": 12, "len": 0.9},
+    }
+    layout["showlegend"] = len(engines) > 1
+    return {"data": data, "layout": layout}
+
+
+def _trace(
+    points: Sequence[ModelPoint], engine: str, symbol: str, known: bool, names: dict[str, str]
+) -> dict[str, Any]:
+    """Points of one engine; those without a known quality are open."""
+    values = [_values(point) for point in points]
+    middles = [summary.median(row) or 0.0 for row in values]
+    marker: dict[str, Any] = {"size": 15, "symbol": symbol if known else f"{symbol}-open"}
+    if known:
+        marker |= {"color": [point.quality for point in points], "coloraxis": "coloraxis"}
+        marker["line"] = {"width": 1, "color": SOFT}
+    else:
+        marker |= {"color": SOFT}
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": plot_text(engine) + ("" if known else ", quality unknown"),
+        "x": [(point.record.file_size_bytes or 0) / 2**20 for point in points],
+        "y": middles,
+        "error_y": {
+            "type": "data",
+            "symmetric": False,
+            "array": [(summary.quantile(row, 0.9) or m) - m for row, m in zip(values, middles, strict=True)],
+            "arrayminus": [
+                m - (summary.quantile(row, 0.1) or m) for row, m in zip(values, middles, strict=True)
+            ],
+            "thickness": 1.2,
+            "width": 0,
+            "color": SOFT,
+        },
+        "text": [plot_text(names[point.record.model_filename]) for point in points],
+        "textposition": "top center",
+        "textfont": {"size": 11, "color": SOFT},
+        "hovertext": [_hover(point, names) for point in points],
+        "hoverinfo": "text",
+        "marker": marker,
+    }
+
+
+def _values(point: ModelPoint) -> tuple[float, ...]:
+    return point.record.samples_ts or tuple(ns / 1e6 for ns in point.record.samples_ns)
+
+
+def _hover(point: ModelPoint, names: dict[str, str]) -> str:
+    record = point.record
+    lines = [
+        plot_text(names[record.model_filename]),
+        f"{format_bytes(record.file_size_bytes)}, {speed_text(record)}, {record.n_threads} thr.",
+        f"peak memory {format_bytes(record.peak_rss_bytes)}",
+        "quality unknown" if point.quality is None else f"quality {point.quality:.4g}",
+    ]
+    return "<br>".join(lines)
+
+
+def _rows(group: PointGroup, names: dict[str, str]) -> list[list[str]]:
+    return [
+        [
+            names[point.record.model_filename],
+            point.record.engine,
+            str(point.record.n_threads),
+            format_bytes(point.record.file_size_bytes),
+            speed_text(point.record),
+            format_bytes(point.record.peak_rss_bytes),
+            "unknown" if point.quality is None else f"{point.quality:.4g}",
+        ]
+        for point in group.points
+    ]

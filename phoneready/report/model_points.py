@@ -1,0 +1,154 @@
+"""Size, speed and quality of models, one point a model, from benchmark records and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfsp.errors import InputError
+from phoneready.evaluation.record import Evaluation, TextResult
+from runtime_bench.record import BenchRecord
+from runtime_bench.sweep_table import best_threads
+
+__all__ = ["ModelPoint", "PointGroup", "Quality", "point_groups", "quality_of"]
+
+_RATES = ("tg", "pp", "ttft", "load")
+"""Workloads in the order in which they say most about a chat on a phone."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One figure of several models, on the same text.
+
+    Attributes:
+        name: Of the figure; lower is better.
+        by_hash: Hash of a model's file -> the figure.
+        by_folder: Folder of an ONNX variant -> the figure.
+    """
+
+    name: str
+    by_hash: Mapping[str, float]
+    by_folder: Mapping[str, float]
+
+    def find(self, record: BenchRecord) -> float | None:
+        """The figure of the file that a record is of."""
+        if record.file_sha256 is not None and record.file_sha256 in self.by_hash:
+            return self.by_hash[record.file_sha256]
+        folders = [str(parent) for parent in Path(record.model_filename).absolute().parents[:2]]
+        return next((self.by_folder[folder] for folder in folders if folder in self.by_folder), None)
+
+
+@dataclass(frozen=True)
+class ModelPoint:
+    """A model: its row at the number of threads that is fastest for it, and its quality where that is known."""
+
+    record: BenchRecord
+    quality: float | None
+
+
+@dataclass(frozen=True)
+class PointGroup:
+    """Models that were measured in one kind, on one target and processor; only these are set side by side.
+
+    Attributes:
+        kind: How the numbers came about.
+        target: Where they ran.
+        test: What was timed.
+        points: In the order measured.
+        left_out: Models without a speed, and why.
+    """
+
+    kind: str
+    target: str
+    test: str
+    points: tuple[ModelPoint, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
+    """The figure that all evaluations have: the divergence from the reference model, else perplexity.
+
+    Raises:
+        InputError: An evaluation without text, of a model without hash, twice of one model, or evaluations on
+            different texts or against different models.
+    """
+    if not evaluations:
+        return None
+    texts = [_first_text(evaluation) for evaluation in evaluations]
+    conditions = {(text.windows_sha256, text.seqlen) for text in texts}
+    if len(conditions) > 1:
+        raise InputError(
+            "the evaluations are on different texts or windows, their figures say nothing together"
+        )
+    diverge = all(text.divergence for text in texts) and len({_reference(e) for e in evaluations}) == 1
+    values = [text.divergence.kl_mean if diverge and text.divergence else text.perplexity for text in texts]
+    what = f"mean KL divergence from {_reference(evaluations[0])}, nats" if diverge else "perplexity"
+    by_hash: dict[str, float] = {}
+    by_folder: dict[str, float] = {}
+    for evaluation, value in zip(evaluations, values, strict=True):
+        model = evaluation.model
+        if model.sha256 is None:
+            raise InputError(f"the evaluation of {model.reference} has no hash of its file")
+        if model.sha256 in by_hash:
+            raise InputError(f"several evaluations are of {model.reference}")
+        by_hash[model.sha256] = value
+        if model.runtime == "onnxruntime":
+            by_folder[str(Path(model.reference).absolute())] = value
+    return Quality(f"{what}, on {Path(texts[0].source).name}", by_hash, by_folder)
+
+
+def point_groups(records: Sequence[BenchRecord], quality: Quality | None) -> list[PointGroup]:
+    """Models by where they were measured, in order of appearance.
+
+    Raises:
+        InputError: An evaluation of a model that no record is of.
+    """
+    places: dict[tuple[str, str, str | None], list[BenchRecord]] = {}
+    for record in records:
+        places.setdefault((record.kind, record.target, record.cpu_info), []).append(record)
+    if quality is not None and not any(quality.find(record) is not None for record in records):
+        raise InputError(
+            "the evaluations are of other files than the records",
+            allowed="`phoneready eval FILE` of what was measured",
+        )
+    return [_group(kind, target, rows, quality) for (kind, target, _), rows in places.items()]
+
+
+def _group(kind: str, target: str, records: Sequence[BenchRecord], quality: Quality | None) -> PointGroup:
+    test = _main_test(records)
+    models: dict[tuple[str, str], list[BenchRecord]] = {}
+    for record in records:
+        models.setdefault((record.model_filename, record.engine), []).append(record)
+    points, left_out = [], []
+    for (file, _), rows in models.items():
+        best = best_threads([row for row in rows if row.test == test and not row.void])
+        if best is None or best.file_size_bytes is None:
+            left_out.append((file, _why(rows, test)))
+        else:
+            points.append(ModelPoint(best, quality.find(best) if quality else None))
+    return PointGroup(kind, target, test, tuple(points), tuple(left_out))
+
+
+def _main_test(records: Sequence[BenchRecord]) -> str:
+    """The test that says most, of those that most models have."""
+    by_test: dict[str, set[str]] = {}
+    for record in records:
+        by_test.setdefault(record.test, set()).add(record.model_filename)
+    kinds = {record.test: _RATES.index(record.workload) for record in records}
+    return min(by_test, key=lambda test: (-len(by_test[test]), kinds[test]))
+
+
+def _why(rows: Sequence[BenchRecord], test: str) -> str:
+    reasons = [row.failure or row.note for row in rows if row.test == test and (not row.ok or row.void)]
+    return next((reason for reason in reasons if reason), f"{test} was not measured")
+
+
+def _first_text(evaluation: Evaluation) -> TextResult:
+    if not evaluation.texts:
+        raise InputError(f"the evaluation of {evaluation.model.reference} has no text")
+    return evaluation.texts[0]
+
+
+def _reference(evaluation: Evaluation) -> str | None:
+    return evaluation.against.reference if evaluation.against else None
