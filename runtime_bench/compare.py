@@ -66,6 +66,7 @@ class Comparison:
         confidence: Of the interval.
         threshold: Relative change that counts as a difference.
         paired: Whether rounds of one interleaved session were compared pair by pair.
+        basis: What the ratio is of: `wall`, or `cpu` where other programs held a single thread up.
         verdict: One of VERDICTS.
         reason: Why the verdict is inconclusive; None for the others.
         peak_rss_ratio: Peak memory of new / base.
@@ -87,6 +88,7 @@ class Comparison:
     confidence: float
     threshold: float
     paired: bool
+    basis: str
     verdict: str
     reason: str | None
     peak_rss_ratio: float | None
@@ -151,18 +153,18 @@ def compare_records(
     _check_settings(threshold, confidence)
     _check_comparable(base, new)
     paired = base.session == new.session and base.rounds == new.rounds
-    measured = bool(base.samples_ns and new.samples_ns)
+    basis = _basis(base, new)
+    sides = [record.cpu_samples_ns if basis == "cpu" else record.samples_ns for record in (base, new)]
     interval = (
         ratio_interval(
-            base.samples_ns,
-            new.samples_ns,
+            *sides,
             paired=paired,
             numerator_rounds=base.rounds,
             denominator_rounds=new.rounds,
             confidence=confidence,
             seed=seed,
         )
-        if measured
+        if all(sides)
         else None
     )
     reason = _reason(base, new)
@@ -187,11 +189,19 @@ def compare_records(
         confidence=confidence,
         threshold=threshold,
         paired=paired,
+        basis=basis,
         verdict=verdict,
         reason=reason,
         peak_rss_ratio=_ratio(new.peak_rss_bytes, base.peak_rss_bytes),
         file_size_ratio=_ratio(new.file_size_bytes, base.file_size_bytes),
     )
+
+
+def _basis(base: BenchRecord, new: BenchRecord) -> str:
+    """Processor time where other programs held up one of two single threads: the clock on the wall then tells more of
+    them than of the file."""
+    complete = all(len(record.cpu_samples_ns) == len(record.samples_ns) > 0 for record in (base, new))
+    return "cpu" if complete and (base.crowded or new.crowded) else "wall"
 
 
 def _verdict(low: float, high: float, threshold: float) -> str:

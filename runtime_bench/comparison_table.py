@@ -14,6 +14,7 @@ from typing import Any
 from cfsp.records import tool_version
 from runtime_bench.compare import Comparison
 from runtime_bench.markup import escape_markdown
+from runtime_bench.record import CROWDED_SHARE
 from runtime_bench.table import as_markdown, csv_cell, short_names
 
 __all__ = ["COMPARISON_FORMATS", "comparison_to_json", "format_comparison"]
@@ -64,6 +65,12 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
         f"Speed of new / speed of base, by medians ({escape_markdown('; '.join(places))}). A difference is a whole "
         f"interval beyond {' or '.join(thresholds)}."
     ]
+    crowded = sum(c.basis == "cpu" for c in comparisons)
+    if crowded:
+        lines.append(
+            f"{crowded} of {len(comparisons)} rows are compared by processor time: other programs took the core of a "
+            f"single thread for more than {CROWDED_SHARE:.0%} of the time."
+        )
     apart = sum(not c.paired for c in comparisons)
     if apart:
         lines.append(

@@ -26,6 +26,7 @@ from runtime_bench.untrusted import check_bounded
 from runtime_bench.workload import Workload
 
 __all__ = [
+    "CROWDED_SHARE",
     "KINDS",
     "RECORD_TYPE",
     "SCHEMA_VERSION",
@@ -39,6 +40,8 @@ RECORD_TYPE = "bench"
 SCHEMA_VERSION = 1
 KINDS = ("measured", "constrained-host", "emulated", "projected")
 """How a number came about; different kinds are never ranked together."""
+CROWDED_SHARE = 0.1
+"""Of the time that a single thread may wait for a core before its row counts as crowded."""
 
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
 _Size = pydantic.NonNegativeInt | None
@@ -127,6 +130,7 @@ class BenchRecord:
         hottest_c: For each process, the hottest thermal zone around it, degrees Celsius; None without zones.
         text_sample: What the file writes, the first of a few continuations; None where that was not checked.
         degenerate: Why all it writes is degenerate, which voids the row's speed; None where it is not.
+        cpu_samples_ns: Processor time of all threads in each sample; empty where nothing tells.
         throttling: How the processor was slowed down to a device's score; None where it was not.
     """
 
@@ -173,6 +177,7 @@ class BenchRecord:
     hottest_c: tuple[float | None, ...] = ()
     text_sample: str | None = None
     degenerate: str | None = None
+    cpu_samples_ns: _PositiveInts = ()
     throttling: Throttling | None = None
 
     def __post_init__(self) -> None:
@@ -202,6 +207,16 @@ class BenchRecord:
             return tuple(range(len(self.samples_ns)))
         order = {number: place for place, number in enumerate(dict.fromkeys(self.sequence))}
         return tuple(order[number] for number in self.sequence)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether other programs held up a single thread for more than CROWDED_SHARE of its time.
+
+        With several threads nobody can tell: they wait for each other, too.
+        """
+        if self.n_threads != 1 or len(self.cpu_samples_ns) != len(self.samples_ns) or not self.samples_ns:
+            return False
+        return sum(self.cpu_samples_ns) < (1 - CROWDED_SHARE) * sum(self.samples_ns)
 
     @property
     def samples_ts(self) -> tuple[float, ...]:

@@ -62,6 +62,12 @@ class Row:
         """All samples."""
         return [ns for result in self.results for ns in result.samples_ns]
 
+    @property
+    def cpu_ns(self) -> list[int]:
+        """Processor time of all samples; empty unless every one has it."""
+        found = [ns for result in self.results for ns in result.cpu_ns if ns > 0]
+        return found if len(found) == len(self.samples_ns) else []
+
 
 def record_of(
     session: Session,
@@ -117,6 +123,7 @@ def record_of(
         samples_per_process=shares(settings, workload)[0],
         environment=replace(environment, versions=versions, system_info=facts.system_info),
         samples_ns=tuple(row.samples_ns),
+        cpu_samples_ns=tuple(row.cpu_ns),
         sequence=tuple(row.sequence),
         load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
         page_cache=page_cache_wish(settings, workload),

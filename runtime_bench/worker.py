@@ -87,6 +87,7 @@ class WorkerResult:
         memory_verdict: Under a memory limit: fits, thrashes or does not fit.
         reread_bytes: Pages of files that were dropped for the limit and read again.
         throttling: How the processor was slowed down; None where it was not.
+        cpu_ns: Processor time of all threads in each sample, nanoseconds; empty where nothing tells.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -99,6 +100,15 @@ class WorkerResult:
     memory_verdict: str | None = None
     reread_bytes: int | None = None
     throttling: Throttling | None = None
+    cpu_ns: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One timing: by the clock on the wall, and of the processor in all threads."""
+
+    wall_ns: int
+    cpu_ns: int
 
 
 def request_from_json(payload: dict[str, Any]) -> WorkerRequest:
@@ -132,7 +142,8 @@ def measure(request: WorkerRequest) -> WorkerResult:
         peak = peak_rss_bytes()
     finally:
         session.close()
-    return WorkerResult(samples or [load_ns], load_ns, share, baseline, peak, facts)
+    wall, cpu = [sample.wall_ns for sample in samples], [sample.cpu_ns for sample in samples]
+    return WorkerResult(wall or [load_ns], load_ns, share, baseline, peak, facts, cpu_ns=cpu)
 
 
 def prepare_page_cache(state: str, files: Sequence[Path]) -> None:
@@ -154,18 +165,18 @@ def main() -> None:
         json.dump(asdict(result), results, allow_nan=False)
 
 
-def _run_load(session: Session, request: WorkerRequest) -> list[int]:
+def _run_load(session: Session, request: WorkerRequest) -> list[_Sample]:
     """Nothing more to time: the opening was the sample."""
     return []
 
 
-def _run_prompt(session: Session, request: WorkerRequest) -> list[int]:
+def _run_prompt(session: Session, request: WorkerRequest) -> list[_Sample]:
     """As llama-bench's pp: the whole prompt from an empty (or `n_depth` deep) context."""
     tokens = random_tokens(session, request, request.workload.n_prompt)
     return _timed(session, request, lambda: session.decode(tokens), lambda: session.decode(tokens))
 
 
-def _run_generation(session: Session, request: WorkerRequest) -> list[int]:
+def _run_generation(session: Session, request: WorkerRequest) -> list[_Sample]:
     """As llama-bench's tg: one token after another, drawn beforehand; sampling is not part of it."""
     tokens = [[token] for token in random_tokens(session, request, request.workload.n_gen)]
 
@@ -176,7 +187,7 @@ def _run_generation(session: Session, request: WorkerRequest) -> list[int]:
     return _timed(session, request, generate, lambda: session.decode(tokens[0]))
 
 
-def _run_first_token(session: Session, request: WorkerRequest) -> list[int]:
+def _run_first_token(session: Session, request: WorkerRequest) -> list[_Sample]:
     """Tokenize a text, process its first n_prompt tokens, sample one."""
     count = request.workload.n_prompt
     text = text_of(session, count)
@@ -188,14 +199,14 @@ def _run_first_token(session: Session, request: WorkerRequest) -> list[int]:
     return _timed(session, request, first_token, first_token)
 
 
-_RUNNERS: MappingProxyType[str, Callable[[Session, WorkerRequest], list[int]]] = MappingProxyType(
+_RUNNERS: MappingProxyType[str, Callable[[Session, WorkerRequest], list[_Sample]]] = MappingProxyType(
     {"load": _run_load, "pp": _run_prompt, "tg": _run_generation, "ttft": _run_first_token}
 )
 
 
 def _timed(
     session: Session, request: WorkerRequest, work: Callable[[], None], warmup: Callable[[], None]
-) -> list[int]:
+) -> list[_Sample]:
     samples = []
     if request.warmup:
         session.clear()
@@ -205,9 +216,9 @@ def _timed(
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))
-        start = time.perf_counter_ns()
+        start, cpu = time.perf_counter_ns(), time.process_time_ns()
         work()
-        samples.append(time.perf_counter_ns() - start)
+        samples.append(_Sample(time.perf_counter_ns() - start, time.process_time_ns() - cpu))
     return samples
 
 

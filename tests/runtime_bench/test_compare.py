@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from runtime_bench.compare import compare, compare_records
+from runtime_bench.comparison_table import format_comparison
 from runtime_bench.workload import Workload
 
 NS = st.lists(st.integers(10**6, 10**9), min_size=5, max_size=8)
@@ -144,3 +146,19 @@ def test_the_speed_of_a_file_that_writes_nonsense_is_void(make_record: Any) -> N
     found = compare_records(make_record(), fast)
     assert found.verdict == "inconclusive"
     assert "degenerate text (loop)" in str(found.reason)
+
+
+def test_a_crowded_machine_is_seen_through_by_processor_time(make_record: Any) -> None:
+    wall = (300, 2000, 700, 5000, 900, 1200)
+    base = make_record(samples_ns=wall, cpu_samples_ns=(100, 101, 102, 103, 104, 105), n_threads=1)
+    slow = make_record(samples_ns=wall[::-1], cpu_samples_ns=(115, 116, 117, 118, 119, 120), n_threads=1)
+    found = compare_records(base, slow)
+    assert (found.basis, found.verdict) == ("cpu", "slower")
+    assert found.base_median_ns == 1050
+    assert "processor time" in format_comparison([found])
+    for change in ({"cpu_samples_ns": ()}, {"n_threads": 2}):
+        pair = [replace(record, **change) for record in (base, slow)]
+        assert compare_records(*pair).basis == "wall"
+        assert compare_records(*pair).verdict == "inconclusive"
+    quiet = [replace(record, cpu_samples_ns=record.samples_ns) for record in (base, slow)]
+    assert compare_records(*quiet).basis == "wall"
