@@ -73,7 +73,7 @@ relative_to = "dense"
 """
 
 TIMES = re.compile(
-    r"(^|/)(stage\.json|bench\.jsonl|history\.jsonl|recovery\.json|\.phoneready\.lock)$"
+    r"(^|/)(stage\.json|bench\.jsonl|recovery\.json|\.phoneready\.lock)$"
     r"|^(manifest\.json|SHA256SUMS|history\.jsonl|figures\.json|verdicts\.json|junit\.xml|summary\.md|report\.(md|html))$"
 )
 """Files that hold durations, dates or timings, or the release folder's own path; they must be there, and may differ."""
