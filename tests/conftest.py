@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -28,6 +29,9 @@ from cfsp.errors import InputError
 from cfsp.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 from runtime_bench.record import BenchRecord, Environment
 from runtime_bench.workload import Workload
+
+# A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -334,7 +338,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     yield mount
     if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # files may still be mapped
 
 
 @pytest.fixture(scope="session")
