@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +304,7 @@ def main() -> int:
         tiny_model(folder / "tiny-model")
         (folder / "release.toml").write_text(CONFIG, encoding="utf-8")
         outcome = kill_and_restart(folder / "release.toml", folder, arguments.kills, arguments.seed)
-    found = asdict(outcome) | {"seed": arguments.seed}
+    found = vars(outcome) | {"seed": arguments.seed}
     print(f"{outcome.kills} kills, {outcome.rounds} releases finished in spite of them")
     for stage, count in outcome.by_stage.most_common():
         print(f"  {count:3d} during {stage}")
