@@ -136,15 +136,48 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         raise InputError(f"{where} is not valid TOML: {error}") from error
     given = {location: override for override in overrides for location in _override(values, override)}
     name = _place_namer(lines, given)
+
+    def described(problems: Sequence[tuple[Location, str]]) -> list[str]:
+        return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]
+
     try:
         config = ReleaseConfig.model_validate(values)
     except pydantic.ValidationError as error:
-        raise InputError(f"{where}: {describe_problems(error, name)}") from error
-    problems = [*_unknown_files(config), *budget_problems(config)]
-    if problems:
-        described = (f"{name(place)}{place_of(place)}: {message}" for place, message in problems)
-        raise InputError(f"{where}: {'; '.join(described)}")
+        places = [problem["loc"] for problem in error.errors()]
+        problems = [describe_problems(error, name), *described(_problems_beside(values, places))]
+        raise InputError(f"{where}: {'; '.join(problems)}") from error
+    if problems := described(_problems_between(config)):
+        raise InputError(f"{where}: {'; '.join(problems)}")
     return config
+
+
+def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
+    """What sections say of each other that is not so."""
+    return [*_unknown_files(config), *budget_problems(config)]
+
+
+def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:
+    """`_problems_between` for a configuration with faulty keys, as far as those do not bear on them."""
+    names = {fault[0] for fault in faults}
+    if names & {"model", "evaluate", "export", "bench", "baseline"}:
+        return []
+    rest = {key: value for key, value in values.items() if key not in names}
+    sound = list(range(len(values["budgets"]))) if "budgets" in rest else []
+    if faulty := {fault[1] for fault in faults if fault[0] == "budgets" and len(fault) > 1}:
+        sound = [number for number in range(len(values["budgets"])) if number not in faulty]
+        rest["budgets"] = [values["budgets"][number] for number in sound]
+    try:
+        config = ReleaseConfig.model_validate(rest)
+    except pydantic.ValidationError:
+        return []
+    return [(_renumbered(place, sound), message) for place, message in _problems_between(config)]
+
+
+def _renumbered(place: Location, numbers: Sequence[int]) -> Location:
+    """The place of a budget among all of them."""
+    if place[0] == "budgets" and len(place) > 1 and isinstance(place[1], int):
+        return ("budgets", numbers[place[1]], *place[2:])
+    return place
 
 
 def _override(values: dict[str, Any], text: str) -> list[Location]:

@@ -51,6 +51,22 @@ def test_all_errors_are_reported_at_once() -> None:
     assert "\n" not in message
 
 
+def test_a_budget_without_its_figure_is_named_beside_faulty_keys() -> None:
+    text = (
+        MODEL + "[prune]\nprune_ratio = 1.5\n"
+        '[[budgets]]\nmetric = "kl_mean"\nat_lest = 1\nat_most = 1\n'
+        '[[budgets]]\nmetric = "tg65"\nat_least = 1\n'
+    )
+    with pytest.raises(InputError) as caught:
+        parse_config(text, where="release.toml")
+    for part in (
+        "line 4: prune.prune_ratio: Input should be less than 1",
+        "line 7: budgets[0].at_lest: unknown key",
+        "line 10: budgets[1].metric: tg65 is not measured here",
+    ):
+        assert part in str(caught.value)
+
+
 LINES = '''# first
 seed = -1
 [model]
