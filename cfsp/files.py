@@ -28,6 +28,7 @@ __all__ = [
     "fsync_file",
     "no_space_as_input_error",
     "read_json",
+    "read_text",
     "refuse_existing",
     "remove_stale_temporaries",
     "sha256_file",
@@ -96,6 +97,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, payload: Any) -> None:
     """Write `payload` as indented JSON with a final newline, atomically."""
     write_text(path, json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a file of the user's as UTF-8; raises InputError that names it where that fails."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from cfsp.errors import InputError
 
 __all__ = [
+    "NORMAL_95",
     "RatioInterval",
     "finite_or_none",
     "mean",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 _Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+NORMAL_95 = 1.96
+"""Standard errors to each side of a normal estimate that hold 95 %."""
 _DRAWN_AT_ONCE = 2**21
 
 

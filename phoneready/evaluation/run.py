@@ -26,6 +26,7 @@ from cfsp.evaluation import (
 from cfsp.evaluation.degeneration import system_text
 from cfsp.evaluation.language_model import check_same_vocabulary
 from cfsp.evaluation.tasks import load_tasks, run_tasks
+from cfsp.files import read_text
 from cfsp.progress import Progress, no_progress
 from cfsp.self_sampling import sample_windows
 from cfsp.text import TokenWindows, token_windows, tokens_sha256
@@ -89,12 +90,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError("not a prompts file", field="prompts", value=str(path), allowed=".txt or .jsonl")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    lines = read_text(path).splitlines()
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".txt":
         prompts = [line for _, line in numbered]

@@ -15,10 +15,10 @@ from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.plot_style import DENSE as DENSE_COLOUR
 from phoneready.report.plot_style import PRUNED as PRUNED_COLOUR
 from phoneready.report.plot_style import SERIES, plot_layout
+from runtime_bench.summary import NORMAL_95
 
 __all__ = ["render_plot"]
 
-_NORMAL_95 = 1.96
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -125,7 +125,7 @@ def _line(series: Series, number: int, runs: Sequence[Run]) -> dict[str, Any]:
         "hovertemplate": "%{text}<br>%{y:.5g}<extra></extra>",
     }
     if series.sampled:
-        halves = [_NORMAL_95 * (e or 0.0) * v for e, v in zip(series.errors, series.values, strict=True)]
+        halves = [NORMAL_95 * (e or 0.0) * v for e, v in zip(series.errors, series.values, strict=True)]
         line["error_y"] = {"type": "data", "array": halves, "thickness": 1, "width": 3, "color": colour}
     return line
 

@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cfsp.errors import InputError
-from cfsp.files import write_text
+from cfsp.files import read_text, write_text
 from cfsp.records import record_from_json, record_to_json
 from phoneready.pipeline.figure_set import Figure, FigureSet
 from phoneready.pipeline.metrics import FigureKey
-from runtime_bench.summary import ratio_interval
+from runtime_bench.summary import NORMAL_95, ratio_interval
 
 __all__ = ["HISTORY_FILE", "HistoryEntry", "HistoryFigure", "append_entry", "entry_of", "read_entries"]
 
 HISTORY_FILE = "history.jsonl"
-_NORMAL_95 = 1.96
 _RESAMPLES = 1000
 _FEWEST = 3
 """Independent samples that say how far a median may be off."""
@@ -142,12 +141,7 @@ def read_entries(path: Path) -> list[HistoryEntry]:
     Raises:
         InputError: Unreadable, or a line that is no run of a known schema; the line is named.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    lines = read_text(path).splitlines()
     return [_entry(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -170,10 +164,10 @@ def _kept(figure: Figure, value: float) -> HistoryFigure:
 
 def _error_of_median(figure: Figure) -> float | None:
     """Relative standard error that the bootstrap interval of the median stands for; None of too few processes."""
-    rounds = figure.rounds if len(figure.rounds) == len(figure.samples) else ()
-    if len(set(rounds) or figure.samples) < _FEWEST:
+    if figure.n_independent < _FEWEST:
         return None
+    rounds = figure.rounds if len(figure.rounds) == len(figure.samples) else None
     found = ratio_interval(
-        figure.samples, (1.0,), paired=False, numerator_rounds=rounds or None, resamples=_RESAMPLES
+        figure.samples, (1.0,), paired=False, numerator_rounds=rounds, resamples=_RESAMPLES
     )
-    return math.log(found.high / found.low) / (2 * _NORMAL_95)
+    return math.log(found.high / found.low) / (2 * NORMAL_95)

@@ -6,7 +6,7 @@ from phoneready.console import format_rows
 from phoneready.history.history import Anomaly, History, Series
 from phoneready.pipeline.figure_set import DENSE
 from phoneready.pipeline.verdict import format_figure
-from runtime_bench.markup import escape_markdown
+from runtime_bench.markup import escape_cell, escape_markdown
 
 __all__ = ["describe_anomalies", "format_history"]
 
@@ -69,7 +69,7 @@ def _sentence(anomaly: Anomaly) -> str:
 
 def _figures(history: History, *, every: bool) -> str:
     shown = history.runs[-_SHOWN:]
-    header = ["figure", *(escape_markdown(run.name).replace("|", "\\|") for run in shown), "changed"]
+    header = ["figure", *map(escape_cell, (run.name for run in shown)), "changed"]
     rows = []
     for series in history.series:
         if series.role == DENSE and not every:

@@ -12,6 +12,7 @@ from typing import Any
 import pydantic
 
 from cfsp.errors import InputError
+from cfsp.files import read_text
 from cfsp.prune_settings import PruneSettings
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.gguf import required_multiple
@@ -115,13 +116,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ReleaseConf
     """
     if path is None:
         return parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    return _beside(parse_config(text, where=str(path), overrides=overrides), path.parent)
+    config = parse_config(read_text(path), where=str(path), overrides=overrides)
+    return _beside(config, path.parent)
 
 
 def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> ReleaseConfig:

@@ -55,6 +55,11 @@ class Figure:
     failure: str | None = None
     conditions: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def n_independent(self) -> int:
+        """Independent samples: those of one process share what that process met."""
+        return len(set(self.rounds)) if len(self.rounds) == len(self.samples) else len(self.samples)
+
 
 @dataclass(frozen=True)
 class FigureSet:

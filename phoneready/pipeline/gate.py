@@ -23,12 +23,11 @@ from phoneready.pipeline.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.pipeline.metrics import FigureKey
 from phoneready.pipeline.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.compare import MIN_SAMPLES
-from runtime_bench.summary import ratio_interval
+from runtime_bench.summary import NORMAL_95, ratio_interval
 from runtime_bench.targets import DOES_NOT_FIT
 
 __all__ = ["judge_all"]
 
-NORMAL_95 = 1.96
 _ROUNDING = 1e-9
 
 
@@ -103,7 +102,7 @@ def _absolute(figure: Figure) -> _Estimate:
         return _around(figure.value, NORMAL_95 * figure.stderr)
     if not figure.samples:
         return _Estimate(figure.value, figure.value, figure.value)
-    if _n_rounds(figure) < MIN_SAMPLES:
+    if figure.n_independent < MIN_SAMPLES:
         return _Estimate(figure.value, reason=_too_few(figure))
     found = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
     return _Estimate(found.ratio, found.low, found.high)
@@ -125,13 +124,13 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
 
 def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
     for one in (figure, reference):
-        if _n_rounds(one) < MIN_SAMPLES:
+        if one.n_independent < MIN_SAMPLES:
             return _Estimate(reason=_too_few(one))
     paired = figure.paired is not None and figure.paired == reference.paired
     found = ratio_interval(
         figure.samples,
         reference.samples,
-        paired=paired and _n_rounds(figure) == _n_rounds(reference),
+        paired=paired and figure.n_independent == reference.n_independent,
         numerator_rounds=figure.rounds,
         denominator_rounds=reference.rounds,
     )
@@ -167,13 +166,8 @@ def _failed(figure: Figure) -> _Estimate:
 
 
 def _too_few(figure: Figure) -> str:
-    independent = "samples" if _n_rounds(figure) == len(figure.samples) else "processes"
-    return f"{figure.subject} has {_n_rounds(figure)} {independent}, a verdict needs {MIN_SAMPLES}"
-
-
-def _n_rounds(figure: Figure) -> int:
-    """Independent samples: those of one process share what that process met."""
-    return len(set(figure.rounds)) if len(figure.rounds) == len(figure.samples) else len(figure.samples)
+    independent = "samples" if figure.n_independent == len(figure.samples) else "processes"
+    return f"{figure.subject} has {figure.n_independent} {independent}, a verdict needs {MIN_SAMPLES}"
 
 
 def _differences(figure: Figure, reference: Figure) -> str:

@@ -47,12 +47,13 @@ _MADE = (
 """What is made anew in every run; all but the card, the Modelfile and the bill of materials hold times."""
 
 
-def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) -> ReleaseManifest:
+def publish(
+    config: ReleaseConfig, folder: Path, figures: ReleaseFigures, stages: Sequence[StageRecord]
+) -> ReleaseManifest:
     """Link the files into the folder; write reports, card, Modelfile, bill of materials, hashes and manifest.
 
     Everything is made from what the stages left. The manifest and SHA256SUMS come last.
     """
-    figures = read_figures(config, folder)
     steps = Steps(config, folder, None)
     checkpoint = read_checkpoint_info(steps.checkpoint(steps.final))
     manifest = make_manifest(config, figures, checkpoint, stages)
@@ -62,13 +63,16 @@ def publish(config: ReleaseConfig, folder: Path, stages: Sequence[StageRecord]) 
     licenses = _copy_licenses(steps.checkpoint(steps.final), folder)
     names = [artifact.name for artifact in artifacts]
     known = _known_hashes(artifacts, figures)
-    manifest = replace(manifest, contents=describe_files(folder, names, known))
+    models = describe_files(folder, names, known)
+    manifest = replace(manifest, contents=models)
     write_text(folder / CARD_FILE, model_card_text(figures, manifest))
     write_text(folder / MODELFILE, modelfile_text(figures.pruned, load_tokenizer(steps.checkpoint("dense"))))
     write_json(folder / BOM_FILE, make_bom(figures, manifest))
     write_reports(config, folder, figures, manifest)
-    contents = describe_files(folder, [*names, *licenses, *_MADE], known)
-    sealed = seal_release(folder, replace(manifest, contents=contents))
+    contents = sorted(
+        [*models, *describe_files(folder, [*licenses, *_MADE], {})], key=lambda content: content.path
+    )
+    sealed = seal_release(folder, replace(manifest, contents=tuple(contents)))
     for name in before - {file.file for file in manifest.files}:
         _remove(folder / name)
     return sealed

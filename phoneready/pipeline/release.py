@@ -109,9 +109,10 @@ def run_release(
                 check_same_model(baseline, source.reference, source.sha256, config.baseline.file)
 
         records = run_stages(stages, folder, show=show, progress=progress, check=check)
-        figures = collect_figures(config, folder, read_figures(config, folder))
+        found = read_figures(config, folder)
+        figures = collect_figures(config, folder, found)
         verdicts = write_verdicts(config, folder, figures, baseline)
-        manifest = publish(config, folder, list(records.values()))
+        manifest = publish(config, folder, found, list(records.values()))
         append_entry(folder, _history_entry(manifest, figures, verdicts, label))
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return Released(manifest, verdicts)

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from runtime_bench.summary import NORMAL_95
+
 __all__ = ["Observation", "Prediction", "Predictor", "Prior"]
 
 _Array = npt.NDArray[np.float64]
-_NORMAL_95 = 1.96
 _NOISES = np.geomspace(0.003, 0.3, 24)
 
 
@@ -104,7 +105,7 @@ class Predictor:
         )
         middle = float(self._weights @ means)
         spread = math.sqrt(float(self._weights @ (variances + means**2)) - middle**2)
-        low, high = (math.exp(middle + sign * _NORMAL_95 * spread) for sign in (-1, 1))
+        low, high = (math.exp(middle + sign * NORMAL_95 * spread) for sign in (-1, 1))
         return Prediction(math.exp(middle), low, high)
 
     def _row(self, settings: Mapping[str, str], x: float) -> _Array:

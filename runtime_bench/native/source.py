@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
-import sys
+import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, sha256_file
 from cfsp.progress import Progress, no_progress
+from cfsp.pypi import DownloadError, download_distribution
 
 __all__ = ["KNOWN_SHA256", "LlamaSource", "extract_llama", "fetch_source"]
 
@@ -94,34 +94,14 @@ def _is_wanted(name: PurePosixPath, place: PurePosixPath) -> bool:
 
 def _download(version: str, destination: Path) -> None:
     requirement = f"{_DISTRIBUTION}=={version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-input",
-    ]
-    command += ["--no-deps", "--no-binary", _DISTRIBUTION]
     with tempfile.TemporaryDirectory(prefix="phoneready-") as scratch:
-        result = subprocess.run(
-            [*command, "--dest", scratch, requirement],
-            capture_output=True,
-            text=True,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        found = next(Path(scratch).glob("*.tar.gz"), None)
-        if result.returncode or found is None:
-            errors = [line for line in result.stderr.splitlines() if "ERROR" in line] or ["pip failed"]
-            raise InputError(
-                f"the source of {requirement} could not be fetched from PyPI by pip: {errors[-1].strip()}"
+        try:
+            found = download_distribution(
+                requirement, Path(scratch), "--no-binary", _DISTRIBUTION, pattern="*.tar.gz"
             )
-        with (
-            atomic_file(destination) as temporary,
-            found.open("rb") as stream,
-            temporary.open("wb") as target,
-        ):
-            while block := stream.read(1 << 20):
-                target.write(block)
+        except DownloadError as error:
+            raise InputError(
+                f"the source of {requirement} could not be fetched from PyPI by pip: {error}"
+            ) from error
+        with atomic_file(destination) as temporary:
+            shutil.copyfile(found, temporary)

@@ -118,9 +118,7 @@ def test_a_folder_that_exists_is_kept(
 def command(*arguments: object, without: str = "") -> list[str]:
     """The command in a process of its own, which cannot find a package where one is named."""
     code = (
-        "import signal, sys\n"
-        # A shell's background jobs ignore the signal, and their children inherit that.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys\n"
         "class Hidden:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.partition('.')[0] == {without!r}:\n"
