@@ -46,6 +46,8 @@ _MEMORY_MARKS = (
     "could not allocate memory",
     "array buffer allocation failed",
 )
+# Going to a page of our own server is aborted by one thing alone: its renderer is gone.
+_CRASH_MARKS = ("crash", "has been closed", "net::err_aborted")
 
 
 class BrowserError(PhonereadyError):
@@ -176,6 +178,6 @@ def _reason(message: str) -> str:
     first = first.removeprefix("Page.evaluate: ")[:300]
     if any(mark in first.lower() for mark in _MEMORY_MARKS):
         return f"out of memory in the page: {first}"
-    if "crash" in first.lower() or "has been closed" in first:
+    if any(mark in first.lower() for mark in _CRASH_MARKS):
         return f"the page crashed: {first}"
     return f"the page failed: {first}"
