@@ -4,7 +4,9 @@
 
 llama-bench is built once, from the source inside llama-cpp-python's sdist in the installed version, with the
 build type and the options of the installed wheel (CMAKE_ARGS is honoured as it is there). It is kept in the
-cache folder. Needs cmake and a C++ compiler; the build takes some minutes.
+cache folder. Needs cmake and a C++ compiler; the build takes some minutes. It loads the library files of the wheel,
+those that our worker loads: two copies of the same library differ by as much as 10 %, since a copy's pages lie
+elsewhere in memory. --native measures in the native runner, which is linked statically, so that this cannot be had.
 
 Each round runs llama-bench with one repetition, then our worker with one, each in a process of its own with
 its own warm-up, so that slow drift of the machine meets both alike. The table goes to stdout, progress to
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -24,9 +27,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from cfsp.builtin import cache_directory
@@ -56,6 +60,10 @@ OPTIONS = (
 it may be moved out of the build tree."""
 
 
+LlamaBench = Callable[[Path, Workload, int], dict[str, object]]
+"""(model, workload, threads) -> one repetition of llama-bench."""
+
+
 @dataclass
 class Row:
     """Samples of one workload and thread count, in rounds."""
@@ -74,7 +82,7 @@ def installed_version() -> str:
         raise MissingExtraError(DISTRIBUTION, "gguf") from None
 
 
-def llama_bench(jobs: int) -> Path:
+def built_llama_bench(jobs: int) -> Path:
     """The built program, from the cache or built now.
 
     Raises:
@@ -121,11 +129,22 @@ def run(command: list[str]) -> None:
         raise InputError(f"{shlex.join(command)} failed with status {done.returncode}")
 
 
-def theirs(binary: Path, model: Path, workload: Workload, threads: int) -> dict[str, object]:
+def our_libraries() -> dict[str, str]:
+    """The environment in which a program loads the very library files that our worker loads."""
+    package = importlib.util.find_spec("llama_cpp")
+    assert package is not None
+    assert package.origin is not None
+    path = "DYLD_LIBRARY_PATH" if sys.platform == "darwin" else "LD_LIBRARY_PATH"
+    return os.environ | {path: str(Path(package.origin).parent / "lib")}
+
+
+def theirs(
+    binary: Path, environment: Mapping[str, str], model: Path, workload: Workload, threads: int
+) -> dict[str, object]:
     """One repetition of llama-bench, as its JSON says."""
     sizes = ["-p", str(workload.n_prompt), "-n", str(workload.n_gen)]
     command = [str(binary), "-m", str(model), *sizes, "-t", str(threads), "-r", "1", "-o", "json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise InputError(f"{BINARY} failed on {model}: {done.stderr.strip().splitlines()[-1:]}")
     (entry,) = json.loads(done.stdout)
@@ -149,7 +168,7 @@ def ours(model: Path, workload: Workload, threads: int, target: Target) -> tuple
 
 
 def alternate(
-    binary: Path,
+    llama_bench: LlamaBench,
     model: Path,
     workloads: list[Workload],
     threads: tuple[int, ...],
@@ -161,7 +180,7 @@ def alternate(
     revisions: set[str] = set()
     for number in range(rounds):
         for (workload, count), row in rows.items():
-            entry = theirs(binary, model, workload, count)
+            entry = llama_bench(model, workload, count)
             samples, revision = ours(model, workload, count, target)
             row.theirs_ns += [int(ns) for ns in entry["samples_ns"]]  # type: ignore[attr-defined]
             row.ours_ns += samples
@@ -244,12 +263,14 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"no such file: {arguments.model}")
         if arguments.rounds < 1:
             raise InputError("out of range", field="rounds", value=arguments.rounds, allowed="1 or more")
-        binary = arguments.llama_bench or llama_bench(arguments.jobs)
+        binary = arguments.llama_bench or built_llama_bench(arguments.jobs)
+        environment = os.environ if arguments.llama_bench or arguments.native else our_libraries()
         workloads = [Workload("pp", n_prompt=n) for n in arguments.n_prompt if n]
         workloads += [Workload("tg", n_gen=n) for n in arguments.n_gen if n]
         threads = arguments.threads or (default_threads(),)
         target = native() if arguments.native else LOCAL
-        rows, revisions = alternate(binary, arguments.model, workloads, threads, arguments.rounds, target)
+        bench = partial(theirs, binary, environment)
+        rows, revisions = alternate(bench, arguments.model, workloads, threads, arguments.rounds, target)
         text, agree = report(arguments.model, rows, revisions, arguments.tolerance)
         sys.stdout.write(text)
         if not agree:

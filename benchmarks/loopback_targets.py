@@ -2,10 +2,11 @@
 
     python benchmarks/loopback_targets.py MODEL.gguf [-p 128] [-n 32] [-t 1] [-r 20]
 
-The same program measures the same file three times a round: started here, behind an sshd, behind an adbd. Rounds
-follow each other, so that slow drift of the machine meets all alike. sshd and adbd are started for this on loopback,
-with keys of their own, and end with it (Debian's packages openssh-server, adb and adbd; adbd needs root). The table
-goes to stdout, progress to stderr. Exit status 1: an interval lies wholly outside the tolerance.
+The same program measures the same file three times a round: started here, behind an sshd, behind an adbd. All three
+run the one copy that was pushed, as the pages of two copies lie unlike in memory and make a difference by themselves.
+Rounds follow each other, so that slow drift of the machine meets all alike. sshd and adbd are started for this on
+loopback, with keys of their own, and end with it (Debian's packages openssh-server, adb and adbd; adbd needs root).
+The table goes to stdout, progress to stderr. Exit status 1: an interval lies wholly outside the tolerance.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -46,12 +47,13 @@ class Here:
 
     name = HERE
 
-    def __init__(self, program: Path) -> None:
-        self._program = program
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-        """Measure once."""
-        return measure_in(["setsid", str(self._program)], asdict(request), timeout_s)
+        """Measure once, with what was pushed to the folder."""
+        program, model = (str(next(self._folder.glob(f"*/{name}"))) for name in ("runner", "model.gguf"))
+        return measure_in(["setsid", program], asdict(replace(request, path=model)), timeout_s)
 
 
 def daemons() -> ModuleType:
@@ -72,7 +74,7 @@ def open_places(stack: ExitStack, program: Path) -> list[Here | Remote]:
         InputError: A daemon cannot be had here.
     """
     tools = daemons()
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phoneready-far-")))
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="phoneready-far-"))
     try:
         board = stack.enter_context(tools.ssh_server())
         phones = stack.enter_context(tools.adb_devices())
@@ -81,9 +83,9 @@ def open_places(stack: ExitStack, program: Path) -> list[Here | Remote]:
         raise InputError(str(error)) from error
     os.environ.update(phones.environment)
     return [
-        Here(program),
-        Remote(Ssh("board", board.config), runner=program, folder=str(folder / "ssh")),
-        Remote(Adb(serial), runner=program, folder=str(folder / "adb")),
+        Remote(Ssh("board", board.config), runner=program, folder=folder),
+        Remote(Adb(serial), runner=program, folder=folder),
+        Here(Path(folder)),
     ]
 
 
@@ -117,7 +119,7 @@ def report(samples: Samples, tolerance: float) -> tuple[str, bool]:
         "|------|--------|----------:|-------------------:|-------------:|",
     ]
     agree = True
-    for (test, place), times in samples.items():
+    for (test, place), times in sorted(samples.items(), key=lambda row: (row[0][0], row[0][1] != HERE)):
         here = samples[test, HERE]
         median = f"{(summary.median(times) or 0) / 1e6:.1f}"
         if place == HERE:
