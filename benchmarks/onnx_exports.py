@@ -1,7 +1,7 @@
 """The figures of docs/onnx.md: size, closeness and export time; speed against other exporters' graphs; memory.
 
     python benchmarks/onnx_exports.py files CHECKPOINT -o OUT --calibration chats.jsonl --calibration text.jsonl
-    python benchmarks/onnx_exports.py speed DENSE -o OUT [--portable FOLDER] [-r 7]
+    python benchmarks/onnx_exports.py speed DENSE -o OUT [--portable FOLDER] [--depths 0] [-r 7]
     python benchmarks/onnx_exports.py mixed CHECKPOINT --calibration chats.jsonl --calibration text.jsonl
     python benchmarks/onnx_exports.py memory DENSE/int4 PRUNED/int4
 
@@ -28,16 +28,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.architectures import block_linears
 from cfsp.calibration import SELF, load_calibration
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_directory
 from cfsp.model_reference import load_model
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
-from exporters.onnx.mixed import EIGHT, FOUR, OFFSET_DIGITS, choose_mixture, round_small, stored_bytes
+from exporters.onnx.mixed import EIGHT, FOUR, OFFSET_DIGITS, choose_few, choose_mixture, stored_bytes
 from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.variants import BlockFormat, find_variant
+from exporters.onnx.weights import HEAD
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.record import ExportRecord, ParityReport
@@ -158,6 +157,7 @@ def held_against(
     settings = BenchSettings(
         n_prompt=(arguments.n_prompt,),
         n_gen=(arguments.n_gen,),
+        n_depth=tuple(arguments.depths),
         ttft=(),
         load=False,
         repetitions=arguments.rounds,
@@ -180,49 +180,47 @@ def ratio(row: Comparison) -> str:
 
 
 def mixed(arguments: argparse.Namespace) -> None:
-    """int4's choice of eight-bit layers, the same with an embedding of four bits, and int4-mixed's choice."""
+    """Four bits for all, then int4's choice of eight-bit layers, other heads for it, and int4-mixed's choice."""
     loaded = load_model(arguments.checkpoint.resolve())
     model, references = loaded.model, arguments.calibration or [SELF]
     sizes = {"nsamples": arguments.windows, "seqlen": CALIBRATION_SEQLEN}
     text = load_calibration(references, loaded, **sizes).input_ids
     windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, windows[:2])
-    blocks = block_linears(model)
-    linears = {name: linear for block in blocks for name, linear in block.items()}
-    fixed = find_variant("int4").format_of
-    assert fixed is not None
-    forms = {name: fixed(name, index, len(blocks)) for index, block in enumerate(blocks) for name in block}
-    n_bytes = sum(stored_bytes(linears[name].weight, form) for name, form in forms.items())
-    small = round_small(model, text)
-    four = sum(stored_bytes(linear.weight, FOUR) for linear in linears.values())
-    mixture = choose_mixture(model, small, text, four, budget_bytes=n_bytes + OFFSET_DIGITS * len(linears))
-    own, chosen = (quantize_linears(model, choice, text) for choice in (fixed, mixture.format_of))
+    small = quantize_linears(model, lambda *_: FOUR, text)
+    own = choose_few(model, small, text).applied(model, small)
+    head = model.get_output_embeddings().weight
+    budget = taken_bytes(own) + OFFSET_DIGITS * len(own)
+    mixture = choose_mixture(model, small, text, taken_bytes(small), budget_bytes=budget)
+    choices = {
+        "nearest": quantize_linears(model, lambda *_: FOUR, None),
+        "GPTQ": small,
+        "int4": own,
+        "int4, its head to nearest": own | {HEAD: round_to_nearest(head, FOUR)},
+        "int4, its head in eight bits": own | {HEAD: round_to_nearest(head, EIGHT)},
+        "int4-mixed": mixture.applied(model, small),
+    }
     rows = []
-    for label, rounded, embedding in (
-        ("int4", own, EIGHT),
-        ("int4, embedding too", own, FOUR),
-        ("int4-mixed", chosen, EIGHT),
-    ):
-        found = torch_parity(model, rounded, embedding, reference)
-        taken = sum(stored_bytes(linears[name].weight, r.form) for name, r in rounded.items())
-        cells = {"blocks": format_bytes(taken), "KL mean": f"{found.kl_mean:.4f}"}
-        rows.append({"file": label, **cells, "same top-1": f"{found.same_top1:.1%}"})
+    for label, rounded in choices.items():
+        found = torch_parity(model, rounded, reference)
+        cells = {"weights": format_bytes(taken_bytes(rounded)), "KL mean": f"{found.kl_mean:.4f}"}
+        cells |= {"same top-1": f"{found.same_top1:.1%}", "perplexity ratio": f"{found.ppl_ratio:.3f}"}
+        rows.append({"file": label, **cells})
     print(as_markdown(rows))
     print(f"\nIn eight bits, {len(mixture.eight_bits)}: {', '.join(mixture.eight_bits)}")
 
 
-def torch_parity(
-    model: Any, rounded: Mapping[str, Rounded], embedding: BlockFormat, reference: Reference
-) -> ParityReport:
+def taken_bytes(rounded: Mapping[str, Rounded]) -> int:
+    """Of the weights as they are stored."""
+    return sum(map(stored_bytes, rounded.values()))
+
+
+def torch_parity(model: Any, rounded: Mapping[str, Rounded], reference: Reference) -> ParityReport:
     """The model with its weights as they are stored, in torch, against itself."""
     changed = {model.get_submodule(name): stored for name, stored in rounded.items()}
-    changed[model.get_input_embeddings()] = round_to_nearest(model.get_input_embeddings().weight, embedding)
     kept = {module: module.weight.data for module in changed}
     for module, stored in changed.items():
-        module.weight.data = stored.dequantized()
-    head, given = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight.data_ptr() == kept[given].data_ptr():
-        kept[head], head.weight.data = head.weight.data, given.weight.data
+        module.weight.data = stored.dequantized()  # a tied embedding is the output matrix
 
     def run(window: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         with torch.inference_mode():
@@ -274,6 +272,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     one.add_argument("--force", action="store_true", help="replace the output")
     two.add_argument("--precisions", nargs="*", default=GENAI_PRECISIONS, help="which ones")
     two.add_argument("--portable", type=Path, help="folder of a portable variant")
+    two.add_argument(
+        "-d", "--depths", type=int, nargs="+", default=[0], help="tokens in the context before (0)"
+    )
     two.add_argument("-r", "--rounds", type=int, default=7, help="samples of each (7)")
     four = commands.add_parser("mixed", help="int4 against int4-mixed in as many bytes")
     four.add_argument("checkpoint", type=Path, help="as above")

@@ -111,8 +111,8 @@ class ExportRecord:
         ort_file: The same as an .ort file, where it was asked for.
         calibration_sha256: Hash of the token ids that an ONNX variant was rounded for; None without.
         calibration_tokens: Their number.
-        budget_bytes: Most that a mixture of bits was allowed to take; None for what is no such mixture.
-        eight_bit_layers: What a mixture stores in eight bits, by module name.
+        budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
+        eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
     """
 
     KIND: ClassVar[str] = "export"

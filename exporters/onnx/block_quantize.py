@@ -21,6 +21,8 @@ from exporters.onnx.variants import BlockFormat
 
 __all__ = ["Rounded", "gptq", "joined", "pack", "round_to_nearest"]
 
+_LAZY_COLUMNS = 64
+"""What so many columns lost is taken from all that come after them in one product."""
 # 1 is among them: a block that lies on a grid already is kept.
 _FACTORS = tuple(round(0.7 + 0.025 * i, 3) for i in range(15))
 
@@ -64,12 +66,13 @@ def round_to_nearest(
     return Rounded(_levels(blocks, scales, form), scales.half(), weight.shape[1], form)
 
 
-def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: float = 1e-2) -> Rounded:
+def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: float = 0.1) -> Rounded:
     """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
 
-    Columns are rounded in order; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as
-    e_j U_j, where U is the upper Cholesky factor of (H + ridge mean(diag H) I)^-1. A block's scale is found when its
-    first column's turn comes, on the weights as they are by then.
+    Columns are rounded one by one, those with the largest inputs first, as the last ones have nobody to make up for
+    them; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as e_j U_j, where U is the upper
+    Cholesky factor of (H + ridge mean(diag H) I)^-1. Blocks keep the scales that suit the weights as they were, since
+    a block's columns do not follow each other.
 
     Args:
         weight: W, (rows, columns) float32.
@@ -80,27 +83,23 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: 
     Raises:
         InputError: H is not finite or cannot be inverted.
     """
-    columns, size = weight.shape[1], form.block_size
-    factor = damped_cholesky(gram.double().clone(), ridge)
+    columns = weight.shape[1]
+    nearest = round_to_nearest(weight, form, gram.diagonal())
+    order = gram.diagonal().argsort(descending=True)
+    factor = damped_cholesky(gram.double()[order][:, order], ridge)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    importance = gram.diagonal().float()
-    left = weight.float().clone()
-    q, scales = [], []
-    for start in range(0, columns, size):
-        stop = min(start + size, columns)
-        block = round_to_nearest(left[:, start:stop], form, importance[start:stop])
-        scale = block.scales[:, 0].float()
-        levels = torch.full((len(weight), size), form.half, dtype=torch.uint8)
+    left, scales = weight.float()[:, order], nearest.scales.float()[:, order // form.block_size]
+    q = nearest.q.flatten(1)
+    for start in range(0, columns, _LAZY_COLUMNS):
+        stop = min(start + _LAZY_COLUMNS, columns)
         errors = torch.zeros(len(weight), stop - start)
         for j in range(start, stop):
-            levels[:, j - start] = _levels(left[:, j], scale, form)
-            lost = left[:, j] - (levels[:, j - start].float() - form.half) * scale
+            levels = q[:, order[j]] = _levels(left[:, j], scales[:, j], form)
+            lost = left[:, j] - (levels.float() - form.half) * scales[:, j]
             errors[:, j - start] = lost / upper[j, j]
             left[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
-        q.append(levels)
-        scales.append(scale)
-    return Rounded(torch.stack(q, 1), torch.stack(scales, 1).half(), columns, form)
+    return replace(nearest, q=q.view_as(nearest.q))
 
 
 def pack(rounded: Rounded) -> BlockQuantized:

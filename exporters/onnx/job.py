@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from exporters.job import Job
-from exporters.onnx.block_quantize import pack, round_to_nearest
-from exporters.onnx.layers import NBitsEmbedding
-from exporters.onnx.variants import BlockFormat, Variant
+from exporters.onnx.variants import Variant
 
 __all__ = ["OnnxJob"]
 
@@ -27,7 +25,6 @@ class OnnxJob:
         mixed_bytes: Most bytes of a mixture of bits; None for the default.
         ort: Also write .ort files.
         opset: Of ONNX's own operators; None for each graph's own.
-        embeddings: The token embedding in each format that was asked for; variants share it.
     """
 
     common: Job
@@ -37,14 +34,7 @@ class OnnxJob:
     mixed_bytes: int | None
     ort: bool
     opset: int | None
-    embeddings: dict[BlockFormat, NBitsEmbedding] = field(default_factory=dict)
 
     def text_for(self, variant: Variant) -> torch.Tensor | None:
         """What a variant is rounded for."""
         return self.calibration if variant.calibrated else None
-
-    def embedding(self, form: BlockFormat, table: torch.Tensor) -> NBitsEmbedding:
-        """The token embedding rounded to nearest: its rows are looked up one by one, so no input weighs more."""
-        if form not in self.embeddings:
-            self.embeddings[form] = NBitsEmbedding(pack(round_to_nearest(table, form)))
-        return self.embeddings[form]

@@ -31,7 +31,7 @@ class BlockFormat:
 
 
 FormatOf = Callable[[str, int, int], BlockFormat]
-"""(name of a Linear of a block, index of the block, number of blocks) -> its format."""
+"""(name of a Linear, index of its block, number of blocks) -> its format; the output matrix follows the last block."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,11 @@ class Variant:
         name: As users say it.
         suffix: Of the file name; transformers.js finds the known ones by its `dtype`.
         dtype: Name of the torch dtype of what is computed: float32 or float16.
-        format_of: Format of each Linear of the blocks; None stores floats.
-        embedding: Format of the token embedding and a tied head.
-        calibrated: Rounded by GPTQ, which wants text.
-        pack_qkv: Whether q, k and v have one format, so that they can be one layer.
+        format_of: Format of each Linear and, with the output matrix, of a tied embedding; None stores floats.
+        small: Format of most layers where text says which few get eight bits; `format_of` does without text.
         int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
         portable: In standard operators alone, as optimum exports it.
-        mixed: Of the Linears that `format_of` gives four bits, those get eight that need them most, as many as fit.
+        mixed: As many get eight bits as fit a size, not as few as cost little time.
         limits: Bounds of the parity check.
     """
 
@@ -57,12 +55,15 @@ class Variant:
     dtype: str
     limits: ParityLimits
     format_of: FormatOf | None = None
-    embedding: BlockFormat | None = None
-    calibrated: bool = False
-    pack_qkv: bool = True
+    small: BlockFormat | None = None
     int8_rows: bool = False
     portable: bool = False
     mixed: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is rounded by GPTQ, which wants text."""
+        return self.small is not None
 
     @property
     def stem(self) -> str:
@@ -70,30 +71,23 @@ class Variant:
         return f"model{self.suffix}"
 
 
-_INT4, _INT8 = BlockFormat(4, 32), BlockFormat(8, 32)
+_INT4, _INT4_B128, _INT8 = BlockFormat(4, 32), BlockFormat(4, 128), BlockFormat(8, 32)
 
 
 def _all_int8(name: str, block: int, blocks: int) -> BlockFormat:
     return _INT8
 
 
-def _all_int4(name: str, block: int, blocks: int) -> BlockFormat:
-    return _INT4
-
-
-def _int4(block_size: int) -> FormatOf:
-    small = BlockFormat(4, block_size)
-
+def _unseen(small: BlockFormat) -> FormatOf:
     def format_of(name: str, block: int, blocks: int) -> BlockFormat:
-        """Four bits, but eight where rounding costs most.
+        """Four bits, but eight where rounding costs most in most models: without text it is not known where in this.
 
         Measured on SmolLM2-135M, v_proj alone, 3 % of the blocks' weights, makes half of the whole divergence; of the
-        other layers down_proj costs most. It gets eight bits where llama.cpp's mixtures have more: in the first and
-        the last eighth of the blocks and every third between.
+        other layers down_proj costs most, above all in the two first and the two last blocks.
         """
         if name.endswith("v_proj"):
             return _INT8
-        outer = block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+        outer = block < 2 or block >= blocks - 2
         return _INT8 if name.endswith("down_proj") and outer else small
 
     return format_of
@@ -108,27 +102,21 @@ _ROWS = (
         "float32",
         ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.05),
         format_of=_all_int8,
-        embedding=_INT8,
     ),
     Variant(
         "int4",
         "_q4",
         "float32",
         ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
-        format_of=_int4(32),
-        embedding=_INT8,
-        calibrated=True,
-        pack_qkv=False,
+        format_of=_unseen(_INT4),
+        small=_INT4,
     ),
     Variant(
         "int4-mixed",
         "_q4_mixed",
         "float32",
         ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
-        format_of=_all_int4,
-        embedding=_INT8,
-        calibrated=True,
-        pack_qkv=False,
+        small=_INT4,
         mixed=True,
     ),
     Variant(
@@ -136,10 +124,8 @@ _ROWS = (
         "_q4_b128",
         "float32",
         ParityLimits(kl_mean=0.5, same_top1=0.5, ppl_ratio=1.8),
-        format_of=_int4(128),
-        embedding=_INT8,
-        calibrated=True,
-        pack_qkv=False,
+        format_of=_unseen(_INT4_B128),
+        small=_INT4_B128,
     ),
     Variant(
         "int8-dynamic",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,16 @@ from cfsp.errors import InputError
 from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 
-__all__ = ["MakeEmbedding", "MakeLayer", "decoder_of", "float_weights", "packed_names"]
+__all__ = [
+    "HEAD",
+    "MakeEmbedding",
+    "MakeLayer",
+    "MayPack",
+    "decoder_of",
+    "float_weights",
+    "has_company",
+    "packed_names",
+]
 
 FloatArray = npt.NDArray[np.floating]
 MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
@@ -25,9 +34,18 @@ MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
 MakeVector = Callable[[torch.Tensor], FloatArray]
 MakeEmbedding = Callable[[torch.Tensor], Embedding]
 """Table (vocab_size, hidden_size) float32 -> how it is stored."""
+MayPack = Callable[[Sequence[str]], bool]
+"""Names of a block's q, k and v modules -> whether they are stored as one layer."""
 
 
+HEAD = "lm_head"
+"""Name of the output matrix, also where it is the embedding's."""
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
+
+
+def has_company(name: str) -> bool:
+    """Whether a module is one of the three that a packed layer holds."""
+    return name.rpartition(".")[2] in _PARTS
 
 
 def packed_names(name: str) -> tuple[str, ...]:
@@ -50,7 +68,7 @@ def decoder_of(
     *,
     make_layer: MakeLayer,
     make_embedding: MakeEmbedding,
-    pack_qkv: bool = True,
+    may_pack: MayPack = lambda names: True,
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """The weights of a causal LM, layer by layer.
@@ -59,7 +77,7 @@ def decoder_of(
         model: A causal LM of the architecture table, float32.
         make_layer: How a Linear is stored; its name is the module's, `...qkv_proj` for q, k and v in one.
         make_embedding: How the token embedding is stored.
-        pack_qkv: Store q, k and v as one layer where the model norms no heads.
+        may_pack: Whether q, k and v can be one layer, which is faster; where the model norms heads, they are not.
         dtype: Of norms, rotary tables and what is computed.
 
     Raises:
@@ -76,11 +94,11 @@ def decoder_of(
         shape=_shape(config, layers[0]),
         embedding=embedding,
         blocks=tuple(
-            _block(model, layer, f"{spec_for(config).layers}.{index}", make_layer, norm, pack_qkv=pack_qkv)
+            _block(model, layer, f"{spec_for(config).layers}.{index}", make_layer, norm, may_pack)
             for index, layer in enumerate(layers)
         ),
         final_norm=norm(decoder.norm.weight),
-        head=embedding.as_head() if tied else make_layer("lm_head", head.weight.detach(), _bias(head)),
+        head=embedding.as_head() if tied else make_layer(HEAD, head.weight.detach(), _bias(head)),
         cos=norm(cos),
         sin=norm(sin),
         dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
@@ -105,8 +123,7 @@ def _block(
     name: str,
     make_layer: MakeLayer,
     norm: MakeVector,
-    *,
-    pack_qkv: bool,
+    may_pack: MayPack,
 ) -> Block:
     attention: Any = layer.get_submodule("self_attn")
     ffn = feed_forward(model, layer)
@@ -119,7 +136,7 @@ def _block(
         norm(getattr(attention, part).weight) if hasattr(attention, part) else None
         for part in ("q_norm", "k_norm")
     )
-    if pack_qkv and q_norm is None:
+    if q_norm is None and may_pack([f"{name}.self_attn.{part}" for part in _PARTS]):
         weight = torch.cat([part.weight.detach() for part in parts.values()])
         biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
         bias = torch.cat(biases) if biases else None

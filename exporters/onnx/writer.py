@@ -18,12 +18,17 @@ from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.decoder_graph import OPSET, Decoder, build_decoder
 from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.job import OnnxJob
-from exporters.onnx.mixed import Mixture, choose_mixture, round_small
+from exporters.onnx.mixed import Mixture, choose_few, choose_mixture
 from exporters.onnx.portable import portable_graph
-from exporters.onnx.quantize import quantize_linears, quantized_layers
+from exporters.onnx.quantize import (
+    of_one_format,
+    quantize_linears,
+    quantized_embedding,
+    quantized_layers,
+)
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
 from exporters.onnx.variants import Variant
-from exporters.onnx.weights import decoder_of, float_weights
+from exporters.onnx.weights import MayPack, decoder_of, float_weights
 
 __all__ = ["WrittenGraphs", "save_graph", "write_graphs"]
 
@@ -67,48 +72,55 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         graph = portable_graph(model, name=_graph_name(job, variant), opset=job.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return _write(job, graph, folder, variant)
-    mixture = _mixture(job, variant) if variant.mixed else None
-    format_of = mixture.format_of if mixture else variant.format_of
-    rounded = None
-    if format_of is not None:
-        rounded = quantize_linears(job.model, format_of, job.text_for(variant), progress=progress)
+    rounded, mixture = _rounded(job, variant)
     decoder = _decoder(job, variant, rounded)
     progress(f"writing {variant.name}", 0, 1)
     return replace(_write_both(job, decoder, folder, variant), mixture=mixture)
 
 
-def _mixture(job: OnnxJob, variant: Variant) -> Mixture:
-    """Which layers get eight bits: a file with none of them says how many bytes are left.
+def _rounded(job: OnnxJob, variant: Variant) -> tuple[dict[str, Rounded] | None, Mixture | None]:
+    """Weights of few bits, and which of them text gave eight; for a size, a file without any says how much is left.
 
     Raises:
-        InputError: No text, or a budget that four bits do not fit.
+        InputError: A size without text, or one that four bits do not fit.
     """
-    text, common = job.text_for(variant), job.common
-    if text is None:
-        raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
-    small = round_small(job.model, text, progress=common.progress)
-    with tempfile.TemporaryDirectory(prefix="sizing-", dir=common.folder) as scratch:
-        graph = _every(job, _decoder(job, variant, small), variant)
-        size_bytes = _write(job, graph, Path(scratch), variant).size_bytes
-    return choose_mixture(
-        job.model, small, text, size_bytes, budget_bytes=job.mixed_bytes, progress=common.progress
-    )
-
-
-def _decoder(job: OnnxJob, variant: Variant, rounded: dict[str, Rounded] | None) -> Decoder:
-    dtype: torch.dtype = getattr(torch, variant.dtype)
-    if variant.int8_rows:
-        layer, embedding = int8_weights()
-    elif rounded is None or variant.embedding is None:
-        layer, embedding = float_weights(dtype)
+    text, progress = job.text_for(variant), job.common.progress
+    small = variant.small
+    if text is None or small is None:
+        if variant.mixed:
+            raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
+        form = variant.format_of
+        return None if form is None else quantize_linears(job.model, form, None, progress=progress), None
+    rounded = quantize_linears(job.model, lambda *_: small, text, progress=progress)
+    if variant.mixed:
+        size = _size_bytes(job, variant, rounded)
+        budget = job.mixed_bytes
+        mixture = choose_mixture(job.model, rounded, text, size, budget_bytes=budget, progress=progress)
     else:
-        layer, embedding = (
-            quantized_layers(rounded, variant.embedding),
-            partial(job.embedding, variant.embedding),
+        mixture = choose_few(job.model, rounded, text, progress=progress)
+    return mixture.applied(job.model, rounded), mixture
+
+
+def _size_bytes(job: OnnxJob, variant: Variant, rounded: dict[str, Rounded]) -> int:
+    """Of a file with these weights, and the larger graph that has q, k and v apart."""
+    with tempfile.TemporaryDirectory(prefix="sizing-", dir=job.common.folder) as scratch:
+        graph = _every(job, _decoder(job, variant, rounded, may_pack=lambda _: False), variant)
+        return _write(job, graph, Path(scratch), variant).size_bytes
+
+
+def _decoder(
+    job: OnnxJob, variant: Variant, rounded: dict[str, Rounded] | None, *, may_pack: MayPack | None = None
+) -> Decoder:
+    if rounded is not None:
+        return decoder_of(
+            job.model,
+            make_layer=quantized_layers(rounded),
+            make_embedding=quantized_embedding(rounded, tied=job.common.config.tie_word_embeddings),
+            may_pack=may_pack or partial(of_one_format, rounded),
         )
-    return decoder_of(
-        job.model, make_layer=layer, make_embedding=embedding, pack_qkv=variant.pack_qkv, dtype=dtype
-    )
+    dtype: torch.dtype = getattr(torch, variant.dtype)
+    layer, embedding = int8_weights() if variant.int8_rows else float_weights(dtype)
+    return decoder_of(job.model, make_layer=layer, make_embedding=embedding, dtype=dtype)
 
 
 def _every(job: OnnxJob, decoder: Decoder, variant: Variant) -> ir.Model:

@@ -173,7 +173,7 @@ def test_variants_store_what_they_say(pruned: Path, exported: Path) -> None:
     assert records["fp16"].tensor_types.keys() == {"float16"}
     assert {"int8", "float"} == records["int8"].tensor_types.keys()
     assert {"int4", "int8", "float"} == records["int4"].tensor_types.keys()
-    # In every block q, k, o, gate, up and some down; v, the embedding and the other down have eight bits.
+    # Most have four bits; the few that need them most have eight.
     assert records["int4"].tensor_types["int4"] > records["int4"].tensor_types["int8"]
     sizes = [records[name].file_bytes for name in ("fp32", "fp16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True)

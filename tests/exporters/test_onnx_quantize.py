@@ -20,7 +20,8 @@ from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.layers import NBitsEmbedding
-from exporters.onnx.quantize import quantize_linears
+from exporters.onnx.quantize import quantize_linears, quantized_embedding
+from exporters.onnx.weights import HEAD
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -85,6 +86,15 @@ def test_gptq_of_independent_inputs_is_nearest_numbers() -> None:
     assert torch.equal(found.q, round_to_nearest(weight, form, torch.ones(64)).q)
 
 
+def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
+    weight, form = weights(8, 32), BlockFormat(4, 32)
+    x = correlated_inputs(32) * torch.linspace(0.5, 4, 32)
+    gram = x.T @ x / len(x)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    moved = gptq(weight[:, order], gram[order][:, order], form).dequantized()
+    torch.testing.assert_close(moved, gptq(weight, gram, form).dequantized()[:, order], atol=0, rtol=0)
+
+
 def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
     with pytest.raises(InputError):
         gptq(weights(4, 32), torch.full((32, 32), float("nan")), BlockFormat(4, 32))
@@ -112,6 +122,46 @@ def test_packed_bytes_hold_the_low_number_first() -> None:
     assert torch.equal(both.dequantized(), torch.cat([rounded.dequantized()] * 2))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_matrix_is_rounded_for_what_it_multiplies(
+    tiny_model: Callable[..., Any], tied: bool
+) -> None:
+    model, _ = tiny_model("llama", tie_word_embeddings=tied)
+    ids = torch.randint(0, model.config.vocab_size, (8, 96), generator=torch.Generator().manual_seed(0))
+    head = model.get_output_embeddings().weight.detach().clone()
+    table = model.get_input_embeddings().weight.detach()
+
+    def form_of(name: str, block: int, blocks: int) -> BlockFormat:
+        return BlockFormat(4 if name == HEAD else 8, 32)
+
+    with torch.inference_mode():
+        x = model.get_decoder()(ids).last_hidden_state.flatten(0, 1)
+    guided, nearest = (quantize_linears(model, form_of, text)[HEAD] for text in (ids, None))
+    guided_loss, nearest_loss = (
+        float((x @ (stored.dequantized() - head).T).square().mean()) for stored in (guided, nearest)
+    )
+    assert guided_loss < 0.8 * nearest_loss
+    embedding = quantized_embedding({HEAD: guided}, tied=tied)(table)
+    assert isinstance(embedding, NBitsEmbedding)
+    assert embedding.table.bits == (4 if tied else 8)
+    if tied:
+        assert embedding.table.data.tobytes() == pack(guided).data.tobytes()
+
+
+def test_values_of_the_first_token_count_for_all_that_attend_to_it(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("llama")
+    ids = torch.randint(0, model.config.vocab_size, (8, 96), generator=torch.Generator().manual_seed(0))
+    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).detach()
+    v_proj = model.model.layers[0].self_attn.v_proj.weight.detach()
+    form, rows = BlockFormat(4, 32), x.flatten(0, 1)
+    aware = quantize_linears(model, lambda *_: form, ids)["model.layers.0.self_attn.v_proj"]
+    unaware = gptq(v_proj, rows.T @ rows / len(rows), form)
+    aware_loss, unaware_loss = (
+        float((x[:, 0] @ (stored.dequantized() - v_proj).T).square().mean()) for stored in (aware, unaware)
+    )
+    assert aware_loss < 0.8 * unaware_loss
+
+
 def become(model: Any, rounded: Mapping[str, Rounded]) -> None:
     """Let a model compute with what is stored."""
     with torch.no_grad():
@@ -130,7 +180,8 @@ def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: 
     names = [name for block in block_linears(model) for name in block]
     done: list[tuple[int, int]] = []
     rounded = quantize_linears(model, form_of, ids, progress=lambda _, a, b: done.append((a, b)))
-    assert list(rounded) == names
+    assert list(rounded) == [*names, HEAD]
+    assert rounded[HEAD].form.bits == 4
     assert done == [(i, 4) for i in range(1, 5)]
     assert {rounded[name].form.bits for name in names if name.endswith("v_proj")} == {8}
     assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
@@ -160,9 +211,10 @@ def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -
     torch.testing.assert_close(torch.from_numpy(found[0, 5]), bias)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 40])
-def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int) -> None:
-    rounded = round_to_nearest(weights(11, columns), BlockFormat(8, 32))
+def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bits: int) -> None:
+    rounded = round_to_nearest(weights(11, columns), BlockFormat(bits, 32))
     builder = GraphBuilder()
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     output = NBitsEmbedding(pack(rounded)).look_up(builder, given, "rows")
