@@ -19,8 +19,10 @@ from cfsp.reconstruction import damped_cholesky
 from exporters.onnx.layers import BlockQuantized
 from exporters.onnx.variants import BlockFormat
 
-__all__ = ["Rounded", "gptq", "joined", "pack", "round_to_nearest"]
+__all__ = ["RIDGE", "Rounded", "gptq", "joined", "levels", "pack", "round_to_nearest"]
 
+RIDGE = 0.1
+"""Relative to the mean of a Gram matrix's diagonal. On SmolLM2-135M, 0.05 to 0.1 lose less than 0.01 and 0.2."""
 _LAZY_COLUMNS = 64
 """What so many columns lost is taken from all that come after them in one product."""
 # 1 is among them: a block that lies on a grid already is kept.
@@ -63,22 +65,21 @@ def round_to_nearest(
     counts = torch.ones(weight.shape[1]) if importance is None else importance.float()
     counts = _in_blocks(counts[None], form.block_size)[0]
     scales = _best_scales(blocks, counts, form)
-    return Rounded(_levels(blocks, scales, form), scales.half(), weight.shape[1], form)
+    return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)
 
 
-def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: float = 0.1) -> Rounded:
+def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:
     """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
 
     Columns are rounded one by one, those with the largest inputs first, as the last ones have nobody to make up for
     them; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as e_j U_j, where U is the upper
-    Cholesky factor of (H + ridge mean(diag H) I)^-1. Blocks keep the scales that suit the weights as they were, since
+    Cholesky factor of (H + RIDGE mean(diag H) I)^-1. Blocks keep the scales that suit the weights as they were, since
     a block's columns do not follow each other.
 
     Args:
         weight: W, (rows, columns) float32.
         gram: H = X^T X / T of the layer's inputs, (columns, columns).
         form: How to store it.
-        ridge: Relative to the mean of H's diagonal.
 
     Raises:
         InputError: H is not finite or cannot be inverted.
@@ -86,7 +87,7 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: 
     columns = weight.shape[1]
     nearest = round_to_nearest(weight, form, gram.diagonal())
     order = gram.diagonal().argsort(descending=True)
-    factor = damped_cholesky(gram.double()[order][:, order], ridge)
+    factor = damped_cholesky(gram.double()[order][:, order], RIDGE)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
     left, scales = weight.float()[:, order], nearest.scales.float()[:, order // form.block_size]
     q = nearest.q.flatten(1)
@@ -94,8 +95,8 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat, *, ridge: 
         stop = min(start + _LAZY_COLUMNS, columns)
         errors = torch.zeros(len(weight), stop - start)
         for j in range(start, stop):
-            levels = q[:, order[j]] = _levels(left[:, j], scales[:, j], form)
-            lost = left[:, j] - (levels.float() - form.half) * scales[:, j]
+            numbers = q[:, order[j]] = levels(left[:, j], scales[:, j], form)
+            lost = left[:, j] - (numbers.float() - form.half) * scales[:, j]
             errors[:, j - start] = lost / upper[j, j]
             left[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
@@ -138,15 +139,14 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
     best, lowest = base, torch.full_like(base, torch.inf)
     for factor in _FACTORS:
         scale = base * factor
-        values = (_levels(blocks, scale, form).float() - form.half) * scale[..., None]
+        values = (levels(blocks, scale, form).float() - form.half) * scale[..., None]
         loss = ((blocks - values).square() * counts).sum(-1)
         best = torch.where(loss < lowest, scale, best)
         lowest = torch.minimum(loss, lowest)
     return best.half().float()
 
 
-def _levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
+def levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
     """Nearest q of values (..., block_size) or (rows,), given scales without or of the same last dimension."""
     scales = scales[..., None] if values.ndim > scales.ndim else scales
-    levels = (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1)
-    return levels.to(torch.uint8)
+    return (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)

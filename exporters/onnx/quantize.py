@@ -19,6 +19,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
 from exporters.onnx.layers import NBitsEmbedding, NBitsLinear
+from exporters.onnx.refine import refine
 from exporters.onnx.variants import BlockFormat, FormatOf
 from exporters.onnx.weights import HEAD, MakeEmbedding, MakeLayer, has_company, packed_names
 
@@ -165,4 +166,6 @@ def _replaced(linears: Mapping[str, nn.Linear], rounded: Mapping[str, Rounded]) 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None) -> Rounded:
     # Eight bits lose nothing that compensation could win back.
-    return round_to_nearest(weight, form) if gram is None or form.bits == 8 else gptq(weight, gram, form)
+    if gram is None or form.bits == 8:
+        return round_to_nearest(weight, form)
+    return refine(weight, gram, gptq(weight, gram, form))

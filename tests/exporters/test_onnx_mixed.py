@@ -93,7 +93,7 @@ def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any
     more = sum(map(stored_bytes, chosen.applied(model, small).values())) - sum(
         map(stored_bytes, small.values())
     )
-    assert 0 < more <= 0.04 * sum(map(stored_bytes, small.values()))
+    assert 0 < more <= 0.05 * sum(map(stored_bytes, small.values()))
     # Of a model so small, a product more costs more than all else: q, k and v stay in one.
     assert not any(map(has_company, chosen.eight_bits))
 

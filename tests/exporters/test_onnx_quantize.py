@@ -21,6 +21,7 @@ from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.layers import NBitsEmbedding
 from exporters.onnx.quantize import quantize_linears, quantized_embedding
+from exporters.onnx.refine import refine
 from exporters.onnx.weights import HEAD
 
 
@@ -93,6 +94,36 @@ def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     moved = gptq(weight[:, order], gram[order][:, order], form).dequantized()
     torch.testing.assert_close(moved, gptq(weight, gram, form).dequantized()[:, order], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "form"), [(64, BlockFormat(4, 32)), (72, BlockFormat(4, 32)), (200, BlockFormat(4, 128))]
+)
+def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: BlockFormat) -> None:
+    weight, x = weights(48, columns), correlated_inputs(columns)
+    weight[5] = 0
+    weight[6, :16] = 0
+    gram = x.T @ x / len(x)
+    first = gptq(weight, gram, form)
+    refined = refine(weight, gram, first)
+
+    def lost(rounded: Rounded) -> torch.Tensor:
+        return (x @ (weight - rounded.dequantized()).T).square().mean(0)
+
+    assert float(lost(refined).mean()) < 0.97 * float(lost(first).mean())
+    assert float(refined.dequantized()[5].abs().max()) == 0
+    assert refined.q.dtype == torch.uint8
+    assert refined.q.shape == first.q.shape
+    exact = refined.dequantized()
+    torch.testing.assert_close(refine(exact, gram, refined).dequantized(), exact, rtol=2e-3, atol=1e-4)
+
+
+def test_inputs_that_are_never_seen_count_alike() -> None:
+    weight, form = weights(8, 64), BlockFormat(4, 32)
+    nearest = round_to_nearest(weight, form)
+    refined = refine(weight, torch.zeros(64, 64), nearest)
+    before, after = (float((weight - r.dequantized()).square().mean()) for r in (nearest, refined))
+    assert 0.8 * before < after < before
 
 
 def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
