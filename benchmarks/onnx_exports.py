@@ -8,8 +8,8 @@
 `files` exports every variant by itself, so that each has its own time, beside the GGUF file Q4_0. `speed` lets ONNX
 Runtime GenAI's own builder export the same checkpoint and measures its graph and ours in turns, each sample in a
 fresh process; --portable is a folder that `phoneready export --onnx portable` made in an environment with optimum.
-`mixed` holds int4's choice of eight-bit layers against int4-mixed's in as many bytes, in torch. `memory` measures
-folders' peak RSS after a prompt of 512 tokens. Tables go to stdout, progress to stderr.
+`mixed` holds int4's choice of eight-bit layers against others, and int4-mixed's in as many bytes, in torch. `memory`
+measures folders' peak RSS after a prompt of 512 tokens. Tables go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
 from exporters.onnx.mixed import EIGHT, FOUR, OFFSET_DIGITS, choose_few, choose_mixture, stored_bytes
 from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.weights import HEAD
+from exporters.onnx.variants import HEAD
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.record import ExportRecord, ParityReport
@@ -66,9 +66,8 @@ def files(arguments: argparse.Namespace) -> None:
     q4_0_bytes = rows[0][0].file_bytes
     print(as_markdown([file_row(record, seconds, q4_0_bytes) for record, seconds in rows]))
     for record, _ in rows:
-        if record.budget_bytes is not None:
-            listed = ", ".join(record.eight_bit_layers)
-            print(f"\n{record.quant} may take {format_bytes(record.budget_bytes)}; in eight bits: {listed}")
+        if record.eight_bit_layers:
+            print(f"\n{record.quant}, in eight bits: {', '.join(record.eight_bit_layers)}")
 
 
 def export_one(

@@ -109,7 +109,7 @@ def choose_few(
     """The few layers that gain most from eight bits for the time that they cost, until a token takes 5 % longer.
 
     A token takes the time to read the weights, so the price is in bytes, too; q, k and v of one format are one layer,
-    and where they are not, their three products cost what reading `_APART_BYTES` does.
+    and where they are not, the two products more cost what reading `_APART_BYTES` does.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
@@ -118,9 +118,9 @@ def choose_few(
         progress: Told about the backward pass.
     """
     losses = _losses(model, small, input_ids, progress)
-    prices = {
-        name: _price(stored) + (_APART_BYTES if has_company(name) else 0) for name, stored in small.items()
-    }
+    # Where heads are normed, they are apart already.
+    apart = 0 if any(name.endswith("q_norm") for name, _ in model.named_modules()) else _APART_BYTES
+    prices = {name: _price(stored) + (apart if has_company(name) else 0) for name, stored in small.items()}
     left = int(_FEW * sum(map(stored_bytes, small.values())))
     return Mixture(choose_eight_bits(losses, prices, left))
 

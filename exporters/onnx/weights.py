@@ -16,9 +16,9 @@ from cfsp.architectures import decoder_layers, feed_forward, spec_for
 from cfsp.errors import InputError
 from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
+from exporters.onnx.variants import HEAD
 
 __all__ = [
-    "HEAD",
     "MakeEmbedding",
     "MakeLayer",
     "MayPack",
@@ -38,8 +38,6 @@ MayPack = Callable[[Sequence[str]], bool]
 """Names of a block's q, k and v modules -> whether they are stored as one layer."""
 
 
-HEAD = "lm_head"
-"""Name of the output matrix, also where it is the embedding's."""
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 
 

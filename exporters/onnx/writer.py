@@ -44,7 +44,7 @@ class WrittenGraphs:
         every: The graph with the logits of every position.
         last: The one with the last position's alone; None where a variant has none.
         data: The weights of both.
-        mixture: Which layers got eight bits, of a variant that mixes.
+        mixture: Which layers text gave eight bits.
     """
 
     every: Path
@@ -91,7 +91,9 @@ def _rounded(job: OnnxJob, variant: Variant) -> tuple[dict[str, Rounded] | None,
             raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
         form = variant.format_of
         return None if form is None else quantize_linears(job.model, form, None, progress=progress), None
-    rounded = quantize_linears(job.model, lambda *_: small, text, progress=progress)
+    if small not in job.small:
+        job.small[small] = quantize_linears(job.model, lambda *_: small, text, progress=progress)
+    rounded = job.small[small]
     if variant.mixed:
         size = _size_bytes(job, variant, rounded)
         budget = job.mixed_bytes

@@ -30,7 +30,8 @@ from exporters.onnx.mixed import (
     stored_bytes,
 )
 from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.weights import HEAD, has_company, packed_names
+from exporters.onnx.variants import HEAD
+from exporters.onnx.weights import has_company, packed_names
 from exporters.record import ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
