@@ -36,7 +36,7 @@ from exporters.record import ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 WINDOWS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(0))
-LOOSE = {name: ParityLimits(kl_mean=5.0) for name in ("int4", "int4-mixed", "int8")}
+LOOSE = {name: ParityLimits(kl_mean=5.0) for name in ("int4", "int4-b128", "int4-mixed", "int8")}
 
 
 def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> dict[str, ExportRecord]:
@@ -149,8 +149,27 @@ def bits_in(path: Path) -> dict[str, int]:
         name: node.attributes["bits"].as_int()
         for node in graph.graph
         if node.op_type == "MatMulNBits"
-        for name in packed_names(str(node.name))
+        for name in packed_names(str(node.name).removesuffix(".product"))
     }
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("qwen2", {"tie_word_embeddings": False}), ("qwen3", {}), ("llama", {"attention_bias": True})],
+)
+def test_what_ties_norms_or_adds_is_exported_in_few_bits(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, architecture: str, config: dict[str, Any]
+) -> None:
+    checkpoint = make_checkpoint(architecture, **config)
+    # Room for all in eight bits.
+    records = export(checkpoint, tmp_path / "out", "int4", "int4-b128", "int4-mixed", mixed_bytes=10**7)
+    names = [name for block in block_linears(load_pruned(checkpoint)) for name in block]
+    assert records["int4-mixed"].eight_bit_layers == (*names, HEAD)
+    assert records["int4-mixed"].parity.kl_mean < records["int4"].parity.kl_mean
+    for record in records.values():
+        bits = bits_in(tmp_path / "out" / record.file)
+        assert bits.pop("logits") == (8 if HEAD in record.eight_bit_layers else 4)
+        assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in names}
 
 
 def test_without_a_number_a_mixture_keeps_to_its_share_of_q4_0(
