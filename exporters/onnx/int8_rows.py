@@ -1,9 +1,10 @@
 """Weights in int8 with a scale for each output, multiplied as integers: W8A8 in standard operators.
 
-    y = ((x_q - 128) W_q^T) * s_x * s_w,   x_q = 128 + round(x / s_x),  s_x = max |x| / 127 of the token,
-                                           W_q = round(W / s_w),  s_w likewise of the row
+    y = ((x_q - 128) (W_q - 128)^T) * s_x * s_w,   x_q = 128 + round(x / s_x),  s_x = max |x| / 127 of the token,
+                                                   W_q likewise with s_w of the row
 
-x_q is unsigned because WebAssembly has a fast kernel for that alone.
+Both are unsigned: WebAssembly has a fast kernel for x_q of that kind alone, and where a processor has AVX2 but no VNNI,
+ONNX Runtime adds pairs of products of an unsigned and a signed number in 16 bits, which 255 * 127 * 2 does not fit.
 
 MatMulInteger is fast where MatMulNBits is not: runtimes in a browser unpack the latter's weights for every token.
 A scale for each token keeps apart the few tokens whose activations are a hundred times as large as all others',
@@ -30,14 +31,14 @@ _LARGEST, _ZERO = 127, 128
 
 @dataclass(frozen=True)
 class Int8Rows:
-    """A matrix W (rows, columns): w = data * scale of the row.
+    """A matrix W (rows, columns): w = (data - 128) * scale of the row.
 
     Attributes:
-        data: (rows, columns) int8.
+        data: (rows, columns) uint8.
         scales: (rows,) float32.
     """
 
-    data: npt.NDArray[np.int8]
+    data: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
 
 
@@ -45,7 +46,7 @@ def round_rows(weight: torch.Tensor) -> Int8Rows:
     """The nearest numbers; a row of zeros has the scale one."""
     largest = weight.detach().float().abs().amax(dim=1)
     scales = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
-    data = (weight.detach().float() / scales[:, None]).round().to(torch.int8)
+    data = (weight.detach().float() / scales[:, None]).round().add(_ZERO).to(torch.uint8)
     return Int8Rows(data.numpy(), scales.numpy())
 
 
@@ -78,14 +79,15 @@ class Int8Linear:
                 "Transpose",
                 [builder.constant(f"{stored}.q8", self.weight.data)],
                 f"{stored}.transpose",
-                dtype=ir.DataType.INT8,
+                dtype=ir.DataType.UINT8,
                 shape=self.weight.data.shape[::-1],
                 perm=[1, 0],
             )
         rounded, scale = _rounded(builder, x)
-        zero = builder.constant("activation_zero", np.array(_ZERO, dtype=np.uint8))
+        zero = builder.constant("zero_q8", np.array(_ZERO, dtype=np.uint8))
+        factors = [rounded, weight, zero, zero]
         product = builder.op(
-            "MatMulInteger", [rounded, weight, zero], f"{name}.product", dtype=ir.DataType.INT32, shape=shape
+            "MatMulInteger", factors, f"{name}.product", dtype=ir.DataType.INT32, shape=shape
         )
         y = builder.op(
             "Cast",
@@ -113,10 +115,10 @@ class Int8Embedding:
         shape, stored = (*TOKENS, self.table.data.shape[1]), self.stored_name
         data = builder.constant(f"{stored}.q8", self.table.data)
         scales = builder.constant(f"{stored}.scale", self.table.scales)
-        rows = builder.op("Gather", [data, ids], f"{name}.rows", dtype=ir.DataType.INT8, shape=shape)
-        values = builder.op(
-            "Cast", [rows], f"{name}.float", to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT, shape=shape
-        )
+        rows = builder.op("Gather", [data, ids], f"{name}.rows", dtype=ir.DataType.UINT8, shape=shape)
+        float32 = ir.DataType.FLOAT
+        values = builder.op("Cast", [rows], f"{name}.float", to=float32, dtype=float32, shape=shape)
+        values = builder.op("Sub", [values, _middle(builder)], f"{name}.whole", dtype=float32, shape=shape)
         scale = builder.op(
             "Gather", [scales, ids], f"{name}.row_scale", dtype=ir.DataType.FLOAT, shape=TOKENS
         )
@@ -157,9 +159,12 @@ def _rounded(builder: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     scale = builder.once("Max", [scale, least], f"{x.name}.token_scale", dtype=float32, shape=tokens)
     steps = builder.once("Div", [x, scale], f"{x.name}.steps", dtype=float32, shape=shape)
     whole = builder.once("Round", [steps], f"{x.name}.whole", dtype=float32, shape=shape)
-    middle = builder.constant("activation_middle", np.array(_ZERO, dtype=np.float32))
-    moved = builder.once("Add", [whole, middle], f"{x.name}.moved", dtype=float32, shape=shape)
+    moved = builder.once("Add", [whole, _middle(builder)], f"{x.name}.moved", dtype=float32, shape=shape)
     return builder.once("Cast", [moved], f"{x.name}.q8", dtype=uint8, shape=shape, to=uint8), scale
+
+
+def _middle(builder: GraphBuilder) -> ir.Value:
+    return builder.constant("middle_q8", np.array(_ZERO, dtype=np.float32))
 
 
 def _multiply(
