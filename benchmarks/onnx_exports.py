@@ -34,9 +34,10 @@ from cfsp.files import atomic_directory
 from cfsp.model_reference import load_model
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
-from exporters.onnx.mixed import EIGHT, FOUR, OFFSET_DIGITS, choose_few, choose_mixture, stored_bytes
+from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, small_model, stored_bytes
 from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.variants import HEAD
+from exporters.onnx.variants import INT4, INT8, BlockFormat
+from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.record import ExportRecord, ParityReport
@@ -186,17 +187,21 @@ def mixed(arguments: argparse.Namespace) -> None:
     text = load_calibration(references, loaded, **sizes).input_ids
     windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, windows[:2])
-    small = quantize_linears(model, lambda *_: FOUR, text)
-    own = choose_few(model, small, text).applied(model, small)
-    head = model.get_output_embeddings().weight
+    small = small_model(model, INT4, text)
+    own = choose_few(model, small).applied(model, small)
+
+    def with_head(form: BlockFormat) -> dict[str, Rounded]:
+        return own | {name: round_to_nearest(weight_of(model, name), form) for name in HEAD_PARTS}
+
     budget = taken_bytes(own) + OFFSET_DIGITS * len(own)
-    mixture = choose_mixture(model, small, text, taken_bytes(small), budget_bytes=budget)
+    mixture = choose_mixture(model, small, taken_bytes(small.layers), budget_bytes=budget)
     choices = {
-        "nearest": quantize_linears(model, lambda *_: FOUR, None),
-        "GPTQ": small,
+        "nearest": quantize_linears(model, lambda *_: INT4, None),
+        "GPTQ": small.layers,
         "int4": own,
-        "int4, its head to nearest": own | {HEAD: round_to_nearest(head, FOUR)},
-        "int4, its head in eight bits": own | {HEAD: round_to_nearest(head, EIGHT)},
+        "int4, its head in four bits": own | {name: small.layers[name] for name in HEAD_PARTS},
+        "int4, its head to nearest": with_head(INT4),
+        "int4, its head in eight bits": with_head(INT8),
         "int4-mixed": mixture.applied(model, small),
     }
     rows = []
@@ -216,18 +221,17 @@ def taken_bytes(rounded: Mapping[str, Rounded]) -> int:
 
 def torch_parity(model: Any, rounded: Mapping[str, Rounded], reference: Reference) -> ParityReport:
     """The model with its weights as they are stored, in torch, against itself."""
-    changed = {model.get_submodule(name): stored for name, stored in rounded.items()}
-    kept = {module: module.weight.data for module in changed}
-    for module, stored in changed.items():
-        module.weight.data = stored.dequantized()  # a tied embedding is the output matrix
+    kept = {name: weight_of(model, name).clone() for name in rounded}
+    for name, stored in rounded.items():
+        weight_of(model, name).copy_(stored.dequantized())  # a tied embedding is the output matrix
 
     def run(window: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         with torch.inference_mode():
             return [model(input_ids=torch.from_numpy(window).long()[None]).logits[0].numpy()]
 
     found = compare_logits(reference, run, {})
-    for module, weight in kept.items():
-        module.weight.data = weight
+    for name, weight in kept.items():
+        weight_of(model, name).copy_(weight)
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,13 @@ from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from cfsp.streaming import output_hook
 
-__all__ = ["BlockGradients", "ChannelGradients", "collect_gradients", "predict_divergence"]
+__all__ = [
+    "BlockGradients",
+    "ChannelGradients",
+    "WeightChange",
+    "collect_gradients",
+    "predict_divergence",
+]
 
 _HEAD_CHUNK = 256
 
@@ -104,10 +110,25 @@ def collect_gradients(
     return result
 
 
-class _Change:
+@dataclass(frozen=True)
+class WeightChange:
+    """A change of a Linear's weight.
+
+    Attributes:
+        module: Name of the Linear.
+        matrix: Gives C (rows, in_features) float32; it is called for each window, so that not all have to be held.
+        rows: Of the weight, to which C is added.
+    """
+
+    module: str
+    matrix: Callable[[], torch.Tensor]
+    rows: slice = field(default_factory=lambda: slice(None))
+
+
+class _Watch:
     """What changing one Linear's weight does to the loss, summed over tokens."""
 
-    def __init__(self, change: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, change: WeightChange) -> None:
         self.change, self.total = change, 0.0
 
     def watch(self, x: torch.Tensor, output: torch.Tensor) -> None:
@@ -116,15 +137,15 @@ class _Change:
 
         def add(gradient: torch.Tensor) -> None:
             g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-            delta = kept.reshape(len(g), -1).float() @ self.change().T
-            self.total += float((g * delta).sum(1).square().sum())
+            delta = kept.reshape(len(g), -1).float() @ self.change.matrix().T
+            self.total += float((g[:, self.change.rows] * delta).sum(1).square().sum())
 
         output.register_hook(add)  # type: ignore[no-untyped-call]
 
 
 def predict_divergence(
     model: Any,
-    changes: Mapping[str, Callable[[], torch.Tensor]],
+    changes: Mapping[str, WeightChange],
     input_ids: torch.Tensor,
     *,
     seed: int = 0,
@@ -137,25 +158,24 @@ def predict_divergence(
 
     Args:
         model: A causal LM of the architecture table, in eval mode; unchanged.
-        changes: Module name of a Linear -> a function that gives C (out_features, in_features) float32; it is called
-            for each window, so that not all of them have to be held.
+        changes: By any name.
         input_ids: (nsamples, seqlen) int64.
         seed: Of the drawn labels.
         progress: Told after each window.
 
     Returns:
-        Module name -> nats a token.
+        Name -> nats a token.
 
     Raises:
         InputError: A prediction is not finite.
     """
-    watched = {name: _Change(change) for name, change in changes.items()}
+    watched = {name: _Watch(change) for name, change in changes.items()}
     with ExitStack() as stack:
-        for name, change in watched.items():
-            linear: nn.Linear = model.get_submodule(name)
-            stack.enter_context(output_hook(linear, change.watch))
+        for watch in watched.values():
+            linear: nn.Linear = model.get_submodule(watch.change.module)
+            stack.enter_context(output_hook(linear, watch.watch))
         _run_backwards(model, input_ids, seed, progress)
-    result = {name: change.total / input_ids.numel() / 2 for name, change in watched.items()}
+    result = {name: watch.total / input_ids.numel() / 2 for name, watch in watched.items()}
     for name, value in result.items():
         if not math.isfinite(value):
             raise InputError("gradients are not finite; check the weights and their dtype", field=name)

@@ -50,6 +50,14 @@ class Rounded:
         values = (self.q.float() - self.form.half) * self.scales.float()[..., None]
         return values.flatten(1)[:, : self.columns]
 
+    def rows(self, rows: slice) -> Rounded:
+        """Some of its rows."""
+        return replace(self, q=self.q[rows], scales=self.scales[rows])
+
+    def scaled(self, factors: torch.Tensor) -> Rounded:
+        """Its rows times factors (rows,)."""
+        return replace(self, scales=(self.scales.float() * factors[:, None]).half())
+
 
 def round_to_nearest(
     weight: torch.Tensor, form: BlockFormat, importance: torch.Tensor | None = None
@@ -103,6 +111,12 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded
     return replace(nearest, q=q.view_as(nearest.q))
 
 
+def levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
+    """Nearest q of values (..., block_size) or (rows,), given scales without or of the same last dimension."""
+    scales = scales[..., None] if values.ndim > scales.ndim else scales
+    return (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
+
+
 def pack(rounded: Rounded) -> BlockQuantized:
     """The bytes as MatMulNBits reads them; of two 4-bit numbers in a byte the first is the low one."""
     q, form = rounded.q, rounded.form
@@ -144,9 +158,3 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
         best = torch.where(loss < lowest, scale, best)
         lowest = torch.minimum(loss, lowest)
     return best.half().float()
-
-
-def levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
-    """Nearest q of values (..., block_size) or (rows,), given scales without or of the same last dimension."""
-    scales = scales[..., None] if values.ndim > scales.ndim else scales
-    return (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,9 +13,10 @@ from exporters.onnx.graph_builder import CONTRIB
 
 __all__ = ["check_graph"]
 
-_PRODUCTS = ("MatMul", "MatMulInteger", "MatMulNBits")
+_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulInteger", "MatMulNBits")
 _LOOK_UPS = ("Gather", "GatherBlockQuantized")
 _HEADS = ("logits", "lm_head")
+_OUTERMOST = re.compile(r"[./]")  # optimum has /lm_head/MatMul
 
 
 def check_graph(path: Path, config: ModelConfig) -> None:
@@ -65,18 +67,40 @@ def _sizes(node: ir.Node | None) -> tuple[int, int] | None:
 
 
 def _embeddings(graph: ir.Graph, config: ModelConfig) -> list[str]:
-    """Matrices over the vocabulary: the table that is looked up, and the output matrix."""
-    found = {
-        value.name
-        for node in graph
-        if node.op_type in _LOOK_UPS or str(node.name).removesuffix(".product") in _HEADS
-        for value in node.inputs[:2]
-        if value is not None and value.const_value is not None and value.const_value.size > config.vocab_size
-    }
-    wanted = 1 if config.tie_word_embeddings else 2
-    if len(found) == wanted:
-        return []
-    return [f"{len(found)} matrices over the vocabulary, not {wanted}: {', '.join(sorted(map(str, found)))}"]
+    """The tables that are looked up and the output matrix, each for the whole vocabulary, are one where tied."""
+    tables: dict[str, int] = {}
+    heads: dict[str, int] = {}
+    for node in graph:
+        if node.op_type in _LOOK_UPS and "embed_tokens" in str(node.name):
+            tables |= _rows(node.inputs[0], 0)
+        elif node.op_type in _PRODUCTS and _OUTERMOST.split(str(node.name).lstrip("/"))[0] in _HEADS:
+            by_row = node.op_type == "MatMulNBits" or "transB" in node.attributes
+            heads |= _rows(node.inputs[1], 0 if by_row else 1)
+    problems = [
+        f"{what} has {found} rows for {config.vocab_size} tokens"
+        for what, found in (
+            ("the embedding", sum(tables.values())),
+            ("the output matrix", sum(heads.values())),
+        )
+        if found != config.vocab_size
+    ]
+    if config.tie_word_embeddings and tables.keys() != heads.keys():
+        problems.append(
+            f"a tied embedding is stored twice: {', '.join(sorted(tables.keys() | heads.keys()))}"
+        )
+    if not config.tie_word_embeddings and tables.keys() & heads.keys():
+        problems.append("the output matrix is stored as the embedding, which it is not tied to")
+    return problems
+
+
+def _rows(matrix: ir.Value | None, axis: int) -> dict[str, int]:
+    """Name of a stored matrix -> its size along an axis, or if what is multiplied is its transpose, along the other."""
+    producer = matrix.producer() if matrix is not None else None
+    if producer is not None and producer.op_type == "Transpose":
+        return _rows(producer.inputs[0], 1 - axis)
+    if matrix is None or matrix.const_value is None or len(matrix.const_value.shape) < 2:
+        return {}
+    return {str(matrix.name): int(matrix.const_value.shape.numpy()[axis])}
 
 
 def _untyped(graph: ir.Graph) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from exporters.job import Job
-from exporters.onnx.block_quantize import Rounded
+from exporters.onnx.mixed import Small
 from exporters.onnx.variants import BlockFormat, Variant
 
 __all__ = ["OnnxJob"]
@@ -26,7 +26,7 @@ class OnnxJob:
         mixed_bytes: Most bytes of a mixture of bits; None for the default.
         ort: Also write .ort files.
         opset: Of ONNX's own operators; None for each graph's own.
-        small: All layers in each format that text was rounded for; variants share them.
+        small: The model in each format that was rounded for text; variants share them.
     """
 
     common: Job
@@ -36,7 +36,7 @@ class OnnxJob:
     mixed_bytes: int | None
     ort: bool
     opset: int | None
-    small: dict[BlockFormat, dict[str, Rounded]] = field(default_factory=dict)
+    small: dict[BlockFormat, Small] = field(default_factory=dict)
 
     def text_for(self, variant: Variant) -> torch.Tensor | None:
         """What a variant is rounded for."""

@@ -23,6 +23,8 @@ __all__ = [
     "Layer",
     "NBitsEmbedding",
     "NBitsLinear",
+    "StackedEmbedding",
+    "StackedLinear",
     "add_bias",
 ]
 
@@ -221,6 +223,68 @@ class NBitsEmbedding:
     def as_head(self) -> NBitsLinear:
         """See `Embedding`."""
         return NBitsLinear(self.table, None, self.accuracy_level, self.stored_name)
+
+
+@dataclass(frozen=True)
+class StackedLinear:
+    """Layers of the same inputs as one: the outputs of the first, then those of the next.
+
+    Attributes:
+        parts: First rows first.
+    """
+
+    parts: tuple[Layer, ...]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of all."""
+        return sum(part.out_features for part in self.parts)
+
+    def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+        """See `Layer`."""
+        outputs = [part.apply(builder, x, f"{name}.{index}") for index, part in enumerate(self.parts)]
+        shape = (*TOKENS, self.out_features)
+        return builder.op("Concat", outputs, name, dtype=_dtype(x), shape=shape, axis=-1)
+
+
+@dataclass(frozen=True)
+class StackedEmbedding:
+    """Two tables as one, for rows of unlike formats.
+
+    Attributes:
+        first: Of the first tokens.
+        rest: Of all others.
+    """
+
+    first: NBitsEmbedding
+    rest: NBitsEmbedding
+
+    def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
+        """See `Embedding`: both tables are asked, with an id that each has, and one of them is believed."""
+        int64, first_rows = ir.DataType.INT64, len(self.first.table.data)
+
+        def number(value: int) -> ir.Value:
+            return builder.constant(f"{name}.{value}", np.array(value, dtype=np.int64))
+
+        def on_ids(op: str, x: ir.Value, y: ir.Value, part: str, dtype: ir.DataType = int64) -> ir.Value:
+            return builder.op(op, [x, y], f"{name}.{part}", dtype=dtype, shape=TOKENS)
+
+        in_first = on_ids("Less", ids, number(first_rows), "in_first", ir.DataType.BOOL)
+        first_ids = on_ids("Min", ids, number(first_rows - 1), "first_ids")
+        moved = on_ids("Sub", ids, number(first_rows), "moved_ids")
+        rest_ids = on_ids("Max", moved, number(0), "rest_ids")
+        first = self.first.look_up(builder, first_ids, f"{name}.first")
+        rest = self.rest.look_up(builder, rest_ids, f"{name}.rest")
+        last = builder.constant("last_axis", np.array([-1], dtype=np.int64))
+        chosen = builder.op(
+            "Unsqueeze", [in_first, last], f"{name}.choice", dtype=ir.DataType.BOOL, shape=(*TOKENS, 1)
+        )
+        shape = (*TOKENS, self.first.table.columns)
+        return builder.op("Where", [chosen, first, rest], name, dtype=_dtype(first), shape=shape)
+
+    def as_head(self) -> StackedLinear:
+        """See `Embedding`."""
+        return StackedLinear((self.first.as_head(), self.rest.as_head()))
 
 
 def _stored(builder: GraphBuilder, matrix: BlockQuantized, name: str) -> tuple[ir.Value, ir.Value]:

@@ -8,31 +8,33 @@ bytes of a file, or what may be lost of its speed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from cfsp.architectures import block_linears
 from cfsp.errors import InputError
-from cfsp.gradients import predict_divergence
+from cfsp.gradients import WeightChange, predict_divergence
 from cfsp.progress import Progress, no_progress
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
-from exporters.onnx.variants import BlockFormat
-from exporters.onnx.weights import has_company
+from exporters.onnx.quantize import quantize_linears
+from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
+from exporters.onnx.weights import HEAD_PARTS, company, head_parts, is_tied, weight_of
 
 __all__ = [
     "Mixture",
+    "Small",
     "choose_eight_bits",
     "choose_few",
     "choose_mixture",
     "default_budget",
+    "small_model",
     "stored_bytes",
 ]
 
-FOUR, EIGHT = BlockFormat(4, 32), BlockFormat(8, 32)
 GRADIENT_WINDOWS = 4
 """Windows of the calibration text to predict losses from: what counts is the layers' order."""
 _Q4_0_RATIO = 1.1
@@ -45,51 +47,76 @@ OFFSET_DIGITS = 8
 
 
 @dataclass(frozen=True)
+class Small:
+    """A model in few bits.
+
+    Attributes:
+        layers: Every Linear of the blocks and the output matrix's parts, by `quantize_linears`.
+        losses: The divergence that its few bits cost each, alone.
+    """
+
+    layers: dict[str, Rounded]
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Which layers are stored in eight bits.
 
     Attributes:
-        eight_bits: Their module names, first block to last.
+        eight_bits: Their names, first block to last.
         budget_bytes: What the file was allowed to take; None where time was what counted.
     """
 
     eight_bits: tuple[str, ...]
     budget_bytes: int | None = None
 
-    def applied(self, model: Any, small: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    def applied(self, model: Any, small: Small) -> dict[str, Rounded]:
         """`small` with the nearest of eight bits for these layers; the others make up for no more than before."""
         return {
-            name: round_to_nearest(model.get_submodule(name).weight.detach(), EIGHT)
-            if name in self.eight_bits
-            else stored
-            for name, stored in small.items()
+            name: round_to_nearest(weight_of(model, name), INT8) if name in self.eight_bits else stored
+            for name, stored in small.layers.items()
         }
 
 
-def choose_mixture(
-    model: Any,
-    small: Mapping[str, Rounded],
-    input_ids: torch.Tensor,
-    size_bytes: int,
-    *,
-    budget_bytes: int | None = None,
-    progress: Progress = no_progress,
-) -> Mixture:
-    """The layers to store in eight bits.
+def small_model(
+    model: Any, form: BlockFormat, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> Small:
+    """Round all layers for a text, and predict what each loses.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
-        small: Every layer in four bits, by `quantize_linears`.
+        form: Of all layers.
         input_ids: Calibration text, (nsamples, seqlen).
-        size_bytes: Of the file that has all of them in four bits.
+        progress: Told about both.
+    """
+    layers = quantize_linears(model, lambda *_: form, input_ids, progress=progress)
+    rows = head_parts(model.config.vocab_size)
+
+    def change(name: str) -> WeightChange:
+        def matrix() -> torch.Tensor:
+            return layers[name].dequantized() - weight_of(model, name)
+
+        return WeightChange(HEAD, matrix, rows[name]) if name in rows else WeightChange(name, matrix)
+
+    changes = {name: change(name) for name in layers}
+    return Small(layers, predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress))
+
+
+def choose_mixture(model: Any, small: Small, size_bytes: int, *, budget_bytes: int | None = None) -> Mixture:
+    """The layers to store in eight bits so that a file has a size.
+
+    Args:
+        model: A causal LM of the architecture table.
+        small: It in few bits.
+        size_bytes: Of the file that has all of it in few bits.
         budget_bytes: Of the file with the mixture; `default_budget` where None.
-        progress: Told about the backward pass.
 
     Raises:
-        InputError: Not even four bits fit the budget.
+        InputError: Not even few bits fit the budget.
     """
     budget = default_budget(model) if budget_bytes is None else budget_bytes
-    left = budget - size_bytes - OFFSET_DIGITS * len(small)
+    left = budget - size_bytes - OFFSET_DIGITS * len(small.layers)
     if left < 0:
         raise InputError(
             "four bits for every layer take more",
@@ -98,51 +125,53 @@ def choose_mixture(
             allowed=f"{budget - left} or more",
         )
 
-    losses = _losses(model, small, input_ids, progress)
-    prices = {name: _price(stored) for name, stored in small.items()}
-    return Mixture(choose_eight_bits(losses, prices, left), budget)
+    prices = {name: _price(stored) for name, stored in small.layers.items()}
+    return Mixture(choose_eight_bits(small.losses, lambda name, _: prices[name], left), budget)
 
 
-def choose_few(
-    model: Any, small: Mapping[str, Rounded], input_ids: torch.Tensor, *, progress: Progress = no_progress
-) -> Mixture:
+def choose_few(model: Any, small: Small) -> Mixture:
     """The few layers that gain most from eight bits for the time that they cost, until a token takes 5 % longer.
 
-    A token takes the time to read the weights, so the price is in bytes, too; q, k and v of one format are one layer,
-    and where they are not, the two products more cost what reading `_APART_BYTES` does.
+    A token takes the time to read the weights, so the price is in bytes, too. What can be one layer is one as long as
+    it has one format; two products more cost what reading `_APART_BYTES` does.
 
     Args:
-        model: A causal LM of the architecture table, float32; unchanged.
-        small: Every layer in few bits, by `quantize_linears`.
-        input_ids: Calibration text, (nsamples, seqlen).
-        progress: Told about the backward pass.
+        model: A causal LM of the architecture table.
+        small: It in few bits.
     """
-    losses = _losses(model, small, input_ids, progress)
     # Where heads are normed, they are apart already.
-    apart = 0 if any(name.endswith("q_norm") for name, _ in model.named_modules()) else _APART_BYTES
-    prices = {name: _price(stored) + (apart if has_company(name) else 0) for name, stored in small.items()}
-    left = int(_FEW * sum(map(stored_bytes, small.values())))
-    return Mixture(choose_eight_bits(losses, prices, left))
+    normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    prices = {name: _price(stored) for name, stored in small.layers.items()}
+
+    def price(name: str, chosen: AbstractSet[str]) -> int:
+        together = company(name)
+        apart = len(together) == 1 or bool(chosen & set(together)) or (normed and name not in HEAD_PARTS)
+        return prices[name] + (0 if apart else _APART_BYTES)
+
+    left = int(_FEW * sum(map(stored_bytes, small.layers.values())))
+    return Mixture(choose_eight_bits(small.losses, price, left))
 
 
 def choose_eight_bits(
-    losses: Mapping[str, float], prices: Mapping[str, int], left_bytes: int
+    losses: Mapping[str, float], price: Callable[[str, AbstractSet[str]], int], left_bytes: int
 ) -> tuple[str, ...]:
     """The most loss avoided for a byte first, as long as it fits.
 
     Args:
-        losses: Layer -> what four bits cost it.
-        prices: Layer -> bytes that eight bits take more.
+        losses: Layer -> what few bits cost it.
+        price: Bytes that eight bits take more for a layer, beside those that are chosen already.
         left_bytes: For all of them together.
 
     Returns:
         Those that get eight bits, in the order of `losses`.
     """
-    chosen = set()
-    for name in sorted(losses, key=lambda n: losses[n] / prices[n], reverse=True):
-        if prices[name] <= left_bytes:
-            chosen.add(name)
-            left_bytes -= prices[name]
+    chosen: set[str] = set()
+    while prices := {
+        name: cost for name in losses if name not in chosen and (cost := price(name, chosen)) <= left_bytes
+    }:
+        best = max(prices, key=lambda name: losses[name] / prices[name])
+        chosen.add(best)
+        left_bytes -= prices[best]
     return tuple(name for name in losses if name in chosen)
 
 
@@ -158,30 +187,16 @@ def default_budget(model: Any) -> int:
         model: A causal LM of the architecture table.
     """
     blocks = sum(
-        _bytes_of(linear.weight.shape, FOUR) for block in block_linears(model) for linear in block.values()
+        _bytes_of(linear.weight.shape, INT4) for block in block_linears(model) for linear in block.values()
     )
-    ends = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    tables = {table.data_ptr(): table for table in ends}  # a tied head is the embedding
-    tables_bytes = sum(_bytes_of(table.shape, EIGHT) for table in tables.values())
+    embedding = _bytes_of(model.get_input_embeddings().weight.shape, INT8)
+    tables = embedding * (1 if is_tied(model) else 2)
     vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
-    return int(_Q4_0_RATIO * (blocks + tables_bytes + vectors))
-
-
-def _losses(
-    model: Any, small: Mapping[str, Rounded], input_ids: torch.Tensor, progress: Progress
-) -> dict[str, float]:
-    """Layer -> the divergence that its few bits cost, alone."""
-
-    def change(name: str) -> torch.Tensor:
-        weight: torch.Tensor = model.get_submodule(name).weight.detach()
-        return small[name].dequantized() - weight
-
-    changes = {name: partial(change, name) for name in small}
-    return predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
+    return int(_Q4_0_RATIO * (blocks + tables + vectors))
 
 
 def _price(stored: Rounded) -> int:
-    return _bytes_of((len(stored.q), stored.columns), EIGHT) - stored_bytes(stored)
+    return _bytes_of((len(stored.q), stored.columns), INT8) - stored_bytes(stored)
 
 
 def _bytes_of(shape: Sequence[int], form: BlockFormat) -> int:

@@ -18,10 +18,25 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
-from exporters.onnx.layers import NBitsEmbedding, NBitsLinear
+from exporters.onnx.layers import (
+    Embedding,
+    Layer,
+    NBitsEmbedding,
+    NBitsLinear,
+    StackedEmbedding,
+    StackedLinear,
+)
 from exporters.onnx.refine import refine
-from exporters.onnx.variants import HEAD, BlockFormat, FormatOf
-from exporters.onnx.weights import MakeEmbedding, MakeLayer, has_company, packed_names
+from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
+from exporters.onnx.weights import (
+    HEAD_PARTS,
+    MakeEmbedding,
+    MakeLayer,
+    MayPack,
+    company,
+    head_parts,
+    packed_names,
+)
 
 __all__ = [
     "of_one_format",
@@ -29,8 +44,6 @@ __all__ = [
     "quantized_embedding",
     "quantized_layers",
 ]
-
-_TABLE = BlockFormat(8, 32)
 
 _SINK_SHARE = 0.25
 """The first token's weight over that of all tokens. Measured: 0.25 and 1 lose least, 0.03 a little more."""
@@ -49,10 +62,11 @@ def quantize_linears(
         model: A causal LM of the architecture table, float32; unchanged.
         format_of: How each is stored.
         input_ids: Text to quantize for, (nsamples, seqlen): GPTQ; None rounds to nearest.
-        progress: Told after each block.
+        progress: Told after each block, and after the output matrix.
 
     Returns:
-        Module name -> its weight. A tied embedding is the output matrix, `HEAD`, and rounded for what it multiplies.
+        Module name -> its weight; the output matrix's is in the two parts of `HEAD_PARTS`. A tied embedding is that
+        matrix, and rounded for what it multiplies.
     """
     layers, linears = decoder_layers(model), block_linears(model)
     result: dict[str, Rounded] = {}
@@ -70,19 +84,26 @@ def quantize_linears(
             result |= block
             with products_in("auto"), _replaced(linears[index], block):
                 hidden = [run_layer(layer, h, calls[index][i]) for i, h in enumerate(hidden)]
-            progress("quantizing", index + 1, len(layers))
+            progress("quantizing", index + 1, len(layers) + 1)
         head = format_of(HEAD, len(layers), len(layers))
         gram = _head_gram(model, hidden) if hidden else None
-        result[HEAD] = _rounded(model.get_output_embeddings().weight, head, gram)
+        stored = _rounded(model.get_output_embeddings().weight, head, gram)
+        result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
+        progress("quantizing", len(layers) + 1, len(layers) + 1)
     return result
 
 
-def quantized_layers(rounded: Mapping[str, Rounded]) -> MakeLayer:
-    """Layers from quantized weights."""
+def quantized_layers(rounded: Mapping[str, Rounded], may_pack: MayPack) -> MakeLayer:
+    """Layers from quantized weights; the output matrix in one or in two."""
 
-    def make(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> NBitsLinear:
-        parts = [rounded[part] for part in packed_names(name)]
-        return NBitsLinear(pack(joined(parts)), None if bias is None else bias.numpy())
+    def make(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+        names = packed_names(name)
+        parts = [rounded[part] for part in names]
+        if len(parts) == 1 or may_pack(names):
+            return NBitsLinear(pack(joined(parts)), None if bias is None else bias.numpy())
+        sizes = [len(part.q) for part in parts]
+        biases = [None] * len(parts) if bias is None else [b.numpy() for b in torch.split(bias, sizes)]
+        return StackedLinear(tuple(NBitsLinear(pack(p), b) for p, b in zip(parts, biases, strict=True)))
 
     return make
 
@@ -92,12 +113,26 @@ def of_one_format(rounded: Mapping[str, Rounded], names: Sequence[str]) -> bool:
     return len({rounded[name].form for name in names}) == 1
 
 
-def quantized_embedding(rounded: Mapping[str, Rounded], *, tied: bool) -> MakeEmbedding:
+def quantized_embedding(rounded: Mapping[str, Rounded], may_pack: MayPack, *, tied: bool) -> MakeEmbedding:
     """The token embedding: the output matrix where they are one, else the nearest of eight bits.
 
     Rows of a table that does not multiply are looked up one by one: no input weighs more, and its size costs no time.
     """
-    return lambda table: NBitsEmbedding(pack(rounded[HEAD] if tied else round_to_nearest(table, _TABLE)))
+    parts = [rounded[name] for name in HEAD_PARTS]
+
+    def make(table: torch.Tensor) -> Embedding:
+        if not tied:
+            return NBitsEmbedding(pack(round_to_nearest(table, INT8)))
+        if may_pack(HEAD_PARTS):
+            return NBitsEmbedding(pack(joined(parts)))
+        name = "model.embed_tokens"
+        first, rest = (
+            NBitsEmbedding(pack(part), stored_name=f"{name}.{index}.weight")
+            for index, part in enumerate(parts)
+        )
+        return StackedEmbedding(first, rest)
+
+    return make
 
 
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +172,7 @@ def _input_grams(
         first, _ = seen.setdefault(id(x), (name, x))
         same_as[name] = first
         if first == name:
-            counted = _with_attention_sink(x) if has_company(name) else x
+            counted = _with_attention_sink(x) if len(company(name)) > 1 else x
             sums.setdefault(name, GramSum(x.shape[-1])).add(counted.reshape(-1, x.shape[-1]).float())
 
     with ExitStack() as stack:

@@ -34,7 +34,7 @@ def refine(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> Rounde
     parts, n_rows = [], max(1, min(_ROWS, _PRODUCTS // rounded.q.shape[1] ** 2))
     for start in range(0, len(weight), n_rows):
         rows = slice(start, start + n_rows)
-        part = replace(rounded, q=rounded.q[rows], scales=rounded.scales[rows])
+        part = rounded.rows(rows)
         for _ in range(_ROUNDS):
             part = _best_numbers(weight[rows], h, _best_scales(weight[rows], h, part))
         parts.append(part)

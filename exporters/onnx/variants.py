@@ -9,7 +9,18 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from exporters.record import ParityLimits
 
-__all__ = ["VARIANTS", "BlockFormat", "FormatOf", "Variant", "find_variant"]
+__all__ = [
+    "HEAD",
+    "INT4",
+    "INT4_B128",
+    "INT8",
+    "VARIANTS",
+    "BlockFormat",
+    "FormatOf",
+    "Variant",
+    "find_variant",
+    "formats_without_text",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class BlockFormat:
         return 1 << (self.bits - 1)
 
 
+INT4, INT4_B128, INT8 = BlockFormat(4, 32), BlockFormat(4, 128), BlockFormat(8, 32)
 HEAD = "lm_head"
 """Name of the output matrix, also where it is the embedding's."""
 FormatOf = Callable[[str, int, int], BlockFormat]
@@ -44,8 +56,7 @@ class Variant:
         name: As users say it.
         suffix: Of the file name; transformers.js finds the known ones by its `dtype`.
         dtype: Name of the torch dtype of what is computed: float32 or float16.
-        format_of: Format of each Linear and, with the output matrix, of a tied embedding; None stores floats.
-        small: Format of most layers where text says which few get eight bits; `format_of` does without text.
+        form: Format of most Linears and, with the output matrix, of a tied embedding; None stores floats.
         int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
         portable: In standard operators alone, as optimum exports it.
         mixed: As many get eight bits as fit a size, not as few as cost little time.
@@ -56,8 +67,7 @@ class Variant:
     suffix: str
     dtype: str
     limits: ParityLimits
-    format_of: FormatOf | None = None
-    small: BlockFormat | None = None
+    form: BlockFormat | None = None
     int8_rows: bool = False
     portable: bool = False
     mixed: bool = False
@@ -65,7 +75,7 @@ class Variant:
     @property
     def calibrated(self) -> bool:
         """Whether it is rounded by GPTQ, which wants text."""
-        return self.small is not None
+        return self.form is not None and self.form.bits < INT8.bits
 
     @property
     def stem(self) -> str:
@@ -73,25 +83,19 @@ class Variant:
         return f"model{self.suffix}"
 
 
-_INT4, _INT4_B128, _INT8 = BlockFormat(4, 32), BlockFormat(4, 128), BlockFormat(8, 32)
+def formats_without_text(form: BlockFormat) -> FormatOf:
+    """`form` for all layers, but eight bits where rounding costs most in most models: which in this one, text says.
 
+    Measured on SmolLM2-135M, v_proj alone, 3 % of the blocks' weights, makes half of the whole divergence; of the
+    other layers down_proj costs most, above all in the two first and the two last blocks. To the nearest four bits,
+    the output matrix alone would cost more than all of them.
+    """
 
-def _all_int8(name: str, block: int, blocks: int) -> BlockFormat:
-    return _INT8
-
-
-def _unseen(small: BlockFormat) -> FormatOf:
     def format_of(name: str, block: int, blocks: int) -> BlockFormat:
-        """Four bits, but eight where rounding costs most in most models: without text it is not known where in this.
-
-        Measured on SmolLM2-135M, v_proj alone, 3 % of the blocks' weights, makes half of the whole divergence; of the
-        other layers down_proj costs most, above all in the two first and the two last blocks. To the nearest four
-        bits, the output matrix alone would cost more than all of them.
-        """
         if name == HEAD or name.endswith("v_proj"):
-            return _INT8
+            return INT8
         outer = block < 2 or block >= blocks - 2
-        return _INT8 if name.endswith("down_proj") and outer else small
+        return INT8 if name.endswith("down_proj") and outer else form
 
     return format_of
 
@@ -104,22 +108,21 @@ _ROWS = (
         "_quantized",
         "float32",
         ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.05),
-        format_of=_all_int8,
+        form=INT8,
     ),
     Variant(
         "int4",
         "_q4",
         "float32",
         ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
-        format_of=_unseen(_INT4),
-        small=_INT4,
+        form=INT4,
     ),
     Variant(
         "int4-mixed",
         "_q4_mixed",
         "float32",
         ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
-        small=_INT4,
+        form=INT4,
         mixed=True,
     ),
     Variant(
@@ -127,8 +130,7 @@ _ROWS = (
         "_q4_b128",
         "float32",
         ParityLimits(kl_mean=0.5, same_top1=0.5, ppl_ratio=1.8),
-        format_of=_unseen(_INT4_B128),
-        small=_INT4_B128,
+        form=INT4_B128,
     ),
     Variant(
         "int8-dynamic",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,35 +19,69 @@ from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
 __all__ = [
+    "HEAD_PARTS",
     "MakeEmbedding",
     "MakeLayer",
     "MayPack",
+    "company",
     "decoder_of",
     "float_weights",
-    "has_company",
+    "head_parts",
+    "is_tied",
     "packed_names",
+    "weight_of",
 ]
 
 FloatArray = npt.NDArray[np.floating]
 MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
 """(name, W (out_features, in_features) float32, bias (out_features,) or None) -> how it is stored."""
-MakeVector = Callable[[torch.Tensor], FloatArray]
+MakeNorm = Callable[[str], FloatArray]
+"""Parameter name of a norm's weight -> the vector."""
 MakeEmbedding = Callable[[torch.Tensor], Embedding]
 """Table (vocab_size, hidden_size) float32 -> how it is stored."""
 MayPack = Callable[[Sequence[str]], bool]
-"""Names of a block's q, k and v modules -> whether they are stored as one layer."""
+"""Names of a block's q, k and v, or of the output matrix's two parts -> whether they are stored as one layer."""
 
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
+HEAD_PARTS = (f"{HEAD}.frequent", f"{HEAD}.rest")
+"""The output matrix's first rows and all others: tokenizers number tokens as they learn them, common ones first."""
+_FREQUENT_SHARE, _ROWS_ALIGN = 16, 32
 
 
-def has_company(name: str) -> bool:
-    """Whether a module is one of the three that a packed layer holds."""
-    return name.rpartition(".")[2] in _PARTS
+def head_parts(vocab_size: int) -> dict[str, slice]:
+    """Rows of the output matrix by the part's name: the first sixteenth of the tokens, and the rest."""
+    rows = _ROWS_ALIGN * -(-vocab_size // (_FREQUENT_SHARE * _ROWS_ALIGN))
+    return dict(zip(HEAD_PARTS, (slice(0, rows), slice(rows, vocab_size)), strict=True))
+
+
+def company(name: str) -> tuple[str, ...]:
+    """What can be stored in one layer with a module, itself included: q, k and v; the output matrix's parts."""
+    if name in HEAD_PARTS:
+        return HEAD_PARTS
+    prefix, _, last = name.rpartition(".")
+    return tuple(f"{prefix}.{part}" for part in _PARTS) if last in _PARTS else (name,)
+
+
+def weight_of(model: Any, name: str) -> torch.Tensor:
+    """A module's weight, or the rows of a part of the output matrix: (rows, in_features), a view."""
+    if name not in HEAD_PARTS:
+        weight: torch.Tensor = model.get_submodule(name).weight.detach()
+        return weight
+    head: torch.Tensor = model.get_output_embeddings().weight.detach()
+    return head[head_parts(len(head))[name]]
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the token embedding is the output matrix."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return bool(embedding.weight.data_ptr() == head.weight.data_ptr())
 
 
 def packed_names(name: str) -> tuple[str, ...]:
-    """The modules whose rows a layer holds: itself, or q, k and v of a packed one."""
+    """The modules whose rows a layer holds: itself, or q, k and v of a packed one, or the output matrix's parts."""
+    if name == HEAD:
+        return HEAD_PARTS
     prefix, _, last = name.rpartition(".")
     return tuple(f"{prefix}.{part}" for part in _PARTS) if last == _PACKED else (name,)
 
@@ -67,6 +101,7 @@ def decoder_of(
     make_layer: MakeLayer,
     make_embedding: MakeEmbedding,
     may_pack: MayPack = lambda names: True,
+    norms: Mapping[str, torch.Tensor] = MappingProxyType({}),
     dtype: torch.dtype = torch.float32,
 ) -> Decoder:
     """The weights of a causal LM, layer by layer.
@@ -76,29 +111,33 @@ def decoder_of(
         make_layer: How a Linear is stored; its name is the module's, `...qkv_proj` for q, k and v in one.
         make_embedding: How the token embedding is stored.
         may_pack: Whether q, k and v can be one layer, which is faster; where the model norms heads, they are not.
+        norms: Parameter name -> a norm's weight, in place of the model's.
         dtype: Of norms, rotary tables and what is computed.
 
     Raises:
         InputError: A rope that the graph cannot compute.
     """
     config, decoder = model.config, model.get_decoder()
-    layers, norm = decoder_layers(model), partial(_array, dtype=dtype)
+    layers, blocks = decoder_layers(model), spec_for(config).layers
+
+    def norm(name: str) -> FloatArray:
+        return _array(norms.get(name, model.get_parameter(name)), dtype)
+
     table = model.get_input_embeddings().weight.detach()
     head = model.get_output_embeddings()
     embedding = make_embedding(table)
-    tied = head.weight.data_ptr() == table.data_ptr()
     cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
     return Decoder(
         shape=_shape(config, layers[0]),
         embedding=embedding,
         blocks=tuple(
-            _block(model, layer, f"{spec_for(config).layers}.{index}", make_layer, norm, may_pack)
+            _block(model, layer, f"{blocks}.{index}", make_layer, norm, may_pack)
             for index, layer in enumerate(layers)
         ),
-        final_norm=norm(decoder.norm.weight),
-        head=embedding.as_head() if tied else make_layer(HEAD, head.weight.detach(), _bias(head)),
-        cos=norm(cos),
-        sin=norm(sin),
+        final_norm=norm(f"{blocks.rpartition('.')[0]}.norm.weight"),
+        head=embedding.as_head() if is_tied(model) else make_layer(HEAD, head.weight.detach(), _bias(head)),
+        cos=_array(cos, dtype),
+        sin=_array(sin, dtype),
         dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
     )
 
@@ -120,7 +159,7 @@ def _block(
     layer: nn.Module,
     name: str,
     make_layer: MakeLayer,
-    norm: MakeVector,
+    norm: MakeNorm,
     may_pack: MayPack,
 ) -> Block:
     attention: Any = layer.get_submodule("self_attn")
@@ -131,7 +170,7 @@ def _block(
 
     parts = {part: getattr(attention, part) for part in _PARTS}
     q_norm, k_norm = (
-        norm(getattr(attention, part).weight) if hasattr(attention, part) else None
+        norm(f"{name}.self_attn.{part}.weight") if hasattr(attention, part) else None
         for part in ("q_norm", "k_norm")
     )
     if q_norm is None and may_pack([f"{name}.self_attn.{part}" for part in _PARTS]):
@@ -142,12 +181,12 @@ def _block(
     else:
         qkv = tuple(linear(f"self_attn.{part}", module) for part, module in parts.items())
     return Block(
-        input_norm=norm(layer.get_parameter("input_layernorm.weight")),
+        input_norm=norm(f"{name}.input_layernorm.weight"),
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
         o_proj=linear("self_attn.o_proj", attention.o_proj),
-        post_norm=norm(layer.get_parameter("post_attention_layernorm.weight")),
+        post_norm=norm(f"{name}.post_attention_layernorm.weight"),
         gate_proj=linear("mlp.gate_proj", ffn.gate),
         up_proj=linear("mlp.up_proj", ffn.up),
         down_proj=linear("mlp.down_proj", ffn.down),

@@ -14,11 +14,10 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from exporters.job import load_checkpoint
-from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.decoder_graph import OPSET, Decoder, build_decoder
 from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.job import OnnxJob
-from exporters.onnx.mixed import Mixture, choose_few, choose_mixture
+from exporters.onnx.mixed import Mixture, choose_few, choose_mixture, small_model
 from exporters.onnx.portable import portable_graph
 from exporters.onnx.quantize import (
     of_one_format,
@@ -27,8 +26,9 @@ from exporters.onnx.quantize import (
     quantized_layers,
 )
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
-from exporters.onnx.variants import Variant
-from exporters.onnx.weights import MayPack, decoder_of, float_weights
+from exporters.onnx.tune import Quantized, tune
+from exporters.onnx.variants import Variant, formats_without_text
+from exporters.onnx.weights import MayPack, decoder_of, float_weights, is_tied
 
 __all__ = ["WrittenGraphs", "save_graph", "write_graphs"]
 
@@ -72,53 +72,55 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         graph = portable_graph(model, name=_graph_name(job, variant), opset=job.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return _write(job, graph, folder, variant)
-    rounded, mixture = _rounded(job, variant)
-    decoder = _decoder(job, variant, rounded)
+    quantized, mixture = _quantized(job, variant)
+    decoder = _decoder(job, variant, quantized)
     progress(f"writing {variant.name}", 0, 1)
     return replace(_write_both(job, decoder, folder, variant), mixture=mixture)
 
 
-def _rounded(job: OnnxJob, variant: Variant) -> tuple[dict[str, Rounded] | None, Mixture | None]:
+def _quantized(job: OnnxJob, variant: Variant) -> tuple[Quantized | None, Mixture | None]:
     """Weights of few bits, and which of them text gave eight; for a size, a file without any says how much is left.
 
     Raises:
         InputError: A size without text, or one that four bits do not fit.
     """
-    text, progress = job.text_for(variant), job.common.progress
-    small = variant.small
-    if text is None or small is None:
+    form, text, progress = variant.form, job.text_for(variant), job.common.progress
+    if form is None:
+        return None, None
+    if text is None:
         if variant.mixed:
             raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
-        form = variant.format_of
-        return None if form is None else quantize_linears(job.model, form, None, progress=progress), None
-    if small not in job.small:
-        job.small[small] = quantize_linears(job.model, lambda *_: small, text, progress=progress)
-    rounded = job.small[small]
+        nearest = quantize_linears(job.model, formats_without_text(form), None, progress=progress)
+        return Quantized(nearest), None
+    if form not in job.small:
+        job.small[form] = small_model(job.model, form, text, progress=progress)
+    small = job.small[form]
     if variant.mixed:
-        size = _size_bytes(job, variant, rounded)
-        budget = job.mixed_bytes
-        mixture = choose_mixture(job.model, rounded, text, size, budget_bytes=budget, progress=progress)
+        size = _size_bytes(job, variant, Quantized(small.layers))
+        mixture = choose_mixture(job.model, small, size, budget_bytes=job.mixed_bytes)
     else:
-        mixture = choose_few(job.model, rounded, text, progress=progress)
-    return mixture.applied(job.model, rounded), mixture
+        mixture = choose_few(job.model, small)
+    return tune(job.model, mixture.applied(job.model, small), text, progress=progress), mixture
 
 
-def _size_bytes(job: OnnxJob, variant: Variant, rounded: dict[str, Rounded]) -> int:
-    """Of a file with these weights, and the larger graph that has q, k and v apart."""
+def _size_bytes(job: OnnxJob, variant: Variant, quantized: Quantized) -> int:
+    """Of a file with these weights, and the larger graph that has all apart which can be one layer."""
     with tempfile.TemporaryDirectory(prefix="sizing-", dir=job.common.folder) as scratch:
-        graph = _every(job, _decoder(job, variant, rounded, may_pack=lambda _: False), variant)
+        graph = _every(job, _decoder(job, variant, quantized, may_pack=lambda _: False), variant)
         return _write(job, graph, Path(scratch), variant).size_bytes
 
 
 def _decoder(
-    job: OnnxJob, variant: Variant, rounded: dict[str, Rounded] | None, *, may_pack: MayPack | None = None
+    job: OnnxJob, variant: Variant, quantized: Quantized | None, *, may_pack: MayPack | None = None
 ) -> Decoder:
-    if rounded is not None:
+    if quantized is not None:
+        may_pack = may_pack or partial(of_one_format, quantized.layers)
         return decoder_of(
             job.model,
-            make_layer=quantized_layers(rounded),
-            make_embedding=quantized_embedding(rounded, tied=job.common.config.tie_word_embeddings),
-            may_pack=may_pack or partial(of_one_format, rounded),
+            make_layer=quantized_layers(quantized.layers, may_pack),
+            make_embedding=quantized_embedding(quantized.layers, may_pack, tied=is_tied(job.model)),
+            may_pack=may_pack,
+            norms=quantized.norms,
         )
     dtype: torch.dtype = getattr(torch, variant.dtype)
     layer, embedding = int8_weights() if variant.int8_rows else float_weights(dtype)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.gradients import collect_gradients, predict_divergence
+from cfsp.gradients import WeightChange, collect_gradients, predict_divergence
 
 
 def kl_after(model, change, ids: torch.Tensor) -> float:
@@ -78,7 +78,9 @@ def test_the_divergence_of_a_changed_weight_is_predicted(tiny_model):
         * torch.randn(model.get_submodule(f"{last}.{part}").weight.shape, generator=generator)
         for part in ("gate_proj", "up_proj", "down_proj")
     }
-    predicted = predict_divergence(model, {n: (lambda c=c: c) for n, c in changes.items()}, ids.repeat(20, 1))
+    predicted = predict_divergence(
+        model, {n: WeightChange(n, lambda c=c: c) for n, c in changes.items()}, ids.repeat(20, 1)
+    )
     assert list(predicted) == list(changes)
     for name, change in changes.items():
         measured = kl_after(model, ChangedWeight(model.get_submodule(name), change), ids)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,15 @@ def test_a_graph_that_is_not_its_plan_is_refused(make_checkpoint: MakeCheckpoint
     other = read_config(make_checkpoint("llama", widths=(96, 64, 96, 40)))
     with pytest.raises(LimitError, match=r"block 2's gate_proj is \(64, 128\), not \(64, 96\)"):
         check_graph(exported / "fp32" / "onnx" / "model.onnx", other)
+
+
+def test_a_graph_whose_ends_are_one_is_no_untied_models(pruned: Path, exported: Path) -> None:
+    config = read_config(pruned)
+    graph = exported / "int4" / "onnx" / "model_q4.onnx"
+    with pytest.raises(LimitError, match="stored as the embedding"):
+        check_graph(graph, replace(config, tie_word_embeddings=not config.tie_word_embeddings))
+    with pytest.raises(LimitError, match=f"the embedding has {config.vocab_size} rows"):
+        check_graph(graph, replace(config, vocab_size=config.vocab_size + 1))
 
 
 def test_sizes_that_coincide_are_no_second_embedding(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,20 @@ from hypothesis import strategies as st
 from cfsp.architectures import block_linears
 from cfsp.checkpoint import load_pruned
 from cfsp.errors import InputError
-from cfsp.gradients import predict_divergence
 from cfsp.text import tokens_sha256
 from exporters.onnx import export_onnx
-from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.mixed import (
-    EIGHT,
-    FOUR,
+    OFFSET_DIGITS,
+    Small,
     choose_eight_bits,
     choose_few,
     choose_mixture,
     default_budget,
+    small_model,
     stored_bytes,
 )
-from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.variants import HEAD
-from exporters.onnx.weights import has_company, packed_names
+from exporters.onnx.variants import HEAD, INT4, INT8
+from exporters.onnx.weights import HEAD_PARTS, company, packed_names, weight_of
 from exporters.record import ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
@@ -49,8 +48,8 @@ def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> d
     return {record.quant: record for record in export_onnx(checkpoint, output, variants, **settings)}
 
 
-def in_four_bits(model: Any) -> dict[str, Rounded]:
-    return quantize_linears(model, lambda *_: FOUR, WINDOWS)
+def in_four_bits(model: Any) -> Small:
+    return small_model(model, INT4, WINDOWS)
 
 
 @given(
@@ -60,7 +59,7 @@ def in_four_bits(model: Any) -> dict[str, Rounded]:
 def test_the_budget_is_held_and_used(layers: list[tuple[float, int]], left: int) -> None:
     losses = {str(i): loss for i, (loss, _) in enumerate(layers)}
     prices = {str(i): price for i, (_, price) in enumerate(layers)}
-    chosen = choose_eight_bits(losses, prices, left)
+    chosen = choose_eight_bits(losses, lambda name, _: prices[name], left)
     spent = sum(prices[name] for name in chosen)
     assert spent <= left
     assert all(prices[name] > left - spent for name in losses.keys() - set(chosen))
@@ -71,51 +70,50 @@ def test_the_budget_is_held_and_used(layers: list[tuple[float, int]], left: int)
 def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model()
     small = in_four_bits(model)
-    names = list(small)
-    assert names == [*(name for block in block_linears(model) for name in block), HEAD]
+    names = list(small.layers)
+    assert names == [*(name for block in block_linears(model) for name in block), *HEAD_PARTS]
     sizes = []
     for budget in (10_000, 60_000, 10**7):
-        mixture = choose_mixture(model, small, WINDOWS, 0, budget_bytes=budget)
+        mixture = choose_mixture(model, small, 0, budget_bytes=budget)
         sizes.append(len(mixture.eight_bits))
         forms = {name: stored.form for name, stored in mixture.applied(model, small).items()}
-        assert forms == {name: EIGHT if name in mixture.eight_bits else FOUR for name in names}
+        assert forms == {name: INT8 if name in mixture.eight_bits else INT4 for name in names}
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
-    few = choose_mixture(model, small, WINDOWS, 0, budget_bytes=300)
+    few = choose_mixture(model, small, 0, budget_bytes=300)
     assert few.eight_bits == ()
-    assert few.applied(model, small) == small
+    assert few.applied(model, small) == small.layers
 
 
 def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model()
     small = in_four_bits(model)
-    chosen = choose_few(model, small, WINDOWS)
+    chosen = choose_few(model, small)
     assert chosen.eight_bits
     assert chosen.budget_bytes is None
     more = sum(map(stored_bytes, chosen.applied(model, small).values())) - sum(
-        map(stored_bytes, small.values())
+        map(stored_bytes, small.layers.values())
     )
-    assert 0 < more <= 0.05 * sum(map(stored_bytes, small.values()))
-    # Of a model so small, a product more costs more than all else: q, k and v stay in one.
-    assert not any(map(has_company, chosen.eight_bits))
+    assert 0 < more <= 0.05 * sum(map(stored_bytes, small.layers.values()))
+    # Of a model so small, a product more costs more than all else: what can be one layer stays one.
+    assert all(len(company(name)) == 1 for name in chosen.eight_bits)
 
 
 def test_layers_are_ordered_as_their_true_losses_order_them(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model()
     small = in_four_bits(model)
-    weights = {name: model.get_submodule(name).weight for name in small}
-    changes = {name: (lambda name=name: small[name].dequantized() - weights[name].detach()) for name in small}
-    predicted = predict_divergence(model, changes, WINDOWS)
     measured = {}
     with torch.inference_mode():
         before = model(WINDOWS).logits.log_softmax(-1)
-        for name, weight in weights.items():
-            kept = weight.data
-            weight.data = small[name].dequantized()
+        for name, stored in small.layers.items():
+            weight = weight_of(model, name)
+            kept = weight.clone()
+            weight.copy_(stored.dequantized())
             after = model(WINDOWS).logits.log_softmax(-1)
-            weight.data = kept
+            weight.copy_(kept)
             measured[name] = float((before.exp() * (before - after)).sum(-1).mean())
     ranks = [
-        torch.tensor(list(losses.values())).argsort().argsort().double() for losses in (predicted, measured)
+        torch.tensor(list(losses.values())).argsort().argsort().double()
+        for losses in (small.losses, measured)
     ]
     assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.7
 
@@ -128,7 +126,7 @@ def test_a_mixture_keeps_to_its_size_and_is_closer_than_int4(
     allowed = plain.file_bytes + 20_000
     mixed = export(checkpoint, tmp_path / "mixed", "int4-mixed", mixed_bytes=allowed)["int4-mixed"]
     assert plain.file_bytes < mixed.file_bytes <= allowed == mixed.budget_bytes
-    assert any(map(has_company, mixed.eight_bit_layers))  # the graph grows, too
+    assert any(len(company(name)) > 1 for name in mixed.eight_bit_layers)  # the graph grows, too
     assert mixed.parity.kl_mean < plain.parity.kl_mean
     assert plain.budget_bytes is None
     assert len(plain.eight_bit_layers) < len(mixed.eight_bit_layers)
@@ -137,19 +135,47 @@ def test_a_mixture_keeps_to_its_size_and_is_closer_than_int4(
         assert record.calibration_tokens == WINDOWS.numel()
         bits = bits_in(tmp_path / folder / record.file)
         names = [name for block in block_linears(load_pruned(checkpoint)) for name in block]
-        assert bits.pop("logits") == (8 if HEAD in record.eight_bit_layers else 4)
-        assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in names}
+        assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in (*names, *HEAD_PARTS)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frequent_tokens_alone_may_have_eight_bits(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, tied: bool
+) -> None:
+    checkpoint = make_checkpoint("llama", tie_word_embeddings=tied)
+    model = load_pruned(checkpoint)
+    small = in_four_bits(model)
+    choices = (choose_mixture(model, small, 0, budget_bytes=budget) for budget in range(500, 10**6, 500))
+    wanted = next(mixture for mixture in choices if HEAD_PARTS[0] in mixture.eight_bits)
+    assert HEAD_PARTS[1] not in wanted.eight_bits
+    assert wanted.budget_bytes is not None
+    with pytest.raises(InputError) as refused:
+        export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=1)
+    least = int(re.findall(r"(\d+) or more", str(refused.value))[0])
+    left = wanted.budget_bytes - OFFSET_DIGITS * len(small.layers)
+    record = export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=least + left)["int4-mixed"]
+    assert record.eight_bit_layers == wanted.eight_bits
+    bits = bits_in(tmp_path / "out" / record.file)
+    assert [bits[part] for part in HEAD_PARTS] == [8, 4]
+    # The look-up of a tied model reads both tables, and no third.
+    tables = [
+        n.inputs[0]
+        for n in ir.load(tmp_path / "out" / record.file).graph
+        if n.op_type == "GatherBlockQuantized"
+    ]
+    assert len(tables) == (2 if tied else 1)
 
 
 def bits_in(path: Path) -> dict[str, int]:
     """Of every Linear, as the graph multiplies by it."""
     graph = ir.load(path)
     assert graph.metadata_props["phoneready.calibration_sha256"] == tokens_sha256(WINDOWS)
+    ends = {"logits": HEAD, "logits.0": HEAD_PARTS[0], "logits.1": HEAD_PARTS[1]}
+    found = {str(n.name).removesuffix(".product"): n for n in graph.graph if n.op_type == "MatMulNBits"}
     return {
-        name: node.attributes["bits"].as_int()
-        for node in graph.graph
-        if node.op_type == "MatMulNBits"
-        for name in packed_names(str(node.name).removesuffix(".product"))
+        part: node.attributes["bits"].as_int()
+        for name, node in found.items()
+        for part in packed_names(ends.get(name, name))
     }
 
 
@@ -164,12 +190,11 @@ def test_what_ties_norms_or_adds_is_exported_in_few_bits(
     # Room for all in eight bits.
     records = export(checkpoint, tmp_path / "out", "int4", "int4-b128", "int4-mixed", mixed_bytes=10**7)
     names = [name for block in block_linears(load_pruned(checkpoint)) for name in block]
-    assert records["int4-mixed"].eight_bit_layers == (*names, HEAD)
+    assert records["int4-mixed"].eight_bit_layers == (*names, *HEAD_PARTS)
     assert records["int4-mixed"].parity.kl_mean < records["int4"].parity.kl_mean
     for record in records.values():
         bits = bits_in(tmp_path / "out" / record.file)
-        assert bits.pop("logits") == (8 if HEAD in record.eight_bit_layers else 4)
-        assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in names}
+        assert bits == {name: 8 if name in record.eight_bit_layers else 4 for name in (*names, *HEAD_PARTS)}
 
 
 def test_without_a_number_a_mixture_keeps_to_its_share_of_q4_0(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -14,15 +15,16 @@ from hypothesis import strategies as st
 
 from cfsp.architectures import block_linears
 from cfsp.errors import InputError
-from exporters.onnx import VARIANTS, BlockFormat
+from exporters.onnx import BlockFormat
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import int8_weights
-from exporters.onnx.layers import NBitsEmbedding
+from exporters.onnx.layers import NBitsEmbedding, StackedEmbedding
 from exporters.onnx.quantize import quantize_linears, quantized_embedding
 from exporters.onnx.refine import refine
-from exporters.onnx.variants import HEAD
+from exporters.onnx.variants import HEAD, INT4, INT8, formats_without_text
+from exporters.onnx.weights import HEAD_PARTS, weight_of
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -64,14 +66,14 @@ def test_a_matrix_on_its_grid_is_kept(bits: int) -> None:
 
 
 def test_zeros_stay_zeros() -> None:
-    rounded = round_to_nearest(torch.zeros(3, 64), BlockFormat(4, 32))
+    rounded = round_to_nearest(torch.zeros(3, 64), INT4)
     assert bool(torch.isfinite(rounded.scales).all())
     assert float(rounded.dequantized().abs().max()) == 0
 
 
 @pytest.mark.parametrize("columns", [64, 72])
 def test_gptq_loses_less_of_the_output_than_nearest_numbers(columns: int) -> None:
-    weight, x, form = weights(48, columns), correlated_inputs(columns), BlockFormat(4, 32)
+    weight, x, form = weights(48, columns), correlated_inputs(columns), INT4
     gram = x.T @ x / len(x)
 
     def lost(approximation: torch.Tensor) -> float:
@@ -82,13 +84,13 @@ def test_gptq_loses_less_of_the_output_than_nearest_numbers(columns: int) -> Non
 
 
 def test_gptq_of_independent_inputs_is_nearest_numbers() -> None:
-    weight, form = weights(8, 64), BlockFormat(4, 32)
+    weight, form = weights(8, 64), INT4
     found = gptq(weight, torch.eye(64), form)
     assert torch.equal(found.q, round_to_nearest(weight, form, torch.ones(64)).q)
 
 
 def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
-    weight, form = weights(8, 32), BlockFormat(4, 32)
+    weight, form = weights(8, 32), INT4
     x = correlated_inputs(32) * torch.linspace(0.5, 4, 32)
     gram = x.T @ x / len(x)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
@@ -96,13 +98,11 @@ def test_gptq_takes_the_largest_inputs_first_wherever_they_stand() -> None:
     torch.testing.assert_close(moved, gptq(weight, gram, form).dequantized()[:, order], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize(
-    ("columns", "form"), [(64, BlockFormat(4, 32)), (72, BlockFormat(4, 32)), (200, BlockFormat(4, 128))]
-)
+@pytest.mark.parametrize(("columns", "form"), [(64, INT4), (72, INT4), (200, BlockFormat(4, 128))])
 def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: BlockFormat) -> None:
     weight, x = weights(48, columns), correlated_inputs(columns)
     weight[5] = 0
-    weight[6, :16] = 0
+    weight[6, : form.block_size] = 0
     gram = x.T @ x / len(x)
     first = gptq(weight, gram, form)
     refined = refine(weight, gram, first)
@@ -111,16 +111,17 @@ def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: Bl
         return (x @ (weight - rounded.dequantized()).T).square().mean(0)
 
     assert float(lost(refined).mean()) < 0.97 * float(lost(first).mean())
+    assert bool(torch.isfinite(refined.scales).all())
     assert float(refined.dequantized()[5].abs().max()) == 0
     assert refined.q.dtype == torch.uint8
     assert refined.q.shape == first.q.shape
-    exact = refined.dequantized()
-    torch.testing.assert_close(refine(exact, gram, refined).dequantized(), exact, rtol=2e-3, atol=1e-4)
+    exact, off = refined.dequantized(), replace(refined, scales=(refined.scales * 1.05).half())
+    torch.testing.assert_close(refine(exact, gram, off).dequantized(), exact, rtol=2e-3, atol=1e-3)
 
 
 def test_inputs_that_are_never_seen_count_alike() -> None:
-    weight, form = weights(8, 64), BlockFormat(4, 32)
-    nearest = round_to_nearest(weight, form)
+    weight = weights(8, 64)
+    nearest = round_to_nearest(weight, INT4)
     refined = refine(weight, torch.zeros(64, 64), nearest)
     before, after = (float((weight - r.dequantized()).square().mean()) for r in (nearest, refined))
     assert 0.8 * before < after < before
@@ -128,14 +129,14 @@ def test_inputs_that_are_never_seen_count_alike() -> None:
 
 def test_gptq_refuses_a_gram_matrix_that_is_not_finite() -> None:
     with pytest.raises(InputError):
-        gptq(weights(4, 32), torch.full((32, 32), float("nan")), BlockFormat(4, 32))
+        gptq(weights(4, 32), torch.full((32, 32), float("nan")), INT4)
 
 
 def test_important_inputs_decide_the_scale() -> None:
     weight = torch.cat([weights(64, 31), torch.full((64, 1), 12.0)], 1)
     importance = torch.ones(32)
     importance[31] = 1e-6
-    form = BlockFormat(4, 32)
+    form = INT4
     plain, guided = (round_to_nearest(weight, form, i).dequantized() for i in (None, importance))
 
     def loss(approximation: torch.Tensor) -> float:
@@ -145,7 +146,7 @@ def test_important_inputs_decide_the_scale() -> None:
 
 
 def test_packed_bytes_hold_the_low_number_first() -> None:
-    rounded = round_to_nearest(weights(2, 32), BlockFormat(4, 32))
+    rounded = round_to_nearest(weights(2, 32), INT4)
     data = torch.from_numpy(pack(rounded).data)
     assert torch.equal(data & 15, rounded.q[..., 0::2])
     assert torch.equal(data >> 4, rounded.q[..., 1::2])
@@ -163,16 +164,17 @@ def test_the_output_matrix_is_rounded_for_what_it_multiplies(
     table = model.get_input_embeddings().weight.detach()
 
     def form_of(name: str, block: int, blocks: int) -> BlockFormat:
-        return BlockFormat(4 if name == HEAD else 8, 32)
+        return INT4 if name == HEAD else INT8
 
     with torch.inference_mode():
         x = model.get_decoder()(ids).last_hidden_state.flatten(0, 1)
-    guided, nearest = (quantize_linears(model, form_of, text)[HEAD] for text in (ids, None))
+    found = {text is None: quantize_linears(model, form_of, text) for text in (ids, None)}
+    guided, nearest = (joined([found[key][part] for part in HEAD_PARTS]) for key in (False, True))
     guided_loss, nearest_loss = (
         float((x @ (stored.dequantized() - head).T).square().mean()) for stored in (guided, nearest)
     )
     assert guided_loss < 0.8 * nearest_loss
-    embedding = quantized_embedding({HEAD: guided}, tied=tied)(table)
+    embedding = quantized_embedding(found[False], lambda _: True, tied=tied)(table)
     assert isinstance(embedding, NBitsEmbedding)
     assert embedding.table.bits == (4 if tied else 8)
     if tied:
@@ -184,7 +186,7 @@ def test_values_of_the_first_token_count_for_all_that_attend_to_it(tiny_model: C
     ids = torch.randint(0, model.config.vocab_size, (8, 96), generator=torch.Generator().manual_seed(0))
     x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).detach()
     v_proj = model.model.layers[0].self_attn.v_proj.weight.detach()
-    form, rows = BlockFormat(4, 32), x.flatten(0, 1)
+    form, rows = INT4, x.flatten(0, 1)
     aware = quantize_linears(model, lambda *_: form, ids)["model.layers.0.self_attn.v_proj"]
     gram = rows.T @ rows / len(rows)
     unaware = refine(v_proj, gram, gptq(v_proj, gram, form))
@@ -198,7 +200,7 @@ def become(model: Any, rounded: Mapping[str, Rounded]) -> None:
     """Let a model compute with what is stored."""
     with torch.no_grad():
         for name, stored in rounded.items():
-            model.get_submodule(name).weight.copy_(stored.dequantized())
+            weight_of(model, name).copy_(stored.dequantized())
 
 
 def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: Callable[..., Any]) -> None:
@@ -207,14 +209,13 @@ def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: 
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before = model(ids).logits
-    form_of = VARIANTS["int4"].format_of
-    assert form_of is not None
+    form_of = formats_without_text(INT4)
     names = [name for block in block_linears(model) for name in block]
     done: list[tuple[int, int]] = []
     rounded = quantize_linears(model, form_of, ids, progress=lambda _, a, b: done.append((a, b)))
-    assert list(rounded) == [*names, HEAD]
-    assert rounded[HEAD].form.bits == 8
-    assert done == [(i, 4) for i in range(1, 5)]
+    assert list(rounded) == [*names, *HEAD_PARTS]
+    assert {rounded[part].form.bits for part in HEAD_PARTS} == {8}
+    assert done == [(i, 5) for i in range(1, 6)]
     assert {rounded[name].form.bits for name in names if name.endswith("v_proj")} == {8}
     assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
     nearest = quantize_linears(model, form_of, None)
@@ -235,6 +236,9 @@ def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -
     given = ir.val("x", ir.DataType.FLOAT, ["batch_size", "sequence_length", 40])
     output = layer.apply(builder, given, "y")
     graph = builder.graph([given], [output], name="one layer", opsets={"": OPSET})
+    (product,) = (node for node in graph if node.op_type == "MatMulInteger")
+    # Where a processor lacks VNNI, unsigned times signed overflows; not every machine that tests this one does.
+    assert [factor.dtype for factor in product.inputs[:2] if factor] == [ir.DataType.UINT8] * 2
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     (found,) = onnxruntime.InferenceSession(file).run(None, {"x": x[None].numpy()})
     exact = x @ weight.T + bias
@@ -256,3 +260,27 @@ def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bit
     ids = torch.tensor([[3, 10, 0], [10, 1, 2]])
     (found,) = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), rounded.dequantized()[ids])
+
+
+@pytest.mark.parametrize("columns", [64, 40])
+def test_a_table_of_two_formats_is_one_table(columns: int) -> None:
+    table = weights(11, columns)
+    first, rest = (round_to_nearest(rows, form) for rows, form in ((table[:4], INT8), (table[4:], INT4)))
+    stacked = StackedEmbedding(
+        NBitsEmbedding(pack(first), stored_name="first"), NBitsEmbedding(pack(rest), stored_name="rest")
+    )
+    builder = GraphBuilder()
+    given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    rows = stacked.look_up(builder, given, "rows")
+    logits = stacked.as_head().apply(builder, rows, "logits")
+    opsets = {"": OPSET, CONTRIB: 1}
+    graph = builder.graph([given], [rows, logits], name="one table", opsets=opsets)
+    file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    ids = torch.tensor([[3, 10, 0, 4], [10, 1, 2, 5]])
+    found, products = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
+    stored = torch.cat([first.dequantized(), rest.dequantized()])
+    torch.testing.assert_close(torch.from_numpy(found), stored[ids])
+    exact = stored[ids] @ stored.T
+    assert float((torch.from_numpy(products) - exact).norm() / exact.norm()) < 0.02
+    matrices = [name for name in graph.initializers if ".q" in name]
+    assert sorted(matrices) == ["first.q8", "rest.q4"]

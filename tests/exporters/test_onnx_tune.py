@@ -1,0 +1,81 @@
+"""Scales and norms, trained end to end, bring a quantized model closer; numbers, and the model, stay as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from exporters.onnx.quantize import quantize_linears
+from exporters.onnx.tune import Quantized, tune
+from exporters.onnx.variants import INT8
+from exporters.onnx.weights import HEAD_PARTS, decoder_of, float_weights, weight_of
+
+TEXT, UNSEEN = (
+    torch.randint(0, 384, (count, 64), generator=torch.Generator().manual_seed(seed))
+    for seed, count in ((0, 24), (1, 8))
+)
+
+
+def divergence(model: Any, quantized: Quantized) -> float:
+    """KL from the model on unseen text, in torch."""
+    changed = copy.deepcopy(model)
+    with torch.inference_mode():
+        for name, stored in quantized.layers.items():
+            weight_of(changed, name).copy_(stored.dequantized())
+        for name, norm in quantized.norms.items():
+            changed.get_parameter(name).copy_(norm)
+        before, after = (m(UNSEEN).logits.log_softmax(-1) for m in (model, changed))
+        return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True}),
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("qwen3", {}),
+    ],
+)
+def test_tuning_brings_a_model_closer_on_text_it_has_not_seen(
+    tiny_model: Callable[..., Any], architecture: str, config: dict[str, Any]
+) -> None:
+    model, _ = tiny_model(architecture, **config)
+    given = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+                given[name] = parameter.clone()
+    rounded = quantize_linears(model, lambda *_: INT8, None)
+    # What layers do together: each a little too large.
+    layers = {
+        n: r if n in HEAD_PARTS else r.scaled(torch.full((len(r.q),), 1.03)) for n, r in rounded.items()
+    }
+    steps: list[tuple[int, int]] = []
+    tuned = tune(model, layers, TEXT, progress=lambda _, done, total: steps.append((done, total)))
+    assert steps == [(i, len(TEXT)) for i in range(1, len(TEXT) + 1)]
+    assert divergence(model, tuned) < 0.8 * divergence(model, Quantized(layers))
+    assert list(tuned.layers) == list(layers)
+    assert all(torch.equal(tuned.layers[name].q, stored.q) for name, stored in layers.items())
+    assert all(tuned.layers[part] is layers[part] for part in HEAD_PARTS)
+    assert tuned.norms.keys() == {name for name in given if name.endswith("norm.weight")}
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_tuned_norms_are_what_the_graph_gets(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model("qwen3")
+    names = [name for name, _ in model.named_parameters() if name.endswith("norm.weight")]
+    norms = {name: torch.full_like(model.get_parameter(name), i + 2) for i, name in enumerate(names)}
+    layer, embedding = float_weights(torch.float32)
+    decoder = decoder_of(model, make_layer=layer, make_embedding=embedding, norms=norms)
+    found = [decoder.final_norm]
+    for block in decoder.blocks:
+        found += [block.input_norm, block.post_norm, block.q_norm, block.k_norm]
+    assert {float(vector[0]) for vector in found if vector is not None} == set(range(2, len(names) + 2))
