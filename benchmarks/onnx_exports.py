@@ -36,6 +36,7 @@ from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
 from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, small_model, stored_bytes
 from exporters.onnx.quantize import quantize_linears
+from exporters.onnx.tune import Quantized, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
@@ -180,7 +181,7 @@ def ratio(row: Comparison) -> str:
 
 
 def mixed(arguments: argparse.Namespace) -> None:
-    """Four bits for all, then int4's choice of eight-bit layers, other heads for it, and int4-mixed's choice."""
+    """Four bits for all, int4's choice of eight-bit layers, other heads, int4-mixed's choice; then int4, tuned."""
     loaded = load_model(arguments.checkpoint.resolve())
     model, references = loaded.model, arguments.calibration or [SELF]
     sizes = {"nsamples": arguments.windows, "seqlen": CALIBRATION_SEQLEN}
@@ -196,18 +197,19 @@ def mixed(arguments: argparse.Namespace) -> None:
     budget = taken_bytes(own) + OFFSET_DIGITS * len(own)
     mixture = choose_mixture(model, small, taken_bytes(small.layers), budget_bytes=budget)
     choices = {
-        "nearest": quantize_linears(model, lambda *_: INT4, None),
-        "GPTQ": small.layers,
-        "int4": own,
-        "int4, its head in four bits": own | {name: small.layers[name] for name in HEAD_PARTS},
-        "int4, its head to nearest": with_head(INT4),
-        "int4, its head in eight bits": with_head(INT8),
-        "int4-mixed": mixture.applied(model, small),
+        "nearest": Quantized(quantize_linears(model, lambda *_: INT4, None)),
+        "GPTQ": Quantized(small.layers),
+        "int4's choice": Quantized(own),
+        "the same, head in four bits": Quantized(own | {name: small.layers[name] for name in HEAD_PARTS}),
+        "the same, head to nearest": Quantized(with_head(INT4)),
+        "the same, head in eight bits": Quantized(with_head(INT8)),
+        "int4-mixed's choice": Quantized(mixture.applied(model, small)),
+        "int4: its choice, tuned": tune(model, own, text),
     }
     rows = []
-    for label, rounded in choices.items():
-        found = torch_parity(model, rounded, reference)
-        cells = {"weights": format_bytes(taken_bytes(rounded)), "KL mean": f"{found.kl_mean:.4f}"}
+    for label, quantized in choices.items():
+        found = torch_parity(model, quantized, reference)
+        cells = {"weights": format_bytes(taken_bytes(quantized.layers)), "KL mean": f"{found.kl_mean:.4f}"}
         cells |= {"same top-1": f"{found.same_top1:.1%}", "perplexity ratio": f"{found.ppl_ratio:.3f}"}
         rows.append({"file": label, **cells})
     print(as_markdown(rows))
@@ -219,19 +221,22 @@ def taken_bytes(rounded: Mapping[str, Rounded]) -> int:
     return sum(map(stored_bytes, rounded.values()))
 
 
-def torch_parity(model: Any, rounded: Mapping[str, Rounded], reference: Reference) -> ParityReport:
+def torch_parity(model: Any, quantized: Quantized, reference: Reference) -> ParityReport:
     """The model with its weights as they are stored, in torch, against itself."""
-    kept = {name: weight_of(model, name).clone() for name in rounded}
-    for name, stored in rounded.items():
-        weight_of(model, name).copy_(stored.dequantized())  # a tied embedding is the output matrix
+    # A tied embedding is the output matrix; an untied one stays as it is.
+    changed = [(weight_of(model, name), stored.dequantized()) for name, stored in quantized.layers.items()]
+    changed += [(model.get_parameter(name).detach(), norm) for name, norm in quantized.norms.items()]
+    kept = [weight.clone() for weight, _ in changed]
+    for weight, stored in changed:
+        weight.copy_(stored)
 
     def run(window: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
         with torch.inference_mode():
             return [model(input_ids=torch.from_numpy(window).long()[None]).logits[0].numpy()]
 
     found = compare_logits(reference, run, {})
-    for name, weight in kept.items():
-        weight_of(model, name).copy_(weight)
+    for (weight, _), before in zip(changed, kept, strict=True):
+        weight.copy_(before)
     return found
 
 
