@@ -83,7 +83,7 @@ def packed_names(name: str) -> tuple[str, ...]:
     if name == HEAD:
         return HEAD_PARTS
     prefix, _, last = name.rpartition(".")
-    return tuple(f"{prefix}.{part}" for part in _PARTS) if last == _PACKED else (name,)
+    return company(f"{prefix}.{_PARTS[0]}") if last == _PACKED else (name,)
 
 
 def float_weights(dtype: torch.dtype) -> tuple[MakeLayer, MakeEmbedding]:
