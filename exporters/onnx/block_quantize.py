@@ -74,7 +74,7 @@ def round_to_nearest(
     blocks = _in_blocks(weight, form.block_size)
     counts = torch.ones(weight.shape[1]) if importance is None else importance.float()
     counts = _in_blocks(counts[None], form.block_size)[0]
-    scales = torch.cat([_best_scales(rows, counts, form) for rows in blocks.split(_ROWS)])
+    scales = torch.cat([_best_scales(rows, counts, form) for rows in torch.split(blocks, _ROWS)])
     return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)
 
 
