@@ -16,17 +16,22 @@ import itertools
 import json
 import random
 import tempfile
-import time
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration import load_calibration
+import torch
+
+from cfsp.calibration import Calibration, load_calibration
 from cfsp.evaluation import divergence, sample_answers
 from cfsp.files import read_json, write_json
 from cfsp.model_reference import LoadedModel, load_model
-from cfsp.prune import prune_model
+from cfsp.plan import apply_plan
+from cfsp.precision import product_dtype
+from cfsp.prune import plan_for, statistics_for
 from cfsp.prune_settings import PruneSettings
+from cfsp.statistics import BlockStatistics
 from cfsp.text import TokenWindows, token_windows
 
 MODEL = "smollm2-135m"
@@ -55,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32 products": {"dtype": "float32"},
 }
 """Name to what differs from the defaults."""
+KEY = ("variant", "source", "nsamples", "prune_ratio")
 COLUMNS = ("chat_kl", "chat_top1", "chat_ratio", "text_kl", "text_top1", "text_ratio")
 
 
@@ -113,45 +119,77 @@ def main() -> None:
             name: token_windows(str(path), loaded.tokenizer, seqlen=1024, max_windows=arguments.windows)
             for name, path in (("chat", held_chats), ("text", held_text))
         }
-        for key in itertools.product(variants, arguments.sources, arguments.nsamples, arguments.ratios):
-            if any(key == (r["variant"], r["source"], r["nsamples"], r["prune_ratio"]) for r in rows):
+        done = {tuple(r[name] for name in KEY) for r in rows}
+        for source, nsamples in itertools.product(arguments.sources, arguments.nsamples):
+            keys = [
+                key
+                for variant, ratio in itertools.product(variants, arguments.ratios)
+                if (key := (variant, source, nsamples, ratio)) not in done
+            ]
+            if not keys:
                 continue
-            rows.append(row(loaded, *key, references[key[1]], measured))
-            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-            if arguments.json:
-                write_json(arguments.json, rows)
+            drawn = load_calibration(references[source], loaded, nsamples=nsamples, seqlen=1024, seed=0)
+            wanted = [settings_of(variant, ratio) for variant, _, _, ratio in keys]
+            statistics = statistics_by_dtype(loaded, drawn, wanted)
+            for key, settings in zip(keys, wanted, strict=True):
+                found = row(loaded, drawn, statistics[product_dtype(settings.dtype)], settings, measured)
+                rows.append(dict(zip(KEY, key, strict=True)) | found)
+                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+                if arguments.json:
+                    write_json(arguments.json, rows)
     print(table(rows))
+
+
+def settings_of(variant: str, ratio: float) -> PruneSettings:
+    """The defaults but for what the variant is about."""
+    return PruneSettings(**{"prune_ratio": ratio} | VARIANTS[variant])
+
+
+def statistics_by_dtype(
+    loaded: LoadedModel, drawn: Calibration, wanted: Iterable[PruneSettings]
+) -> dict[torch.dtype, BlockStatistics]:
+    """What these settings read of the dense model, once for each number format."""
+    groups: dict[torch.dtype, list[PruneSettings]] = {}
+    for settings in wanted:
+        groups.setdefault(product_dtype(settings.dtype), []).append(settings)
+    return {dtype: statistics_for(loaded.model, drawn, union(group)) for dtype, group in groups.items()}
+
+
+def union(wanted: Sequence[PruneSettings]) -> PruneSettings:
+    """Settings that read what any of these, of one number format, reads."""
+    return PruneSettings(
+        score="obs_loss" if any(settings.needs_gradients for settings in wanted) else "magnitude",
+        reconstruct="one-pass" if any(settings.needs_gram for settings in wanted) else "none",
+        dtype=wanted[0].dtype,
+    )
 
 
 def row(
     loaded: LoadedModel,
-    variant: str,
-    source: str,
-    nsamples: int,
-    ratio: float,
-    references: list[str],
+    drawn: Calibration,
+    statistics: BlockStatistics,
+    settings: PruneSettings,
     measured: dict[str, TokenWindows],
 ) -> dict[str, Any]:
     """Prune a copy of the model and measure it."""
-    drawn = load_calibration(references, loaded, nsamples=nsamples, seqlen=1024, seed=0)
-    settings = PruneSettings(**{"prune_ratio": ratio} | VARIANTS[variant])
-    pruned = replace(loaded, model=copy.deepcopy(loaded.model))
-    started = time.monotonic()
-    plan = prune_model(pruned, drawn, settings).plan
-    seconds = time.monotonic() - started
-    found: dict[str, Any] = {"variant": variant, "source": source, "nsamples": nsamples, "prune_ratio": ratio}
-    found |= {"settings": asdict(plan.settings), "calibration_sha256": plan.calibration_sha256}
-    found |= {"keep_ratio": round(plan.keep_ratio, 5), "seconds": round(seconds, 1)}
+    plan = plan_for(loaded, statistics, drawn, settings)
+    pruned = copy.deepcopy(loaded.model)
+    apply_plan(pruned, plan, statistics=statistics, input_ids=drawn.input_ids)
+    found: dict[str, Any] = {
+        "settings": asdict(plan.settings),
+        "calibration_sha256": plan.calibration_sha256,
+        "keep_ratio": round(plan.keep_ratio, 5),
+    }
     for name, windows in measured.items():
-        result = divergence(loaded.model, pruned.model, windows)
+        result = divergence(loaded.model, pruned, windows)
         found |= {f"{name}_kl": round(result.kl_mean, 4), f"{name}_top1": round(result.same_top1, 4)}
         found |= {f"{name}_ratio": round(result.perplexity_ratio, 4), f"{name}_tokens": result.n_tokens}
-    return found | {"answers": sample_answers(pruned.model, loaded.tokenizer, max_new_tokens=40)}
+    return found | {"answers": sample_answers(pruned, loaded.tokenizer, max_new_tokens=40)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Every row's figures."""
-    head = ("variant", "source", "nsamples", "prune_ratio", *COLUMNS)
+    head = (*KEY, *COLUMNS)
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(str(r[name]) for name in head) + " |" for r in rows)])
 
