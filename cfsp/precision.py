@@ -1,7 +1,7 @@
-"""The number format of matrix products: rounding their inputs to bfloat16 where the hardware multiplies that.
+"""The number format of matrix products: rounding their inputs to bfloat16 where the hardware multiplies that faster.
 
 Sums stay in float32. Weights, residual streams and solutions are float32 always; only what goes into a product is
-rounded, which on a processor with such units makes a pass over text two to three times as fast.
+rounded, which on a processor with matrix units (AMX) makes a pass over text two to three times as fast.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["DTYPES", "fast_dtype", "product_dtype", "products_in"]
+__all__ = ["DTYPES", "fast_dtype", "product_dtype", "products_in", "rounding_dtype"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 
 
 def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it in hardware, else float32."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    """bfloat16 where this CPU has matrix units for it (AMX), else float32: AVX512-BF16 alone is no faster."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return torch.bfloat16 if supported is not None and supported() else torch.float32
 
 
 def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
-    """The dtype that a name in DTYPES means on a device; "auto" is bfloat16 where the hardware multiplies it."""
+    """The dtype that a name in DTYPES means on a device; "auto" is bfloat16 where it is faster."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -32,11 +32,16 @@ def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
     return fast_dtype()
 
 
+def rounding_dtype(name: str) -> torch.dtype:
+    """What `products_in` rounds inputs to: without matrix units torch leaves float32 as it is, whatever the name."""
+    return torch.float32 if name == "float32" else fast_dtype()
+
+
 @contextmanager
 def products_in(name: str) -> Iterator[None]:
-    """Matrix products of float32 tensors on the CPU take their inputs in that dtype inside the context."""
+    """Matrix products of float32 tensors on the CPU take their inputs in `rounding_dtype` inside the context."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if product_dtype(name) == torch.bfloat16 else "highest")
+    torch.set_float32_matmul_precision("medium" if rounding_dtype(name) == torch.bfloat16 else "highest")
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from cfsp.cutting import RECONSTRUCTIONS
 from cfsp.gradients import collect_gradients
 from cfsp.model_reference import LoadedModel
 from cfsp.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
-from cfsp.precision import product_dtype, products_in
+from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.prune_settings import PruneSettings, check_settings
 from cfsp.statistics import BlockStatistics, collect_input_moments, collect_statistics
@@ -101,7 +101,7 @@ def statistics_for(
 def plan_for(
     loaded: LoadedModel, statistics: BlockStatistics, calibration: Calibration, settings: PruneSettings
 ) -> PruningPlan:
-    """A plan that records where its model and its calibration came from, and the dtype that was meant.
+    """A plan that records where its model and its calibration came from, and the dtype that products had.
 
     Raises:
         InputError: As `make_plan`.
@@ -109,7 +109,7 @@ def plan_for(
     return make_plan(
         loaded.model,
         statistics,
-        replace(settings, dtype=str(product_dtype(settings.dtype)).removeprefix("torch.")),
+        replace(settings, dtype=str(rounding_dtype(settings.dtype)).removeprefix("torch.")),
         source=loaded.source.reference,
         source_sha256=loaded.source.sha256,
         calibration=calibration.sources,
