@@ -37,7 +37,7 @@ class PruneSettings:
     coarse_metric: str = "angular"
     allocation: str = "cfsp"
     strength: float = 1.0
-    score: str = "activation_norm"
+    score: str = "cfsp"
     align: int = 32
     uniform_width: bool = False
     reconstruct: str = "block-by-block"

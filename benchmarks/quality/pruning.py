@@ -38,7 +38,7 @@ MODEL = "smollm2-135m"
 HELD_OUT_EVERY = 20
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "score cfsp": {"score": "cfsp"},
+    "score activation_norm": {"score": "activation_norm"},
     "score wanda_sp": {"score": "wanda_sp"},
     "score flap": {"score": "flap"},
     "score magnitude": {"score": "magnitude"},

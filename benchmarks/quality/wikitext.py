@@ -32,6 +32,7 @@ VARIANTS = {
     "CFSP, the paper's settings": PAPER,
     "one-pass reconstruction": PruneSettings(reconstruct="one-pass", ridge=1e-3),
     "phoneready's defaults": PruneSettings(),
+    "channels ranked by `activation_norm`": PruneSettings(score="activation_norm"),
     "channels ranked by `obs_loss`": PruneSettings(score="obs_loss"),
 }
 
