@@ -192,8 +192,10 @@ def main_thread_seconds() -> float:
     """CPU time of the main threads of the renderers below this process."""
     total = 0.0
     for process in psutil.Process().children(recursive=True):
-        if any("--type=renderer" in part for part in process.cmdline()):
-            total += next(t.user_time + t.system_time for t in process.threads() if t.id == process.pid)
+        # Chromium starts short-lived helpers that may end while they are asked.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("--type=renderer" in part for part in process.cmdline()):
+                total += next(t.user_time + t.system_time for t in process.threads() if t.id == process.pid)
     return total
 
 
