@@ -20,6 +20,7 @@ __all__ = [
     "check_settings",
     "labels_whole_chats",
     "learning_rate",
+    "learning_rate_share",
     "loss_weights",
 ]
 
@@ -186,3 +187,19 @@ def learning_rate(settings: RecoverySettings) -> float:
     """The peak learning rate: the one set, or the method's."""
     chosen = settings.learning_rate
     return METHODS[settings.method].learning_rate if chosen is None else chosen
+
+
+def learning_rate_share(warmup_ratio: float, steps: int, step: int) -> float:
+    """Share of the peak learning rate at a step: it rises linearly, peaks, and falls as a cosine; never zero.
+
+        (t + 1) / (w + 1)  for t < w = floor(warmup_ratio * T),    (1 + cos(pi (t - w) / (T - w))) / 2  from there
+
+    Args:
+        warmup_ratio: Share of the steps before the peak, below 1.
+        steps: T, of the whole run.
+        step: t, from 0.
+    """
+    warmup = int(warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2

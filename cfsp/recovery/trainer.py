@@ -11,19 +11,21 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 import transformers
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
 from cfsp.recovery.run import Run
-from cfsp.recovery.settings import RecoverySettings, learning_rate
+from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
 from cfsp.recovery.state import ValidationPoint
 from cfsp.recovery.student import Student
 from cfsp.recovery.watcher import Watcher
@@ -47,7 +49,6 @@ def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool)
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         num_train_epochs=1,
         learning_rate=learning_rate(settings),
-        lr_scheduler_type="cosine",
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
@@ -82,7 +83,6 @@ def train(run: Run, arguments: Any) -> None:
     every = settings.eval_every or max(1, steps // VALIDATIONS)
     arguments.eval_strategy = arguments.save_strategy = transformers.trainer_utils.IntervalStrategy.STEPS
     arguments.eval_steps, arguments.save_steps = every, settings.save_every or every
-    arguments.warmup_steps = math.ceil(settings.warmup_ratio * steps)
     with quiet_transformers():
         with _tensorboard_folder(Path(f"{run.work.path}.runs")):
             trainer = RecoveryTrainer(run, arguments)
@@ -142,6 +142,14 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._clock = time.monotonic()
         if run.student.teacher is not None:
             run.student.teacher.model.to(arguments.device)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The schedule of `learning_rate_share`: transformers' own spends its first step at a rate of zero."""
+        if self.lr_scheduler is None:
+            share = partial(learning_rate_share, self.run.settings.warmup_ratio, num_training_steps)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def compute_loss(
         self,

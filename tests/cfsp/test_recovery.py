@@ -23,6 +23,7 @@ from cfsp.recovery import RecoverySettings, check_settings, importance_ranks, lo
 from cfsp.recovery.chats import answer_spans, labelled_chat
 from cfsp.recovery.data import IGNORED, Sequences, TrainingMix
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
+from cfsp.recovery.settings import learning_rate_share
 from cfsp.recovery.state import RunState, ValidationPoint
 from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
@@ -321,6 +322,16 @@ def test_settings_name_the_field(change: dict[str, Any]) -> None:
     field = "max_tokens" if "epochs" in change else next(iter(change))
     with pytest.raises(InputError, match=f"^{field}: "):
         check_settings(replace(RecoverySettings(), **change))
+
+
+@given(st.floats(0.0, 1.0, exclude_max=True), st.integers(1, 300))
+def test_the_learning_rate_rises_to_its_peak_and_falls(ratio: float, steps: int) -> None:
+    shares = [learning_rate_share(ratio, steps, step) for step in range(steps)]
+    peak = int(ratio * steps)
+    assert shares[peak] == max(shares) == 1
+    assert min(shares) > 0
+    assert shares[: peak + 1] == sorted(shares[: peak + 1])
+    assert shares[peak:] == sorted(shares[peak:], reverse=True)
 
 
 def points(*losses: float) -> list[ValidationPoint]:

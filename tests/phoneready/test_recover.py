@@ -148,6 +148,12 @@ def test_the_kept_weights_have_the_recorded_perplexity(pruned: Path, chats: Path
     assert first.perplexity_after == min(point.perplexity for point in first.validations)
 
 
+def test_a_single_step_learns(pruned: Path, chats: Path, tmp_path: Path) -> None:
+    assert main(command(pruned, tmp_path / "out", chats, "--max-tokens", "1")) == 0
+    record = record_of(tmp_path / "out")
+    assert [point.step for point in record.losses] == [record.kept_step] == [1]
+
+
 def test_a_dense_model_is_trained_alike(dense: Path, chats: Path, tmp_path: Path) -> None:
     options = ["--max-tokens", "640", "--method", "lora"]
     assert main(command(dense, tmp_path / "out", chats, *options)) == 0
