@@ -127,6 +127,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     """Trainer over a `Student`; trainable weights alone are saved, as safetensors."""
 
     control: Any
+    lr_scheduler: Any
 
     def __init__(self, run: Run, arguments: Any) -> None:
         super().__init__(
