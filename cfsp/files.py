@@ -30,6 +30,7 @@ __all__ = [
     "read_json",
     "read_text",
     "refuse_existing",
+    "refuse_no_file",
     "remove_stale_temporaries",
     "sha256_file",
     "write_json",
@@ -48,9 +49,19 @@ def refuse_existing(path: Path, *, force: bool = False) -> None:
     raise InputError(f"{path} exists already; choose another path or pass --force")
 
 
+def refuse_no_file(path: Path) -> None:
+    """Raise InputError where no file can be at `path`: it is a directory, or lies below something that is none."""
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise InputError(f"cannot write {path}: {above} is not a directory")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed to `path`, else removed."""
+    refuse_no_file(path)
     with no_space_as_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{_MARK}", dir=path.parent)
@@ -110,12 +121,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; raises InputError that names the file where it is missing or malformed."""
+    """Read JSON; raises InputError that names the file where it cannot be read or is malformed."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
 
 

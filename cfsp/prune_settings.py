@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -79,6 +80,8 @@ def check_settings(settings: PruneSettings) -> None:
         value = getattr(settings, name)
         if value not in table:
             raise InputError(f"unknown {name}", field=name, value=value, allowed=", ".join(table))
+    if not 0 <= settings.strength < math.inf:
+        raise InputError("out of range", field="strength", value=settings.strength, allowed="0 or more")
     if not settings.ridge > 0:
         raise InputError("out of range", field="ridge", value=settings.ridge, allowed="above 0")
     if not 0 <= settings.correction <= 1:

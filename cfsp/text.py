@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError, MissingExtraError
+from cfsp.files import read_text
 
 __all__ = [
     "BUILTIN_TEXT",
@@ -171,35 +172,42 @@ def _document_from_row(row: Mapping[str, Any], where: str) -> Document:
     messages = row.get("messages")
     if messages is not None:
         try:
-            chat = tuple({"role": str(m["role"]), "content": str(m["content"])} for m in messages)
+            chat = tuple({"role": str(m["role"]), "content": _content(m["content"])} for m in messages)
         except (TypeError, KeyError) as error:
-            raise InputError(f"{where}: `messages` must list objects with role and content") from error
+            raise InputError(f"{where}: `messages` must list objects with role and content (text)") from error
         return Document(messages=chat)
     if "text" not in row:
         raise InputError(f"{where}: no `text` and no `messages`", allowed="one of the two in every row")
     return Document(text=str(row["text"] or ""))
 
 
+def _content(value: Any) -> str:
+    """What a message says: a text, a list of texts as parts, or nothing beside a tool call."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    parts = [part["text"] for part in value if part["type"] == "text"]
+    if len(parts) != len(value):
+        raise TypeError("a part that is no text")
+    return "".join(parts)
+
+
 def _read_text(path: Path) -> list[Document]:
-    try:
-        return [Document(text=path.read_text(encoding="utf-8"))]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    return [Document(text=read_text(path))]
 
 
 def _read_jsonl(path: Path) -> list[Document]:
     documents = []
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: not a JSON object")
-            documents.append(_document_from_row(row, f"{path}, line {number}"))
+    # Not splitlines: JSON may hold the line separators of Unicode.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: not a JSON object")
+        documents.append(_document_from_row(row, f"{path}, line {number}"))
     return documents
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.perplexity import logits_of
+from cfsp.evaluation.perplexity import check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
 from cfsp.text import TokenWindows
 
@@ -106,6 +106,9 @@ def divergence_from_logits(
     Args:
         pairs: (reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)), chunk by chunk.
         windows: What the logits were computed on, for the record.
+
+    Raises:
+        LimitError: Logits that are not finite.
     """
     kls, same, largest, nll_reference, nll_model = [], 0, 0.0, 0.0, 0.0
     with torch.inference_mode():
@@ -117,6 +120,7 @@ def divergence_from_logits(
             nll_reference -= float(log_p.gather(-1, targets[:, None]).sum())
             nll_model -= float(log_q.gather(-1, targets[:, None]).sum())
     kl = torch.cat(kls).sort().values
+    check_finite_sums(float(kl.sum()), nll_reference, nll_model)
     n = len(kl)
     return Divergence(
         kl_mean=float(kl.mean()),

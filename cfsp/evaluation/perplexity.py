@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from cfsp.errors import LimitError
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import next_token_logits
 from cfsp.progress import Progress, no_progress
 from cfsp.text import TokenWindows
 
-__all__ = ["Perplexity", "logits_of", "perplexity"]
+__all__ = ["Perplexity", "check_finite_sums", "logits_of", "perplexity"]
 
 LogitsOf = Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]]
 
@@ -56,7 +57,11 @@ def perplexity(
     *,
     progress: Progress = no_progress,
 ) -> Perplexity:
-    """Perplexity of a model (a LanguageModel or a transformers causal LM) on windows (n_windows, seqlen)."""
+    """Perplexity of a model (a LanguageModel or a transformers causal LM) on windows (n_windows, seqlen).
+
+    Raises:
+        LimitError: The model gives logits that are not finite.
+    """
     total = 0.0
     run = logits_of(model)
     with torch.inference_mode():
@@ -64,8 +69,15 @@ def perplexity(
             for positions, logits in run(window):
                 total += float(F.cross_entropy(logits, window[positions], reduction="sum"))
             progress("measuring perplexity", done, len(windows.ids))
+    check_finite_sums(total)
     count, seqlen = windows.ids.shape
     scored = count * (seqlen - 1)
     return Perplexity(
         math.exp(min(total / scored, 700.0)), windows.source, seqlen, count, scored, windows.sha256
     )
+
+
+def check_finite_sums(*sums: float) -> None:
+    """Raise LimitError where a sum over tokens is NaN or infinite: so was a logit."""
+    if not all(map(math.isfinite, sums)):
+        raise LimitError("a model gives logits that are not finite: an overflow, or a damaged file")

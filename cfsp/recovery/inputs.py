@@ -61,7 +61,7 @@ def load_inputs(
 
     Raises:
         InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
-            is missing or has another vocabulary.
+            is missing, has another vocabulary, or is not the model of the checkpoint any more.
     """
     loaded = load_model(checkpoint, trust_remote_code=trust_remote_code, progress=progress)
     folder, sha256 = Path(checkpoint), loaded.source.sha256 or ""
@@ -79,6 +79,8 @@ def load_inputs(
     except InputError as error:
         raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
     _check_vocabulary(loaded, dense)
+    if teacher is None:
+        _check_unchanged(loaded, dense)
     return RecoveryInputs(loaded, sha256, plan, dense, ranks)
 
 
@@ -96,6 +98,17 @@ def _check_vocabulary(loaded: LoadedModel, dense: LoadedModel) -> None:
             field="teacher",
             value=dense.source.reference,
             allowed="the dense model of the checkpoint, or one with the same tokenizer",
+        )
+
+
+def _check_unchanged(loaded: LoadedModel, dense: LoadedModel) -> None:
+    then, now = loaded.source.sha256, dense.source.sha256
+    if then and now and then != now:
+        raise InputError(
+            f"{dense.source.reference} is no longer the model that the checkpoint was pruned from",
+            field="teacher",
+            value=now,
+            allowed=f"the model of hash {then}; --teacher takes another one",
         )
 
 

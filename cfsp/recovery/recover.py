@@ -97,11 +97,12 @@ def recover(
     """
     check_settings(settings)
     refuse_existing(output, force=force)
+    folder = WorkFolder(work or output.with_name(output.name + ".work"))
+    _check_apart(folder.path, output)
     _check_extras(settings, device)
     from cfsp.recovery.trainer import check_trackers, train, training_arguments
 
     check_trackers(settings.report_to)
-    folder = WorkFolder(work or output.with_name(output.name + ".work"))
     arguments = training_arguments(settings, folder.path, use_cpu=device == "cpu")
     is_main = arguments.process_index == 0
     progress = progress if is_main else no_progress
@@ -147,6 +148,15 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
         )
     if not record.kept_step:
         raise LimitError(f"training gained nothing on the validation data; {kept} in {output}")
+
+
+def _check_apart(work: Path, output: Path) -> None:
+    """The work folder is removed at the end, and the output is written in one piece."""
+    first, second = work.resolve(), output.resolve()
+    if first.is_relative_to(second) or second.is_relative_to(first):
+        raise InputError(
+            "the output and the work folder may not hold each other", field="work", value=str(work)
+        )
 
 
 def _check_extras(settings: RecoverySettings, device: str) -> None:

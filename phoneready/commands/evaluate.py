@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cfsp.errors import InputError
+from cfsp.files import refuse_no_file
 from phoneready.commands.options import (
     TEXT_HELP,
     DebugOption,
@@ -188,8 +189,24 @@ def _check_together(given: dict[str, Any]) -> None:
         raise InputError("--csv is for sweeps: give --ratios too")
     if given["prompts"] is not None and given["no_prompts"]:
         raise InputError("--prompts and --no-prompts: give one of the two")
+    limits = sorted(_limits(given))
+    if limits and given["baseline"] is None:
+        raise InputError(f"--{limits[0].replace('_', '-')} is of the gate: give --baseline too")
+    if given["save"] and given["baseline"] and given["save"].resolve() == given["baseline"].resolve():
+        raise InputError("--save would overwrite the --baseline that is compared with: name another file")
+    for name in ("save", "csv"):
+        if given[name] is not None:
+            refuse_no_file(given[name])
     if given["no_text"] and (given["text"] or given["chats"]):
         raise InputError("--no-text with --text or --chats: give one of the two")
+
+
+def _limits(given: dict[str, Any]) -> dict[str, float]:
+    """The tolerances that were set."""
+    from phoneready.evaluation.gate import TOLERANCES
+
+    options = {tolerance.option for tolerance in TOLERANCES.values()}
+    return {name: value for name, value in given.items() if name in options and value is not None}
 
 
 def _settings(given: dict[str, Any]) -> EvaluationSettings:
@@ -197,11 +214,11 @@ def _settings(given: dict[str, Any]) -> EvaluationSettings:
     from cfsp.evaluation.tasks import TaskSettings
     from cfsp.text import BUILTIN_TEXT
     from phoneready.evaluation.record import EvaluationSettings
-    from phoneready.evaluation.run import read_prompts
+    from phoneready.evaluation.run import check_texts, read_prompts
 
     text = given["text"] or ([] if given["chats"] or given["no_text"] else [BUILTIN_TEXT])
     prompts = () if given["no_prompts"] else CHECK_PROMPTS
-    return EvaluationSettings(
+    settings = EvaluationSettings(
         text=text_references(text),
         chats=text_references(given["chats"] or []),
         seqlen=given["seqlen"],
@@ -214,17 +231,16 @@ def _settings(given: dict[str, Any]) -> EvaluationSettings:
         ),
         metrics=split_names(given["metric"] or []),
     )
+    check_texts(settings)
+    return settings
 
 
 def _evaluate(given: dict[str, Any], settings: EvaluationSettings, opening: OpenSettings) -> None:
-    from dataclasses import asdict
-
     from cfsp.records import read_record, record_to_json, write_record
-    from phoneready.evaluation.gate import check_gate, check_limits, compare_with_baseline
+    from phoneready.evaluation.gate import check_gate, check_limits, compare_with_baseline, gate_to_json
     from phoneready.evaluation.record import Evaluation
 
-    limits = {name: value for name, value in given.items() if name.startswith("max_") and value is not None}
-    limits.pop("max_new_tokens")
+    limits = _limits(given)
     check_limits(limits)
     earlier = read_record(Evaluation, given["baseline"]) if given["baseline"] else None
     result = _judge(given, settings, opening)
@@ -233,7 +249,7 @@ def _evaluate(given: dict[str, Any], settings: EvaluationSettings, opening: Open
     rows: tuple[GateRow, ...] = ()
     if earlier:
         rows = compare_with_baseline(result, earlier, limits, where=given["baseline"])
-    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
+    payload = record_to_json(result) | ({"gate": gate_to_json(rows)} if earlier else {})
     write_result(_report(result, settings, rows), payload, as_json=given["json"])
     check_gate(rows)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import Any
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.tasks import TaskResult
 from phoneready.console import format_rows
-from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.evaluation.record import Evaluation, TextResult, text_name
 
 __all__ = [
     "TOLERANCES",
@@ -23,6 +23,7 @@ __all__ = [
     "check_limits",
     "compare_with_baseline",
     "format_gate",
+    "gate_to_json",
     "measures",
 ]
 
@@ -130,7 +131,7 @@ def measures(evaluation: Evaluation) -> dict[str, Measure]:
     """Every figure of an evaluation by its name."""
     found: dict[str, Measure] = {}
     for text in evaluation.texts:
-        name = _text_name(text)
+        name = text_name(text.kind, text.source)
         found[f"perplexity, {name}"] = Measure(text.perplexity, "perplexity")
         if text.divergence:
             found[f"KL mean, {name}"] = Measure(text.divergence.kl_mean, "kl_mean")
@@ -202,6 +203,17 @@ def check_gate(rows: tuple[GateRow, ...]) -> None:
         raise LimitError(f"worse than the baseline: {'; '.join(failed)}")
 
 
+def gate_to_json(rows: tuple[GateRow, ...]) -> list[dict[str, Any]]:
+    """The comparison as JSON, which has no infinity: a change or a tolerance without end is null."""
+    return [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(row).items()
+        }
+        for row in rows
+    ]
+
+
 def format_gate(rows: tuple[GateRow, ...]) -> str:
     """The comparison as a table."""
     header = ["metric", "baseline", "now", "change", "allowed", "verdict"]
@@ -226,12 +238,6 @@ def _row(name: str, before: Measure, now: Measure, limits: Mapping[str, float]) 
     return GateRow(name, before.value, now.value, now.stderr, change, allowed, tolerance.kind, ok)
 
 
-def _text_name(text: TextResult) -> str:
-    """Kind and source without folders: the same file may lie elsewhere on another machine."""
-    source = text.source if ":" in text.source else Path(text.source).name
-    return f"{text.kind} {source}"
-
-
 def _check_comparable(now: Evaluation, baseline: Evaluation, where: str | Path) -> None:
     for what, before, after in _conditions(now, baseline):
         if before != after:
@@ -245,9 +251,11 @@ def _conditions(now: Evaluation, baseline: Evaluation) -> Iterator[tuple[str, An
     yield "reference model", _reference(baseline, now), _reference(now, baseline)
     if baseline.model.source_sha256 and now.model.source_sha256:
         yield "hash of the dense model", baseline.model.source_sha256, now.model.source_sha256
-    texts = {_text_name(text): text for text in now.texts}
-    for text in baseline.texts:
-        name = _text_name(text)
+    texts, before_texts = _by_name(now.texts), _by_name(baseline.texts)
+    if baseline.metrics:
+        # Own metrics are taken over all texts in their order.
+        yield "texts of own metrics", list(before_texts), list(texts)
+    for name, text in before_texts.items():
         if name not in texts:
             yield "text", name, ", ".join(texts) or None
             continue
@@ -261,10 +269,18 @@ def _conditions(now: Evaluation, baseline: Evaluation) -> Iterator[tuple[str, An
         ours, theirs = _task_conditions(tasks[task.task]), _task_conditions(task)
         for key, value in theirs.items():
             yield f"{key} of task {task.task}", value, ours[key]
+    directions = {own.name: own.higher_is_better for own in now.metrics}
+    for own in baseline.metrics:
+        if own.name in directions:
+            yield f"higher_is_better of {own.name}", own.higher_is_better, directions[own.name]
     before, after = baseline.degeneration, now.degeneration
     if before is not None:
         yield "prompts_sha256", before.prompts_sha256, after and after.prompts_sha256
         yield "max_new_tokens", before.max_new_tokens, after and after.max_new_tokens
+
+
+def _by_name(texts: Sequence[TextResult]) -> dict[str, TextResult]:
+    return {text_name(text.kind, text.source): text for text in texts}
 
 
 def _reference(evaluation: Evaluation, other: Evaluation) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from cfsp.evaluation import PROMPTS, Divergence, LanguageModel
@@ -17,6 +18,8 @@ __all__ = [
     "ModelIdentity",
     "TextResult",
     "identity_of",
+    "repeated_text",
+    "text_name",
 ]
 
 
@@ -163,6 +166,17 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     against_tasks: tuple[TaskResult, ...] = ()
     metrics: tuple[MetricResult, ...] = ()
+
+
+def text_name(kind: str, reference: str) -> str:
+    """What a text is called: kind and source without folders, as the same file may lie elsewhere."""
+    return f"{kind} {reference if ':' in reference else Path(reference).name}"
+
+
+def repeated_text(text: Iterable[str], chats: Iterable[str]) -> str | None:
+    """A name that two of the references have, so that their figures could not be told apart."""
+    names = [*(text_name("text", one) for one in text), *(text_name("chats", one) for one in chats)]
+    return next((name for position, name in enumerate(names) if name in names[:position]), None)
 
 
 def identity_of(model: LanguageModel) -> ModelIdentity:

@@ -31,9 +31,16 @@ from cfsp.progress import Progress, no_progress
 from cfsp.self_sampling import sample_windows
 from cfsp.text import TokenWindows, token_windows, tokens_sha256
 from phoneready.evaluation.metrics import find_metric, measure
-from phoneready.evaluation.record import Degeneration, Evaluation, EvaluationSettings, TextResult, identity_of
+from phoneready.evaluation.record import (
+    Degeneration,
+    Evaluation,
+    EvaluationSettings,
+    TextResult,
+    identity_of,
+    repeated_text,
+)
 
-__all__ = ["evaluate", "read_prompts"]
+__all__ = ["check_texts", "evaluate", "read_prompts"]
 
 
 def evaluate(
@@ -46,10 +53,11 @@ def evaluate(
     """Judge a model, against a reference model where one is given; token ids come from the reference's tokenizer.
 
     Raises:
-        InputError: A text that cannot be read or is too short, tasks or metrics that cannot be used, or a reference
-            model with another vocabulary.
+        InputError: A text that cannot be read or is too short, two of one name, tasks or metrics that cannot be used,
+            or a reference model with another vocabulary.
         MissingExtraError: Tasks without the `eval` extra.
     """
+    check_texts(settings)
     reference = against or model
     if against is not None:
         check_same_vocabulary(model, against)
@@ -82,6 +90,13 @@ def evaluate(
     )
 
 
+def check_texts(settings: EvaluationSettings) -> None:
+    """Raise InputError where two texts have one name."""
+    name = repeated_text(settings.text, settings.chats)
+    if name is not None:
+        raise InputError("two texts have this name; rename one of the files", field="text", value=name)
+
+
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts from a file: .txt one a line; .jsonl with `prompt`, or `turns` of which the first counts.
 
@@ -90,7 +105,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError("not a prompts file", field="prompts", value=str(path), allowed=".txt or .jsonl")
-    lines = read_text(path).splitlines()
+    lines = read_text(path).split("\n")
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".txt":
         prompts = [line for _, line in numbered]

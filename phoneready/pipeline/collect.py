@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cfsp.evaluation.tasks import TaskResult
-from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.evaluation.record import Evaluation, TextResult, text_name
 from phoneready.pipeline.config import ReleaseConfig
 from phoneready.pipeline.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.pipeline.metrics import FigureKey, metric_of, text_name
+from phoneready.pipeline.metrics import FigureKey, metric_of
 from phoneready.pipeline.report import ReleaseFigures
 from phoneready.pipeline.steps import Steps
 from runtime_bench.device_profile import find_profile, load_profiles

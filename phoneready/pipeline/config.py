@@ -17,6 +17,7 @@ from cfsp.prune_settings import PruneSettings
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.gguf import required_multiple
 from exporters.onnx import find_variant
+from phoneready.evaluation.record import repeated_text
 from phoneready.pipeline.budgets import BudgetConfig, budget_problems
 from phoneready.pipeline.sections import (
     BaselineConfig,
@@ -149,7 +150,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
 
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     """What sections say of each other that is not so."""
-    return [*_unknown_files(config), *budget_problems(config)]
+    return [*_unknown_files(config), *_repeated_texts(config), *budget_problems(config)]
 
 
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:
@@ -227,6 +228,13 @@ def _unknown_files(config: ReleaseConfig) -> list[tuple[Location, str]]:
                 message = f"not exported (got {name!r}); allowed: {', '.join(known)}"
                 problems.append(((section, "files"), message))
     return problems
+
+
+def _repeated_texts(config: ReleaseConfig) -> list[tuple[Location, str]]:
+    name = repeated_text(config.evaluate.text, config.evaluate.chats)
+    if name is None:
+        return []
+    return [(("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files")]
 
 
 def _beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:

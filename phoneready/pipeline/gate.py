@@ -171,8 +171,13 @@ def _too_few(figure: Figure) -> str:
 
 
 def _differences(figure: Figure, reference: Figure) -> str:
-    pairs = ((name, reference.conditions.get(name), now) for name, now in figure.conditions.items())
-    return ", ".join(f"{name} was {before} and is {now}" for name, before, now in pairs if before != now)
+    before, now = reference.conditions, figure.conditions
+    names = [*now, *(name for name in before if name not in now)]
+    return ", ".join(
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    )
 
 
 def _outcome(budget: BudgetConfig, estimate: _Estimate) -> tuple[str, str]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cfsp.errors import InputError
+from phoneready.evaluation.record import text_name
 
 if TYPE_CHECKING:
     from phoneready.pipeline.config import ReleaseConfig
 
-__all__ = ["CHECKPOINT", "METRICS", "FigureKey", "Metric", "metric_of", "planned_figures", "text_name"]
+__all__ = ["CHECKPOINT", "METRICS", "FigureKey", "Metric", "metric_of", "planned_figures"]
 
 CHECKPOINT = "checkpoint"
 """The item that is the pruned (and recovered) model before export."""
@@ -119,11 +119,6 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
                 yield FigureKey(metric, item, device)
     for item in (CHECKPOINT, *config.evaluate.files):
         yield from _judgements(config, item)
-
-
-def text_name(kind: str, reference: str) -> str:
-    """What a text is called: kind and source without folders, as the same file may lie elsewhere."""
-    return f"{kind} {reference if ':' in reference else Path(reference).name}"
 
 
 def _benchmarks(config: ReleaseConfig) -> Iterator[FigureKey]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 
 from cfsp.evaluation.degeneration import CHECKS, degenerate, system_text
@@ -100,5 +103,10 @@ def test_every_reason_is_named_by_its_check() -> None:
     assert set(CHECKS) == {"empty", "loop", "echo", "non_language"}
 
 
-def test_system_prompt_of_a_template(tiny_tokenizer: object) -> None:
+def test_system_prompt_of_a_template(tiny_tokenizer: Any) -> None:
     assert system_text(tiny_tokenizer, "Hello") == ""
+    speaking = copy.deepcopy(tiny_tokenizer)
+    speaking.chat_template = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n{tiny_tokenizer.chat_template}"
+    assert system_text(speaking, "Hello") == SYSTEM
+    speaking.chat_template = None
+    assert system_text(speaking, "Hello") == ""

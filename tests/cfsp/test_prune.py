@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
 from cfsp.calibration import Calibration, load_calibration
 from cfsp.cutting import RECONSTRUCTIONS
-from cfsp.errors import InputError
+from cfsp.errors import InputError, LimitError
 from cfsp.evaluation import divergence, perplexity
 from cfsp.model_reference import LoadedModel, ModelSource
 from cfsp.plan import PruningPlan, apply_plan
@@ -257,6 +258,7 @@ def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
         ({"allocation": "fair"}, "allocation.*uniform"),
         ({"prune_ratio": 1.0}, "prune_ratio"),
         ({"ridge": 0.0}, "ridge"),
+        ({"strength": math.nan}, "strength"),
         ({"align": 0}, "align"),
         ({"dtype": "float16"}, "dtype.*bfloat16"),
     ],
@@ -293,6 +295,18 @@ def test_perplexity_is_that_of_the_models_own_loss(tiny_model: Any) -> None:
     result = perplexity(dense.model, TokenWindows(ids, "random", ""))
     assert result.perplexity == pytest.approx(float(torch.tensor(losses).mean().exp()), rel=1e-4)
     assert result.n_scored == 3 * 299
+
+
+def test_logits_that_are_not_finite_are_no_result(tiny_model: Any) -> None:
+    dense, broken = loaded(tiny_model), loaded(tiny_model)
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[5] = math.nan
+    windows = TokenWindows(calibration(dense.model).input_ids, "random", "")
+    with pytest.raises(LimitError, match="not finite"):
+        perplexity(broken.model, windows)
+    for pair in ((dense, broken), (broken, dense)):
+        with pytest.raises(LimitError, match="not finite"):
+            divergence(pair[0].model, pair[1].model, windows)
 
 
 def test_divergence_of_a_model_from_itself_is_zero(tiny_model: Any) -> None:

@@ -49,6 +49,19 @@ def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Pa
     assert windows.ids.flatten().tolist() == expected[: windows.n_tokens]
 
 
+def test_messages_in_parts_or_without_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "An "}, {"type": "text", "text": "apple."}]
+    rows = [[CHAT[0], {"role": "assistant", "content": content}] for content in (parts, None)]
+    documents = load_documents(str(write_rows(tmp_path / "c.jsonl", [{"messages": row} for row in rows])))
+    assert [d.messages and d.messages[1]["content"] for d in documents] == ["An apple.", ""]
+
+
+def test_a_row_may_hold_line_separators(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\u2028two"}\n{"text": "three"}\n', encoding="utf-8")
+    assert [d.text for d in load_documents(str(path))] == ["one\u2028two", "three"]
+
+
 def test_windows_are_cut_in_order_from_one_tokenization(tiny_model: Any, tmp_path: Path) -> None:
     loaded = as_loaded(tiny_model)
     path = tmp_path / "a.txt"
@@ -88,7 +101,14 @@ def test_sources_share_the_windows_equally(tiny_model: Any, tmp_path: Path) -> N
         ("a.jsonl", '{"text": ""}\n', "no usable text"),
         ("a.jsonl", '{"txet": "a"}\n', "line 1: no `text`"),
         ("a.jsonl", '{"text": "a"}\n{oops\n', "line 2: not valid JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: `messages`"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 5}]}\n', "line 1: `messages`"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}\n',
+            "line 1: `messages`",
+        ),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
         ("a.docx", "x", "allowed: a file ending in .txt"),
     ],

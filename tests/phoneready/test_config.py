@@ -144,6 +144,13 @@ def test_files_that_are_not_exported_cannot_be_measured_or_judged() -> None:
         parse_config(MODEL + '[bench]\nfiles = ["int8"]\n[evaluate]\nfiles = ["Q8_0"]', where="x")
 
 
+def test_texts_of_one_name_could_not_be_told_apart() -> None:
+    with pytest.raises(InputError, match=r"line 5: evaluate\.text: two have the name 'text test\.txt'"):
+        parse_config(
+            MODEL + '[evaluate]\nchats = ["test.txt"]\ntext = ["a/test.txt", "b/test.txt"]', where="x"
+        )
+
+
 def test_settings_can_be_overridden_with_toml_values() -> None:
     given = ["prune.prune_ratio=0.3", 'export.quants=["Q8_0"]', "seed=7", "recover.rank=4"]
     config = parse_config(MODEL, where="x", overrides=given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,49 @@ def test_the_gate_passes_what_is_as_good(
     assert rows["KL mean, text builtin:python-docs"]["allowed"] == 0.01
 
 
+def _without_direction(record: dict[str, Any]) -> None:
+    record["metrics"][1]["higher_is_better"] = None
+
+
+def _more_texts(record: dict[str, Any]) -> None:
+    record["texts"].append(record["texts"][0] | {"source": "another.txt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(_without_direction, "higher_is_better of"), (_more_texts, "texts of own metrics")]
+)
+def test_own_metrics_are_gated_on_the_same_texts_in_the_same_direction(
+    change: Callable[[dict[str, Any]], None],
+    reason: str,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "more_metrics_of_a_test.py").write_text(METRICS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    asked = [model, *TEXT, "--metric", "more_metrics_of_a_test:two"]
+    evaluate(capsys, *asked, "--save", "saved.json")
+    assert all(row["ok"] for row in evaluate(capsys, *asked, "--baseline", "saved.json")["gate"])
+    record = json.loads(Path("saved.json").read_text(encoding="utf-8"))
+    change(record)
+    Path("saved.json").write_text(json.dumps(record), encoding="utf-8")
+    assert reason in refused(capsys, *asked, "--baseline", "saved.json")
+
+
+def test_a_change_without_end_fails_and_is_still_json(
+    model: str, other: str, baseline: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads(Path(baseline).read_text(encoding="utf-8"))
+    record["texts"][0]["perplexity"] = 0.0
+    Path(baseline).write_text(json.dumps(record), encoding="utf-8")
+    asked = [other, "--against", model, *SIZES, "--baseline", baseline, "--json"]
+    assert main(["eval", *asked]) == 1
+    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["gate"]}
+    row = rows["perplexity, text builtin:python-docs"]
+    assert (row["change"], row["ok"]) == (None, False)
+
+
 def test_the_gate_fails_what_is_worse(
     model: str, other: str, baseline: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,6 +380,14 @@ def test_a_sweep_is_one_table(model: str, tmp_path: Path, capsys: pytest.Capture
     assert float(rows[1]["KL mean text builtin:python-docs"]) == divergences[1]["kl_mean"]
 
 
+@pytest.fixture(scope="module")
+def good_result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result that a baseline can be."""
+    path = tmp_path_factory.mktemp("result") / "good.json"
+    assert main(["eval", model, *TEXT, "--save", str(path)]) == 0
+    return path
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -346,7 +398,14 @@ def test_a_sweep_is_one_table(model: str, tmp_path: Path, capsys: pytest.Capture
         (["--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--prompts", "prompts.md"], "prompts.md"),
         (["--baseline", "missing.json"], "missing.json"),
-        (["--max-kl-increase", "-1"], "--max-kl-increase"),
+        (["--max-kl-increase", "0.1"], "--baseline"),
+        (["--baseline", "."], "cannot read"),
+        (["--baseline", "good.json", "--max-kl-increase", "-1"], "--max-kl-increase"),
+        (["--baseline", "good.json", "--save", "./good.json"], "overwrite"),
+        (["--save", "."], "is a directory"),
+        (["--save", "prompts.md/x.json"], "is not a directory"),
+        (["--ratios", "0.1", "--max-kl-increase", "0.1"], "--baseline"),
+        (["--text", "a/t.txt", "--text", "b/t.txt"], "text t.txt"),
         (["--ratios", "0.1,much"], "--ratios"),
         (["--ratios", "1.5"], "prune_ratio"),
         (["--ratios", "0.1", "--against", "x"], "--against"),
@@ -358,12 +417,14 @@ def test_what_cannot_be_judged_is_refused(
     arguments: list[str],
     reason: str,
     model: str,
+    good_result: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.md").write_text("Hello", encoding="utf-8")
+    shutil.copy(good_result, tmp_path / "good.json")
     assert reason in refused(
         capsys, model, "--no-prompts" if "--prompts" not in arguments else "--no-text", *arguments
     )

@@ -32,7 +32,13 @@ def samples(median: float, spread: float, n: int = 10, seed: int = 0) -> tuple[f
 
 
 def figure(key: FigureKey, value: float | None, role: str = "pruned", **more: object) -> Figure:
-    units = {"file_bytes": "bytes", "tg128": "t/s", "kl_mean": "nats", "accuracy": "share"}
+    units = {
+        "file_bytes": "bytes",
+        "tg128": "t/s",
+        "kl_mean": "nats",
+        "accuracy": "share",
+        "mean_accuracy": "share",
+    }
     return Figure(key, role, f"{role}-{key.item}", units[key.metric], value, **more)  # type: ignore[arg-type]
 
 
@@ -111,6 +117,16 @@ def test_accuracies_have_standard_errors() -> None:
     assert judge(one, figure(ACCURACY, 0.60, stderr=0.005), dense).outcome == "missed"
     ratio = budget(metric="accuracy", at_least=0.95, relative_to="dense")
     assert judge(ratio, figure(ACCURACY, 0.70, stderr=0.005), dense).outcome == "pass"
+
+
+def test_a_mean_over_fewer_tasks_is_no_gain() -> None:
+    mean = FigureKey("mean_accuracy", "checkpoint")
+    tasks = {f"version of {name}": "1" for name in ("piqa", "arc")}
+    before = figures(figure(mean, 0.60, conditions=tasks))
+    now = figure(mean, 0.75, conditions={"version of piqa": "1"})
+    one = budget(metric="mean_accuracy", at_least=-0.01, relative_to="baseline", difference=True)
+    with pytest.raises(InputError, match="version of arc was 1 and is None"):
+        judge(one, now, baseline=before)
 
 
 def test_a_band_is_an_interval() -> None:

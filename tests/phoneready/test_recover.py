@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,8 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         "question": str(question),
         "other": str(tiny_folder("qwen2")),
         "plain": str(tiny_folder()),
+        "out": str(tmp_path / "out"),
+        "above": str(tmp_path),
     }
 
 
@@ -308,6 +311,9 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         (["--validation", "{question}"], "no chat in"),
         (["--loss", "distill", "--teacher", "{other}"], "another vocabulary"),
         (["--report-to", "abacus"], "report_to"),
+        (["--work", "{out}"], "may not hold each other"),
+        (["--work", "{out}/work"], "may not hold each other"),
+        (["--work", "{above}"], "may not hold each other"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
@@ -328,6 +334,22 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_teacher_that_has_changed_is_refused(
+    tiny_folder: TinyPath, pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, other = tiny_folder(), tiny_folder(seed=1)
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--align", "8"]
+    assert main(["prune", str(dense), "-o", str(tmp_path / "checkpoint"), *sizes]) == 0
+    shutil.copy(other / "model.safetensors", dense)
+    asked = command(
+        tmp_path / "checkpoint", tmp_path / "out", chats, "--max-tokens", "128", "--loss", "distill"
+    )
+    capsys.readouterr()
+    assert main(asked) == 2
+    assert "no longer the model that the checkpoint was pruned from" in capsys.readouterr().err
+    assert main([*asked, "--teacher", str(dense)]) in (0, 1)
 
 
 def test_ranks_by_importance_need_a_plan(
