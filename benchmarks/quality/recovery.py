@@ -7,10 +7,11 @@ model.
 
     python benchmarks/quality/recovery.py DIR --chats chats.jsonl --text text.jsonl --wikitext wiki.test.raw
         [--ratios 0.2 0.3] [--variants ig-lora lora lora-distill] [--seeds 0 1 2] [--max-tokens 500000]
-        [--text-windows 74] [--prompts prompts.jsonl] [--task-data DIR] [--limit 300] [--json FILE]
+        [--text-windows 74] [--chat-windows 16] [--prompts prompts.jsonl] [--task-data DIR] [--limit 300] [--json FILE]
+        [--training --eval-every 10 ...]
 
 Trained on the chats (every 20th is held out) and the text in equal shares; measured on the first windows of 1024
-tokens of --wikitext, on 16 windows of the held-out chats in random order, on --prompts (degenerate answers) and on
+tokens of --wikitext, on windows of the held-out chats in random order, on --prompts (degenerate answers) and on
 the tasks under examples/tasks (with --task-data).
 """
 
@@ -78,11 +79,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--max-tokens", type=int, default=500_000)
     parser.add_argument("--nsamples", type=int, default=96, help="Calibration windows.")
-    parser.add_argument("--text-windows", type=int, default=74, help="Of 1024 tokens of --wikitext.")
+    parser.add_argument(
+        "--text-windows", type=int, default=74, help="Of 1024 tokens of --wikitext; may be 0."
+    )
+    parser.add_argument("--chat-windows", type=int, default=16, help="Of 1024 tokens of held-out chats.")
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--task-data", type=Path)
     parser.add_argument("--limit", type=int, help="Items of each task.")
     parser.add_argument("--json", type=Path, help="Rows, kept as they come.")
+    parser.add_argument(
+        "--training",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="Last of all: further options of `phoneready recover`.",
+    )
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +114,7 @@ def main() -> None:
         if (run.ratio, run.variant, run.seed) in done:
             continue
         prune(folder, run.ratio, data, arguments.nsamples)
-        recover(folder, run, data, arguments.max_tokens)
+        recover(folder, run, data, ["--max-tokens", arguments.max_tokens, *arguments.training])
         rows.append(measure(folder, run, arguments))
         print(json.dumps(rows[-1]), flush=True)
         if arguments.json:
@@ -121,11 +131,11 @@ def prune(folder: Path, ratio: float, data: list[str], nsamples: int) -> None:
         )
 
 
-def recover(folder: Path, run: Run, data: list[str], max_tokens: int) -> None:
+def recover(folder: Path, run: Run, data: list[str], training: list[object]) -> None:
     """Train; a killed training goes on."""
     if run.variant == "unrecovered" or (folder / run.name).exists():
         return
-    options = ["--seed", run.seed, "--max-tokens", max_tokens, "--teacher", DENSE]
+    options = ["--seed", run.seed, *training, "--teacher", DENSE]
     for reference in data:
         options += ["--data", reference]
     phoneready("recover", start(folder, run.ratio), "-o", folder / run.name, *VARIANTS[run.variant], *options)
@@ -136,12 +146,12 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
     model = start(folder, run.ratio) if run.variant == "unrecovered" else str(folder / run.name)
     texts, rest = folder / f"{run.name}.texts.json", folder / f"{run.name}.rest.json"
     against = [] if model == DENSE else ["--against", DENSE]
-    if not texts.exists():
+    if arguments.text_windows and not texts.exists():
         options = [*against, "--no-prompts", "--save", texts]
         phoneready("eval", model, *options, "--text", arguments.wikitext, "--windows", arguments.text_windows)
     if not (chats := folder / f"{run.name}.chats.json").exists():
-        options = [*against, "--no-prompts", "--save", chats]
-        phoneready("eval", model, *options, "--chats", folder / "held_out.jsonl", "--windows", 16)
+        options = [*against, "--no-prompts", "--save", chats, "--windows", arguments.chat_windows]
+        phoneready("eval", model, *options, "--chats", folder / "held_out.jsonl")
     asked = ["--prompts", arguments.prompts, "--max-new-tokens", 128]
     wanted: list[object] = asked if arguments.prompts else ["--no-prompts"]
     wanted += ["--tasks", TASKS, "--task-data", arguments.task_data] if arguments.task_data else []
@@ -149,17 +159,23 @@ def measure(folder: Path, run: Run, arguments: argparse.Namespace) -> dict[str, 
     if (arguments.prompts or arguments.task_data) and not rest.exists():
         phoneready("eval", model, "--no-text", "--save", rest, *wanted)
     row: dict[str, Any] = {"ratio": run.ratio, "variant": run.variant, "seed": run.seed}
-    text, chat = (json.loads(file.read_text())["texts"][0] for file in (texts, chats))
-    row |= {"perplexity": text["perplexity"], "chat_perplexity": chat["perplexity"]}
-    if chat["divergence"]:
-        row |= {"text_kl": text["divergence"]["kl_mean"], "chat_kl": chat["divergence"]["kl_mean"]}
-        row |= {"chat_top1": chat["divergence"]["same_top1"]}
+    for prefix, file in (("", texts), ("chat_", chats)):
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())["texts"][0]
+        row |= {f"{prefix}perplexity": found["perplexity"], f"{prefix}tokens": found["n_tokens"]}
+        if divergence := found["divergence"]:
+            row |= {f"{prefix}kl": divergence["kl_mean"], f"{prefix}top1": divergence["same_top1"]}
     if rest.exists():
         found = json.loads(rest.read_text())
         row |= {f"{t['task']} {m['name']}": m["value"] for t in found["tasks"] for m in t["metrics"]}
         row |= {"degenerate": found["degeneration"]["share"]} if found["degeneration"] else {}
     if (record := folder / run.name / "recovery.json").exists():
-        row |= {"seconds": json.loads(record.read_text())["seconds"]}
+        trained = json.loads(record.read_text())
+        row |= {
+            name: trained[name]
+            for name in ("tokens_seen", "seconds", "perplexity_before", "perplexity_after")
+        }
     return row
 
 
