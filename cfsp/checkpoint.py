@@ -22,7 +22,7 @@ import transformers
 from cfsp.architectures import ffn_widths
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, read_json, sha256_file, write_json
-from cfsp.folder_format import portable_config, save_tokenizer
+from cfsp.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.model_source import LoadedModel, ModelSource
 from cfsp.records import Record, read_record, tool_version, write_record
 from cfsp.remote_code import modeling_pruned
@@ -211,10 +211,7 @@ def _save_license(source: ModelSource, folder: Path) -> None:
     beside = origin if origin is None or origin.is_dir() else origin.parent
     # A lone GGUF file may lie in a folder of other things, whose licence is not its own.
     if beside is not None and source.kind != "gguf":
-        for pattern in ("LICENSE*", "NOTICE*", "USE_POLICY*"):
-            for file in beside.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        copy_notices(beside, folder)
     if source.license and not any(folder.glob("LICENSE*")):
         text = f"Derived from {source.base_model or source.name}, whose stated licence is: {source.license}\n"
         (folder / "LICENSE").write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,28 @@ __all__ = [
 _MARK = ".tmp-"
 
 
-def refuse_existing(path: Path, *, force: bool = False) -> None:
-    """Raise InputError if `path` exists and is not an empty directory, unless `force`."""
-    if force or not path.exists():
+def refuse_existing(path: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse a path that something new is to appear at, where that cannot be or would destroy something.
+
+    Args:
+        path: A file or folder to create.
+        force: What is there may be replaced.
+        inputs: What the new thing is made from; never replaced.
+
+    Raises:
+        InputError: It exists and is not an empty directory, unless `force`; it is or holds an input; it is a directory
+            that cannot be renamed, which is how folders are replaced; or it lies below a file.
+    """
+    _refuse_below_a_file(path)
+    if not path.exists():
         return
-    if path.is_dir() and not any(path.iterdir()):
+    whole = path.resolve()
+    for kept in inputs:
+        if kept.exists() and kept.resolve().is_relative_to(whole):
+            raise InputError(f"{path} would replace {kept}, which is read; choose another path")
+    if whole == Path.cwd() or os.path.ismount(whole):
+        raise InputError(f"{path} cannot be replaced as a whole; choose a folder inside it")
+    if force or (path.is_dir() and not any(path.iterdir())):
         return
     raise InputError(f"{path} exists already; choose another path or pass --force")
 
@@ -53,6 +70,10 @@ def refuse_no_file(path: Path) -> None:
     """Raise InputError where no file can be at `path`: it is a directory, or lies below something that is none."""
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a directory")
+    _refuse_below_a_file(path)
+
+
+def _refuse_below_a_file(path: Path) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise InputError(f"cannot write {path}: {above} is not a directory")
@@ -180,6 +201,10 @@ def _umask() -> int:
     return mask
 
 
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR),
+    *(errno.EISDIR, errno.EEXIST, errno.EBUSY, errno.EXDEV),
+)
 # Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno,
 # and torch says no more than that its archive could not be written.
 _NO_SPACE = re.compile(
@@ -199,6 +224,6 @@ def no_space_as_input_error(path: Path) -> Iterator[None]:
         code = error.errno if isinstance(error, OSError) else None
         if code in (errno.ENOSPC, errno.EDQUOT) or _NO_SPACE.search(str(error)):
             raise InputError(f"no space left to write {path}") from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
+        if code in _UNWRITABLE:
             raise InputError(f"cannot write {path}: {error}") from error
         raise

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.files import read_json, write_json
 
-__all__ = ["portable_config", "save_tokenizer"]
+__all__ = ["NOTICE_PATTERNS", "copy_notices", "portable_config", "save_tokenizer"]
+
+NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+"""Files that have to go where a model goes."""
 
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 # Keys of tokenizer_config.json that describe where a tokenizer was loaded from, or that only one major version knows.
@@ -40,6 +44,14 @@ def portable_config(stored: dict[str, Any], config: Any) -> dict[str, Any]:
         portable["rope_theta"] = theta
     portable["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     return portable
+
+
+def copy_notices(source: Path, folder: Path) -> None:
+    """Copy a model's licence files."""
+    for pattern in NOTICE_PATTERNS:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cfsp.errors import InputError
+from cfsp.folder_format import NOTICE_PATTERNS
 from cfsp.hf_folder import check_config
 from cfsp.progress import Progress, no_progress
 from cfsp.weights import one_line, quiet_transformers
@@ -17,7 +18,7 @@ __all__ = ["fetch_hub_model", "hub_reference"]
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
 _MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "*.py")
-_NOTICE_PATTERNS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_NOTICE_PATTERNS = ("README.md", *NOTICE_PATTERNS)
 
 
 def hub_reference(text: str) -> tuple[str, str | None] | None:

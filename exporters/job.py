@@ -137,9 +137,9 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
     """Refuse what cannot be exported before anything is loaded.
 
     Raises:
-        InputError: The output exists, or the input is no checkpoint folder.
+        InputError: The output exists or would replace the input, or the input is no checkpoint folder.
     """
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=[checkpoint])
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cfsp.checkpoint import is_pruned_checkpoint, read_checkpoint_info
 from cfsp.errors import InputError
+from cfsp.weights import safetensors_files, sha256_files
 
 __all__ = ["Provenance", "read_provenance"]
 
@@ -46,7 +47,8 @@ def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
         name=_file_stem(name or info.source.name),
         source_model=info.source.name,
         source_sha256=info.source.sha256,
-        checkpoint_sha256=info.weights_sha256,
+        # Not what the info says: the weights may have been trained since it was written.
+        checkpoint_sha256=sha256_files(safetensors_files(checkpoint)),
         plan_sha256=info.plan_sha256,
         license=info.source.license,
         base_model=info.source.base_model,

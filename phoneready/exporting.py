@@ -68,7 +68,7 @@ def export_checkpoint(
         LimitError: Something is too far from the checkpoint. Nothing is left.
     """
 
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=[checkpoint])
     _check(request)
     text = _calibration(checkpoint, request, progress)
 

@@ -96,7 +96,7 @@ def recover(
         MissingExtraError: Without the `recover` extra.
     """
     check_settings(settings)
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
     _check_extras(settings, device)

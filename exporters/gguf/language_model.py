@@ -40,14 +40,13 @@ class GGUFLanguageModel:
     def __init__(
         self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None, name: str | None = None
     ) -> None:
-        with runtime.open_model(path, vocab_only=True) as vocabulary:
-            trained = vocabulary.n_ctx_train
         self.name = name or str(path)
         file = read_gguf(path)
+        trained = int(file.hyperparameter("context_length", n_ctx))
         self.tokenizer = tokenizer_from_gguf(file)
         self.sha256: str | None = sha256_file(path)
         self.source_sha256: str | None = file.metadata.get("phoneready.source_sha256")
-        self.context_length = min(n_ctx, trained) if trained > 0 else n_ctx
+        self.context_length = min(n_ctx, trained)
         self._model = runtime.open_model(
             path,
             n_ctx=self.context_length,

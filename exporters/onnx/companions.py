@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.files import read_json, write_json
-from cfsp.folder_format import save_tokenizer
+from cfsp.folder_format import copy_notices, save_tokenizer
 from cfsp.generation import stop_tokens
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant
 
 __all__ = ["write_companions"]
 
-_COPIED = ("generation_config.json", "LICENSE*")
 # Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 
@@ -45,9 +44,9 @@ def write_companions(
         # transformers.js knows the template from here alone.
         file = folder / "tokenizer_config.json"
         write_json(file, read_json(file) | {"chat_template": tokenizer.chat_template})
-    for pattern in _COPIED:
-        for found in checkpoint.glob(pattern):
-            shutil.copyfile(found, folder / found.name)
+    if (checkpoint / "generation_config.json").is_file():
+        shutil.copy(checkpoint / "generation_config.json", folder)
+    copy_notices(checkpoint, folder)
     write_json(folder / "config.json", _config(read_json(checkpoint / "config.json"), variant))
     if variant.portable:
         return

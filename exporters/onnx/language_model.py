@@ -66,14 +66,17 @@ class OnnxLanguageModel:
         yield from predicting(self._model.iter_logits(window.numpy()), len(window))
 
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
-        """See `LanguageModel`; after each continuation the cache is rewound to the context."""
+        """See `LanguageModel`; after each continuation the cache is rewound, or the context is read again."""
         return [list(self._score(item)) for item in items]
 
     def _score(self, item: Branches) -> Iterator[Score]:
         rows = [self._read(item.context)[-1:]]
         for continuation in item.continuations:
-            self._model.rewind(len(item.context))
             if len(continuation) > 1:
+                if self._model.can_rewind:
+                    self._model.rewind(len(item.context))
+                elif self._model.n_past != len(item.context):
+                    self._read(item.context)
                 rows.append(self._model.decode(continuation[:-1]).copy())
         yield from branch_scores(item, torch.from_numpy(np.concatenate(rows)).log_softmax(-1))
 

@@ -93,7 +93,7 @@ class OnnxModel:
         self.vocab_size = int(outputs[0].shape[-1])
         self.last_logits = outputs[0].shape[1] == 1
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-        self._fixed = self.metadata.get(CACHE_KEY) == FIXED_CACHE
+        self.can_rewind = self.metadata.get(CACHE_KEY) == FIXED_CACHE
         self._cache: dict[str, Any] = {}
         self.clear()
 
@@ -107,10 +107,10 @@ class OnnxModel:
 
     def rewind(self, n_past: int) -> None:
         """Forget all but the first `n_past` tokens; any number needs a cache of fixed length, others only 0."""
-        if n_past and not self._fixed:
+        if n_past and not self.can_rewind:
             raise InputError("this graph's cache cannot be rewound", value=n_past, allowed="0")
         self.n_past = n_past
-        if not self._cache or not self._fixed:
+        if not self._cache or not self.can_rewind:
             self._cache = {name: self._empty(name) for name in self._caches}
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
@@ -143,13 +143,13 @@ class OnnxModel:
             binding.bind_ortvalue_input(name, cache)
         binding.bind_output("logits", "cpu")
         for name, present in zip(self._caches, self._presents, strict=True):
-            if self._fixed:
+            if self.can_rewind:
                 binding.bind_ortvalue_output(present, self._cache[name])
             else:
                 binding.bind_output(present, "cpu")
         self._session.run_with_iobinding(binding)
         logits, *grown = binding.get_outputs()
-        if not self._fixed:
+        if not self.can_rewind:
             self._cache = dict(zip(self._caches, grown, strict=True))
         self.n_past += count
         values: FloatArray = logits.numpy()[0]
@@ -169,7 +169,7 @@ class OnnxModel:
 
         value = self._inputs[name]
         _, heads, _, size = value.shape
-        length = self.n_ctx if self._fixed else 0
+        length = self.n_ctx if self.can_rewind else 0
         return OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, size), dtype=_TYPES[value.type]))
 
 

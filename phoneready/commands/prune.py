@@ -123,7 +123,8 @@ def prune(
 
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
-    _check_outputs(output, plan, plan_only, force=force)
+    wanted = _output(output, plan, plan_only)
+    refuse_existing(wanted, force=force, inputs=[Path(model), *([plan] if plan else [])])
     prepare_torch(threads)
     from cfsp.calibration import SELF, load_calibration
     from cfsp.model_reference import load_model
@@ -145,7 +146,7 @@ def prune(
         if plan_only:
             result = _only_plan(loaded, drawn, settings, plan_only, progress)
         else:
-            assert output is not None  # _check_outputs
+            assert output is not None  # or else there is plan_only
             result = _prune(loaded, drawn, settings, ready, output, force=force, progress=progress)
     write_result(format_plan(result, output or plan_only), _summary(result), as_json=json)
 
@@ -174,12 +175,13 @@ def _summary(plan: PruningPlan) -> dict[str, Any]:
     return record | {"keep_ratio": plan.keep_ratio}
 
 
-def _check_outputs(output: Path | None, plan: Path | None, plan_only: Path | None, *, force: bool) -> None:
-    if (output is None) == (plan_only is None):
+def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> Path:
+    """What is to be made: a checkpoint, or a plan alone."""
+    if (wanted := output or plan_only) is None or (output and plan_only):
         raise InputError("give one of -o DIR (a pruned checkpoint) and --plan-only FILE (the plan alone)")
     if plan is not None and plan_only is not None:
         raise InputError("--plan applies a plan and --plan-only makes one: give one of the two")
-    refuse_existing(output or plan_only or Path(), force=force)
+    return wanted
 
 
 def _settings(

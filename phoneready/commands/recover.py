@@ -168,7 +168,7 @@ def recover(
     A killed run goes on when the same command is given again. `accelerate launch -m phoneready recover ...` trains
     on several processes or GPUs. What is kept is the best validation's weights.
     """
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     with _one_voice():
         prepare_torch(threads)
         from cfsp.calibration import SELF

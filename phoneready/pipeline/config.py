@@ -43,6 +43,7 @@ __all__ = [
     "PruneConfig",
     "RecoverConfig",
     "ReleaseConfig",
+    "beside",
     "demo_config_text",
     "load_config",
     "parse_config",
@@ -118,7 +119,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ReleaseConf
     if path is None:
         return parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
     config = parse_config(read_text(path), where=str(path), overrides=overrides)
-    return _beside(config, path.parent)
+    return beside(config, path.parent)
 
 
 def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> ReleaseConfig:
@@ -237,8 +238,8 @@ def _repeated_texts(config: ReleaseConfig) -> list[tuple[Location, str]]:
     return [(("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files")]
 
 
-def _beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
-    """References that name a file or folder beside the configuration, resolved from there."""
+def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
+    """The configuration with references that name a file or folder in `folder` resolved from there."""
 
     def resolve(value: Any) -> Any:
         if isinstance(value, tuple):

@@ -11,7 +11,16 @@ from cfsp.errors import InputError
 from cfsp.records import read_record
 from phoneready.pipeline.metrics import FigureKey
 
-__all__ = ["DENSE", "FIGURES_FILE", "PRUNED", "Figure", "FigureSet", "check_same_model", "read_baseline"]
+__all__ = [
+    "DENSE",
+    "FIGURES_FILE",
+    "PRUNED",
+    "Figure",
+    "FigureSet",
+    "check_same_model",
+    "read_baseline",
+    "same_figure",
+]
 
 FIGURES_FILE = "figures.json"
 PRUNED, DENSE = "pruned", "dense"
@@ -97,7 +106,7 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
     """
     found = read_record(FigureSet, path)
     known = found.by_key(PRUNED)
-    missing = [key.describe() for key in wanted if not any(_same(key, other) for other in known)]
+    missing = [key.describe() for key in wanted if not any(same_figure(key, other) for other in known)]
     if missing:
         raise InputError(f"{path} has no {'; no '.join(dict.fromkeys(missing))}", field="baseline.file")
     return found
@@ -115,7 +124,7 @@ def check_same_model(baseline: FigureSet, source: str, sha256: str | None, where
         )
 
 
-def _same(planned: FigureKey, found: FigureKey) -> bool:
+def same_figure(planned: FigureKey, found: FigureKey) -> bool:
     """Whether a planned figure is this one; planned tasks are not named yet."""
     return planned == found or (
         planned.metric == found.metric == "accuracy" and planned.item == found.item and planned.on is None

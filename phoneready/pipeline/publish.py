@@ -13,6 +13,7 @@ import pydantic
 from cfsp.checkpoint import read_checkpoint_info
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, atomic_file, write_json, write_text
+from cfsp.folder_format import NOTICE_PATTERNS
 from cfsp.model_reference import load_tokenizer
 from cfsp.records import read_record, write_record
 from cfsp.validation import describe_problems
@@ -39,7 +40,6 @@ REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
 CARD_FILE = "README.md"
 MODELFILE = "Modelfile"
-LICENSE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _MADE = (
     *(REPORT_FILE, PAGE_FILE, CARD_FILE, MODELFILE, BOM_FILE),
     *(VERDICTS_FILE, FIGURES_FILE, JUNIT_FILE, SUMMARY_FILE),
@@ -92,7 +92,7 @@ def _known_hashes(artifacts: Sequence[Artifact], figures: ReleaseFigures) -> dic
 
 
 def _copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
-    files = [file for pattern in LICENSE_PATTERNS for file in sorted(checkpoint.glob(pattern))]
+    files = [file for pattern in NOTICE_PATTERNS for file in sorted(checkpoint.glob(pattern))]
     for file in files:
         _link(file, folder / file.name)
     return [file.name for file in files]

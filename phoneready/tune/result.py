@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from cfsp.records import record_to_json
 from phoneready.console import format_bytes, format_rows
-from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.config import ReleaseConfig, beside
 from phoneready.tune.settings import SIZE
 from phoneready.tune.space import Point, config_of
 
@@ -130,7 +131,9 @@ def release_toml(config: ReleaseConfig, point: Point) -> str:
     """The configuration of a point's release; references to files are absolute."""
     import tomli_w
 
-    chosen = config_of(config, point).model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    chosen = beside(config_of(config, point), Path.cwd()).model_dump(
+        mode="json", exclude_unset=True, exclude_none=True
+    )
     head = f"# Chosen by `phoneready tune`: {point.describe()}.\n\n"
     return head + tomli_w.dumps(chosen)
 

@@ -10,7 +10,7 @@ first, and one that is not expected to be better than the best so far is not tri
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
@@ -86,9 +86,15 @@ class Searcher:
         closest = min(ends, key=lambda point: self._exact(point).violation)
         return closest, self._exact(closest)
 
-    def next(self, tried: Sequence[Tried]) -> Candidate | None:
-        """The next point to try; None where nothing is expected to be better."""
-        found = [c for recipe in self.recipes if (c := self._candidate(recipe, tried)) is not None]
+    def next(self, tried: Sequence[Tried], failed: Collection[Point] = ()) -> Candidate | None:
+        """The next point to try; None where nothing is expected to be better.
+
+        Args:
+            tried: The trials so far.
+            failed: Points that could not be made.
+        """
+        candidates = (self._candidate(recipe, tried) for recipe in self.recipes)
+        found = [c for c in candidates if c is not None and c.point not in failed]
         best = self.best(tried)
         if best is not None:
             bar = self.objective(best) * (1 - self.tune.tolerance)

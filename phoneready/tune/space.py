@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from cfsp.errors import InputError
 from exporters.gguf import QUANTS, required_multiple
+from phoneready.pipeline.budgets import BudgetConfig, select
 from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.metrics import CHECKPOINT, planned_figures
 from phoneready.tune.settings import TuneConfig
 
 __all__ = ["Point", "Recipe", "config_of", "recipes_of"]
@@ -102,18 +104,23 @@ def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
             update={"files": _kept(config.evaluate.files, exported.names)}
         ),
         "bench": config.bench.model_copy(update={"files": _kept(config.bench.files, exported.names)}),
-        "budgets": tuple(_budgets(config, (*exported.names, "checkpoint"))),
         "tune": None,
     }
-    return config.model_copy(update=changed)
+    release = config.model_copy(update=changed)
+    return release.model_copy(update={"budgets": tuple(_budgets(release, recipe))})
 
 
-def _budgets(config: ReleaseConfig, names: tuple[str, ...]) -> Iterator[object]:
-    for budget in config.budgets:
-        if not budget.files:
+def _budgets(release: ReleaseConfig, recipe: Recipe) -> Iterator[BudgetConfig]:
+    """Budgets on the point's file and checkpoint: not on the GGUF file that a release makes beside an ONNX folder."""
+    keys = list(planned_figures(release))
+    for budget in release.budgets:
+        if recipe.is_gguf and not budget.files:
             yield budget
-        elif _kept(budget.files, names):
-            yield budget.model_copy(update={"files": _kept(budget.files, names)})
+            continue
+        limited = {key.item for key in select(budget, keys)}
+        files = tuple(name for name in (recipe.item, CHECKPOINT) if name in limited)
+        if files:
+            yield budget.model_copy(update={"files": files})
 
 
 def _kept(names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:

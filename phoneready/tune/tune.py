@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
 from phoneready.pipeline.budgets import BudgetConfig
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.figure_set import PRUNED, check_same_model
+from phoneready.pipeline.figure_set import DENSE, PRUNED, check_same_model, same_figure
 from phoneready.pipeline.release import load_baseline, release_stages
 from phoneready.pipeline.stages import claim_folder
 from phoneready.tune.forecast import Tried
@@ -28,6 +29,7 @@ from phoneready.tune.space import Point, Recipe, recipes_of
 from phoneready.tune.study import Done, Study
 from phoneready.tune.trial import Bench
 from phoneready.tune.workshop import Workshop
+from runtime_bench.device_profile import find_profile, load_profiles
 
 __all__ = ["RELEASE_FILE", "RESULT_FILE", "TABLE_FILE", "tune"]
 
@@ -69,6 +71,8 @@ def tune(
     limits = Limits(config, load_baseline(config))
     _check_goal(config, limits, recipes)
     with claim_folder(folder):
+        # A choice within other budgets is none within these.
+        (folder / RELEASE_FILE).unlink(missing_ok=True)
         key = _study_key(config, folder)
         shop = Workshop(config, folder / "state" / key[:12], threads, progress)
         if limits.baseline is not None and config.baseline is not None:
@@ -138,9 +142,12 @@ class _Search:
     def _complete(self, one: Done) -> bool:
         if one.point.recipe not in self.recipes:
             return False
-        known = {figure.key for figure in one.measured.figures.figures if figure.role == PRUNED}
-        wanted = {key for key in self.limits.wanted(one.point) if key.metric != "accuracy"}
-        return wanted <= known and self._divergence(one) is not None
+        sides = ((PRUNED, self.limits.wanted(one.point)), (DENSE, self.limits.relative(one.point)))
+        known = {role: one.measured.figures.by_key(role) for role, _ in sides}
+        missing = [
+            key for role, keys in sides for key in keys if not any(same_figure(key, k) for k in known[role])
+        ]
+        return not missing and self._divergence(one) is not None
 
     def _tried(self) -> list[Tried]:
         return [
@@ -170,7 +177,7 @@ class _Search:
     def _next(self) -> Candidate | None:
         tried = self._tried()
         known = {one.point for one in tried} | set(self.failed)
-        found = self.searcher.next(tried)
+        found = self.searcher.next(tried, self.failed)
         if found is not None and found.point not in known:
             return found
         if len(tried) >= min(LEAST_TRIALS, self.settings.trials):
@@ -185,7 +192,8 @@ class _Search:
     def _suggested(self, tried: Sequence[Tried]) -> Point | None:
         """A ratio of Optuna's for the best recipe so far."""
         best = self.searcher.best(tried) or min(tried, key=lambda t: t.judged.violation, default=None)
-        recipe = best.point.recipe if best else self.recipes[0]
+        failures = Counter(point.recipe for point in self.failed)
+        recipe = best.point.recipe if best else min(self.recipes, key=lambda one: failures[one])
         low, high = self.settings.min_prune_ratio, self.settings.max_prune_ratio
         return self.searcher.within(recipe, self.study.suggest_ratio(low, high))
 
@@ -226,8 +234,8 @@ class _Search:
         )
 
     def _pending(self, tried: Sequence[Tried]) -> str | None:
-        found = self.searcher.next(tried)
-        if found is None or found.point in self.failed:
+        found = self.searcher.next(tried, self.failed)
+        if found is None:
             return None
         expected = _ends(found.objective)
         text = found.point.describe()
@@ -282,7 +290,13 @@ def _study_key(config: ReleaseConfig, folder: Path) -> str:
         for stage in release_stages(config, folder)
         if stage.name in ("dense", "prune", "recover", "evaluate") or stage.name.startswith("bench")
     }
-    text = json.dumps([kept, config.export.imatrix, config.export.mixed_bytes], sort_keys=True)
+    profiles = load_profiles()
+    devices = {
+        name: find_profile(name, profiles).profile.model_dump(mode="json") for name in config.bench.devices
+    }
+    projected = [config.bench.n_ctx, devices]
+    export = [config.export.imatrix, config.export.mixed_bytes]
+    text = json.dumps([kept, *export, *projected], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

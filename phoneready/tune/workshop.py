@@ -149,7 +149,8 @@ class Workshop:
             folder / "onnx",
             (item,),
             calibration=moment_windows(self.calibration.input_ids),
-            mixed_bytes=self.config.export.mixed_bytes,
+            # As in a release: the dense model need not fit what the pruned one must.
+            mixed_bytes=None if checkpoint.name == DENSE else self.config.export.mixed_bytes,
             name=name,
             n_threads=self.threads,
             progress=self.progress,

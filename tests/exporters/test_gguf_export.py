@@ -18,7 +18,7 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from cfsp.checkpoint import load_pruned, save_checkpoint
+from cfsp.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.errors import InputError, LimitError
 from cfsp.model_reference import LoadedModel, ModelSource, load_tokenizer
 from cfsp.records import read_record
@@ -448,3 +448,14 @@ def test_sharded_half_precision_folders(tiny_model: Callable[..., Any], tmp_path
     next((tmp_path / "hf").glob("model-00002*")).unlink()
     with pytest.raises(InputError, match="model-00002"):
         export(tmp_path / "hf", tmp_path / "none", "f32")
+
+
+def test_a_file_names_the_weights_that_it_is_made_from(make_checkpoint: MakeCheckpoint) -> None:
+    """Not those that the checkpoint had before somebody trained them."""
+    folder = make_checkpoint("llama")
+    stated = read_provenance(folder).checkpoint_sha256
+    assert stated == read_checkpoint_info(folder).weights_sha256
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert read_provenance(folder).checkpoint_sha256 != stated

@@ -21,6 +21,7 @@ import torch
 
 from cfsp.checkpoint import load_pruned
 from cfsp.errors import InputError, LimitError, MissingExtraError
+from cfsp.evaluation.language_model import Branches
 from cfsp.model_reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
@@ -410,6 +411,32 @@ def test_a_graph_without_a_fixed_cache_grows_its_own(exported: Path, tmp_path: P
     np.testing.assert_allclose(found, expected, atol=1e-4)
     with pytest.raises(InputError, match="rewound"):
         plain.rewind(10)
+
+
+def test_continuations_are_scored_without_a_fixed_cache(exported: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(exported / "fp32", tmp_path / "plain")
+    path = folder / "onnx" / "model.onnx"
+    graph = ir.load(path)
+    graph.metadata_props.clear()
+    ir.save(graph, path, external_data="plain.data")
+    ids = WINDOWS[0].tolist()
+    items = [Branches(tuple(ids[:9]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
+    scores = []
+    for reference in (folder, exported / "fp32"):
+        model = OnnxLanguageModel(str(reference), n_threads=1)
+        scores.append([score.log_likelihood for row in model.score(items) for score in row])
+        model.close()
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+def test_licence_files_go_along(pruned: Path, tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(pruned, tmp_path / "checkpoint")
+    (checkpoint / "LICENSES").mkdir()
+    (checkpoint / "NOTICE.txt").write_text("made by us", encoding="utf-8")
+    export(checkpoint, tmp_path / "out", "fp32")
+    names = {path.name for path in (tmp_path / "out" / "fp32").iterdir()}
+    assert {"LICENSE", "NOTICE.txt"} <= names
+    assert "LICENSES" not in names
 
 
 def test_a_rope_that_changes_with_length_is_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

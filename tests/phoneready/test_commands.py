@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,6 +98,41 @@ def test_eval_against_the_dense_model(
     output = capsys.readouterr().out
     assert "100.00%" in output
     assert "62" in output
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("checkpoint", "would replace"),
+        (".", "would replace"),
+        ("empty", "as a whole"),
+        ("file/x", "directory"),
+    ],
+)
+def test_no_output_replaces_its_input_or_the_working_folder(
+    output: str,
+    reason: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty" if output == "empty" else tmp_path)
+    asked = "." if output == "empty" else output
+    commands = (
+        ["export", str(tmp_path / "checkpoint"), "-o", asked, "--gguf", "Q4_0", "--force"],
+        ["prune", str(tmp_path / "checkpoint"), "-o", asked, "--force"],
+        ["recover", str(tmp_path / "checkpoint"), "-o", asked, "--force"],
+    )
+    before = sorted(tmp_path.rglob("*"))
+    for command in commands:
+        capsys.readouterr()
+        assert main(command) == 2
+        assert reason in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_eval_alone_gives_the_same_perplexity(

@@ -124,6 +124,10 @@ def test_a_file_is_judged_in_its_own_runtime(
     assert results[0]["answers"] == results[1]["answers"] == results[3]["answers"]
 
 
+def test_a_file_is_not_read_beyond_its_models_context(gguf: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "up to 512" in refused(capsys, gguf, "--no-prompts", "--seqlen", "1024", "--windows", "1")
+
+
 def test_a_file_against_the_checkpoint(model: str, gguf: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluate(capsys, gguf, "--against", model, *TEXT)
     found = result["texts"][0]["divergence"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from phoneready.pipeline.config import load_config
 from phoneready.pipeline.figure_set import PRUNED, Figure, FigureSet
 from phoneready.pipeline.metrics import FigureKey
 from phoneready.tune.limits import Limits
-from phoneready.tune.result import TuneResult, format_result
-from phoneready.tune.space import Point, Recipe, recipes_of
+from phoneready.tune.result import TuneResult, format_result, release_toml
+from phoneready.tune.search import Searcher
+from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.trial import Bench
-from phoneready.tune.tune import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, tune
+from phoneready.tune.tune import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, _study_key, tune
 from phoneready.tune.workshop import Workshop
 
 TinyPath = Callable[..., Path]
@@ -117,6 +119,65 @@ def test_best_quality_within_a_size(model: Path, tmp_path: Path, capsys: pytest.
     assert (again.calibrations, again.trials, again.chosen) == (0, result.trials, 0)
     wider = write(tmp_path, model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=best.file_bytes + 64))
     assert search(wider, output).trials[:4] == result.trials
+
+    # A budget that wants what the trials do not know: they are made anew.
+    relative = '[[budgets]]\nmetric = "file_bytes"\nat_most = 0.95\nrelative_to = "dense"\n'
+    held = search(write(tmp_path, model, "[tune]\ntrials = 5\n" + relative), output)
+    assert held.trials
+    assert not any(row.is_open for row in held.trials)
+
+    with pytest.raises(LimitError):
+        search(write(tmp_path, model, SIZE_BUDGET.format(limit='"1 kB"')), output)
+    assert not (output / RELEASE_FILE).exists()
+
+
+def test_what_projections_depend_on_begins_a_new_study(model: Path, tmp_path: Path) -> None:
+    devices = '[bench]\ndevices = ["pixel-8a"]\nn_ctx = {n_ctx}\n'
+    text = CONFIG.format(model=model)
+    keys = []
+    for n_ctx in (2048, 8192):
+        path = tmp_path / "release.toml"
+        path.write_text(text.replace("[bench]\n", devices.format(n_ctx=n_ctx)), encoding="utf-8")
+        keys.append(_study_key(load_config(path), tmp_path / "tuned"))
+    assert keys[0] != keys[1]
+
+
+def test_a_point_that_failed_does_not_keep_others_from_being_tried(model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, model, '[tune]\nallocations = ["cfsp", "uniform"]\n')
+    config = load_config(path)
+    assert config.tune is not None
+    limits = Limits(config)
+    bench = Bench(Workshop(config, tmp_path / "shop", threads=1), limits)
+    searcher = Searcher(bench, limits, recipes_of(config), config.tune)
+    first = searcher.next([])
+    assert first is not None
+    second = searcher.next([], {first.point})
+    assert second is not None
+    assert second.point.recipe != first.point.recipe
+    assert searcher.next([], {first.point, second.point}) is None
+
+
+def test_the_release_of_an_onnx_point_is_held_to_that_files_budgets(model: Path, tmp_path: Path) -> None:
+    more = SIZE_BUDGET.format(limit='"70 MB"') + '[[budgets]]\nmetric = "kl_mean"\nat_most = 1.0\n'
+    config = load_config(write(tmp_path, model, more + '[tune]\nfiles = ["int8", "Q8_0"]\n'))
+    onnx = config_of(config, Point(Recipe("int8", "cfsp", 32, False), 0.25))
+    assert [budget.files for budget in onnx.budgets] == [("int8",), ("checkpoint",)]
+    gguf = config_of(config, Point(Recipe("Q8_0", "cfsp", 32, False), 0.25))
+    assert [budget.files for budget in gguf.budgets] == [(), ()]
+
+
+def test_the_chosen_configuration_works_from_anywhere(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, model, "").write_text(
+        CONFIG.format(model=model).replace('["builtin:python-docs"]\nnsamples', '["text.txt"]\nnsamples'),
+        encoding="utf-8",
+    )
+    (tmp_path / "text.txt").write_text("text", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(Path("release.toml"))
+    written = tomllib.loads(release_toml(config, Point(Recipe("Q8_0", "cfsp", 32, False), 0.25)))
+    assert written["prune"]["calibration"] == [str(tmp_path / "text.txt")]
 
 
 def test_smallest_file_within_a_divergence(model: Path, tmp_path: Path) -> None:
