@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
-from runtime_bench.record import BenchRecord
+from runtime_bench.record import EMULATED, BenchRecord
 from runtime_bench.summary import ratio_interval
 
 __all__ = ["MIN_SAMPLES", "THRESHOLD", "VERDICTS", "Comparison", "by_model", "compare", "compare_records"]
@@ -164,7 +164,7 @@ def compare_records(
             confidence=confidence,
             seed=seed,
         )
-        if all(sides)
+        if all(sides) and base.kind != EMULATED
         else None
     )
     reason = _reason(base, new)
@@ -217,13 +217,20 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
     for side, record in (("base", base), ("new", new)):
         if not record.ok:
             return f"{side} failed: {record.failure}"
+        if record.kind == EMULATED:
+            return "emulated times say nothing"
         if record.void:
             return f"{side} writes degenerate text ({record.degenerate}), its speed is void"
         if len(set(record.rounds)) < MIN_SAMPLES:
             independent = "samples" if record.samples_per_process == 1 else "processes"
             return f"{side} has {len(set(record.rounds))} {independent}, a verdict needs {MIN_SAMPLES}"
-    if base.workload == "load" and base.page_cache_state != new.page_cache_state:
-        return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
+    if base.workload == "load":
+        for side, record in (("base", base), ("new", new)):
+            wish, found = record.page_cache, record.page_cache_state
+            if wish in ("warm", "cold") and found not in (wish, "unknown"):
+                return f"{side} was to be loaded {wish}, and was {found}"
+        if base.page_cache_state != new.page_cache_state:
+            return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -9,12 +11,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cfsp.errors import InputError
+from cfsp.files import refuse_no_file
 from runtime_bench.record import BenchRecord, record_from_json, record_to_json
 from runtime_bench.untrusted import parse_json, read_limited
 
-__all__ = ["append_jsonl", "read_jsonl"]
+__all__ = ["append_jsonl", "check_appendable", "read_jsonl"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_appendable(path: Path) -> None:
+    """Raise InputError where `append_jsonl` could not write, or would write to what is no file of records."""
+    refuse_no_file(path)
+    try:
+        with path.open("rb") if path.exists() else contextlib.nullcontext(io.BytesIO()) as stream:
+            start = stream.read(1)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if start not in (b"", b"{"):
+        raise InputError(f"{path} is no file of records, and none is appended to it")
 
 
 def append_jsonl(path: Path, records: Iterable[BenchRecord]) -> None:

@@ -45,6 +45,9 @@ def run_matrix(
     Raises:
         InputError: As `run_bench` does.
     """
+    for target in targets:
+        for path in files:
+            target.require(engine or target.default_engine(path))
     lock = threading.Lock()
 
     def keep(record: BenchRecord) -> None:

@@ -27,6 +27,7 @@ from runtime_bench.workload import Workload
 
 __all__ = [
     "CROWDED_SHARE",
+    "EMULATED",
     "KINDS",
     "RECORD_TYPE",
     "SCHEMA_VERSION",
@@ -38,7 +39,8 @@ __all__ = [
 
 RECORD_TYPE = "bench"
 SCHEMA_VERSION = 1
-KINDS = ("measured", "constrained-host", "emulated", "projected")
+EMULATED = "emulated"
+KINDS = ("measured", "constrained-host", EMULATED, "projected")
 """How a number came about; different kinds are never ranked together."""
 CROWDED_SHARE = 0.1
 """Of the time that a single thread may wait for a core before its row counts as crowded."""

@@ -15,7 +15,7 @@ from typing import Any
 from cfsp.errors import InputError
 from runtime_bench import summary
 from runtime_bench.markup import escape_cell, escape_markdown, lay_out_table, visible
-from runtime_bench.record import BenchRecord, record_to_json
+from runtime_bench.record import EMULATED, BenchRecord, record_to_json
 
 __all__ = ["FORMATS", "as_markdown", "csv_cell", "format_table", "short_names", "table_rows"]
 
@@ -86,7 +86,7 @@ def _speed(record: BenchRecord) -> str:
         return "failed: " + textwrap.shorten(record.failure or "no reason", _REASON_WIDTH, placeholder=" ...")
     if record.void:
         return f"void: {record.degenerate}"
-    if record.avg_ts is None or record.kind == "emulated":
+    if record.avg_ts is None or record.kind == EMULATED:
         return _NOTHING
     deviation = summary.stdev(record.samples_ts)
     return f"{record.avg_ts:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
@@ -94,7 +94,7 @@ def _speed(record: BenchRecord) -> str:
 
 def _time(record: BenchRecord, value: float | None) -> str:
     """An emulator's times are kept in the record and shown to nobody."""
-    return _number(None if record.kind == "emulated" else value, "{:.1f} ms", 1e6)
+    return _number(None if record.kind == EMULATED else value, "{:.1f} ms", 1e6)
 
 
 def _test(record: BenchRecord) -> str:

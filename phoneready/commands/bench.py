@@ -139,7 +139,7 @@ def bench(
     quiet_libraries()
     from exporters.onnx.folder import find_graph, is_onnx
     from runtime_bench.comparison_table import format_comparison
-    from runtime_bench.jsonl import append_jsonl
+    from runtime_bench.jsonl import append_jsonl, check_appendable
     from runtime_bench.matrix import run_matrix
     from runtime_bench.sweep_table import format_sweep
     from runtime_bench.table import FORMATS, format_table, short_names
@@ -164,6 +164,11 @@ def bench(
     options = TargetOptions(memory, tuple(cores or ()), device, score, runner, ndk, remote_folder, ssh_config)
     targets = open_targets(on, options)
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
+    twice = next((path for position, path in enumerate(files) if path in files[:position]), None)
+    if twice is not None:
+        raise InputError("given twice", field="files", value=str(twice))
+    if record is not None:
+        check_appendable(record)
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(
             files,

@@ -59,11 +59,13 @@ class TargetRow:
         form: How it is written.
         open: Makes it from its address and the options.
         takes: Options that are for it.
+        gguf_only: Whether it runs GGUF files alone.
     """
 
     form: str
     open: Callable[[str, TargetOptions], Target]
     takes: frozenset[str] = frozenset()
+    gguf_only: bool = False
 
 
 def open_targets(names: Sequence[str], options: TargetOptions) -> list[Target]:
@@ -184,11 +186,11 @@ _PLACES = frozenset({"runner", "ndk", "remote_folder"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", _local),
-        "native": TargetRow("native", _native),
+        "native": TargetRow("native", _native, gguf_only=True),
         "constrained": TargetRow("constrained", _constrained, _LIMITS),
         "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),
         "ssh": TargetRow("ssh:HOST", _ssh, _PLACES | {"ssh_config"}),
         "adb": TargetRow("adb:SERIAL", _adb, _PLACES),
-        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu),
+        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True),
     }
 )

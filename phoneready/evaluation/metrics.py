@@ -12,10 +12,11 @@ from typing import Any
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation import LanguageModel
+from cfsp.files import sha256_file
 from cfsp.text import TokenWindows
 from phoneready.evaluation.record import MetricResult
 
-__all__ = ["find_metric", "measure"]
+__all__ = ["find_metric", "measure", "metric_sha256"]
 
 Metric = Callable[[LanguageModel, Any, Sequence[TokenWindows]], Any]
 
@@ -40,6 +41,16 @@ def find_metric(reference: str) -> Metric:
         raise InputError("not a function", field="metric", value=reference)
     metric: Metric = found
     return metric
+
+
+def metric_sha256(reference: str) -> str:
+    """Hash of the file that the function stands in; empty where it stands in none.
+
+    Raises:
+        InputError: As `find_metric`.
+    """
+    file = sys.modules[find_metric(reference).__module__].__file__
+    return sha256_file(Path(file)) if file else ""
 
 
 def measure(

@@ -11,7 +11,7 @@ from cfsp.errors import InputError, LimitError
 from phoneready.history.changes import Change, exact_changes, sampled_changes
 from phoneready.history.record import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
 from phoneready.pipeline.figure_set import DENSE
-from phoneready.pipeline.metrics import metric_of
+from phoneready.pipeline.metrics import is_sampled, metric_of
 
 __all__ = ["Anomaly", "History", "Run", "Series", "check_history", "find_entries", "make_history"]
 
@@ -259,7 +259,7 @@ def _one_series(rows: Sequence[tuple[int, HistoryFigure]]) -> Series:
         role=first.role,
         unit=first.unit,
         higher_is_better=metric.higher_is_better,
-        sampled=any(figure.error is not None for _, figure in rows),
+        sampled=is_sampled(first.key.metric) or any(figure.error is not None for _, figure in rows),
         conditions=first.conditions,
         runs=tuple(number for number, _ in rows),
         values=tuple(figure.value for _, figure in rows),

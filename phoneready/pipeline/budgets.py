@@ -11,7 +11,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.validation import Location
-from phoneready.pipeline.metrics import FigureKey, metric_of, planned_figures
+from phoneready.pipeline.metrics import FigureKey, is_sampled, metric_of, planned_figures
 from phoneready.pipeline.sections import Section, as_value_error
 from phoneready.pipeline.verdict import format_figure
 from phoneready.units import parse_bytes, parse_ms
@@ -75,6 +75,8 @@ class BudgetConfig(Section):
             raise ValueError(f"{self.metric} is relative to the dense model already; allowed: baseline")
         if self.difference and self.relative_to is None:
             raise ValueError("difference: wants relative_to")
+        if self.difference and is_sampled(self.metric):
+            raise ValueError(f"difference: {self.metric} is measured; allowed: a ratio")
         if isinstance(self._written, str):
             as_value_error(lambda: self.limit)
         return self

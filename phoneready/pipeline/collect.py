@@ -75,7 +75,14 @@ def _unmeasured(
 ) -> Figure:
     """A figure of a benchmark record, without its value."""
     threads = record.n_threads if config.bench.n_threads else None
-    conditions = {"kind": record.kind, "engine": record.engine, "processor": str(record.cpu_info)}
+    conditions = {
+        "kind": record.kind,
+        "engine": record.engine,
+        "processor": str(record.cpu_info),
+        "warm-up": str(record.warmup),
+        "batches": f"{record.n_batch} and {record.n_ubatch} tokens",
+        "limit of memory": str(record.memory_limit_bytes),
+    }
     if threads is None:
         conditions["threads"] = str(record.n_threads)
     if metric == "load":
@@ -109,6 +116,7 @@ def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], rol
     failed = next((record for record in records if not record.ok), None)
     worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
     figure = _unmeasured(config, place, worst, role, item, "peak_rss_bytes")
+    figure.conditions["workloads"] = ", ".join(sorted(record.test for record in records))
     peaks = tuple(map(float, worst.peak_rss_samples_bytes))
     if failed or not peaks:
         return figure

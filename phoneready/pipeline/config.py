@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from exporters.gguf import required_multiple
 from exporters.onnx import find_variant
 from phoneready.evaluation.record import repeated_text
 from phoneready.pipeline.budgets import BudgetConfig, budget_problems
+from phoneready.pipeline.places import place_slug, runs_gguf_only
 from phoneready.pipeline.sections import (
     BaselineConfig,
     BenchConfig,
@@ -76,10 +77,13 @@ def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
     """The configuration with other ONNX variants.
 
     Raises:
-        InputError: An unknown one.
+        InputError: An unknown one, or what the rest of the configuration wants is not among them.
     """
     variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
-    return config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
+    changed = config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
+    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(changed)]:
+        raise InputError(f"with --onnx {','.join(names)}: {'; '.join(problems)}")
+    return changed
 
 
 def demo_config_text() -> str:
@@ -151,7 +155,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
 
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     """What sections say of each other that is not so."""
-    return [*_unknown_files(config), *_repeated_texts(config), *budget_problems(config)]
+    return [*_unknown_files(config), *_repeated_texts(config), *_no_places(config), *budget_problems(config)]
 
 
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:
@@ -229,6 +233,20 @@ def _unknown_files(config: ReleaseConfig) -> list[tuple[Location, str]]:
                 message = f"not exported (got {name!r}); allowed: {', '.join(known)}"
                 problems.append(((section, "files"), message))
     return problems
+
+
+def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """Targets that cannot run what is to be measured there."""
+    onnx = [name for name in config.bench.files or config.export.names if name in config.export.onnx]
+    folders = [place_slug(place) for place in config.bench.targets]
+    if len(set(folders)) < len(folders):
+        yield ("bench", "targets"), f"two have one name on disk: {', '.join(config.bench.targets)}"
+    for place in config.bench.targets if onnx else ():
+        if runs_gguf_only(place):
+            yield (
+                ("bench", "targets"),
+                f"{place} runs GGUF files alone, not {', '.join(onnx)}; name others in files",
+            )
 
 
 def _repeated_texts(config: ReleaseConfig) -> list[tuple[Location, str]]:

@@ -14,7 +14,16 @@ from pathlib import Path, PurePosixPath
 from cfsp.errors import InputError
 from cfsp.files import sha256_file, write_text
 
-__all__ = ["SUMS_FILE", "Content", "Problem", "describe_files", "find_problems", "read_sums", "write_sums"]
+__all__ = [
+    "SUMS_FILE",
+    "Content",
+    "Problem",
+    "describe_files",
+    "find_problems",
+    "is_inside",
+    "read_sums",
+    "write_sums",
+]
 
 SUMS_FILE = "SHA256SUMS"
 _KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl")
@@ -86,12 +95,14 @@ def read_sums(folder: Path) -> dict[str, str]:
         *lines, last = file.read_bytes().decode("utf-8").split("\n")
     except FileNotFoundError:
         raise InputError(f"{file} does not exist: {folder} is no finished release") from None
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text") from error
     found = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
-        if match is None or not _is_inside(match[2]):
+        if match is None or not is_inside(match[2]):
             raise InputError(f"{file}, line {number} is no hash and file of the folder")
         found[match[2]] = match[1]
     if last:
@@ -112,7 +123,7 @@ def find_problems(folder: Path, contents: Iterable[Content]) -> list[Problem]:
     expected = {content.path: content for content in contents}
     found = []
     for path, content in expected.items():
-        reason = "is no path inside a release" if not _is_inside(path) else _reason(folder / path, content)
+        reason = "is no path inside a release" if not is_inside(path) else _reason(folder / path, content)
         if reason:
             found.append(Problem(path, reason))
     further = sorted(_present(folder) - set(expected))
@@ -138,6 +149,6 @@ def _present(folder: Path) -> set[str]:
     return found
 
 
-def _is_inside(path: str) -> bool:
+def is_inside(path: str) -> bool:
     parts = PurePosixPath(path)
     return bool(path) and "\\" not in path and not parts.is_absolute() and ".." not in parts.parts

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
 from phoneready.pipeline.budgets import BudgetConfig, select
@@ -109,9 +109,10 @@ def _absolute(figure: Figure) -> _Estimate:
 
 
 def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estimate:
-    for one in (figure, reference):
-        if one.value is None:
-            return _failed(one)
+    if figure.value is None:
+        return _failed(figure)
+    if reference.value is None:
+        return replace(_failed(reference), missed=False)
     differing = _differences(figure, reference)
     if differing:
         if figure.target is None:

@@ -14,7 +14,7 @@ from phoneready.evaluation.record import text_name
 if TYPE_CHECKING:
     from phoneready.pipeline.config import ReleaseConfig
 
-__all__ = ["CHECKPOINT", "METRICS", "FigureKey", "Metric", "metric_of", "planned_figures"]
+__all__ = ["CHECKPOINT", "METRICS", "FigureKey", "Metric", "is_sampled", "metric_of", "planned_figures"]
 
 CHECKPOINT = "checkpoint"
 """The item that is the pruned (and recovered) model before export."""
@@ -61,6 +61,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 """Name -> metric; ttft, pp and tg are followed by a number of tokens."""
 
 SIZED = ("ttft", "pp", "tg")
+_SAMPLED = frozenset((*SIZED, "load", "peak_rss_bytes"))
 _ON_TEXT = ("perplexity", "perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
 _ON_DEVICE = ("projected_memory_bytes", "projected_pp", "projected_tg")
 
@@ -103,6 +104,11 @@ def metric_of(name: str) -> Metric:
         names = ", ".join(known + "N" if known in SIZED else known for known in METRICS)
         raise InputError("unknown metric", field="metric", value=name, allowed=names)
     return METRICS[name]
+
+
+def is_sampled(name: str) -> bool:
+    """Whether a metric is the median of noisy samples, of which ratios have an interval and differences have none."""
+    return name.rstrip("0123456789") in _SAMPLED
 
 
 def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:

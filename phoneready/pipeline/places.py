@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cfsp.errors import InputError
 from phoneready.commands.bench_targets import TargetOptions, find_row, open_targets
@@ -22,7 +23,7 @@ from runtime_bench.record import Environment
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["Unreachable", "check_place", "open_place", "place_slug"]
+__all__ = ["Unreachable", "check_place", "open_place", "place_details", "place_slug", "runs_gguf_only"]
 
 CONSTRAINED = "constrained"
 
@@ -51,6 +52,19 @@ def open_place(name: str) -> Target:
     limited = kind == CONSTRAINED
     (target,) = open_targets([kind], _limits(details)) if limited else open_targets([name], TargetOptions())
     return target
+
+
+def runs_gguf_only(name: str) -> bool:
+    """Whether no ONNX file runs at a place."""
+    kind = name.partition(":")[0]
+    return find_row(kind if kind == CONSTRAINED else name)[0].gguf_only
+
+
+def place_details(name: str) -> dict[str, Any]:
+    """What a place's name refers to and that may change while the name stays."""
+    kind, _, details = name.partition(":")
+    device = _limits(details).device if kind == CONSTRAINED else None
+    return find_profile(device, load_profiles()).profile.model_dump(mode="json") if device else {}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pydantic
@@ -21,7 +22,7 @@ from phoneready.evaluation.sweep import Sweep
 from phoneready.pipeline.artifact import Artifact
 from phoneready.pipeline.bom import BOM_FILE, make_bom
 from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.contents import describe_files, write_sums
+from phoneready.pipeline.contents import describe_files, is_inside, write_sums
 from phoneready.pipeline.figure_set import FIGURES_FILE
 from phoneready.pipeline.figures import read_figures
 from phoneready.pipeline.gate_files import JUNIT_FILE, SUMMARY_FILE
@@ -73,7 +74,7 @@ def publish(
         [*models, *describe_files(folder, [*licenses, *_MADE], {})], key=lambda content: content.path
     )
     sealed = seal_release(folder, replace(manifest, contents=tuple(contents)))
-    for name in before - {file.file for file in manifest.files}:
+    for name in before - {*licenses, *(file.file for file in manifest.files)}:
         _remove(folder / name)
     return sealed
 
@@ -157,10 +158,13 @@ def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManif
 
 
 def _published_before(folder: Path) -> set[str]:
+    """Models and licences that an earlier release left."""
     try:
-        return {file.file for file in read_record(ReleaseManifest, folder / MANIFEST_FILE).files}
+        manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
     except InputError:
         return set()
+    licenses = {c.path for c in manifest.contents if any(fnmatch(c.path, p) for p in NOTICE_PATTERNS)}
+    return {name for name in licenses | {file.file for file in manifest.files} if is_inside(name)}
 
 
 def _publish(artifact: Artifact, destination: Path) -> None:

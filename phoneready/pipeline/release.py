@@ -31,6 +31,7 @@ from cfsp.errors import MissingExtraError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress
 from cfsp.records import tool_version
+from phoneready.evaluation.metrics import metric_sha256
 from phoneready.exporting import require_onnx_export
 from phoneready.history.record import HistoryEntry, append_entry, entry_of
 from phoneready.pipeline.budgets import select
@@ -42,6 +43,7 @@ from phoneready.pipeline.gate_files import write_verdicts
 from phoneready.pipeline.live import last_times, stage_figures
 from phoneready.pipeline.manifest import ReleaseManifest
 from phoneready.pipeline.metrics import planned_figures
+from phoneready.pipeline.places import place_details
 from phoneready.pipeline.publish import publish
 from phoneready.pipeline.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
 from phoneready.pipeline.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
@@ -224,13 +226,14 @@ def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
     settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats", "tasks")}
     if evaluate.task_data is not None:
         settings["task_data"] = _identity(str(evaluate.task_data))
+    settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
     return settings | {"prompts": list(steps.prompts)}
 
 
 def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
     # Other places and devices change nothing here.
     settings = config.bench.model_dump(mode="json", exclude={"targets", "devices", "n_ctx"})
-    settings |= {"target": place, "cpu": cpu_model()}
+    settings |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
     return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
 
 

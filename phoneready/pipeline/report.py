@@ -18,8 +18,9 @@ from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.answers import Answers
 from phoneready.pipeline.config import ReleaseConfig
 from runtime_bench.compare import compare_records
+from runtime_bench.groups import BenchGroup, bench_groups
 from runtime_bench.markup import escape_markdown
-from runtime_bench.record import BenchRecord
+from runtime_bench.record import EMULATED, BenchRecord
 
 __all__ = [
     "WORKLOAD_TITLES",
@@ -40,6 +41,7 @@ WORKLOAD_TITLES = {
     "load": "loading",
 }
 _COLUMNS = ("", "dense", "pruned", "pruned / dense")
+_HERE = ("measured", "local")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def render_report(
         "notes": [f"{r.file}: {warning}" for pair in pairs for r in pair for warning in r.warnings],
         "answers": _answers(figures),
         "widths": _widths_table(figures.plan),
-        "environment": figures.bench[0].environment if figures.bench else None,
+        "groups": bench_groups(figures.bench),
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
         "bench_notes": bench_notes(figures.bench),
         "bytes": format_bytes,
@@ -115,7 +117,7 @@ def headline(figures: ReleaseFigures) -> str:
 
 
 def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRecord) -> str:
-    """One quantization: size, perplexity, speed and memory of both files."""
+    """One quantization: size, perplexity, speed and memory of both files; a table for each place but this machine."""
     size = [format_bytes(dense.file_bytes), format_bytes(pruned.file_bytes)]
     p, q = dense.parity, pruned.parity
     rows = [
@@ -127,13 +129,22 @@ def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRe
             f"{q.ppl_export / p.ppl_export:.3f}",
         ],
     ]
-    of_dense = {(r.test, r.n_threads): r for r in figures.bench if r.model_filename == dense.file}
-    of_pruned = {(r.test, r.n_threads): r for r in figures.bench if r.model_filename == pruned.file}
-    rows += [_speed_row(of_dense[key], of_pruned[key]) for key in of_dense if key in of_pruned]
-    peaks = [max((r.peak_rss_bytes or 0 for r in side.values()), default=0) for side in (of_dense, of_pruned)]
-    if all(peaks):
-        rows.append(["peak memory (RSS)", *map(format_bytes, peaks), f"{peaks[1] / peaks[0]:.3f}"])
-    return format_rows(_COLUMNS, rows)
+    others = []
+    for group in bench_groups(figures.bench):
+        found = _bench_rows(group, dense.file, pruned.file)
+        if (group.kind, group.target) == _HERE:
+            rows += found
+        elif found:
+            others.append(f"{group.title}:\n\n{format_rows(_COLUMNS, found)}")
+    return "\n".join([format_rows(_COLUMNS, rows), *others])
+
+
+def _bench_rows(group: BenchGroup, dense: str, pruned: str) -> list[list[str]]:
+    rows = [_speed_row(*pair) for pair in group.pairs(dense, pruned)]
+    before, now = group.peak_rss_bytes(dense), group.peak_rss_bytes(pruned)
+    if before and now:
+        rows.append(["peak memory (RSS)", format_bytes(before), format_bytes(now), f"{now / before:.3f}"])
+    return rows
 
 
 def quality_table(figures: ReleaseFigures) -> str:
@@ -173,9 +184,12 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> list[str]:
 
 
 def speed_text(record: BenchRecord) -> str:
-    """Tokens a second where the workload is a rate, else the median time; no figure where degenerate text voids it."""
+    """Tokens a second where the workload is a rate, else the median time; no figure where degenerate text voids it, or
+    where an emulator's clock would say it."""
     if record.void:
         return "void"
+    if record.kind == EMULATED:
+        return "-"
     if record.avg_ts is not None:
         return f"{record.avg_ts:.1f} t/s"
     return "-" if record.median_ns is None else f"{record.median_ns / 1e6:.1f} ms"
@@ -219,11 +233,7 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
     """What a reader must know about the samples, each remark once with the rows that it is about."""
     rows: dict[str, list[str]] = {}
     for record in records:
-        outcome = (record.note or "").partition(": ")[2]
-        remark = record.failure or (outcome and f"samples spread widely, {outcome}")
-        if record.void:
-            remark = f"writes degenerate text ({record.degenerate}), its speed is void"
-        if remark:
+        if remark := record.failure or record.note:
             rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
 

@@ -14,7 +14,6 @@ from phoneready.pipeline.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdic
 from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
 from phoneready.report.devices import projection_tables
 from phoneready.report.escape import script_json
-from phoneready.report.groups import BenchGroup, bench_groups
 from phoneready.report.inputs import ReportInput
 from phoneready.report.plot_style import DARK, Plot
 from phoneready.report.plots import make_plots
@@ -31,6 +30,7 @@ from phoneready.report.tables import (
     width_rows,
 )
 from runtime_bench.compare import compare_records
+from runtime_bench.groups import BenchGroup, bench_groups
 
 __all__ = ["render_page"]
 

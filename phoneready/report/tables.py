@@ -11,8 +11,8 @@ from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation
 from phoneready.pipeline.report import WORKLOAD_TITLES, ReleaseFigures, speed_text, text_name
 from phoneready.pipeline.verdict import OUTCOMES, BudgetVerdict, format_figure
-from phoneready.report.groups import BenchGroup
 from runtime_bench.compare import compare_records
+from runtime_bench.groups import BenchGroup
 from runtime_bench.record import BenchRecord
 
 __all__ = [

@@ -162,9 +162,26 @@ def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert "--force" in capsys.readouterr().err
 
     sizes = ["-p", "8", "-n", "0", "--ttft", "0", "-r", "2", "-t", "1", "--record", str(records)]
-    assert main(["bench", str(file), str(file), *sizes, "--output", "jsonl"]) == 0
+    assert main(["bench", str(file), *sizes, "--output", "jsonl"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["test"] for row in rows} == {"load", "pp8"}
+    assert records.read_text(encoding="utf-8").count("\n") == len(rows)
+
+    # What would be lost, or destroyed, after all is measured is refused before.
+    size, onnx = file.stat().st_size, tmp_path / "model.onnx"
+    onnx.write_bytes(b"graph")
+    refused = {
+        "no file of records": [str(file), *sizes[:-1], str(file)],
+        "is a directory": [str(file), *sizes[:-1], str(tmp_path)],
+        "given twice": [str(file), str(file), *sizes],
+        "native runs GGUF files": [str(file), str(onnx), *sizes, "--on", "local", "--on", "native"],
+    }
+    for reason, arguments in refused.items():
+        assert main(["bench", *arguments]) == 2
+        captured = capsys.readouterr()
+        assert reason in captured.err
+        assert captured.out == ""
+    assert file.stat().st_size == size
     assert records.read_text(encoding="utf-8").count("\n") == len(rows)
 
 

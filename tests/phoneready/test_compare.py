@@ -123,7 +123,21 @@ def test_a_cold_load_is_not_held_against_a_warm_one(write: Write, make_record: A
     assert "page_cache" in capsys.readouterr().err
     refused = write("refused", page_cache="warm", page_cache_shares=(0.0,), **load)
     assert main(["compare", warm, refused]) == 0
-    assert "base was loaded warm, new cold" in capsys.readouterr().out
+    assert "new was to be loaded warm, and was cold" in capsys.readouterr().out
+    again = write("again", page_cache="warm", page_cache_shares=(0.0,), **load)
+    assert main(["compare", refused, again]) == 0
+    assert "base was to be loaded warm, and was cold" in capsys.readouterr().out
+
+
+def test_an_emulators_clock_gives_no_verdict(write: Write, capsys: Capture) -> None:
+    files = [write(name, factor, kind="emulated") for name, factor in (("a", 1.0), ("b", 3.0))]
+    assert main(["compare", *files, "--json", "--fail-on", "slower"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["verdict"], row["ratio"], row["reason"]) == (
+        "inconclusive",
+        None,
+        "emulated times say nothing",
+    )
 
 
 def test_text_of_a_hostile_record_is_shown_and_not_acted_upon(write: Write, capsys: Capture) -> None:

@@ -9,7 +9,9 @@ import pytest
 
 from cfsp.errors import InputError
 from phoneready.main import main
-from phoneready.pipeline.config import demo_config_text, load_config, parse_config
+from phoneready.pipeline.config import demo_config_text, load_config, parse_config, with_variants
+from phoneready.pipeline.places import place_details
+from runtime_bench.device_profile import built_in_folder, user_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = '[model]\nreference = "smollm2-135m"\n'
@@ -149,6 +151,40 @@ def test_texts_of_one_name_could_not_be_told_apart() -> None:
         parse_config(
             MODEL + '[evaluate]\nchats = ["test.txt"]\ntext = ["a/test.txt", "b/test.txt"]', where="x"
         )
+
+
+@pytest.mark.parametrize(
+    ("bench", "wrong"),
+    [
+        ('targets = ["native"]', "native runs GGUF files alone, not int8"),
+        ('targets = ["ssh:a-b", "ssh:a_b"]', "two have one name on disk"),
+    ],
+)
+def test_targets_that_cannot_be_are_found_before_anything_runs(bench: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=rf"bench\.targets: {wrong}"):
+        parse_config(MODEL + f'[export]\nonnx = ["int8"]\n[bench]\n{bench}\n', where="x")
+    parse_config(
+        MODEL + '[export]\nonnx = ["int8"]\n[bench]\ntargets = ["native"]\nfiles = ["Q4_0"]', where="x"
+    )
+
+
+def test_other_variants_must_fit_the_rest() -> None:
+    config = parse_config(MODEL + '[export]\nonnx = ["int8"]\n[evaluate]\nfiles = ["int8"]', where="x")
+    with pytest.raises(InputError, match=r"with --onnx fp32: evaluate\.files: not exported \(got 'int8'\)"):
+        with_variants(config, ["fp32"])
+
+
+def test_a_benchmark_depends_on_the_profile_behind_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHONEREADY_DEVICES", str(tmp_path / "devices"))
+    before = place_details("constrained:pixel-8a")
+    folder = user_folder()
+    folder.mkdir(parents=True)
+    text = (built_in_folder() / "pixel-8a.toml").read_text(encoding="utf-8")
+    (folder / "pixel-8a.toml").write_text(text.replace("Google Pixel 8a", "My own"), encoding="utf-8")
+    assert place_details("constrained:pixel-8a") != before
+    assert place_details("constrained:400M") == place_details("local") == {}
 
 
 def test_settings_can_be_overridden_with_toml_values() -> None:

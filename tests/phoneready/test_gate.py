@@ -95,6 +95,17 @@ def test_few_samples_and_failed_runs_say_nothing() -> None:
     assert (gone.outcome, gone.reason) == ("inconclusive", "pruned-Q4_0: the board has gone")
     killed = judge(one, figure(SPEED, None, failure="does not fit: killed at the limit of 400 MiB"))
     assert killed.outcome == "missed"
+    relative = budget(metric="tg128", at_least=0.97, relative_to="dense")
+    dense = figure(SPEED, None, "dense", failure="does not fit: killed at the limit of 400 MiB")
+    alone = judge(relative, speed(samples(100, 0.01)), dense)
+    assert (alone.outcome, "dense-Q4_0: does not fit" in alone.reason) == ("inconclusive", True)
+
+
+@pytest.mark.parametrize("metric", ["load", "ttft128", "pp512", "tg128", "peak_rss_bytes"])
+def test_what_is_sampled_has_no_difference(metric: str) -> None:
+    limit = {"at_least" if metric[:2] in ("pp", "tg") else "at_most": 1.0}
+    with pytest.raises(ValueError, match=f"difference: {metric} is measured"):
+        budget(metric=metric, relative_to="dense", difference=True, **limit)
 
 
 def test_pairs_decide_what_single_samples_cannot() -> None:

@@ -89,6 +89,16 @@ def test_a_step_is_found_with_the_run_that_began_it(tmp_path: Path) -> None:
     check_history(history, recent=5)
 
 
+def test_runs_with_too_few_processes_are_noise_and_not_exact(tmp_path: Path) -> None:
+    """Two processes say nothing of their error: what scatters by 4 % is no change."""
+    rng = np.random.default_rng(3)
+    entries = []
+    for number in range(1, 13):
+        made = run(number, 7e8 * float(np.exp(rng.normal(0, 0.04))), rng)
+        entries.append(replace(made, figures=tuple(replace(f, error=None) for f in made.figures)))
+    assert not keep(tmp_path, entries).anomalies
+
+
 def test_a_step_of_the_dense_model_too_is_the_machine(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     slower = [1.15 if n >= 8 else 1.0 for n in range(1, 13)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,10 +14,11 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.records import write_record
+from phoneready.pipeline.report import bench_notes, render_report, verdict_table
 from phoneready.report import ReportInput, read_verdicts, render_page
 from phoneready.report.escape import plot_text, script_json, spelled_out
-from phoneready.report.groups import bench_groups
 from phoneready.report.plots import make_plots
+from runtime_bench.groups import bench_groups
 
 MakeReportInput = Callable[..., ReportInput]
 SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")
@@ -220,6 +222,36 @@ def test_kinds_and_targets_are_never_in_one_table_or_plot(make_report_input: Mak
     plots = {plot.id: plot for plot in make_plots(report.figures, groups, None)}
     for number, group in enumerate(groups):
         assert f"{group.kind}, {group.target}" in plots[f"plot-speed-{number}"].title
+
+
+def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    figures = report.figures
+    emulated = tuple(
+        replace(r, kind="emulated", target="qemu", samples_ns=(7 * 10**9,) * 5)
+        for r in figures.bench
+        if r.target == "local"
+    )
+    figures = replace(figures, bench=(*figures.bench, *emulated))
+    text = verdict_table(figures, figures.dense[0], figures.pruned[0])
+    here, limited, far = re.split(r"\n\n?(?=Constrained-host on Tiny|Emulated on qemu)", text)
+    assert "file size" in here
+    assert "file size" not in limited + far
+    for table in (here, limited):
+        assert "generation, tg128" in table
+        assert "t/s" in table
+    assert "t/s" not in far
+    rendered = render_report(report.config, figures, {}, [])
+    assert "emulated on qemu" in rendered
+    assert "emulated: that it ran counts, its times say nothing" in rendered
+
+
+def test_remarks_on_samples_are_told_as_they_are(make_record: Any) -> None:
+    hot = make_record(clock_caps=(0.5,) * 5)
+    thrashing = make_record(memory_verdict="thrashes", memory_limit_bytes=400 * 2**20, reread_bytes=2**30)
+    notes = bench_notes([hot, thrashing])
+    assert notes[0].startswith("5 of 5 processes ran with clocks capped")
+    assert notes[1].startswith("thrashes: under the limit of 400 MiB")
 
 
 def test_a_file_that_writes_nonsense_has_no_speed(make_report_input: MakeReportInput) -> None:

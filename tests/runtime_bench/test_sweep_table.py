@@ -26,6 +26,13 @@ def test_failures_stay_in_the_curve(make_record: Any) -> None:
     assert "4: failed" in format_sweep([failed, make_record(n_threads=8, status="failed", samples_ns=())])
 
 
+def test_void_and_emulated_rows_are_never_the_best(make_record: Any) -> None:
+    void = make_record(n_threads=4, samples_ns=(1,) * 5, degenerate="loop")
+    assert best_threads([make_record(n_threads=2), void]).n_threads == 2
+    assert "4: -" in format_sweep([make_record(), void])
+    assert best_threads([make_record(kind="emulated")]) is None
+
+
 def test_one_count_makes_no_sweep(make_record: Any) -> None:
     assert format_sweep([make_record(), make_record(Workload("load"))]) == ""
     assert format_sweep([]) == ""
