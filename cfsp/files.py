@@ -74,7 +74,7 @@ def refuse_no_file(path: Path) -> None:
 
 
 def _refuse_below_a_file(path: Path) -> None:
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    above = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
     if not above.is_dir():
         raise InputError(f"cannot write {path}: {above} is not a directory")
 

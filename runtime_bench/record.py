@@ -253,6 +253,12 @@ class BenchRecord:
         return summary.spread(self.samples_ns)
 
     @property
+    def has_speed(self) -> bool:
+        """Whether its times say how fast the file is: not of failed rows, of degenerate text, or by an emulator's
+        clock."""
+        return self.ok and not self.void and self.kind != EMULATED and bool(self.samples_ns)
+
+    @property
     def page_cache_state(self) -> str:
         """`warm` if every process found the whole file in memory, `cold` if none of it, else `mixed` or
         `unknown`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime_bench.record import EMULATED, BenchRecord
+from runtime_bench.record import BenchRecord
 from runtime_bench.table import as_markdown, short_names
 
 __all__ = ["best_threads", "format_sweep"]
@@ -15,7 +15,7 @@ def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:
 
     Of rows that are equally fast the one with fewer threads is best.
     """
-    measured = [record for record in records if _says_something(record)]
+    measured = [record for record in records if record.has_speed]
     return min(measured, key=lambda r: (r.median_ns, r.n_threads), default=None)
 
 
@@ -39,13 +39,7 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
     return as_markdown(rows)
 
 
-def _says_something(record: BenchRecord) -> bool:
-    return record.ok and not record.void and record.kind != EMULATED and bool(record.median_ns)
-
-
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:
-    if not _says_something(record) or best is None:
-        return f"{record.n_threads}: {'failed' if not record.ok else '-'}"
-    assert record.median_ns
-    assert best.median_ns
+    if not record.has_speed or not record.median_ns or best is None or not best.median_ns:
+        return f"{record.n_threads}: {'-' if record.ok else 'failed'}"
     return f"{record.n_threads}: {best.median_ns / record.median_ns:.0%}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError, PhonereadyError
-from phoneready.commands.bench_targets import TARGETS, TargetOptions, open_targets
+from phoneready.commands.bench_targets import TARGETS, TargetOptions, find_row, open_targets
 from phoneready.commands.options import (
     DebugOption,
     JsonOption,
@@ -162,13 +162,18 @@ def bench(
         seed=seed,
     )
     options = TargetOptions(memory, tuple(cores or ()), device, score, runner, ndk, remote_folder, ssh_config)
-    targets = open_targets(on, options)
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
     twice = next((path for position, path in enumerate(files) if path in files[:position]), None)
     if twice is not None:
         raise InputError("given twice", field="files", value=str(twice))
     if record is not None:
         check_appendable(record)
+    others = [path for path in files if path.suffix.lower() != ".gguf"]
+    for name in on if others else ():
+        # Before it is opened: that may mean to build it.
+        if find_row(name)[0].gguf_only:
+            raise InputError(f"{name} runs GGUF files alone", field="--on", value=str(others[0]))
+    targets = open_targets(on, options)
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(
             files,

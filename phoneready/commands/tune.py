@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cfsp.errors import InputError
 from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
@@ -44,6 +45,10 @@ def tune(
     from phoneready.tune.tune import RELEASE_FILE
     from phoneready.tune.tune import tune as search
 
+    if config.resolve() == (output / RELEASE_FILE).resolve():
+        raise InputError(
+            "the search would overwrite its configuration; name another folder", field="--output"
+        )
     chosen = load_config(config, settings or [])
     with show_progress() as progress:
         result = search(chosen, output, show=note, progress=progress, threads=threads)

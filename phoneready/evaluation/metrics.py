@@ -44,12 +44,13 @@ def find_metric(reference: str) -> Metric:
 
 
 def metric_sha256(reference: str) -> str:
-    """Hash of the file that the function stands in; empty where it stands in none.
+    """Hash of the module's file; empty where there is none.
 
     Raises:
         InputError: As `find_metric`.
     """
-    file = sys.modules[find_metric(reference).__module__].__file__
+    find_metric(reference)
+    file = getattr(sys.modules[reference.partition(":")[0]], "__file__", None)
     return sha256_file(Path(file)) if file else ""
 
 

@@ -17,7 +17,7 @@ from phoneready.pipeline.steps import Steps
 from runtime_bench.device_profile import find_profile, load_profiles
 from runtime_bench.model_facts import ModelFacts, gguf_facts
 from runtime_bench.projection import Band, project
-from runtime_bench.record import BenchRecord
+from runtime_bench.record import EMULATED, BenchRecord
 from runtime_bench.summary import median
 
 __all__ = [
@@ -81,8 +81,9 @@ def _unmeasured(
         "processor": str(record.cpu_info),
         "warm-up": str(record.warmup),
         "batches": f"{record.n_batch} and {record.n_ubatch} tokens",
-        "limit of memory": str(record.memory_limit_bytes),
     }
+    if record.memory_limit_bytes is not None:
+        conditions["limit of memory"] = f"{record.memory_limit_bytes} bytes"
     if threads is None:
         conditions["threads"] = str(record.n_threads)
     if metric == "load":
@@ -105,6 +106,8 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
     figure = _unmeasured(config, place, record, role, item, record.test)
     if record.void:
         return replace(figure, failure=f"it writes degenerate text ({record.degenerate}), its speed is void")
+    if record.kind == EMULATED:
+        return replace(figure, failure="emulated times say nothing")
     if not record.ok:
         return figure
     samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)

@@ -45,6 +45,7 @@ __all__ = [
     "RecoverConfig",
     "ReleaseConfig",
     "beside",
+    "check_sections",
     "demo_config_text",
     "load_config",
     "parse_config",
@@ -81,9 +82,14 @@ def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
     """
     variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
     changed = config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
-    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(changed)]:
-        raise InputError(f"with --onnx {','.join(names)}: {'; '.join(problems)}")
+    check_sections(changed, f"with --onnx {','.join(names)}: ")
     return changed
+
+
+def check_sections(config: ReleaseConfig, prefix: str = "") -> None:
+    """Raise InputError for what sections of a configuration that was changed say of each other that is not so."""
+    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(config)]:
+        raise InputError(prefix + "; ".join(problems))
 
 
 def demo_config_text() -> str:

@@ -174,11 +174,8 @@ def _too_few(figure: Figure) -> str:
 def _differences(figure: Figure, reference: Figure) -> str:
     before, now = reference.conditions, figure.conditions
     names = [*now, *(name for name in before if name not in now)]
-    return ", ".join(
-        f"{name} was {before.get(name)} and is {now.get(name)}"
-        for name in names
-        if before.get(name) != now.get(name)
-    )
+    pairs = ((name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names)
+    return ", ".join(f"{name} was {then} and is {today}" for name, then, today in pairs if then != today)
 
 
 def _outcome(budget: BudgetConfig, estimate: _Estimate) -> tuple[str, str]:

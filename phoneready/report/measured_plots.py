@@ -55,7 +55,7 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     for index, pair in enumerate(zip(figures.dense, figures.pruned, strict=True)):
         for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
             record = group.find(export.file, test, threads)
-            if record is None or not record.ok or record.void or not record.samples_ns:
+            if record is None or not record.has_speed:
                 continue
             data.append(_point(f"{export.quant} {role}", colour, index, export, record, group))
     if not data:

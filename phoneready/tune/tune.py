@@ -15,7 +15,7 @@ from cfsp.files import write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
 from phoneready.pipeline.budgets import BudgetConfig
-from phoneready.pipeline.config import ReleaseConfig
+from phoneready.pipeline.config import ReleaseConfig, check_sections
 from phoneready.pipeline.figure_set import DENSE, PRUNED, check_same_model, same_figure
 from phoneready.pipeline.release import load_baseline, release_stages
 from phoneready.pipeline.stages import claim_folder
@@ -25,7 +25,7 @@ from phoneready.tune.predict import Prediction
 from phoneready.tune.result import Outlook, TrialRow, TuneResult, format_result, pareto, release_toml
 from phoneready.tune.search import Candidate, Searcher
 from phoneready.tune.settings import SIZE, TuneConfig
-from phoneready.tune.space import Point, Recipe, recipes_of
+from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.study import Done, Study
 from phoneready.tune.trial import Bench
 from phoneready.tune.workshop import Workshop
@@ -68,11 +68,13 @@ def tune(
     _require_optuna()
     config = config if config.tune else config.model_copy(update={"tune": TuneConfig()})
     recipes = recipes_of(config)
+    for recipe in recipes:
+        check_sections(
+            config_of(config, Point(recipe, config.tune.min_prune_ratio)), f"{recipe.describe()}: "
+        )
     limits = Limits(config, load_baseline(config))
     _check_goal(config, limits, recipes)
     with claim_folder(folder):
-        # A choice within other budgets is none within these.
-        (folder / RELEASE_FILE).unlink(missing_ok=True)
         key = _study_key(config, folder)
         shop = Workshop(config, folder / "state" / key[:12], threads, progress)
         if limits.baseline is not None and config.baseline is not None:
@@ -81,16 +83,26 @@ def tune(
         search = _Search(
             config, limits, Bench(shop, limits), recipes, Study(folder / STUDY_FILE, key, config.seed)
         )
-        result = search.run(show)
+        try:
+            result = search.run(show)
+        except LimitError:
+            _forget_choice(folder)
+            raise
         write_record(folder / RESULT_FILE, result)
         write_text(folder / TABLE_FILE, format_result(result))
         shop.clear()
         best = result.best
         if best is None:
+            _forget_choice(folder)
             raise LimitError(search.closest())
         recipe = Recipe(best.file, best.allocation, best.align, best.recover)
         write_text(folder / RELEASE_FILE, release_toml(config, Point(recipe, best.prune_ratio)))
     return result
+
+
+def _forget_choice(folder: Path) -> None:
+    """A choice within other budgets is none where nothing meets these."""
+    (folder / RELEASE_FILE).unlink(missing_ok=True)
 
 
 @dataclass
@@ -206,7 +218,10 @@ class _Search:
                 self.failed[candidate.point] = str(error)
                 show(f"  failed: {error}")
                 return
-            record(measured, self._divergence(Done(0, candidate.point, measured, None)) or 0.0)
+            done = Done(0, candidate.point, measured, None)
+            record(measured, self._divergence(done) or 0.0)
+            if not self._complete(done):
+                self.failed[candidate.point] = "a budget wants what it has no figure of"
         show(f"  {measured.file_bytes / 1e6:.2f} MB in {measured.seconds:.0f} s")
 
     def _result(self) -> TuneResult:
@@ -282,7 +297,11 @@ def _check_goal(config: ReleaseConfig, limits: Limits, recipes: Sequence[Recipe]
 
 def _study_key(config: ReleaseConfig, folder: Path) -> str:
     """Hash of what trials depend on; not of budgets, goal or range, with which the same trials serve again."""
-    free = {"prune": ("prune_ratio", "allocation", "align"), "dense": ("moments",)}
+    free = {
+        "prune": ("prune_ratio", "allocation", "align"),
+        "dense": ("moments",),
+        "evaluate": ("metrics",),
+    }
     kept = {
         stage.name: {
             key: value for key, value in stage.settings.items() if key not in free.get(stage.name, ())

@@ -174,7 +174,7 @@ def test_export_and_bench(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
         "no file of records": [str(file), *sizes[:-1], str(file)],
         "is a directory": [str(file), *sizes[:-1], str(tmp_path)],
         "given twice": [str(file), str(file), *sizes],
-        "native runs GGUF files": [str(file), str(onnx), *sizes, "--on", "local", "--on", "native"],
+        "native runs GGUF files alone": [str(file), str(onnx), *sizes, "--on", "local", "--on", "native"],
     }
     for reason, arguments in refused.items():
         assert main(["bench", *arguments]) == 2

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from cfsp.files import sha256_file
 from phoneready.evaluation.gate import TOLERANCES
+from phoneready.evaluation.metrics import metric_sha256
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
@@ -176,6 +178,14 @@ def test_own_metrics(
         message = refused(capsys, model, *TEXT, "--metric", reference)
         assert reason in message
         assert reference.partition(":")[0] in message
+
+
+def test_what_a_metric_does_is_known_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "hashed_metrics_of_a_test.py"
+    file.write_text("import functools\n" + METRICS + "\nsame = functools.partial(two)\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    before = [metric_sha256(f"hashed_metrics_of_a_test:{name}") for name in ("two", "same")]
+    assert before == [sha256_file(file)] * 2
 
 
 def test_answers_are_checked(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

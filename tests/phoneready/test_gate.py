@@ -136,7 +136,7 @@ def test_a_mean_over_fewer_tasks_is_no_gain() -> None:
     before = figures(figure(mean, 0.60, conditions=tasks))
     now = figure(mean, 0.75, conditions={"version of piqa": "1"})
     one = budget(metric="mean_accuracy", at_least=-0.01, relative_to="baseline", difference=True)
-    with pytest.raises(InputError, match="version of arc was 1 and is None"):
+    with pytest.raises(InputError, match="version of arc was 1 and is not stated"):
         judge(one, now, baseline=before)
 
 

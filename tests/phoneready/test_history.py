@@ -99,6 +99,13 @@ def test_runs_with_too_few_processes_are_noise_and_not_exact(tmp_path: Path) -> 
     assert not keep(tmp_path, entries).anomalies
 
 
+def test_an_emulators_clock_makes_no_figure() -> None:
+    record = replace(bench_record("pruned.gguf", [10**9] * 5), kind="emulated", target="qemu-aarch64")
+    found = benchmark_figures(CONFIG, "qemu-aarch64", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
+    (speed,) = (figure for figure in found if figure.key.metric == "tg64")
+    assert (speed.value, speed.samples, speed.failure) == (None, (), "emulated times say nothing")
+
+
 def test_a_step_of_the_dense_model_too_is_the_machine(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     slower = [1.15 if n >= 8 else 1.0 for n in range(1, 13)]

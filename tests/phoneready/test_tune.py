@@ -166,6 +166,16 @@ def test_the_release_of_an_onnx_point_is_held_to_that_files_budgets(model: Path,
     assert [budget.files for budget in gguf.budgets] == [(), ()]
 
 
+def test_a_search_does_not_overwrite_its_configuration(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, model, "")
+    before = path.read_text(encoding="utf-8")
+    assert main(["tune", str(path), "-o", str(tmp_path)]) == 2
+    assert "would overwrite its configuration" in capsys.readouterr().err
+    assert path.read_text(encoding="utf-8") == before
+
+
 def test_the_chosen_configuration_works_from_anywhere(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +260,10 @@ def test_a_budget_that_no_point_can_meet(
         ('[tune]\ngoal = "size"\n', "without a budget for the quality of Q8_0"),
         ("[tune]\nrecover = [true]\n", "no .recover. that says how"),
         ("[tune]\naligns = [100]\nmax_prune_ratio = 0.1\n", "reach no prune ratio"),
+        (
+            'targets = ["native"]\n[tune]\nfiles = ["Q8_0", "int8"]\n',
+            "int8, cfsp.*native runs GGUF files alone",
+        ),
         ("[tune]\nmin_prune_ratio = 0.6\n", "min_prune_ratio is not below max_prune_ratio"),
         ('[tune]\nfiles = ["Q9"]\nallocations = ["best"]\n', "unknown.*Q9.*unknown.*best"),
     ],
