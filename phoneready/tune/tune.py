@@ -66,12 +66,11 @@ def tune(
         MissingExtraError: Optuna is not installed.
     """
     _require_optuna()
-    config = config if config.tune else config.model_copy(update={"tune": TuneConfig()})
+    settings = config.tune or TuneConfig()
+    config = config.model_copy(update={"tune": settings})
     recipes = recipes_of(config)
     for recipe in recipes:
-        check_sections(
-            config_of(config, Point(recipe, config.tune.min_prune_ratio)), f"{recipe.describe()}: "
-        )
+        check_sections(config_of(config, Point(recipe, settings.min_prune_ratio)), f"{recipe.describe()}: ")
     limits = Limits(config, load_baseline(config))
     _check_goal(config, limits, recipes)
     with claim_folder(folder):
