@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from cfsp.model_reference import load_model
-from cfsp.plan import PruningPlan, apply_plan, make_plan
-from cfsp.prune_settings import PruneSettings
-from cfsp.statistics import BlockStatistics, collect_statistics
+from cfsp.models.reference import load_model
+from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import BlockStatistics, collect_statistics
 from runtime_bench.memory import current_rss_bytes, peak_rss_bytes
-from runtime_bench.summary import ratio_interval
+from runtime_bench.records.summary import ratio_interval
 
 
 def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:

@@ -33,13 +33,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import InputError, LimitError, MissingExtraError, PhonereadyError
 from cfsp.files import atomic_directory, sha256_file
-from runtime_bench import summary
+from cfsp.models.builtin import cache_directory
 from runtime_bench.environment import describe_environment
-from runtime_bench.measure import run_bench
+from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native.source import fetch_source
+from runtime_bench.records import summary
 from runtime_bench.targets import LOCAL, Target
 from runtime_bench.targets.native import native
 from runtime_bench.workload import BenchSettings, Workload, default_threads

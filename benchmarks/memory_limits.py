@@ -17,11 +17,11 @@ from pathlib import Path
 from projection_memory import PYTHON_BYTES, cpu_features
 
 from cfsp.errors import LimitError, PhonereadyError
-from runtime_bench.measure import run_bench
-from runtime_bench.model_facts import gguf_facts
-from runtime_bench.projection import MIB, project_memory
-from runtime_bench.record import BenchRecord
-from runtime_bench.table import as_markdown, short_names
+from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices.projection import MIB, project_memory
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.presentation.table import as_markdown, short_names
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets.constrained import Constrained
 from runtime_bench.workload import BenchSettings
 

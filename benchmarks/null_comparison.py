@@ -20,15 +20,15 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from cfsp.builtin import fetch_builtin
 from cfsp.errors import InputError, LimitError, PhonereadyError
-from runtime_bench import summary
-from runtime_bench.compare import VERDICTS, Comparison, compare_records
+from cfsp.models.builtin import fetch_builtin
 from runtime_bench.environment import describe_environment
-from runtime_bench.jsonl import append_jsonl, read_jsonl
-from runtime_bench.measure import run_bench
-from runtime_bench.record import BenchRecord
-from runtime_bench.table import as_markdown
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.presentation.table import as_markdown
+from runtime_bench.records import summary
+from runtime_bench.records.compare import VERDICTS, Comparison, compare_records
+from runtime_bench.records.jsonl import append_jsonl, read_jsonl
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings

@@ -28,10 +28,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.calibration import SELF, load_calibration
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_directory
-from cfsp.model_reference import load_model
+from cfsp.models.reference import load_model
+from cfsp.text.calibration import SELF, load_calibration
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
 from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, small_model, stored_bytes
@@ -44,10 +44,10 @@ from exporters.parity import compare as compare_logits
 from exporters.record import ExportRecord, ParityReport
 from phoneready.console import format_bytes, prepare_torch
 from phoneready.exporting import CALIBRATION_SEQLEN, ExportRequest, export_checkpoint
-from runtime_bench.compare import Comparison, by_model, compare
-from runtime_bench.measure import run_bench
-from runtime_bench.record import BenchRecord
-from runtime_bench.table import as_markdown
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.presentation.table import as_markdown
+from runtime_bench.records.compare import Comparison, by_model, compare
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.workload import BenchSettings
 
 VARIANTS = ("fp32", "int8", "int8-dynamic", "int4", "int4-mixed", "int4-b128")

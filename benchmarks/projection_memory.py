@@ -12,10 +12,10 @@ import argparse
 import platform
 from pathlib import Path
 
-from runtime_bench.measure import run_bench
-from runtime_bench.model_facts import gguf_facts
-from runtime_bench.projection import BATCH_TOKENS, MIB, REPACKED, project_memory
-from runtime_bench.table import as_markdown, short_names
+from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices.projection import BATCH_TOKENS, MIB, REPACKED, project_memory
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.presentation.table import as_markdown, short_names
 from runtime_bench.workload import BenchSettings
 
 PYTHON_BYTES = 70 * MIB

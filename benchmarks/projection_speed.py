@@ -12,9 +12,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from runtime_bench.device_profile import load_profiles
-from runtime_bench.projection import Band, decode_band, prefill_band
-from runtime_bench.table import as_markdown
+from runtime_bench.devices.profile import load_profiles
+from runtime_bench.devices.projection import Band, decode_band, prefill_band
+from runtime_bench.presentation.table import as_markdown
 
 PUBLISHED = Path(__file__).with_name("published_speeds.toml")
 CONTEXT_BYTES = 0

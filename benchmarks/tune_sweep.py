@@ -19,7 +19,7 @@ from typing import Any
 
 from cfsp.records import read_record
 from phoneready.console import note, prepare_torch
-from phoneready.pipeline.config import ReleaseConfig, parse_config
+from phoneready.settings.release import ReleaseConfig, parse_config
 from phoneready.tune.forecast import Forecast, Tried
 from phoneready.tune.limits import Judged, Limits
 from phoneready.tune.result import TuneResult

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cfsp.calibration import Calibration, load_calibration
-    from cfsp.checkpoint import load_pruned, save_checkpoint
-    from cfsp.model_reference import LoadedModel, ModelSource, load_model
-    from cfsp.plan import PruningPlan, apply_plan, make_plan
-    from cfsp.prune import PruneResult, prune_model
-    from cfsp.prune_settings import PruneSettings
-    from cfsp.statistics import BlockStatistics, collect_statistics
+    from cfsp.models.checkpoint import load_pruned, save_checkpoint
+    from cfsp.models.reference import LoadedModel, ModelSource, load_model
+    from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+    from cfsp.pruning.prune import PruneResult, prune_model
+    from cfsp.pruning.settings import PruneSettings
+    from cfsp.pruning.statistics import BlockStatistics, collect_statistics
+    from cfsp.text.calibration import Calibration, load_calibration
 
 __all__ = [
     "BlockStatistics",
@@ -36,13 +36,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "cfsp.calibration": ("Calibration", "load_calibration"),
-    "cfsp.checkpoint": ("load_pruned", "save_checkpoint"),
-    "cfsp.model_reference": ("LoadedModel", "ModelSource", "load_model"),
-    "cfsp.plan": ("PruningPlan", "apply_plan", "make_plan"),
-    "cfsp.prune": ("PruneResult", "prune_model"),
-    "cfsp.prune_settings": ("PruneSettings",),
-    "cfsp.statistics": ("BlockStatistics", "collect_statistics"),
+    "cfsp.text.calibration": ("Calibration", "load_calibration"),
+    "cfsp.models.checkpoint": ("load_pruned", "save_checkpoint"),
+    "cfsp.models.reference": ("LoadedModel", "ModelSource", "load_model"),
+    "cfsp.pruning.plan": ("PruningPlan", "apply_plan", "make_plan"),
+    "cfsp.pruning.prune": ("PruneResult", "prune_model"),
+    "cfsp.pruning.settings": ("PruneSettings",),
+    "cfsp.pruning.statistics": ("BlockStatistics", "collect_statistics"),
 }
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.architectures import ARCHITECTURES
 from cfsp.errors import InputError
 from cfsp.files import read_json
+from cfsp.models.architectures import ARCHITECTURES
 
 __all__ = ["CheckpointTensors", "ModelConfig", "read_config"]
 

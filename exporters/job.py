@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.checkpoint import load_pruned
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
-from cfsp.model_reference import load_tokenizer
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.reference import load_tokenizer
 from cfsp.progress import Progress
 from cfsp.records import write_record
 from exporters.checkpoint_reader import ModelConfig, read_config

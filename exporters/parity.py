@@ -17,7 +17,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.progress import Progress, no_progress
-from cfsp.text import BUILTIN_TEXT, token_windows
+from cfsp.text.tokens import BUILTIN_TEXT, token_windows
 from exporters.record import ParityReport
 
 __all__ = ["Reference", "check_limits", "choose_windows", "compare", "reference_of"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfsp.checkpoint import is_pruned_checkpoint, read_checkpoint_info
 from cfsp.errors import InputError
-from cfsp.weights import safetensors_files, sha256_files
+from cfsp.models.checkpoint import is_pruned_checkpoint, read_checkpoint_info
+from cfsp.models.weights import safetensors_files, sha256_files
 
 __all__ = ["Provenance", "read_provenance"]
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress
-from runtime_bench.markup import lay_out_table
+from runtime_bench.presentation.markup import lay_out_table
 
 __all__ = [
     "format_bytes",

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from cfsp.calibration import SELF, load_calibration
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries
-from cfsp.model_reference import load_model
+from cfsp.models.reference import load_model
 from cfsp.progress import Progress, no_progress
+from cfsp.text.calibration import SELF, load_calibration
 from exporters.gguf import export_gguf, find_quant
 from exporters.onnx import find_variant
 from exporters.record import ExportRecord

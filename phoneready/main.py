@@ -37,7 +37,7 @@ from phoneready.commands import (
     tune,
     verify,
 )
-from runtime_bench.markup import visible
+from runtime_bench.presentation.markup import visible
 
 __all__ = ["app", "main", "run"]
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cfsp.records import tool_version
-from runtime_bench.record import Environment
+from runtime_bench.records.record import Environment
 from runtime_bench.workload import default_threads
 
 __all__ = ["FACT_FILES", "cpu_model", "describe_environment", "environment_of"]

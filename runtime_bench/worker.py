@@ -31,7 +31,7 @@ from runtime_bench.engines import (
 )
 from runtime_bench.files import files_of
 from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
-from runtime_bench.throttling import Throttling
+from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
 
 __all__ = [

@@ -24,10 +24,10 @@ import tokenizers
 import torch
 import transformers
 
-from cfsp.builtin import cache_directory, fetch_builtin
 from cfsp.errors import InputError
-from cfsp.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
-from runtime_bench.record import BenchRecord, Environment
+from cfsp.models.builtin import cache_directory, fetch_builtin
+from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from runtime_bench.records.record import BenchRecord, Environment
 from runtime_bench.workload import Workload
 
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.

@@ -19,10 +19,10 @@ DATA_FILES = (
     "exporters/py.typed",
     "runtime_bench/py.typed",
     "phoneready/py.typed",
-    "cfsp/remote_code/modeling_pruned.py",
-    "phoneready/pipeline/demo.toml",
-    "phoneready/pipeline/templates/model_card.md.j2",
-    "phoneready/pipeline/templates/report.md.j2",
+    "cfsp/models/remote_code/modeling_pruned.py",
+    "phoneready/settings/demo.toml",
+    "phoneready/publish/templates/model_card.md.j2",
+    "phoneready/report/templates/report.md.j2",
     "phoneready/report/templates/report.css",
     "phoneready/report/templates/report.html.j2",
     "phoneready/report/templates/report.js",
@@ -104,8 +104,8 @@ def test_the_installed_command_runs(environment: Path, tmp_path: Path) -> None:
 
 def test_installed_data_is_read_from_the_installation(environment: Path) -> None:
     code = (
-        "import importlib.resources as r, phoneready.pipeline as p, cfsp; "
-        "from phoneready.pipeline.config import load_config; "
+        "import importlib.resources as r, phoneready.report as p, cfsp; "
+        "from phoneready.settings.release import load_config; "
         "print(cfsp.__file__, load_config(None).model.reference, "
         "r.files(p).joinpath('templates/report.md.j2').is_file())"
     )

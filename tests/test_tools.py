@@ -57,7 +57,7 @@ def test_what_a_killed_build_left_is_removed_and_a_build_leaves_nothing(
 
 
 def test_the_cache_is_the_products_own(llama_wheel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cfsp.builtin import cache_directory
+    from cfsp.models.builtin import cache_directory
 
     for name, value in (("PHONEREADY_CACHE", "/a"), ("XDG_CACHE_HOME", "/b"), ("HOME", "/c")):
         monkeypatch.setenv(name, value)

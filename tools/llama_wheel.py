@@ -40,7 +40,7 @@ def requirement() -> Requirement:
 
 
 def cache_directory() -> Path:
-    """The same folder as `cfsp.builtin.cache_directory`, whose dependencies may not be installed yet."""
+    """The same folder as `cfsp.models.builtin.cache_directory`, whose dependencies may not be installed yet."""
     own = os.environ.get("PHONEREADY_CACHE")
     if own:
         return Path(own).expanduser()

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-from cfsp.calibration import Calibration, load_calibration
 from cfsp.evaluation import divergence, sample_answers
 from cfsp.files import read_json, write_json
-from cfsp.model_reference import LoadedModel, load_model
-from cfsp.plan import apply_plan
+from cfsp.models.reference import LoadedModel, load_model
 from cfsp.precision import rounding_dtype
-from cfsp.prune import plan_for, statistics_for
-from cfsp.prune_settings import PruneSettings
-from cfsp.statistics import BlockStatistics
-from cfsp.text import TokenWindows, token_windows
+from cfsp.pruning.plan import apply_plan
+from cfsp.pruning.prune import plan_for, statistics_for
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import BlockStatistics
+from cfsp.text.calibration import Calibration, load_calibration
+from cfsp.text.tokens import TokenWindows, token_windows
 
 MODEL = "smollm2-135m"
 HELD_OUT_EVERY = 20

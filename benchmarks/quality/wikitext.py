@@ -18,14 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration import load_calibration
 from cfsp.evaluation import perplexity
 from cfsp.files import write_json
-from cfsp.model_reference import load_model
-from cfsp.plan import apply_plan
-from cfsp.prune import plan_for, statistics_for
-from cfsp.prune_settings import PruneSettings
-from cfsp.text import token_windows
+from cfsp.models.reference import load_model
+from cfsp.pruning.plan import apply_plan
+from cfsp.pruning.prune import plan_for, statistics_for
+from cfsp.pruning.settings import PruneSettings
+from cfsp.text.calibration import load_calibration
+from cfsp.text.tokens import token_windows
 
 PAPER = PruneSettings(score="activation_norm", align=1, reconstruct="none", dtype="float32")
 VARIANTS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from cfsp.evaluation.language_model import LanguageModel, prompt_ids
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.model_source import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.progress import Progress, no_progress
 
 __all__ = ["CHECK_PROMPTS", "PROMPTS", "answer", "sample_answers"]

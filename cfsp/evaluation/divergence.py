@@ -12,7 +12,7 @@ import torch
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
-from cfsp.text import TokenWindows
+from cfsp.text.tokens import TokenWindows
 
 __all__ = ["Divergence", "divergence", "divergence_from_logits"]
 

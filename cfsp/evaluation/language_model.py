@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.text import render_chat
+from cfsp.text.tokens import render_chat
 
 __all__ = [
     "Branches",

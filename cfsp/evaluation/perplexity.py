@@ -15,7 +15,7 @@ from cfsp.errors import LimitError
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import next_token_logits
 from cfsp.progress import Progress, no_progress
-from cfsp.text import TokenWindows
+from cfsp.text.tokens import TokenWindows
 
 __all__ = ["Perplexity", "check_finite_sums", "logits_of", "perplexity"]
 

@@ -9,8 +9,8 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores
-from cfsp.generation import left_padded, pad_id, stop_ids
-from cfsp.model_source import LoadedModel
+from cfsp.models.source import LoadedModel
+from cfsp.text.generation import left_padded, pad_id, stop_ids
 
 __all__ = ["TorchLanguageModel", "logits_from_hidden", "next_token_logits"]
 

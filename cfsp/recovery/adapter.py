@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cfsp.architectures import block_linears
 from cfsp.errors import MissingExtraError
+from cfsp.models.architectures import block_linears
 
 __all__ = ["add_adapter", "merge_adapter"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.text import Document, render_chat
+from cfsp.text.tokens import Document, render_chat
 
 __all__ = ["LabelledTokens", "answer_spans", "labelled_chat"]
 

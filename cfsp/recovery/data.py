@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from cfsp.calibration import SELF
 from cfsp.errors import InputError
-from cfsp.model_source import LoadedModel
+from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
 from cfsp.recovery.settings import RecoverySettings, labels_whole_chats
-from cfsp.self_sampling import sample_windows
-from cfsp.text import Document, document_ids, load_documents, shuffled, tokens_sha256
+from cfsp.text.calibration import SELF
+from cfsp.text.self_sampling import sample_windows
+from cfsp.text.tokens import Document, document_ids, load_documents, shuffled, tokens_sha256
 
 __all__ = ["IGNORED", "RecoveryData", "Sequences", "TrainingMix", "load_recovery_data"]
 
@@ -112,7 +112,7 @@ def load_recovery_data(
     """Read, label and pack training and validation data.
 
     Args:
-        references: `self`, or text references as in `cfsp.text`; they are mixed in equal shares.
+        references: `self`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
         validation: The same; nothing holds out a share of the training data.
         tokenizer: The model's.
         settings: Sequence length, budget and seed.

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from cfsp.calibration import SELF
-from cfsp.checkpoint import save_checkpoint
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.files import refuse_existing
+from cfsp.models.checkpoint import save_checkpoint
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.prune import moment_windows
+from cfsp.pruning.prune import moment_windows
+from cfsp.pruning.statistics import collect_input_moments
 from cfsp.recovery.adapter import add_adapter, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs
@@ -35,7 +35,7 @@ from cfsp.recovery.settings import (
 )
 from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
-from cfsp.statistics import collect_input_moments
+from cfsp.text.calibration import SELF
 
 __all__ = ["DEVICES", "Recovered", "check_outcome", "recover"]
 
@@ -189,7 +189,7 @@ def _run_inputs(
     dtype: torch.dtype,
     processes: int,
 ) -> RunInputs:
-    from cfsp.self_sampling import model_fingerprint
+    from cfsp.text.self_sampling import model_fingerprint
 
     plain = json.loads(json.dumps(dataclasses.asdict(replace(settings, report_to=()))))
     hashes = {"checkpoint": model_fingerprint(inputs.loaded.model), "ranks": str(inputs.ranks)}

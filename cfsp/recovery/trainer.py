@@ -24,12 +24,12 @@ from transformers import Trainer, TrainingArguments
 
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
+from cfsp.models.weights import one_line, quiet_transformers, read_safetensors
 from cfsp.recovery.run import Run
 from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
 from cfsp.recovery.state import ValidationPoint
 from cfsp.recovery.student import Student
 from cfsp.recovery.watcher import Watcher
-from cfsp.weights import one_line, quiet_transformers, read_safetensors
 
 __all__ = ["RecoveryTrainer", "check_trackers", "train", "training_arguments"]
 

@@ -19,9 +19,9 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, fsync_directory, fsync_file, remove_stale_temporaries, write_text
+from cfsp.models.weights import read_safetensors
 from cfsp.records import read_record, write_record
 from cfsp.recovery.state import RunState
-from cfsp.weights import read_safetensors
 
 __all__ = ["RunInputs", "WorkFolder"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfsp.model_reference import load_tokenizer
+from cfsp.models.reference import load_tokenizer
 from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.quantize import quantize_file
 from exporters.gguf.quants import find_quant

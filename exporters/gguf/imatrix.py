@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.checkpoint import is_pruned_checkpoint, load_input_moments
 from cfsp.errors import InputError
+from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, linear_names
 

@@ -10,8 +10,8 @@ import torch
 
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
 from cfsp.files import sha256_file
-from cfsp.gguf_file import read_gguf
-from cfsp.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from exporters.gguf import runtime
 from exporters.gguf.llama_batch import Entry
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from cfsp.gguf_file import read_gguf
+from cfsp.models.gguf_file import read_gguf
 from exporters.gguf import runtime
 from exporters.gguf.quants import Quant
 from exporters.record import TensorFallback

@@ -15,7 +15,7 @@ from types import MappingProxyType
 import gguf
 
 from cfsp.errors import InputError
-from cfsp.gguf_file import read_gguf
+from cfsp.models.gguf_file import read_gguf
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, tensor_specs
 from exporters.gguf.quantize import asked_type

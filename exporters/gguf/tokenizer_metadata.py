@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import InputError, LimitError
-from cfsp.gguf_tokenizer import pre_tokenizer_name
+from cfsp.models.gguf_tokenizer import pre_tokenizer_name
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import CHECK_STRINGS
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from cfsp.reconstruction import damped_cholesky
+from cfsp.pruning.reconstruction import damped_cholesky
 from exporters.onnx.layers import BlockQuantized
 from exporters.onnx.variants import BlockFormat
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.files import read_json, write_json
-from cfsp.folder_format import copy_notices, save_tokenizer
-from cfsp.generation import stop_tokens
+from cfsp.models.folder_format import copy_notices, save_tokenizer
+from cfsp.text.generation import stop_tokens
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant
 

@@ -10,7 +10,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from cfsp.text import tokens_sha256
+from cfsp.text.tokens import tokens_sha256
 from exporters.job import MANIFEST_FILE, JobSettings, check_input, load_checkpoint, open_job, write_manifest
 from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS

@@ -13,8 +13,8 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
 from cfsp.files import sha256_file
-from cfsp.generation import stop_tokens
-from cfsp.model_reference import load_tokenizer
+from cfsp.models.reference import load_tokenizer
+from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of
 from exporters.onnx.runtime import open_model

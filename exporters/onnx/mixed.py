@@ -1,9 +1,9 @@
 """Four or eight bits for each Linear of the blocks and the output matrix, by what four cost, under a budget in bytes.
 
 Rounding a layer to four bits costs a divergence that one backward pass over calibration text predicts
-(`cfsp.gradients.predict_divergence`); rounding it to eight costs 1/256 of that, as its steps are 1/16. So each layer
-has a gain and a price, and those with the most gain for a byte get eight bits until the budget is spent: either the
-bytes of a file, or what may be lost of its speed.
+(`cfsp.pruning.gradients.predict_divergence`); rounding it to eight costs 1/256 of that, as its steps are 1/16. So each
+layer has a gain and a price, and those with the most gain for a byte get eight bits until the budget is spent: either
+the bytes of a file, or what may be lost of its speed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from cfsp.architectures import block_linears
 from cfsp.errors import InputError
-from cfsp.gradients import WeightChange, predict_divergence
+from cfsp.models.architectures import block_linears
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.gradients import WeightChange, predict_divergence
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.quantize import quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat

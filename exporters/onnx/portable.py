@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.weights import one_line, quiet_transformers
+from cfsp.models.weights import one_line, quiet_transformers
 
 __all__ = ["portable_graph", "require_optimum"]
 

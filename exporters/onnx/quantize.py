@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.architectures import block_linears, decoder_layers
+from cfsp.models.architectures import block_linears, decoder_layers
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.streaming import GramSum, enter_blocks, input_hook, run_layer
+from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
 from exporters.onnx.layers import (
     Embedding,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from cfsp.architectures import block_linears
+from cfsp.models.architectures import block_linears
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
 from exporters.onnx.block_quantize import Rounded

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from cfsp.architectures import decoder_layers, feed_forward, spec_for
 from cfsp.errors import InputError
+from cfsp.models.architectures import decoder_layers, feed_forward, spec_for
 from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD

@@ -22,8 +22,8 @@ from phoneready.commands.options import (
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 
 if TYPE_CHECKING:
-    from runtime_bench.compare import Comparison
-    from runtime_bench.record import BenchRecord
+    from runtime_bench.records.compare import Comparison
+    from runtime_bench.records.record import BenchRecord
     from runtime_bench.targets import Target
 
 __all__ = ["bench"]
@@ -138,11 +138,11 @@ def bench(
     """
     quiet_libraries()
     from exporters.onnx.folder import find_graph, is_onnx
-    from runtime_bench.comparison_table import format_comparison
-    from runtime_bench.jsonl import append_jsonl, check_appendable
-    from runtime_bench.matrix import run_matrix
-    from runtime_bench.sweep_table import format_sweep
-    from runtime_bench.table import FORMATS, format_table, short_names
+    from runtime_bench.measuring.matrix import run_matrix
+    from runtime_bench.presentation.comparison_table import format_comparison
+    from runtime_bench.presentation.sweep_table import format_sweep
+    from runtime_bench.presentation.table import FORMATS, format_table, short_names
+    from runtime_bench.records.jsonl import append_jsonl, check_appendable
     from runtime_bench.workload import BenchSettings
 
     output = "json" if json else output
@@ -200,7 +200,7 @@ def bench(
 
 def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
     """Every file against the first one of its engine on its target."""
-    from runtime_bench.compare import by_model, compare
+    from runtime_bench.records.compare import by_model, compare
 
     rows = []
     for place in dict.fromkeys((record.target, record.engine) for record in records):

@@ -131,7 +131,7 @@ def _constrained(_: str, options: TargetOptions) -> Target:
 
 
 def _browser(_: str, options: TargetOptions) -> Target:
-    from runtime_bench.device_profile import find_profile, load_profiles
+    from runtime_bench.devices.profile import find_profile, load_profiles
     from runtime_bench.targets.browser import Browser, browser_of
 
     if options.device is None:
@@ -172,8 +172,8 @@ def _remote(transport: Transport, options: TargetOptions) -> Target:
 
 
 def _memory_of(device: str) -> int:
-    from runtime_bench.device_profile import find_profile, load_profiles
-    from runtime_bench.projection import memory_limit
+    from runtime_bench.devices.profile import find_profile, load_profiles
+    from runtime_bench.devices.projection import memory_limit
 
     limit, why = memory_limit(find_profile(device, load_profiles()).profile)
     if limit is None:

@@ -12,8 +12,8 @@ from phoneready.commands.options import DebugOption, JsonOption, SeedOption, spl
 from phoneready.console import note, quiet_libraries, write_result
 
 if TYPE_CHECKING:
-    from runtime_bench.compare import Comparison
-    from runtime_bench.record import BenchRecord
+    from runtime_bench.records.compare import Comparison
+    from runtime_bench.records.record import BenchRecord
 
 __all__ = ["compare"]
 
@@ -68,8 +68,8 @@ def compare(
     workload and thread count. A row without partner is an error.
     """
     quiet_libraries()
-    from runtime_bench import compare as comparison
-    from runtime_bench.comparison_table import COMPARISON_FORMATS, format_comparison
+    from runtime_bench.presentation.comparison_table import COMPARISON_FORMATS, format_comparison
+    from runtime_bench.records import compare as comparison
 
     output = "json" if json else output
     if output not in COMPARISON_FORMATS:
@@ -92,7 +92,7 @@ def compare(
 
 
 def _verdicts(names: list[str]) -> tuple[str, ...]:
-    from runtime_bench.compare import VERDICTS
+    from runtime_bench.records.compare import VERDICTS
 
     gate = split_names(names)
     unknown = sorted(set(gate) - set(VERDICTS))
@@ -109,7 +109,7 @@ def _sides(
     Raises:
         InputError: A file without records, no such model, or nothing to hold against the base.
     """
-    from runtime_bench.compare import by_model
+    from runtime_bench.records.compare import by_model
 
     models = by_model(_read(base))
     name = next(iter(models)) if base_model is None else _find(base_model, models, base)
@@ -125,7 +125,7 @@ def _sides(
 
 
 def _read(path: Path) -> list[BenchRecord]:
-    from runtime_bench.jsonl import read_jsonl
+    from runtime_bench.records.jsonl import read_jsonl
 
     records = read_jsonl(path)
     if not records:
@@ -162,7 +162,7 @@ def _check(rows: list[Comparison], gate: tuple[str, ...]) -> None:
     Raises:
         LimitError: Names every row with a verdict of the gate.
     """
-    from runtime_bench.table import short_names
+    from runtime_bench.presentation.table import short_names
 
     names = short_names(row.new for row in rows)
     caught = [

@@ -23,9 +23,9 @@ __all__ = ["build_runner", "clean", "fit", "list_devices", "show_device"]
 
 def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the devices that have a profile, built in or your own."""
-    from runtime_bench.device_profile import load_profiles
-    from runtime_bench.device_table import profile_row, profile_to_json
-    from runtime_bench.table import as_markdown
+    from runtime_bench.devices.profile import load_profiles
+    from runtime_bench.presentation.device_table import profile_row, profile_to_json
+    from runtime_bench.presentation.table import as_markdown
 
     profiles = list(load_profiles().values())
     rows = [profile_row(entry) for entry in profiles]
@@ -40,8 +40,8 @@ def show_device(
     debug: DebugOption = False,
 ) -> None:
     """Show every figure of a device, what it rests on, and who says so."""
-    from runtime_bench.device_profile import find_profile, load_profiles
-    from runtime_bench.device_table import format_profile, profile_to_json
+    from runtime_bench.devices.profile import find_profile, load_profiles
+    from runtime_bench.presentation.device_table import format_profile, profile_to_json
 
     entry = find_profile(device, load_profiles())
     write_result(format_profile(entry), profile_to_json(entry), as_json=json)
@@ -60,10 +60,10 @@ def fit(
     debug: DebugOption = False,
 ) -> None:
     """Project whether a file fits on devices, and how fast it may be there; nothing is measured."""
-    from runtime_bench.device_profile import find_profile, load_profiles
-    from runtime_bench.device_table import format_projections
-    from runtime_bench.model_facts import gguf_facts
-    from runtime_bench.projection import project
+    from runtime_bench.devices.model_facts import gguf_facts
+    from runtime_bench.devices.profile import find_profile, load_profiles
+    from runtime_bench.devices.projection import project
+    from runtime_bench.presentation.device_table import format_projections
 
     profiles = load_profiles()
     chosen = [find_profile(name, profiles) for name in split_names(device or list(profiles))]

@@ -14,8 +14,8 @@ from typing import Any
 
 import typer
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import MissingExtraError
+from cfsp.models.builtin import cache_directory
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import format_bytes, write_result
 

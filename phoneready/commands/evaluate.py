@@ -212,7 +212,7 @@ def _limits(given: dict[str, Any]) -> dict[str, float]:
 def _settings(given: dict[str, Any]) -> EvaluationSettings:
     from cfsp.evaluation import CHECK_PROMPTS
     from cfsp.evaluation.tasks import TaskSettings
-    from cfsp.text import BUILTIN_TEXT
+    from cfsp.text.tokens import BUILTIN_TEXT
     from phoneready.evaluation.record import EvaluationSettings
     from phoneready.evaluation.run import check_texts, read_prompts
 
@@ -299,9 +299,9 @@ def _sweep(given: dict[str, Any], settings: EvaluationSettings, opening: OpenSet
 
 
 def _run_sweep(given: dict[str, Any], settings: EvaluationSettings, opening: OpenSettings) -> Sweep:
-    from cfsp.calibration import SELF, load_calibration
-    from cfsp.model_reference import load_model
-    from cfsp.prune_settings import PruneSettings
+    from cfsp.models.reference import load_model
+    from cfsp.pruning.settings import PruneSettings
+    from cfsp.text.calibration import SELF, load_calibration
     from phoneready.evaluation.sweep import check_ratios, sweep
 
     prune = PruneSettings() if given["align"] is None else PruneSettings(align=given["align"])

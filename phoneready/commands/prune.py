@@ -26,11 +26,11 @@ from phoneready.commands.options import (
 from phoneready.console import prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
-    from cfsp.calibration import Calibration
-    from cfsp.model_source import LoadedModel
-    from cfsp.plan import PruningPlan
+    from cfsp.models.source import LoadedModel
     from cfsp.progress import Progress
-    from cfsp.prune_settings import PruneSettings
+    from cfsp.pruning.plan import PruningPlan
+    from cfsp.pruning.settings import PruneSettings
+    from cfsp.text.calibration import Calibration
 
 __all__ = ["format_plan", "prune"]
 
@@ -126,8 +126,8 @@ def prune(
     wanted = _output(output, plan, plan_only)
     refuse_existing(wanted, force=force, inputs=[Path(model), *([plan] if plan else [])])
     prepare_torch(threads)
-    from cfsp.calibration import SELF, load_calibration
-    from cfsp.model_reference import load_model
+    from cfsp.models.reference import load_model
+    from cfsp.text.calibration import SELF, load_calibration
 
     chosen = {"score": score, "coarse_metric": coarse, "allocation": allocation, "strength": coarse_strength}
     chosen |= {"prune_ratio": prune_ratio, "reconstruct": reconstruct, "ridge": ridge}
@@ -187,7 +187,7 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> P
 def _settings(
     chosen: dict[str, Any], align: int | None, for_quant: Sequence[str], *, uniform: bool
 ) -> PruneSettings:
-    from cfsp.prune_settings import PruneSettings, check_settings
+    from cfsp.pruning.settings import PruneSettings, check_settings
     from exporters.gguf import required_multiple
 
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -198,7 +198,7 @@ def _settings(
 
 
 def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | None:
-    from cfsp.plan import PruningPlan
+    from cfsp.pruning.plan import PruningPlan
     from cfsp.records import read_record
 
     if path is None:
@@ -210,7 +210,7 @@ def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | No
 def _only_plan(
     loaded: LoadedModel, drawn: Calibration, settings: PruneSettings, path: Path, progress: Progress
 ) -> PruningPlan:
-    from cfsp.prune import plan_for, statistics_for
+    from cfsp.pruning.prune import plan_for, statistics_for
     from cfsp.records import write_record
 
     statistics = statistics_for(loaded.model, drawn, settings, only_plan=True, progress=progress)
@@ -229,8 +229,8 @@ def _prune(
     force: bool,
     progress: Progress,
 ) -> PruningPlan:
-    from cfsp.checkpoint import save_checkpoint
-    from cfsp.prune import prune_model
+    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.pruning.prune import prune_model
 
     result = prune_model(loaded, drawn, settings, plan=plan, progress=progress)
     save_checkpoint(

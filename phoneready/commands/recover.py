@@ -171,10 +171,10 @@ def recover(
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     with _one_voice():
         prepare_torch(threads)
-        from cfsp.calibration import SELF
         from cfsp.records import record_to_json
         from cfsp.recovery import RecoverySettings, check_outcome
         from cfsp.recovery import recover as run_recovery
+        from cfsp.text.calibration import SELF
 
         settings = RecoverySettings(
             method=method,

@@ -12,7 +12,7 @@ from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, 
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
-    from phoneready.pipeline.config import ReleaseConfig
+    from phoneready.settings.release import ReleaseConfig
 
 __all__ = ["release"]
 
@@ -65,12 +65,12 @@ def release(
     """
     prepare_torch(threads)
     from cfsp.records import record_to_json
-    from phoneready.pipeline.config import load_config, with_variants
-    from phoneready.pipeline.figures import read_figures
-    from phoneready.pipeline.gate_files import badge, check_verdicts, verdict_rows
-    from phoneready.pipeline.publish import PAGE_FILE
-    from phoneready.pipeline.release import explain_release, run_release
-    from phoneready.pipeline.report import headline, quality_table, verdict_table
+    from phoneready.figures.gate_files import badge, check_verdicts, verdict_rows
+    from phoneready.publish.publish import PAGE_FILE
+    from phoneready.recipe import explain_release, run_release
+    from phoneready.release.read_figures import read_figures
+    from phoneready.report.markdown import headline, quality_table, verdict_table
+    from phoneready.settings.release import load_config, with_variants
 
     chosen = load_config(config, settings or [])
     if onnx:

@@ -35,7 +35,7 @@ def report(
     quiet_libraries()
     from cfsp.records import read_record
     from phoneready.evaluation.sweep import Sweep
-    from phoneready.pipeline.publish import PAGE_FILE, REPORT_FILE, rewrite_reports
+    from phoneready.publish.publish import PAGE_FILE, REPORT_FILE, rewrite_reports
 
     found = None if sweep is None else read_record(Sweep, sweep)
     rewrite_reports(folder, sweep=found)

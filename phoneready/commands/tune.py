@@ -40,7 +40,7 @@ def tune(
     was.
     """
     prepare_torch(threads)
-    from phoneready.pipeline.config import load_config
+    from phoneready.settings.release import load_config
     from phoneready.tune.result import format_result, result_to_json
     from phoneready.tune.tune import RELEASE_FILE
     from phoneready.tune.tune import tune as search

@@ -11,7 +11,7 @@ import typer
 from cfsp.errors import LimitError
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import quiet_libraries, write_result
-from runtime_bench.markup import visible
+from runtime_bench.presentation.markup import visible
 
 __all__ = ["verify"]
 
@@ -28,7 +28,7 @@ def verify(
     The exit status is 1 where something differs. `sha256sum -c SHA256SUMS` checks the same hashes without phoneready.
     """
     quiet_libraries()
-    from phoneready.pipeline.verify import verify_release
+    from phoneready.publish.verify import verify_release
 
     count, problems = verify_release(folder)
     lines = [f"{visible(problem.path)} {problem.reason}" for problem in problems]

@@ -13,7 +13,7 @@ from typing import Any
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation import LanguageModel
 from cfsp.files import sha256_file
-from cfsp.text import TokenWindows
+from cfsp.text.tokens import TokenWindows
 from phoneready.evaluation.record import MetricResult
 
 __all__ = ["find_metric", "measure", "metric_sha256"]

@@ -46,7 +46,7 @@ class Runtime:
 
 
 def _open_torch(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
-    from cfsp.model_reference import load_model
+    from cfsp.models.reference import load_model
 
     loaded = load_model(reference, trust_remote_code=settings.trust_remote_code, progress=progress)
     return TorchLanguageModel(loaded)

@@ -28,7 +28,7 @@ class EvaluationSettings:
     """What to judge on.
 
     Attributes:
-        text: Text references as in cfsp.text.
+        text: Text references as in cfsp.text.tokens.
         chats: References to chats; `self` samples them from the reference model.
         seqlen: Tokens in a window.
         max_windows: Most windows of each reference.

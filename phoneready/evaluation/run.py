@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.calibration import SELF
 from cfsp.errors import InputError
 from cfsp.evaluation import (
     Divergence,
@@ -28,8 +27,9 @@ from cfsp.evaluation.language_model import check_same_vocabulary
 from cfsp.evaluation.tasks import load_tasks, run_tasks
 from cfsp.files import read_text
 from cfsp.progress import Progress, no_progress
-from cfsp.self_sampling import sample_windows
-from cfsp.text import TokenWindows, token_windows, tokens_sha256
+from cfsp.text.calibration import SELF
+from cfsp.text.self_sampling import sample_windows
+from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
 from phoneready.evaluation.metrics import find_metric, measure
 from phoneready.evaluation.record import (
     Degeneration,

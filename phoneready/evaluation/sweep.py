@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from cfsp.calibration import Calibration
 from cfsp.errors import InputError
 from cfsp.evaluation import TorchLanguageModel
 from cfsp.files import atomic_file
-from cfsp.model_source import LoadedModel
-from cfsp.plan import apply_plan
+from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
-from cfsp.prune import plan_for, statistics_for
-from cfsp.prune_settings import PruneSettings, check_settings
-from cfsp.statistics import BlockStatistics
+from cfsp.pruning.plan import apply_plan
+from cfsp.pruning.prune import plan_for, statistics_for
+from cfsp.pruning.settings import PruneSettings, check_settings
+from cfsp.pruning.statistics import BlockStatistics
+from cfsp.text.calibration import Calibration
 from phoneready.console import format_rows
 from phoneready.evaluation.gate import measures
 from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity, identity_of

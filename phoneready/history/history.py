@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from cfsp.errors import InputError, LimitError
+from phoneready.figures.figure_set import DENSE
+from phoneready.figures.metrics import is_sampled, metric_of
 from phoneready.history.changes import Change, exact_changes, sampled_changes
 from phoneready.history.record import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
-from phoneready.pipeline.figure_set import DENSE
-from phoneready.pipeline.metrics import is_sampled, metric_of
 
 __all__ = ["Anomaly", "History", "Run", "Series", "check_history", "find_entries", "make_history"]
 

@@ -9,13 +9,13 @@ import jinja2
 from markupsafe import Markup
 
 from cfsp.errors import MissingExtraError
+from phoneready.figures.figure_set import DENSE
 from phoneready.history.history import Anomaly, History, Run, Series
-from phoneready.pipeline.figure_set import DENSE
 from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.plot_style import DENSE as DENSE_COLOUR
 from phoneready.report.plot_style import PRUNED as PRUNED_COLOUR
 from phoneready.report.plot_style import SERIES, plot_layout
-from runtime_bench.summary import NORMAL_95
+from runtime_bench.records.summary import NORMAL_95
 
 __all__ = ["render_plot"]
 

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from cfsp.errors import InputError
 from cfsp.files import read_text, write_text
 from cfsp.records import record_from_json, record_to_json
-from phoneready.pipeline.figure_set import Figure, FigureSet
-from phoneready.pipeline.metrics import FigureKey
-from runtime_bench.summary import NORMAL_95, ratio_interval
+from phoneready.figures.figure_set import Figure, FigureSet
+from phoneready.figures.metrics import FigureKey
+from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
 __all__ = ["HISTORY_FILE", "HistoryEntry", "HistoryFigure", "append_entry", "entry_of", "read_entries"]
 

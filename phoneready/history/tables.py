@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from phoneready.console import format_rows
+from phoneready.figures.figure_set import DENSE
+from phoneready.figures.verdict import format_figure
 from phoneready.history.history import Anomaly, History, Series
-from phoneready.pipeline.figure_set import DENSE
-from phoneready.pipeline.verdict import format_figure
-from runtime_bench.markup import escape_cell, escape_markdown
+from runtime_bench.presentation.markup import escape_cell, escape_markdown
 
 __all__ = ["describe_anomalies", "format_history"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from phoneready.console import format_bytes
 from phoneready.report.inputs import DeviceProjections
 from phoneready.report.tables import NOTHING, Cell, Mark, Table
-from runtime_bench.projection import Band
+from runtime_bench.devices.projection import Band
 
 __all__ = ["projection_tables"]
 

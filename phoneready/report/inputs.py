@@ -8,12 +8,12 @@ from pathlib import Path
 
 from cfsp.records import read_record
 from phoneready.evaluation.sweep import Sweep
-from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.report import ReleaseFigures
-from phoneready.pipeline.verdict import VERDICTS_FILE, Verdicts
-from runtime_bench.device_profile import find_profile, load_profiles
-from runtime_bench.model_facts import gguf_facts
-from runtime_bench.projection import Projection, project
+from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
+from phoneready.report.markdown import ReleaseFigures
+from phoneready.settings.release import ReleaseConfig
+from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import Projection, project
 
 __all__ = ["DeviceProjections", "ReportInput", "project_files", "read_verdicts"]
 

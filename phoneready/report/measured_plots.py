@@ -9,13 +9,13 @@ from exporters.record import ExportRecord
 from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation
 from phoneready.evaluation.sweep import Sweep
-from phoneready.pipeline.report import ReleaseFigures, speed_text, text_name
 from phoneready.report.escape import plot_text
+from phoneready.report.markdown import ReleaseFigures, speed_text, text_name
 from phoneready.report.plot_style import BAND, DENSE, PRUNED, SERIES, SOFT, SYMBOLS, Plot, plot_layout
-from runtime_bench import summary
-from runtime_bench.compare import Comparison, compare_records
-from runtime_bench.groups import BenchGroup
-from runtime_bench.record import BenchRecord
+from runtime_bench.records import summary
+from runtime_bench.records.compare import Comparison, compare_records
+from runtime_bench.records.groups import BenchGroup
+from runtime_bench.records.record import BenchRecord
 
 __all__ = ["quality_plot", "ratio_plot", "speed_plot"]
 

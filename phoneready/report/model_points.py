@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from phoneready.evaluation.record import Evaluation, TextResult
-from runtime_bench.record import BenchRecord
-from runtime_bench.sweep_table import best_threads
+from runtime_bench.presentation.sweep_table import best_threads
+from runtime_bench.records.record import BenchRecord
 
 __all__ = ["ModelPoint", "PointGroup", "Quality", "point_groups", "quality_of"]
 

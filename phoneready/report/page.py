@@ -9,12 +9,12 @@ from typing import Any
 from markupsafe import Markup
 
 from phoneready.console import format_bytes
-from phoneready.pipeline.report import bench_notes, headline, speed_text, text_name
-from phoneready.pipeline.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict
 from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
 from phoneready.report.devices import projection_tables
 from phoneready.report.escape import script_json
 from phoneready.report.inputs import ReportInput
+from phoneready.report.markdown import bench_notes, headline, speed_text, text_name
 from phoneready.report.plot_style import DARK, Plot
 from phoneready.report.plots import make_plots
 from phoneready.report.tables import (
@@ -29,8 +29,8 @@ from phoneready.report.tables import (
     verdict_rows,
     width_rows,
 )
-from runtime_bench.compare import compare_records
-from runtime_bench.groups import BenchGroup, bench_groups
+from runtime_bench.records.compare import compare_records
+from runtime_bench.records.groups import BenchGroup, bench_groups
 
 __all__ = ["render_page"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phoneready.evaluation.sweep import Sweep
-from phoneready.pipeline.report import ReleaseFigures
+from phoneready.report.markdown import ReleaseFigures
 from phoneready.report.measured_plots import quality_plot, ratio_plot, speed_plot
 from phoneready.report.plot_style import Plot
 from phoneready.report.pruning_plots import allocation_plot, pattern_plot
-from runtime_bench.groups import BenchGroup
+from runtime_bench.records.groups import BenchGroup
 
 __all__ = ["make_plots"]
 

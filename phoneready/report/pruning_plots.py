@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from cfsp.plan import PruningPlan
+from cfsp.pruning.plan import PruningPlan
 from phoneready.report.plot_style import SOFT, STEPS, Plot, plot_layout
 
 __all__ = ["allocation_plot", "pattern_plot"]

@@ -9,11 +9,11 @@ from typing import TypeAlias
 from exporters.record import ExportRecord
 from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation
-from phoneready.pipeline.report import WORKLOAD_TITLES, ReleaseFigures, speed_text, text_name
-from phoneready.pipeline.verdict import OUTCOMES, BudgetVerdict, format_figure
-from runtime_bench.compare import compare_records
-from runtime_bench.groups import BenchGroup
-from runtime_bench.record import BenchRecord
+from phoneready.figures.verdict import OUTCOMES, BudgetVerdict, format_figure
+from phoneready.report.markdown import WORKLOAD_TITLES, ReleaseFigures, speed_text, text_name
+from runtime_bench.records.compare import compare_records
+from runtime_bench.records.groups import BenchGroup
+from runtime_bench.records.record import BenchRecord
 
 __all__ = [
     "Mark",

@@ -13,11 +13,11 @@ from typing import Any
 
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.records import read_record
+from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
+from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.history.record import HISTORY_FILE, read_entries
-from phoneready.pipeline.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
-from phoneready.pipeline.manifest import MANIFEST_FILE, ReleaseManifest
-from phoneready.pipeline.verdict import VERDICTS_FILE, Verdicts
-from phoneready.tracking.settings import TrackingConfig
+from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
+from phoneready.settings.tracking import TrackingConfig
 
 __all__ = ["log_release", "require_mlflow"]
 

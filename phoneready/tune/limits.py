@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from phoneready.pipeline.budgets import BudgetConfig, select
-from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.figure_set import Figure, FigureSet
-from phoneready.pipeline.gate import judge_all
-from phoneready.pipeline.metrics import CHECKPOINT, FigureKey, planned_figures
-from phoneready.pipeline.verdict import INCONCLUSIVE, MISSED, BudgetVerdict, format_figure
-from phoneready.tune.settings import TuneConfig
+from phoneready.figures.budgets import BudgetConfig, select
+from phoneready.figures.figure_set import Figure, FigureSet
+from phoneready.figures.gate import judge_all
+from phoneready.figures.metrics import CHECKPOINT, FigureKey, planned_figures
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, BudgetVerdict, format_figure
+from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.tune import TuneConfig
 from phoneready.tune.space import Point, config_of
 
 __all__ = ["COST", "EXACT", "QUALITY", "Held", "Judged", "Limits", "family", "objective_item"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from runtime_bench.summary import NORMAL_95
+from runtime_bench.records.summary import NORMAL_95
 
 __all__ = ["Observation", "Prediction", "Predictor", "Prior"]
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from cfsp.records import record_to_json
 from phoneready.console import format_bytes, format_rows
-from phoneready.pipeline.config import ReleaseConfig, beside
-from phoneready.tune.settings import SIZE
+from phoneready.settings.release import ReleaseConfig, beside
+from phoneready.settings.tune import SIZE
 from phoneready.tune.space import Point, config_of
 
 __all__ = ["Outlook", "TrialRow", "TuneResult", "format_result", "pareto", "release_toml", "result_to_json"]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
+from phoneready.settings.tune import SIZE, TuneConfig
 from phoneready.tune.forecast import Forecast, Tried
 from phoneready.tune.limits import COST, QUALITY, Judged, Limits
 from phoneready.tune.predict import Prediction
-from phoneready.tune.settings import SIZE, TuneConfig
 from phoneready.tune.space import Point, Recipe
 from phoneready.tune.trial import Bench
 

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from cfsp.architectures import block_linears, decoder_layers, feed_forward, ffn_widths
-from cfsp.checkpoint import save_checkpoint
-from cfsp.model_source import LoadedModel
-from cfsp.plan import PruningPlan
-from cfsp.surgery import cut_channels, set_config_widths
+from cfsp.models.architectures import block_linears, decoder_layers, feed_forward, ffn_widths
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.source import LoadedModel
+from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.surgery import cut_channels, set_config_widths
 from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import FileShape, SizeTemplate, read_shape, size_template
-from runtime_bench.model_facts import ModelFacts
+from runtime_bench.devices.model_facts import ModelFacts
 
 __all__ = ["Sizes"]
 

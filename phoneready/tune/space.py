@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from cfsp.errors import InputError
 from exporters.gguf import QUANTS, required_multiple
-from phoneready.pipeline.budgets import BudgetConfig, select
-from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.metrics import CHECKPOINT, planned_figures
-from phoneready.tune.settings import TuneConfig
+from phoneready.figures.budgets import BudgetConfig, select
+from phoneready.figures.metrics import CHECKPOINT, planned_figures
+from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.tune import TuneConfig
 
 __all__ = ["Point", "Recipe", "config_of", "recipes_of"]
 

@@ -13,29 +13,29 @@ import torch
 from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
 from cfsp.evaluation.tasks import TaskSettings
 from cfsp.evaluation.torch_model import logits_from_hidden
-from cfsp.model_reference import load_model
-from cfsp.model_source import LoadedModel
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
 from exporters.gguf import QUANTS
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.record import EvaluationSettings
 from phoneready.evaluation.run import evaluate
-from phoneready.pipeline.artifact import Artifact
-from phoneready.pipeline.collect import (
+from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.figures.metrics import CHECKPOINT, FigureKey
+from phoneready.release.artifact import Artifact
+from phoneready.release.collect import (
     benchmark_figures,
     judgement_figures,
     projected_figures,
     size_figure,
 )
-from phoneready.pipeline.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.pipeline.metrics import CHECKPOINT, FigureKey
-from phoneready.pipeline.places import open_place
+from phoneready.settings.places import open_place
+from phoneready.settings.tune import TuneConfig
 from phoneready.tune.limits import QUALITY, Limits, family, objective_item
-from phoneready.tune.settings import TuneConfig
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.workshop import Workshop
+from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.files import files_of
-from runtime_bench.measure import run_bench
-from runtime_bench.model_facts import gguf_facts
+from runtime_bench.measuring.measure import run_bench
 from runtime_bench.workload import BenchSettings
 
 __all__ = ["Bench", "Measured"]

@@ -14,22 +14,22 @@ from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.files import write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
-from phoneready.pipeline.budgets import BudgetConfig
-from phoneready.pipeline.config import ReleaseConfig, check_sections
-from phoneready.pipeline.figure_set import DENSE, PRUNED, check_same_model, same_figure
-from phoneready.pipeline.release import load_baseline, release_stages
-from phoneready.pipeline.stages import claim_folder
+from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_figure
+from phoneready.recipe import load_baseline, release_stages
+from phoneready.release.stages import claim_folder
+from phoneready.settings.release import ReleaseConfig, check_sections
+from phoneready.settings.tune import SIZE, TuneConfig
 from phoneready.tune.forecast import Tried
 from phoneready.tune.limits import QUALITY, Judged, Limits, family, objective_item
 from phoneready.tune.predict import Prediction
 from phoneready.tune.result import Outlook, TrialRow, TuneResult, format_result, pareto, release_toml
 from phoneready.tune.search import Candidate, Searcher
-from phoneready.tune.settings import SIZE, TuneConfig
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.study import Done, Study
 from phoneready.tune.trial import Bench
 from phoneready.tune.workshop import Workshop
-from runtime_bench.device_profile import find_profile, load_profiles
+from runtime_bench.devices.profile import find_profile, load_profiles
 
 __all__ = ["RELEASE_FILE", "RESULT_FILE", "TABLE_FILE", "tune"]
 

@@ -11,25 +11,25 @@ from typing import Any
 
 import torch
 
-from cfsp.architectures import ffn_widths
-from cfsp.calibration import Calibration, load_calibration
-from cfsp.checkpoint import save_checkpoint
-from cfsp.cutting import RECONSTRUCTIONS
 from cfsp.errors import InputError
-from cfsp.model_reference import load_model
-from cfsp.model_source import LoadedModel
-from cfsp.plan import PruningPlan, apply_plan
+from cfsp.models.architectures import ffn_widths
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.prune import moment_windows, plan_for, statistics_for
-from cfsp.prune_settings import PruneSettings
+from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.plan import PruningPlan, apply_plan
+from cfsp.pruning.prune import moment_windows, plan_for, statistics_for
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
-from cfsp.statistics import BlockStatistics, collect_input_moments
+from cfsp.text.calibration import Calibration, load_calibration
 from exporters.gguf import QUANTS
 from exporters.gguf.draft import draft_gguf
 from exporters.onnx.folder import find_graph
-from phoneready.pipeline.artifact import Artifact
-from phoneready.pipeline.config import ReleaseConfig
+from phoneready.release.artifact import Artifact
+from phoneready.settings.release import ReleaseConfig
 from phoneready.tune.sizes import Sizes
 from phoneready.tune.space import Point, Recipe
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from cfsp.errors import InputError
 from runtime_bench.browser.chromium import BrowserError, Page
-from runtime_bench.throttling import Throttling
+from runtime_bench.records.throttling import Throttling
 
 __all__ = ["TOLERANCE", "calibrate", "corrected_rate"]
 

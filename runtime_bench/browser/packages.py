@@ -9,8 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
+from cfsp.models.builtin import cache_directory
 
 __all__ = ["fetch_packages", "package_version"]
 

@@ -27,7 +27,7 @@ from runtime_bench.browser.processes import renderer_peak_bytes, renderer_rss_by
 from runtime_bench.engines import EngineFacts
 from runtime_bench.files import files_of
 from runtime_bench.memory import page_cache_share
-from runtime_bench.throttling import Throttling
+from runtime_bench.records.throttling import Throttling
 from runtime_bench.worker import (
     WorkerRequest,
     WorkerResult,

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, remove_stale_temporaries, sha256_file
+from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source

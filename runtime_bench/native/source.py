@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, sha256_file
+from cfsp.models.builtin import cache_directory
+from cfsp.models.pypi import DownloadError, download_distribution
 from cfsp.progress import Progress, no_progress
-from cfsp.pypi import DownloadError, download_distribution
 
 __all__ = ["KNOWN_SHA256", "LlamaSource", "extract_llama", "fetch_source"]
 

@@ -15,11 +15,11 @@ from types import MappingProxyType
 from cfsp.errors import InputError, PhonereadyError
 from runtime_bench.browser.chromium import PageSettings, find_chromium, require_playwright
 from runtime_bench.browser.packages import fetch_packages
-from runtime_bench.device_profile import DeviceProfile
+from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_module
-from runtime_bench.record import Environment
-from runtime_bench.throttling import Throttling
+from runtime_bench.records.record import Environment
+from runtime_bench.records.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["BROWSER_ENGINES", "Browser", "browser_of"]

@@ -12,14 +12,14 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import InputError, PhonereadyError
+from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.native import build_runner
 from runtime_bench.process import exit_reason, result_from_json
-from runtime_bench.record import Environment
+from runtime_bench.records.record import Environment
 from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
 from runtime_bench.targets.depot import Depot
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe

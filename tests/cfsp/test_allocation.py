@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.allocation import (
+from cfsp.errors import InputError
+from cfsp.pruning.allocation import (
     ALLOCATIONS,
     BlockEvidence,
     allocate_widths,
@@ -17,7 +18,6 @@ from cfsp.allocation import (
     loss_keep_ratios,
     mixed_keep_ratios,
 )
-from cfsp.errors import InputError
 
 
 def evidence(

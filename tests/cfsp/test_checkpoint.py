@@ -14,8 +14,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
-from cfsp.checkpoint import (
+from cfsp.errors import InputError
+from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.models.checkpoint import (
     CheckpointInfo,
     is_pruned_checkpoint,
     load_input_moments,
@@ -23,11 +24,10 @@ from cfsp.checkpoint import (
     read_checkpoint_info,
     save_checkpoint,
 )
-from cfsp.errors import InputError
-from cfsp.model_reference import load_model
-from cfsp.model_source import LoadedModel, ModelSource
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.surgery import cut_channels
 from cfsp.records import read_record
-from cfsp.surgery import cut_channels
 
 IDS = torch.arange(60).view(2, 30)
 DIFFERENT = (96, 64, 128, 32)

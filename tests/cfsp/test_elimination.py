@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfsp.elimination import eliminate_channels
 from cfsp.errors import InputError
+from cfsp.pruning.elimination import eliminate_channels
 
 
 def problem(width: int, hidden_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from cfsp.errors import InputError
 from cfsp.evaluation import Branches, TorchLanguageModel
 from cfsp.evaluation.harness import harness_model
 from cfsp.evaluation.tasks import TaskResult, TaskSettings, load_tasks, run_tasks
-from cfsp.model_source import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel, ModelSource
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")
 

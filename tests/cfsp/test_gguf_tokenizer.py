@@ -13,9 +13,9 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from cfsp.errors import InputError
-from cfsp.gguf_file import read_gguf
-from cfsp.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 
 VOCABULARIES = (
     pytest.param("command-r", marks=pytest.mark.slow),

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.gradients import WeightChange, collect_gradients, predict_divergence
+from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.pruning.gradients import WeightChange, collect_gradients, predict_divergence
 
 
 def kl_after(model, change, ids: torch.Tensor) -> float:

@@ -17,13 +17,13 @@ import safetensors.torch
 import torch
 import transformers
 
-from cfsp import builtin
-from cfsp.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
-from cfsp.checkpoint import save_checkpoint
 from cfsp.errors import InputError
-from cfsp.gguf_file import read_gguf
-from cfsp.gguf_model import config_from_gguf
-from cfsp.model_reference import load_model, load_tokenizer
+from cfsp.models import builtin
+from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -356,7 +356,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
 
 
 def test_loading_writes_nothing_to_the_terminal(tiny_folder: Any, tiny_gguf: Any) -> None:
-    code = "import sys; from cfsp.model_reference import load_model; [load_model(r) for r in sys.argv[1:]]"
+    code = "import sys; from cfsp.models.reference import load_model; [load_model(r) for r in sys.argv[1:]]"
     command = [sys.executable, "-c", code, str(tiny_folder()), str(tiny_gguf())]
     root = str(Path(builtin.__file__).parents[1])
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}

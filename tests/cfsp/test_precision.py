@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.calibration import Calibration
-from cfsp.model_reference import LoadedModel, ModelSource
+from cfsp.models.reference import LoadedModel, ModelSource
 from cfsp.precision import fast_dtype, product_dtype, products_in, rounding_dtype
-from cfsp.prune import prune_model
-from cfsp.prune_settings import PruneSettings
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.text.calibration import Calibration
 
 
 def product() -> torch.Tensor:

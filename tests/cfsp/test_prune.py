@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
-from cfsp.calibration import Calibration, load_calibration
-from cfsp.cutting import RECONSTRUCTIONS
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation import divergence, perplexity
-from cfsp.model_reference import LoadedModel, ModelSource
-from cfsp.plan import PruningPlan, apply_plan
-from cfsp.prune import prune_model
-from cfsp.prune_settings import PruneSettings
-from cfsp.reconstruction import reconstruct_down, reconstruct_mean
+from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.plan import PruningPlan, apply_plan
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import collect_statistics
 from cfsp.records import read_record, write_record
-from cfsp.statistics import collect_statistics
-from cfsp.text import TokenWindows
+from cfsp.text.calibration import Calibration, load_calibration
+from cfsp.text.tokens import TokenWindows
 
 TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.architectures import decoder_layers, feed_forward, ffn_widths
 from cfsp.errors import InputError
+from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.pruning.surgery import cut_channels
 from cfsp.recovery import RecoverySettings, check_settings, importance_ranks, load_recovery_data
 from cfsp.recovery.chats import answer_spans, labelled_chat
 from cfsp.recovery.data import IGNORED, Sequences, TrainingMix
@@ -27,8 +28,7 @@ from cfsp.recovery.settings import learning_rate_share
 from cfsp.recovery.state import RunState, ValidationPoint
 from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
-from cfsp.surgery import cut_channels
-from cfsp.text import Document
+from cfsp.text.tokens import Document
 
 TinyModel = Callable[..., tuple[Any, Any]]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from cfsp.architectures import FeedForward
-from cfsp.elimination import eliminate_channels
 from cfsp.errors import InputError
-from cfsp.gradients import ChannelGradients
-from cfsp.scoring import SCORES, ChannelEvidence, score_channels
-from cfsp.statistics import ChannelStatistics
+from cfsp.models.architectures import FeedForward
+from cfsp.pruning.elimination import eliminate_channels
+from cfsp.pruning.gradients import ChannelGradients
+from cfsp.pruning.scoring import SCORES, ChannelEvidence, score_channels
+from cfsp.pruning.statistics import ChannelStatistics
 
 
 @pytest.fixture

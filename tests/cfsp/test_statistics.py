@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.architectures import decoder_layers, feed_forward
 from cfsp.errors import InputError
-from cfsp.statistics import collect_input_moments, collect_statistics
+from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.pruning.statistics import collect_input_moments, collect_statistics
 
 TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 

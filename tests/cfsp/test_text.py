@@ -9,10 +9,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from cfsp.calibration import load_calibration
 from cfsp.errors import InputError
-from cfsp.model_reference import LoadedModel, ModelSource
-from cfsp.text import BUILTIN_TEXT, load_documents, token_windows
+from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.text.calibration import load_calibration
+from cfsp.text.tokens import BUILTIN_TEXT, load_documents, token_windows
 
 CHAT = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}]
 

@@ -19,11 +19,11 @@ import torch
 import transformers
 
 import cfsp
-from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.checkpoint import load_pruned, save_checkpoint
-from cfsp.model_reference import load_model
-from cfsp.model_source import LoadedModel, ModelSource
-from cfsp.surgery import cut_channels
+from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.surgery import cut_channels
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +39,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch, transformers
-from cfsp.checkpoint import load_pruned, save_checkpoint
-from cfsp.model_reference import load_model
+from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.reference import load_model
 
 source, target = map(Path, sys.argv[1:3])
 ids, text = torch.arange(60).view(2, 30), json.loads(sys.argv[3])

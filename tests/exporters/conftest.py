@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.architectures import decoder_layers, feed_forward
-from cfsp.checkpoint import save_checkpoint
-from cfsp.model_reference import LoadedModel, ModelSource
-from cfsp.statistics import collect_input_moments
-from cfsp.surgery import cut_channels, set_config_widths
+from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.pruning.statistics import collect_input_moments
+from cfsp.pruning.surgery import cut_channels, set_config_widths
 from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]

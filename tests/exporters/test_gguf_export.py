@@ -18,9 +18,9 @@ import safetensors.torch
 import tokenizers
 import torch
 
-from cfsp.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.errors import InputError, LimitError
-from cfsp.model_reference import LoadedModel, ModelSource, load_tokenizer
+from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
+from cfsp.models.reference import LoadedModel, ModelSource, load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
 from exporters.gguf import QUANTS, ParityLimits, export_gguf, required_multiple, runtime

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from cfsp.architectures import decoder_layers, feed_forward
+from cfsp.models.architectures import decoder_layers, feed_forward
 from exporters.gguf import runtime
 from exporters.gguf.writer import WrittenFile, write_gguf
 from exporters.parity import compare, reference_of

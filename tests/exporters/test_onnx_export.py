@@ -19,10 +19,10 @@ import onnxruntime
 import pytest
 import torch
 
-from cfsp.checkpoint import load_pruned
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.evaluation.language_model import Branches
-from cfsp.model_reference import load_tokenizer
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
 from exporters.onnx import VARIANTS, export_onnx

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cfsp.model_reference import load_tokenizer
+from cfsp.models.reference import load_tokenizer
 from exporters.onnx.language_model import OnnxLanguageModel
 
 JAVASCRIPT = Path(__file__).resolve().parents[1] / "javascript"

@@ -14,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.architectures import block_linears
-from cfsp.checkpoint import load_pruned
 from cfsp.errors import InputError
-from cfsp.text import tokens_sha256
+from cfsp.models.architectures import block_linears
+from cfsp.models.checkpoint import load_pruned
+from cfsp.text.tokens import tokens_sha256
 from exporters.onnx import export_onnx
 from exporters.onnx.mixed import (
     OFFSET_DIGITS,

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from cfsp.checkpoint import load_pruned
+from cfsp.models.checkpoint import load_pruned
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfsp.architectures import block_linears
 from cfsp.errors import InputError
+from cfsp.models.architectures import block_linears
 from exporters.onnx import BlockFormat
 from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET

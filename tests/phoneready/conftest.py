@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 
 from cfsp.evaluation import Divergence
-from cfsp.model_source import ModelSource
-from cfsp.plan import BlockPlan, PruningPlan, ScoreSummary
-from cfsp.prune_settings import PruneSettings
+from cfsp.models.source import ModelSource
+from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
+from cfsp.pruning.settings import PruneSettings
 from exporters.record import ExportRecord, ParityReport
 from phoneready.evaluation.record import Degeneration, Evaluation, ModelIdentity, TextResult
-from phoneready.pipeline.answers import Answers
-from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.report import ReleaseFigures
-from phoneready.pipeline.verdict import BudgetVerdict, Verdicts
+from phoneready.figures.verdict import BudgetVerdict, Verdicts
+from phoneready.release.answers import Answers
 from phoneready.report.inputs import DeviceProjections, ReportInput
-from runtime_bench.device_profile import load_profiles
-from runtime_bench.model_facts import ModelFacts
-from runtime_bench.projection import project
-from runtime_bench.record import BenchRecord
+from phoneready.report.markdown import ReleaseFigures
+from phoneready.settings.release import ReleaseConfig
+from runtime_bench.devices.model_facts import ModelFacts
+from runtime_bench.devices.profile import load_profiles
+from runtime_bench.devices.projection import project
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.workload import Workload
 
 MakeReportInput = Callable[..., ReportInput]

@@ -15,8 +15,8 @@ from cfsp.records import write_record
 from phoneready.evaluation.record import Evaluation, ModelIdentity, TextResult
 from phoneready.main import main
 from phoneready.report.model_points import point_groups, quality_of
-from runtime_bench.jsonl import append_jsonl
-from runtime_bench.record import BenchRecord
+from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.workload import Workload
 
 MakeRecord = Callable[..., BenchRecord]

@@ -9,9 +9,9 @@ import pytest
 
 from cfsp.errors import InputError
 from phoneready.main import main
-from phoneready.pipeline.config import demo_config_text, load_config, parse_config, with_variants
-from phoneready.pipeline.places import place_details
-from runtime_bench.device_profile import built_in_folder, user_folder
+from phoneready.settings.places import place_details
+from phoneready.settings.release import demo_config_text, load_config, parse_config, with_variants
+from runtime_bench.devices.profile import built_in_folder, user_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = '[model]\nreference = "smollm2-135m"\n'

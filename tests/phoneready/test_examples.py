@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from cfsp.checkpoint import CheckpointInfo
 from cfsp.files import sha256_file
-from phoneready.pipeline.contents import describe_files
-from phoneready.pipeline.manifest import ReleasedFile, make_manifest
-from phoneready.pipeline.publish import seal_release
+from cfsp.models.checkpoint import CheckpointInfo
+from phoneready.publish.contents import describe_files
+from phoneready.publish.manifest import ReleasedFile, make_manifest
+from phoneready.publish.publish import seal_release
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 GROOVY = EXAMPLES / "android" / "buildSrc" / "src" / "main" / "groovy" / "ReleasedModel.groovy"

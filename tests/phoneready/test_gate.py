@@ -11,13 +11,13 @@ import pytest
 
 from cfsp.errors import InconclusiveError, InputError, LimitError
 from cfsp.records import read_record, write_record
-from phoneready.pipeline.budgets import BudgetConfig
-from phoneready.pipeline.config import parse_config
-from phoneready.pipeline.figure_set import Figure, FigureSet, check_same_model, read_baseline
-from phoneready.pipeline.gate import judge_all
-from phoneready.pipeline.gate_files import badge, check_verdicts, write_verdicts
-from phoneready.pipeline.metrics import FigureKey
-from phoneready.pipeline.verdict import BudgetVerdict, Verdicts
+from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.figure_set import Figure, FigureSet, check_same_model, read_baseline
+from phoneready.figures.gate import judge_all
+from phoneready.figures.gate_files import badge, check_verdicts, write_verdicts
+from phoneready.figures.metrics import FigureKey
+from phoneready.figures.verdict import BudgetVerdict, Verdicts
+from phoneready.settings.release import parse_config
 
 MODEL = '[model]\nreference = "some/model"\n'
 SIZE = FigureKey("file_bytes", "Q4_0")

@@ -20,8 +20,8 @@ pytest.importorskip("peft", reason="the recover extra is not installed")
 pytest.importorskip("accelerate", reason="the recover extra is not installed")
 
 from cfsp import load_model
-from cfsp.architectures import ffn_widths
-from cfsp.checkpoint import load_input_moments, read_checkpoint_info
+from cfsp.models.architectures import ffn_widths
+from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
 from cfsp.records import read_record
 from cfsp.recovery import RECOVERY_FILE, RecoveryRecord
 from phoneready.main import main

@@ -15,13 +15,13 @@ import pytest
 
 from cfsp.files import sha256_file
 from cfsp.records import read_record
+from phoneready.figures.figure_set import FigureSet
+from phoneready.figures.metrics import FigureKey
+from phoneready.figures.verdict import Verdicts
 from phoneready.history.record import HISTORY_FILE, read_entries
 from phoneready.main import main
-from phoneready.pipeline.figure_set import FigureSet
-from phoneready.pipeline.metrics import FigureKey
-from phoneready.pipeline.verdict import Verdicts
-from phoneready.pipeline.verify import verify_release
-from runtime_bench.jsonl import read_jsonl
+from phoneready.publish.verify import verify_release
+from runtime_bench.records.jsonl import read_jsonl
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 

@@ -15,22 +15,22 @@ import pytest
 import typer
 from huggingface_hub import ModelCard
 
-from cfsp.checkpoint import CheckpointInfo
 from cfsp.files import sha256_file
+from cfsp.models.checkpoint import CheckpointInfo
 from phoneready.evaluation.record import ModelIdentity
 from phoneready.evaluation.sweep import Sweep, SweepPoint
 from phoneready.main import app, main
-from phoneready.pipeline.bom import make_bom
-from phoneready.pipeline.config import ReleaseConfig
-from phoneready.pipeline.contents import Content, describe_files, read_sums
-from phoneready.pipeline.manifest import ReleaseManifest, make_manifest
-from phoneready.pipeline.model_card import model_card_text
-from phoneready.pipeline.modelfile import modelfile_text
-from phoneready.pipeline.publish import seal_release
-from phoneready.pipeline.single_commands import single_commands
-from phoneready.pipeline.verify import verify_release
+from phoneready.publish.bom import make_bom
+from phoneready.publish.contents import Content, describe_files, read_sums
+from phoneready.publish.manifest import ReleaseManifest, make_manifest
+from phoneready.publish.model_card import model_card_text
+from phoneready.publish.modelfile import modelfile_text
+from phoneready.publish.publish import seal_release
+from phoneready.publish.single_commands import single_commands
+from phoneready.publish.verify import verify_release
 from phoneready.report import ReportInput
 from phoneready.report.plots import make_plots
+from phoneready.settings.release import ReleaseConfig
 
 MakeReportInput = Callable[..., ReportInput]
 

@@ -14,11 +14,11 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.records import write_record
-from phoneready.pipeline.report import bench_notes, render_report, verdict_table
 from phoneready.report import ReportInput, read_verdicts, render_page
 from phoneready.report.escape import plot_text, script_json, spelled_out
+from phoneready.report.markdown import bench_notes, render_report, verdict_table
 from phoneready.report.plots import make_plots
-from runtime_bench.groups import bench_groups
+from runtime_bench.records.groups import bench_groups
 
 MakeReportInput = Callable[..., ReportInput]
 SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")

@@ -14,7 +14,7 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from phoneready.pipeline.stages import Stage, claim_folder, run_stages, stage_folder
+from phoneready.release.stages import Stage, claim_folder, run_stages, stage_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,7 +23,7 @@ import random, sys, time
 from contextlib import nullcontext
 from pathlib import Path
 from cfsp.progress import no_progress
-from phoneready.pipeline.stages import Stage, claim_folder, run_stages, stage_folder
+from phoneready.release.stages import Stage, claim_folder, run_stages, stage_folder
 
 folder = Path(sys.argv[1])
 

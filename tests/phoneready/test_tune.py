@@ -14,10 +14,10 @@ pytest.importorskip("optuna", reason="the tune extra is not installed")
 
 from cfsp.errors import InputError, LimitError
 from cfsp.records import read_record, write_record
+from phoneready.figures.figure_set import PRUNED, Figure, FigureSet
+from phoneready.figures.metrics import FigureKey
 from phoneready.main import main
-from phoneready.pipeline.config import load_config
-from phoneready.pipeline.figure_set import PRUNED, Figure, FigureSet
-from phoneready.pipeline.metrics import FigureKey
+from phoneready.settings.release import load_config
 from phoneready.tune.limits import Limits
 from phoneready.tune.result import TuneResult, format_result, release_toml
 from phoneready.tune.search import Searcher

@@ -33,12 +33,12 @@ from runtime_bench.browser.chromium import (
 )
 from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.browser.worker import open_model, served_files
-from runtime_bench.device_profile import load_profiles
+from runtime_bench.devices.profile import load_profiles
 from runtime_bench.engines import SessionSettings
-from runtime_bench.measure import run_bench
-from runtime_bench.record import record_from_json, record_to_json
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.record import record_from_json, record_to_json
+from runtime_bench.records.throttling import Throttling
 from runtime_bench.targets.browser import Browser, browser_of
-from runtime_bench.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
-from runtime_bench.compare import compare, compare_records
-from runtime_bench.comparison_table import format_comparison
+from runtime_bench.presentation.comparison_table import format_comparison
+from runtime_bench.records.compare import compare, compare_records
 from runtime_bench.workload import Workload
 
 NS = st.lists(st.integers(10**6, 10**9), min_size=5, max_size=8)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.device_profile import FIGURES, built_in_folder, find_profile, load_profiles, read_profile
-from runtime_bench.device_table import format_profile, profile_row
+from runtime_bench.devices.profile import FIGURES, built_in_folder, find_profile, load_profiles, read_profile
+from runtime_bench.presentation.device_table import format_profile, profile_row
 
 GOOD = """
 schema_version = 1

@@ -7,7 +7,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime_bench.markup import escape_cell, escape_markdown, visible
+from runtime_bench.presentation.markup import escape_cell, escape_markdown, visible
 
 
 @given(st.text())

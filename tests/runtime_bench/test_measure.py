@@ -17,9 +17,9 @@ from cfsp.errors import InputError
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from runtime_bench.engines import ENGINES, SessionSettings
-from runtime_bench.measure import run_bench
+from runtime_bench.measuring.measure import run_bench
 from runtime_bench.process import run_worker
-from runtime_bench.record import BenchRecord
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult, request_from_json
 from runtime_bench.workload import BenchSettings, Workload

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from cfsp.builtin import cache_directory
 from cfsp.errors import InputError
+from cfsp.models.builtin import cache_directory
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
-from runtime_bench.measure import run_bench
+from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native import RUNNER_TARGETS, build_runner, read_build, runner_target_for, source
 from runtime_bench.native.run import generate_tokens, generation_request
 from runtime_bench.native.targets import cpu_features
 from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
-from runtime_bench.record import record_to_json
+from runtime_bench.records.record import record_to_json
 from runtime_bench.targets.native import Native
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.device_profile import DeviceProfile
-from runtime_bench.measure import run_bench
-from runtime_bench.model_facts import gguf_facts
-from runtime_bench.projection import MIB, Memory, project, project_memory
+from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices.profile import DeviceProfile
+from runtime_bench.devices.projection import MIB, Memory, project, project_memory
+from runtime_bench.measuring.measure import run_bench
 from runtime_bench.workload import BenchSettings
 
 FIGURES: dict[str, Any] = {

@@ -13,8 +13,8 @@ import pytest
 from cfsp.errors import InputError
 from exporters.gguf.runtime import open_model, quantize
 from runtime_bench.engines import SessionSettings
-from runtime_bench.jsonl import read_jsonl
 from runtime_bench.native.run import generate_tokens, generation_request
+from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.targets.qemu import EMULATORS, RUNNER, QemuAarch64, qemu_aarch64
 
 pytest.importorskip("llama_cpp")

@@ -27,9 +27,9 @@ from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from phoneready.commands.bench_targets import TargetOptions, open_remote, open_targets
 from phoneready.main import main
-from runtime_bench.matrix import run_matrix
-from runtime_bench.measure import run_bench
-from runtime_bench.record import BenchRecord
+from runtime_bench.measuring.matrix import run_matrix
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import LOCAL
 from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote

@@ -9,9 +9,9 @@ import pytest
 
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from runtime_bench.measure import run_bench
-from runtime_bench.table import format_table
-from runtime_bench.text_check import BEGINNINGS, check_text, judge
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.measuring.text_check import BEGINNINGS, check_text, judge
+from runtime_bench.presentation.table import format_table
 from runtime_bench.workload import BenchSettings
 
 pytest.importorskip("llama_cpp")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from runtime_bench.environment import environment_of
-from runtime_bench.measure import run_bench
-from runtime_bench.record import Environment, record_from_json, record_to_json
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.record import Environment, record_from_json, record_to_json
+from runtime_bench.records.thermal import Heat, clock_cap, heat_around, hottest_c
 from runtime_bench.targets import Local
-from runtime_bench.thermal import Heat, clock_cap, heat_around, hottest_c
 from runtime_bench.workload import BenchSettings
 
 CPU = "/sys/devices/system/cpu/cpu{}/cpufreq/{}"

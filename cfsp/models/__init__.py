@@ -1,0 +1,1 @@
+"""Models: where they are found, how they are read, and the checkpoints that pruned ones are kept in."""

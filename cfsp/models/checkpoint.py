@@ -1,0 +1,281 @@
+"""Pruned checkpoints: Hugging Face folders that load with and without phoneready.
+
+Uniform widths give a plain folder. Different widths are written as `per_layer_config`, the schema of
+transformers 5, with a small modelling file through `auto_map`, so that transformers 4 and 5 both build them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import safetensors.torch
+import torch
+import transformers
+
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, read_json, sha256_file, write_json
+from cfsp.models.architectures import ffn_widths
+from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
+from cfsp.models.remote_code import modeling_pruned
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.weights import (
+    check_finite,
+    model_class,
+    model_from_weights,
+    one_line,
+    quiet_transformers,
+    read_safetensors,
+    safetensors_files,
+    sha256_files,
+)
+from cfsp.records import Record, read_record, tool_version, write_record
+
+__all__ = [
+    "INFO_FILE",
+    "PLAN_FILE",
+    "CheckpointInfo",
+    "is_pruned_checkpoint",
+    "load_input_moments",
+    "load_pruned",
+    "read_checkpoint_info",
+    "save_checkpoint",
+]
+
+INFO_FILE = "phoneready.json"
+PLAN_FILE = "pruning_plan.json"
+_MOMENTS_FILE = "input_moments.safetensors"
+_PER_LAYER_CLASSES = MappingProxyType(
+    {
+        "llama": modeling_pruned.PrunedLlamaForCausalLM,
+        "mistral": modeling_pruned.PrunedMistralForCausalLM,
+        "qwen2": modeling_pruned.PrunedQwen2ForCausalLM,
+        "qwen3": modeling_pruned.PrunedQwen3ForCausalLM,
+    }
+)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint is and where it came from.
+
+    Attributes:
+        source: The dense model.
+        widths: intermediate_size of every block, first to last.
+        plan_sha256: Of the checkpoint's plan file; None without a plan.
+        weights_sha256: Of the checkpoint's model.safetensors (shards in order of name).
+        dtype: Of the weights, such as "float32".
+        versions: Package name to version, of what wrote the checkpoint.
+        seed: Seed of the run.
+    """
+
+    KIND: ClassVar[str] = "checkpoint"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    source: ModelSource
+    widths: tuple[int, ...]
+    plan_sha256: str | None
+    weights_sha256: str
+    dtype: str
+    versions: dict[str, str]
+    seed: int
+
+
+def save_checkpoint(
+    loaded: LoadedModel,
+    directory: Path,
+    *,
+    plan: Record | None = None,
+    input_moments: Mapping[str, torch.Tensor] | None = None,
+    extra_records: Mapping[str, Record] | None = None,
+    seed: int = 0,
+    force: bool = False,
+) -> CheckpointInfo:
+    """Write a model, pruned or dense, with its tokenizer, licence and provenance, atomically.
+
+    Args:
+        loaded: The model as it is now; its widths are taken from the weights.
+        directory: Destination.
+        plan: Stored as pruning_plan.json.
+        input_moments: Module name to mean squared input per channel, (in_features,) float32.
+        extra_records: File name to a record that is stored beside the others.
+        seed: Stored in the info.
+        force: Replace an existing folder.
+
+    Raises:
+        InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
+    """
+    widths = ffn_widths(loaded.model)
+    _check_plan(plan, widths)
+    check_finite(loaded.model, loaded.source.name)
+    with atomic_directory(directory, force=force) as folder:
+        _save_model(loaded.model, folder, widths)
+        save_tokenizer(loaded.tokenizer, folder)
+        _save_license(loaded.source, folder)
+        if plan is not None:
+            write_record(folder / PLAN_FILE, plan)
+        for name, record in (extra_records or {}).items():
+            write_record(folder / name, record)
+        if input_moments is not None:
+            moments = {name: values.float().contiguous() for name, values in input_moments.items()}
+            safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)
+        info = CheckpointInfo(
+            source=loaded.source,
+            widths=widths,
+            plan_sha256=sha256_file(folder / PLAN_FILE) if plan is not None else None,
+            weights_sha256=sha256_files(safetensors_files(folder)),
+            dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+            versions=_versions(),
+            seed=seed,
+        )
+        write_record(folder / INFO_FILE, info)
+    return info
+
+
+def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
+    """Load a checkpoint's model in eval mode, without running code from the folder.
+
+    Args:
+        directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
+        dtype: Cast the weights to it; None keeps what is stored.
+
+    Raises:
+        InputError: Not a checkpoint, damaged, or its widths, plan and weights disagree.
+    """
+    config = _read_config(directory)
+    weights: dict[str, torch.Tensor] = {}
+    for file in safetensors_files(directory):
+        weights |= read_safetensors(file)
+    if not weights:
+        raise InputError(f"{directory} has no tensors in its weight files")
+    cls = _PER_LAYER_CLASSES[config.model_type] if _has_widths(config) else model_class(config)
+    stored = next(iter(weights.values())).dtype
+    model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
+    model.config.__dict__.pop("auto_map", None)
+    check_finite(model, str(directory))
+    _check_records(directory, ffn_widths(model))
+    _load_generation_config(model, directory)
+    return model
+
+
+def is_pruned_checkpoint(directory: Path) -> bool:
+    """Whether a folder was written by `save_checkpoint`."""
+    return (directory / INFO_FILE).is_file()
+
+
+def read_checkpoint_info(directory: Path) -> CheckpointInfo:
+    """Read phoneready.json; raises InputError where it is missing or malformed."""
+    return read_record(CheckpointInfo, directory / INFO_FILE)
+
+
+def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
+    """The stored input moments, or None where the checkpoint has none."""
+    file = directory / _MOMENTS_FILE
+    return read_safetensors(file) if file.is_file() else None
+
+
+def _save_model(model: Any, folder: Path, widths: Sequence[int]) -> None:
+    native = model_class(model.config)
+    generation_config = model.generation_config
+    # transformers refuses to save generation settings that contradict each other, which published models have.
+    model.generation_config = transformers.GenerationConfig()
+    try:
+        with quiet_transformers():
+            native.save_pretrained(model, folder)
+    finally:
+        model.generation_config = generation_config
+    generation_config.to_json_file(folder / "generation_config.json")
+    stored = portable_config(read_json(folder / "config.json"), model.config)
+    code = Path(modeling_pruned.__file__)
+    (folder / code.name).unlink(missing_ok=True)
+    for key in ("auto_map", "per_layer_config"):
+        stored.pop(key, None)
+    stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
+    if len(set(widths)) > 1:
+        cls = _PER_LAYER_CLASSES[model.config.model_type]
+        shutil.copyfile(code, folder / code.name)
+        stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{cls.__name__}"}
+        stored["per_layer_config"] = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+    write_json(folder / "config.json", stored)
+
+
+def _save_license(source: ModelSource, folder: Path) -> None:
+    """The source's licence files; where it only names a licence, a file that says which."""
+    origin = Path(source.path) if source.path else None
+    beside = origin if origin is None or origin.is_dir() else origin.parent
+    # A lone GGUF file may lie in a folder of other things, whose licence is not its own.
+    if beside is not None and source.kind != "gguf":
+        copy_notices(beside, folder)
+    if source.license and not any(folder.glob("LICENSE*")):
+        text = f"Derived from {source.base_model or source.name}, whose stated licence is: {source.license}\n"
+        (folder / "LICENSE").write_text(text, encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
+    found = {name: importlib.metadata.version(name) for name in packages}
+    return {"phoneready": tool_version(), "python": platform.python_version(), **found}
+
+
+def _check_plan(plan: Record | None, widths: Sequence[int]) -> None:
+    planned = getattr(plan, "widths", None)
+    if planned is not None and tuple(planned) != tuple(widths):
+        raise InputError("the plan's widths are not the model's", field="plan", value=tuple(planned))
+
+
+def _read_config(directory: Path) -> Any:
+    file = directory / "config.json"
+    settings = read_json(file)
+    if not isinstance(settings, dict) or settings.get("model_type") not in _PER_LAYER_CLASSES:
+        model_type = settings.get("model_type") if isinstance(settings, dict) else None
+        known = ", ".join(_PER_LAYER_CLASSES)
+        raise InputError(
+            f"{file}: unsupported architecture", field="model_type", value=model_type, allowed=known
+        )
+    try:
+        return transformers.AutoConfig.for_model(**settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} cannot be used: {one_line(error)}") from error
+
+
+def _has_widths(config: Any) -> bool:
+    try:
+        return len(set(modeling_pruned.layer_widths(config))) > 1
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"per_layer_config cannot be used: {one_line(error)}") from error
+
+
+def _check_records(directory: Path, widths: tuple[int, ...]) -> None:
+    """The info and the plan, where they are there, must be about these weights."""
+    if not is_pruned_checkpoint(directory):
+        return
+    info = read_checkpoint_info(directory)
+    if info.widths != widths:
+        raise InputError(
+            f"{directory / INFO_FILE} disagrees with the weights", field="widths", value=info.widths
+        )
+    if info.plan_sha256 is None:
+        return
+    plan = directory / PLAN_FILE
+    if not plan.is_file():
+        raise InputError(f"{plan} is missing, though {INFO_FILE} names it")
+    if sha256_file(plan) != info.plan_sha256:
+        raise InputError(f"{plan} is not the plan that these weights were made with (its SHA-256 differs)")
+
+
+def _load_generation_config(model: Any, directory: Path) -> None:
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        model.generation_config = transformers.GenerationConfig.from_pretrained(
+            directory, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file} cannot be used: {one_line(error)}") from error

@@ -1,0 +1,239 @@
+"""Models of GGUF files: configuration from the metadata, weights dequantized into a transformers model.
+
+transformers reads GGUF as well, but needs accelerate for it, differs between its major versions, and leaves out
+the special tokens and the scaling of rotary frequencies; so the architectures that can be pruned are read here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from cfsp.errors import InputError
+from cfsp.models.gguf_file import GGUFFile
+from cfsp.models.weights import model_from_weights, one_line
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["GGUF_ARCHITECTURES", "config_from_gguf", "model_from_gguf"]
+
+
+@dataclass(frozen=True)
+class GGUFArchitecture:
+    """How an architecture of llama.cpp maps to transformers.
+
+    Attributes:
+        model_type: transformers' name.
+        interleaved_rope: q and k rows are stored with the rotary halves interleaved.
+        biased: Whether q, k and v always have biases; None where the tensors decide.
+    """
+
+    model_type: str
+    interleaved_rope: bool = False
+    biased: bool | None = None
+
+
+GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = MappingProxyType(
+    {
+        "llama": GGUFArchitecture("llama", interleaved_rope=True),
+        "qwen2": GGUFArchitecture("qwen2", biased=True),
+        "qwen3": GGUFArchitecture("qwen3"),
+    }
+)
+
+_NAMES = MappingProxyType(
+    {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "output": "lm_head",
+    }
+)
+# rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
+_ROPE_FREQUENCIES = "rope_freqs.weight"
+_LLAMA3_FACTORS = (8.0, 32.0)
+
+
+def config_from_gguf(file: GGUFFile) -> Any:
+    """transformers configuration of a GGUF file, special token ids included.
+
+    Raises:
+        InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
+    """
+    row = _row(file)
+    try:
+        settings = _settings(file, row)
+        return transformers.AutoConfig.for_model(row.model_type, **settings)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise InputError(f"{file.path}: metadata of the wrong kind: {one_line(error)}") from error
+
+
+def _settings(file: GGUFFile, row: GGUFArchitecture) -> dict[str, Any]:
+    """Keyword arguments of the transformers configuration."""
+    shapes = {tensor.name: tensor.shape for tensor in file}
+    heads = int(file.hyperparameter("attention.head_count") or 0)
+    hidden = int(file.hyperparameter("embedding_length") or 0)
+    if not heads or not hidden or "token_embd.weight" not in shapes:
+        raise InputError(
+            f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
+        )
+    width = file.require(f"{file.architecture}.feed_forward_length")
+    if isinstance(width, list):
+        raise InputError(f"{file.path} has per-layer FFN widths; use the checkpoint it was exported from")
+    settings: dict[str, Any] = {
+        "vocab_size": shapes["token_embd.weight"][0],
+        "hidden_size": hidden,
+        "intermediate_size": int(width),
+        "num_hidden_layers": int(file.require(f"{file.architecture}.block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(file.hyperparameter("attention.head_count_kv", heads)),
+        "head_dim": int(file.hyperparameter("attention.key_length", hidden // heads)),
+        "max_position_embeddings": int(file.hyperparameter("context_length", 2048)),
+        "rms_norm_eps": _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "torch_dtype": "float32",
+        **_rope_settings(file),
+        **_special_ids(file),
+    }
+    _check_shapes(file, shapes, settings)
+    if row.biased is None:
+        settings["attention_bias"] = "blk.0.attn_q.bias" in shapes
+        settings["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
+    if row.model_type == "qwen3":
+        del settings["mlp_bias"]
+    return settings
+
+
+def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = no_progress) -> Any:
+    """The model of a GGUF file, dequantized, in eval mode.
+
+    Raises:
+        InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
+    """
+    config = config_from_gguf(file)
+    weights = {}
+    for done, tensor in enumerate(file, 1):
+        if tensor.name != _ROPE_FREQUENCIES:
+            values = torch.from_numpy(tensor.dequantize()).to(dtype)
+            if _row(file).interleaved_rope:
+                values = _split_halves(tensor.name, values, config)
+            weights[_transformers_name(file, tensor.name)] = values
+        progress("reading GGUF", done, len(file.tensors))
+    model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
+    ends = [
+        i for i in (config.eos_token_id, file.metadata.get("tokenizer.ggml.eot_token_id")) if i is not None
+    ]
+    model.generation_config.eos_token_id = ends if len(set(ends)) > 1 else config.eos_token_id
+    model.generation_config.bos_token_id = config.bos_token_id
+    model.generation_config.pad_token_id = config.pad_token_id
+    return model
+
+
+def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
+    """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
+    hidden, width, head_dim = settings["hidden_size"], settings["intermediate_size"], settings["head_dim"]
+    last = settings["num_hidden_layers"] - 1
+    expected = {
+        "token_embd.weight": (settings["vocab_size"], hidden),
+        "blk.0.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
+        "blk.0.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
+        f"blk.{last}.ffn_up.weight": (width, hidden),
+    }
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            raise InputError(
+                f"{file.path}: the metadata does not fit the tensors",
+                field=name,
+                value=shapes.get(name),
+                allowed=str(shape),
+            )
+
+
+def _row(file: GGUFFile) -> GGUFArchitecture:
+    if file.architecture not in GGUF_ARCHITECTURES:
+        raise InputError(
+            f"{file.path}: unsupported architecture",
+            field="general.architecture",
+            value=file.architecture,
+            allowed=", ".join(GGUF_ARCHITECTURES),
+        )
+    return GGUF_ARCHITECTURES[file.architecture]
+
+
+def _shortest(value: float) -> float:
+    """The number that was meant by a stored float32: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _special_ids(file: GGUFFile) -> dict[str, int | None]:
+    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    return {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+
+
+def _transformers_name(file: GGUFFile, name: str) -> str:
+    parts = name.split(".")
+    block = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
+    module = parts[-2] if len(parts) == (4 if block else 2) else ""
+    if module not in _NAMES:
+        raise InputError(f"{file.path} has a tensor that {file.architecture} models do not have", value=name)
+    return f"{block}{_NAMES[module]}.{parts[-1]}"
+
+
+def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
+    """Undo llama.cpp's interleaving: rows (2i, 2i + 1) of a head become rows (i, i + head_dim / 2)."""
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
+    if heads is None:
+        return values
+    return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _rope_settings(file: GGUFFile) -> dict[str, Any]:
+    """rope_theta and rope_scaling, which transformers 5 understands as well and renames.
+
+    Of the scaled kinds, Llama 3's is known: a file carries its frequency divisors in place of its settings.
+    """
+    theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
+    kind = file.hyperparameter("rope.scaling.type", "none")
+    if kind != "none":
+        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed="none")
+    stored = next((tensor for tensor in file if tensor.name == _ROPE_FREQUENCIES), None)
+    if stored is None:
+        return {"rope_theta": theta}
+    divisors = torch.from_numpy(stored.dequantize())
+    for factor in _LLAMA3_FACTORS:
+        if torch.allclose(divisors, _llama3_divisors(theta, len(divisors), factor), rtol=1e-3):
+            scaling = {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+            return {"rope_theta": theta, "rope_scaling": scaling}
+    raise InputError(f"{file.path}: {_ROPE_FREQUENCIES} is not Llama 3's scaling, the only one supported")
+
+
+def _llama3_divisors(theta: float, count: int, factor: float) -> torch.Tensor:
+    """Divisors (head_dim / 2,) of rotary frequencies: 1 for short waves, `factor` for long, blended between."""
+    frequencies = theta ** -(torch.arange(count, dtype=torch.float64) / count)
+    turns = 8192 * frequencies / (2 * math.pi)
+    blend = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
+    return (1 / ((1 - blend) / factor + blend)).float()

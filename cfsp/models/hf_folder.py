@@ -1,0 +1,129 @@
+"""Loading models and tokenizers from Hugging Face folders, with every failure told in one line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+
+from cfsp.errors import InputError
+from cfsp.files import read_json
+from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_checkpoint_info
+from cfsp.models.source import ModelSource
+from cfsp.models.weights import check_loading, one_line, quiet_transformers, safetensors_files, sha256_files
+
+__all__ = ["check_config", "folder_source", "load_folder", "load_folder_tokenizer"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder whose model can be pruned, looked at before any weights are.
+
+    Raises:
+        InputError: No config.json, an architecture that is not in the table, or quantized weights.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(
+            f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"
+        )
+    settings = read_json(file)
+    model_type = settings.get("model_type") if isinstance(settings, dict) else None
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise InputError(
+            f"{file}: unsupported architecture", field="model_type", value=model_type, allowed=known
+        )
+    if settings.get("quantization_config"):
+        method = settings["quantization_config"].get("quant_method")
+        raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
+    return dict(settings)
+
+
+def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
+
+    Raises:
+        InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
+    """
+    settings = check_config(folder)
+    safetensors_files(folder)
+    if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
+        return load_pruned(folder, dtype)
+    try:
+        with quiet_transformers():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    check_loading(report, str(folder))
+    return model.eval()
+
+
+def load_folder_tokenizer(folder: Path) -> Any:
+    """The fast tokenizer of a folder.
+
+    tokenizer.json is read as it stands: the class that AutoTokenizer would choose by model type may replace
+    what the file says about splitting.
+
+    Raises:
+        InputError: No tokenizer, a damaged one, or one without a fast form.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer", allowed=f"one of {', '.join(_TOKENIZER_FILES)} in it")
+    complete = (folder / "tokenizer.json").is_file()
+    reader = transformers.PreTrainedTokenizerFast if complete else transformers.AutoTokenizer
+    try:
+        with quiet_transformers():
+            tokenizer = reader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer in {folder} has no fast form", allowed="a folder with tokenizer.json"
+        )
+    # The general class would add token_type_ids, which none of the supported models takes.
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def folder_source(folder: Path, source: ModelSource) -> ModelSource:
+    """Complete a source with hash, licence and base model; a pruned checkpoint names its dense model's."""
+    completed = replace(source, sha256=sha256_files(safetensors_files(folder)))
+    if is_pruned_checkpoint(folder):
+        dense = read_checkpoint_info(folder).source
+        return replace(
+            completed,
+            name=dense.name,
+            license=dense.license,
+            base_model=dense.base_model,
+            made_from=dense.sha256,
+        )
+    card = _model_card(folder)
+    base_model = card.get("base_model") or (source.reference if source.kind == "hub" else None)
+    return replace(completed, license=card.get("license"), base_model=base_model)
+
+
+def _model_card(folder: Path) -> dict[str, str]:
+    """Top-level `key: value` lines, and one-item lists, of README.md's front matter."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return {}
+    head = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    pairs = re.findall(
+        r"^(\w+):[ \t]*(?:\n[ \t]*-[ \t]*)?([^\s#][^\n]*)$", head[1] if head else "", re.MULTILINE
+    )
+    return {key: value.strip().strip("'\"") for key, value in pairs}

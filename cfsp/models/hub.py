@@ -1,0 +1,75 @@
+"""Models on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cfsp.errors import InputError
+from cfsp.models.folder_format import NOTICE_PATTERNS
+from cfsp.models.hf_folder import check_config
+from cfsp.models.weights import one_line, quiet_transformers
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["fetch_hub_model", "hub_reference"]
+
+_REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
+_TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
+_MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "*.py")
+_NOTICE_PATTERNS = ("README.md", *NOTICE_PATTERNS)
+
+
+def hub_reference(text: str) -> tuple[str, str | None] | None:
+    """(OWNER/NAME, revision) of a hub reference; None where `text` cannot be one."""
+    match = _REFERENCE.fullmatch(text)
+    return (match["name"], match["revision"]) if match else None
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub client's warnings about retries off the terminal: its last error is told in the end."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def fetch_hub_model(
+    name: str, revision: str | None, *, tokenizer_only: bool = False, progress: Progress = no_progress
+) -> Path:
+    """Folder of a hub model in the hub client's cache; config.json is fetched and judged before the weights.
+
+    Raises:
+        InputError: No such model, no access to it, no network, or an architecture that is not in the table.
+    """
+    import huggingface_hub
+
+    progress(f"fetching {name}", 0, 1)
+    patterns = (
+        _TOKENIZER_PATTERNS if tokenizer_only else _TOKENIZER_PATTERNS + _MODEL_PATTERNS + _NOTICE_PATTERNS
+    )
+    try:
+        with _quiet_hub(), quiet_transformers():
+            config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+            check_config(Path(config).parent)
+            commit = Path(config).parent.name
+            folder = huggingface_hub.snapshot_download(
+                name, revision=commit, allow_patterns=["config.json", *patterns], ignore_patterns=["*/*"]
+            )
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # the hub client's errors, and those of what it sends requests with, share no base
+        raise InputError(
+            f"{name} is no local path and cannot be fetched from the hub: {one_line(error, 160)}",
+            allowed="a folder, a .gguf file, or a hub model that can be reached",
+        ) from error
+    progress(f"fetching {name}", 1, 1)
+    return Path(folder)

@@ -1,0 +1,128 @@
+"""From a model reference to a model and its tokenizer.
+
+A reference is one of
+    smollm2-135m         a built-in alias (see cfsp.models.builtin)
+    FOLDER               a Hugging Face folder with safetensors, or a checkpoint that phoneready saved
+    FILE.gguf            a GGUF file, dequantized
+    OWNER/NAME[@REV]     a model on the Hugging Face hub
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.errors import InputError
+from cfsp.files import sha256_file
+from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
+from cfsp.models.gguf_file import GGUFFile, read_gguf
+from cfsp.models.gguf_model import model_from_gguf
+from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.models.hf_folder import check_config, folder_source, load_folder, load_folder_tokenizer
+from cfsp.models.hub import fetch_hub_model, hub_reference
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.weights import check_finite
+from cfsp.progress import Progress, no_progress
+
+__all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer"]
+
+
+def load_model(
+    reference: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> LoadedModel:
+    """Load a causal LM and its tokenizer.
+
+    Args:
+        reference: See the module's docstring.
+        dtype: The weights are cast to it.
+        trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        progress: Told about downloads and loading.
+
+    Raises:
+        InputError: The reference leads nowhere, or what it leads to cannot be used.
+    """
+    source = _locate(reference, progress=progress)
+    path = Path(source.path or "")
+    if path.is_file():
+        file = read_gguf(path)
+        tokenizer = tokenizer_from_gguf(file)
+        model = model_from_gguf(file, dtype=dtype, progress=progress)
+        source = _complete_from_gguf(source, file)
+    else:
+        progress(f"loading {source.name}", 0, 1)
+        check_config(path)
+        tokenizer = load_folder_tokenizer(path)
+        model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        source = folder_source(path, source)
+        progress(f"loading {source.name}", 1, 1)
+    check_finite(model, str(path))
+    _check_vocabulary(model, tokenizer, path)
+    return LoadedModel(model, tokenizer, source)
+
+
+def load_tokenizer(reference: str | Path) -> Any:
+    """Load only the tokenizer of a reference.
+
+    Raises:
+        InputError: As `load_model`.
+    """
+    path = Path(_locate(reference, progress=no_progress, tokenizer_only=True).path or "")
+    return tokenizer_from_gguf(path) if path.is_file() else load_folder_tokenizer(path)
+
+
+def _locate(reference: str | Path, *, progress: Progress, tokenizer_only: bool = False) -> ModelSource:
+    """Find, or fetch, what a reference stands for; the result's path is a GGUF file or a folder."""
+    text = str(reference)
+    path = Path(reference)
+    if text in BUILTIN_MODELS:
+        row = BUILTIN_MODELS[text]
+        file = fetch_builtin(text, progress=progress)
+        return ModelSource(text, "builtin", row.name, str(file), sha256=row.sha256, base_model=row.base_model)
+    if path.is_dir():
+        return ModelSource(text, "folder", path.resolve().name, str(path))
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError("not a model", field="model", value=text, allowed="a folder or a .gguf file")
+        return ModelSource(text, "gguf", path.stem, str(path))
+    hub = hub_reference(text)
+    if hub is None or path.suffix == ".gguf":
+        known = ", ".join(BUILTIN_MODELS)
+        raise InputError(
+            "no such model",
+            field="model",
+            value=text,
+            allowed=f"a folder, a .gguf file, OWNER/NAME on the hub, or built in: {known}",
+        )
+    name, revision = hub
+    folder = fetch_hub_model(name, revision, tokenizer_only=tokenizer_only, progress=progress)
+    return ModelSource(text, "hub", name.rpartition("/")[2], str(folder), revision=folder.name)
+
+
+def _complete_from_gguf(source: ModelSource, file: GGUFFile) -> ModelSource:
+    """Hash, licence and origin, the latter two as the file states them."""
+    stated = file.metadata.get
+    base = stated("general.base_model.0.name") or stated("general.name")
+    owner = stated("general.base_model.0.organization") or stated("general.organization")
+    base_model = f"{owner}/{base}" if owner and base else base
+    return replace(
+        source,
+        sha256=source.sha256 or sha256_file(file.path),
+        license=stated("general.license"),
+        base_model=source.base_model or base_model,
+        made_from=stated("phoneready.source_sha256"),
+    )
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, path: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
+        )

@@ -1,0 +1,163 @@
+"""Building transformers models from tensors, and reading safetensors, with every failure told in one line."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+import transformers
+
+from cfsp.errors import InputError
+from cfsp.files import read_json
+from cfsp.models.architectures import spec_for
+
+__all__ = [
+    "check_finite",
+    "check_loading",
+    "model_class",
+    "model_from_weights",
+    "one_line",
+    "quiet_transformers",
+    "read_safetensors",
+    "safetensors_files",
+    "sha256_files",
+]
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's text on one line, cut to `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def model_class(config: Any) -> Any:
+    """transformers' own causal LM class for a configuration whose model type is in the architecture table."""
+    spec_for(config)
+    try:
+        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        raise InputError(
+            "models with code of their own are not supported", field="config", value=type(config).__name__
+        ) from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from drawing bars and from logging anything below errors, which are told our way."""
+    logs = transformers.utils.logging
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
+
+
+def model_from_weights(
+    config: Any, weights: Mapping[str, torch.Tensor], *, dtype: torch.dtype, where: str, cls: Any = None
+) -> Any:
+    """A causal LM in eval mode with the given weights, all of them and no others.
+
+    Args:
+        config: transformers configuration.
+        weights: Parameter name to tensor.
+        dtype: Of the model; the tensors are cast to it.
+        where: File named in errors.
+        cls: Model class; transformers' own for the configuration unless given.
+
+    Raises:
+        InputError: Tensors are missing, unknown, or of the wrong shape.
+    """
+    builder = cls or model_class(config)
+    try:
+        with quiet_transformers():
+            model, report = builder.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(weights),
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, and told below by name
+            )
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{where}: the weights do not fit the configuration: {one_line(error)}") from error
+    check_loading(report, where)
+    return model.eval()
+
+
+def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:
+    """Raise InputError where transformers reports missing, unknown or misshapen tensors."""
+    for key, what in (
+        ("mismatched_keys", "tensors of the wrong shape"),
+        ("missing_keys", "missing tensors"),
+        ("unexpected_keys", "tensors that the model does not have"),
+    ):
+        names = sorted(str(name[0] if isinstance(name, tuple) else name) for name in report.get(key) or ())
+        # Old checkpoints store rotary frequencies, which are computed nowadays.
+        names = [name for name in names if not name.endswith("inv_freq")]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise InputError(f"{where}: {what}: {', '.join(names[:3])}{more}")
+
+
+def check_finite(model: Any, where: str) -> None:
+    """Raise InputError where a weight is NaN or infinite, naming the tensor."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(f"{where}: the weights of {name} are not all finite (NaN or infinity)")
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder, in order of name.
+
+    Raises:
+        InputError: None there (pickled weights are refused), or a shard is missing.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        index = read_json(folder / INDEX_FILE)
+        names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()
+        files = [folder / name for name in sorted(names)]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing or not files:
+            raise InputError(
+                f"{folder / INDEX_FILE} names weight files that are missing: {', '.join(missing)}"
+            )
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise InputError(
+            f"{folder} holds pickled weights only, which can run code when they are read",
+            allowed="safetensors",
+        )
+    raise InputError(f"{folder} has no weights", allowed=f"{SINGLE_FILE} or {INDEX_FILE} with its shards")
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file; raises InputError where it is missing, damaged or cut short."""
+    try:
+        return dict(safetensors.torch.load_file(file))
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged or cut short: {one_line(error)}") from error
+
+
+def sha256_files(files: Iterable[Path]) -> str:
+    """Hex SHA-256 over the bytes of several files, one after another."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""CFSP: statistics, scores, plans, cuts and their closed-form repair."""

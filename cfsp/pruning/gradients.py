@@ -1,0 +1,225 @@
+"""What the loss says about every block: one backward pass over calibration windows.
+
+The loss of a token is the negative log-likelihood of a label drawn from the model's own prediction. The second
+moment of its gradient g is then the Fisher matrix F, and for a small change delta of an activation
+KL(dense || changed) = E[delta^T F delta] / 2 to second order. No labels are needed, and the text's own next tokens
+(which would give the "empirical" Fisher) are not used.
+
+Notation as in cfsp.pruning.statistics: X (T x intermediate_size) is down_proj's input, D (hidden_size,
+intermediate_size) its weight, g_t (hidden_size,) the gradient at down_proj's output for token t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.streaming import output_hook
+
+__all__ = [
+    "BlockGradients",
+    "ChannelGradients",
+    "WeightChange",
+    "collect_gradients",
+    "predict_divergence",
+]
+
+_HEAD_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class ChannelGradients:
+    """Gradient moments of one block.
+
+    Attributes:
+        output: (hidden_size, hidden_size) float64, mean over tokens of g_t g_t^T: K-FAC's output factor.
+        taylor: (intermediate_size,) mean of |X_ti (D^T g_t)_i|: first-order change of the loss without channel i.
+        fisher: (intermediate_size,) mean of (X_ti (D^T g_t)_i)^2: twice its second-order change.
+    """
+
+    output: torch.Tensor
+    taylor: torch.Tensor
+    fisher: torch.Tensor
+
+
+BlockGradients = tuple[ChannelGradients, ...]
+"""One entry a block."""
+
+
+class _Sums:
+    """Running sums of one block, and the tensors of the window in flight."""
+
+    def __init__(self, ffn: FeedForward) -> None:
+        self.ffn = ffn
+        hidden_size = ffn.down.weight.shape[0]
+        self.output = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
+        self.taylor = torch.zeros(ffn.width, dtype=torch.float64)
+        self.fisher = torch.zeros(ffn.width, dtype=torch.float64)
+        self.x: torch.Tensor | None = None
+
+    def keep_input(self, module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """Forward hook of down_proj; its output reports its gradient as soon as that is known."""
+        self.x = args[0].detach()
+        output.register_hook(self.add)  # type: ignore[no-untyped-call]
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add one window's gradient at down_proj's output, (1, seqlen, hidden_size)."""
+        g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+        assert self.x is not None  # the forward pass ran before the backward pass
+        products = self.x.reshape(len(g), -1).float() * (g @ self.ffn.down.weight.float())
+        self.output += g.T @ g
+        self.taylor += products.abs().sum(0, dtype=torch.float64)
+        self.fisher += products.square().sum(0, dtype=torch.float64)
+        self.x = None
+
+
+def collect_gradients(
+    model: Any, input_ids: torch.Tensor, *, seed: int = 0, progress: Progress = no_progress
+) -> BlockGradients:
+    """Run every window forwards and backwards once; about three times the time of a forward pass.
+
+    Args:
+        model: A causal LM of the architecture table, in eval mode; unchanged, and no parameter gets a gradient.
+        input_ids: (nsamples, seqlen) int64.
+        seed: Of the drawn labels.
+        progress: Told after each window.
+
+    Raises:
+        InputError: A gradient is not finite.
+    """
+    sums = [_Sums(feed_forward(model, layer)) for layer in decoder_layers(model)]
+    with _hooked(sums):
+        _run_backwards(model, input_ids, seed, progress)
+    n_tokens = input_ids.numel()
+    result = tuple(
+        ChannelGradients(s.output / n_tokens, s.taylor / n_tokens, s.fisher / n_tokens) for s in sums
+    )
+    for index, block in enumerate(result):
+        if not bool(torch.isfinite(block.fisher).all()):
+            raise InputError(f"gradients of block {index} are not finite; check the weights and their dtype")
+    return result
+
+
+@dataclass(frozen=True)
+class WeightChange:
+    """A change of a Linear's weight.
+
+    Attributes:
+        module: Name of the Linear.
+        matrix: Gives C (rows, in_features) float32; it is called for each window, so that not all have to be held.
+        rows: Of the weight, to which C is added.
+    """
+
+    module: str
+    matrix: Callable[[], torch.Tensor]
+    rows: slice = field(default_factory=lambda: slice(None))
+
+
+class _Watch:
+    """What changing one Linear's weight does to the loss, summed over tokens."""
+
+    def __init__(self, change: WeightChange) -> None:
+        self.change, self.total = change, 0.0
+
+    def watch(self, x: torch.Tensor, output: torch.Tensor) -> None:
+        """Keep the Linear's input of a window until the gradient at its output is known."""
+        kept = x.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            delta = kept.reshape(len(g), -1).float() @ self.change.matrix().T
+            self.total += float((g[:, self.change.rows] * delta).sum(1).square().sum())
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+
+def predict_divergence(
+    model: Any,
+    changes: Mapping[str, WeightChange],
+    input_ids: torch.Tensor,
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> dict[str, float]:
+    """KL(model || model with one Linear's weight changed), to second order, for each of many Linears at once.
+
+    A change C of a weight moves the output for token t by C x_t, which costs E[(g_t^T C x_t)^2] / 2: the Fisher
+    matrix's quadratic form, with what tokens do to each other through it left out.
+
+    Args:
+        model: A causal LM of the architecture table, in eval mode; unchanged.
+        changes: By any name.
+        input_ids: (nsamples, seqlen) int64.
+        seed: Of the drawn labels.
+        progress: Told after each window.
+
+    Returns:
+        Name -> nats a token.
+
+    Raises:
+        InputError: A prediction is not finite.
+    """
+    watched = {name: _Watch(change) for name, change in changes.items()}
+    with ExitStack() as stack:
+        for watch in watched.values():
+            linear: nn.Linear = model.get_submodule(watch.change.module)
+            stack.enter_context(output_hook(linear, watch.watch))
+        _run_backwards(model, input_ids, seed, progress)
+    result = {name: watch.total / input_ids.numel() / 2 for name, watch in watched.items()}
+    for name, value in result.items():
+        if not math.isfinite(value):
+            raise InputError("gradients are not finite; check the weights and their dtype", field=name)
+    return result
+
+
+def _run_backwards(model: Any, input_ids: torch.Tensor, seed: int, progress: Progress) -> None:
+    """Forwards and backwards through every window, under whatever hooks are set."""
+    generator = torch.Generator().manual_seed(seed)
+    with _frozen(model):
+        for done, window in enumerate(input_ids, 1):
+            _backward(model, window, generator)
+            progress("measuring gradients", done, len(input_ids))
+
+
+def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> None:
+    """Backward pass of one window (seqlen,); the head runs in chunks, so that seqlen x vocab_size is never held."""
+    embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
+    hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    # The head's part ends at a copy of the hidden states, whose gradient then starts the blocks' part.
+    ending = hidden[0].detach().requires_grad_()
+    for chunk in ending.split(_HEAD_CHUNK):
+        logits = head(chunk).float()
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
+    torch.autograd.backward(hidden, ending.grad[None])
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def _hooked(sums: Sequence[_Sums]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for block in sums:
+            stack.callback(block.ffn.down.register_forward_hook(block.keep_input).remove)
+        yield

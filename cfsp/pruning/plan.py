@@ -1,0 +1,264 @@
+"""What to prune, decided once and written down: the PruningPlan.
+
+`make_plan` decides, `apply_plan` changes the model. A plan ranks all channels of every block, so that it can be
+re-allocated to another ratio without another calibration (`at_ratio`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, ffn_widths, spec_for
+from cfsp.precision import products_in
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.allocation import BlockEvidence, allocate_widths
+from cfsp.pruning.cutting import RECONSTRUCTIONS, Cut
+from cfsp.pruning.scoring import ChannelEvidence, score_channels
+from cfsp.pruning.settings import PruneSettings, check_settings
+from cfsp.pruning.statistics import BlockStatistics
+from cfsp.pruning.surgery import set_config_widths
+
+__all__ = ["BlockPlan", "PruningPlan", "ScoreSummary", "apply_plan", "check_plan_fits", "make_plan"]
+
+
+_LOSS_SEGMENTS = 64
+"""Resolution of the predicted loss over a block's width."""
+
+
+@dataclass(frozen=True)
+class ScoreSummary:
+    """Scores of one block: extremes, median, and the share of their sum that the kept channels hold."""
+
+    minimum: float
+    median: float
+    maximum: float
+    kept_share: float
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block's part of a plan.
+
+    Attributes:
+        width: Number of channels kept.
+        importance: Coarse importance of the block.
+        ranking: All channel indices, best first; the first `width` are kept.
+        scores: Summary of the scores behind the ranking.
+        loss_curve: Predicted loss in nats a token at evenly spaced widths from 0 to all channels; empty where the
+            allocation does not read it.
+    """
+
+    width: int
+    importance: float
+    ranking: tuple[int, ...]
+    scores: ScoreSummary
+    loss_curve: tuple[float, ...] = ()
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Indices of the kept channels, ascending."""
+        return tuple(sorted(self.ranking[: self.width]))
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which channels of which model are kept, and why.
+
+    Attributes:
+        model_type: Row of the architecture table.
+        source: Model reference the plan was made for.
+        source_sha256: Hash of that model, where known.
+        calibration: References of the calibration text.
+        calibration_sha256: Hash of the calibration token ids.
+        calibration_tokens: Their number.
+        seed: Seed of calibration.
+        settings: How the plan was made.
+        dense_widths: intermediate_size of each block before pruning.
+        blocks: One entry a block.
+    """
+
+    KIND: ClassVar[str] = "pruning_plan"
+    SCHEMA_VERSION: ClassVar[int] = 2
+
+    model_type: str
+    source: str
+    source_sha256: str | None
+    calibration: tuple[str, ...]
+    calibration_sha256: str
+    calibration_tokens: int
+    seed: int
+    settings: PruneSettings
+    dense_widths: tuple[int, ...]
+    blocks: tuple[BlockPlan, ...]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Kept width of each block."""
+        return tuple(block.width for block in self.blocks)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Realized share of FFN channels kept."""
+        return sum(self.widths) / sum(self.dense_widths)
+
+    def at_ratio(self, prune_ratio: float) -> PruningPlan:
+        """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
+        settings = replace(self.settings, prune_ratio=prune_ratio)
+        importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
+        widths = _widths(importance, self.dense_widths, [b.loss_curve for b in self.blocks], settings)
+        blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
+        return replace(self, settings=settings, blocks=blocks)
+
+
+def make_plan(
+    model: Any,
+    statistics: BlockStatistics,
+    settings: PruneSettings,
+    *,
+    source: str,
+    source_sha256: str | None,
+    calibration: Sequence[str],
+    calibration_sha256: str,
+    seed: int,
+) -> PruningPlan:
+    """Decide which channels every block keeps; the model is not changed.
+
+    Args:
+        model: The dense model the statistics belong to.
+        statistics: Of one pass over the calibration text.
+        settings: How to prune.
+        source: Model reference, for the record.
+        source_sha256: Hash of the model, for the record.
+        calibration: Text references, for the record.
+        calibration_sha256: Hash of the calibration tokens, for the record.
+        seed: Calibration's seed, for the record.
+
+    Raises:
+        InputError: An unknown name or a value out of range in the settings.
+    """
+    check_settings(settings)
+    importance = statistics.importance[settings.coarse_metric]
+    dense_widths = ffn_widths(model)
+    scores, curves = [], []
+    for index, layer in enumerate(decoder_layers(model)):
+        evidence = _evidence(feed_forward(model, layer), statistics, index, settings)
+        scores.append(score_channels(settings.score, evidence))
+        curves.append(_loss_curve(evidence, settings))
+    widths = _widths(importance, dense_widths, curves, settings)
+    blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
+    return PruningPlan(
+        model_type=spec_for(model.config).model_type,
+        source=source,
+        source_sha256=source_sha256,
+        calibration=tuple(calibration),
+        calibration_sha256=calibration_sha256,
+        calibration_tokens=statistics.n_tokens,
+        seed=seed,
+        settings=settings,
+        dense_widths=dense_widths,
+        blocks=tuple(blocks),
+    )
+
+
+def apply_plan(
+    model: Any,
+    plan: PruningPlan,
+    *,
+    statistics: BlockStatistics | None = None,
+    input_ids: torch.Tensor | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
+
+    Blocks that keep all of their channels are left untouched, so a ratio of 0 changes nothing.
+
+    Args:
+        model: The dense model the plan was made for.
+        plan: What to keep.
+        statistics: Of the dense model, where the reconstruction reads them.
+        input_ids: Calibration windows (nsamples, seqlen), where it runs them.
+        progress: Told after each block.
+
+    Raises:
+        InputError: The plan belongs to another model, or what its reconstruction reads is not there.
+    """
+    check_plan_fits(model, plan)
+    check_settings(plan.settings)
+    if plan.widths == plan.dense_widths:
+        return
+    cut = Cut(
+        model,
+        [torch.tensor(block.kept) for block in plan.blocks],
+        ridge=plan.settings.ridge,
+        correction=plan.settings.correction,
+        statistics=statistics,
+        input_ids=input_ids,
+        progress=progress,
+    )
+    with products_in(plan.settings.dtype):
+        RECONSTRUCTIONS[plan.settings.reconstruct].carry_out(cut)
+    set_config_widths(model)
+
+
+def check_plan_fits(model: Any, plan: PruningPlan) -> None:
+    """Raise InputError unless the plan was made for a model of this type and these widths."""
+    model_type = spec_for(model.config).model_type
+    if model_type != plan.model_type or ffn_widths(model) != plan.dense_widths:
+        raise InputError(
+            f"the plan was made for another model ({plan.source}, {plan.model_type}, "
+            f"{len(plan.dense_widths)} blocks), not for this {model_type} of {len(ffn_widths(model))} blocks"
+        )
+    for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True)):
+        if sorted(block.ranking) != list(range(dense)) or not 0 < block.width <= dense:
+            raise InputError(f"the plan's block {index} does not rank its {dense} channels once each")
+
+
+def _evidence(
+    ffn: FeedForward, statistics: BlockStatistics, index: int, settings: PruneSettings
+) -> ChannelEvidence:
+    return ChannelEvidence(
+        ffn,
+        statistics.channels[index],
+        gram=statistics.grams.get(index)
+        if settings.plan_needs_gram and statistics.grams is not None
+        else None,
+        gradients=statistics.gradients[index] if statistics.gradients is not None else None,
+    )
+
+
+def _loss_curve(evidence: ChannelEvidence, settings: PruneSettings) -> tuple[float, ...]:
+    if not settings.needs_loss:
+        return ()
+    return tuple(evidence.loss_elimination.error_curve(_LOSS_SEGMENTS).tolist())
+
+
+def _widths(
+    importance: torch.Tensor,
+    dense_widths: Sequence[int],
+    loss_curves: Sequence[tuple[float, ...]],
+    settings: PruneSettings,
+) -> tuple[int, ...]:
+    curves = torch.tensor(loss_curves, dtype=torch.float64) if all(loss_curves) else None
+    return allocate_widths(
+        BlockEvidence(importance, dense_widths, curves),
+        prune_ratio=settings.prune_ratio,
+        allocation=settings.allocation,
+        strength=settings.strength,
+        align=settings.align,
+        uniform_width=settings.uniform_width,
+    )
+
+
+def _block_plan(
+    scores: torch.Tensor, width: int, importance: float, loss_curve: tuple[float, ...]
+) -> BlockPlan:
+    order = torch.argsort(scores, descending=True, stable=True)
+    total = float(scores.sum())
+    share = float(scores[order[:width]].sum()) / total if total > 0 else 1.0
+    summary = ScoreSummary(float(scores.min()), float(scores.median()), float(scores.max()), share)
+    return BlockPlan(width, importance, tuple(order.tolist()), summary, loss_curve)

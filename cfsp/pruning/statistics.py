@@ -1,0 +1,240 @@
+"""One forward pass over the calibration windows, block by block.
+
+A block is run over all windows before the next one is touched, so that memory holds the hidden states of one
+depth (nsamples x seqlen x hidden_size) and the sums of one block, never all blocks' activations. Everything
+collected is a sum over tokens divided by their number.
+
+Notation: block l, tokens t = 1..T, h_in and h_out the block's input and output (T x hidden_size),
+X (T x intermediate_size) the input of down_proj.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import FeedForward, block_linears, decoder_layers, feed_forward
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.gradients import BlockGradients
+from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
+
+__all__ = [
+    "COARSE_METRICS",
+    "BlockStatistics",
+    "ChannelStatistics",
+    "GramStore",
+    "collect_input_moments",
+    "collect_statistics",
+]
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Moments of down_proj's input.
+
+    Attributes:
+        mean: (intermediate_size,) mean of X_ti over tokens.
+        mean_square: (intermediate_size,) mean of X_ti^2 over tokens.
+    """
+
+    mean: torch.Tensor
+    mean_square: torch.Tensor
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """Root mean square, ||X_i|| / sqrt(T)."""
+        return self.mean_square.sqrt()
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Fluctuation of each channel around its mean."""
+        return (self.mean_square - self.mean.square()).clamp_min(0)
+
+
+class GramStore:
+    """Gram matrices X^T X / T of each block, float32, kept in files so that memory holds one at a time."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._owned = tempfile.TemporaryDirectory(prefix="phoneready-gram-") if directory is None else None
+        self.directory = Path(self._owned.name) if self._owned else Path(directory or ".")
+
+    def put(self, layer: int, gram: torch.Tensor) -> None:
+        """Store one block's matrix (intermediate_size, intermediate_size)."""
+        safetensors.torch.save_file({"gram": gram.float()}, self.directory / f"{layer}.safetensors")
+
+    def get(self, layer: int) -> torch.Tensor:
+        """One block's matrix as float64."""
+        return safetensors.torch.load_file(self.directory / f"{layer}.safetensors")["gram"].double()
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """What one pass knows about every block.
+
+    Attributes:
+        importance: Coarse metric name -> (num_hidden_layers,) float64, one value a block.
+        channels: Moments of down_proj's input, one entry a block.
+        grams: Gram matrices, or None where they were not asked for.
+        n_tokens: Number of tokens summed over.
+        gradients: What the loss says about every block, where it was asked.
+    """
+
+    importance: dict[str, torch.Tensor]
+    channels: tuple[ChannelStatistics, ...]
+    grams: GramStore | None
+    n_tokens: int
+    gradients: BlockGradients | None = None
+
+
+def _angular(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
+    # Rounding can push the cosine past 1, where arccos is NaN.
+    return F.cosine_similarity(h_in, h_out, dim=-1).clamp(-1, 1).arccos() / torch.pi
+
+
+def _cosine(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
+    return 1 - F.cosine_similarity(h_in, h_out, dim=-1)
+
+
+def _mse(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
+    return (h_out - h_in).square().mean(-1)
+
+
+def _mae(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
+    return (h_out - h_in).abs().mean(-1)
+
+
+COARSE_METRICS = MappingProxyType({"angular": _angular, "cosine": _cosine, "mse": _mse, "mae": _mae})
+"""Importance of a block from its input and output, per token; `angular` is the paper's (method 1)."""
+
+
+@dataclass
+class _BlockSums:
+    """Running sums of one block over batches."""
+
+    width: int
+    with_gram: bool
+    importance: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COARSE_METRICS, 0.0))
+
+    def __post_init__(self) -> None:
+        self.x_sum = torch.zeros(self.width, dtype=torch.float64)
+        self.x_square = torch.zeros(self.width, dtype=torch.float64)
+        self.gram = GramSum(self.width) if self.with_gram else None
+
+    def add_channels(self, x: torch.Tensor) -> None:
+        """Add X of one batch; `x` is (..., intermediate_size)."""
+        x = x.detach().reshape(-1, self.width).float()
+        self.x_sum += x.sum(0, dtype=torch.float64)
+        self.x_square += torch.einsum("ti,ti->i", x, x).double()
+        if self.gram is not None:
+            self.gram.add(x)
+
+    def add_block(self, h_in: torch.Tensor, h_out: torch.Tensor) -> None:
+        """Add one batch's coarse importances; both are (batch, seqlen, hidden_size)."""
+        for name, metric in COARSE_METRICS.items():
+            self.importance[name] += float(metric(h_in.float(), h_out.float()).sum(dtype=torch.float64))
+
+
+def collect_statistics(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    with_gram: bool = True,
+    batch_size: int = 1,
+    gram_directory: Path | None = None,
+    progress: Progress = no_progress,
+) -> BlockStatistics:
+    """Run the calibration windows through every block once.
+
+    Args:
+        model: A causal LM of the architecture table, in eval mode; unchanged.
+        input_ids: (nsamples, seqlen) int64.
+        with_gram: Whether to accumulate Gram matrices (needed for reconstruction).
+        batch_size: Windows run at once.
+        gram_directory: Where Gram matrices are kept; a temporary directory unless given.
+        progress: Told after each block.
+
+    Raises:
+        InputError: An activation is not finite.
+    """
+    grams = GramStore(gram_directory) if with_gram else None
+    importance: dict[str, list[float]] = {name: [] for name in COARSE_METRICS}
+    channels = []
+    n_tokens = input_ids.numel()
+    layers = decoder_layers(model)
+    with torch.inference_mode():
+        hidden, calls = enter_blocks(model, layers, torch.split(input_ids, batch_size))
+        for index, layer in enumerate(layers):
+            ffn = feed_forward(model, layer)
+            sums = _BlockSums(ffn.width, with_gram)
+            _run_block(layer, ffn, hidden, calls[index], sums)
+            for name, total in sums.importance.items():
+                importance[name].append(total / n_tokens)
+            channels.append(_finished_channels(sums, n_tokens, index))
+            if grams is not None and sums.gram is not None:
+                grams.put(index, sums.gram.total() / n_tokens)
+            progress("calibrating", index + 1, len(layers))
+    values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
+    return BlockStatistics(values, tuple(channels), grams, n_tokens)
+
+
+def collect_input_moments(
+    model: Any, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> dict[str, torch.Tensor]:
+    """Mean squared input of every Linear inside the blocks.
+
+    Args:
+        model: A causal LM of the architecture table.
+        input_ids: (nsamples, seqlen) int64.
+        progress: Told after each window.
+
+    Returns:
+        Module name -> (in_features,) float32; what llama.cpp calls an importance matrix.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        total = torch.einsum("ti,ti->i", x, x).double()
+        sums[name] = sums[name] + total if name in sums else total
+
+    with torch.inference_mode(), ExitStack() as stack:
+        for linears in block_linears(model):
+            for name, linear in linears.items():
+                stack.enter_context(input_hook(linear, partial(add, name)))
+        for done, window in enumerate(input_ids, 1):
+            model.get_decoder()(input_ids=window[None], use_cache=False)
+            progress("measuring activations", done, len(input_ids))
+    return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
+
+
+def _run_block(
+    layer: nn.Module,
+    ffn: FeedForward,
+    hidden: list[torch.Tensor],
+    calls: Sequence[dict[str, Any]],
+    sums: _BlockSums,
+) -> None:
+    """Run one block over all batches, adding to its sums; `hidden` is replaced by the block's output."""
+    with input_hook(ffn.down, sums.add_channels):
+        for index, h_in in enumerate(hidden):
+            h_out = run_layer(layer, h_in, calls[index])
+            sums.add_block(h_in, h_out)
+            hidden[index] = h_out
+
+
+def _finished_channels(sums: _BlockSums, n_tokens: int, layer: int) -> ChannelStatistics:
+    if not bool(torch.isfinite(sums.x_square).all()):
+        raise InputError(f"activations of block {layer} are not finite; check the weights and their dtype")
+    return ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens)

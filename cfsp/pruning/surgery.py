@@ -1,0 +1,43 @@
+"""Cutting FFN channels out of Linear layers, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfsp.models.architectures import FeedForward, decoder_layers, ffn_widths
+
+__all__ = ["cut_channels", "set_config_widths"]
+
+
+def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
+    """Keep only some channels of a gated MLP; the Linear layers stay the same objects.
+
+    Args:
+        ffn: The block's MLP.
+        kept: (n_kept,) int64 channel indices, ascending.
+        down_weight: (hidden_size, n_kept) to use instead of the kept columns.
+    """
+    for linear in (ffn.gate, ffn.up):
+        linear.weight = _parameter(linear.weight, linear.weight[kept])
+        if linear.bias is not None:
+            linear.bias = _parameter(linear.bias, linear.bias[kept])
+        linear.out_features = len(kept)
+    columns = ffn.down.weight[:, kept] if down_weight is None else down_weight
+    ffn.down.weight = _parameter(ffn.down.weight, columns)
+    ffn.down.in_features = len(kept)
+    if hasattr(ffn.module, "intermediate_size"):
+        ffn.module.intermediate_size = len(kept)  # type: ignore[assignment]
+
+
+def set_config_widths(model: Any) -> None:
+    """Record uniform widths in the model's config; different widths are the checkpoint's to describe."""
+    widths = set(ffn_widths(model))
+    if len(widths) == 1 and decoder_layers(model):
+        model.config.intermediate_size = widths.pop()
+
+
+def _parameter(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone().contiguous().to(old.dtype), requires_grad=old.requires_grad)

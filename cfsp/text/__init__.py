@@ -1,0 +1,1 @@
+"""Text as tokens: documents, windows, calibration, and text that a model writes itself."""

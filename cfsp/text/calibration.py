@@ -1,0 +1,115 @@
+"""The token windows that pruning statistics are taken from.
+
+Each source contributes the same number of windows, so several sources weigh equally.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.reference import LoadedModel
+from cfsp.progress import Progress, no_progress
+from cfsp.text.self_sampling import sample_windows
+from cfsp.text.tokens import join_documents, load_documents, shuffled, tokens_sha256
+
+__all__ = ["SELF", "Calibration", "load_calibration"]
+
+SELF = "self"
+"""The reference that means: text sampled from the dense model itself."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration windows and where they came from.
+
+    Attributes:
+        input_ids: (nsamples, seqlen) int64.
+        sources: References, in the order given.
+        seed: Seed of the drawing (and of the sampling, for `self`).
+        sha256: Hash of the token ids.
+    """
+
+    input_ids: torch.Tensor
+    sources: tuple[str, ...]
+    seed: int
+    sha256: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return self.input_ids.numel()
+
+
+def load_calibration(
+    references: Sequence[str],
+    loaded: LoadedModel,
+    *,
+    nsamples: int = 128,
+    seqlen: int = 1024,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Calibration:
+    """Draw `nsamples` windows of `seqlen` tokens, the same share from each reference.
+
+    Args:
+        references: `self`, or text references as in `cfsp.text.tokens`.
+        loaded: The dense model with its tokenizer.
+        nsamples: Number of windows.
+        seqlen: Tokens in a window.
+        seed: Same seed and inputs give the same windows.
+        progress: Told about sampling.
+
+    Raises:
+        InputError: No reference, sizes below one, too little text, or a window longer than the model's context.
+    """
+    _check_sizes(references, loaded, nsamples, seqlen)
+    parts = []
+    for index, reference in enumerate(references):
+        share = nsamples // len(references) + (index < nsamples % len(references))
+        if reference == SELF:
+            windows = sample_windows(loaded, nsamples=share, seqlen=seqlen, seed=seed, progress=progress)
+        else:
+            windows = _draw_windows(reference, loaded, share, seqlen, seed)
+        parts.append(windows)
+    ids = torch.cat(parts)
+    return Calibration(ids, tuple(references), seed, tokens_sha256(ids))
+
+
+def _check_sizes(references: Sequence[str], loaded: LoadedModel, nsamples: int, seqlen: int) -> None:
+    if not references:
+        raise InputError("no calibration text given", allowed="self, or one or more text references")
+    if nsamples < len(references):
+        raise InputError(
+            "too few", field="nsamples", value=nsamples, allowed=f"at least one a source ({len(references)})"
+        )
+    longest = getattr(loaded.model.config, "max_position_embeddings", None) or seqlen
+    if not 2 <= seqlen <= longest:
+        raise InputError("out of range", field="seqlen", value=seqlen, allowed=f"2 to {longest}")
+
+
+def _draw_windows(reference: str, loaded: LoadedModel, count: int, seqlen: int, seed: int) -> torch.Tensor:
+    """Random windows of a single text; of many documents, the shuffled documents packed one after another."""
+    documents = load_documents(reference)
+    needed = count * seqlen
+    if len(documents) == 1:
+        stream = torch.tensor(join_documents(documents, loaded.tokenizer))
+        _check_enough(reference, len(stream), count, seqlen)
+        generator = random.Random(seed)
+        starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
+        return torch.stack([stream[start : start + seqlen] for start in starts])
+    stream = torch.tensor(join_documents(shuffled(documents, seed), loaded.tokenizer, limit=needed))
+    _check_enough(reference, len(stream), count, seqlen)
+    return stream.view(count, seqlen)
+
+
+def _check_enough(reference: str, available: int, count: int, seqlen: int) -> None:
+    if available < count * seqlen:
+        raise InputError(
+            f"calibration text {reference} has {available} tokens, too few for {count} windows of {seqlen}",
+            allowed=f"more text, or at most {available // seqlen} windows from it",
+        )

@@ -1,0 +1,199 @@
+"""Calibration text without data: sampled from the dense model itself.
+
+A chat model writes chats in its own format, the user's turn included: it is given its template up to where the
+user speaks and continues (Magpie, arXiv 2406.08464). A base model continues its start token.
+Sampling is batched, deterministic for a seed on one machine, and cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from cfsp.errors import InputError
+from cfsp.files import atomic_file
+from cfsp.models.builtin import cache_directory
+from cfsp.models.reference import LoadedModel
+from cfsp.precision import fast_dtype
+from cfsp.progress import Progress, no_progress
+from cfsp.text.generation import left_padded, pad_id, stop_ids
+
+__all__ = ["chat_frame", "model_fingerprint", "sample_windows"]
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 64
+MAX_USER_TOKENS = 96
+MAX_REPLY_TOKENS = 256
+_SENTINEL = "\N{SNOWMAN}user-turn\N{SNOWMAN}"
+_FORMAT = 1
+
+
+def sample_windows(
+    loaded: LoadedModel, *, nsamples: int, seqlen: int, seed: int, progress: Progress = no_progress
+) -> torch.Tensor:
+    """Windows (nsamples, seqlen) of text that the model wrote; read from the cache where they are there.
+
+    Raises:
+        InputError: The model writes nothing (every sample ends at once).
+    """
+    path = _cache_path(loaded, nsamples, seqlen, seed)
+    cached = _read_cached(path, nsamples, seqlen)
+    if cached is not None:
+        return cached
+    needed = nsamples * seqlen
+    stream: list[int] = []
+
+    def report(before: int, written: int) -> None:
+        progress("sampling calibration text", min(before + written, needed), needed)
+
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        sampler = _fast_copy(loaded)
+        while len(stream) < needed:
+            samples = _sample_batch(sampler, partial(report, len(stream)))
+            if not any(samples):
+                raise InputError("the model writes nothing when sampled; calibrate on text instead of `self`")
+            for ids in samples:
+                stream += ids
+    report(needed, 0)
+    windows = torch.tensor(stream[:needed]).view(nsamples, seqlen)
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file({"input_ids": windows}, temporary)
+    return windows
+
+
+def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
+    """Token ids of a chat's frame: (before the user's turn, between user's and assistant's turn).
+
+    None for a tokenizer without a chat template, or whose template cannot be split around the user's turn.
+    """
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": "user", "content": _SENTINEL}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        logger.warning("chat template cannot be rendered (%s); sampling as from a base model", error)
+        return None
+    before, found, between = text.partition(_SENTINEL)
+    if not found or not before:
+        return None
+    return _ids(tokenizer, before), _ids(tokenizer, between)
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Hex SHA-256 over names, shapes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _fast_copy(loaded: LoadedModel) -> LoadedModel:
+    """The model in the dtype that samples fastest; sampling does not need the precision, statistics do."""
+    dtype = fast_dtype()
+    if loaded.model.dtype == dtype:
+        return loaded
+    copy = type(loaded.model)._from_config(loaded.model.config, dtype=dtype).eval()
+    copy.load_state_dict(loaded.model.state_dict())
+    copy.tie_weights()
+    copy.generation_config = loaded.model.generation_config
+    return LoadedModel(copy, loaded.tokenizer, loaded.source)
+
+
+class _StepReport:
+    """Counts generation steps; transformers calls it after each one and stops where it says True."""
+
+    def __init__(self, report: Callable[[int], None], batch_size: int) -> None:
+        self.report, self.batch_size, self.steps = report, batch_size, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.steps += 1
+        if self.steps % 16 == 0:
+            self.report(self.steps * self.batch_size)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def _sample_batch(loaded: LoadedModel, report: Callable[[int], None]) -> list[list[int]]:
+    frame = chat_frame(loaded.tokenizer)
+    if frame is None:
+        start = loaded.tokenizer.bos_token_id
+        start = loaded.tokenizer.eos_token_id if start is None else start
+        prompts = [[0 if start is None else start]] * BATCH_SIZE
+        return _continue(loaded, prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
+    before, between = frame
+    asked = _continue(loaded, [before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)
+    stops = stop_ids(loaded)
+    prompts = [
+        (ids[:-1] if ids[-1] in stops else ids) + between for ids in asked if len(ids) > len(before) + 1
+    ]
+    return _continue(loaded, prompts, MAX_REPLY_TOKENS, report) if prompts else []
+
+
+def _continue(
+    loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int, report: Callable[[int], None]
+) -> list[list[int]]:
+    """Sample a continuation of each prompt; the result holds prompt and continuation up to the stop token."""
+    from transformers import StoppingCriteriaList
+
+    pad = pad_id(loaded)
+    ids, mask = left_padded(prompts, pad)
+    stops = stop_ids(loaded)
+    output = loaded.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        eos_token_id=sorted(stops) or None,
+        stopping_criteria=StoppingCriteriaList([_StepReport(report, len(prompts))]),
+        cache_implementation="static",
+    )
+    results = []
+    for prompt, row in zip(prompts, output[:, ids.shape[1] :].tolist(), strict=True):
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        results.append(prompt + row[:end])
+    return results
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _cache_path(loaded: LoadedModel, nsamples: int, seqlen: int, seed: int) -> Path:
+    key = {
+        "format": _FORMAT,
+        "model": model_fingerprint(loaded.model),
+        "frame": chat_frame(loaded.tokenizer),
+        "dtype": str(fast_dtype()),
+        "sizes": [nsamples, seqlen, BATCH_SIZE, MAX_USER_TOKENS, MAX_REPLY_TOKENS],
+        "seed": seed,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache_directory() / "self" / f"{digest[:32]}.safetensors"
+
+
+def _read_cached(path: Path, nsamples: int, seqlen: int) -> torch.Tensor | None:
+    if not path.is_file():
+        return None
+    try:
+        windows = safetensors.torch.load_file(path)["input_ids"]
+    except (safetensors.SafetensorError, KeyError, OSError) as error:
+        logger.warning("ignoring unreadable cache file %s: %s", path, error)
+        return None
+    return windows if tuple(windows.shape) == (nsamples, seqlen) else None

@@ -1,0 +1,1 @@
+"""What a figure is: metrics, figures, budgets and the verdict on them."""

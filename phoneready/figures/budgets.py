@@ -1,0 +1,187 @@
+"""Budgets: what a release must keep to, and whether its configuration can tell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, Self
+
+import pydantic
+
+from cfsp.errors import InputError
+from cfsp.validation import Location
+from phoneready.figures.metrics import FigureKey, is_sampled, metric_of, planned_figures
+from phoneready.figures.verdict import format_figure
+from phoneready.settings.sections import Section, as_value_error
+from phoneready.units import parse_bytes, parse_ms
+
+if TYPE_CHECKING:
+    from phoneready.settings.release import ReleaseConfig
+
+__all__ = ["BudgetConfig", "budget_problems", "select"]
+
+_PARSERS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({"bytes": parse_bytes, "ms": parse_ms})
+
+
+class BudgetConfig(Section):
+    """A limit on figures of one metric.
+
+    Attributes:
+        metric: A name in METRICS; ttft, pp and tg with their number of tokens.
+        files: Quantizations, variants or `checkpoint`; all that have the metric when empty. So are the others.
+        targets: As in `bench.targets`.
+        devices: As in `bench.devices`.
+        threads: Thread counts.
+        on: `text`, `chats`, a reference or a task.
+        at_most: Upper limit: a number in the metric's unit, or with its unit, such as "80 MB".
+        at_least: Lower limit.
+        relative_to: What the limit is a multiple of; the figure itself is limited where None.
+        difference: The limit is on figure minus reference instead of figure over reference.
+    """
+
+    metric: str
+    files: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    threads: tuple[int, ...] = ()
+    on: tuple[str, ...] = ()
+    at_most: float | str | None = None
+    at_least: float | str | None = None
+    relative_to: Literal["dense", "baseline"] | None = None
+    difference: bool = False
+
+    @pydantic.field_validator("metric")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        as_value_error(lambda: metric_of(name))
+        return name
+
+    @pydantic.field_validator("at_most", "at_least")
+    @classmethod
+    def _finite(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError("not a finite number")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        metric = metric_of(self.metric)
+        wanted, other = ("at_least", "at_most") if metric.higher_is_better else ("at_most", "at_least")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            better = "higher" if metric.higher_is_better else "lower"
+            raise ValueError(f"{self.metric} is better the {better} it is; allowed: {wanted} alone")
+        if self.relative_to == "dense" and not metric.against_dense:
+            raise ValueError(f"{self.metric} is relative to the dense model already; allowed: baseline")
+        if self.difference and self.relative_to is None:
+            raise ValueError("difference: wants relative_to")
+        if self.difference and is_sampled(self.metric):
+            raise ValueError(f"difference: {self.metric} is measured; allowed: a ratio")
+        if isinstance(self._written, str):
+            as_value_error(lambda: self.limit)
+        return self
+
+    @property
+    def is_upper(self) -> bool:
+        """Whether the limit is an upper one."""
+        return self.at_most is not None
+
+    @property
+    def limit(self) -> float:
+        """The limit, in the metric's unit or as a ratio."""
+        return self._parse(self._written) if isinstance(self._written, str) else float(self._written)
+
+    @property
+    def unit(self) -> str:
+        """Of the limit, as in BudgetVerdict."""
+        return "x" if self.relative_to and not self.difference else metric_of(self.metric).unit
+
+    def describe(self) -> str:
+        """The limit for people, such as `at most 1.05 x dense`."""
+        side = "at most" if self.is_upper else "at least"
+        written = self._written if isinstance(self._written, str) else format_figure(self.limit, self.unit)
+        if self.relative_to is None:
+            return f"{side} {written}"
+        return f"{side} {written} {'above' if self.difference else ''}".rstrip() + f" {self.relative_to}"
+
+    @property
+    def _written(self) -> float | str:
+        value = self.at_most if self.at_most is not None else self.at_least
+        return 0.0 if value is None else value
+
+    def _parse(self, text: str) -> float:
+        field = "at_most" if self.is_upper else "at_least"
+        if self.relative_to and not self.difference:
+            raise InputError("a ratio is a number", field=field, value=text, allowed="such as 1.05")
+        parse = _PARSERS.get(metric_of(self.metric).unit)
+        if parse is None:
+            raise InputError("wants a number", field=field, value=text)
+        return parse(text, field)
+
+
+def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
+    """The figures that a budget limits, in the order given."""
+    return [
+        key
+        for key in keys
+        if key.metric == budget.metric
+        and all(_fits(key, names, getattr(budget, field)) for field, names in _SELECTORS.items())
+    ]
+
+
+def budget_problems(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """Where budgets ask for what the configuration does not produce, and what it does."""
+    keys = list(planned_figures(config))
+    for position, budget in enumerate(config.budgets):
+        place = ("budgets", position)
+        if budget.relative_to == "baseline" and config.baseline is None:
+            yield (*place, "relative_to"), "there is no [baseline] to be relative to"
+        candidates = [key for key in keys if key.metric == budget.metric]
+        if not candidates:
+            known = ", ".join(dict.fromkeys(key.metric for key in keys))
+            yield (*place, "metric"), f"{budget.metric} is not measured here; allowed: {known}"
+            continue
+        wrong = [problem for field in _SELECTORS for problem in _strangers(budget, field, candidates)]
+        for field, message in wrong:
+            yield (*place, field), message
+        if not wrong and not select(budget, candidates):
+            yield place, f"nothing has {budget.metric} in this combination of {', '.join(_SELECTORS)}"
+
+
+def _strangers(
+    budget: BudgetConfig, field: str, candidates: Sequence[FigureKey]
+) -> Iterator[tuple[str, str]]:
+    names = _SELECTORS[field]
+    for value in getattr(budget, field):
+        if not any(_fits(key, names, (value,)) for key in candidates):
+            known = dict.fromkeys(str(name) for key in candidates for name in names(key) if name is not None)
+            allowed = ", ".join(known) or f"nothing: {budget.metric} is the same everywhere"
+            yield field, f"{value} has no {budget.metric} here; allowed: {allowed}"
+
+
+def _fits(
+    key: FigureKey, names: Callable[[FigureKey], tuple[str | int | None, ...]], wanted: Sequence[str | int]
+) -> bool:
+    return not wanted or ANY in names(key) or any(name in wanted for name in names(key))
+
+
+def _names_on(key: FigureKey) -> tuple[str | int | None, ...]:
+    if key.on is None:
+        return (ANY if key.metric == "accuracy" else None,)
+    kind, _, source = key.on.partition(" ")
+    return (key.on, kind, source)
+
+
+ANY = "any task"
+"""What is planned of tasks before they are read."""
+
+_SELECTORS: Mapping[str, Callable[[FigureKey], tuple[str | int | None, ...]]] = MappingProxyType(
+    {
+        "files": lambda key: (key.item,),
+        "targets": lambda key: (key.place,),
+        "devices": lambda key: (key.place,),
+        "threads": lambda key: (key.n_threads,),
+        "on": _names_on,
+    }
+)
+"""Field of a budget -> the names by which it finds a figure."""

@@ -1,0 +1,204 @@
+"""The gate: figures held against budgets, with their noise.
+
+A figure passes or misses its budget only where its whole interval does; where the limit lies inside, or where there is
+too little to say, the verdict is inconclusive. An interval is
+
+    of timings      the bootstrap interval of the median, or of the ratio of medians (runtime_bench.records.summary),
+                    as in `phoneready compare`, with samples of at least five processes
+    of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
+    of accuracies   1.96 standard errors to both sides, of both models where they are compared
+    of projections  the band
+    of sizes, and of figures on a fixed text, the figure itself
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cfsp.errors import InputError
+from phoneready.figures.budgets import BudgetConfig, select
+from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.figures.metrics import FigureKey
+from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
+from runtime_bench.records.compare import MIN_SAMPLES
+from runtime_bench.records.summary import NORMAL_95, ratio_interval
+from runtime_bench.targets import DOES_NOT_FIT
+
+__all__ = ["judge_all"]
+
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A figure, its interval, and why nothing can be said of it where nothing can."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    reason: str | None = None
+    missed: bool = False
+
+
+def judge_all(
+    budgets: Sequence[BudgetConfig], figures: FigureSet, baseline: FigureSet | None = None
+) -> tuple[BudgetVerdict, ...]:
+    """Every budget's verdict on every figure that it limits.
+
+    Args:
+        budgets: Of the configuration.
+        figures: Of this release.
+        baseline: Of an earlier one; needed where a budget is relative to it.
+
+    Raises:
+        InputError: A budget that limits nothing, or a baseline measured on another text or task.
+    """
+    ours = figures.by_key(PRUNED)
+    references = {"dense": figures.by_key(DENSE), "baseline": baseline.by_key(PRUNED) if baseline else {}}
+    verdicts = []
+    for position, budget in enumerate(budgets):
+        chosen = select(budget, ours)
+        if not chosen:
+            known = ", ".join(str(key.on) for key in ours if key.metric == budget.metric and key.on)
+            raise InputError(
+                f"nothing has {budget.metric} here", field=f"budgets[{position}]", allowed=known or "others"
+            )
+        others = references.get(budget.relative_to or "", {})
+        verdicts += [_judge(budget, ours[key], others.get(key)) for key in chosen]
+    return tuple(verdicts)
+
+
+def _judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> BudgetVerdict:
+    if budget.relative_to is None:
+        estimate = _absolute(figure)
+    elif reference is None:
+        estimate = _Estimate(reason=f"the {budget.relative_to} has no such figure")
+    else:
+        estimate = _relative(budget, figure, reference)
+    outcome, reason = _outcome(budget, estimate)
+    low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
+    return BudgetVerdict(
+        metric=_metric_name(figure.key),
+        subject=figure.subject,
+        target=figure.target,
+        limit=budget.describe(),
+        value=estimate.value,
+        low=low,
+        high=high,
+        outcome=outcome,
+        reason=reason,
+        unit=budget.unit,
+    )
+
+
+def _absolute(figure: Figure) -> _Estimate:
+    if figure.value is None:
+        return _failed(figure)
+    if figure.low is not None and figure.high is not None:
+        return _Estimate(figure.value, figure.low, figure.high)
+    if figure.stderr is not None:
+        return _around(figure.value, NORMAL_95 * figure.stderr)
+    if not figure.samples:
+        return _Estimate(figure.value, figure.value, figure.value)
+    if figure.n_independent < MIN_SAMPLES:
+        return _Estimate(figure.value, reason=_too_few(figure))
+    found = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
+    return _Estimate(found.ratio, found.low, found.high)
+
+
+def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estimate:
+    if figure.value is None:
+        return _failed(figure)
+    if reference.value is None:
+        return replace(_failed(reference), missed=False)
+    differing = _differences(figure, reference)
+    if differing:
+        if figure.target is None:
+            raise InputError(f"the {budget.relative_to} was measured otherwise: {differing}")
+        return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {differing}")
+    if figure.samples and reference.samples:
+        return _ratio_of_samples(figure, reference)
+    return _difference(figure, reference) if budget.difference else _ratio(figure, reference)
+
+
+def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
+    for one in (figure, reference):
+        if one.n_independent < MIN_SAMPLES:
+            return _Estimate(reason=_too_few(one))
+    paired = figure.paired is not None and figure.paired == reference.paired
+    found = ratio_interval(
+        figure.samples,
+        reference.samples,
+        paired=paired and figure.n_independent == reference.n_independent,
+        numerator_rounds=figure.rounds,
+        denominator_rounds=reference.rounds,
+    )
+    return _Estimate(found.ratio, found.low, found.high)
+
+
+def _difference(figure: Figure, reference: Figure) -> _Estimate:
+    assert figure.value is not None
+    assert reference.value is not None
+    return _around(
+        figure.value - reference.value, NORMAL_95 * math.hypot(figure.stderr or 0, reference.stderr or 0)
+    )
+
+
+def _ratio(figure: Figure, reference: Figure) -> _Estimate:
+    """The ratio; standard errors are relative ones, added as squares (first order)."""
+    assert figure.value is not None
+    assert reference.value is not None
+    if not reference.value:
+        return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
+    ratio = figure.value / reference.value
+    errors = [(one.stderr or 0) / one.value for one in (figure, reference) if one.value]
+    return _around(ratio, abs(ratio) * NORMAL_95 * math.hypot(*errors))
+
+
+def _around(value: float, half: float) -> _Estimate:
+    return _Estimate(value, value - half, value + half)
+
+
+def _failed(figure: Figure) -> _Estimate:
+    why = figure.failure or "not measured"
+    return _Estimate(reason=f"{figure.subject}: {why}", missed=why.startswith(DOES_NOT_FIT))
+
+
+def _too_few(figure: Figure) -> str:
+    independent = "samples" if figure.n_independent == len(figure.samples) else "processes"
+    return f"{figure.subject} has {figure.n_independent} {independent}, a verdict needs {MIN_SAMPLES}"
+
+
+def _differences(figure: Figure, reference: Figure) -> str:
+    before, now = reference.conditions, figure.conditions
+    names = [*now, *(name for name in before if name not in now)]
+    pairs = ((name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names)
+    return ", ".join(f"{name} was {then} and is {today}" for name, then, today in pairs if then != today)
+
+
+def _outcome(budget: BudgetConfig, estimate: _Estimate) -> tuple[str, str]:
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if value is None or low is None or high is None:
+        return MISSED if estimate.missed else INCONCLUSIVE, estimate.reason or "not measured"
+    limit, sign = budget.limit, 1 if budget.is_upper else -1
+    slack = _ROUNDING * max(1.0, abs(limit))
+    excess = sorted(sign * (end - limit) for end in (low, high))
+    # Written so that NaN is no pass.
+    if excess[1] <= slack:
+        return PASS, "within it"
+    if excess[0] > slack:
+        share = f" ({abs(value - limit) / abs(limit):.1%})" if limit else ""
+        return MISSED, f"{'over' if sign > 0 else 'short'} by {_amount(value - limit, budget.unit)}{share}"
+    ends = " to ".join(format_figure(end, budget.unit) for end in (low, high))
+    return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; more samples narrow it"
+
+
+def _amount(difference: float, unit: str) -> str:
+    return format_figure(abs(difference), unit)
+
+
+def _metric_name(key: FigureKey) -> str:
+    threads = f"{key.n_threads} thread{'s' if key.n_threads != 1 else ''}" if key.n_threads else None
+    return ", ".join(filter(None, (key.metric, key.on, threads)))

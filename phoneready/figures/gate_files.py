@@ -1,0 +1,165 @@
+"""What the gate leaves for people and build systems: verdicts.json, figures.json, junit.xml, summary.md."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+from cfsp.errors import InconclusiveError, LimitError, PhonereadyError
+from cfsp.files import atomic_file, write_text
+from cfsp.records import write_record
+from phoneready.console import format_rows
+from phoneready.figures.figure_set import FIGURES_FILE, FigureSet
+from phoneready.figures.gate import judge_all
+from phoneready.figures.verdict import (
+    INCONCLUSIVE,
+    MISSED,
+    OUTCOMES,
+    PASS,
+    VERDICTS_FILE,
+    BudgetVerdict,
+    Verdicts,
+    format_figure,
+    worst_outcome,
+)
+from phoneready.settings.release import ReleaseConfig
+
+__all__ = [
+    "JUNIT_FILE",
+    "SUMMARY_FILE",
+    "badge",
+    "check_verdicts",
+    "junit_xml",
+    "summary_markdown",
+    "verdict_rows",
+    "write_verdicts",
+]
+
+JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
+STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
+_MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
+_MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusive"}
+
+
+def write_verdicts(
+    config: ReleaseConfig, folder: Path, figures: FigureSet, baseline: FigureSet | None
+) -> Verdicts:
+    """Hold the figures against the budgets; write figures.json, verdicts.json, junit.xml and summary.md.
+
+    The summary is appended to the file that GITHUB_STEP_SUMMARY names, too.
+
+    Raises:
+        InputError: As `judge_all`; figures.json is written even then.
+    """
+    write_record(folder / FIGURES_FILE, figures)
+    verdicts = judge_all(config.budgets, figures, baseline)
+    where = config.baseline.file.name if config.baseline else None
+    found = Verdicts(worst_outcome(verdicts), figures.source, figures.source_sha256, where, verdicts)
+    write_record(folder / VERDICTS_FILE, found)
+    with atomic_file(folder / JUNIT_FILE) as temporary:
+        temporary.write_bytes(junit_xml(found))
+    summary = summary_markdown(found)
+    write_text(folder / SUMMARY_FILE, summary)
+    step_summary = os.environ.get(STEP_SUMMARY)
+    if step_summary:
+        with Path(step_summary).open("a", encoding="utf-8") as stream:
+            stream.write(summary + "\n")
+    return found
+
+
+def check_verdicts(found: Verdicts, *, strict: bool) -> None:
+    """Turn the outcome into an exit status.
+
+    Args:
+        found: All verdicts.
+        strict: Whether an inconclusive one counts.
+
+    Raises:
+        LimitError: A budget is missed.
+        InconclusiveError: None is missed, one is inconclusive, and that counts.
+    """
+    raised: dict[str, type[PhonereadyError]] = {MISSED: LimitError}
+    raised |= {INCONCLUSIVE: InconclusiveError} if strict else {}
+    if found.outcome in raised:
+        told = [v for v in found.verdicts if v.outcome == found.outcome]
+        names = "; ".join(f"{v.metric} of {v.subject} is {_figure(v)}, {v.limit}: {v.reason}" for v in told)
+        raise raised[found.outcome](f"{len(told)} of {len(found.verdicts)} budgets {found.outcome}: {names}")
+
+
+def badge(found: Verdicts) -> str:
+    """The outcome in one line, such as `budgets | 5 pass, 1 missed`."""
+    counts = Counter(verdict.outcome for verdict in found.verdicts)
+    parts = [f"{counts[outcome]} {outcome}" for outcome in reversed(OUTCOMES) if counts[outcome]]
+    outcome = found.outcome.upper() if found.verdicts else "NO BUDGETS"
+    return f"[{outcome}] {Path(found.source).name}: {', '.join(parts) or 'nothing was limited'}"
+
+
+def verdict_rows(found: Verdicts) -> str:
+    """The verdicts as a table for a terminal."""
+    header = ["metric", "of", "on", "limit", "figure", "verdict", "why"]
+    return format_rows(header, [_cells(verdict, verdict.outcome) for verdict in found.verdicts])
+
+
+def summary_markdown(found: Verdicts) -> str:
+    """A page for a build's summary; names and reasons are escaped."""
+    lines = [f"### {_escape(badge(found))}", ""]
+    if found.verdicts:
+        header = ["metric", "of", "on", "limit", "figure", "verdict", "why"]
+        rows = [header, ["---"] * len(header)]
+        worst_first = sorted(found.verdicts, key=lambda verdict: OUTCOMES.index(verdict.outcome))
+        rows += [[*map(_escape, _cells(v, _MARKS[v.outcome]))] for v in worst_first]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    if found.baseline:
+        lines += ["", f"Baseline: {_escape(found.baseline)}"]
+    return "\n".join(lines) + "\n"
+
+
+def junit_xml(found: Verdicts) -> bytes:
+    """JUnit's XML: a missed budget is a failure, an inconclusive one is skipped."""
+    counts = Counter(verdict.outcome for verdict in found.verdicts)
+    numbers = {"tests": len(found.verdicts), "failures": counts[MISSED], "skipped": counts[INCONCLUSIVE]}
+    attributes = {name: str(number) for name, number in numbers.items()} | {"errors": "0"}
+    suites = ElementTree.Element("testsuites", {"name": "phoneready", **attributes})
+    suite = ElementTree.SubElement(
+        suites, "testsuite", {"name": _xml(f"budgets of {Path(found.source).name}"), **attributes}
+    )
+    for verdict in found.verdicts:
+        name = f"{verdict.metric} {verdict.limit}"
+        place = ".".join(filter(None, ("budgets", verdict.target, verdict.subject)))
+        case = ElementTree.SubElement(suite, "testcase", {"name": _xml(name), "classname": _xml(place)})
+        said = _xml(f"{_figure(verdict)}: {verdict.reason}")
+        if verdict.outcome == MISSED:
+            ElementTree.SubElement(case, "failure", {"message": said, "type": "budget"}).text = said
+        elif verdict.outcome == INCONCLUSIVE:
+            ElementTree.SubElement(case, "skipped", {"message": said})
+        else:
+            ElementTree.SubElement(case, "system-out").text = said
+    ElementTree.indent(suites)
+    content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
+    return content + b"\n"
+
+
+def _cells(verdict: BudgetVerdict, outcome: str) -> list[str]:
+    place = verdict.target or "-"
+    return [verdict.metric, verdict.subject, place, verdict.limit, _figure(verdict), outcome, verdict.reason]
+
+
+def _figure(verdict: BudgetVerdict) -> str:
+    figure = format_figure(verdict.value, verdict.unit)
+    if verdict.low is None or verdict.high is None:
+        return figure
+    ends = " to ".join(format_figure(end, verdict.unit) for end in (verdict.low, verdict.high))
+    return f"{figure} ({ends})"
+
+
+def _escape(text: str) -> str:
+    """Plain text in a Markdown table: nothing of it is markup, HTML, a link, a mention or a formula."""
+    text = " ".join(text.split()).translate(_MARKUP)
+    return text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
+
+
+def _xml(text: str) -> str:
+    """Without characters that XML cannot hold; the library escapes the others."""
+    return "".join(c if c.isprintable() or c in "\t\n" else "\ufffd" for c in text)

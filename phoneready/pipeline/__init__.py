@@ -1,1 +1,0 @@
-"""The release pipeline: configuration, resumable stages, report and manifest."""

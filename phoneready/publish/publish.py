@@ -1,0 +1,204 @@
+"""What a finished release leaves for its user: the files, manifest.json, report.md and report.html."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pydantic
+
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, atomic_file, write_json, write_text
+from cfsp.models.checkpoint import read_checkpoint_info
+from cfsp.models.folder_format import NOTICE_PATTERNS
+from cfsp.models.reference import load_tokenizer
+from cfsp.records import read_record, write_record
+from cfsp.validation import describe_problems
+from phoneready.evaluation.sweep import Sweep
+from phoneready.figures.figure_set import FIGURES_FILE
+from phoneready.figures.gate_files import JUNIT_FILE, SUMMARY_FILE
+from phoneready.figures.verdict import VERDICTS_FILE
+from phoneready.publish.bom import BOM_FILE, make_bom
+from phoneready.publish.contents import describe_files, is_inside, write_sums
+from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest, make_manifest
+from phoneready.publish.model_card import model_card_text
+from phoneready.publish.modelfile import modelfile_text
+from phoneready.release.artifact import Artifact
+from phoneready.release.read_figures import read_figures
+from phoneready.release.stages import StageRecord, claim_folder
+from phoneready.release.steps import Steps
+from phoneready.report import ReportInput, project_files, read_verdicts, render_page
+from phoneready.report.markdown import ReleaseFigures, render_report
+from phoneready.settings.release import ReleaseConfig
+
+__all__ = ["PAGE_FILE", "REPORT_FILE", "publish", "rewrite_reports", "seal_release", "write_reports"]
+
+REPORT_FILE = "report.md"
+PAGE_FILE = "report.html"
+CARD_FILE = "README.md"
+MODELFILE = "Modelfile"
+_MADE = (
+    *(REPORT_FILE, PAGE_FILE, CARD_FILE, MODELFILE, BOM_FILE),
+    *(VERDICTS_FILE, FIGURES_FILE, JUNIT_FILE, SUMMARY_FILE),
+)
+"""What is made anew in every run; all but the card, the Modelfile and the bill of materials hold times."""
+
+
+def publish(
+    config: ReleaseConfig, folder: Path, figures: ReleaseFigures, stages: Sequence[StageRecord]
+) -> ReleaseManifest:
+    """Link the files into the folder; write reports, card, Modelfile, bill of materials, hashes and manifest.
+
+    Everything is made from what the stages left. The manifest and SHA256SUMS come last.
+    """
+    steps = Steps(config, folder, None)
+    checkpoint = read_checkpoint_info(steps.checkpoint(steps.final))
+    manifest = make_manifest(config, figures, checkpoint, stages)
+    before, artifacts = _published_before(folder), steps.artifacts()
+    for artifact in artifacts:
+        _publish(artifact, folder / artifact.name)
+    licenses = _copy_licenses(steps.checkpoint(steps.final), folder)
+    names = [artifact.name for artifact in artifacts]
+    known = _known_hashes(artifacts, figures)
+    models = describe_files(folder, names, known)
+    manifest = replace(manifest, contents=models)
+    write_text(folder / CARD_FILE, model_card_text(figures, manifest))
+    write_text(folder / MODELFILE, modelfile_text(figures.pruned, load_tokenizer(steps.checkpoint("dense"))))
+    write_json(folder / BOM_FILE, make_bom(figures, manifest))
+    write_reports(config, folder, figures, manifest)
+    contents = sorted(
+        [*models, *describe_files(folder, [*licenses, *_MADE], {})], key=lambda content: content.path
+    )
+    sealed = seal_release(folder, replace(manifest, contents=tuple(contents)))
+    for name in before - {*licenses, *(file.file for file in manifest.files)}:
+        _remove(folder / name)
+    return sealed
+
+
+def seal_release(folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
+    """Write the manifest and, over it and all else, SHA256SUMS."""
+    write_record(folder / MANIFEST_FILE, manifest)
+    write_sums(folder, [*manifest.contents, *describe_files(folder, [MANIFEST_FILE], {})])
+    return manifest
+
+
+def _known_hashes(artifacts: Sequence[Artifact], figures: ReleaseFigures) -> dict[str, str]:
+    """Hashes from when the models were made: what changes on the disk since then does not become right."""
+    records = {record.file: record for record in (*figures.dense, *figures.pruned)}
+    return {a.name: records[a.name].sha256 for a in artifacts if a.root.is_file()}
+
+
+def _copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
+    files = [file for pattern in NOTICE_PATTERNS for file in sorted(checkpoint.glob(pattern))]
+    for file in files:
+        _link(file, folder / file.name)
+    return [file.name for file in files]
+
+
+def write_reports(
+    config: ReleaseConfig,
+    folder: Path,
+    figures: ReleaseFigures,
+    manifest: ReleaseManifest,
+    *,
+    sweep: Sweep | None = None,
+) -> None:
+    """Write report.md and report.html from records.
+
+    Args:
+        config: What was asked for.
+        folder: The release folder.
+        figures: What the stages found.
+        manifest: For versions and commands.
+        sweep: Quality over ratios, for the plot.
+    """
+    names = {record.file for record in figures.pruned}
+    artifacts = [a for a in Steps(config, folder, None).artifacts() if a.name in names and a.root.is_file()]
+    page = ReportInput(
+        config=config,
+        figures=figures,
+        versions=manifest.versions,
+        commands=manifest.commands,
+        seconds=manifest.seconds,
+        verdicts=read_verdicts(folder),
+        projections=project_files(
+            {artifact.name: artifact.root for artifact in artifacts}, config.bench.devices, config.bench.n_ctx
+        ),
+        sweep=sweep,
+    )
+    write_text(folder / REPORT_FILE, render_report(config, figures, manifest.versions, manifest.commands))
+    write_text(folder / PAGE_FILE, render_page(page))
+
+
+def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManifest:
+    """Write the reports of a finished release again; no model is loaded.
+
+    Raises:
+        InputError: The folder has no finished release, or its records are not there any more.
+    """
+    manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
+    if not (folder / "stages").is_dir():
+        raise InputError(f"{folder} has no folder stages; reports are made from the records in it")
+    try:
+        config = ReleaseConfig.model_validate(manifest.config)
+    except pydantic.ValidationError as error:
+        where = folder / MANIFEST_FILE
+        raise InputError(f"{where}, config: {describe_problems(error)}") from error
+    with claim_folder(folder):
+        write_reports(config, folder, read_figures(config, folder), manifest, sweep=sweep)
+        # The other files keep the hashes that they were released with.
+        made = {content.path: content for content in describe_files(folder, [REPORT_FILE, PAGE_FILE], {})}
+        kept = [content for content in manifest.contents if content.path not in made]
+        contents = sorted([*kept, *made.values()], key=lambda content: content.path)
+        return seal_release(folder, replace(manifest, contents=tuple(contents)))
+
+
+def _published_before(folder: Path) -> set[str]:
+    """Models and licences that an earlier release left."""
+    try:
+        manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
+    except InputError:
+        return set()
+    licenses = {c.path for c in manifest.contents if any(fnmatch(c.path, p) for p in NOTICE_PATTERNS)}
+    return {name for name in licenses | {file.file for file in manifest.files} if is_inside(name)}
+
+
+def _publish(artifact: Artifact, destination: Path) -> None:
+    """Give a file, or all files of a folder, a second name."""
+    if artifact.root.is_file():
+        _link(artifact.root, destination)
+        return
+    files = sorted(path for path in artifact.root.rglob("*") if path.is_file())
+    names = [file.relative_to(artifact.root) for file in files]
+    there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
+    if there == set(names) and all(
+        (destination / name).samefile(file) for name, file in zip(names, files, strict=True)
+    ):
+        return
+    with atomic_directory(destination, force=True) as folder:
+        for name, file in zip(names, files, strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(file, folder / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _link(source: Path, destination: Path) -> None:
+    """Give a file a second name; a copy where the file system has no links."""
+    if destination.exists() and destination.samefile(source):
+        return
+    with atomic_file(destination) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,266 @@
+"""The release: from a model reference to proven files, figures, a report and a manifest, stage by stage.
+
+    dense          load the model, draw the calibration windows, keep both
+    prune          make a plan, apply it, save the pruned checkpoint
+    evaluate       pruned against dense on text and chats, answers of both
+    export-dense   GGUF files and ONNX folders of the dense model, each held against it
+    export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
+    answers        what the exports themselves answer, each in its own runtime
+    bench-<target> all of them, in turns, for each target
+
+With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
+Report and manifest are written from what the stages left, in every run; the files are linked into the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import MissingExtraError
+from cfsp.files import sha256_file
+from cfsp.models.builtin import BUILTIN_MODELS
+from cfsp.models.checkpoint import read_checkpoint_info
+from cfsp.progress import Progress
+from cfsp.records import tool_version
+from phoneready.evaluation.metrics import metric_sha256
+from phoneready.exporting import require_onnx_export
+from phoneready.figures.budgets import select
+from phoneready.figures.figure_set import FigureSet, check_same_model, read_baseline
+from phoneready.figures.gate_files import write_verdicts
+from phoneready.figures.metrics import planned_figures
+from phoneready.figures.verdict import Verdicts
+from phoneready.history.record import HistoryEntry, append_entry, entry_of
+from phoneready.publish.manifest import ReleaseManifest
+from phoneready.publish.publish import publish
+from phoneready.release.collect import collect_figures
+from phoneready.release.live import last_times, stage_figures
+from phoneready.release.read_figures import read_figures
+from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
+from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
+from phoneready.settings.places import place_details
+from phoneready.settings.release import RecoverConfig, ReleaseConfig
+from runtime_bench.environment import cpu_model
+
+__all__ = ["Released", "explain_release", "release_stages", "run_release"]
+
+PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "onnx-ir", "onnxruntime")
+"""Packages whose version changes what a stage makes."""
+
+
+@dataclass(frozen=True)
+class Released:
+    """A finished run.
+
+    Attributes:
+        manifest: What was made.
+        verdicts: What the budgets say of it.
+    """
+
+    manifest: ReleaseManifest
+    verdicts: Verdicts
+
+
+def run_release(
+    config: ReleaseConfig,
+    folder: Path,
+    *,
+    show: Callable[[str, str], None],
+    progress: Callable[[], AbstractContextManager[Progress]],
+    threads: int | None = None,
+    label: str | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Released:
+    """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
+
+    Args:
+        config: What to make.
+        folder: Where; made when missing, continued when it holds a release.
+        show: Told each stage's name and state.
+        progress: Opens a progress display.
+        threads: Threads outside torch and the benchmark; torch's number by default.
+        label: What the history is to call this run.
+        tell: Told after each stage where the run is, what the stage has found, and how long the rest took last time.
+
+    Raises:
+        InputError: A setting or an input that cannot be used, a folder that is not a release's, or a baseline of
+            another model or schema.
+        MissingExtraError: The configuration asks for something whose extra is not installed.
+        LimitError: An exported file is too far from its checkpoint.
+    """
+    check_extras(config)
+    baseline = load_baseline(config)
+    with claim_folder(folder):
+        stages = release_stages(config, folder, threads)
+        times = last_times(stages, folder)
+
+        def check(stage: str) -> None:
+            told = (times.position(stage), stage_figures(folder, stage), times.rest(stage))
+            tell("; ".join(filter(None, told)))
+            # As soon as the model is known: not after an hour of work.
+            if stage == "dense" and baseline is not None and config.baseline is not None:
+                source = read_checkpoint_info(stage_folder(folder, stage) / "model").source
+                check_same_model(baseline, source.reference, source.sha256, config.baseline.file)
+
+        records = run_stages(stages, folder, show=show, progress=progress, check=check)
+        found = read_figures(config, folder)
+        figures = collect_figures(config, folder, found)
+        verdicts = write_verdicts(config, folder, figures, baseline)
+        manifest = publish(config, folder, found, list(records.values()))
+        append_entry(folder, _history_entry(manifest, figures, verdicts, label))
+        shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
+        return Released(manifest, verdicts)
+
+
+def _history_entry(
+    manifest: ReleaseManifest, figures: FigureSet, verdicts: Verdicts, label: str | None
+) -> HistoryEntry:
+    export = manifest.config["export"]
+    return entry_of(
+        figures,
+        outcome=verdicts.outcome,
+        settings={
+            "prune_ratio": f"{manifest.prune_ratio:g}",
+            "files": ", ".join((*export["quants"], *export["onnx"])),
+        },
+        versions=manifest.versions,
+        stages=manifest.stages,
+        label=label,
+    )
+
+
+def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = None) -> dict[str, str]:
+    """For each stage why it would run; nothing for one that is done. Nothing is run or written."""
+    return explain_stages(release_stages(config, folder, threads), folder)
+
+
+def load_baseline(config: ReleaseConfig) -> FigureSet | None:
+    """The baseline, if there is one, checked for what budgets want of it.
+
+    Raises:
+        InputError: It cannot be read, or lacks a figure.
+    """
+    if config.baseline is None:
+        return None
+    keys = list(planned_figures(config))
+    wanted = [
+        key for budget in config.budgets if budget.relative_to == "baseline" for key in select(budget, keys)
+    ]
+    return read_baseline(config.baseline.file, wanted)
+
+
+def check_extras(config: ReleaseConfig) -> None:
+    """Raise MissingExtraError for what the configuration needs and is not installed, before anything runs."""
+    if config.export.onnx:
+        require_onnx_export()
+    if config.tracking is not None:
+        _require("mlflow", "track")
+    if config.recover is not None:
+        _require("accelerate", "recover")
+    if config.evaluate.tasks:
+        _require("lm_eval", "eval")
+
+
+def _require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(package, extra)
+
+
+def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
+    """The stages in order, with everything that their results depend on."""
+    steps, c = Steps(config, folder, threads), config
+    exported = c.export.model_dump(mode="json")
+    asked = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
+    exports = ("export-dense", "export-pruned")
+    judged = _judged(c, steps)
+    files = {"files": list(c.evaluate.files)}
+    stages = [
+        Stage("dense", _dense(c, steps), (), steps.dense),
+        Stage("prune", dataclasses.asdict(c.prune_settings()), ("dense",), steps.prune),
+    ]
+    if c.recover is not None:
+        stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
+    stages += [
+        Stage("evaluate", judged, ("dense", steps.final), steps.evaluate),
+        Stage("export-dense", exported, ("dense",), steps.export_dense),
+        Stage("export-pruned", exported, (steps.final,), steps.export_pruned),
+        Stage("answers", asked, exports, steps.answers),
+    ]
+    if c.evaluate.files:
+        after = ("dense", "export-pruned")
+        stages.append(Stage("evaluate-files", judged | files, after, steps.evaluate_files))
+    stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
+    return stages
+
+
+def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
+    source = config.model.model_dump(mode="json") | {"identity": _identity(config.model.reference)}
+    return {
+        "tool": tool_version(),
+        "packages": _versions(),
+        "seed": config.seed,
+        "model": source,
+        "calibration": _identities(config.prune.calibration),
+        "windows": [config.prune.nsamples, config.prune.seqlen],
+        "moments": steps.needs_moments,
+    }
+
+
+def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
+    training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
+    data = {"data": _identities(settings.data), "validation": _identities(settings.validation)}
+    return training | data
+
+
+def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
+    evaluate = config.evaluate
+    settings = evaluate.model_dump(mode="json", exclude={"files"})
+    settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats", "tasks")}
+    if evaluate.task_data is not None:
+        settings["task_data"] = _identity(str(evaluate.task_data))
+    settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
+    return settings | {"prompts": list(steps.prompts)}
+
+
+def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
+    # Other places and devices change nothing here.
+    settings = config.bench.model_dump(mode="json", exclude={"targets", "devices", "n_ctx"})
+    settings |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
+    return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
+
+
+def _versions() -> dict[str, str]:
+    found = {d.metadata["Name"]: d.version for d in map(_distribution, PACKAGES) if d is not None}
+    return dict(sorted(found.items()))
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _identities(references: Iterable[str]) -> list[list[str]]:
+    return [[reference, _identity(reference)] for reference in references]
+
+
+def _identity(reference: str) -> str:
+    """What stands behind a reference now: a hash of its files, or "" where the reference itself says it all."""
+    if reference in BUILTIN_MODELS:
+        return BUILTIN_MODELS[reference].sha256
+    path = Path(reference)
+    if path.is_file():
+        return sha256_file(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return " ".join(f"{file.relative_to(path).as_posix()}:{sha256_file(file)}" for file in files)
+    return ""

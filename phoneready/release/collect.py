@@ -1,0 +1,227 @@
+"""The figures of a finished release, from what its stages left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cfsp.evaluation.tasks import TaskResult
+from phoneready.evaluation.record import Evaluation, TextResult, text_name
+from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.figures.metrics import FigureKey, metric_of
+from phoneready.release.steps import Steps
+from phoneready.report.markdown import ReleaseFigures
+from phoneready.settings.release import ReleaseConfig
+from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import Band, project
+from runtime_bench.records.record import EMULATED, BenchRecord
+from runtime_bench.records.summary import median
+
+__all__ = [
+    "benchmark_figures",
+    "collect_figures",
+    "judgement_figures",
+    "projected_figures",
+    "size_figure",
+]
+
+_Items = Mapping[str, tuple[str, str]]
+"""Name of an exported file -> its role, and the quantization or variant that it is."""
+
+
+def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
+    """Every figure of `planned_figures`, of the dense model too where it has one.
+
+    Args:
+        config: Of the release.
+        folder: Of the release.
+        release: What the stages recorded.
+    """
+    steps = Steps(config, folder, None)
+    sides = ((PRUNED, release.pruned), (DENSE, release.dense))
+    exports = [(role, record) for role, records in sides for record in records]
+    items = {record.file: (role, record.quant) for role, record in exports}
+    found = [size_figure(role, record.quant, record.file, record.file_bytes) for role, record in exports]
+    for place in config.bench.targets:
+        found += benchmark_figures(config, place, steps.bench_records(place), items)
+    found += _projections(config, steps, items)
+    for item, subject, evaluation in steps.evaluations():
+        found += judgement_figures(item, subject, evaluation)
+    return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
+
+
+def size_figure(role: str, item: str, subject: str, n_bytes: int) -> Figure:
+    """A file's size."""
+    return Figure(FigureKey("file_bytes", item), role, subject, "bytes", n_bytes)
+
+
+def benchmark_figures(
+    config: ReleaseConfig, place: str, records: Sequence[BenchRecord], items: Mapping[str, tuple[str, str]]
+) -> Iterator[Figure]:
+    """What was measured at a place; `items` has the role and the quantization or variant of every file."""
+    rows: dict[tuple[str, int], list[BenchRecord]] = {}
+    for record in records:
+        yield _timing(config, place, record, *items[record.model_filename])
+        rows.setdefault((record.model_filename, record.n_threads), []).append(record)
+    for (name, _), group in rows.items():
+        yield _peak(config, place, group, *items[name])
+
+
+def _unmeasured(
+    config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str, metric: str
+) -> Figure:
+    """A figure of a benchmark record, without its value."""
+    threads = record.n_threads if config.bench.n_threads else None
+    conditions = {
+        "kind": record.kind,
+        "engine": record.engine,
+        "processor": str(record.cpu_info),
+        "warm-up": str(record.warmup),
+        "batches": f"{record.n_batch} and {record.n_ubatch} tokens",
+    }
+    if record.memory_limit_bytes is not None:
+        conditions["limit of memory"] = f"{record.memory_limit_bytes} bytes"
+    if threads is None:
+        conditions["threads"] = str(record.n_threads)
+    if metric == "load":
+        conditions["page cache"] = record.page_cache_state
+    return Figure(
+        key=FigureKey(metric, item, place, threads),
+        role=role,
+        subject=record.model_filename,
+        unit=metric_of(metric).unit,
+        value=None,
+        kind=record.kind,
+        target=record.target,
+        paired=f"{record.session} {metric} {record.n_threads}",
+        failure=record.failure,
+        conditions=conditions,
+    )
+
+
+def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, item: str) -> Figure:
+    figure = _unmeasured(config, place, record, role, item, record.test)
+    if record.void:
+        return replace(figure, failure=f"it writes degenerate text ({record.degenerate}), its speed is void")
+    if record.kind == EMULATED:
+        return replace(figure, failure="emulated times say nothing")
+    if not record.ok:
+        return figure
+    samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
+    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds)
+
+
+def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:
+    """Of the workload that needs most: the most of any process, and the least and the most as an interval."""
+    failed = next((record for record in records if not record.ok), None)
+    worst = failed or max(records, key=lambda record: record.peak_rss_bytes or 0)
+    figure = _unmeasured(config, place, worst, role, item, "peak_rss_bytes")
+    figure.conditions["workloads"] = ", ".join(sorted(record.test for record in records))
+    peaks = tuple(map(float, worst.peak_rss_samples_bytes))
+    if failed or not peaks:
+        return figure
+    rounds = tuple(range(len(peaks)))
+    return replace(figure, value=max(peaks), samples=peaks, rounds=rounds, low=min(peaks), high=max(peaks))
+
+
+def _projections(config: ReleaseConfig, steps: Steps, items: _Items) -> Iterator[Figure]:
+    if not config.bench.devices:
+        return
+    wanted = [q for q in config.export.quants if not config.bench.files or q in config.bench.files]
+    for artifact in steps.artifacts():
+        role, item = items[artifact.name]
+        if item in wanted:
+            yield from projected_figures(config, role, item, artifact.name, gguf_facts(artifact.path))
+
+
+def projected_figures(
+    config: ReleaseConfig, role: str, item: str, subject: str, facts: ModelFacts
+) -> Iterator[Figure]:
+    """What a GGUF file would need, and how fast it would be, on every device of the configuration."""
+    profiles = load_profiles()
+    context = min(config.bench.n_ctx, facts.context_length)
+    for device in config.bench.devices:
+        found = project(find_profile(device, profiles).profile, facts, context)
+        why = "; ".join(found.assumptions)
+        memory = found.memory.total
+        bands = {
+            "projected_memory_bytes": Band(memory, memory),
+            "projected_tg": found.decode,
+            "projected_pp": found.prefill,
+        }
+        for metric, band in bands.items():
+            yield _projection(FigureKey(metric, item, device), role, subject, band, why, context)
+
+
+def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why: str, context: int) -> Figure:
+    conditions = {"n_ctx": str(context)}
+    figure = Figure(
+        key, role, subject, metric_of(key.metric).unit, None,
+        kind="projected", target=key.place, failure=why, conditions=conditions,
+    )  # fmt: skip
+    if band is None:
+        return figure
+    middle = math.sqrt(band.low * band.high)
+    return replace(figure, value=middle, low=band.low, high=band.high, failure=None)
+
+
+def judgement_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
+    """What an evaluation found."""
+    dense = evaluation.against.reference if evaluation.against else "dense"
+    for text in evaluation.texts:
+        yield from _text_figures(item, subject, dense, text)
+    yield from _task_figures(item, PRUNED, subject, evaluation.tasks)
+    yield from _task_figures(item, DENSE, dense, evaluation.against_tasks)
+    answers = evaluation.degeneration
+    if answers is not None:
+        key, conditions = FigureKey("degenerate", item), {"prompts": answers.prompts_sha256}
+        for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
+            yield Figure(key, role, name, "share", share, conditions=conditions)
+
+
+def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iterator[Figure]:
+    name = text_name(text.kind, text.source)
+    conditions = {f"tokens of {name}": text.windows_sha256}
+    d = text.divergence
+    values = {"perplexity": text.perplexity}
+    if d is not None:
+        values |= {
+            "perplexity_ratio": d.perplexity_ratio,
+            "kl_mean": d.kl_mean,
+            "kl_p99_9": d.kl_p99_9,
+            "same_top1": d.same_top1,
+        }
+        key = FigureKey("perplexity", item, on=name)
+        yield Figure(key, DENSE, dense, "", d.reference_perplexity, conditions=conditions)
+    for metric, value in values.items():
+        unit = metric_of(metric).unit
+        yield Figure(FigureKey(metric, item, on=name), PRUNED, subject, unit, value, conditions=conditions)
+
+
+def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
+    found = []
+    for task in tasks:
+        score = next((m for m in task.metrics if m.name == "acc"), None)
+        score = score or next((m for m in task.metrics if m.higher_is_better), None)
+        if score is None:
+            continue
+        conditions = {
+            f"{name} of {task.task}": str(getattr(task, name))
+            for name in ("version", "sha256", "limit", "num_fewshot", "n_items")
+        } | {f"metric of {task.task}": score.name}
+        figure = Figure(
+            FigureKey("accuracy", item, on=task.task), role, subject, "share", score.value,
+            stderr=score.stderr, conditions=conditions,
+        )  # fmt: skip
+        found.append(figure)
+        yield figure
+    if found:
+        yield Figure(
+            FigureKey("mean_accuracy", item), role, subject, "share",
+            sum(f.value or 0 for f in found) / len(found),
+            stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in found)) / len(found),
+            conditions={name: value for f in found for name, value in f.conditions.items()},
+        )  # fmt: skip

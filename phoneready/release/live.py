@@ -1,0 +1,146 @@
+"""What a run says of itself on the way: where it is, the figures so far, and how long the rest took last time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+from cfsp.models.checkpoint import PLAN_FILE
+from cfsp.progress import Progress
+from cfsp.pruning.plan import PruningPlan
+from cfsp.records import read_record
+from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord
+from exporters.record import ExportManifest
+from phoneready.console import format_bytes
+from phoneready.evaluation.record import Evaluation
+from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder
+from runtime_bench.records.jsonl import read_jsonl
+from runtime_bench.records.record import BenchRecord
+
+__all__ = ["LastTimes", "last_times", "rows_so_far", "stage_figures"]
+
+
+@dataclass(frozen=True)
+class LastTimes:
+    """How long stages took when they were run last.
+
+    Attributes:
+        names: All stages, in order.
+        seconds: Of those that will run now, what they took when they ran before; None where they never did.
+    """
+
+    names: tuple[str, ...]
+    seconds: Mapping[str, float | None]
+
+    def position(self, name: str) -> str:
+        """Such as `3 of 8`."""
+        return f"{self.names.index(name) + 1} of {len(self.names)}"
+
+    def rest(self, name: str) -> str:
+        """What the stages that are still to be run took, if all of them are known; else nothing."""
+        later = [self.seconds[n] for n in self.names[self.names.index(name) + 1 :] if n in self.seconds]
+        known = [seconds for seconds in later if seconds is not None]
+        if not later or len(known) < len(later):
+            return ""
+        return f"the rest took {format_seconds(sum(known))} last time"
+
+
+def last_times(stages: Sequence[Stage], folder: Path) -> LastTimes:
+    """What the records in a release folder say of the stages that will run."""
+    found: dict[str, float | None] = {}
+    for name in (name for name, why in explain_stages(stages, folder).items() if why):
+        try:
+            found[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE).seconds
+        except InputError:
+            found[name] = None
+    return LastTimes(tuple(stage.name for stage in stages), found)
+
+
+def format_seconds(seconds: float) -> str:
+    """Such as `45 s` or `12 min`."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def stage_figures(folder: Path, name: str) -> str:
+    """The figures that a finished stage has found, in a few words; nothing where it has none."""
+    output = stage_folder(folder, name)
+    for prefix, describe in _FIGURES.items():
+        if name.startswith(prefix):
+            return describe(output)
+    return ""
+
+
+def rows_so_far(progress: Progress) -> tuple[Progress, Callable[[BenchRecord], None]]:
+    """A progress that also shows the latest row of a benchmark, and what to tell each row to."""
+    latest = ""
+
+    def tell(record: BenchRecord) -> None:
+        nonlocal latest
+        latest = f": {Path(record.model_filename).name} {_row(record)}"
+
+    def report(description: str, done: int, total: int) -> None:
+        progress(description + latest, done, total)
+
+    return report, tell
+
+
+def _pruned(output: Path) -> str:
+    plan = read_record(PruningPlan, output / "model" / PLAN_FILE)
+    return f"{1 - plan.keep_ratio:.1%} of the FFN channels removed"
+
+
+def _recovered(output: Path) -> str:
+    record = read_record(RecoveryRecord, output / "model" / RECOVERY_FILE)
+    kept = "" if record.kept_step else "; nothing was gained, the untrained weights are kept"
+    change = f"{record.perplexity_before:.2f} before, {record.perplexity_after:.2f} after"
+    return f"validation perplexity {change}{kept}"
+
+
+def _evaluated(output: Path) -> str:
+    parts = []
+    for path in sorted(output.glob("*.json")):
+        if path.name == RECORD_FILE:
+            continue
+        evaluation = read_record(Evaluation, path)
+        parts += [
+            f"{evaluation.model.reference} on {text.kind}: perplexity {text.divergence.perplexity_ratio:.3f} x dense, "
+            f"KL {text.divergence.kl_mean:.3f}"
+            for text in evaluation.texts
+            if text.divergence
+        ]
+    return "; ".join(parts)
+
+
+def _exported(output: Path) -> str:
+    manifests = [read_record(ExportManifest, path) for path in sorted(output.glob("*/export.json"))]
+    return ", ".join(f"{r.quant} {format_bytes(r.file_bytes)}" for m in manifests for r in m.exports)
+
+
+def _measured(output: Path) -> str:
+    rows = [
+        record for record in read_jsonl(output / "bench.jsonl") if record.workload == "tg" or not record.ok
+    ]
+    return "; ".join(f"{record.model_filename} {_row(record)}" for record in rows)
+
+
+def _row(record: BenchRecord) -> str:
+    if not record.ok:
+        return f"{record.test} failed: {record.failure}"
+    if record.avg_ts is not None:
+        return f"{record.test} {record.avg_ts:.1f} t/s"
+    return f"{record.test} {(record.median_ns or 0) / 1e6:.1f} ms"
+
+
+_FIGURES: Mapping[str, Callable[[Path], str]] = MappingProxyType(
+    {
+        "prune": _pruned,
+        "recover": _recovered,
+        "evaluate": _evaluated,
+        "export-": _exported,
+        "bench-": _measured,
+    }
+)
+"""Beginning of a stage's name -> what describes its output."""

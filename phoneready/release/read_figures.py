@@ -1,0 +1,53 @@
+"""What the stages of a finished release found, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cfsp.models.checkpoint import PLAN_FILE, read_checkpoint_info
+from cfsp.pruning.plan import PruningPlan
+from cfsp.records import read_record
+from exporters.record import ExportManifest, ExportRecord
+from phoneready.evaluation.record import Evaluation
+from phoneready.release.answers import Answers
+from phoneready.release.stages import stage_folder
+from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
+from phoneready.report.markdown import ReleaseFigures
+from phoneready.settings.release import ReleaseConfig
+
+__all__ = ["read_figures"]
+
+
+def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
+    """Everything that the stages of a finished release measured."""
+    steps = Steps(config, folder, None)
+    names = [artifact.name for artifact in steps.artifacts()]
+    # Dense and pruned take turns.
+    exports = [
+        _exports(config, folder, stage, names[first::2])
+        for first, stage in enumerate(("export-dense", "export-pruned"))
+    ]
+    return ReleaseFigures(
+        source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
+        plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
+        evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
+        dense=exports[0],
+        pruned=exports[1],
+        answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
+        bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
+    )
+
+
+def _exports(
+    config: ReleaseConfig, folder: Path, stage: str, names: Sequence[str]
+) -> tuple[ExportRecord, ...]:
+    """The records of a stage, which call the exports as the release does."""
+    kinds = ("gguf", "onnx") if config.export.onnx else ("gguf",)
+    found = [
+        record
+        for kind in kinds
+        for record in read_record(ExportManifest, stage_folder(folder, stage) / kind / "export.json").exports
+    ]
+    return tuple(replace(record, file=name) for record, name in zip(found, names, strict=True))

@@ -1,0 +1,303 @@
+"""What each stage of a release does: read what earlier stages left, write into the folder it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from cfsp.errors import PhonereadyError
+from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
+from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
+from cfsp.models.reference import load_model, load_tokenizer
+from cfsp.models.source import LoadedModel
+from cfsp.precision import products_in
+from cfsp.progress import Progress
+from cfsp.pruning.prune import moment_windows, prune_model
+from cfsp.pruning.statistics import collect_input_moments
+from cfsp.records import read_record, write_record
+from cfsp.text.calibration import Calibration, load_calibration
+from cfsp.text.tokens import tokens_sha256
+from exporters.gguf import export_gguf, find_quant
+from exporters.onnx.folder import find_graph
+from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
+from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity
+from phoneready.evaluation.run import evaluate
+from phoneready.figures.metrics import CHECKPOINT
+from phoneready.release.answers import answer_all
+from phoneready.release.artifact import Artifact
+from phoneready.release.live import rows_so_far
+from phoneready.release.stages import stage_folder
+from phoneready.settings.places import Unreachable, open_place, place_slug
+from phoneready.settings.release import ReleaseConfig
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.jsonl import append_jsonl, read_jsonl
+from runtime_bench.records.record import BenchRecord
+from runtime_bench.targets import DOES_NOT_FIT, Target
+
+__all__ = [
+    "ANSWERS_FILE",
+    "BENCH_FILE",
+    "EVALUATION_FILE",
+    "RECOVERY_STAGE",
+    "Steps",
+    "bench_settled",
+    "bench_stage",
+]
+
+CALIBRATION_FILE = "calibration.safetensors"
+EVALUATION_FILE = "evaluation.json"
+ANSWERS_FILE = "answers.json"
+BENCH_FILE = "bench.jsonl"
+RECOVERY_STAGE = "recover"
+
+
+def bench_stage(place: str) -> str:
+    """The stage that measures at a place."""
+    return f"bench-{place_slug(place)}"
+
+
+def bench_settled(output: Path) -> bool:
+    """Whether measuring again would give nothing else: all rows were measured, or do not fit where they were."""
+    records = read_jsonl(output / BENCH_FILE)
+    return all(record.ok or record.memory_verdict == DOES_NOT_FIT for record in records)
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The stages' work for one configuration and release folder.
+
+    Attributes:
+        config: What to make.
+        folder: The release folder.
+        threads: Threads outside torch and the benchmark; torch's number where None.
+    """
+
+    config: ReleaseConfig
+    folder: Path
+    threads: int | None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Questions for the models."""
+        return self.config.evaluate.prompts or PROMPTS
+
+    @property
+    def needs_moments(self) -> bool:
+        """Whether a quantization wants the importance matrix of the dense model."""
+        export = self.config.export
+        return export.imatrix and any(find_quant(quant).uses_imatrix for quant in export.quants)
+
+    @property
+    def final(self) -> str:
+        """The stage whose checkpoint is exported."""
+        return RECOVERY_STAGE if self.config.recover else "prune"
+
+    @property
+    def recovery_work(self) -> Path:
+        """Where training keeps its own checkpoints, so that a killed one goes on."""
+        return self.folder / "stages" / "recover.work"
+
+    def checkpoint(self, stage: str) -> Path:
+        """The checkpoint that a stage left."""
+        return stage_folder(self.folder, stage) / "model"
+
+    def artifacts(self) -> list[Artifact]:
+        """What was exported: of each quantization, then of each ONNX variant, the dense model, then the pruned one."""
+        folders = [stage_folder(self.folder, stage) for stage in ("export-dense", "export-pruned")]
+        quants = self.config.export.quants
+        files = [next((folder / "gguf").glob(f"*-{quant}.gguf")) for quant in quants for folder in folders]
+        found = [Artifact(file.name, file, file) for file in files]
+        stems = [file.name.removesuffix(f"-{quants[0]}.gguf") for file in files[:2]]
+        for variant in self.config.export.onnx:
+            for stem, folder in zip(stems, folders, strict=True):
+                root = folder / "onnx" / variant
+                graph = find_graph(str(root), last_logits=True)
+                found.append(Artifact(f"{stem}-{variant}", root, graph))
+        return found
+
+    def dense(self, output: Path, progress: Progress) -> None:
+        """Load the model, draw its calibration windows, keep both."""
+        model, prune = self.config.model, self.config.prune
+        loaded = load_model(model.reference, trust_remote_code=model.trust_remote_code, progress=progress)
+        sizes = {"nsamples": prune.nsamples, "seqlen": prune.seqlen, "seed": self.config.seed}
+        ids = load_calibration(prune.calibration, loaded, **sizes, progress=progress).input_ids
+        safetensors.torch.save_file({"input_ids": ids}, output / CALIBRATION_FILE)
+        moments = None
+        if self.needs_moments:
+            with products_in(prune.dtype):
+                moments = collect_input_moments(loaded.model, moment_windows(ids), progress=progress)
+        save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
+
+    def prune(self, output: Path, progress: Progress) -> None:
+        """Make a plan, apply it, save the pruned checkpoint."""
+        loaded = self._load("dense", progress)
+        ids = self._calibration_ids()
+        sources = self.config.prune.calibration
+        calibration = Calibration(ids, sources, self.config.seed, tokens_sha256(ids))
+        result = prune_model(loaded, calibration, self.config.prune_settings(), progress=progress)
+        save_checkpoint(
+            loaded,
+            output / "model",
+            plan=result.plan,
+            input_moments=result.input_moments,
+            seed=self.config.seed,
+        )
+
+    def recover(self, output: Path, progress: Progress) -> None:
+        """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
+        from cfsp.recovery import recover
+
+        settings = self.config.recover
+        assert settings is not None
+        if not (self.recovery_work / "inputs.json").is_file():
+            # Killed while it was made or removed: nothing in it can be used.
+            shutil.rmtree(self.recovery_work, ignore_errors=True)
+        recover(
+            str(self.checkpoint("prune")),
+            output / "model",
+            settings.settings(self.config.seed),
+            data=settings.data,
+            validation=settings.validation,
+            teacher=str(self.checkpoint("dense")),
+            work=self.recovery_work,
+            force=True,
+            progress=progress,
+        )
+
+    def evaluate(self, output: Path, progress: Progress) -> None:
+        """Pruned against dense, as checkpoints."""
+        dense, pruned = self._load("dense", progress), self._load(self.final, progress)
+        self._judge(TorchLanguageModel(pruned), dense, "pruned", output / EVALUATION_FILE, progress)
+
+    def evaluate_files(self, output: Path, progress: Progress) -> None:
+        """Exports of the pruned model in their own runtime, against the dense checkpoint."""
+        dense = self._load("dense", progress)
+        opening = OpenSettings(self.config.evaluate.seqlen, threads=self.threads)
+        for item, artifact in self.pruned_artifacts().items():
+            if item not in self.config.evaluate.files:
+                continue
+            root = str(artifact.root)
+            with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
+                self._judge(model, dense, artifact.name, output / f"{item}.json", progress)
+
+    def evaluations(self) -> Iterator[tuple[str, str, Evaluation]]:
+        """(item, name, judgement) of the checkpoint and of every export that was judged."""
+        path = stage_folder(self.folder, "evaluate") / EVALUATION_FILE
+        yield CHECKPOINT, CHECKPOINT, read_record(Evaluation, path)
+        artifacts = self.pruned_artifacts() if self.config.evaluate.files else {}
+        for item in self.config.evaluate.files:
+            path = stage_folder(self.folder, "evaluate-files") / f"{item}.json"
+            yield item, artifacts[item].name, read_record(Evaluation, path)
+
+    def _judge(
+        self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
+    ) -> None:
+        chosen = self.config.evaluate
+        settings = EvaluationSettings(
+            text=chosen.text,
+            chats=chosen.chats,
+            seqlen=chosen.seqlen,
+            max_windows=chosen.max_windows,
+            prompts=self.prompts,
+            max_new_tokens=chosen.max_new_tokens,
+            seed=self.config.seed + 1,  # not the calibration's: chats that pruning has seen prove nothing
+            tasks=chosen.task_settings(),
+            metrics=chosen.metrics,
+        )
+        result = evaluate(model, TorchLanguageModel(dense), settings, progress=progress)
+        against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
+        named = ModelIdentity(name, result.model.runtime)
+        write_record(path, dataclasses.replace(result, model=named, against=against))
+
+    def export_dense(self, output: Path, progress: Progress) -> None:
+        """The dense model's exports, for comparison."""
+        self._export("dense", "dense", output, progress)
+
+    def export_pruned(self, output: Path, progress: Progress) -> None:
+        """The pruned model's exports."""
+        percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
+        recovered = "-recovered" if self.config.recover else ""
+        self._export(self.final, f"pruned{percent}{recovered}", output, progress)
+
+    def answers(self, output: Path, progress: Progress) -> None:
+        """What the files answer in their own runtime."""
+        record = answer_all(
+            self.artifacts(),
+            load_tokenizer(self.checkpoint("dense")),
+            self.prompts,
+            max_new_tokens=self.config.evaluate.max_new_tokens,
+            n_threads=self.threads,
+            progress=progress,
+        )
+        write_record(output / ANSWERS_FILE, record)
+
+    def bench(self, place: str, output: Path, progress: Progress) -> None:
+        """All of them in turns at a place; records name them without folders, as the release may move.
+
+        A place that cannot be reached is no reason to lose all else: its rows are recorded as failed.
+        """
+        wanted = self.config.bench.files or self.config.export.names
+        items = self.config.export.names
+        # Dense and pruned take turns.
+        chosen = [a for i, a in enumerate(self.artifacts()) if items[i // 2] in wanted]
+        names = {str(artifact.path): artifact.name for artifact in chosen}
+        settings = self.config.bench.settings(self.config.seed)
+        files = [Path(path) for path in names]
+        target: Target
+        try:
+            target = open_place(place)
+        except PhonereadyError as error:
+            target = Unreachable(place, str(error))
+        progress, tell = rows_so_far(progress)
+        records = run_bench(files, settings, progress, target=target, on_record=tell)
+        named = [dataclasses.replace(r, model_filename=names[r.model_filename]) for r in records]
+        append_jsonl(output / BENCH_FILE, named)
+
+    def bench_records(self, place: str) -> list[BenchRecord]:
+        """What was measured at a place."""
+        return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
+
+    def pruned_artifacts(self) -> dict[str, Artifact]:
+        """Quantization or variant -> its export of the pruned model."""
+        return dict(zip(self.config.export.names, self.artifacts()[1::2], strict=True))
+
+    def _load(self, stage: str, progress: Progress) -> LoadedModel:
+        """A stage's checkpoint, with the origin of the model that it was made from."""
+        loaded = load_model(self.checkpoint(stage), progress=progress)
+        return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
+
+    def _calibration_ids(self) -> torch.Tensor:
+        """The calibration windows, (nsamples, seqlen)."""
+        path = stage_folder(self.folder, "dense") / CALIBRATION_FILE
+        return safetensors.torch.load_file(path)["input_ids"]
+
+    def _export(self, stage: str, suffix: str, output: Path, progress: Progress) -> None:
+        name = read_checkpoint_info(self.checkpoint(stage)).source.name
+        export_gguf(
+            self.checkpoint(stage),
+            output / "gguf",
+            self.config.export.quants,
+            name=f"{name}-{suffix}",
+            use_imatrix=self.config.export.imatrix,
+            n_threads=self.threads,
+            progress=progress,
+        )
+        if self.config.export.onnx:
+            from exporters.onnx import export_onnx
+
+            export_onnx(
+                self.checkpoint(stage),
+                output / "onnx",
+                self.config.export.onnx,
+                calibration=moment_windows(self._calibration_ids()),
+                # The dense model is there for comparison; it need not fit what the pruned one must.
+                mixed_bytes=None if stage == "dense" else self.config.export.mixed_bytes,
+                name=f"{name}-{suffix}",
+                n_threads=self.threads,
+                progress=progress,
+            )

@@ -1,0 +1,257 @@
+"""report.md: pruned against dense, what both answer, and how everything was measured."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from cfsp.models.source import ModelSource
+from cfsp.pruning.plan import PruningPlan
+from exporters.record import ExportRecord
+from phoneready.console import format_bytes, format_rows
+from phoneready.evaluation.record import Evaluation
+from phoneready.release.answers import Answers
+from phoneready.settings.release import ReleaseConfig
+from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.records.compare import compare_records
+from runtime_bench.records.groups import BenchGroup, bench_groups
+from runtime_bench.records.record import EMULATED, BenchRecord
+
+__all__ = [
+    "WORKLOAD_TITLES",
+    "ReleaseFigures",
+    "bench_notes",
+    "headline",
+    "quality_table",
+    "render_report",
+    "speed_text",
+    "text_name",
+    "verdict_table",
+]
+
+WORKLOAD_TITLES = {
+    "pp": "prompt processing",
+    "tg": "generation",
+    "ttft": "time to first token",
+    "load": "loading",
+}
+_COLUMNS = ("", "dense", "pruned", "pruned / dense")
+_HERE = ("measured", "local")
+
+
+@dataclass(frozen=True)
+class ReleaseFigures:
+    """What the stages of a release found out.
+
+    Attributes:
+        source: The dense model.
+        plan: The applied plan.
+        evaluation: Of the pruned checkpoint against the dense one.
+        dense: Exports of the dense model, one a quantization.
+        pruned: Exports of the pruned model, in the same order.
+        answers: What the files answer.
+        bench: Benchmark records of all files.
+    """
+
+    source: ModelSource
+    plan: PruningPlan
+    evaluation: Evaluation
+    dense: tuple[ExportRecord, ...]
+    pruned: tuple[ExportRecord, ...]
+    answers: Answers
+    bench: tuple[BenchRecord, ...]
+
+
+def render_report(
+    config: ReleaseConfig, figures: ReleaseFigures, versions: Mapping[str, str], commands: Sequence[str]
+) -> str:
+    """The report as Markdown."""
+    pairs = list(zip(figures.dense, figures.pruned, strict=True))
+    context: dict[str, Any] = {
+        "config": config,
+        "figures": figures,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commands": commands,
+        "headline": headline(figures),
+        "verdicts": [(dense.quant, verdict_table(figures, dense, pruned)) for dense, pruned in pairs],
+        "quality": quality_table(figures),
+        "parity": _parity_table(figures),
+        "notes": [f"{r.file}: {warning}" for pair in pairs for r in pair for warning in r.warnings],
+        "answers": _answers(figures),
+        "widths": _widths_table(figures.plan),
+        "groups": bench_groups(figures.bench),
+        "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
+        "bench_notes": bench_notes(figures.bench),
+        "bytes": format_bytes,
+    }
+    text = (
+        importlib.resources.files("phoneready.report").joinpath("templates/report.md.j2").read_text("utf-8")
+    )
+    environment = jinja2.Environment(
+        autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(text).render(context) + "\n"
+
+
+def headline(figures: ReleaseFigures) -> str:
+    """The outcome in one sentence."""
+    dense, pruned = figures.dense[0], figures.pruned[0]
+    share, size = 1 - figures.plan.keep_ratio, pruned.file_bytes / dense.file_bytes
+    parts = [
+        f"{share:.1%} of the FFN channels removed",
+        f"the {pruned.quant} file is {format_bytes(pruned.file_bytes)}, {size:.3f} times the dense one",
+    ]
+    for text in figures.evaluation.texts:
+        if text.divergence:
+            d = text.divergence
+            parts.append(
+                f"on {text.kind} perplexity is {d.perplexity_ratio:.3f} times the dense model's "
+                f"and the first choice is the same for {d.same_top1:.1%} of the tokens"
+            )
+    return "; ".join(parts) + "."
+
+
+def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRecord) -> str:
+    """One quantization: size, perplexity, speed and memory of both files; a table for each place but this machine."""
+    size = [format_bytes(dense.file_bytes), format_bytes(pruned.file_bytes)]
+    p, q = dense.parity, pruned.parity
+    rows = [
+        ["file size", *size, f"{pruned.file_bytes / dense.file_bytes:.3f}"],
+        [
+            f"perplexity of the file ({p.text}, {p.n_tokens} tokens)",
+            f"{p.ppl_export:.2f}",
+            f"{q.ppl_export:.2f}",
+            f"{q.ppl_export / p.ppl_export:.3f}",
+        ],
+    ]
+    others = []
+    for group in bench_groups(figures.bench):
+        found = _bench_rows(group, dense.file, pruned.file)
+        if (group.kind, group.target) == _HERE:
+            rows += found
+        elif found:
+            others.append(f"{group.title}:\n\n{format_rows(_COLUMNS, found)}")
+    return "\n".join([format_rows(_COLUMNS, rows), *others])
+
+
+def _bench_rows(group: BenchGroup, dense: str, pruned: str) -> list[list[str]]:
+    rows = [_speed_row(*pair) for pair in group.pairs(dense, pruned)]
+    before, now = group.peak_rss_bytes(dense), group.peak_rss_bytes(pruned)
+    if before and now:
+        rows.append(["peak memory (RSS)", format_bytes(before), format_bytes(now), f"{now / before:.3f}"])
+    return rows
+
+
+def quality_table(figures: ReleaseFigures) -> str:
+    """The pruned checkpoint against the dense one, before quantization."""
+    header = [
+        "measured on",
+        "tokens",
+        "perplexity dense",
+        "pruned",
+        "ratio",
+        "KL mean",
+        "KL median",
+        "KL p99.9",
+    ]
+    rows = []
+    for text in figures.evaluation.texts:
+        d = text.divergence
+        if d is None:
+            continue
+        perplexities = [f"{d.reference_perplexity:.2f}", f"{d.perplexity:.2f}", f"{d.perplexity_ratio:.3f}"]
+        kl = [f"{d.kl_mean:.4f}", f"{d.kl_median:.4f}", f"{d.kl_p99_9:.2f}"]
+        place = escape_markdown(text_name(text.source, figures.evaluation.seed))
+        rows.append([f"{text.kind}: {place}", f"{d.n_tokens}", *perplexities, *kl, f"{d.same_top1:.1%}"])
+    return format_rows([*header, "same top-1"], rows) if rows else "Nothing was evaluated.\n"
+
+
+def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> list[str]:
+    title = f"{WORKLOAD_TITLES[dense.workload]}, {dense.test}" if dense.workload != "load" else "loading"
+    title += f", {dense.n_threads} thread" + ("s" if dense.n_threads > 1 else "")
+    if not (dense.ok and pruned.ok):
+        return [title, *("measured" if r.ok else "failed" for r in (dense, pruned)), "-"]
+    c = compare_records(dense, pruned)
+    change = "-"
+    if c.ratio is not None and c.low is not None and c.high is not None:
+        change = f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}): {c.verdict}"
+    return [title, speed_text(dense), speed_text(pruned), change]
+
+
+def speed_text(record: BenchRecord) -> str:
+    """Tokens a second where the workload is a rate, else the median time; no figure where degenerate text voids it, or
+    where an emulator's clock would say it."""
+    if record.void:
+        return "void"
+    if record.kind == EMULATED:
+        return "-"
+    if record.avg_ts is not None:
+        return f"{record.avg_ts:.1f} t/s"
+    return "-" if record.median_ns is None else f"{record.median_ns / 1e6:.1f} ms"
+
+
+def _parity_table(figures: ReleaseFigures) -> str:
+    header = [
+        "file",
+        "stored types",
+        "max logit diff",
+        "KL mean",
+        "KL p99.9",
+        "same top-1",
+        "perplexity ratio",
+    ]
+    rows = []
+    for record in (*figures.dense, *figures.pruned):
+        types = ", ".join(f"{count} {kind}" for kind, count in sorted(record.tensor_types.items()))
+        p = record.parity
+        figures_of = [f"{p.max_logit_diff:.2g}", f"{p.kl_mean:.4f}", f"{p.kl_p99_9:.3f}"]
+        rows.append([record.file, types, *figures_of, f"{p.same_top1:.1%}", f"{p.ppl_ratio:.4f}"])
+    return format_rows(header, rows)
+
+
+def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
+    """Question by question: the checkpoints' answers, then the files'."""
+    sides = [("checkpoint", figures.evaluation.against_answers, figures.evaluation.answers)]
+    for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+        said = figures.answers.answers
+        sides.append((dense.quant, said[dense.file], said[pruned.file]))
+    return [
+        {
+            "prompt": prompt,
+            "rows": [(name, _cell(dense[i]), _cell(pruned[i])) for name, dense, pruned in sides],
+        }
+        for i, prompt in enumerate(figures.evaluation.prompts)
+    ]
+
+
+def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
+    """What a reader must know about the samples, each remark once with the rows that it is about."""
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        if remark := record.failure or record.note:
+            rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
+    return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _widths_table(plan: PruningPlan) -> str:
+    rows = [
+        [str(i), str(dense), str(block.width), f"{block.width / dense:.3f}", f"{block.importance:.4f}"]
+        for i, (dense, block) in enumerate(zip(plan.dense_widths, plan.blocks, strict=True))
+    ]
+    return format_rows(["block", "dense", "kept", "share", "importance"], rows)
+
+
+def text_name(reference: str, seed: int) -> str:
+    """What a text reference is called in reports."""
+    if reference == "self":
+        return f"sampled from the dense model, seed {seed}"
+    return Path(reference).name if Path(reference).exists() else reference

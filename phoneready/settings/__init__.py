@@ -1,0 +1,1 @@
+"""release.toml: its sections, their checks, and where in the file a fault is."""

@@ -1,0 +1,125 @@
+"""Where a release measures, by name: what `bench --on` takes, and this machine under limits.
+
+local                            this machine as it is
+constrained:400M                 with that much memory
+constrained:pixel-8a             with what one application may use on that device
+constrained:400M,cores=0+1       on those cores only
+browser, and the others          as in `phoneready bench --on`
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import InputError
+from phoneready.commands.bench_targets import TargetOptions, find_row, open_targets
+from phoneready.units import parse_bytes
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.engines import engine_for
+from runtime_bench.records.record import Environment
+from runtime_bench.targets import Target
+from runtime_bench.worker import WorkerRequest, WorkerResult
+
+__all__ = ["Unreachable", "check_place", "open_place", "place_details", "place_slug", "runs_gguf_only"]
+
+CONSTRAINED = "constrained"
+
+
+def check_place(name: str) -> str:
+    """The name, if there can be such a place; nothing is opened.
+
+    Raises:
+        InputError: There cannot.
+    """
+    kind, _, details = name.partition(":")
+    if kind == CONSTRAINED:
+        _limits(details)
+    else:
+        find_row(name)
+    return name
+
+
+def open_place(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        InputError: There is none, or it cannot be reached now.
+    """
+    kind, _, details = name.partition(":")
+    limited = kind == CONSTRAINED
+    (target,) = open_targets([kind], _limits(details)) if limited else open_targets([name], TargetOptions())
+    return target
+
+
+def runs_gguf_only(name: str) -> bool:
+    """Whether no ONNX file runs at a place."""
+    kind = name.partition(":")[0]
+    return find_row(kind if kind == CONSTRAINED else name)[0].gguf_only
+
+
+def place_details(name: str) -> dict[str, Any]:
+    """What a place's name refers to and that may change while the name stays."""
+    kind, _, details = name.partition(":")
+    device = _limits(details).device if kind == CONSTRAINED else None
+    return find_profile(device, load_profiles()).profile.model_dump(mode="json") if device else {}
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """A place that could not be opened: every run there fails with the reason."""
+
+    name: str
+    reason: str
+
+    memory_limit_bytes = None
+
+    @property
+    def kind(self) -> str:
+        """What its numbers would have been."""
+        return "constrained-host" if self.name.startswith(CONSTRAINED) else "measured"
+
+    def default_engine(self, path: Path) -> str:
+        """See runtime_bench.targets.Target."""
+        return engine_for(path)
+
+    def require(self, engine: str) -> None:
+        """See runtime_bench.targets.Target."""
+
+    def environment(self) -> Environment:
+        """See runtime_bench.targets.Target."""
+        return Environment(None, None, None, None, None, "unknown", {})
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        """See runtime_bench.targets.Target."""
+        return WorkerResult(error=self.reason)
+
+
+def place_slug(name: str) -> str:
+    """The name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
+
+
+def _limits(details: str) -> TargetOptions:
+    limits = TargetOptions()
+    for part in filter(None, details.split(",")):
+        if part.startswith("cores="):
+            limits = replace(limits, cores=_cores(part))
+        elif part[0].isdecimal():
+            parse_bytes(part, CONSTRAINED)
+            limits = replace(limits, memory=part)
+        else:
+            limits = replace(limits, device=find_profile(part, load_profiles()).profile.id)
+    if not limits.given:
+        forms = "constrained:SIZE, constrained:DEVICE, either or neither with cores=0+1 after a comma"
+        raise InputError("no limit", field=CONSTRAINED, allowed=forms)
+    return limits
+
+
+def _cores(part: str) -> tuple[str, ...]:
+    names = tuple(part.removeprefix("cores=").split("+"))
+    if not all(name.isdecimal() for name in names):
+        raise InputError("not core numbers", field=CONSTRAINED, value=part, allowed="such as cores=0+1")
+    return names

@@ -1,0 +1,289 @@
+"""release.toml: what a release is made of. All errors are reported at once, each with its line and key."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from cfsp.errors import InputError
+from cfsp.files import read_text
+from cfsp.pruning.settings import PruneSettings
+from cfsp.validation import Location, describe_problems, place_of
+from exporters.gguf import required_multiple
+from exporters.onnx import find_variant
+from phoneready.evaluation.record import repeated_text
+from phoneready.figures.budgets import BudgetConfig, budget_problems
+from phoneready.settings.places import place_slug, runs_gguf_only
+from phoneready.settings.sections import (
+    BaselineConfig,
+    BenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    PruneConfig,
+    RecoverConfig,
+    Section,
+)
+from phoneready.settings.toml_lines import key_lines, line_of
+from phoneready.settings.tracking import TrackingConfig
+from phoneready.settings.tune import TuneConfig
+
+__all__ = [
+    "BaselineConfig",
+    "BenchConfig",
+    "BudgetConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "ModelConfig",
+    "PruneConfig",
+    "RecoverConfig",
+    "ReleaseConfig",
+    "beside",
+    "check_sections",
+    "demo_config_text",
+    "load_config",
+    "parse_config",
+    "template_text",
+    "with_variants",
+]
+
+
+class ReleaseConfig(Section):
+    """A whole release."""
+
+    model: ModelConfig
+    seed: int = pydantic.Field(default=0, ge=0)
+    prune: PruneConfig = pydantic.Field(default_factory=PruneConfig)
+    recover: RecoverConfig | None = None
+    evaluate: EvaluateConfig = pydantic.Field(default_factory=EvaluateConfig)
+    export: ExportConfig = pydantic.Field(default_factory=ExportConfig)
+    bench: BenchConfig = pydantic.Field(default_factory=BenchConfig)
+    baseline: BaselineConfig | None = None
+    budgets: tuple[BudgetConfig, ...] = ()
+    tune: TuneConfig | None = None
+    tracking: TrackingConfig | None = None
+
+    def prune_settings(self) -> PruneSettings:
+        """For cfsp; widths fit the quantizations unless an alignment is set."""
+        return self.prune.settings(required_multiple(self.export.quants))
+
+
+def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
+    """The configuration with other ONNX variants.
+
+    Raises:
+        InputError: An unknown one, or what the rest of the configuration wants is not among them.
+    """
+    variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
+    changed = config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
+    check_sections(changed, f"with --onnx {','.join(names)}: ")
+    return changed
+
+
+def check_sections(config: ReleaseConfig, prefix: str = "") -> None:
+    """Raise InputError for what sections of a configuration that was changed say of each other that is not so."""
+    if problems := [f"{place_of(place)}: {message}" for place, message in _problems_between(config)]:
+        raise InputError(prefix + "; ".join(problems))
+
+
+def demo_config_text() -> str:
+    """The release.toml of the embedded demo."""
+    return _resource("demo.toml")
+
+
+def template_text(model: str | None = None) -> str:
+    """A commented release.toml to begin with.
+
+    Args:
+        model: Reference to put into it; the demo's unless given.
+    """
+    text = _resource("template.toml")
+    if model is None:
+        return text
+    # A JSON string is a TOML string.
+    return text.replace(
+        'reference = "smollm2-135m" ', f"reference = {json.dumps(model, ensure_ascii=False)} ", 1
+    )
+
+
+def _resource(name: str) -> str:
+    return importlib.resources.files("phoneready.settings").joinpath(name).read_text(encoding="utf-8")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ReleaseConfig:
+    """Read a release.toml, or the embedded demo's for None; relative paths in it start at its folder.
+
+    Args:
+        path: The file.
+        overrides: Such as `prune.prune_ratio=0.3`; the value is TOML.
+
+    Raises:
+        InputError: Missing, no TOML, or with errors; the message names all of them.
+    """
+    if path is None:
+        return parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
+    config = parse_config(read_text(path), where=str(path), overrides=overrides)
+    return beside(config, path.parent)
+
+
+def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> ReleaseConfig:
+    """Parse and validate; `where` is named in errors.
+
+    Raises:
+        InputError: As `load_config`.
+    """
+    try:
+        values, lines = tomllib.loads(text), key_lines(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where} is not valid TOML: {error}") from error
+    given = {location: override for override in overrides for location in _override(values, override)}
+    name = _place_namer(lines, given)
+
+    def described(problems: Sequence[tuple[Location, str]]) -> list[str]:
+        return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]
+
+    try:
+        config = ReleaseConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        places = [problem["loc"] for problem in error.errors()]
+        problems = [describe_problems(error, name), *described(_problems_beside(values, places))]
+        raise InputError(f"{where}: {'; '.join(problems)}") from error
+    if problems := described(_problems_between(config)):
+        raise InputError(f"{where}: {'; '.join(problems)}")
+    return config
+
+
+def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
+    """What sections say of each other that is not so."""
+    return [*_unknown_files(config), *_repeated_texts(config), *_no_places(config), *budget_problems(config)]
+
+
+def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:
+    """`_problems_between` for a configuration with faulty keys, as far as those do not bear on them."""
+    names = {fault[0] for fault in faults}
+    if names & {"model", "evaluate", "export", "bench", "baseline"}:
+        return []
+    rest = {key: value for key, value in values.items() if key not in names}
+    sound = list(range(len(values["budgets"]))) if "budgets" in rest else []
+    if faulty := {fault[1] for fault in faults if fault[0] == "budgets" and len(fault) > 1}:
+        sound = [number for number in range(len(values["budgets"])) if number not in faulty]
+        rest["budgets"] = [values["budgets"][number] for number in sound]
+    try:
+        config = ReleaseConfig.model_validate(rest)
+    except pydantic.ValidationError:
+        return []
+    return [(_renumbered(place, sound), message) for place, message in _problems_between(config)]
+
+
+def _renumbered(place: Location, numbers: Sequence[int]) -> Location:
+    """The place of a budget among all of them."""
+    if place[0] == "budgets" and len(place) > 1 and isinstance(place[1], int):
+        return ("budgets", numbers[place[1]], *place[2:])
+    return place
+
+
+def _override(values: dict[str, Any], text: str) -> list[Location]:
+    """Set what `a.b=VALUE` says; returns the locations that were set.
+
+    Raises:
+        InputError: It says no such thing.
+    """
+    try:
+        stated = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(
+            "not understood", field="--set", value=text,
+            allowed="KEY=VALUE with a TOML value, such as prune.prune_ratio=0.3 or 'model.reference=\"NAME\"'",
+        ) from error  # fmt: skip
+    return list(_merge(values, stated, ()))
+
+
+def _merge(values: dict[str, Any], stated: Mapping[str, Any], place: Location) -> Sequence[Location]:
+    found: list[Location] = []
+    for key, value in stated.items():
+        here = values.get(key)
+        if isinstance(value, dict) and isinstance(here, dict):
+            found += _merge(here, value, (*place, key))
+        else:
+            values[key] = value
+            found.append((*place, key))
+    return found
+
+
+def _place_namer(lines: Mapping[Location, int], given: Mapping[Location, str]) -> Callable[[Location], str]:
+    """What to put before a location in a message: its line, or the option that set it."""
+
+    def name(location: Location) -> str:
+        for length in range(len(location), 0, -1):
+            if location[:length] in given:
+                return f"--set {given[location[:length]]}: "
+        line = line_of(location, lines)
+        return "" if line is None else f"line {line}: "
+
+    return name
+
+
+def _unknown_files(config: ReleaseConfig) -> list[tuple[Location, str]]:
+    """Files that are to be measured or judged and are not exported."""
+    known = config.export.names
+    problems: list[tuple[Location, str]] = []
+    for section in ("bench", "evaluate"):
+        for name in getattr(config, section).files:
+            if name not in known:
+                message = f"not exported (got {name!r}); allowed: {', '.join(known)}"
+                problems.append(((section, "files"), message))
+    return problems
+
+
+def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """Targets that cannot run what is to be measured there."""
+    onnx = [name for name in config.bench.files or config.export.names if name in config.export.onnx]
+    folders = [place_slug(place) for place in config.bench.targets]
+    if len(set(folders)) < len(folders):
+        yield ("bench", "targets"), f"two have one name on disk: {', '.join(config.bench.targets)}"
+    for place in config.bench.targets if onnx else ():
+        if runs_gguf_only(place):
+            yield (
+                ("bench", "targets"),
+                f"{place} runs GGUF files alone, not {', '.join(onnx)}; name others in files",
+            )
+
+
+def _repeated_texts(config: ReleaseConfig) -> list[tuple[Location, str]]:
+    name = repeated_text(config.evaluate.text, config.evaluate.chats)
+    if name is None:
+        return []
+    return [(("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files")]
+
+
+def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
+    """The configuration with references that name a file or folder in `folder` resolved from there."""
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(resolve, value))
+        found = value is not None and (folder / value).exists()
+        return type(value)(str(folder / value)) if found else value
+
+    changed: dict[str, Any] = {}
+    for name, fields in _REFERENCES.items():
+        section = getattr(config, name)
+        if section is not None:
+            changed[name] = section.model_copy(update={f: resolve(getattr(section, f)) for f in fields})
+    return config.model_copy(update=changed)
+
+
+_REFERENCES: Mapping[str, tuple[str, ...]] = {
+    "model": ("reference",),
+    "prune": ("calibration",),
+    "recover": ("data", "validation"),
+    "evaluate": ("text", "chats", "tasks", "task_data"),
+    "baseline": ("file",),
+}
+"""Section -> the fields that may name files."""

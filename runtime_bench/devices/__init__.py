@@ -1,0 +1,1 @@
+"""Devices: profiles of phones and boards, and what is projected for them."""

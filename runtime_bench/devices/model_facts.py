@@ -1,0 +1,107 @@
+"""What a projection needs to know of an exported file, read from its header: nothing is loaded or run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfsp.errors import InputError
+from cfsp.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
+
+__all__ = ["ModelFacts", "gguf_facts"]
+
+_TABLE, _HEAD = "token_embd.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A file's sizes.
+
+    Attributes:
+        path: The file.
+        weight_bytes: Of all tensors.
+        read_bytes: Of the weights that every generated token reads: all but a table that is only looked up.
+        n_multiplied: Weights that every token is multiplied by.
+        bytes_by_type: Stored type -> bytes of the matrices of it.
+        n_layers: Blocks.
+        key_value_width: Numbers that one token adds to the cache, over all blocks.
+        hidden_size: Width of the residual stream.
+        ffn_width: Of the widest FFN.
+        vocab_size: Tokens.
+        context_length: Longest context that the model knows.
+    """
+
+    path: Path
+    weight_bytes: int
+    read_bytes: int
+    n_multiplied: int
+    bytes_by_type: Mapping[str, int]
+    n_layers: int
+    key_value_width: int
+    hidden_size: int
+    ffn_width: int
+    vocab_size: int
+    context_length: int
+
+
+def gguf_facts(path: Path) -> ModelFacts:
+    """Facts of a GGUF file.
+
+    Raises:
+        InputError: No GGUF file, or one without the keys of a decoder.
+    """
+    file = read_gguf(path)
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    if _TABLE not in tensors:
+        raise InputError(f"{path} has no {_TABLE}: it is no decoder")
+    keys = _Keys(file)
+    read = [t for t in tensors.values() if t.name != _TABLE or _HEAD not in tensors]
+    matrices = [t for t in read if len(t.shape) > 1]
+    by_type: dict[str, int] = {}
+    for tensor in matrices:
+        by_type[tensor.kind.name] = by_type.get(tensor.kind.name, 0) + _bytes(tensor)
+    heads, hidden = keys.largest("attention.head_count"), keys.largest("embedding_length")
+    size = hidden // heads
+    per_head = keys.largest("attention.key_length", size) + keys.largest("attention.value_length", size)
+    layers = keys.largest("block_count")
+    return ModelFacts(
+        path=path,
+        weight_bytes=sum(map(_bytes, tensors.values())),
+        read_bytes=sum(map(_bytes, read)),
+        n_multiplied=sum(math.prod(t.shape) for t in matrices),
+        bytes_by_type=by_type,
+        n_layers=layers,
+        key_value_width=keys.total("attention.head_count_kv", layers, heads) * per_head,
+        hidden_size=hidden,
+        ffn_width=keys.largest("feed_forward_length"),
+        vocab_size=tensors[_TABLE].shape[0],
+        context_length=keys.largest("context_length"),
+    )
+
+
+def _bytes(tensor: GGUFTensor) -> int:
+    return int(tensor.data.nbytes)
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Numbers of a file's header; some are one for all blocks, or a list of one for each."""
+
+    file: GGUFFile
+
+    def largest(self, name: str, default: int | None = None) -> int:
+        return max(self._values(name, default))
+
+    def total(self, name: str, layers: int, default: int) -> int:
+        values = self._values(name, default)
+        return sum(values) if len(values) > 1 else values[0] * layers
+
+    def _values(self, name: str, default: int | None) -> list[int]:
+        found = self.file.hyperparameter(name, default)
+        values = list(found) if isinstance(found, (list, tuple)) else [found]
+        if not values or not all(isinstance(value, int) and value > 0 for value in values):
+            key = f"{self.file.architecture}.{name}"
+            raise InputError(f"{self.file.path} has no usable {key}", value=found)
+        return [int(value) for value in values]

@@ -1,0 +1,208 @@
+"""Device profiles: what is known of a phone or board, each figure with where it comes from.
+
+One TOML file a device; `docs/devices.md` describes every key. What is not known is `{ basis = "unknown" }`, and
+whatever is computed from it is unknown, too.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.resources
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Generic, Literal, Self, TypeVar
+
+import pydantic
+
+from cfsp.errors import InputError
+from cfsp.validation import describe_problems
+
+__all__ = [
+    "FIGURES",
+    "Cluster",
+    "DeviceProfile",
+    "Figure",
+    "KnownProfile",
+    "built_in_folder",
+    "find_profile",
+    "load_profiles",
+    "read_profile",
+    "user_folder",
+]
+
+T = TypeVar("T")
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class Figure(_Strict, Generic[T]):
+    """A value and where it comes from.
+
+    Attributes:
+        value: None where it is not known.
+        basis: vendor, derived (from a vendor's figures), third_party, estimate or unknown.
+        source: Who says so: an address, or a document's name.
+        date: When it was looked up or measured.
+    """
+
+    value: T | None = None
+    basis: Literal["vendor", "derived", "third_party", "estimate", "unknown"]
+    source: str | None = pydantic.Field(default=None, min_length=1)
+    date: datetime.date | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _value_and_origin_stand_together(self) -> Self:
+        known = self.basis != "unknown"
+        if known and None in (self.value, self.source, self.date):
+            raise ValueError(f"basis {self.basis!r} wants value, source and date")
+        if not known and self.value is not None:
+            raise ValueError("basis 'unknown' wants no value")
+        return self
+
+
+class Cluster(_Strict):
+    """Cores of one kind.
+
+    Attributes:
+        core: Microarchitecture, such as Cortex-A76.
+        count: How many.
+        max_mhz: Highest clock.
+    """
+
+    core: str = pydantic.Field(min_length=1)
+    count: int = pydantic.Field(ge=1, le=64)
+    max_mhz: int | None = pydantic.Field(default=None, ge=100, le=6000)
+
+
+Feature = Literal["asimd", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]
+_Memory = Annotated[int, pydantic.Field(ge=64, le=262144)]
+_Score = Annotated[float, pydantic.Field(ge=1, le=1e6)]
+_Bandwidth = Annotated[float, pydantic.Field(ge=0.5, le=1000)]
+
+
+class DeviceProfile(_Strict):
+    """A device.
+
+    Attributes:
+        schema_version: 1.
+        id: The file's name without its suffix.
+        name: As people call it, with the memory where it matters.
+        form: phone, tablet or board.
+        tier: budget, mid, flagship or board.
+        os: android, ios or linux.
+        soc: System on chip.
+        cores: Clusters, fastest first.
+        isa: What the fast cores offer to applications.
+        ram_mib: RAM, MiB.
+        dram_gb_s: Theoretical bandwidth of the RAM, 10^9 bytes a second.
+        dram_sustained_gb_s: Measured bandwidth.
+        app_memory_mib: What one application may use, MiB.
+        browser_score: Its browser's score (`runtime_bench/browser/page/score.html`); a file may leave it out.
+    """
+
+    schema_version: Literal[1]
+    id: str = pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    name: str = pydantic.Field(min_length=1)
+    form: Literal["phone", "tablet", "board"]
+    tier: Literal["budget", "mid", "flagship", "board"]
+    os: Literal["android", "ios", "linux"]
+    soc: Figure[str]
+    cores: Figure[Annotated[tuple[Cluster, ...], pydantic.Field(min_length=1)]]
+    isa: Figure[tuple[Feature, ...]]
+    ram_mib: Figure[_Memory]
+    dram_gb_s: Figure[_Bandwidth]
+    dram_sustained_gb_s: Figure[_Bandwidth]
+    app_memory_mib: Figure[_Memory]
+    browser_score: Figure[_Score] = Figure(basis="unknown")
+
+
+FIGURES = tuple(
+    name
+    for name, field in DeviceProfile.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Figure)
+)
+"""Names of the figures of a profile."""
+
+
+@dataclass(frozen=True)
+class KnownProfile:
+    """A profile and the file that it is from."""
+
+    profile: DeviceProfile
+    file: Path
+    built_in: bool
+
+
+def built_in_folder() -> Path:
+    """Profiles that come with phoneready: inside the package, or at the top of a checkout."""
+    inside = Path(str(importlib.resources.files("runtime_bench"))) / "devices"
+    return inside if any(inside.glob("*.toml")) else inside.parents[1] / "devices"
+
+
+def user_folder() -> Path:
+    """The user's own profiles: PHONEREADY_DEVICES, or phoneready/devices in the configuration folder."""
+    named = os.environ.get("PHONEREADY_DEVICES")
+    if named:
+        return Path(named)
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "phoneready" / "devices"
+
+
+def read_profile(file: Path) -> DeviceProfile:
+    """One file.
+
+    Raises:
+        InputError: Unreadable, no TOML, or no profile: every problem is named.
+    """
+    try:
+        stored = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    try:
+        profile = DeviceProfile.model_validate(stored)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{file}: {describe_problems(error)}") from error
+    if profile.id != file.stem:
+        raise InputError(f"{file}: id: not the file's name (got {profile.id!r}); allowed: {file.stem}")
+    return profile
+
+
+def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
+    """All profiles by id, sorted; a user's own replaces the built-in one of its id.
+
+    Args:
+        own: Folder of the user's profiles; `user_folder()` unless given. It need not exist.
+
+    Raises:
+        InputError: The problems of all files that cannot be used.
+    """
+    folders = ((built_in_folder(), True), (own or user_folder(), False))
+    found: dict[str, KnownProfile] = {}
+    problems = []
+    for folder, built_in in folders:
+        for file in sorted(folder.glob("*.toml")):
+            try:
+                profile = read_profile(file)
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            found[profile.id] = KnownProfile(profile, file, built_in)
+    if problems:
+        raise InputError("; ".join(problems))
+    return dict(sorted(found.items()))
+
+
+def find_profile(name: str, profiles: Mapping[str, KnownProfile]) -> KnownProfile:
+    """The profile of an id, from what `load_profiles` gave.
+
+    Raises:
+        InputError: There is none; the message has the ids that there are.
+    """
+    if name in profiles:
+        return profiles[name]
+    raise InputError("no profile of this name", field="device", value=name, allowed=", ".join(profiles))

@@ -1,0 +1,1 @@
+"""Measuring: rounds of fresh processes over files, workloads and targets."""

@@ -1,0 +1,82 @@
+"""The same files on several targets: other machines at the same time, then what runs on this one, alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cfsp.progress import Progress, no_progress
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.record import BenchRecord
+from runtime_bench.targets import Target
+from runtime_bench.targets.remote import Remote
+from runtime_bench.workload import BenchSettings
+
+__all__ = ["run_matrix"]
+
+
+def run_matrix(
+    files: Sequence[Path],
+    settings: BenchSettings,
+    targets: Sequence[Target],
+    progress: Progress = no_progress,
+    *,
+    engine: str | None = None,
+    on_record: Callable[[BenchRecord], None] = lambda record: None,
+) -> list[BenchRecord]:
+    """Measure every file on every target. What cannot be measured is a failed row with its reason; the rest goes on.
+
+    Other machines are measured at the same time, each in a thread of its own, which here does little but wait. This
+    machine's own targets come after them, one by one: nothing else is done here while it is measured.
+
+    Args:
+        files: Exported model files.
+        settings: What to measure and how often.
+        targets: Where.
+        progress: Told after each process; with several targets each has steps of its own.
+        engine: Key of ENGINES; each file's default one unless given.
+        on_record: Called with each record as soon as it is complete, from one thread at a time.
+
+    Returns:
+        `run_bench`'s records of each target, in the order of the targets.
+
+    Raises:
+        InputError: As `run_bench` does.
+    """
+    for target in targets:
+        for path in files:
+            target.require(engine or target.default_engine(path))
+    lock = threading.Lock()
+
+    def keep(record: BenchRecord) -> None:
+        with lock:
+            on_record(record)
+
+    def measure(target: Target) -> list[BenchRecord]:
+        told = progress if len(targets) == 1 else _named(progress, target.name)
+        if isinstance(target, Remote):
+            target.progress = told
+        return run_bench(files, settings, told, engine=engine, target=target, on_record=keep)
+
+    remotes = [target for target in targets if isinstance(target, Remote)]
+    found: dict[int, list[BenchRecord]] = {}
+    if remotes:
+        with ThreadPoolExecutor(len(remotes)) as pool:
+            futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
+            try:
+                found = {key: future.result() for key, future in futures.items()}
+            except BaseException:
+                # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it.
+                for remote in remotes:
+                    remote.stop()
+                raise
+    for target in targets:
+        if id(target) not in found:
+            found[id(target)] = measure(target)
+    return [record for target in targets for record in found[id(target)]]
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda description, done, total: progress(f"{name} {description}", done, total)

@@ -1,0 +1,169 @@
+"""Does a file still write text? A fast model that writes nonsense is no fast model: degenerate text voids a speed.
+
+`check_text` starts `python -m runtime_bench.measuring.text_check`, which continues three beginnings greedily and
+writes the continuations as JSON: a file that crashes its runtime takes that process along and not ours. The file is run
+here, in this machine's runtime for it, wherever its speed is measured: the weights decide whether it makes sense.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cfsp.errors import PhonereadyError
+from cfsp.evaluation.degeneration import degenerate
+
+__all__ = ["BEGINNINGS", "TextCheck", "check_text", "judge", "main"]
+
+BEGINNINGS = (
+    "The lighthouse stood on a rock above the sea, and every evening the old keeper",
+    "There are many ways to learn a new language. One of them is",
+    "Last summer my friend and I went to the mountains, where we",
+)
+"""Beginnings without a chat template, which not every model has; they end where no text may end."""
+NEW_TOKENS = 48
+_CONTEXT = 128
+_THREADS = 1
+"""Several would wait for each other on a busy machine, and nothing here is timed."""
+_ERROR_LETTERS = 200
+
+
+@dataclass(frozen=True)
+class TextCheck:
+    """What a file wrote.
+
+    Attributes:
+        texts: Continuations of BEGINNINGS; empty where it could not be run here.
+        degenerate: The reason why they are degenerate, one of cfsp.evaluation.degeneration.CHECKS; None where they are
+            not, or where nothing is known.
+        problem: Why it could not be run.
+    """
+
+    texts: tuple[str, ...] = ()
+    degenerate: str | None = None
+    problem: str | None = None
+
+
+def judge(texts: Sequence[str]) -> str | None:
+    """Why all of the continuations are degenerate: the first one's reason. One that makes sense acquits the file,
+    since small models that are whole loop now and then when they are greedy."""
+    reasons = [degenerate(text, prompt) for text, prompt in zip(texts, BEGINNINGS, strict=True)]
+    return reasons[0] if all(reasons) else None
+
+
+def check_text(path: Path, timeout_s: float) -> TextCheck:
+    """Let a file write in a fresh process.
+
+    Args:
+        path: A GGUF file, or a graph in an ONNX variant's folder.
+        timeout_s: After this long it is given up.
+    """
+    if path.suffix.lower() not in _WRITERS:
+        return TextCheck(problem=f"nothing here runs {path.suffix} files")
+    command = [sys.executable, "-P", "-m", "runtime_bench.measuring.text_check", str(path.resolve())]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=timeout_s, check=False, env=_environment()
+        )
+    except subprocess.TimeoutExpired:
+        return TextCheck(problem=f"no text after {timeout_s:g} s")
+    try:
+        texts = tuple(map(str, json.loads(done.stdout)))
+    except ValueError:
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        return TextCheck(problem=(lines[-1] if lines else f"exit status {done.returncode}")[:_ERROR_LETTERS])
+    return TextCheck(texts, judge(texts))
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this package's folder importable behind whatever is searched anyway."""
+    root = str(Path(__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join([known, root] if known else [root])}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the continuations of the file that is named."""
+    # Libraries chatter on stdout; what is ours is kept apart.
+    results = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    path = Path(arguments[0])
+    try:
+        texts = _WRITERS[path.suffix.lower()](path)
+    except (PhonereadyError, OSError, MemoryError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    with os.fdopen(results, "w", encoding="utf-8") as stream:
+        json.dump(texts, stream)
+    return 0
+
+
+def _continue_gguf(path: Path) -> list[str]:
+    from exporters.gguf.runtime import open_model
+
+    with open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS) as model:
+        return [
+            model.detokenize(
+                model.generate(model.tokenize(text, add_special=True)[: _CONTEXT - NEW_TOKENS], NEW_TOKENS),
+                special=False,
+            )
+            for text in BEGINNINGS
+        ]
+
+
+def _continue_onnx(path: Path) -> list[str]:
+    from tokenizers import Tokenizer
+
+    from exporters.onnx.folder import folder_of
+    from exporters.onnx.runtime import open_model
+
+    folder = folder_of(path)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT)
+    try:
+        stops = _stop_tokens(folder)
+        return [
+            tokenizer.decode(_greedy(model, tokenizer.encode(text).ids[: _CONTEXT - NEW_TOKENS], stops))
+            for text in BEGINNINGS
+        ]
+    finally:
+        model.close()
+
+
+def _greedy(model: Any, prompt: list[int], stops: set[int]) -> list[int]:
+    model.clear()
+    found: list[int] = []
+    tokens = prompt
+    while len(found) < NEW_TOKENS:
+        token = int(model.decode(tokens)[-1].argmax())
+        if token in stops:
+            break
+        found.append(token)
+        tokens = [token]
+    return found
+
+
+def _stop_tokens(folder: Path) -> set[int]:
+    """Where the folder's configs say that a text ends."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            found |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
+    return found
+
+
+_WRITERS: MappingProxyType[str, Callable[[Path], list[str]]] = MappingProxyType(
+    {".gguf": _continue_gguf, ".onnx": _continue_onnx}
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

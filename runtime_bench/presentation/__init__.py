@@ -1,0 +1,1 @@
+"""Records, comparisons and devices as text: tables in Markdown, JSON and CSV."""

@@ -1,0 +1,97 @@
+"""Device profiles as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
+from runtime_bench.devices.projection import MIB, Band, Projection
+from runtime_bench.presentation.table import as_markdown
+from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
+
+__all__ = ["UNKNOWN", "format_profile", "format_projections", "profile_row", "profile_to_json"]
+
+UNKNOWN = "unknown"
+_FITS = {FITS: "yes", THRASHES: "thrashes", DOES_NOT_FIT: "NO"}
+
+
+def profile_row(entry: KnownProfile) -> dict[str, str]:
+    """A line of the list: what tells devices apart."""
+    profile = entry.profile
+    return {
+        "device": profile.id,
+        "name": profile.name,
+        "tier": profile.tier,
+        "os": profile.os,
+        "soc": _value(profile.soc),
+        "RAM": _value(profile.ram_mib, " MiB"),
+        "bandwidth": _value(profile.dram_gb_s, " GB/s"),
+        "own": "" if entry.built_in else "own",
+    }
+
+
+def format_profile(entry: KnownProfile) -> str:
+    """Every figure with what it rests on, and who says so below it."""
+    profile = entry.profile
+    lines = [f"{profile.name}: {profile.tier} {profile.form}, {profile.os}", str(entry.file)]
+    for name in FIGURES:
+        figure: Figure[Any] = getattr(profile, name)
+        known = figure.value is not None
+        lines.append(f"\n{name}: {_value(figure)}" + (f" ({figure.basis})" if known else ""))
+        lines += [f"    {figure.source}, {figure.date}"] if known else []
+    return "\n".join(lines) + "\n"
+
+
+def profile_to_json(entry: KnownProfile) -> dict[str, Any]:
+    """The profile's own keys, with the file that it is from."""
+    return entry.profile.model_dump(mode="json") | {"file": str(entry.file), "built_in": entry.built_in}
+
+
+def format_projections(projections: Sequence[Projection], context: int) -> str:
+    """A row a device; where there is one device alone, its memory and its assumptions below."""
+    rows = [
+        {
+            "device": p.device,
+            "fits": _FITS[p.verdict] if p.verdict else UNKNOWN,
+            "needs": _mib(p.memory.total),
+            "may have": _mib(p.limit_bytes),
+            "decode t/s": _band(p.decode),
+            "prefill t/s": _band(p.prefill),
+        }
+        for p in projections
+    ]
+    text = as_markdown(rows) + f"\nProjected, not measured; context of {context} tokens.\n"
+    if len(projections) != 1:
+        return text
+    memory = projections[0].memory
+    parts = ", ".join(f"{f.name} {_mib(getattr(memory, f.name))}" for f in dataclasses.fields(memory))
+    return text + "".join(f"- {line}\n" for line in (parts, *projections[0].assumptions))
+
+
+def _mib(count: int | None) -> str:
+    return UNKNOWN if count is None else f"{count / MIB:.0f} MiB"
+
+
+def _band(band: Band | None) -> str:
+    return UNKNOWN if band is None else f"{_speed(band.low)} to {_speed(band.high)}"
+
+
+def _speed(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _value(figure: Figure[Any], unit: str = "") -> str:
+    if figure.value is None:
+        return UNKNOWN
+    if isinstance(figure.value, tuple):
+        return " + ".join(map(_part, figure.value)) if figure.value else "none"
+    return f"{figure.value:g}{unit}" if isinstance(figure.value, float) else f"{figure.value}{unit}"
+
+
+def _part(part: Any) -> str:
+    if not isinstance(part, Cluster):
+        return str(part)
+    clock = f" {part.max_mhz} MHz" if part.max_mhz else ""
+    return f"{part.count} x {part.core}{clock}"

@@ -1,0 +1,1 @@
+"""Records of benchmarks: one row, files of rows, groups, summaries and comparisons."""

@@ -1,0 +1,88 @@
+"""Benchmark records by where and how they came about: what may be compared with what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime_bench.records.record import KINDS, BenchRecord, Environment
+
+__all__ = ["BenchGroup", "bench_groups"]
+
+_RATES = ("tg", "pp", "ttft")
+"""Workloads in the order in which they say most about a chat on a phone."""
+
+
+@dataclass(frozen=True)
+class BenchGroup:
+    """Records of one kind from one target; only these are ever set side by side.
+
+    Attributes:
+        kind: How the numbers came about, one of KINDS.
+        target: Where they ran.
+        records: In the order measured.
+    """
+
+    kind: str
+    target: str
+    records: tuple[BenchRecord, ...]
+
+    @property
+    def environment(self) -> Environment:
+        """The machine as its first record saw it."""
+        return self.records[0].environment
+
+    @property
+    def title(self) -> str:
+        """Kind and target, to begin a sentence."""
+        return f"{self.kind.capitalize()} on {self.target}"
+
+    @property
+    def tests(self) -> list[tuple[str, int]]:
+        """Every workload and number of threads, in the order measured."""
+        return list(dict.fromkeys((r.test, r.n_threads) for r in self.records))
+
+    @property
+    def files(self) -> list[str]:
+        """The files, in the order measured."""
+        return list(dict.fromkeys(r.model_filename for r in self.records))
+
+    def find(self, file: str, test: str, threads: int) -> BenchRecord | None:
+        """The last record of a file, a workload and a number of threads."""
+        key = (file, test, threads)
+        found = [r for r in self.records if (r.model_filename, r.test, r.n_threads) == key]
+        return found[-1] if found else None
+
+    def pairs(self, dense: str, pruned: str) -> list[tuple[BenchRecord, BenchRecord]]:
+        """Records of two files that measure the same."""
+        keys = dict.fromkeys((r.test, r.n_threads) for r in self.records if r.model_filename == dense)
+        pairs = [(self.find(dense, *key), self.find(pruned, *key)) for key in keys]
+        return [(d, p) for d, p in pairs if d is not None and p is not None and d.engine == p.engine]
+
+    def peak_rss_bytes(self, file: str) -> int | None:
+        """Highest resident memory of any process of a file."""
+        peaks = [r.peak_rss_bytes for r in self.records if r.model_filename == file and r.peak_rss_bytes]
+        return max(peaks, default=None)
+
+    def main_tests(self) -> list[tuple[str, int]]:
+        """One workload of each sort, at the number of threads that is fastest for the first file."""
+        found = []
+        for workload in _RATES:
+            first = self.records[0].model_filename
+            rows = [r for r in self.records if r.workload == workload and r.model_filename == first]
+            measured = [r for r in rows if r.ok and r.median_ns]
+            if measured:
+                test = measured[-1].test
+                best = min((r for r in measured if r.test == test), key=lambda r: r.median_ns or 0.0)
+                found.append((best.test, best.n_threads))
+        return found
+
+
+def bench_groups(records: Sequence[BenchRecord]) -> list[BenchGroup]:
+    """Groups in the order of KINDS, measured ones first, then of their first record."""
+    keys = dict.fromkeys((r.kind, r.target) for r in records)
+    ordered = sorted(keys, key=lambda key: KINDS.index(key[0]))
+    return [
+        BenchGroup(kind, target, tuple(r for r in records if (r.kind, r.target) == (kind, target)))
+        for kind, target in ordered
+    ]

@@ -1,0 +1,330 @@
+"""The record of one measured row.
+
+Field names are llama-bench's where it has the field. Samples are stored, summaries are derived from them:
+they stand in the JSON for its readers and are computed again, not trusted, when a record is read. Unmeasured
+is null, never 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pydantic
+
+from cfsp.errors import InputError
+from cfsp.records import tool_version
+from cfsp.validation import describe_problems
+from runtime_bench.records import summary
+from runtime_bench.records.notes import note_of
+from runtime_bench.records.throttling import Throttling
+from runtime_bench.records.untrusted import check_bounded
+from runtime_bench.workload import Workload
+
+__all__ = [
+    "CROWDED_SHARE",
+    "EMULATED",
+    "KINDS",
+    "RECORD_TYPE",
+    "SCHEMA_VERSION",
+    "BenchRecord",
+    "Environment",
+    "record_from_json",
+    "record_to_json",
+]
+
+RECORD_TYPE = "bench"
+SCHEMA_VERSION = 1
+EMULATED = "emulated"
+KINDS = ("measured", "constrained-host", EMULATED, "projected")
+"""How a number came about; different kinds are never ranked together."""
+CROWDED_SHARE = 0.1
+"""Of the time that a single thread may wait for a core before its row counts as crowded."""
+
+_PositiveInts = tuple[pydantic.PositiveInt, ...]
+_Size = pydantic.NonNegativeInt | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine at the time; what it does not tell is None.
+
+    Attributes:
+        cpu_model: Marketing name of the processor.
+        cpus_usable: Cores the measurement may use; None where the machine did not answer.
+        governor: Frequency governor of the first core.
+        load_average: Load of the last minute, just before the first sample.
+        memory_bytes: Size of the main memory.
+        platform: Operating system and instruction set.
+        versions: Names of libraries to their versions.
+        system_info: The engine's line about the processor features it uses.
+        core_max_khz: Highest clock of each core that says it.
+        core_cap_khz: Highest clock that the system lets each of them have just then.
+        temperatures_c: Thermal zones' kinds to degrees Celsius, just before the first sample.
+    """
+
+    cpu_model: str | None
+    cpus_usable: int | None
+    governor: str | None
+    load_average: float | None
+    memory_bytes: int | None
+    platform: str
+    versions: dict[str, str]
+    system_info: str | None = None
+    core_max_khz: _PositiveInts = ()
+    core_cap_khz: _PositiveInts = ()
+    temperatures_c: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """One row: a file, a workload, a thread count.
+
+    Attributes:
+        kind: One of KINDS.
+        target: Where it ran.
+        engine: What it ran in.
+        status: `ok` or `failed`; a failed row keeps the samples it got.
+        failure: Why it failed, one line.
+        session: Id of the interleaved session; samples of one session may be compared pair by pair.
+        workload: Kind of workload: pp, tg, ttft, load.
+        test: The workload's name in tables, e.g. pp512.
+        model_filename: The file as it was named.
+        model_type: The engine's description of it.
+        model_size: Bytes of its weights.
+        model_n_params: Number of its weights.
+        file_size_bytes: Size of the file.
+        file_sha256: Hash of the file.
+        n_prompt: Prompt tokens timed.
+        n_gen: Generated tokens timed.
+        n_depth: Tokens in the context before.
+        n_batch: Most tokens given to the engine at once.
+        n_ubatch: Most tokens computed at once.
+        n_threads: Threads.
+        backends: What the engine computes on.
+        build_commit: Source revision of the engine.
+        cpu_info: Processor.
+        test_time: UTC time at which the first sample began, RFC 3339.
+        warmup: Whether one run was made and thrown away before the samples of each process.
+        samples_per_process: Most samples that came from one process.
+        samples_ns: Wall times, nanoseconds, in the order taken.
+        sequence: For each sample, the number of its process within the session, counted from 0.
+        load_samples_ns: Time to open the file in each process.
+        page_cache: What was done to the page cache before opening: warm, cold, as_found.
+        page_cache_shares: Share of the file in the page cache when it was opened, for each process; None
+            unknown.
+        baseline_rss_bytes: Least resident memory, over processes, with the engine imported and nothing
+            opened.
+        peak_rss_samples_bytes: Most resident memory of each process.
+        quarantined_ns: Samples of a first round that spread too widely and was measured once more.
+        spread_limit: p90 / p50 above which that happens.
+        environment: The machine.
+        memory_limit_bytes: What a run might use; None where nothing limited it.
+        memory_verdict: Under that limit: fits, thrashes (pages of the file were dropped and read again) or does not
+            fit (killed); the worst of all processes.
+        reread_bytes: Bytes of files that were read again, the most of any process.
+        clock_caps: For each process, the least share of its highest clock that any core was allowed around it; None
+            where the machine shows no clocks.
+        hottest_c: For each process, the hottest thermal zone around it, degrees Celsius; None without zones.
+        text_sample: What the file writes, the first of a few continuations; None where that was not checked.
+        degenerate: Why all it writes is degenerate, which voids the row's speed; None where it is not.
+        cpu_samples_ns: Processor time of all threads in each sample; empty where nothing tells.
+        throttling: How the processor was slowed down to a device's score; None where it was not.
+    """
+
+    kind: str
+    target: str
+    engine: str
+    status: str
+    failure: str | None
+    session: str
+    workload: str
+    test: str
+    model_filename: str
+    model_type: str | None
+    model_size: _Size
+    model_n_params: _Size
+    file_size_bytes: _Size
+    file_sha256: str | None
+    n_prompt: pydantic.NonNegativeInt
+    n_gen: pydantic.NonNegativeInt
+    n_depth: pydantic.NonNegativeInt
+    n_batch: pydantic.PositiveInt
+    n_ubatch: pydantic.PositiveInt
+    n_threads: pydantic.PositiveInt
+    backends: str | None
+    build_commit: str | None
+    cpu_info: str | None
+    test_time: str | None
+    warmup: bool
+    samples_per_process: pydantic.PositiveInt
+    environment: Environment
+    samples_ns: _PositiveInts = ()
+    sequence: tuple[int, ...] = ()
+    load_samples_ns: _PositiveInts = ()
+    page_cache: str = "as_found"
+    page_cache_shares: tuple[float | None, ...] = ()
+    baseline_rss_bytes: _Size = None
+    peak_rss_samples_bytes: _PositiveInts = ()
+    quarantined_ns: _PositiveInts = ()
+    spread_limit: float | None = None
+    memory_limit_bytes: _Size = None
+    memory_verdict: str | None = None
+    reread_bytes: _Size = None
+    clock_caps: tuple[float | None, ...] = ()
+    hottest_c: tuple[float | None, ...] = ()
+    text_sample: str | None = None
+    degenerate: str | None = None
+    cpu_samples_ns: _PositiveInts = ()
+    throttling: Throttling | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(
+                "unknown kind of number", field="kind", value=self.kind, allowed=", ".join(KINDS)
+            )
+        if self.status not in ("ok", "failed"):
+            raise InputError("unknown status", field="status", value=self.status, allowed="ok, failed")
+        if self.test != Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth).test:
+            raise InputError("does not match the workload's sizes", field="test", value=self.test)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every sample was taken."""
+        return self.status == "ok"
+
+    @property
+    def void(self) -> bool:
+        """Whether the speed counts for nothing: the file writes no text that makes sense."""
+        return self.degenerate is not None
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """For each sample, which process it came from, counted from 0: 0, 0, 1, 1 for two of each."""
+        if len(self.sequence) != len(self.samples_ns):
+            return tuple(range(len(self.samples_ns)))
+        order = {number: place for place, number in enumerate(dict.fromkeys(self.sequence))}
+        return tuple(order[number] for number in self.sequence)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether other programs held up a single thread for more than CROWDED_SHARE of its time.
+
+        With several threads nobody can tell: they wait for each other, too.
+        """
+        if self.n_threads != 1 or len(self.cpu_samples_ns) != len(self.samples_ns) or not self.samples_ns:
+            return False
+        return sum(self.cpu_samples_ns) < (1 - CROWDED_SHARE) * sum(self.samples_ns)
+
+    @property
+    def samples_ts(self) -> tuple[float, ...]:
+        """Tokens per second of each sample; empty for workloads that are no rate (ttft, load)."""
+        if self.workload not in ("pp", "tg"):
+            return ()
+        return tuple(1e9 * (self.n_prompt + self.n_gen) / ns for ns in self.samples_ns)
+
+    @property
+    def avg_ts(self) -> float | None:
+        """Mean tokens per second."""
+        return summary.mean(self.samples_ts)
+
+    @property
+    def median_ns(self) -> float | None:
+        """Median wall time of a sample."""
+        return summary.median(self.samples_ns)
+
+    @property
+    def load_ns(self) -> float | None:
+        """Median time to open the file."""
+        return summary.median(self.load_samples_ns)
+
+    @property
+    def peak_rss_bytes(self) -> int | None:
+        """Highest resident memory of any of its processes."""
+        return max(self.peak_rss_samples_bytes, default=None)
+
+    @property
+    def spread(self) -> float | None:
+        """p90 / p50 of the samples."""
+        return summary.spread(self.samples_ns)
+
+    @property
+    def has_speed(self) -> bool:
+        """Whether its times say how fast the file is: not of failed rows, of degenerate text, or by an emulator's
+        clock."""
+        return self.ok and not self.void and self.kind != EMULATED and bool(self.samples_ns)
+
+    @property
+    def page_cache_state(self) -> str:
+        """`warm` if every process found the whole file in memory, `cold` if none of it, else `mixed` or
+        `unknown`."""
+        shares = self.page_cache_shares
+        if not shares or None in shares:
+            return "unknown"
+        known = [share for share in shares if share is not None]
+        return "warm" if min(known) > 0.99 else "cold" if max(known) < 0.01 else "mixed"
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know about the figures."""
+        return note_of(self)
+
+
+_DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType(
+    {
+        "avg_ns": lambda r: summary.mean(r.samples_ns),
+        "stddev_ns": lambda r: summary.stdev(r.samples_ns),
+        "median_ns": lambda r: r.median_ns,
+        "p90_ns": lambda r: summary.quantile(r.samples_ns, 0.9),
+        "p99_ns": lambda r: summary.quantile(r.samples_ns, 0.99),
+        "avg_ts": lambda r: r.avg_ts,
+        "stddev_ts": lambda r: summary.stdev(r.samples_ts),
+        "samples_ts": lambda r: list(r.samples_ts),
+        "load_ns": lambda r: r.load_ns,
+        "page_cache_state": lambda r: r.page_cache_state,
+        "peak_rss_bytes": lambda r: r.peak_rss_bytes,
+        "spread": lambda r: r.spread,
+        "void": lambda r: r.void,
+        "note": lambda r: r.note,
+    }
+)
+_ADAPTER = pydantic.TypeAdapter(BenchRecord)
+
+
+def record_to_json(record: BenchRecord) -> dict[str, Any]:
+    """The JSON object of a record: its fields and the summaries derived from them."""
+    head = {"record_type": RECORD_TYPE, "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
+    derived = {name: derive(record) for name, derive in _DERIVED.items()}
+    fields: dict[str, Any] = _ADAPTER.dump_python(record, mode="json")
+    return head | fields | derived
+
+
+def record_from_json(payload: Any, *, where: str) -> BenchRecord:
+    """Rebuild a record.
+
+    Raises:
+        InputError: Not a benchmark record, an unknown schema version, unknown keys, fields that do not validate, or
+            more than a record can hold.
+    """
+    if not isinstance(payload, dict) or payload.get("record_type") != RECORD_TYPE:
+        raise InputError(f"{where} is not a benchmark record")
+    if payload.get("schema_version") != SCHEMA_VERSION:
+        version = payload.get("schema_version")
+        raise InputError(
+            f"{where}: unknown version", field="schema_version", value=version, allowed=str(SCHEMA_VERSION)
+        )
+    check_bounded(payload, where)
+    extra = {"record_type", "schema_version", "tool_version", *_DERIVED}
+    fields = {key: value for key, value in payload.items() if key not in extra}
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(BenchRecord)})
+    if unknown:
+        raise InputError(f"{where} has unknown keys: {', '.join(unknown)}")
+    try:
+        # Through JSON: there lists are tuples, but "2" is no number.
+        return _ADAPTER.validate_json(json.dumps(fields), strict=True)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{where}: {describe_problems(error)}") from error
