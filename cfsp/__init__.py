@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cfsp.models.checkpoint import load_pruned, save_checkpoint
-    from cfsp.models.reference import LoadedModel, ModelSource, load_model
+    from cfsp.models.reference import load_model
+    from cfsp.models.source import LoadedModel, ModelSource
     from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
     from cfsp.pruning.prune import PruneResult, prune_model
     from cfsp.pruning.settings import PruneSettings

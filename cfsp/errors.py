@@ -5,8 +5,6 @@ Libraries raise, they never print or exit; the command line turns `exit_code` in
 
 from __future__ import annotations
 
-__all__ = ["InconclusiveError", "InputError", "LimitError", "MissingExtraError", "PhonereadyError"]
-
 
 class PhonereadyError(Exception):
     """Base of every expected failure; its text is one line that names what is wrong and what would be right."""

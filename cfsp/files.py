@@ -21,22 +21,6 @@ from typing import Any
 
 from cfsp.errors import InputError
 
-__all__ = [
-    "atomic_directory",
-    "atomic_file",
-    "fsync_directory",
-    "fsync_file",
-    "no_space_as_input_error",
-    "read_json",
-    "read_text",
-    "refuse_existing",
-    "refuse_no_file",
-    "remove_stale_temporaries",
-    "sha256_file",
-    "write_json",
-    "write_text",
-]
-
 _MARK = ".tmp-"
 
 

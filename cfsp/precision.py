@@ -11,8 +11,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["DTYPES", "fast_dtype", "product_dtype", "products_in", "rounding_dtype"]
-
 DTYPES = ("auto", "float32", "bfloat16")
 
 

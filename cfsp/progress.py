@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-__all__ = ["Progress", "no_progress"]
-
 Progress = Callable[[str, int, int], None]
 """Called as `progress(description, done, total)`; `done == total` ends the step.
 

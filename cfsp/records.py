@@ -17,8 +17,6 @@ from cfsp.errors import InputError
 from cfsp.files import read_json, write_json
 from cfsp.validation import describe_problems
 
-__all__ = ["Record", "read_record", "record_from_json", "record_to_json", "tool_version", "write_record"]
-
 
 class Record(Protocol):
     """A frozen dataclass with a JSON form."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import pydantic
 
-__all__ = ["Location", "describe_problems", "place_of"]
-
 Location = tuple[str | int, ...]
 """Keys and positions from the outermost to the one at fault, as pydantic gives them."""
 

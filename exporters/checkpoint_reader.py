@@ -17,8 +17,6 @@ from cfsp.errors import InputError
 from cfsp.files import read_json
 from cfsp.models.architectures import ARCHITECTURES
 
-__all__ = ["CheckpointTensors", "ModelConfig", "read_config"]
-
 _SHARD_INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 

@@ -23,16 +23,6 @@ from exporters.parity import Reference, choose_windows, compare, reference_of
 from exporters.provenance import Provenance, read_provenance
 from exporters.record import ExportManifest, ExportRecord, ParityLimits, ParityReport
 
-__all__ = [
-    "MANIFEST_FILE",
-    "Job",
-    "JobSettings",
-    "check_input",
-    "load_checkpoint",
-    "open_job",
-    "write_manifest",
-]
-
 MANIFEST_FILE = "export.json"
 
 

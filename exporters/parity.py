@@ -20,8 +20,6 @@ from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import BUILTIN_TEXT, token_windows
 from exporters.record import ParityReport
 
-__all__ = ["Reference", "check_limits", "choose_windows", "compare", "reference_of"]
-
 FloatArray = npt.NDArray[np.float32]
 
 _SEQLEN, _WINDOWS = 512, 4

@@ -9,8 +9,6 @@ from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, read_checkpoint_info
 from cfsp.models.weights import safetensors_files, sha256_files
 
-__all__ = ["Provenance", "read_provenance"]
-
 
 @dataclass(frozen=True)
 class Provenance:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-__all__ = ["ExportManifest", "ExportRecord", "ParityLimits", "ParityReport", "TensorFallback"]
-
 
 @dataclass(frozen=True)
 class ParityLimits:

@@ -16,16 +16,6 @@ from cfsp.errors import InputError
 from cfsp.progress import Progress
 from runtime_bench.presentation.markup import lay_out_table
 
-__all__ = [
-    "format_bytes",
-    "format_rows",
-    "note",
-    "prepare_torch",
-    "quiet_libraries",
-    "show_progress",
-    "write_result",
-]
-
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""
 

@@ -17,8 +17,6 @@ from exporters.gguf import export_gguf, find_quant
 from exporters.onnx import find_variant
 from exporters.record import ExportRecord
 
-__all__ = ["ExportRequest", "export_checkpoint", "require_onnx_export"]
-
 NO_TEXT = "none"
 CALIBRATION_WINDOWS, CALIBRATION_SEQLEN = 32, 512
 """Text that 4-bit variants are rounded for."""

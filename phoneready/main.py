@@ -39,8 +39,6 @@ from phoneready.commands import (
 )
 from runtime_bench.presentation.markup import visible
 
-__all__ = ["app", "main", "run"]
-
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 _INPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

@@ -47,10 +47,9 @@ from phoneready.release.read_figures import read_figures
 from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
 from phoneready.settings.places import place_details
-from phoneready.settings.release import RecoverConfig, ReleaseConfig
+from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.sections import RecoverConfig
 from runtime_bench.environment import cpu_model
-
-__all__ = ["Released", "explain_release", "release_stages", "run_release"]
 
 PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "onnx-ir", "onnxruntime")
 """Packages whose version changes what a stage makes."""

@@ -8,8 +8,6 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 
-__all__ = ["parse_bytes", "parse_ms"]
-
 _BYTES: Mapping[str, int] = MappingProxyType(
     {"": 1, "b": 1}
     | {letter + more: 2 ** (10 * i) for i, letter in enumerate("kmg", 1) for more in ("", "ib")}

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 
-__all__ = ["ControlGroup", "MemoryCounters", "find_parent", "limited_group"]
-
 _MOUNTS = Path("/proc/self/mounts")
 _OURS = Path("/proc/self/cgroup")
 _EMPTY_S = 10.0

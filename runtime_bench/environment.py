@@ -17,8 +17,6 @@ from cfsp.records import tool_version
 from runtime_bench.records.record import Environment
 from runtime_bench.workload import default_threads
 
-__all__ = ["FACT_FILES", "cpu_model", "describe_environment", "environment_of"]
-
 _CPUFREQ = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"
 FACT_FILES = (
     "/proc/cpuinfo",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["files_of"]
-
 _SUFFIXES = ("_data", ".data")
 _LAST = "_last.onnx"
 

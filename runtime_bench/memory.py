@@ -11,8 +11,6 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["current_rss_bytes", "evict_from_page_cache", "page_cache_share", "peak_rss_bytes"]
-
 
 def peak_rss_bytes(pid: int | None = None) -> int | None:
     """Highest resident set size of this process, or another one, since it began to run its program.

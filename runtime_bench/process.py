@@ -17,16 +17,6 @@ from typing import IO, Any
 
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = [
-    "ProcessFailed",
-    "exchange",
-    "exit_reason",
-    "measure_in",
-    "result_from_json",
-    "run_module",
-    "run_worker",
-]
-
 _TAIL_BYTES = 8192
 _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
 """Marks of the line that says why, among what a dying engine writes."""

@@ -34,17 +34,6 @@ from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
 
-__all__ = [
-    "WorkerRequest",
-    "WorkerResult",
-    "main",
-    "measure",
-    "prepare_page_cache",
-    "random_tokens",
-    "request_from_json",
-    "text_of",
-]
-
 
 @dataclass(frozen=True)
 class WorkerRequest:

@@ -10,8 +10,6 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 
-__all__ = ["WORKLOAD_KINDS", "BenchSettings", "Workload", "default_threads", "workloads_of"]
-
 
 @dataclass(frozen=True)
 class Workload:

@@ -25,7 +25,8 @@ import torch
 
 from cfsp.evaluation import divergence, sample_answers
 from cfsp.files import read_json, write_json
-from cfsp.models.reference import LoadedModel, load_model
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
 from cfsp.pruning.plan import apply_plan
 from cfsp.pruning.prune import plan_for, statistics_for

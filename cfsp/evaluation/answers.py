@@ -10,8 +10,6 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["CHECK_PROMPTS", "PROMPTS", "answer", "sample_answers"]
-
 _AT_ONCE = 16
 
 PROMPTS = (

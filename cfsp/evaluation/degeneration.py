@@ -13,16 +13,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-__all__ = [
-    "CHECKS",
-    "degenerate",
-    "is_echo",
-    "is_empty",
-    "is_loop",
-    "is_non_language",
-    "system_text",
-]
-
 LOOP_REPEATS = 3
 """A tail that says the same this many times in a row is a loop,"""
 LOOP_CHARACTERS = 60

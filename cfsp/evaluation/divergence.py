@@ -14,8 +14,6 @@ from cfsp.evaluation.perplexity import check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 
-__all__ = ["Divergence", "divergence", "divergence_from_logits"]
-
 
 @dataclass(frozen=True)
 class Divergence:

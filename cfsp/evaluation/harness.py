@@ -14,8 +14,6 @@ from cfsp.errors import InputError, MissingExtraError
 from cfsp.evaluation.language_model import Branches, LanguageModel, Score
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["MAX_CONTEXT", "harness_model", "import_harness"]
-
 MAX_CONTEXT = 2048
 """Most tokens of a request, in every runtime; what is longer loses its beginning."""
 _MAX_NEW_TOKENS = 256

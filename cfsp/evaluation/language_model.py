@@ -17,17 +17,6 @@ import torch
 from cfsp.errors import InputError
 from cfsp.text.tokens import render_chat
 
-__all__ = [
-    "Branches",
-    "LanguageModel",
-    "Score",
-    "branch_scores",
-    "check_length",
-    "check_same_vocabulary",
-    "predicting",
-    "prompt_ids",
-]
-
 
 @dataclass(frozen=True)
 class Branches:

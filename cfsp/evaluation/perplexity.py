@@ -17,8 +17,6 @@ from cfsp.evaluation.torch_model import next_token_logits
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 
-__all__ = ["Perplexity", "check_finite_sums", "logits_of", "perplexity"]
-
 LogitsOf = Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]]
 
 

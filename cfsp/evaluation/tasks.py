@@ -25,8 +25,6 @@ from cfsp.evaluation.language_model import LanguageModel
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["TaskMetric", "TaskResult", "TaskSet", "TaskSettings", "load_tasks", "run_tasks"]
-
 _SEED = 1234
 _BOOTSTRAP = 1000
 _SUFFIXES = (".yaml", ".yml")

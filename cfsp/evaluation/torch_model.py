@@ -12,8 +12,6 @@ from cfsp.evaluation.language_model import Branches, Score, branch_scores
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import left_padded, pad_id, stop_ids
 
-__all__ = ["TorchLanguageModel", "logits_from_hidden", "next_token_logits"]
-
 _CHUNK = 256
 _BATCH_TOKENS = 2048
 _GENERATION_BATCH = 32

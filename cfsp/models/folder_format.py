@@ -9,8 +9,6 @@ from typing import Any
 from cfsp.errors import InputError
 from cfsp.files import read_json, write_json
 
-__all__ = ["NOTICE_PATTERNS", "copy_notices", "portable_config", "save_tokenizer"]
-
 NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that have to go where a model goes."""
 

@@ -20,8 +20,6 @@ import numpy as np
 
 from cfsp.errors import InputError
 
-__all__ = ["GGUFFile", "GGUFTensor", "read_gguf"]
-
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9

@@ -21,8 +21,6 @@ from cfsp.models.gguf_file import GGUFFile
 from cfsp.models.weights import model_from_weights, one_line
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["GGUF_ARCHITECTURES", "config_from_gguf", "model_from_gguf"]
-
 
 @dataclass(frozen=True)
 class GGUFArchitecture:

@@ -17,9 +17,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFFile, read_gguf
-from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, PreTokenizer, build_pre_tokenizer, pre_tokenizer_name
-
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "pre_tokenizer_name", "tokenizer_from_gguf"]
+from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 # llama.cpp takes these for control tokens whatever type the file gives them.

@@ -18,8 +18,6 @@ from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_check
 from cfsp.models.source import ModelSource
 from cfsp.models.weights import check_loading, one_line, quiet_transformers, safetensors_files, sha256_files
 
-__all__ = ["check_config", "folder_source", "load_folder", "load_folder_tokenizer"]
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

@@ -13,8 +13,6 @@ from cfsp.models.hf_folder import check_config
 from cfsp.models.weights import one_line, quiet_transformers
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["fetch_hub_model", "hub_reference"]
-
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
 _MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "*.py")

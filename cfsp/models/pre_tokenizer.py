@@ -17,8 +17,6 @@ from tokenizers import pre_tokenizers
 
 from cfsp.errors import InputError
 
-__all__ = ["PRE_TOKENIZERS", "PreTokenizer", "build_pre_tokenizer", "pre_tokenizer_name"]
-
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

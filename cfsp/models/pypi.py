@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["DownloadError", "download_distribution"]
-
 
 class DownloadError(Exception):
     """pip fetched nothing; the text is its reason."""

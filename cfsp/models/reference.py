@@ -27,8 +27,6 @@ from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import check_finite
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["LoadedModel", "ModelSource", "load_model", "load_tokenizer"]
-
 
 def load_model(
     reference: str | Path,

@@ -17,18 +17,6 @@ from cfsp.errors import InputError
 from cfsp.files import read_json
 from cfsp.models.architectures import spec_for
 
-__all__ = [
-    "check_finite",
-    "check_loading",
-    "model_class",
-    "model_from_weights",
-    "one_line",
-    "quiet_transformers",
-    "read_safetensors",
-    "safetensors_files",
-    "sha256_files",
-]
-
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 

@@ -13,19 +13,6 @@ import torch
 
 from cfsp.errors import InputError
 
-__all__ = [
-    "ALLOCATIONS",
-    "Allocation",
-    "BlockEvidence",
-    "allocate_widths",
-    "cfsp_keep_ratios",
-    "check_allocation",
-    "integer_widths",
-    "loss_keep_ratios",
-    "mixed_keep_ratios",
-    "uniform_keep_ratios",
-]
-
 _PAPER_SCALE = 128 * 1024 / 1e4
 """The released code sums I_l over 128 x 1024 tokens and divides by 1e4; with the mean this factor remains."""
 

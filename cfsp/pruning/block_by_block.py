@@ -25,8 +25,6 @@ from cfsp.pruning.reconstruction import solve_change
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
 from cfsp.pruning.surgery import cut_channels
 
-__all__ = ["prune_block_by_block"]
-
 
 def prune_block_by_block(
     model: Any,

@@ -17,8 +17,6 @@ from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.pruning.statistics import BlockStatistics, GramStore
 from cfsp.pruning.surgery import cut_channels
 
-__all__ = ["RECONSTRUCTIONS", "Cut", "Reconstruction"]
-
 
 @dataclass(frozen=True)
 class Cut:

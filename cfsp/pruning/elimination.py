@@ -15,8 +15,6 @@ import torch
 
 from cfsp.pruning.reconstruction import damped_cholesky
 
-__all__ = ["Elimination", "eliminate_channels"]
-
 _STEPS = 512
 
 

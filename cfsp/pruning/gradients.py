@@ -26,14 +26,6 @@ from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import output_hook
 
-__all__ = [
-    "BlockGradients",
-    "ChannelGradients",
-    "WeightChange",
-    "collect_gradients",
-    "predict_divergence",
-]
-
 _HEAD_CHUNK = 256
 
 

@@ -23,9 +23,6 @@ from cfsp.pruning.settings import PruneSettings, check_settings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.surgery import set_config_widths
 
-__all__ = ["BlockPlan", "PruningPlan", "ScoreSummary", "apply_plan", "check_plan_fits", "make_plan"]
-
-
 _LOSS_SEGMENTS = 64
 """Resolution of the predicted loss over a block's width."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cfsp.models.reference import LoadedModel
+from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.cutting import RECONSTRUCTIONS
@@ -16,8 +16,6 @@ from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_pla
 from cfsp.pruning.settings import PruneSettings, check_settings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, collect_statistics
 from cfsp.text.calibration import Calibration
-
-__all__ = ["PruneResult", "moment_windows", "plan_for", "prune_model", "statistics_for"]
 
 MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""

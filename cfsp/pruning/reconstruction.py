@@ -9,8 +9,6 @@ import torch
 
 from cfsp.errors import InputError
 
-__all__ = ["damped_cholesky", "reconstruct_down", "reconstruct_mean", "solve_change"]
-
 
 def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, which is changed in place.

@@ -20,8 +20,6 @@ from cfsp.pruning.elimination import Elimination, eliminate_channels
 from cfsp.pruning.gradients import ChannelGradients
 from cfsp.pruning.statistics import ChannelStatistics
 
-__all__ = ["SCORES", "ChannelEvidence", "Score", "score_channels"]
-
 
 @dataclass(frozen=True)
 class ChannelEvidence:

@@ -13,8 +13,6 @@ from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import SCORES
 from cfsp.pruning.statistics import COARSE_METRICS
 
-__all__ = ["PruneSettings", "check_settings"]
-
 
 @dataclass(frozen=True)
 class PruneSettings:

@@ -30,15 +30,6 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import BlockGradients
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
 
-__all__ = [
-    "COARSE_METRICS",
-    "BlockStatistics",
-    "ChannelStatistics",
-    "GramStore",
-    "collect_input_moments",
-    "collect_statistics",
-]
-
 
 @dataclass(frozen=True)
 class ChannelStatistics:

@@ -14,8 +14,6 @@ from torch import nn
 
 from cfsp.errors import InputError
 
-__all__ = ["GramSum", "enter_blocks", "input_hook", "output_hook", "run_layer"]
-
 _GRAM_TILE = 384
 
 

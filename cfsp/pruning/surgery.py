@@ -9,8 +9,6 @@ from torch import nn
 
 from cfsp.models.architectures import FeedForward, decoder_layers, ffn_widths
 
-__all__ = ["cut_channels", "set_config_widths"]
-
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
     """Keep only some channels of a gated MLP; the Linear layers stay the same objects.

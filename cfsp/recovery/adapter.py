@@ -9,8 +9,6 @@ from typing import Any
 from cfsp.errors import MissingExtraError
 from cfsp.models.architectures import block_linears
 
-__all__ = ["add_adapter", "merge_adapter"]
-
 
 def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
     """Put LoRA (arXiv 2106.09685) on all Linear layers of the blocks; only the adapters are trainable then.

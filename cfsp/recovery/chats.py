@@ -13,8 +13,6 @@ from typing import Any
 from cfsp.errors import InputError
 from cfsp.text.tokens import Document, render_chat
 
-__all__ = ["LabelledTokens", "answer_spans", "labelled_chat"]
-
 _SENTINEL = "\N{SNOWMAN}answer\N{SNOWMAN}"
 
 

@@ -22,8 +22,6 @@ from cfsp.text.calibration import SELF
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.tokens import Document, document_ids, load_documents, shuffled, tokens_sha256
 
-__all__ = ["IGNORED", "RecoveryData", "Sequences", "TrainingMix", "load_recovery_data"]
-
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
 

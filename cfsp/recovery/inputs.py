@@ -10,15 +10,14 @@ from typing import Any
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, read_checkpoint_info
-from cfsp.models.reference import LoadedModel, load_model
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.ranks import importance_ranks
 from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
 from cfsp.text.calibration import SELF
-
-__all__ = ["RecoveryInputs", "load_inputs"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["ChunkLoss", "LossAndGradient", "distillation_loss", "head_loss", "next_token_loss"]
-
 CHUNK_TOKENS = 256
 """Positions whose logits are held at once: 256 x 49152 float32 are 48 MiB."""
 

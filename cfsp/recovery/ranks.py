@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from cfsp.errors import InputError
 
-__all__ = ["importance_ranks"]
-
 
 def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, ...]:
     """Integer ranks r_l proportional to importances I_l, with exactly the given mean and none below 1.

@@ -9,8 +9,6 @@ from cfsp.recovery.data import Sequences
 from cfsp.recovery.settings import RecoverySettings
 from cfsp.recovery.state import LossPoint, ValidationPoint
 
-__all__ = ["RECOVERY_FILE", "DataRecord", "RecoveryRecord", "data_record"]
-
 RECOVERY_FILE = "recovery.json"
 
 

@@ -37,8 +37,6 @@ from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text.calibration import SELF
 
-__all__ = ["DEVICES", "Recovered", "check_outcome", "recover"]
-
 logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu")

@@ -12,8 +12,6 @@ from cfsp.recovery.state import RunState
 from cfsp.recovery.student import Student
 from cfsp.recovery.work import WorkFolder
 
-__all__ = ["Run"]
-
 
 @dataclass
 class Run:

@@ -11,19 +11,6 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from cfsp.precision import DTYPES
 
-__all__ = [
-    "CHAT_LABELS",
-    "LOSSES",
-    "METHODS",
-    "Method",
-    "RecoverySettings",
-    "check_settings",
-    "labels_whole_chats",
-    "learning_rate",
-    "learning_rate_share",
-    "loss_weights",
-]
-
 
 @dataclass(frozen=True)
 class Method:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-__all__ = ["DIVERGENCE_FACTOR", "LossPoint", "RunState", "ValidationPoint"]
-
 DIVERGENCE_FACTOR = 2.0
 """A validation loss whose exponential is so many times the best's means that training diverges."""
 

@@ -19,8 +19,6 @@ from cfsp.recovery.losses import (
     next_token_loss,
 )
 
-__all__ = ["LossSums", "Objective", "Student", "Teacher"]
-
 
 @dataclass(frozen=True)
 class Objective:

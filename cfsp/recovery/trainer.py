@@ -31,8 +31,6 @@ from cfsp.recovery.state import ValidationPoint
 from cfsp.recovery.student import Student
 from cfsp.recovery.watcher import Watcher
 
-__all__ = ["RecoveryTrainer", "check_trackers", "train", "training_arguments"]
-
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "trainable.safetensors"

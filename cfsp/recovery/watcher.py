@@ -12,8 +12,6 @@ from transformers import TrainerCallback
 from cfsp.recovery.run import Run
 from cfsp.recovery.state import LossPoint
 
-__all__ = ["Watcher"]
-
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
     """Notes losses, reports progress, and ends training where the run's state says so."""

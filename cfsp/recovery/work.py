@@ -23,8 +23,6 @@ from cfsp.models.weights import read_safetensors
 from cfsp.records import read_record, write_record
 from cfsp.recovery.state import RunState
 
-__all__ = ["RunInputs", "WorkFolder"]
-
 _MARKER = "COMPLETE"
 _STATE = "recovery_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.reference import LoadedModel
+from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.tokens import join_documents, load_documents, shuffled, tokens_sha256
-
-__all__ = ["SELF", "Calibration", "load_calibration"]
 
 SELF = "self"
 """The reference that means: text sampled from the dense model itself."""

@@ -9,8 +9,6 @@ import torch
 
 from cfsp.models.source import LoadedModel
 
-__all__ = ["left_padded", "pad_id", "stop_ids", "stop_tokens"]
-
 
 def stop_ids(loaded: LoadedModel) -> set[int]:
     """Tokens that end a text: the generation config's and the tokenizer's."""

@@ -22,12 +22,10 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_file
 from cfsp.models.builtin import cache_directory
-from cfsp.models.reference import LoadedModel
+from cfsp.models.source import LoadedModel
 from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.text.generation import left_padded, pad_id, stop_ids
-
-__all__ = ["chat_frame", "model_fingerprint", "sample_windows"]
 
 logger = logging.getLogger(__name__)
 

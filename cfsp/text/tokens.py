@@ -22,18 +22,6 @@ import torch
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.files import read_text
 
-__all__ = [
-    "BUILTIN_TEXT",
-    "Document",
-    "TokenWindows",
-    "document_ids",
-    "join_documents",
-    "load_documents",
-    "render_chat",
-    "token_windows",
-    "tokens_sha256",
-]
-
 BUILTIN_TEXT = "builtin:python-docs"
 
 

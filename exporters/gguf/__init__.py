@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from exporters.gguf.quants import QUANTS, ParityLimits, Quant, find_quant, required_multiple
+from exporters.gguf.quants import QUANTS, Quant, find_quant, required_multiple
+from exporters.record import ParityLimits
 
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf

@@ -21,8 +21,6 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
 
-__all__ = ["LAYOUTS", "ChosenLayout", "Layout", "TensorSpec", "choose_layout", "linear_names", "tensor_specs"]
-
 FloatArray = npt.NDArray[np.float32]
 
 

@@ -12,8 +12,6 @@ from exporters.gguf.quants import find_quant
 from exporters.gguf.writer import write_gguf
 from exporters.provenance import read_provenance
 
-__all__ = ["draft_gguf"]
-
 
 def draft_gguf(
     checkpoint: Path,

@@ -13,15 +13,14 @@ import torch
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import CheckpointTensors, read_config
-from exporters.gguf import runtime
+from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import choose_layout
 from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.quantize import TypesReport, quantize_file, report_types
-from exporters.gguf.quants import QUANTS, ParityLimits, Quant, find_quant
+from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.gguf.writer import WrittenFile, write_gguf
 from exporters.job import (
-    MANIFEST_FILE,
     Job,
     JobSettings,
     check_input,
@@ -30,9 +29,7 @@ from exporters.job import (
     write_manifest,
 )
 from exporters.parity import check_limits
-from exporters.record import ExportRecord
-
-__all__ = ["MANIFEST_FILE", "export_gguf"]
+from exporters.record import ExportRecord, ParityLimits
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +80,7 @@ def export_gguf(
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=", ".join(QUANTS))
     check_input(checkpoint, output, force=force)
-    runtime.runtime_version()
+    llama_library.runtime_version()
     _refuse_early(checkpoint)
     imatrix = read_imatrix(checkpoint) if use_imatrix and any(row.uses_imatrix for row in rows) else {}
     settings = JobSettings(name, parity_windows, limits, n_threads, force, progress)
@@ -167,7 +164,7 @@ def _prove(job: Job, quant: Quant, written: WrittenFile, strings: int, imatrix: 
         padded_width=written.chosen.padded_width,
         tokenizer_strings=strings,
         warnings=warnings,
-        runtime=runtime.runtime_version(),
+        runtime=llama_library.runtime_version(),
     )
 
 

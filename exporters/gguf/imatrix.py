@@ -17,8 +17,6 @@ from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, linear_names
 
-__all__ = ["imatrix_from_moments", "read_imatrix"]
-
 
 def read_imatrix(checkpoint: Path) -> dict[str, npt.NDArray[np.float32]]:
     """The importance matrix of a checkpoint, by the file's tensor names; empty where it has no input moments.

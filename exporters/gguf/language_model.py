@@ -15,8 +15,6 @@ from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from exporters.gguf import runtime
 from exporters.gguf.llama_batch import Entry
 
-__all__ = ["GGUFLanguageModel"]
-
 _SEQUENCES = 16
 _BATCH = 512
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from exporters.gguf.llama_library import library
 
-__all__ = ["Entry", "native_batch"]
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -20,8 +20,6 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError, MissingExtraError
 
-__all__ = ["FloatArray", "complaints", "library", "quantize", "runtime_version", "system_info"]
-
 _DISTRIBUTION = "llama-cpp-python"
 # 0.3.36 renamed fields that the runtime sets (use_mmap became load_mode); the low-level API may move again in 0.4.
 _VERSIONS = ((0, 3, 36), (0, 4))

@@ -10,8 +10,6 @@ from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
 
-__all__ = ["add_general", "add_hyperparameters"]
-
 
 def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:
     """Write general.* and phoneready.*.

@@ -12,11 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.models.gguf_file import read_gguf
-from exporters.gguf import runtime
+from exporters.gguf import llama_library
 from exporters.gguf.quants import Quant
 from exporters.record import TensorFallback
-
-__all__ = ["TypesReport", "asked_type", "quantize_file", "report_types"]
 
 # Where a row does not divide into blocks of 256, llama.cpp stores the right-hand type instead; where it does not even
 # divide into blocks of 32, float16.
@@ -48,7 +46,7 @@ def quantize_file(
     n_threads: int = 1,
 ) -> None:
     """Quantize a float32 file; raises InputError where llama.cpp refuses."""
-    runtime.quantize(source, destination, quant.ftype, n_threads=n_threads, imatrix=imatrix)
+    llama_library.quantize(source, destination, quant.ftype, n_threads=n_threads, imatrix=imatrix)
 
 
 def report_types(path: Path, quant: Quant) -> TypesReport:

@@ -10,8 +10,6 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from exporters.record import ParityLimits
 
-__all__ = ["QUANTS", "ParityLimits", "Quant", "find_quant", "required_multiple"]
-
 
 @dataclass(frozen=True)
 class Quant:

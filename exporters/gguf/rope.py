@@ -16,8 +16,6 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from exporters.checkpoint_reader import ModelConfig
 
-__all__ = ["rope_factors", "rope_metadata"]
-
 # llama.cpp's constants, which deci, llama, openelm, qwen2 and qwen3 do not read from the file.
 _YARN_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 

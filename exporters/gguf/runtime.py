@@ -21,12 +21,7 @@ from exporters.gguf.llama_library import (
     FloatArray,
     complaints,
     library,
-    quantize,
-    runtime_version,
-    system_info,
 )
-
-__all__ = ["LlamaModel", "open_model", "quantize", "runtime_version", "system_info"]
 
 _GGML_F32, _GGML_F16 = 0, 1
 _LOAD_READ, _LOAD_MMAP = 0, 1

@@ -21,8 +21,6 @@ from exporters.gguf.architecture import ChosenLayout, choose_layout, tensor_spec
 from exporters.gguf.quantize import asked_type
 from exporters.gguf.quants import find_quant
 
-__all__ = ["FileShape", "PredictedTensor", "SizeTemplate", "read_shape", "size_template"]
-
 _ALIGNMENT = 32
 # What llama.cpp stores instead where a row does not divide into blocks of 256; where it does not even divide into
 # blocks of 32, float16.

@@ -15,11 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import InputError, LimitError
-from cfsp.models.gguf_tokenizer import pre_tokenizer_name
+from cfsp.models.pre_tokenizer import pre_tokenizer_name
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import CHECK_STRINGS
-
-__all__ = ["add_tokenizer", "check_tokenizer", "normalizes_to_nfc"]
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CHECK_STRINGS"]
-
 CHECK_STRINGS = (
     "",
     " ",

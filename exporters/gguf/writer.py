@@ -19,8 +19,6 @@ from exporters.gguf.rope import rope_factors
 from exporters.gguf.tokenizer_metadata import add_tokenizer
 from exporters.provenance import Provenance
 
-__all__ = ["WrittenFile", "write_gguf"]
-
 
 @dataclass(frozen=True)
 class WrittenFile:

@@ -19,8 +19,6 @@ from cfsp.pruning.reconstruction import damped_cholesky
 from exporters.onnx.layers import BlockQuantized
 from exporters.onnx.variants import BlockFormat
 
-__all__ = ["RIDGE", "Rounded", "gptq", "joined", "levels", "pack", "round_to_nearest"]
-
 RIDGE = 0.1
 """Relative to the mean of a Gram matrix's diagonal. On SmolLM2-135M, 0.05 to 0.1 lose less than 0.01 and 0.2."""
 _LAZY_COLUMNS = 64

@@ -11,8 +11,6 @@ from cfsp.errors import LimitError
 from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.graph_builder import CONTRIB
 
-__all__ = ["check_graph"]
-
 _PRODUCTS = ("MatMul", "FusedMatMul", "MatMulInteger", "MatMulNBits")
 _LOOK_UPS = ("Gather", "GatherBlockQuantized")
 _HEADS = ("logits", "lm_head")

@@ -20,8 +20,6 @@ from cfsp.text.generation import stop_tokens
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant
 
-__all__ = ["write_companions"]
-
 # Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 

@@ -27,8 +27,6 @@ from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.layers import TOKENS, Embedding, Layer
 from exporters.onnx.operators import ir_version_for, require_operators
 
-__all__ = ["OPSET", "Block", "Decoder", "DecoderShape", "build_decoder"]
-
 OPSET = 21
 
 

@@ -11,7 +11,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import tokens_sha256
-from exporters.job import MANIFEST_FILE, JobSettings, check_input, load_checkpoint, open_job, write_manifest
+from exporters.job import JobSettings, check_input, load_checkpoint, open_job, write_manifest
 from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.job import OnnxJob
@@ -23,8 +23,6 @@ from exporters.onnx.runtime import runtime_version
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.writer import write_graphs
 from exporters.record import ExportRecord, ParityLimits
-
-__all__ = ["MANIFEST_FILE", "export_onnx"]
 
 
 def export_onnx(

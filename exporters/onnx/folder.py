@@ -6,8 +6,6 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 
-__all__ = ["GENAI_CONFIG", "GRAPHS", "find_graph", "folder_of", "is_onnx"]
-
 GRAPHS = "onnx"
 """Folder of the graphs."""
 GENAI_CONFIG = "genai_config.json"

@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-__all__ = ["CONTRIB", "GraphBuilder"]
-
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 

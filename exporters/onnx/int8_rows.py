@@ -24,8 +24,6 @@ from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.layers import TOKENS, add_bias
 from exporters.onnx.weights import MakeEmbedding, MakeLayer
 
-__all__ = ["Int8Embedding", "Int8Linear", "Int8Rows", "int8_weights", "round_rows"]
-
 _LARGEST, _ZERO = 127, 128
 
 

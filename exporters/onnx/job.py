@@ -11,8 +11,6 @@ from exporters.job import Job
 from exporters.onnx.mixed import Small
 from exporters.onnx.variants import BlockFormat, Variant
 
-__all__ = ["OnnxJob"]
-
 
 @dataclass(frozen=True)
 class OnnxJob:

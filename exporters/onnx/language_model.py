@@ -19,8 +19,6 @@ from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of
 from exporters.onnx.runtime import open_model
 
-__all__ = ["OnnxLanguageModel"]
-
 _BATCH = 256
 
 

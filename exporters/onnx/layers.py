@@ -15,19 +15,6 @@ import onnx_ir as ir
 
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 
-__all__ = [
-    "BlockQuantized",
-    "Embedding",
-    "FloatEmbedding",
-    "FloatLinear",
-    "Layer",
-    "NBitsEmbedding",
-    "NBitsLinear",
-    "StackedEmbedding",
-    "StackedLinear",
-    "add_bias",
-]
-
 TOKENS = ("batch_size", "sequence_length")
 """Leading dimensions of everything that is computed for each token."""
 

@@ -24,17 +24,6 @@ from exporters.onnx.quantize import quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, company, head_parts, is_tied, weight_of
 
-__all__ = [
-    "Mixture",
-    "Small",
-    "choose_eight_bits",
-    "choose_few",
-    "choose_mixture",
-    "default_budget",
-    "small_model",
-    "stored_bytes",
-]
-
 GRADIENT_WINDOWS = 4
 """Windows of the calibration text to predict losses from: what counts is the layers' order."""
 _Q4_0_RATIO = 1.1

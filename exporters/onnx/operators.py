@@ -9,8 +9,6 @@ import onnx_ir as ir
 from cfsp.errors import InputError
 from exporters.onnx.graph_builder import CONTRIB
 
-__all__ = ["OPSETS", "ir_version_for", "require_operators"]
-
 OPSETS = range(13, 24)
 """What may be asked for: older ones give axes as attributes, newer ones have no kernels yet."""
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from cfsp.errors import InputError
 from exporters.onnx.runtime import require_onnxruntime
 
-__all__ = ["OPERATORS_FILE", "write_ort"]
-
 OPERATORS_FILE = "required_operators.config"
 """What ONNX Runtime's build script wants to know: `--include_ops_by_config`."""
 _MAX_BYTES = 2**31 - 1

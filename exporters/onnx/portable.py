@@ -19,8 +19,6 @@ import onnx_ir as ir
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.models.weights import one_line, quiet_transformers
 
-__all__ = ["portable_graph", "require_optimum"]
-
 _TASK = "text-generation-with-past"
 _SCOPES = re.compile(r"^/(.*)/[^/]+$")
 

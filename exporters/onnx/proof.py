@@ -21,8 +21,6 @@ from exporters.onnx.writer import WrittenGraphs
 from exporters.parity import check_limits
 from exporters.record import ExportRecord
 
-__all__ = ["prove"]
-
 _SAME_LOGITS = 1e-2
 """Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
 

@@ -8,8 +8,6 @@ import torch
 
 from exporters.onnx.block_quantize import RIDGE, Rounded, joined, levels
 
-__all__ = ["refine"]
-
 _ROUNDS = 4
 """On SmolLM2-135M, one takes a tenth of GPTQ's loss away, four an eighth, and more hardly anything."""
 _COLUMNS, _ROWS, _PRODUCTS = 64, 4096, 2**24

@@ -16,16 +16,6 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError, MissingExtraError
 
-__all__ = [
-    "CACHE_KEY",
-    "FIXED_CACHE",
-    "PREFILL_TOKENS",
-    "OnnxModel",
-    "open_model",
-    "require_onnxruntime",
-    "runtime_version",
-]
-
 FloatArray = npt.NDArray[np.float32]
 
 CACHE_KEY, FIXED_CACHE = "phoneready.cache", "fixed"

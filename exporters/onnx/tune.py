@@ -24,8 +24,6 @@ from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
 from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.weights import HEAD_PARTS, is_tied
 
-__all__ = ["Quantized", "tune"]
-
 _LEARNING_RATE, _WARM_UP = 1e-3, 4
 """Of Adam with one step a window."""
 

@@ -9,19 +9,6 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from exporters.record import ParityLimits
 
-__all__ = [
-    "HEAD",
-    "INT4",
-    "INT4_B128",
-    "INT8",
-    "VARIANTS",
-    "BlockFormat",
-    "FormatOf",
-    "Variant",
-    "find_variant",
-    "formats_without_text",
-]
-
 
 @dataclass(frozen=True)
 class BlockFormat:

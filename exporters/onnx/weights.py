@@ -18,20 +18,6 @@ from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
-__all__ = [
-    "HEAD_PARTS",
-    "MakeEmbedding",
-    "MakeLayer",
-    "MayPack",
-    "company",
-    "decoder_of",
-    "float_weights",
-    "head_parts",
-    "is_tied",
-    "packed_names",
-    "weight_of",
-]
-
 FloatArray = npt.NDArray[np.floating]
 MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
 """(name, W (out_features, in_features) float32, bias (out_features,) or None) -> how it is stored."""

@@ -30,8 +30,6 @@ from exporters.onnx.tune import Quantized, tune
 from exporters.onnx.variants import Variant, formats_without_text
 from exporters.onnx.weights import MayPack, decoder_of, float_weights, is_tied
 
-__all__ = ["WrittenGraphs", "save_graph", "write_graphs"]
-
 _EXTERNAL_BYTES = 1024
 """Smaller weights stay inside the graph."""
 

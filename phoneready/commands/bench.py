@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from runtime_bench.records.record import BenchRecord
     from runtime_bench.targets import Target
 
-__all__ = ["bench"]
-
 
 def bench(
     files: Annotated[

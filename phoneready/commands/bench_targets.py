@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from runtime_bench.targets.remote import Remote
     from runtime_bench.targets.transport import Transport
 
-__all__ = ["TARGETS", "TargetOptions", "TargetRow", "find_row", "open_remote", "open_targets"]
-
 
 @dataclass(frozen=True)
 class TargetOptions:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from runtime_bench.records.compare import Comparison
     from runtime_bench.records.record import BenchRecord
 
-__all__ = ["compare"]
-
 
 def compare(
     base: Annotated[Path, typer.Argument(help="Records of the base, as `bench --record` writes them.")],

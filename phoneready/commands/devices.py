@@ -18,8 +18,6 @@ from phoneready.commands.options import (
 )
 from phoneready.console import format_bytes, show_progress, write_result
 
-__all__ = ["build_runner", "clean", "fit", "list_devices", "show_device"]
-
 
 def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the devices that have a profile, built in or your own."""

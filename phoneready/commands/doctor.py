@@ -19,8 +19,6 @@ from cfsp.models.builtin import cache_directory
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import format_bytes, write_result
 
-__all__ = ["Check", "doctor", "examine"]
-
 REQUIRED = (
     *("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf"),
     *("pydantic", "typer", "rich", "psutil", "jinja2"),

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from phoneready.evaluation.record import Evaluation, EvaluationSettings
     from phoneready.evaluation.sweep import Sweep
 
-__all__ = ["evaluate"]
-
 _Limit = float | None
 
 

@@ -22,8 +22,6 @@ from phoneready.commands.options import (
 from phoneready.console import format_bytes, format_rows, prepare_torch, show_progress, write_result
 from phoneready.units import parse_bytes
 
-__all__ = ["export", "format_exports"]
-
 
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face folder, pruned or dense.", metavar="DIR")],

@@ -10,8 +10,6 @@ import typer
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import write_result
 
-__all__ = ["history"]
-
 
 def history(
     paths: Annotated[

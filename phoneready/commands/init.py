@@ -12,8 +12,6 @@ from cfsp.files import refuse_existing, write_text
 from phoneready.commands.options import DebugOption, ForceOption, JsonOption
 from phoneready.console import write_result
 
-__all__ = ["init"]
-
 
 def init(
     file: Annotated[Path, typer.Argument(help="File to write.", metavar="FILE")] = Path("release.toml"),

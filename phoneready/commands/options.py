@@ -10,21 +10,6 @@ import typer
 
 from cfsp.errors import InputError
 
-__all__ = [
-    "DebugOption",
-    "ForceOption",
-    "JsonOption",
-    "ModelArgument",
-    "RemoteFolderOption",
-    "SeedOption",
-    "SshConfigOption",
-    "ThreadsOption",
-    "TrustOption",
-    "split_names",
-    "split_numbers",
-    "text_references",
-]
-
 MODEL_HELP = "smollm2-135m (built in), a Hugging Face folder, a .gguf file, or a hub id."
 TEXT_HELP = "FILE.txt, FILE.jsonl, FILE.parquet, hub:NAME[@CONFIG][:SPLIT] or builtin:python-docs"
 

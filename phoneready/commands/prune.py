@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from cfsp.pruning.settings import PruneSettings
     from cfsp.text.calibration import Calibration
 
-__all__ = ["format_plan", "prune"]
-
 
 def prune(
     model: ModelArgument,

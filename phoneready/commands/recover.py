@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from cfsp.recovery import RecoveryRecord
 
-__all__ = ["format_recovery", "recover"]
-
 
 def recover(
     checkpoint: Annotated[

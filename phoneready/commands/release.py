@@ -14,8 +14,6 @@ from phoneready.console import note, prepare_torch, show_progress, write_result
 if TYPE_CHECKING:
     from phoneready.settings.release import ReleaseConfig
 
-__all__ = ["release"]
-
 
 def release(
     config: Annotated[

@@ -10,8 +10,6 @@ import typer
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import quiet_libraries, write_result
 
-__all__ = ["report"]
-
 
 def report(
     folder: Annotated[

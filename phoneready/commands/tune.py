@@ -11,8 +11,6 @@ from cfsp.errors import InputError
 from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
-__all__ = ["tune"]
-
 
 def tune(
     config: Annotated[

@@ -13,8 +13,6 @@ from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import quiet_libraries, write_result
 from runtime_bench.presentation.markup import visible
 
-__all__ = ["verify"]
-
 
 def verify(
     folder: Annotated[

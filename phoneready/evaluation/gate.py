@@ -14,19 +14,6 @@ from cfsp.evaluation.tasks import TaskResult
 from phoneready.console import format_rows
 from phoneready.evaluation.record import Evaluation, TextResult, text_name
 
-__all__ = [
-    "TOLERANCES",
-    "GateRow",
-    "Measure",
-    "Tolerance",
-    "check_gate",
-    "check_limits",
-    "compare_with_baseline",
-    "format_gate",
-    "gate_to_json",
-    "measures",
-]
-
 
 @dataclass(frozen=True)
 class Tolerance:

@@ -16,8 +16,6 @@ from cfsp.files import sha256_file
 from cfsp.text.tokens import TokenWindows
 from phoneready.evaluation.record import MetricResult
 
-__all__ = ["find_metric", "measure", "metric_sha256"]
-
 Metric = Callable[[LanguageModel, Any, Sequence[TokenWindows]], Any]
 
 

@@ -14,8 +14,6 @@ from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.progress import Progress, no_progress
 from exporters.onnx.folder import is_onnx
 
-__all__ = ["RUNTIMES", "OpenSettings", "Runtime", "open_language_model", "runtime_for"]
-
 
 @dataclass(frozen=True)
 class OpenSettings:

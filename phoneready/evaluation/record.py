@@ -10,18 +10,6 @@ from typing import ClassVar
 from cfsp.evaluation import PROMPTS, Divergence, LanguageModel
 from cfsp.evaluation.tasks import TaskResult, TaskSettings
 
-__all__ = [
-    "Degeneration",
-    "Evaluation",
-    "EvaluationSettings",
-    "MetricResult",
-    "ModelIdentity",
-    "TextResult",
-    "identity_of",
-    "repeated_text",
-    "text_name",
-]
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:

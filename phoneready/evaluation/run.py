@@ -40,8 +40,6 @@ from phoneready.evaluation.record import (
     repeated_text,
 )
 
-__all__ = ["check_texts", "evaluate", "read_prompts"]
-
 
 def evaluate(
     model: LanguageModel,

@@ -24,8 +24,6 @@ from phoneready.evaluation.gate import measures
 from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity, identity_of
 from phoneready.evaluation.run import evaluate
 
-__all__ = ["Sweep", "SweepPoint", "check_ratios", "format_sweep", "sweep", "write_csv"]
-
 
 @dataclass(frozen=True)
 class SweepPoint:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from phoneready.console import format_rows
 from phoneready.evaluation.record import Evaluation
 
-__all__ = ["format_answers", "format_evaluation", "format_figures"]
-
 
 def format_evaluation(evaluation: Evaluation) -> str:
     """The figures on text as a table."""

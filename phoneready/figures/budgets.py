@@ -19,8 +19,6 @@ from phoneready.units import parse_bytes, parse_ms
 if TYPE_CHECKING:
     from phoneready.settings.release import ReleaseConfig
 
-__all__ = ["BudgetConfig", "budget_problems", "select"]
-
 _PARSERS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({"bytes": parse_bytes, "ms": parse_ms})
 
 

@@ -11,17 +11,6 @@ from cfsp.errors import InputError
 from cfsp.records import read_record
 from phoneready.figures.metrics import FigureKey
 
-__all__ = [
-    "DENSE",
-    "FIGURES_FILE",
-    "PRUNED",
-    "Figure",
-    "FigureSet",
-    "check_same_model",
-    "read_baseline",
-    "same_figure",
-]
-
 FIGURES_FILE = "figures.json"
 PRUNED, DENSE = "pruned", "dense"
 

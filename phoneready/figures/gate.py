@@ -26,8 +26,6 @@ from runtime_bench.records.compare import MIN_SAMPLES
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
 from runtime_bench.targets import DOES_NOT_FIT
 
-__all__ = ["judge_all"]
-
 _ROUNDING = 1e-9
 
 

@@ -26,17 +26,6 @@ from phoneready.figures.verdict import (
 )
 from phoneready.settings.release import ReleaseConfig
 
-__all__ = [
-    "JUNIT_FILE",
-    "SUMMARY_FILE",
-    "badge",
-    "check_verdicts",
-    "junit_xml",
-    "summary_markdown",
-    "verdict_rows",
-    "write_verdicts",
-]
-
 JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})

@@ -14,8 +14,6 @@ from phoneready.evaluation.record import text_name
 if TYPE_CHECKING:
     from phoneready.settings.release import ReleaseConfig
 
-__all__ = ["CHECKPOINT", "METRICS", "FigureKey", "Metric", "is_sampled", "metric_of", "planned_figures"]
-
 CHECKPOINT = "checkpoint"
 """The item that is the pruned (and recovered) model before export."""
 

@@ -8,18 +8,6 @@ from typing import ClassVar
 
 from phoneready.console import format_bytes
 
-__all__ = [
-    "INCONCLUSIVE",
-    "MISSED",
-    "OUTCOMES",
-    "PASS",
-    "VERDICTS_FILE",
-    "BudgetVerdict",
-    "Verdicts",
-    "format_figure",
-    "worst_outcome",
-]
-
 VERDICTS_FILE = "verdicts.json"
 
 OUTCOMES = MISSED, INCONCLUSIVE, PASS = "missed", "inconclusive", "pass"

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DRIFT", "MIN_RUNS", "STEP", "Change", "exact_changes", "sampled_changes"]
-
 STEP, DRIFT = "step", "drift"
 MIN_RUNS = 8
 """Runs from which their scatter says how large the noise is."""

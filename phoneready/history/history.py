@@ -13,8 +13,6 @@ from phoneready.figures.metrics import is_sampled, metric_of
 from phoneready.history.changes import Change, exact_changes, sampled_changes
 from phoneready.history.record import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
 
-__all__ = ["Anomaly", "History", "Run", "Series", "check_history", "find_entries", "make_history"]
-
 
 @dataclass(frozen=True)
 class Run:

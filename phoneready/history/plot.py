@@ -17,8 +17,6 @@ from phoneready.report.plot_style import PRUNED as PRUNED_COLOUR
 from phoneready.report.plot_style import SERIES, plot_layout
 from runtime_bench.records.summary import NORMAL_95
 
-__all__ = ["render_plot"]
-
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -18,8 +18,6 @@ from phoneready.figures.figure_set import Figure, FigureSet
 from phoneready.figures.metrics import FigureKey
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
-__all__ = ["HISTORY_FILE", "HistoryEntry", "HistoryFigure", "append_entry", "entry_of", "read_entries"]
-
 HISTORY_FILE = "history.jsonl"
 _RESAMPLES = 1000
 _FEWEST = 3

@@ -8,8 +8,6 @@ from phoneready.figures.verdict import format_figure
 from phoneready.history.history import Anomaly, History, Series
 from runtime_bench.presentation.markup import escape_cell, escape_markdown
 
-__all__ = ["describe_anomalies", "format_history"]
-
 _SHOWN = 6
 """Newest runs in the table of figures."""
 

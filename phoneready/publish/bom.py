@@ -16,8 +16,6 @@ from exporters.record import ExportRecord
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.report.markdown import ReleaseFigures
 
-__all__ = ["BOM_FILE", "make_bom"]
-
 BOM_FILE = "bom.cdx.json"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://cyclonedx.org/phoneready")
 SPDX = MappingProxyType(

@@ -14,17 +14,6 @@ from pathlib import Path, PurePosixPath
 from cfsp.errors import InputError
 from cfsp.files import sha256_file, write_text
 
-__all__ = [
-    "SUMS_FILE",
-    "Content",
-    "Problem",
-    "describe_files",
-    "find_problems",
-    "is_inside",
-    "read_sums",
-    "write_sums",
-]
-
 SUMS_FILE = "SHA256SUMS"
 _KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl")
 """What the pipeline keeps beside a release: what it goes on from, and the figures of the releases before."""

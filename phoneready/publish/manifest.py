@@ -15,8 +15,6 @@ from phoneready.release.stages import StageRecord
 from phoneready.report.markdown import ReleaseFigures
 from phoneready.settings.release import ReleaseConfig
 
-__all__ = ["MANIFEST_FILE", "ReleaseManifest", "ReleasedFile", "make_manifest"]
-
 MANIFEST_FILE = "manifest.json"
 
 

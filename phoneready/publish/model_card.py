@@ -19,8 +19,6 @@ from phoneready.publish.manifest import ReleaseManifest
 from phoneready.report.markdown import ReleaseFigures, quality_table
 from runtime_bench.presentation.markup import escape_markdown, visible
 
-__all__ = ["model_card_text"]
-
 HUB_LICENSES = frozenset(
     (
         *(

@@ -13,8 +13,6 @@ from typing import Any
 
 from exporters.record import ExportRecord
 
-__all__ = ["modelfile_text"]
-
 _OLLAMA_CONTEXT = 4096
 """Tokens of context that Ollama gives a model unless it is told otherwise."""
 _CHATML = re.compile(

@@ -35,8 +35,6 @@ from phoneready.report import ReportInput, project_files, read_verdicts, render_
 from phoneready.report.markdown import ReleaseFigures, render_report
 from phoneready.settings.release import ReleaseConfig
 
-__all__ = ["PAGE_FILE", "REPORT_FILE", "publish", "rewrite_reports", "seal_release", "write_reports"]
-
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
 CARD_FILE = "README.md"

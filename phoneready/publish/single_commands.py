@@ -10,8 +10,6 @@ from phoneready.report.markdown import ReleaseFigures
 from phoneready.settings.release import ReleaseConfig
 from phoneready.settings.sections import RecoverConfig
 
-__all__ = ["single_commands"]
-
 _RECOVER_APART = ("data", "validation", "patience", "report_to")
 
 

@@ -10,8 +10,6 @@ from cfsp.records import read_record
 from phoneready.publish.contents import SUMS_FILE, Content, Problem, find_problems, read_sums
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
 
-__all__ = ["verify_release"]
-
 
 def verify_release(folder: Path) -> tuple[int, list[Problem]]:
     """Check a release folder; every byte of it is read.

@@ -13,8 +13,6 @@ from cfsp.progress import Progress, no_progress
 from exporters.gguf import runtime
 from phoneready.release.artifact import Artifact
 
-__all__ = ["Answers", "answer_all"]
-
 _CONTEXT = 1024
 
 

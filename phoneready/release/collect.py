@@ -20,14 +20,6 @@ from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.record import EMULATED, BenchRecord
 from runtime_bench.records.summary import median
 
-__all__ = [
-    "benchmark_figures",
-    "collect_figures",
-    "judgement_figures",
-    "projected_figures",
-    "size_figure",
-]
-
 _Items = Mapping[str, tuple[str, str]]
 """Name of an exported file -> its role, and the quantization or variant that it is."""
 

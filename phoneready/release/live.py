@@ -20,8 +20,6 @@ from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_s
 from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.records.record import BenchRecord
 
-__all__ = ["LastTimes", "last_times", "rows_so_far", "stage_figures"]
-
 
 @dataclass(frozen=True)
 class LastTimes:

@@ -17,8 +17,6 @@ from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
 from phoneready.report.markdown import ReleaseFigures
 from phoneready.settings.release import ReleaseConfig
 
-__all__ = ["read_figures"]
-
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     """Everything that the stages of a finished release measured."""

@@ -23,16 +23,6 @@ from cfsp.files import atomic_directory, remove_stale_temporaries
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
 
-__all__ = [
-    "RECORD_FILE",
-    "Stage",
-    "StageRecord",
-    "claim_folder",
-    "explain_stages",
-    "run_stages",
-    "stage_folder",
-]
-
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
 

@@ -39,16 +39,6 @@ from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import DOES_NOT_FIT, Target
 
-__all__ = [
-    "ANSWERS_FILE",
-    "BENCH_FILE",
-    "EVALUATION_FILE",
-    "RECOVERY_STAGE",
-    "Steps",
-    "bench_settled",
-    "bench_stage",
-]
-
 CALIBRATION_FILE = "calibration.safetensors"
 EVALUATION_FILE = "evaluation.json"
 ANSWERS_FILE = "answers.json"

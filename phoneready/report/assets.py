@@ -11,8 +11,6 @@ import jinja2
 
 from phoneready.report.escape import spelled_out
 
-__all__ = ["KINDS", "content_policy", "environment", "plotly_script", "resource"]
-
 KINDS = {
     "measured": "Measured on the device that is named.",
     "constrained-host": "Measured on this machine under a device's limits of memory, cores and threads.",

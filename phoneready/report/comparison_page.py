@@ -17,8 +17,6 @@ from phoneready.report.plot_style import DARK, SOFT, STEPS, SYMBOLS, plot_layout
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records import summary
 
-__all__ = ["models_figure", "render_comparison"]
-
 
 def render_comparison(groups: Sequence[PointGroup], quality: Quality | None) -> str:
     """The page as HTML, complete in itself.

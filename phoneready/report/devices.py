@@ -9,8 +9,6 @@ from phoneready.report.inputs import DeviceProjections
 from phoneready.report.tables import NOTHING, Cell, Mark, Table
 from runtime_bench.devices.projection import Band
 
-__all__ = ["projection_tables"]
-
 _FITS = {True: Mark("fits", "good"), False: Mark("does not fit", "bad"), None: Mark("unknown", "even")}
 
 

@@ -7,8 +7,6 @@ import json
 import re
 from typing import Any
 
-__all__ = ["plot_text", "script_json", "spelled_out"]
-
 # Explicit directions can make a name read as another one; plain marks (U+200E, U+200F, U+061C) cannot, and Arabic
 # and Hebrew texts need them. Tabs and line breaks stay.
 _CONTROLS = re.compile("[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]")

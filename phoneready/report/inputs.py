@@ -15,8 +15,6 @@ from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Projection, project
 
-__all__ = ["DeviceProjections", "ReportInput", "project_files", "read_verdicts"]
-
 
 @dataclass(frozen=True)
 class DeviceProjections:

@@ -22,18 +22,6 @@ from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
 from runtime_bench.records.record import EMULATED, BenchRecord
 
-__all__ = [
-    "WORKLOAD_TITLES",
-    "ReleaseFigures",
-    "bench_notes",
-    "headline",
-    "quality_table",
-    "render_report",
-    "speed_text",
-    "text_name",
-    "verdict_table",
-]
-
 WORKLOAD_TITLES = {
     "pp": "prompt processing",
     "tg": "generation",

@@ -17,8 +17,6 @@ from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup
 from runtime_bench.records.record import BenchRecord
 
-__all__ = ["quality_plot", "ratio_plot", "speed_plot"]
-
 
 def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot:
     """Perplexity over the share of channels removed: the sweep where there is one, checkpoints, and files."""

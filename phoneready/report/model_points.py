@@ -11,8 +11,6 @@ from phoneready.evaluation.record import Evaluation, TextResult
 from runtime_bench.presentation.sweep_table import best_threads
 from runtime_bench.records.record import BenchRecord
 
-__all__ = ["ModelPoint", "PointGroup", "Quality", "point_groups", "quality_of"]
-
 _RATES = ("tg", "pp", "ttft", "load")
 """Workloads in the order in which they say most about a chat on a phone."""
 

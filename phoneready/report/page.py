@@ -32,8 +32,6 @@ from phoneready.report.tables import (
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
 
-__all__ = ["render_page"]
-
 
 @dataclass(frozen=True)
 class Tile:

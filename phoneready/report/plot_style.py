@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["BAND", "DARK", "DENSE", "PRUNED", "SERIES", "SOFT", "STEPS", "SYMBOLS", "Plot", "plot_layout"]
-
 INK, SOFT, GRID, BAND = "#1d2733", "#5b6673", "#e3e0d8", "#eceae3"
 DENSE, PRUNED = "#8a8377", "#1f5f8b"
 SERIES = ("#1f5f8b", "#b3592b", "#4d7c4a", "#7b5a93", "#a08024", "#3f8289")

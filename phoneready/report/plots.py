@@ -11,8 +11,6 @@ from phoneready.report.plot_style import Plot
 from phoneready.report.pruning_plots import allocation_plot, pattern_plot
 from runtime_bench.records.groups import BenchGroup
 
-__all__ = ["make_plots"]
-
 
 def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup], sweep: Sweep | None) -> list[Plot]:
     """The plots that there are figures for; each group of benchmark records has its own."""

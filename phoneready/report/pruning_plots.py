@@ -8,8 +8,6 @@ from typing import Any
 from cfsp.pruning.plan import PruningPlan
 from phoneready.report.plot_style import SOFT, STEPS, Plot, plot_layout
 
-__all__ = ["allocation_plot", "pattern_plot"]
-
 _BINS = 96
 """Most cells in a row of the heat map."""
 

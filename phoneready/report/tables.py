@@ -15,20 +15,6 @@ from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup
 from runtime_bench.records.record import BenchRecord
 
-__all__ = [
-    "Mark",
-    "Table",
-    "comparison_table",
-    "evaluation_tables",
-    "group_table",
-    "overview_table",
-    "proof_table",
-    "quality_rows",
-    "record_table",
-    "verdict_rows",
-    "width_rows",
-]
-
 NOTHING = "-"
 TONES = {
     **dict(zip(OUTCOMES, ("bad", "unsure", "good"), strict=True)),

@@ -23,8 +23,6 @@ from runtime_bench.records.record import Environment
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["Unreachable", "check_place", "open_place", "place_details", "place_slug", "runs_gguf_only"]
-
 CONSTRAINED = "constrained"
 
 

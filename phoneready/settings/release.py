@@ -34,25 +34,6 @@ from phoneready.settings.toml_lines import key_lines, line_of
 from phoneready.settings.tracking import TrackingConfig
 from phoneready.settings.tune import TuneConfig
 
-__all__ = [
-    "BaselineConfig",
-    "BenchConfig",
-    "BudgetConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "ModelConfig",
-    "PruneConfig",
-    "RecoverConfig",
-    "ReleaseConfig",
-    "beside",
-    "check_sections",
-    "demo_config_text",
-    "load_config",
-    "parse_config",
-    "template_text",
-    "with_variants",
-]
-
 
 class ReleaseConfig(Section):
     """A whole release."""

@@ -22,18 +22,6 @@ from phoneready.settings.places import check_place
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.workload import BenchSettings, workloads_of
 
-__all__ = [
-    "BaselineConfig",
-    "BenchConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "ModelConfig",
-    "PruneConfig",
-    "RecoverConfig",
-    "Section",
-    "as_value_error",
-]
-
 _Count = Annotated[int, pydantic.Field(ge=1)]
 _Sizes = tuple[Annotated[int, pydantic.Field(ge=0)], ...]
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from cfsp.validation import Location
 
-__all__ = ["key_lines", "line_of"]
-
 
 def key_lines(text: str) -> dict[Location, int]:
     """Every table and key of a valid TOML document -> the line it begins at, counted from 1.

@@ -6,8 +6,6 @@ import pydantic
 
 from phoneready.settings.sections import Section
 
-__all__ = ["TrackingConfig"]
-
 
 class TrackingConfig(Section):
     """Where releases are logged; the section's presence turns it on.

@@ -11,8 +11,6 @@ from exporters.gguf import QUANTS, find_quant
 from exporters.onnx import find_variant
 from phoneready.settings.sections import Section, as_value_error
 
-__all__ = ["GOALS", "TuneConfig"]
-
 GOALS = QUALITY, SIZE = "quality", "size"
 
 

@@ -19,8 +19,6 @@ from phoneready.history.record import HISTORY_FILE, read_entries
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
 from phoneready.settings.tracking import TrackingConfig
 
-__all__ = ["log_release", "require_mlflow"]
-
 _MOST_PARAMETERS, _MOST_METRICS = 100, 1000
 """Of one request, by MLflow's REST interface."""
 _LONGEST_PARAMETER = 500

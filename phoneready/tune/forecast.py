@@ -11,8 +11,6 @@ from phoneready.tune.limits import EXACT, QUALITY, Held, Judged, Limits
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
 from phoneready.tune.space import Point
 
-__all__ = ["Forecast", "Tried"]
-
 _LEAST = 1e-6
 _OFFSETS = MappingProxyType({"file": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5})
 

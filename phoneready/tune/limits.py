@@ -15,8 +15,6 @@ from phoneready.settings.release import ReleaseConfig
 from phoneready.settings.tune import TuneConfig
 from phoneready.tune.space import Point, config_of
 
-__all__ = ["COST", "EXACT", "QUALITY", "Held", "Judged", "Limits", "family", "objective_item"]
-
 QUALITY, COST = "quality", "cost"
 """What gets worse with every channel that goes, and what gets better."""
 

@@ -19,8 +19,6 @@ import numpy.typing as npt
 
 from runtime_bench.records.summary import NORMAL_95
 
-__all__ = ["Observation", "Prediction", "Predictor", "Prior"]
-
 _Array = npt.NDArray[np.float64]
 _NOISES = np.geomspace(0.003, 0.3, 24)
 

@@ -14,8 +14,6 @@ from phoneready.settings.release import ReleaseConfig, beside
 from phoneready.settings.tune import SIZE
 from phoneready.tune.space import Point, config_of
 
-__all__ = ["Outlook", "TrialRow", "TuneResult", "format_result", "pareto", "release_toml", "result_to_json"]
-
 
 @dataclass(frozen=True)
 class TrialRow:

@@ -21,8 +21,6 @@ from phoneready.tune.predict import Prediction
 from phoneready.tune.space import Point, Recipe
 from phoneready.tune.trial import Bench
 
-__all__ = ["Candidate", "Searcher"]
-
 _EDGE = 0.1
 """A new trial keeps this share of the open range away from what is known, or closing in takes long."""
 

@@ -21,8 +21,6 @@ from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import FileShape, SizeTemplate, read_shape, size_template
 from runtime_bench.devices.model_facts import ModelFacts
 
-__all__ = ["Sizes"]
-
 _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""
 _TABLE, _HEAD = "token_embd.weight", "output.weight"

@@ -13,8 +13,6 @@ from phoneready.figures.metrics import CHECKPOINT, planned_figures
 from phoneready.settings.release import ReleaseConfig
 from phoneready.settings.tune import TuneConfig
 
-__all__ = ["Point", "Recipe", "config_of", "recipes_of"]
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -16,8 +16,6 @@ from cfsp.errors import InputError
 from phoneready.tune.space import Point
 from phoneready.tune.trial import Measured
 
-__all__ = ["Done", "Study"]
-
 _ATTRIBUTE = "trial"
 
 

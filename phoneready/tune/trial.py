@@ -38,8 +38,6 @@ from runtime_bench.files import files_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.workload import BenchSettings
 
-__all__ = ["Bench", "Measured"]
-
 
 @dataclass(frozen=True)
 class Measured:

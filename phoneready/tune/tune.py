@@ -31,8 +31,6 @@ from phoneready.tune.trial import Bench
 from phoneready.tune.workshop import Workshop
 from runtime_bench.devices.profile import find_profile, load_profiles
 
-__all__ = ["RELEASE_FILE", "RESULT_FILE", "TABLE_FILE", "tune"]
-
 RESULT_FILE, TABLE_FILE, RELEASE_FILE = "tune.json", "tune.md", "release.toml"
 STUDY_FILE = "study.jsonl"
 LEAST_TRIALS = 4

@@ -33,8 +33,6 @@ from phoneready.settings.release import ReleaseConfig
 from phoneready.tune.sizes import Sizes
 from phoneready.tune.space import Point, Recipe
 
-__all__ = ["DENSE", "Workshop"]
-
 DENSE = "dense"
 """Name of the dense model among checkpoints."""
 

@@ -13,8 +13,6 @@ from cfsp.errors import InputError
 from runtime_bench.browser.chromium import BrowserError, Page
 from runtime_bench.records.throttling import Throttling
 
-__all__ = ["TOLERANCE", "calibrate", "corrected_rate"]
-
 TOLERANCE = 0.1
 """Relative distance from the score that is near enough."""
 _ATTEMPTS = 6

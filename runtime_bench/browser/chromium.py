@@ -14,8 +14,6 @@ from typing import Any
 from cfsp.errors import InputError, MissingExtraError, PhonereadyError
 from runtime_bench.browser.server import PAGE, serve
 
-__all__ = ["BrowserError", "Page", "PageSettings", "find_chromium", "open_page", "require_playwright"]
-
 EXECUTABLE_VARIABLE = "PHONEREADY_CHROMIUM"
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _ARGUMENTS = (

@@ -12,8 +12,6 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
 
-__all__ = ["fetch_packages", "package_version"]
-
 MANIFEST = Path(__file__).with_name("package.json")
 _TIMEOUT_S = 600
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from runtime_bench.memory import peak_rss_bytes
 
-__all__ = ["renderer_peak_bytes", "renderer_rss_bytes"]
-
 
 def renderer_rss_bytes() -> int | None:
     """Resident memory of the largest renderer now; None where there is none."""

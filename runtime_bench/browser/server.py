@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PAGE", "serve"]
-
 PAGE = Path(__file__).with_name("page")
 
 

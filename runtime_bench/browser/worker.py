@@ -37,8 +37,6 @@ from runtime_bench.worker import (
     text_of,
 )
 
-__all__ = ["OpenModel", "main", "measure", "open_model"]
-
 _PACKAGES = MappingProxyType({"onnxruntime-web": "onnxruntime-web", "wllama": "@wllama/wllama"})
 """Engine -> the npm package that it comes in."""
 _PR_SET_PDEATHSIG = 1

@@ -10,8 +10,6 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
 
-__all__ = ["ModelFacts", "gguf_facts"]
-
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
 
 

@@ -20,19 +20,6 @@ import pydantic
 from cfsp.errors import InputError
 from cfsp.validation import describe_problems
 
-__all__ = [
-    "FIGURES",
-    "Cluster",
-    "DeviceProfile",
-    "Figure",
-    "KnownProfile",
-    "built_in_folder",
-    "find_profile",
-    "load_profiles",
-    "read_profile",
-    "user_folder",
-]
-
 T = TypeVar("T")
 
 

@@ -17,17 +17,6 @@ from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import Cluster, DeviceProfile
 from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
 
-__all__ = [
-    "Band",
-    "Memory",
-    "Projection",
-    "decode_band",
-    "memory_limit",
-    "prefill_band",
-    "project",
-    "project_memory",
-]
-
 MIB = 2**20
 DECODE_SHARE = (0.30, 0.70)
 """Of the theoretical bandwidth that reading weights gets."""

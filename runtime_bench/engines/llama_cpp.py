@@ -6,10 +6,9 @@ import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 
-from exporters.gguf.runtime import LlamaModel, open_model, runtime_version, system_info
+from exporters.gguf.llama_library import runtime_version, system_info
+from exporters.gguf.runtime import LlamaModel, open_model
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
-
-__all__ = ["LlamaCppSession", "open_session", "prepare"]
 
 _DISTRIBUTION = "llama-cpp-python"
 

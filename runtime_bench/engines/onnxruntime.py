@@ -13,8 +13,6 @@ from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtim
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
 
-__all__ = ["OnnxRuntimeSession", "open_session", "prepare"]
-
 
 class OnnxRuntimeSession:
     """An open graph; see `runtime_bench.engines.Session`."""

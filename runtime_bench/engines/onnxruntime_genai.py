@@ -13,8 +13,6 @@ from exporters.onnx.runtime import PREFILL_TOKENS
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
 
-__all__ = ["GenAISession", "open_session", "prepare"]
-
 
 def _config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))

@@ -14,8 +14,6 @@ from runtime_bench.targets import Target
 from runtime_bench.targets.remote import Remote
 from runtime_bench.workload import BenchSettings
 
-__all__ = ["run_matrix"]
-
 
 def run_matrix(
     files: Sequence[Path],

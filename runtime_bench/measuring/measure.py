@@ -29,8 +29,6 @@ from runtime_bench.targets import LOCAL, Target
 from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
-__all__ = ["run_bench"]
-
 logger = logging.getLogger(__name__)
 
 

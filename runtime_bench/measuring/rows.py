@@ -15,8 +15,6 @@ from runtime_bench.targets import VERDICTS, Target
 from runtime_bench.worker import WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
-__all__ = ["Row", "Session", "page_cache_wish", "record_of", "shares"]
-
 _NO_FACTS = EngineFacts(None, None, None, None, None, {}, None)
 
 

@@ -20,8 +20,6 @@ from typing import Any
 from cfsp.errors import PhonereadyError
 from cfsp.evaluation.degeneration import degenerate
 
-__all__ = ["BEGINNINGS", "TextCheck", "check_text", "judge", "main"]
-
 BEGINNINGS = (
     "The lighthouse stood on a rock above the sea, and every evening the old keeper",
     "There are many ways to learn a new language. One of them is",

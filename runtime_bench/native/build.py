@@ -27,8 +27,6 @@ from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source
 from runtime_bench.native.targets import require_target
 from runtime_bench.native.toolchain import Toolchain, find_toolchain
 
-__all__ = ["RunnerBuild", "build_runner", "read_build"]
-
 _SOURCES = ("CMakeLists.txt", "runner.cpp")
 _PROGRAM = "phoneready-runner"
 _RECORD = "build.json"

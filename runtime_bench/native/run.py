@@ -11,8 +11,6 @@ from cfsp.errors import InputError
 from runtime_bench.engines import SessionSettings
 from runtime_bench.process import ProcessFailed, exchange
 
-__all__ = ["generate_tokens", "generation_request"]
-
 
 def generation_request(
     path: str,

@@ -16,8 +16,6 @@ from cfsp.models.builtin import cache_directory
 from cfsp.models.pypi import DownloadError, download_distribution
 from cfsp.progress import Progress, no_progress
 
-__all__ = ["KNOWN_SHA256", "LlamaSource", "extract_llama", "fetch_source"]
-
 _DISTRIBUTION = "llama-cpp-python"
 _DEFAULT_VERSION = "0.3.36"
 KNOWN_SHA256 = MappingProxyType(

@@ -15,8 +15,6 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 
-__all__ = ["RUNNER_TARGETS", "RunnerTarget", "cpu_features", "require_target", "runner_target_for"]
-
 
 @dataclass(frozen=True)
 class RunnerTarget:

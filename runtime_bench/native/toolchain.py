@@ -14,8 +14,6 @@ from pathlib import Path
 from cfsp.errors import InputError
 from runtime_bench.native.targets import RUNNER_TARGETS, require_target
 
-__all__ = ["Toolchain", "find_toolchain"]
-
 _NDK_TOOLCHAIN = Path("build") / "cmake" / "android.toolchain.cmake"
 
 

@@ -17,8 +17,6 @@ from runtime_bench.presentation.table import as_markdown, csv_cell, short_names
 from runtime_bench.records.compare import Comparison
 from runtime_bench.records.record import CROWDED_SHARE
 
-__all__ = ["COMPARISON_FORMATS", "comparison_to_json", "format_comparison"]
-
 SCHEMA_VERSION = 1
 _NOTHING = "-"
 

@@ -11,8 +11,6 @@ from runtime_bench.devices.projection import MIB, Band, Projection
 from runtime_bench.presentation.table import as_markdown
 from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
 
-__all__ = ["UNKNOWN", "format_profile", "format_projections", "profile_row", "profile_to_json"]
-
 UNKNOWN = "unknown"
 _FITS = {FITS: "yes", THRASHES: "thrashes", DOES_NOT_FIT: "NO"}
 

@@ -6,8 +6,6 @@ import re
 import unicodedata
 from collections.abc import Collection, Sequence
 
-__all__ = ["escape_cell", "escape_markdown", "lay_out_table", "visible"]
-
 _ACTIVE = re.compile(r"([\\`*\[\]<>])")
 """What begins code, emphasis, a link, an image or HTML; an underscore inside a word, as in Q4_0, begins nothing."""
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})

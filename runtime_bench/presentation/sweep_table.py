@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from runtime_bench.presentation.table import as_markdown, short_names
 from runtime_bench.records.record import BenchRecord
 
-__all__ = ["best_threads", "format_sweep"]
-
 
 def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:
     """The fastest of rows that differ in threads alone, by the median; None where none was measured.

@@ -17,8 +17,6 @@ from runtime_bench.presentation.markup import escape_cell, escape_markdown, lay_
 from runtime_bench.records import summary
 from runtime_bench.records.record import EMULATED, BenchRecord, record_to_json
 
-__all__ = ["FORMATS", "as_markdown", "csv_cell", "format_table", "short_names", "table_rows"]
-
 _NOTHING = "-"
 """Shown for what was not measured."""
 

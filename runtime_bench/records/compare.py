@@ -14,8 +14,6 @@ from cfsp.errors import InputError
 from runtime_bench.records.record import EMULATED, BenchRecord
 from runtime_bench.records.summary import ratio_interval
 
-__all__ = ["MIN_SAMPLES", "THRESHOLD", "VERDICTS", "Comparison", "by_model", "compare", "compare_records"]
-
 MIN_SAMPLES = 5
 """Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
 probability 1 - 2/2^5 = 0.94."""

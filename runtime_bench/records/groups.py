@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from runtime_bench.records.record import KINDS, BenchRecord, Environment
 
-__all__ = ["BenchGroup", "bench_groups"]
-
 _RATES = ("tg", "pp", "ttft")
 """Workloads in the order in which they say most about a chat on a phone."""
 

@@ -15,8 +15,6 @@ from cfsp.files import refuse_no_file
 from runtime_bench.records.record import BenchRecord, record_from_json, record_to_json
 from runtime_bench.records.untrusted import parse_json, read_limited
 
-__all__ = ["append_jsonl", "check_appendable", "read_jsonl"]
-
 logger = logging.getLogger(__name__)
 
 

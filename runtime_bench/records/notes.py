@@ -10,8 +10,6 @@ from runtime_bench.records.thermal import CAP_LIMIT, capped
 if TYPE_CHECKING:
     from runtime_bench.records.record import BenchRecord
 
-__all__ = ["note_of"]
-
 
 def note_of(record: BenchRecord) -> str | None:
     """Every remark on a record, or None."""

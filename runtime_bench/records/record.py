@@ -25,18 +25,6 @@ from runtime_bench.records.throttling import Throttling
 from runtime_bench.records.untrusted import check_bounded
 from runtime_bench.workload import Workload
 
-__all__ = [
-    "CROWDED_SHARE",
-    "EMULATED",
-    "KINDS",
-    "RECORD_TYPE",
-    "SCHEMA_VERSION",
-    "BenchRecord",
-    "Environment",
-    "record_from_json",
-    "record_to_json",
-]
-
 RECORD_TYPE = "bench"
 SCHEMA_VERSION = 1
 EMULATED = "emulated"

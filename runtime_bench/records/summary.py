@@ -14,18 +14,6 @@ import numpy as np
 
 from cfsp.errors import InputError
 
-__all__ = [
-    "NORMAL_95",
-    "RatioInterval",
-    "finite_or_none",
-    "mean",
-    "median",
-    "quantile",
-    "ratio_interval",
-    "spread",
-    "stdev",
-]
-
 _Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 NORMAL_95 = 1.96
 """Standard errors to each side of a normal estimate that hold 95 %."""

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from runtime_bench.records.record import Environment
 
-__all__ = ["CAP_LIMIT", "Heat", "capped", "clock_cap", "heat_around", "hottest_c"]
-
 CAP_LIMIT = 0.15
 """A run is marked when a core's clock was capped by more than this."""
 

@@ -10,8 +10,6 @@ from typing import Any
 
 from cfsp.errors import InputError
 
-__all__ = ["MAX_FILE_BYTES", "MAX_ITEMS", "MAX_TEXT", "check_bounded", "parse_json", "read_limited"]
-
 MAX_FILE_BYTES = 256 * 2**20
 """Of a record file: a record is some kilobytes."""
 MAX_TEXT = 8192

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from cfsp.errors import InputError
 
-__all__ = ["Adb"]
-
 _FAILURES = (
     ("unauthorized", "the device has not authorized this computer; accept its key on the screen"),
     ("device still", "the device is not ready yet; try again, and look at its screen"),

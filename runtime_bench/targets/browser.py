@@ -22,8 +22,6 @@ from runtime_bench.records.record import Environment
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["BROWSER_ENGINES", "Browser", "browser_of"]
-
 BROWSER_ENGINES = MappingProxyType({".onnx": "onnxruntime-web", ".gguf": "wllama"})
 """Suffix of a file -> what runs it in a page."""
 

@@ -13,8 +13,6 @@ from cfsp.files import atomic_file, sha256_file
 from exporters.onnx.folder import folder_of
 from runtime_bench.files import files_of
 
-__all__ = ["Bundle", "BundledFile", "model_bundle", "pack_worker", "program_bundle", "program_machine"]
-
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 """Small files of a variant's folder: tokenizer, configurations."""
 _PACKAGES = ("cfsp", "exporters", "runtime_bench")

@@ -23,8 +23,6 @@ from runtime_bench.records.record import Environment
 from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["Constrained"]
-
 REREAD_SHARE = 0.5
 """Of the file that may be read again before a run counts as thrashing."""
 _LEAST_BYTES = 16 * 2**20

@@ -12,8 +12,6 @@ from runtime_bench.targets.far_machine import ANSWER_S
 from runtime_bench.targets.far_scripts import CHECK, CLEAN, MISMATCH, PUSH
 from runtime_bench.targets.transport import FarError, FarShell
 
-__all__ = ["Depot"]
-
 _HASHED_PER_S = 20 * 2**20
 """Bytes that the slowest of boards hashes in a second."""
 _NO_SPACE = ("No space left", "quota exceeded")

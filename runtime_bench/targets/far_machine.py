@@ -12,8 +12,6 @@ from runtime_bench.records.record import Environment
 from runtime_bench.targets.far_scripts import DESCRIBE, FACTS_FOLLOW
 from runtime_bench.targets.transport import FarError, FarShell
 
-__all__ = ["UNKNOWN", "Machine", "describe"]
-
 ANSWER_S = 60.0
 UNKNOWN = "unknown"
 _ABIS = {"arm64-v8a": "aarch64"}

@@ -8,18 +8,6 @@ from __future__ import annotations
 
 from runtime_bench.environment import FACT_FILES
 
-__all__ = [
-    "CHECK",
-    "CLEAN",
-    "DESCRIBE",
-    "FACTS_FOLLOW",
-    "HAVE_PACKAGES",
-    "MISMATCH",
-    "NO_PROGRAM",
-    "PUSH",
-    "RUN",
-]
-
 FACTS_FOLLOW = "phoneready-facts"
 """Line after which the facts come; a login script may have written before it."""
 NO_PROGRAM = 69

@@ -13,8 +13,6 @@ from runtime_bench.process import measure_in
 from runtime_bench.records.record import Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["RUNNER_ENGINE", "Native", "native", "require_runner_engine", "runner_engine"]
-
 RUNNER_ENGINE = "llama.cpp"
 """What the runner runs files in."""
 

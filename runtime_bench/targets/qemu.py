@@ -20,8 +20,6 @@ from runtime_bench.targets.native import require_runner_engine, runner_engine
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import default_threads
 
-__all__ = ["QemuAarch64", "qemu_aarch64"]
-
 EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
 RUNNER = "aarch64-linux"
 

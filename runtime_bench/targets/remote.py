@@ -34,8 +34,6 @@ from runtime_bench.targets.transport import (
 )
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["Remote"]
-
 _GRACE_S = 30.0
 """What a connection may take, beside the run itself."""
 _NATIVE = "llama.cpp"

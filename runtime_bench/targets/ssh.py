@@ -9,8 +9,6 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 
-__all__ = ["Ssh"]
-
 _HOST = re.compile(
     r"(?:(?P<user>[A-Za-z0-9_][\w.+-]*)@)?(?P<host>[A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\])(?::(?P<port>\d{1,5}))?",
     re.ASCII,

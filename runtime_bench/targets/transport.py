@@ -19,8 +19,6 @@ from typing import IO, Protocol
 
 from cfsp.errors import PhonereadyError
 
-__all__ = ["FarError", "FarShell", "Reply", "StoppedError", "Transport", "UnreachableError"]
-
 _STATUS = "phoneready-status:"
 _MOST_BYTES = 2**24
 _TAIL_BYTES = 8192

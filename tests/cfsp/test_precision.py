@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.precision import fast_dtype, product_dtype, products_in, rounding_dtype
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings

@@ -12,7 +12,7 @@ import torch
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation import divergence, perplexity
 from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
-from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan
 from cfsp.pruning.prune import prune_model

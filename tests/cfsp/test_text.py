@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.text.calibration import load_calibration
 from cfsp.text.tokens import BUILTIN_TEXT, load_documents, token_windows
 

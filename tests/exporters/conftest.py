@@ -11,7 +11,7 @@ import torch
 
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.reference import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.statistics import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, set_config_widths
 from exporters.record import ParityLimits

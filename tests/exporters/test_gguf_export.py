@@ -20,16 +20,17 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
-from cfsp.models.reference import LoadedModel, ModelSource, load_tokenizer
+from cfsp.models.reference import load_tokenizer
+from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
-from exporters.gguf import QUANTS, ParityLimits, export_gguf, required_multiple, runtime
+from exporters.gguf import QUANTS, export_gguf, llama_library, required_multiple, runtime
 from exporters.gguf import writer as writer_module
-from exporters.gguf.export import MANIFEST_FILE
 from exporters.gguf.writer import write_gguf
+from exporters.job import MANIFEST_FILE
 from exporters.parity import check_limits, compare, reference_of
 from exporters.provenance import read_provenance
-from exporters.record import ExportManifest, ExportRecord
+from exporters.record import ExportManifest, ExportRecord, ParityLimits
 
 WIDTHS = (96, 64, 128, 40)
 # Next-token distributions of random weights are nearly flat, so quantization moves them far.
@@ -428,7 +429,7 @@ def test_limits_tell_a_broken_quantized_file_from_a_good_one(
                 writer_module, "tensor_specs", lambda *a: [_forget_permutation(spec) for spec in original(*a)]
             )
         write_gguf(pruned, tmp_path / "f32.gguf", tokenizer, read_provenance(pruned))
-    runtime.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
+    llama_library.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
     with runtime.open_model(tmp_path / "q.gguf", n_ctx=WINDOWS.shape[1], kv_f32=True) as opened:
         report = compare(reference_of(load_pruned(pruned), WINDOWS), opened.iter_logits, limits)
     if broken:

@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from exporters.gguf import QUANTS, ParityLimits, export_gguf
+from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import read_shape, size_template
+from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 LOOSE = {name: ParityLimits(kl_mean=3.0) for name in QUANTS if name not in ("f32", "f16")}

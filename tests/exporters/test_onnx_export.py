@@ -25,9 +25,9 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
+from exporters.job import MANIFEST_FILE
 from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.checks import check_graph
-from exporters.onnx.export import MANIFEST_FILE
 from exporters.onnx.folder import is_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.ort_format import OPERATORS_FILE

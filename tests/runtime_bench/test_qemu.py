@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
-from exporters.gguf.runtime import open_model, quantize
+from exporters.gguf.llama_library import quantize
+from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.native.run import generate_tokens, generation_request
 from runtime_bench.records.jsonl import read_jsonl
