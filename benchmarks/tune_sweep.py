@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.records import read_record
+from cfsp.units import parse_bytes
 from phoneready.console import note, prepare_torch
-from phoneready.settings.release import ReleaseConfig, parse_config
+from phoneready.settings.release import parse_config
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.forecast import Forecast, Tried
 from phoneready.tune.limits import Judged, Limits
 from phoneready.tune.result import TuneResult
@@ -27,7 +29,6 @@ from phoneready.tune.space import Point, Recipe
 from phoneready.tune.trial import Bench
 from phoneready.tune.tune import RESULT_FILE, tune
 from phoneready.tune.workshop import Workshop
-from phoneready.units import parse_bytes
 
 CONFIG = """
 [model]

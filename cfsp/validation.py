@@ -1,4 +1,4 @@
-"""What pydantic found wrong, in one line that a user can act on."""
+"""Checks by pydantic: sections of configuration files, and what was found wrong in one line that a user can act on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pydantic
+
+from cfsp.errors import InputError
 
 Location = tuple[str | int, ...]
 """Keys and positions from the outermost to the one at fault, as pydantic gives them."""
@@ -39,3 +41,17 @@ def _problem(error: Any) -> str:
     got = error["input"]
     complete = isinstance(got, dict | pydantic.BaseModel) or "(got " in message
     return f"{place}: {message}" + ("" if complete else f" (got {got!r})")
+
+
+class Section(pydantic.BaseModel):
+    """A part of a configuration file: unknown keys are errors."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+def as_value_error(check: Callable[[], object]) -> None:
+    """Let pydantic collect the library's own complaint with all others."""
+    try:
+        check()
+    except InputError as error:
+        raise ValueError(str(error)) from error

@@ -36,20 +36,20 @@ from phoneready.exporting import require_onnx_export
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate_files import write_verdicts
-from phoneready.figures.metrics import planned_figures
 from phoneready.figures.verdict import Verdicts
 from phoneready.history.record import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.collect import collect_figures
 from phoneready.release.live import last_times, stage_figures
-from phoneready.release.read_figures import read_figures
+from phoneready.release.results import read_figures
 from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
-from phoneready.settings.places import place_details
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.planned import planned_figures
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.sections import RecoverConfig
 from runtime_bench.environment import cpu_model
+from runtime_bench.targets.places import place_details
 
 PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "onnx-ir", "onnxruntime")
 """Packages whose version changes what a stage makes."""
@@ -112,7 +112,9 @@ def run_release(
         records = run_stages(stages, folder, show=show, progress=progress, check=check)
         found = read_figures(config, folder)
         figures = collect_figures(config, folder, found)
-        verdicts = write_verdicts(config, folder, figures, baseline)
+        verdicts = write_verdicts(
+            config.budgets, folder, figures, baseline, config.baseline.file if config.baseline else None
+        )
         manifest = publish(config, folder, found, list(records.values()))
         append_entry(folder, _history_entry(manifest, figures, verdicts, label))
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)

@@ -1,17 +1,61 @@
-"""The import direction between the packages, and what may not be imported at a module's top level."""
+"""The import direction between packages, rooms and files, and what may not be imported at a module's top level."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
+ROOMS = {
+    "cfsp": (
+        {"errors", "progress", "precision", "remote_code"},
+        {"files", "validation", "units"},
+        {"records"},
+        {"models"},
+        {"text"},
+        {"evaluation"},
+        {"pruning"},
+        {"recovery"},
+    ),
+    "exporters": (
+        {"record", "provenance"},
+        {"checkpoint_reader", "parity"},
+        {"job"},
+        {"gguf", "onnx"},
+    ),
+    "runtime_bench": (
+        {"files", "memory", "cgroup", "workload"},
+        {"records"},
+        {"engines", "environment", "devices"},
+        {"worker"},
+        {"process"},
+        {"native", "browser"},
+        {"targets"},
+        {"measuring", "presentation"},
+    ),
+    "phoneready": (
+        {"console"},
+        {"figures"},
+        {"evaluation", "exporting"},
+        {"settings"},
+        {"release"},
+        {"report"},
+        {"publish", "history"},
+        {"recipe", "tracking"},
+        {"tune"},
+        {"commands"},
+        {"main"},
+        {"__main__"},
+    ),
+}
+"""Rooms and files of each package in layers, the lowest first: each knows lower layers alone."""
 OPTIONAL = {
     "llama_cpp",
     "datasets",
@@ -57,6 +101,65 @@ def test_module_imports(path: Path) -> None:
     assert not above & {name.split(".")[0] for name in names}, "imports upward"
     at_import = {name.split(".")[0] for node in top_level(tree) for name in imported(node)}
     assert not OPTIONAL & at_import, "optional dependency imported at the top level"
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of this project that a file imports anywhere, its own type annotations included."""
+    known = {module_of(other) for other in MODULES}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else str(node.module) for name in names}
+    return found & known
+
+
+def strangers_above(package: str, arrows: Iterable[tuple[str, str]]) -> list[str]:
+    """Arrows of a package from one room to another one that does not lie below it."""
+    layers = {room: number for number, rooms in enumerate(ROOMS[package]) for room in rooms}
+    wrong = []
+    for source, target in arrows:
+        rooms = [name.split(".")[1] for name in (source, target) if name.startswith(package + ".")]
+        if len(rooms) == 2 and rooms[0] != rooms[1] and layers[rooms[0]] <= layers[rooms[1]]:
+            wrong.append(f"{source} -> {target}")
+    return wrong
+
+
+ARROWS = [(module_of(path), target) for path in MODULES for target in sorted(imported_modules(path))]
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_rooms_know_lower_rooms_alone(package: str) -> None:
+    there = {
+        path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert there - {"__init__"} <= set().union(*ROOMS[package])
+    assert not strangers_above(package, ARROWS)
+
+
+def test_no_circle_of_files() -> None:
+    below: dict[str, set[str]] = {}
+    for source, target in ARROWS:
+        if source != target and not target.startswith(source + ".") and source not in LAYERS:
+            below.setdefault(source, set()).add(target)
+    graph = graphlib.TopologicalSorter(below)
+    graph.prepare()  # raises CycleError, which names the circle
+
+
+def test_the_rules_catch_an_arrow_up_and_sideways() -> None:
+    up, side, down = (
+        ("cfsp.text.tokens", "cfsp.pruning.plan"),
+        ("cfsp.errors", "cfsp.progress"),
+        ("cfsp.text.tokens", "cfsp.files"),
+    )
+    assert strangers_above("cfsp", [up, side, down]) == [" -> ".join(up), " -> ".join(side)]
 
 
 def test_the_rules_catch_what_they_are_for() -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError, PhonereadyError
-from phoneready.commands.bench_targets import TARGETS, TargetOptions, find_row, open_targets
 from phoneready.commands.options import (
     DebugOption,
     JsonOption,
@@ -20,6 +19,7 @@ from phoneready.commands.options import (
     split_numbers,
 )
 from phoneready.console import note, quiet_libraries, show_progress, write_result
+from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
 
 if TYPE_CHECKING:
     from runtime_bench.records.compare import Comparison
@@ -159,7 +159,9 @@ def bench(
         check_text=not no_text_check,
         seed=seed,
     )
-    options = TargetOptions(memory, tuple(cores or ()), device, score, runner, ndk, remote_folder, ssh_config)
+    options = TargetOptions(
+        memory, split_numbers(cores or [], "--cores"), device, score, runner, ndk, remote_folder, ssh_config
+    )
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in files]
     twice = next((path for position, path in enumerate(files) if path in files[:position]), None)
     if twice is not None:
@@ -171,7 +173,8 @@ def bench(
         # Before it is opened: that may mean to build it.
         if find_row(name)[0].gguf_only:
             raise InputError(f"{name} runs GGUF files alone", field="--on", value=str(others[0]))
-    targets = open_targets(on, options)
+    with show_progress() as progress:
+        targets = open_targets(on, options, progress)
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(
             files,

@@ -122,7 +122,7 @@ def clean(
     debug: DebugOption = False,
 ) -> None:
     """Remove what `bench` pushed to another machine."""
-    from phoneready.commands.bench_targets import TargetOptions, open_remote
+    from runtime_bench.targets.table import TargetOptions, open_remote
 
     remote = open_remote(target, TargetOptions(remote_folder=remote_folder, ssh_config=ssh_config))
     removed = remote.clean()

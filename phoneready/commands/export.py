@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cfsp.errors import InputError
+from cfsp.units import parse_bytes
 from phoneready.commands.options import (
     TEXT_HELP,
     DebugOption,
@@ -20,7 +21,6 @@ from phoneready.commands.options import (
     text_references,
 )
 from phoneready.console import format_bytes, format_rows, prepare_torch, show_progress, write_result
-from phoneready.units import parse_bytes
 
 
 def export(

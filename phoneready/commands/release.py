@@ -12,7 +12,7 @@ from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, 
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
-    from phoneready.settings.release import ReleaseConfig
+    from phoneready.settings.schema import ReleaseConfig
 
 
 def release(
@@ -66,7 +66,7 @@ def release(
     from phoneready.figures.gate_files import badge, check_verdicts, verdict_rows
     from phoneready.publish.publish import PAGE_FILE
     from phoneready.recipe import explain_release, run_release
-    from phoneready.release.read_figures import read_figures
+    from phoneready.release.results import read_figures
     from phoneready.report.markdown import headline, quality_table, verdict_table
     from phoneready.settings.release import load_config, with_variants
 

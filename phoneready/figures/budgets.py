@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.validation import Location
-from phoneready.figures.metrics import FigureKey, is_sampled, metric_of, planned_figures
+from cfsp.units import parse_bytes, parse_ms
+from cfsp.validation import Section, as_value_error
+from phoneready.figures.metrics import FigureKey, is_sampled, metric_of
 from phoneready.figures.verdict import format_figure
-from phoneready.settings.sections import Section, as_value_error
-from phoneready.units import parse_bytes, parse_ms
-
-if TYPE_CHECKING:
-    from phoneready.settings.release import ReleaseConfig
 
 _PARSERS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({"bytes": parse_bytes, "ms": parse_ms})
 
@@ -123,41 +119,11 @@ def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
         key
         for key in keys
         if key.metric == budget.metric
-        and all(_fits(key, names, getattr(budget, field)) for field, names in _SELECTORS.items())
+        and all(fits(key, names, getattr(budget, field)) for field, names in SELECTORS.items())
     ]
 
 
-def budget_problems(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """Where budgets ask for what the configuration does not produce, and what it does."""
-    keys = list(planned_figures(config))
-    for position, budget in enumerate(config.budgets):
-        place = ("budgets", position)
-        if budget.relative_to == "baseline" and config.baseline is None:
-            yield (*place, "relative_to"), "there is no [baseline] to be relative to"
-        candidates = [key for key in keys if key.metric == budget.metric]
-        if not candidates:
-            known = ", ".join(dict.fromkeys(key.metric for key in keys))
-            yield (*place, "metric"), f"{budget.metric} is not measured here; allowed: {known}"
-            continue
-        wrong = [problem for field in _SELECTORS for problem in _strangers(budget, field, candidates)]
-        for field, message in wrong:
-            yield (*place, field), message
-        if not wrong and not select(budget, candidates):
-            yield place, f"nothing has {budget.metric} in this combination of {', '.join(_SELECTORS)}"
-
-
-def _strangers(
-    budget: BudgetConfig, field: str, candidates: Sequence[FigureKey]
-) -> Iterator[tuple[str, str]]:
-    names = _SELECTORS[field]
-    for value in getattr(budget, field):
-        if not any(_fits(key, names, (value,)) for key in candidates):
-            known = dict.fromkeys(str(name) for key in candidates for name in names(key) if name is not None)
-            allowed = ", ".join(known) or f"nothing: {budget.metric} is the same everywhere"
-            yield field, f"{value} has no {budget.metric} here; allowed: {allowed}"
-
-
-def _fits(
+def fits(
     key: FigureKey, names: Callable[[FigureKey], tuple[str | int | None, ...]], wanted: Sequence[str | int]
 ) -> bool:
     return not wanted or ANY in names(key) or any(name in wanted for name in names(key))
@@ -173,7 +139,7 @@ def _names_on(key: FigureKey) -> tuple[str | int | None, ...]:
 ANY = "any task"
 """What is planned of tasks before they are read."""
 
-_SELECTORS: Mapping[str, Callable[[FigureKey], tuple[str | int | None, ...]]] = MappingProxyType(
+SELECTORS: Mapping[str, Callable[[FigureKey], tuple[str | int | None, ...]]] = MappingProxyType(
     {
         "files": lambda key: (key.item,),
         "targets": lambda key: (key.place,),

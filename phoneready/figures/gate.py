@@ -23,8 +23,8 @@ from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.compare import MIN_SAMPLES
+from runtime_bench.records.record import DOES_NOT_FIT
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
-from runtime_bench.targets import DOES_NOT_FIT
 
 _ROUNDING = 1e-9
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,6 +12,7 @@ from cfsp.errors import InconclusiveError, LimitError, PhonereadyError
 from cfsp.files import atomic_file, write_text
 from cfsp.records import write_record
 from phoneready.console import format_rows
+from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import FIGURES_FILE, FigureSet
 from phoneready.figures.gate import judge_all
 from phoneready.figures.verdict import (
@@ -24,7 +26,6 @@ from phoneready.figures.verdict import (
     format_figure,
     worst_outcome,
 )
-from phoneready.settings.release import ReleaseConfig
 
 JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
@@ -33,7 +34,11 @@ _MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusiv
 
 
 def write_verdicts(
-    config: ReleaseConfig, folder: Path, figures: FigureSet, baseline: FigureSet | None
+    budgets: Sequence[BudgetConfig],
+    folder: Path,
+    figures: FigureSet,
+    baseline: FigureSet | None = None,
+    baseline_file: Path | None = None,
 ) -> Verdicts:
     """Hold the figures against the budgets; write figures.json, verdicts.json, junit.xml and summary.md.
 
@@ -43,8 +48,8 @@ def write_verdicts(
         InputError: As `judge_all`; figures.json is written even then.
     """
     write_record(folder / FIGURES_FILE, figures)
-    verdicts = judge_all(config.budgets, figures, baseline)
-    where = config.baseline.file.name if config.baseline else None
+    verdicts = judge_all(budgets, figures, baseline)
+    where = baseline_file.name if baseline_file else None
     found = Verdicts(worst_outcome(verdicts), figures.source, figures.source_sha256, where, verdicts)
     write_record(folder / VERDICTS_FILE, found)
     with atomic_file(folder / JUNIT_FILE) as temporary:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from cfsp.errors import InputError
-from phoneready.evaluation.record import text_name
-
-if TYPE_CHECKING:
-    from phoneready.settings.release import ReleaseConfig
 
 CHECKPOINT = "checkpoint"
 """The item that is the pruned (and recovered) model before export."""
@@ -60,8 +55,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 SIZED = ("ttft", "pp", "tg")
 _SAMPLED = frozenset((*SIZED, "load", "peak_rss_bytes"))
-_ON_TEXT = ("perplexity", "perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
-_ON_DEVICE = ("projected_memory_bytes", "projected_pp", "projected_tg")
+ON_TEXT = ("perplexity", "perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
+ON_DEVICE = ("projected_memory_bytes", "projected_pp", "projected_tg")
 
 
 @dataclass(frozen=True)
@@ -107,44 +102,3 @@ def metric_of(name: str) -> Metric:
 def is_sampled(name: str) -> bool:
     """Whether a metric is the median of noisy samples, of which ratios have an interval and differences have none."""
     return name.rstrip("0123456789") in _SAMPLED
-
-
-def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
-    """The figures that a release of this configuration will produce for its pruned model.
-
-    Tasks may be folders or groups whose members show only when they are read: they are planned as one, with `on` None.
-    """
-    for item in config.export.names:
-        yield FigureKey("file_bytes", item)
-    yield from _benchmarks(config)
-    for device in config.bench.devices:
-        for item in _measured(config, config.export.quants):
-            for metric in _ON_DEVICE:
-                yield FigureKey(metric, item, device)
-    for item in (CHECKPOINT, *config.evaluate.files):
-        yield from _judgements(config, item)
-
-
-def _benchmarks(config: ReleaseConfig) -> Iterator[FigureKey]:
-    threads = config.bench.n_threads or (None,)
-    for place in config.bench.targets:
-        for item in _measured(config, config.export.names):
-            for n_threads in threads:
-                for metric in (*config.bench.tests, "peak_rss_bytes"):
-                    yield FigureKey(metric, item, place, n_threads)
-
-
-def _measured(config: ReleaseConfig, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if not config.bench.files or name in config.bench.files)
-
-
-def _judgements(config: ReleaseConfig, item: str) -> Iterator[FigureKey]:
-    evaluate = config.evaluate
-    for kind, references in (("text", evaluate.text), ("chats", evaluate.chats)):
-        for reference in references:
-            for metric in _ON_TEXT:
-                yield FigureKey(metric, item, on=text_name(kind, reference))
-    if evaluate.tasks:
-        yield FigureKey("accuracy", item)
-        yield FigureKey("mean_accuracy", item)
-    yield FigureKey("degenerate", item)

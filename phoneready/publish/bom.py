@@ -14,7 +14,7 @@ from typing import Any
 
 from exporters.record import ExportRecord
 from phoneready.publish.manifest import ReleaseManifest
-from phoneready.report.markdown import ReleaseFigures
+from phoneready.release.results import ReleaseFigures
 
 BOM_FILE = "bom.cdx.json"
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://cyclonedx.org/phoneready")

@@ -11,9 +11,9 @@ from cfsp.models.source import ModelSource
 from cfsp.records import tool_version
 from phoneready.publish.contents import Content
 from phoneready.publish.single_commands import single_commands
+from phoneready.release.results import ReleaseFigures
 from phoneready.release.stages import StageRecord
-from phoneready.report.markdown import ReleaseFigures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 
 MANIFEST_FILE = "manifest.json"
 

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCardData
 from exporters.record import ExportRecord
 from phoneready.console import format_bytes, format_rows
 from phoneready.publish.manifest import ReleaseManifest
-from phoneready.report.markdown import ReleaseFigures, quality_table
+from phoneready.release.results import ReleaseFigures
+from phoneready.report.markdown import quality_table
 from runtime_bench.presentation.markup import escape_markdown, visible
 
 HUB_LICENSES = frozenset(

@@ -28,12 +28,12 @@ from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest, make_man
 from phoneready.publish.model_card import model_card_text
 from phoneready.publish.modelfile import modelfile_text
 from phoneready.release.artifact import Artifact
-from phoneready.release.read_figures import read_figures
+from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
 from phoneready.report import ReportInput, project_files, read_verdicts, render_page
-from phoneready.report.markdown import ReleaseFigures, render_report
-from phoneready.settings.release import ReleaseConfig
+from phoneready.report.markdown import render_report
+from phoneready.settings.schema import ReleaseConfig
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterable
 
 from exporters.onnx import find_variant
-from phoneready.report.markdown import ReleaseFigures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.release.results import ReleaseFigures
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.sections import RecoverConfig
 
 _RECOVER_APART = ("data", "validation", "patience", "report_to")

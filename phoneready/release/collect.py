@@ -11,9 +11,9 @@ from cfsp.evaluation.tasks import TaskResult
 from phoneready.evaluation.record import Evaluation, TextResult, text_name
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey, metric_of
+from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import Steps
-from phoneready.report.markdown import ReleaseFigures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project

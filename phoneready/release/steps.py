@@ -32,12 +32,12 @@ from phoneready.release.answers import answer_all
 from phoneready.release.artifact import Artifact
 from phoneready.release.live import rows_so_far
 from phoneready.release.stages import stage_folder
-from phoneready.settings.places import Unreachable, open_place, place_slug
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
-from runtime_bench.records.record import BenchRecord
-from runtime_bench.targets import DOES_NOT_FIT, Target
+from runtime_bench.records.record import DOES_NOT_FIT, BenchRecord
+from runtime_bench.targets import Target
+from runtime_bench.targets.places import Unreachable, open_place, place_slug
 
 CALIBRATION_FILE = "calibration.safetensors"
 EVALUATION_FILE = "evaluation.json"

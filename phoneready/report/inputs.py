@@ -9,8 +9,8 @@ from pathlib import Path
 from cfsp.records import read_record
 from phoneready.evaluation.sweep import Sweep
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
-from phoneready.report.markdown import ReleaseFigures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.release.results import ReleaseFigures
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Projection, project

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import PruningPlan
 from exporters.record import ExportRecord
 from phoneready.console import format_bytes, format_rows
-from phoneready.evaluation.record import Evaluation
-from phoneready.release.answers import Answers
-from phoneready.settings.release import ReleaseConfig
+from phoneready.release.results import ReleaseFigures
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
+from runtime_bench.records.notes import note_of
 from runtime_bench.records.record import EMULATED, BenchRecord
 
 WORKLOAD_TITLES = {
@@ -30,29 +28,6 @@ WORKLOAD_TITLES = {
 }
 _COLUMNS = ("", "dense", "pruned", "pruned / dense")
 _HERE = ("measured", "local")
-
-
-@dataclass(frozen=True)
-class ReleaseFigures:
-    """What the stages of a release found out.
-
-    Attributes:
-        source: The dense model.
-        plan: The applied plan.
-        evaluation: Of the pruned checkpoint against the dense one.
-        dense: Exports of the dense model, one a quantization.
-        pruned: Exports of the pruned model, in the same order.
-        answers: What the files answer.
-        bench: Benchmark records of all files.
-    """
-
-    source: ModelSource
-    plan: PruningPlan
-    evaluation: Evaluation
-    dense: tuple[ExportRecord, ...]
-    pruned: tuple[ExportRecord, ...]
-    answers: Answers
-    bench: tuple[BenchRecord, ...]
 
 
 def render_report(
@@ -221,7 +196,7 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
     """What a reader must know about the samples, each remark once with the rows that it is about."""
     rows: dict[str, list[str]] = {}
     for record in records:
-        if remark := record.failure or record.note:
+        if remark := record.failure or note_of(record):
             rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
 

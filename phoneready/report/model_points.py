@@ -9,6 +9,7 @@ from pathlib import Path
 from cfsp.errors import InputError
 from phoneready.evaluation.record import Evaluation, TextResult
 from runtime_bench.presentation.sweep_table import best_threads
+from runtime_bench.records.notes import note_of
 from runtime_bench.records.record import BenchRecord
 
 _RATES = ("tg", "pp", "ttft", "load")
@@ -138,7 +139,7 @@ def _main_test(records: Sequence[BenchRecord]) -> str:
 
 
 def _why(rows: Sequence[BenchRecord], test: str) -> str:
-    reasons = [row.failure or row.note for row in rows if row.test == test and (not row.ok or row.void)]
+    reasons = [row.failure or note_of(row) for row in rows if row.test == test and (not row.ok or row.void)]
     return next((reason for reason in reasons if reason), f"{test} was not measured")
 
 

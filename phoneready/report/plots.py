@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from phoneready.evaluation.sweep import Sweep
-from phoneready.report.markdown import ReleaseFigures
+from phoneready.release.results import ReleaseFigures
 from phoneready.report.measured_plots import quality_plot, ratio_plot, speed_plot
 from phoneready.report.plot_style import Plot
 from phoneready.report.pruning_plots import allocation_plot, pattern_plot

@@ -10,7 +10,8 @@ from exporters.record import ExportRecord
 from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation
 from phoneready.figures.verdict import OUTCOMES, BudgetVerdict, format_figure
-from phoneready.report.markdown import WORKLOAD_TITLES, ReleaseFigures, speed_text, text_name
+from phoneready.release.results import ReleaseFigures
+from phoneready.report.markdown import WORKLOAD_TITLES, speed_text, text_name
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup
 from runtime_bench.records.record import BenchRecord

@@ -13,46 +13,13 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.files import read_text
-from cfsp.pruning.settings import PruneSettings
 from cfsp.validation import Location, describe_problems, place_of
-from exporters.gguf import required_multiple
 from exporters.onnx import find_variant
 from phoneready.evaluation.record import repeated_text
-from phoneready.figures.budgets import BudgetConfig, budget_problems
-from phoneready.settings.places import place_slug, runs_gguf_only
-from phoneready.settings.sections import (
-    BaselineConfig,
-    BenchConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ModelConfig,
-    PruneConfig,
-    RecoverConfig,
-    Section,
-)
+from phoneready.settings.planned import budget_problems
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.toml_lines import key_lines, line_of
-from phoneready.settings.tracking import TrackingConfig
-from phoneready.settings.tune import TuneConfig
-
-
-class ReleaseConfig(Section):
-    """A whole release."""
-
-    model: ModelConfig
-    seed: int = pydantic.Field(default=0, ge=0)
-    prune: PruneConfig = pydantic.Field(default_factory=PruneConfig)
-    recover: RecoverConfig | None = None
-    evaluate: EvaluateConfig = pydantic.Field(default_factory=EvaluateConfig)
-    export: ExportConfig = pydantic.Field(default_factory=ExportConfig)
-    bench: BenchConfig = pydantic.Field(default_factory=BenchConfig)
-    baseline: BaselineConfig | None = None
-    budgets: tuple[BudgetConfig, ...] = ()
-    tune: TuneConfig | None = None
-    tracking: TrackingConfig | None = None
-
-    def prune_settings(self) -> PruneSettings:
-        """For cfsp; widths fit the quantizations unless an alignment is set."""
-        return self.prune.settings(required_multiple(self.export.quants))
+from runtime_bench.targets.places import place_slug, runs_gguf_only
 
 
 def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:

@@ -16,20 +16,15 @@ from cfsp.recovery.settings import RecoverySettings
 from cfsp.recovery.settings import check_settings as check_recovery_settings
 from cfsp.text.calibration import SELF
 from cfsp.text.tokens import BUILTIN_TEXT
+from cfsp.validation import Section, as_value_error
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
-from phoneready.settings.places import check_place
 from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.targets.places import check_place
 from runtime_bench.workload import BenchSettings, workloads_of
 
 _Count = Annotated[int, pydantic.Field(ge=1)]
 _Sizes = tuple[Annotated[int, pydantic.Field(ge=0)], ...]
-
-
-class Section(pydantic.BaseModel):
-    """What all sections share."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
@@ -217,14 +212,6 @@ class BaselineConfig(Section):
     """An earlier release's figures.json, for budgets relative to the baseline."""
 
     file: Path
-
-
-def as_value_error(check: Callable[[], object]) -> None:
-    """Let pydantic collect the library's own complaint with all others."""
-    try:
-        check()
-    except InputError as error:
-        raise ValueError(str(error)) from error
 
 
 def _all_found(names: tuple[str, ...], find: Callable[[str], str]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydantic
 
-from phoneready.settings.sections import Section
+from cfsp.validation import Section
 
 
 class TrackingConfig(Section):

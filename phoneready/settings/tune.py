@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 
 from cfsp.pruning.settings import PruneSettings, check_settings
+from cfsp.validation import Section, as_value_error
 from exporters.gguf import QUANTS, find_quant
 from exporters.onnx import find_variant
-from phoneready.settings.sections import Section, as_value_error
 
 GOALS = QUALITY, SIZE = "quality", "size"
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import Figure, FigureSet
 from phoneready.figures.gate import judge_all
-from phoneready.figures.metrics import CHECKPOINT, FigureKey, planned_figures
+from phoneready.figures.metrics import CHECKPOINT, FigureKey
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, BudgetVerdict, format_figure
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.planned import planned_figures
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.tune import TuneConfig
 from phoneready.tune.space import Point, config_of
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 from cfsp.records import record_to_json
 from phoneready.console import format_bytes, format_rows
-from phoneready.settings.release import ReleaseConfig, beside
+from phoneready.settings.release import beside
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.tune import SIZE
 from phoneready.tune.space import Point, config_of
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from cfsp.errors import InputError
 from exporters.gguf import QUANTS, required_multiple
 from phoneready.figures.budgets import BudgetConfig, select
-from phoneready.figures.metrics import CHECKPOINT, planned_figures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.figures.metrics import CHECKPOINT
+from phoneready.settings.planned import planned_figures
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.tune import TuneConfig
 
 

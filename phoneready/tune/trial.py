@@ -28,7 +28,6 @@ from phoneready.release.collect import (
     projected_figures,
     size_figure,
 )
-from phoneready.settings.places import open_place
 from phoneready.settings.tune import TuneConfig
 from phoneready.tune.limits import QUALITY, Limits, family, objective_item
 from phoneready.tune.space import Point, config_of
@@ -36,6 +35,7 @@ from phoneready.tune.workshop import Workshop
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.files import files_of
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.targets.places import open_place
 from runtime_bench.workload import BenchSettings
 
 

@@ -18,7 +18,8 @@ from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_figure
 from phoneready.recipe import load_baseline, release_stages
 from phoneready.release.stages import claim_folder
-from phoneready.settings.release import ReleaseConfig, check_sections
+from phoneready.settings.release import check_sections
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.tune import SIZE, TuneConfig
 from phoneready.tune.forecast import Tried
 from phoneready.tune.limits import QUALITY, Judged, Limits, family, objective_item

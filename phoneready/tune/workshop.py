@@ -29,7 +29,7 @@ from exporters.gguf import QUANTS
 from exporters.gguf.draft import draft_gguf
 from exporters.onnx.folder import find_graph
 from phoneready.release.artifact import Artifact
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.sizes import Sizes
 from phoneready.tune.space import Point, Recipe
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from runtime_bench.engines import EngineFacts
 from runtime_bench.files import files_of
 from runtime_bench.measuring.text_check import TextCheck
-from runtime_bench.records.record import BenchRecord, Environment
+from runtime_bench.records.record import MEMORY_VERDICTS, BenchRecord, Environment
 from runtime_bench.records.thermal import Heat
-from runtime_bench.targets import VERDICTS, Target
+from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
@@ -132,7 +132,9 @@ def record_of(
         spread_limit=settings.spread_limit,
         memory_limit_bytes=session.target.memory_limit_bytes,
         memory_verdict=max(
-            (r.memory_verdict for r in row.results if r.memory_verdict), key=VERDICTS.index, default=None
+            (r.memory_verdict for r in row.results if r.memory_verdict),
+            key=MEMORY_VERDICTS.index,
+            default=None,
         ),
         reread_bytes=max((r.reread_bytes for r in row.results if r.reread_bytes is not None), default=None),
         throttling=next((r.throttling for r in row.results if r.throttling), None),

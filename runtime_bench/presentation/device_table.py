@@ -9,7 +9,7 @@ from typing import Any
 from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
 from runtime_bench.devices.projection import MIB, Band, Projection
 from runtime_bench.presentation.table import as_markdown
-from runtime_bench.targets import DOES_NOT_FIT, FITS, THRASHES
+from runtime_bench.records.record import DOES_NOT_FIT, FITS, THRASHES
 
 UNKNOWN = "unknown"
 _FITS = {FITS: "yes", THRASHES: "thrashes", DOES_NOT_FIT: "NO"}

@@ -15,7 +15,9 @@ from typing import Any
 from cfsp.errors import InputError
 from runtime_bench.presentation.markup import escape_cell, escape_markdown, lay_out_table, visible
 from runtime_bench.records import summary
-from runtime_bench.records.record import EMULATED, BenchRecord, record_to_json
+from runtime_bench.records.json_form import record_to_json
+from runtime_bench.records.notes import note_of
+from runtime_bench.records.record import EMULATED, BenchRecord
 
 _NOTHING = "-"
 """Shown for what was not measured."""
@@ -118,7 +120,7 @@ _RIGHT = frozenset({"size", "params", "threads", "test", "t/s", "time", "load", 
 
 
 def _as_markdown(records: Sequence[BenchRecord]) -> str:
-    remarks = [(r, text) for r in records for text in (r.failure, r.note) if text]
+    remarks = [(r, text) for r in records for text in (r.failure, note_of(r)) if text]
     names = short_names(record.model_filename for record in records)
     notes = [escape_markdown(f"{names[r.model_filename]}, {r.test}: {text}") for r, text in remarks]
     return as_markdown(table_rows(records)) + "".join(f"\n{note}\n" for note in notes)

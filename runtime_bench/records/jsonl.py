@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.files import refuse_no_file
-from runtime_bench.records.record import BenchRecord, record_from_json, record_to_json
+from runtime_bench.records.json_form import record_from_json, record_to_json
+from runtime_bench.records.record import BenchRecord
 from runtime_bench.records.untrusted import parse_json, read_limited
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,7 @@ from runtime_bench.process import run_worker
 from runtime_bench.records.record import Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["DOES_NOT_FIT", "FITS", "LOCAL", "THRASHES", "VERDICTS", "Local", "Target"]
-
-VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
-"""How a run can stand to its memory limit, the best first."""
+__all__ = ["LOCAL", "Local", "Target"]
 
 
 class Target(Protocol):

@@ -17,9 +17,9 @@ from exporters.record import ExportRecord, ParityReport
 from phoneready.evaluation.record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
 from phoneready.release.answers import Answers
+from phoneready.release.results import ReleaseFigures
 from phoneready.report.inputs import DeviceProjections, ReportInput
-from phoneready.report.markdown import ReleaseFigures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import load_profiles
 from runtime_bench.devices.projection import project

@@ -9,9 +9,9 @@ import pytest
 
 from cfsp.errors import InputError
 from phoneready.main import main
-from phoneready.settings.places import place_details
 from phoneready.settings.release import demo_config_text, load_config, parse_config, with_variants
 from runtime_bench.devices.profile import built_in_folder, user_folder
+from runtime_bench.targets.places import place_details
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = '[model]\nreference = "smollm2-135m"\n'

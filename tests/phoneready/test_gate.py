@@ -192,7 +192,7 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )  # fmt: skip
     found = (figure(SIZE, 3 * 2**20), speed(samples(100, 0.05)), figure(KL, 0.1))
     hostile = [dataclasses.replace(one, subject=HOSTILE) for one in found]
-    write_verdicts(config, tmp_path, figures(*hostile), None)
+    write_verdicts(config.budgets, tmp_path, figures(*hostile))
     return tmp_path
 
 

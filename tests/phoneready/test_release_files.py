@@ -30,7 +30,7 @@ from phoneready.publish.single_commands import single_commands
 from phoneready.publish.verify import verify_release
 from phoneready.report import ReportInput
 from phoneready.report.plots import make_plots
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 
 MakeReportInput = Callable[..., ReportInput]
 

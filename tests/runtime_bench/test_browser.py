@@ -36,7 +36,8 @@ from runtime_bench.browser.worker import open_model, served_files
 from runtime_bench.devices.profile import load_profiles
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.record import record_from_json, record_to_json
+from runtime_bench.records.json_form import record_from_json, record_to_json
+from runtime_bench.records.notes import note_of
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.targets.browser import Browser, browser_of
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -229,7 +230,7 @@ def test_a_page_is_held_to_a_score(graph: Path, settings: PageSettings) -> None:
     assert held == target.throttling
     assert abs(held.reached_score / held.target_score - 1) <= 0.1
     assert held.rate > 1
-    assert "slowed down" in (record.note or "")
+    assert "slowed down" in (note_of(record) or "")
     assert record_from_json(record_to_json(record), where="here") == record
 
 

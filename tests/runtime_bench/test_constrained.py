@@ -12,6 +12,7 @@ from cfsp.errors import InputError
 from runtime_bench.cgroup import find_parent, limited_group
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.notes import note_of
 from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import LOCAL
 from runtime_bench.targets.constrained import MIB, Constrained
@@ -57,7 +58,7 @@ def test_what_fits_thrashes_or_is_killed_is_told_apart(large_file: Path) -> None
     assert (short.status, short.memory_verdict) == ("ok", "thrashes")
     # Every one of nine tokens reads all weights.
     assert (short.reread_bytes or 0) > 2 * file_mib * MIB
-    assert "thrashes" in (short.note or "")
+    assert "thrashes" in (note_of(short) or "")
     little = bench(large_file, 24)
     assert (little.status, little.memory_verdict) == ("failed", "does not fit")
     assert little.failure == "does not fit: killed at the limit of 24 MiB"

@@ -19,6 +19,7 @@ from exporters.onnx.folder import find_graph
 from runtime_bench.engines import ENGINES, SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.process import run_worker
+from runtime_bench.records.notes import note_of
 from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult, request_from_json
@@ -192,7 +193,7 @@ def test_a_wide_row_is_measured_once_more_with_its_partners(model: Path) -> None
     left, right = run_bench([model, model], settings, progress, target=Scripted())
     assert left.samples_ns == (70, 70, 70)
     assert left.quarantined_ns == (100, 900, 100)
-    assert "measured once more, then within it" in left.note
+    assert "measured once more, then within it" in note_of(left)
     assert (right.samples_ns, right.quarantined_ns) == ((80, 80, 80), (100, 100, 100))
     assert right.sequence == (7, 9, 11)
     assert seen[-1] == (12, 12)

@@ -25,7 +25,7 @@ from runtime_bench.native.run import generate_tokens, generation_request
 from runtime_bench.native.targets import cpu_features
 from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
-from runtime_bench.records.record import record_to_json
+from runtime_bench.records.json_form import record_to_json
 from runtime_bench.targets.native import Native
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload

@@ -25,7 +25,6 @@ import pytest
 from cfsp.errors import InputError
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
-from phoneready.commands.bench_targets import TargetOptions, open_remote, open_targets
 from phoneready.main import main
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
@@ -34,6 +33,7 @@ from runtime_bench.targets import LOCAL
 from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.ssh import Ssh
+from runtime_bench.targets.table import TargetOptions, open_remote, open_targets
 from runtime_bench.workload import BenchSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from cfsp.errors import InputError
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.table import format_table, short_names, table_rows
 from runtime_bench.records.compare import compare
-from runtime_bench.records.record import record_to_json
+from runtime_bench.records.json_form import record_to_json
 from runtime_bench.workload import Workload
 
 COLUMNS = ["model", "size", "params", "backend", "threads", "test", "t/s", "time", "load", "peak RSS"]

@@ -11,7 +11,9 @@ import pytest
 
 from runtime_bench.environment import environment_of
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.record import Environment, record_from_json, record_to_json
+from runtime_bench.records.json_form import record_from_json, record_to_json
+from runtime_bench.records.notes import note_of
+from runtime_bench.records.record import Environment
 from runtime_bench.records.thermal import Heat, clock_cap, heat_around, hottest_c
 from runtime_bench.targets import Local
 from runtime_bench.workload import BenchSettings
@@ -57,10 +59,11 @@ def test_capped_processes_are_marked(tiny_gguf: Callable[..., Path]) -> None:
     assert record.clock_caps == (1.0, 0.6, 0.6)
     assert record.hottest_c == (40.0, 80.0, 80.0)
     assert (
-        record.note == "2 of 3 processes ran with clocks capped by more than 15%, down to 60% of the highest"
+        note_of(record)
+        == "2 of 3 processes ran with clocks capped by more than 15%, down to 60% of the highest"
     )
     assert record_from_json(record_to_json(record), where="here") == record
 
 
 def test_a_small_cap_is_no_remark(make_record: Any) -> None:
-    assert make_record(clock_caps=(0.9, None)).note is None
+    assert note_of(make_record(clock_caps=(0.9, None))) is None

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from phoneready.commands.bench_targets import TargetOptions, find_row, open_targets
-from phoneready.units import parse_bytes
+from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.engines import engine_for
 from runtime_bench.records.record import Environment
 from runtime_bench.targets import Target
+from runtime_bench.targets.table import TargetOptions, find_row, open_targets
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 CONSTRAINED = "constrained"
@@ -116,8 +116,8 @@ def _limits(details: str) -> TargetOptions:
     return limits
 
 
-def _cores(part: str) -> tuple[str, ...]:
+def _cores(part: str) -> tuple[int, ...]:
     names = tuple(part.removeprefix("cores=").split("+"))
     if not all(name.isdecimal() for name in names):
         raise InputError("not core numbers", field=CONSTRAINED, value=part, allowed="such as cores=0+1")
-    return names
+    return tuple(map(int, names))

@@ -9,9 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cfsp.errors import InputError
-from phoneready.commands.options import split_numbers
-from phoneready.console import show_progress
-from phoneready.units import parse_bytes
+from cfsp.progress import Progress, no_progress
+from cfsp.units import parse_bytes
 
 if TYPE_CHECKING:
     from runtime_bench.targets import Target
@@ -25,7 +24,7 @@ class TargetOptions:
 
     Attributes:
         memory: A size that limits a constrained run.
-        cores: Lists of core numbers.
+        cores: Numbers of the cores to run on.
         device: A device whose memory, or whose browser's score, is the limit.
         score: Score that a browser's page is slowed down to.
         runner: Native program to measure with on another machine.
@@ -35,7 +34,7 @@ class TargetOptions:
     """
 
     memory: str | None = None
-    cores: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
     device: str | None = None
     score: float | None = None
     runner: Path | None = None
@@ -55,18 +54,20 @@ class TargetRow:
 
     Attributes:
         form: How it is written.
-        open: Makes it from its address and the options.
+        open: Makes it from its address, the options and what shows the progress of building it.
         takes: Options that are for it.
         gguf_only: Whether it runs GGUF files alone.
     """
 
     form: str
-    open: Callable[[str, TargetOptions], Target]
+    open: Callable[[str, TargetOptions, Progress], Target]
     takes: frozenset[str] = frozenset()
     gguf_only: bool = False
 
 
-def open_targets(names: Sequence[str], options: TargetOptions) -> list[Target]:
+def open_targets(
+    names: Sequence[str], options: TargetOptions, progress: Progress = no_progress
+) -> list[Target]:
     """Where to measure: each target once. Nothing is connected to yet.
 
     Raises:
@@ -81,7 +82,7 @@ def open_targets(names: Sequence[str], options: TargetOptions) -> list[Target]:
         raise InputError(
             "not for this target", field=option, allowed=", ".join(f"--on {form}" for form in users)
         )
-    return [row.open(address, options) for row, address in rows]
+    return [row.open(address, options, progress) for row, address in rows]
 
 
 def open_remote(name: str, options: TargetOptions) -> Remote:
@@ -112,23 +113,23 @@ def find_row(name: str) -> tuple[TargetRow, str]:
     return row, address
 
 
-def _local(_: str, options: TargetOptions) -> Target:
+def _local(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.targets import LOCAL
 
     return LOCAL
 
 
-def _constrained(_: str, options: TargetOptions) -> Target:
+def _constrained(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.targets.constrained import Constrained
 
     if options.memory and options.device:
         raise InputError("one of --memory and --device says the limit, not both", field="--memory")
     memory = parse_bytes(options.memory, "--memory") if options.memory else None
     memory = _memory_of(options.device) if options.device else memory
-    return Constrained(memory, split_numbers(options.cores, "--cores"))
+    return Constrained(memory, options.cores)
 
 
-def _browser(_: str, options: TargetOptions) -> Target:
+def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.devices.profile import find_profile, load_profiles
     from runtime_bench.targets.browser import Browser, browser_of
 
@@ -137,27 +138,25 @@ def _browser(_: str, options: TargetOptions) -> Target:
     return browser_of(find_profile(options.device, load_profiles()).profile, options.score)
 
 
-def _native(_: str, options: TargetOptions) -> Target:
+def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.targets.native import native
 
-    with show_progress() as progress:
-        return native(progress)
+    return native(progress)
 
 
-def _qemu(_: str, options: TargetOptions) -> Target:
+def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.targets.qemu import qemu_aarch64
 
-    with show_progress() as progress:
-        return qemu_aarch64(progress)
+    return qemu_aarch64(progress)
 
 
-def _ssh(host: str, options: TargetOptions) -> Target:
+def _ssh(host: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.targets.ssh import Ssh
 
     return _remote(Ssh(host, options.ssh_config), options)
 
 
-def _adb(serial: str, options: TargetOptions) -> Target:
+def _adb(serial: str, options: TargetOptions, progress: Progress) -> Target:
     from runtime_bench.targets.adb import Adb
 
     return _remote(Adb(serial), options)

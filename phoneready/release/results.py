@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.models.checkpoint import PLAN_FILE, read_checkpoint_info
+from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from exporters.record import ExportManifest, ExportRecord
@@ -14,8 +15,31 @@ from phoneready.evaluation.record import Evaluation
 from phoneready.release.answers import Answers
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
-from phoneready.report.markdown import ReleaseFigures
-from phoneready.settings.release import ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
+from runtime_bench.records.record import BenchRecord
+
+
+@dataclass(frozen=True)
+class ReleaseFigures:
+    """What the stages of a release found out.
+
+    Attributes:
+        source: The dense model.
+        plan: The applied plan.
+        evaluation: Of the pruned checkpoint against the dense one.
+        dense: Exports of the dense model, one a quantization.
+        pruned: Exports of the pruned model, in the same order.
+        answers: What the files answer.
+        bench: Benchmark records of all files.
+    """
+
+    source: ModelSource
+    plan: PruningPlan
+    evaluation: Evaluation
+    dense: tuple[ExportRecord, ...]
+    pruned: tuple[ExportRecord, ...]
+    answers: Answers
+    bench: tuple[BenchRecord, ...]
 
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:

@@ -1,0 +1,41 @@
+"""The whole of release.toml as one frozen model."""
+
+from __future__ import annotations
+
+import pydantic
+
+from cfsp.pruning.settings import PruneSettings
+from cfsp.validation import Section
+from exporters.gguf import required_multiple
+from phoneready.figures.budgets import BudgetConfig
+from phoneready.settings.sections import (
+    BaselineConfig,
+    BenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    PruneConfig,
+    RecoverConfig,
+)
+from phoneready.settings.tracking import TrackingConfig
+from phoneready.settings.tune import TuneConfig
+
+
+class ReleaseConfig(Section):
+    """A whole release."""
+
+    model: ModelConfig
+    seed: int = pydantic.Field(default=0, ge=0)
+    prune: PruneConfig = pydantic.Field(default_factory=PruneConfig)
+    recover: RecoverConfig | None = None
+    evaluate: EvaluateConfig = pydantic.Field(default_factory=EvaluateConfig)
+    export: ExportConfig = pydantic.Field(default_factory=ExportConfig)
+    bench: BenchConfig = pydantic.Field(default_factory=BenchConfig)
+    baseline: BaselineConfig | None = None
+    budgets: tuple[BudgetConfig, ...] = ()
+    tune: TuneConfig | None = None
+    tracking: TrackingConfig | None = None
+
+    def prune_settings(self) -> PruneSettings:
+        """For cfsp; widths fit the quantizations unless an alignment is set."""
+        return self.prune.settings(required_multiple(self.export.quants))
