@@ -7,8 +7,11 @@ llama.cpp's own log is kept from the terminal; what it last complained about goe
 from __future__ import annotations
 
 import ctypes
+import functools
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ class LlamaModel:
     def close(self) -> None:
         """Free context and model; may be called twice."""
         if self._context:
-            self._lib.llama_free(self._context)
+            _computed(self._lib.llama_free, self._context)
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
@@ -192,7 +195,7 @@ class LlamaModel:
         for start in range(0, len(entries), self._n_batch):
             piece = entries[start : start + self._n_batch]
             batch, arrays = native_batch(piece)
-            self._check(self._lib.llama_decode(self._context, batch))
+            self._check(_computed(self._lib.llama_decode, self._context, batch))
             del arrays
             wanted = sum(entry.wanted for entry in piece)
             if wanted:
@@ -222,7 +225,7 @@ class LlamaModel:
             flags = np.ones(len(piece), dtype=np.int8)
             if output_all:
                 batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-            status = self._lib.llama_decode(self._context, batch)
+            status = _computed(self._lib.llama_decode, self._context, batch)
             self._check(status)
         self._lib.llama_synchronize(self._context)
 
@@ -233,6 +236,22 @@ class LlamaModel:
             )
         if status != 0:
             raise InputError(f"llama.cpp cannot run {self.path}: {complaints.last()}")
+
+
+@functools.cache
+def _own_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "llama.cpp")
+
+
+def _computed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call llama.cpp on a thread that torch never computes on.
+
+    llama.cpp configures the processor's matrix tiles (AMX) once a thread. oneDNN, in torch, configures and releases
+    them as it goes, so that the next tile that llama.cpp loads on that thread would kill the process.
+    """
+    if "torch" not in sys.modules:
+        return function(*arguments)
+    return _own_thread().submit(function, *arguments).result()
 
 
 def open_model(
