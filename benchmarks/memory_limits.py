@@ -20,7 +20,7 @@ from cfsp.errors import LimitError, PhonereadyError
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.projection import MIB, project_memory
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.presentation.table import as_markdown, short_names
+from runtime_bench.presentation.table import short_names, table_of
 from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets.constrained import Constrained
 from runtime_bench.workload import BenchSettings
@@ -80,7 +80,7 @@ def main() -> None:
                     "peak RSS measured": f"{peak / MIB:.0f} MiB" if peak else "-",
                 }
             )
-    print(as_markdown(rows))
+    print(table_of(rows).markdown())
     if wrong:
         raise LimitError(f"{len(wrong)} of {len(rows)} projected otherwise: {', '.join(wrong)}")
 

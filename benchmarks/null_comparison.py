@@ -24,7 +24,7 @@ from cfsp.errors import InputError, LimitError, PhonereadyError
 from cfsp.models.builtin import fetch_builtin
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.presentation.table import as_markdown
+from runtime_bench.presentation.table import table_of
 from runtime_bench.records import summary
 from runtime_bench.records.compare import VERDICTS, Comparison, compare_records
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
@@ -114,7 +114,7 @@ def report(found: dict[str, list[Comparison]], sessions: list[list[BenchRecord]]
     loads = [base.environment.load_average for base in bases if base.environment.load_average is not None]
     again = sum(bool(record.quarantined_ns) for records in sessions for record in records)
     machine = describe_environment()
-    return as_markdown(rows) + (
+    return table_of(rows).markdown() + (
         f"\n{machine.cpu_model}, {machine.cpus_usable} cores, load average {min(loads):.1f} to {max(loads):.1f}; "
         f"{bases[0].test}, {bases[0].n_threads} threads, {len(set(bases[0].rounds))} processes of "
         f"{bases[0].samples_per_process} samples a side; p90/p50 of the base "

@@ -45,7 +45,7 @@ from exporters.record import ExportRecord, ParityReport
 from phoneready.console import format_bytes, prepare_torch
 from phoneready.exporting import CALIBRATION_SEQLEN, ExportRequest, export_checkpoint
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.presentation.table import as_markdown
+from runtime_bench.presentation.table import table_of
 from runtime_bench.records.compare import Comparison, by_model, compare
 from runtime_bench.records.record import BenchRecord
 from runtime_bench.workload import BenchSettings
@@ -66,7 +66,7 @@ def files(arguments: argparse.Namespace) -> None:
             rows.append((record, time.monotonic() - started))
             say(f"{name}: {rows[-1][1]:.0f} s")
     q4_0_bytes = rows[0][0].file_bytes
-    print(as_markdown([file_row(record, seconds, q4_0_bytes) for record, seconds in rows]))
+    print(table_of([file_row(record, seconds, q4_0_bytes) for record, seconds in rows]).markdown())
     for record, _ in rows:
         if record.eight_bit_layers:
             print(f"\n{record.quant}, in eight bits: {', '.join(record.eight_bit_layers)}")
@@ -119,7 +119,7 @@ def speed(arguments: argparse.Namespace) -> None:
         ours = exported(arguments.checkpoint, arguments.output / "ours" / "fp32", "fp32", ())
         graphs = (find_graph(str(arguments.portable)), find_graph(str(ours)))
         rows += held_against(*graphs, "fp32 / portable", "onnxruntime", arguments)
-    print(as_markdown(rows))
+    print(table_of(rows).markdown())
 
 
 def exported(checkpoint: Path, folder: Path, name: str, calibration: tuple[str, ...]) -> Path:
@@ -212,7 +212,7 @@ def mixed(arguments: argparse.Namespace) -> None:
         cells = {"weights": format_bytes(taken_bytes(quantized.layers)), "KL mean": f"{found.kl_mean:.4f}"}
         cells |= {"same top-1": f"{found.same_top1:.1%}", "perplexity ratio": f"{found.ppl_ratio:.3f}"}
         rows.append({"file": label, **cells})
-    print(as_markdown(rows))
+    print(table_of(rows).markdown())
     print(f"\nIn eight bits, {len(mixture.eight_bits)}: {', '.join(mixture.eight_bits)}")
 
 
@@ -251,7 +251,7 @@ def memory(arguments: argparse.Namespace) -> None:
     for folder, found in zip(arguments.folders, records.values(), strict=True):
         peaks = {record.test: format_bytes(peak(record)) for record in found}
         rows.append({"folder": str(folder), "file": format_bytes(found[0].file_size_bytes), **peaks})
-    print(as_markdown(rows))
+    print(table_of(rows).markdown())
 
 
 def peak(record: BenchRecord) -> float | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.projection import BATCH_TOKENS, MIB, REPACKED, project_memory
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.presentation.table import as_markdown, short_names
+from runtime_bench.presentation.table import short_names, table_of
 from runtime_bench.workload import BenchSettings
 
 PYTHON_BYTES = 70 * MIB
@@ -51,7 +51,7 @@ def main() -> None:
                 "ratio": f"{ratios[-1]:.3f}",
             }
         )
-    print(as_markdown(rows))
+    print(table_of(rows).markdown())
     print(f"largest difference {max(abs(ratio - 1) for ratio in ratios):.1%}")
 
 

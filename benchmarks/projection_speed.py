@@ -14,7 +14,7 @@ from typing import Any
 
 from runtime_bench.devices.profile import load_profiles
 from runtime_bench.devices.projection import Band, decode_band, prefill_band
-from runtime_bench.presentation.table import as_markdown
+from runtime_bench.presentation.table import table_of
 
 PUBLISHED = Path(__file__).with_name("published_speeds.toml")
 CONTEXT_BYTES = 0
@@ -36,7 +36,7 @@ def main() -> None:
         inside += [
             band.low <= entry[name] <= band.high for name, band in bands.items() if band and name in entry
         ]
-    print(as_markdown(rows))
+    print(table_of(rows).markdown())
     print(
         f"{sum(inside)} of {len(inside)} published speeds lie inside their band ({sum(inside) / len(inside):.0%})"
     )

@@ -138,8 +138,9 @@ def bench(
     from exporters.onnx.folder import find_graph, is_onnx
     from runtime_bench.measuring.matrix import run_matrix
     from runtime_bench.presentation.comparison_table import format_comparison
+    from runtime_bench.presentation.record_table import FORMATS, format_table
     from runtime_bench.presentation.sweep_table import format_sweep
-    from runtime_bench.presentation.table import FORMATS, format_table, short_names
+    from runtime_bench.presentation.table import short_names
     from runtime_bench.records.jsonl import append_jsonl, check_appendable
     from runtime_bench.workload import BenchSettings
 

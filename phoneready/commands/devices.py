@@ -22,14 +22,11 @@ from phoneready.console import format_bytes, show_progress, write_result
 def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
     """List the devices that have a profile, built in or your own."""
     from runtime_bench.devices.profile import load_profiles
-    from runtime_bench.presentation.device_table import profile_row, profile_to_json
-    from runtime_bench.presentation.table import as_markdown
+    from runtime_bench.presentation.device_table import profile_table, profile_to_json
 
     profiles = list(load_profiles().values())
-    rows = [profile_row(entry) for entry in profiles]
-    if not any(row["own"] for row in rows):
-        rows = [{name: cell for name, cell in row.items() if name != "own"} for row in rows]
-    write_result(as_markdown(rows), [profile_to_json(entry) for entry in profiles], as_json=json)
+    text = profile_table(profiles).markdown()
+    write_result(text, [profile_to_json(entry) for entry in profiles], as_json=json)
 
 
 def show_device(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,12 +10,11 @@ from typing import Any
 
 from cfsp.records import tool_version
 from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import as_markdown, csv_cell, short_names
+from runtime_bench.presentation.table import Column, Table, short_names, table_of
 from runtime_bench.records.compare import Comparison
 from runtime_bench.records.record import CROWDED_SHARE
 
 SCHEMA_VERSION = 1
-_NOTHING = "-"
 
 
 def format_comparison(comparisons: Sequence[Comparison], output: str = "md") -> str:
@@ -32,25 +28,35 @@ def comparison_to_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     return head | {"rows": [asdict(row) for row in comparisons]}
 
 
-def _as_markdown(comparisons: Sequence[Comparison]) -> str:
+def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
+    """The table that people read; kind, target and engine are columns where they are not the same in all rows."""
     names = short_names(file for c in comparisons for file in (c.base, c.new))
     several = len({(c.kind, c.target, c.engine) for c in comparisons}) > 1
-    rows = [
-        ({"kind": c.kind, "target": c.target, "engine": c.engine} if several else {})
-        | {
-            "test": c.test,
-            "threads": str(c.n_threads),
-            "base": names[c.base],
-            "new": names[c.new],
-            "speed ratio": _number(c.ratio),
-            f"{c.confidence:.0%} interval": _interval(c),
-            "peak RSS ratio": _number(c.peak_rss_ratio),
-            "size ratio": _number(c.file_size_ratio),
-            "verdict": c.verdict + (f" ({c.reason})" if c.reason else ""),
-        }
-        for c in comparisons
-    ]
-    return as_markdown(rows) + "".join(f"\n{line}\n" for line in _remarks(comparisons))
+    confidence = f"{comparisons[0].confidence:.0%} interval" if comparisons else ""
+    columns: tuple[Column[Comparison], ...] = (
+        Column("test", lambda c: c.test, right=True),
+        Column("threads", lambda c: c.n_threads, right=True),
+        Column("base", lambda c: names[c.base]),
+        Column("new", lambda c: names[c.new]),
+        Column("speed ratio", lambda c: _number(c.ratio)),
+        Column(confidence, _interval),
+        Column("peak RSS ratio", lambda c: _number(c.peak_rss_ratio)),
+        Column("size ratio", lambda c: _number(c.file_size_ratio)),
+        Column("verdict", lambda c: c.verdict + (f" ({c.reason})" if c.reason else "")),
+    )
+    return Table([*(_PLACE if several else ()), *columns], comparisons)
+
+
+_PLACE: tuple[Column[Comparison], ...] = (
+    Column("kind", lambda c: c.kind),
+    Column("target", lambda c: c.target),
+    Column("engine", lambda c: c.engine),
+)
+
+
+def _as_markdown(comparisons: Sequence[Comparison]) -> str:
+    table = comparison_table(comparisons).markdown()
+    return table + "".join(f"\n{line}\n" for line in _remarks(comparisons))
 
 
 def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
@@ -78,14 +84,14 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
     return lines
 
 
-def _interval(comparison: Comparison) -> str:
+def _interval(comparison: Comparison) -> str | None:
     if comparison.low is None or comparison.high is None:
-        return _NOTHING
+        return None
     return f"{comparison.low:.3f} to {comparison.high:.3f}"
 
 
-def _number(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:.3f}"
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
 
 
 def _as_json(comparisons: Sequence[Comparison]) -> str:
@@ -93,13 +99,7 @@ def _as_json(comparisons: Sequence[Comparison]) -> str:
 
 
 def _as_csv(comparisons: Sequence[Comparison]) -> str:
-    """A line a comparison; what is unknown is empty."""
-    stream = io.StringIO()
-    fields = [field.name for field in dataclasses.fields(Comparison)]
-    writer = csv.DictWriter(stream, fieldnames=fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: csv_cell(value) for name, value in asdict(row).items()} for row in comparisons)
-    return stream.getvalue()
+    return table_of([asdict(row) for row in comparisons]).csv()
 
 
 COMPARISON_FORMATS: MappingProxyType[str, Callable[[Sequence[Comparison]], str]] = MappingProxyType(

@@ -8,26 +8,28 @@ from typing import Any
 
 from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
 from runtime_bench.devices.projection import MIB, Band, Projection
-from runtime_bench.presentation.table import as_markdown
+from runtime_bench.presentation.table import Column, Table
 from runtime_bench.records.record import DOES_NOT_FIT, FITS, THRASHES
 
 UNKNOWN = "unknown"
 _FITS = {FITS: "yes", THRASHES: "thrashes", DOES_NOT_FIT: "NO"}
 
 
-def profile_row(entry: KnownProfile) -> dict[str, str]:
-    """A line of the list: what tells devices apart."""
-    profile = entry.profile
-    return {
-        "device": profile.id,
-        "name": profile.name,
-        "tier": profile.tier,
-        "os": profile.os,
-        "soc": _value(profile.soc),
-        "RAM": _value(profile.ram_mib, " MiB"),
-        "bandwidth": _value(profile.dram_gb_s, " GB/s"),
-        "own": "" if entry.built_in else "own",
-    }
+def profile_table(entries: Sequence[KnownProfile]) -> Table[KnownProfile]:
+    """The list of profiles: what tells devices apart."""
+    own = [Column[KnownProfile]("own", lambda e: "" if e.built_in else "own")]
+    return Table([*_PROFILE_COLUMNS, *(own if any(not e.built_in for e in entries) else ())], entries)
+
+
+_PROFILE_COLUMNS: tuple[Column[KnownProfile], ...] = (
+    Column("device", lambda e: e.profile.id),
+    Column("name", lambda e: e.profile.name),
+    Column("tier", lambda e: e.profile.tier),
+    Column("os", lambda e: e.profile.os),
+    Column("soc", lambda e: _value(e.profile.soc)),
+    Column("RAM", lambda e: _value(e.profile.ram_mib, " MiB")),
+    Column("bandwidth", lambda e: _value(e.profile.dram_gb_s, " GB/s")),
+)
 
 
 def format_profile(entry: KnownProfile) -> str:
@@ -49,23 +51,23 @@ def profile_to_json(entry: KnownProfile) -> dict[str, Any]:
 
 def format_projections(projections: Sequence[Projection], context: int) -> str:
     """A row a device; where there is one device alone, its memory and its assumptions below."""
-    rows = [
-        {
-            "device": p.device,
-            "fits": _FITS[p.verdict] if p.verdict else UNKNOWN,
-            "needs": _mib(p.memory.total),
-            "may have": _mib(p.limit_bytes),
-            "decode t/s": _band(p.decode),
-            "prefill t/s": _band(p.prefill),
-        }
-        for p in projections
-    ]
-    text = as_markdown(rows) + f"\nProjected, not measured; context of {context} tokens.\n"
+    table = Table(_PROJECTION_COLUMNS, projections).markdown()
+    text = table + f"\nProjected, not measured; context of {context} tokens.\n"
     if len(projections) != 1:
         return text
     memory = projections[0].memory
     parts = ", ".join(f"{f.name} {_mib(getattr(memory, f.name))}" for f in dataclasses.fields(memory))
     return text + "".join(f"- {line}\n" for line in (parts, *projections[0].assumptions))
+
+
+_PROJECTION_COLUMNS: tuple[Column[Projection], ...] = (
+    Column("device", lambda p: p.device),
+    Column("fits", lambda p: _FITS[p.verdict] if p.verdict else UNKNOWN),
+    Column("needs", lambda p: _mib(p.memory.total)),
+    Column("may have", lambda p: _mib(p.limit_bytes)),
+    Column("decode t/s", lambda p: _band(p.decode)),
+    Column("prefill t/s", lambda p: _band(p.prefill)),
+)
 
 
 def _mib(count: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime_bench.presentation.table import as_markdown, short_names
+from runtime_bench.presentation.table import short_names, table_of
 from runtime_bench.records.record import BenchRecord
 
 
@@ -34,7 +34,7 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
         row |= {"test": test, "best threads": str(best.n_threads) if best else "-"}
         row["speed at each, of the best"] = ", ".join(_point(record, best) for record in group)
         rows.append(row)
-    return as_markdown(rows)
+    return table_of(rows, right=("test",)).markdown()
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from cfsp.errors import InputError
 from runtime_bench.devices.profile import FIGURES, built_in_folder, find_profile, load_profiles, read_profile
-from runtime_bench.presentation.device_table import format_profile, profile_row
+from runtime_bench.presentation.device_table import format_profile, profile_table
 
 GOOD = """
 schema_version = 1
@@ -52,7 +52,7 @@ def test_figures_are_shown_with_their_origin(tmp_path: Path) -> None:
     assert all(f"\n{name}: " in text for name in FIGURES)
     assert "ram_mib: 8192 (vendor)\n    https://example.org, 2026-01-02\n" in text
     assert "cores: unknown\n" in text
-    assert profile_row(entry)["own"] == "own"
+    assert profile_table([entry]).objects()[0]["own"] == "own"
 
 
 def test_a_profile_of_ones_own_replaces_the_built_in_one(tmp_path: Path) -> None:

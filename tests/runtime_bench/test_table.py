@@ -11,7 +11,8 @@ import pytest
 
 from cfsp.errors import InputError
 from runtime_bench.presentation.comparison_table import format_comparison
-from runtime_bench.presentation.table import format_table, short_names, table_rows
+from runtime_bench.presentation.record_table import format_table, record_table
+from runtime_bench.presentation.table import Column, Table, short_names, table_of
 from runtime_bench.records.compare import compare
 from runtime_bench.records.json_form import record_to_json
 from runtime_bench.workload import Workload
@@ -34,7 +35,7 @@ def test_markdown_has_llama_benchs_columns_and_ours(make_record: Any) -> None:
 
 
 def test_several_files_are_told_apart(make_record: Any) -> None:
-    rows = table_rows([make_record(), make_record(model_filename="models/pruned.gguf")])
+    rows = record_table([make_record(), make_record(model_filename="models/pruned.gguf")]).objects()
     assert [row["file"] for row in rows] == ["dense.gguf", "pruned.gguf"]
 
 
@@ -54,9 +55,11 @@ def test_files_of_one_name_show_the_folders_that_tell_them_apart() -> None:
 
 
 def test_what_was_not_measured_is_a_dash(make_record: Any) -> None:
-    (row,) = table_rows([make_record(peak_rss_samples_bytes=(), load_samples_ns=(), model_n_params=None)])
-    assert (row["peak RSS"], row["load"], row["params"]) == ("-", "-", "-")
-    (row,) = table_rows([make_record(samples_ns=(10**9,))])
+    (row,) = record_table(
+        [make_record(peak_rss_samples_bytes=(), load_samples_ns=(), model_n_params=None)]
+    ).objects()
+    assert (row["peak RSS"], row["load"], row["params"]) == (None, None, None)
+    (row,) = record_table([make_record(samples_ns=(10**9,))]).objects()
     assert row["t/s"] == "128.00"
 
 
@@ -68,7 +71,7 @@ def test_a_failed_row_is_there_with_its_reason(make_record: Any) -> None:
 
 
 def test_loads_say_what_they_found_and_repeats_are_remarked(make_record: Any) -> None:
-    (row,) = table_rows([make_record(Workload("load"), page_cache_shares=(0.0,))])
+    (row,) = record_table([make_record(Workload("load"), page_cache_shares=(0.0,))]).objects()
     assert row["test"] == "load (cold)"
     record = make_record(quarantined_ns=(1, 2, 3, 4, 50), spread_limit=1.25)
     assert "measured once more, then within it" in format_table([record])
@@ -105,3 +108,19 @@ def test_comparisons_show_ratio_interval_and_verdict(make_record: Any) -> None:
     assert found["95% interval"] == "2.000 to 2.000"
     assert found["verdict"] == "faster"
     assert "beyond 0.03" in " ".join(remarks)
+
+
+def test_a_table_makes_markdown_csv_and_objects_of_the_same_cells() -> None:
+    table = Table(
+        [Column("name", lambda r: r[0]), Column("n", lambda r: r[1], right=True)], [("=a|b", 1), ("c", None)]
+    )
+    assert table.markdown().splitlines() == [
+        "| name  | n |",
+        "|-------|--:|",
+        "| =a\\|b | 1 |",
+        "| c     | - |",
+    ]
+    assert table.csv() == "name,n\n'=a|b,1\nc,\n"
+    assert table.objects() == [{"name": "=a|b", "n": 1}, {"name": "c", "n": None}]
+    assert table_of(table.objects(), right=("n",)).markdown() == table.markdown()
+    assert table_of([]).markdown() == ""

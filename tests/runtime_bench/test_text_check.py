@@ -11,7 +11,7 @@ from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import BEGINNINGS, check_text, judge
-from runtime_bench.presentation.table import format_table
+from runtime_bench.presentation.record_table import format_table
 from runtime_bench.workload import BenchSettings
 
 pytest.importorskip("llama_cpp")

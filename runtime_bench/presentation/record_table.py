@@ -1,0 +1,122 @@
+"""Records as text: Markdown in llama-bench's columns, JSON, JSON Lines, CSV. Units are converted only
+here."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.presentation.table import Column, Table, short_names, table_of
+from runtime_bench.records import summary
+from runtime_bench.records.json_form import record_to_json
+from runtime_bench.records.notes import note_of
+from runtime_bench.records.record import EMULATED, BenchRecord
+
+_REASON_WIDTH = 40
+"""Letters of a failure's reason inside the table; the whole of it follows below."""
+
+
+def format_table(records: Sequence[BenchRecord], output: str = "md") -> str:
+    """Records in one of FORMATS, with a final newline.
+
+    Raises:
+        InputError: Unknown format.
+    """
+    if output not in FORMATS:
+        raise InputError("unknown format", field="output", value=output, allowed=", ".join(FORMATS))
+    return FORMATS[output](records)
+
+
+def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
+    """The table that people read.
+
+    llama-bench's columns, then ours: `time` is the median of a sample, `load` and `peak RSS` belong to the
+    row's processes. A column `file` is there when the records are of several files, `target` when they are of several
+    targets.
+    """
+    names = short_names(record.model_filename for record in records)
+    columns = (
+        [Column[BenchRecord]("target", lambda r: r.target)] if len({r.target for r in records}) > 1 else []
+    )
+    if len(names) > 1:
+        columns.append(Column("file", lambda r: names[r.model_filename]))
+    return Table([*columns, *_COLUMNS], records)
+
+
+def _number(value: float | None, pattern: str, scale: float = 1.0) -> str | None:
+    return None if value is None else pattern.format(value / scale)
+
+
+def _size(value: int | None) -> str | None:
+    return (
+        _number(value, "{:.2f} MiB", 2**20) if (value or 0) < 2**30 else _number(value, "{:.2f} GiB", 2**30)
+    )
+
+
+def _count(value: int | None) -> str | None:
+    return _number(value, "{:.2f} M", 1e6) if (value or 0) < 1e9 else _number(value, "{:.2f} B", 1e9)
+
+
+def _speed(record: BenchRecord) -> str | None:
+    if not record.ok:
+        return "failed: " + textwrap.shorten(record.failure or "no reason", _REASON_WIDTH, placeholder=" ...")
+    if record.void:
+        return f"void: {record.degenerate}"
+    if record.avg_ts is None or record.kind == EMULATED:
+        return None
+    deviation = summary.stdev(record.samples_ts)
+    return f"{record.avg_ts:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+
+
+def _time(record: BenchRecord, value: float | None) -> str | None:
+    """An emulator's times are kept in the record and shown to nobody."""
+    return _number(None if record.kind == EMULATED else value, "{:.1f} ms", 1e6)
+
+
+def _test(record: BenchRecord) -> str:
+    """The workload; loads say what they found, as a cold load and a warm one are different things."""
+    return f"load ({record.page_cache_state})" if record.workload == "load" and record.ok else record.test
+
+
+_COLUMNS: tuple[Column[BenchRecord], ...] = (
+    Column("model", lambda r: r.model_type),
+    Column("size", lambda r: _size(r.model_size), right=True),
+    Column("params", lambda r: _count(r.model_n_params), right=True),
+    Column("backend", lambda r: r.backends),
+    Column("threads", lambda r: r.n_threads, right=True),
+    Column("test", _test, right=True),
+    Column("t/s", _speed, right=True),
+    Column("time", lambda r: None if r.void else _time(r, r.median_ns), right=True),
+    Column("load", lambda r: _time(r, r.load_ns), right=True),
+    Column("peak RSS", lambda r: _size(r.peak_rss_bytes), right=True),
+)
+
+
+def _as_markdown(records: Sequence[BenchRecord]) -> str:
+    remarks = [(r, text) for r in records for text in (r.failure, note_of(r)) if text]
+    names = short_names(record.model_filename for record in records)
+    notes = [escape_markdown(f"{names[r.model_filename]}, {r.test}: {text}") for r, text in remarks]
+    return record_table(records).markdown() + "".join(f"\n{note}\n" for note in notes)
+
+
+def _as_json(records: Sequence[BenchRecord]) -> str:
+    payload = [record_to_json(record) for record in records]
+    return json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _as_jsonl(records: Sequence[BenchRecord]) -> str:
+    lines = (json.dumps(record_to_json(r), ensure_ascii=False, allow_nan=False) for r in records)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _as_csv(records: Sequence[BenchRecord]) -> str:
+    return table_of([record_to_json(record) for record in records]).csv() if records else ""
+
+
+FORMATS: MappingProxyType[str, Callable[[Sequence[BenchRecord]], str]] = MappingProxyType(
+    {"md": _as_markdown, "json": _as_json, "jsonl": _as_jsonl, "csv": _as_csv}
+)
