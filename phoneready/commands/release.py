@@ -89,7 +89,7 @@ def release(
     )
     not_logged = _track(chosen, output, label)
     figures, verdicts = read_figures(chosen, output), released.verdicts
-    tables = [verdict_table(figures, d, p) for d, p in zip(figures.dense, figures.pruned, strict=True)]
+    tables = [verdict_table(figures, d, p) for d, p in figures.pairs]
     best = figures.pruned[0]
     lines = [headline(figures), *tables, quality_table(figures)]
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]

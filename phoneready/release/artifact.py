@@ -11,11 +11,15 @@ class Artifact:
     """A GGUF file or the folder of an ONNX variant.
 
     Attributes:
+        role: `dense` or `pruned`, as in Figure.
+        item: The quantization or variant.
         name: What it is called in the release folder.
         root: The file, or the folder.
         path: What a benchmark opens: the file, or the graph in the folder that gives the last position's logits.
     """
 
+    role: str
+    item: str
     name: str
     root: Path
     path: Path

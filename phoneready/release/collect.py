@@ -20,9 +20,6 @@ from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.record import EMULATED, BenchRecord
 from runtime_bench.records.summary import median
 
-_Items = Mapping[str, tuple[str, str]]
-"""Name of an exported file -> its role, and the quantization or variant that it is."""
-
 
 def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures) -> FigureSet:
     """Every figure of `planned_figures`, of the dense model too where it has one.
@@ -39,7 +36,7 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
     found = [size_figure(role, record.quant, record.file, record.file_bytes) for role, record in exports]
     for place in config.bench.targets:
         found += benchmark_figures(config, place, steps.bench_records(place), items)
-    found += _projections(config, steps, items)
+    found += _projections(config, steps)
     for item, subject, evaluation in steps.evaluations():
         found += judgement_figures(item, subject, evaluation)
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
@@ -119,14 +116,13 @@ def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], rol
     return replace(figure, value=max(peaks), samples=peaks, rounds=rounds, low=min(peaks), high=max(peaks))
 
 
-def _projections(config: ReleaseConfig, steps: Steps, items: _Items) -> Iterator[Figure]:
+def _projections(config: ReleaseConfig, steps: Steps) -> Iterator[Figure]:
     if not config.bench.devices:
         return
     wanted = [q for q in config.export.quants if not config.bench.files or q in config.bench.files]
-    for artifact in steps.artifacts():
-        role, item = items[artifact.name]
-        if item in wanted:
-            yield from projected_figures(config, role, item, artifact.name, gguf_facts(artifact.path))
+    for a in steps.artifacts():
+        if a.item in wanted:
+            yield from projected_figures(config, a.role, a.item, a.name, gguf_facts(a.path))
 
 
 def projected_figures(

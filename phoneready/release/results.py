@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from exporters.record import ExportManifest, ExportRecord
 from phoneready.evaluation.record import Evaluation
+from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.answers import Answers
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
@@ -27,8 +27,8 @@ class ReleaseFigures:
         source: The dense model.
         plan: The applied plan.
         evaluation: Of the pruned checkpoint against the dense one.
-        dense: Exports of the dense model, one a quantization.
-        pruned: Exports of the pruned model, in the same order.
+        dense: Exports of the dense model, one a quantization or variant.
+        pruned: Exports of the pruned model.
         answers: What the files answer.
         bench: Benchmark records of all files.
     """
@@ -41,35 +41,34 @@ class ReleaseFigures:
     answers: Answers
     bench: tuple[BenchRecord, ...]
 
+    @property
+    def pairs(self) -> tuple[tuple[ExportRecord, ExportRecord], ...]:
+        """(dense, pruned) of each quantization and variant that the pruned model has."""
+        dense = {record.quant: record for record in self.dense}
+        return tuple((dense[record.quant], record) for record in self.pruned)
+
 
 def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
     """Everything that the stages of a finished release measured."""
     steps = Steps(config, folder, None)
-    names = [artifact.name for artifact in steps.artifacts()]
-    # Dense and pruned take turns.
-    exports = [
-        _exports(config, folder, stage, names[first::2])
-        for first, stage in enumerate(("export-dense", "export-pruned"))
-    ]
     return ReleaseFigures(
         source=read_checkpoint_info(stage_folder(folder, "dense") / "model").source,
         plan=read_record(PruningPlan, stage_folder(folder, "prune") / "model" / PLAN_FILE),
         evaluation=read_record(Evaluation, stage_folder(folder, "evaluate") / EVALUATION_FILE),
-        dense=exports[0],
-        pruned=exports[1],
+        dense=_exports(steps, DENSE),
+        pruned=_exports(steps, PRUNED),
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
         bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
     )
 
 
-def _exports(
-    config: ReleaseConfig, folder: Path, stage: str, names: Sequence[str]
-) -> tuple[ExportRecord, ...]:
-    """The records of a stage, which call the exports as the release does."""
-    kinds = ("gguf", "onnx") if config.export.onnx else ("gguf",)
+def _exports(steps: Steps, role: str) -> tuple[ExportRecord, ...]:
+    """The records of a model's exports, which call them as the release does."""
+    folder = stage_folder(steps.folder, f"export-{role}")
+    kinds = ("gguf", "onnx") if steps.config.export.onnx else ("gguf",)
     found = [
         record
         for kind in kinds
-        for record in read_record(ExportManifest, stage_folder(folder, stage) / kind / "export.json").exports
+        for record in read_record(ExportManifest, folder / kind / "export.json").exports
     ]
-    return tuple(replace(record, file=name) for record, name in zip(found, names, strict=True))
+    return tuple(replace(record, file=steps.artifact(role, record.quant).name) for record in found)

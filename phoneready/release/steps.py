@@ -27,6 +27,7 @@ from exporters.onnx.folder import find_graph
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity
 from phoneready.evaluation.run import evaluate
+from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.release.answers import answer_all
 from phoneready.release.artifact import Artifact
@@ -97,18 +98,17 @@ class Steps:
         return stage_folder(self.folder, stage) / "model"
 
     def artifacts(self) -> list[Artifact]:
-        """What was exported: of each quantization, then of each ONNX variant, the dense model, then the pruned one."""
-        folders = [stage_folder(self.folder, stage) for stage in ("export-dense", "export-pruned")]
-        quants = self.config.export.quants
-        files = [next((folder / "gguf").glob(f"*-{quant}.gguf")) for quant in quants for folder in folders]
-        found = [Artifact(file.name, file, file) for file in files]
-        stems = [file.name.removesuffix(f"-{quants[0]}.gguf") for file in files[:2]]
-        for variant in self.config.export.onnx:
-            for stem, folder in zip(stems, folders, strict=True):
-                root = folder / "onnx" / variant
-                graph = find_graph(str(root), last_logits=True)
-                found.append(Artifact(f"{stem}-{variant}", root, graph))
-        return found
+        """What was exported: of each quantization and variant the dense model, then the pruned one."""
+        return [self.artifact(role, item) for item in self.config.export.names for role in (DENSE, PRUNED)]
+
+    def artifact(self, role: str, item: str) -> Artifact:
+        """The dense or the pruned model in a quantization or variant."""
+        folder, quants = stage_folder(self.folder, f"export-{role}"), self.config.export.quants
+        file = next((folder / "gguf").glob(f"*-{item if item in quants else quants[0]}.gguf"))
+        if item in quants:
+            return Artifact(role, item, file.name, file, file)
+        root, stem = folder / "onnx" / item, file.name.removesuffix(f"-{quants[0]}.gguf")
+        return Artifact(role, item, f"{stem}-{item}", root, find_graph(str(root), last_logits=True))
 
     def dense(self, output: Path, progress: Progress) -> None:
         """Load the model, draw its calibration windows, keep both."""
@@ -168,9 +168,8 @@ class Steps:
         """Exports of the pruned model in their own runtime, against the dense checkpoint."""
         dense = self._load("dense", progress)
         opening = OpenSettings(self.config.evaluate.seqlen, threads=self.threads)
-        for item, artifact in self.pruned_artifacts().items():
-            if item not in self.config.evaluate.files:
-                continue
+        for item in self.config.evaluate.files:
+            artifact = self.artifact(PRUNED, item)
             root = str(artifact.root)
             with open_language_model(root, runtime_for(root), opening, progress=progress) as model:
                 self._judge(model, dense, artifact.name, output / f"{item}.json", progress)
@@ -179,10 +178,9 @@ class Steps:
         """(item, name, judgement) of the checkpoint and of every export that was judged."""
         path = stage_folder(self.folder, "evaluate") / EVALUATION_FILE
         yield CHECKPOINT, CHECKPOINT, read_record(Evaluation, path)
-        artifacts = self.pruned_artifacts() if self.config.evaluate.files else {}
         for item in self.config.evaluate.files:
             path = stage_folder(self.folder, "evaluate-files") / f"{item}.json"
-            yield item, artifacts[item].name, read_record(Evaluation, path)
+            yield item, self.artifact(PRUNED, item).name, read_record(Evaluation, path)
 
     def _judge(
         self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
@@ -232,10 +230,8 @@ class Steps:
         A place that cannot be reached is no reason to lose all else: its rows are recorded as failed.
         """
         wanted = self.config.bench.files or self.config.export.names
-        items = self.config.export.names
         # Dense and pruned take turns.
-        chosen = [a for i, a in enumerate(self.artifacts()) if items[i // 2] in wanted]
-        names = {str(artifact.path): artifact.name for artifact in chosen}
+        names = {str(a.path): a.name for a in self.artifacts() if a.item in wanted}
         settings = self.config.bench.settings(self.config.seed)
         files = [Path(path) for path in names]
         target: Target
@@ -251,10 +247,6 @@ class Steps:
     def bench_records(self, place: str) -> list[BenchRecord]:
         """What was measured at a place."""
         return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
-
-    def pruned_artifacts(self) -> dict[str, Artifact]:
-        """Quantization or variant -> its export of the pruned model."""
-        return dict(zip(self.config.export.names, self.artifacts()[1::2], strict=True))
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         """A stage's checkpoint, with the origin of the model that it was made from."""

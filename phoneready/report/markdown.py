@@ -34,7 +34,7 @@ def render_report(
     config: ReleaseConfig, figures: ReleaseFigures, versions: Mapping[str, str], commands: Sequence[str]
 ) -> str:
     """The report as Markdown."""
-    pairs = list(zip(figures.dense, figures.pruned, strict=True))
+    pairs = figures.pairs
     context: dict[str, Any] = {
         "config": config,
         "figures": figures,
@@ -63,7 +63,7 @@ def render_report(
 
 def headline(figures: ReleaseFigures) -> str:
     """The outcome in one sentence."""
-    dense, pruned = figures.dense[0], figures.pruned[0]
+    dense, pruned = figures.pairs[0]
     share, size = 1 - figures.plan.keep_ratio, pruned.file_bytes / dense.file_bytes
     parts = [
         f"{share:.1%} of the FFN channels removed",
@@ -180,7 +180,7 @@ def _parity_table(figures: ReleaseFigures) -> str:
 def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
     """Question by question: the checkpoints' answers, then the files'."""
     sides = [("checkpoint", figures.evaluation.against_answers, figures.evaluation.answers)]
-    for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+    for dense, pruned in figures.pairs:
         said = figures.answers.answers
         sides.append((dense.quant, said[dense.file], said[pruned.file]))
     return [

@@ -30,7 +30,7 @@ def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot:
             data.append(_line(f"sweep, {name}", series, len(data), dash="dot"))
     for name, ratio in _ratios(figures.evaluation).items():
         data.append(_line(f"checkpoint, {name}", [(0.0, 1.0), (removed, ratio)], len(data)))
-    for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+    for dense, pruned in figures.pairs:
         base = dense.parity.ppl_checkpoint
         series = [(0.0, dense.parity.ppl_export / base), (removed, pruned.parity.ppl_export / base)]
         data.append(_line(f"{dense.quant}, file", series, len(data), dash="dash"))
@@ -51,7 +51,7 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
         return None
     test, threads = tests[0]
     data = []
-    for index, pair in enumerate(zip(figures.dense, figures.pruned, strict=True)):
+    for index, pair in enumerate(figures.pairs):
         for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
             record = group.find(export.file, test, threads)
             if record is None or not record.has_speed:
@@ -76,7 +76,7 @@ def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     """Speed of pruned over dense with intervals, one row a workload; None where nothing compares."""
     found = [
         (dense.quant, index, rows)
-        for index, (dense, pruned) in enumerate(zip(figures.dense, figures.pruned, strict=True))
+        for index, (dense, pruned) in enumerate(figures.pairs)
         if (rows := _comparisons(group.pairs(dense.file, pruned.file)))
     ]
     if not found:

@@ -86,7 +86,7 @@ def _context(report: ReportInput, groups: Sequence[BenchGroup]) -> dict[str, Any
         "tiles": _tiles(report, first),
         "overview": overview_table(figures, first),
         "comparisons": [
-            (record.quant, comparison_table(figures, first, i)) for i, record in enumerate(figures.dense)
+            (pruned.quant, comparison_table(first, dense, pruned)) for dense, pruned in figures.pairs
         ],
         "first_group": first,
         "quality": quality_rows(figures.evaluation),
@@ -121,7 +121,7 @@ def _outcome(verdicts: Sequence[BudgetVerdict]) -> Mark:
 
 def _tiles(report: ReportInput, group: BenchGroup | None) -> list[Tile]:
     """The first quantization in a few figures."""
-    dense, pruned = report.figures.dense[0], report.figures.pruned[0]
+    dense, pruned = report.figures.pairs[0]
     size = f"{pruned.file_bytes / dense.file_bytes:.3f}"
     tiles = [Tile("file size", format_bytes(pruned.file_bytes), size)]
     if group:
@@ -159,7 +159,7 @@ def _answers(report: ReportInput) -> list[dict[str, Any]]:
                 why.reasons[i] if why else None,
             )
             sides.append(("checkpoint, in torch", e.against_answers[i], e.answers[i], *flags))
-        for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+        for dense, pruned in figures.pairs:
             said = figures.answers.answers
             sides.append((f"{dense.quant} file", said[dense.file][i], said[pruned.file][i], None, None))
         found.append({"prompt": prompt, "sides": sides})

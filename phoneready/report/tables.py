@@ -81,7 +81,7 @@ def overview_table(figures: ReleaseFigures, group: BenchGroup | None) -> Table:
     header = ["file", "size", "perplexity", "KL to its checkpoint", "same top-1"]
     header += [f"{test}, {threads} thr." for test, threads in tests] + ["peak memory"]
     rows: list[tuple[Cell, ...]] = []
-    for dense, pruned in zip(figures.dense, figures.pruned, strict=True):
+    for dense, pruned in figures.pairs:
         for role, record in (("dense", dense), ("pruned", pruned)):
             p = record.parity
             row = [f"{record.quant} {role}", format_bytes(record.file_bytes), f"{p.ppl_export:.2f}"]
@@ -91,9 +91,8 @@ def overview_table(figures: ReleaseFigures, group: BenchGroup | None) -> Table:
     return Table(tuple(header), tuple(rows), wide=True)
 
 
-def comparison_table(figures: ReleaseFigures, group: BenchGroup | None, index: int) -> Table:
+def comparison_table(group: BenchGroup | None, dense: ExportRecord, pruned: ExportRecord) -> Table:
     """One quantization: both files, their ratio, and what the samples allow to say."""
-    dense, pruned = figures.dense[index], figures.pruned[index]
     p, q = dense.parity, pruned.parity
     rows: list[tuple[Cell, ...]] = [
         _ratio_row("file size", dense.file_bytes, pruned.file_bytes, format_bytes),

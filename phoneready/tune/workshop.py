@@ -28,13 +28,11 @@ from cfsp.text.calibration import Calibration, load_calibration
 from exporters.gguf import QUANTS
 from exporters.gguf.draft import draft_gguf
 from exporters.onnx.folder import find_graph
+from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.sizes import Sizes
 from phoneready.tune.space import Point, Recipe
-
-DENSE = "dense"
-"""Name of the dense model among checkpoints."""
 
 
 @dataclass
@@ -131,7 +129,8 @@ class Workshop:
         Raises:
             LimitError: An ONNX graph is too far from the checkpoint.
         """
-        folder = self._work / f"files-{'dense' if checkpoint.name == DENSE else 'pruned'}"
+        role = DENSE if checkpoint.name == DENSE else PRUNED
+        folder = self._work / f"files-{role}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         if item in QUANTS:
@@ -139,7 +138,7 @@ class Workshop:
             file = draft_gguf(
                 checkpoint, folder, [item], name=name, use_imatrix=use, n_threads=self._n_threads
             )[item]
-            return Artifact(file.name, file, file)
+            return Artifact(role, item, file.name, file, file)
         from exporters.onnx import export_onnx
 
         export_onnx(
@@ -148,13 +147,13 @@ class Workshop:
             (item,),
             calibration=moment_windows(self.calibration.input_ids),
             # As in a release: the dense model need not fit what the pruned one must.
-            mixed_bytes=None if checkpoint.name == DENSE else self.config.export.mixed_bytes,
+            mixed_bytes=None if role == DENSE else self.config.export.mixed_bytes,
             name=name,
             n_threads=self.threads,
             progress=self.progress,
         )
         root = folder / "onnx" / item
-        return Artifact(f"{name}-{item}", root, find_graph(str(root), last_logits=True))
+        return Artifact(role, item, f"{name}-{item}", root, find_graph(str(root), last_logits=True))
 
     def clear(self) -> None:
         """Delete everything but the plans."""

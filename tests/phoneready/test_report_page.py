@@ -340,3 +340,15 @@ class Nesting(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_files_are_compared_by_what_they_are_not_by_their_position(
+    make_report_input: MakeReportInput,
+) -> None:
+    report = make_report_input("Tiny")
+    shuffled = replace(report.figures, dense=report.figures.dense[::-1])
+    assert [dense.quant for dense, _ in shuffled.pairs] == [pruned.quant for pruned in shuffled.pruned]
+    assert render_report(report.config, shuffled, {}, []).count("Tiny-pruned-Q4_0.gguf")
+    assert verdict_table(shuffled, *shuffled.pairs[0]) == verdict_table(
+        report.figures, report.figures.dense[0], report.figures.pruned[0]
+    )
