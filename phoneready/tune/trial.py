@@ -179,7 +179,7 @@ class Bench:
                 [one.path for one in files], settings, self.shop.progress, target=open_place(place)
             )
             named = [replace(r, model_filename=names[r.model_filename]) for r in records]
-            roles = {one.name: (role, item) for one, role in zip(files, (PRUNED, DENSE), strict=False)}
+            roles = {one.name: (one.role, item) for one in files}
             yield from benchmark_figures(config, place, named, roles)
 
     def _dense_file(self, point: Point) -> Artifact:
