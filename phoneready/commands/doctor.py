@@ -14,8 +14,9 @@ from typing import Any
 
 import typer
 
-from cfsp.errors import MissingExtraError
+from cfsp.errors import InputError, MissingExtraError
 from cfsp.models.builtin import cache_directory
+from cfsp.plugins import ENGINES, METRICS, TARGETS, Plugin, find_plugins
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import format_bytes, write_result
 
@@ -99,7 +100,14 @@ def examine() -> list[Check]:
     """All checks, in the order shown."""
     checks = [_check_python(), *map(_check_required, REQUIRED)]
     checks += [_check_optional(name, extra) for name, extra in OPTIONAL.items()]
-    return [*checks, _check_llama_library(), _check_processor(), _check_memory(), *_check_cache()]
+    return [
+        *checks,
+        _check_llama_library(),
+        _check_processor(),
+        _check_memory(),
+        *_check_cache(),
+        *_check_plugins(),
+    ]
 
 
 def _check_python() -> Check:
@@ -189,6 +197,27 @@ def _check_cache() -> list[Check]:
         Check("disk", state, f"{format_bytes(free)} free at {existing}", hint),
         Check("cache folder", "ok", f"{folder}: {_contents(folder)}"),
     ]
+
+
+def _check_plugins() -> list[Check]:
+    from runtime_bench import engines
+    from runtime_bench.targets import table
+
+    built_in = {ENGINES: engines.ENGINES, TARGETS: table.TARGETS, METRICS: ()}
+    return [
+        _check_plugin(group, plugin)
+        for group, names in built_in.items()
+        for plugin in find_plugins(group, names)
+    ]
+
+
+def _check_plugin(group: str, plugin: Plugin) -> Check:
+    name = f"{group.removeprefix('phoneready.').removesuffix('s')} {plugin.entry.name}"
+    try:
+        plugin.load(object)
+    except InputError as error:
+        return Check(name, "warning", str(error))
+    return Check(name, "ok", f"plugin of {plugin.origin}")
 
 
 def _contents(folder: Path) -> str:

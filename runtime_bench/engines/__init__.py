@@ -1,7 +1,7 @@
 """Engines: the runtimes that an exported file is measured in.
 
 A row of ENGINES names the adapter's module; its import happens when it is used, so that a
-measuring process holds nothing but its own engine.
+measuring process holds nothing but its own engine. Other distributions add rows by entry point (cfsp.plugins).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, cast
 
+from cfsp import plugins
 from cfsp.errors import InputError, MissingExtraError
 
 __all__ = [
@@ -120,24 +121,24 @@ class EngineSpec:
         module: Adapter with `prepare()` and `open_session(path, settings)`.
         package: Import name of the runtime.
         distribution: What it is called where it is installed from.
-        extra: Extra of phoneready that brings it.
         suffix: Of the files it runs; the first engine for a suffix is the default.
+        extra: Extra of phoneready that brings it; empty where none does.
     """
 
     module: str
     package: str
     distribution: str
-    extra: str
     suffix: str
+    extra: str = ""
 
 
 _ENGINES = "runtime_bench.engines"
 ENGINES = MappingProxyType(
     {
-        "llama.cpp": EngineSpec(f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", "gguf", ".gguf"),
-        "onnxruntime": EngineSpec(f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", "onnx", ".onnx"),
+        "llama.cpp": EngineSpec(f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", ".gguf", "gguf"),
+        "onnxruntime": EngineSpec(f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", ".onnx", "onnx"),
         "onnxruntime-genai": EngineSpec(
-            f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", "onnx", ".onnx"
+            f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", ".onnx", "onnx"
         ),
     }
 )
@@ -149,19 +150,22 @@ def engine_for(path: Path) -> str:
     Raises:
         InputError: No engine runs files of this kind.
     """
-    found = next((name for name, spec in ENGINES.items() if spec.suffix == path.suffix.lower()), None)
-    if found is None:
-        known = ", ".join(dict.fromkeys(spec.suffix for spec in ENGINES.values()))
-        raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=known)
-    return found
+    known: list[str] = []
+    for name in (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES)):
+        known.append(_spec(name).suffix)
+        if known[-1] == path.suffix.lower():
+            return name
+    allowed = ", ".join(dict.fromkeys(known))
+    raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
 
 
 def check_engine(engine: str) -> None:
     """Check that an engine is known, be it installed or not.
 
     Raises:
-        InputError: Unknown engine.
+        InputError: Unknown engine, or plugins of one name.
     """
+    plugins.load_plugins(plugins.ENGINES, ENGINES)
     _spec(engine)
 
 
@@ -169,12 +173,11 @@ def require_engine(engine: str) -> None:
     """Check that an engine can be used, without importing it.
 
     Raises:
-        InputError: Unknown engine.
+        InputError: Unknown engine, or plugins of one name.
         MissingExtraError: Its package is not installed.
     """
-    spec = _spec(engine)
-    if importlib.util.find_spec(spec.package) is None:
-        raise MissingExtraError(spec.distribution, spec.extra)
+    check_engine(engine)
+    _require_package(_spec(engine))
 
 
 def prepare_engine(engine: str) -> None:
@@ -184,7 +187,7 @@ def prepare_engine(engine: str) -> None:
         InputError: Unknown engine.
         MissingExtraError: Its package is not installed.
     """
-    require_engine(engine)
+    _require_package(_spec(engine))
     _module(engine).prepare()
 
 
@@ -198,9 +201,21 @@ def open_session(engine: str, path: Path, settings: SessionSettings) -> Session:
 
 
 def _spec(engine: str) -> EngineSpec:
-    if engine not in ENGINES:
-        raise InputError("unknown engine", field="engine", value=engine, allowed=", ".join(ENGINES))
-    return ENGINES[engine]
+    if engine in ENGINES:  # a measuring process looks no further
+        return ENGINES[engine]
+    others = plugins.load_plugins(plugins.ENGINES, ENGINES)
+    if engine not in others:
+        known = ", ".join((*ENGINES, *others))
+        raise InputError("unknown engine", field="engine", value=engine, allowed=known)
+    return others[engine].load(EngineSpec)
+
+
+def _require_package(spec: EngineSpec) -> None:
+    if importlib.util.find_spec(spec.package) is not None:
+        return
+    if spec.extra:
+        raise MissingExtraError(spec.distribution, spec.extra)
+    raise InputError(f"{spec.distribution} is not installed; run: pip install '{spec.distribution}'")
 
 
 def _module(engine: str) -> _EngineModule:

@@ -108,6 +108,8 @@ class Remote:
     def require(self, engine: str) -> None:
         """See `Target`. Whether the machine has the engine, a run finds out, so that other rows go on."""
         check_engine(engine)
+        if engine not in (_NATIVE, *_PACKAGES):
+            raise InputError("runs on no other machine", field="engine", value=engine, allowed="--on local")
 
     def environment(self) -> Environment:
         """See `Target`. It connects; a machine that does not answer is unknown, and runs on it say why."""

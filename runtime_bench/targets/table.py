@@ -1,4 +1,5 @@
-"""What `bench --on` can name: a row for each kind of target. Whatever follows a colon is the target's address."""
+"""What `bench --on` can name: a row for each kind of target. Whatever follows a colon is the target's address. Other
+distributions add rows by entry point (cfsp.plugins)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from cfsp import plugins
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from cfsp.units import parse_bytes
@@ -106,9 +108,10 @@ def find_row(name: str) -> tuple[TargetRow, str]:
         InputError: There is none, or the address is missing or too much.
     """
     kind, colon, address = name.partition(":")
-    row = TARGETS.get(kind)
+    others = plugins.load_plugins(plugins.TARGETS, TARGETS)
+    row = others[kind].load(TargetRow) if kind in others else TARGETS.get(kind)
     if row is None or bool(colon) != (":" in row.form) or (colon and not address):
-        forms = ", ".join(row.form for row in TARGETS.values())
+        forms = ", ".join([*(known.form for known in TARGETS.values()), *others])
         raise InputError("unknown target", field="--on", value=name, allowed=forms)
     return row, address
 

@@ -1,0 +1,96 @@
+"""Rows that another distribution brings to a table of ours by entry point: an engine, a target, a metric.
+
+    [project.entry-points."phoneready.engines"]
+    toy = "phoneready_toy:ENGINE"
+
+The entry point's name is the row's, and what it points to is the row. Names are read from the installed metadata; a
+plugin's own code runs when its row is used, and not before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from cfsp.errors import InputError
+
+ENGINES = "phoneready.engines"
+TARGETS = "phoneready.targets"
+METRICS = "phoneready.metrics"
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point.
+
+    Attributes:
+        entry: Its name and what it points to.
+        problem: Why its name cannot be used; None where it can.
+    """
+
+    entry: EntryPoint
+    problem: str | None
+
+    @property
+    def origin(self) -> str:
+        """The distribution that brings it, with its version."""
+        return _origin(self.entry)
+
+    def load(self, kind: type[Row]) -> Row:
+        """The row itself; this imports the plugin.
+
+        Raises:
+            InputError: It cannot be imported, or is no row of this table.
+        """
+        if self.problem:
+            raise InputError(self.problem)
+        name = f"plugin {self.entry.name} of {self.origin}"
+        try:
+            row = self.entry.load()
+        except Exception as error:  # whatever a stranger's module does when it is imported
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{name} cannot be imported: {reason}") from error
+        if not isinstance(row, kind):
+            raise InputError(f"{name} is of type {type(row).__name__}", allowed=kind.__name__)
+        return row
+
+
+def find_plugins(group: str, built_in: Collection[str] = ()) -> list[Plugin]:
+    """Every plugin of a group that is installed, those whose names cannot be used among them.
+
+    Args:
+        group: ENGINES, TARGETS or METRICS.
+        built_in: Names that the table has without plugins.
+    """
+    entries = sorted(entry_points(group=group), key=lambda entry: (entry.name, _origin(entry)))
+    return [Plugin(entry, _problem(entry, entries, built_in)) for entry in entries]
+
+
+def load_plugins(group: str, built_in: Collection[str] = ()) -> dict[str, Plugin]:
+    """The plugins of a group by their names; none is imported yet.
+
+    Raises:
+        InputError: Two have one name, or one has the name of a built-in row: which of them is meant, nobody can tell.
+    """
+    plugins = find_plugins(group, built_in)
+    for plugin in plugins:
+        if plugin.problem:
+            raise InputError(plugin.problem)
+    return {plugin.entry.name: plugin for plugin in plugins}
+
+
+def _problem(entry: EntryPoint, entries: Collection[EntryPoint], built_in: Collection[str]) -> str | None:
+    owners = [_origin(other) for other in entries if other.name == entry.name]
+    if len(owners) > 1:
+        return f"several plugins are called {entry.name}: {', '.join(owners)}; uninstall all but one"
+    if entry.name in built_in:
+        return f"plugin {entry.name} of {owners[0]} is called like a built-in one; uninstall it or rename it"
+    return None
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
