@@ -9,7 +9,8 @@
     bench-<target> all of them, in turns, for each target
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
-Report and manifest are written from what the stages left, in every run; the files are linked into the folder.
+Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
+ONNX folders copied.
 """
 
 from __future__ import annotations

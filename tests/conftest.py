@@ -33,6 +33,8 @@ from runtime_bench.workload import Workload
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+pytest_plugins = ["skips"]
+
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "Once upon a time there was a small model that lived in a telephone.",

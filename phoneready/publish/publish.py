@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, atomic_file, write_json, write_text
+from cfsp.files import write_json, write_text
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.models.folder_format import NOTICE_PATTERNS
 from cfsp.models.reference import load_tokenizer
@@ -27,6 +26,7 @@ from phoneready.publish.contents import describe_files, is_inside, write_sums
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest, make_manifest
 from phoneready.publish.model_card import model_card_text
 from phoneready.publish.modelfile import modelfile_text
+from phoneready.publish.placing import place
 from phoneready.release.artifact import Artifact
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
@@ -49,7 +49,7 @@ _MADE = (
 def publish(
     config: ReleaseConfig, folder: Path, figures: ReleaseFigures, stages: Sequence[StageRecord]
 ) -> ReleaseManifest:
-    """Link the files into the folder; write reports, card, Modelfile, bill of materials, hashes and manifest.
+    """Place the files in the folder; write reports, card, Modelfile, bill of materials, hashes and manifest.
 
     Everything is made from what the stages left. The manifest and SHA256SUMS come last.
     """
@@ -58,7 +58,7 @@ def publish(
     manifest = make_manifest(config, figures, checkpoint, stages)
     before, artifacts = _published_before(folder), steps.artifacts()
     for artifact in artifacts:
-        _publish(artifact, folder / artifact.name)
+        place(artifact.root, folder / artifact.name)
     licenses = _copy_licenses(steps.checkpoint(steps.final), folder)
     names = [artifact.name for artifact in artifacts]
     known = _known_hashes(artifacts, figures)
@@ -93,7 +93,7 @@ def _known_hashes(artifacts: Sequence[Artifact], figures: ReleaseFigures) -> dic
 def _copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
     files = [file for pattern in NOTICE_PATTERNS for file in sorted(checkpoint.glob(pattern))]
     for file in files:
-        _link(file, folder / file.name)
+        place(file, folder / file.name)
     return [file.name for file in files]
 
 
@@ -165,38 +165,8 @@ def _published_before(folder: Path) -> set[str]:
     return {name for name in licenses | {file.file for file in manifest.files} if is_inside(name)}
 
 
-def _publish(artifact: Artifact, destination: Path) -> None:
-    """Give a file, or all files of a folder, a second name."""
-    if artifact.root.is_file():
-        _link(artifact.root, destination)
-        return
-    files = sorted(path for path in artifact.root.rglob("*") if path.is_file())
-    names = [file.relative_to(artifact.root) for file in files]
-    there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
-    if there == set(names) and all(
-        (destination / name).samefile(file) for name, file in zip(names, files, strict=True)
-    ):
-        return
-    with atomic_directory(destination, force=True) as folder:
-        for name, file in zip(names, files, strict=True):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(file, folder / name)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _link(source: Path, destination: Path) -> None:
-    """Give a file a second name; a copy where the file system has no links."""
-    if destination.exists() and destination.samefile(source):
-        return
-    with atomic_file(destination) as temporary:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)

@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnx_ir
 import pytest
 import typer
 from huggingface_hub import ModelCard
@@ -25,6 +28,7 @@ from phoneready.publish.contents import Content, describe_files, read_sums
 from phoneready.publish.manifest import ReleaseManifest, make_manifest
 from phoneready.publish.model_card import model_card_text
 from phoneready.publish.modelfile import modelfile_text
+from phoneready.publish.placing import place
 from phoneready.publish.publish import seal_release
 from phoneready.publish.single_commands import single_commands
 from phoneready.publish.verify import verify_release
@@ -96,6 +100,37 @@ def test_no_change_of_the_hashes_themselves_goes_unseen(release: Path) -> None:
         changed[position] ^= 1
         path.write_bytes(bytes(changed))
         assert main(["verify", str(release)]) != 0, position
+
+
+def test_a_placed_folder_of_graphs_opens_and_is_not_copied_again_unless_it_changed(tmp_path: Path) -> None:
+    source, released = tmp_path / "stages" / "int8", tmp_path / "tiny-int8"
+    (source / "onnx").mkdir(parents=True)
+    weight = onnx.numpy_helper.from_array(np.arange(4096, dtype=np.float32), "w")
+    output = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [4096])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [output], [weight]))
+    onnx.save(model, source / "onnx" / "m.onnx", save_as_external_data=True, location="m.onnx_data")
+    (source / "config.json").write_text("{}", encoding="utf-8")
+    place(source, released)
+    graph = released / "onnx" / "m.onnx"
+    onnx.checker.check_model(graph)
+    opened = onnx_ir.load(graph).graph.initializers["w"].const_value
+    assert opened is not None
+    assert opened.tobytes() == onnx.load(graph).graph.initializer[0].raw_data
+
+    def identities() -> dict[str, int]:
+        return {path.name: path.stat().st_ino for path in released.rglob("*") if path.is_file()}
+
+    before = identities()
+    place(source, released)
+    assert identities() == before
+    # What an earlier version left: a second name.
+    (released / "onnx" / "m.onnx_data").unlink()
+    (released / "onnx" / "m.onnx_data").hardlink_to(source / "onnx" / "m.onnx_data")
+    place(source, released)
+    onnx.checker.check_model(graph)
+    (released / "config.json").write_text("[]", encoding="utf-8")
+    place(source, released)
+    assert (released / "config.json").read_text(encoding="utf-8") == "{}"
 
 
 def test_missing_further_and_linked_files_are_found(release: Path) -> None:
