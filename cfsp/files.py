@@ -13,54 +13,140 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from cfsp.errors import InputError
 
 _MARK = ".tmp-"
+PAGE = re.compile(rb"(?i)\A\s*<!doctype html")
+"""How a page begins that a page may replace; for `refuse_existing`."""
 
 
-def refuse_existing(path: Path, *, force: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Refuse a path that something new is to appear at, where that cannot be or would destroy something.
+def refuse_existing(
+    path: Path, *, force: bool = False, inputs: Iterable[Path] = (), like: re.Pattern[bytes] | None = None
+) -> None:
+    """Refuse a path at which something new is to appear, where that cannot be or would destroy something.
+
+    This is the one place that says what may be replaced.
 
     Args:
-        path: A file or folder to create.
-        force: What is there may be replaced.
+        path: A folder to create, or with `like` a file.
+        force: What phoneready wrote there before may be replaced: a folder that carries a record, or a file whose
+            beginning matches `like`; an empty one always.
         inputs: What the new thing is made from; never replaced.
+        like: What the beginning of such a file matches, as `record_head` says for records.
 
     Raises:
-        InputError: It exists and is not an empty directory, unless `force`; it is or holds an input; it is a directory
-            that cannot be renamed, which is how folders are replaced; or it lies below a file.
+        InputError: It exists and may not be replaced; it is or holds an input, the home or the working directory, or a
+            mount; it is a device, a pipe or a socket; it lies below a file; or no file system takes its name.
     """
-    _refuse_below_a_file(path)
-    if not path.exists():
+    found = _status(path)
+    if found is None:
         return
+    if stat.S_ISDIR(found.st_mode) != (like is None):
+        raise InputError(f"cannot write {path}: it is a {'directory' if like else 'file'}")
     whole = path.resolve()
     for kept in inputs:
-        if kept.exists() and kept.resolve().is_relative_to(whole):
+        if os.path.exists(kept) and kept.resolve().is_relative_to(whole):  # noqa: PTH110  (a name may be too long)
             raise InputError(f"{path} would replace {kept}, which is read; choose another path")
-    if whole == Path.cwd() or os.path.ismount(whole):
+    homes = (Path.cwd(), Path(os.path.expanduser("~")).resolve())  # noqa: PTH111  (that needs no passwd entry)
+    if os.path.ismount(whole) or any(home.is_relative_to(whole) for home in homes):
         raise InputError(f"{path} cannot be replaced as a whole; choose a folder inside it")
-    if force or (path.is_dir() and not any(path.iterdir())):
+    if found.st_size == 0 if like else not any(path.iterdir()):
         return
-    raise InputError(f"{path} exists already; choose another path or pass --force")
+    if not force:
+        raise InputError(f"{path} exists already; choose another path or pass --force")
+    if not (_begins(path, like) if like else _is_ours(path)):
+        raise InputError(
+            f"{path} is nothing that phoneready wrote, and is not replaced; choose another path, or remove it first"
+        )
+
+
+def record_head(*kinds: str) -> re.Pattern[bytes]:
+    """What records of these kinds (all, without any) begin with on the disk; for `refuse_existing`."""
+    kind = "|".join(map(re.escape, kinds)) or r"[\w-]+"
+    return re.compile(rb'\A\{\s*"kind": "(%s)",\s*"schema_version": \d' % kind.encode())
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raise InputError where no file can be at `path`: it is a directory, or lies below something that is none."""
-    if path.is_dir():
+    """Raise InputError where no file can be at `path`, or what is there is none: a folder, a device, a pipe."""
+    found = _status(path)
+    if found and stat.S_ISDIR(found.st_mode):
         raise InputError(f"cannot write {path}: it is a directory")
-    _refuse_below_a_file(path)
 
 
-def _refuse_below_a_file(path: Path) -> None:
-    above = next((parent for parent in path.absolute().parents if parent.exists()), Path("/"))
+def _status(path: Path) -> os.stat_result | None:
+    """What is at a path to be written to, None for nothing."""
+    above = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path("/"))  # noqa: PTH110
     if not above.is_dir():
         raise InputError(f"cannot write {path}: {above} is not a directory")
+    place = Path(os.path.realpath(path.parent), path.name)
+    try:
+        str(path).encode()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            (place.with_name(f".{path.name}{_MARK}12345678") if path.name else place).joinpath(
+                "x" * 64
+            ).lstat()
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its name is not UTF-8"
+        raise InputError(f"cannot write {str(path)!r}: {reason}") from error
+    # /dev/stdout and the like lead to whatever is open, a file perhaps; a rename would replace the link itself.
+    special = place.is_relative_to("/proc") or (place.is_relative_to("/dev") and place.is_symlink())
+    if special or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise InputError(f"cannot write {path}: it is a device, a pipe or a socket; name a file")
+    return found
+
+
+def _begins(file: Path, pattern: re.Pattern[bytes]) -> bool:
+    with file.open("rb") as stream:
+        return pattern.search(stream.read(1 << 16)) is not None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder carries a record, or consists of folders that do, as an export of two families does."""
+    if any(file.is_file() and _begins(file, record_head()) for file in folder.glob("*.json")):
+        return True
+    parts = list(folder.iterdir())
+    return bool(parts) and all(part.is_dir() and not part.is_symlink() and _is_ours(part) for part in parts)
+
+
+@contextmanager
+def claim_output(path: Path) -> Iterator[None]:
+    """Keep other runs from writing `path` while the block runs, and clear away what killed ones left beside it.
+
+    Raises:
+        InputError: Another run has claimed it, or it cannot be written.
+    """
+    _status(path)
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    with no_space_as_input_error(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path.parent / f".{path.name}.lock", timeout=0, is_singleton=True)
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise InputError(f"another run is writing {path}; wait for it, or choose another path") from error
+    try:
+        remove_stale_temporaries(path.parent, path.name)
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
 
 
 @contextmanager
@@ -83,25 +169,37 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; on success its files are synced and it becomes `path`.
 
+    Args:
+        path: The folder to create.
+        force: What phoneready wrote there may be replaced.
+        own: The folder is part of one that this run has claimed: whatever is there is replaced.
+
     Raises:
-        InputError: `path` exists, is not an empty directory, and `force` is not set.
+        InputError: As `refuse_existing` and `claim_output`.
     """
-    refuse_existing(path, force=force)
-    with no_space_as_input_error(path):
+    with nullcontext() if own else claim_output(path), no_space_as_input_error(path):
+        refuse = partial(refuse_existing, path, force=force) if not own else partial(_status, path)
+        refuse()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
+        temporary.chmod(0o700)  # whatever the umask
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     fsync_file(file)
+                    # Some libraries make their files readable for their owner alone.
+                    file.chmod((file.stat().st_mode & 0o777 | 0o666) & ~_umask())
+            refuse()
             temporary.chmod(0o777 & ~_umask())
             _replace_directory(temporary, path)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if temporary.exists():
+                temporary.chmod(0o700)
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -171,9 +269,15 @@ def fsync_file(path: Path) -> None:
 def _replace_directory(temporary: Path, path: Path) -> None:
     if path.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
-        path.rename(old / path.name)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            path.rename(old / path.name)
+            try:
+                temporary.rename(path)
+            except OSError:
+                (old / path.name).rename(path)
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(path)
     fsync_directory(path.parent)
@@ -188,12 +292,13 @@ def _umask() -> int:
 _UNWRITABLE = (
     *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR),
     *(errno.EISDIR, errno.EEXIST, errno.EBUSY, errno.EXDEV),
+    *(errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG),
 )
 # Libraries that write for us say so in words alone: safetensors' errors are no OSErrors, numpy's carry no errno,
 # and torch says no more than that its archive could not be written.
 _NO_SPACE = re.compile(
-    r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed writing"
-    r"|inline_container\.cc.*unexpected pos"
+    r"No space left on device|Disk quota exceeded|File too large|\d+ requested and \d+ written"
+    r"|PytorchStreamWriter failed writing|inline_container\.cc.*unexpected pos"
 )
 
 

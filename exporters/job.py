@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries, sha256_file
+from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.reference import load_tokenizer
 from cfsp.progress import Progress
@@ -158,7 +158,6 @@ def open_job(checkpoint: Path, output: Path, model: Any, settings: JobSettings) 
     windows, text = choose_windows(tokenizer, config.context_length, settings.parity_windows)
     reference = reference_of(model, windows, text=text, progress=progress)
     del model
-    remove_stale_temporaries(output.parent, output.name)
     with atomic_directory(output, force=settings.force) as folder:
         yield Job(
             checkpoint=checkpoint,

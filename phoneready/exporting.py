@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, refuse_existing, remove_stale_temporaries
+from cfsp.files import atomic_directory, refuse_existing
 from cfsp.models.reference import load_model
 from cfsp.progress import Progress, no_progress
 from cfsp.text.calibration import SELF, load_calibration
@@ -66,7 +66,7 @@ def export_checkpoint(
         LimitError: Something is too far from the checkpoint. Nothing is left.
     """
 
-    refuse_existing(output, force=force, inputs=[checkpoint])
+    refuse_existing(output, force=force, inputs=[checkpoint, *map(Path, request.calibration)])
     _check(request)
     text = _calibration(checkpoint, request, progress)
 
@@ -104,7 +104,6 @@ def export_checkpoint(
     kinds |= {"onnx": onnx} if request.variants else {}
     if len(kinds) == 1:
         return next(iter(kinds.values()))(output, force=force)
-    remove_stale_temporaries(output.parent, output.name)
     with atomic_directory(output, force=force) as folder:
         return tuple(
             _within(kind, record)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError, LimitError, MissingExtraError
-from cfsp.files import refuse_existing
+from cfsp.files import claim_output, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
@@ -104,31 +105,34 @@ def recover(
     arguments = training_arguments(settings, folder.path, use_cpu=device == "cpu")
     is_main = arguments.process_index == 0
     progress = progress if is_main else no_progress
-    inputs = load_inputs(
-        checkpoint,
-        teacher,
-        settings,
-        data=(*data, *validation),
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    with arguments.main_process_first(local=False):
-        drawn = load_recovery_data(
-            data, validation, inputs.loaded.tokenizer, settings, dense=inputs.teacher, progress=progress
+    with ExitStack() as claims:
+        for path in (output, folder.path) if is_main else ():
+            claims.enter_context(claim_output(path))
+        inputs = load_inputs(
+            checkpoint,
+            teacher,
+            settings,
+            data=(*data, *validation),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
         )
-    dtype = product_dtype(settings.dtype, arguments.device.type)
-    tokens_per_step = _tokens_per_step(settings, arguments.world_size)
-    mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
-    with arguments.main_process_first(local=False):
-        folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
-    student = _student(inputs, settings, dtype)
-    held = drawn.validation
-    run = Run(student, mix, held, settings, folder, tokens_per_step, progress)
-    train(run, arguments)
-    record = _record(checkpoint, run, inputs, drawn, arguments)
-    if is_main:
-        _write(output, run, inputs, record, force=force, progress=progress)
-        folder.remove()
+        with arguments.main_process_first(local=False):
+            drawn = load_recovery_data(
+                data, validation, inputs.loaded.tokenizer, settings, dense=inputs.teacher, progress=progress
+            )
+        dtype = product_dtype(settings.dtype, arguments.device.type)
+        tokens_per_step = _tokens_per_step(settings, arguments.world_size)
+        mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
+        with arguments.main_process_first(local=False):
+            folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
+        student = _student(inputs, settings, dtype)
+        held = drawn.validation
+        run = Run(student, mix, held, settings, folder, tokens_per_step, progress)
+        train(run, arguments)
+        record = _record(checkpoint, run, inputs, drawn, arguments)
+        if is_main:
+            _write(output, run, inputs, record, force=force, progress=progress)
+            folder.remove()
     return Recovered(record, is_main)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError
+from cfsp.files import PAGE, refuse_existing
 from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_names
 from phoneready.console import note, quiet_libraries, write_result
 
@@ -84,6 +85,7 @@ def compare(
         for row in comparison.compare(first, other, threshold=threshold, confidence=confidence, seed=seed)
     ]
     if plot is not None:
+        refuse_existing(plot, force=True, like=PAGE)
         _write_plot(plot, [first, *others], quality or [])
     write_result(format_comparison(rows, output), None, as_json=False)
     _check(rows, gate)

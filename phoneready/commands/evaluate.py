@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cfsp.errors import InputError
-from cfsp.files import refuse_no_file
+from cfsp.files import record_head, refuse_existing
 from phoneready.commands.options import (
     TEXT_HELP,
     DebugOption,
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from phoneready.evaluation.sweep import Sweep
 
 _Limit = float | None
+_OUTPUTS = {
+    "save": record_head("evaluation", "evaluation_sweep"),
+    "csv": re.compile(rb"\Aprune ratio,"),
+}
+"""Options that name a file, and how a file begins that may be replaced there: one that they made."""
 
 
 def evaluate(
@@ -192,9 +198,9 @@ def _check_together(given: dict[str, Any]) -> None:
         raise InputError(f"--{limits[0].replace('_', '-')} is of the gate: give --baseline too")
     if given["save"] and given["baseline"] and given["save"].resolve() == given["baseline"].resolve():
         raise InputError("--save would overwrite the --baseline that is compared with: name another file")
-    for name in ("save", "csv"):
+    for name, like in _OUTPUTS.items():
         if given[name] is not None:
-            refuse_no_file(given[name])
+            refuse_existing(given[name], force=True, like=like)
     if given["no_text"] and (given["text"] or given["chats"]):
         raise InputError("--no-text with --text or --chats: give one of the two")
 

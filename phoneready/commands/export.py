@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cfsp.errors import InputError
+from cfsp.files import claim_output
 from cfsp.units import parse_bytes
 from phoneready.commands.options import (
     TEXT_HELP,
@@ -111,7 +112,7 @@ def export(
         opset=opset,
         mixed_bytes=parse_bytes(mixed_size, "--mixed-size") if mixed_size else None,
     )
-    with show_progress() as progress:
+    with claim_output(output), show_progress() as progress:
         records = export_checkpoint(checkpoint, output, request, force=force, progress=progress)
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 

@@ -47,7 +47,7 @@ def history(
     Every release adds a line to history.jsonl in its folder. A step or a drift is reported where it is larger than the
     noise of the figure's own samples and the scatter of its runs explain.
     """
-    from cfsp.files import write_text
+    from cfsp.files import PAGE, refuse_existing, write_text
     from cfsp.records import record_to_json
     from phoneready.history.history import check_history, find_entries, make_history
     from phoneready.history.tables import describe_anomalies, format_history
@@ -57,6 +57,7 @@ def history(
     if plot is not None:
         from phoneready.history.plot import render_plot
 
+        refuse_existing(plot, force=True, like=PAGE)
         write_text(plot, render_plot(found, describe_anomalies(found)))
     write_result(format_history(found, every=dense), record_to_json(found), as_json=json)
     if gate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,6 @@ def init(
 
     if file.is_dir():
         raise InputError("a folder; name the file", field="FILE", value=str(file))
-    refuse_existing(file, force=force)
+    refuse_existing(file, force=force, like=re.compile(rb"^\s*\[model\]", re.MULTILINE))
     write_text(file, template_text(model))
     write_result(f"Written to {file}; next: phoneready release {file}", {"file": str(file)}, as_json=json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cfsp.errors import InputError
-from cfsp.files import refuse_existing
+from cfsp.files import claim_output, record_head, refuse_existing
 from phoneready.commands.options import (
     TEXT_HELP,
     DebugOption,
@@ -122,7 +122,10 @@ def prune(
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
     wanted = _output(output, plan, plan_only)
-    refuse_existing(wanted, force=force, inputs=[Path(model), *([plan] if plan else [])])
+    inputs = [Path(name) for name in (model, plan, *(calibration or [])) if name]
+    refuse_existing(
+        wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
+    )
     prepare_torch(threads)
     from cfsp.models.reference import load_model
     from cfsp.text.calibration import SELF, load_calibration
@@ -136,7 +139,7 @@ def prune(
     if ready and dtype:
         ready = replace(ready, settings=replace(ready.settings, dtype=dtype))
     references = text_references(calibration or (ready.calibration if ready else [SELF]))
-    with show_progress() as progress:
+    with claim_output(wanted), show_progress() as progress:
         loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)
         drawn = load_calibration(
             references, loaded, nsamples=nsamples, seqlen=seqlen, seed=seed, progress=progress

@@ -166,7 +166,8 @@ def recover(
     A killed run goes on when the same command is given again. `accelerate launch -m phoneready recover ...` trains
     on several processes or GPUs. What is kept is the best validation's weights.
     """
-    refuse_existing(output, force=force, inputs=[Path(checkpoint)])
+    inputs = [Path(name) for name in (checkpoint, teacher, *(data or []), *(validation or [])) if name]
+    refuse_existing(output, force=force, inputs=inputs)
     with _one_voice():
         prepare_torch(threads)
         from cfsp.records import record_to_json

@@ -30,7 +30,7 @@ def _copy_folder(source: Path, destination: Path) -> None:
     there = {path.relative_to(destination) for path in destination.rglob("*") if path.is_file()}
     if there == set(files) and all(_is_copy(file, destination / name) for name, file in files.items()):
         return
-    with atomic_directory(destination, force=True) as folder:
+    with atomic_directory(destination, own=True) as folder:
         for name, file in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _copy(file, folder / name)

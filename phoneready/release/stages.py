@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
+
+import filelock
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, remove_stale_temporaries
@@ -87,13 +88,15 @@ def claim_folder(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder} exists and is not a release folder; choose another one with -o")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as stream:
-            if not _try_lock(stream):
-                raise InputError(f"another run is using {folder}; wait for it, or choose another one with -o")
+        with filelock.FileLock(lock, timeout=0):
             remove_stale_temporaries(folder)
             if (folder / "stages").is_dir():
                 remove_stale_temporaries(folder / "stages")
             yield
+    except filelock.Timeout as error:
+        raise InputError(
+            f"another run is using {folder}; wait for it, or choose another one with -o"
+        ) from error
     except (PermissionError, NotADirectoryError) as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error
 
@@ -207,7 +210,7 @@ def _finished(stage: Stage, output: Path, key: str) -> StageRecord | None:
 
 def _run(stage: Stage, inputs: dict[str, str], folder: Path, progress: Progress) -> StageRecord:
     began = time.monotonic()
-    with atomic_directory(stage_folder(folder, stage.name), force=True) as temporary:
+    with atomic_directory(stage_folder(folder, stage.name), own=True) as temporary:
         stage.run(temporary, progress)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
@@ -219,19 +222,3 @@ def _run(stage: Stage, inputs: dict[str, str], folder: Path, progress: Progress)
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _try_lock(stream: IO[str]) -> bool:
-    """Lock an open file for as long as this process lives; False where another process holds it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

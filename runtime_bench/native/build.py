@@ -12,11 +12,12 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+import filelock
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, remove_stale_temporaries, sha256_file
@@ -92,12 +93,14 @@ def build_runner(target: str, *, ndk: Path | None = None, progress: Progress = n
     folder = runners / f"{target}-{key}"
     if _is_whole(folder):
         return folder / _PROGRAM
-    with _lock(runners, folder.name):
+    runners.mkdir(parents=True, exist_ok=True)
+    # Only one process builds the same thing; a killed one's lock is gone with it.
+    with filelock.FileLock(runners / f".{folder.name}.lock"):
         if _is_whole(folder):  # another process built it meanwhile
             return folder / _PROGRAM
         remove_stale_temporaries(runners, folder.name)
         start = time.monotonic()
-        with atomic_directory(folder, force=True) as place:
+        with atomic_directory(folder, own=True) as place:
             with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
                 program = _compile(target, key, source, toolchain, Path(work), progress)
                 shutil.copy2(program, place / _PROGRAM)
@@ -209,14 +212,3 @@ def _run(command: Sequence[str], step: str, progress: Progress) -> None:
         telling = found or [line for line in lines if line]
         reason = telling[0] if telling else "no output"
         raise InputError(f"{step} failed with status {process.returncode}: {reason}")
-
-
-@contextmanager
-def _lock(runners: Path, name: str) -> Iterator[None]:
-    """Only one process builds the same thing; a killed one's lock is gone with it."""
-    import fcntl
-
-    runners.mkdir(parents=True, exist_ok=True)
-    with (runners / f".{name}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

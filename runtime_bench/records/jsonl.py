@@ -12,11 +12,12 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.files import refuse_no_file
-from runtime_bench.records.json_form import record_from_json, record_to_json
+from runtime_bench.records.json_form import RECORD_TYPE, record_from_json, record_to_json
 from runtime_bench.records.record import BenchRecord
 from runtime_bench.records.untrusted import parse_json, read_limited
 
 logger = logging.getLogger(__name__)
+_HEAD = f'{{"record_type":"{RECORD_TYPE}"'.encode()
 
 
 def check_appendable(path: Path) -> None:
@@ -24,10 +25,10 @@ def check_appendable(path: Path) -> None:
     refuse_no_file(path)
     try:
         with path.open("rb") if path.exists() else contextlib.nullcontext(io.BytesIO()) as stream:
-            start = stream.read(1)
+            start = stream.read(64).replace(b" ", b"")[: len(_HEAD)]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if start not in (b"", b"{"):
+    if not _HEAD.startswith(start):
         raise InputError(f"{path} is no file of records, and none is appended to it")
 
 

@@ -221,8 +221,12 @@ def test_existing_folder_is_kept_unless_forced(tiny_model: Any, tmp_path: Path) 
     with pytest.raises(InputError, match="exists already"):
         save_checkpoint(loaded, tmp_path / "c")
     assert [file.name for file in tmp_path.rglob("*")] == ["c", "precious"]
-    save_checkpoint(loaded, tmp_path / "c", force=True)
-    assert not (tmp_path / "c" / "precious").exists()
+    with pytest.raises(InputError, match="nothing that phoneready wrote"):
+        save_checkpoint(loaded, tmp_path / "c", force=True)
+    save_checkpoint(loaded, tmp_path / "d")
+    (tmp_path / "d" / "model.safetensors").unlink()
+    save_checkpoint(loaded, tmp_path / "d", force=True)
+    assert (tmp_path / "d" / "model.safetensors").exists()
 
 
 def test_nothing_is_left_where_saving_fails(tiny_model: Any, tmp_path: Path) -> None:

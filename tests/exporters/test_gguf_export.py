@@ -286,6 +286,10 @@ def test_existing_output(pruned: Path, tmp_path: Path) -> None:
     stale, other = tmp_path / ".out.tmp-dead", tmp_path / ".other.tmp-alive"
     stale.mkdir()
     other.mkdir()
+    with pytest.raises(InputError, match="nothing that phoneready wrote"):
+        export(pruned, output, "f16", force=True)
+    (output / "precious.txt").unlink()
+    export(pruned, output, "f16")
     export(pruned, output, "f16", force=True)
     assert names_in(output) == {"Dense-1B-f16.gguf", MANIFEST_FILE}
     assert names_in(tmp_path) == {"out", ".other.tmp-alive"}

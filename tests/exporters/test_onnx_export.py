@@ -335,6 +335,10 @@ def test_an_existing_folder_is_kept_unless_forced(pruned: Path, tmp_path: Path) 
     with pytest.raises(InputError, match="exists"):
         export(pruned, tmp_path / "out", "fp32")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+    with pytest.raises(InputError, match="nothing that phoneready wrote"):
+        export(pruned, tmp_path / "out", "fp32", force=True)
+    (tmp_path / "out" / "mine.txt").rename(tmp_path / "mine.txt")
+    export(pruned, tmp_path / "out", "fp32")
     export(pruned, tmp_path / "out", "fp32", force=True)
     assert (tmp_path / "out" / "fp32").is_dir()
 

@@ -1,0 +1,164 @@
+"""What may be replaced on the disk and what never, and that a run which ended in any way leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.files import atomic_directory, atomic_file, claim_output, record_head, refuse_existing, write_json
+
+RECORD = {"kind": "checkpoint", "schema_version": 1, "tool_version": "0"}
+
+
+def ours(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    write_json(folder / "phoneready.json", RECORD)
+    return folder
+
+
+def test_only_what_phoneready_wrote_is_replaced(tmp_path: Path) -> None:
+    refuse_existing(ours(tmp_path / "ours"), force=True)
+    ours(tmp_path / "both" / "gguf")
+    ours(tmp_path / "both" / "onnx")
+    refuse_existing(tmp_path / "both", force=True)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("precious")
+    write_json(tmp_path / "theirs" / "package.json", {"name": "x"})
+    with pytest.raises(InputError, match="nothing that phoneready wrote"):
+        refuse_existing(tmp_path / "theirs", force=True)
+    (tmp_path / "both" / "notes.txt").write_text("precious")
+    with pytest.raises(InputError, match="nothing that phoneready wrote"):
+        refuse_existing(tmp_path / "both", force=True)
+
+
+def test_a_home_a_parent_and_a_folder_that_is_read_are_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = ours(tmp_path / "users" / "me")
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(InputError, match="as a whole"):
+        refuse_existing(home, force=True)
+    write_json(tmp_path / "work.json", RECORD)
+    (tmp_path / "src").mkdir()
+    monkeypatch.chdir(tmp_path / "src")
+    for path in (tmp_path, Path(".."), Path()):
+        with pytest.raises(InputError, match="as a whole"):
+            refuse_existing(path, force=True)
+    text = ours(tmp_path / "out") / "text.txt"
+    text.write_text("read")
+    with pytest.raises(InputError, match="which is read"):
+        refuse_existing(tmp_path / "out", force=True, inputs=[text])
+
+
+def test_a_file_is_replaced_by_one_of_its_kind_alone(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    like = record_head("evaluation")
+    write_json(file, RECORD | {"kind": "evaluation"})
+    refuse_existing(file, force=True, like=like)
+    with pytest.raises(InputError, match="--force"):
+        refuse_existing(file, like=like)
+    for other in (RECORD, {"model_type": "llama"}):
+        write_json(file, other)
+        with pytest.raises(InputError, match="nothing that phoneready wrote"):
+            refuse_existing(file, force=True, like=like)
+    file.write_text("")
+    refuse_existing(file, like=like)
+    with pytest.raises(InputError, match="is a directory"):
+        refuse_existing(tmp_path, force=True, like=like)
+    with pytest.raises(InputError, match="is a file"):
+        refuse_existing(file, force=True)
+
+
+def test_devices_pipes_and_sockets_are_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/null"), Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/1")):
+        with pytest.raises(InputError, match="a device, a pipe or a socket"), atomic_file(path):
+            pass
+        with pytest.raises(InputError, match="a device, a pipe or a socket"):
+            refuse_existing(path, force=True, like=re.compile(b""))
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "x" * 250, "/".join(["y" * 200] * 25), "out\udcff", "loop", "loop/x"]
+)
+def test_a_name_that_cannot_be_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match="cannot write"):
+        refuse_existing(tmp_path / name)
+
+
+def test_files_get_the_rights_that_the_umask_gives(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "out") as folder:
+        os.close(os.open(folder / "weights", os.O_CREAT, 0o600))
+        os.close(os.open(folder / "program", os.O_CREAT, 0o700))
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "out" / "weights").stat().st_mode) == 0o666 & ~mask
+    assert (tmp_path / "out" / "program").stat().st_mode & 0o100
+
+
+def test_the_second_run_into_an_output_is_refused_and_deletes_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from cfsp.files import atomic_directory\n"
+        "with atomic_directory(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'a').write_text('1'); print(folder, flush=True); sys.stdin.read()\n"
+    )
+    output = tmp_path / "deep" / "out"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        temporary = Path(first.stdout.readline().strip())
+        with pytest.raises(InputError, match="another run is writing"), atomic_directory(output, force=True):
+            pass
+        assert (temporary / "a").is_file()
+        first.send_signal(signal.SIGKILL)
+    assert temporary.is_dir()
+    with claim_output(output):
+        assert not temporary.exists()
+        with atomic_directory(output) as folder:
+            (folder / "b").write_text("2")
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_directory(tmp_path / "out") as folder:
+            (folder / "a").write_text("1")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.tex").write_text("precious")
+
+    with pytest.raises(InputError, match="exists already"):
+        write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+
+
+def test_a_failed_run_leaves_neither_folder_nor_lock(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), atomic_directory(tmp_path / "new" / "out"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX rights")
+def test_no_umask_leaves_a_temporary(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from cfsp.files import atomic_directory\n"
+        "os.umask(0o777)\n"
+        "with atomic_directory(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'a').write_text('1')\n"
+        "    raise KeyError\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stderr=subprocess.DEVNULL, check=False
+    )
+    assert not list(tmp_path.iterdir())
