@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import pydantic
@@ -27,6 +29,34 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+Fields = dict[str, Any]
+
+
+def _shape_of_widths(fields: Fields) -> Fields:
+    """FFN widths alone said what a model's shape was, before it had a form of its own."""
+    blocks = [{"origin": index, "ffn_width": width} for index, width in enumerate(fields.pop("widths"))]
+    return fields | {"shape": {"vocab_size": None, "blocks": blocks}}
+
+
+def _named_reconstruction(fields: Fields) -> Fields:
+    """Reconstruction was either from one pass of statistics or none."""
+    settings = fields["settings"]
+    name = "one-pass" if settings["reconstruct"] else "none"
+    return fields | {"settings": settings | {"reconstruct": name, "dtype": "float32"}}
+
+
+UPGRADES: Mapping[tuple[str, int], Callable[[Fields], Fields]] = MappingProxyType(
+    {
+        ("pruning_plan", 1): _named_reconstruction,
+        ("checkpoint", 1): _shape_of_widths,
+        ("export", 1): _shape_of_widths,
+        ("export-manifest", 1): lambda fields: {
+            "exports": [_shape_of_widths(dict(e)) for e in fields["exports"]]
+        },
+        ("release-manifest", 3): _shape_of_widths,
+    }
+)
+"""(kind, schema version) -> what makes that version's fields the next one's."""
 
 
 def tool_version() -> str:
@@ -53,19 +83,14 @@ def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
         where: File or origin named in errors.
 
     Raises:
-        InputError: Another kind, an unknown schema version, or fields that do not validate (all are named).
+        InputError: Another kind, a schema version that is neither known nor upgraded by UPGRADES, or fields that do
+            not validate (all are named).
     """
     if not isinstance(payload, dict) or payload.get("kind") != cls.KIND:
         kind = payload.get("kind") if isinstance(payload, dict) else type(payload).__name__
         raise InputError(f"{where} is not a {cls.KIND} file", field="kind", value=kind)
-    if payload.get("schema_version") != cls.SCHEMA_VERSION:
-        raise InputError(
-            f"{where} has an unknown schema version",
-            field="schema_version",
-            value=payload.get("schema_version"),
-            allowed=str(cls.SCHEMA_VERSION),
-        )
     fields = {k: v for k, v in payload.items() if k not in ("kind", "schema_version", "tool_version")}
+    fields = _upgraded(cls, fields, payload.get("schema_version"), where)
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
     if unknown:
         raise InputError(f"{where} has unknown keys: {', '.join(unknown)}")
@@ -73,6 +98,26 @@ def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
         return pydantic.TypeAdapter(cls).validate_python(fields)
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {describe_problems(error)}") from error
+
+
+def _upgraded(cls: type[R], fields: Fields, stated: Any, where: str) -> Fields:
+    """Fields of an older schema version as the class has them."""
+    version = stated if type(stated) is int else 0
+    while version != cls.SCHEMA_VERSION:
+        if (cls.KIND, version) not in UPGRADES:
+            known = ", ".join(str(v) for kind, v in sorted(UPGRADES) if kind == cls.KIND)
+            raise InputError(
+                f"{where} has an unknown schema version",
+                field="schema_version",
+                value=stated,
+                allowed=f"{known}, {cls.SCHEMA_VERSION}".removeprefix(", "),
+            )
+        try:
+            fields = UPGRADES[cls.KIND, version](dict(fields))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{where} is no complete {cls.KIND} of schema version {version}") from error
+        version += 1
+    return fields
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -16,6 +16,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import read_json
 from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
 
 _SHARD_INDEX = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
@@ -26,20 +27,17 @@ class ModelConfig:
     """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it.
 
     Attributes:
-        widths: intermediate_size of every block, first to last.
+        shape: Vocabulary and blocks; only FFN widths differ between blocks.
         sliding_window: Window of the blocks that have one; None where every block sees everything.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
     """
 
     model_type: str
-    vocab_size: int
+    shape: ModelShape
     hidden_size: int
-    num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
     head_dim: int
-    widths: tuple[int, ...]
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
@@ -49,9 +47,19 @@ class ModelConfig:
     rope_scaling: Mapping[str, Any] | None
 
     @property
-    def uniform(self) -> bool:
-        """Whether all blocks have the same width."""
-        return len(set(self.widths)) == 1
+    def vocab_size(self) -> int:
+        """Rows of the embedding; a config always says them."""
+        return self.shape.vocab_size or 0
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Blocks."""
+        return len(self.shape.blocks)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """The same in every block; a config always says them."""
+        return self.shape.blocks[0].kv_groups or 0
 
     @property
     def context_length(self) -> int:
@@ -81,21 +89,20 @@ def read_config(folder: Path) -> ModelConfig:
         config = transformers.CONFIG_MAPPING[model_type].from_dict(plain).to_dict()
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / 'config.json'} is not a valid config: {error}") from error
-    return _from_dict(config, raw.get("per_layer_config") or {}, folder)
+    shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
+    require_only_widths_vary(shape, str(folder))
+    return _from_dict(config, shape)
 
 
-def _from_dict(config: dict[str, Any], per_layer: Mapping[str, Any], folder: Path) -> ModelConfig:
+def _from_dict(config: dict[str, Any], shape: ModelShape) -> ModelConfig:
     heads = config["num_attention_heads"]
     theta, scaling = _rope(config)
     result = ModelConfig(
         model_type=config["model_type"],
-        vocab_size=config["vocab_size"],
+        shape=shape,
         hidden_size=config["hidden_size"],
-        num_hidden_layers=config["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        widths=_widths(config, per_layer, folder),
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
@@ -112,19 +119,6 @@ def _from_dict(config: dict[str, Any], per_layer: Mapping[str, Any], folder: Pat
             allowed="silu",
         )
     return result
-
-
-def _widths(config: Mapping[str, Any], per_layer: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
-    count, default = config["num_hidden_layers"], config["intermediate_size"]
-    try:
-        given = {int(key): int(value.get("intermediate_size", default)) for key, value in per_layer.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'}: malformed per_layer_config: {error}") from error
-    if any(not 0 <= layer < count for layer in given):
-        raise InputError(
-            f"{folder / 'config.json'}: per_layer_config names blocks beyond num_hidden_layers={count}"
-        )
-    return tuple(given.get(layer, default) for layer in range(count))
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:

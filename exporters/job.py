@@ -105,7 +105,7 @@ class Job:
         """
         fields: dict[str, Any] = {
             "file_bytes": path.stat().st_size,
-            "widths": self.config.widths,
+            "shape": self.config.shape,
             "context_length": self.config.context_length,
         }
         return ExportRecord(

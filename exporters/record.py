@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
+from cfsp.models.shape import ModelShape
+
 
 @dataclass(frozen=True)
 class ParityLimits:
@@ -93,7 +95,7 @@ class ExportRecord:
         tensor_types: Stored type to number of tensors, read back from the file.
         fallbacks: Where the stored type is not the one asked for.
         imatrix_tensors: Tensors quantized with the importance matrix; 0 without one.
-        widths: intermediate_size of every block in the checkpoint.
+        shape: Of the checkpoint.
         padded_width: Width to which every block was zero-padded; None where each keeps its own.
         context_length: Longest context for which the file is the checkpoint's model.
         tokenizer_strings: Strings on which the file's tokenization was found equal to the checkpoint's; 0 for ONNX,
@@ -114,7 +116,7 @@ class ExportRecord:
     """
 
     KIND: ClassVar[str] = "export"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     file: str
     format: str
@@ -124,7 +126,7 @@ class ExportRecord:
     sha256: str
     n_params: int
     tensor_types: dict[str, int]
-    widths: tuple[int, ...]
+    shape: ModelShape
     context_length: int
     source_model: str
     source_sha256: str | None
@@ -150,6 +152,6 @@ class ExportManifest:
     """All files of one export: `export.json` in the output folder."""
 
     KIND: ClassVar[str] = "export-manifest"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     exports: tuple[ExportRecord, ...]

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from cfsp.errors import InputError
+from cfsp.models.shape import BlockShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,14 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     return FeedForward(mlp, *(_linear(mlp, name) for name in (spec.gate, spec.up, spec.down)))
 
 
-def ffn_widths(model: nn.Module) -> tuple[int, ...]:
-    """intermediate_size of every block, first to last."""
-    return tuple(feed_forward(model, layer).width for layer in decoder_layers(model))
+def model_shape(model: Any) -> ModelShape:
+    """The shape that a model's weights have; every block counts as the dense model's of the same index."""
+    blocks = []
+    for index, layer in enumerate(decoder_layers(model)):
+        attention: Any = layer.get_submodule("self_attn")
+        kv_groups = attention.k_proj.out_features // attention.head_dim
+        blocks.append(BlockShape(index, feed_forward(model, layer).width, kv_groups))
+    return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 
 
 def _linear(mlp: nn.Module, name: str) -> nn.Linear:

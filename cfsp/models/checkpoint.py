@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,9 +21,10 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, read_json, sha256_file, write_json
-from cfsp.models.architectures import ffn_widths
+from cfsp.models.architectures import model_shape
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.remote_code import modeling_pruned
+from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
     check_finite,
@@ -56,7 +57,7 @@ class CheckpointInfo:
 
     Attributes:
         source: The dense model.
-        widths: intermediate_size of every block, first to last.
+        shape: Vocabulary, and what each block is made of.
         plan_sha256: Of the checkpoint's plan file; None without a plan.
         weights_sha256: Of the checkpoint's model.safetensors (shards in order of name).
         dtype: Of the weights, such as "float32".
@@ -65,10 +66,10 @@ class CheckpointInfo:
     """
 
     KIND: ClassVar[str] = "checkpoint"
-    SCHEMA_VERSION: ClassVar[int] = 1
+    SCHEMA_VERSION: ClassVar[int] = 2
 
     source: ModelSource
-    widths: tuple[int, ...]
+    shape: ModelShape
     plan_sha256: str | None
     weights_sha256: str
     dtype: str
@@ -89,7 +90,7 @@ def save_checkpoint(
     """Write a model, pruned or dense, with its tokenizer, licence and provenance, atomically.
 
     Args:
-        loaded: The model as it is now; its widths are taken from the weights.
+        loaded: The model as it is now; its shape is taken from the weights.
         directory: Destination.
         plan: Stored as pruning_plan.json.
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
@@ -100,11 +101,11 @@ def save_checkpoint(
     Raises:
         InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
     """
-    widths = ffn_widths(loaded.model)
-    _check_plan(plan, widths)
+    shape = model_shape(loaded.model)
+    _check_plan(plan, shape)
     check_finite(loaded.model, loaded.source.name)
     with atomic_directory(directory, force=force) as folder:
-        _save_model(loaded.model, folder, widths)
+        _save_model(loaded.model, folder, shape)
         save_tokenizer(loaded.tokenizer, folder)
         _save_license(loaded.source, folder)
         if plan is not None:
@@ -116,7 +117,7 @@ def save_checkpoint(
             safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)
         info = CheckpointInfo(
             source=loaded.source,
-            widths=widths,
+            shape=shape,
             plan_sha256=sha256_file(folder / PLAN_FILE) if plan is not None else None,
             weights_sha256=sha256_files(safetensors_files(folder)),
             dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
@@ -135,20 +136,20 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
         dtype: Cast the weights to it; None keeps what is stored.
 
     Raises:
-        InputError: Not a checkpoint, damaged, or its widths, plan and weights disagree.
+        InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
     """
-    config = _read_config(directory)
+    config, shape = _read_config(directory)
     weights: dict[str, torch.Tensor] = {}
     for file in safetensors_files(directory):
         weights |= read_safetensors(file)
     if not weights:
         raise InputError(f"{directory} has no tensors in its weight files")
-    cls = _PER_LAYER_CLASSES[config.model_type] if _has_widths(config) else model_class(config)
+    cls = model_class(config) if shape.is_uniform else _PER_LAYER_CLASSES[config.model_type]
     stored = next(iter(weights.values())).dtype
     model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
     model.config.__dict__.pop("auto_map", None)
     check_finite(model, str(directory))
-    _check_records(directory, ffn_widths(model))
+    _check_records(directory, model_shape(model))
     _load_generation_config(model, directory)
     return model
 
@@ -169,7 +170,7 @@ def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
     return read_safetensors(file) if file.is_file() else None
 
 
-def _save_model(model: Any, folder: Path, widths: Sequence[int]) -> None:
+def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
     native = model_class(model.config)
     generation_config = model.generation_config
     # transformers refuses to save generation settings that contradict each other, which published models have.
@@ -185,8 +186,9 @@ def _save_model(model: Any, folder: Path, widths: Sequence[int]) -> None:
     (folder / code.name).unlink(missing_ok=True)
     for key in ("auto_map", "per_layer_config"):
         stored.pop(key, None)
+    widths = shape.ffn_widths
     stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
-    if len(set(widths)) > 1:
+    if not shape.is_uniform:
         cls = _PER_LAYER_CLASSES[model.config.model_type]
         shutil.copyfile(code, folder / code.name)
         stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{cls.__name__}"}
@@ -212,13 +214,14 @@ def _versions() -> dict[str, str]:
     return {"phoneready": tool_version(), "python": platform.python_version(), **found}
 
 
-def _check_plan(plan: Record | None, widths: Sequence[int]) -> None:
-    planned = getattr(plan, "widths", None)
-    if planned is not None and tuple(planned) != tuple(widths):
-        raise InputError("the plan's widths are not the model's", field="plan", value=tuple(planned))
+def _check_plan(plan: Record | None, shape: ModelShape) -> None:
+    planned = getattr(plan, "shape", None)
+    if planned is not None and not planned.agrees_with(shape):
+        raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
 
 
-def _read_config(directory: Path) -> Any:
+def _read_config(directory: Path) -> tuple[Any, ModelShape]:
+    """transformers' configuration, and the shape that config.json states."""
     file = directory / "config.json"
     settings = read_json(file)
     if not isinstance(settings, dict) or settings.get("model_type") not in _PER_LAYER_CLASSES:
@@ -228,27 +231,24 @@ def _read_config(directory: Path) -> Any:
             f"{file}: unsupported architecture", field="model_type", value=model_type, allowed=known
         )
     try:
-        return transformers.AutoConfig.for_model(**settings)
+        plain = transformers.AutoConfig.for_model(
+            **{k: v for k, v in settings.items() if k != "per_layer_config"}
+        )
+        shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
+        require_only_widths_vary(shape, str(file))
+        return transformers.AutoConfig.for_model(**settings), shape
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be used: {one_line(error)}") from error
 
 
-def _has_widths(config: Any) -> bool:
-    try:
-        return len(set(modeling_pruned.layer_widths(config))) > 1
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"per_layer_config cannot be used: {one_line(error)}") from error
-
-
-def _check_records(directory: Path, widths: tuple[int, ...]) -> None:
+def _check_records(directory: Path, shape: ModelShape) -> None:
     """The info and the plan, where they are there, must be about these weights."""
     if not is_pruned_checkpoint(directory):
         return
     info = read_checkpoint_info(directory)
-    if info.widths != widths:
-        raise InputError(
-            f"{directory / INFO_FILE} disagrees with the weights", field="widths", value=info.widths
-        )
+    if not info.shape.agrees_with(shape):
+        stated = info.shape.ffn_widths if info.shape.ffn_widths != shape.ffn_widths else info.shape
+        raise InputError(f"{directory / INFO_FILE} disagrees with the weights", field="shape", value=stated)
     if info.plan_sha256 is None:
         return
     plan = directory / PLAN_FILE

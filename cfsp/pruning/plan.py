@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, ffn_widths, spec_for
+from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, model_shape, spec_for
+from cfsp.models.shape import ModelShape
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import BlockEvidence, allocate_widths
@@ -21,7 +22,7 @@ from cfsp.pruning.cutting import RECONSTRUCTIONS, Cut
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
 from cfsp.pruning.settings import PruneSettings, check_settings
 from cfsp.pruning.statistics import BlockStatistics
-from cfsp.pruning.surgery import set_config_widths
+from cfsp.pruning.surgery import set_config_shape
 
 _LOSS_SEGMENTS = 64
 """Resolution of the predicted loss over a block's width."""
@@ -94,14 +95,19 @@ class PruningPlan:
     blocks: tuple[BlockPlan, ...]
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Kept width of each block."""
-        return tuple(block.width for block in self.blocks)
+    def dense_shape(self) -> ModelShape:
+        """What the plan says of the model it was made for; of what it leaves alone, nothing."""
+        return ModelShape.of_ffn_widths(self.dense_widths)
+
+    @property
+    def shape(self) -> ModelShape:
+        """What the plan makes of it."""
+        return self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
 
     @property
     def keep_ratio(self) -> float:
         """Realized share of FFN channels kept."""
-        return sum(self.widths) / sum(self.dense_widths)
+        return sum(self.shape.ffn_widths) / sum(self.dense_widths)
 
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
@@ -140,7 +146,7 @@ def make_plan(
     """
     check_settings(settings)
     importance = statistics.importance[settings.coarse_metric]
-    dense_widths = ffn_widths(model)
+    dense_widths = model_shape(model).ffn_widths
     scores, curves = [], []
     for index, layer in enumerate(decoder_layers(model)):
         evidence = _evidence(feed_forward(model, layer), statistics, index, settings)
@@ -186,7 +192,7 @@ def apply_plan(
     """
     check_plan_fits(model, plan)
     check_settings(plan.settings)
-    if plan.widths == plan.dense_widths:
+    if plan.shape == plan.dense_shape:
         return
     cut = Cut(
         model,
@@ -199,16 +205,17 @@ def apply_plan(
     )
     with products_in(plan.settings.dtype):
         RECONSTRUCTIONS[plan.settings.reconstruct].carry_out(cut)
-    set_config_widths(model)
+    set_config_shape(model)
 
 
 def check_plan_fits(model: Any, plan: PruningPlan) -> None:
-    """Raise InputError unless the plan was made for a model of this type and these widths."""
+    """Raise InputError unless the plan was made for a model of this type and shape."""
     model_type = spec_for(model.config).model_type
-    if model_type != plan.model_type or ffn_widths(model) != plan.dense_widths:
+    shape = model_shape(model)
+    if model_type != plan.model_type or not plan.dense_shape.agrees_with(shape):
         raise InputError(
             f"the plan was made for another model ({plan.source}, {plan.model_type}, "
-            f"{len(plan.dense_widths)} blocks), not for this {model_type} of {len(ffn_widths(model))} blocks"
+            f"{len(plan.dense_widths)} blocks), not for this {model_type} of {len(shape.blocks)} blocks"
         )
     for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True)):
         if sorted(block.ranking) != list(range(dense)) or not 0 < block.width <= dense:

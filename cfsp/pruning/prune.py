@@ -140,7 +140,7 @@ def _statistics_to_apply(
 ) -> BlockStatistics | None:
     check_settings(plan.settings)
     row = RECONSTRUCTIONS[plan.settings.reconstruct]
-    if not row.needs_statistics or plan.widths == plan.dense_widths:
+    if not row.needs_statistics or plan.shape == plan.dense_shape:
         return None
     ids = calibration.input_ids
     with products_in(plan.settings.dtype):

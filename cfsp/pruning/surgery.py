@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import FeedForward, decoder_layers, ffn_widths
+from cfsp.models.architectures import FeedForward, model_shape
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
@@ -30,11 +30,11 @@ def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor
         ffn.module.intermediate_size = len(kept)  # type: ignore[assignment]
 
 
-def set_config_widths(model: Any) -> None:
-    """Record uniform widths in the model's config; different widths are the checkpoint's to describe."""
-    widths = set(ffn_widths(model))
-    if len(widths) == 1 and decoder_layers(model):
-        model.config.intermediate_size = widths.pop()
+def set_config_shape(model: Any) -> None:
+    """Record a uniform shape in the model's config; blocks that differ are the checkpoint's to describe."""
+    shape = model_shape(model)
+    if shape.blocks and shape.is_uniform:
+        model.config.intermediate_size = shape.ffn_widths[0]
 
 
 def _parameter(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:

@@ -99,8 +99,9 @@ class ChosenLayout:
     padded_width: int | None = None
 
     def widths(self, config: ModelConfig) -> tuple[int, ...]:
-        """Widths of the blocks in the file."""
-        return config.widths if self.padded_width is None else (self.padded_width,) * config.num_hidden_layers
+        """FFN widths of the blocks in the file."""
+        widths = config.shape.ffn_widths
+        return widths if self.padded_width is None else (self.padded_width,) * len(widths)
 
 
 @dataclass(frozen=True)
@@ -165,12 +166,12 @@ def choose_layout(config: ModelConfig, stored: set[str]) -> ChosenLayout:
     obstacles: list[str] = []
     for layout in LAYOUTS[config.model_type]:
         obstacle = _obstacle(layout, config, stored)
-        if obstacle is None and (config.uniform or layout.per_layer_widths):
+        if obstacle is None and (config.shape.is_uniform or layout.per_layer_widths):
             return ChosenLayout(layout)
         obstacles.append(f"{layout.architecture}: {obstacle or 'one width for all blocks'}")
     for layout in LAYOUTS[config.model_type]:
         if _obstacle(layout, config, stored) is None:
-            return ChosenLayout(layout, padded_width=max(config.widths))
+            return ChosenLayout(layout, padded_width=max(config.shape.ffn_widths))
     raise InputError(
         f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})"
     )
@@ -237,7 +238,7 @@ def _block_specs(
 
 def _block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
-    hidden, width = config.hidden_size, config.widths[block]
+    hidden, width = config.hidden_size, config.shape.blocks[block].ffn_width
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),

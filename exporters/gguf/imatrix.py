@@ -71,7 +71,7 @@ def imatrix_from_moments(
 
 def _in_features(module: str, config: ModelConfig) -> int:
     if module.endswith("down_proj"):
-        return config.widths[int(module.split(".")[2])]
+        return config.shape.blocks[int(module.split(".")[2])].ffn_width
     if module.endswith("o_proj"):
         return config.num_attention_heads * config.head_dim
     return config.hidden_size

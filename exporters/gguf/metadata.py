@@ -69,4 +69,4 @@ def add_hyperparameters(writer: Any, config: ModelConfig, chosen: ChosenLayout) 
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{writer.arch}.{key}", value)
     writer.add_string("phoneready.model_type", config.model_type)
-    writer.add_array("phoneready.intermediate_sizes", list(config.widths))
+    writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))

@@ -1,4 +1,4 @@
-"""The size of a GGUF file of other FFN widths, computed from one file of the same model: nothing is exported.
+"""The size of a GGUF file of another shape, computed from one file of the same model: nothing is exported.
 
 llama.cpp chooses a tensor's type by its name, its block and the quantization, not by its width, unless a row does not
 divide into the type's blocks. So one written file says what every other one of its architecture will weigh.
@@ -7,7 +7,6 @@ divide into the type's blocks. So one written file says what every other one of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +15,7 @@ import gguf
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.shape import ModelShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, tensor_specs
 from exporters.gguf.quantize import asked_type
@@ -67,24 +67,24 @@ class FileShape:
     """A model, as far as the sizes of its files depend on it.
 
     Attributes:
-        config: The model; its widths are replaced.
+        config: The model; its shape is replaced.
         stored: Names of the checkpoint's tensors.
     """
 
     config: ModelConfig
     stored: frozenset[str]
 
-    def architecture(self, widths: Sequence[int]) -> str:
-        """llama.cpp's architecture for these widths."""
-        return self._chosen(widths)[1].layout.architecture
+    def architecture(self, shape: ModelShape) -> str:
+        """llama.cpp's architecture for a shape."""
+        return self._chosen(shape)[1].layout.architecture
 
-    def tensors(self, template: SizeTemplate, widths: Sequence[int]) -> list[PredictedTensor]:
-        """The tensors of a file with these FFN widths, in file order.
+    def tensors(self, template: SizeTemplate, shape: ModelShape) -> list[PredictedTensor]:
+        """The tensors of a file of this shape, in file order.
 
         Raises:
-            InputError: The template is of another architecture than these widths need.
+            InputError: The template is of another architecture than this shape needs.
         """
-        config, chosen = self._chosen(widths)
+        config, chosen = self._chosen(shape)
         if chosen.layout.architecture != template.architecture:
             raise InputError(
                 "the size template is of another architecture",
@@ -95,17 +95,17 @@ class FileShape:
         specs = tensor_specs(config, chosen, set(self.stored))
         return [_tensor(spec.name, spec.shape, template.types[spec.name]) for spec in specs]
 
-    def file_bytes(self, template: SizeTemplate, widths: Sequence[int]) -> int:
-        """Bytes of the file with these FFN widths."""
-        return template.overhead_bytes + sum(_padded(t.n_bytes) for t in self.tensors(template, widths))
+    def file_bytes(self, template: SizeTemplate, shape: ModelShape) -> int:
+        """Bytes of a file of this shape."""
+        return template.overhead_bytes + sum(_padded(t.n_bytes) for t in self.tensors(template, shape))
 
-    def _chosen(self, widths: Sequence[int]) -> tuple[ModelConfig, ChosenLayout]:
-        config = replace(self.config, widths=tuple(widths))
+    def _chosen(self, shape: ModelShape) -> tuple[ModelConfig, ChosenLayout]:
+        config = replace(self.config, shape=self.config.shape.with_ffn_widths(shape.ffn_widths))
         return config, choose_layout(config, set(self.stored))
 
 
 def read_shape(checkpoint: Path) -> FileShape:
-    """The shape of a checkpoint's files; its widths do not matter.
+    """The shape of a checkpoint's files; its FFN widths do not matter.
 
     Raises:
         InputError: No usable checkpoint.

@@ -38,7 +38,7 @@ def _widths(graph: ir.Graph, config: ModelConfig) -> list[str]:
     """Of the stored matrices, not of what the file says about the values between."""
     nodes = {str(node.name).removesuffix(".product"): node for node in graph if node.op_type in _PRODUCTS}
     problems = []
-    for index, width in enumerate(config.widths):
+    for index, width in enumerate(config.shape.ffn_widths):
         wanted = {
             "gate_proj": (config.hidden_size, width),
             "up_proj": (config.hidden_size, width),

@@ -154,13 +154,13 @@ def prune(
 
 def format_plan(plan: PruningPlan, destination: Path | None) -> str:
     """What was removed, in words."""
-    widths = ", ".join(map(str, plan.widths))
+    widths = plan.shape.ffn_widths
     removed = 1 - plan.keep_ratio
     lines = [
         f"Removed {removed:.2%} of the FFN channels ({plan.settings.prune_ratio:.2%} asked); "
-        f"{len(plan.widths)} blocks of {min(plan.widths)} to {max(plan.widths)} channels, "
+        f"{len(widths)} blocks of {min(widths)} to {max(widths)} channels, "
         f"multiples of {plan.settings.align}.",
-        f"Widths: {widths}",
+        f"Widths: {', '.join(map(str, widths))}",
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",
     ]

@@ -92,7 +92,7 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
             },
         },
         "properties": [
-            {"name": "phoneready:widths", "value": ",".join(map(str, manifest.widths))},
+            {"name": "phoneready:widths", "value": ",".join(map(str, manifest.shape.ffn_widths))},
             {"name": "phoneready:plan_sha256", "value": manifest.plan_sha256 or "unknown"},
         ],
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cfsp.models.checkpoint import CheckpointInfo
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.records import tool_version
 from phoneready.publish.contents import Content
@@ -51,7 +52,7 @@ class ReleaseManifest:
         seed: Seed of the run.
         prune_ratio: Share of FFN channels that was asked to be removed.
         removed_ffn_share: Share that was removed.
-        widths: intermediate_size of each block.
+        shape: Of the pruned model.
         plan_sha256: Hash of the pruning plan.
         checkpoint_sha256: Hash of the pruned checkpoint's weights.
         files: The models.
@@ -65,14 +66,14 @@ class ReleaseManifest:
     """
 
     KIND: ClassVar[str] = "release-manifest"
-    SCHEMA_VERSION: ClassVar[int] = 3
+    SCHEMA_VERSION: ClassVar[int] = 4
 
     source: ModelSource
     license: str | None
     seed: int
     prune_ratio: float
     removed_ffn_share: float
-    widths: tuple[int, ...]
+    shape: ModelShape
     plan_sha256: str | None
     checkpoint_sha256: str
     files: tuple[ReleasedFile, ...]
@@ -110,7 +111,7 @@ def make_manifest(
         seed=config.seed,
         prune_ratio=config.prune.prune_ratio,
         removed_ffn_share=1 - figures.plan.keep_ratio,
-        widths=checkpoint.widths,
+        shape=checkpoint.shape,
         plan_sha256=checkpoint.plan_sha256,
         checkpoint_sha256=checkpoint.weights_sha256,
         files=tuple(

@@ -208,7 +208,7 @@ def _cell(text: str) -> str:
 def _widths_table(plan: PruningPlan) -> str:
     rows = [
         [str(i), str(dense), str(block.width), f"{block.width / dense:.3f}", f"{block.importance:.4f}"]
-        for i, (dense, block) in enumerate(zip(plan.dense_widths, plan.blocks, strict=True))
+        for i, (dense, block) in enumerate(zip(plan.dense_shape.ffn_widths, plan.blocks, strict=True))
     ]
     return format_rows(["block", "dense", "kept", "share", "importance"], rows)
 

@@ -16,7 +16,9 @@ def pattern_plot(plan: PruningPlan) -> Plot:
     """Which channels each block keeps, and beside it how much it keeps and how important it is."""
     n = len(plan.blocks)
     cells, hover = zip(*(_kept_bins(plan, index) for index in range(n)), strict=True)
-    shares = [[block.width / dense] for block, dense in zip(plan.blocks, plan.dense_widths, strict=True)]
+    shares = [
+        [block.width / dense] for block, dense in zip(plan.blocks, plan.dense_shape.ffn_widths, strict=True)
+    ]
     importances = [[block.importance] for block in plan.blocks]
     data = [
         _heat(list(cells), list(hover), "x", "y", (0, 1)),
@@ -48,7 +50,9 @@ def pattern_plot(plan: PruningPlan) -> Plot:
 
 def allocation_plot(plan: PruningPlan) -> Plot:
     """Kept share of each block over its importance."""
-    shares = [block.width / dense for block, dense in zip(plan.blocks, plan.dense_widths, strict=True)]
+    shares = [
+        block.width / dense for block, dense in zip(plan.blocks, plan.dense_shape.ffn_widths, strict=True)
+    ]
     trace = {
         "type": "scatter",
         "mode": "markers",
@@ -56,7 +60,7 @@ def allocation_plot(plan: PruningPlan) -> Plot:
         "y": shares,
         "hovertext": [
             f"block {i}<br>importance {b.importance:.4f}<br>{b.width} of {d} channels kept ({s:.1%})"
-            for i, (b, d, s) in enumerate(zip(plan.blocks, plan.dense_widths, shares, strict=True))
+            for i, (b, d, s) in enumerate(zip(plan.blocks, plan.dense_shape.ffn_widths, shares, strict=True))
         ],
         "hoverinfo": "text",
         "marker": {
@@ -83,7 +87,7 @@ def allocation_plot(plan: PruningPlan) -> Plot:
 
 def _kept_bins(plan: PruningPlan, index: int) -> tuple[list[float], list[str]]:
     """Share of channels that a block keeps in each group of neighbours, and the text of each group."""
-    dense, kept = plan.dense_widths[index], set(plan.blocks[index].kept)
+    dense, kept = plan.dense_shape.ffn_widths[index], set(plan.blocks[index].kept)
     edges = [round(i * dense / min(_BINS, dense)) for i in range(min(_BINS, dense) + 1)]
     shares, texts = [], []
     for low, high in itertools.pairwise(edges):

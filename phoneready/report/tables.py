@@ -152,7 +152,7 @@ def width_rows(figures: ReleaseFigures) -> Table:
     plan = figures.plan
     rows = [
         (str(i), str(dense), str(block.width), f"{block.width / dense:.3f}", f"{block.importance:.4f}")
-        for i, (dense, block) in enumerate(zip(plan.dense_widths, plan.blocks, strict=True))
+        for i, (dense, block) in enumerate(zip(plan.dense_shape.ffn_widths, plan.blocks, strict=True))
     ]
     return Table(("block", "dense", "kept", "share", "importance"), tuple(rows), words=0, wide=True)
 

@@ -183,7 +183,7 @@ class Searcher:
 
     def _achievable(self, recipe: Recipe) -> tuple[float, ...]:
         """Ratios whose widths differ, ascending: whole units of the alignment go."""
-        dense = self.bench.shop.dense_widths
+        dense = self.bench.shop.dense_shape.ffn_widths
         total, step = sum(dense), recipe.align
         if self.limits.config.prune.uniform_width:
             step *= len(dense)

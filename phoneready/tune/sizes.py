@@ -6,17 +6,17 @@ import copy
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from cfsp.models.architectures import block_linears, decoder_layers, feed_forward, ffn_widths
+from cfsp.models.architectures import block_linears, decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.plan import PruningPlan
-from cfsp.pruning.surgery import cut_channels, set_config_widths
+from cfsp.pruning.surgery import cut_channels, set_config_shape
 from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import FileShape, SizeTemplate, read_shape, size_template
 from runtime_bench.devices.model_facts import ModelFacts
@@ -46,24 +46,24 @@ class Sizes:
     seed: int
     n_threads: int
     _templates: dict[tuple[str, str, bool], SizeTemplate] = field(default_factory=dict)
-    _shape: FileShape | None = None
+    _known: FileShape | None = None
 
-    def file_bytes(self, item: str, widths: Sequence[int], *, dense: bool = False) -> int:
-        """Size of the file with these FFN widths, exact to one step of its alignment (32 bytes).
+    def file_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
+        """Size of the file with this shape, exact to one step of its alignment (32 bytes).
 
         Args:
             item: Quantization.
-            widths: One for each block.
+            shape: Of the model.
             dense: Whether it is the dense model's, which carries no plan's hash.
         """
-        template = self._template(item, tuple(widths), dense=dense)
-        return self._known_shape.file_bytes(template, widths)
+        template = self._template(item, shape, dense=dense)
+        return self._files.file_bytes(template, shape)
 
-    def facts(self, item: str, widths: Sequence[int]) -> ModelFacts:
+    def facts(self, item: str, shape: ModelShape) -> ModelFacts:
         """What a projection to a device needs to know of it."""
-        template = self._template(item, tuple(widths))
-        config = self._known_shape.config
-        tensors = self._known_shape.tensors(template, widths)
+        template = self._template(item, shape)
+        config = self._files.config
+        tensors = self._files.tensors(template, shape)
         has_head = any(t.name == _HEAD for t in tensors)
         read = [t for t in tensors if t.name != _TABLE or not has_head]
         by_type: Counter[str] = Counter()
@@ -79,23 +79,23 @@ class Sizes:
             n_layers=config.num_hidden_layers,
             key_value_width=config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim,
             hidden_size=config.hidden_size,
-            ffn_width=max(widths),
+            ffn_width=max(shape.ffn_widths),
             vocab_size=config.vocab_size,
             context_length=config.context_length,
         )
 
     @property
-    def _known_shape(self) -> FileShape:
-        assert self._shape is not None
-        return self._shape
+    def _files(self) -> FileShape:
+        assert self._known is not None
+        return self._known
 
-    def _template(self, item: str, widths: tuple[int, ...], *, dense: bool = False) -> SizeTemplate:
-        if self._shape is None:
-            self._write([], [_TEMPLATE_WIDTH] * len(widths), dense=True)
-        key = (item, self._known_shape.architecture(widths), dense)
+    def _template(self, item: str, shape: ModelShape, *, dense: bool = False) -> SizeTemplate:
+        if self._known is None:
+            self._write([], [_TEMPLATE_WIDTH] * len(shape.blocks), dense=True)
+        key = (item, self._files.architecture(shape), dense)
         if key not in self._templates:
             small = [min(_TEMPLATE_WIDTH, width) for width in self.plan.dense_widths]
-            if len(set(widths)) > 1:
+            if not shape.is_uniform:
                 small[0] //= 2
             self._templates[key] = self._write([item], small, dense=dense)[item]
         return self._templates[key]
@@ -107,13 +107,13 @@ class Sizes:
             for layer, width in zip(decoder_layers(model), widths, strict=True):
                 ffn = feed_forward(model, layer)
                 cut_channels(ffn, torch.arange(min(width, ffn.down.in_features)))
-        set_config_widths(model)
+        set_config_shape(model)
         ones = {
             name: torch.ones(linear.in_features)
             for linears in block_linears(model)
             for name, linear in linears.items()
         }
-        blocks = zip(self.plan.blocks, ffn_widths(model), strict=True)
+        blocks = zip(self.plan.blocks, model_shape(model).ffn_widths, strict=True)
         plan = replace(self.plan, blocks=tuple(replace(block, width=width) for block, width in blocks))
         folder = self.folder / "template"
         shutil.rmtree(folder, ignore_errors=True)
@@ -124,7 +124,7 @@ class Sizes:
             input_moments=ones if self.use_imatrix else None,
             seed=self.seed,
         )
-        self._shape = self._shape or read_shape(folder / "model")
+        self._known = self._known or read_shape(folder / "model")
         name = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
         written = draft_gguf(
             folder / "model", folder, items, name=name, use_imatrix=self.use_imatrix, n_threads=self.n_threads

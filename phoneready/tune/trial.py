@@ -14,6 +14,7 @@ from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
 from cfsp.evaluation.tasks import TaskSettings
 from cfsp.evaluation.torch_model import logits_from_hidden
 from cfsp.models.reference import load_model
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from exporters.gguf import QUANTS
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
@@ -45,14 +46,14 @@ class Measured:
 
     Attributes:
         removed: Share of FFN channels that went, after alignment.
-        widths: Of every block.
+        shape: Of the pruned model.
         file_bytes: Size of the file.
         figures: What budgets limit and the goal is.
         seconds: Time it took.
     """
 
     removed: float
-    widths: tuple[int, ...]
+    shape: ModelShape
     file_bytes: int
     figures: FigureSet
     seconds: float
@@ -77,15 +78,15 @@ class Bench:
         if not point.recipe.is_gguf:
             return ()
         config, item = config_of(self.limits.config, point), point.recipe.item
-        sides = [(PRUNED, self.shop.plan(point.recipe, point.prune_ratio).widths)]
+        sides = [(PRUNED, self.shop.plan(point.recipe, point.prune_ratio).shape)]
         if self.limits.relative(point):
-            sides.append((DENSE, self.shop.dense_widths))
+            sides.append((DENSE, self.shop.dense_shape))
         found: list[Figure] = []
-        for role, widths in sides:
+        for role, shape in sides:
             sizes = self.shop.sizes
-            found.append(size_figure(role, item, item, sizes.file_bytes(item, widths, dense=role == DENSE)))
+            found.append(size_figure(role, item, item, sizes.file_bytes(item, shape, dense=role == DENSE)))
             if config.bench.devices:
-                found += projected_figures(config, role, item, item, sizes.facts(item, widths))
+                found += projected_figures(config, role, item, item, sizes.facts(item, shape))
         return tuple(found)
 
     def measure(self, point: Point) -> Measured:
@@ -108,7 +109,7 @@ class Bench:
         source = self.shop.loaded.source
         figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(found))
         seconds = round(time.monotonic() - began, 2)
-        return Measured(1 - plan.keep_ratio, plan.widths, n_bytes, figures, seconds)
+        return Measured(1 - plan.keep_ratio, plan.shape, n_bytes, figures, seconds)
 
     def _dense_sizes(self, point: Point) -> Iterator[Figure]:
         if any(key.metric == "file_bytes" for key in self.limits.relative(point)):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ffn_widths
+from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.reference import load_model
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -74,9 +75,9 @@ class Workshop:
         )
 
     @property
-    def dense_widths(self) -> tuple[int, ...]:
-        """Widths before pruning."""
-        return ffn_widths(self.loaded.model)
+    def dense_shape(self) -> ModelShape:
+        """The shape before pruning."""
+        return model_shape(self.loaded.model)
 
     def plan(self, recipe: Recipe, prune_ratio: float) -> PruningPlan:
         """A plan; of each allocation the first is calibrated for, all others are that one at another ratio.
@@ -92,7 +93,7 @@ class Workshop:
         """Size of a GGUF file, exact to one step of its alignment; None of a format that has to be exported first."""
         if not recipe.is_gguf:
             return None
-        return self.sizes.file_bytes(recipe.item, self.plan(recipe, prune_ratio).widths)
+        return self.sizes.file_bytes(recipe.item, self.plan(recipe, prune_ratio).shape)
 
     @functools.cached_property
     def sizes(self) -> Sizes:

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import (
     CheckpointInfo,
     is_pruned_checkpoint,
@@ -25,9 +25,11 @@ from cfsp.models.checkpoint import (
     save_checkpoint,
 )
 from cfsp.models.reference import load_model
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels
 from cfsp.records import read_record
+from exporters.checkpoint_reader import read_config
 
 IDS = torch.arange(60).view(2, 30)
 DIFFERENT = (96, 64, 128, 32)
@@ -43,7 +45,7 @@ class TinyPlan:
     KIND: ClassVar[str] = "tiny_plan"
     SCHEMA_VERSION: ClassVar[int] = 1
 
-    widths: tuple[int, ...]
+    shape: ModelShape
 
 
 def pruned(tiny_model: Any, widths: Sequence[int], *args: Any, **overrides: Any) -> LoadedModel:
@@ -70,11 +72,11 @@ def test_round_trip(
     logits = loaded.model(IDS).logits
     folder = tmp_path / "checkpoint"
     info = save_checkpoint(loaded, folder)
-    assert info.widths == widths
+    assert info.shape.ffn_widths == widths
     trust = len(set(widths)) > 1
     for model in (load_pruned(folder), auto_load(folder, trust=trust)):
         assert torch.equal(model(IDS).logits, logits)
-        assert ffn_widths(model) == widths
+        assert model_shape(model).ffn_widths == widths
         assert not model.training
         answer = model.generate(
             IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS[:1])
@@ -168,7 +170,7 @@ def test_dtype_is_kept(dtype: torch.dtype, tiny_model: Any, tmp_path: Path) -> N
 
 def test_what_else_is_in_the_folder(tiny_model: Any, tmp_path: Path) -> None:
     loaded = pruned(tiny_model, DIFFERENT)
-    plan = TinyPlan(DIFFERENT)
+    plan = TinyPlan(ModelShape.of_ffn_widths(DIFFERENT))
     moments = {"model.layers.0.mlp.down_proj": torch.rand(96)}
     info = save_checkpoint(loaded, tmp_path / "c", plan=plan, input_moments=moments, seed=5)
     assert read_checkpoint_info(tmp_path / "c") == info
@@ -232,7 +234,7 @@ def test_existing_folder_is_kept_unless_forced(tiny_model: Any, tmp_path: Path) 
 def test_nothing_is_left_where_saving_fails(tiny_model: Any, tmp_path: Path) -> None:
     loaded = pruned(tiny_model, DIFFERENT)
     with pytest.raises(InputError, match="plan"):
-        save_checkpoint(loaded, tmp_path / "c", plan=TinyPlan(UNIFORM))
+        save_checkpoint(loaded, tmp_path / "c", plan=TinyPlan(ModelShape.of_ffn_widths(UNIFORM)))
     with torch.no_grad():
         loaded.model.model.norm.weight[0] = float("nan")
     with pytest.raises(InputError, match=r"model\.norm\.weight"):
@@ -247,7 +249,9 @@ def change_json(file: Path, **changes: Any) -> None:
 
 @pytest.fixture
 def checkpoint(tiny_model: Any, tmp_path: Path) -> Path:
-    save_checkpoint(pruned(tiny_model, DIFFERENT), tmp_path / "c", plan=TinyPlan(DIFFERENT))
+    save_checkpoint(
+        pruned(tiny_model, DIFFERENT), tmp_path / "c", plan=TinyPlan(ModelShape.of_ffn_widths(DIFFERENT))
+    )
     return tmp_path / "c"
 
 
@@ -266,15 +270,32 @@ def test_widths_that_disagree_with_the_weights(checkpoint: Path) -> None:
     refused(checkpoint)
 
 
+@pytest.mark.parametrize(
+    "own", [{"num_key_value_heads": 1}, {"hidden_act": "gelu"}, {"intermediate_size": True}]
+)
+def test_blocks_that_differ_in_more_than_widths(own: dict[str, Any], checkpoint: Path) -> None:
+    """They were loaded, and exported, as if the key was not there."""
+    widths = {str(i): {"intermediate_size": n} for i, n in enumerate(DIFFERENT)}
+    change_json(checkpoint / "config.json", per_layer_config=widths | {"1": widths["1"] | own})
+    assert "config.json" in refused(checkpoint)
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_config(checkpoint)
+
+
 def test_info_that_disagrees_with_the_weights(checkpoint: Path) -> None:
-    change_json(checkpoint / "phoneready.json", widths=[96, 64, 128, 64])
+    shape = json.loads((checkpoint / "phoneready.json").read_text())["shape"]
+    for part, value in (("ffn_width", 96), ("kv_groups", 4), ("origin", 2), ("has_ffn", False)):
+        other = shape | {"blocks": [*shape["blocks"][:-1], shape["blocks"][-1] | {part: value}]}
+        change_json(checkpoint / "phoneready.json", shape=other)
+        assert "phoneready.json disagrees" in refused(checkpoint), part
+    change_json(checkpoint / "phoneready.json", shape=shape | {"vocab_size": 7})
     assert "phoneready.json disagrees" in refused(checkpoint)
-    change_json(checkpoint / "phoneready.json", widths=list(DIFFERENT), schema_version=99)
+    change_json(checkpoint / "phoneready.json", shape=shape, schema_version=99)
     assert "schema version" in refused(checkpoint)
 
 
 def test_plan_that_is_another_or_gone(checkpoint: Path) -> None:
-    change_json(checkpoint / "pruning_plan.json", widths=[1, 2, 3, 4])
+    change_json(checkpoint / "pruning_plan.json", shape=[1, 2, 3, 4])
     assert "pruning_plan.json" in refused(checkpoint)
     (checkpoint / "pruning_plan.json").unlink()
     assert "missing" in refused(checkpoint)
@@ -320,4 +341,4 @@ def test_code_in_a_checkpoint_is_not_run(checkpoint: Path, tmp_path: Path) -> No
 def test_a_checkpoint_can_be_moved(checkpoint: Path, tmp_path: Path) -> None:
     shutil.move(checkpoint, tmp_path / "elsewhere")
     assert isinstance(read_checkpoint_info(tmp_path / "elsewhere"), CheckpointInfo)
-    assert ffn_widths(auto_load(tmp_path / "elsewhere", trust=True)) == DIFFERENT
+    assert model_shape(auto_load(tmp_path / "elsewhere", trust=True)).ffn_widths == DIFFERENT

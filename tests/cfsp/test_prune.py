@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation import divergence, perplexity
-from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan
@@ -52,16 +52,16 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
     dense = loaded(tiny_model, model_type)
-    full = ffn_widths(dense.model)[0]
+    full = model_shape(dense.model).ffn_widths[0]
     result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
-    assert result.plan.widths == ffn_widths(dense.model)
+    assert result.plan.shape.ffn_widths == model_shape(dense.model).ffn_widths
     for layer, block in zip(decoder_layers(dense.model), result.plan.blocks, strict=True):
         ffn = feed_forward(dense.model, layer)
         assert len(block.kept) == block.width < full
         for linear in (ffn.gate, ffn.up, ffn.down):
             assert linear.weight.shape == (linear.out_features, linear.in_features)
     moments = result.input_moments["model.layers.0.mlp.down_proj"]
-    assert len(moments) == result.plan.widths[0]
+    assert len(moments) == result.plan.shape.ffn_widths[0]
 
 
 def test_cutting_equals_zeroing_the_removed_channels(tiny_model: Any) -> None:
@@ -188,16 +188,16 @@ def test_every_score_and_allocation_prunes_to_the_budget(
     dense = loaded(tiny_model)
     settings = PruneSettings(prune_ratio=0.4, align=1, score=score, allocation=allocation)
     plan = prune_model(dense, calibration(dense.model), settings).plan
-    assert ffn_widths(dense.model) == plan.widths
+    assert model_shape(dense.model).ffn_widths == plan.shape.ffn_widths
     assert abs(plan.keep_ratio - 0.6) * sum(plan.dense_widths) < 1
     assert all(bool(block.loss_curve) == (allocation in ("loss", "mixed")) for block in plan.blocks)
-    assert plan.at_ratio(0.4).widths == plan.widths
+    assert plan.at_ratio(0.4).shape.ffn_widths == plan.shape.ffn_widths
 
 
 def test_dead_channels_go_first_and_cost_nothing(tiny_model: Any) -> None:
     dense = loaded(tiny_model)
     layers = decoder_layers(dense.model)
-    width = ffn_widths(dense.model)[0]
+    width = model_shape(dense.model).ffn_widths[0]
     dead = list(range(0, width, 4))
     with torch.no_grad():
         for layer in layers:
@@ -228,7 +228,7 @@ def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_p
     assert again == plan
     fresh, moved = loaded(tiny_model), loaded(tiny_model)
     other = prune_model(fresh, data, replace(settings, prune_ratio=0.5)).plan
-    assert again.at_ratio(0.5).widths == other.widths
+    assert again.at_ratio(0.5).shape.ffn_widths == other.shape.ffn_widths
     apply_plan(moved.model, again.at_ratio(0.5))
     for name, value in moved.model.state_dict().items():
         assert torch.equal(value, fresh.model.state_dict()[name]), name

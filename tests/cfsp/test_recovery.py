@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward, ffn_widths
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.pruning.surgery import cut_channels
 from cfsp.recovery import RecoverySettings, check_settings, importance_ranks, load_recovery_data
 from cfsp.recovery.chats import answer_spans, labelled_chat
@@ -251,7 +251,7 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
     from cfsp.recovery.adapter import add_adapter, merge_adapter
 
     model, _ = different_widths(tiny_model)
-    widths, names = ffn_widths(model), [(n, type(m)) for n, m in model.named_modules()]
+    widths, names = model_shape(model).ffn_widths, [(n, type(m)) for n, m in model.named_modules()]
     ids = torch.arange(3, 60)[None]
     before = model(ids).logits
     adapted = add_adapter(model, (1, 2, 3, 6), 2.0)
@@ -271,7 +271,7 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
     assert float((trained - before).abs().max()) > 0.01
     merged = merge_adapter(adapted)
     torch.testing.assert_close(merged(ids).logits, trained, atol=1e-4, rtol=1e-4)
-    assert ffn_widths(merged) == widths
+    assert model_shape(merged).ffn_widths == widths
     assert [(n, type(m)) for n, m in merged.named_modules()] == names
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
 

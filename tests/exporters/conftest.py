@@ -13,7 +13,7 @@ from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.statistics import collect_input_moments
-from cfsp.pruning.surgery import cut_channels, set_config_widths
+from cfsp.pruning.surgery import cut_channels, set_config_shape
 from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
@@ -24,7 +24,7 @@ def _narrow(model: Any, widths: tuple[int, ...]) -> None:
     with torch.no_grad():
         for layer, width in zip(decoder_layers(model), widths, strict=True):
             cut_channels(feed_forward(model, layer), torch.arange(width))
-    set_config_widths(model)
+    set_config_shape(model)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_all_quantizations_of_a_pruned_model(pruned: Path, tmp_path: Path) -> No
     assert by_quant["f32"].parity.max_logit_diff <= 1e-3
     for record in records:
         assert record.architecture == "deci"
-        assert record.widths == WIDTHS
+        assert record.shape.ffn_widths == WIDTHS
         assert record.file_bytes == (tmp_path / "out" / record.file).stat().st_size
         assert sum(record.tensor_types.values()) == len(
             gguf.GGUFReader(tmp_path / "out" / record.file).tensors
@@ -201,7 +201,7 @@ def test_padding_is_said_and_sliding_window_cuts_the_context(
     checkpoint = make_checkpoint("qwen3", tied=False, widths=(96, 64, 128, 32))
     (record,) = export(checkpoint, tmp_path / "padded", "Q4_0")
     assert record.padded_width == 128
-    assert record.widths == (96, 64, 128, 32)
+    assert record.shape.ffn_widths == (96, 64, 128, 32)
     assert any("uniform width" in warning for warning in record.warnings)
     checkpoint = make_checkpoint("mistral", sliding_window=128)
     (record,) = export(checkpoint, tmp_path / "window", "f16")

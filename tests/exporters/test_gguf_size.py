@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
+from cfsp.models.shape import ModelShape
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import read_shape, size_template
@@ -37,7 +38,9 @@ def test_sizes_of_other_widths_are_exact(
         (tmp_path / str(number)).mkdir()
         written = draft_gguf(other, tmp_path / str(number), list(QUANTS), name="template")
         for quant, path in written.items():
-            assert shape.file_bytes(templates[quant], widths) == path.stat().st_size, (quant, widths)
+            assert (
+                shape.file_bytes(templates[quant], ModelShape.of_ffn_widths(widths)) == path.stat().st_size
+            ), (quant, widths)
 
 
 def test_a_template_of_another_architecture_is_refused(

@@ -96,7 +96,7 @@ def test_the_graph_computes_the_checkpoint(
     (record,) = export(checkpoint, tmp_path / "out", "fp32")
     assert record.parity.max_logit_diff < 2e-4
     assert record.parity.same_top1 == 1
-    assert record.widths == WIDTHS
+    assert record.shape.ffn_widths == WIDTHS
     model = load_pruned(checkpoint)
     # Each weight once; rotary tables and sizes of reshapes are no weights.
     assert record.n_params == sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cfsp.evaluation import Divergence
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
@@ -154,7 +155,7 @@ def _export(file: str, quant: str, factor: float) -> ExportRecord:
         tensor_types={quant: 10},
         fallbacks=(),
         imatrix_tensors=0,
-        widths=(DENSE_WIDTH,) * BLOCKS,
+        shape=ModelShape.of_ffn_widths((DENSE_WIDTH,) * BLOCKS),
         padded_width=None,
         context_length=2048,
         tokenizer_strings=126,

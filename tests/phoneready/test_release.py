@@ -161,7 +161,7 @@ def test_manifest_and_files_agree(released: tuple[Path, Path]) -> None:
         assert sha256_file(parts[0]) == file["sha256"]
         links = 2 if file["format"] == "gguf" else 1
         assert {part.stat().st_nlink for part in parts} == {links}, "a copy, or weights that onnx refuses"
-    assert sum(manifest["widths"]) == 4 * 192
+    assert sum(block["ffn_width"] for block in manifest["shape"]["blocks"]) == 4 * 192
     assert manifest["removed_ffn_share"] == pytest.approx(0.25)
     assert tuple(manifest["stages"]) == STAGES
     assert manifest["source"]["sha256"]

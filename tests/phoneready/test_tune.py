@@ -80,7 +80,7 @@ def sizes(path: Path, folder: Path, model: Path) -> dict[float, int]:
     shop = Workshop(config, folder, threads=1)
     recipe = Recipe("Q8_0", "cfsp", 32, False)
     return {
-        units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(recipe, units / 16).widths) for units in range(9)
+        units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(recipe, units / 16).shape) for units in range(9)
     }
 
 

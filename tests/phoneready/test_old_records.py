@@ -1,0 +1,67 @@
+"""Records that the version before a model's shape was recorded wrote are read as what they said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.models.checkpoint import CheckpointInfo
+from cfsp.models.shape import ModelShape
+from cfsp.pruning.plan import PruningPlan
+from cfsp.records import read_record, record_from_json, write_record
+from exporters.record import ExportManifest
+from phoneready.publish.manifest import ReleaseManifest
+
+OLD = Path(__file__).parent / "old_records"
+WIDTHS = (128, 96, 96, 64)
+FILES = {
+    "phoneready.json": CheckpointInfo,
+    "pruning_plan.json": PruningPlan,
+    "export.json": ExportManifest,
+    "manifest.json": ReleaseManifest,
+}
+
+
+def shape_in(record: Any) -> ModelShape:
+    return record.exports[0].shape if isinstance(record, ExportManifest) else record.shape
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_old_records_are_read_and_written_anew(name: str, tmp_path: Path) -> None:
+    record = read_record(FILES[name], OLD / name)
+    assert shape_in(record) == ModelShape.of_ffn_widths(WIDTHS)
+    write_record(tmp_path / name, record)
+    assert read_record(FILES[name], tmp_path / name) == record
+
+
+def test_a_plan_of_channels_alone_keeps_its_bytes(tmp_path: Path) -> None:
+    """Exported files carry the hash of the plan's file."""
+    write_record(tmp_path / "plan.json", read_record(PruningPlan, OLD / "pruning_plan.json"))
+    assert (tmp_path / "plan.json").read_bytes() == (OLD / "pruning_plan.json").read_bytes()
+
+
+def test_the_first_plans_named_no_reconstruction() -> None:
+    plan = json.loads((OLD / "pruning_plan.json").read_text()) | {"schema_version": 1}
+    settings = {k: v for k, v in plan["settings"].items() if k not in ("correction", "dtype")}
+    for stated, name in ((True, "one-pass"), (False, "none")):
+        old = plan | {"settings": settings | {"reconstruct": stated}}
+        assert record_from_json(PruningPlan, old, where="x").settings.reconstruct == name
+
+
+@pytest.mark.parametrize("version", [0, 99, None, "1", True, [1]])
+def test_unknown_versions_are_refused(version: Any) -> None:
+    payload = json.loads((OLD / "phoneready.json").read_text()) | {"schema_version": version}
+    with pytest.raises(InputError, match=r"unknown schema version.*allowed: 1, 2"):
+        record_from_json(CheckpointInfo, payload, where="x")
+
+
+@pytest.mark.parametrize("change", [{"widths": 5}, {"widths": None}, {"shape": {}}, {"widths": ["a"]}])
+def test_damaged_old_records_are_told_in_one_line(change: dict[str, Any]) -> None:
+    payload = json.loads((OLD / "phoneready.json").read_text())
+    del payload["widths"]
+    with pytest.raises(InputError, match="x"):
+        record_from_json(CheckpointInfo, payload | change, where="x")
