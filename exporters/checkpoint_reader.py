@@ -90,7 +90,7 @@ def read_config(folder: Path) -> ModelConfig:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{folder / 'config.json'} is not a valid config: {error}") from error
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
-    require_only_widths_vary(shape, str(folder))
+    require_only_widths_vary(shape, str(folder / "config.json"))
     return _from_dict(config, shape)
 
 

@@ -49,10 +49,10 @@ def test_a_template_of_another_architecture_is_refused(
     checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 64))
     template = size_template(draft_gguf(checkpoint, tmp_path, ["Q8_0"])["Q8_0"], "Q8_0")
     shape = read_shape(checkpoint)
-    assert template.architecture == shape.architecture((64, 64, 96, 96)) == "deci"
-    assert shape.architecture((64, 64, 64, 64)) == "llama"
+    assert template.architecture == shape.architecture(ModelShape.of_ffn_widths((64, 64, 96, 96))) == "deci"
+    assert shape.architecture(ModelShape.of_ffn_widths((64, 64, 64, 64))) == "llama"
     with pytest.raises(InputError, match="another architecture"):
-        shape.file_bytes(template, (64, 64, 64, 64))
+        shape.file_bytes(template, ModelShape.of_ffn_widths((64, 64, 64, 64)))
 
 
 def test_a_draft_has_the_bytes_of_the_export(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
