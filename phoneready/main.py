@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import MappingProxyType
 
 import typer
@@ -41,7 +42,12 @@ from runtime_bench.presentation.markup import visible
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
-_INPUT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_INPUT_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+)
+_LONGEST = 2000
+"""Characters of an error's line."""
 
 app = typer.Typer(
     name="phoneready",
@@ -119,19 +125,23 @@ def main(arguments: Sequence[str]) -> int:
             # Typer turns the interrupt of a running command into a status.
             return _fail("interrupted", EXIT_INTERRUPTED, debug)
         sys.stdout.flush()
-        if status == EXIT_INTERRUPTED:  # newer typers turn Ctrl-C into this status themselves
-            return _fail("interrupted", EXIT_INTERRUPTED, debug=False)
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, debug)
     except BrokenPipeError:
-        # The reader of our output has gone; the interpreter's own flush at exit must not complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_gone()
+    except SystemExit as ended:
+        if isinstance(
+            ended.__context__, BrokenPipeError
+        ):  # typer's way out where its help is not read to the end
+            return _reader_gone()
+        raise
     except PhonereadyError as error:
         return _fail(str(error), error.exit_code, debug)
     except OSError as error:
         if error.errno in _INPUT_ERRNOS:
+            if error.filename is None:
+                _drop_output()
             return _fail(
                 f"{error.filename or 'cannot write'}: {error.strerror}", PhonereadyError.exit_code, debug
             )
@@ -144,15 +154,25 @@ def main(arguments: Sequence[str]) -> int:
         return _fail_unexpected(error, debug)
 
 
-def run() -> None:
-    """The console script."""
-    sys.exit(main(sys.argv[1:]))
+def _reader_gone() -> int:
+    _drop_output()
+    return 0
+
+
+def _drop_output() -> None:
+    """Keep the interpreter's own flush at exit from failing again: what is left of the output goes nowhere."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
+    line = visible(" ".join(message.split()))
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST - 500]} ... {line[-480:]}"
+    with suppress(OSError):  # a full disk behind stderr
+        print(f"error: {line}", file=sys.stderr)
     return status
 
 

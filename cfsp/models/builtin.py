@@ -61,7 +61,15 @@ def cache_directory() -> Path:
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "phoneready"
+    return (Path(shared) if shared else home_directory() / ".cache") / "phoneready"
+
+
+def home_directory() -> Path:
+    """The user's home; raises InputError where there is none, as for a user without an entry in /etc/passwd."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise InputError("this user has no home folder; set HOME to one that can be written") from error
 
 
 def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:

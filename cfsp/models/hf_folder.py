@@ -71,22 +71,30 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     return model.eval()
 
 
-def load_folder_tokenizer(folder: Path) -> Any:
+def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The fast tokenizer of a folder.
 
     tokenizer.json is read as it stands: the class that AutoTokenizer would choose by model type may replace
     what the file says about splitting.
 
     Raises:
-        InputError: No tokenizer, a damaged one, or one without a fast form.
+        InputError: No tokenizer, a damaged one, one without a fast form, or one that only code of the folder reads.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer", allowed=f"one of {', '.join(_TOKENIZER_FILES)} in it")
     complete = (folder / "tokenizer.json").is_file()
     reader = transformers.PreTrainedTokenizerFast if complete else transformers.AutoTokenizer
+    if not complete and not trust_remote_code and _names_code(folder / "tokenizer_config.json"):
+        raise InputError(
+            f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which is not run",
+            allowed="--trust-remote-code, or a folder with tokenizer.json",
+        )
     try:
         with quiet_transformers():
-            tokenizer = reader.from_pretrained(folder, local_files_only=True)
+            # Left to itself transformers asks on the terminal, and runs the code where anything there says yes.
+            tokenizer = reader.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
     if not tokenizer.is_fast:
@@ -96,6 +104,11 @@ def load_folder_tokenizer(folder: Path) -> Any:
     # The general class would add token_type_ids, which none of the supported models takes.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
+
+
+def _names_code(file: Path) -> bool:
+    settings = read_json(file) if file.is_file() else {}
+    return not isinstance(settings, dict) or "auto_map" in settings
 
 
 def folder_source(folder: Path, source: ModelSource) -> ModelSource:

@@ -15,7 +15,7 @@ from cfsp.progress import Progress, no_progress
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")
-_MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json", "*.py")
+_MODEL_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 _NOTICE_PATTERNS = ("README.md", *NOTICE_PATTERNS)
 
 
@@ -39,9 +39,21 @@ def _quiet_hub() -> Iterator[None]:
 
 
 def fetch_hub_model(
-    name: str, revision: str | None, *, tokenizer_only: bool = False, progress: Progress = no_progress
+    name: str,
+    revision: str | None,
+    *,
+    tokenizer_only: bool = False,
+    code: bool = False,
+    progress: Progress = no_progress,
 ) -> Path:
     """Folder of a hub model in the hub client's cache; config.json is fetched and judged before the weights.
+
+    Args:
+        name: OWNER/NAME.
+        revision: Branch, tag or commit; the default branch for None.
+        tokenizer_only: Fetch no weights.
+        code: Fetch the model's own Python files too, which nothing runs unless they are trusted.
+        progress: Told when the download begins and ends.
 
     Raises:
         InputError: No such model, no access to it, no network, or an architecture that is not in the table.
@@ -52,6 +64,7 @@ def fetch_hub_model(
     patterns = (
         _TOKENIZER_PATTERNS if tokenizer_only else _TOKENIZER_PATTERNS + _MODEL_PATTERNS + _NOTICE_PATTERNS
     )
+    patterns += ("*.py",) if code else ()
     try:
         with _quiet_hub(), quiet_transformers():
             config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)

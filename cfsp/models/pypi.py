@@ -25,6 +25,7 @@ def download_distribution(requirement: str, folder: Path, *options: str, pattern
     """
     command = [
         sys.executable,
+        "-P",
         "-m",
         "pip",
         "download",

@@ -46,7 +46,7 @@ def load_model(
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
-    source = _locate(reference, progress=progress)
+    source = _locate(reference, progress=progress, code=trust_remote_code)
     path = Path(source.path or "")
     if path.is_file():
         file = read_gguf(path)
@@ -56,7 +56,7 @@ def load_model(
     else:
         progress(f"loading {source.name}", 0, 1)
         check_config(path)
-        tokenizer = load_folder_tokenizer(path)
+        tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
         model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code)
         source = folder_source(path, source)
         progress(f"loading {source.name}", 1, 1)
@@ -75,7 +75,9 @@ def load_tokenizer(reference: str | Path) -> Any:
     return tokenizer_from_gguf(path) if path.is_file() else load_folder_tokenizer(path)
 
 
-def _locate(reference: str | Path, *, progress: Progress, tokenizer_only: bool = False) -> ModelSource:
+def _locate(
+    reference: str | Path, *, progress: Progress, tokenizer_only: bool = False, code: bool = False
+) -> ModelSource:
     """Find, or fetch, what a reference stands for; the result's path is a GGUF file or a folder."""
     text = str(reference)
     path = Path(reference)
@@ -99,7 +101,7 @@ def _locate(reference: str | Path, *, progress: Progress, tokenizer_only: bool =
             allowed=f"a folder, a .gguf file, OWNER/NAME on the hub, or built in: {known}",
         )
     name, revision = hub
-    folder = fetch_hub_model(name, revision, tokenizer_only=tokenizer_only, progress=progress)
+    folder = fetch_hub_model(name, revision, tokenizer_only=tokenizer_only, code=code, progress=progress)
     return ModelSource(text, "hub", name.rpartition("/")[2], str(folder), revision=folder.name)
 
 

@@ -65,8 +65,11 @@ def sample_windows(
                 stream += ids
     report(needed, 0)
     windows = torch.tensor(stream[:needed]).view(nsamples, seqlen)
-    with atomic_file(path) as temporary:
-        safetensors.torch.save_file({"input_ids": windows}, temporary)
+    try:
+        with atomic_file(path) as temporary:
+            safetensors.torch.save_file({"input_ids": windows}, temporary)
+    except InputError as error:  # minutes of sampling are not lost for a cache
+        logger.warning("the sampled text is not kept for the next run: %s", error)
     return windows
 
 

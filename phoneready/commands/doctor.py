@@ -144,7 +144,7 @@ def _check_llama_library() -> Check:
     """Whether llama.cpp's library loads: one compiled for another processor ends the process that tries."""
     if _version("llama-cpp-python") is None:
         return Check("llama.cpp library", "missing", "not installed")
-    command = [sys.executable, "-c", "import llama_cpp"]
+    command = [sys.executable, "-P", "-c", "import llama_cpp"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         return Check("llama.cpp library", "ok", "loads")
@@ -182,10 +182,13 @@ def _check_memory() -> Check:
 
 
 def _check_cache() -> list[Check]:
-    folder = cache_directory()
+    hint = "set PHONEREADY_CACHE to a folder that can be written"
+    try:
+        folder = cache_directory()
+    except InputError as error:
+        return [Check("cache folder", "failed", str(error), hint)]
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        hint = "set PHONEREADY_CACHE to a folder that can be written"
         return [Check("cache folder", "failed", f"{folder} cannot be written", hint)]
     free = shutil.disk_usage(existing).free
     state, hint = (

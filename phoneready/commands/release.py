@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError
-from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, split_names
+from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, TrustOption, split_names
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def release(
         str | None,
         typer.Option("--label", help="What `phoneready history` is to call this run, such as a version."),
     ] = None,
+    trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -70,7 +71,7 @@ def release(
     from phoneready.report.markdown import headline, quality_table, verdict_table
     from phoneready.settings.release import load_config, with_variants
 
-    chosen = load_config(config, settings or [])
+    chosen = load_config(config, settings or [], trust_remote_code=trust_remote_code)
     if onnx:
         chosen = with_variants(chosen, split_names(onnx))
     if explain:

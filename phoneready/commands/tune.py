@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError
-from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption
+from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 
@@ -26,6 +26,7 @@ def tune(
             "--set", help="Replace a setting, such as tune.trials=6; may be repeated.", metavar="KEY=VALUE"
         ),
     ] = None,
+    trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -47,7 +48,7 @@ def tune(
         raise InputError(
             "the search would overwrite its configuration; name another folder", field="--output"
         )
-    chosen = load_config(config, settings or [])
+    chosen = load_config(config, settings or [], trust_remote_code=trust_remote_code)
     with show_progress() as progress:
         result = search(chosen, output, show=note, progress=progress, threads=threads)
     text = format_result(result) + f"\nNow: phoneready release {output / RELEASE_FILE}\n"

@@ -40,6 +40,9 @@ def check_sections(config: ReleaseConfig, prefix: str = "") -> None:
         raise InputError(prefix + "; ".join(problems))
 
 
+_TRUST = "trust_remote_code"
+
+
 def demo_config_text() -> str:
     """The release.toml of the embedded demo."""
     return _resource("demo.toml")
@@ -54,30 +57,35 @@ def template_text(model: str | None = None) -> str:
     text = _resource("template.toml")
     if model is None:
         return text
-    # A JSON string is a TOML string.
-    return text.replace(
-        'reference = "smollm2-135m" ', f"reference = {json.dumps(model, ensure_ascii=False)} ", 1
-    )
+    # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
+    stated = json.dumps(model, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return text.replace('reference = "smollm2-135m" ', f"reference = {stated} ", 1)
 
 
 def _resource(name: str) -> str:
     return importlib.resources.files("phoneready.settings").joinpath(name).read_text(encoding="utf-8")
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ReleaseConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> ReleaseConfig:
     """Read a release.toml, or the embedded demo's for None; relative paths in it start at its folder.
 
     Args:
         path: The file.
         overrides: Such as `prune.prune_ratio=0.3`; the value is TOML.
+        trust_remote_code: Let transformers run code that the model brings along; only a person may say so, no file.
 
     Raises:
         InputError: Missing, no TOML, or with errors; the message names all of them.
     """
     if path is None:
-        return parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
-    config = parse_config(read_text(path), where=str(path), overrides=overrides)
-    return beside(config, path.parent)
+        config = parse_config(demo_config_text(), where="the demo's configuration", overrides=overrides)
+    else:
+        config = beside(parse_config(read_text(path), where=str(path), overrides=overrides), path.parent)
+    if trust_remote_code:
+        return config.model_copy(update={"model": config.model.model_copy(update={_TRUST: True})})
+    return config
 
 
 def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> ReleaseConfig:
@@ -92,6 +100,13 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         raise InputError(f"{where} is not valid TOML: {error}") from error
     given = {location: override for override in overrides for location in _override(values, override)}
     name = _place_namer(lines, given)
+    model = values.get("model")
+    if isinstance(model, dict) and _TRUST in model:
+        place = ("model", _TRUST)
+        raise InputError(
+            f"{where}: {name(place)}{place_of(place)}: no configuration may let a model's code run; "
+            "pass --trust-remote-code to the command"
+        )
 
     def described(problems: Sequence[tuple[Location, str]]) -> list[str]:
         return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]

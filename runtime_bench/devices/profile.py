@@ -136,7 +136,8 @@ def user_folder() -> Path:
     named = os.environ.get("PHONEREADY_DEVICES")
     if named:
         return Path(named)
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    # Not Path.home(): a user without a home has the built-in profiles all the same.
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
     return Path(home) / "phoneready" / "devices"
 
 

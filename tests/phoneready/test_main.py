@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,3 +110,82 @@ def test_interrupting_a_command_exits_130() -> None:
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors == "error: interrupted\n"
+
+
+def test_nothing_of_the_working_directory_is_imported(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    for name in ("json", "torch", "llama_cpp", "pip", "typer", "pathlib"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(canary)!r}, 'w').close()\n", encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for arguments in (["doctor"], ["devices", "list"]):
+        line = [sys.executable, "-m", "phoneready", *arguments]
+        subprocess.run(line, capture_output=True, env=environment, cwd=tmp_path, check=False)
+        assert not canary.exists()
+
+
+SHELL = f"PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)} -m phoneready"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux")
+@pytest.mark.parametrize(
+    ("command", "statuses", "reason"),
+    [
+        ("devices list >&-", {2}, "standard output is closed"),
+        ("--version >&-", {2}, "standard output is closed"),
+        ("devices list <&- >&- 2>&-", {2}, None),
+        ("devices list >/dev/full", {2}, "No space left on device"),
+        ("devices --help >/dev/full", {2}, "No space left on device"),
+        ("devices list 2>/dev/full", {0}, None),
+        ("prune /nonexist -o x 2>/dev/full", {2}, None),
+        ("prune $(printf 'a\\377') -o x", {2}, "not UTF-8"),
+        ("devices --help | true", {0, 141}, None),
+        ("--version | true", {0, 141}, None),
+    ],
+)
+def test_streams_that_cannot_be_written(
+    command: str, statuses: set[int], reason: str | None, tmp_path: Path
+) -> None:
+    first, bar, rest = command.partition(" | ")
+    script = f"({SHELL} {first}; echo $? >status)" + (f" | {rest}" if bar else "")
+    script = script.replace("exec ", "")
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert int((tmp_path / "status").read_text()) in statuses
+    assert result.stderr.count("\n") == (1 if reason else 0)
+    assert (reason or "") in result.stderr
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    script = f"cd gone; rmdir ../gone; {SHELL} history"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: the working directory is not there any more; change into another one"
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_in_one_line_from_the_first_import_on(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # A module that phoneready.main imports says when the interrupt comes.
+    (tmp_path / "typer.py").write_text(
+        "import time; print('up', flush=True); time.sleep(60)\n", encoding="utf-8"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    line = [sys.executable, "-m", "phoneready", "devices", "list"]
+    with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "error: interrupted\n"
+
+
+def test_a_long_error_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.main(["devices", "show", "x" * 20000]) == 2
+    error = capsys.readouterr().err
+    assert len(error) < 2100
+    assert error.startswith("error: ")

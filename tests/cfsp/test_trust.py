@@ -1,0 +1,72 @@
+"""Code that a model folder brings along runs only where a person says so, whatever stands on standard input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.models.reference import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+CODE = """
+from pathlib import Path
+Path({canary!r}).touch()
+from transformers import PreTrainedTokenizerFast
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def evil(tiny_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder whose tokenizer is code of its own."""
+    folder = tiny_folder()
+    for name in ("tokenizer.json", "chat_template.jinja", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    (folder / "vocab.json").write_text("{}", encoding="utf-8")
+    (folder / "merges.txt").write_text("", encoding="utf-8")
+    settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    code = CODE.format(canary=str(tmp_path / "canary"))
+    (folder / "evil.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+def test_a_tokenizers_code_does_not_run_where_yes_is_on_standard_input(evil: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "phoneready", "prune", str(evil), "-o", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run(
+        line, input="y\n" * 9, capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "--trust-remote-code" in result.stderr
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_tokenizers_code_runs_when_it_is_trusted(
+    evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(InputError):  # it has no vocabulary
+        load_model(evil, trust_remote_code=True)
+    assert (tmp_path / "canary").exists()
+
+
+def test_a_models_code_is_left_alone(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}})
+    )
+    (folder / "evil.py").write_text(CODE.format(canary=str(tmp_path / "canary")), encoding="utf-8")
+    assert type(load_model(folder).model).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "canary").exists()
