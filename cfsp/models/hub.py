@@ -61,10 +61,8 @@ def fetch_hub_model(
     import huggingface_hub
 
     progress(f"fetching {name}", 0, 1)
-    patterns = (
-        _TOKENIZER_PATTERNS if tokenizer_only else _TOKENIZER_PATTERNS + _MODEL_PATTERNS + _NOTICE_PATTERNS
-    )
-    patterns += ("*.py",) if code else ()
+    patterns = [*_TOKENIZER_PATTERNS, *(() if tokenizer_only else (*_MODEL_PATTERNS, *_NOTICE_PATTERNS))]
+    patterns += ["*.py"] if code else []
     try:
         with _quiet_hub(), quiet_transformers():
             config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
