@@ -14,7 +14,13 @@ from exporters.record import ExportRecord
 from phoneready.console import format_bytes, format_rows
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.presentation.markup import (
+    Markdown,
+    escape_cell,
+    escape_markdown,
+    finalize_markdown,
+    visible,
+)
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
 from runtime_bench.records.notes import note_of
@@ -39,14 +45,16 @@ def render_report(
         "config": config,
         "figures": figures,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commands": commands,
+        "commands": [Markdown(visible(command)) for command in commands],
         "headline": headline(figures),
-        "verdicts": [(dense.quant, verdict_table(figures, dense, pruned)) for dense, pruned in pairs],
-        "quality": quality_table(figures),
-        "parity": _parity_table(figures),
+        "verdicts": [
+            (dense.quant, Markdown(verdict_table(figures, dense, pruned))) for dense, pruned in pairs
+        ],
+        "quality": Markdown(quality_table(figures)),
+        "parity": Markdown(_parity_table(figures)),
         "notes": [f"{r.file}: {warning}" for pair in pairs for r in pair for warning in r.warnings],
         "answers": _answers(figures),
-        "widths": _widths_table(figures.plan),
+        "widths": Markdown(_widths_table(figures.plan)),
         "groups": bench_groups(figures.bench),
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
         "bench_notes": bench_notes(figures.bench),
@@ -56,7 +64,11 @@ def render_report(
         importlib.resources.files("phoneready.report").joinpath("templates/report.md.j2").read_text("utf-8")
     )
     environment = jinja2.Environment(
-        autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=finalize_markdown,
     )
     return environment.from_string(text).render(context) + "\n"
 
@@ -98,7 +110,7 @@ def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRe
         if (group.kind, group.target) == _HERE:
             rows += found
         elif found:
-            others.append(f"{group.title}:\n\n{format_rows(_COLUMNS, found)}")
+            others.append(f"{escape_markdown(group.title)}:\n\n{format_rows(_COLUMNS, found)}")
     return "\n".join([format_rows(_COLUMNS, rows), *others])
 
 
@@ -129,7 +141,7 @@ def quality_table(figures: ReleaseFigures) -> str:
             continue
         perplexities = [f"{d.reference_perplexity:.2f}", f"{d.perplexity:.2f}", f"{d.perplexity_ratio:.3f}"]
         kl = [f"{d.kl_mean:.4f}", f"{d.kl_median:.4f}", f"{d.kl_p99_9:.2f}"]
-        place = escape_markdown(text_name(text.source, figures.evaluation.seed))
+        place = text_name(text.source, figures.evaluation.seed)
         rows.append([f"{text.kind}: {place}", f"{d.n_tokens}", *perplexities, *kl, f"{d.same_top1:.1%}"])
     return format_rows([*header, "same top-1"], rows) if rows else "Nothing was evaluated.\n"
 
@@ -186,7 +198,10 @@ def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompt,
-            "rows": [(name, _cell(dense[i]), _cell(pruned[i])) for name, dense, pruned in sides],
+            "rows": [
+                [Markdown(escape_cell(text)) for text in (name, dense[i], pruned[i])]
+                for name, dense, pruned in sides
+            ],
         }
         for i, prompt in enumerate(figures.evaluation.prompts)
     ]
@@ -199,10 +214,6 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
         if remark := record.failure or note_of(record):
             rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _widths_table(plan: PruningPlan) -> str:
