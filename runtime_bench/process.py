@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from runtime_bench.records.contention import contention_since, core_times
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 _TAIL_BYTES = 8192
@@ -77,11 +78,12 @@ def measure_in(
     environment: Mapping[str, str] | None = None,
 ) -> WorkerResult:
     """As `run_module`, in any program that answers a worker's requests, in exactly this environment (ours if None)."""
+    start = core_times()
     try:
         output = exchange(command, payload, timeout_s, before=before, environment=environment)
     except ProcessFailed as error:
         return WorkerResult(error=str(error))
-    return result_from_json(output)
+    return replace(result_from_json(output), contention=contention_since(start))
 
 
 def exchange(

@@ -31,6 +31,7 @@ from runtime_bench.engines import (
 )
 from runtime_bench.files import files_of
 from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
+from runtime_bench.records.contention import Contention, waited_ns
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
 
@@ -77,6 +78,8 @@ class WorkerResult:
         reread_bytes: Pages of files that were dropped for the limit and read again.
         throttling: How the processor was slowed down; None where it was not.
         cpu_ns: Processor time of all threads in each sample, nanoseconds; empty where nothing tells.
+        waited_ns: How long all threads waited for a core in each sample, nanoseconds; empty where nothing tells.
+        contention: What else used the machine's cores meanwhile.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -90,14 +93,17 @@ class WorkerResult:
     reread_bytes: int | None = None
     throttling: Throttling | None = None
     cpu_ns: list[int] = field(default_factory=list)
+    waited_ns: list[int] = field(default_factory=list)
+    contention: Contention | None = None
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """One timing: by the clock on the wall, and of the processor in all threads."""
+    """One timing: by the clock on the wall, and in all threads of the processor and of waiting for it."""
 
     wall_ns: int
     cpu_ns: int
+    waited_ns: int | None
 
 
 def request_from_json(payload: dict[str, Any]) -> WorkerRequest:
@@ -132,7 +138,10 @@ def measure(request: WorkerRequest) -> WorkerResult:
     finally:
         session.close()
     wall, cpu = [sample.wall_ns for sample in samples], [sample.cpu_ns for sample in samples]
-    return WorkerResult(wall or [load_ns], load_ns, share, baseline, peak, facts, cpu_ns=cpu)
+    waited = [sample.waited_ns for sample in samples if sample.waited_ns is not None]
+    return WorkerResult(
+        wall or [load_ns], load_ns, share, baseline, peak, facts, cpu_ns=cpu, waited_ns=waited
+    )
 
 
 def prepare_page_cache(state: str, files: Sequence[Path]) -> None:
@@ -205,10 +214,17 @@ def _timed(
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))
-        start, cpu = time.perf_counter_ns(), time.process_time_ns()
+        waited, start, cpu = waited_ns(), time.perf_counter_ns(), time.process_time_ns()
         work()
-        samples.append(_Sample(time.perf_counter_ns() - start, time.process_time_ns() - cpu))
+        wall, cpu = time.perf_counter_ns() - start, time.process_time_ns() - cpu
+        samples.append(_Sample(wall, cpu, _waited_since(waited)))
     return samples
+
+
+def _waited_since(before: int | None) -> int | None:
+    """Threads that have ended meanwhile take what they waited with them."""
+    now = waited_ns()
+    return None if before is None or now is None else max(0, now - before)
 
 
 def random_tokens(session: Vocabulary, request: WorkerRequest, count: int) -> list[int]:

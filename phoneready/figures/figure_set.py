@@ -34,6 +34,7 @@ class Figure:
         low: Lower end, of bands and of what is the most of several.
         high: Upper end.
         failure: Why there is no value.
+        noise: Why its samples tell more of the machine than of the file; None where they do not.
         conditions: What must be equal for two such figures to be comparable.
     """
 
@@ -51,6 +52,7 @@ class Figure:
     low: float | None = None
     high: float | None = None
     failure: str | None = None
+    noise: str | None = None
     conditions: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -4,7 +4,8 @@ A figure passes or misses its budget only where its whole interval does; where t
 too little to say, the verdict is inconclusive. An interval is
 
     of timings      the bootstrap interval of the median, or of the ratio of medians (runtime_bench.records.summary),
-                    as in `phoneready compare`, with samples of at least five processes
+                    as in `phoneready compare`, with samples of at least five processes; where the machine was too busy
+                    to tell, none is missed, and no ratio passes
     of memory       the least and the most of all processes; relative: the bootstrap interval of the ratio
     of accuracies   1.96 standard errors to both sides, of both models where they are compared
     of projections  the band
@@ -22,7 +23,7 @@ from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
-from runtime_bench.records.compare import MIN_SAMPLES
+from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
 from runtime_bench.records.record import DOES_NOT_FIT
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
@@ -76,6 +77,8 @@ def _judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bu
     else:
         estimate = _relative(budget, figure, reference)
     outcome, reason = _outcome(budget, estimate)
+    if figure.noise and outcome == MISSED:  # a busy machine only slows: what passes there, passes
+        outcome, reason = INCONCLUSIVE, _too_noisy(figure)
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
     return BudgetVerdict(
         metric=_metric_name(figure.key),
@@ -123,8 +126,8 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
 
 def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
     for one in (figure, reference):
-        if one.n_independent < MIN_SAMPLES:
-            return _Estimate(reason=_too_few(one))
+        if one.n_independent < MIN_SAMPLES or one.noise:
+            return _Estimate(reason=_too_noisy(one) if one.noise else _too_few(one))
     paired = figure.paired is not None and figure.paired == reference.paired
     found = ratio_interval(
         figure.samples,
@@ -133,6 +136,8 @@ def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
         numerator_rounds=figure.rounds,
         denominator_rounds=reference.rounds,
     )
+    if found.high > WIDEST * found.low:
+        return _Estimate(reason=f"{TOO_NOISY}: the rounds differ too much")
     return _Estimate(found.ratio, found.low, found.high)
 
 
@@ -167,6 +172,10 @@ def _failed(figure: Figure) -> _Estimate:
 def _too_few(figure: Figure) -> str:
     independent = "samples" if figure.n_independent == len(figure.samples) else "processes"
     return f"{figure.subject} has {figure.n_independent} {independent}, a verdict needs {MIN_SAMPLES}"
+
+
+def _too_noisy(figure: Figure) -> str:
+    return f"{TOO_NOISY}: {figure.subject}: {figure.noise}"
 
 
 def _differences(figure: Figure, reference: Figure) -> str:

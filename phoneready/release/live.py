@@ -17,6 +17,7 @@ from exporters.record import ExportManifest
 from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation
 from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder
+from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.jsonl import read_jsonl
 from runtime_bench.records.record import BenchRecord
 
@@ -125,11 +126,7 @@ def _measured(output: Path) -> str:
 
 
 def _row(record: BenchRecord) -> str:
-    if not record.ok:
-        return f"{record.test} failed: {record.failure}"
-    if record.avg_ts is not None:
-        return f"{record.test} {record.avg_ts:.1f} t/s"
-    return f"{record.test} {(record.median_ns or 0) / 1e6:.1f} ms"
+    return f"{record.test} {speed_text(record) if record.ok else f'failed: {record.failure}'}"
 
 
 _FIGURES: Mapping[str, Callable[[Path], str]] = MappingProxyType(

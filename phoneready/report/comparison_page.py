@@ -11,9 +11,9 @@ from cfsp.errors import MissingExtraError
 from phoneready.console import format_bytes
 from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
 from phoneready.report.escape import plot_text, script_json
-from phoneready.report.markdown import speed_text
 from phoneready.report.model_points import ModelPoint, PointGroup, Quality
 from phoneready.report.plot_style import DARK, SOFT, STEPS, SYMBOLS, plot_layout
+from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records import summary
 

@@ -14,17 +14,13 @@ from exporters.record import ExportRecord
 from phoneready.console import format_bytes, format_rows
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.presentation.markup import (
-    Markdown,
-    escape_cell,
-    escape_markdown,
-    finalize_markdown,
-    visible,
-)
-from runtime_bench.records.compare import compare_records
+from runtime_bench.presentation.comparison_table import speeds_text
+from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.presentation.record_table import speed_text
+from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import EMULATED, BenchRecord
+from runtime_bench.records.record import BenchRecord
 
 WORKLOAD_TITLES = {
     "pp": "prompt processing",
@@ -45,16 +41,14 @@ def render_report(
         "config": config,
         "figures": figures,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commands": [Markdown(visible(command)) for command in commands],
+        "commands": commands,
         "headline": headline(figures),
-        "verdicts": [
-            (dense.quant, Markdown(verdict_table(figures, dense, pruned))) for dense, pruned in pairs
-        ],
-        "quality": Markdown(quality_table(figures)),
-        "parity": Markdown(_parity_table(figures)),
+        "verdicts": [(dense.quant, verdict_table(figures, dense, pruned)) for dense, pruned in pairs],
+        "quality": quality_table(figures),
+        "parity": _parity_table(figures),
         "notes": [f"{r.file}: {warning}" for pair in pairs for r in pair for warning in r.warnings],
         "answers": _answers(figures),
-        "widths": Markdown(_widths_table(figures.plan)),
+        "widths": _widths_table(figures.plan),
         "groups": bench_groups(figures.bench),
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
         "bench_notes": bench_notes(figures.bench),
@@ -64,11 +58,7 @@ def render_report(
         importlib.resources.files("phoneready.report").joinpath("templates/report.md.j2").read_text("utf-8")
     )
     environment = jinja2.Environment(
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=finalize_markdown,
+        autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     return environment.from_string(text).render(context) + "\n"
 
@@ -110,7 +100,7 @@ def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRe
         if (group.kind, group.target) == _HERE:
             rows += found
         elif found:
-            others.append(f"{escape_markdown(group.title)}:\n\n{format_rows(_COLUMNS, found)}")
+            others.append(f"{group.title}:\n\n{format_rows(_COLUMNS, found)}")
     return "\n".join([format_rows(_COLUMNS, rows), *others])
 
 
@@ -141,7 +131,7 @@ def quality_table(figures: ReleaseFigures) -> str:
             continue
         perplexities = [f"{d.reference_perplexity:.2f}", f"{d.perplexity:.2f}", f"{d.perplexity_ratio:.3f}"]
         kl = [f"{d.kl_mean:.4f}", f"{d.kl_median:.4f}", f"{d.kl_p99_9:.2f}"]
-        place = text_name(text.source, figures.evaluation.seed)
+        place = escape_markdown(text_name(text.source, figures.evaluation.seed))
         rows.append([f"{text.kind}: {place}", f"{d.n_tokens}", *perplexities, *kl, f"{d.same_top1:.1%}"])
     return format_rows([*header, "same top-1"], rows) if rows else "Nothing was evaluated.\n"
 
@@ -152,22 +142,16 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> list[str]:
     if not (dense.ok and pruned.ok):
         return [title, *("measured" if r.ok else "failed" for r in (dense, pruned)), "-"]
     c = compare_records(dense, pruned)
-    change = "-"
-    if c.ratio is not None and c.low is not None and c.high is not None:
-        change = f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}): {c.verdict}"
-    return [title, speed_text(dense), speed_text(pruned), change]
+    if c.ratio is None or dense.void or pruned.void:
+        return [title, speed_text(dense), speed_text(pruned), f"{c.verdict} ({c.reason})"]
+    return [title, *speeds_text(c), f"{ratio_text(c)}: {c.verdict}"]
 
 
-def speed_text(record: BenchRecord) -> str:
-    """Tokens a second where the workload is a rate, else the median time; no figure where degenerate text voids it, or
-    where an emulator's clock would say it."""
-    if record.void:
-        return "void"
-    if record.kind == EMULATED:
-        return "-"
-    if record.avg_ts is not None:
-        return f"{record.avg_ts:.1f} t/s"
-    return "-" if record.median_ns is None else f"{record.median_ns / 1e6:.1f} ms"
+def ratio_text(comparison: Comparison) -> str:
+    """A ratio with its interval."""
+    c = comparison
+    basis = ", by processor time" if c.basis == "cpu" else ""
+    return f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}){basis}"
 
 
 def _parity_table(figures: ReleaseFigures) -> str:
@@ -198,10 +182,7 @@ def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompt,
-            "rows": [
-                [Markdown(escape_cell(text)) for text in (name, dense[i], pruned[i])]
-                for name, dense, pruned in sides
-            ],
+            "rows": [(name, _cell(dense[i]), _cell(pruned[i])) for name, dense, pruned in sides],
         }
         for i, prompt in enumerate(figures.evaluation.prompts)
     ]
@@ -214,6 +195,10 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
         if remark := record.failure or note_of(record):
             rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _widths_table(plan: PruningPlan) -> str:

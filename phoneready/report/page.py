@@ -14,7 +14,7 @@ from phoneready.report.assets import KINDS, content_policy, environment, plotly_
 from phoneready.report.devices import projection_tables
 from phoneready.report.escape import script_json
 from phoneready.report.inputs import ReportInput
-from phoneready.report.markdown import bench_notes, headline, speed_text, text_name
+from phoneready.report.markdown import bench_notes, headline, text_name
 from phoneready.report.plot_style import DARK, Plot
 from phoneready.report.plots import make_plots
 from phoneready.report.tables import (
@@ -29,6 +29,7 @@ from phoneready.report.tables import (
     verdict_rows,
     width_rows,
 )
+from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
 
@@ -135,7 +136,9 @@ def _tiles(report: ReportInput, group: BenchGroup | None) -> list[Tile]:
                 and not (a.void or b.void)
                 and (found := compare_records(a, b)).ratio
             ):
-                tiles.append(Tile(f"speed, {test}", speed_text(b), f"{found.ratio:.2f}", found.verdict))
+                tiles.append(
+                    Tile(f"speed, {test}", speeds_text(found)[1], f"{found.ratio:.2f}", found.verdict)
+                )
         peaks = [group.peak_rss_bytes(record.file) for record in (dense, pruned)]
         if peaks[0] and peaks[1]:
             tiles.append(Tile("peak memory", format_bytes(peaks[1]), f"{peaks[1] / peaks[0]:.3f}"))

@@ -11,7 +11,9 @@ from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation
 from phoneready.figures.verdict import OUTCOMES, BudgetVerdict, format_figure
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.markdown import WORKLOAD_TITLES, speed_text, text_name
+from phoneready.report.markdown import WORKLOAD_TITLES, ratio_text, text_name
+from runtime_bench.presentation.comparison_table import speeds_text
+from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup
 from runtime_bench.records.record import BenchRecord
@@ -19,7 +21,13 @@ from runtime_bench.records.record import BenchRecord
 NOTHING = "-"
 TONES = {
     **dict(zip(OUTCOMES, ("bad", "unsure", "good"), strict=True)),
-    **{"faster": "good", "slower": "bad", "no difference": "even", "inconclusive": "unsure"},
+    **{
+        "faster": "good",
+        "slower": "bad",
+        "no difference": "even",
+        "inconclusive": "unsure",
+        "too noisy to tell": "unsure",
+    },
 }
 """Outcome or verdict to the tone that it is shown in."""
 
@@ -217,11 +225,14 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> tuple[Cell, ...]:
     if dense.void or pruned.void:
         return (title, speed_text(dense), speed_text(pruned), Mark("void", "bad"))
     c = compare_records(dense, pruned)
-    change: Cell = NOTHING
-    if c.ratio is not None and c.low is not None and c.high is not None:
-        text = f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f})"
-        change = Mark(c.verdict, TONES[c.verdict], text)
-    return (title, speed_text(dense), speed_text(pruned), change)
+    if c.ratio is None:
+        return (
+            title,
+            speed_text(dense),
+            speed_text(pruned),
+            Mark(c.verdict, TONES[c.verdict], c.reason or ""),
+        )
+    return (title, *speeds_text(c), Mark(c.verdict, TONES[c.verdict], ratio_text(c)))
 
 
 def _tasks(evaluation: Evaluation) -> Table | None:

@@ -56,6 +56,16 @@ class Row:
         return next((r.error for r in self.results if r.error), None)
 
     @property
+    def facts(self) -> EngineFacts:
+        """What the engine said, the first time that it did."""
+        return next((r.facts for r in self.results if r.facts), _NO_FACTS)
+
+    @property
+    def opened(self) -> list[WorkerResult]:
+        """Results of the processes that opened the file."""
+        return [r for r in self.results if r.load_ns]
+
+    @property
     def samples_ns(self) -> list[int]:
         """All samples."""
         return [ns for result in self.results for ns in result.samples_ns]
@@ -65,6 +75,18 @@ class Row:
         """Processor time of all samples; empty unless every one has it."""
         found = [ns for result in self.results for ns in result.cpu_ns if ns > 0]
         return found if len(found) == len(self.samples_ns) else []
+
+    @property
+    def waited_ns(self) -> list[int]:
+        """How long each sample waited for a core; empty unless every one tells."""
+        found = [ns for result in self.results for ns in result.waited_ns]
+        return found if len(found) == len(self.samples_ns) else []
+
+    @property
+    def memory_verdict(self) -> str | None:
+        """The worst under a limit of memory."""
+        verdicts = [r.memory_verdict for r in self.results if r.memory_verdict]
+        return max(verdicts, key=MEMORY_VERDICTS.index, default=None)
 
 
 def record_of(
@@ -87,11 +109,36 @@ def record_of(
         first: What was measured before, where the row was measured once more.
         environment: The machine before the first sample.
     """
-    settings, path = session.settings, session.files[index]
-    facts = next((r.facts for r in row.results if r.facts), _NO_FACTS)
-    versions = environment.versions | facts.versions
-    opened = [r for r in row.results if r.load_ns]
     check = session.checks[index] or TextCheck()
+    results, opened = row.results, row.opened
+    return replace(
+        _without_samples(session, index, workload, threads, row, environment),
+        samples_ns=tuple(row.samples_ns),
+        cpu_samples_ns=tuple(row.cpu_ns),
+        waited_samples_ns=tuple(row.waited_ns),
+        sequence=tuple(row.sequence),
+        load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
+        page_cache_shares=tuple(r.page_cache_share for r in opened),
+        baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
+        peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in results if r.peak_rss_bytes),
+        quarantined_ns=tuple(first.samples_ns) if first is not None and first is not row else (),
+        memory_verdict=row.memory_verdict,
+        reread_bytes=max((r.reread_bytes for r in results if r.reread_bytes is not None), default=None),
+        throttling=next((r.throttling for r in results if r.throttling), None),
+        contention=tuple(r.contention for r in results),
+        clock_caps=tuple(heat.clock_cap for heat in row.heat),
+        hottest_c=tuple(heat.hottest_c for heat in row.heat),
+        text_sample=check.texts[0] if check.texts else None,
+        degenerate=check.degenerate,
+    )
+
+
+def _without_samples(
+    session: Session, index: int, workload: Workload, threads: int, row: Row, environment: Environment
+) -> BenchRecord:
+    """The record before its samples: what was measured, where and how."""
+    settings, path, facts = session.settings, session.files[index], row.facts
+    versions = environment.versions | facts.versions
     return BenchRecord(
         kind=session.target.kind,
         target=session.target.name,
@@ -120,28 +167,9 @@ def record_of(
         warmup=settings.warmup and workload.kind != "load",
         samples_per_process=shares(settings, workload)[0],
         environment=replace(environment, versions=versions, system_info=facts.system_info),
-        samples_ns=tuple(row.samples_ns),
-        cpu_samples_ns=tuple(row.cpu_ns),
-        sequence=tuple(row.sequence),
-        load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
         page_cache=page_cache_wish(settings, workload),
-        page_cache_shares=tuple(r.page_cache_share for r in opened),
-        baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
-        peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in row.results if r.peak_rss_bytes),
-        quarantined_ns=tuple(first.samples_ns) if first is not None and first is not row else (),
         spread_limit=settings.spread_limit,
         memory_limit_bytes=session.target.memory_limit_bytes,
-        memory_verdict=max(
-            (r.memory_verdict for r in row.results if r.memory_verdict),
-            key=MEMORY_VERDICTS.index,
-            default=None,
-        ),
-        reread_bytes=max((r.reread_bytes for r in row.results if r.reread_bytes is not None), default=None),
-        throttling=next((r.throttling for r in row.results if r.throttling), None),
-        clock_caps=tuple(heat.clock_cap for heat in row.heat),
-        hottest_c=tuple(heat.hottest_c for heat in row.heat),
-        text_sample=check.texts[0] if check.texts else None,
-        degenerate=check.degenerate,
     )
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from cfsp.records import tool_version
 from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import Column, Table, short_names, table_of
+from runtime_bench.presentation.record_table import format_speed
+from runtime_bench.presentation.table import NOTHING, Column, Table, short_names, table_of
 from runtime_bench.records.compare import Comparison
-from runtime_bench.records.record import CROWDED_SHARE
+from runtime_bench.records.crowding import CROWDED_SHARE
+from runtime_bench.records.record import EMULATED
 
 SCHEMA_VERSION = 1
 
@@ -38,6 +40,16 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("threads", lambda c: c.n_threads, right=True),
         Column("base", lambda c: names[c.base]),
         Column("new", lambda c: names[c.new]),
+        Column(
+            "base speed",
+            lambda c: None if c.kind == EMULATED else format_speed(c.base_median_ts, c.base_median_ns),
+            right=True,
+        ),
+        Column(
+            "new speed",
+            lambda c: None if c.kind == EMULATED else format_speed(c.new_median_ts, c.new_median_ns),
+            right=True,
+        ),
         Column("speed ratio", lambda c: _number(c.ratio)),
         Column(confidence, _interval),
         Column("peak RSS ratio", lambda c: _number(c.peak_rss_ratio)),
@@ -45,6 +57,14 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("verdict", lambda c: c.verdict + (f" ({c.reason})" if c.reason else "")),
     )
     return Table([*(_PLACE if several else ()), *columns], comparisons)
+
+
+def speeds_text(comparison: Comparison) -> tuple[str, str]:
+    """The speeds of base and new whose quotient the ratio is; none by an emulator's clock."""
+    c = comparison
+    if c.kind == EMULATED:
+        return NOTHING, NOTHING
+    return format_speed(c.base_median_ts, c.base_median_ns), format_speed(c.new_median_ts, c.new_median_ns)
 
 
 _PLACE: tuple[Column[Comparison], ...] = (
@@ -69,19 +89,14 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
         f"Speed of new / speed of base, by medians ({escape_markdown('; '.join(places))}). A difference is a whole "
         f"interval beyond {' or '.join(thresholds)}."
     ]
-    crowded = sum(c.basis == "cpu" for c in comparisons)
-    if crowded:
-        lines.append(
-            f"{crowded} of {len(comparisons)} rows are compared by processor time: other programs took the core of a "
-            f"single thread for more than {CROWDED_SHARE:.0%} of the time."
-        )
-    apart = sum(not c.paired for c in comparisons)
-    if apart:
-        lines.append(
-            f"{apart} of {len(comparisons)} rows were not measured in turns: what changed on the machine between the "
-            "sessions is in their ratios."
-        )
-    return lines
+    counts = {
+        "are compared by processor time: other programs took the core of a single thread for more than "
+        f"{CROWDED_SHARE:.0%} of the time.": sum(c.basis == "cpu" for c in comparisons),
+        "were not measured in turns: what changed on the machine between the sessions is in their ratios.": sum(
+            not c.paired for c in comparisons
+        ),
+    }
+    return lines + [f"{count} of {len(comparisons)} rows {what}" for what, count in counts.items() if count]
 
 
 def _interval(comparison: Comparison) -> str | None:

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import Column, Table, short_names, table_of
+from runtime_bench.presentation.table import NOTHING, Column, Table, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.json_form import record_to_json
 from runtime_bench.records.notes import note_of
@@ -34,9 +34,10 @@ def format_table(records: Sequence[BenchRecord], output: str = "md") -> str:
 def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     """The table that people read.
 
-    llama-bench's columns, then ours: `time` is the median of a sample, `load` and `peak RSS` belong to the
-    row's processes. A column `file` is there when the records are of several files, `target` when they are of several
-    targets.
+    llama-bench's columns, then ours. `time` is the median of a sample, and `t/s` the speed at that time (in llama-bench
+    the samples' mean) with their standard deviation: what comparisons are of, too. `load` and `peak RSS` belong
+    to the row's processes. A column `file` is there when the records are of several files, `target` when they are of
+    several targets.
     """
     names = short_names(record.model_filename for record in records)
     columns = (
@@ -45,6 +46,21 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     if len(names) > 1:
         columns.append(Column("file", lambda r: names[r.model_filename]))
     return Table([*columns, *_COLUMNS], records)
+
+
+def speed_text(record: BenchRecord) -> str:
+    """The speed at the median time; no figure where degenerate text voids it, or an emulator's clock would say it."""
+    if record.void:
+        return "void"
+    return format_speed(record.median_ts, None if record.kind == EMULATED else record.median_ns)
+
+
+def format_speed(median_ts: float | None, median_ns: float | None) -> str:
+    """Tokens a second where the workload is a rate, else the median time."""
+    if median_ns is None:
+        return NOTHING
+    value, unit = (median_ns / 1e6, "ms") if median_ts is None else (median_ts, "t/s")
+    return f"{value:.1f} {unit}" if value >= 10 else f"{value:.3g} {unit}"
 
 
 def _number(value: float | None, pattern: str, scale: float = 1.0) -> str | None:
@@ -66,10 +82,10 @@ def _speed(record: BenchRecord) -> str | None:
         return "failed: " + textwrap.shorten(record.failure or "no reason", _REASON_WIDTH, placeholder=" ...")
     if record.void:
         return f"void: {record.degenerate}"
-    if record.avg_ts is None or record.kind == EMULATED:
+    if record.median_ts is None or record.kind == EMULATED:
         return None
     deviation = summary.stdev(record.samples_ts)
-    return f"{record.avg_ts:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
+    return f"{record.median_ts:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
 def _time(record: BenchRecord, value: float | None) -> str | None:

@@ -1,8 +1,10 @@
 """Compare two sets of records row by row: a ratio of speeds, its interval, and a verdict that the interval
 bears out.
 
-Speed is 1 / median wall time for every workload, so that a ratio above 1 is faster, for ttft and load too. Only what
-was measured alike is compared: numbers of one kind, on one target and processor, in one engine, with one workload.
+Speed is 1 / median time for every workload, so that a ratio above 1 is faster, for ttft and load too. The time is the
+clock's, or the processor's where other programs held a single thread up; medians and ratio of a comparison are always
+of the same one. Where the machine was so busy that neither tells of the files, there is no ratio. Only what was
+measured alike is compared: numbers of one kind, on one target and processor, in one engine, with one workload.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
+from runtime_bench.records import summary
+from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
 from runtime_bench.records.record import EMULATED, BenchRecord
-from runtime_bench.records.summary import ratio_interval
+from runtime_bench.records.summary import RatioInterval, ratio_interval
 
 MIN_SAMPLES = 5
 """Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
@@ -21,7 +25,11 @@ probability 1 - 2/2^5 = 0.94."""
 THRESHOLD = 0.03
 """Relative change that counts as a difference."""
 
-VERDICTS = ("faster", "slower", "no difference", "inconclusive")
+WIDEST = 1.5
+"""Upper end / lower end of an interval beyond which its ratio says nothing."""
+
+INCONCLUSIVE, TOO_NOISY = "inconclusive", "too noisy to tell"
+VERDICTS = ("faster", "slower", "no difference", INCONCLUSIVE, TOO_NOISY)
 
 _COMPARABLE = (
     "kind",
@@ -56,17 +64,20 @@ class Comparison:
         n_threads: Threads of both sides.
         base: File of the base.
         new: File held against it.
-        base_median_ns: Median time of the base; None where it has no samples.
+        base_median_ns: Median time of the base, by the basis; None where it has no samples.
         new_median_ns: Median time of the new file.
-        ratio: Speed of new / speed of base; None where a side has no samples. Above 1 is faster.
+        base_median_ts: Tokens per second at that time; None where the workload is no rate.
+        new_median_ts: The same of the new file.
+        ratio: Speed of new / speed of base, the quotient of the medians. Above 1 is faster; None where a side has no
+            samples, or they are too noisy for it to mean anything.
         low: Lower end of the interval.
         high: Upper end of the interval.
         confidence: Of the interval.
         threshold: Relative change that counts as a difference.
         paired: Whether rounds of one interleaved session were compared pair by pair.
-        basis: What the ratio is of: `wall`, or `cpu` where other programs held a single thread up.
+        basis: Whose time it is: `wall`, or `cpu` where other programs held a single thread up.
         verdict: One of VERDICTS.
-        reason: Why the verdict is inconclusive; None for the others.
+        reason: Why the verdict is inconclusive or too noisy to tell; None for the others.
         peak_rss_ratio: Peak memory of new / base.
         file_size_ratio: File size of new / base.
     """
@@ -80,6 +91,8 @@ class Comparison:
     new: str
     base_median_ns: float | None
     new_median_ns: float | None
+    base_median_ts: float | None
+    new_median_ts: float | None
     ratio: float | None
     low: float | None
     high: float | None
@@ -142,35 +155,22 @@ def compare_records(
     """Compare two records of the same workload.
 
     The verdict is `faster` or `slower` when the whole interval lies beyond the threshold, `no difference`
-    when it lies within it on both sides, and otherwise `inconclusive`, as it is when a side failed or has
-    fewer than MIN_SAMPLES.
+    when it lies within it on both sides, `too noisy to tell` when other programs or the differences between rounds hide
+    what the files do, and otherwise `inconclusive`, as it is when a side failed or has fewer than MIN_SAMPLES.
 
     Raises:
         InputError: The records measure different things, or a setting is out of range.
     """
     _check_settings(threshold, confidence)
     _check_comparable(base, new)
-    paired = base.session == new.session and base.rounds == new.rounds
-    basis = _basis(base, new)
-    sides = [record.cpu_samples_ns if basis == "cpu" else record.samples_ns for record in (base, new)]
-    interval = (
-        ratio_interval(
-            *sides,
-            paired=paired,
-            numerator_rounds=base.rounds,
-            denominator_rounds=new.rounds,
-            confidence=confidence,
-            seed=seed,
-        )
-        if all(sides) and base.kind != EMULATED
-        else None
-    )
-    reason = _reason(base, new)
-    verdict = (
-        "inconclusive" if reason or interval is None else _verdict(interval.low, interval.high, threshold)
-    )
-    if verdict == "inconclusive" and reason is None:
+    basis, paired = _basis(base, new), base.session == new.session and base.rounds == new.rounds
+    medians = [summary.median(_times(record, basis)) for record in (base, new)]
+    interval = _interval(base, new, basis, paired, confidence, seed)
+    reason, noise = _reason(base, new), _noise(base, new, basis, interval)
+    verdict = INCONCLUSIVE if reason else TOO_NOISY if noise else _verdict(interval, threshold)
+    if verdict == INCONCLUSIVE and reason is None:
         reason = "the interval crosses the threshold"
+    shown = None if noise else interval
     return Comparison(
         kind=base.kind,
         target=base.target,
@@ -179,36 +179,73 @@ def compare_records(
         n_threads=base.n_threads,
         base=base.model_filename,
         new=new.model_filename,
-        base_median_ns=base.median_ns,
-        new_median_ns=new.median_ns,
-        ratio=interval.ratio if interval else None,
-        low=interval.low if interval else None,
-        high=interval.high if interval else None,
+        base_median_ns=medians[0],
+        new_median_ns=medians[1],
+        base_median_ts=base.speed_at(medians[0]),
+        new_median_ts=new.speed_at(medians[1]),
+        ratio=shown.ratio if shown else None,
+        low=shown.low if shown else None,
+        high=shown.high if shown else None,
         confidence=confidence,
         threshold=threshold,
         paired=paired,
         basis=basis,
         verdict=verdict,
-        reason=reason,
+        reason=reason or noise,
         peak_rss_ratio=_ratio(new.peak_rss_bytes, base.peak_rss_bytes),
         file_size_ratio=_ratio(new.file_size_bytes, base.file_size_bytes),
     )
 
 
+def _interval(
+    base: BenchRecord, new: BenchRecord, basis: str, paired: bool, confidence: float, seed: int
+) -> RatioInterval | None:
+    """The interval of the ratio of medians; None where a side has no times that say anything."""
+    times = [_times(record, basis) for record in (base, new)]
+    if not all(times) or base.kind == EMULATED:
+        return None
+    return ratio_interval(
+        *times,
+        paired=paired,
+        numerator_rounds=base.rounds,
+        denominator_rounds=new.rounds,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def _times(record: BenchRecord, basis: str) -> tuple[int, ...]:
+    return record.cpu_samples_ns if basis == "cpu" else record.samples_ns
+
+
 def _basis(base: BenchRecord, new: BenchRecord) -> str:
     """Processor time where other programs held up one of two single threads: the clock on the wall then tells more of
-    them than of the file."""
-    complete = all(len(record.cpu_samples_ns) == len(record.samples_ns) > 0 for record in (base, new))
-    return "cpu" if complete and (base.crowded or new.crowded) else "wall"
+    them than of the file. Several threads spend it in waiting for each other, too."""
+    usable = base.n_threads == 1 and has_cpu_times(base) and has_cpu_times(new)
+    return "cpu" if usable and (crowding(base) or crowding(new)) else "wall"
 
 
-def _verdict(low: float, high: float, threshold: float) -> str:
+def _noise(base: BenchRecord, new: BenchRecord, basis: str, interval: RatioInterval | None) -> str | None:
+    """Why the times say nothing of the files; None where they do."""
+    for side, record in (("base", base), ("new", new)):
+        why = stealing(record) or (crowding(record) if basis == "wall" else None)
+        if why and record.ok:
+            return f"{side}: {why}"
+    if interval and interval.high > WIDEST * interval.low:
+        width = interval.high / interval.low
+        return f"the rounds differ too much: one end of the interval is {width:.1f} times the other"
+    return None
+
+
+def _verdict(interval: RatioInterval | None, threshold: float) -> str:
     up, down = 1 + threshold, 1 / (1 + threshold)
-    if low > up:
+    if interval is None:
+        return INCONCLUSIVE
+    if interval.low > up:
         return "faster"
-    if high < down:
+    if interval.high < down:
         return "slower"
-    return "no difference" if low >= down and high <= up else "inconclusive"
+    return "no difference" if interval.low >= down and interval.high <= up else INCONCLUSIVE
 
 
 def _reason(base: BenchRecord, new: BenchRecord) -> str | None:

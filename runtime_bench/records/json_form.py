@@ -31,6 +31,7 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "p90_ns": lambda r: summary.quantile(r.samples_ns, 0.9),
         "p99_ns": lambda r: summary.quantile(r.samples_ns, 0.99),
         "avg_ts": lambda r: r.avg_ts,
+        "median_ts": lambda r: r.median_ts,
         "stddev_ts": lambda r: summary.stdev(r.samples_ts),
         "samples_ts": lambda r: list(r.samples_ts),
         "load_ns": lambda r: r.load_ns,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from runtime_bench.records import summary
+from runtime_bench.records.crowding import crowding, stealing
 from runtime_bench.records.thermal import CAP_LIMIT, capped
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def note_of(record: BenchRecord) -> str | None:
         _on_throttling(record),
         _on_spread(record),
         _on_heat(record),
+        stealing(record),
+        crowding(record),
     )
     return "; ".join(filter(None, notes)) or None
 

@@ -14,6 +14,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
+from runtime_bench.records.contention import Contention
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
 
@@ -22,8 +23,6 @@ KINDS = ("measured", "constrained-host", EMULATED, "projected")
 """How a number came about; different kinds are never ranked together."""
 MEMORY_VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
 """How a run can stand to its memory limit, the best first."""
-CROWDED_SHARE = 0.1
-"""Of the time that a single thread may wait for a core before its row counts as crowded."""
 
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
 _Size = pydantic.NonNegativeInt | None
@@ -114,6 +113,8 @@ class BenchRecord:
         degenerate: Why all it writes is degenerate, which voids the row's speed; None where it is not.
         cpu_samples_ns: Processor time of all threads in each sample; empty where nothing tells.
         throttling: How the processor was slowed down to a device's score; None where it was not.
+        waited_samples_ns: How long all threads waited for a core in each sample; empty where nothing tells.
+        contention: For each process, what else used the machine's cores; None where that is not known.
     """
 
     kind: str
@@ -161,6 +162,8 @@ class BenchRecord:
     degenerate: str | None = None
     cpu_samples_ns: _PositiveInts = ()
     throttling: Throttling | None = None
+    waited_samples_ns: tuple[pydantic.NonNegativeInt, ...] = ()
+    contention: tuple[Contention | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -191,26 +194,28 @@ class BenchRecord:
         return tuple(order[number] for number in self.sequence)
 
     @property
-    def crowded(self) -> bool:
-        """Whether other programs held up a single thread for more than CROWDED_SHARE of its time.
-
-        With several threads nobody can tell: they wait for each other, too.
-        """
-        if self.n_threads != 1 or len(self.cpu_samples_ns) != len(self.samples_ns) or not self.samples_ns:
-            return False
-        return sum(self.cpu_samples_ns) < (1 - CROWDED_SHARE) * sum(self.samples_ns)
+    def n_tokens(self) -> int:
+        """Tokens of a sample; 0 for workloads that are no rate (ttft, load)."""
+        return self.n_prompt + self.n_gen if self.workload in ("pp", "tg") else 0
 
     @property
     def samples_ts(self) -> tuple[float, ...]:
-        """Tokens per second of each sample; empty for workloads that are no rate (ttft, load)."""
-        if self.workload not in ("pp", "tg"):
-            return ()
-        return tuple(1e9 * (self.n_prompt + self.n_gen) / ns for ns in self.samples_ns)
+        """Tokens per second of each sample; empty for workloads that are no rate."""
+        return tuple(1e9 * self.n_tokens / ns for ns in self.samples_ns) if self.n_tokens else ()
 
     @property
     def avg_ts(self) -> float | None:
-        """Mean tokens per second."""
+        """Mean tokens per second, as llama-bench has it."""
         return summary.mean(self.samples_ts)
+
+    @property
+    def median_ts(self) -> float | None:
+        """Tokens per second at the median time; None for workloads that are no rate."""
+        return self.speed_at(self.median_ns)
+
+    def speed_at(self, time_ns: float | None) -> float | None:
+        """Tokens per second of a sample that takes so long; None for workloads that are no rate."""
+        return 1e9 * self.n_tokens / time_ns if self.n_tokens and time_ns else None
 
     @property
     def median_ns(self) -> float | None:

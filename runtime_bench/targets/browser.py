@@ -102,7 +102,7 @@ class Browser:
                 "runtime_bench.browser.worker", payload, timeout_s, environment={"TMPDIR": scratch}
             )
         self.throttling = self.throttling or result.throttling
-        return result
+        return replace(result, contention=None)  # Chromium's processes do not count as ours
 
 
 def browser_of(profile: DeviceProfile, score: float | None = None) -> Browser:

@@ -151,7 +151,7 @@ def test_text_of_a_hostile_record_is_shown_and_not_acted_upon(write: Write, caps
         assert "\u202e" not in text
     assert "\\<script\\>" in captured.out
     assert "\\[x\\](javascript:1)\\|" in captured.out
-    assert {line.count("|") - line.count("\\|") for line in captured.out.splitlines()[:3]} == {10}
+    assert {line.count("|") - line.count("\\|") for line in captured.out.splitlines()[:3]} == {12}
     formula = write("formula", model_filename="=HYPERLINK(1)\x1b")
     assert main(["compare", base, formula, "--format", "csv"]) == 0
     (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))

@@ -238,3 +238,26 @@ def test_the_step_summary_is_appended_and_escaped(written: Path) -> None:
         for character in "<>`[]@$":
             assert character not in row
         assert "://" not in row
+
+
+def test_what_a_busy_machine_measured_passes_and_misses_nothing() -> None:
+    noise = "other programs took 57% of the time of its threads"
+    slow, fast = samples(4, 0.02), samples(100, 0.02)
+    for one in (
+        budget(metric="tg128", at_least=50),
+        budget(metric="tg128", at_least=0.5, relative_to="dense"),
+    ):
+        assert judge(one, speed(slow), speed(fast, "dense")).outcome == "missed"
+        verdict = judge(one, speed(slow, noise=noise), speed(fast, "dense"))
+        assert verdict.outcome == "inconclusive"
+        assert verdict.reason == f"too noisy to tell: pruned-Q4_0: {noise}"
+    assert judge(budget(metric="tg128", at_least=1), speed(slow, noise=noise)).outcome == "pass"
+    relative = budget(metric="tg128", at_least=0.5, relative_to="dense")
+    verdict = judge(relative, speed(slow), speed(fast, "dense", noise=noise))
+    assert (verdict.outcome, verdict.value) == ("inconclusive", None)
+    wild = tuple(4.0 * 10 ** (i % 3) for i in range(10))
+    verdict = judge(relative, speed(wild), speed(fast, "dense"))
+    assert (verdict.outcome, verdict.value, verdict.reason) == (
+        *("inconclusive", None),
+        "too noisy to tell: the rounds differ too much",
+    )
