@@ -48,7 +48,7 @@ def refuse_existing(
         InputError: It exists and may not be replaced; it is or holds an input, the home or the working directory, or a
             mount; it is a device, a pipe or a socket; it lies below a file; or no file system takes its name.
     """
-    found = _status(path)
+    found = writable_place(path)
     if found is None:
         return
     if stat.S_ISDIR(found.st_mode) != (like is None):
@@ -78,13 +78,17 @@ def record_head(*kinds: str) -> re.Pattern[bytes]:
 
 def refuse_no_file(path: Path) -> None:
     """Raise InputError where no file can be at `path`, or what is there is none: a folder, a device, a pipe."""
-    found = _status(path)
+    found = writable_place(path)
     if found and stat.S_ISDIR(found.st_mode):
         raise InputError(f"cannot write {path}: it is a directory")
 
 
-def _status(path: Path) -> os.stat_result | None:
-    """What is at a path to be written to, None for nothing."""
+def writable_place(path: Path) -> os.stat_result | None:
+    """What is at a path to be written to, None for nothing.
+
+    Raises:
+        InputError: It is a device, a pipe or a socket, lies below a file, or no file system takes its name.
+    """
     above = next((parent for parent in path.absolute().parents if os.path.exists(parent)), Path("/"))  # noqa: PTH110
     if not above.is_dir():
         raise InputError(f"cannot write {path}: {above} is not a directory")
@@ -128,7 +132,7 @@ def claim_output(path: Path) -> Iterator[None]:
     Raises:
         InputError: Another run has claimed it, or it cannot be written.
     """
-    _status(path)
+    writable_place(path)
     missing = [parent for parent in path.absolute().parents if not parent.exists()]
     with no_space_as_input_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +185,7 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
         InputError: As `refuse_existing` and `claim_output`.
     """
     with nullcontext() if own else claim_output(path), no_space_as_input_error(path):
-        refuse = partial(refuse_existing, path, force=force) if not own else partial(_status, path)
+        refuse = partial(refuse_existing, path, force=force) if not own else partial(writable_place, path)
         refuse()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import MissingExtraError
+from cfsp.errors import InputError, MissingExtraError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
@@ -96,6 +96,9 @@ def run_release(
         MissingExtraError: The configuration asks for something whose extra is not installed.
         LimitError: An exported file is too far from its checkpoint.
     """
+    model = Path(config.model.reference)
+    if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
+        raise InputError("in the model's folder, which each run would change", field="-o", value=str(folder))
     check_extras(config)
     baseline = load_baseline(config)
     with claim_folder(folder):

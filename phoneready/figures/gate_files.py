@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ from phoneready.figures.verdict import (
     worst_outcome,
 )
 
+logger = logging.getLogger(__name__)
 JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
@@ -58,8 +60,11 @@ def write_verdicts(
     write_text(folder / SUMMARY_FILE, summary)
     step_summary = os.environ.get(STEP_SUMMARY)
     if step_summary:
-        with Path(step_summary).open("a", encoding="utf-8") as stream:
-            stream.write(summary + "\n")
+        try:
+            with Path(step_summary).open("a", encoding="utf-8") as stream:
+                stream.write(summary + "\n")
+        except OSError as error:  # hours of work are not lost for it
+            logger.warning("the summary is not in %s: %s", step_summary, error.strerror)
     return found
 
 

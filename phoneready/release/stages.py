@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import filelock
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, remove_stale_temporaries
+from cfsp.files import atomic_directory, remove_stale_temporaries, writable_place
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
 
@@ -83,6 +83,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
     Raises:
         InputError: It holds something that no release made, another run is using it, or it cannot be written.
     """
+    writable_place(folder)
     lock = folder / LOCK_FILE
     if folder.exists() and (not folder.is_dir() or (not lock.exists() and any(folder.iterdir()))):
         raise InputError(f"{folder} exists and is not a release folder; choose another one with -o")

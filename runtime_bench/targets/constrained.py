@@ -28,6 +28,13 @@ _LEAST_BYTES = 16 * 2**20
 MIB = 2**20
 
 
+def check_memory(limit_bytes: int) -> None:
+    """Raise InputError where no run fits into that much memory."""
+    if limit_bytes < _LEAST_BYTES:
+        allowed = f"{_LEAST_BYTES // MIB} MiB or more"
+        raise InputError("too little to start in", field="memory", value=limit_bytes, allowed=allowed)
+
+
 @dataclass(frozen=True)
 class Constrained:
     """This machine with less memory or fewer cores.
@@ -58,13 +65,7 @@ class Constrained:
                 allowed=", ".join(map(str, sorted(os.sched_getaffinity(0)))),
             )
         if self.memory_limit_bytes is not None:
-            if self.memory_limit_bytes < _LEAST_BYTES:
-                raise InputError(
-                    "too little to start in",
-                    field="memory",
-                    value=self.memory_limit_bytes,
-                    allowed=f"{_LEAST_BYTES // MIB} MiB or more",
-                )
+            check_memory(self.memory_limit_bytes)
             find_parent()
 
     @property

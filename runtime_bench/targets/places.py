@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.progress import no_progress
 from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.engines import engine_for
 from runtime_bench.records.record import Environment
 from runtime_bench.targets import Target
+from runtime_bench.targets.constrained import check_memory
 from runtime_bench.targets.table import TargetOptions, find_row, open_targets
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
@@ -35,8 +37,12 @@ def check_place(name: str) -> str:
     kind, _, details = name.partition(":")
     if kind == CONSTRAINED:
         _limits(details)
-    else:
-        find_row(name)
+        return name
+    row, address = find_row(name)
+    if address:
+        row.open(
+            address, TargetOptions(), no_progress
+        )  # which says whether it is one, and connects to nothing
     return name
 
 
@@ -106,7 +112,7 @@ def _limits(details: str) -> TargetOptions:
         if part.startswith("cores="):
             limits = replace(limits, cores=_cores(part))
         elif part[0].isdecimal():
-            parse_bytes(part, CONSTRAINED)
+            check_memory(parse_bytes(part, CONSTRAINED))
             limits = replace(limits, memory=part)
         else:
             limits = replace(limits, device=find_profile(part, load_profiles()).profile.id)

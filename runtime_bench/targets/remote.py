@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -83,6 +84,7 @@ class Remote:
     _shell: FarShell = field(init=False, repr=False)
     _open: _Connection | None = field(default=None, init=False, repr=False)
     _problem: str = field(default="", init=False, repr=False)
+    _waited_s: float = field(default=0.0, init=False, repr=False)
 
     kind = "measured"
     memory_limit_bytes = None
@@ -112,12 +114,20 @@ class Remote:
             raise InputError("runs on no other machine", field="engine", value=engine, allowed="--on local")
 
     def environment(self) -> Environment:
-        """See `Target`. It connects; a machine that does not answer is unknown, and runs on it say why."""
+        """See `Target`. It connects; a machine that does not answer is unknown, and runs on it say why.
+
+        One that has kept us waiting for a minute in all is not asked again.
+        """
+        nothing = Environment(None, None, None, None, None, UNKNOWN, {"phoneready": tool_version()})
+        if self._waited_s >= ANSWER_S:
+            return nothing
+        began = time.monotonic()
         try:
             machine = describe(self._shell, self._folder)
         except FarError as error:
+            self._waited_s += time.monotonic() - began
             self._open, self._problem = None, f"{self.name}: {error}"
-            return Environment(None, None, None, None, None, UNKNOWN, {"phoneready": tool_version()})
+            return nothing
         if self._open is None:
             self._open = _Connection(machine, Depot(self._shell, machine.folder, self._report))
         return machine.environment

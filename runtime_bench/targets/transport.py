@@ -7,6 +7,7 @@ that failed there from a connection that broke.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -110,7 +112,11 @@ class FarShell:
             FarError: No end in time.
         """
         return self._run(
-            script, arguments, subprocess.DEVNULL, lambda process: process.wait(timeout_s), timeout_s
+            script,
+            arguments,
+            subprocess.DEVNULL,
+            lambda process, check: _wait(process, check, timeout_s),
+            timeout_s,
         )
 
     def ask(self, script: str, *arguments: str, line: str, timeout_s: float) -> Reply:
@@ -121,14 +127,14 @@ class FarShell:
             FarError: As `run`.
         """
 
-        def wait(process: subprocess.Popen[bytes]) -> None:
+        def wait(process: subprocess.Popen[bytes], check: Callable[[], None]) -> None:
             assert process.stdin is not None  # a pipe was asked for
             try:
                 process.stdin.write(line.encode() + b"\n")
                 process.stdin.flush()
             except BrokenPipeError:
                 pass  # the client has ended already and will say why
-            process.wait(timeout_s)
+            _wait(process, check, timeout_s)
 
         return self._run(script, arguments, subprocess.PIPE, wait, timeout_s)
 
@@ -150,7 +156,11 @@ class FarShell:
         """
         with file.open("rb", buffering=0) as stream:
             return self._run(
-                script, arguments, stream, lambda process: _watch(process, stream, on_bytes), _STALL_S
+                script,
+                arguments,
+                stream,
+                lambda process, check: _watch(process, check, stream, on_bytes),
+                _STALL_S,
             )
 
     def stop(self) -> None:
@@ -165,7 +175,7 @@ class FarShell:
         script: str,
         arguments: Sequence[str],
         stdin: int | IO[bytes],
-        wait: Callable[[subprocess.Popen[bytes]], object],
+        wait: Callable[[subprocess.Popen[bytes], Callable[[], None]], object],
         timeout_s: float,
     ) -> Reply:
         line = shlex.join(
@@ -174,7 +184,7 @@ class FarShell:
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
             process = self._start(self.transport.command(line), stdin, output, errors)
             try:
-                wait(process)
+                wait(process, partial(_check_size, output, errors))
             except subprocess.TimeoutExpired:
                 raise FarError(f"timeout: no answer within {timeout_s:g} s") from None
             finally:
@@ -219,7 +229,30 @@ class FarShell:
 _TELL = f"printf '\\n%s%s\\n' {_STATUS} \"$?\" >&2"
 
 
-def _watch(process: subprocess.Popen[bytes], stream: IO[bytes], on_bytes: Callable[[int], None]) -> None:
+def _check_size(*streams: IO[bytes]) -> None:
+    """Raise FarError where a machine says so much that this one's disk would fill."""
+    if any(os.fstat(stream.fileno()).st_size > _MOST_BYTES for stream in streams):
+        raise FarError(f"it answers with more than {_MOST_BYTES // 2**20} MiB")
+
+
+def _wait(process: subprocess.Popen[bytes], check: Callable[[], None], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            process.wait(min(_POLL_S, timeout_s))
+            return
+        except subprocess.TimeoutExpired:
+            check()
+            if time.monotonic() >= end:
+                raise
+
+
+def _watch(
+    process: subprocess.Popen[bytes],
+    check: Callable[[], None],
+    stream: IO[bytes],
+    on_bytes: Callable[[int], None],
+) -> None:
     """Wait for the reader of a file. It shares our offset, which so says how far it is."""
     taken, since = -1, time.monotonic()
     while True:
@@ -227,6 +260,7 @@ def _watch(process: subprocess.Popen[bytes], stream: IO[bytes], on_bytes: Callab
             process.wait(_POLL_S)
             return
         except subprocess.TimeoutExpired:
+            check()
             now = stream.tell()
             if now != taken:
                 taken, since = now, time.monotonic()

@@ -196,6 +196,15 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_summary_that_cannot_be_written_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "step.md"))
+    assert write_verdicts((), tmp_path, figures(figure(SIZE, 1))).outcome == "pass"
+    assert (tmp_path / "summary.md").is_file()
+    assert "the summary is not in" in caplog.text
+
+
 def test_verdicts_are_read_back_and_make_the_exit_status(written: Path) -> None:
     verdicts = read_record(Verdicts, written / "verdicts.json")
     assert [v.outcome for v in verdicts.verdicts] == ["missed", "inconclusive", "pass"]

@@ -1,0 +1,68 @@
+"""Machines that say too much, or nothing: neither fills this one nor keeps it waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import InputError
+from runtime_bench.targets import far_machine, remote
+from runtime_bench.targets.places import check_place
+from runtime_bench.targets.remote import Remote
+from runtime_bench.targets.transport import FarError, FarShell
+from runtime_bench.worker import SessionSettings, WorkerRequest
+from runtime_bench.workload import Workload
+
+
+@dataclass(frozen=True)
+class Program:
+    """Instead of a machine a shell here, which first does what it is told."""
+
+    before: str
+
+    name = "far"
+    folder = "/tmp/far"
+    client = "sh"
+
+    def command(self, line: str) -> list[str]:
+        return ["sh", "-c", f"{self.before}\n{line}"]
+
+    def failure(self, lines: Sequence[str], status: int) -> str:
+        return "it went away"
+
+
+def test_a_machine_that_says_too_much_is_ended() -> None:
+    for stream in ("", " >&2"):
+        with pytest.raises(FarError, match="more than 16 MiB"):
+            FarShell(Program(f"yes{stream}")).run("true", timeout_s=600)
+    reply = FarShell(Program("")).run("echo fine", timeout_s=60)
+    assert (reply.status, reply.text) == (0, "fine\n")
+
+
+def test_a_machine_that_never_answers_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (far_machine, remote):
+        monkeypatch.setattr(module, "ANSWER_S", 0.5)
+    asked = tmp_path / "asked"
+    silent = Remote(Program(f"echo >>{asked}; sleep 60"))
+    workload = Workload("pp", 8, 0, 0)
+    request = WorkerRequest("x.gguf", "llama.cpp", workload, SessionSettings(64, 1, 8, 8))
+    for _ in range(4):
+        assert silent.environment().cpu_model is None
+        assert "timeout: no answer" in (silent.run(request, 1).error or "")
+    assert asked.read_text() == "\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["ssh:-oProxyCommand=touch x", "ssh:a b", "adb:-x", "constrained:0M", "constrained:1K,cores=0"]
+)
+def test_a_place_that_cannot_be_is_refused_before_anything_is_done(name: str) -> None:
+    with pytest.raises(InputError):
+        check_place(name)
+
+
+def test_a_place_that_may_be_is_not_connected_to() -> None:
+    for name in ("ssh:me@nowhere.invalid:22", "adb:nothing", "constrained:400M,cores=4000", "local"):
+        assert check_place(name) == name
