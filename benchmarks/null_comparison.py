@@ -1,22 +1,28 @@
 """Does a comparison's verdict hold? The same file twice, and one that is slower by a known amount, many times over.
 
     python benchmarks/null_comparison.py [MODEL.gguf] [-n 20] [-r 10] [-t 1] [--comparisons 20] [--slower 0.15]
+        [--busy N]
 
 Three copies of one file are measured in turns, as `phoneready bench` does. Two are measured alike: any difference
 between them is the machine's. The third gets exactly that share more tokens to generate (23 for 20) and is recorded as
 if it had got as many: it is slower by 15 % whatever the machine does, which no second model file could promise.
-After each session both are compared as `phoneready compare` does. With --record a run that was stopped goes on.
+After each session both are compared as `phoneready compare` does. With --record a run that was stopped goes on. With
+--busy, N processes of pure load run beside it; they come and go, beside four of every eight processes.
 
 The table goes to stdout, progress to stderr. Exit status 1: more than one of twenty null comparisons found a
-difference, or fewer than sixteen of twenty found the slower one.
+difference, or fewer than sixteen of twenty found the slower one. On a busy machine "too noisy to tell" is a right
+answer to both, and calling the slower one faster a wrong one.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,24 +46,42 @@ FOUND_LIMIT = 16 / 20
 """Least of the slower ones that must be found."""
 
 
-class Slowing(Local):
-    """This machine, where one file gets more to do than its record says."""
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Processes that do nothing but use a core each."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
-    def __init__(self, extra_tokens: int) -> None:
-        self.extra_tokens = extra_tokens
+
+class Slowing(Local):
+    """This machine, where one file gets more to do than its record says, beside neighbours that come and go."""
+
+    def __init__(self, extra_tokens: int, busy: int) -> None:
+        self.extra_tokens, self.busy = extra_tokens, busy
+        self.runs = 0
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
-        """See `Target`."""
+        """See `Target`. Neighbours come and go within rounds of three files: four runs with them, four without."""
+        self.runs += 1
+        with neighbours(self.busy if self.runs // 4 % 2 else 0):
+            return self._run(request, timeout_s)
+
+    def _run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         if Path(request.path).name == SLOW:
             longer = replace(request.workload, n_gen=request.workload.n_gen + self.extra_tokens)
             request = replace(request, workload=longer)
         return super().run(request, timeout_s)
 
 
-def session(folder: Path, settings: BenchSettings, extra_tokens: int) -> list[BenchRecord]:
+def session(folder: Path, settings: BenchSettings, target: Slowing) -> list[BenchRecord]:
     """Base, the same again, and the slower one, in turns."""
     files = [folder / name for name in (BASE, SAME, SLOW)]
-    records = run_bench(files, settings, target=Slowing(extra_tokens))
+    records = run_bench(files, settings, target=target)
     failed = [record.failure for record in records if not record.ok]
     if failed:
         raise InputError(f"a measurement failed: {failed[0]}")
@@ -104,9 +128,9 @@ def report(found: dict[str, list[Comparison]], sessions: list[list[BenchRecord]]
             {"compared": name}
             | {verdict: str(counts[verdict]) for verdict in VERDICTS}
             | {
-                "median ratio": f"{summary.median(ratios):.3f}",
-                "ratios": f"{min(ratios):.3f} to {max(ratios):.3f}",
-                "interval high/low": f"{summary.median(widths):.2f}",
+                "median ratio": f"{summary.median(ratios):.3f}" if ratios else None,
+                "ratios": f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else None,
+                "interval high/low": f"{summary.median(widths):.2f}" if widths else None,
             }
         )
     bases = [base for base, *_ in sessions]
@@ -122,18 +146,23 @@ def report(found: dict[str, list[Comparison]], sessions: list[list[BenchRecord]]
     )
 
 
-def check(found: dict[str, list[Comparison]]) -> None:
+def check(found: dict[str, list[Comparison]], busy: bool) -> None:
     """Hold the counts against the limits.
+
+    Args:
+        found: What was compared, with the comparisons.
+        busy: Whether there were neighbours: then nothing has to be found.
 
     Raises:
         LimitError: Names what was missed.
     """
     null, slow = found.values()
     wrong = sum(c.verdict in ("faster", "slower") for c in null)
-    caught = sum(c.verdict == "slower" for c in slow)
-    if wrong > NULL_LIMIT * len(null) or caught < FOUND_LIMIT * len(slow):
+    caught, turned = (sum(c.verdict == verdict for c in slow) for verdict in ("slower", "faster"))
+    if max(wrong, turned) > NULL_LIMIT * len(null) or (caught < FOUND_LIMIT * len(slow) and not busy):
         raise LimitError(
-            f"{wrong} of {len(null)} found a difference in one file, {caught} of {len(slow)} the slower one"
+            f"{wrong} of {len(null)} found a difference in one file, {caught} of {len(slow)} the slower one, "
+            f"which {turned} called faster"
         )
 
 
@@ -150,6 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--slower", type=float, default=0.15, help="share of tokens that the slow file gets more"
     )
     parser.add_argument("--threshold", type=float, default=0.03, help="as `phoneready compare` (0.03)")
+    parser.add_argument("--busy", type=int, default=0, help="processes of pure load beside it (0)")
     parser.add_argument(
         "--record", type=Path, help="append each session's records, and begin with those there"
     )
@@ -171,18 +201,19 @@ def run(arguments: argparse.Namespace) -> None:
         n_threads=(arguments.threads,),
         samples_per_process=arguments.samples_per_process,
     )
+    target = Slowing(round(extra), arguments.busy)
     sessions = recorded(arguments.record, settings)[: arguments.comparisons]
     with tempfile.TemporaryDirectory() as name:
         for copy in (BASE, SAME, SLOW):
             Path(name, copy).symlink_to(model.resolve())
         while len(sessions) < arguments.comparisons:
-            sessions.append(session(Path(name), settings, round(extra)))
+            sessions.append(session(Path(name), settings, target))
             if arguments.record:
                 append_jsonl(arguments.record, sessions[-1])
             print(f"session {len(sessions)} of {arguments.comparisons}", file=sys.stderr, flush=True)
     found = verdict_rows(sessions, arguments.threshold, arguments.slower)
     sys.stdout.write(report(found, sessions))
-    check(found)
+    check(found, busy=arguments.busy > 0)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="phoneready-hf-modules-"))
 
 import gguf
+import hypothesis
 import pytest
 import tokenizers
 import torch
@@ -29,6 +30,10 @@ from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 from runtime_bench.records.record import BenchRecord, Environment
 from runtime_bench.workload import Workload
+
+# No test fails because a machine was busy.
+hypothesis.settings.register_profile("phoneready", deadline=None)
+hypothesis.settings.load_profile("phoneready")
 
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import sys
@@ -54,6 +55,20 @@ def test_what_a_killed_build_left_is_removed_and_a_build_leaves_nothing(
         assert work.parent == tmp_path
         assert [path.name for path in tmp_path.glob(".build-*")] == [work.name]
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_source_archive_is_taken_by_its_hash_alone(
+    llama_wheel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "llama_cpp_python-0.3.36.tar.gz"
+    archive.write_bytes(b"another archive of that name")
+    wanted = llama_wheel.requirement()
+    monkeypatch.delenv("PHONEREADY_LLAMA_SHA256", raising=False)
+    with pytest.raises(SystemExit, match="is not known here"):
+        llama_wheel.fetch_sdist(tmp_path, tmp_path / "work", wanted)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setenv("PHONEREADY_LLAMA_SHA256", digest)
+    assert llama_wheel.fetch_sdist(tmp_path, tmp_path / "work", wanted) == archive
 
 
 def test_the_cache_is_the_products_own(llama_wheel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

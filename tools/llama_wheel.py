@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import parse_sdist_filename, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parent.parent
+KNOWN = ROOT / "runtime_bench" / "native" / "llama_source.sha256"
 PACKAGE = "llama-cpp-python"
 # The image-input library is half of the compile time and nothing here uses it.
 DEFAULT_CMAKE_ARGS = "-DLLAVA_BUILD=OFF"
@@ -102,13 +103,26 @@ def pip(*arguments: str, **environment: str) -> None:
 
 
 def fetch_sdist(wheels: Path, work: Path, wanted: Requirement) -> Path:
-    """The source archive, from the cache or downloaded into it."""
+    """The source archive, from the cache or downloaded into it, and known by its hash."""
     kept = newest_sdist(wheels, wanted)
     if kept:
-        return kept
+        return check_sdist(kept)
     pip("download", "--quiet", "--no-deps", "--no-binary", PACKAGE, "--dest", str(work), str(wanted))
     fetched = next(work.glob("llama_cpp_python-*.tar.gz"))
-    return fetched.rename(wheels / fetched.name)
+    return check_sdist(fetched).rename(wheels / fetched.name)
+
+
+def check_sdist(path: Path) -> Path:
+    """The archive itself; the program ends where its hash is not in KNOWN, nor in PHONEREADY_LLAMA_SHA256."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    known = [line.split() for line in KNOWN.read_text(encoding="ascii").splitlines()]
+    if [digest, path.name] in known or digest == os.environ.get("PHONEREADY_LLAMA_SHA256"):
+        return path
+    names = ", ".join(name for _, name in known)
+    sys.exit(
+        f"error: {path.name} with the SHA-256 {digest} is not known here; allowed: {names} as in {KNOWN}, or a file "
+        "that you have checked yourself, by PHONEREADY_LLAMA_SHA256"
+    )
 
 
 def build_wheel(sdist: Path, directory: Path, work: Path, cmake_args: str) -> Path:

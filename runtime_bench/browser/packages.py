@@ -1,4 +1,5 @@
-"""The npm packages that the page loads: fetched once into the cache, in the ranges of `package.json`."""
+"""The npm packages that the page loads: fetched once into the cache, in the versions and with the hashes of
+`package-lock.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
 
-MANIFEST = Path(__file__).with_name("package.json")
+FILES = tuple(Path(__file__).with_name(name) for name in ("package.json", "package-lock.json"))
 _TIMEOUT_S = 600
 
 
@@ -20,9 +21,9 @@ def fetch_packages() -> Path:
     """The folder `node_modules`, from the cache or from the npm registry.
 
     Raises:
-        InputError: npm is not installed, or cannot fetch them.
+        InputError: npm is not installed, cannot fetch them, or fetched something else than the lock has.
     """
-    wanted = hashlib.sha256(MANIFEST.read_bytes()).hexdigest()[:12]
+    wanted = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()[:12]
     folder = cache_directory() / "browser" / wanted
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +52,13 @@ def _install(folder: Path) -> None:
             "npm is not installed; it fetches onnxruntime-web and wllama once, for the browser",
             allowed="Node.js with npm in PATH",
         )
-    shutil.copy(MANIFEST, folder / "package.json")
+    for file in FILES:
+        shutil.copy(file, folder)
     # No package of these has to run anything to be installed.
-    options = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error")
+    options = ("--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error")
     try:
         done = subprocess.run(
-            [npm, "install", *options],
+            [npm, "ci", *options],
             cwd=folder,
             capture_output=True,
             text=True,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import shutil
 import tarfile
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, sha256_file
@@ -18,10 +18,10 @@ from cfsp.progress import Progress, no_progress
 
 _DISTRIBUTION = "llama-cpp-python"
 _DEFAULT_VERSION = "0.3.36"
-KNOWN_SHA256 = MappingProxyType(
-    {"0.3.36": "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"}
-)
-"""Archives whose content is known; of another version, whatever PyPI serves is taken and its hash recorded."""
+ALLOWED = "PHONEREADY_LLAMA_SHA256"
+"""Variable with the hash of an archive that is trusted besides those that are known."""
+_KNOWN = Path(__file__).with_name("llama_source.sha256")
+"""Archives whose content is known, as sha256sum writes them; tools/llama_wheel.py reads it, too."""
 _WANTED = frozenset({"CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor"})
 """What of llama.cpp's folder the libraries are compiled from."""
 
@@ -47,7 +47,7 @@ def fetch_source(progress: Progress = no_progress) -> LlamaSource:
     It is kept in the cache, where the environment's own build (tools/llama_wheel.py) leaves it too.
 
     Raises:
-        InputError: It cannot be fetched, or is not the file it was.
+        InputError: It cannot be fetched, or is not known by its hash.
     """
     try:
         version = importlib.metadata.version(_DISTRIBUTION)
@@ -59,12 +59,21 @@ def fetch_source(progress: Progress = no_progress) -> LlamaSource:
         _download(version, path)
         progress(f"fetching the source of {_DISTRIBUTION}", 1, 1)
     digest = sha256_file(path)
-    known = KNOWN_SHA256.get(version)
-    if known is not None and digest != known:
+    known = known_archives()
+    if digest not in (known.get(path.name), os.environ.get(ALLOWED)):
         raise InputError(
-            f"{path} is not the archive it should be; remove it", field="sha256", value=digest, allowed=known
+            f"{path} is not an archive that is known here",
+            field="sha256",
+            value=digest,
+            allowed=f"{', '.join(map(' '.join, known.items()))}, or what {ALLOWED} says",
         )
     return LlamaSource(path, version, digest)
+
+
+def known_archives() -> dict[str, str]:
+    """Names of archives to the SHA-256 of their content."""
+    pairs = (line.split() for line in _KNOWN.read_text(encoding="ascii").splitlines())
+    return {name: digest for digest, name in pairs}
 
 
 def extract_llama(source: LlamaSource, folder: Path) -> Path:

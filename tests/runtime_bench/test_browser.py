@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
+from runtime_bench.browser import packages
 from runtime_bench.browser.calibration import calibrate, corrected_rate, refuse_weak_host
 from runtime_bench.browser.chromium import (
     BrowserError,
@@ -358,6 +361,22 @@ def test_a_browser_that_is_missing_is_a_result_with_a_reason(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert message in (Browser().run(request_for(gguf_file), 10).error or "")
+
+
+def test_packages_are_pinned_by_version_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, lock = (json.loads(file.read_text(encoding="utf-8")) for file in packages.FILES)
+    assert lock["packages"][""]["dependencies"] == manifest["dependencies"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in manifest["dependencies"].values())
+    entries = [entry for name, entry in lock["packages"].items() if name]
+    assert all(entry["integrity"].startswith("sha512-") for entry in entries)
+    fake = tmp_path / "npm"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/said\nls > {tmp_path}/had\nmkdir node_modules\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    fetch_packages()
+    assert (tmp_path / "said").read_text().startswith("ci --ignore-scripts ")
+    assert (tmp_path / "had").read_text().split() == ["package-lock.json", "package.json"]
 
 
 def test_npm_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

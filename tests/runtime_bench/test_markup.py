@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime_bench.presentation.markup import escape_cell, escape_markdown, visible
@@ -21,3 +21,7 @@ def test_escapes() -> None:
     assert visible("a\x1b[31m\u202eb\tc\r\nd") == "a\\x1b[31m\\u202eb c d"
     assert escape_markdown("Q4_0 <b> [a](b) `c` *d*") == "Q4_0 \\<b\\> \\[a\\](b) \\`c\\` \\*d\\*"
     assert escape_cell("a|b\\|c") == "a\\|b\\\\\\|c"
+
+
+def test_no_property_asserts_on_time() -> None:
+    assert settings().deadline is None
