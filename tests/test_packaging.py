@@ -29,6 +29,8 @@ DATA_FILES = (
     "runtime_bench/devices/README.md",
     "runtime_bench/native/CMakeLists.txt",
     "runtime_bench/native/runner.cpp",
+    "runtime_bench/native/llama_source.sha256",
+    "runtime_bench/browser/package-lock.json",
 )
 
 pytestmark = pytest.mark.slow
