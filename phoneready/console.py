@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress
-from runtime_bench.presentation.markup import lay_out_table
+from runtime_bench.presentation.markup import escape_cell, lay_out_table, printable
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""
@@ -25,12 +25,12 @@ def write_result(text: str, payload: Any, *, as_json: bool) -> None:
     output = (
         json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) if as_json else text.rstrip("\n")
     )
-    sys.stdout.write(output + "\n")
+    sys.stdout.write(printable(output) + "\n")
 
 
 def note(message: str) -> None:
     """Tell the user something on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
 
 
 def format_bytes(count: float | None) -> str:
@@ -46,9 +46,9 @@ def format_bytes(count: float | None) -> str:
 
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; every column but the first is right-aligned."""
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return lay_out_table(header, cells, range(1, len(header)))
+    """A Markdown table with aligned columns that show their text as it is; all but the first are right-aligned."""
+    names, *cells = [[escape_cell(cell) for cell in row] for row in (header, *rows)]
+    return lay_out_table(names, cells, range(1, len(header)))
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class _PlainProgress:
         return f", about {elapsed_s * (total - done) / progressed:.0f} s left" if progressed > 0 else ""
 
     def _write(self, line: str) -> None:
-        print(line, file=self.stream, flush=True)
+        print(printable(line), file=self.stream, flush=True)
 
 
 @dataclass
@@ -116,6 +116,7 @@ class _BarProgress:
 
     def __call__(self, description: str, done: int, total: int) -> None:
         step = _step(description)
+        description = printable(description)
         if step not in self.tasks:
             self.tasks[step] = self.bars.add_task(description, total=total)
         self.bars.update(self.tasks[step], description=description, completed=done, total=total)

@@ -6,7 +6,7 @@ from phoneready.console import format_rows
 from phoneready.figures.figure_set import DENSE
 from phoneready.figures.verdict import format_figure
 from phoneready.history.history import Anomaly, History, Series
-from runtime_bench.presentation.markup import escape_cell, escape_markdown
+from runtime_bench.presentation.markup import escape_markdown
 
 _SHOWN = 6
 """Newest runs in the table of figures."""
@@ -22,7 +22,7 @@ def format_history(history: History, *, every: bool = False) -> str:
     runs = [
         [
             str(run.number),
-            *map(escape_markdown, (run.name, run.time, run.outcome, "; ".join(run.changed) or "-")),
+            *(run.name, run.time, run.outcome, "; ".join(run.changed) or "-"),
         ]
         for run in history.runs
     ]
@@ -67,7 +67,7 @@ def _sentence(anomaly: Anomaly) -> str:
 
 def _figures(history: History, *, every: bool) -> str:
     shown = history.runs[-_SHOWN:]
-    header = ["figure", *map(escape_cell, (run.name for run in shown)), "changed"]
+    header = ["figure", *(run.name for run in shown), "changed"]
     rows = []
     for series in history.series:
         if series.role == DENSE and not every:
@@ -76,7 +76,7 @@ def _figures(history: History, *, every: bool) -> str:
         cells = [_cell(known.get(run.number), series) for run in shown]
         since = [a.name for a in history.anomalies if (a.series, a.role) == (series.name, series.role)]
         name = f"{series.name} (dense)" if series.role == DENSE else series.name
-        rows.append([escape_markdown(name), *cells, escape_markdown(", ".join(since) or "-")])
+        rows.append([name, *cells, ", ".join(since) or "-"])
     return format_rows(header, rows)
 
 

@@ -109,4 +109,4 @@ def _files_table(files: list[ExportRecord]) -> str:
         ]
         for r in files
     ]
-    return format_rows(header, [[escape_markdown(cell) for cell in row] for row in rows])
+    return format_rows(header, rows)

@@ -15,7 +15,13 @@ from phoneready.console import format_bytes, format_rows
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.presentation.comparison_table import speeds_text
-from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.presentation.markup import (
+    Markdown,
+    escape_cell,
+    escape_markdown,
+    finalize_markdown,
+    visible,
+)
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup, bench_groups
@@ -41,14 +47,16 @@ def render_report(
         "config": config,
         "figures": figures,
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commands": commands,
+        "commands": [Markdown(visible(command)) for command in commands],
         "headline": headline(figures),
-        "verdicts": [(dense.quant, verdict_table(figures, dense, pruned)) for dense, pruned in pairs],
-        "quality": quality_table(figures),
-        "parity": _parity_table(figures),
+        "verdicts": [
+            (dense.quant, Markdown(verdict_table(figures, dense, pruned))) for dense, pruned in pairs
+        ],
+        "quality": Markdown(quality_table(figures)),
+        "parity": Markdown(_parity_table(figures)),
         "notes": [f"{r.file}: {warning}" for pair in pairs for r in pair for warning in r.warnings],
         "answers": _answers(figures),
-        "widths": _widths_table(figures.plan),
+        "widths": Markdown(_widths_table(figures.plan)),
         "groups": bench_groups(figures.bench),
         "threads": ", ".join(str(n) for n in dict.fromkeys(r.n_threads for r in figures.bench)),
         "bench_notes": bench_notes(figures.bench),
@@ -58,7 +66,11 @@ def render_report(
         importlib.resources.files("phoneready.report").joinpath("templates/report.md.j2").read_text("utf-8")
     )
     environment = jinja2.Environment(
-        autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=finalize_markdown,
     )
     return environment.from_string(text).render(context) + "\n"
 
@@ -100,7 +112,7 @@ def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRe
         if (group.kind, group.target) == _HERE:
             rows += found
         elif found:
-            others.append(f"{group.title}:\n\n{format_rows(_COLUMNS, found)}")
+            others.append(f"{escape_markdown(group.title)}:\n\n{format_rows(_COLUMNS, found)}")
     return "\n".join([format_rows(_COLUMNS, rows), *others])
 
 
@@ -131,7 +143,7 @@ def quality_table(figures: ReleaseFigures) -> str:
             continue
         perplexities = [f"{d.reference_perplexity:.2f}", f"{d.perplexity:.2f}", f"{d.perplexity_ratio:.3f}"]
         kl = [f"{d.kl_mean:.4f}", f"{d.kl_median:.4f}", f"{d.kl_p99_9:.2f}"]
-        place = escape_markdown(text_name(text.source, figures.evaluation.seed))
+        place = text_name(text.source, figures.evaluation.seed)
         rows.append([f"{text.kind}: {place}", f"{d.n_tokens}", *perplexities, *kl, f"{d.same_top1:.1%}"])
     return format_rows([*header, "same top-1"], rows) if rows else "Nothing was evaluated.\n"
 
@@ -182,7 +194,10 @@ def _answers(figures: ReleaseFigures) -> list[dict[str, Any]]:
     return [
         {
             "prompt": prompt,
-            "rows": [(name, _cell(dense[i]), _cell(pruned[i])) for name, dense, pruned in sides],
+            "rows": [
+                [Markdown(escape_cell(text)) for text in (name, dense[i], pruned[i])]
+                for name, dense, pruned in sides
+            ],
         }
         for i, prompt in enumerate(figures.evaluation.prompts)
     ]
@@ -195,10 +210,6 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
         if remark := record.failure or note_of(record):
             rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
     return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _widths_table(plan: PruningPlan) -> str:

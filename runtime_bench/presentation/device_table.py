@@ -8,6 +8,7 @@ from typing import Any
 
 from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
 from runtime_bench.devices.projection import MIB, Band, Projection
+from runtime_bench.presentation.markup import escape_markdown, visible
 from runtime_bench.presentation.table import Column, Table
 from runtime_bench.records.record import DOES_NOT_FIT, FITS, THRASHES
 
@@ -35,12 +36,13 @@ _PROFILE_COLUMNS: tuple[Column[KnownProfile], ...] = (
 def format_profile(entry: KnownProfile) -> str:
     """Every figure with what it rests on, and who says so below it."""
     profile = entry.profile
-    lines = [f"{profile.name}: {profile.tier} {profile.form}, {profile.os}", str(entry.file)]
+    title = f"{profile.name}: {profile.tier} {profile.form}, {profile.os}"
+    lines = [escape_markdown(title), visible(str(entry.file))]
     for name in FIGURES:
         figure: Figure[Any] = getattr(profile, name)
         known = figure.value is not None
-        lines.append(f"\n{name}: {_value(figure)}" + (f" ({figure.basis})" if known else ""))
-        lines += [f"    {figure.source}, {figure.date}"] if known else []
+        lines.append(f"\n{name}: {escape_markdown(_value(figure))}" + (f" ({figure.basis})" if known else ""))
+        lines += [f"    {visible(f'{figure.source}, {figure.date}')}"] if known else []
     return "\n".join(lines) + "\n"
 
 

@@ -77,3 +77,13 @@ def test_lists_of_options() -> None:
     assert split_numbers(["1,2", "4"], "-t") == (1, 2, 4)
     with pytest.raises(InputError, match="-t"):
         split_numbers(["1,-2"], "-t")
+
+
+def test_results_and_notes_carry_no_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    console.write_result("a\x1b[31mb\nc", None, as_json=False)
+    console.write_result("", {"a": "\x9b1m"}, as_json=True)
+    console.note("x\x07")
+    captured = capsys.readouterr()
+    assert captured.out == 'a\\u001b[31mb\nc\n{\n  "a": "\\u009b1m"\n}\n'
+    assert captured.err == "x\\u0007\n"
+    assert "\\<img\\>" in console.format_rows(["a"], [["<img>"]])

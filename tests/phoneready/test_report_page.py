@@ -288,6 +288,16 @@ def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportIn
     assert "emulated: that it ran counts, its times say nothing" in rendered
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_nothing_of_a_hostile_text_is_markdown(name: str, make_report_input: MakeReportInput) -> None:
+    report = make_report_input(HOSTILE[name])
+    text = render_report(report.config, report.figures, {}, [HOSTILE[name]])
+    code_or_escaped = re.compile(r"^    .*$|\\.", re.MULTILINE)
+    plain = code_or_escaped.sub("", text)
+    assert not re.search(r"<\w|!\[|\]\(", plain)
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", text)
+
+
 def test_remarks_on_samples_are_told_as_they_are(make_record: Any) -> None:
     hot = make_record(clock_caps=(0.5,) * 5)
     thrashing = make_record(memory_verdict="thrashes", memory_limit_bytes=400 * 2**20, reread_bytes=2**30)
