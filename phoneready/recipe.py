@@ -32,7 +32,7 @@ from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
-from phoneready.evaluation.metrics import metric_sha256
+from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.exporting import require_onnx_export
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import FigureSet, check_same_model, read_baseline
@@ -100,6 +100,7 @@ def run_release(
     if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
         raise InputError("in the model's folder, which each run would change", field="-o", value=str(folder))
     check_extras(config)
+    check_directions(config.budgets)
     baseline = load_baseline(config)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)

@@ -209,8 +209,7 @@ def _limits(given: dict[str, Any]) -> dict[str, float]:
     """The tolerances that were set."""
     from phoneready.evaluation.gate import TOLERANCES
 
-    options = {tolerance.option for tolerance in TOLERANCES.values()}
-    return {name: value for name, value in given.items() if name in options and value is not None}
+    return {name: given[name] for name in TOLERANCES if given[name] is not None}
 
 
 def _settings(given: dict[str, Any]) -> EvaluationSettings:

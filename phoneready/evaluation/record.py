@@ -115,11 +115,13 @@ class MetricResult:
         name: `module:function`, with `.key` behind it where the function returns several.
         value: The figure.
         higher_is_better: Direction, where the function states it.
+        unit: Where the function states it.
     """
 
     name: str
     value: float
     higher_is_better: bool | None = None
+    unit: str = ""
 
 
 @dataclass(frozen=True)

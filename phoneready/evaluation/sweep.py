@@ -142,7 +142,7 @@ def _table(result: Sweep) -> tuple[list[str], list[list[float]]]:
     rows = []
     for point in result.points:
         found = measures(point.evaluation)
-        rows.append([point.prune_ratio, point.removed, *(found[name].value for name in columns)])
+        rows.append([point.prune_ratio, point.removed, *(found[name].value or 0.0 for name in columns)])
     return ["prune ratio", "removed", *columns], rows
 
 

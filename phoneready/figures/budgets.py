@@ -12,7 +12,7 @@ import pydantic
 from cfsp.errors import InputError
 from cfsp.units import parse_bytes, parse_ms
 from cfsp.validation import Section, as_value_error
-from phoneready.figures.metrics import FigureKey, is_sampled, metric_of
+from phoneready.figures.metrics import OWN, FigureKey, means, metric_of
 from phoneready.figures.verdict import format_figure
 
 _PARSERS: Mapping[str, Callable[[str, str], float]] = MappingProxyType({"bytes": parse_bytes, "ms": parse_ms})
@@ -22,7 +22,7 @@ class BudgetConfig(Section):
     """A limit on figures of one metric.
 
     Attributes:
-        metric: A name in METRICS; ttft, pp and tg with their number of tokens.
+        metric: A name in METRICS; ttft, pp and tg with their number of tokens; or an own metric.
         files: Quantizations, variants or `checkpoint`; all that have the metric when empty. So are the others.
         targets: As in `bench.targets`.
         devices: As in `bench.devices`.
@@ -61,19 +61,27 @@ class BudgetConfig(Section):
     @pydantic.model_validator(mode="after")
     def _one_limit(self) -> Self:
         metric = metric_of(self.metric)
-        wanted, other = ("at_least", "at_most") if metric.higher_is_better else ("at_most", "at_least")
-        if getattr(self, wanted) is None or getattr(self, other) is not None:
-            better = "higher" if metric.higher_is_better else "lower"
-            raise ValueError(f"{self.metric} is better the {better} it is; allowed: {wanted} alone")
+        if metric.higher_is_better is not None:
+            self.check_direction(metric.higher_is_better)
+        elif (self.at_most is None) == (self.at_least is None):
+            raise ValueError(f"{self.metric} wants a limit; allowed: one of at_most and at_least")
         if self.relative_to == "dense" and not metric.against_dense:
-            raise ValueError(f"{self.metric} is relative to the dense model already; allowed: baseline")
+            known = "is not taken of the dense model" if metric.source == OWN else "is relative to it already"
+            raise ValueError(f"relative_to: {self.metric} {known}; allowed: baseline")
         if self.difference and self.relative_to is None:
             raise ValueError("difference: wants relative_to")
-        if self.difference and is_sampled(self.metric):
+        if self.difference and metric.sampled:
             raise ValueError(f"difference: {self.metric} is measured; allowed: a ratio")
         if isinstance(self._written, str):
             as_value_error(lambda: self.limit)
         return self
+
+    def check_direction(self, higher_is_better: bool) -> None:
+        """Raise ValueError for a limit to the good side of a metric."""
+        wanted, other = ("at_least", "at_most") if higher_is_better else ("at_most", "at_least")
+        if getattr(self, wanted) is None or getattr(self, other) is not None:
+            better = "higher" if higher_is_better else "lower"
+            raise ValueError(f"{self.metric} is better the {better} it is; allowed: {wanted} alone")
 
     @property
     def is_upper(self) -> bool:
@@ -86,14 +94,18 @@ class BudgetConfig(Section):
         return self._parse(self._written) if isinstance(self._written, str) else float(self._written)
 
     @property
-    def unit(self) -> str:
-        """Of the limit, as in BudgetVerdict."""
-        return "x" if self.relative_to and not self.difference else metric_of(self.metric).unit
+    def is_ratio(self) -> bool:
+        """Whether the limit is a multiple of a reference."""
+        return self.relative_to is not None and not self.difference
 
     def describe(self) -> str:
         """The limit for people, such as `at most 1.05 x dense`."""
         side = "at most" if self.is_upper else "at least"
-        written = self._written if isinstance(self._written, str) else format_figure(self.limit, self.unit)
+        written = (
+            self._written
+            if isinstance(self._written, str)
+            else format_figure(self.limit, "x" if self.is_ratio else metric_of(self.metric).unit)
+        )
         if self.relative_to is None:
             return f"{side} {written}"
         return f"{side} {written} {'above' if self.difference else ''}".rstrip() + f" {self.relative_to}"
@@ -105,7 +117,7 @@ class BudgetConfig(Section):
 
     def _parse(self, text: str) -> float:
         field = "at_most" if self.is_upper else "at_least"
-        if self.relative_to and not self.difference:
+        if self.is_ratio:
             raise InputError("a ratio is a number", field=field, value=text, allowed="such as 1.05")
         parse = _PARSERS.get(metric_of(self.metric).unit)
         if parse is None:
@@ -118,7 +130,7 @@ def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:
     return [
         key
         for key in keys
-        if key.metric == budget.metric
+        if means(budget.metric, key.metric)
         and all(fits(key, names, getattr(budget, field)) for field, names in SELECTORS.items())
     ]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from cfsp.errors import InputError
 from cfsp.records import read_record
-from phoneready.figures.metrics import FigureKey
+from phoneready.figures.metrics import FigureKey, means
 
 FIGURES_FILE = "figures.json"
 PRUNED, DENSE = "pruned", "dense"
@@ -36,6 +36,7 @@ class Figure:
         failure: Why there is no value.
         noise: Why its samples tell more of the machine than of the file; None where they do not.
         conditions: What must be equal for two such figures to be comparable.
+        higher_is_better: Direction, of own metrics that state it.
     """
 
     key: FigureKey
@@ -54,6 +55,7 @@ class Figure:
     failure: str | None = None
     noise: str | None = None
     conditions: dict[str, str] = field(default_factory=dict)
+    higher_is_better: bool | None = None
 
     @property
     def n_independent(self) -> int:
@@ -116,7 +118,6 @@ def check_same_model(baseline: FigureSet, source: str, sha256: str | None, where
 
 
 def same_figure(planned: FigureKey, found: FigureKey) -> bool:
-    """Whether a planned figure is this one; planned tasks are not named yet."""
-    return planned == found or (
-        planned.metric == found.metric == "accuracy" and planned.item == found.item and planned.on is None
-    )
+    """Whether a planned figure is this one; planned tasks and figures of own metrics are not named yet."""
+    on = None if found.metric == "accuracy" and planned.on is None else found.on
+    return means(found.metric, planned.metric) and planned == replace(found, metric=planned.metric, on=on)

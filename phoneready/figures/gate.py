@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from cfsp.errors import InputError
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import FigureKey
+from phoneready.figures.metrics import FigureKey, own_reference
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
 from runtime_bench.records.record import DOES_NOT_FIT
@@ -60,23 +60,41 @@ def judge_all(
     for position, budget in enumerate(budgets):
         chosen = select(budget, ours)
         if not chosen:
-            known = ", ".join(str(key.on) for key in ours if key.metric == budget.metric and key.on)
+            whose = own_reference(budget.metric)
+            known = ", ".join(key.on or key.metric for key in ours if own_reference(key.metric) == whose)
             raise InputError(
                 f"nothing has {budget.metric} here", field=f"budgets[{position}]", allowed=known or "others"
             )
         others = references.get(budget.relative_to or "", {})
-        verdicts += [_judge(budget, ours[key], others.get(key)) for key in chosen]
+        try:
+            verdicts += [judge(budget, ours[key], others.get(key)) for key in chosen]
+        except ValueError as error:
+            raise InputError(str(error), field=f"budgets[{position}]") from error
     return tuple(verdicts)
 
 
-def _judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> BudgetVerdict:
+def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> BudgetVerdict:
+    """A budget's verdict on one figure.
+
+    Args:
+        budget: The budget.
+        figure: What it limits.
+        reference: What the limit is relative to, where it is.
+
+    Raises:
+        InputError: The reference was measured on another text or task.
+        ValueError: The metric's own direction is the other one.
+    """
+    if figure.higher_is_better is not None:
+        budget.check_direction(figure.higher_is_better)
     if budget.relative_to is None:
         estimate = _absolute(figure)
     elif reference is None:
         estimate = _Estimate(reason=f"the {budget.relative_to} has no such figure")
     else:
         estimate = _relative(budget, figure, reference)
-    outcome, reason = _outcome(budget, estimate)
+    unit = "x" if budget.is_ratio else figure.unit
+    outcome, reason = _outcome(budget, estimate, unit)
     if figure.noise and outcome == MISSED:  # a busy machine only slows: what passes there, passes
         outcome, reason = INCONCLUSIVE, _too_noisy(figure)
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
@@ -90,7 +108,7 @@ def _judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bu
         high=high,
         outcome=outcome,
         reason=reason,
-        unit=budget.unit,
+        unit=unit,
     )
 
 
@@ -114,7 +132,9 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         return _failed(figure)
     if reference.value is None:
         return replace(_failed(reference), missed=False)
-    differing = _differences(figure, reference)
+    if not math.isfinite(reference.value):
+        return _Estimate(reason=f"{reference.subject}: {reference.value} is nothing to be compared with")
+    differing = differences(figure, reference)
     if differing:
         if figure.target is None:
             raise InputError(f"the {budget.relative_to} was measured otherwise: {differing}")
@@ -153,9 +173,12 @@ def _ratio(figure: Figure, reference: Figure) -> _Estimate:
     """The ratio; standard errors are relative ones, added as squares (first order)."""
     assert figure.value is not None
     assert reference.value is not None
-    if not reference.value:
+    if figure.value == reference.value:
+        ratio = 1.0
+    elif not reference.value:
         return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
-    ratio = figure.value / reference.value
+    else:
+        ratio = figure.value / reference.value
     errors = [(one.stderr or 0) / one.value for one in (figure, reference) if one.value]
     return _around(ratio, abs(ratio) * NORMAL_95 * math.hypot(*errors))
 
@@ -178,14 +201,15 @@ def _too_noisy(figure: Figure) -> str:
     return f"{TOO_NOISY}: {figure.subject}: {figure.noise}"
 
 
-def _differences(figure: Figure, reference: Figure) -> str:
+def differences(figure: Figure, reference: Figure) -> str:
+    """What must be equal for two figures to be comparable and is not; empty where all is."""
     before, now = reference.conditions, figure.conditions
     names = [*now, *(name for name in before if name not in now)]
     pairs = ((name, before.get(name, "not stated"), now.get(name, "not stated")) for name in names)
     return ", ".join(f"{name} was {then} and is {today}" for name, then, today in pairs if then != today)
 
 
-def _outcome(budget: BudgetConfig, estimate: _Estimate) -> tuple[str, str]:
+def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str, str]:
     value, low, high = estimate.value, estimate.low, estimate.high
     if value is None or low is None or high is None:
         return MISSED if estimate.missed else INCONCLUSIVE, estimate.reason or "not measured"
@@ -197,13 +221,12 @@ def _outcome(budget: BudgetConfig, estimate: _Estimate) -> tuple[str, str]:
         return PASS, "within it"
     if excess[0] > slack:
         share = f" ({abs(value - limit) / abs(limit):.1%})" if limit else ""
-        return MISSED, f"{'over' if sign > 0 else 'short'} by {_amount(value - limit, budget.unit)}{share}"
-    ends = " to ".join(format_figure(end, budget.unit) for end in (low, high))
+        return (
+            MISSED,
+            f"{'over' if sign > 0 else 'short'} by {format_figure(abs(value - limit), unit)}{share}",
+        )
+    ends = " to ".join(format_figure(end, unit) for end in (low, high))
     return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; more samples narrow it"
-
-
-def _amount(difference: float, unit: str) -> str:
-    return format_figure(abs(difference), unit)
 
 
 def _metric_name(key: FigureKey) -> str:

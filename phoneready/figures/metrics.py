@@ -1,16 +1,37 @@
-"""What a release can be held to: the metrics, and which figures of them a configuration produces."""
+"""The metrics: one row each, which budgets, `eval --baseline`, tune, history, reports and the documentation read."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from cfsp import plugins
 from cfsp.errors import InputError
 
 CHECKPOINT = "checkpoint"
 """The item that is the pruned (and recovered) model before export."""
+
+FILE, BENCH, PROJECTION = "file", "bench", "projection"
+TEXT, TASK, ANSWERS, OWN = "text", "task", "answers", "own"
+"""Where figures come from."""
+ANY_MEMBER = ".*"
+"""Ends the planned name of an own metric: which figures its function returns is known when it has run."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much worse than its baseline `eval --baseline` lets a figure be.
+
+    Attributes:
+        option: The option that sets it.
+        default: The limit unless it is set.
+        is_ratio: It limits now / baseline; else the difference between them.
+    """
+
+    option: str
+    default: float
+    is_ratio: bool = False
 
 
 @dataclass(frozen=True)
@@ -18,45 +39,91 @@ class Metric:
     """A kind of figure.
 
     Attributes:
+        name: As budgets and records write it.
+        title: As tables for people call it.
+        help: What it is.
+        source: Where it comes from: FILE, BENCH, PROJECTION, TEXT, TASK, ANSWERS or OWN.
         unit: As in BudgetVerdict.
-        higher_is_better: Its direction.
+        higher_is_better: Its direction; None where the metric itself says it, or nobody does.
+        sized: A number of tokens follows the name.
+        sampled: A figure is the median of noisy samples: ratios have an interval, differences have none.
         against_dense: Whether it can be given relative to the dense model's; a divergence from that model cannot.
-        help: For people.
+        best: The figure of a perfect model; pruning moves figures away from it. None of what pruning improves.
+        slope: Expected d log(distance from best) / d log(share removed).
+        tolerance: In `eval --baseline`; None of what is not held against a baseline there.
     """
 
-    unit: str
-    higher_is_better: bool
-    against_dense: bool
+    name: str
+    title: str
     help: str
+    source: str
+    unit: str = ""
+    higher_is_better: bool | None = False
+    sized: bool = False
+    sampled: bool = False
+    against_dense: bool = True
+    best: float | None = None
+    slope: float = 0.0
+    tolerance: Tolerance | None = None
+
+    @property
+    def is_quality(self) -> bool:
+        """Whether it gets worse with every channel that goes; else it is a cost, which gets better."""
+        return self.source in (TEXT, TASK, ANSWERS, OWN)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether widths alone settle it, of GGUF files."""
+        return self.source in (FILE, PROJECTION)
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        "file_bytes": Metric("bytes", False, True, "size of an exported file; of an ONNX folder, graph and weights"),
-        "peak_rss_bytes": Metric("bytes", False, True, "most resident memory of any benchmark process"),
-        "load": Metric("ms", False, True, "opening the file"),
-        "ttft": Metric("ms", False, True, "time to first token after a prompt of N tokens"),
-        "pp": Metric("t/s", True, True, "speed of reading a prompt of N tokens"),
-        "tg": Metric("t/s", True, True, "speed of generating N tokens"),
-        "perplexity": Metric("", False, True, "on a text"),
-        "perplexity_ratio": Metric("x", False, False, "perplexity over the dense model's on the same tokens"),
-        "kl_mean": Metric("nats", False, False, "mean KL(dense || model) over tokens"),
-        "kl_p99_9": Metric("nats", False, False, "99.9th percentile of that"),
-        "same_top1": Metric("share", True, False, "tokens for which both put the same one first"),
-        "accuracy": Metric("share", True, True, "of a task of lm-evaluation-harness"),
-        "mean_accuracy": Metric("share", True, True, "mean over all tasks"),
-        "degenerate": Metric("share", False, True, "answers that are empty, loop, echo, or are no language"),
-        "projected_memory_bytes": Metric("bytes", False, True, "memory that a GGUF file would need on a device"),
-        "projected_pp": Metric("t/s", True, True, "speed of reading a prompt there, a band"),
-        "projected_tg": Metric("t/s", True, True, "speed of generating there, a band"),
-    }
+_ROWS = (
+    Metric("file_bytes", "file size", "size of an exported file; of an ONNX folder, graph and weights", FILE, "bytes"),
+    Metric("peak_rss_bytes", "peak memory (RSS)", "most resident memory of any process", BENCH, "bytes", sampled=True),
+    Metric("load", "loading", "opening the file", BENCH, "ms", sampled=True),
+    Metric("ttft", "time to first token", "after a prompt of N tokens", BENCH, "ms", sized=True, sampled=True),
+    Metric("pp", "prompt processing", "reading a prompt of N tokens", BENCH, "t/s", True, sized=True, sampled=True),
+    Metric("tg", "generation", "generating N tokens", BENCH, "t/s", True, sized=True, sampled=True),
+    Metric(
+        "perplexity", "perplexity", "exp of the mean loss on a text", TEXT, best=0.0, slope=0.3,
+        tolerance=Tolerance("max_perplexity_ratio", 1.02, is_ratio=True),
+    ),
+    Metric(
+        "perplexity_ratio", "perplexity ratio", "perplexity over the dense model's on the same tokens", TEXT, "x",
+        against_dense=False, best=1.0, slope=1.2,
+    ),
+    Metric(
+        "kl_mean", "KL mean", "mean KL(dense || model) over tokens", TEXT, "nats",
+        against_dense=False, best=0.0, slope=1.2, tolerance=Tolerance("max_kl_increase", 0.01),
+    ),
+    Metric(
+        "kl_p99_9", "KL p99.9", "99.9th percentile of KL(dense || model)", TEXT, "nats",
+        against_dense=False, best=0.0, slope=0.8,
+    ),
+    Metric(
+        "same_top1", "same top-1", "tokens for which both put the same one first", TEXT, "share", True,
+        against_dense=False, best=1.0, slope=0.7, tolerance=Tolerance("max_top1_drop", 0.01),
+    ),
+    Metric(
+        "accuracy", "accuracy", "share of right answers of a task", TASK, "share", True, best=1.0, slope=0.2,
+        tolerance=Tolerance("max_accuracy_drop", 0.02),
+    ),
+    Metric("mean_accuracy", "mean accuracy", "mean over all tasks", TASK, "share", True, best=1.0, slope=0.2),
+    Metric(
+        "degenerate", "degenerate answers", "answers that are empty, loop, echo or are no language", ANSWERS, "share",
+        best=0.0, slope=0.5, tolerance=Tolerance("max_degenerate_increase", 0.05),
+    ),
+    Metric("projected_memory_bytes", "projected memory", "what a GGUF file would need there", PROJECTION, "bytes"),
+    Metric("projected_pp", "projected prompt processing", "speed there, a band", PROJECTION, "t/s", True),
+    Metric("projected_tg", "projected generation", "speed there, a band", PROJECTION, "t/s", True),
 )  # fmt: skip
-"""Name -> metric; ttft, pp and tg are followed by a number of tokens."""
+METRICS: Mapping[str, Metric] = MappingProxyType({row.name: row for row in _ROWS})
+"""Name -> metric; a number of tokens follows the name of the sized ones."""
 
-SIZED = ("ttft", "pp", "tg")
-_SAMPLED = frozenset((*SIZED, "load", "peak_rss_bytes"))
-ON_TEXT = ("perplexity", "perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
-ON_DEVICE = ("projected_memory_bytes", "projected_pp", "projected_tg")
+OWN_METRIC = Metric(
+    "MODULE:FUNCTION", "own metric", "what evaluate.metrics names; it says its unit and direction itself", OWN,
+    higher_is_better=None, against_dense=False, slope=0.2, tolerance=Tolerance("max_metric_change", 0.02),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,15 +157,41 @@ def metric_of(name: str) -> Metric:
     Raises:
         InputError: There is none.
     """
-    match = re.fullmatch(rf"({'|'.join(SIZED)})\d+", name)
-    if match:
-        return METRICS[match[1]]
-    if name in SIZED or name not in METRICS:
-        names = ", ".join(known + "N" if known in SIZED else known for known in METRICS)
-        raise InputError("unknown metric", field="metric", value=name, allowed=names)
-    return METRICS[name]
+    row = recorded_metric(name)
+    if (
+        row is not OWN_METRIC
+        or ":" in name
+        or own_reference(name) in plugins.load_plugins(plugins.METRICS, METRICS)
+    ):
+        return row
+    rows = (*METRICS.values(), OWN_METRIC)
+    names = ", ".join(f"{row.name}N" if row.sized else row.name for row in rows)
+    raise InputError("unknown metric", field="metric", value=name, allowed=names)
 
 
-def is_sampled(name: str) -> bool:
-    """Whether a metric is the median of noisy samples, of which ratios have an interval and differences have none."""
-    return name.rstrip("0123456789") in _SAMPLED
+def recorded_metric(name: str) -> Metric:
+    """The metric of a recorded figure; an own one may have gone since."""
+    row, sized = METRICS.get(name), METRICS.get(name.rstrip("0123456789"))
+    if row is not None and not row.sized:
+        return row
+    return sized if sized is not None and sized.sized and sized.name != name else OWN_METRIC
+
+
+def metrics_from(source: str) -> tuple[str, ...]:
+    """Names of the metrics that come from somewhere."""
+    return tuple(row.name for row in METRICS.values() if row.source == source)
+
+
+def own_reference(name: str) -> str:
+    """`module:function`, or the plugin, of an own metric's figure, such as `module:function.key`."""
+    module, colon, function = name.rpartition(":")
+    return module + colon + function.partition(".")[0]
+
+
+def means(wanted: str, name: str) -> bool:
+    """Whether a figure's metric is one that is wanted.
+
+    `module:function` means all figures of that function; planned, `module:function.*`, they may be any.
+    """
+    planned = name.endswith(ANY_MEMBER) and own_reference(wanted) + ANY_MEMBER == name
+    return name == wanted or planned or name.startswith(f"{wanted}.")

@@ -76,4 +76,4 @@ def format_figure(value: float | None, unit: str) -> str:
         return "-"
     if unit == "bytes":
         return format_bytes(value)
-    return f"{value:.4g} {unit}" if unit in ("ms", "t/s", "nats", "x") else f"{value:.4g}"
+    return f"{value:.4g}" if unit in ("", "share") else f"{value:.4g} {unit}"

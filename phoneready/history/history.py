@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from cfsp.errors import InputError, LimitError
 from phoneready.figures.figure_set import DENSE
-from phoneready.figures.metrics import is_sampled, metric_of
+from phoneready.figures.metrics import recorded_metric
 from phoneready.history.changes import Change, exact_changes, sampled_changes
 from phoneready.history.record import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
 
@@ -44,7 +44,7 @@ class Series:
         metric: A name in METRICS, with its number of tokens.
         role: `pruned`, or `dense`.
         unit: Of the values.
-        higher_is_better: Direction.
+        higher_is_better: Direction; None of an own metric that states none.
         sampled: Whether the figure has noise.
         conditions: How it was measured.
         runs: Numbers of the runs that have it.
@@ -56,7 +56,7 @@ class Series:
     metric: str
     role: str
     unit: str
-    higher_is_better: bool
+    higher_is_better: bool | None
     sampled: bool
     conditions: dict[str, str]
     runs: tuple[int, ...]
@@ -79,7 +79,7 @@ class Anomaly:
         unit: Of both.
         ratio: after / before; None where before is 0.
         noise: Relative scatter of single runs; 0 of exact figures.
-        worse: Whether the change is for the worse.
+        worse: Whether the change is for the worse; None where nobody says which way is.
         changed: What that run did otherwise than the one before.
         dense_too: Whether the dense model's figure changed with it: then it was the machine or the runtime.
     """
@@ -94,7 +94,7 @@ class Anomaly:
     unit: str
     ratio: float | None
     noise: float
-    worse: bool
+    worse: bool | None
     changed: tuple[str, ...]
     dense_too: bool
 
@@ -250,14 +250,15 @@ def _series(entries: Sequence[HistoryEntry]) -> tuple[Series, ...]:
 
 
 def _one_series(rows: Sequence[tuple[int, HistoryFigure]]) -> Series:
-    first, metric = rows[0][1], metric_of(rows[0][1].key.metric)
+    first, metric = rows[0][1], recorded_metric(rows[0][1].key.metric)
+    own = rows[-1][1].higher_is_better
     return Series(
         name=first.key.describe(),
         metric=first.key.metric,
         role=first.role,
         unit=first.unit,
-        higher_is_better=metric.higher_is_better,
-        sampled=is_sampled(first.key.metric) or any(figure.error is not None for _, figure in rows),
+        higher_is_better=own if metric.higher_is_better is None else metric.higher_is_better,
+        sampled=metric.sampled or any(figure.error is not None for _, figure in rows),
         conditions=first.conditions,
         runs=tuple(number for number, _ in rows),
         values=tuple(figure.value for _, figure in rows),
@@ -272,7 +273,7 @@ def _changes(series: Series, threshold: float, false_alarms: float) -> tuple[Cha
 
 
 def _anomaly(series: Series, change: Change, runs: Sequence[Run]) -> Anomaly:
-    run = runs[series.runs[change.first] - 1]
+    run, higher = runs[series.runs[change.first] - 1], series.higher_is_better
     return Anomaly(
         series=series.name,
         role=series.role,
@@ -284,7 +285,7 @@ def _anomaly(series: Series, change: Change, runs: Sequence[Run]) -> Anomaly:
         unit=series.unit,
         ratio=change.after / change.before if change.before else None,
         noise=change.noise,
-        worse=(change.after < change.before) == series.higher_is_better,
+        worse=None if higher is None else (change.after < change.before) == higher,
         changed=run.changed,
         dense_too=False,
     )

@@ -52,7 +52,7 @@ for (const [id, figure] of Object.entries({{ specs }}))
 """
 
 
-def render_plot(history: History, anomalies: Sequence[tuple[str, bool]]) -> str:
+def render_plot(history: History, anomalies: Sequence[tuple[str, bool | None]]) -> str:
     """The page as HTML.
 
     Args:

@@ -35,6 +35,7 @@ class HistoryFigure:
         value: The figure.
         error: Its relative standard error, from its own samples; None of figures without noise.
         conditions: What must be equal for two such figures to be comparable.
+        higher_is_better: Direction, of own metrics that state it.
     """
 
     key: FigureKey
@@ -43,6 +44,7 @@ class HistoryFigure:
     value: float
     error: float | None
     conditions: dict[str, str]
+    higher_is_better: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def _kept(figure: Figure, value: float) -> HistoryFigure:
         error = _error_of_median(figure)
     elif figure.stderr is not None and value > 0:
         error = figure.stderr / value
-    return HistoryFigure(figure.key, figure.role, figure.unit, value, error, figure.conditions)
+    direction = figure.higher_is_better
+    return HistoryFigure(figure.key, figure.role, figure.unit, value, error, figure.conditions, direction)
 
 
 def _error_of_median(figure: Figure) -> float | None:

@@ -8,6 +8,7 @@ from phoneready.figures.verdict import format_figure
 from phoneready.history.history import Anomaly, History, Series
 from runtime_bench.presentation.markup import escape_markdown
 
+_WORDS = {True: "worse", False: "better", None: "changed"}
 _SHOWN = 6
 """Newest runs in the table of figures."""
 
@@ -46,7 +47,7 @@ def format_history(history: History, *, every: bool = False) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def describe_anomalies(history: History) -> list[tuple[str, bool]]:
+def describe_anomalies(history: History) -> list[tuple[str, bool | None]]:
     """Every anomaly as a sentence, and whether it is for the worse."""
     return [(_sentence(anomaly), anomaly.worse) for anomaly in history.anomalies]
 
@@ -57,7 +58,7 @@ def _sentence(anomaly: Anomaly) -> str:
     noise = f" (single runs scatter by {anomaly.noise:.1%})" if anomaly.noise else ""
     whose = " of the dense model" if anomaly.role == DENSE else ""
     text = (
-        f"{'worse' if anomaly.worse else 'better'}: {anomaly.series}{whose}, {anomaly.kind} since {anomaly.name} "
+        f"{_WORDS[anomaly.worse]}: {anomaly.series}{whose}, {anomaly.kind} since {anomaly.name} "
         f"(run {anomaly.run}): {before} to {after}{share}{noise}"
     )
     if anomaly.dense_too:

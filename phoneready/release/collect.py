@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cfsp.evaluation.tasks import TaskResult
-from phoneready.evaluation.record import Evaluation, TextResult, text_name
+from phoneready.evaluation.figures import evaluation_figures
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey, metric_of
 from phoneready.release.results import ReleaseFigures
@@ -39,7 +38,7 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
         found += benchmark_figures(config, place, steps.bench_records(place), items)
     found += _projections(config, steps)
     for item, subject, evaluation in steps.evaluations():
-        found += judgement_figures(item, subject, evaluation)
+        found += evaluation_figures(item, subject, evaluation)
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
 
 
@@ -156,62 +155,3 @@ def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why:
         return figure
     middle = math.sqrt(band.low * band.high)
     return replace(figure, value=middle, low=band.low, high=band.high, failure=None)
-
-
-def judgement_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
-    """What an evaluation found."""
-    dense = evaluation.against.reference if evaluation.against else "dense"
-    for text in evaluation.texts:
-        yield from _text_figures(item, subject, dense, text)
-    yield from _task_figures(item, PRUNED, subject, evaluation.tasks)
-    yield from _task_figures(item, DENSE, dense, evaluation.against_tasks)
-    answers = evaluation.degeneration
-    if answers is not None:
-        key, conditions = FigureKey("degenerate", item), {"prompts": answers.prompts_sha256}
-        for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
-            yield Figure(key, role, name, "share", share, conditions=conditions)
-
-
-def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iterator[Figure]:
-    name = text_name(text.kind, text.source)
-    conditions = {f"tokens of {name}": text.windows_sha256}
-    d = text.divergence
-    values = {"perplexity": text.perplexity}
-    if d is not None:
-        values |= {
-            "perplexity_ratio": d.perplexity_ratio,
-            "kl_mean": d.kl_mean,
-            "kl_p99_9": d.kl_p99_9,
-            "same_top1": d.same_top1,
-        }
-        key = FigureKey("perplexity", item, on=name)
-        yield Figure(key, DENSE, dense, "", d.reference_perplexity, conditions=conditions)
-    for metric, value in values.items():
-        unit = metric_of(metric).unit
-        yield Figure(FigureKey(metric, item, on=name), PRUNED, subject, unit, value, conditions=conditions)
-
-
-def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
-    found = []
-    for task in tasks:
-        score = next((m for m in task.metrics if m.name == "acc"), None)
-        score = score or next((m for m in task.metrics if m.higher_is_better), None)
-        if score is None:
-            continue
-        conditions = {
-            f"{name} of {task.task}": str(getattr(task, name))
-            for name in ("version", "sha256", "limit", "num_fewshot", "n_items")
-        } | {f"metric of {task.task}": score.name}
-        figure = Figure(
-            FigureKey("accuracy", item, on=task.task), role, subject, "share", score.value,
-            stderr=score.stderr, conditions=conditions,
-        )  # fmt: skip
-        found.append(figure)
-        yield figure
-    if found:
-        yield Figure(
-            FigureKey("mean_accuracy", item), role, subject, "share",
-            sum(f.value or 0 for f in found) / len(found),
-            stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in found)) / len(found),
-            conditions={name: value for f in found for name, value in f.conditions.items()},
-        )  # fmt: skip

@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from cfsp.validation import Location
 from phoneready.evaluation.record import text_name
 from phoneready.figures.budgets import SELECTORS, BudgetConfig, fits, select
-from phoneready.figures.metrics import CHECKPOINT, ON_DEVICE, ON_TEXT, FigureKey
+from phoneready.figures.metrics import (
+    ANY_MEMBER,
+    CHECKPOINT,
+    PROJECTION,
+    TEXT,
+    FigureKey,
+    means,
+    metrics_from,
+)
 from phoneready.settings.schema import ReleaseConfig
 
 
@@ -21,7 +29,7 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
     yield from _benchmarks(config)
     for device in config.bench.devices:
         for item in _measured(config, config.export.quants):
-            for metric in ON_DEVICE:
+            for metric in metrics_from(PROJECTION):
                 yield FigureKey(metric, item, device)
     for item in (CHECKPOINT, *config.evaluate.files):
         yield from _judgements(config, item)
@@ -44,12 +52,14 @@ def _judgements(config: ReleaseConfig, item: str) -> Iterator[FigureKey]:
     evaluate = config.evaluate
     for kind, references in (("text", evaluate.text), ("chats", evaluate.chats)):
         for reference in references:
-            for metric in ON_TEXT:
+            for metric in metrics_from(TEXT):
                 yield FigureKey(metric, item, on=text_name(kind, reference))
     if evaluate.tasks:
         yield FigureKey("accuracy", item)
         yield FigureKey("mean_accuracy", item)
     yield FigureKey("degenerate", item)
+    for name in evaluate.metrics:
+        yield FigureKey(name + ANY_MEMBER, item)
 
 
 def budget_problems(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
@@ -59,7 +69,7 @@ def budget_problems(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         place = ("budgets", position)
         if budget.relative_to == "baseline" and config.baseline is None:
             yield (*place, "relative_to"), "there is no [baseline] to be relative to"
-        candidates = [key for key in keys if key.metric == budget.metric]
+        candidates = [key for key in keys if means(budget.metric, key.metric)]
         if not candidates:
             known = ", ".join(dict.fromkeys(key.metric for key in keys))
             yield (*place, "metric"), f"{budget.metric} is not measured here; allowed: {known}"

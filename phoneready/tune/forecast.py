@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from phoneready.tune.limits import EXACT, QUALITY, Held, Judged, Limits
+from phoneready.figures.metrics import METRICS, metric_of
+from phoneready.tune.limits import Held, Judged, Limits
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
 from phoneready.tune.space import Point
 
@@ -67,34 +68,13 @@ def _removed(share: float) -> float:
     return share + 0.02
 
 
-def _above_one(value: float) -> float:
-    return max(value - 1, _LEAST)
-
-
-def _plus_one(value: float) -> float:
-    return value + 1
-
-
 def _quality(to: Callable[[float], float], back: Callable[[float], float], slope: float) -> _Scale:
     return _Scale(to, back, _removed, Prior(slope, 0.5, 0.3, _OFFSETS))
 
 
-_DIVERGENCE = _quality(_same, _same, 1.2)
+_DIVERGENCE = _quality(_same, _same, METRICS["kl_mean"].slope)
 _COST = _Scale(_same, _same, _rest, Prior(0.7, 0.4, 0.3, _OFFSETS))
 _SPEED = _Scale(_inverse, _inverse, _rest, Prior(0.7, 0.4, 0.3, _OFFSETS))
-_SCALES: Mapping[str, _Scale] = MappingProxyType(
-    {
-        "kl_mean": _DIVERGENCE,
-        "kl_p99_9": _quality(_same, _same, 0.8),
-        "perplexity": _quality(_same, _same, 0.3),
-        "perplexity_ratio": _quality(_above_one, _plus_one, 1.2),
-        "same_top1": _quality(_rest, _rest, 0.7),
-        "accuracy": _quality(_rest, _rest, 0.2),
-        "mean_accuracy": _quality(_rest, _rest, 0.2),
-        "degenerate": _quality(_same, _same, 0.5),
-    }
-)
-"""Metric -> how its figure is predicted; others are costs, speeds where more is better."""
 
 
 class Forecast:
@@ -124,7 +104,7 @@ class Forecast:
         """What budgets limit and had to be measured, by the names that people read, in the figures' units."""
         found = {}
         for name, held in self._held.items():
-            if not self._concerns(held[0], point) or held[0][1].budget.metric in EXACT:
+            if not self._concerns(held[0], point) or metric_of(held[0][1].budget.metric).is_exact:
                 continue
             scale = _scale(held[0][1])
             predicted = self._predictor(name).predict(point.recipe.settings, scale.x(point.prune_ratio))
@@ -182,9 +162,12 @@ class Forecast:
 
 
 def _scale(held: Held) -> _Scale:
-    known = _SCALES.get(held.budget.metric)
-    if known is not None and (held.budget.metric != "accuracy" or held.budget.relative_to is None):
-        return known
-    if held.family == QUALITY:
-        return _quality(_inverse, _inverse, 0.2)
-    return _COST if held.budget.is_upper else _SPEED
+    """Costs follow the size, speeds its inverse; a quality moves away from the best there is."""
+    metric, budget = metric_of(held.budget.metric), held.budget
+    if not metric.is_quality:
+        return _COST if budget.is_upper else _SPEED
+    best, sign = metric.best, 1 if budget.is_upper else -1
+    if best is None or (budget.is_ratio and best):
+        side = _same if budget.is_upper else _inverse
+        return _quality(side, side, metric.slope)
+    return _quality(lambda value: sign * (value - best), lambda lost: best + sign * lost, metric.slope)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from phoneready.figures.budgets import BudgetConfig, select
-from phoneready.figures.figure_set import Figure, FigureSet
+from phoneready.figures.figure_set import Figure, FigureSet, same_figure
 from phoneready.figures.gate import judge_all
-from phoneready.figures.metrics import CHECKPOINT, FigureKey
+from phoneready.figures.metrics import CHECKPOINT, FigureKey, metric_of
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, BudgetVerdict, format_figure
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import ReleaseConfig
@@ -19,19 +19,10 @@ from phoneready.tune.space import Point, config_of
 QUALITY, COST = "quality", "cost"
 """What gets worse with every channel that goes, and what gets better."""
 
-_QUALITIES = frozenset(
-    (
-        *("perplexity", "perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1"),
-        *("accuracy", "mean_accuracy", "degenerate"),
-    )
-)
-EXACT = frozenset(("file_bytes", "projected_memory_bytes", "projected_pp", "projected_tg"))
-"""What widths alone settle, of GGUF files."""
-
 
 def family(metric: str) -> str:
     """QUALITY or COST."""
-    return QUALITY if metric in _QUALITIES else COST
+    return QUALITY if metric_of(metric).is_quality else COST
 
 
 def objective_item(tune: TuneConfig, item: str) -> str:
@@ -150,7 +141,9 @@ class Limits:
 
     def exact(self, point: Point) -> tuple[FigureKey, ...]:
         """Those of them that widths alone settle."""
-        return tuple(key for key in self.wanted(point) if key.metric in EXACT and point.recipe.is_gguf)
+        return tuple(
+            key for key in self.wanted(point) if metric_of(key.metric).is_exact and point.recipe.is_gguf
+        )
 
     def relative(self, point: Point) -> tuple[FigureKey, ...]:
         """Those that need the dense model's figure beside them."""
@@ -165,8 +158,8 @@ class Limits:
             point: The point.
             figures: Its figures, and the dense model's.
         """
-        wanted = set(self.wanted(point))
-        known = [figure for figure in figures if figure.key in wanted or figure.key.metric == "accuracy"]
+        wanted = self.wanted(point)
+        known = [figure for figure in figures if any(same_figure(key, figure.key) for key in wanted)]
         found = FigureSet(self.config.model.reference, None, self.config.seed, tuple(known))
         present = [figure.key for figure in known]
         return Judged(

@@ -99,13 +99,15 @@ class Searcher:
             found = [c for c in found if c.optimistic < bar]
         return min(found, key=lambda c: c.optimistic, default=None)
 
-    def within(self, recipe: Recipe, prune_ratio: float) -> Point | None:
-        """The point nearest to a ratio at which everything that widths settle is within budget."""
+    def least_known(self, recipe: Recipe, known: Collection[Point]) -> Point | None:
+        """Within what widths settle, the point farthest from all that are known; None where all are."""
         first = self.feasible_from(recipe)
         if first is None:
             return None
-        ratios = self._ratios(recipe)[first:]
-        return Point(recipe, min(ratios, key=lambda ratio: abs(ratio - prune_ratio)))
+        taken = [point.prune_ratio for point in known if point.recipe == recipe]
+        open_ratios = [ratio for ratio in self._ratios(recipe)[first:] if ratio not in taken]
+        distance = {r: min((abs(r - one) for one in taken), default=0.0) for r in open_ratios}
+        return Point(recipe, max(distance, key=lambda r: distance[r])) if distance else None
 
     def forecast(self, tried: Sequence[Tried]) -> Forecast:
         """What the trials so far say of others."""

@@ -17,15 +17,23 @@ from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from exporters.gguf import QUANTS
+from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.record import EvaluationSettings
 from phoneready.evaluation.run import evaluate
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import CHECKPOINT, FigureKey
+from phoneready.figures.metrics import (
+    ANY_MEMBER,
+    CHECKPOINT,
+    PROJECTION,
+    TASK,
+    FigureKey,
+    metric_of,
+    metrics_from,
+)
 from phoneready.release.artifact import Artifact
 from phoneready.release.collect import (
     benchmark_figures,
-    judgement_figures,
     projected_figures,
     size_figure,
 )
@@ -122,7 +130,7 @@ class Bench:
         if not config.bench.devices or item not in QUANTS:
             return
         yield from projected_figures(config, PRUNED, item, file.name, gguf_facts(file.path))
-        if any(key.metric.startswith("projected_") for key in self.limits.relative(point)):
+        if any(metric_of(key.metric).source == PROJECTION for key in self.limits.relative(point)):
             dense = self._dense_file(point)
             yield from projected_figures(config, DENSE, item, dense.name, gguf_facts(dense.path))
 
@@ -147,7 +155,7 @@ class Bench:
         config = self.limits.config
         chosen = config.evaluate
         asks = "degenerate" in metrics
-        tasks = chosen.task_settings() if metrics & {"accuracy", "mean_accuracy"} else TaskSettings()
+        tasks = chosen.task_settings() if metrics & {*metrics_from(TASK)} else TaskSettings()
         return EvaluationSettings(
             text=chosen.text,
             chats=chosen.chats,
@@ -157,6 +165,7 @@ class Bench:
             max_new_tokens=chosen.max_new_tokens,
             seed=config.seed + 1,  # as a release does: not the calibration's
             tasks=tasks,
+            metrics=tuple(name for name in chosen.metrics if name + ANY_MEMBER in metrics),
         )
 
     def _judge(
@@ -165,7 +174,7 @@ class Bench:
         if self._dense is None:
             self._dense = _Remembered(self.shop.loaded)
         found = evaluate(model, self._dense, settings, progress=self.shop.progress)
-        yield from judgement_figures(item, name, found)
+        yield from evaluation_figures(item, name, found)
 
     def _benchmarks(self, point: Point, file: Artifact) -> Iterator[Figure]:
         config, item = config_of(self.limits.config, point), point.recipe.item

@@ -14,6 +14,7 @@ from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.files import write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
+from phoneready.evaluation.metrics import check_directions
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_figure
 from phoneready.recipe import load_baseline, release_stages
@@ -70,6 +71,7 @@ def tune(
     recipes = recipes_of(config)
     for recipe in recipes:
         check_sections(config_of(config, Point(recipe, settings.min_prune_ratio)), f"{recipe.describe()}: ")
+    check_directions(config.budgets)
     limits = Limits(config, load_baseline(config))
     _check_goal(config, limits, recipes)
     with claim_folder(folder):
@@ -78,9 +80,7 @@ def tune(
         if limits.baseline is not None and config.baseline is not None:
             source = shop.loaded.source
             check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
-        search = _Search(
-            config, limits, Bench(shop, limits), recipes, Study(folder / STUDY_FILE, key, config.seed)
-        )
+        search = _Search(config, limits, Bench(shop, limits), recipes, Study(folder / STUDY_FILE, key))
         try:
             result = search.run(show)
         except LimitError:
@@ -192,34 +192,25 @@ class _Search:
             return found
         if len(tried) >= min(LEAST_TRIALS, self.settings.trials):
             return None
-        for _ in range(20):
-            point = self._suggested(tried)
-            if point is not None and point not in known:
-                expected = self.searcher.forecast(tried).divergence(point)
-                return Candidate(point, expected, 0.0, "to know the curve")
-        return None
-
-    def _suggested(self, tried: Sequence[Tried]) -> Point | None:
-        """A ratio of Optuna's for the best recipe so far."""
         best = self.searcher.best(tried) or min(tried, key=lambda t: t.judged.violation, default=None)
         failures = Counter(point.recipe for point in self.failed)
         recipe = best.point.recipe if best else min(self.recipes, key=lambda one: failures[one])
-        low, high = self.settings.min_prune_ratio, self.settings.max_prune_ratio
-        return self.searcher.within(recipe, self.study.suggest_ratio(low, high))
+        point = self.searcher.least_known(recipe, known)
+        if point is None:
+            return None
+        return Candidate(point, self.searcher.forecast(tried).divergence(point), 0.0, "to know the curve")
 
     def _try(self, candidate: Candidate, show: Callable[[str], None]) -> None:
-        expected = _ends(candidate.objective)
-        with self.study.trial(candidate.point, expected) as record:
-            try:
-                measured = self.bench.measure(candidate.point)
-            except (InputError, LimitError) as error:
-                self.failed[candidate.point] = str(error)
-                show(f"  failed: {error}")
-                return
-            done = Done(0, candidate.point, measured, None)
-            record(measured, self._divergence(done) or 0.0)
-            if not self._complete(done):
-                self.failed[candidate.point] = "a budget wants what it has no figure of"
+        try:
+            measured = self.bench.measure(candidate.point)
+        except (InputError, LimitError) as error:
+            self.failed[candidate.point] = str(error)
+            show(f"  failed: {error}")
+            return
+        done = Done(0, candidate.point, measured, None)
+        self.study.add(candidate.point, measured, self._divergence(done) or 0.0, _ends(candidate.objective))
+        if not self._complete(done):
+            self.failed[candidate.point] = "a budget wants what it has no figure of"
         show(f"  {measured.file_bytes / 1e6:.2f} MB in {measured.seconds:.0f} s")
 
     def _result(self) -> TuneResult:

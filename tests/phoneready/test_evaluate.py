@@ -320,7 +320,7 @@ def _old_schema(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_other_windows, "windows_sha256"),
+        (_other_windows, "tokens of text builtin:python-docs was 000"),
         (_other_reference, "reference model"),
         (_another_text, "wiki.test.txt"),
         (_another_metric, "m:f"),
@@ -373,7 +373,7 @@ def test_task_figures_are_gated(
     Path(saved).write_text(json.dumps(record), encoding="utf-8")
     assert "fruits acc went from" in refused(capsys, *asked, "--baseline", saved, status=1)
     assert main(["eval", *asked, "--baseline", saved, "--max-accuracy-drop", "0.06"]) == 0
-    assert "limit of task fruits" in refused(capsys, *asked, "--limit", "4", "--baseline", saved)
+    assert "limit of fruits was None and is 4" in refused(capsys, *asked, "--limit", "4", "--baseline", saved)
 
 
 def test_a_sweep_is_one_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -270,3 +270,12 @@ def test_what_a_busy_machine_measured_passes_and_misses_nothing() -> None:
         *("inconclusive", None),
         "too noisy to tell: the rounds differ too much",
     )
+
+
+def test_nothing_is_compared_with_infinity_and_nothing_equals_nothing() -> None:
+    relative = budget(metric="kl_mean", at_most=1.05, relative_to="baseline")
+    for before in (float("inf"), float("nan")):
+        verdict = judge(relative, figure(KL, 0.1), baseline=figures(figure(KL, before)))
+        assert (verdict.outcome, "nothing to be compared with" in verdict.reason) == ("inconclusive", True)
+    assert judge(relative, figure(KL, 0.0), baseline=figures(figure(KL, 0.0))).outcome == "pass"
+    assert judge(relative, figure(KL, 0.1), baseline=figures(figure(KL, 0.0))).outcome == "inconclusive"

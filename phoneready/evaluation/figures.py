@@ -1,0 +1,86 @@
+"""An evaluation as figures, which budgets and baselines hold to their limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from cfsp.evaluation.tasks import TaskMetric, TaskResult
+from phoneready.evaluation.record import Evaluation, TextResult, text_name
+from phoneready.figures.figure_set import DENSE, PRUNED, Figure
+from phoneready.figures.metrics import FigureKey, metric_of
+
+
+def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Iterator[Figure]:
+    """What an evaluation found, of the dense model too.
+
+    Args:
+        item: As in FigureKey.
+        subject: Name of the model that was judged.
+        evaluation: The evaluation.
+    """
+    dense = evaluation.against.reference if evaluation.against else "dense"
+    for text in evaluation.texts:
+        yield from _text_figures(item, subject, dense, text)
+    yield from _task_figures(item, PRUNED, subject, evaluation.tasks)
+    yield from _task_figures(item, DENSE, dense, evaluation.against_tasks)
+    answers = evaluation.degeneration
+    if answers is not None:
+        key, conditions = FigureKey("degenerate", item), {"prompts": answers.prompts_sha256}
+        for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
+            yield Figure(key, role, name, "share", share, conditions=conditions)
+    # Own metrics are taken over all texts.
+    texts = {name: value for text in evaluation.texts for name, value in _tokens(text).items()}
+    texts["texts of own metrics"] = ", ".join(text_name(text.kind, text.source) for text in evaluation.texts)
+    for own in evaluation.metrics:
+        key, higher = FigureKey(own.name, item), own.higher_is_better
+        yield Figure(
+            key, PRUNED, subject, own.unit, own.value, higher_is_better=higher, conditions=dict(texts)
+        )
+
+
+def score_figure(item: str, role: str, subject: str, task: TaskResult, score: TaskMetric) -> Figure:
+    """A score of a task; one that is better the lower it is counts as a perplexity."""
+    conditions = {
+        f"{name} of {task.task}": str(getattr(task, name))
+        for name in ("version", "sha256", "limit", "num_fewshot", "n_items")
+    } | {f"metric of {task.task}": score.name}
+    metric = "accuracy" if score.higher_is_better else "perplexity"
+    return Figure(
+        FigureKey(metric, item, on=task.task), role, subject, metric_of(metric).unit, score.value,
+        stderr=score.stderr, conditions=conditions,
+    )  # fmt: skip
+
+
+def _tokens(text: TextResult) -> dict[str, str]:
+    return {f"tokens of {text_name(text.kind, text.source)}": text.windows_sha256}
+
+
+def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iterator[Figure]:
+    name, conditions, d = text_name(text.kind, text.source), _tokens(text), text.divergence
+    values = {"perplexity": text.perplexity}
+    if d is not None:
+        relative = ("perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
+        values |= {metric: getattr(d, metric) for metric in relative}
+        key = FigureKey("perplexity", item, on=name)
+        yield Figure(key, DENSE, dense, "", d.reference_perplexity, conditions=conditions)
+    for metric, value in values.items():
+        unit = metric_of(metric).unit
+        yield Figure(FigureKey(metric, item, on=name), PRUNED, subject, unit, value, conditions=conditions)
+
+
+def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
+    found = []
+    for task in tasks:
+        scores = [score for score in task.metrics if score.higher_is_better]
+        score = next((one for one in scores if one.name == "acc"), scores[0] if scores else None)
+        if score is not None:
+            found.append(score_figure(item, role, subject, task, score))
+    yield from found
+    if found:
+        yield Figure(
+            FigureKey("mean_accuracy", item), role, subject, "share",
+            sum(f.value or 0 for f in found) / len(found),
+            stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in found)) / len(found),
+            conditions={name: value for f in found for name, value in f.conditions.items()},
+        )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Own metrics as figures: budgets hold them to limits, histories follow them, plugins bring them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.evaluation import TorchLanguageModel
+from cfsp.models.reference import load_model
+from cfsp.records import write_record
+from phoneready.evaluation.figures import evaluation_figures
+from phoneready.evaluation.metrics import check_directions, metric_sha256
+from phoneready.evaluation.record import Evaluation, EvaluationSettings
+from phoneready.evaluation.run import evaluate
+from phoneready.figures.figure_set import FigureSet, read_baseline
+from phoneready.figures.gate import judge_all
+from phoneready.history.history import check_history, make_history
+from phoneready.history.record import entry_of
+from phoneready.history.tables import format_history
+from phoneready.main import main
+from phoneready.settings.planned import planned_figures
+from phoneready.settings.release import parse_config
+from phoneready.settings.schema import ReleaseConfig
+
+TinyPath = Callable[..., Path]
+MODULE = '''
+def tokens(model, tokenizer, windows):
+    """Two figures with directions of their own."""
+    return {"read": sum(w.ids.numel() for w in windows), "lost": 3.0, "seen": 1.0}
+
+tokens.higher_is_better = {"read": True, "lost": False}
+tokens.unit = {"read": "tokens"}
+
+def plain(model, tokenizer, windows):
+    return 7
+
+plain.higher_is_better = True
+'''
+CONFIG = """
+[model]
+reference = "some/model"
+[evaluate]
+metrics = ["{module}:tokens", "{module}:plain"]
+{baseline}
+[[budgets]]
+metric = "{metric}"
+{limit}
+"""
+BASELINE = '[baseline]\nfile = "figures.json"\n'
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a module of own metrics in the working directory; another one for each test, as imports stay."""
+    name = f"metrics_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def config(module: str, metric: str, limit: str, baseline: str = "") -> ReleaseConfig:
+    text = CONFIG.format(module=module, metric=metric, limit=limit, baseline=baseline)
+    return parse_config(text, where="x")
+
+
+def judged(module: str, tiny_folder: TinyPath) -> Evaluation:
+    model = TorchLanguageModel(load_model(str(tiny_folder())))
+    settings = EvaluationSettings(
+        ("builtin:python-docs",), seqlen=32, max_windows=2, prompts=(), metrics=(f"{module}:tokens",)
+    )
+    return evaluate(model, None, settings)
+
+
+def figures(evaluation: Evaluation) -> FigureSet:
+    return FigureSet("some/model", None, 0, tuple(evaluation_figures("checkpoint", "checkpoint", evaluation)))
+
+
+def test_budgets_limit_own_metrics(module: str, tiny_folder: TinyPath) -> None:
+    found = figures(judged(module, tiny_folder))
+    limits = {"read": "at_least = 64", "lost": "at_most = 2", "seen": "at_most = 1"}
+    outcomes = {}
+    for key, limit in limits.items():
+        budgets = config(module, f"{module}:tokens.{key}", limit).budgets
+        check_directions(budgets)
+        (verdict,) = judge_all(budgets, found)
+        outcomes[key] = (verdict.outcome, verdict.unit)
+    assert outcomes == {"read": ("pass", "tokens"), "lost": ("missed", ""), "seen": ("pass", "")}
+    # The function's name means all that it returns.
+    every = config(module, f"{module}:tokens", "at_most = 2").budgets
+    with pytest.raises(InputError, match=r"budgets\[0\].*tokens is better the higher it is"):
+        judge_all(every, found)
+    with pytest.raises(InputError, match=f"nothing has {module}:tokens.other here.*tokens.read"):
+        judge_all(config(module, f"{module}:tokens.other", "at_most = 2").budgets, found)
+
+
+def test_a_limit_to_the_good_side_is_found_before_anything_runs(module: str) -> None:
+    with pytest.raises(InputError, match="plain is better the higher it is; allowed: at_least alone"):
+        check_directions(config(module, f"{module}:plain", "at_most = 7").budgets)
+    with pytest.raises(InputError, match="one of at_most and at_least"):
+        config(module, f"{module}:plain", "at_most = 7\nat_least = 6")
+    with pytest.raises(InputError, match=r"other:metric is not measured here; allowed: .*:plain\.\*"):
+        config(module, "other:metric", "at_most = 7")
+    with pytest.raises(InputError, match="is not taken of the dense model; allowed: baseline"):
+        config(module, f"{module}:plain", 'at_least = 1\nrelative_to = "dense"')
+    with pytest.raises(InputError, match="unknown metric"):
+        config(module, "plain", "at_most = 7")
+
+
+def test_a_baseline_has_own_metrics(module: str, tiny_folder: TinyPath, tmp_path: Path) -> None:
+    before = figures(judged(module, tiny_folder))
+    write_record(tmp_path / "figures.json", before)
+    limit = 'at_least = 1.0\nrelative_to = "baseline"'
+    asked = config(module, f"{module}:tokens.read", limit, BASELINE)
+    wanted = [key for key in planned_figures(asked) if key.metric.startswith(f"{module}:tokens")]
+    assert read_baseline(tmp_path / "figures.json", wanted) == before
+    (verdict,) = judge_all(asked.budgets, before, before)
+    assert (verdict.outcome, verdict.value, verdict.unit) == ("pass", 1.0, "x")
+    assert len({key.item for key in wanted}) == 1
+    others = [dataclasses.replace(key, metric=f"{module}:absent.*") for key in wanted]
+    with pytest.raises(InputError, match="absent"):
+        read_baseline(tmp_path / "figures.json", others)
+
+
+def test_histories_follow_own_metrics(module: str, tiny_folder: TinyPath) -> None:
+    evaluation = judged(module, tiny_folder)
+    entries = []
+    for run in range(4):
+        scale = 1.0 if run < 2 else 1.5
+        metrics = tuple(dataclasses.replace(m, value=m.value * scale) for m in evaluation.metrics)
+        now = figures(dataclasses.replace(evaluation, metrics=metrics))
+        entries.append(
+            entry_of(now, outcome="pass", settings={}, versions={}, stages={"run": str(run)}, label=f"v{run}")
+        )
+    history = make_history(entries)
+    worse = {anomaly.series.split(".")[1].split(",")[0]: anomaly.worse for anomaly in history.anomalies}
+    assert worse == {"read": False, "lost": True, "seen": None}
+    text = format_history(history)
+    assert "changed: " in text
+    assert "64 tokens" in text
+    with pytest.raises(Exception, match="1 changes for the worse"):
+        check_history(history, 10)
+
+
+def test_a_plugin_brings_a_metric(
+    tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "metrics_of_a_plugin.py").write_text(MODULE, encoding="utf-8")
+    info = tmp_path / "some_metrics-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-metrics\nVersion: 1.0\n")
+    points = "[phoneready.metrics]\nseven = metrics_of_a_plugin:plain\ntorn = no_such_module_of_a_plugin:f\n"
+    (info / "entry_points.txt").write_text(points)
+    asked = ["eval", str(tiny_folder()), "--seqlen", "32", "--windows", "1", "--no-prompts", "--json"]
+    assert main([*asked, "--metric", "seven"]) == 0
+    result = json.loads(capsys.readouterr().out)["metrics"]
+    assert result == [{"name": "seven", "value": 7.0, "higher_is_better": True, "unit": ""}]
+    assert len(metric_sha256("seven")) == 64
+    text = '[model]\nreference = "m"\n[evaluate]\nmetrics = ["seven"]\n[[budgets]]\nmetric = "seven"\n'
+    check_directions(parse_config(text + "at_least = 6\n", where="x").budgets)
+    assert main([*asked, "--metric", "torn"]) == 2
+    message = capsys.readouterr().err
+    assert "plugin torn of some-metrics 1.0 cannot be imported" in message
