@@ -49,7 +49,9 @@ def _line(row: Metric) -> str:
 
 def document(text: str) -> str:
     """The page with the table of today."""
-    return re.sub(r"(?<=<!-- metrics -->\n).*?(?=<!-- /metrics -->)", lambda _: table(), text, flags=re.DOTALL)
+    return re.sub(
+        r"(?<=<!-- metrics -->\n).*?(?=<!-- /metrics -->)", lambda _: table(), text, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
