@@ -231,9 +231,12 @@ def test_a_search_that_stopped_goes_on_as_if_it_had_not(model: Path, tmp_path: P
     stopped, whole = run(4, "stopped"), run(4, "whole")
 
     def timeless(result: TuneResult) -> list[tuple[object, ...]]:
-        return [(r.prune_ratio, r.allocation, r.file_bytes, r.divergence) for r in result.trials]
+        return [(r.prune_ratio, r.allocation, r.file_bytes) for r in result.trials]
 
     assert timeless(stopped) == timeless(whole)
+    # llama.cpp need not round alike twice.
+    divergences = [[row.divergence for row in result.trials] for result in (stopped, whole)]
+    assert divergences[0] == pytest.approx(divergences[1], rel=0.05, abs=1e-3)
     assert {row.allocation for row in whole.trials} == {"cfsp", "uniform"}
     assert whole.trials[0].prune_ratio == 0
     assert any("projected" in name for name in whole.trials[0].others)
