@@ -1,13 +1,14 @@
-"""Users' own metrics: `module:function` or a plugin's, called with a model and the windows it is judged on."""
+"""Own metrics, called with a model and the windows it is judged on: FILE.py:function, module:function, a plugin."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from cfsp import plugins
@@ -23,19 +24,22 @@ Metric = Callable[[LanguageModel, Any, Sequence[TokenWindows]], Any]
 
 
 def find_metric(reference: str) -> Metric:
-    """The function behind `module:function`, or that of a plugin; modules in the working directory are found too.
+    """The function in a file, in an installed module, or of a plugin; this imports it.
 
     Raises:
-        InputError: No such reference, module, function or plugin, or the module fails when it is imported.
+        InputError: No such reference, file, module, function or plugin, or it fails when it is imported.
     """
-    module, colon, name = reference.partition(":")
+    module, colon, name = reference.rpartition(":")
     if not colon and (plugin := plugins.load_plugins(plugins.METRICS, METRICS).get(reference)):
         found = plugin.load(object)
     elif module and name.isidentifier():
         found = _imported(module, name)
     else:
         raise InputError(
-            "not a metric", field="metric", value=reference, allowed="module:function, or a plugin's name"
+            "not a metric",
+            field="metric",
+            value=reference,
+            allowed="FILE.py:function, module:function, or a plugin's name",
         )
     if not callable(found):
         raise InputError("not a function", field="metric", value=reference)
@@ -44,25 +48,54 @@ def find_metric(reference: str) -> Metric:
 
 
 def _imported(module: str, name: str) -> object:
-    with _working_directory():
-        try:
-            return getattr(importlib.import_module(module), name)
-        except Exception as error:  # a user's module raises whatever it likes
-            raise InputError(
-                f"metric {module}:{name} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+    try:
+        return getattr(
+            _run(Path(module)) if module.endswith(".py") else importlib.import_module(module), name
+        )
+    except Exception as error:  # a user's module raises whatever it likes
+        hint = f"; a file is named as {module}.py:{name}" if Path(f"{module}.py").is_file() else ""
+        reason = f"{type(error).__name__}: {error}{hint}"
+        raise InputError(f"metric {module}:{name} cannot be imported: {reason}") from error
+
+
+def _run(file: Path) -> ModuleType:
+    """A file as a module; its folder is not searched for others."""
+    spec = importlib.util.spec_from_file_location(f"own_metrics_{file.stem}", file)
+    assert spec is not None  # for a name that ends in .py there is a loader
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def metric_sha256(reference: str) -> str:
-    """Hash of the file of the module; of a plugin's metric, of the module that it is defined in; empty without one.
+    """Hash of the file that a metric is in, which is not imported; empty where there is none.
 
     Raises:
-        InputError: As `find_metric`.
+        InputError: The file cannot be read.
     """
-    metric, (module, colon, _) = find_metric(reference), reference.partition(":")
-    home = module if colon else getattr(metric, "__module__", "")
-    file = getattr(sys.modules.get(home), "__file__", None)
-    return sha256_file(Path(file)) if file else ""
+    module, colon, _ = reference.rpartition(":")
+    if not colon:
+        known = plugins.load_plugins(plugins.METRICS, METRICS)
+        module = known[reference].entry.module if reference in known else ""
+    file = module if module.endswith(".py") else _origin(module)
+    try:
+        return sha256_file(Path(file)) if file else ""
+    except OSError as error:
+        raise InputError(f"metric {reference}: {error.strerror}", field="metric", value=file) from error
+
+
+def _origin(module: str) -> str | None:
+    """The file of a module. `find_spec` of importlib.util would import the packages that it is in."""
+    place, spec = None, None
+    parts = module.split(".")
+    for depth in range(1, len(parts) + 1):
+        name = ".".join(parts[:depth])
+        found = (finder.find_spec(name, place) for finder in sys.meta_path)
+        if (spec := next(filter(None, found), None)) is None:
+            return None
+        place = spec.submodule_search_locations
+    return spec.origin if spec is not None and spec.has_location else None
 
 
 def check_directions(budgets: Sequence[BudgetConfig]) -> None:
@@ -127,14 +160,3 @@ def _number(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise InputError("not a finite number", field=f"metric {name}", value=value)
     return number
-
-
-@contextmanager
-def _working_directory() -> Iterator[None]:
-    """Let imports find the working directory, as `python -m` does; a console script does not."""
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

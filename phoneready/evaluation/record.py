@@ -24,7 +24,7 @@ class EvaluationSettings:
         max_new_tokens: Longest answer.
         seed: Of `self`; the calibration should have another one.
         tasks: Tasks of lm-evaluation-harness.
-        metrics: Own metrics, `module:function`.
+        metrics: Own metrics, `FILE.py:function` or `module:function`.
     """
 
     text: tuple[str, ...]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from phoneready.evaluation.gate import TOLERANCES
 from phoneready.evaluation.metrics import metric_sha256
@@ -161,7 +162,7 @@ def test_own_metrics(
 ) -> None:
     (tmp_path / "own_metrics_of_a_test.py").write_text(METRICS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    name = "own_metrics_of_a_test"
+    name = "own_metrics_of_a_test.py"
     result = evaluate(capsys, model, *TEXT, "--metric", f"{name}:logit_mean", "--metric", f"{name}:two")
     names = [metric["name"] for metric in result["metrics"]]
     assert names == [f"{name}:logit_mean", f"{name}:two.a", f"{name}:two.b"]
@@ -173,6 +174,8 @@ def test_own_metrics(
         f"{name}:missing": "missing",
         "no_such_module:f": "no_such_module",
         "os": "module:function",
+        "own_metrics_of_a_test:two": "own_metrics_of_a_test.py:two",
+        "no/such_file.py:f": "No such file",
     }
     for reference, reason in bad.items():
         message = refused(capsys, model, *TEXT, "--metric", reference)
@@ -184,8 +187,22 @@ def test_what_a_metric_does_is_known_by_its_file(tmp_path: Path, monkeypatch: py
     file = tmp_path / "hashed_metrics_of_a_test.py"
     file.write_text("import functools\n" + METRICS + "\nsame = functools.partial(two)\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    before = [metric_sha256(f"hashed_metrics_of_a_test:{name}") for name in ("two", "same")]
+    before = [metric_sha256(f"hashed_metrics_of_a_test.py:{name}") for name in ("two", "same")]
     assert before == [sha256_file(file)] * 2
+
+
+def test_a_metric_is_hashed_without_being_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "a_package_of_a_test"
+    package.mkdir()
+    for file in (package / "__init__.py", package / "metrics.py", tmp_path / "alone.py"):
+        file.write_text("raise RuntimeError('imported')\n", encoding="utf-8")
+    expected = sha256_file(package / "metrics.py")
+    assert metric_sha256(f"{tmp_path / 'alone.py'}:f") == expected
+    assert metric_sha256("a_package_of_a_test.metrics:f") == ""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert metric_sha256("a_package_of_a_test.metrics:f") == expected
+    with pytest.raises(InputError, match=r"gone\.py"):
+        metric_sha256(f"{tmp_path / 'gone.py'}:f")
 
 
 def test_answers_are_checked(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +263,7 @@ def test_own_metrics_are_gated_on_the_same_texts_in_the_same_direction(
 ) -> None:
     (tmp_path / "more_metrics_of_a_test.py").write_text(METRICS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    asked = [model, *TEXT, "--metric", "more_metrics_of_a_test:two"]
+    asked = [model, *TEXT, "--metric", "more_metrics_of_a_test.py:two"]
     evaluate(capsys, *asked, "--save", "saved.json")
     assert all(row["ok"] for row in evaluate(capsys, *asked, "--baseline", "saved.json")["gate"])
     record = json.loads(Path("saved.json").read_text(encoding="utf-8"))

@@ -56,11 +56,11 @@ BASELINE = '[baseline]\nfile = "figures.json"\n'
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a module of own metrics in the working directory; another one for each test, as imports stay."""
+    """A file of own metrics in the working directory."""
     name = f"metrics_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    return name
+    return f"{name}.py"
 
 
 def config(module: str, metric: str, limit: str, baseline: str = "") -> ReleaseConfig:
@@ -137,7 +137,9 @@ def test_histories_follow_own_metrics(module: str, tiny_folder: TinyPath) -> Non
             entry_of(now, outcome="pass", settings={}, versions={}, stages={"run": str(run)}, label=f"v{run}")
         )
     history = make_history(entries)
-    worse = {anomaly.series.split(".")[1].split(",")[0]: anomaly.worse for anomaly in history.anomalies}
+    worse = {
+        anomaly.series.split(":tokens.")[1].split(",")[0]: anomaly.worse for anomaly in history.anomalies
+    }
     assert worse == {"read": False, "lost": True, "seen": None}
     text = format_history(history)
     assert "changed: " in text
