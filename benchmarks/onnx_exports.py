@@ -31,7 +31,8 @@ import torch
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_directory
 from cfsp.models.reference import load_model
-from cfsp.text.calibration import SELF, load_calibration
+from cfsp.text.calibration import load_calibration
+from cfsp.text.settings import SELF
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
 from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, small_model, stored_bytes
@@ -42,8 +43,9 @@ from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.record import ExportRecord, ParityReport
+from exporters.settings import ExportSettings
 from phoneready.console import format_bytes, prepare_torch
-from phoneready.exporting import CALIBRATION_SEQLEN, ExportRequest, export_checkpoint
+from phoneready.exporting import export_checkpoint
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
 from runtime_bench.records.compare import Comparison, by_model, compare
@@ -77,14 +79,10 @@ def export_one(
 ) -> tuple[ExportRecord, ...]:
     """Export in one format alone."""
     quantized = name.startswith("int4")
-    request = ExportRequest(
+    request = ExportSettings(
         quants=(name,) if name == Q4_0 else (),
-        variants=() if name == Q4_0 else (name,),
-        name=None,
-        use_imatrix=True,
+        onnx=() if name == Q4_0 else (name,),
         calibration=calibration if quantized else (),
-        seed=0,
-        n_threads=None,
     )
     return export_checkpoint(checkpoint, output, request)
 
@@ -184,7 +182,7 @@ def mixed(arguments: argparse.Namespace) -> None:
     """Four bits for all, int4's choice of eight-bit layers, other heads, int4-mixed's choice; then int4, tuned."""
     loaded = load_model(arguments.checkpoint.resolve())
     model, references = loaded.model, arguments.calibration or [SELF]
-    sizes = {"nsamples": arguments.windows, "seqlen": CALIBRATION_SEQLEN}
+    sizes = {"nsamples": arguments.windows, "seqlen": ExportSettings.seqlen}
     text = load_calibration(references, loaded, **sizes).input_ids
     windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, windows[:2])

@@ -33,8 +33,10 @@ def place_of(location: Location) -> str:
 
 def _problem(error: Any) -> str:
     place = place_of(error["loc"])
-    if error["type"] == "extra_forbidden":
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: unknown key"
+    if error["type"] == "dataclass_type":
+        return f"{place}: not a table of keys (got {error['input']!r})"
     if error["type"] == "missing":
         return f"{place}: missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -17,7 +17,8 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.progress import Progress, no_progress
-from cfsp.text.tokens import BUILTIN_TEXT, token_windows
+from cfsp.text.settings import BUILTIN_TEXT
+from cfsp.text.tokens import token_windows
 from exporters.record import ParityReport
 
 FloatArray = npt.NDArray[np.float32]

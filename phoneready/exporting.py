@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,50 +12,23 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing
 from cfsp.models.reference import load_model
 from cfsp.progress import Progress, no_progress
-from cfsp.text.calibration import SELF, load_calibration
+from cfsp.pruning.prune import spread_windows
+from cfsp.text.calibration import load_calibration
+from cfsp.text.settings import SELF
 from exporters.gguf import export_gguf, find_quant
 from exporters.onnx import find_variant
 from exporters.record import ExportRecord
+from exporters.settings import ExportSettings
 
 NO_TEXT = "none"
-CALIBRATION_WINDOWS, CALIBRATION_SEQLEN = 32, 512
-"""Text that 4-bit variants are rounded for."""
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What to export.
-
-    Attributes:
-        quants: GGUF quantizations.
-        variants: ONNX variants.
-        name: Stem of file names; the model's own where None.
-        use_imatrix: Quantize 4-bit GGUF types with the importance matrix.
-        calibration: Text references for 4-bit ONNX variants, `self` where empty; `none` rounds to nearest.
-        seed: Of what is drawn from them.
-        n_threads: Threads outside torch; torch's number where None.
-        ort: Write ONNX variants as .ort files too.
-        mixed_bytes: Most that `int4-mixed` may take; None for its default.
-        opset: Of ONNX graphs; None for the newest that is needed.
-    """
-
-    quants: tuple[str, ...]
-    variants: tuple[str, ...]
-    name: str | None
-    use_imatrix: bool
-    calibration: tuple[str, ...]
-    seed: int
-    n_threads: int | None
-    ort: bool = False
-    mixed_bytes: int | None = None
-    opset: int | None = None
 
 
 def export_checkpoint(
     checkpoint: Path,
     output: Path,
-    request: ExportRequest,
+    request: ExportSettings,
     *,
+    n_threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
@@ -76,8 +49,8 @@ def export_checkpoint(
             folder,
             request.quants,
             name=request.name,
-            use_imatrix=request.use_imatrix,
-            n_threads=request.n_threads,
+            use_imatrix=request.imatrix,
+            n_threads=n_threads,
             force=force,
             progress=progress,
         )
@@ -88,20 +61,20 @@ def export_checkpoint(
         return export_onnx(
             checkpoint,
             folder,
-            request.variants,
+            request.onnx,
             calibration=text,
             mixed_bytes=request.mixed_bytes,
             name=request.name,
             ort=request.ort,
             opset=request.opset,
-            n_threads=request.n_threads,
+            n_threads=n_threads,
             force=force,
             progress=progress,
         )
 
     kinds: dict[str, Callable[..., tuple[ExportRecord, ...]]] = {}
-    kinds |= {"gguf": gguf} if request.quants or not request.variants else {}
-    kinds |= {"onnx": onnx} if request.variants else {}
+    kinds |= {"gguf": gguf} if request.quants or not request.onnx else {}
+    kinds |= {"onnx": onnx} if request.onnx else {}
     if len(kinds) == 1:
         return next(iter(kinds.values()))(output, force=force)
     with atomic_directory(output, force=force) as folder:
@@ -127,11 +100,11 @@ def require_onnx_export() -> None:
     _ = exporters.onnx.export_onnx
 
 
-def _check(request: ExportRequest) -> None:
+def _check(request: ExportSettings) -> None:
     """Refuse what cannot be made before anything is."""
     for quant in request.quants:
         find_quant(quant)
-    variants = [find_variant(variant) for variant in request.variants]
+    variants = [find_variant(variant) for variant in request.onnx]
     if variants:
         require_onnx_export()
     if request.calibration and not any(variant.calibrated for variant in variants):
@@ -151,18 +124,19 @@ def _check(request: ExportRequest) -> None:
         raise InputError("`none` stands alone", field="calibration", value=request.calibration)
 
 
-def _calibration(checkpoint: Path, request: ExportRequest, progress: Progress) -> torch.Tensor | None:
+def _calibration(checkpoint: Path, request: ExportSettings, progress: Progress) -> torch.Tensor | None:
     """Windows to round 4-bit weights for, where a variant wants them."""
-    wanted = any(find_variant(variant).calibrated for variant in request.variants)
+    wanted = any(find_variant(variant).calibrated for variant in request.onnx)
     if not wanted or NO_TEXT in request.calibration:
         return None
     # A bare name could be a built-in alias.
-    loaded = load_model(checkpoint.resolve(), progress=progress)
-    return load_calibration(
+    loaded = load_model(request.dense or checkpoint.resolve(), progress=progress)
+    ids = load_calibration(
         request.calibration or (SELF,),
         loaded,
-        nsamples=CALIBRATION_WINDOWS,
-        seqlen=CALIBRATION_SEQLEN,
+        nsamples=request.nsamples,
+        seqlen=request.seqlen,
         seed=request.seed,
         progress=progress,
     ).input_ids
+    return ids if request.windows is None else spread_windows(ids, request.windows)

@@ -38,6 +38,7 @@ from phoneready.commands import (
     tune,
     verify,
 )
+from phoneready.commands.options import with_settings
 from runtime_bench.presentation.markup import visible
 
 EXIT_BUG = 70
@@ -94,7 +95,7 @@ for _name, _command in COMMANDS.items():
     # The whole first line: left to itself the list of commands cuts it short.
     _place, _, _last = _name.rpartition(" ")
     register = _groups[_place] if _place else app
-    register.command(_last, short_help=(_command.__doc__ or "").partition("\n")[0])(_command)
+    register.command(_last, short_help=(_command.__doc__ or "").partition("\n")[0])(with_settings(_command))
 
 
 def _print_version(wanted: bool) -> None:

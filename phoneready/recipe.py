@@ -183,7 +183,7 @@ def _require(package: str, extra: str) -> None:
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
     """The stages in order, with everything that their results depend on."""
     steps, c = Steps(config, folder, threads), config
-    exported = c.export.model_dump(mode="json")
+    exported = dataclasses.asdict(c.export)
     asked = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
     exports = ("export-dense", "export-pruned")
     judged = _judged(c, steps)
@@ -228,7 +228,7 @@ def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
 
 def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
     evaluate = config.evaluate
-    settings = evaluate.model_dump(mode="json", exclude={"files"})
+    settings = _without(evaluate, "files", "task_data")
     settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats", "tasks")}
     if evaluate.task_data is not None:
         settings["task_data"] = _identity(str(evaluate.task_data))
@@ -238,9 +238,13 @@ def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 
 def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
     # Other places and devices change nothing here.
-    settings = config.bench.model_dump(mode="json", exclude={"targets", "devices", "n_ctx"})
+    settings = _without(config.bench, "targets", "devices", "n_ctx")
     settings |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
     return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
+
+
+def _without(section: Any, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(section).items() if key not in names}
 
 
 def _versions() -> dict[str, str]:

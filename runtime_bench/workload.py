@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
+from cfsp.settings import SEED, Settings, check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -63,60 +62,85 @@ def default_threads() -> int:
 
 
 @dataclass(frozen=True)
-class BenchSettings:
-    """One benchmark session. A size of 0 in `n_prompt`, `n_gen` or `ttft` leaves that workload out, as in
+class SamplingSettings(Settings):
+    """What is measured and how often. A size of 0 in `n_prompt`, `n_gen` or `ttft` leaves that workload out, as in
     llama-bench.
+    """
+
+    n_prompt: tuple[int, ...] = setting(
+        (512,), "Prompt sizes of pp.", ge=0, le=2**20, option="-p --n-prompt", metavar="N,..."
+    )
+    n_gen: tuple[int, ...] = setting(
+        (128,), "Generated tokens of tg.", ge=0, le=2**20, option="-n --n-gen", metavar="N,..."
+    )
+    ttft: tuple[int, ...] = setting(
+        (128,), "Prompt sizes of time to first token.", ge=0, le=2**20, metavar="N,..."
+    )
+    n_threads: tuple[int, ...] = setting(
+        (),
+        "Thread counts.",
+        ge=1,
+        le=4096,
+        option="-t --threads",
+        metavar="N,...",
+        shown="all cores that the target lets a process use",
+    )
+    repetitions: int = setting(
+        5, "Samples of each row; a verdict needs five.", ge=1, le=10**6, option="-r --repetitions"
+    )
+    samples_per_process: int = setting(
+        1,
+        "Samples that one process takes. 1 is the most independent and costs a load and a warm-up a sample; "
+        "raise it for files that load slowly.",
+        ge=1,
+        le=10**6,
+    )
+    warmup: bool = setting(
+        True,
+        "Run each workload once, unrecorded, before its first sample in a process.",
+        option="--no-warmup",
+        off="Also count the first run of a process.",
+    )
+    delay_s: float = setting(
+        0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option="--delay"
+    )
+    timeout_s: float = setting(
+        600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, option="--timeout"
+    )
+
+
+@dataclass(frozen=True)
+class BenchSettings(SamplingSettings):
+    """One benchmark session.
 
     Attributes:
-        n_prompt: Sizes of pp.
-        n_gen: Sizes of tg.
-        ttft: Prompt lengths of ttft, in tokens.
         load: Whether load is measured by itself (every process notes its load time anyway).
-        n_depth: Context depths of pp and tg.
-        repetitions: Samples of each row.
-        n_threads: Thread counts; empty means all cores that the target lets a process use.
-        n_batch: Most tokens given to the engine at once.
-        n_ubatch: Most tokens it computes at once.
-        warmup: Run each workload once, unrecorded, before its first sample in a process.
-        samples_per_process: Samples that one process takes. 1 makes every sample a fresh process, which is
-            the most independent and costs one load and one warm-up a sample; raise it for files that load
-            slowly.
-        cold_load: Ask the system to drop the file from its page cache before each load of the `load`
-            workload.
-        delay_s: Pause before each process, to cool off.
-        timeout_s: A process that takes longer is ended and its row fails.
-        spread_limit: p90 / p50 above which a row is measured once more.
-        seed: Of the random tokens.
         check_text: Let each file write first; what is degenerate voids its speeds.
     """
 
-    n_prompt: tuple[int, ...] = (512,)
-    n_gen: tuple[int, ...] = (128,)
-    ttft: tuple[int, ...] = (128,)
+    n_depth: tuple[int, ...] = setting(
+        (0,),
+        "Tokens in the context before, of pp and tg.",
+        ge=0,
+        le=2**20,
+        least=1,
+        option="-d --n-depth",
+        metavar="N,...",
+    )
     load: bool = True
-    n_depth: tuple[int, ...] = (0,)
-    repetitions: int = 5
-    n_threads: tuple[int, ...] = ()
-    n_batch: int = 2048
-    n_ubatch: int = 512
-    warmup: bool = True
-    samples_per_process: int = 1
-    cold_load: bool = False
-    delay_s: float = 0.0
-    timeout_s: float = 600.0
-    spread_limit: float = 1.25
-    seed: int = 0
+    cold_load: bool = setting(
+        False, "Load from the disk: have the file forgotten before each load.", option="--cold"
+    )
+    n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
+    n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)
+    spread_limit: float = setting(
+        1.25, "p90 / p50 above which a row is measured once more.", gt=1, option=None
+    )
     check_text: bool = False
+    seed: int = setting(0, SEED)
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name}={getattr(self, name)!r} (allowed: {allowed})"
-            for names, allowed, holds in _RULES
-            for name in names
-            if not holds(getattr(self, name))
-        ]
-        if problems:
-            raise InputError("benchmark settings out of range: " + "; ".join(problems))
+        check_settings(self)
 
     def threads(self, cores: int | None = None) -> tuple[int, ...]:
         """Thread counts, each once, in the order given; all `cores` where none is given.
@@ -124,21 +148,6 @@ class BenchSettings:
         A machine that does not answer does not say how many it has: one thread is tried, and fails.
         """
         return tuple(dict.fromkeys(self.n_threads or (cores or 1,)))
-
-
-def _sizes(least: int) -> Callable[[Sequence[int]], bool]:
-    return lambda values: all(isinstance(v, int) and v >= least for v in values)
-
-
-_RULES: tuple[tuple[tuple[str, ...], str, Callable[..., bool]], ...] = (
-    (("n_prompt", "n_gen", "ttft"), "whole numbers, 0 or more", _sizes(0)),
-    (("n_depth",), "at least one whole number, 0 or more", lambda v: bool(v) and _sizes(0)(v)),
-    (("n_threads",), "whole numbers, 1 or more", _sizes(1)),
-    (("repetitions", "n_batch", "n_ubatch", "samples_per_process"), "1 or more", lambda v: v >= 1),
-    (("delay_s",), "0 or more", lambda v: 0 <= v < math.inf),
-    (("timeout_s",), "more than 0", lambda v: 0 < v < math.inf),
-    (("spread_limit",), "more than 1", lambda v: v > 1),
-)
 
 
 def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:

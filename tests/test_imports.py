@@ -16,7 +16,7 @@ LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
 ROOMS = {
     "cfsp": (
         {"errors", "progress", "precision", "remote_code"},
-        {"files", "validation", "units", "plugins"},
+        {"files", "validation", "units", "plugins", "settings"},
         {"records"},
         {"models"},
         {"text"},
@@ -29,6 +29,7 @@ ROOMS = {
         {"checkpoint_reader", "parity"},
         {"job"},
         {"gguf", "onnx"},
+        {"settings"},
     ),
     "runtime_bench": (
         {"files", "memory", "cgroup", "workload"},

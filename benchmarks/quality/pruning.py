@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from cfsp.evaluation import divergence, sample_answers
+from cfsp.evaluation.answers import sample_answers
+from cfsp.evaluation.divergence import divergence
 from cfsp.files import read_json, write_json
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel

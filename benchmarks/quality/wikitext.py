@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.evaluation import perplexity
+from cfsp.evaluation.perplexity import perplexity
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
 from cfsp.pruning.plan import apply_plan

@@ -22,29 +22,14 @@ import torch
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.harness import harness_model, import_harness
 from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.settings import TaskSettings
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
+from cfsp.settings import check_settings
 
 _SEED = 1234
 _BOOTSTRAP = 1000
 _SUFFIXES = (".yaml", ".yml")
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """Which tasks, and how much of them.
-
-    Attributes:
-        tasks: Names that lm-eval knows, task files, or folders of task files.
-        data: Folder of the task files' data; each file's own folder where None.
-        limit: Items of each task; all where None.
-        num_fewshot: Examples before each item; the task's own number where None.
-    """
-
-    tasks: tuple[str, ...] = ()
-    data: Path | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +97,7 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
         InputError: An unknown name, a file that is no task, missing data, data without the fields the task names.
         MissingExtraError: lm_eval is not installed.
     """
-    if settings.limit is not None and settings.limit < 1:
-        raise InputError("out of range", field="limit", value=settings.limit, allowed="1 or more")
+    check_settings(settings)
     with tempfile.TemporaryDirectory(prefix="phoneready-tasks-") as cache:
         with _quiet():
             tasks = _load_all(settings, Path(cache))
@@ -129,7 +113,7 @@ def _load_all(settings: TaskSettings, cache: Path) -> TaskSet:
         manager = harness.tasks.TaskManager(include_defaults=bool(names))
         found: list[Any] = []
         for file in files:
-            config, digest = _read_task_file(file, settings.data, cache)
+            config, digest = _read_task_file(file, settings.task_data, cache)
             origins[config["task"]] = (file.name, digest)
             found += _load(manager, config, str(file))["tasks"].values()
         for name in names:

@@ -20,9 +20,10 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import BlockEvidence, allocate_widths
 from cfsp.pruning.cutting import RECONSTRUCTIONS, Cut
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
-from cfsp.pruning.settings import PruneSettings, check_settings
+from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.surgery import set_config_shape
+from cfsp.settings import check_settings
 
 _LOSS_SEGMENTS = 64
 """Resolution of the predicted loss over a block's width."""

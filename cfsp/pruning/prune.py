@@ -13,8 +13,9 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
-from cfsp.pruning.settings import PruneSettings, check_settings
+from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, collect_statistics
+from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 
 MOMENT_WINDOWS = 16

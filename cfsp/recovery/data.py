@@ -17,9 +17,9 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
-from cfsp.recovery.settings import RecoverySettings, labels_whole_chats
-from cfsp.text.calibration import SELF
+from cfsp.recovery.settings import RecoverySettings, labels_whole_chats, token_budget
 from cfsp.text.self_sampling import sample_windows
+from cfsp.text.settings import SELF
 from cfsp.text.tokens import Document, document_ids, load_documents, shuffled, tokens_sha256
 
 IGNORED = -100
@@ -124,8 +124,8 @@ def load_recovery_data(
         raise InputError("no training data given", allowed="self, or one or more text references")
     share = math.ceil(settings.validation_windows / len(validation or references))
     wanted = None
-    if settings.max_tokens is not None:
-        wanted = math.ceil(settings.max_tokens / settings.seqlen / len(references)) + share
+    if (tokens := token_budget(settings)) is not None:
+        wanted = math.ceil(tokens / settings.seqlen / len(references)) + share
     reader = _Reader(tokenizer, settings, dense, progress)
     loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
     if validation:

@@ -17,7 +17,7 @@ from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.ranks import importance_ranks
 from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
-from cfsp.text.calibration import SELF
+from cfsp.text.settings import SELF
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,11 @@ from cfsp.recovery.settings import (
     check_settings,
     learning_rate,
     loss_weights,
+    token_budget,
 )
 from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
-from cfsp.text.calibration import SELF
+from cfsp.text.settings import SELF
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +177,11 @@ def _tokens_per_step(settings: RecoverySettings, processes: int) -> int:
 
 def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_step: int) -> int:
     """Sequences of whole optimizer steps that come closest to the budget, at least one step."""
-    if settings.max_tokens is not None:
-        tokens = float(settings.max_tokens)
-    else:
+    budget = token_budget(settings)
+    if budget is None:
         tokens = (settings.epochs or 1.0) * sum(part.n_tokens for part in drawn.training)
+    else:
+        tokens = float(budget)
     steps = max(1, round(tokens / tokens_per_step))
     return steps * tokens_per_step // settings.seqlen
 

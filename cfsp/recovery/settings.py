@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.precision import DTYPES
+from cfsp.settings import SEED, Settings, setting
+from cfsp.settings import check_settings as check_fields
+from cfsp.text.settings import TEXT_FORMS
 
 
 @dataclass(frozen=True)
@@ -45,117 +46,114 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
 """Name to the weights (next-token, distillation), given `distill_weight`."""
 
 CHAT_LABELS = ("auto", "answers", "all")
+"""What of a chat is labelled; "auto" is the answers, and all of it where the loss is distillation alone: the teacher's
+distribution is as good a target in the user's turn."""
+
+DEFAULT_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True)
-class RecoverySettings:
+class Training(Settings):
     """How to train; the defaults are what phoneready recommends.
 
-    Attributes:
-        method: A name in METHODS.
-        rank: MEAN rank of the adapters over all blocks.
-        alpha: Scale of every adapter, alpha_l / r_l in LoRA's terms, the same in every block.
-        loss: A name in LOSSES.
-        temperature: Softens both distributions in distillation.
-        distill_weight: Share of distillation in the loss "both", in (0, 1).
-        chat_labels: What of a chat is labelled, a name in CHAT_LABELS; "auto" is the answers, and all of it where
-            the loss is distillation alone: the teacher's distribution is as good a target in the user's turn.
-        learning_rate: Peak; None is the method's default.
-        max_tokens: Training budget in input tokens, over all processes; None where `epochs` says it.
-        epochs: Passes over the data; None where `max_tokens` says it.
-        seqlen: Tokens in a training sequence.
-        batch_size: Sequences in a forward pass, on each process.
-        gradient_accumulation_steps: Forward passes behind one optimizer step, on each process.
-        warmup_ratio: Share of the steps in which the learning rate rises; afterwards it falls as a cosine.
-        weight_decay: AdamW's.
-        max_grad_norm: Gradients are clipped to this norm.
-        dtype: Of the matrix products, a name in DTYPES; weights are updated in float32 always.
-        eval_every: Steps between validations; None for ten in all.
-        save_every: Steps between checkpoints; None for as often as validation.
-        patience: Stop after so many validations without a new best; None never does.
-        validation_windows: Most validation sequences.
-        self_tokens: Most tokens sampled for the reference `self`; they are repeated as needed.
-        seed: Of initial adapters, shuffling and sampling.
-        report_to: Trackers as transformers knows them, such as "tensorboard"; nothing by default.
+    `max_tokens` and `epochs` are two ways to say how long: without either it is DEFAULT_TOKENS tokens.
     """
 
-    method: str = "ig-lora"
-    rank: int = 16
-    alpha: float = 2.0
-    loss: str = "next-token"
-    temperature: float = 1.0
-    distill_weight: float = 0.5
-    chat_labels: str = "auto"
-    learning_rate: float | None = None
-    max_tokens: int | None = 1_000_000
-    epochs: float | None = None
-    seqlen: int = 512
-    batch_size: int = 4
-    gradient_accumulation_steps: int = 1
-    warmup_ratio: float = 0.05
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    dtype: str = "auto"
-    eval_every: int | None = None
-    save_every: int | None = None
-    patience: int | None = 5
-    validation_windows: int = 16
-    self_tokens: int = 131_072
-    seed: int = 0
-    report_to: tuple[str, ...] = ()
+    method: str = setting(
+        "ig-lora", "ig-lora (ranks by importance), lora, or full (all weights).", choices=METHODS
+    )
+    rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
+    alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)
+    loss: str = setting("next-token", "next-token, distill (from the teacher), or both.", choices=LOSSES)
+    temperature: float = setting(1.0, "Of distillation: softens both distributions.", gt=0)
+    distill_weight: float = setting(
+        0.5, "Share of distillation in the loss `both`, between 0 and 1.", gt=0, lt=1
+    )
+    chat_labels: str = setting(
+        "auto",
+        "What of a chat is learnt: answers, all, or auto (all for the loss `distill`, else answers).",
+        choices=CHAT_LABELS,
+    )
+    learning_rate: float | None = setting(
+        None, "Peak.", gt=0, shown="1e-3 for adapters, 2e-4 for full", example=1e-3
+    )
+    max_tokens: int | None = setting(
+        None,
+        "Training budget in input tokens, over all processes.",
+        ge=1,
+        le=10**15,
+        shown=str(DEFAULT_TOKENS),
+        example=DEFAULT_TOKENS,
+    )
+    epochs: float | None = setting(
+        None, "Budget in passes over the data, instead of `max_tokens`.", gt=0, le=1e6, example=1.0
+    )
+    seqlen: int = setting(512, "Tokens in a training sequence.", ge=2, le=2**20)
+    batch_size: int = setting(4, "Sequences in a forward pass, on each process.", ge=1, le=2**16)
+    gradient_accumulation_steps: int = setting(
+        1, "Forward passes behind one step, on each process.", ge=1, le=2**20
+    )
+    warmup_ratio: float = setting(0.05, "Share of the steps in which the learning rate rises.", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "AdamW's.", ge=0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", gt=0)
+    dtype: str = setting(
+        "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:DTYPES"
+    )
+    eval_every: int | None = setting(
+        None, "Steps between validations.", ge=1, shown="a tenth of all", example=100
+    )
+    save_every: int | None = setting(
+        None, "Steps between checkpoints.", ge=1, shown="as --eval-every", example=100
+    )
+    patience: int | None = setting(5, "Stop after so many validations without a new best; 0: never.", ge=0)
+    validation_windows: int = setting(16, "Most validation sequences.", ge=1, le=2**20)
+    self_tokens: int = setting(131_072, "Most tokens sampled for the reference `self`.", ge=1)
+    report_to: tuple[str, ...] = setting(
+        (), "Trackers, as transformers names them: tensorboard, mlflow, ...", metavar="NAME,...", shown="none"
+    )
 
 
-_Check = tuple[Callable[[float], bool], str]
-_AT_LEAST_ONE: _Check = (lambda v: v >= 1, "1 or more")
-_POSITIVE: _Check = (lambda v: v > 0, "above 0")
-_NOT_NEGATIVE: _Check = (lambda v: v >= 0, "0 or more")
-_RANGES: Mapping[str, _Check] = MappingProxyType(
-    {
-        "rank": _AT_LEAST_ONE,
-        "alpha": _POSITIVE,
-        "temperature": _POSITIVE,
-        "distill_weight": (lambda v: 0 < v < 1, "between 0 and 1"),
-        "learning_rate": _POSITIVE,
-        "max_tokens": _AT_LEAST_ONE,
-        "epochs": _POSITIVE,
-        "seqlen": (lambda v: v >= 2, "2 or more"),
-        "batch_size": _AT_LEAST_ONE,
-        "gradient_accumulation_steps": _AT_LEAST_ONE,
-        "warmup_ratio": (lambda v: 0 <= v < 1, "0 <= ratio < 1"),
-        "weight_decay": _NOT_NEGATIVE,
-        "max_grad_norm": _POSITIVE,
-        "eval_every": _AT_LEAST_ONE,
-        "save_every": _AT_LEAST_ONE,
-        "patience": _AT_LEAST_ONE,
-        "validation_windows": _AT_LEAST_ONE,
-        "self_tokens": _AT_LEAST_ONE,
-        "seed": _NOT_NEGATIVE,
-    }
-)
-_CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"method": tuple(METHODS), "loss": tuple(LOSSES), "dtype": DTYPES, "chat_labels": CHAT_LABELS}
-)
+@dataclass(frozen=True)
+class RecoverySettings(Training):
+    """How to train, and the seed of initial adapters, shuffling and sampling."""
+
+    seed: int = setting(0, SEED)
+
+
+@dataclass(frozen=True)
+class RecoveryReferences(Settings):
+    """What to train on."""
+
+    data: tuple[str, ...] = setting(
+        ("self",),
+        "Training data, mixed in equal shares. Chats (`messages`) are learnt from in their "
+        f"answers. `self` (sampled from the teacher), {TEXT_FORMS}.",
+        least=1,
+        metavar="REF",
+    )
+    validation: tuple[str, ...] = setting(
+        (), "Validation data, as `data`.", metavar="REF", shown="a held-out share of the data"
+    )
 
 
 def check_settings(settings: RecoverySettings) -> None:
-    """Raise InputError naming the first field whose value cannot be used, and what would be."""
-    for field, names in _CHOICES.items():
-        value = getattr(settings, field)
-        if value not in names:
-            raise InputError("unknown", field=field, value=value, allowed=", ".join(names))
-    for field, (fits, allowed) in _RANGES.items():
-        value = getattr(settings, field)
-        if value is not None and not (math.isfinite(value) and fits(value)):
-            raise InputError("out of range", field=field, value=value, allowed=allowed)
-    if (settings.max_tokens is None) == (settings.epochs is None):
-        raise InputError("set one of max_tokens and epochs, and the other to None", field="max_tokens")
-    required = {f.name for f in dataclasses.fields(settings)} - _OPTIONAL
-    missing = sorted(name for name in required if getattr(settings, name) is None)
-    if missing:
-        raise InputError("not set", field=missing[0])
+    """Raise InputError naming the fields whose values cannot be used, and what would be."""
+    check_fields(settings)
+    if problem := two_budgets(settings):
+        raise InputError(problem, field="max_tokens")
 
 
-_OPTIONAL = {"learning_rate", "max_tokens", "epochs", "eval_every", "save_every", "patience"}
+def two_budgets(settings: Training) -> str | None:
+    """What is wrong where both fields say how long."""
+    both = settings.max_tokens is not None and settings.epochs is not None
+    return "max_tokens and epochs both say how long; allowed: one of them" if both else None
+
+
+def token_budget(settings: Training) -> int | None:
+    """Input tokens to train on; None where epochs say it."""
+    if settings.max_tokens is None and settings.epochs is None:
+        return DEFAULT_TOKENS
+    return settings.max_tokens
 
 
 def loss_weights(settings: RecoverySettings) -> tuple[float, float]:

@@ -78,7 +78,10 @@ class RunState:
             self.stopped_by = "diverged"
 
     def add_validation(self, point: ValidationPoint, patience: int | None) -> bool:
-        """Note a validation and decide whether the run goes on; returns whether it is the best so far."""
+        """Note a validation and decide whether the run goes on; returns whether it is the best so far.
+
+        Without `patience`, None or 0, no lack of improvement ends the run.
+        """
         if not math.isfinite(point.loss):
             self.stopped_by = "diverged"
             return False
@@ -89,7 +92,7 @@ class RunState:
         self.without_improvement += 1
         if point.loss > self.best.loss + math.log(DIVERGENCE_FACTOR):
             self.stopped_by = "diverged"
-        elif patience is not None and self.without_improvement >= patience:
+        elif patience and self.without_improvement >= patience:
             self.stopped_by = "patience"
         return False
 

@@ -15,10 +15,8 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.text.self_sampling import sample_windows
+from cfsp.text.settings import SELF
 from cfsp.text.tokens import join_documents, load_documents, shuffled, tokens_sha256
-
-SELF = "self"
-"""The reference that means: text sampled from the dense model itself."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ import torch
 
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.files import read_text
-
-BUILTIN_TEXT = "builtin:python-docs"
+from cfsp.text.settings import BUILTIN_TEXT
 
 
 @dataclass(frozen=True)

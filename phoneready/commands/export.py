@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,79 +11,16 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.files import claim_output
-from cfsp.units import parse_bytes
-from phoneready.commands.options import (
-    TEXT_HELP,
-    DebugOption,
-    ForceOption,
-    JsonOption,
-    SeedOption,
-    ThreadsOption,
-    split_names,
-    text_references,
-)
+from exporters.settings import ExportSettings
+from phoneready.commands.options import DebugOption, ForceOption, JsonOption, ThreadsOption, was_given
 from phoneready.console import format_bytes, format_rows, prepare_torch, show_progress, write_result
 
 
 def export(
+    context: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="Hugging Face folder, pruned or dense.", metavar="DIR")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.", show_default=False)],
-    gguf: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--gguf",
-            help="f32, f16, Q8_0, Q5_K_M, Q4_K_M, Q4_0, IQ4_NL; as A,B.",
-            metavar="QUANT,...",
-            show_default="Q4_0 without --onnx",
-        ),
-    ] = None,
-    onnx: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--onnx",
-            help="fp32, fp16, int8, int8-dynamic, int4, int4-mixed, int4-b128, portable; as A,B.",
-            metavar="VARIANT,...",
-            show_default="none",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="Stem of GGUF files, name of graphs.", show_default="the model's name"),
-    ] = None,
-    no_imatrix: Annotated[
-        bool, typer.Option("--no-imatrix", help="Quantize without the importance matrix of the calibration.")
-    ] = False,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibration",
-            help=f"Text that 4-bit ONNX variants are rounded for; repeatable. `self`, `none`, {TEXT_HELP}.",
-            metavar="REF",
-            show_default="self",
-        ),
-    ] = None,
-    mixed_size: Annotated[
-        str | None,
-        typer.Option(
-            "--mixed-size",
-            help="Most that `int4-mixed` may take, such as 80M.",
-            metavar="SIZE",
-            show_default="1.1 times what GGUF's Q4_0 takes",
-        ),
-    ] = None,
-    opset: Annotated[
-        int | None,
-        typer.Option(
-            "--opset",
-            help="ONNX opset of the graphs; older runtimes want an older one.",
-            metavar="N",
-            show_default="21",
-        ),
-    ] = None,
-    ort: Annotated[
-        bool, typer.Option("--ort", help="Write each ONNX variant as one .ort file, too.")
-    ] = False,
-    seed: SeedOption = 0,
+    settings: ExportSettings,
     force: ForceOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -96,24 +34,16 @@ def export(
     prepare_torch(threads)
     from cfsp.records import record_to_json
     from exporters.record import ExportManifest
-    from phoneready.exporting import ExportRequest, export_checkpoint
+    from phoneready.exporting import export_checkpoint
 
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint} is not a folder; `phoneready prune MODEL -o DIR` makes one")
-    request = ExportRequest(
-        quants=split_names(gguf or ([] if onnx else ["Q4_0"])),
-        variants=split_names(onnx or []),
-        name=name,
-        use_imatrix=not no_imatrix,
-        calibration=text_references(calibration or []),
-        seed=seed,
-        n_threads=threads,
-        ort=ort,
-        opset=opset,
-        mixed_bytes=parse_bytes(mixed_size, "--mixed-size") if mixed_size else None,
-    )
+    if settings.onnx and not was_given(context, "quants"):
+        settings = replace(settings, quants=())
     with claim_output(output), show_progress() as progress:
-        records = export_checkpoint(checkpoint, output, request, force=force, progress=progress)
+        records = export_checkpoint(
+            checkpoint, output, settings, n_threads=threads, force=force, progress=progress
+        )
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 
 

@@ -28,7 +28,7 @@ def init(
 
     Edit it, then run `phoneready release FILE`.
     """
-    from phoneready.settings.release import template_text
+    from phoneready.settings.template import template_text
 
     if file.is_dir():
         raise InputError("a folder; name the file", field="FILE", value=str(file))

@@ -1,17 +1,20 @@
-"""Options that several commands share."""
+"""Options of commands, made from declared settings, and those that several commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from cfsp.errors import InputError
+from cfsp.settings import SEED, THREADS, Declared, Settings, declared, setting_in, settings_of
+from runtime_bench.targets.table import TargetOptions
 
 MODEL_HELP = "smollm2-135m (built in), a Hugging Face folder, a .gguf file, or a hub id."
-TEXT_HELP = "FILE.txt, FILE.jsonl, FILE.parquet, hub:NAME[@CONFIG][:SPLIT] or builtin:python-docs"
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
@@ -20,50 +23,166 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing 
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that a folder or hub model brings along.")
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn at random.", min=0)]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--threads", help="Threads to compute with.", min=1, show_default="as many as torch finds"),
-]
-RemoteFolderOption = Annotated[
-    str | None,
-    typer.Option(
-        "--remote-folder",
-        help="Where to put files on other machines: an absolute path.",
-        metavar="DIR",
-        show_default="a cache folder there",
-    ),
-]
-SshConfigOption = Annotated[
-    Path | None, typer.Option("--ssh-config", help="Configuration of the ssh client, instead of your own.")
-]
+SeedOption = Annotated[int, SEED]
+ThreadsOption = Annotated[int | None, THREADS]
+_REMOTE = {row.name: row for row in declared(TargetOptions)}
+RemoteFolderOption = Annotated[str | None, _REMOTE["remote_folder"].setting]
+SshConfigOption = Annotated[Path | None, _REMOTE["ssh_config"].setting]
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """For `Annotated[SomeSettings, Renamed(...)]`: the same settings for another purpose, where names are taken.
+
+    Attributes:
+        purpose: What the help says before the setting's own, such as `Sweep: `.
+        options: Field -> option, where it has another one here.
+    """
+
+    purpose: str
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What stands for one parameter of a command.
+
+    Attributes:
+        parameter: Its name.
+        kind: The settings class that the command is given; None for a single value.
+        rows: The fields; those of renamed settings carry the parameter's name before their own.
+        fields: Names of the fields in the class.
+    """
+
+    parameter: str
+    kind: type | None
+    rows: tuple[Declared, ...]
+    fields: tuple[str, ...]
+
+    def value(self, given: Mapping[str, Any]) -> Any:
+        """What the command is given.
+
+        Raises:
+            InputError: Values that cannot be used; each is named by its option.
+        """
+        values = {
+            field: _read(row, given[row.name]) for field, row in zip(self.fields, self.rows, strict=True)
+        }
+        named = {field: row.options[-1] for field, row in zip(self.fields, self.rows, strict=True)}
+        if self.kind is not None:
+            return settings_of(self.kind, values, named)
+        (name,) = self.fields
+        return self.rows[0].setting.checked(values[name], named[name])
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every field of the settings classes, and every Setting, in its signature.
+
+    It is called with the settings made and checked. Other parameters are typer's as they are.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    groups: list[_Group] = []
+    for parameter in inspect.signature(command).parameters.values():
+        group = _group(parameter, hints[parameter.name])
+        if group is None:
+            kept = parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            parameters.append(kept)
+        else:
+            groups.append(group)
+            parameters += [_option(row) for row in group.rows]
+
+    def run(**given: Any) -> None:
+        options = {row.name: given.pop(row.name) for group in groups for row in group.rows}
+        command(**given, **{group.parameter: group.value(options) for group in groups})
+
+    run.__doc__, run.__name__ = command.__doc__, command.__name__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter's value comes from the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
+    name = parameter.name
+    if (setting := setting_in(hint)) is not None:
+        return _Group(name, None, (Declared(name, get_args(hint)[0], parameter.default, setting),), (name,))
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    if not (isinstance(kind, type) and issubclass(kind, Settings)):
+        return None
+    rows = [row for row in declared(kind) if row.setting.option is not None]
+    fields = tuple(row.name for row in rows)
+    for renamed in (one for one in get_args(hint)[1:] if isinstance(one, Renamed)):
+        rows = [_renamed(row, renamed, f"{name}_{row.name}") for row in rows]
+    return _Group(name, kind, tuple(rows), fields)
+
+
+def _renamed(row: Declared, renamed: Renamed, name: str) -> Declared:
+    option = renamed.options.get(row.name, row.setting.option or row.options[-1])
+    text = renamed.purpose + row.setting.help[0].lower() + row.setting.help[1:]
+    return replace(row, name=name, setting=replace(row.setting, option=option, help=text))
+
+
+def _option(row: Declared) -> inspect.Parameter:
+    setting, kind, default = row.setting, row.kind, row.default
+    if setting.parse is not None:
+        kind, default = str | None, None
+    elif _is_tuple(row):
+        entries = [",".join(map(str, default))] if setting.splits and default else list(map(str, default))
+        kind, default = list[str] | None, entries or None
+    elif default is True:
+        kind, default = bool, False
+    repeatable = " Repeatable." if _is_tuple(row) and not setting.splits else ""
+    made = typer.Option(
+        *row.options,
+        help=(setting.off or setting.help) + repeatable,
+        metavar=setting.metavar,
+        show_default=setting.shown or True,
+    )
+    return inspect.Parameter(
+        row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
+    )
+
+
+def _is_tuple(row: Declared) -> bool:
+    return get_origin(row.kind) is tuple
+
+
+def _read(row: Declared, given: Any) -> Any:
+    """The value of a setting from what typer read."""
+    setting, option = row.setting, row.options[-1]
+    if setting.parse is not None:
+        return None if given is None else setting.parse(given, option)
+    if _is_tuple(row):
+        if not setting.splits:
+            return _each(given or [], option)
+        kind = get_args(row.kind)[0]
+        return split_names(given or []) if kind is str else _numbers(given or [], kind, option)
+    return not given if row.default is True else given
+
+
+def _numbers(values: Sequence[str], kind: type, option: str) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(name) for name in split_names(values))
+    except ValueError:
+        allowed = (
+            "whole numbers, such as 128 or 128,512" if kind is int else "numbers, such as 0.1 or 0.1,0.2"
+        )
+        raise InputError("not understood", field=option, value=",".join(values), allowed=allowed) from None
+
+
+def _each(values: Sequence[str], option: str) -> tuple[str, ...]:
+    if any(not value.strip() for value in values):
+        raise InputError("empty", field=option)
+    return tuple(values)
 
 
 def split_names(values: Sequence[str] | str) -> tuple[str, ...]:
     """Names given as `A,B` or by repeating an option, each once, in order."""
     values = [values] if isinstance(values, str) else values
     return tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))
-
-
-def split_numbers(values: Sequence[str], option: str) -> tuple[int, ...]:
-    """Whole numbers given as `1,2` or by repeating an option.
-
-    Raises:
-        InputError: Something is no whole number.
-    """
-    names = split_names(values)
-    if not all(name.isdecimal() for name in names):
-        raise InputError(
-            "not a list of whole numbers",
-            field=option,
-            value=",".join(values),
-            allowed="such as 128 or 128,512",
-        )
-    return tuple(int(name) for name in names)
-
-
-def text_references(values: Sequence[str | Path]) -> tuple[str, ...]:
-    """Text references as given; an empty one is refused here, where the option can be named."""
-    if any(not str(value).strip() for value in values):
-        raise InputError("empty text reference", allowed=TEXT_HELP)
-    return tuple(map(str, values))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +10,8 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.files import claim_output, record_head, refuse_existing
+from cfsp.settings import Setting
 from phoneready.commands.options import (
-    TEXT_HELP,
     DebugOption,
     ForceOption,
     JsonOption,
@@ -20,10 +19,10 @@ from phoneready.commands.options import (
     SeedOption,
     ThreadsOption,
     TrustOption,
-    split_names,
-    text_references,
+    was_given,
 )
 from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.settings.sections import PruneConfig
 
 if TYPE_CHECKING:
     from cfsp.models.source import LoadedModel
@@ -34,83 +33,18 @@ if TYPE_CHECKING:
 
 
 def prune(
+    context: typer.Context,
     model: ModelArgument,
+    settings: PruneConfig,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Checkpoint folder to create.", show_default=False)
     ] = None,
-    prune_ratio: Annotated[
-        float | None,
-        typer.Option(
-            "--prune-ratio",
-            help="Share of FFN channels to remove (not of all parameters), 0 <= ratio < 1.",
-            show_default="0.2, or the plan's",
-        ),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibration",
-            help=f"Calibration text; repeatable. `self` (sampled from the model), {TEXT_HELP}.",
-            metavar="REF",
-            show_default="self",
-        ),
-    ] = None,
-    nsamples: Annotated[int, typer.Option("--nsamples", help="Calibration windows.", min=1)] = 128,
-    seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens in a calibration window.", min=2)] = 1024,
     seed: SeedOption = 0,
-    score: Annotated[
-        str | None, typer.Option("--score", help="Importance of a channel inside its block.")
-    ] = None,
-    coarse: Annotated[
-        str | None, typer.Option("--coarse", help="Importance of a block: angular, cosine, mse or mae.")
-    ] = None,
-    allocation: Annotated[
-        str | None, typer.Option("--allocation", help="Widths of the blocks: cfsp, loss, mixed or uniform.")
-    ] = None,
-    coarse_strength: Annotated[
-        float | None, typer.Option("--coarse-strength", help="CFSP's a; 1 is the paper's.", min=0)
-    ] = None,
-    align: Annotated[
-        int | None,
-        typer.Option("--align", help="Widths are multiples of this.", min=1, show_default="from --for-quant"),
-    ] = None,
     for_quant: Annotated[
-        list[str], typer.Option("--for-quant", help="Quantizations the widths must fit.", metavar="QUANT,...")
-    ] = ["Q4_0"],  # noqa: B006
-    uniform: Annotated[bool, typer.Option("--uniform", help="Give every block the same width.")] = False,
-    reconstruct: Annotated[
-        str | None,
-        typer.Option(
-            "--reconstruct",
-            help="How down_proj is solved anew: block-by-block, one-pass, mean or none.",
-            show_default="block-by-block",
-        ),
-    ] = None,
-    ridge: Annotated[
-        float | None, typer.Option("--ridge", help="Ridge of that solution.", show_default="0.01")
-    ] = None,
-    correction: Annotated[
-        float | None,
-        typer.Option(
-            "--correction",
-            help="Share of earlier blocks' error that a block takes back, 0 to 1.",
-            show_default="0.4",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="Of matrix products over the calibration text: auto, float32 or bfloat16.",
-            show_default="auto",
-        ),
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="Apply this plan; --prune-ratio re-allocates it.")
-    ] = None,
-    plan_only: Annotated[
-        Path | None, typer.Option("--plan-only", help="Write the plan to this file and change no model.")
-    ] = None,
+        tuple[str, ...], Setting("Quantizations the widths must fit.", metavar="QUANT,...")
+    ] = ("Q4_0",),
+    plan: Annotated[Path | None, Setting("Apply this plan; --prune-ratio re-allocates it.")] = None,
+    plan_only: Annotated[Path | None, Setting("Write the plan to this file and change no model.")] = None,
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
@@ -122,33 +56,31 @@ def prune(
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
     wanted = _output(output, plan, plan_only)
-    inputs = [Path(name) for name in (model, plan, *(calibration or [])) if name]
+    inputs = [Path(name) for name in (model, plan, *settings.calibration) if name]
     refuse_existing(
         wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
     )
     prepare_torch(threads)
     from cfsp.models.reference import load_model
-    from cfsp.text.calibration import SELF, load_calibration
+    from cfsp.text.calibration import load_calibration
+    from exporters.gguf import required_multiple
 
-    chosen = {"score": score, "coarse_metric": coarse, "allocation": allocation, "strength": coarse_strength}
-    chosen |= {"prune_ratio": prune_ratio, "reconstruct": reconstruct, "ridge": ridge}
-    settings = _settings(
-        chosen | {"correction": correction, "dtype": dtype}, align, for_quant, uniform=uniform
-    )
-    ready = _read_plan(plan, prune_ratio)
-    if ready and dtype:
-        ready = replace(ready, settings=replace(ready.settings, dtype=dtype))
-    references = text_references(calibration or (ready.calibration if ready else [SELF]))
+    chosen = settings.settings(required_multiple(for_quant))
+    ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)
+    references = settings.calibration
+    if ready and not was_given(context, "calibration"):
+        references = ready.calibration
+    if ready and was_given(context, "dtype"):
+        ready = replace(ready, settings=replace(ready.settings, dtype=settings.dtype))
     with claim_output(wanted), show_progress() as progress:
         loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)
-        drawn = load_calibration(
-            references, loaded, nsamples=nsamples, seqlen=seqlen, seed=seed, progress=progress
-        )
+        sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
+        drawn = load_calibration(references, loaded, **sizes, progress=progress)
         if plan_only:
-            result = _only_plan(loaded, drawn, settings, plan_only, progress)
+            result = _only_plan(loaded, drawn, chosen, plan_only, progress)
         else:
             assert output is not None  # or else there is plan_only
-            result = _prune(loaded, drawn, settings, ready, output, force=force, progress=progress)
+            result = _prune(loaded, drawn, chosen, ready, output, force=force, progress=progress)
     write_result(format_plan(result, output or plan_only), _summary(result), as_json=json)
 
 
@@ -183,19 +115,6 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> P
     if plan is not None and plan_only is not None:
         raise InputError("--plan applies a plan and --plan-only makes one: give one of the two")
     return wanted
-
-
-def _settings(
-    chosen: dict[str, Any], align: int | None, for_quant: Sequence[str], *, uniform: bool
-) -> PruneSettings:
-    from cfsp.pruning.settings import PruneSettings, check_settings
-    from exporters.gguf import required_multiple
-
-    given = {name: value for name, value in chosen.items() if value is not None}
-    multiple = required_multiple(split_names(for_quant)) if align is None else align
-    settings = PruneSettings(**given, align=multiple, uniform_width=uniform)
-    check_settings(settings)
-    return settings
 
 
 def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cfsp import plugins
 from cfsp.errors import InputError, PhonereadyError
-from cfsp.evaluation import LanguageModel
+from cfsp.evaluation.language_model import LanguageModel
 from cfsp.files import sha256_file
 from cfsp.text.tokens import TokenWindows
 from phoneready.evaluation.record import MetricResult

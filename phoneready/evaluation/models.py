@@ -9,8 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.evaluation import LanguageModel, TorchLanguageModel
 from cfsp.evaluation.harness import MAX_CONTEXT
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.progress import Progress, no_progress
 from exporters.onnx.folder import is_onnx
 

@@ -7,35 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cfsp.evaluation import PROMPTS, Divergence, LanguageModel
-from cfsp.evaluation.tasks import TaskResult, TaskSettings
-
-
-@dataclass(frozen=True)
-class EvaluationSettings:
-    """What to judge on.
-
-    Attributes:
-        text: Text references as in cfsp.text.tokens.
-        chats: References to chats; `self` samples them from the reference model.
-        seqlen: Tokens in a window.
-        max_windows: Most windows of each reference.
-        prompts: Questions to answer; empty for none.
-        max_new_tokens: Longest answer.
-        seed: Of `self`; the calibration should have another one.
-        tasks: Tasks of lm-evaluation-harness.
-        metrics: Own metrics, `FILE.py:function` or `module:function`.
-    """
-
-    text: tuple[str, ...]
-    chats: tuple[str, ...] = ()
-    seqlen: int = 1024
-    max_windows: int = 16
-    prompts: tuple[str, ...] = PROMPTS
-    max_new_tokens: int = 64
-    seed: int = 1
-    tasks: TaskSettings = field(default_factory=TaskSettings)
-    metrics: tuple[str, ...] = ()
+from cfsp.evaluation.divergence import Divergence
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.tasks import TaskResult
 
 
 @dataclass(frozen=True)

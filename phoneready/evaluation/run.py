@@ -12,33 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.evaluation import (
-    Divergence,
-    LanguageModel,
-    Perplexity,
-    TorchLanguageModel,
-    answer,
-    degenerate,
-    divergence,
-    perplexity,
-)
-from cfsp.evaluation.degeneration import system_text
-from cfsp.evaluation.language_model import check_same_vocabulary
+from cfsp.evaluation.answers import answer
+from cfsp.evaluation.degeneration import degenerate, system_text
+from cfsp.evaluation.divergence import Divergence, divergence
+from cfsp.evaluation.language_model import LanguageModel, check_same_vocabulary
+from cfsp.evaluation.perplexity import Perplexity, perplexity
 from cfsp.evaluation.tasks import load_tasks, run_tasks
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.files import read_text
 from cfsp.progress import Progress, no_progress
-from cfsp.text.calibration import SELF
+from cfsp.settings import check_settings
 from cfsp.text.self_sampling import sample_windows
+from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
 from phoneready.evaluation.metrics import find_metric, measure
 from phoneready.evaluation.record import (
     Degeneration,
     Evaluation,
-    EvaluationSettings,
     TextResult,
     identity_of,
     repeated_text,
 )
+from phoneready.evaluation.settings import EvaluationSettings
 
 
 def evaluate(
@@ -55,6 +50,7 @@ def evaluate(
             or a reference model with another vocabulary.
         MissingExtraError: Tasks without the `eval` extra.
     """
+    check_settings(settings)
     check_texts(settings)
     reference = against or model
     if against is not None:
@@ -63,7 +59,7 @@ def evaluate(
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
-        tasks = stack.enter_context(load_tasks(settings.tasks)) if settings.tasks.tasks else None
+        tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
         windows = [
             (kind, _windows(source, reference, settings, progress))
             for kind, sources in (("text", settings.text), ("chats", settings.chats))

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import ClassVar
 
 from cfsp.errors import InputError
-from cfsp.evaluation import TorchLanguageModel
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.files import atomic_file
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import apply_plan
 from cfsp.pruning.prune import plan_for, statistics_for
-from cfsp.pruning.settings import PruneSettings, check_settings
+from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
+from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from phoneready.console import format_rows
 from phoneready.evaluation.gate import measures
-from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity, identity_of
+from phoneready.evaluation.record import Evaluation, ModelIdentity, identity_of
 from phoneready.evaluation.run import evaluate
+from phoneready.evaluation.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)

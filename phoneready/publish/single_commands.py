@@ -2,75 +2,75 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Iterable
 
+from cfsp.pruning.prune import MOMENT_WINDOWS
+from cfsp.settings import declared, pick
 from exporters.onnx import find_variant
+from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.sections import RecoverConfig
 
-_RECOVER_APART = ("data", "validation", "patience", "report_to")
-
 
 def single_commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:
-    """The commands, in order; 4-bit ONNX variants are rounded for other windows of the calibration's text."""
+    """The commands, in order; the last one writes the release's model files, byte for byte."""
     found = [_prune(config, figures)]
     final = "checkpoint"
     if config.recover is not None:
         found.append(_recover(config, config.recover))
         final = "recovered"
-    found += [_judge(config, final), _export(config, final)]
-    return tuple(shlex.join(map(str, ["phoneready", *words])) for words in found)
+    found += [_judge(config, figures, final), _export(config, figures, final)]
+    return tuple(shlex.join(["phoneready", *map(str, words)]) for words in found)
 
 
 def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
-    p, s = config.prune, figures.plan.settings
-    words: list[object] = [
-        "prune",
-        config.model.reference,
-        "-o",
-        "checkpoint",
-        "--prune-ratio",
-        s.prune_ratio,
-    ]
-    words += _each("--calibration", p.calibration)
-    words += ["--nsamples", p.nsamples, "--seqlen", p.seqlen, "--seed", config.seed, "--score", s.score]
-    words += ["--coarse", s.coarse_metric, "--allocation", s.allocation, "--coarse-strength", s.strength]
-    words += ["--align", s.align, "--reconstruct", s.reconstruct]
-    words += ["--ridge", s.ridge, "--correction", s.correction, "--dtype", s.dtype]
-    return words + (["--uniform"] if s.uniform_width else [])
+    settings = dataclasses.replace(config.prune, align=figures.plan.settings.align)
+    words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings)]
+    return [*words, "--seed", config.seed, *_trust(config)]
 
 
-def _recover(config: ReleaseConfig, settings: RecoverConfig) -> list[object]:
-    words: list[object] = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
-    words += [*_each("--data", settings.data), *_each("--validation", settings.validation)]
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        if name not in _RECOVER_APART and value is not None:
-            words += [f"--{name.replace('_', '-')}", value]
-    return [*words, "--patience", settings.patience or 0, "--seed", config.seed]
+def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
+    settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
+    words = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
+    return [*words, *option_words(settings), "--seed", config.seed, *_trust(config)]
 
 
-def _judge(config: ReleaseConfig, checkpoint: str) -> list[object]:
-    e = config.evaluate
-    words: list[object] = ["eval", checkpoint, "--against", config.model.reference]
-    words += [*_each("--text", e.text), *_each("--chats", e.chats)]
-    words += ["--seqlen", e.seqlen, "--windows", e.max_windows, "--seed", config.seed + 1]
-    words += [*_each("--tasks", e.tasks), *_each("--metric", e.metrics)]
-    limits = {"--task-data": e.task_data, "--limit": e.limit, "--num-fewshot": e.num_fewshot}
-    for option, value in limits.items():
-        words += [] if value is None else [option, value]
-    return words
+def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
+    settings = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
+    words = ["eval", checkpoint, "--against", config.model.reference, *option_words(settings)]
+    words += _trust(config)
+    return words if settings.text or settings.chats else [*words, "--no-text"]
 
 
-def _export(config: ReleaseConfig, checkpoint: str) -> list[object]:
-    variants: list[object] = ["--onnx", ",".join(config.export.onnx)] if config.export.onnx else []
+def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
+    record = figures.pruned[0]
+    name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
+    settings = pick(ExportSettings, config.export, name=name, seed=config.seed)
     if any(find_variant(variant).calibrated for variant in config.export.onnx):
-        variants += [*_each("--calibration", config.prune.calibration), "--seed", config.seed]
-    words: list[object] = ["export", checkpoint, "-o", "exports", "--gguf", ",".join(config.export.quants)]
-    return [*words, *variants, *([] if config.export.imatrix else ["--no-imatrix"])]
+        prune = config.prune
+        settings = dataclasses.replace(
+            settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
+            windows=MOMENT_WINDOWS, dense=config.model.reference,
+        )  # fmt: skip
+    return ["export", checkpoint, "-o", "exports", *option_words(settings)]
 
 
-def _each(option: str, values: Iterable[object]) -> list[object]:
-    return [word for value in values for word in (option, value)]
+def _trust(config: ReleaseConfig) -> list[object]:
+    return ["--trust-remote-code"] if config.model.trust_remote_code else []
+
+
+def option_words(settings: object) -> Iterable[object]:
+    """Settings as command-line options; what is None or empty is left to the command's default."""
+    for row in declared(type(settings)):
+        value, option = getattr(settings, row.name), row.options[-1]
+        if isinstance(value, bool):
+            yield from [] if value == row.default else [option]
+        elif isinstance(value, tuple) and row.setting.splits:
+            yield from [option, ",".join(map(str, value))] if value else []
+        elif isinstance(value, tuple):
+            yield from (word for entry in value for word in (option, entry))
+        elif value is not None:
+            yield from (option, value)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cfsp.evaluation import answer
+from cfsp.evaluation.answers import answer
 from cfsp.progress import Progress, no_progress
 from exporters.gguf import runtime
 from phoneready.release.artifact import Artifact

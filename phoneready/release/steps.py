@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 
 from cfsp.errors import PhonereadyError
-from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
+from cfsp.evaluation.answers import PROMPTS
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
@@ -25,7 +27,7 @@ from cfsp.text.tokens import tokens_sha256
 from exporters.gguf import export_gguf, find_quant
 from exporters.onnx.folder import find_graph
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
-from phoneready.evaluation.record import Evaluation, EvaluationSettings, ModelIdentity
+from phoneready.evaluation.record import Evaluation, ModelIdentity
 from phoneready.evaluation.run import evaluate
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
@@ -140,7 +142,7 @@ class Steps:
 
     def recover(self, output: Path, progress: Progress) -> None:
         """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
-        from cfsp.recovery import recover
+        from cfsp.recovery.recover import recover
 
         settings = self.config.recover
         assert settings is not None
@@ -185,18 +187,8 @@ class Steps:
     def _judge(
         self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
     ) -> None:
-        chosen = self.config.evaluate
-        settings = EvaluationSettings(
-            text=chosen.text,
-            chats=chosen.chats,
-            seqlen=chosen.seqlen,
-            max_windows=chosen.max_windows,
-            prompts=self.prompts,
-            max_new_tokens=chosen.max_new_tokens,
-            seed=self.config.seed + 1,  # not the calibration's: chats that pruning has seen prove nothing
-            tasks=chosen.task_settings(),
-            metrics=chosen.metrics,
-        )
+        # Not the calibration's seed: chats that pruning has seen prove nothing.
+        settings = self.config.evaluate.settings(self.config.seed + 1, self.prompts)
         result = evaluate(model, TorchLanguageModel(dense), settings, progress=progress)
         against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
         named = ModelIdentity(name, result.model.runtime)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.resources
-import json
+import dataclasses
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +12,13 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.files import read_text
+from cfsp.recovery.settings import two_budgets
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.onnx import find_variant
 from phoneready.evaluation.record import repeated_text
 from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.template import demo_config_text
 from phoneready.settings.toml_lines import key_lines, line_of
 from runtime_bench.targets.places import place_slug, runs_gguf_only
 
@@ -29,7 +30,7 @@ def with_variants(config: ReleaseConfig, names: Sequence[str]) -> ReleaseConfig:
         InputError: An unknown one, or what the rest of the configuration wants is not among them.
     """
     variants = tuple(dict.fromkeys(find_variant(name).name for name in names))
-    changed = config.model_copy(update={"export": config.export.model_copy(update={"onnx": variants})})
+    changed = config.model_copy(update={"export": dataclasses.replace(config.export, onnx=variants)})
     check_sections(changed, f"with --onnx {','.join(names)}: ")
     return changed
 
@@ -41,29 +42,6 @@ def check_sections(config: ReleaseConfig, prefix: str = "") -> None:
 
 
 _TRUST = "trust_remote_code"
-
-
-def demo_config_text() -> str:
-    """The release.toml of the embedded demo."""
-    return _resource("demo.toml")
-
-
-def template_text(model: str | None = None) -> str:
-    """A commented release.toml to begin with.
-
-    Args:
-        model: Reference to put into it; the demo's unless given.
-    """
-    text = _resource("template.toml")
-    if model is None:
-        return text
-    # A JSON string is a TOML string, but for the one control character that JSON leaves as it is.
-    stated = json.dumps(model, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return text.replace('reference = "smollm2-135m" ', f"reference = {stated} ", 1)
-
-
-def _resource(name: str) -> str:
-    return importlib.resources.files("phoneready.settings").joinpath(name).read_text(encoding="utf-8")
 
 
 def load_config(
@@ -124,7 +102,17 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
 
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     """What sections say of each other that is not so."""
-    return [*_unknown_files(config), *_repeated_texts(config), *_no_places(config), *budget_problems(config)]
+    alone = {
+        "recover": two_budgets(config.recover) if config.recover else None,
+        "tune": config.tune.problem if config.tune else None,
+    }
+    return [
+        *(((name,), problem) for name, problem in alone.items() if problem),
+        *_unknown_files(config),
+        *_repeated_texts(config),
+        *_no_places(config),
+        *budget_problems(config),
+    ]
 
 
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:
@@ -238,7 +226,11 @@ def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
     for name, fields in _REFERENCES.items():
         section = getattr(config, name)
         if section is not None:
-            changed[name] = section.model_copy(update={f: resolve(getattr(section, f)) for f in fields})
+            found = {field: resolve(getattr(section, field)) for field in fields}
+            plain = dataclasses.is_dataclass(section)
+            changed[name] = (
+                dataclasses.replace(section, **found) if plain else section.model_copy(update=found)
+            )
     return config.model_copy(update=changed)
 
 

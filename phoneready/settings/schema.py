@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pydantic
 
 from cfsp.pruning.settings import PruneSettings
+from cfsp.settings import SEED
 from cfsp.validation import Section
 from exporters.gguf import required_multiple
 from phoneready.figures.budgets import BudgetConfig
@@ -25,7 +28,7 @@ class ReleaseConfig(Section):
     """A whole release."""
 
     model: ModelConfig
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: Annotated[int, SEED] = 0
     prune: PruneConfig = pydantic.Field(default_factory=PruneConfig)
     recover: RecoverConfig | None = None
     evaluate: EvaluateConfig = pydantic.Field(default_factory=EvaluateConfig)

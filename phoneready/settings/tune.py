@@ -2,68 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
 
-import pydantic
-
-from cfsp.pruning.settings import PruneSettings, check_settings
-from cfsp.validation import Section, as_value_error
+from cfsp.settings import Settings, setting
 from exporters.gguf import QUANTS, find_quant
 from exporters.onnx import find_variant
 
 GOALS = QUALITY, SIZE = "quality", "size"
 
 
-class TuneConfig(Section):
-    """What `phoneready tune` may vary; what is not listed stays as the other sections say.
+def _file_name(name: str) -> str:
+    known = name.lower() in {quant.lower() for quant in QUANTS}
+    return find_quant(name).name if known else find_variant(name).name
 
-    Attributes:
-        goal: `quality`: the least KL divergence that meets all budgets; `size`: the smallest file that does.
-        judge: Whose divergence that is, the exported `file`'s or the `checkpoint`'s before export.
-        min_prune_ratio: Least share of FFN channels to remove.
-        max_prune_ratio: Largest share to remove.
-        files: Quantizations and ONNX variants, of which one is chosen; those of [export] when empty.
-        allocations: As prune.allocation.
-        aligns: As prune.align; 0 means what the quantization needs.
-        recover: With recovery, without, or both; as [recover] is there or not when empty.
-        trials: Most points to make and measure.
-        tolerance: A point that is expected to be better by less than this share is not tried.
-    """
 
-    goal: Literal["quality", "size"] = "quality"
-    judge: Literal["file", "checkpoint"] = "file"
-    min_prune_ratio: float = pydantic.Field(default=0.0, ge=0, lt=1)
-    max_prune_ratio: float = pydantic.Field(default=0.5, gt=0, lt=1)
-    files: tuple[str, ...] = ()
-    allocations: tuple[str, ...] = ()
-    aligns: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = ()
-    recover: tuple[bool, ...] = ()
-    trials: int = pydantic.Field(default=12, ge=1)
-    tolerance: float = pydantic.Field(default=0.01, ge=0, lt=1)
+@dataclass(frozen=True)
+class TuneConfig(Settings):
+    """What `phoneready tune` may vary; what is not listed stays as the other sections say."""
 
-    @pydantic.field_validator("files")
-    @classmethod
-    def _known_files(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        found: list[str] = []
-        lower = {quant.lower() for quant in QUANTS}
+    goal: str = setting(
+        QUALITY,
+        "quality: the least KL divergence that meets all budgets; size: the smallest file that does.",
+        choices=GOALS,
+    )
+    judge: str = setting(
+        "file",
+        "Whose divergence that is, the exported file's or the checkpoint's before export.",
+        choices=("file", "checkpoint"),
+    )
+    min_prune_ratio: float = setting(0.0, "Least share of FFN channels to remove.", ge=0, lt=1)
+    max_prune_ratio: float = setting(0.5, "Largest share to remove.", gt=0, lt=1)
+    files: tuple[str, ...] = setting(
+        (),
+        "Quantizations and ONNX variants, of which one is chosen; those of [export] when empty.",
+        look_up=_file_name,
+    )
+    allocations: tuple[str, ...] = setting(
+        (), "As prune.allocation.", choices="cfsp.pruning.allocation:ALLOCATIONS"
+    )
+    aligns: tuple[int, ...] = setting((), "As prune.align; 0 means what the quantization needs.", ge=0)
+    recover: tuple[bool, ...] = setting(
+        (), "With recovery, without, or both; as [recover] is there or not when empty."
+    )
+    trials: int = setting(12, "Most points to make and measure.", ge=1, le=10**6)
+    tolerance: float = setting(
+        0.01, "A point that is expected to be better by less than this share is not tried.", ge=0, lt=1
+    )
 
-        def look_up() -> None:
-            for name in names:
-                found.append(find_quant(name).name if name.lower() in lower else find_variant(name).name)
-
-        as_value_error(look_up)
-        return tuple(dict.fromkeys(found))
-
-    @pydantic.field_validator("allocations")
-    @classmethod
-    def _known_allocations(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            chosen: dict[str, Any] = {"allocation": name}
-            as_value_error(lambda: check_settings(PruneSettings(**chosen)))  # noqa: B023 - called at once
-        return tuple(dict.fromkeys(names))
-
-    @pydantic.model_validator(mode="after")
-    def _range(self) -> Self:
-        if self.min_prune_ratio >= self.max_prune_ratio:
-            raise ValueError("min_prune_ratio is not below max_prune_ratio")
-        return self
+    @property
+    def problem(self) -> str | None:
+        """What is wrong between fields."""
+        if self.min_prune_ratio < self.max_prune_ratio:
+            return None
+        return "min_prune_ratio is not below max_prune_ratio"

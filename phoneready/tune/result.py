@@ -131,7 +131,11 @@ def release_toml(config: ReleaseConfig, point: Point) -> str:
     import tomli_w
 
     chosen = beside(config_of(config, point), Path.cwd()).model_dump(
-        mode="json", exclude={"model": {"trust_remote_code"}}, exclude_unset=True, exclude_none=True
+        mode="json",
+        exclude={"model": {"trust_remote_code"}},
+        exclude_unset=True,
+        exclude_none=True,
+        exclude_defaults=True,
     )
     head = f"# Chosen by `phoneready tune`: {point.describe()}.\n\n"
     return head + tomli_w.dumps(chosen)

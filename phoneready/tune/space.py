@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
 from exporters.gguf import QUANTS, required_multiple
@@ -89,20 +89,16 @@ def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
     """The configuration of the release that a point is; budgets of files that it does not make are left out."""
     recipe, export = point.recipe, config.export
     files = {"quants": (recipe.item,), "onnx": ()} if recipe.is_gguf else {"onnx": (recipe.item,)}
-    exported = export.model_copy(update=files)
-    pruned = {
-        "prune_ratio": point.prune_ratio,
-        "allocation": recipe.allocation,
-        "align": recipe.align,
-    }
+    exported = replace(export, **files)
+    pruned = replace(
+        config.prune, prune_ratio=point.prune_ratio, allocation=recipe.allocation, align=recipe.align
+    )
     changed = {
-        "prune": config.prune.model_copy(update=pruned),
+        "prune": pruned,
         "export": exported,
         "recover": config.recover if recipe.recover else None,
-        "evaluate": config.evaluate.model_copy(
-            update={"files": _kept(config.evaluate.files, exported.names)}
-        ),
-        "bench": config.bench.model_copy(update={"files": _kept(config.bench.files, exported.names)}),
+        "evaluate": replace(config.evaluate, files=_kept(config.evaluate.files, exported.names)),
+        "bench": replace(config.bench, files=_kept(config.bench.files, exported.names)),
         "tune": None,
     }
     release = config.model_copy(update=changed)

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from cfsp.evaluation import PROMPTS, LanguageModel, TorchLanguageModel
-from cfsp.evaluation.tasks import TaskSettings
-from cfsp.evaluation.torch_model import logits_from_hidden
+from cfsp.evaluation.answers import PROMPTS
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.torch_model import TorchLanguageModel, logits_from_hidden
 from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from exporters.gguf import QUANTS
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
-from phoneready.evaluation.record import EvaluationSettings
 from phoneready.evaluation.run import evaluate
+from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import (
     ANY_MEMBER,
@@ -154,19 +154,11 @@ class Bench:
         """What a release judges on, less what no budget asks for."""
         config = self.limits.config
         chosen = config.evaluate
-        asks = "degenerate" in metrics
-        tasks = chosen.task_settings() if metrics & {*metrics_from(TASK)} else TaskSettings()
-        return EvaluationSettings(
-            text=chosen.text,
-            chats=chosen.chats,
-            seqlen=chosen.seqlen,
-            max_windows=chosen.max_windows,
-            prompts=(chosen.prompts or PROMPTS) if asks else (),
-            max_new_tokens=chosen.max_new_tokens,
-            seed=config.seed + 1,  # as a release does: not the calibration's
-            tasks=tasks,
-            metrics=tuple(name for name in chosen.metrics if name + ANY_MEMBER in metrics),
-        )
+        prompts = (chosen.prompts or PROMPTS) if "degenerate" in metrics else ()
+        own = tuple(name for name in chosen.metrics if name + ANY_MEMBER in metrics)
+        # As a release does: not the calibration's seed.
+        settings = replace(chosen.settings(config.seed + 1, prompts), metrics=own)
+        return settings if metrics & {*metrics_from(TASK)} else replace(settings, tasks=())
 
     def _judge(
         self, item: str, name: str, model: LanguageModel, settings: EvaluationSettings

@@ -202,7 +202,7 @@ class Workshop:
         save_checkpoint(pruned, path, plan=plan, input_moments=self._moments(model), seed=self.config.seed)
 
     def _recover(self, pruned: Path, path: Path) -> None:
-        from cfsp.recovery import recover
+        from cfsp.recovery.recover import recover
 
         how = self.config.recover
         if how is None:

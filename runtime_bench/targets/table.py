@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cfsp import plugins
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
+from cfsp.settings import Settings, setting
 from cfsp.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -21,28 +22,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TargetOptions:
-    """Options of targets, as they were given; each is for some of them. Their names are the options' names.
+class TargetOptions(Settings):
+    """Options of targets, as they were given; each is for some of them. Their names are the options' names."""
 
-    Attributes:
-        memory: A size that limits a constrained run.
-        cores: Numbers of the cores to run on.
-        device: A device whose memory, or whose browser's score, is the limit.
-        score: Score that a browser's page is slowed down to.
-        runner: Native program to measure with on another machine.
-        ndk: Folder of the Android NDK, to build one for Android with.
-        remote_folder: Where to put files on another machine.
-        ssh_config: Configuration file of the ssh client.
-    """
-
-    memory: str | None = None
-    cores: tuple[int, ...] = ()
-    device: str | None = None
-    score: float | None = None
-    runner: Path | None = None
-    ndk: Path | None = None
-    remote_folder: str | None = None
-    ssh_config: Path | None = None
+    memory: str | None = setting(
+        None, "Memory that a constrained run may use, as 400M or 2G.", metavar="SIZE"
+    )
+    cores: tuple[int, ...] = setting(
+        (), "Cores that a constrained run may use, as 0,1.", ge=0, le=4095, metavar="N,..."
+    )
+    device: str | None = setting(
+        None, "Take limits from this device's profile: memory, or the score of its browser.", metavar="NAME"
+    )
+    score: float | None = setting(None, "Slow the browser's page down to this score.", gt=0, metavar="NUMBER")
+    runner: Path | None = setting(
+        None, "Native program to measure GGUF files with on other machines.", shown="built here once"
+    )
+    ndk: Path | None = setting(None, "Folder of the Android NDK, to build that program with.", metavar="DIR")
+    remote_folder: str | None = setting(
+        None,
+        "Where to put files on other machines: an absolute path.",
+        metavar="DIR",
+        shown="a cache folder there",
+    )
+    ssh_config: Path | None = setting(None, "Configuration of the ssh client, instead of your own.")
 
     @property
     def given(self) -> list[str]:

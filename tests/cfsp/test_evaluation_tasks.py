@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation import Branches, TorchLanguageModel
 from cfsp.evaluation.harness import harness_model
+from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.tasks import TaskResult, TaskSettings, load_tasks, run_tasks
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.source import LoadedModel, ModelSource
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cfsp.errors import InputError, LimitError
-from cfsp.evaluation import divergence, perplexity
+from cfsp.evaluation.divergence import divergence
+from cfsp.evaluation.perplexity import perplexity
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.cutting import RECONSTRUCTIONS

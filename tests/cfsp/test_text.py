@@ -12,7 +12,8 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.text.calibration import load_calibration
-from cfsp.text.tokens import BUILTIN_TEXT, load_documents, token_windows
+from cfsp.text.settings import BUILTIN_TEXT
+from cfsp.text.tokens import load_documents, token_windows
 
 CHAT = [{"role": "user", "content": "Name a fruit."}, {"role": "assistant", "content": "An apple."}]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cfsp.evaluation import Divergence
+from cfsp.evaluation.divergence import Divergence
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary

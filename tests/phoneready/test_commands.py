@@ -60,7 +60,10 @@ def test_a_plan_is_made_once_and_applied_at_another_ratio(
     [
         ([], "-o DIR"),
         (["-o", "x", "--plan-only", "y"], "-o DIR"),
-        (["-o", "x", "--prune-ratio", "1"], "prune_ratio"),
+        (
+            ["-o", "x", "--prune-ratio", "1"],
+            "--prune-ratio: out of range (got 1.0); allowed: 0 or more and below 1",
+        ),
         (["-o", "x", "--score", "best"], "score"),
         (["-o", "x", "--for-quant", "Q9"], "Q9"),
         (["-o", "x", "--calibration", "missing.txt", "--seqlen", "32"], "missing.txt"),

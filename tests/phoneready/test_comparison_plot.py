@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.evaluation import Divergence
+from cfsp.evaluation.divergence import Divergence
 from cfsp.records import write_record
 from phoneready.evaluation.record import Evaluation, ModelIdentity, TextResult
 from phoneready.main import main

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.settings import Declared, declared
 from phoneready.main import main
-from phoneready.settings.release import (
-    demo_config_text,
-    load_config,
-    parse_config,
-    template_text,
-    with_variants,
+from phoneready.settings.release import load_config, parse_config, with_variants
+from phoneready.settings.sections import (
+    BenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PruneConfig,
+    RecoverConfig,
 )
+from phoneready.settings.template import demo_config_text, template_text
 from runtime_bench.devices.profile import built_in_folder, user_folder
 from runtime_bench.targets.places import place_details
 
@@ -52,7 +55,7 @@ def test_all_errors_are_reported_at_once() -> None:
     for part in (
         "evaluate.seqlen",
         "export.quants: quant: unknown quantization (got 'Q9')",
-        "bench.repetitions: Input should be greater than or equal to 1",
+        "bench.repetitions: out of range (got 0); allowed: 1 to",
     ):
         assert part in message
     for part in ("line 1: sead", "line 2: model", "line 4: prune.p", "line 5: prune.c", "line 7: evaluate"):
@@ -69,7 +72,7 @@ def test_a_budget_without_its_figure_is_named_beside_faulty_keys() -> None:
     with pytest.raises(InputError) as caught:
         parse_config(text, where="release.toml")
     for part in (
-        "line 4: prune.prune_ratio: Input should be less than 1",
+        "line 4: prune.prune_ratio: out of range (got 1.5); allowed: 0 or more and below 1",
         "line 7: budgets[0].at_lest: unknown key",
         "line 10: budgets[1].metric: tg65 is not measured here",
     ):
@@ -200,10 +203,19 @@ def test_settings_can_be_overridden_with_toml_values() -> None:
     assert (config.prune.prune_ratio, config.export.quants, config.seed) == (0.3, ("Q8_0",), 7)
     assert config.recover is not None
     assert config.recover.rank == 4
-    with pytest.raises(InputError, match=r"--set prune\.prune_ratio=2: prune\.prune_ratio: .*less than 1"):
+    with pytest.raises(InputError, match=r"--set prune\.prune_ratio=2: prune\.prune_ratio: .*below 1"):
         parse_config(MODEL, where="x", overrides=["prune.prune_ratio=2"])
     with pytest.raises(InputError, match="--set: not understood"):
         parse_config(MODEL, where="x", overrides=["model.reference=smollm2-135m"])
+
+
+def _settings() -> list[Declared]:
+    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig)
+    return [row for kind in kinds for row in declared(kind)]
+
+
+def test_the_example_is_what_init_writes() -> None:
+    assert (ROOT / "examples" / "release.toml").read_text(encoding="utf-8") == template_text()
 
 
 def test_init_writes_a_configuration_whose_comments_are_the_defaults(
@@ -214,13 +226,24 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     text = file.read_text(encoding="utf-8")
     config = parse_config(text, where="x")
     assert config.model.reference == 'a "quoted" name'
-    shown = re.sub(r"(?m)^#(?=\w+ = )(?!(data|max_tokens|file|limit|mixed_bytes) )", "", text)
-    assert shown != text
-    assert parse_config(shown, where="x") == config
+    examples = {row.name for row in _settings() if row.default is None} | {"file"}
+    shown = re.sub(rf"(?m)^#(?=\[?\w+( = |\]$))(?!({'|'.join(examples)}) )(?!\[baseline)", "", text)
+    assert shown.count("\n#") < text.count("\n#")
+    changed = config.model_copy(update={"recover": RecoverConfig()})
+    assert parse_config(shown, where="x") == changed
+    assert {row.name for row in _settings()} <= set(re.findall(r"(?m)^#?(\w+) = ", text))
     capsys.readouterr()
     assert main(["init", str(file)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert file.read_text(encoding="utf-8") == text
+
+
+def test_patience_is_turned_off_as_on_the_command_line() -> None:
+    config = parse_config(MODEL + "[recover]\npatience = 0", where="x")
+    assert config.recover is not None
+    assert config.recover.settings(0).patience == 0
+    with pytest.raises(InputError, match=r"recover: max_tokens and epochs both say how long"):
+        parse_config(MODEL + "[recover]\nmax_tokens = 1\nepochs = 1.0", where="x")
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ import io
 
 import pytest
 
-from cfsp.errors import InputError
 from phoneready import console
-from phoneready.commands.options import split_names, split_numbers
+from phoneready.commands.options import split_names
 
 
 class Terminal(io.StringIO):
@@ -74,9 +73,6 @@ def test_rows_are_aligned_and_pipes_escaped() -> None:
 
 def test_lists_of_options() -> None:
     assert split_names(["Q4_0,Q8_0", "Q4_0"]) == ("Q4_0", "Q8_0")
-    assert split_numbers(["1,2", "4"], "-t") == (1, 2, 4)
-    with pytest.raises(InputError, match="-t"):
-        split_numbers(["1,-2"], "-t")
 
 
 def test_results_and_notes_carry_no_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:

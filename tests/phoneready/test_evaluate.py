@@ -438,7 +438,7 @@ def good_result(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--ratios", "0.1", "--max-kl-increase", "0.1"], "--baseline"),
         (["--text", "a/t.txt", "--text", "b/t.txt"], "text t.txt"),
         (["--ratios", "0.1,much"], "--ratios"),
-        (["--ratios", "1.5"], "prune_ratio"),
+        (["--ratios", "1.5"], "--ratios: out of range"),
         (["--ratios", "0.1", "--against", "x"], "--against"),
         (["--csv", "x.csv"], "--ratios"),
         (["--no-text", "--text", "builtin:python-docs"], "--no-text"),

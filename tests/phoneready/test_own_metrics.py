@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.evaluation import TorchLanguageModel
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.reference import load_model
 from cfsp.records import write_record
 from phoneready.evaluation.figures import evaluation_figures

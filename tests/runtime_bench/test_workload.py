@@ -44,8 +44,8 @@ def test_all_wrong_settings_are_reported_together() -> None:
             spread_limit=1.0,
         )
     names = ("n_prompt", "n_threads", "n_depth", "repetitions", "timeout_s", "spread_limit")
-    assert all(f"{name}=" in str(caught.value) for name in names)
-    assert "n_gen=" not in str(caught.value)
+    assert all(f"{name}: " in str(caught.value) for name in names)
+    assert "n_gen: " not in str(caught.value)
 
 
 def test_threads_default_to_the_usable_cores_and_come_once() -> None:

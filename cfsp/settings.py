@@ -1,0 +1,252 @@
+"""Settings that are declared once: the fields of a frozen dataclass, each with its bounds and a word on what it means.
+
+    @dataclass(frozen=True)
+    class Training(Settings):
+        rank: int = setting(16, "Mean rank of the adapters.", ge=1)
+
+Beside the function that reads them stand name, type, default, bounds and help. Options of the command line, keys of
+release.toml, its template and the commands that a report prints are made from that. pydantic checks the fields of such
+a dataclass by itself; `check_settings` checks one that was made in Python.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic_core import CoreSchema, core_schema
+
+from cfsp.errors import InputError
+
+S = TypeVar("S", bound="Settings")
+T = TypeVar("T")
+
+LARGEST = 2**31 - 1
+"""No number may be beyond this unless its setting says so."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a value has to be, and how people set it. Of a tuple, bounds, choices and `look_up` are each entry's.
+
+    Attributes:
+        help: What it means, in words.
+        ge: Least value.
+        gt: Bound that the value must be above.
+        le: Largest value.
+        lt: Bound that the value must be below.
+        choices: Allowed names, or where their table is, as `module:NAME`, so that help pages need not load it.
+        look_up: Finds an entry in its table and gives the name as it is written there; raises InputError.
+        least: Fewest entries of a tuple.
+        parse: Reads the text that is given on the command line, where that is not what the type says; the second
+            argument is the option's name for errors.
+        option: Names of the option, such as `-n --n-gen`; `--field-name` where empty; None where there is none.
+        off: Help of the option, where it turns off what is on by default.
+        metavar: What stands for the value in help pages; `NAME,...` splits at commas, otherwise an option is repeated.
+        shown: The default in help pages, where the value itself does not say it.
+        example: A value for the template of a configuration, of a setting that has no default.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: Iterable[str] = ()
+    look_up: Callable[[str], str] | None = None
+    least: int = 0
+    parse: Callable[[str, str], Any] | None = None
+    option: str | None = ""
+    off: str = ""
+    metavar: str | None = None
+    shown: str | None = None
+    example: Any = None
+
+    @property
+    def allowed(self) -> str:
+        """The range in words."""
+        if self.ge is not None and self.le is not None:
+            return f"{self.ge} to {self.le}"
+        bounds = {"{} or more": self.ge, "above {}": self.gt, "at most {}": self.le, "below {}": self.lt}
+        said = [text.format(bound) for text, bound in bounds.items() if bound is not None]
+        return " and ".join(said) or f"at most {LARGEST}"
+
+    @property
+    def splits(self) -> bool:
+        """Whether several values are given as `A,B`."""
+        return (self.metavar or "").endswith(",...")
+
+    def checked(self, value: Any, field: str = "") -> Any:
+        """The value, with names as their table writes them.
+
+        Raises:
+            InputError: It cannot be used; `field` is named.
+        """
+        if not isinstance(value, tuple):
+            return value if value is None else self._entry(value, field)
+        if len(value) < self.least:
+            raise InputError("empty", field=field, allowed="at least one")
+        found = _all([functools.partial(self._entry, entry, field) for entry in value])
+        return tuple(dict.fromkeys(found) if self.look_up else found)
+
+    def _entry(self, value: Any, field: str) -> Any:
+        if self.look_up is not None:
+            return self.look_up(value)
+        names = _table(self.choices)
+        if names and value not in names:
+            raise InputError("unknown", field=field, value=value, allowed=", ".join(names))
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and not self._within(value):
+            raise InputError("out of range", field=field, value=value, allowed=self.allowed)
+        return value
+
+    def _within(self, value: float) -> bool:
+        """Written so that nothing holds for NaN."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.lt is None or value < self.lt)
+            and -LARGEST <= value <= (LARGEST if self.le is None else self.le)
+        )
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], CoreSchema]) -> CoreSchema:
+        """Pydantic's check of the type, then ours."""
+        return core_schema.no_info_after_validator_function(self._checked_by_pydantic, handler(source))
+
+    def _checked_by_pydantic(self, value: Any) -> Any:
+        try:
+            return self.checked(value)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+
+
+class Settings:
+    """Base of dataclasses whose fields are declared by `setting`: pydantic and `declared` find that in annotations."""
+
+    def __init_subclass__(cls) -> None:
+        for name, hint in inspect.get_annotations(cls).items():
+            field = cls.__dict__.get(name)
+            if isinstance(field, dataclasses.Field) and _DECLARED in field.metadata:
+                cls.__annotations__[name] = Annotated[hint, field.metadata[_DECLARED]]
+
+
+def setting(default: T, help: str | Setting, **attributes: Any) -> T:
+    """A field of a class of settings: its default, its help, and whatever else `Setting` has."""
+    declaration = Setting(help, **attributes) if isinstance(help, str) else help
+    field: Any = dataclasses.field(default=default, metadata={_DECLARED: declaration})
+    found: T = field
+    return found
+
+
+_DECLARED = "setting"
+SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 2, metavar="N")
+"""NumPy takes 32 bits, and a release judges with the seed after its own."""
+THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A field of a settings class, or a parameter of a command, that a Setting describes.
+
+    Attributes:
+        name: Its name.
+        kind: Its type, without the marker.
+        default: Its default.
+        setting: What was declared.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    setting: Setting
+
+    @property
+    def options(self) -> list[str]:
+        """Names of its option, the longest last."""
+        return (self.setting.option or f"--{self.name.replace('_', '-')}").split()
+
+    @property
+    def optional(self) -> bool:
+        """Whether None is a value."""
+        return get_origin(self.kind) in (Union, types.UnionType) and type(None) in get_args(self.kind)
+
+
+def setting_in(hint: Any) -> Setting | None:
+    """The Setting that an annotation carries."""
+    found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((one for one in found if isinstance(one, Setting)), None)
+
+
+def declared(settings: Any) -> tuple[Declared, ...]:
+    """The fields of a dataclass that can be set, in order; those without a Setting are not for users."""
+    hints = get_type_hints(settings, include_extras=True)
+    found = []
+    for field in dataclasses.fields(settings):
+        if (setting := setting_in(hints[field.name])) is not None:
+            found.append(Declared(field.name, get_args(hints[field.name])[0], field.default, setting))
+    return tuple(found)
+
+
+def check_settings(settings: Any) -> None:
+    """Raise InputError for the fields of a settings dataclass whose value cannot be used, each with what can be."""
+    _checked(type(settings), {row.name: getattr(settings, row.name) for row in declared(type(settings))}, {})
+
+
+def settings_of(kind: type[S], values: Mapping[str, Any], named: Mapping[str, str]) -> S:
+    """Settings made from checked values.
+
+    Args:
+        kind: Their class.
+        values: Field -> value; what is not given is the default.
+        named: Field -> what errors call it.
+
+    Raises:
+        InputError: Values cannot be used; all are named.
+    """
+    return kind(**_checked(kind, values, named))
+
+
+def _checked(kind: type, values: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    rows = [row for row in declared(kind) if row.name in values]
+    checks = [functools.partial(_value, row, values[row.name], named.get(row.name, row.name)) for row in rows]
+    return dict(zip((row.name for row in rows), _all(checks), strict=True))
+
+
+def pick(kind: type[S], source: Any, **changes: Any) -> S:
+    """Settings of a class, with the fields that a larger class shares with it."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(source, name) for name in names if hasattr(source, name)} | changes)
+
+
+def _value(row: Declared, value: Any, name: str) -> Any:
+    if value is None and not row.optional:
+        raise InputError("not set", field=name)
+    return row.setting.checked(value, name)
+
+
+def _all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
+    """What all checks give; or the complaints of all that fail, as one."""
+    found, problems = [], []
+    for check in checks:
+        try:
+            found.append(check())
+        except InputError as error:
+            problems.append(error)
+    if len(problems) > 1:
+        raise InputError("; ".join(map(str, problems)))
+    if problems:
+        raise problems[0]
+    return found
+
+
+def _table(choices: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(choices, str):
+        module, _, name = choices.partition(":")
+        return tuple(getattr(importlib.import_module(module), name))
+    return tuple(choices)

@@ -1,0 +1,26 @@
+"""Where calibration text comes from, and how much of it there is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cfsp.settings import Settings, setting
+
+TEXT_FORMS = "FILE.txt, FILE.jsonl, FILE.parquet, hub:NAME[@CONFIG][:SPLIT] or builtin:python-docs"
+BUILTIN_TEXT = "builtin:python-docs"
+SELF = "self"
+"""The reference that means: text sampled from the dense model itself."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings(Settings):
+    """The windows that pruning statistics are taken from."""
+
+    calibration: tuple[str, ...] = setting(
+        (SELF,),
+        f"Calibration text: `self` (sampled from the model), {TEXT_FORMS}.",
+        least=1,
+        metavar="REF",
+    )
+    nsamples: int = setting(128, "Calibration windows.", ge=1, le=2**20)
+    seqlen: int = setting(1024, "Tokens in a calibration window.", ge=2, le=2**20)

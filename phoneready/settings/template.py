@@ -1,0 +1,73 @@
+"""A release.toml to begin with: the demo's values, and every other setting with its default and what it means."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import textwrap
+import tomllib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cfsp.settings import Settings, declared
+from phoneready.settings.sections import (
+    BenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PruneConfig,
+    RecoverConfig,
+)
+
+_SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
+    "prune": (PruneConfig, "How to prune, and with what text."),
+    "recover": (RecoverConfig, "Training after pruning; the section turns it on. See docs/recovery.md."),
+    "evaluate": (EvaluateConfig, "The pruned model against the dense one."),
+    "export": (ExportConfig, "What is made of both models."),
+    "bench": (BenchConfig, "What is measured where. A size of 0 leaves a workload out."),
+}
+_WIDTH, _COLUMN = 118, 32
+
+
+def demo_config_text() -> str:
+    """The release.toml of the embedded demo."""
+    return _resource("demo.toml")
+
+
+def template_text(model: str | None = None) -> str:
+    """A commented release.toml to begin with.
+
+    Args:
+        model: Reference to put into it; the demo's unless given.
+    """
+    stated = tomllib.loads(demo_config_text())
+    sections = "\n".join(
+        "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in _SECTIONS.items()
+    )
+    text = _resource("template.toml").replace("[sections]\n", sections + "\n", 1)
+    return text if model is None else text.replace('"smollm2-135m" ', f"{_toml(model)} ", 1)
+
+
+def _section(name: str, stated: Mapping[str, Any] | None, kind: type[Settings], about: str) -> Iterator[str]:
+    """Its lines; where the demo has none, all of them are comments."""
+    yield f"# {about}"
+    yield f"[{name}]" if stated is not None else f"#[{name}]"
+    for row in declared(kind):
+        known = stated or {}
+        value = row.setting.example if row.default is None else row.default
+        line = f"{'' if row.name in known else '#'}{row.name} = {_toml(known.get(row.name, value))}"
+        without = f" Without: {row.setting.shown}." if row.setting.shown and row.default in (None, ()) else ""
+        text = row.setting.help + without
+        if len(line) < _COLUMN and _COLUMN + len(text) < _WIDTH:
+            yield f"{line:<{_COLUMN}}# {text}"
+        else:
+            yield from (f"# {part}" for part in textwrap.wrap(text, _WIDTH - 2))
+            yield line
+
+
+def _toml(value: Any) -> str:
+    """JSON is TOML, but for the one control character that JSON leaves as it is."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _resource(name: str) -> str:
+    return importlib.resources.files("phoneready.settings").joinpath(name).read_text(encoding="utf-8")

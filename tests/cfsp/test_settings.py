@@ -1,0 +1,66 @@
+"""Settings that are declared once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.settings import SEED, Settings, check_settings, declared, pick, setting
+
+
+@dataclass(frozen=True)
+class Small(Settings):
+    rank: int = setting(4, "Rank.", ge=1, le=64)
+    ratio: float = setting(0.5, "Share.", ge=0, lt=1)
+    name: str = setting("a", "Name.", choices=("a", "b"))
+    sizes: tuple[int, ...] = setting((1,), "Sizes.", ge=0, least=1)
+    limit: int | None = setting(None, "Most.", ge=1)
+    seed: int = setting(0, SEED)
+    internal: int = 7
+
+
+@dataclass(frozen=True)
+class Larger(Small):
+    ratio: float = setting(0.9, "Another share.", gt=0)
+    more: bool = setting(False, "More.")
+
+
+def test_declarations_are_found_with_what_a_subclass_changes() -> None:
+    assert [row.name for row in declared(Small)] == ["rank", "ratio", "name", "sizes", "limit", "seed"]
+    (ratio,) = (row for row in declared(Larger) if row.name == "ratio")
+    assert (ratio.default, ratio.kind, ratio.setting.help) == (0.9, float, "Another share.")
+    assert pick(Small, Larger(rank=3), seed=5) == Small(rank=3, ratio=0.9, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"rank": 0}, r"rank: out of range \(got 0\); allowed: 1 to 64"),
+        ({"rank": 10**30}, "rank: out of range"),
+        ({"ratio": 1.0}, "ratio: out of range .*0 or more and below 1"),
+        ({"ratio": float("nan")}, "ratio: out of range"),
+        ({"ratio": float("-inf")}, "ratio: out of range"),
+        ({"name": "c"}, r"name: unknown \(got 'c'\); allowed: a, b"),
+        ({"sizes": ()}, "sizes: empty"),
+        ({"sizes": (1, 2**40)}, "sizes: out of range"),
+        ({"limit": 0}, "limit: out of range"),
+        ({"seed": 2**63}, "seed: out of range .*0 to 4294967294"),
+        ({"seed": None}, "seed: not set"),
+        ({"rank": 0, "name": "c"}, "rank: .*; name: unknown"),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_python_and_by_pydantic(change: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(InputError, match=f"^{wrong}"):
+        check_settings(Small(**change))
+    with pytest.raises(pydantic.ValidationError) as caught:
+        pydantic.TypeAdapter(Small).validate_python(change)
+    assert {error["loc"][0] for error in caught.value.errors()} == set(change)
+
+
+def test_pydantic_reads_what_is_in_range() -> None:
+    read = pydantic.TypeAdapter(Larger).validate_python({"sizes": [3, 4], "limit": None, "more": True})
+    assert read == Larger(sizes=(3, 4), more=True)

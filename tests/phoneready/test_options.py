@@ -1,0 +1,104 @@
+"""Options made from declared settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pytest
+import typer
+
+from cfsp.errors import InputError
+from cfsp.settings import Setting, Settings, setting
+from cfsp.units import parse_bytes
+from phoneready.commands.options import Renamed, was_given, with_settings
+from phoneready.main import main
+
+
+@dataclass(frozen=True)
+class Given(Settings):
+    size: tuple[int, ...] = setting((512,), "Sizes.", ge=0, option="-s --size", metavar="N,...")
+    ratios: tuple[float, ...] = setting((), "Ratios.", lt=1, metavar="R,...")
+    text: tuple[str, ...] = setting(("self",), "Texts.", metavar="REF")
+    limit: int | None = setting(None, "Bytes.", parse=parse_bytes, metavar="SIZE")
+    warmup: bool = setting(True, "Warm up.", option="--no-warmup", off="Do not warm up.")
+    hidden: int = setting(1, "For Python alone.", option=None)
+
+
+NAMES = ("size", "ratios", "text", "limit", "warmup")
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """What a command with such settings, twice, is called with."""
+    found: dict[str, Any] = {}
+    app = typer.Typer()
+
+    def command(
+        context: typer.Context,
+        given: Given,
+        again: Annotated[Given, Renamed("Again: ", {name: f"--again-{name}" for name in NAMES})],
+        threads: Annotated[int | None, Setting("Threads.", ge=1, le=9)] = None,
+    ) -> None:
+        found.update(given=given, again=again, threads=threads, was=was_given(context, "size"))
+
+    app.command()(with_settings(command))
+    app(list(arguments), standalone_mode=False)
+    return found
+
+
+def test_settings_are_built_from_options() -> None:
+    assert run() == {"given": Given(), "again": Given(), "threads": None, "was": False}
+    found = run(
+        *("-s", "1,2", "--size", "4", "--ratios", "0.5", "--text", "a,b", "--text", "c", "--no-warmup"),
+        *("--again-size", "7", "--threads", "3"),
+    )
+    assert found["given"] == Given(size=(1, 2, 4), ratios=(0.5,), text=("a,b", "c"), warmup=False)
+    assert found["again"] == Given(size=(7,))
+    assert (found["threads"], found["was"]) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["--size", "1,-2"], "--size: out of range (got -2); allowed: 0 or more"),
+        (["--size", "1,x"], "--size: not understood (got '1,x'); allowed: whole numbers"),
+        (["--ratios", "0.1,nan"], "--ratios: out of range"),
+        (["--again-size", "9" * 30], "--again-size: out of range"),
+        (["--text", " "], "--text: empty"),
+        (["--threads", "10"], "--threads: out of range (got 10); allowed: 1 to 9"),
+    ],
+)
+def test_what_cannot_be_used_is_named_by_its_option(arguments: list[str], wrong: str) -> None:
+    with pytest.raises(InputError) as caught:
+        run(*arguments)
+    assert wrong in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "prune MODEL -o out --seed 9223372036854775808",
+        "prune MODEL -o out --threads 3000000000",
+        "prune MODEL -o out --ridge inf",
+        "prune MODEL -o out --ridge 1e400",
+        "recover MODEL -o out --rank 100000000",
+        "recover MODEL -o out --temperature nan",
+        "recover MODEL -o out --max-tokens 10 --epochs 1",
+        "bench FILE -r 1e30",
+        "bench FILE -r 1000000000000",
+        "bench FILE -t 3000000000",
+        "bench FILE --delay inf",
+        "eval MODEL --seed 99999999999999999999",
+        "export . -o out --mixed-size 999999999999999999999G",
+    ],
+)
+def test_absurd_values_are_one_line(
+    line: str, capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(line.split()) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,78 @@
+"""The commands that a report prints do what the release did."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cfsp.files import sha256_file
+from phoneready.main import main
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+TinyPath = Callable[..., Path]
+CONFIG = """
+seed = 3
+[model]
+reference = "{model}"
+[prune]
+prune_ratio = 0.25
+nsamples = 4
+seqlen = 32
+strength = 0.5
+[recover]
+max_tokens = 256
+seqlen = 32
+batch_size = 2
+self_tokens = 256
+patience = 0
+[evaluate]
+chats = []
+seqlen = 32
+max_windows = 1
+max_new_tokens = 2
+prompts = ["List three fruits.", "What's 2+2?"]
+[export]
+quants = ["Q8_0"]
+onnx = ["int8"]
+[bench]
+n_prompt = [4]
+n_gen = []
+ttft = []
+n_threads = [1]
+repetitions = 1
+"""
+
+
+@pytest.mark.slow
+def test_the_commands_make_the_releases_model_files_byte_for_byte(
+    tiny_folder: TinyPath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "release.toml"
+    config.write_text(CONFIG.format(model=tiny_folder(intermediate_size=256)), encoding="utf-8")
+    assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    commands = [shlex.split(line)[1:] for line in manifest["commands"]]
+    assert [command[0] for command in commands] == ["prune", "recover", "eval", "export"]
+    for command in commands:
+        capsys.readouterr()
+        assert main([*command, "--threads", "1", "--json"]) == 0, capsys.readouterr().err
+        if command[0] == "eval":
+            judged = json.loads(capsys.readouterr().out)
+    released = json.loads((tmp_path / "out/stages/evaluate/evaluation.json").read_text(encoding="utf-8"))
+    for figure in ("texts", "prompts", "answers", "against_answers", "seed"):
+        assert judged[figure] == released[figure]
+    gguf, onnx = (file["file"] for file in manifest["files"] if file["role"] == "pruned")
+    assert sha256_file(tmp_path / "exports" / "gguf" / gguf) == sha256_file(tmp_path / "out" / gguf)
+    graphs = sorted((tmp_path / "out" / onnx / "onnx").iterdir())
+    assert len(graphs) == 2
+    for graph in graphs:
+        assert sha256_file(tmp_path / "exports/onnx/int8/onnx" / graph.name) == sha256_file(graph)
