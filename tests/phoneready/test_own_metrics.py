@@ -15,8 +15,9 @@ from cfsp.models.reference import load_model
 from cfsp.records import write_record
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.metrics import check_directions, metric_sha256
-from phoneready.evaluation.record import Evaluation, EvaluationSettings
+from phoneready.evaluation.record import Evaluation
 from phoneready.evaluation.run import evaluate
+from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
 from phoneready.history.history import check_history, make_history
