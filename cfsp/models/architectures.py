@@ -1,12 +1,12 @@
-"""Which transformers architectures can be pruned, and where their FFN lives.
+"""Which transformers architectures can be pruned, where their FFN lives, and what llama.cpp calls their files.
 
-One frozen row a model type, keyed by `config.model_type`. A row says where the decoder blocks are and what the
-gated MLP's three projections are called; adding an architecture with a gated MLP is adding a row.
+One frozen row a model type, keyed by `config.model_type`; docs/extending.md says what else a new one needs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -18,14 +18,34 @@ from cfsp.models.shape import BlockShape, ModelShape
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """Where a model type keeps its blocks and the three projections of its gated MLP."""
+    """A model type: its modules, and the GGUF files that hold such models.
+
+    Attributes:
+        model_type: transformers' name.
+        layers: Module of the decoder blocks.
+        attention: Of a block, its attention.
+        mlp: Of a block, its gated MLP.
+        gate: Projection of the MLP.
+        up: Projection of the MLP.
+        down: Projection of the MLP.
+        head_norms: Whether attention norms each head's query and key (q_norm, k_norm).
+        bias_settings: Keys of the configuration that say whether there are biases -> a module of block 0 that has one
+            if so, by llama.cpp's name.
+        gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
+        gguf_interleaved: Whether rows of q and k are stored there with the rotary halves interleaved.
+    """
 
     model_type: str
     layers: str = "model.layers"
+    attention: str = "self_attn"
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    head_norms: bool = False
+    bias_settings: Mapping[str, str] = field(default_factory=dict)
+    gguf_name: str | None = None
+    gguf_interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,9 +66,19 @@ class FeedForward:
         return int(self.down.weight.shape[1])
 
 
-ARCHITECTURES = MappingProxyType(
-    {name: ArchitectureSpec(name) for name in ("llama", "mistral", "qwen2", "qwen3")}
+_ATTENTION_BIAS = {"attention_bias": "attn_q"}
+_ROWS = (
+    ArchitectureSpec(
+        "llama",
+        bias_settings=_ATTENTION_BIAS | {"mlp_bias": "ffn_up"},
+        gguf_name="llama",
+        gguf_interleaved=True,
+    ),
+    ArchitectureSpec("mistral"),
+    ArchitectureSpec("qwen2", gguf_name="qwen2"),
+    ArchitectureSpec("qwen3", head_norms=True, bias_settings=_ATTENTION_BIAS, gguf_name="qwen3"),
 )
+ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 
 
 def spec_for(config: Any) -> ArchitectureSpec:
@@ -88,9 +118,9 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
 
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
-    blocks = []
+    blocks, spec = [], spec_for(model.config)
     for index, layer in enumerate(decoder_layers(model)):
-        attention: Any = layer.get_submodule("self_attn")
+        attention: Any = layer.get_submodule(spec.attention)
         kv_groups = attention.k_proj.out_features // attention.head_dim
         blocks.append(BlockShape(index, feed_forward(model, layer).width, kv_groups))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))

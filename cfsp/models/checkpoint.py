@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import safetensors.torch
@@ -21,7 +20,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, read_json, sha256_file, write_json
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import ARCHITECTURES, model_shape
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.remote_code import modeling_pruned
 from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
@@ -41,14 +40,6 @@ from cfsp.records import Record, read_record, tool_version, write_record
 INFO_FILE = "phoneready.json"
 PLAN_FILE = "pruning_plan.json"
 _MOMENTS_FILE = "input_moments.safetensors"
-_PER_LAYER_CLASSES = MappingProxyType(
-    {
-        "llama": modeling_pruned.PrunedLlamaForCausalLM,
-        "mistral": modeling_pruned.PrunedMistralForCausalLM,
-        "qwen2": modeling_pruned.PrunedQwen2ForCausalLM,
-        "qwen3": modeling_pruned.PrunedQwen3ForCausalLM,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -144,7 +135,7 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
         weights |= read_safetensors(file)
     if not weights:
         raise InputError(f"{directory} has no tensors in its weight files")
-    cls = model_class(config) if shape.is_uniform else _PER_LAYER_CLASSES[config.model_type]
+    cls = model_class(config) if shape.is_uniform else per_layer_class(config)
     stored = next(iter(weights.values())).dtype
     model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
     model.config.__dict__.pop("auto_map", None)
@@ -170,6 +161,11 @@ def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
     return read_safetensors(file) if file.is_file() else None
 
 
+def per_layer_class(config: Any) -> Any:
+    """The class in remote_code/ that builds this configuration's model with blocks that differ."""
+    return getattr(modeling_pruned, f"Pruned{model_class(config).__name__}")
+
+
 def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
     native = model_class(model.config)
     generation_config = model.generation_config
@@ -189,9 +185,8 @@ def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
     widths = shape.ffn_widths
     stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
     if not shape.is_uniform:
-        cls = _PER_LAYER_CLASSES[model.config.model_type]
         shutil.copyfile(code, folder / code.name)
-        stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{cls.__name__}"}
+        stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{per_layer_class(model.config).__name__}"}
         stored["per_layer_config"] = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
     write_json(folder / "config.json", stored)
 
@@ -224,9 +219,9 @@ def _read_config(directory: Path) -> tuple[Any, ModelShape]:
     """transformers' configuration, and the shape that config.json states."""
     file = directory / "config.json"
     settings = read_json(file)
-    if not isinstance(settings, dict) or settings.get("model_type") not in _PER_LAYER_CLASSES:
+    if not isinstance(settings, dict) or settings.get("model_type") not in ARCHITECTURES:
         model_type = settings.get("model_type") if isinstance(settings, dict) else None
-        known = ", ".join(_PER_LAYER_CLASSES)
+        known = ", ".join(ARCHITECTURES)
         raise InputError(
             f"{file}: unsupported architecture", field="model_type", value=model_type, allowed=known
         )

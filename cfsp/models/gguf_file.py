@@ -6,6 +6,7 @@ read here (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), and the p
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -97,6 +98,13 @@ class GGUFFile:
     def __iter__(self) -> Iterator[GGUFTensor]:
         """Over the tensors, in file order."""
         return iter(self.tensors)
+
+
+@functools.cache
+def tensor_names(architecture: str, blocks: int) -> Any:
+    """The gguf package's map from Hugging Face's module names to llama.cpp's, for an architecture of llama.cpp."""
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(numbers[architecture], blocks)
 
 
 def read_gguf(path: Path) -> GGUFFile:

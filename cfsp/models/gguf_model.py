@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,52 +15,11 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import GGUFFile
-from cfsp.models.weights import model_from_weights, one_line
+from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
+from cfsp.models.gguf_file import GGUFFile, tensor_names
+from cfsp.models.weights import model_class, model_from_weights, one_line
 from cfsp.progress import Progress, no_progress
 
-
-@dataclass(frozen=True)
-class GGUFArchitecture:
-    """How an architecture of llama.cpp maps to transformers.
-
-    Attributes:
-        model_type: transformers' name.
-        interleaved_rope: q and k rows are stored with the rotary halves interleaved.
-        biased: Whether q, k and v always have biases; None where the tensors decide.
-    """
-
-    model_type: str
-    interleaved_rope: bool = False
-    biased: bool | None = None
-
-
-GGUF_ARCHITECTURES: Mapping[str, GGUFArchitecture] = MappingProxyType(
-    {
-        "llama": GGUFArchitecture("llama", interleaved_rope=True),
-        "qwen2": GGUFArchitecture("qwen2", biased=True),
-        "qwen3": GGUFArchitecture("qwen3"),
-    }
-)
-
-_NAMES = MappingProxyType(
-    {
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "attn_q_norm": "self_attn.q_norm",
-        "attn_k_norm": "self_attn.k_norm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-    }
-)
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _LLAMA3_FACTORS = (8.0, 32.0)
@@ -82,7 +39,7 @@ def config_from_gguf(file: GGUFFile) -> Any:
         raise InputError(f"{file.path}: metadata of the wrong kind: {one_line(error)}") from error
 
 
-def _settings(file: GGUFFile, row: GGUFArchitecture) -> dict[str, Any]:
+def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     """Keyword arguments of the transformers configuration."""
     shapes = {tensor.name: tensor.shape for tensor in file}
     heads = int(file.hyperparameter("attention.head_count") or 0)
@@ -110,12 +67,7 @@ def _settings(file: GGUFFile, row: GGUFArchitecture) -> dict[str, Any]:
         **_special_ids(file),
     }
     _check_shapes(file, shapes, settings)
-    if row.biased is None:
-        settings["attention_bias"] = "blk.0.attn_q.bias" in shapes
-        settings["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
-    if row.model_type == "qwen3":
-        del settings["mlp_bias"]
-    return settings
+    return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
 
 
 def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = no_progress) -> Any:
@@ -125,13 +77,17 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
     """
     config = config_from_gguf(file)
-    weights = {}
+    names, weights = _transformers_names(file, config), {}
     for done, tensor in enumerate(file, 1):
         if tensor.name != _ROPE_FREQUENCIES:
             values = torch.from_numpy(tensor.dequantize()).to(dtype)
-            if _row(file).interleaved_rope:
+            if _row(file).gguf_interleaved:
                 values = _split_halves(tensor.name, values, config)
-            weights[_transformers_name(file, tensor.name)] = values
+            if tensor.name not in names:
+                raise InputError(
+                    f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
+                )
+            weights[names[tensor.name]] = values
         progress("reading GGUF", done, len(file.tensors))
     model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
     ends = [
@@ -163,15 +119,16 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
             )
 
 
-def _row(file: GGUFFile) -> GGUFArchitecture:
-    if file.architecture not in GGUF_ARCHITECTURES:
+def _row(file: GGUFFile) -> ArchitectureSpec:
+    rows = {row.gguf_name: row for row in ARCHITECTURES.values() if row.gguf_name}
+    if file.architecture not in rows:
         raise InputError(
             f"{file.path}: unsupported architecture",
             field="general.architecture",
             value=file.architecture,
-            allowed=", ".join(GGUF_ARCHITECTURES),
+            allowed=", ".join(rows),
         )
-    return GGUF_ARCHITECTURES[file.architecture]
+    return rows[file.architecture]
 
 
 def _shortest(value: float) -> float:
@@ -184,13 +141,12 @@ def _special_ids(file: GGUFFile) -> dict[str, int | None]:
     return {name: file.metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
 
 
-def _transformers_name(file: GGUFFile, name: str) -> str:
-    parts = name.split(".")
-    block = f"model.layers.{parts[1]}." if parts[0] == "blk" and len(parts) == 4 else ""
-    module = parts[-2] if len(parts) == (4 if block else 2) else ""
-    if module not in _NAMES:
-        raise InputError(f"{file.path} has a tensor that {file.architecture} models do not have", value=name)
-    return f"{block}{_NAMES[module]}.{parts[-1]}"
+def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
+    """llama.cpp's name of every tensor that the model can have -> transformers'."""
+    names = tensor_names(file.architecture, config.num_hidden_layers)
+    with torch.device("meta"):
+        parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
+    return {f"{names.get_name(module)}.{kind}": f"{module}.{kind}" for module, _, kind in parameters}
 
 
 def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFFile, read_gguf
-from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer
+from cfsp.models.pre_tokenizer import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE, build_pre_tokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 # llama.cpp takes these for control tokens whatever type the file gives them.
@@ -137,7 +137,7 @@ def _merges_from_scores(
     return [pair for *_, pair in sorted(merges)]
 
 
-_BUILDERS = MappingProxyType({"gpt2": _build_bpe, "llama": _build_spm})
+_BUILDERS = MappingProxyType({BYTE_LEVEL: _build_bpe, SENTENCEPIECE: _build_spm})
 
 
 def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[Any]:
@@ -154,7 +154,7 @@ def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[Any]:
 def _special_tokens(file: GGUFFile, tokens: Sequence[str], kind: str) -> dict[str, str]:
     found = {}
     for role, key in _SPECIAL_KEYS.items():
-        default = _SPM_DEFAULT_IDS.get(key) if kind == "llama" else None
+        default = _SPM_DEFAULT_IDS.get(key) if kind == SENTENCEPIECE else None
         index = file.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
         if index is not None and 0 <= index < len(tokens):
             found[role] = tokens[index]

@@ -17,6 +17,8 @@ from tokenizers import pre_tokenizers
 
 from cfsp.errors import InputError
 
+BYTE_LEVEL, SENTENCEPIECE = "gpt2", "llama"
+"""What GGUF files call the two kinds of tokenizer."""
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _DIGIT = r"\p{N}"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

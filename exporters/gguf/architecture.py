@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.gguf_file import tensor_names
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
 
 FloatArray = npt.NDArray[np.float32]
@@ -67,22 +69,6 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     }
 )
 
-# Hugging Face's module inside a block -> llama.cpp's name inside blk.N.
-_BLOCK_NAMES = MappingProxyType(
-    {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "self_attn.q_norm": "attn_q_norm",
-        "self_attn.k_norm": "attn_k_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-)
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -102,6 +88,13 @@ class ChosenLayout:
         """FFN widths of the blocks in the file."""
         widths = config.shape.ffn_widths
         return widths if self.padded_width is None else (self.padded_width,) * len(widths)
+
+    def name(self, module: str, config: ModelConfig) -> str:
+        """llama.cpp's name of the weight that a module's is stored in."""
+        if self.layout.fused_qkv and module.endswith(_QKV):
+            module = module.rpartition(".")[0] + ".qkv_proj"
+        names = tensor_names(self.layout.architecture, config.num_hidden_layers)
+        return f"{names.get_name(module)}.weight"
 
 
 @dataclass(frozen=True)
@@ -200,13 +193,13 @@ def tensor_specs(config: ModelConfig, chosen: ChosenLayout, stored: set[str]) ->
         InputError: The checkpoint has tensors that have no place in the file.
     """
     embedding = (config.vocab_size, config.hidden_size)
-    specs = [TensorSpec("token_embd.weight", (("model.embed_tokens.weight", embedding),))]
+    specs = [_plain("model.embed_tokens", embedding, config, chosen)]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(config, chosen, block, stored)
-    specs.append(TensorSpec("output_norm.weight", (("model.norm.weight", (config.hidden_size,)),)))
+    specs.append(_plain("model.norm", (config.hidden_size,), config, chosen))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if not config.tie_word_embeddings:
-        specs.append(TensorSpec("output.weight", (("lm_head.weight", embedding),)))
+        specs.append(_plain("lm_head", embedding, config, chosen))
     used = {name for spec in specs for name, _ in spec.sources}
     unknown = sorted(n for n in stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
     if unknown:
@@ -216,24 +209,30 @@ def tensor_specs(config: ModelConfig, chosen: ChosenLayout, stored: set[str]) ->
     return specs
 
 
+def _plain(module: str, shape: tuple[int, ...], config: ModelConfig, chosen: ChosenLayout) -> TensorSpec:
+    return TensorSpec(chosen.name(module, config), ((f"{module}.weight", shape),))
+
+
 def _block_specs(
     config: ModelConfig, chosen: ChosenLayout, block: int, stored: set[str]
 ) -> Iterator[TensorSpec]:
     shapes = _block_shapes(config, block)
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     padding = chosen.padded_width or 0
+    prefix = f"model.layers.{block}"
     if chosen.layout.fused_qkv:
-        sources = tuple((f"model.layers.{block}.{module}.weight", shapes.pop(module)) for module in _QKV)
-        yield TensorSpec(f"blk.{block}.attn_qkv.weight", sources, (0, 0, 0))
+        sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
+        yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}", config), sources, (0, 0, 0))
     for module, shape in shapes.items():
-        source = f"model.layers.{block}.{module}"
+        source = f"{prefix}.{module}"
         interleave = (heads.get(module, 0) if chosen.layout.interleaved_rope else 0,)
         rows = padding if module in ("mlp.gate_proj", "mlp.up_proj") else 0
         columns = padding if module == "mlp.down_proj" else 0
-        target = f"blk.{block}.{_BLOCK_NAMES[module]}"
-        yield TensorSpec(f"{target}.weight", ((f"{source}.weight", shape),), interleave, rows, columns)
+        target = chosen.name(source, config)
+        yield TensorSpec(target, ((f"{source}.weight", shape),), interleave, rows, columns)
         if f"{source}.bias" in stored:
-            yield TensorSpec(f"{target}.bias", ((f"{source}.bias", shape[:1]),), interleave, rows)
+            bias = target.removesuffix("weight") + "bias"
+            yield TensorSpec(bias, ((f"{source}.bias", shape[:1]),), interleave, rows)
 
 
 def _block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]:
@@ -251,18 +250,17 @@ def _block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]
         "mlp.up_proj": (width, hidden),
         "mlp.down_proj": (hidden, width),
     }
-    if config.model_type == "qwen3":
+    if ARCHITECTURES[config.model_type].head_norms:
         shapes |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
     return shapes
 
 
 def linear_names(config: ModelConfig, chosen: ChosenLayout) -> dict[str, str]:
     """Every Linear of the blocks, by Hugging Face's module name -> the name of its weight in the file."""
-    names: dict[str, str] = {}
-    for block in range(config.num_hidden_layers):
-        for module, shape in _block_shapes(config, block).items():
-            fused = chosen.layout.fused_qkv and module in _QKV
-            if len(shape) == 2:
-                target = "attn_qkv" if fused else _BLOCK_NAMES[module]
-                names[f"model.layers.{block}.{module}"] = f"blk.{block}.{target}.weight"
-    return names
+    modules = (
+        f"model.layers.{block}.{module}"
+        for block in range(config.num_hidden_layers)
+        for module, shape in _block_shapes(config, block).items()
+        if len(shape) == 2
+    )
+    return {module: chosen.name(module, config) for module in modules}

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import gguf
+
 from cfsp.errors import InputError
 from exporters.record import ParityLimits
 
@@ -17,7 +19,6 @@ class Quant:
 
     Attributes:
         name: llama-quantize's name; in lower case for the two unquantized ones.
-        ftype: llama.cpp's `llama_ftype`, also written as general.file_type.
         base_type: ggml type of most matrices.
         width_multiple: FFN widths that are multiples of it keep down_proj in the type asked for.
         uses_imatrix: Whether an importance matrix is used by default.
@@ -25,21 +26,26 @@ class Quant:
     """
 
     name: str
-    ftype: int
     base_type: str
     width_multiple: int
     uses_imatrix: bool
     limits: ParityLimits
 
+    @property
+    def ftype(self) -> int:
+        """llama.cpp's `llama_ftype`, also written as general.file_type."""
+        names = (f"MOSTLY_{self.name}".upper(), f"ALL_{self.name}".upper())
+        return next(int(row) for row in gguf.LlamaFileType if row.name in names)
+
 
 _ROWS = (
-    Quant("f32", 0, "F32", 1, False, ParityLimits(max_logit_diff=1e-3)),
-    Quant("f16", 1, "F16", 1, False, ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
-    Quant("Q8_0", 7, "Q8_0", 32, False, ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1)),
-    Quant("Q5_K_M", 17, "Q5_K", 256, True, ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3)),
-    Quant("Q4_K_M", 15, "Q4_K", 256, True, ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5)),
-    Quant("Q4_0", 2, "Q4_0", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
-    Quant("IQ4_NL", 25, "IQ4_NL", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
+    Quant("f32", "F32", 1, False, ParityLimits(max_logit_diff=1e-3)),
+    Quant("f16", "F16", 1, False, ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
+    Quant("Q8_0", "Q8_0", 32, False, ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1)),
+    Quant("Q5_K_M", "Q5_K", 256, True, ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3)),
+    Quant("Q4_K_M", "Q4_K", 256, True, ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5)),
+    Quant("Q4_0", "Q4_0", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
+    Quant("IQ4_NL", "IQ4_NL", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
 )
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import InputError, LimitError
-from cfsp.models.pre_tokenizer import pre_tokenizer_name
+from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import CHECK_STRINGS
 
@@ -126,7 +126,7 @@ def _kind(state: Mapping[str, Any]) -> str:
         raise InputError(
             "this kind of tokenizer cannot be exported", field="tokenizer", value=kind, allowed="BPE"
         )
-    return "llama" if state["model"].get("byte_fallback") else "gpt2"
+    return SENTENCEPIECE if state["model"].get("byte_fallback") else BYTE_LEVEL
 
 
 def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -160,7 +160,7 @@ def _add_sentencepiece(
     writer.add_add_space_prefix(_adds_space(state))
 
 
-_KINDS = MappingProxyType({"gpt2": _add_byte_level, "llama": _add_sentencepiece})
+_KINDS = MappingProxyType({BYTE_LEVEL: _add_byte_level, SENTENCEPIECE: _add_sentencepiece})
 
 
 def _adds_space(state: Mapping[str, Any]) -> bool:
