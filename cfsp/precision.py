@@ -16,8 +16,13 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 def fast_dtype() -> torch.dtype:
     """bfloat16 where this CPU has matrix units for it (AMX), else float32: AVX512-BF16 alone is no faster."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return torch.bfloat16 if supported is not None and supported() else torch.float32
+    return torch.bfloat16 if _has_matrix_units() else torch.float32
+
+
+def _has_matrix_units() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("amx_tile"))
+    return torch.cpu._is_amx_tile_supported()  # torch before 2.10 says it in private alone
 
 
 def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:

@@ -31,7 +31,7 @@ def model_class(config: Any) -> Any:
     """transformers' own causal LM class for a configuration whose model type is in the architecture table."""
     spec_for(config)
     try:
-        return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
         raise InputError(
             "models with code of their own are not supported", field="config", value=type(config).__name__

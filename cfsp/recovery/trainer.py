@@ -38,9 +38,16 @@ VALIDATIONS = 10
 """Validations over a run where the settings do not say how often."""
 
 
+class _Arguments(TrainingArguments):  # type: ignore[misc]
+    @property
+    def n_gpu(self) -> int:
+        """Several GPUs in a process would mean DataParallel, which averages losses wrongly: accelerate launch does."""
+        return min(int(super().n_gpu), 1)
+
+
 def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool) -> Any:
     """TrainingArguments of a run, steps and intervals still open; joins the other processes, if any."""
-    arguments = TrainingArguments(
+    return _Arguments(
         output_dir=str(work),
         use_cpu=use_cpu,
         per_device_train_batch_size=settings.batch_size,
@@ -64,9 +71,6 @@ def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool)
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
-    # Several GPUs in one process would mean DataParallel, which averages losses wrongly; accelerate launch is the way.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def train(run: Run, arguments: Any) -> None:
@@ -122,7 +126,11 @@ def _tensorboard_folder(folder: Path) -> Iterator[None]:
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
-    """Trainer over a `Student`; trainable weights alone are saved, as safetensors."""
+    """Trainer over a `Student`; trainable weights alone are saved, as safetensors.
+
+    It overrides three private methods, as Trainer has no public way to say what a checkpoint's weights are, when a
+    checkpoint is complete, and in which order examples come; a test holds the signatures that they must have.
+    """
 
     control: Any
     lr_scheduler: Any
@@ -147,7 +155,6 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         if self.lr_scheduler is None:
             share = partial(learning_rate_share, self.run.settings.warmup_ratio, num_training_steps)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
-            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def compute_loss(

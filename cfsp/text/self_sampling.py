@@ -7,10 +7,12 @@ Sampling is batched, deterministic for a seed on one machine, and cached.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,11 +108,9 @@ def _fast_copy(loaded: LoadedModel) -> LoadedModel:
     dtype = fast_dtype()
     if loaded.model.dtype == dtype:
         return loaded
-    copy = type(loaded.model)._from_config(loaded.model.config, dtype=dtype).eval()
-    copy.load_state_dict(loaded.model.state_dict())
-    copy.tie_weights()
-    copy.generation_config = loaded.model.generation_config
-    return LoadedModel(copy, loaded.tokenizer, loaded.source)
+    # Parameters are replaced, tied ones by one; buffers keep their dtype, which rotary frequencies need.
+    rounded = {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in loaded.model.parameters()}
+    return replace(loaded, model=copy.deepcopy(loaded.model, rounded))
 
 
 class _StepReport:

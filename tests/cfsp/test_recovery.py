@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -408,3 +410,17 @@ def test_sequences_count_what_is_learnt() -> None:
     targets = torch.tensor([[1, 2, IGNORED, IGNORED], [IGNORED, 3, 4, IGNORED]])
     part = Sequences(ids, targets, "x", "y")
     assert (part.n_tokens, part.n_learnt) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_get_train_sampler", ["self", "train_dataset"]),
+    ],
+)
+def test_private_methods_that_the_trainer_overrides_are_there(method: str, parameters: list[str]) -> None:
+    """As in transformers 4.57 to 5.24; a release that renames one would go on without our checkpoints."""
+    found = list(inspect.signature(getattr(transformers.Trainer, method)).parameters)
+    assert found == parameters, f"transformers {transformers.__version__}"

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.surgery import cut_channels
+from cfsp.text import self_sampling
 from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import load_documents, token_windows
@@ -131,3 +134,23 @@ def test_missing_file_and_sizes(tiny_model: Any) -> None:
         load_calibration(["self"], loaded, seqlen=4096)
     with pytest.raises(InputError, match="nsamples"):
         load_calibration(["self"], loaded, nsamples=0)
+
+
+def test_a_copy_to_sample_from_has_the_blocks_of_the_model(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was built from the configuration, which does not say that blocks differ."""
+    monkeypatch.setattr(self_sampling, "fast_dtype", lambda: torch.bfloat16)
+    model, tokenizer = tiny_model()
+    for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
+        cut_channels(feed_forward(model, layer), torch.arange(width))
+    fast = self_sampling._fast_copy(
+        LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
+    ).model
+    assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in fast.buffers()} == {torch.float32}
+    assert fast.lm_head.weight is fast.model.embed_tokens.weight
+    assert model_shape(fast) == model_shape(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    ids = torch.arange(60).view(2, 30)
+    torch.testing.assert_close(fast(ids).logits.float(), model(ids).logits, rtol=0.1, atol=0.3)
