@@ -104,7 +104,7 @@ def decoder_of(
         InputError: A rope that the graph cannot compute.
     """
     config, decoder = model.config, model.get_decoder()
-    layers, blocks = decoder_layers(model), spec_for(config).layers
+    layers, spec = decoder_layers(model), spec_for(config)
 
     def norm(name: str) -> FloatArray:
         return _array(norms.get(name, model.get_parameter(name)), dtype)
@@ -114,13 +114,13 @@ def decoder_of(
     embedding = make_embedding(table)
     cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
     return Decoder(
-        shape=_shape(config, layers[0]),
+        shape=_shape(config, layers[0].get_submodule(spec.attention)),
         embedding=embedding,
         blocks=tuple(
-            _block(model, layer, f"{blocks}.{index}", make_layer, norm, may_pack)
+            _block(model, layer, f"{spec.layers}.{index}", make_layer, norm, may_pack)
             for index, layer in enumerate(layers)
         ),
-        final_norm=norm(f"{blocks.rpartition('.')[0]}.norm.weight"),
+        final_norm=norm(f"{spec.layers.rpartition('.')[0]}.norm.weight"),
         head=embedding.as_head() if is_tied(model) else make_layer(HEAD, head.weight.detach(), _bias(head)),
         cos=_array(cos, dtype),
         sin=_array(sin, dtype),
@@ -128,8 +128,7 @@ def decoder_of(
     )
 
 
-def _shape(config: Any, layer: nn.Module) -> DecoderShape:
-    attention: Any = layer.get_submodule("self_attn")
+def _shape(config: Any, attention: Any) -> DecoderShape:
     return DecoderShape(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -148,34 +147,34 @@ def _block(
     norm: MakeNorm,
     may_pack: MayPack,
 ) -> Block:
-    attention: Any = layer.get_submodule("self_attn")
-    ffn = feed_forward(model, layer)
+    spec, ffn = spec_for(model.config), feed_forward(model, layer)
+    attention: Any = layer.get_submodule(spec.attention)
 
     def linear(path: str, module: nn.Linear) -> Layer:
         return make_layer(f"{name}.{path}", module.weight.detach(), _bias(module))
 
     parts = {part: getattr(attention, part) for part in _PARTS}
     q_norm, k_norm = (
-        norm(f"{name}.self_attn.{part}.weight") if hasattr(attention, part) else None
+        norm(f"{name}.{spec.attention}.{part}.weight") if spec.head_norms else None
         for part in ("q_norm", "k_norm")
     )
-    if q_norm is None and may_pack([f"{name}.self_attn.{part}" for part in _PARTS]):
+    if q_norm is None and may_pack([f"{name}.{spec.attention}.{part}" for part in _PARTS]):
         weight = torch.cat([part.weight.detach() for part in parts.values()])
         biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
         bias = torch.cat(biases) if biases else None
-        qkv: tuple[Layer, ...] = (make_layer(f"{name}.self_attn.{_PACKED}", weight, bias),)
+        qkv: tuple[Layer, ...] = (make_layer(f"{name}.{spec.attention}.{_PACKED}", weight, bias),)
     else:
-        qkv = tuple(linear(f"self_attn.{part}", module) for part, module in parts.items())
+        qkv = tuple(linear(f"{spec.attention}.{part}", module) for part, module in parts.items())
     return Block(
         input_norm=norm(f"{name}.input_layernorm.weight"),
         qkv=qkv,
         q_norm=q_norm,
         k_norm=k_norm,
-        o_proj=linear("self_attn.o_proj", attention.o_proj),
+        o_proj=linear(f"{spec.attention}.o_proj", attention.o_proj),
         post_norm=norm(f"{name}.post_attention_layernorm.weight"),
-        gate_proj=linear("mlp.gate_proj", ffn.gate),
-        up_proj=linear("mlp.up_proj", ffn.up),
-        down_proj=linear("mlp.down_proj", ffn.down),
+        gate_proj=linear(f"{spec.mlp}.{spec.gate}", ffn.gate),
+        up_proj=linear(f"{spec.mlp}.{spec.up}", ffn.up),
+        down_proj=linear(f"{spec.mlp}.{spec.down}", ffn.down),
     )
 
 

@@ -1,0 +1,85 @@
+"""The shape of a model: what it says, what contradicts it, and what no file is written for yet."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import model_shape
+from cfsp.models.shape import BlockShape, ModelShape, require_only_widths_vary, shape_from_config
+
+CONFIG = {
+    "vocab_size": 10,
+    "num_hidden_layers": 3,
+    "intermediate_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+}
+PLAIN = ModelShape(10, tuple(BlockShape(index, 8, 2) for index in range(3)))
+
+
+def with_block(index: int, **changes: Any) -> ModelShape:
+    blocks = list(PLAIN.blocks)
+    blocks[index] = replace(blocks[index], **changes)
+    return replace(PLAIN, blocks=tuple(blocks))
+
+
+def test_a_config_states_a_shape() -> None:
+    assert shape_from_config(CONFIG, None, "x") == PLAIN
+    own = {"1": {"intermediate_size": 6, "hidden_act": "silu"}}
+    assert shape_from_config(CONFIG, own, "x") == with_block(1, ffn_width=6)
+    assert shape_from_config(CONFIG, {"0": {"num_key_value_heads": 1}}, "x") == with_block(0, kv_groups=1)
+    heads = {key: value for key, value in CONFIG.items() if key != "num_key_value_heads"}
+    assert {block.kv_groups for block in shape_from_config(heads, {}, "x").blocks} == {4}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        [1],
+        {"a": {}},
+        {"0": 3},
+        {"3": {}},
+        {"-1": {}},
+        {"0": {"intermediate_size": 0}},
+        {"0": {"intermediate_size": "6"}},
+        {"0": {"hidden_act": "gelu"}},
+    ],
+)
+def test_malformed_blocks_are_refused_by_file(own: Any) -> None:
+    with pytest.raises(InputError, match=r"config\.json"):
+        shape_from_config(CONFIG, own, "config.json")
+
+
+def test_what_is_not_said_is_no_contradiction() -> None:
+    assert ModelShape.of_ffn_widths((8, 8, 8)).agrees_with(PLAIN)
+    assert not ModelShape.of_ffn_widths((8, 8)).agrees_with(PLAIN)
+    assert not ModelShape.of_ffn_widths((8, 6, 8)).agrees_with(PLAIN)
+    for other in (
+        replace(PLAIN, vocab_size=9),
+        with_block(2, kv_groups=1),
+        with_block(0, has_attention=False),
+    ):
+        assert not other.agrees_with(PLAIN)
+        assert not PLAIN.agrees_with(other)
+
+
+@pytest.mark.parametrize(
+    "change", [{"origin": 2}, {"kv_groups": 1}, {"has_attention": False}, {"has_ffn": False}]
+)
+def test_only_widths_may_vary_yet(change: dict[str, Any]) -> None:
+    require_only_widths_vary(with_block(1, ffn_width=6), "x")
+    assert PLAIN.is_uniform
+    assert not with_block(1, ffn_width=6).is_uniform
+    with pytest.raises(InputError, match=r"x: block 1 differs .* yet"):
+        require_only_widths_vary(with_block(1, **change), "x")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_model_has_the_shape_that_its_config_states(tiny_model: Any, model_type: str) -> None:
+    model, _ = tiny_model(model_type)
+    assert model_shape(model) == shape_from_config(model.config.to_dict(), None, "x")
