@@ -355,7 +355,7 @@ def test_a_graph_whose_ends_are_one_is_no_untied_models(pruned: Path, exported: 
     with pytest.raises(LimitError, match="stored as the embedding"):
         check_graph(graph, replace(config, tie_word_embeddings=not config.tie_word_embeddings))
     with pytest.raises(LimitError, match=f"the embedding has {config.vocab_size} rows"):
-        check_graph(graph, replace(config, vocab_size=config.vocab_size + 1))
+        check_graph(graph, replace(config, shape=replace(config.shape, vocab_size=config.vocab_size + 1)))
 
 
 def test_sizes_that_coincide_are_no_second_embedding(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
