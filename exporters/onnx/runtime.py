@@ -184,7 +184,7 @@ def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised; written by ONNX Runtime it would be in colours
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
