@@ -31,7 +31,12 @@ class TextSettings(Settings):
         shown="a built-in set",
     )
     max_new_tokens: int = setting(64, "Longest answer.", ge=1, le=2**20)
-    metrics: tuple[str, ...] = setting((), "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.", option="--metric", metavar="MODULE:FUNCTION,...")
+    metrics: tuple[str, ...] = setting(
+        (),
+        "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.",
+        option="--metric",
+        metavar="MODULE:FUNCTION,...",
+    )
 
 
 @dataclass(frozen=True)
