@@ -35,7 +35,7 @@ def parse_ms(text: str, field: str) -> float:
 
 
 def _parse(text: str, units: Mapping[str, float], field: str, allowed: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)", text.strip())
     unit = match[2].lower() if match else ""
     if match is None or unit not in units:
         raise InputError("not understood", field=field, value=text, allowed=allowed)

@@ -189,3 +189,26 @@ def test_a_long_error_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert len(error) < 2100
     assert error.startswith("error: ")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; import phoneready.main as entry\n"
+        "from cfsp.files import atomic_directory; from phoneready.__main__ import run\n"
+        "def main(arguments):\n"
+        "    with atomic_directory(Path(arguments[0])) as folder:\n"
+        "        (folder / 'half').write_text('x'); print('up', flush=True); time.sleep(60)\n"
+        "entry.main = main\n"
+        "run()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code, str(tmp_path / "deep" / "out")]
+    with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "error: interrupted\n")
+    assert not list(tmp_path.iterdir())
