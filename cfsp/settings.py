@@ -178,7 +178,9 @@ class Declared:
 
 
 def setting_in(hint: Any) -> Setting | None:
-    """The Setting that an annotation carries."""
+    """The Setting that an annotation, or the default of a parameter, carries."""
+    if isinstance(hint, dataclasses.Field):
+        return hint.metadata.get(_DECLARED)
     found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     return next((one for one in found if isinstance(one, Setting)), None)
 

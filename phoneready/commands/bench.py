@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError, LimitError, PhonereadyError
-from cfsp.settings import Setting
+from cfsp.settings import setting
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import note, quiet_libraries, show_progress, write_result
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from runtime_bench.targets import Target
 
 
+_PLACES = ", ".join(row.form for row in TARGETS.values())
+
+
 def bench(
     files: Annotated[
         list[Path],
@@ -32,32 +35,21 @@ def bench(
     ],
     settings: BenchSettings,
     options: TargetOptions,
-    on: Annotated[
-        list[str],
-        typer.Option(
-            "--on",
-            help=f"Where: {', '.join(row.form for row in TARGETS.values())}; see docs/targets.md. May be repeated.",
-            metavar="TARGET",
-        ),
-    ] = ["local"],  # noqa: B006
-    engine: Annotated[
-        str | None,
-        Setting(
-            "llama.cpp, onnxruntime or onnxruntime-genai; in a browser wllama or onnxruntime-web.",
-            shown="by the file",
-        ),
-    ] = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="md, json, jsonl or csv.")] = "md",
-    no_text_check: Annotated[
-        bool,
-        typer.Option(
-            "--no-text-check", help="Do not let each file write first; degenerate text voids speeds."
-        ),
-    ] = False,
-    record: Annotated[Path | None, Setting("Append the records to a JSON Lines file.")] = None,
-    clean: Annotated[
-        bool, typer.Option("--clean", help="Afterwards remove what was pushed to other machines.")
-    ] = False,
+    on: tuple[str, ...] = setting(("local",), f"Where: {_PLACES}; see docs/targets.md.", metavar="TARGET"),
+    engine: str | None = setting(
+        None,
+        "llama.cpp, onnxruntime or onnxruntime-genai; in a browser wllama or onnxruntime-web.",
+        shown="by the file",
+    ),
+    output: str = setting(
+        "md",
+        "md, json, jsonl or csv.",
+        choices="runtime_bench.presentation.record_table:FORMATS",
+        option="-o --output",
+    ),
+    no_text_check: bool = setting(False, "Do not let each file write first; degenerate text voids speeds."),
+    record: Path | None = setting(None, "Append the records to a JSON Lines file."),
+    clean: bool = setting(False, "Afterwards remove what was pushed to other machines."),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -68,12 +60,9 @@ def bench(
     """
     quiet_libraries()
     from runtime_bench.measuring.matrix import run_matrix
-    from runtime_bench.presentation.record_table import FORMATS
     from runtime_bench.records.jsonl import append_jsonl, check_appendable
 
     output = "json" if json else output
-    if output not in FORMATS:
-        raise InputError("unknown format", field="--output", value=output, allowed=", ".join(FORMATS))
     settings = replace(settings, check_text=not no_text_check)
     files = _graphs(files)
     if record is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 from cfsp.errors import InputError, LimitError
 from cfsp.files import PAGE, refuse_existing
-from phoneready.commands.options import DebugOption, JsonOption, SeedOption, split_names
+from cfsp.settings import setting
+from phoneready.commands.options import DebugOption, JsonOption, SeedOption
 from phoneready.console import note, quiet_libraries, write_result
 
 if TYPE_CHECKING:
@@ -23,40 +25,29 @@ def compare(
         list[Path] | None,
         typer.Argument(help="Records held against it.", show_default="the other models in BASE"),
     ] = None,
-    base_model: Annotated[
-        str | None,
-        typer.Option(
-            "--base-model",
-            help="Which model of BASE is the base: its file's name or path.",
-            show_default="the first",
-            metavar="NAME",
-        ),
-    ] = None,
-    threshold: Annotated[
-        float, typer.Option("--threshold", help="Relative change that counts as a difference.")
-    ] = 0.03,
-    confidence: Annotated[float, typer.Option("--confidence", help="Confidence of the interval.")] = 0.95,
-    output: Annotated[str, typer.Option("--format", "-o", help="md, json or csv.")] = "md",
-    fail_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fail-on",
-            help="Gate: exit 1 where a row has one of these verdicts: slower, inconclusive, faster, no difference.",
-            metavar="VERDICT,...",
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", help="Write size against speed against quality, one point a model, to this HTML file."
-        ),
-    ] = None,
-    quality: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--quality", help="Evaluation of a measured file, from `eval --save`; repeatable.", metavar="FILE"
-        ),
-    ] = None,
+    base_model: str | None = setting(
+        None, "Which model of BASE is the base: its file's name or path.", metavar="NAME", shown="the first"
+    ),
+    threshold: float = setting(0.03, "Relative change that counts as a difference."),
+    confidence: float = setting(0.95, "Confidence of the interval."),
+    output: str = setting(
+        "md",
+        "md, json or csv.",
+        choices="runtime_bench.presentation.comparison_table:COMPARISON_FORMATS",
+        option="-o --format",
+    ),
+    fail_on: tuple[str, ...] = setting(
+        (),
+        "Gate: exit 1 where a row has one of these verdicts: slower, inconclusive, faster, no difference.",
+        choices="runtime_bench.records.compare:VERDICTS",
+        metavar="VERDICT,...",
+    ),
+    plot: Path | None = setting(
+        None, "Write size against speed against quality, one point a model, to this HTML file."
+    ),
+    quality: tuple[Path, ...] = setting(
+        (), "Evaluation of a measured file, from `eval --save`.", metavar="FILE"
+    ),
     seed: SeedOption = 0,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -67,15 +58,10 @@ def compare(
     workload and thread count. A row without partner is an error.
     """
     quiet_libraries()
-    from runtime_bench.presentation.comparison_table import COMPARISON_FORMATS, format_comparison
+    from runtime_bench.presentation.comparison_table import format_comparison
     from runtime_bench.records import compare as comparison
 
     output = "json" if json else output
-    if output not in COMPARISON_FORMATS:
-        raise InputError(
-            "unknown format", field="--format", value=output, allowed=", ".join(COMPARISON_FORMATS)
-        )
-    gate = _verdicts(fail_on or [])
     if quality and plot is None:
         raise InputError("is for the plot", field="--quality", allowed="with --plot FILE.html")
     first, others = _sides(base, new or [], base_model)
@@ -86,19 +72,9 @@ def compare(
     ]
     if plot is not None:
         refuse_existing(plot, force=True, like=PAGE)
-        _write_plot(plot, [first, *others], quality or [])
+        _write_plot(plot, [first, *others], quality)
     write_result(format_comparison(rows, output), None, as_json=False)
-    _check(rows, gate)
-
-
-def _verdicts(names: list[str]) -> tuple[str, ...]:
-    from runtime_bench.records.compare import VERDICTS
-
-    gate = split_names(names)
-    unknown = sorted(set(gate) - set(VERDICTS))
-    if unknown:
-        raise InputError("unknown verdict", field="--fail-on", value=unknown, allowed=", ".join(VERDICTS))
-    return gate
+    _check(rows, fail_on)
 
 
 def _sides(
@@ -143,7 +119,7 @@ def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
     return found[0]
 
 
-def _write_plot(path: Path, models: list[list[BenchRecord]], quality: list[Path]) -> None:
+def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[Path]) -> None:
     from cfsp.files import write_text
     from cfsp.records import read_record
     from phoneready.evaluation.record import Evaluation

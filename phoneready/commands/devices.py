@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError
+from cfsp.settings import setting
 from phoneready.commands.options import (
     DebugOption,
     JsonOption,
     RemoteFolderOption,
     SshConfigOption,
-    split_names,
 )
 from phoneready.console import format_bytes, show_progress, write_result
 
@@ -44,13 +44,8 @@ def show_device(
 
 def fit(
     file: Annotated[Path, typer.Argument(help="GGUF file.", metavar="FILE")],
-    context: Annotated[
-        int, typer.Option("-c", "--context", help="Tokens of the context.", min=1, metavar="N")
-    ] = 2048,
-    device: Annotated[
-        list[str] | None,
-        typer.Option("--device", help="Devices, as A,B.", metavar="NAME,...", show_default="all"),
-    ] = None,
+    context: int = setting(2048, "Tokens of the context.", ge=1, metavar="N", option="-c --context"),
+    device: tuple[str, ...] = setting((), "Devices, as A,B.", metavar="NAME,...", shown="all"),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -61,7 +56,7 @@ def fit(
     from runtime_bench.presentation.device_table import format_projections
 
     profiles = load_profiles()
-    chosen = [find_profile(name, profiles) for name in split_names(device or list(profiles))]
+    chosen = [find_profile(name, profiles) for name in device or profiles]
     facts = gguf_facts(file)
     if context > facts.context_length:
         raise InputError(
@@ -81,18 +76,12 @@ def fit(
 
 
 def build_runner(
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            help="x86_64-linux, aarch64-linux, android-arm64, or native for this machine; docs/targets.md has all.",
-            metavar="TARGET",
-        ),
-    ] = "native",
-    ndk: Annotated[
-        Path | None,
-        typer.Option("--ndk", help="Folder of the Android NDK, for Android's targets.", metavar="DIR"),
-    ] = None,
+    target: str = setting(
+        "native",
+        "x86_64-linux, aarch64-linux, android-arm64, or native for this machine; docs/targets.md has all.",
+        metavar="TARGET",
+    ),
+    ndk: Path | None = setting(None, "Folder of the Android NDK, for Android's targets.", metavar="DIR"),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

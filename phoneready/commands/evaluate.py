@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing
-from cfsp.settings import SEED, Setting, Settings, setting
+from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from phoneready.commands.options import (
     DebugOption,
@@ -121,16 +121,12 @@ def evaluate(
     gate: GateOptions,
     sweep: SweepOptions,
     calibration: Annotated[CalibrationSettings, Renamed("Sweep: ", {"seqlen": "--calibration-seqlen"})],
-    against: Annotated[
-        str | None, Setting("Reference model, usually the dense one.", metavar="MODEL")
-    ] = None,
-    runtime: Annotated[
-        str | None,
-        Setting(
-            "What runs MODEL: torch (a .gguf file is dequantized), llama.cpp or onnxruntime.",
-            shown="llama.cpp for .gguf files, onnxruntime for ONNX, else torch",
-        ),
-    ] = None,
+    against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
+    runtime: str | None = setting(
+        None,
+        "What runs MODEL: torch (a .gguf file is dequantized), llama.cpp or onnxruntime.",
+        shown="llama.cpp for .gguf files, onnxruntime for ONNX, else torch",
+    ),
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,

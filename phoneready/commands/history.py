@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cfsp.settings import setting
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import write_result
 
@@ -20,25 +21,13 @@ def history(
             show_default=".",
         ),
     ] = None,
-    threshold: Annotated[
-        float, typer.Option("--threshold", help="Relative change that counts, however sure it is.")
-    ] = 0.03,
-    false_alarms: Annotated[
-        float,
-        typer.Option("--false-alarms", help="Chance that a history in which nothing changed shows a change."),
-    ] = 0.05,
-    last: Annotated[int, typer.Option("--last", help="Most runs to look at, the newest.", min=1)] = 100,
-    gate: Annotated[
-        bool, typer.Option("--gate", help="Exit with 1 where a figure changed for the worse.")
-    ] = False,
-    recent: Annotated[
-        int, typer.Option("--recent", help="With --gate: in how many of the newest runs.", min=1)
-    ] = 5,
-    dense: Annotated[bool, typer.Option("--dense", help="Show the dense model's figures, too.")] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Write a page with a plot of every figure.", metavar="FILE.html"),
-    ] = None,
+    threshold: float = setting(0.03, "Relative change that counts, however sure it is."),
+    false_alarms: float = setting(0.05, "Chance that a history in which nothing changed shows a change."),
+    last: int = setting(100, "Most runs to look at, the newest.", ge=1),
+    gate: bool = setting(False, "Exit with 1 where a figure changed for the worse."),
+    recent: int = setting(5, "With --gate: in how many of the newest runs.", ge=1),
+    dense: bool = setting(False, "Show the dense model's figures, too."),
+    plot: Path | None = setting(None, "Write a page with a plot of every figure.", metavar="FILE.html"),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -10,16 +10,14 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.files import refuse_existing, write_text
+from cfsp.settings import setting
 from phoneready.commands.options import DebugOption, ForceOption, JsonOption
 from phoneready.console import write_result
 
 
 def init(
     file: Annotated[Path, typer.Argument(help="File to write.", metavar="FILE")] = Path("release.toml"),
-    model: Annotated[
-        str | None,
-        typer.Option("--model", help="Model to put into it.", metavar="MODEL", show_default="smollm2-135m"),
-    ] = None,
+    model: str | None = setting(None, "Model to put into it.", metavar="MODEL", shown="smollm2-135m"),
     force: ForceOption = False,
     json: JsonOption = False,
     debug: DebugOption = False,

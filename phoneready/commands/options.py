@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, THREADS, Declared, Settings, declared, setting_in, settings_of
+from cfsp.settings import SEED, THREADS, Declared, Settings, declared, setting, setting_in, settings_of
 from runtime_bench.targets.table import TargetOptions
 
 MODEL_HELP = "smollm2-135m (built in), a Hugging Face folder, a .gguf file, or a hub id."
@@ -25,6 +25,9 @@ TrustOption = Annotated[
 ]
 SeedOption = Annotated[int, SEED]
 ThreadsOption = Annotated[int | None, THREADS]
+SET: tuple[str, ...] = setting(
+    (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", metavar="KEY=VALUE"
+)
 _REMOTE = {row.name: row for row in declared(TargetOptions)}
 RemoteFolderOption = Annotated[str | None, _REMOTE["remote_folder"].setting]
 SshConfigOption = Annotated[Path | None, _REMOTE["ssh_config"].setting]
@@ -109,9 +112,11 @@ def was_given(context: typer.Context, name: str) -> bool:
 
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
-    name = parameter.name
-    if (setting := setting_in(hint)) is not None:
-        return _Group(name, None, (Declared(name, get_args(hint)[0], parameter.default, setting),), (name,))
+    name, default = parameter.name, parameter.default
+    if (found := setting_in(default)) is not None:
+        return _Group(name, None, (Declared(name, hint, default.default, found),), (name,))
+    if (found := setting_in(hint)) is not None:
+        return _Group(name, None, (Declared(name, get_args(hint)[0], default, found),), (name,))
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if not (isinstance(kind, type) and issubclass(kind, Settings)):
         return None
@@ -129,20 +134,20 @@ def _renamed(row: Declared, renamed: Renamed, name: str) -> Declared:
 
 
 def _option(row: Declared) -> inspect.Parameter:
-    setting, kind, default = row.setting, row.kind, row.default
-    if setting.parse is not None:
+    wanted, kind, default = row.setting, row.kind, row.default
+    if wanted.parse is not None:
         kind, default = str | None, None
     elif _is_tuple(row):
-        entries = [",".join(map(str, default))] if setting.splits and default else list(map(str, default))
+        entries = [",".join(map(str, default))] if wanted.splits and default else list(map(str, default))
         kind, default = list[str] | None, entries or None
     elif default is True:
         kind, default = bool, False
-    repeatable = " Repeatable." if _is_tuple(row) and not setting.splits else ""
+    repeatable = " Repeatable." if _is_tuple(row) and not wanted.splits else ""
     made = typer.Option(
         *row.options,
-        help=(setting.off or setting.help) + repeatable,
-        metavar=setting.metavar,
-        show_default=setting.shown or True,
+        help=(wanted.off or wanted.help) + repeatable,
+        metavar=wanted.metavar,
+        show_default=wanted.shown or True,
     )
     return inspect.Parameter(
         row.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, made]
@@ -155,13 +160,13 @@ def _is_tuple(row: Declared) -> bool:
 
 def _read(row: Declared, given: Any) -> Any:
     """The value of a setting from what typer read."""
-    setting, option = row.setting, row.options[-1]
-    if setting.parse is not None:
-        return None if given is None else setting.parse(given, option)
+    wanted, option = row.setting, row.options[-1]
+    if wanted.parse is not None:
+        return None if given is None else wanted.parse(given, option)
     if _is_tuple(row):
-        if not setting.splits:
-            return _each(given or [], option)
         kind = get_args(row.kind)[0]
+        if not wanted.splits:
+            return tuple(map(kind, _each(given or [], option)))
         return split_names(given or []) if kind is str else _numbers(given or [], kind, option)
     return not given if row.default is True else given
 

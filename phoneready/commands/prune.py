@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cfsp.errors import InputError
 from cfsp.files import claim_output, record_head, refuse_existing
-from cfsp.settings import Setting
+from cfsp.settings import setting
 from phoneready.commands.options import (
     DebugOption,
     ForceOption,
@@ -36,15 +36,13 @@ def prune(
     context: typer.Context,
     model: ModelArgument,
     settings: PruneConfig,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Checkpoint folder to create.", show_default=False)
-    ] = None,
+    output: Path | None = setting(None, "Checkpoint folder to create.", option="-o --output"),
     seed: SeedOption = 0,
-    for_quant: Annotated[
-        tuple[str, ...], Setting("Quantizations the widths must fit.", metavar="QUANT,...")
-    ] = ("Q4_0",),
-    plan: Annotated[Path | None, Setting("Apply this plan; --prune-ratio re-allocates it.")] = None,
-    plan_only: Annotated[Path | None, Setting("Write the plan to this file and change no model.")] = None,
+    for_quant: tuple[str, ...] = setting(
+        ("Q4_0",), "Quantizations the widths must fit.", metavar="QUANT,..."
+    ),
+    plan: Path | None = setting(None, "Apply this plan; --prune-ratio re-allocates it."),
+    plan_only: Path | None = setting(None, "Write the plan to this file and change no model."),
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,

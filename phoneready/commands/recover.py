@@ -13,7 +13,7 @@ import typer
 from cfsp.errors import PhonereadyError
 from cfsp.files import refuse_existing
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings
-from cfsp.settings import Setting
+from cfsp.settings import setting
 from phoneready.commands.options import DebugOption, ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import prepare_torch, show_progress, write_result
 
@@ -37,11 +37,11 @@ def recover(
     ],
     references: RecoveryReferences,
     settings: RecoverySettings,
-    teacher: Annotated[
-        str | None, Setting("Dense model.", metavar="MODEL", shown="what the checkpoint was pruned from")
-    ] = None,
-    work: Annotated[Path | None, Setting("Folder for training's own checkpoints.", shown="DIR.work")] = None,
-    device: Annotated[str, Setting("auto (a GPU where there is one) or cpu.")] = "auto",
+    teacher: str | None = setting(
+        None, "Dense model.", metavar="MODEL", shown="what the checkpoint was pruned from"
+    ),
+    work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work"),
+    device: str = setting("auto", "auto (a GPU where there is one) or cpu."),
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,

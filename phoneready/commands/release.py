@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError
-from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, TrustOption, split_names
+from cfsp.settings import setting
+from phoneready.commands.options import SET, DebugOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
@@ -20,37 +21,19 @@ def release(
         Path | None,
         typer.Argument(help="release.toml; without it the demo.", show_default=False, metavar="CONFIG"),
     ] = None,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Release folder; continued when it holds a release.")
-    ] = Path("release"),
-    onnx: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--onnx",
-            help="ONNX variants beside the GGUF files: fp32, fp16, int8, int8-dynamic, int4, int4-mixed, "
-            "int4-b128, portable.",
-            metavar="VARIANT,...",
-            show_default="the configuration's",
-        ),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Override a setting; repeatable. The value is TOML: prune.prune_ratio=0.3.",
-            metavar="KEY=VALUE",
-        ),
-    ] = None,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Say why each stage would run, and run nothing.")
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 3 where a budget is inconclusive and none is missed.")
-    ] = False,
-    label: Annotated[
-        str | None,
-        typer.Option("--label", help="What `phoneready history` is to call this run, such as a version."),
-    ] = None,
+    output: Path = setting(
+        Path("release"), "Release folder; continued when it holds a release.", option="-o --output"
+    ),
+    onnx: tuple[str, ...] = setting(
+        (),
+        "ONNX variants beside the GGUF files: fp32, fp16, int8, int8-dynamic, int4, int4-mixed, int4-b128, portable.",
+        metavar="VARIANT,...",
+        shown="the configuration's",
+    ),
+    settings: tuple[str, ...] = SET,
+    explain: bool = setting(False, "Say why each stage would run, and run nothing."),
+    strict: bool = setting(False, "Exit with 3 where a budget is inconclusive and none is missed."),
+    label: str | None = setting(None, "What `phoneready history` is to call this run, such as a version."),
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -71,9 +54,9 @@ def release(
     from phoneready.report.markdown import headline, quality_table, verdict_table
     from phoneready.settings.release import load_config, with_variants
 
-    chosen = load_config(config, settings or [], trust_remote_code=trust_remote_code)
+    chosen = load_config(config, settings, trust_remote_code=trust_remote_code)
     if onnx:
-        chosen = with_variants(chosen, split_names(onnx))
+        chosen = with_variants(chosen, onnx)
     if explain:
         reasons = explain_release(chosen, output, threads)
         lines = [f"{name:<14} {why or 'done before'}" for name, why in reasons.items()]

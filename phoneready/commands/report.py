@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cfsp.settings import setting
 from phoneready.commands.options import DebugOption, JsonOption
 from phoneready.console import quiet_libraries, write_result
 
@@ -15,14 +16,11 @@ def report(
     folder: Annotated[
         Path, typer.Argument(help="Folder of a finished release.", metavar="DIR", show_default=False)
     ],
-    sweep: Annotated[
-        Path | None,
-        typer.Option(
-            "--sweep",
-            help="Quality over several ratios, as `eval --ratios ... --json` prints it, for the plot.",
-            metavar="FILE",
-        ),
-    ] = None,
+    sweep: Path | None = setting(
+        None,
+        "Quality over several ratios, as `eval --ratios ... --json` prints it, for the plot.",
+        metavar="FILE",
+    ),
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

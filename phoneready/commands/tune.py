@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import InputError
-from phoneready.commands.options import DebugOption, JsonOption, ThreadsOption, TrustOption
+from cfsp.settings import setting
+from phoneready.commands.options import SET, DebugOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 
@@ -17,15 +18,10 @@ def tune(
         Path,
         typer.Argument(help="release.toml with [tune] and budgets.", show_default=False, metavar="CONFIG"),
     ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder of the search; continued when it holds one.")
-    ] = Path("tuned"),
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Replace a setting, such as tune.trials=6; may be repeated.", metavar="KEY=VALUE"
-        ),
-    ] = None,
+    output: Path = setting(
+        Path("tuned"), "Folder of the search; continued when it holds one.", option="-o --output"
+    ),
+    settings: tuple[str, ...] = SET,
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -48,7 +44,7 @@ def tune(
         raise InputError(
             "the search would overwrite its configuration; name another folder", field="--output"
         )
-    chosen = load_config(config, settings or [], trust_remote_code=trust_remote_code)
+    chosen = load_config(config, settings, trust_remote_code=trust_remote_code)
     with show_progress() as progress:
         result = search(chosen, output, show=note, progress=progress, threads=threads)
     text = format_result(result) + f"\nNow: phoneready release {output / RELEASE_FILE}\n"
