@@ -14,7 +14,8 @@ from typing import IO, Any
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress
-from runtime_bench.presentation.markup import escape_cell, lay_out_table, printable
+from runtime_bench.presentation.markup import printable
+from runtime_bench.presentation.table import table_of_cells
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""
@@ -47,8 +48,7 @@ def format_bytes(count: float | None) -> str:
 
 def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns that show their text as it is; all but the first are right-aligned."""
-    names, *cells = [[escape_cell(cell) for cell in row] for row in (header, *rows)]
-    return lay_out_table(names, cells, range(1, len(header)))
+    return table_of_cells(header, rows).markdown()
 
 
 @contextmanager

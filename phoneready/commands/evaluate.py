@@ -243,13 +243,14 @@ def _judge(subject: Subject, settings: EvaluationSettings, opening: OpenSettings
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
     from phoneready.evaluation.gate import format_gate
-    from phoneready.evaluation.tables import format_answers, format_evaluation, format_figures
+    from phoneready.evaluation.tables import figure_tables, format_answers, text_table
 
     parts = []
     if result.texts:
-        parts += [format_evaluation(result)]
+        parts += [text_table(result).markdown()]
         parts += [f"Windows of {settings.seqlen} tokens, each without context before it.\n"]
-    parts += [format_figures(result), format_answers(result, ("reference", "model"))]
+    parts += [table.markdown() for table in figure_tables(result)]
+    parts += [format_answers(result, ("reference", "model"))]
     parts += [format_gate(rows)] if rows else []
     return "\n".join(part for part in parts if part)
 

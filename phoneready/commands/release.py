@@ -51,7 +51,7 @@ def release(
     from phoneready.publish.publish import PAGE_FILE
     from phoneready.recipe import explain_release, run_release
     from phoneready.release.results import read_figures
-    from phoneready.report.markdown import headline, quality_table, verdict_table
+    from phoneready.report.markdown import headline, quality_text, verdict_table
     from phoneready.settings.release import load_config, with_variants
 
     chosen = load_config(config, settings, trust_remote_code=trust_remote_code)
@@ -75,7 +75,7 @@ def release(
     figures, verdicts = read_figures(chosen, output), released.verdicts
     tables = [verdict_table(figures, d, p) for d, p in figures.pairs]
     best = figures.pruned[0]
-    lines = [headline(figures), *tables, quality_table(figures)]
+    lines = [headline(figures), *tables, quality_text(figures)]
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
     lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
     lines += [verdict_rows(verdicts)] if verdicts.verdicts else []

@@ -52,22 +52,18 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    reference = against or model
     if against is not None:
         check_same_vocabulary(model, against)
-    metrics = [(name, find_metric(name)) for name in settings.metrics]
+    metrics = {name: find_metric(name) for name in settings.metrics}
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
-        tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
-        windows = [
-            (kind, _windows(source, reference, settings, progress))
-            for kind, sources in (("text", settings.text), ("chats", settings.chats))
-            for source in sources
-        ]
+        tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
+        windows = _all_windows(against or model, settings, progress)
         texts = tuple(_judge(kind, model, against, w, progress) for kind, w in windows)
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
-    measured = [r for name, metric in metrics for r in measure(name, metric, model, [w for _, w in windows])]
+    read = [found for _, found in windows]
+    measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, read)]
     said = [_answers(m, settings, progress) for m in both]
     return Evaluation(
         model=identity_of(model),
@@ -76,10 +72,10 @@ def evaluate(
         texts=texts,
         prompts=settings.prompts,
         answers=said[0].texts,
-        against_answers=said[1].texts if against else (),
-        degeneration=_degeneration(settings, said) if settings.prompts else None,
+        against_answers=next((one.texts for one in said[1:]), ()),
+        degeneration=_degeneration(settings, said),
         tasks=done[0],
-        against_tasks=done[1] if against else (),
+        against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
     )
 
@@ -121,6 +117,14 @@ def _prompt(line: str, where: str) -> str:
     if not isinstance(found, str) or not found.strip():
         raise InputError(f"{where}: no prompt", allowed="a text in `prompt`, or `turns` with one")
     return found
+
+
+def _all_windows(
+    reference: LanguageModel, settings: EvaluationSettings, progress: Progress
+) -> list[tuple[str, TokenWindows]]:
+    """(kind, windows) of every text, then of all chats."""
+    sources = (*(("text", source) for source in settings.text), *(("chats", one) for one in settings.chats))
+    return [(kind, _windows(source, reference, settings, progress)) for kind, source in sources]
 
 
 def _windows(
@@ -184,7 +188,9 @@ def _answers(model: LanguageModel, settings: EvaluationSettings, progress: Progr
     return _Said(tuple(texts), reasons)
 
 
-def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degeneration:
+def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degeneration | None:
+    if not settings.prompts:
+        return None
     text = json.dumps(settings.prompts, ensure_ascii=False)
     ours, theirs = said[0], said[1] if len(said) > 1 else None
     more: dict[str, Any] = {}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.files import atomic_file
+from cfsp.files import write_text
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import apply_plan
@@ -20,11 +19,11 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
-from phoneready.console import format_rows
 from phoneready.evaluation.gate import measures
 from phoneready.evaluation.record import Evaluation, ModelIdentity, identity_of
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
+from runtime_bench.presentation.table import Column, Table
 
 
 @dataclass(frozen=True)
@@ -125,27 +124,26 @@ def sweep(
 
 def format_sweep(result: Sweep) -> str:
     """One row a ratio, one column a figure."""
-    header, rows = _table(result)
-    cells = [[f"{ratio:g}", f"{removed:.4f}", *(f"{v:.4f}" for v in rest)] for ratio, removed, *rest in rows]
-    return format_rows(header, cells)
+    return _table(result, "{:.4f}".format).markdown()
 
 
 def write_csv(path: Path, result: Sweep) -> None:
     """The same as CSV, for plotting, with full precision."""
-    header, rows = _table(result)
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow([name.replace(", ", " ") for name in header])
-        writer.writerows(rows)
+    write_text(path, _table(result, float).csv())
 
 
-def _table(result: Sweep) -> tuple[list[str], list[list[float]]]:
-    columns = list(measures(result.points[0].evaluation))
-    rows = []
-    for point in result.points:
-        found = measures(point.evaluation)
-        rows.append([point.prune_ratio, point.removed, *(found[name].value or 0.0 for name in columns)])
-    return ["prune ratio", "removed", *columns], rows
+def _table(result: Sweep, show: Callable[[float], Any]) -> Table[SweepPoint]:
+    def column(name: str) -> Column[SweepPoint]:
+        def cell(point: SweepPoint) -> Any:
+            return show(measures(point.evaluation)[name].value or 0.0)
+
+        return Column(name.replace(", ", " "), cell, right=True)
+
+    ratios: list[Column[SweepPoint]] = [
+        Column("prune ratio", lambda point: f"{point.prune_ratio:g}"),
+        Column("removed", lambda point: show(point.removed), right=True),
+    ]
+    return Table([*ratios, *map(column, measures(result.points[0].evaluation))], result.points)
 
 
 def _pruned_copy(

@@ -2,32 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from phoneready.console import format_rows
-from phoneready.evaluation.record import Evaluation
+from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.figures.metrics import METRICS
+from runtime_bench.presentation.table import Column, Table, table_of_cells
 
-
-def format_evaluation(evaluation: Evaluation) -> str:
-    """The figures on text as a table."""
-    header = ["text", "tokens", "perplexity"]
-    if evaluation.against:
-        header += ["reference's", "ratio", "KL mean", "KL median", "KL p99", "KL p99.9", "same top-1"]
-    rows = []
-    for text in evaluation.texts:
-        row = [f"{text.source} ({text.kind})", f"{text.n_tokens}", f"{text.perplexity:.3f}"]
-        if text.divergence:
-            d = text.divergence
-            row += [f"{d.reference_perplexity:.3f}", f"{d.perplexity_ratio:.3f}", f"{d.kl_mean:.4f}"]
-            row += [f"{d.kl_median:.4f}", f"{d.kl_p99:.3f}", f"{d.kl_p99_9:.3f}", f"{d.same_top1:.2%}"]
-        rows.append(row)
-    return format_rows(header, rows) if rows else ""
+NAMES = ("reference", "model")
+"""What the two models are called, unless they are the dense one and the pruned one."""
+_DIVERGENCE = {
+    "perplexity_ratio": ".3f",
+    "kl_mean": ".4f",
+    "kl_median": ".4f",
+    "kl_p99": ".3f",
+    "kl_p99_9": ".3f",
+    "same_top1": ".2%",
+}
+"""Figure of a divergence -> how it is written."""
+_TITLES = {"perplexity_ratio": "ratio", "kl_median": "KL median", "kl_p99": "KL p99"}
 
 
-def format_figures(evaluation: Evaluation) -> str:
-    """Tasks, own metrics and the share of degenerate answers, each as a table."""
-    parts = [_tasks(evaluation), _metrics(evaluation), _degeneration(evaluation)]
-    return "\n".join(part for part in parts if part)
+def _named(text: TextResult) -> str:
+    return f"{text.source} ({text.kind})"
+
+
+def text_table(
+    evaluation: Evaluation, names: tuple[str, str] = NAMES, called: Callable[[TextResult], str] = _named
+) -> Table[TextResult]:
+    """The figures on text; `names` are of the reference model and the model."""
+    columns: list[Column[TextResult]] = [
+        Column("measured on", called),
+        Column("tokens", lambda text: f"{text.n_tokens}", right=True),
+    ]
+    own = "perplexity"
+    if evaluation.texts and all(text.divergence for text in evaluation.texts):
+        own = f"{names[1]}'s"
+        columns.append(_divergence("reference_perplexity", ".3f", f"perplexity, {names[0]}'s"))
+    columns.append(Column(own, lambda text: f"{text.perplexity:.3f}", right=True))
+    if own != "perplexity":
+        columns += [_divergence(field, form) for field, form in _DIVERGENCE.items()]
+    return Table(columns, evaluation.texts)
+
+
+def _divergence(field: str, form: str, title: str | None = None) -> Column[TextResult]:
+    title = title or _TITLES.get(field) or METRICS[field].title
+    return Column(title, lambda text: format(getattr(text.divergence, field), form), right=True)
+
+
+def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> list[Table[Sequence[str]]]:
+    """Tasks, own metrics and the share of degenerate answers, where they were asked for."""
+    own = [(metric.name, f"{metric.value:.6g}", metric.unit) for metric in evaluation.metrics]
+    tables = [
+        _tasks(evaluation, names),
+        table_of_cells(("own metric", names[1], "unit"), own),
+        _degeneration(evaluation, names),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def format_answers(evaluation: Evaluation, names: Sequence[str]) -> str:
@@ -46,10 +76,10 @@ def format_answers(evaluation: Evaluation, names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _tasks(evaluation: Evaluation) -> str:
-    header = ["task", "version", "items", "few-shot", "metric", "value", "stderr"]
+def _tasks(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:
+    header = ["task", "version", "items", "few-shot", "metric", names[1], "standard error"]
     if evaluation.against_tasks:
-        header += ["reference's", "difference"]
+        header += [names[0], "difference"]
     rows = []
     for index, task in enumerate(evaluation.tasks):
         for number, metric in enumerate(task.metrics):
@@ -60,28 +90,22 @@ def _tasks(evaluation: Evaluation) -> str:
                 other = evaluation.against_tasks[index].metrics[number].value
                 row += [f"{other:.4f}", f"{metric.value - other:+.4f}"]
             rows.append(row)
-    return format_rows(header, rows) if rows else ""
+    return table_of_cells(header, rows)
 
 
-def _metrics(evaluation: Evaluation) -> str:
-    rows = [[metric.name, f"{metric.value:.6g}"] for metric in evaluation.metrics]
-    return format_rows(["own metric", "value"], rows) if rows else ""
-
-
-def _degeneration(evaluation: Evaluation) -> str:
+def _degeneration(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:
     found = evaluation.degeneration
     if found is None:
-        return ""
-    header, reference = ["degenerate answers", "model"], found.against_share is not None
-    rows = [
-        [reason, found.by_reason.get(reason, 0.0), found.against_by_reason.get(reason, 0.0)]
+        return table_of_cells((), ())
+    shares = [
+        (reason, found.by_reason.get(reason, 0.0), found.against_by_reason.get(reason, 0.0))
         for reason in sorted({*found.by_reason, *found.against_by_reason})
     ]
-    rows.append([f"all ({found.n_prompts} prompts)", found.share, found.against_share or 0.0])
-    if reference:
-        header += ["reference", "difference, points"]
-    cells = []
-    for name, ours, theirs in rows:
-        row = [str(name), f"{ours:.1%}"]
-        cells.append([*row, f"{theirs:.1%}", f"{100 * (ours - theirs):+.1f}"] if reference else row)  # type: ignore[operator]
-    return format_rows(header, cells)
+    shares.append((f"all, of {found.n_prompts} answers", found.share, found.against_share or 0.0))
+    if found.against_share is None:
+        return table_of_cells(
+            ("degenerate answers", names[1]), [(why, f"{ours:.1%}") for why, ours, _ in shares]
+        )
+    header = ("degenerate answers", names[1], names[0], "difference, points")
+    rows = [(why, f"{a:.1%}", f"{b:.1%}", f"{100 * (a - b):+.1f}") for why, a, b in shares]
+    return table_of_cells(header, rows)

@@ -17,7 +17,7 @@ from exporters.record import ExportRecord
 from phoneready.console import format_bytes, format_rows
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.markdown import quality_table
+from phoneready.report.markdown import quality_text
 from runtime_bench.presentation.markup import escape_markdown, visible
 
 HUB_LICENSES = frozenset(
@@ -49,7 +49,7 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
         "base": _base_link(figures),
         "figures": figures,
         "files": _files_table(files),
-        "quality": quality_table(figures),
+        "quality": quality_text(figures),
         "gguf": next((shlex.quote(visible(r.file)) for r in files if r.format == "gguf"), None),
         "onnx": next((escape_markdown(r.file) for r in files if r.format == "onnx"), None),
         "license": escape_markdown(manifest.license or "not stated by the source"),

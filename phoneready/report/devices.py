@@ -6,19 +6,20 @@ from collections.abc import Sequence
 
 from phoneready.console import format_bytes
 from phoneready.report.inputs import DeviceProjections
-from phoneready.report.tables import NOTHING, Cell, Mark, Table
+from phoneready.report.tables import NOTHING, Mark, Row
 from runtime_bench.devices.projection import Band
+from runtime_bench.presentation.table import Table, table_of_cells
 
 _FITS = {True: Mark("fits", "good"), False: Mark("does not fit", "bad"), None: Mark("unknown", "even")}
 
 
-def projection_tables(projections: Sequence[DeviceProjections]) -> list[tuple[DeviceProjections, Table]]:
+def projection_tables(projections: Sequence[DeviceProjections]) -> list[tuple[DeviceProjections, Table[Row]]]:
     """One table a file, one row a device."""
     return [(entry, _table(entry)) for entry in projections]
 
 
-def _table(entry: DeviceProjections) -> Table:
-    rows: list[tuple[Cell, ...]] = [
+def _table(entry: DeviceProjections) -> Table[Row]:
+    rows: list[Row] = [
         (
             entry.names[p.device],
             _FITS[p.fits],
@@ -30,7 +31,7 @@ def _table(entry: DeviceProjections) -> Table:
         for p in entry.projections
     ]
     header = ("device", "memory", "needs", "may have", "generation, t/s", "prompt, t/s")
-    return Table(header, tuple(rows))
+    return table_of_cells(header, rows)
 
 
 def _band(band: Band | None) -> str:

@@ -11,8 +11,8 @@ from phoneready.evaluation.record import Evaluation
 from phoneready.evaluation.sweep import Sweep
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.escape import plot_text
-from phoneready.report.markdown import text_name
 from phoneready.report.plot_style import BAND, DENSE, PRUNED, SERIES, SOFT, SYMBOLS, Plot, plot_layout
+from phoneready.report.tables import text_name
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records import summary
 from runtime_bench.records.compare import Comparison, compare_records

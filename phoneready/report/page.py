@@ -9,25 +9,27 @@ from typing import Any
 from markupsafe import Markup
 
 from phoneready.console import format_bytes
+from phoneready.evaluation.tables import figure_tables
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict
 from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
 from phoneready.report.devices import projection_tables
 from phoneready.report.escape import script_json
 from phoneready.report.inputs import ReportInput
-from phoneready.report.markdown import bench_notes, headline, text_name
+from phoneready.report.markdown import bench_notes, headline
 from phoneready.report.plot_style import DARK, Plot
 from phoneready.report.plots import make_plots
 from phoneready.report.tables import (
+    SIDES,
     Mark,
     comparison_table,
-    evaluation_tables,
     group_table,
     overview_table,
     proof_table,
-    quality_rows,
+    quality_table,
     record_table,
+    text_name,
     verdict_rows,
-    width_rows,
+    width_table,
 )
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.records.compare import compare_records
@@ -90,9 +92,9 @@ def _context(report: ReportInput, groups: Sequence[BenchGroup]) -> dict[str, Any
             (pruned.quant, comparison_table(first, dense, pruned)) for dense, pruned in figures.pairs
         ],
         "first_group": first,
-        "quality": quality_rows(figures.evaluation),
-        "evaluation": evaluation_tables(figures.evaluation),
-        "widths": width_rows(figures),
+        "quality": quality_table(figures.evaluation),
+        "evaluation": figure_tables(figures.evaluation, SIDES),
+        "widths": width_table(figures.plan),
         "groups": [
             (group, KINDS[group.kind], group_table(figures, group), record_table(group)) for group in groups
         ],

@@ -161,14 +161,17 @@ def format_result(result: TuneResult) -> str:
         title = f"Expected of {best.file} files with allocation {best.allocation} at other ratios (95 % intervals):"
         parts += [title, "", _outlook_table(result.outlook)]
     parts.append(f"Next to try: {result.next}." if result.next else "Nothing else is expected to be better.")
-    if best is not None:
-        parts.append(
-            f"Chosen: prune_ratio {best.prune_ratio:g}, {best.file}, allocation {best.allocation}, "
-            f"{'recovered, ' if best.recover else ''}{format_bytes(best.file_bytes)} "
-            f"({best.file_bytes / 1e6:.2f} MB), KL {best.divergence:.4f}"
-            f"{'; noise leaves a budget open' if best.is_open else ''}."
-        )
+    parts += [_chosen(best)] if best is not None else []
     return "\n".join(parts) + "\n"
+
+
+def _chosen(best: TrialRow) -> str:
+    return (
+        f"Chosen: prune_ratio {best.prune_ratio:g}, {best.file}, allocation {best.allocation}, "
+        f"{'recovered, ' if best.recover else ''}{format_bytes(best.file_bytes)} "
+        f"({best.file_bytes / 1e6:.2f} MB), KL {best.divergence:.4f}"
+        f"{'; noise leaves a budget open' if best.is_open else ''}."
+    )
 
 
 def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:

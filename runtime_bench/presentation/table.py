@@ -20,6 +20,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 """What makes a spreadsheet compute a cell."""
 
 Row = TypeVar("Row")
+Cell = TypeVar("Cell")
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,32 @@ class Table(Generic[Row]):
         """Aligned columns and a final newline; cells show their text as it is. Empty without rows."""
         if not self.rows:
             return ""
-        cells = [[escape_cell(_text(column.cell(row))) for column in self.columns] for row in self.rows]
+        cells = [[escape_cell(_text(cell)) for cell in row] for row in self.cells()]
         right = [index for index, column in enumerate(self.columns) if column.right]
-        return lay_out_table([column.title for column in self.columns], cells, right)
+        return lay_out_table([escape_cell(column.title) for column in self.columns], cells, right)
+
+    def cells(self) -> list[list[Any]]:
+        """Each row's cells in the order of the columns."""
+        return [[column.cell(row) for column in self.columns] for row in self.rows]
 
     def csv(self) -> str:
         """A line a row; what is no single value is JSON in its cell, and what is not known is empty."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([column.title for column in self.columns])
-        writer.writerows(
-            [_spreadsheet_cell(column.cell(row)) for column in self.columns] for row in self.rows
-        )
+        writer.writerows([_spreadsheet_cell(cell) for cell in row] for row in self.cells())
         return stream.getvalue()
 
     def objects(self) -> list[dict[str, Any]]:
         """Each row's cells by the titles of their columns, as JSON has them."""
         return [{column.title: column.cell(row) for column in self.columns} for row in self.rows]
+
+
+def table_of_cells(
+    header: Sequence[str], rows: Sequence[Sequence[Cell]], words: int = 1
+) -> Table[Sequence[Cell]]:
+    """A table of cells that are there already; the columns after the first `words` are figures, right-aligned."""
+    return Table([Column(title, itemgetter(i), i >= words) for i, title in enumerate(header)], rows)
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], right: Iterable[str] = ()) -> Table[Mapping[str, Any]]:
