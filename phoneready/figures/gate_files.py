@@ -24,7 +24,6 @@ from phoneready.figures.verdict import (
     VERDICTS_FILE,
     BudgetVerdict,
     Verdicts,
-    format_figure,
     worst_outcome,
 )
 
@@ -83,7 +82,7 @@ def check_verdicts(found: Verdicts, *, strict: bool) -> None:
     raised |= {INCONCLUSIVE: InconclusiveError} if strict else {}
     if found.outcome in raised:
         told = [v for v in found.verdicts if v.outcome == found.outcome]
-        names = "; ".join(f"{v.metric} of {v.subject} is {_figure(v)}, {v.limit}: {v.reason}" for v in told)
+        names = "; ".join(f"{v.metric} of {v.subject} is {v.figure()}, {v.limit}: {v.reason}" for v in told)
         raise raised[found.outcome](f"{len(told)} of {len(found.verdicts)} budgets {found.outcome}: {names}")
 
 
@@ -128,7 +127,7 @@ def junit_xml(found: Verdicts) -> bytes:
         name = f"{verdict.metric} {verdict.limit}"
         place = ".".join(filter(None, ("budgets", verdict.target, verdict.subject)))
         case = ElementTree.SubElement(suite, "testcase", {"name": _xml(name), "classname": _xml(place)})
-        said = _xml(f"{_figure(verdict)}: {verdict.reason}")
+        said = _xml(f"{verdict.figure()}: {verdict.reason}")
         if verdict.outcome == MISSED:
             ElementTree.SubElement(case, "failure", {"message": said, "type": "budget"}).text = said
         elif verdict.outcome == INCONCLUSIVE:
@@ -142,15 +141,7 @@ def junit_xml(found: Verdicts) -> bytes:
 
 def _cells(verdict: BudgetVerdict, outcome: str) -> list[str]:
     place = verdict.target or "-"
-    return [verdict.metric, verdict.subject, place, verdict.limit, _figure(verdict), outcome, verdict.reason]
-
-
-def _figure(verdict: BudgetVerdict) -> str:
-    figure = format_figure(verdict.value, verdict.unit)
-    if verdict.low is None or verdict.high is None:
-        return figure
-    ends = " to ".join(format_figure(end, verdict.unit) for end in (verdict.low, verdict.high))
-    return f"{figure} ({ends})"
+    return [verdict.metric, verdict.subject, place, verdict.limit, verdict.figure(), outcome, verdict.reason]
 
 
 def _escape(text: str) -> str:

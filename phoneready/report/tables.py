@@ -13,7 +13,7 @@ from phoneready.console import format_bytes
 from phoneready.evaluation.record import Evaluation, TextResult
 from phoneready.evaluation.tables import text_table
 from phoneready.figures.metrics import METRICS
-from phoneready.figures.verdict import OUTCOMES, BudgetVerdict, format_figure
+from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
 from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.record_table import speed_text
@@ -67,7 +67,7 @@ def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> Table[Row]:
             v.metric,
             v.subject + (f" on {v.target}" if v.target else ""),
             v.limit,
-            _value(v),
+            v.figure(),
             v.reason,
         )
         for v in sorted(verdicts, key=_order)
@@ -187,13 +187,6 @@ def record_table(group: BenchGroup) -> Table[Row]:
 
 def _order(verdict: BudgetVerdict) -> int:
     return OUTCOMES.index(verdict.outcome) if verdict.outcome in OUTCOMES else 0
-
-
-def _value(v: BudgetVerdict) -> str:
-    found = format_figure(v.value, v.unit)
-    if v.low is None or v.high is None:
-        return found
-    return f"{found} ({format_figure(v.low, v.unit)} to {format_figure(v.high, v.unit)})"
 
 
 def _speed_of(group: BenchGroup | None, file: str, test: str, threads: int) -> str:
