@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,41 +19,12 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.progress import Progress
 from cfsp.records import write_record
 from exporters.checkpoint_reader import ModelConfig, read_config
+from exporters.options import ExportOptions
 from exporters.parity import Reference, choose_windows, compare, reference_of
 from exporters.provenance import Provenance, read_provenance
-from exporters.record import ExportManifest, ExportRecord, ParityLimits, ParityReport
+from exporters.record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 
 MANIFEST_FILE = "export.json"
-
-
-class _Row(Protocol):
-    """A row of the table of quantizations or variants."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def limits(self) -> ParityLimits: ...
-
-
-@dataclass(frozen=True)
-class JobSettings:
-    """What can be said about any export.
-
-    Attributes:
-        name: Short name of the model for titles and file names; the source model's by default.
-        parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
-        limits: Bounds by row name, in place of the table's.
-        n_threads: Threads of the parity run; torch's number by default.
-        force: Replace an existing output folder.
-        progress: Told about every step.
-    """
-
-    name: str | None
-    parity_windows: torch.Tensor | None
-    limits: Mapping[str, ParityLimits] | None
-    n_threads: int | None
-    force: bool
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -63,43 +34,51 @@ class Job:
     Attributes:
         checkpoint: Hugging Face folder.
         folder: Where files are written; it becomes the output folder at the end.
+        settings: How to export.
         config: The checkpoint's.
         provenance: The checkpoint's.
         tokenizer: The checkpoint's.
         reference: The checkpoint's logits, to hold files against.
-        limits: Bounds by row name, in place of the table's.
-        n_threads: Threads of the parity run.
-        progress: Told about every step.
     """
 
     checkpoint: Path
     folder: Path
+    settings: ExportOptions
     config: ModelConfig
     provenance: Provenance
     tokenizer: Any
     reference: Reference
-    limits: Mapping[str, ParityLimits]
-    n_threads: int
-    progress: Progress
+
+    @property
+    def n_threads(self) -> int:
+        """Threads of quantizers and of the parity run."""
+        return self.settings.n_threads or torch.get_num_threads()
+
+    @property
+    def progress(self) -> Progress:
+        """Told about every step."""
+        return self.settings.progress
 
     def compare(
-        self, row: _Row, run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]]
+        self, row: ExportFormat, run: Callable[[npt.NDArray[np.int32]], Iterable[npt.NDArray[np.float32]]]
     ) -> ParityReport:
         """Hold a file against the checkpoint; its limits are stored in the report, not checked."""
         return compare(
             self.reference,
             run,
-            self.limits.get(row.name, row.limits).as_dict(),
+            (self.settings.limits or {}).get(row.name, row.limits).as_dict(),
             progress=lambda _, done, total: self.progress(f"parity {row.name}", done, total),
         )
 
-    def record(self, path: Path, row: _Row, *, format: str, parity: ParityReport, **own: Any) -> ExportRecord:
+    def record(
+        self, path: Path, row: ExportFormat, *, format: str, parity: ParityReport, **own: Any
+    ) -> ExportRecord:
         """Describe a proven file.
 
         Args:
             path: The file.
             row: What it is.
-            format: "gguf" or "onnx".
+            format: Name of the family.
             parity: The proof.
             own: Fields of ExportRecord that depend on the format.
         """
@@ -140,7 +119,7 @@ def load_checkpoint(checkpoint: Path) -> Any:
 
 
 @contextmanager
-def open_job(checkpoint: Path, output: Path, model: Any, settings: JobSettings) -> Iterator[Job]:
+def open_job(checkpoint: Path, output: Path, model: Any, settings: ExportOptions) -> Iterator[Job]:
     """Run the checkpoint on the parity text, and make the output folder, which appears when the block ends well.
 
     Args:
@@ -152,24 +131,14 @@ def open_job(checkpoint: Path, output: Path, model: Any, settings: JobSettings) 
     Raises:
         InputError: Unusable windows.
     """
-    config, progress = read_config(checkpoint), settings.progress
+    config = read_config(checkpoint)
     provenance = read_provenance(checkpoint, settings.name)
     tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
     windows, text = choose_windows(tokenizer, config.context_length, settings.parity_windows)
-    reference = reference_of(model, windows, text=text, progress=progress)
+    reference = reference_of(model, windows, text=text, progress=settings.progress)
     del model
     with atomic_directory(output, force=settings.force) as folder:
-        yield Job(
-            checkpoint=checkpoint,
-            folder=folder,
-            config=config,
-            provenance=provenance,
-            tokenizer=tokenizer,
-            reference=reference,
-            limits=settings.limits or {},
-            n_threads=settings.n_threads or torch.get_num_threads(),
-            progress=progress,
-        )
+        yield Job(checkpoint, folder, settings, config, provenance, tokenizer, reference)
 
 
 def write_manifest(job: Job, records: Sequence[ExportRecord]) -> None:

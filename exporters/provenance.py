@@ -39,10 +39,10 @@ def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
     """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""
     if not is_pruned_checkpoint(checkpoint):
         folder = checkpoint.resolve().name
-        return Provenance(name=_file_stem(name or folder), source_model=folder)
+        return Provenance(name=file_stem(name or folder), source_model=folder)
     info = read_checkpoint_info(checkpoint)
     return Provenance(
-        name=_file_stem(name or info.source.name),
+        name=file_stem(name or info.source.name),
         source_model=info.source.name,
         source_sha256=info.source.sha256,
         # Not what the info says: the weights may have been trained since it was written.
@@ -54,7 +54,8 @@ def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
     )
 
 
-def _file_stem(name: str) -> str:
+def file_stem(name: str) -> str:
+    """The last part of a name, where files can be called that; raises InputError where they cannot."""
     stem = name.rsplit("/", 1)[-1]
     if not stem or stem.startswith(".") or any(c in '\\:*?"<>|' or ord(c) < 32 for c in stem):
         raise InputError("not usable as a file name", field="name", value=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from cfsp.models.shape import ModelShape
 
@@ -24,6 +24,26 @@ class ParityLimits:
     def as_dict(self) -> dict[str, float]:
         """The bounds that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class ExportFormat(Protocol):
+    """A row of a family's table: one way to store the weights."""
+
+    @property
+    def name(self) -> str:
+        """As users say it."""
+
+    @property
+    def limits(self) -> ParityLimits:
+        """Bounds of the parity check."""
+
+    @property
+    def width_multiple(self) -> int:
+        """FFN widths that are multiples of it are stored as asked."""
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Fields of ExportOptions that matter to it and not to every format."""
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
 from cfsp.units import parse_bytes
-from exporters.gguf import find_quant
-from exporters.onnx import find_variant
-
-
-def _quant_name(name: str) -> str:
-    return find_quant(name).name
-
-
-def _variant_name(name: str) -> str:
-    return find_variant(name).name
+from exporters.families import DEFAULT_FORMAT, FAMILIES
+from exporters.gguf.family import GGUF
+from exporters.onnx.family import ONNX
 
 
 @dataclass(frozen=True)
@@ -24,18 +17,18 @@ class ExportFormats(Settings):
     """Formats, and how they are made."""
 
     quants: tuple[str, ...] = setting(
-        ("Q4_0",),
-        "GGUF: f32, f16, Q8_0, Q5_K_M, Q4_K_M, Q4_0, IQ4_NL.",
-        look_up=_quant_name,
+        (DEFAULT_FORMAT,),
+        f"GGUF: {', '.join(GGUF.formats)}.",
+        look_up=lambda name: GGUF.find(name).name,
         least=1,
         option="--gguf",
         metavar="QUANT,...",
-        shown="Q4_0 without --onnx",
+        shown=f"{DEFAULT_FORMAT} without --onnx",
     )
     onnx: tuple[str, ...] = setting(
         (),
-        "fp32, fp16, int8, int8-dynamic, int4, int4-mixed, int4-b128, portable.",
-        look_up=_variant_name,
+        f"{', '.join(ONNX.formats)}.",
+        look_up=lambda name: ONNX.find(name).name,
         metavar="VARIANT,...",
         shown="none",
     )
@@ -56,6 +49,17 @@ class ExportFormats(Settings):
         option="--no-imatrix",
         off="Quantize without the importance matrix of the calibration.",
     )
+
+    @property
+    def formats(self) -> dict[str, tuple[str, ...]]:
+        """Family -> what is made of it; families of which nothing is are left out."""
+        asked = {name: getattr(self, family.setting) for name, family in FAMILIES.items()}
+        return {name: formats for name, formats in asked.items() if formats}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All formats."""
+        return tuple(name for formats in self.formats.values() for name in formats)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Callable, Iterable
@@ -32,16 +31,17 @@ from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
+from exporters.families import FAMILIES
 from phoneready.evaluation.metrics import check_directions, metric_sha256
-from phoneready.exporting import require_onnx_export
 from phoneready.figures.budgets import select
-from phoneready.figures.figure_set import FigureSet, check_same_model, read_baseline
+from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate_files import write_verdicts
 from phoneready.figures.verdict import Verdicts
 from phoneready.history.record import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.collect import collect_figures
+from phoneready.release.dependencies import made_with
 from phoneready.release.live import last_times, stage_figures
 from phoneready.release.results import read_figures
 from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
@@ -51,9 +51,6 @@ from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.sections import RecoverConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details
-
-PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "llama-cpp-python", "onnx-ir", "onnxruntime")
-"""Packages whose version changes what a stage makes."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def _history_entry(
         outcome=verdicts.outcome,
         settings={
             "prune_ratio": f"{manifest.prune_ratio:g}",
-            "files": ", ".join((*export["quants"], *export["onnx"])),
+            "files": ", ".join(name for family in FAMILIES.values() for name in export[family.setting]),
         },
         versions=manifest.versions,
         stages=manifest.stages,
@@ -165,8 +162,8 @@ def load_baseline(config: ReleaseConfig) -> FigureSet | None:
 
 def check_extras(config: ReleaseConfig) -> None:
     """Raise MissingExtraError for what the configuration needs and is not installed, before anything runs."""
-    if config.export.onnx:
-        require_onnx_export()
+    for family in config.export.formats:
+        FAMILIES[family].require()
     if config.tracking is not None:
         _require("mlflow", "track")
     if config.recover is not None:
@@ -183,26 +180,33 @@ def _require(package: str, extra: str) -> None:
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:
     """The stages in order, with everything that their results depend on."""
     steps, c = Steps(config, folder, threads), config
-    exported = dataclasses.asdict(c.export)
+    families = tuple(c.export.formats)
+    exported = dataclasses.asdict(c.export) | made_with("export", families=families)
     asked = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
     exports = ("export-dense", "export-pruned")
-    judged = _judged(c, steps)
-    files = {"files": list(c.evaluate.files)}
+    tasks = ("tasks",) if c.evaluate.tasks else ()
     stages = [
         Stage("dense", _dense(c, steps), (), steps.dense),
-        Stage("prune", dataclasses.asdict(c.prune_settings()), ("dense",), steps.prune),
+        Stage("prune", dataclasses.asdict(c.prune_settings()) | made_with("prune"), ("dense",), steps.prune),
     ]
     if c.recover is not None:
         stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
     stages += [
-        Stage("evaluate", judged, ("dense", steps.final), steps.evaluate),
-        Stage("export-dense", exported, ("dense",), steps.export_dense),
-        Stage("export-pruned", exported, (steps.final,), steps.export_pruned),
-        Stage("answers", asked, exports, steps.answers),
+        Stage(
+            "evaluate",
+            _judged(c, steps) | made_with("evaluate", *tasks),
+            ("dense", steps.final),
+            steps.evaluate,
+        ),
+        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE)),
+        Stage("export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED)),
+        Stage("answers", asked | made_with("answers", families=families), exports, steps.answers),
     ]
     if c.evaluate.files:
+        judged = _judged(c, steps) | {"files": list(c.evaluate.files)}
+        judged |= made_with("evaluate-files", *tasks, families=families)
         after = ("dense", "export-pruned")
-        stages.append(Stage("evaluate-files", judged | files, after, steps.evaluate_files))
+        stages.append(Stage("evaluate-files", judged, after, steps.evaluate_files))
     stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
     return stages
 
@@ -211,19 +215,19 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
     source = config.model.model_dump(mode="json") | {"identity": _identity(config.model.reference)}
     return {
         "tool": tool_version(),
-        "packages": _versions(),
         "seed": config.seed,
         "model": source,
         "calibration": _identities(config.prune.calibration),
         "windows": [config.prune.nsamples, config.prune.seqlen],
         "moments": steps.needs_moments,
+        **made_with("dense"),
     }
 
 
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
     training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
     data = {"data": _identities(settings.data), "validation": _identities(settings.validation)}
-    return training | data
+    return training | data | made_with("recover")
 
 
 def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
@@ -240,23 +244,12 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
     # Other places and devices change nothing here.
     settings = _without(config.bench, "targets", "devices", "n_ctx")
     settings |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
+    settings |= made_with("bench", families=config.export.formats)
     return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(section).items() if key not in names}
-
-
-def _versions() -> dict[str, str]:
-    found = {d.metadata["Name"]: d.version for d in map(_distribution, PACKAGES) if d is not None}
-    return dict(sorted(found.items()))
-
-
-def _distribution(name: str) -> importlib.metadata.Distribution | None:
-    try:
-        return importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _identities(references: Iterable[str]) -> list[list[str]]:

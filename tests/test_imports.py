@@ -26,9 +26,12 @@ ROOMS = {
     ),
     "exporters": (
         {"record", "provenance"},
+        {"options"},
+        {"family"},
         {"checkpoint_reader", "parity"},
         {"job"},
         {"gguf", "onnx"},
+        {"families"},
         {"settings"},
     ),
     "runtime_bench": (

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from exporters.gguf.quants import QUANTS, Quant, find_quant, required_multiple
+from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.record import ParityLimits
 
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf
 
-__all__ = ["QUANTS", "ParityLimits", "Quant", "export_gguf", "find_quant", "required_multiple"]
+__all__ = ["QUANTS", "ParityLimits", "Quant", "export_gguf", "find_quant"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from cfsp.errors import InputError
-from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import CheckpointTensors, read_config
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import choose_layout
@@ -22,14 +20,14 @@ from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.gguf.writer import WrittenFile, write_gguf
 from exporters.job import (
     Job,
-    JobSettings,
     check_input,
     load_checkpoint,
     open_job,
     write_manifest,
 )
+from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.parity import check_limits
-from exporters.record import ExportRecord, ParityLimits
+from exporters.record import ExportRecord
 
 _log = logging.getLogger(__name__)
 
@@ -42,14 +40,7 @@ def export_gguf(
     checkpoint: Path,
     output: Path,
     quants: Sequence[str],
-    *,
-    name: str | None = None,
-    use_imatrix: bool = True,
-    parity_windows: torch.Tensor | None = None,
-    limits: Mapping[str, ParityLimits] | None = None,
-    n_threads: int | None = None,
-    force: bool = False,
-    progress: Progress = no_progress,
+    settings: ExportOptions = DEFAULT_OPTIONS,
 ) -> tuple[ExportRecord, ...]:
     """Write output/<name>-<quant>.gguf for every quant, and output/export.json (an ExportManifest).
 
@@ -60,13 +51,7 @@ def export_gguf(
         checkpoint: Hugging Face folder, pruned or dense.
         output: Folder to create.
         quants: Names from QUANTS, in any case.
-        name: Stem of the file names and general.name; the source model's name by default.
-        use_imatrix: Quantize the 4-bit and 5-bit types with the checkpoint's input moments, where it has them.
-        parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
-        limits: Bounds by quant name, in place of the table's.
-        n_threads: Threads of the quantizer and of the parity run; torch's number by default.
-        force: Replace an existing output folder.
-        progress: Told about every step.
+        settings: How.
 
     Returns:
         One record a quant, in the order asked.
@@ -79,11 +64,11 @@ def export_gguf(
     rows = list(dict.fromkeys(find_quant(quant) for quant in quants))
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=", ".join(QUANTS))
-    check_input(checkpoint, output, force=force)
+    check_input(checkpoint, output, force=settings.force)
     llama_library.runtime_version()
     _refuse_early(checkpoint)
-    imatrix = read_imatrix(checkpoint) if use_imatrix and any(row.uses_imatrix for row in rows) else {}
-    settings = JobSettings(name, parity_windows, limits, n_threads, force, progress)
+    wanted = settings.use_imatrix and any(row.uses_imatrix for row in rows)
+    imatrix = read_imatrix(checkpoint) if wanted else {}
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings) as job:
         records = _export_all(job, rows, imatrix)
         write_manifest(job, records)

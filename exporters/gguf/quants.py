@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-import gguf
 
 from cfsp.errors import InputError
 from exporters.record import ParityLimits
@@ -20,32 +17,44 @@ class Quant:
     Attributes:
         name: llama-quantize's name; in lower case for the two unquantized ones.
         base_type: ggml type of most matrices.
-        width_multiple: FFN widths that are multiples of it keep down_proj in the type asked for.
-        uses_imatrix: Whether an importance matrix is used by default.
         limits: Bounds of the parity check.
+        uses_imatrix: Whether an importance matrix is used by default.
     """
 
     name: str
     base_type: str
-    width_multiple: int
-    uses_imatrix: bool
     limits: ParityLimits
+    uses_imatrix: bool = False
 
     @property
     def ftype(self) -> int:
         """llama.cpp's `llama_ftype`, also written as general.file_type."""
-        names = (f"MOSTLY_{self.name}".upper(), f"ALL_{self.name}".upper())
-        return next(int(row) for row in gguf.LlamaFileType if row.name in names)
+        import gguf  # not in the memory of a process that runs a file alone
+
+        prefix = "ALL" if self.base_type == "F32" else "MOSTLY"
+        return int(gguf.LlamaFileType[f"{prefix}_{self.name.upper()}"])
+
+    @property
+    def width_multiple(self) -> int:
+        """FFN widths that are multiples of it keep down_proj in the type asked for."""
+        import gguf
+
+        return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]][0])
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """See ExportFormat."""
+        return frozenset({"use_imatrix"} if self.uses_imatrix else ())
 
 
 _ROWS = (
-    Quant("f32", "F32", 1, False, ParityLimits(max_logit_diff=1e-3)),
-    Quant("f16", "F16", 1, False, ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
-    Quant("Q8_0", "Q8_0", 32, False, ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1)),
-    Quant("Q5_K_M", "Q5_K", 256, True, ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3)),
-    Quant("Q4_K_M", "Q4_K", 256, True, ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5)),
-    Quant("Q4_0", "Q4_0", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
-    Quant("IQ4_NL", "IQ4_NL", 32, True, ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8)),
+    Quant("f32", "F32", ParityLimits(max_logit_diff=1e-3)),
+    Quant("f16", "F16", ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
+    Quant("Q8_0", "Q8_0", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1)),
+    Quant("Q5_K_M", "Q5_K", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), uses_imatrix=True),
+    Quant("Q4_K_M", "Q4_K", ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5), uses_imatrix=True),
+    Quant("Q4_0", "Q4_0", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), uses_imatrix=True),
+    Quant("IQ4_NL", "IQ4_NL", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), uses_imatrix=True),
 )
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
 
@@ -60,8 +69,3 @@ def find_quant(name: str) -> Quant:
         if row.name.lower() == name.lower():
             return row
     raise InputError("unknown quantization", field="quant", value=name, allowed=", ".join(QUANTS))
-
-
-def required_multiple(quants: Sequence[str]) -> int:
-    """Smallest width unit with which no FFN matrix of these quantizations falls back to a larger type."""
-    return math.lcm(*(find_quant(name).width_multiple for name in quants))

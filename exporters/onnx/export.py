@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from cfsp.errors import InputError
-from cfsp.progress import Progress, no_progress
-from cfsp.text.tokens import tokens_sha256
-from exporters.job import JobSettings, check_input, load_checkpoint, open_job, write_manifest
+from exporters.job import check_input, load_checkpoint, open_job, write_manifest
 from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.job import OnnxJob
@@ -22,24 +18,15 @@ from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.writer import write_graphs
-from exporters.record import ExportRecord, ParityLimits
+from exporters.options import DEFAULT_OPTIONS, ExportOptions
+from exporters.record import ExportRecord
 
 
 def export_onnx(
     checkpoint: Path,
     output: Path,
     variants: Sequence[str],
-    *,
-    calibration: torch.Tensor | None = None,
-    mixed_bytes: int | None = None,
-    name: str | None = None,
-    parity_windows: torch.Tensor | None = None,
-    limits: Mapping[str, ParityLimits] | None = None,
-    ort: bool = False,
-    opset: int | None = None,
-    n_threads: int | None = None,
-    force: bool = False,
-    progress: Progress = no_progress,
+    settings: ExportOptions = DEFAULT_OPTIONS,
 ) -> tuple[ExportRecord, ...]:
     """Write output/<variant>/ for every variant, and output/export.json (an ExportManifest).
 
@@ -49,16 +36,7 @@ def export_onnx(
         checkpoint: Hugging Face folder, pruned or dense.
         output: Folder to create.
         variants: Names from VARIANTS, in any case.
-        calibration: Token ids (nsamples, seqlen) that 4-bit variants are rounded for; nearest numbers without them.
-        mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what GGUF's Q4_0 takes.
-        name: Of the graphs; the source model's name by default.
-        parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
-        limits: Bounds by variant name, in place of the table's.
-        ort: Also write output/<variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
-        opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
-        n_threads: Threads of the parity run; torch's number by default.
-        force: Replace an existing output folder.
-        progress: Told about every step.
+        settings: How.
 
     Returns:
         One record a variant, in the order asked.
@@ -72,19 +50,16 @@ def export_onnx(
     rows = list(dict.fromkeys(find_variant(variant) for variant in variants))
     if not rows:
         raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
-    check_input(checkpoint, output, force=force)
+    check_input(checkpoint, output, force=settings.force)
     runtime_version()
-    if opset is not None and opset not in OPSETS:
+    if settings.opset is not None and settings.opset not in OPSETS:
         known = f"{OPSETS.start} to {OPSETS.stop - 1}"
-        raise InputError("out of range", field="opset", value=opset, allowed=known)
+        raise InputError("out of range", field="opset", value=settings.opset, allowed=known)
     if any(row.portable for row in rows):
         require_optimum()
-    settings = JobSettings(name, parity_windows, limits, n_threads, force, progress)
     model = load_checkpoint(checkpoint)
     with open_job(checkpoint, output, model, settings) as common:
-        digest = None if calibration is None else tokens_sha256(calibration)
-        job = OnnxJob(common, model, calibration, digest, mixed_bytes, ort, opset)
-        records = _export_all(job, rows)
+        records = _export_all(OnnxJob(common, model), rows)
         write_manifest(common, records)
     return records
 
@@ -113,6 +88,6 @@ def _export(job: OnnxJob, variant: Variant) -> ExportRecord:
         common.tokenizer,
         context_length=common.config.context_length,
     )
-    ort = write_ort(written.last or written.every, folder / "ort") if job.ort else None
+    ort = write_ort(written.last or written.every, folder / "ort") if common.settings.ort else None
     common.progress(f"writing {variant.name}", 1, 1)
     return prove(job, variant, written, ort)

@@ -66,7 +66,7 @@ def _rounding(job: OnnxJob, variant: Variant, written: WrittenGraphs) -> dict[st
     fields: dict[str, Any] = {}
     text = job.text_for(variant)
     if text is not None:
-        fields |= {"calibration_sha256": job.calibration_sha256, "calibration_tokens": text.numel()}
+        fields |= {"calibration_sha256": job.text_sha256(variant), "calibration_tokens": text.numel()}
     if written.mixture is not None:
         fields |= {
             "budget_bytes": written.mixture.budget_bytes,
@@ -76,7 +76,7 @@ def _rounding(job: OnnxJob, variant: Variant, written: WrittenGraphs) -> dict[st
 
 
 def _warnings(job: OnnxJob, variant: Variant) -> tuple[str, ...]:
-    unguided = variant.calibrated and job.calibration is None
+    unguided = variant.calibrated and job.text_for(variant) is None
     return (f"{variant.name} is rounded to the nearest numbers, without text",) if unguided else ()
 
 

@@ -65,6 +65,17 @@ class Variant:
         return self.form is not None and self.form.bits < INT8.bits
 
     @property
+    def width_multiple(self) -> int:
+        """Any width is stored as asked: rows are padded to whole blocks."""
+        return 1
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """See ExportFormat."""
+        own = {"calibration": self.calibrated, "mixed_bytes": self.mixed}
+        return frozenset({"opset", "ort", *(field for field, read in own.items() if read)})
+
+    @property
     def stem(self) -> str:
         """File name without its extension."""
         return f"model{self.suffix}"

@@ -67,7 +67,7 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         progress(f"writing {variant.name}", 0, 1)
         # A model of its own: optimum's exporter changes the one that it is given.
         model = load_checkpoint(job.common.checkpoint)
-        graph = portable_graph(model, name=_graph_name(job, variant), opset=job.opset)
+        graph = portable_graph(model, name=_graph_name(job, variant), opset=job.common.settings.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return _write(job, graph, folder, variant)
     quantized, mixture = _quantized(job, variant)
@@ -95,7 +95,7 @@ def _quantized(job: OnnxJob, variant: Variant) -> tuple[Quantized | None, Mixtur
     small = job.small[form]
     if variant.mixed:
         size = _size_bytes(job, variant, Quantized(small.layers))
-        mixture = choose_mixture(job.model, small, size, budget_bytes=job.mixed_bytes)
+        mixture = choose_mixture(job.model, small, size, budget_bytes=job.common.settings.mixed_bytes)
     else:
         mixture = choose_few(job.model, small)
     return tune(job.model, mixture.applied(job.model, small), text, progress=progress), mixture
@@ -131,7 +131,7 @@ def _every(job: OnnxJob, decoder: Decoder, variant: Variant) -> ir.Model:
         decoder,
         name=_graph_name(job, variant),
         metadata={CACHE_KEY: FIXED_CACHE},
-        opset=job.opset or OPSET,
+        opset=job.common.settings.opset or OPSET,
     )
 
 
@@ -147,7 +147,7 @@ def _write_both(job: OnnxJob, decoder: Decoder, folder: Path, variant: Variant) 
         metadata=metadata,
         last_logits=True,
         stored=stored,
-        opset=job.opset or OPSET,
+        opset=job.common.settings.opset or OPSET,
     )
     path = folder / f"{variant.stem}_last.onnx"
     ir.save(last, path)
@@ -191,6 +191,6 @@ def _origin(job: OnnxJob, variant: Variant) -> dict[str, str]:
         "phoneready.checkpoint_sha256": origin.checkpoint_sha256,
         "phoneready.plan_sha256": origin.plan_sha256,
         "phoneready.license": origin.license,
-        "phoneready.calibration_sha256": job.calibration_sha256 if variant.calibrated else None,
+        "phoneready.calibration_sha256": job.text_sha256(variant),
     }
     return {key: value for key, value in known.items() if value}

@@ -61,7 +61,7 @@ def prune(
     prepare_torch(threads)
     from cfsp.models.reference import load_model
     from cfsp.text.calibration import load_calibration
-    from exporters.gguf import required_multiple
+    from exporters.families import required_multiple
 
     chosen = settings.settings(required_multiple(for_quant))
     ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)

@@ -9,6 +9,7 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.settings import setting
+from exporters.onnx import VARIANTS
 from phoneready.commands.options import SET, DebugOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
@@ -26,7 +27,7 @@ def release(
     ),
     onnx: tuple[str, ...] = setting(
         (),
-        "ONNX variants beside the GGUF files: fp32, fp16, int8, int8-dynamic, int4, int4-mixed, int4-b128, portable.",
+        f"ONNX variants beside the GGUF files: {', '.join(VARIANTS)}.",
         metavar="VARIANT,...",
         shown="the configuration's",
     ),

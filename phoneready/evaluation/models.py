@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
@@ -13,7 +12,8 @@ from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.progress import Progress, no_progress
-from exporters.onnx.folder import is_onnx
+from exporters.families import FAMILIES
+from exporters.family import ExportFamily
 
 
 @dataclass(frozen=True)
@@ -51,39 +51,20 @@ def _open_torch(reference: str, settings: OpenSettings, progress: Progress) -> L
     return TorchLanguageModel(loaded)
 
 
-def _is_gguf(reference: str) -> bool:
-    return Path(reference).suffix == ".gguf"
-
-
-def _open_llama_cpp(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
-    from exporters.gguf.language_model import GGUFLanguageModel
-
-    if not _is_gguf(reference):
-        raise InputError("llama.cpp runs .gguf files", field="model", value=reference, allowed="FILE.gguf")
-    context = max(settings.seqlen, MAX_CONTEXT)
-    return GGUFLanguageModel(Path(reference), n_ctx=context, n_threads=settings.threads)
-
-
-def _open_onnxruntime(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
-    from exporters.onnx.language_model import OnnxLanguageModel
-
-    if not is_onnx(reference):
-        raise InputError(
-            "onnxruntime runs .onnx files and folders of ONNX variants",
-            field="model",
-            value=reference,
-            allowed="FILE.onnx, DIR",
+def _runtime(family: ExportFamily) -> Runtime:
+    def opens(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
+        family.check_claim(reference)
+        model: LanguageModel = family.open_model(
+            reference, max(settings.seqlen, MAX_CONTEXT), settings.threads
         )
-    context = max(settings.seqlen, MAX_CONTEXT)
-    return OnnxLanguageModel(reference, n_ctx=context, n_threads=settings.threads)
+        return model
+
+    return Runtime(opens, family.claims)
 
 
 RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
-    {
-        "llama.cpp": Runtime(_open_llama_cpp, _is_gguf),
-        "onnxruntime": Runtime(_open_onnxruntime, is_onnx),
-        "torch": Runtime(_open_torch, lambda reference: True),
-    }
+    {family.runtime: _runtime(family) for family in FAMILIES.values()}
+    | {"torch": Runtime(_open_torch, lambda reference: True)}
 )
 """Name -> runtime; the first that claims a reference is its default."""
 

@@ -18,7 +18,7 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record, write_record
 from cfsp.validation import describe_problems
 from phoneready.evaluation.sweep import Sweep
-from phoneready.figures.figure_set import FIGURES_FILE
+from phoneready.figures.figure_set import FIGURES_FILE, PRUNED
 from phoneready.figures.gate_files import JUNIT_FILE, SUMMARY_FILE
 from phoneready.figures.verdict import VERDICTS_FILE
 from phoneready.publish.bom import BOM_FILE, make_bom
@@ -114,8 +114,8 @@ def write_reports(
         manifest: For versions and commands.
         sweep: Quality over ratios, for the plot.
     """
-    names = {record.file for record in figures.pruned}
-    artifacts = [a for a in Steps(config, folder, None).artifacts() if a.name in names and a.root.is_file()]
+    steps = Steps(config, folder, None)
+    projected = [steps.artifact(PRUNED, name) for name in config.export.projected]
     page = ReportInput(
         config=config,
         figures=figures,
@@ -124,7 +124,9 @@ def write_reports(
         seconds=manifest.seconds,
         verdicts=read_verdicts(folder),
         projections=project_files(
-            {artifact.name: artifact.root for artifact in artifacts}, config.bench.devices, config.bench.n_ctx
+            {artifact.name: artifact.facts for artifact in projected},
+            config.bench.devices,
+            config.bench.n_ctx,
         ),
         sweep=sweep,
     )

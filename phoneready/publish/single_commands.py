@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from cfsp.pruning.prune import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
-from exporters.onnx import find_variant
+from exporters.families import find_format
 from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import ReleaseConfig
@@ -49,7 +49,7 @@ def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> 
     record = figures.pruned[0]
     name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
     settings = pick(ExportSettings, config.export, name=name, seed=config.seed)
-    if any(find_variant(variant).calibrated for variant in config.export.onnx):
+    if any("calibration" in find_format(name).reads for name in config.export.names):
         prune = config.prune
         settings = dataclasses.replace(
             settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporters.families import family_of
+from runtime_bench.devices.model_facts import FACTS, ModelFacts
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -23,3 +26,8 @@ class Artifact:
     name: str
     root: Path
     path: Path
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What a projection needs to know of it, of formats that are projected."""
+        return FACTS[family_of(self.item).name](self.path)

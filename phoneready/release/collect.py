@@ -13,7 +13,7 @@ from phoneready.figures.metrics import FigureKey, metric_of
 from phoneready.release.results import ReleaseFigures
 from phoneready.release.steps import Steps
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
+from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.crowding import crowding, stealing
@@ -120,10 +120,10 @@ def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], rol
 def _projections(config: ReleaseConfig, steps: Steps) -> Iterator[Figure]:
     if not config.bench.devices:
         return
-    wanted = [q for q in config.export.quants if not config.bench.files or q in config.bench.files]
+    wanted = [q for q in config.export.projected if not config.bench.files or q in config.bench.files]
     for a in steps.artifacts():
         if a.item in wanted:
-            yield from projected_figures(config, a.role, a.item, a.name, gguf_facts(a.path))
+            yield from projected_figures(config, a.role, a.item, a.name, a.facts)
 
 
 def projected_figures(

@@ -65,10 +65,9 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
 def _exports(steps: Steps, role: str) -> tuple[ExportRecord, ...]:
     """The records of a model's exports, which call them as the release does."""
     folder = stage_folder(steps.folder, f"export-{role}")
-    kinds = ("gguf", "onnx") if steps.config.export.onnx else ("gguf",)
     found = [
         record
-        for kind in kinds
+        for kind in steps.config.export.formats
         for record in read_record(ExportManifest, folder / kind / "export.json").exports
     ]
     return tuple(replace(record, file=steps.artifact(role, record.quant).name) for record in found)

@@ -15,7 +15,7 @@ from cfsp.evaluation.answers import PROMPTS
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
-from cfsp.models.reference import load_model, load_tokenizer
+from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
@@ -24,8 +24,9 @@ from cfsp.pruning.statistics import collect_input_moments
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import tokens_sha256
-from exporters.gguf import export_gguf, find_quant
-from exporters.onnx.folder import find_graph
+from exporters.families import FAMILIES, family_of, find_format
+from exporters.options import ExportOptions
+from exporters.provenance import file_stem
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.record import Evaluation, ModelIdentity
 from phoneready.evaluation.run import evaluate
@@ -83,7 +84,7 @@ class Steps:
     def needs_moments(self) -> bool:
         """Whether a quantization wants the importance matrix of the dense model."""
         export = self.config.export
-        return export.imatrix and any(find_quant(quant).uses_imatrix for quant in export.quants)
+        return export.imatrix and any("use_imatrix" in find_format(name).reads for name in export.names)
 
     @property
     def final(self) -> str:
@@ -105,12 +106,21 @@ class Steps:
 
     def artifact(self, role: str, item: str) -> Artifact:
         """The dense or the pruned model in a quantization or variant."""
-        folder, quants = stage_folder(self.folder, f"export-{role}"), self.config.export.quants
-        file = next((folder / "gguf").glob(f"*-{item if item in quants else quants[0]}.gguf"))
-        if item in quants:
-            return Artifact(role, item, file.name, file, file)
-        root, stem = folder / "onnx" / item, file.name.removesuffix(f"-{quants[0]}.gguf")
-        return Artifact(role, item, f"{stem}-{item}", root, find_graph(str(root), last_logits=True))
+        family, folder = family_of(item), stage_folder(self.folder, f"export-{role}")
+        model = family.locate(folder / family.name, self._stem(role), item)
+        return Artifact(role, item, model.name, model.root, model.path)
+
+    def _stem(self, role: str) -> str:
+        """What the names of a model's files begin with."""
+        suffix = DENSE
+        if role == PRUNED:
+            percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
+            suffix = f"pruned{percent}{'-recovered' if self.config.recover else ''}"
+        return file_stem(f"{read_checkpoint_info(self._exported(role)).source.name}-{suffix}")
+
+    def _exported(self, role: str) -> Path:
+        """The checkpoint that a model's exports are made from."""
+        return self.checkpoint(DENSE if role == DENSE else self.final)
 
     def dense(self, output: Path, progress: Progress) -> None:
         """Load the model, draw its calibration windows, keep both."""
@@ -194,21 +204,25 @@ class Steps:
         named = ModelIdentity(name, result.model.runtime)
         write_record(path, dataclasses.replace(result, model=named, against=against))
 
-    def export_dense(self, output: Path, progress: Progress) -> None:
-        """The dense model's exports, for comparison."""
-        self._export("dense", "dense", output, progress)
-
-    def export_pruned(self, output: Path, progress: Progress) -> None:
-        """The pruned model's exports."""
-        percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
-        recovered = "-recovered" if self.config.recover else ""
-        self._export(self.final, f"pruned{percent}{recovered}", output, progress)
+    def export(self, role: str, output: Path, progress: Progress) -> None:
+        """The pruned model's exports, or for comparison the dense one's."""
+        export = self.config.export
+        settings = ExportOptions(
+            name=self._stem(role),
+            use_imatrix=export.imatrix,
+            calibration=moment_windows(self._calibration_ids()),
+            # The dense model is there for comparison; it need not fit what the pruned one must.
+            mixed_bytes=None if role == DENSE else export.mixed_bytes,
+            n_threads=self.threads,
+            progress=progress,
+        )
+        for family, names in export.formats.items():
+            FAMILIES[family].export(self._exported(role), output / family, names, settings)
 
     def answers(self, output: Path, progress: Progress) -> None:
         """What the files answer in their own runtime."""
         record = answer_all(
             self.artifacts(),
-            load_tokenizer(self.checkpoint("dense")),
             self.prompts,
             max_new_tokens=self.config.evaluate.max_new_tokens,
             n_threads=self.threads,
@@ -249,29 +263,3 @@ class Steps:
         """The calibration windows, (nsamples, seqlen)."""
         path = stage_folder(self.folder, "dense") / CALIBRATION_FILE
         return safetensors.torch.load_file(path)["input_ids"]
-
-    def _export(self, stage: str, suffix: str, output: Path, progress: Progress) -> None:
-        name = read_checkpoint_info(self.checkpoint(stage)).source.name
-        export_gguf(
-            self.checkpoint(stage),
-            output / "gguf",
-            self.config.export.quants,
-            name=f"{name}-{suffix}",
-            use_imatrix=self.config.export.imatrix,
-            n_threads=self.threads,
-            progress=progress,
-        )
-        if self.config.export.onnx:
-            from exporters.onnx import export_onnx
-
-            export_onnx(
-                self.checkpoint(stage),
-                output / "onnx",
-                self.config.export.onnx,
-                calibration=moment_windows(self._calibration_ids()),
-                # The dense model is there for comparison; it need not fit what the pruned one must.
-                mixed_bytes=None if stage == "dense" else self.config.export.mixed_bytes,
-                name=f"{name}-{suffix}",
-                n_threads=self.threads,
-                progress=progress,
-            )

@@ -11,7 +11,7 @@ from phoneready.evaluation.sweep import Sweep
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Projection, project
 
@@ -69,12 +69,12 @@ def read_verdicts(folder: Path) -> Verdicts | None:
 
 
 def project_files(
-    files: Mapping[str, Path], devices: Sequence[str], n_ctx: int
+    files: Mapping[str, ModelFacts], devices: Sequence[str], n_ctx: int
 ) -> tuple[DeviceProjections, ...]:
-    """Project GGUF files onto devices; only their headers are read.
+    """Project files onto devices.
 
     Args:
-        files: Name to path.
+        files: Name to what a projection needs.
         devices: Ids of profiles; all where there are none.
         n_ctx: Tokens of the context, where the model knows as many.
     """
@@ -82,8 +82,7 @@ def project_files(
     profiles = [find_profile(device, known).profile for device in devices or known]
     names = {profile.id: profile.name for profile in profiles}
     found = []
-    for name, path in files.items():
-        facts = gguf_facts(path)
+    for name, facts in files.items():
         context = min(n_ctx, facts.context_length)
         rows = tuple(project(profile, facts, context) for profile in profiles)
         found.append(DeviceProjections(name, context, rows, names))

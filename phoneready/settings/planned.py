@@ -28,7 +28,7 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
         yield FigureKey("file_bytes", item)
     yield from _benchmarks(config)
     for device in config.bench.devices:
-        for item in _measured(config, config.export.quants):
+        for item in _measured(config, config.export.projected):
             for metric in metrics_from(PROJECTION):
                 yield FigureKey(metric, item, device)
     for item in (CHECKPOINT, *config.evaluate.files):

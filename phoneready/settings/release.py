@@ -14,6 +14,7 @@ from cfsp.errors import InputError
 from cfsp.files import read_text
 from cfsp.recovery.settings import two_budgets
 from cfsp.validation import Location, describe_problems, place_of
+from exporters.families import BASE, family_of
 from exporters.onnx import find_variant
 from phoneready.evaluation.record import repeated_text
 from phoneready.settings.planned import budget_problems
@@ -194,15 +195,16 @@ def _unknown_files(config: ReleaseConfig) -> list[tuple[Location, str]]:
 
 def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """Targets that cannot run what is to be measured there."""
-    onnx = [name for name in config.bench.files or config.export.names if name in config.export.onnx]
+    files = config.bench.files or config.export.names
+    others = [name for name in files if name in config.export.names and family_of(name) is not BASE]
     folders = [place_slug(place) for place in config.bench.targets]
     if len(set(folders)) < len(folders):
         yield ("bench", "targets"), f"two have one name on disk: {', '.join(config.bench.targets)}"
-    for place in config.bench.targets if onnx else ():
+    for place in config.bench.targets if others else ():
         if runs_gguf_only(place):
             yield (
                 ("bench", "targets"),
-                f"{place} runs GGUF files alone, not {', '.join(onnx)}; name others in files",
+                f"{place} runs GGUF files alone, not {', '.join(others)}; name others in files",
             )
 
 

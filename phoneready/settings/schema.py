@@ -9,7 +9,7 @@ import pydantic
 from cfsp.pruning.settings import PruneSettings
 from cfsp.settings import SEED
 from cfsp.validation import Section
-from exporters.gguf import required_multiple
+from exporters.families import required_multiple
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.settings.sections import (
     BaselineConfig,
@@ -40,5 +40,5 @@ class ReleaseConfig(Section):
     tracking: TrackingConfig | None = None
 
     def prune_settings(self) -> PruneSettings:
-        """For cfsp; widths fit the quantizations unless an alignment is set."""
-        return self.prune.settings(required_multiple(self.export.quants))
+        """For cfsp; widths fit the formats unless an alignment is set."""
+        return self.prune.settings(required_multiple(self.export.names))

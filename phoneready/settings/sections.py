@@ -14,6 +14,7 @@ from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
 from exporters.settings import ExportFormats
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
+from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.targets.places import check_place
 from runtime_bench.workload import BenchSettings, SamplingSettings, workloads_of
@@ -68,9 +69,9 @@ class ExportConfig(ExportFormats):
     """What is made, of the dense model too."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """All quantizations and variants."""
-        return (*self.quants, *self.onnx)
+    def projected(self) -> tuple[str, ...]:
+        """Formats whose files are projected to devices."""
+        return tuple(name for family, names in self.formats.items() for name in names if family in FACTS)
 
 
 def _profile_id(name: str) -> str:

@@ -5,15 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cfsp.settings import Settings, setting
-from exporters.gguf import QUANTS, find_quant
-from exporters.onnx import find_variant
+from exporters.families import find_format
 
 GOALS = QUALITY, SIZE = "quality", "size"
-
-
-def _file_name(name: str) -> str:
-    known = name.lower() in {quant.lower() for quant in QUANTS}
-    return find_quant(name).name if known else find_variant(name).name
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class TuneConfig(Settings):
     files: tuple[str, ...] = setting(
         (),
         "Quantizations and ONNX variants, of which one is chosen; those of [export] when empty.",
-        look_up=_file_name,
+        look_up=lambda name: find_format(name).name,
     )
     allocations: tuple[str, ...] = setting(
         (), "As prune.allocation.", choices="cfsp.pruning.allocation:ALLOCATIONS"

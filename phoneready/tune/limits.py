@@ -142,7 +142,7 @@ class Limits:
     def exact(self, point: Point) -> tuple[FigureKey, ...]:
         """Those of them that widths alone settle."""
         return tuple(
-            key for key in self.wanted(point) if metric_of(key.metric).is_exact and point.recipe.is_gguf
+            key for key in self.wanted(point) if metric_of(key.metric).is_exact and point.recipe.is_sized
         )
 
     def relative(self, point: Point) -> tuple[FigureKey, ...]:

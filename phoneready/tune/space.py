@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cfsp.errors import InputError
-from exporters.gguf import QUANTS, required_multiple
+from exporters.families import BASE, FAMILIES, family_of, required_multiple
+from exporters.family import ExportFamily
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.settings.planned import planned_figures
@@ -42,9 +44,14 @@ class Recipe:
         }
 
     @property
-    def is_gguf(self) -> bool:
+    def family(self) -> ExportFamily:
+        """The family of the file."""
+        return family_of(self.item)
+
+    @property
+    def is_sized(self) -> bool:
         """Whether the file's size follows from the widths alone."""
-        return self.item in QUANTS
+        return self.family.draft is not None
 
     def describe(self) -> str:
         """For people."""
@@ -88,8 +95,8 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
 def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
     """The configuration of the release that a point is; budgets of files that it does not make are left out."""
     recipe, export = point.recipe, config.export
-    files = {"quants": (recipe.item,), "onnx": ()} if recipe.is_gguf else {"onnx": (recipe.item,)}
-    exported = replace(export, **files)
+    formats: dict[str, Any] = {family.setting: () for family in FAMILIES.values() if family is not BASE}
+    exported = replace(export, **(formats | {recipe.family.setting: (recipe.item,)}))
     pruned = replace(
         config.prune, prune_ratio=point.prune_ratio, allocation=recipe.allocation, align=recipe.align
     )
@@ -109,7 +116,7 @@ def _budgets(release: ReleaseConfig, recipe: Recipe) -> Iterator[BudgetConfig]:
     """Budgets on the point's file and checkpoint: not on the GGUF file that a release makes beside an ONNX folder."""
     keys = list(planned_figures(release))
     for budget in release.budgets:
-        if recipe.is_gguf and not budget.files:
+        if recipe.family is BASE and not budget.files:
             yield budget
             continue
         limited = {key.item for key in select(budget, keys)}
@@ -123,4 +130,5 @@ def _kept(names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _needed(item: str, config: ReleaseConfig) -> int:
-    return required_multiple([item] if item in QUANTS else config.export.quants)
+    beside = () if family_of(item) is BASE else getattr(config.export, BASE.setting)
+    return required_multiple((item, *beside))

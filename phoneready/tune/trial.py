@@ -16,7 +16,6 @@ from cfsp.evaluation.torch_model import TorchLanguageModel, logits_from_hidden
 from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from exporters.gguf import QUANTS
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import evaluate
@@ -41,7 +40,6 @@ from phoneready.settings.tune import TuneConfig
 from phoneready.tune.limits import QUALITY, Limits, family, objective_item
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.workshop import Workshop
-from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.files import files_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.targets.places import open_place
@@ -83,7 +81,7 @@ class Bench:
 
     def exact_figures(self, point: Point) -> tuple[Figure, ...]:
         """Sizes and projections of a GGUF file that is not made; nothing of other formats."""
-        if not point.recipe.is_gguf:
+        if not point.recipe.is_sized:
             return ()
         config, item = config_of(self.limits.config, point), point.recipe.item
         sides = [(PRUNED, self.shop.plan(point.recipe, point.prune_ratio).shape)]
@@ -127,12 +125,12 @@ class Bench:
 
     def _projections(self, point: Point, file: Artifact) -> Iterator[Figure]:
         config, item = config_of(self.limits.config, point), point.recipe.item
-        if not config.bench.devices or item not in QUANTS:
+        if item not in config.export.projected:
             return
-        yield from projected_figures(config, PRUNED, item, file.name, gguf_facts(file.path))
+        yield from projected_figures(config, PRUNED, item, file.name, file.facts)
         if any(metric_of(key.metric).source == PROJECTION for key in self.limits.relative(point)):
             dense = self._dense_file(point)
-            yield from projected_figures(config, DENSE, item, dense.name, gguf_facts(dense.path))
+            yield from projected_figures(config, DENSE, item, dense.name, dense.facts)
 
     def _judgements(self, point: Point, checkpoint: Path, file: Artifact) -> Iterator[Figure]:
         config = self.limits.config

@@ -26,9 +26,8 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
-from exporters.gguf import QUANTS
-from exporters.gguf.draft import draft_gguf
-from exporters.onnx.folder import find_graph
+from exporters.families import family_of
+from exporters.options import ExportOptions
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.settings.schema import ReleaseConfig
@@ -91,7 +90,7 @@ class Workshop:
 
     def file_bytes(self, recipe: Recipe, prune_ratio: float) -> int | None:
         """Size of a GGUF file, exact to one step of its alignment; None of a format that has to be exported first."""
-        if not recipe.is_gguf:
+        if not recipe.is_sized:
             return None
         return self.sizes.file_bytes(recipe.item, self.plan(recipe, prune_ratio).shape)
 
@@ -134,27 +133,24 @@ class Workshop:
         folder = self._work / f"files-{role}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        if item in QUANTS:
-            use = self.config.export.imatrix
-            file = draft_gguf(
-                checkpoint, folder, [item], name=name, use_imatrix=use, n_threads=self._n_threads
-            )[item]
-            return Artifact(role, item, file.name, file, file)
-        from exporters.onnx import export_onnx
-
-        export_onnx(
-            checkpoint,
-            folder / "onnx",
-            (item,),
-            calibration=moment_windows(self.calibration.input_ids),
-            # As in a release: the dense model need not fit what the pruned one must.
-            mixed_bytes=None if role == DENSE else self.config.export.mixed_bytes,
+        family, export = family_of(item), self.config.export
+        guided = "calibration" in family.find(item).reads
+        settings = ExportOptions(
             name=name,
-            n_threads=self.threads,
+            use_imatrix=export.imatrix,
+            calibration=moment_windows(self.calibration.input_ids) if guided else None,
+            # As in a release: the dense model need not fit what the pruned one must.
+            mixed_bytes=None if role == DENSE else export.mixed_bytes,
+            n_threads=self._n_threads,
             progress=self.progress,
         )
-        root = folder / "onnx" / item
-        return Artifact(role, item, f"{name}-{item}", root, find_graph(str(root), last_logits=True))
+        if family.draft is not None:
+            family.draft(checkpoint, folder, item, name, settings)
+        else:
+            folder = folder / family.name
+            family.export(checkpoint, folder, (item,), settings)
+        model = family.locate(folder, name, item)
+        return Artifact(role, item, model.name, model.root, model.path)
 
     def clear(self) -> None:
         """Delete everything but the plans."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
@@ -103,3 +104,7 @@ class _Keys:
             key = f"{self.file.architecture}.{name}"
             raise InputError(f"{self.file.path} has no usable {key}", value=found)
         return [int(value) for value in values]
+
+
+FACTS: Mapping[str, Callable[[Path], ModelFacts]] = MappingProxyType({"gguf": gguf_facts})
+"""Family of exports -> how its files are read; what has no row is not projected."""

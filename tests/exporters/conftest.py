@@ -14,6 +14,7 @@ from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.statistics import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, set_config_shape
+from exporters.options import ExportOptions
 from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
@@ -70,6 +71,9 @@ def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.Tem
     # Next-token distributions of random weights are nearly flat, so quantization moves them far.
     loose = {name: ParityLimits(kl_mean=3.0) for name in variants if name != "fp32"}
     export_onnx(
-        make_checkpoint("llama", widths=(96, 64, 128, 40)), output, variants, limits=loose, n_threads=1
+        make_checkpoint("llama", widths=(96, 64, 128, 40)),
+        output,
+        variants,
+        ExportOptions(limits=loose, n_threads=1),
     )
     return output

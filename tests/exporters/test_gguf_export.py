@@ -24,10 +24,12 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
-from exporters.gguf import QUANTS, export_gguf, llama_library, required_multiple, runtime
+from exporters.families import required_multiple
+from exporters.gguf import QUANTS, export_gguf, llama_library, runtime
 from exporters.gguf import writer as writer_module
 from exporters.gguf.writer import write_gguf
 from exporters.job import MANIFEST_FILE
+from exporters.options import ExportOptions
 from exporters.parity import check_limits, compare, reference_of
 from exporters.provenance import read_provenance
 from exporters.record import ExportManifest, ExportRecord, ParityLimits
@@ -42,7 +44,7 @@ MakeCheckpoint = Callable[..., Path]
 
 def export(checkpoint: Path, output: Path, *quants: str, **settings: Any) -> tuple[ExportRecord, ...]:
     settings = {"limits": LOOSE, "parity_windows": WINDOWS, "n_threads": 1} | settings
-    return export_gguf(checkpoint, output, quants, **settings)
+    return export_gguf(checkpoint, output, quants, ExportOptions(**settings))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from cfsp.models.shape import ModelShape
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import read_shape, size_template
+from exporters.options import ExportOptions
 from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
@@ -60,7 +61,10 @@ def test_a_draft_has_the_bytes_of_the_export(make_checkpoint: MakeCheckpoint, tm
     windows = torch.randint(0, 384, (1, 48), generator=torch.Generator().manual_seed(0))
     quants = ["f16", "Q4_0", "Q8_0"]
     export_gguf(
-        checkpoint, tmp_path / "export", quants, limits=LOOSE, parity_windows=windows, n_threads=1, name="m"
+        checkpoint,
+        tmp_path / "export",
+        quants,
+        ExportOptions(limits=LOOSE, parity_windows=windows, n_threads=1, name="m"),
     )
     (tmp_path / "draft").mkdir()
     drafts = draft_gguf(checkpoint, tmp_path / "draft", quants, name="m")

@@ -32,6 +32,7 @@ from exporters.onnx.folder import is_onnx
 from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.ort_format import OPERATORS_FILE
 from exporters.onnx.runtime import OnnxModel, open_model
+from exporters.options import ExportOptions
 from exporters.record import ExportManifest, ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
@@ -52,7 +53,7 @@ LLAMA3 = {
 
 def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> tuple[ExportRecord, ...]:
     settings = {"limits": LOOSE, "parity_windows": WINDOWS, "n_threads": 1} | settings
-    return export_onnx(checkpoint, output, variants, **settings)
+    return export_onnx(checkpoint, output, variants, ExportOptions(**settings))
 
 
 def opened(folder: Path, variant: str, *, last: bool = False, n_ctx: int = 160) -> OnnxModel:

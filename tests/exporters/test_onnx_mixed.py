@@ -31,6 +31,7 @@ from exporters.onnx.mixed import (
 )
 from exporters.onnx.variants import HEAD, INT4, INT8
 from exporters.onnx.weights import HEAD_PARTS, company, packed_names, weight_of
+from exporters.options import ExportOptions
 from exporters.record import ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
@@ -45,7 +46,10 @@ def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> d
         "calibration": WINDOWS,
         "n_threads": 1,
     } | settings
-    return {record.quant: record for record in export_onnx(checkpoint, output, variants, **settings)}
+    return {
+        record.quant: record
+        for record in export_onnx(checkpoint, output, variants, ExportOptions(**settings))
+    }
 
 
 def in_four_bits(model: Any) -> Small:

@@ -23,6 +23,7 @@ from cfsp.models.checkpoint import load_pruned
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model
+from exporters.options import ExportOptions
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +84,7 @@ def test_optimum_generates_torchs_tokens(
     model_type: str, make_checkpoint: Callable[..., Path], with_optimum: Run, tmp_path: Path
 ) -> None:
     checkpoint = make_checkpoint(model_type, widths=WIDTHS)
-    export_onnx(checkpoint, tmp_path / "out", ["fp32"], n_threads=1)
+    export_onnx(checkpoint, tmp_path / "out", ["fp32"], ExportOptions(n_threads=1))
     found = answers(with_optimum, tmp_path / "out" / "fp32", PROMPTS[:1], 2)
     assert found == [torchs_answer(checkpoint, PROMPTS[0])]
 

@@ -25,6 +25,7 @@ from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
+from exporters.options import ExportOptions
 from runtime_bench.browser import packages
 from runtime_bench.browser.calibration import calibrate, corrected_rate, refuse_weak_host
 from runtime_bench.browser.chromium import (
@@ -78,7 +79,7 @@ def gguf_file(tiny_gguf: Callable[..., Path]) -> Path:
 def graph(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     output = tmp_path_factory.mktemp("onnx") / "a model's # %20 folder"
-    export_onnx(tiny_folder(), output, ["fp32"], n_threads=1)
+    export_onnx(tiny_folder(), output, ["fp32"], ExportOptions(n_threads=1))
     return find_graph(str(output / "fp32"), last_logits=True)
 
 

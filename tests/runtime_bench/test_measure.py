@@ -16,6 +16,7 @@ import pytest
 from cfsp.errors import InputError
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
+from exporters.options import ExportOptions
 from runtime_bench.engines import ENGINES, SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.process import run_worker
@@ -43,7 +44,7 @@ def model(tiny_gguf: Callable[..., Path]) -> Path:
 def onnx_graph(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     output = tmp_path_factory.mktemp("onnx") / "out"
-    export_onnx(tiny_folder(), output, ["fp32"], n_threads=1)
+    export_onnx(tiny_folder(), output, ["fp32"], ExportOptions(n_threads=1))
     return find_graph(str(output / "fp32"), last_logits=True)
 
 

@@ -25,6 +25,7 @@ import pytest
 from cfsp.errors import InputError
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
+from exporters.options import ExportOptions
 from phoneready.main import main
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
@@ -132,7 +133,7 @@ def far(tmp_path: Path) -> Path:
 def tiny_onnx(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     output = tmp_path_factory.mktemp("onnx") / "out"
-    export_onnx(tiny_folder(), output, ["fp32"], n_threads=1)
+    export_onnx(tiny_folder(), output, ["fp32"], ExportOptions(n_threads=1))
     return find_graph(str(output / "fp32"), last_logits=True)
 
 

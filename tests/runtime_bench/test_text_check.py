@@ -9,6 +9,7 @@ import pytest
 
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
+from exporters.options import ExportOptions
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import BEGINNINGS, check_text, judge
 from runtime_bench.presentation.record_table import format_table
@@ -44,8 +45,8 @@ def test_both_runtimes_write_the_same(tiny_folder: Callable[..., Path], tmp_path
     from exporters.gguf import export_gguf
 
     folder = tiny_folder()
-    export_onnx(folder, tmp_path / "onnx", ["fp32"], n_threads=1)
-    (record,) = export_gguf(folder, tmp_path / "gguf", ["f32"], n_threads=1)
+    export_onnx(folder, tmp_path / "onnx", ["fp32"], ExportOptions(n_threads=1))
+    (record,) = export_gguf(folder, tmp_path / "gguf", ["f32"], ExportOptions(n_threads=1))
     graph = check_text(find_graph(str(tmp_path / "onnx" / "fp32"), last_logits=True), 300)
     file = check_text(tmp_path / "gguf" / record.file, 300)
     assert graph.problem is file.problem is None

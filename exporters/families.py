@@ -1,0 +1,42 @@
+"""The table of families of exports: a new one is a folder with a row, and its name here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from cfsp.errors import InputError
+from exporters.family import ExportFamily
+from exporters.gguf.family import GGUF
+from exporters.onnx.family import ONNX
+from exporters.record import ExportFormat
+
+FAMILIES: Mapping[str, ExportFamily] = MappingProxyType({family.name: family for family in (GGUF, ONNX)})
+BASE = GGUF
+"""The family of which a release always has files."""
+DEFAULT_FORMAT = "Q4_0"
+"""What is made where nothing is asked for."""
+
+
+def family_of(name: str) -> ExportFamily:
+    """The family that has a format, in whatever case it is written.
+
+    Raises:
+        InputError: None has; the message names the known ones.
+    """
+    for family in FAMILIES.values():
+        if any(known.lower() == name.lower() for known in family.formats):
+            return family
+    known = ", ".join(known for family in FAMILIES.values() for known in family.formats)
+    raise InputError("unknown quantization or variant", field="files", value=name, allowed=known)
+
+
+def find_format(name: str) -> ExportFormat:
+    """The row of a format; raises InputError as `family_of`."""
+    return family_of(name).find(name)
+
+
+def required_multiple(names: Iterable[str]) -> int:
+    """Smallest width unit with which no FFN matrix in these formats falls back to a larger type."""
+    return math.lcm(*(find_format(name).width_multiple for name in names))

@@ -1,0 +1,85 @@
+"""A family of exports: what a kind of file is to everything that makes, finds, runs and releases files."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from cfsp.errors import InputError, MissingExtraError
+from exporters.options import ExportOptions
+from exporters.record import ExportFormat, ExportRecord
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """One model in one format, as a family's export leaves it.
+
+    Attributes:
+        name: What it is called in a release folder.
+        root: The file, or the folder.
+        path: What a benchmark opens: the file, or the one in the folder that gives the last position's logits.
+    """
+
+    name: str
+    root: Path
+    path: Path
+
+
+class Export(Protocol):
+    """Writes and proves models in some formats."""
+
+    def __call__(
+        self, checkpoint: Path, output: Path, formats: Sequence[str], settings: ExportOptions, /
+    ) -> tuple[ExportRecord, ...]: ...
+
+
+@dataclass(frozen=True)
+class ExportFamily:
+    """A family. What is heavy or optional is imported inside its functions.
+
+    Attributes:
+        name: Of its folder, and `format` in records.
+        setting: Key of [export] in release.toml that lists its formats.
+        title: What its files are, for people.
+        formats: Name -> row.
+        find: Row of a name in any case; raises InputError that names the known ones.
+        export: Writes output/..., and output/export.json.
+        locate: (folder of an export, stem of names, format) -> the model there; raises InputError where there is none.
+        runtime: What runs the files, as users say it.
+        open_model: (reference, most tokens, threads) -> a cfsp.evaluation.LanguageModel.
+        claims: Whether a reference is a file or folder of this family.
+        needs: Import name -> distribution, of what an export wants.
+        extra: Extra of phoneready that brings them.
+        packages: Distributions whose version changes what an export makes or its runtime computes.
+        draft: (checkpoint, folder, format, stem, settings) -> the same file, not proven, where its size follows from
+            the shape of the model alone; None where only an export shows it.
+    """
+
+    name: str
+    setting: str
+    title: str
+    formats: Mapping[str, ExportFormat]
+    find: Callable[[str], ExportFormat]
+    export: Export
+    locate: Callable[[Path, str, str], ExportedModel]
+    runtime: str
+    open_model: Callable[[str, int, int | None], Any]
+    claims: Callable[[str], bool]
+    needs: Mapping[str, str]
+    extra: str
+    packages: tuple[str, ...]
+    draft: Callable[[Path, Path, str, str, ExportOptions], Path] | None = None
+
+    def require(self) -> None:
+        """Raise MissingExtraError for what is not installed."""
+        for package, distribution in self.needs.items():
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError(distribution, self.extra)
+
+    def check_claim(self, reference: str) -> None:
+        """Raise InputError for what its runtime does not run."""
+        if not self.claims(reference):
+            raise InputError(f"{self.runtime} runs {self.title} alone", field="model", value=reference)

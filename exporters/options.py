@@ -1,0 +1,47 @@
+"""How an export runs, once what was asked for is read: one type for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cfsp.progress import Progress, no_progress
+from exporters.record import ParityLimits
+
+if TYPE_CHECKING:
+    import torch  # not in the memory of a process that runs a file alone
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export, whatever the family; a format's row says which of the fields it reads beside the common ones.
+
+    Attributes:
+        name: Short name of the model for titles and file names; the source model's by default.
+        use_imatrix: Quantize with the checkpoint's input moments, where a format wants them and there are some.
+        calibration: Token ids (nsamples, seqlen) that weights of few bits are rounded for; nearest numbers without.
+        mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what GGUF's Q4_0 takes.
+        opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
+        ort: Also write <variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
+        parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
+        limits: Bounds by format's name, in place of the table's.
+        n_threads: Threads of quantizers and of the parity run; torch's number by default.
+        force: Replace an existing output folder.
+        progress: Told about every step.
+    """
+
+    name: str | None = None
+    use_imatrix: bool = True
+    calibration: torch.Tensor | None = None
+    mixed_bytes: int | None = None
+    opset: int | None = None
+    ort: bool = False
+    parity_windows: torch.Tensor | None = None
+    limits: Mapping[str, ParityLimits] | None = None
+    n_threads: int | None = None
+    force: bool = False
+    progress: Progress = no_progress
+
+
+DEFAULT_OPTIONS = ExportOptions()

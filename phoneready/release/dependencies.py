@@ -1,0 +1,102 @@
+"""What a stage's result depends on beside its settings: versions of packages, and the tool's own code.
+
+A stage lists what no stage before it lists: that counts already, through the key of the stage before.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import cfsp
+from exporters.families import FAMILIES
+
+_ROOT = Path(cfsp.__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Of one stage.
+
+    Attributes:
+        packages: Distributions; one that is not installed has no version.
+        rooms: Folders and files of the tool that make the result; what only tells, shows or asks is left out.
+        families: Whether the exported files are made or run, so that their families' packages and code count.
+    """
+
+    packages: tuple[str, ...] = ()
+    rooms: tuple[str, ...] = ()
+    families: bool = False
+
+
+_EVALUATION = ("cfsp/evaluation", "phoneready/evaluation")
+_EXPORTING = (
+    *("exporters/checkpoint_reader.py", "exporters/job.py", "exporters/parity.py", "exporters/provenance.py"),
+    *("exporters/options.py", "cfsp/recovery/losses.py"),
+)
+_BENCH = (
+    *("measuring", "engines", "targets", "native", "browser", "worker.py", "process.py", "workload.py"),
+    *("cgroup.py", "memory.py", "environment.py", "files.py"),
+)
+STAGES: Mapping[str, Dependencies] = MappingProxyType(
+    {
+        "dense": Dependencies(
+            ("torch", "transformers", "tokenizers", "gguf"),
+            ("cfsp/models", "cfsp/text", "cfsp/precision.py", "cfsp/pruning/statistics.py"),
+        ),
+        "prune": Dependencies(rooms=("cfsp/pruning",)),
+        "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery",)),
+        "evaluate": Dependencies(rooms=_EVALUATION),
+        "tasks": Dependencies(("lm_eval",)),
+        "export": Dependencies(rooms=_EXPORTING, families=True),
+        "answers": Dependencies(rooms=("cfsp/evaluation",), families=True),
+        "evaluate-files": Dependencies(rooms=_EVALUATION, families=True),
+        "bench": Dependencies(rooms=tuple(f"runtime_bench/{name}" for name in _BENCH), families=True),
+    }
+)
+"""By what a stage does; `tasks` is what `evaluate` and `evaluate-files` need more where there are some."""
+
+
+def made_with(*kinds: str, families: Iterable[str] = ()) -> dict[str, Any]:
+    """The part of a stage's settings that says what it is made with.
+
+    Args:
+        kinds: Rows of STAGES.
+        families: Families of the files that are exported.
+    """
+    rows = [STAGES[kind] for kind in kinds]
+    packages = {package for row in rows for package in row.packages}
+    rooms = {room for row in rows for room in row.rooms}
+    for family in families if any(row.families for row in rows) else ():
+        packages |= set(FAMILIES[family].packages)
+        rooms.add(f"exporters/{family}")
+    return {
+        "packages": {package: installed_version(package) for package in sorted(packages)},
+        "code": {room: code_sha256(room) for room in sorted(rooms)},
+    }
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of a distribution; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def code_sha256(room: str) -> str:
+    """The first digits of a hash of the files of a folder of this installation, or of one file, as they are now."""
+    path, digest = _ROOT / room, hashlib.sha256()
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    for file in files:
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(_ROOT).as_posix()}\0".encode())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
