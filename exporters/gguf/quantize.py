@@ -18,7 +18,7 @@ from exporters.record import TensorFallback
 
 # Where a row does not divide into blocks of 256, llama.cpp stores the right-hand type instead; where it does not even
 # divide into blocks of 32, float16.
-_FALLBACK_ASKED = MappingProxyType({"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"})
+FALLBACKS_ASKED = MappingProxyType({"Q5_0": "Q4_K", "Q5_1": "Q5_K", "Q8_0": "Q6_K"})
 _SMALL_BLOCK, _LARGE_BLOCK = 32, 256
 
 
@@ -81,5 +81,5 @@ def asked_type(actual: str, shape: tuple[int, ...], quant: Quant) -> str:
     if shape[-1] % _SMALL_BLOCK and actual in ("F16", "F32"):
         return quant.base_type
     if shape[-1] % _LARGE_BLOCK:
-        return _FALLBACK_ASKED.get(actual, actual)
+        return FALLBACKS_ASKED.get(actual, actual)
     return actual

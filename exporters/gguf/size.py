@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import gguf
 
@@ -18,13 +17,11 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.shape import ModelShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout, tensor_specs
-from exporters.gguf.quantize import asked_type
+from exporters.gguf.quantize import FALLBACKS_ASKED, asked_type
 from exporters.gguf.quants import find_quant
 
 _ALIGNMENT = 32
-# What llama.cpp stores instead where a row does not divide into blocks of 256; where it does not even divide into
-# blocks of 32, float16.
-_FALLBACKS = MappingProxyType({"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"})
+_FALLBACKS = {asked: stored for stored, asked in FALLBACKS_ASKED.items()}
 
 
 @dataclass(frozen=True)

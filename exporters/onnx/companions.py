@@ -60,18 +60,11 @@ def _config(stored: dict[str, Any], variant: Variant) -> dict[str, Any]:
     return kept | {"transformers.js_config": web}
 
 
-def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pad = config.pad_token_id
-    special = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": ends or None,
-        "pad_token_id": next(iter(ends), None) if pad is None else pad,
-    }
-    decoder = {
+def _genai_decoder(variant: Variant, config: Any) -> dict[str, Any]:
+    return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": f"{GRAPHS}/{variant.stem}_last.onnx",
-        "head_size": head_dim,
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "hidden_size": config.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
@@ -88,13 +81,22 @@ def _genai_config(variant: Variant, config: Any, ends: list[int], context_length
         "num_hidden_layers": config.num_hidden_layers,
         "num_key_value_heads": config.num_key_value_heads,
     }
+
+
+def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:
+    pad = config.pad_token_id
+    special = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends or None,
+        "pad_token_id": next(iter(ends), None) if pad is None else pad,
+    }
     return {
         "model": {
             # GenAI has one decoder for all of these graphs; the name only chooses its chat heuristics.
             "type": "llama",
             "vocab_size": config.vocab_size,
             "context_length": context_length,
-            "decoder": decoder,
+            "decoder": _genai_decoder(variant, config),
             # GenAI refuses null; what a model does not have is left out.
             **{key: value for key, value in special.items() if value is not None},
         },

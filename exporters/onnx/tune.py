@@ -59,9 +59,8 @@ def tune(
 
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
     head = torch.cat([layers[part].dequantized() for part in HEAD_PARTS])
-    stored = given | {f"{name.removeprefix(prefix)}.weight": layers[name].dequantized() for name in linears}
-    if is_tied(model):
-        stored["embed_tokens.weight"] = head
+    stored = given | ({"embed_tokens.weight": head} if is_tied(model) else {})
+    stored |= {f"{name.removeprefix(prefix)}.weight": layers[name].dequantized() for name in linears}
     norms = {name: weight for name, weight in given.items() if name.endswith("norm.weight")}
     of_rows = {name: torch.ones(len(layers[name].q), requires_grad=True) for name in linears}
     of_norms = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
@@ -83,11 +82,9 @@ def tune(
                 group["lr"] = _LEARNING_RATE * min(1, (done + 1) / _WARM_UP) * (1 - done / len(input_ids))
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
+    scaled = {name: layers[name].scaled(rows.detach()) for name, rows in of_rows.items()}
     return Quantized(
-        {
-            name: rounded.scaled(of_rows[name].detach()) if name in of_rows else rounded
-            for name, rounded in layers.items()
-        },
+        {**layers, **scaled},
         {f"{prefix}{name}": norm * of_norms[name].detach() for name, norm in norms.items()},
     )
 
