@@ -114,7 +114,7 @@ def test_requests_score_as_in_the_harness_own_model(language_model: TorchLanguag
 
 
 def test_a_task_file_with_data_elsewhere(language_model: TorchLanguageModel, data: Path) -> None:
-    (result,) = run(language_model, EXAMPLES / "piqa.yaml", data=data, num_fewshot=1, limit=8)
+    (result,) = run(language_model, EXAMPLES / "piqa.yaml", task_data=data, num_fewshot=1, limit=8)
     assert (result.task, result.version, result.source) == ("piqa", "1.0", "piqa.yaml")
     assert (result.n_items, result.limit, result.num_fewshot) == (8, 8, 1)
     figures = {metric.name: metric for metric in result.metrics}
@@ -122,11 +122,11 @@ def test_a_task_file_with_data_elsewhere(language_model: TorchLanguageModel, dat
     assert 0 <= figures["acc"].value <= 1
     assert figures["acc"].stderr is not None
     assert figures["acc"].higher_is_better
-    (again,) = run(language_model, EXAMPLES / "piqa.yaml", data=data)
+    (again,) = run(language_model, EXAMPLES / "piqa.yaml", task_data=data)
     assert again.sha256 == result.sha256
     with (data / "piqa_validation.jsonl").open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(PIQA[0]) + "\n")
-    (other,) = run(language_model, EXAMPLES / "piqa.yaml", data=data)
+    (other,) = run(language_model, EXAMPLES / "piqa.yaml", task_data=data)
     assert other.sha256 != result.sha256
     assert (again.n_items, other.n_items) == (12, 13)
 
