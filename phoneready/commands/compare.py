@@ -38,7 +38,8 @@ def compare(
     ),
     fail_on: tuple[str, ...] = setting(
         (),
-        "Gate: exit 1 where a row has one of these verdicts: slower, inconclusive, faster, no difference.",
+        "Gate: exit 1 where a row has one of these verdicts: slower, inconclusive (too noisy to tell included), "
+        "faster, no difference, too noisy to tell.",
         choices="runtime_bench.records.compare:VERDICTS",
         metavar="VERDICT,...",
     ),
@@ -139,7 +140,9 @@ def _check(rows: list[Comparison], gate: tuple[str, ...]) -> None:
         LimitError: Names every row with a verdict of the gate.
     """
     from runtime_bench.presentation.table import short_names
+    from runtime_bench.records.compare import INCONCLUSIVE, TOO_NOISY
 
+    gate = (*gate, TOO_NOISY) if INCONCLUSIVE in gate else gate
     names = short_names(row.new for row in rows)
     caught = [
         f"{names[row.new]} {row.test} with {row.n_threads} threads is {row.verdict}"

@@ -203,10 +203,11 @@ def _check_cache() -> list[Check]:
 
 
 def _check_plugins() -> list[Check]:
+    from phoneready.figures import metrics
     from runtime_bench import engines
     from runtime_bench.targets import table
 
-    built_in = {ENGINES: engines.ENGINES, TARGETS: table.TARGETS, METRICS: ()}
+    built_in = {ENGINES: engines.ENGINES, TARGETS: table.TARGETS, METRICS: metrics.METRICS}
     return [
         _check_plugin(group, plugin)
         for group, names in built_in.items()

@@ -116,7 +116,11 @@ def entry_of(
         settings=dict(settings),
         versions=dict(versions),
         stages=dict(stages),
-        figures=tuple(_kept(figure, figure.value) for figure in figures.figures if figure.value is not None),
+        figures=tuple(
+            _kept(figure, figure.value)
+            for figure in figures.figures
+            if figure.value is not None and not figure.noise  # else a busy machine is a change of the model
+        ),
     )
 
 

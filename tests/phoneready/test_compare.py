@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from phoneready.main import main
+from runtime_bench.records.contention import Contention
 from runtime_bench.records.json_form import record_to_json
 from runtime_bench.records.jsonl import append_jsonl
 from runtime_bench.workload import Workload
@@ -63,6 +64,11 @@ def test_a_gate_is_an_exit_status(write: Write, capsys: Capture) -> None:
     captured = capsys.readouterr()
     assert captured.err == "error: 1 of 2 rows: slow.gguf tg128 with 2 threads is slower\n"
     assert "no difference" in captured.out
+    noisy = write("noisy", 25.0, contention=(Contention(1e4, 0.0),))
+    for verdict in ("inconclusive", "too noisy to tell"):
+        assert main(["compare", base, noisy, "--fail-on", verdict]) == 1
+        assert "noisy.gguf tg128 with 2 threads is too noisy to tell" in capsys.readouterr().err
+    assert main(["compare", base, noisy, "--fail-on", "slower"]) == 0
     assert main(["compare", base, slow, "--fail-on", "ugly"]) == 2
     assert "faster, slower" in capsys.readouterr().err
 

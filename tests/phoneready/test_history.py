@@ -22,6 +22,7 @@ from phoneready.main import main
 from phoneready.release.collect import benchmark_figures, size_figure
 from phoneready.settings.release import parse_config
 from runtime_bench.environment import describe_environment
+from runtime_bench.records.contention import Contention
 from runtime_bench.records.record import BenchRecord
 
 FALSE_ALARMS = 0.05
@@ -104,6 +105,17 @@ def test_an_emulators_clock_makes_no_figure() -> None:
     found = benchmark_figures(CONFIG, "qemu-aarch64", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
     (speed,) = (figure for figure in found if figure.key.metric == "tg64")
     assert (speed.value, speed.samples, speed.failure) == (None, (), "emulated times say nothing")
+
+
+def test_what_a_busy_machine_measured_is_no_run_to_follow() -> None:
+    entry = run(1, 7e8, np.random.default_rng(0))
+    assert "tg64" in {figure.key.metric for figure in entry.figures}
+    crowd = (Contention(1e4, 0.0),) * 5
+    record = replace(bench_record("pruned.gguf", [10**9] * 5), contention=crowd)
+    found = benchmark_figures(CONFIG, "local", [record], {"pruned.gguf": (PRUNED, "Q4_0")})
+    figures = FigureSet("m", None, 0, tuple(found))
+    kept = entry_of(figures, outcome="none", settings={}, versions={}, stages={})
+    assert "tg64" not in {figure.key.metric for figure in kept.figures}
 
 
 def test_a_step_of_the_dense_model_too_is_the_machine(tmp_path: Path) -> None:

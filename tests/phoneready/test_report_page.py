@@ -254,7 +254,7 @@ def test_a_ratio_is_the_quotient_of_the_speeds_beside_it(
 
 def test_a_busy_machine_gives_no_ratio_in_either_report(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
-    crowd = (Contention(64.0, 0.0),) * 5
+    crowd = (Contention(1e4, 0.0),) * 5
     figures = replace(report.figures, bench=tuple(replace(r, contention=crowd) for r in report.figures.bench))
     text = verdict_table(figures, *figures.pairs[0])
     assert "base: other programs took" in text
