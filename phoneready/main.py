@@ -129,14 +129,12 @@ def main(arguments: Sequence[str]) -> int:
         return status if isinstance(status, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", EXIT_INTERRUPTED, debug)
-    except BrokenPipeError:
-        return _reader_gone()
-    except SystemExit as ended:
-        if isinstance(
-            ended.__context__, BrokenPipeError
-        ):  # typer's way out where its help is not read to the end
-            return _reader_gone()
-        raise
+    except (BrokenPipeError, SystemExit) as ended:
+        # Typer leaves by SystemExit where its help is not read to the end.
+        if not isinstance(ended, BrokenPipeError) and not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        _drop_output()
+        return 0
     except PhonereadyError as error:
         return _fail(str(error), error.exit_code, debug)
     except OSError as error:
@@ -153,11 +151,6 @@ def main(arguments: Sequence[str]) -> int:
         if hasattr(error, "format_message"):
             return _fail_usage(error)
         return _fail_unexpected(error, debug)
-
-
-def _reader_gone() -> int:
-    _drop_output()
-    return 0
 
 
 def _drop_output() -> None:

@@ -14,8 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -111,13 +111,7 @@ class FarShell:
             UnreachableError: No client, no connection, or a connection that broke.
             FarError: No end in time.
         """
-        return self._run(
-            script,
-            arguments,
-            subprocess.DEVNULL,
-            lambda process, check: _wait(process, check, timeout_s),
-            timeout_s,
-        )
+        return self._run(script, arguments, subprocess.DEVNULL, timeout_s)
 
     def ask(self, script: str, *arguments: str, line: str, timeout_s: float) -> Reply:
         """Run a script that reads one line. Its stdin stays open until it has ended, or nobody waits any more.
@@ -126,17 +120,7 @@ class FarShell:
             UnreachableError: As `run`.
             FarError: As `run`.
         """
-
-        def wait(process: subprocess.Popen[bytes], check: Callable[[], None]) -> None:
-            assert process.stdin is not None  # a pipe was asked for
-            try:
-                process.stdin.write(line.encode() + b"\n")
-                process.stdin.flush()
-            except BrokenPipeError:
-                pass  # the client has ended already and will say why
-            _wait(process, check, timeout_s)
-
-        return self._run(script, arguments, subprocess.PIPE, wait, timeout_s)
+        return self._run(script, arguments, subprocess.PIPE, timeout_s, line=line)
 
     def feed(
         self, script: str, *arguments: str, file: Path, on_bytes: Callable[[int], None] = lambda count: None
@@ -155,13 +139,7 @@ class FarShell:
             OSError: The file cannot be read.
         """
         with file.open("rb", buffering=0) as stream:
-            return self._run(
-                script,
-                arguments,
-                stream,
-                lambda process, check: _watch(process, check, stream, on_bytes),
-                _STALL_S,
-            )
+            return self._run(script, arguments, stream, _STALL_S, taken=stream.tell, on_bytes=on_bytes)
 
     def stop(self) -> None:
         """End what runs and start nothing any more; whoever waits gets StoppedError."""
@@ -175,16 +153,23 @@ class FarShell:
         script: str,
         arguments: Sequence[str],
         stdin: int | IO[bytes],
-        wait: Callable[[subprocess.Popen[bytes], Callable[[], None]], object],
         timeout_s: float,
+        *,
+        line: str | None = None,
+        taken: Callable[[], int] = lambda: 0,
+        on_bytes: Callable[[int], None] = lambda count: None,
     ) -> Reply:
-        line = shlex.join(
+        command = shlex.join(
             ["sh", "-c", f"LC_ALL=C; export LC_ALL; ({script}\n); {_TELL}", "phoneready", *arguments]
         )
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-            process = self._start(self.transport.command(line), stdin, output, errors)
+            process = self._start(self.transport.command(command), stdin, output, errors)
             try:
-                wait(process, partial(_check_size, output, errors))
+                if line is not None and process.stdin is not None:
+                    with suppress(BrokenPipeError):  # the client has ended already and will say why
+                        process.stdin.write(line.encode() + b"\n")
+                        process.stdin.flush()
+                _wait(process, timeout_s, (output, errors), taken, on_bytes)
             except subprocess.TimeoutExpired:
                 raise FarError(f"timeout: no answer within {timeout_s:g} s") from None
             finally:
@@ -229,43 +214,29 @@ class FarShell:
 _TELL = f"printf '\\n%s%s\\n' {_STATUS} \"$?\" >&2"
 
 
-def _check_size(*streams: IO[bytes]) -> None:
-    """Raise FarError where a machine says so much that this one's disk would fill."""
-    if any(os.fstat(stream.fileno()).st_size > _MOST_BYTES for stream in streams):
-        raise FarError(f"it answers with more than {_MOST_BYTES // 2**20} MiB")
+def _wait(
+    process: subprocess.Popen[bytes],
+    timeout_s: float,
+    said: Sequence[IO[bytes]],
+    taken: Callable[[], int],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Wait for the end of a client, as long as it takes more of a file, and says less than fills this disk.
 
-
-def _wait(process: subprocess.Popen[bytes], check: Callable[[], None], timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
+    The reader of a file shares our offset, which so says how far it is.
+    """
+    last, since = taken(), time.monotonic()
     while True:
         try:
             process.wait(min(_POLL_S, timeout_s))
             return
         except subprocess.TimeoutExpired:
-            check()
-            if time.monotonic() >= end:
-                raise
-
-
-def _watch(
-    process: subprocess.Popen[bytes],
-    check: Callable[[], None],
-    stream: IO[bytes],
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Wait for the reader of a file. It shares our offset, which so says how far it is."""
-    taken, since = -1, time.monotonic()
-    while True:
-        try:
-            process.wait(_POLL_S)
-            return
-        except subprocess.TimeoutExpired:
-            check()
-            now = stream.tell()
-            if now != taken:
-                taken, since = now, time.monotonic()
-                on_bytes(taken)
-            elif time.monotonic() - since > _STALL_S:
+            if any(os.fstat(stream.fileno()).st_size > _MOST_BYTES for stream in said):
+                raise FarError(f"it answers with more than {_MOST_BYTES // 2**20} MiB") from None
+            if (now := taken()) != last:
+                last, since = now, time.monotonic()
+                on_bytes(last)
+            elif time.monotonic() - since >= timeout_s:
                 raise
 
 
