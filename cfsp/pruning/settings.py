@@ -9,13 +9,13 @@ from cfsp.settings import Settings, setting
 
 @dataclass(frozen=True)
 class PruneSettings(Settings):
-    """How to prune; the defaults are what phoneready recommends."""
+    """How to prune; the defaults are what phoneready recommends.
+
+    The order of the fields is that of the plan's file, whose hash exported files carry: add new ones at the end.
+    """
 
     prune_ratio: float = setting(
         0.2, "Share of FFN channels to remove (not of all parameters), 0 <= ratio < 1.", ge=0, lt=1
-    )
-    score: str = setting(
-        "cfsp", "Importance of a channel inside its block.", choices="cfsp.pruning.scoring:SCORES"
     )
     coarse_metric: str = setting(
         "angular",
@@ -29,6 +29,9 @@ class PruneSettings(Settings):
         choices="cfsp.pruning.allocation:ALLOCATIONS",
     )
     strength: float = setting(1.0, "CFSP's a; 1 is the paper's.", ge=0, le=1e6, option="--coarse-strength")
+    score: str = setting(
+        "cfsp", "Importance of a channel inside its block.", choices="cfsp.pruning.scoring:SCORES"
+    )
     align: int = setting(32, "Widths are multiples of this.", ge=1)
     uniform_width: bool = setting(False, "Give every block the same width.", option="--uniform")
     reconstruct: str = setting(
