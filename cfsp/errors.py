@@ -5,6 +5,20 @@ Libraries raise, they never print or exit; the command line turns `exit_code` in
 
 from __future__ import annotations
 
+import reprlib
+
+_MOST_SHOWN = 300
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel = 3
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 200
+_SHOWN.maxlist = _SHOWN.maxtuple = _SHOWN.maxdict = 12
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: quoted, and of what is long or deep a part."""
+    text = _SHOWN.repr(value)
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
 
 class PhonereadyError(Exception):
     """Base of every expected failure; its text is one line that names what is wrong and what would be right."""
@@ -25,7 +39,7 @@ class InputError(PhonereadyError):
     def __init__(self, message: str, *, field: str = "", value: object = None, allowed: str = "") -> None:
         self.field, self.value, self.allowed = field, value, allowed
         head = f"{field}: " if field else ""
-        got = f" (got {value!r})" if value is not None else ""
+        got = f" (got {shown(value)})" if value is not None else ""
         tail = f"; allowed: {allowed}" if allowed else ""
         super().__init__(f"{head}{message}{got}{tail}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.files import read_json, write_json
+from cfsp.files import write_json
+from cfsp.reading import read_json
 from cfsp.validation import describe_problems
 
 
@@ -95,9 +97,12 @@ def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
     if unknown:
         raise InputError(f"{where} has unknown keys: {', '.join(unknown)}")
     try:
-        return pydantic.TypeAdapter(cls).validate_python(fields)
+        # Through JSON: there lists are tuples, but "2" is no number.
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(fields), strict=True)
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {describe_problems(error)}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _upgraded(cls: type[R], fields: Fields, stated: Any, where: str) -> Fields:

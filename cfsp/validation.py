@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any
 
 import pydantic
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, shown
 
 Location = tuple[str | int, ...]
 """Keys and positions from the outermost to the one at fault, as pydantic gives them."""
+
+
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+Seed = Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)]
+"""What every generator of random numbers takes, and GGUF can store."""
+_MOST_PROBLEMS = 20
 
 
 def describe_problems(
@@ -22,7 +29,36 @@ def describe_problems(
         error: What pydantic raised.
         line_of: What to put before a place, such as `line 3: `.
     """
-    return "; ".join(line_of(problem["loc"]) + _problem(problem) for problem in error.errors())
+    problems = error.errors(include_url=False)
+    told = [line_of(problem["loc"]) + _problem(problem) for problem in problems[:_MOST_PROBLEMS]]
+    return "; ".join(told + [f"and {len(problems) - len(told)} more"] * (len(problems) > len(told)))
+
+
+Kinds = Mapping[str, pydantic.TypeAdapter[Any]]
+"""Key -> what its value has to be."""
+
+
+def kinds(**expected: Any) -> Kinds:
+    """A table of keys and the annotations of their values."""
+    return MappingProxyType({key: pydantic.TypeAdapter(kind) for key, kind in expected.items()})
+
+
+def check_kinds(values: Mapping[str, Any], expected: Kinds, where: str) -> None:
+    """Hold the values that are there against what they have to be; other keys are let be.
+
+    Raises:
+        InputError: Values of another kind or out of range; all are named.
+    """
+    problems = []
+    for key in expected.keys() & values.keys():
+        try:
+            expected[key].validate_python(values[key], strict=True)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]  # of a union, those of its other members say the same
+            place = place_of((key, *(part for part in first["loc"] if isinstance(part, int))))
+            problems.append(_problem(first | {"loc": (place,)}))
+    if problems:
+        raise InputError(f"{where}: {'; '.join(sorted(problems))}")
 
 
 def place_of(location: Location) -> str:
@@ -42,7 +78,7 @@ def _problem(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     got = error["input"]
     complete = isinstance(got, dict | pydantic.BaseModel) or "(got " in message
-    return f"{place}: {message}" + ("" if complete else f" (got {got!r})")
+    return f"{place}: {message}" + ("" if complete else f" (got {shown(got)})")
 
 
 class Section(pydantic.BaseModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import read_json
-from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.config_file import read_model_config
 from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
-
-_SHARD_INDEX = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
+from cfsp.models.weights import safetensors_files
+from cfsp.reading import as_input_error
 
 
 @dataclass(frozen=True)
@@ -78,17 +75,10 @@ def read_config(folder: Path) -> ModelConfig:
     """
     import transformers
 
-    raw = read_json(folder / "config.json")
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type not in ARCHITECTURES:
-        raise InputError(
-            "unsupported architecture", field="model_type", value=model_type, allowed=", ".join(ARCHITECTURES)
-        )
+    raw = read_model_config(folder)
     plain = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
-    try:
-        config = transformers.CONFIG_MAPPING[model_type].from_dict(plain).to_dict()
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder / 'config.json'} is not a valid config: {error}") from error
+    with as_input_error(f"{folder / 'config.json'} is not a valid config"):
+        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain).to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
     require_only_widths_vary(shape, str(folder / "config.json"))
     return _from_dict(config, shape)
@@ -155,7 +145,7 @@ class CheckpointTensors:
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
         try:
-            for file in self._files():
+            for file in safetensors_files(folder):
                 handle = self._open(file)
                 self._where.update(dict.fromkeys(handle.keys(), handle))
         except BaseException:
@@ -203,20 +193,8 @@ class CheckpointTensors:
         values: npt.NDArray[np.float32] = tensor.to(torch.float32).numpy()
         return values
 
-    def _files(self) -> list[Path]:
-        if (self._folder / _SINGLE_FILE).is_file():
-            return [self._folder / _SINGLE_FILE]
-        if (self._folder / _SHARD_INDEX).is_file():
-            index = read_json(self._folder / _SHARD_INDEX)
-            return [self._folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
-        raise InputError(f"{self._folder} has no {_SINGLE_FILE}")
-
     def _open(self, file: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
+        with as_input_error(f"{file} is damaged or cut short"):
             return self._stack.enter_context(safe_open(file, framework="pt"))
-        except FileNotFoundError:
-            raise InputError(f"{file} does not exist, but {_SHARD_INDEX} names it") from None
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise InputError(f"{file} is damaged or cut short: {error}") from error

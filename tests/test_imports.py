@@ -16,7 +16,7 @@ LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
 ROOMS = {
     "cfsp": (
         {"errors", "progress", "precision", "remote_code"},
-        {"files", "validation", "units", "plugins", "settings"},
+        {"files", "reading", "validation", "units", "plugins", "settings"},
         {"records"},
         {"models"},
         {"text"},

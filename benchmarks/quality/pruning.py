@@ -25,7 +25,7 @@ import torch
 
 from cfsp.evaluation.answers import sample_answers
 from cfsp.evaluation.divergence import divergence
-from cfsp.files import read_json, write_json
+from cfsp.files import write_json
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
@@ -33,6 +33,7 @@ from cfsp.pruning.plan import apply_plan
 from cfsp.pruning.prune import plan_for, statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
+from cfsp.reading import read_json
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import TokenWindows, token_windows
 

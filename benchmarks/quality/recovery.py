@@ -28,7 +28,8 @@ from typing import Any
 
 from pruning import split_chats
 
-from cfsp.files import read_json, write_json
+from cfsp.files import write_json
+from cfsp.reading import read_json
 
 DENSE = "smollm2-135m"
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tasks"

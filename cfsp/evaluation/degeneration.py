@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from cfsp.text.templates import render_prompt
+
 LOOP_REPEATS = 3
 """A tail that says the same this many times in a row is a loop,"""
 LOOP_CHARACTERS = 60
@@ -133,9 +135,7 @@ def system_text(tokenizer: Any, prompt: str) -> str:
     """What a chat template says before the user's turn, without its special tokens; empty for a base model."""
     if not tokenizer.chat_template:
         return ""
-    messages = [{"role": "user", "content": prompt}]
-    rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    before, found, _ = rendered.partition(prompt)
+    before, found, _ = render_prompt(tokenizer, prompt).partition(prompt)
     if not found:
         return ""
     for token in tokenizer.all_special_tokens:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import PositiveFloat
 
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
+from cfsp.validation import Share
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class Divergence:
     kl_median: float
     kl_p99: float
     kl_p99_9: float
-    same_top1: float
+    same_top1: Share
     max_logit_difference: float
-    reference_perplexity: float
-    perplexity: float
-    perplexity_ratio: float
+    reference_perplexity: PositiveFloat
+    perplexity: PositiveFloat
+    perplexity_ratio: PositiveFloat
     n_tokens: int
     source: str
     seqlen: int

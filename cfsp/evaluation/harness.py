@@ -13,6 +13,8 @@ from typing import Any
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.evaluation.language_model import Branches, LanguageModel, Score
 from cfsp.progress import Progress, no_progress
+from cfsp.text.encoding import encode
+from cfsp.text.templates import render_chat
 
 MAX_CONTEXT = 2048
 """Most tokens of a request, in every runtime; what is longer loses its beginning."""
@@ -69,8 +71,7 @@ def _adapter_class() -> type[Any]:
             bos = self.tokenizer.bos_token
             if add_special_tokens is None:
                 add_special_tokens = not (bos and string.startswith(bos))
-            encoded = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)
-            return list(encoded["input_ids"])
+            return encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
@@ -125,10 +126,7 @@ def _adapter_class() -> type[Any]:
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
         ) -> str:
-            text = self.tokenizer.apply_chat_template(
-                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            return str(text)
+            return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     return Adapter
 

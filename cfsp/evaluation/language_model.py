@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.text.tokens import render_chat
+from cfsp.text.encoding import encode
+from cfsp.text.templates import render_prompt
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,8 @@ def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, in the model's chat template where it has one."""
     if not tokenizer.chat_template:
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
-    text = render_chat(tokenizer, messages, what="a prompt", add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode(tokenizer, prompt, add_special_tokens=True)
+    return encode(tokenizer, render_prompt(tokenizer, prompt))
 
 
 def check_same_vocabulary(model: LanguageModel, reference: LanguageModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches, Score, branch_scores
+from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import left_padded, pad_id, stop_ids
 
@@ -105,6 +105,7 @@ class TorchLanguageModel:
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
     ) -> list[list[int]]:
         """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
+        check_length(self, max(map(len, prompts), default=0), "a prompt")
         answers: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         for start in range(0, len(order), _GENERATION_BATCH):

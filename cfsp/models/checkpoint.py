@@ -19,8 +19,9 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, read_json, sha256_file, write_json
-from cfsp.models.architectures import ARCHITECTURES, model_shape
+from cfsp.files import atomic_directory, sha256_file, write_json
+from cfsp.models.architectures import model_shape
+from cfsp.models.config_file import check_generation_config, read_model_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.remote_code import modeling_pruned
 from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
@@ -29,13 +30,14 @@ from cfsp.models.weights import (
     check_finite,
     model_class,
     model_from_weights,
-    one_line,
     quiet_transformers,
     read_safetensors,
     safetensors_files,
     sha256_files,
 )
+from cfsp.reading import as_input_error, read_json
 from cfsp.records import Record, read_record, tool_version, write_record
+from cfsp.validation import Seed
 
 INFO_FILE = "phoneready.json"
 PLAN_FILE = "pruning_plan.json"
@@ -65,7 +67,7 @@ class CheckpointInfo:
     weights_sha256: str
     dtype: str
     versions: dict[str, str]
-    seed: int
+    seed: Seed
 
 
 def save_checkpoint(
@@ -218,22 +220,14 @@ def _check_plan(plan: Record | None, shape: ModelShape) -> None:
 def _read_config(directory: Path) -> tuple[Any, ModelShape]:
     """transformers' configuration, and the shape that config.json states."""
     file = directory / "config.json"
-    settings = read_json(file)
-    if not isinstance(settings, dict) or settings.get("model_type") not in ARCHITECTURES:
-        model_type = settings.get("model_type") if isinstance(settings, dict) else None
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(
-            f"{file}: unsupported architecture", field="model_type", value=model_type, allowed=known
-        )
-    try:
+    settings = read_model_config(directory)
+    with as_input_error(f"{file} cannot be used"):
         plain = transformers.AutoConfig.for_model(
             **{k: v for k, v in settings.items() if k != "per_layer_config"}
         )
         shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
         require_only_widths_vary(shape, str(file))
         return transformers.AutoConfig.for_model(**settings), shape
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} cannot be used: {one_line(error)}") from error
 
 
 def _check_records(directory: Path, shape: ModelShape) -> None:
@@ -254,12 +248,9 @@ def _check_records(directory: Path, shape: ModelShape) -> None:
 
 
 def _load_generation_config(model: Any, directory: Path) -> None:
-    file = directory / "generation_config.json"
-    if not file.is_file():
+    if not check_generation_config(directory):
         return
-    try:
+    with as_input_error(f"{directory / 'generation_config.json'} cannot be used"):
         model.generation_config = transformers.GenerationConfig.from_pretrained(
             directory, local_files_only=True
         )
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file} cannot be used: {one_line(error)}") from error

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.files import read_json, write_json
+from cfsp.files import write_json
+from cfsp.reading import read_json
 
 NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that have to go where a model goes."""

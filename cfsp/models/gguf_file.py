@@ -20,6 +20,8 @@ import gguf
 import numpy as np
 
 from cfsp.errors import InputError
+from cfsp.models.gguf_metadata import check_metadata
+from cfsp.reading import one_line
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -111,7 +113,7 @@ def read_gguf(path: Path) -> GGUFFile:
     """Open a GGUF file.
 
     Raises:
-        InputError: Not there, not GGUF, damaged, or cut short.
+        InputError: Not there, not GGUF, damaged, or cut short; or with metadata that no library should be given.
     """
     try:
         with path.open("rb") as stream:
@@ -123,8 +125,10 @@ def read_gguf(path: Path) -> GGUFFile:
     try:
         metadata, tensors = _parse(content)
     except (ValueError, TypeError, KeyError, ArithmeticError, MemoryError, struct.error) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is damaged or cut short and cannot be read as GGUF: {reason}") from error
+        raise InputError(
+            f"{path} is damaged or cut short and cannot be read as GGUF: {one_line(error)}"
+        ) from error
+    check_metadata(metadata, path)
     return GGUFFile(path, metadata, tensors)
 
 

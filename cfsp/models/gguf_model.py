@@ -17,8 +17,9 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
 from cfsp.models.gguf_file import GGUFFile, tensor_names
-from cfsp.models.weights import model_class, model_from_weights, one_line
+from cfsp.models.weights import model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import as_input_error
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
@@ -32,34 +33,33 @@ def config_from_gguf(file: GGUFFile) -> Any:
         InputError: The architecture cannot be pruned, or the metadata is incomplete or unsupported.
     """
     row = _row(file)
-    try:
-        settings = _settings(file, row)
+    settings = _settings(file, row)
+    with as_input_error(f"{file.path}: metadata that does not fit together"):
         return transformers.AutoConfig.for_model(row.model_type, **settings)
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise InputError(f"{file.path}: metadata of the wrong kind: {one_line(error)}") from error
 
 
 def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     """Keyword arguments of the transformers configuration."""
     shapes = {tensor.name: tensor.shape for tensor in file}
-    heads = int(file.hyperparameter("attention.head_count") or 0)
-    hidden = int(file.hyperparameter("embedding_length") or 0)
+    heads, hidden = file.hyperparameter("attention.head_count"), file.hyperparameter("embedding_length")
     if not heads or not hidden or "token_embd.weight" not in shapes:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
-    width = file.require(f"{file.architecture}.feed_forward_length")
-    if isinstance(width, list):
-        raise InputError(f"{file.path} has per-layer FFN widths; use the checkpoint it was exported from")
+    for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
+        if isinstance(file.hyperparameter(key), list):
+            raise InputError(
+                f"{file.path} has a {key} for each block; use the checkpoint it was exported from"
+            )
     settings: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
-        "intermediate_size": int(width),
-        "num_hidden_layers": int(file.require(f"{file.architecture}.block_count")),
+        "intermediate_size": file.require(f"{file.architecture}.feed_forward_length"),
+        "num_hidden_layers": file.require(f"{file.architecture}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": int(file.hyperparameter("attention.head_count_kv", heads)),
-        "head_dim": int(file.hyperparameter("attention.key_length", hidden // heads)),
-        "max_position_embeddings": int(file.hyperparameter("context_length", 2048)),
+        "num_key_value_heads": file.hyperparameter("attention.head_count_kv", heads),
+        "head_dim": file.hyperparameter("attention.key_length", hidden // heads),
+        "max_position_embeddings": file.hyperparameter("context_length", 2048),
         "rms_norm_eps": _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in shapes,
         "torch_dtype": "float32",
@@ -80,13 +80,13 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     names, weights = _transformers_names(file, config), {}
     for done, tensor in enumerate(file, 1):
         if tensor.name != _ROPE_FREQUENCIES:
-            values = torch.from_numpy(tensor.dequantize()).to(dtype)
-            if _row(file).gguf_interleaved:
-                values = _split_halves(tensor.name, values, config)
             if tensor.name not in names:
                 raise InputError(
                     f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
                 )
+            values = torch.from_numpy(tensor.dequantize()).to(dtype)
+            if _row(file).gguf_interleaved:
+                values = _split_halves(tensor.name, values, config)
             weights[names[tensor.name]] = values
         progress("reading GGUF", done, len(file.tensors))
     model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
@@ -154,7 +154,7 @@ def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
         name.split(".")[-2]
     )
-    if heads is None:
+    if heads is None or len(values) % (2 * heads):  # misshapen ones are told of by name later
         return values
     return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 

@@ -18,6 +18,7 @@ from tokenizers import decoders, models, normalizers, processors
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.pre_tokenizer import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE, build_pre_tokenizer
+from cfsp.reading import as_input_error
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 # llama.cpp takes these for control tokens whatever type the file gives them.
@@ -61,20 +62,16 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
     types = list(file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens))
     if len(set(tokens)) != len(tokens) or len(types) < len(tokens):
         raise InputError(f"{file.path}: damaged vocabulary (repeated tokens or missing token types)")
-    try:
+    with as_input_error(f"{file.path}: the tokenizer cannot be built"):
         backend, add_bos = _BUILDERS[kind](file, tokens, types)
         backend.add_tokens(_added_tokens(tokens, types))
-    except InputError:
-        raise
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"{file.path}: the tokenizer cannot be built: {error}") from error
     special = _special_tokens(file, tokens, kind)
     _add_post_processor(backend, file, special, add_bos=add_bos)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        model_max_length=int(file.hyperparameter("context_length", 0)) or None,
+        model_max_length=file.hyperparameter("context_length"),
         **special,
     )
     tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")

@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.files import read_json
-from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_checkpoint_info
+from cfsp.models.config_file import check_generation_config, check_tokenizer_files, read_model_config
 from cfsp.models.source import ModelSource
-from cfsp.models.weights import check_loading, one_line, quiet_transformers, safetensors_files, sha256_files
+from cfsp.models.weights import check_loading, quiet_transformers, safetensors_files, sha256_files
+from cfsp.reading import as_input_error, read_json_object
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -25,24 +24,13 @@ def check_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder whose model can be pruned, looked at before any weights are.
 
     Raises:
-        InputError: No config.json, an architecture that is not in the table, or quantized weights.
+        InputError: As `read_model_config`, or the weights are quantized.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise InputError(
-            f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"
-        )
-    settings = read_json(file)
-    model_type = settings.get("model_type") if isinstance(settings, dict) else None
-    if model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise InputError(
-            f"{file}: unsupported architecture", field="model_type", value=model_type, allowed=known
-        )
+    settings = read_model_config(folder)
     if settings.get("quantization_config"):
         method = settings["quantization_config"].get("quant_method")
         raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
-    return dict(settings)
+    return settings
 
 
 def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -55,18 +43,16 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     safetensors_files(folder)
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
         return load_pruned(folder, dtype)
-    try:
-        with quiet_transformers():
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-            )
-    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise InputError(f"{folder} cannot be loaded: {one_line(error)}") from error
+    check_generation_config(folder)
+    with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
     check_loading(report, str(folder))
     return model.eval()
 
@@ -89,14 +75,10 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
             f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which is not run",
             allowed="--trust-remote-code, or a folder with tokenizer.json",
         )
-    try:
-        with quiet_transformers():
-            # Left to itself transformers asks on the terminal, and runs the code where anything there says yes.
-            tokenizer = reader.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
+    check_tokenizer_files(folder)
+    with quiet_transformers(), as_input_error(f"the tokenizer in {folder} cannot be loaded"):
+        # Left to itself transformers asks on the terminal, and runs the code where anything there says yes.
+        tokenizer = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise InputError(
             f"the tokenizer in {folder} has no fast form", allowed="a folder with tokenizer.json"
@@ -107,8 +89,7 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
 
 
 def _names_code(file: Path) -> bool:
-    settings = read_json(file) if file.is_file() else {}
-    return not isinstance(settings, dict) or "auto_map" in settings
+    return file.is_file() and "auto_map" in read_json_object(file)
 
 
 def folder_source(folder: Path, source: ModelSource) -> ModelSource:

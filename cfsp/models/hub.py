@@ -10,8 +10,9 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.models.folder_format import NOTICE_PATTERNS
 from cfsp.models.hf_folder import check_config
-from cfsp.models.weights import one_line, quiet_transformers
+from cfsp.models.weights import quiet_transformers
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import one_line
 
 _REFERENCE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+))?")
 _TOKENIZER_PATTERNS = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template*")

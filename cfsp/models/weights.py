@@ -6,25 +6,22 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import safetensors
 import safetensors.torch
 import torch
 import transformers
+from pydantic import Field
 
 from cfsp.errors import InputError
-from cfsp.files import read_json
 from cfsp.models.architectures import spec_for
+from cfsp.reading import as_input_error, read_json_object
+from cfsp.validation import check_kinds, kinds
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-
-
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An exception's text on one line, cut to `limit` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+_ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,240}\.safetensors$")]
+_INDEX = kinds(weight_map=dict[str, _ShardName])
 
 
 def model_class(config: Any) -> Any:
@@ -69,18 +66,15 @@ def model_from_weights(
         InputError: Tensors are missing, unknown, or of the wrong shape.
     """
     builder = cls or model_class(config)
-    try:
-        with quiet_transformers():
-            model, report = builder.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(weights),
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are in the report, and told below by name
-            )
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{where}: the weights do not fit the configuration: {one_line(error)}") from error
+    with quiet_transformers(), as_input_error(f"{where}: the weights do not fit the configuration"):
+        model, report = builder.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and told below by name
+        )
     check_loading(report, where)
     return model.eval()
 
@@ -116,15 +110,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():
-        index = read_json(folder / INDEX_FILE)
-        names = set(index.get("weight_map", {}).values()) if isinstance(index, dict) else set()
-        files = [folder / name for name in sorted(names)]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing or not files:
-            raise InputError(
-                f"{folder / INDEX_FILE} names weight files that are missing: {', '.join(missing)}"
-            )
-        return files
+        return _shards(folder)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
         raise InputError(
             f"{folder} holds pickled weights only, which can run code when they are read",
@@ -133,12 +119,22 @@ def safetensors_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} has no weights", allowed=f"{SINGLE_FILE} or {INDEX_FILE} with its shards")
 
 
+def _shards(folder: Path) -> list[Path]:
+    """The files that a folder's index names: all of them in the folder itself, and none a pickled one."""
+    file = folder / INDEX_FILE
+    index = {"weight_map": None} | read_json_object(file)
+    check_kinds(index, _INDEX, str(file))
+    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    missing = [one.name for one in files if not one.is_file()]
+    if missing or not files:
+        raise InputError(f"{file} names weight files that are missing: {', '.join(missing)}")
+    return files
+
+
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """All tensors of a file; raises InputError where it is missing, damaged or cut short."""
-    try:
+    with as_input_error(f"{file} is damaged or cut short"):
         return dict(safetensors.torch.load_file(file))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} is damaged or cut short: {one_line(error)}") from error
 
 
 def sha256_files(files: Iterable[Path]) -> str:

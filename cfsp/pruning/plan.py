@@ -24,6 +24,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.surgery import set_config_shape
 from cfsp.settings import check_settings
+from cfsp.validation import Seed
 
 _LOSS_SEGMENTS = 64
 """Resolution of the predicted loss over a block's width."""
@@ -90,10 +91,19 @@ class PruningPlan:
     calibration: tuple[str, ...]
     calibration_sha256: str
     calibration_tokens: int
-    seed: int
+    seed: Seed
     settings: PruneSettings
     dense_widths: tuple[int, ...]
     blocks: tuple[BlockPlan, ...]
+
+    def __post_init__(self) -> None:
+        if not self.blocks or len(self.blocks) != len(self.dense_widths):
+            raise InputError(
+                "not one for each block",
+                field="blocks",
+                value=len(self.blocks),
+                allowed=str(len(self.dense_widths)),
+            )
 
     @property
     def dense_shape(self) -> ModelShape:

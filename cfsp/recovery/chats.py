@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.text.tokens import Document, render_chat
+from cfsp.reading import as_input_error
+from cfsp.text.templates import render_chat
+from cfsp.text.tokens import Document
 
 _SENTINEL = "\N{SNOWMAN}answer\N{SNOWMAN}"
 
@@ -31,7 +33,8 @@ def labelled_chat(document: Document, tokenizer: Any) -> LabelledTokens:
         InputError: As `answer_spans`.
     """
     text, spans = answer_spans(document.messages or (), tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    with as_input_error("the model's tokenizer cannot take the text"):
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     offsets = encoded["offset_mapping"]
     learnt = tuple(
         any(start <= first < end and last > first for start, end in spans) for first, last in offsets

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from transformers import Trainer, TrainingArguments
 
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
-from cfsp.models.weights import one_line, quiet_transformers, read_safetensors
+from cfsp.models.weights import quiet_transformers, read_safetensors
+from cfsp.reading import as_input_error, one_line
 from cfsp.recovery.run import Run
 from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
 from cfsp.recovery.state import ValidationPoint
@@ -34,6 +35,7 @@ from cfsp.recovery.watcher import Watcher
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = "trainable.safetensors"
+_TRAINER_STATE = "trainer_state.json"
 VALIDATIONS = 10
 """Validations over a run where the settings do not say how often."""
 
@@ -91,6 +93,8 @@ def train(run: Run, arguments: Any) -> None:
         started = run.work.last_checkpoint()
         if started is not None:
             run.state.restore(run.work.read_state(started))
+            with _resuming(started):
+                transformers.TrainerState.load_from_json(str(started / _TRAINER_STATE))
         else:
             trainer.validate()
         if run.state.stopped_by is None and (not run.state.losses or run.state.losses[-1].step < steps):
@@ -242,7 +246,17 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._load_weights(read_safetensors(Path(resume_from_checkpoint) / _WEIGHTS))
+        stored = read_safetensors(Path(resume_from_checkpoint) / _WEIGHTS)
+        with _resuming(resume_from_checkpoint):
+            self._load_weights(stored)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _resuming(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_weights(self, stored: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -252,6 +266,10 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         # The mix has its own order, which depends on the seed alone.
         return SequentialSampler(self.run.mix)
+
+
+def _resuming(checkpoint: object) -> AbstractContextManager[None]:
+    return as_input_error(f"{checkpoint} is damaged; remove the work folder to start over")
 
 
 def _stack(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

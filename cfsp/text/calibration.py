@@ -93,12 +93,12 @@ def _draw_windows(reference: str, loaded: LoadedModel, count: int, seqlen: int, 
     documents = load_documents(reference)
     needed = count * seqlen
     if len(documents) == 1:
-        stream = torch.tensor(join_documents(documents, loaded.tokenizer))
+        stream = join_documents(documents, loaded.tokenizer)
         _check_enough(reference, len(stream), count, seqlen)
         generator = random.Random(seed)
         starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
         return torch.stack([stream[start : start + seqlen] for start in starts])
-    stream = torch.tensor(join_documents(shuffled(documents, seed), loaded.tokenizer, limit=needed))
+    stream = join_documents(shuffled(documents, seed), loaded.tokenizer, limit=needed)
     _check_enough(reference, len(stream), count, seqlen)
     return stream.view(count, seqlen)
 

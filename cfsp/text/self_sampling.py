@@ -27,7 +27,9 @@ from cfsp.models.builtin import cache_directory
 from cfsp.models.source import LoadedModel
 from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
+from cfsp.text.encoding import encode
 from cfsp.text.generation import left_padded, pad_id, stop_ids
+from cfsp.text.templates import render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -82,16 +84,15 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     """
     if not tokenizer.chat_template:
         return None
-    messages = [{"role": "user", "content": _SENTINEL}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        text = render_prompt(tokenizer, _SENTINEL)
+    except InputError as error:
         logger.warning("chat template cannot be rendered (%s); sampling as from a base model", error)
         return None
     before, found, between = text.partition(_SENTINEL)
     if not found or not before:
         return None
-    return _ids(tokenizer, before), _ids(tokenizer, between)
+    return encode(tokenizer, before), encode(tokenizer, between)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
@@ -170,10 +171,6 @@ def _continue(
         end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
         results.append(prompt + row[:end])
     return results
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _cache_path(loaded: LoadedModel, nsamples: int, seqlen: int, seed: int) -> Path:

@@ -10,18 +10,21 @@ A reference is one of
 from __future__ import annotations
 
 import hashlib
-import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.files import read_text
+from cfsp.reading import MAX_TEXT_BYTES, as_input_error, read_json_lines, read_text
+from cfsp.text.encoding import encode_long
 from cfsp.text.settings import BUILTIN_TEXT
+from cfsp.text.templates import render_chat
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ def load_documents(reference: str) -> list[Document]:
     return kept
 
 
-def document_ids(document: Document, tokenizer: Any) -> list[int]:
+def document_ids(document: Document, tokenizer: Any, limit: int | None = None) -> array[int]:
     """Token ids of a document, without special tokens; a chat is rendered in the model's own template.
 
     Raises:
-        InputError: A chat, but the tokenizer has no chat template, or the template refuses the chat.
+        InputError: A chat, but the tokenizer has no chat template, or the template refuses the chat; or as `encode`.
     """
     if document.messages is None:
         text = document.text or ""
@@ -92,24 +95,12 @@ def document_ids(document: Document, tokenizer: Any) -> list[int]:
         raise InputError("the text holds chats but the model has no chat template; use plain text")
     else:
         text = render_chat(tokenizer, document.messages)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return encode_long(tokenizer, text, limit)
 
 
-def render_chat(
-    tokenizer: Any, messages: Iterable[Mapping[str, str]], *, what: str = "a chat", **options: Any
-) -> str:
-    """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
-
-    Raises:
-        InputError: The template refuses the chat.
-    """
-    try:
-        return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options))
-    except Exception as error:  # templates raise whatever Jinja or they themselves define
-        raise InputError(f"the model's chat template refuses {what}: {error}") from error
-
-
-def join_documents(documents: Iterable[Document], tokenizer: Any, *, limit: int | None = None) -> list[int]:
+def join_documents(
+    documents: Iterable[Document], tokenizer: Any, *, limit: int | None = None
+) -> torch.Tensor:
     """One token stream of many documents; plain texts are separated by the end-of-sequence token.
 
     Args:
@@ -117,14 +108,14 @@ def join_documents(documents: Iterable[Document], tokenizer: Any, *, limit: int 
         tokenizer: A transformers tokenizer.
         limit: Stop once this many tokens are there.
     """
-    stream: list[int] = []
+    stream: array[int] = array("q")
     for index, document in enumerate(documents):
         if limit is not None and len(stream) >= limit:
             break
         if index and document.messages is None and tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
-        stream += document_ids(document, tokenizer)
-    return stream[:limit]
+        stream += document_ids(document, tokenizer, limit)
+    return torch.from_numpy(np.array(stream[:limit], dtype=np.int64))
 
 
 def token_windows(
@@ -137,15 +128,13 @@ def token_windows(
     """
     stop = None if max_windows is None else skip_windows + max_windows
     documents = load_documents(reference)
-    # A single document is tokenized in one piece, so a limit can only be applied between documents.
-    limit = None if stop is None or len(documents) == 1 else stop * seqlen
-    stream = join_documents(documents, tokenizer, limit=limit)
+    stream = join_documents(documents, tokenizer, limit=None if stop is None else stop * seqlen)
     count = len(stream) // seqlen
     if count <= skip_windows:
         raise InputError(
             f"{reference} has {len(stream)} tokens, too few for window {skip_windows + 1} of {seqlen}"
         )
-    ids = torch.tensor(stream[: count * seqlen]).view(count, seqlen)[skip_windows:stop].clone()
+    ids = stream[: count * seqlen].view(count, seqlen)[skip_windows:stop].clone()
     return TokenWindows(ids, reference, tokens_sha256(ids))
 
 
@@ -165,7 +154,9 @@ def _document_from_row(row: Mapping[str, Any], where: str) -> Document:
         return Document(messages=chat)
     if "text" not in row:
         raise InputError(f"{where}: no `text` and no `messages`", allowed="one of the two in every row")
-    return Document(text=str(row["text"] or ""))
+    if not isinstance(row["text"] or "", str):
+        raise InputError(f"{where}: `text` is no text", value=row["text"])
+    return Document(text=row["text"])
 
 
 def _content(value: Any) -> str:
@@ -179,23 +170,11 @@ def _content(value: Any) -> str:
 
 
 def _read_text(path: Path) -> list[Document]:
-    return [Document(text=read_text(path))]
+    return [Document(text=read_text(path, MAX_TEXT_BYTES))]
 
 
 def _read_jsonl(path: Path) -> list[Document]:
-    documents = []
-    # Not splitlines: JSON may hold the line separators of Unicode.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {number}: not a JSON object")
-        documents.append(_document_from_row(row, f"{path}, line {number}"))
-    return documents
+    return [_document_from_row(row, where) for where, row in read_json_lines(path, MAX_TEXT_BYTES)]
 
 
 def _read_parquet(path: Path) -> list[Document]:
@@ -204,11 +183,9 @@ def _read_parquet(path: Path) -> list[Document]:
         import pyarrow.parquet
     except ImportError:
         raise MissingExtraError("pyarrow", "data") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {error}") from error
-    return [_document_from_row(row, f"{path}, row {n}") for n, row in enumerate(table.to_pylist())]
+    with as_input_error(f"{path} cannot be read as parquet"):
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    return [_document_from_row(row, f"{path}, row {n}") for n, row in enumerate(rows)]
 
 
 def _read_hub(name: str) -> list[Document]:

@@ -40,7 +40,7 @@ class GGUFLanguageModel:
     ) -> None:
         self.name = name or str(path)
         file = read_gguf(path)
-        trained = int(file.hyperparameter("context_length", n_ctx))
+        trained = file.hyperparameter("context_length", n_ctx)
         self.tokenizer = tokenizer_from_gguf(file)
         self.sha256: str | None = sha256_file(path)
         self.source_sha256: str | None = file.metadata.get("phoneready.source_sha256")

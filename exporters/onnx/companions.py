@@ -14,8 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cfsp.files import read_json, write_json
+from cfsp.files import write_json
 from cfsp.models.folder_format import copy_notices, save_tokenizer
+from cfsp.reading import read_json
 from cfsp.text.generation import stop_tokens
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.variants import Variant

@@ -13,7 +13,9 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
 from cfsp.files import sha256_file
+from cfsp.models.config_file import check_generation_config
 from cfsp.models.reference import load_tokenizer
+from cfsp.reading import as_input_error
 from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of
@@ -106,4 +108,5 @@ class OnnxLanguageModel:
 def _generation_config(folder: Path) -> Any:
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    with as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
+        return GenerationConfig.from_pretrained(folder) if check_generation_config(folder) else None

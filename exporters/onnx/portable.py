@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.models.weights import one_line, quiet_transformers
+from cfsp.models.weights import quiet_transformers
+from cfsp.reading import one_line
 
 _TASK = "text-generation-with-past"
 _SCOPES = re.compile(r"^/(.*)/[^/]+$")

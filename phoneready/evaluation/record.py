@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import PositiveFloat
+
 from cfsp.evaluation.divergence import Divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.tasks import TaskResult
+from cfsp.validation import Seed, Share
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class TextResult:
     seqlen: int
     n_tokens: int
     windows_sha256: str
-    perplexity: float
+    perplexity: PositiveFloat
     divergence: Divergence | None = None
 
 
@@ -72,7 +75,7 @@ class Degeneration:
     prompts_sha256: str
     n_prompts: int
     max_new_tokens: int
-    share: float
+    share: Share
     by_reason: Mapping[str, float]
     reasons: tuple[str | None, ...]
     against_share: float | None = None
@@ -121,7 +124,7 @@ class Evaluation:
 
     model: ModelIdentity
     against: ModelIdentity | None
-    seed: int
+    seed: Seed
     texts: tuple[TextResult, ...]
     prompts: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()

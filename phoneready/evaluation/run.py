@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ from cfsp.evaluation.language_model import LanguageModel, check_same_vocabulary
 from cfsp.evaluation.perplexity import Perplexity, perplexity
 from cfsp.evaluation.tasks import load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.files import read_text
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import read_json_lines, read_text
 from cfsp.settings import check_settings
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
@@ -95,23 +95,16 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError("not a prompts file", field="prompts", value=str(path), allowed=".txt or .jsonl")
-    lines = read_text(path).split("\n")
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".txt":
-        prompts = [line for _, line in numbered]
+        prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     else:
-        prompts = [_prompt(line, f"{path}, line {number}") for number, line in numbered]
+        prompts = [_prompt(row, where) for where, row in read_json_lines(path)]
     if not prompts:
         raise InputError(f"{path} has no prompts")
     return tuple(prompts)
 
 
-def _prompt(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error.msg}") from error
-    row = row if isinstance(row, dict) else {}
+def _prompt(row: Mapping[str, Any], where: str) -> str:
     turns = row.get("turns")
     found = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
     if not isinstance(found, str) or not found.strip():

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from cfsp.errors import InputError
 from cfsp.records import read_record
-from phoneready.figures.metrics import FigureKey, means
+from cfsp.validation import Seed
+from phoneready.figures.metrics import OWN_METRIC, FigureKey, means, recorded_metric
 
 FIGURES_FILE = "figures.json"
 PRUNED, DENSE = "pruned", "dense"
@@ -79,7 +80,7 @@ class FigureSet:
 
     source: str
     source_sha256: str | None
-    seed: int
+    seed: Seed
     figures: tuple[Figure, ...]
 
     def by_key(self, role: str) -> dict[FigureKey, Figure]:
@@ -95,9 +96,15 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
         wanted: Figures that budgets are relative to.
 
     Raises:
-        InputError: No such file, another schema, or a figure that it does not have.
+        InputError: No such file, another schema, a figure that it does not have, or one that no release can have.
     """
     found = read_record(FigureSet, path)
+    for figure in found.figures:
+        values = [value for value in (figure.value, *figure.samples) if value is not None]
+        if recorded_metric(figure.key.metric) is not OWN_METRIC and min(values, default=0) < 0:
+            raise InputError(
+                f"{path}: no figure: {figure.key.describe()}", value=min(values), allowed="0 or more"
+            )
     known = found.by_key(PRUNED)
     missing = [key.describe() for key in wanted if not any(same_figure(key, other) for other in known)]
     if missing:

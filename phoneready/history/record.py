@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from cfsp.errors import InputError
-from cfsp.files import read_text, write_text
+from cfsp.files import write_text
+from cfsp.reading import read_json_lines
 from cfsp.records import record_from_json, record_to_json
 from phoneready.figures.figure_set import Figure, FigureSet
 from phoneready.figures.metrics import FigureKey
@@ -145,16 +145,7 @@ def read_entries(path: Path) -> list[HistoryEntry]:
     Raises:
         InputError: Unreadable, or a line that is no run of a known schema; the line is named.
     """
-    lines = read_text(path).splitlines()
-    return [_entry(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-
-
-def _entry(line: str, where: str) -> HistoryEntry:
-    try:
-        payload: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error.msg}") from error
-    return record_from_json(HistoryEntry, payload, where=where)
+    return [record_from_json(HistoryEntry, row, where=where) for where, row in read_json_lines(path)]
 
 
 def _kept(figure: Figure, value: float) -> HistoryFigure:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from cfsp.text.templates import render_chat
 from exporters.record import ExportRecord
 
 _OLLAMA_CONTEXT = 4096
@@ -49,7 +50,7 @@ def _template(tokenizer: Any) -> list[str]:
     talk = [
         {"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B"), ("user", "C"))
     ]
-    rendered = str(tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True))
+    rendered = render_chat(tokenizer, talk, add_generation_prompt=True)
     match = _CHATML.fullmatch(rendered)
     if match is None or '"""' in (match["system"] or ""):
         return ["# No TEMPLATE: the chat template is in the GGUF file, where Ollama looks for it."]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pydantic
 
 from cfsp.errors import InputError
-from cfsp.files import read_text
+from cfsp.reading import parse_toml, read_text
 from cfsp.recovery.settings import two_budgets
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, family_of
@@ -73,10 +72,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     Raises:
         InputError: As `load_config`.
     """
-    try:
-        values, lines = tomllib.loads(text), key_lines(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where} is not valid TOML: {error}") from error
+    values, lines = parse_toml(text, where), key_lines(text)
     given = {location: override for override in overrides for location in _override(values, override)}
     name = _place_namer(lines, given)
     model = values.get("model")
@@ -147,8 +143,8 @@ def _override(values: dict[str, Any], text: str) -> list[Location]:
         InputError: It says no such thing.
     """
     try:
-        stated = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        stated = parse_toml(text, "--set")
+    except InputError as error:
         raise InputError(
             "not understood", field="--set", value=text,
             allowed="KEY=VALUE with a TOML value, such as prune.prune_ratio=0.3 or 'model.reference=\"NAME\"'",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import importlib.resources
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Annotated, Generic, Literal, Self, TypeVar
 import pydantic
 
 from cfsp.errors import InputError
+from cfsp.reading import parse_toml, read_text
 from cfsp.validation import describe_problems
 
 T = TypeVar("T")
@@ -147,10 +147,7 @@ def read_profile(file: Path) -> DeviceProfile:
     Raises:
         InputError: Unreadable, no TOML, or no profile: every problem is named.
     """
-    try:
-        stored = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from error
+    stored = parse_toml(read_text(file), str(file))
     try:
         profile = DeviceProfile.model_validate(stored)
     except pydantic.ValidationError as error:

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.reading import read_json_object
 from exporters.onnx.folder import GENAI_CONFIG, folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.files import files_of
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / GENAI_CONFIG).read_text(encoding="utf-8"))
-    return found
 
 
 class GenAISession:
@@ -31,7 +27,7 @@ class GenAISession:
         self._genai, self._path, self._settings = genai, path, settings
         self._model = genai.Model(config)
         self._tokenizer = genai.Tokenizer(self._model)
-        self.n_vocab = int(_config(folder)["model"]["vocab_size"])
+        self.n_vocab = int(read_json_object(folder / GENAI_CONFIG)["model"]["vocab_size"])
         self.bos = None
         self.clear()
 
@@ -88,7 +84,7 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     folder = folder_of(path)
     if not (folder / GENAI_CONFIG).is_file():
         raise InputError(f"no {GENAI_CONFIG} in {folder}")
-    named = _config(folder)["model"]["decoder"]["filename"]
+    named = read_json_object(folder / GENAI_CONFIG)["model"]["decoder"]["filename"]
     if (folder / named).resolve() != path.resolve():
         raise InputError(
             f"GenAI runs the graph that {GENAI_CONFIG} names, not {path}", allowed=str(folder / named)

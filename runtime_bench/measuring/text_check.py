@@ -19,6 +19,7 @@ from typing import Any
 
 from cfsp.errors import PhonereadyError
 from cfsp.evaluation.degeneration import degenerate
+from cfsp.reading import read_json_object
 
 BEGINNINGS = (
     "The lighthouse stood on a rock above the sea, and every evening the old keeper",
@@ -153,7 +154,7 @@ def _stop_tokens(folder: Path) -> set[int]:
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ends = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ends = read_json_object(folder / name).get("eos_token_id")
             found |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
     return found
 

@@ -11,17 +11,18 @@ from typing import Any
 import pydantic
 
 from cfsp.errors import InputError
+from cfsp.reading import Bounds, check_bounded
 from cfsp.records import tool_version
 from cfsp.validation import describe_problems
 from runtime_bench.records import summary
 from runtime_bench.records.notes import note_of
 from runtime_bench.records.record import BenchRecord
-from runtime_bench.records.untrusted import check_bounded
 
 RECORD_TYPE = "bench"
 
 SCHEMA_VERSION = 1
-
+BOUNDS = Bounds(depth=7, text=8192, items=10_000, magnitude=2**63 - 1)
+"""The most that a record holds."""
 
 _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType(
     {
@@ -67,7 +68,7 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
         raise InputError(
             f"{where}: unknown version", field="schema_version", value=version, allowed=str(SCHEMA_VERSION)
         )
-    check_bounded(payload, where)
+    check_bounded(payload, where, BOUNDS)
     extra = {"record_type", "schema_version", "tool_version", *_DERIVED}
     fields = {key: value for key, value in payload.items() if key not in extra}
     unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(BenchRecord)})
@@ -78,3 +79,5 @@ def record_from_json(payload: Any, *, where: str) -> BenchRecord:
         return _ADAPTER.validate_json(json.dumps(fields), strict=True)
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {describe_problems(error)}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error

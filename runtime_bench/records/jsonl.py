@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.files import refuse_no_file
-from runtime_bench.records.json_form import RECORD_TYPE, record_from_json, record_to_json
+from cfsp.reading import NotJSONError, parse_json, read_bytes
+from runtime_bench.records.json_form import BOUNDS, RECORD_TYPE, record_from_json, record_to_json
 from runtime_bench.records.record import BenchRecord
-from runtime_bench.records.untrusted import parse_json, read_limited
 
 logger = logging.getLogger(__name__)
 _HEAD = f'{{"record_type":"{RECORD_TYPE}"'.encode()
@@ -65,7 +65,7 @@ def read_jsonl(path: Path) -> list[BenchRecord]:
         InputError: The file cannot be read, is too large, or has no line of JSON at all; a line is JSON but no valid
             record.
     """
-    content = read_limited(path)
+    content = read_bytes(path)
     if content.lstrip()[:1] == b"[":
         return _read_array(content, path)
     records, torn = [], []
@@ -74,8 +74,8 @@ def read_jsonl(path: Path) -> list[BenchRecord]:
         if not line.strip():
             continue
         try:
-            payload = parse_json(line, where)
-        except ValueError:
+            payload = parse_json(line, where, BOUNDS)
+        except NotJSONError:
             torn.append(where)
             continue
         records.append(record_from_json(payload, where=where))
@@ -87,8 +87,5 @@ def read_jsonl(path: Path) -> list[BenchRecord]:
 
 
 def _read_array(content: bytes, path: Path) -> list[BenchRecord]:
-    try:
-        payload = parse_json(content, str(path))
-    except ValueError as error:
-        raise InputError(f"{path} is not complete JSON: {error}") from error
+    payload = parse_json(content, str(path))
     return [record_from_json(entry, where=f"{path}, entry {n}") for n, entry in enumerate(payload, 1)]

@@ -80,6 +80,11 @@ def test_batches_generate_what_single_prompts_do(language_model: TorchLanguageMo
     assert len(short) <= 5
 
 
+def test_a_prompt_longer_than_the_context_is_refused(language_model: TorchLanguageModel) -> None:
+    with pytest.raises(InputError, match="a prompt has 513 tokens"):
+        language_model.generate([[1], [1] * 513], 4)
+
+
 def test_requests_score_as_in_the_harness_own_model(language_model: TorchLanguageModel) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM

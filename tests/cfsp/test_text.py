@@ -104,7 +104,7 @@ def test_sources_share_the_windows_equally(tiny_model: Any, tmp_path: Path) -> N
         ("a.jsonl", "", "no usable text"),
         ("a.jsonl", '{"text": ""}\n', "no usable text"),
         ("a.jsonl", '{"txet": "a"}\n', "line 1: no `text`"),
-        ("a.jsonl", '{"text": "a"}\n{oops\n', "line 2: not valid JSON"),
+        ("a.jsonl", '{"text": "a"}\n{oops\n', "line 2 is not valid JSON"),
         ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}\n', "line 1: `messages`"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 5}]}\n', "line 1: `messages`"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -214,7 +215,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["ig-lora", "full"])
 def test_a_killed_run_goes_on_to_the_same_result(
-    pruned: Path, chats: Path, tmp_path: Path, method: str
+    pruned: Path, chats: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--method", method, "--max-tokens", "12800", "--save-every", "5", "--eval-every", "10"]
     options += ["--patience", "0", "--threads", "1", "--device", "cpu"]
@@ -230,6 +231,12 @@ def test_a_killed_run_goes_on_to_the_same_result(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed").exists()
+    for name, content in (("optimizer.pt", pickle.dumps(Path())), ("trainer_state.json", b"[]")):
+        hurt = Path(shutil.copytree(work, tmp_path / "hurt.work"))
+        next(iter(hurt.glob(f"checkpoint-*/{name}"))).write_bytes(content)
+        assert main(command(pruned, tmp_path / "hurt", chats, *options)) == 2
+        assert "is damaged; remove the work folder" in capsys.readouterr().err
+        shutil.rmtree(hurt)
     # What a kill in the middle of a later checkpoint leaves behind.
     (work / "checkpoint-99").mkdir()
     (work / "checkpoint-99" / "trainable.safetensors").write_bytes(b"half")

@@ -78,7 +78,7 @@ def test_a_profile_of_ones_own_replaces_the_built_in_one(tmp_path: Path) -> None
         (("schema_version = 1", "schema_version = 2"), ["schema_version"]),
         (('id = "mine"', 'id = "../mine"'), ["id: "]),
         (('id = "mine"', 'id = "yours"'), ["not the file's name"]),
-        (("form =", "form"), ["cannot be read"]),
+        (("form =", "form"), ["not valid TOML"]),
     ],
 )
 def test_all_that_is_wrong_is_said(tmp_path: Path, change: tuple[str, str], expected: list[str]) -> None:

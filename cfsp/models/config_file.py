@@ -1,0 +1,167 @@
+"""config.json and the other settings of a model folder, checked before transformers or llama.cpp sees them.
+
+Either library takes some values on trust and then divides by zero, allocates without end, or aborts the process.
+"""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from cfsp.errors import InputError
+from cfsp.reading import as_input_error, parse_json, read_bytes, read_json_object
+from cfsp.validation import Kinds, check_kinds, kinds
+
+MAX_LAYERS = 512
+"""As many as llama.cpp reads; more is no model but an attempt to fill the memory."""
+LayerCount = Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+ContextLength = Annotated[int, Field(ge=1, lt=2**31)]
+Epsilon = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_Ids = TokenId | list[TokenId] | None
+_PadId = Annotated[int, Field(ge=-1, lt=2**31)] | None
+_Number = Positive | None
+
+_CONFIG = kinds(
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), Size),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+        bool | None,
+    ),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict[str, Any] | None),
+    **dict.fromkeys(("layer_types", "architectures"), list[str] | None),
+    **dict.fromkeys(("dtype", "torch_dtype"), Literal["float32", "float16", "bfloat16", "float64"] | None),
+    num_hidden_layers=LayerCount,
+    num_key_value_heads=Size | None,
+    head_dim=Annotated[int, Field(ge=2, multiple_of=2)] | None,
+    max_position_embeddings=ContextLength,
+    sliding_window=ContextLength | None,
+    max_window_layers=int | None,
+    rms_norm_eps=Epsilon,
+    hidden_act=str,
+    rope_theta=_Number,
+    bos_token_id=_Ids,
+    eos_token_id=_Ids,
+    pad_token_id=_PadId,
+)
+_ROPE = kinds(
+    **dict.fromkeys(("rope_type", "type"), str | None),
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _Number),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "partial_rotary_factor"), _Number),
+    original_max_position_embeddings=ContextLength | None,
+)
+_GENERATION = kinds(bos_token_id=_Ids, eos_token_id=_Ids, pad_token_id=_PadId)
+_TOKENIZER = kinds(
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), str | dict[str, Any] | None),
+    tokenizer_class=str | None,
+    model_max_length=_Number,
+    chat_template=str | list[dict[str, Any]] | None,
+    added_tokens_decoder=dict[str, dict[str, Any]],
+)
+# Read by transformers when a folder's tokenizer is loaded.
+_TOKENIZER_SETTINGS: Mapping[str, Kinds] = MappingProxyType(
+    {"tokenizer_config.json": _TOKENIZER, "special_tokens_map.json": _TOKENIZER, "added_tokens.json": {}}
+)
+_MOST_GROWTH = 100
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, all keys that matter to us of sound kind and size.
+
+    Raises:
+        InputError: Missing or malformed, an architecture that is not in the table, or values that are of the wrong
+            kind, out of range, or do not fit together; all are named.
+    """
+    from cfsp.models.architectures import (
+        ARCHITECTURES,  # brings torch, which readers of GGUF headers do without
+    )
+
+    file = folder / "config.json"
+    if not file.exists():
+        raise InputError(
+            f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"
+        )
+    settings = read_json_object(file)
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise InputError(
+            f"{file}: unsupported architecture",
+            field="model_type",
+            value=model_type,
+            allowed=", ".join(ARCHITECTURES),
+        )
+    check_kinds(settings, _CONFIG, str(file))
+    for key in ("rope_parameters", "rope_scaling"):
+        check_kinds(settings.get(key) or {}, _ROPE, f"{file}: {key}")
+    if problems := "; ".join(_contradictions(settings)):
+        raise InputError(f"{file}: {problems}")
+    return settings
+
+
+def check_generation_config(folder: Path) -> bool:
+    """Whether a folder has a generation_config.json; raises InputError where transformers cannot be given it."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return False
+    check_kinds(read_json_object(file), _GENERATION, str(file))
+    return True
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise InputError where a folder's tokenizer, or what lies beside it, would harm the libraries that read it."""
+    file = folder / "tokenizer.json"
+    content = read_bytes(file) if file.is_file() else b""
+    if b'"Replace"' in content or b'"Precompiled"' in content:
+        state = parse_json(content, str(file))
+        _check_normalizer(state.get("normalizer") if isinstance(state, dict) else None, str(file))
+    for name, expected in _TOKENIZER_SETTINGS.items():
+        if (folder / name).is_file():
+            check_kinds(read_json_object(folder / name), expected, str(folder / name))
+
+
+def _check_normalizer(normalizer: Any, where: str) -> None:
+    """Refuse replacements that blow a text up, and a table of characters that tokenizers would panic at."""
+    growth, parts = 1, [normalizer]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        if not isinstance(part, dict):
+            continue
+        parts += part.values()
+        if part.get("type") == "Replace" and isinstance(part.get("content"), str):
+            growth *= max(1, len(part["content"]))
+        if part.get("type") == "Precompiled":
+            with as_input_error(f"{where}: the normalizer's precompiled_charsmap is damaged"):
+                table = base64.b64decode(part["precompiled_charsmap"], validate=True)
+                (size,) = struct.unpack_from(f"<I{struct.unpack_from('<I', table)[0]}x", table)
+                table[4 + size :].decode("utf-8")
+    if growth > _MOST_GROWTH:
+        raise InputError(f"{where}: the normalizer makes a text up to {growth} times as long")
+
+
+def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What values say of each other that cannot be."""
+    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
+    kv_heads, layers = settings.get("num_key_value_heads") or heads, settings.get("num_hidden_layers")
+    if heads and kv_heads and heads % kv_heads:
+        yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+    if heads and hidden and not settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
+        yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
+    kinds_of_layers = settings.get("layer_types")
+    if kinds_of_layers and layers and len(kinds_of_layers) != layers:
+        yield f"layer_types has {len(kinds_of_layers)} entries for {layers} blocks"
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        stated = settings.get(key)
+        ids = stated if isinstance(stated, list) else [-1 if stated is None else stated]
+        vocabulary = settings.get("vocab_size")
+        if vocabulary is not None and max(ids, default=-1) >= vocabulary:
+            yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"

@@ -1,0 +1,65 @@
+"""Chats as text: the model's own template, which is a program that the model's folder brings along.
+
+transformers runs it in Jinja's sandbox, which keeps it from everything but time and memory; the time is bounded here.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cfsp.errors import InputError
+from cfsp.reading import one_line
+
+_MOST_SECONDS = 5.0
+"""Of processor time for one chat; templates take fractions of a millisecond."""
+_MOST_CHARACTERS = 2**28
+
+
+def render_chat(
+    tokenizer: Any, messages: Iterable[Mapping[str, str]], *, what: str = "a chat", **options: Any
+) -> str:
+    """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
+
+    Raises:
+        InputError: The template refuses the chat, or does not come to an end.
+    """
+    try:
+        with _bounded_time():
+            text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)
+    except Exception as error:  # templates raise whatever Jinja or they themselves define
+        raise InputError(f"the model's chat template refuses {what}: {one_line(error)}") from error
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"the model's chat template makes {len(text)} characters of {what}")
+    return str(text)
+
+
+def render_prompt(tokenizer: Any, prompt: str) -> str:
+    """A user's turn, up to where the model has to answer; raises as `render_chat`."""
+    return render_chat(
+        tokenizer, [{"role": "user", "content": prompt}], what="a prompt", add_generation_prompt=True
+    )
+
+
+@contextmanager
+def _bounded_time() -> Iterator[None]:
+    """Raise TimeoutError inside after `_MOST_SECONDS`, where the system has such timers, and in the main thread."""
+    timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not timed:
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _give_up)
+    # Again and again: Jinja goes on after what is raised while it folds constants.
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _give_up(*_: object) -> None:
+    raise TimeoutError(f"it does not come to an end within {_MOST_SECONDS:g} s")

@@ -1,0 +1,444 @@
+"""What somebody else wrote is read within bounds: hostile files end in one InputError and never in anything else."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cfsp.errors import InputError, PhonereadyError
+from cfsp.models.checkpoint import CheckpointInfo
+from cfsp.models.config_file import read_model_config
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.models.hf_folder import load_folder, load_folder_tokenizer
+from cfsp.models.reference import load_model
+from cfsp.models.weights import safetensors_files
+from cfsp.reading import as_input_error, parse_json, parse_toml, read_json_lines
+from cfsp.records import record_from_json, record_to_json
+from cfsp.text.encoding import encode
+from cfsp.text.tokens import load_documents
+from exporters.checkpoint_reader import CheckpointTensors, read_config
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HOSTILE = [
+    *(None, True, False, 0, -1, 1, 1.5, -0.0, 1e308, 2**31, 2**63, 10**30, float("nan"), float("inf")),
+    *("", "x", "../../etc/passwd", "\0", "\ud800", "1" * 5000, "\x1b[31m"),
+    *([], [None], [[]], [1] * 50, {}, {"a": None}),
+]
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Any) -> Path:
+    """A folder with a model of two blocks; copied before it is changed."""
+    made: Path = tiny_folder(num_hidden_layers=2)
+    return made
+
+
+@pytest.fixture
+def changed(folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(folder, tmp_path / "changed"))
+
+
+@pytest.fixture(scope="module")
+def gguf_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder's model as GGUF."""
+    from exporters.gguf import export_gguf
+
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    (record,) = export_gguf(folder, out, ["f32"])
+    return Path(out / record.file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (DEEP, "nested too deeply"),
+        ('{"a": ' + "[" * 200 + "]" * 200 + "}", "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "too many digits"),
+        ('{"a": [NaN]}', "a, 0 is no number"),
+        ('{"a": -Infinity}', "a is no number"),
+        ('{"a": 1e400}', "a is no number"),
+        ('{"a": ' + "9" * 400 + "}", "a is no number"),
+        ('{"a": "\\ud800"}', "half of a character"),
+        ('{"\\udfff": 1}', "half of a character"),
+        ('{"a": ', "not valid JSON"),
+    ],
+)
+def test_json_beyond_its_bounds_names_the_place(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parse_json(text, "x.json")
+    assert str(caught.value).startswith("x.json")
+    assert len(str(caught.value)) < 400
+
+
+def test_sound_json_is_read_as_it_is() -> None:
+    text = '{"a": [1, 2.5, null, true, "\\ud83d\\ude00 é"], "long": 1000000000000000019884624838656}'
+    assert parse_json(text, "x") == json.loads(text)
+
+
+@pytest.mark.parametrize("text", ["a = " + DEEP, "a = " + "9" * 5000, "a = nan", "a = inf", "a ="])
+def test_toml_beyond_its_bounds_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"^x\.toml"):
+        parse_toml(text, "x.toml")
+
+
+def test_a_large_file_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "large.jsonl"
+    path.write_text('{"a": 1}\n' * 100)
+    with pytest.raises(InputError, match="too large"):
+        list(read_json_lines(path, limit=500))
+
+
+def test_a_panic_of_a_library_in_rust_is_an_input_error_and_an_interruption_is_none() -> None:
+    class PanicException(BaseException):
+        pass
+
+    with pytest.raises(InputError, match="file: told"), as_input_error("file"):
+        raise PanicException("told")
+    with pytest.raises(KeyboardInterrupt), as_input_error("file"):
+        raise KeyboardInterrupt
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "heads zero": {"num_attention_heads": 0},
+    "heads do not divide": {"num_attention_heads": 7, "head_dim": None},
+    "kv heads zero": {"num_key_value_heads": 0},
+    "kv heads do not divide": {"num_key_value_heads": 3},
+    "head_dim odd": {"head_dim": 15},
+    "head_dim zero": {"head_dim": 0},
+    "layers without end": {"num_hidden_layers": 10**7},
+    "no layers": {"num_hidden_layers": 0},
+    "context zero": {"max_position_embeddings": 0},
+    "context null": {"max_position_embeddings": None},
+    "epsilon negative": {"rms_norm_eps": -1.0},
+    "epsilon NaN": {"rms_norm_eps": float("nan")},
+    "theta zero": {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+    "theta a text": {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+    "yarn by zero": {"rope_parameters": {"rope_type": "yarn", "factor": 0, "rope_theta": 1e4}},
+    "dtype": {"dtype": "evil"},
+    "quantization a text": {"quantization_config": "x"},
+    "layer_types a text": {"layer_types": "x"},
+    "bos a text": {"bos_token_id": "x"},
+    "eos beyond the vocabulary": {"eos_token_id": 10**6},
+    "activation a list": {"hidden_act": ["silu"]},
+    "type a list": {"model_type": ["llama"]},
+    "type an object": {"model_type": {"a": 1}},
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_config_that_no_library_should_see_is_refused_by_key(case: str, changed: Path) -> None:
+    file = changed / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | CONFIGS[case]))
+    named = next(iter(CONFIGS[case])).replace("_parameters", "")
+    for read in (read_model_config, read_config, load_model):
+        with pytest.raises(InputError, match=named):
+            read(changed)
+
+
+INDEXES: dict[str, Any] = {
+    "list": [],
+    "text": "x",
+    "no map": {},
+    "map null": {"weight_map": None},
+    "map a list": {"weight_map": [1]},
+    "numbers": {"weight_map": {"a": 3}},
+    "lists": {"weight_map": {"a": ["b"]}},
+    "mixed": {"weight_map": {"a": "a.safetensors", "b": 3}},
+    "empty": {"weight_map": {}},
+    "outside": {"weight_map": {"a": "../outside.safetensors"}},
+    "absolute": {"weight_map": {"a": "/outside.safetensors"}},
+    "nul": {"weight_map": {"a": "a\0b.safetensors"}},
+    "long": {"weight_map": {"a": "a" * 5000 + ".safetensors"}},
+    "pickle": {"weight_map": {"a": "pytorch_model.bin"}},
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_names_safetensors_in_its_own_folder_alone(case: str, changed: Path) -> None:
+    shutil.move(changed / "model.safetensors", changed.parent / "outside.safetensors")
+    (changed / "model.safetensors.index.json").write_text(json.dumps(INDEXES[case]))
+    for read in (safetensors_files, CheckpointTensors):
+        with pytest.raises(InputError, match=r"index\.json") as caught:
+            read(changed)
+        assert len(str(caught.value)) < 800
+
+
+GGUF_VALUES: dict[str, tuple[str, int, bytes]] = {
+    "epsilon negative": ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", -1)),
+    "epsilon NaN": ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", float("nan"))),
+    "no blocks": ("llama.block_count", 4, struct.pack("<I", 0)),
+    "blocks without end": ("llama.block_count", 4, struct.pack("<I", 4_000_000_000)),
+    "bos a fraction": ("tokenizer.ggml.bos_token_id", 6, struct.pack("<f", 1.5)),
+    "eos a list": ("tokenizer.ggml.eos_token_id", 9, struct.pack("<IQI", 4, 1, 1)),
+    "context a text": ("llama.context_length", 8, struct.pack("<Q", 1) + b"x"),
+    "tokens a number": ("tokenizer.ggml.tokens", 4, struct.pack("<I", 5)),
+    "model a list": ("tokenizer.ggml.model", 9, struct.pack("<IQQ", 8, 1, 4) + b"gpt2"),
+    "name a number": ("general.name", 4, struct.pack("<I", 5)),
+}
+
+
+@pytest.mark.parametrize("case", GGUF_VALUES)
+def test_metadata_that_llama_cpp_would_abort_at_is_refused_by_key(
+    case: str, gguf_file: Path, tmp_path: Path
+) -> None:
+    key, kind, value = GGUF_VALUES[case]
+    content = gguf_file.read_bytes()
+    # Of two keys with one name the later counts, so one is put in front of the tensors' names.
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(_with_key(content, key, kind, value))
+    with pytest.raises(InputError, match=key.removeprefix("llama.")):
+        read_gguf(path)
+
+
+def _with_key(content: bytes, key: str, kind: int, value: bytes) -> bytes:
+    """A GGUF file with one more metadata value, behind all others."""
+    n_tensors, n_values = struct.unpack_from("<QQ", content, 8)
+    name = b"token_embd.weight"
+    names = content.index(struct.pack("<Q", len(name)) + name)
+    first = min(
+        content.index(struct.pack("<Q", len(text)) + text)
+        for text in (name, b"output_norm.weight", b"blk.0.attn_norm.weight")
+    )
+    assert first <= names
+    entry = struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+    head = content[:8] + struct.pack("<QQ", n_tensors, n_values + 1) + content[24:first]
+    return head + entry + content[first:] + b"\0" * 64
+
+
+TOKENIZERS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "precompiled garbage": lambda t: t.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"\xff" * 64).decode()}
+    ),
+    "precompiled short": lambda t: t.update(
+        normalizer={"type": "Precompiled", "precompiled_charsmap": "AA=="}
+    ),
+    "replace without end": lambda t: t.update(
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 2000}] * 3,
+        }
+    ),
+    "word level without unknown": lambda t: t.update(
+        model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "zz"}
+    ),
+    "word piece without unknown": lambda t: t.update(
+        model={
+            "type": "WordPiece",
+            "vocab": {"a": 0},
+            "unk_token": "zz",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 0,
+        }
+    ),
+    "unigram empty": lambda t: t.update(model={"type": "Unigram", "unk_id": None, "vocab": []}),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+def test_a_tokenizer_that_cannot_take_a_text_is_an_input_error(
+    case: str, changed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = changed / "tokenizer.json"
+    state = json.loads(file.read_text())
+    TOKENIZERS[case](state)
+    file.write_text(json.dumps(state))
+    with pytest.raises(InputError):
+        encode(load_folder_tokenizer(changed), "The quick brown fox")
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"model_max_length": "x"}'),
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", DEEP),
+        ("tokenizer_config.json", "[]"),
+        ("special_tokens_map.json", '{"eos_token": [1]}'),
+        ("added_tokens.json", DEEP),
+    ],
+)
+def test_settings_of_a_tokenizer_are_checked_before_transformers_reads_them(
+    name: str, content: str, changed: Path
+) -> None:
+    (changed / name).write_text(content)
+    with pytest.raises(InputError, match=name):
+        load_folder_tokenizer(changed)
+
+
+@pytest.mark.parametrize(
+    "content", [DEEP, "[]", '{"eos_token_id": {"a": 1}}', '{"eos_token_id": 1' + "0" * 40 + "}"]
+)
+def test_a_hostile_generation_config_is_an_input_error(content: str, changed: Path) -> None:
+    (changed / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match="generation_config"):
+        load_folder(changed, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": ["a"]}',
+        '{"text": {"a": "b"}}',
+        '{"text": 5}',
+        '{"text": "\\ud800 lonely"}',
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        '{"text": ' + DEEP + "}",
+        '{"text": ' + "9" * 9000 + "}",
+    ],
+)
+def test_a_row_that_is_no_text_names_its_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "sound"}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2"):
+        load_documents(str(path))
+
+
+# ---- fuzzing: an error of ours, or success
+
+
+def _nodes(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path] if path else []
+    entries: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        entries = list(value.items())
+    elif isinstance(value, list):
+        entries = list(enumerate(value[:6]))
+    return found + [node for key, inner in entries for node in _nodes(inner, (*path, key))]
+
+
+def _mutated(value: Any, rnd: random.Random) -> Any:
+    """A copy in which one or two places are gone, hostile, or new."""
+    changed = json.loads(json.dumps(value))
+    for _ in range(rnd.choice((1, 1, 2))):
+        path = rnd.choice(_nodes(changed))
+        place = changed
+        for key in path[:-1]:
+            place = place[key]
+        kind = rnd.random()
+        if kind < 0.15:
+            del place[path[-1]]
+        elif kind < 0.2 and isinstance(place, dict):
+            place["evil"] = rnd.choice(HOSTILE)
+        else:
+            place[path[-1]] = rnd.choice(HOSTILE)
+    return changed
+
+
+def _mutated_bytes(content: bytes, rnd: random.Random, head: int) -> bytes:
+    """A copy that is cut, or has other bytes in its first `head`."""
+    data = bytearray(content)
+    place = rnd.randrange(head - 8)
+    kind = rnd.random()
+    if kind < 0.2:
+        return bytes(data[: rnd.randrange(len(data))])
+    if kind < 0.5:
+        data[place : place + 8] = struct.pack(
+            "<Q", rnd.choice((0, 1, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+        )
+    elif kind < 0.6:
+        del data[place : place + rnd.randrange(1, 64)]
+    else:
+        for _ in range(rnd.choice((1, 2, 8))):
+            data[rnd.randrange(head)] = rnd.randrange(256)
+    return bytes(data)
+
+
+def _tried(read: Callable[[], object]) -> None:
+    """Run a reader: it succeeds, or tells in one line what is wrong."""
+    told = ""
+    try:
+        read()
+    except PhonereadyError as error:
+        told = str(error)
+    assert "\n" not in told
+    assert len(told) < 5000
+
+
+seeds = st.integers(0, 2**32).map(random.Random)
+
+
+@FUZZ
+@given(rnd=seeds)
+def test_fuzz_config(rnd: random.Random, folder: Path, tmp_path: Path) -> None:
+    mutated = _mutated(json.loads((folder / "config.json").read_text()), rnd)
+    for file in folder.iterdir():
+        if not (tmp_path / file.name).exists():
+            shutil.copy(file, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(mutated))
+    _tried(lambda: read_config(tmp_path))
+    _tried(lambda: load_model(tmp_path))
+
+
+@FUZZ
+@given(rnd=seeds)
+def test_fuzz_safetensors(rnd: random.Random, folder: Path, tmp_path: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    head = 8 + struct.unpack("<Q", content[:8])[0]
+    (tmp_path / "model.safetensors").write_bytes(_mutated_bytes(content, rnd, head))
+    shutil.copy(folder / "config.json", tmp_path)
+    _tried(lambda: load_folder(tmp_path, dtype=torch.float32))
+
+    def read_all() -> None:
+        with CheckpointTensors(tmp_path) as tensors:
+            for name in sorted(tensors.names()):
+                tensors.read(name, (64,))
+
+    _tried(read_all)
+
+
+@FUZZ
+@given(rnd=seeds)
+def test_fuzz_gguf(rnd: random.Random, gguf_file: Path, tmp_path: Path) -> None:
+    content = gguf_file.read_bytes()
+    path = tmp_path / "a.gguf"
+    path.write_bytes(_mutated_bytes(content, rnd, min(len(content), 12_000)))
+
+    def read() -> None:
+        file = read_gguf(path)
+        config_from_gguf(file)
+        encode(tokenizer_from_gguf(file), "The quick brown fox")
+
+    _tried(read)
+
+
+@FUZZ
+@given(rnd=seeds)
+def test_fuzz_tokenizer(rnd: random.Random, folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    name = rnd.choice(("tokenizer.json", "tokenizer.json", "tokenizer_config.json"))
+    stored = json.loads((folder / name).read_text())
+    (tmp_path / name).write_text(json.dumps(_mutated(stored, rnd)))
+    _tried(lambda: encode(load_folder_tokenizer(tmp_path), "The quick brown fox", add_special_tokens=True))
+
+
+@FUZZ
+@given(rnd=seeds)
+def test_fuzz_record(rnd: random.Random) -> None:
+    from cfsp.models.source import ModelSource
+
+    info = CheckpointInfo(ModelSource("a", "folder", "a"), (64, 32), None, "0" * 64, "float32", {"a": "1"}, 0)
+    text = json.dumps(_mutated(record_to_json(info), rnd))
+    _tried(lambda: record_from_json(CheckpointInfo, parse_json(text, "x.json"), where="x.json"))

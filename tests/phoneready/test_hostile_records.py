@@ -1,0 +1,89 @@
+"""Records with values that nothing can have measured are refused where they are read: no gate passes on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.pruning.plan import PruningPlan
+from cfsp.records import read_record, record_to_json
+from phoneready.evaluation.record import Evaluation, ModelIdentity, TextResult
+from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
+from phoneready.figures.metrics import FigureKey
+from phoneready.history.record import HistoryEntry, read_entries
+
+VALUES = ["Infinity", "-Infinity", "NaN", "1e400", "-1.0", '"12"', "true", "[1]"]
+KEY = FigureKey("perplexity", "checkpoint")
+
+
+def _with_value(record: Any, path: Path, name: str, value: str) -> Path:
+    """The record as a file in which `name` has another value."""
+    text = json.dumps(record_to_json(record))
+    assert f'"{name}": 12.5' in text
+    path.write_text(text.replace(f'"{name}": 12.5', f'"{name}": {value}'), encoding="utf-8")
+    return path
+
+
+def _figures() -> FigureSet:
+    return FigureSet("m", None, 0, (Figure(KEY, "pruned", "m", "", 12.5),))
+
+
+def _evaluation() -> Evaluation:
+    text = TextResult("text", "t.txt", 64, 126, "0" * 64, 12.5)
+    fields = {field.name for field in dataclasses.fields(Evaluation)}
+    given: dict[str, Any] = {"model": ModelIdentity("m"), "against": None, "seed": 1, "texts": (text,)}
+    assert given.keys() <= fields
+    return Evaluation(**given)
+
+
+def test_sound_records_are_read(tmp_path: Path) -> None:
+    path = _with_value(_figures(), tmp_path / "figures.json", "value", "11")
+    assert read_baseline(path, [KEY]).figures[0].value == 11
+    assert (
+        read_record(Evaluation, _with_value(_evaluation(), path, "perplexity", "11")).texts[0].perplexity
+        == 11
+    )
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_figures_that_no_release_has_are_no_baseline(value: str, tmp_path: Path) -> None:
+    path = _with_value(_figures(), tmp_path / "figures.json", "value", value)
+    with pytest.raises(InputError, match=r"figures\.json"):
+        read_baseline(path, [KEY])
+
+
+@pytest.mark.parametrize("value", [*VALUES, "0.0"])
+def test_perplexities_that_no_model_has_are_no_baseline(value: str, tmp_path: Path) -> None:
+    path = _with_value(_evaluation(), tmp_path / "eval.json", "perplexity", value)
+    with pytest.raises(InputError, match=r"eval\.json"):
+        read_record(Evaluation, path)
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", "1e400", '"12"'])
+def test_a_history_names_file_and_line(value: str, tmp_path: Path) -> None:
+    from phoneready.history.record import HistoryFigure
+
+    figure = HistoryFigure(KEY, "pruned", "", 12.5, None, {})
+    entry = HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))
+    path = _with_value(entry, tmp_path / "history.jsonl", "value", value)
+    path.write_text("\n" + path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"history\.jsonl, line 2"):
+        read_entries(path)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 10**40, 1.5, "1", True])
+def test_a_seed_that_nothing_takes_is_refused(seed: Any, tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    path.write_text(json.dumps(record_to_json(_figures()) | {"seed": seed}), encoding="utf-8")
+    with pytest.raises(InputError, match="seed"):
+        read_record(FigureSet, path)
+
+
+def test_a_plan_has_an_entry_for_each_block() -> None:
+    with pytest.raises(InputError, match="blocks"):
+        PruningPlan("llama", "m", None, ("self",), "0", 1, 0, None, (64, 64), ())  # type: ignore[arg-type]
