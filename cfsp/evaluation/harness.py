@@ -46,89 +46,88 @@ def harness_model(model: LanguageModel, *, progress: Progress = no_progress) -> 
 @functools.cache
 def _adapter_class() -> type[Any]:
     """Made on first use: its base class is of an optional package."""
-    template: type[Any] = import_harness().api.model.TemplateLM
+    return type("Adapter", (_Requests, import_harness().api.model.TemplateLM), {})
 
-    class Adapter(template):  # type: ignore[misc]
-        """See `harness_model`."""
 
-        def __init__(self, model: LanguageModel, progress: Progress) -> None:
-            super().__init__()
-            self.model, self.progress = model, progress
-            self.tokenizer = model.tokenizer
-            self.max_length = min(model.context_length, MAX_CONTEXT)
+class _Requests:
+    """What lm_eval asks of a model; its TemplateLM comes after this class and does the rest."""
 
-        @property
-        def eot_token_id(self) -> int:
-            return int(self.tokenizer.eos_token_id)
+    def __init__(self, model: LanguageModel, progress: Progress) -> None:
+        super().__init__()
+        self.model, self.progress = model, progress
+        self.tokenizer = model.tokenizer
+        self.max_length = min(model.context_length, MAX_CONTEXT)
 
-        @property
-        def prefix_token_id(self) -> int:
-            """What an empty context is replaced by."""
-            ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-            return int(next((number for number in ids if number is not None), 0))
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            bos = self.tokenizer.bos_token
-            if add_special_tokens is None:
-                add_special_tokens = not (bos and string.startswith(bos))
-            return encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is replaced by."""
+        ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return int(next((number for number in ids if number is not None), 0))
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-            return found
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (bos and string.startswith(bos))
+        return encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
-        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [_cut(context, continuation, self.max_length) for _, context, continuation in requests]
-            scores = _score_pairs(self.model, pairs, self.progress)
-            return [(score.log_likelihood, score.is_greedy) for score in scores]
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        return found
 
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-            from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        pairs = [_cut(context, continuation, self.max_length) for _, context, continuation in requests]
+        scores = _score_pairs(self.model, pairs, self.progress)
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
-            pairs, counts = [], []
-            for request in requests:
-                ids = self.tok_encode(request.args[0])
-                windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-                found = [make_disjoint_window(window) for window in windows]
-                pairs += [(tuple(context), tuple(targets)) for context, targets in found]
-                counts.append(len(found))
-            scores = iter(_score_pairs(self.model, pairs, self.progress))
-            return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-            texts = []
-            for done, request in enumerate(requests, 1):
-                context, settings = request.args
-                texts.append(self._generate(context, dict(settings)))
-                self.progress("answering tasks", done, len(requests))
-            return texts
+        pairs, counts = [], []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            found = [make_disjoint_window(window) for window in windows]
+            pairs += [(tuple(context), tuple(targets)) for context, targets in found]
+            counts.append(len(found))
+        scores = iter(_score_pairs(self.model, pairs, self.progress))
+        return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
 
-        def _generate(self, context: str, settings: dict[str, Any]) -> str:
-            if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
-                raise InputError(
-                    "tasks that sample are not supported", field="do_sample", value=True, allowed="false"
-                )
-            until = settings.get("until") or []
-            until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-            limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
-            limit = min(limit, self.max_length - 1)
-            ids = self.tok_encode(context)[-(self.max_length - limit) :]
-            (answer,) = self.model.generate([ids or [self.prefix_token_id]], limit, stop_strings=until)
-            text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
-            for stop in until:
-                text = text.partition(stop)[0]
-            return text
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
+        texts = []
+        for done, request in enumerate(requests, 1):
+            context, settings = request.args
+            texts.append(self._generate(context, dict(settings)))
+            self.progress("answering tasks", done, len(requests))
+        return texts
 
-        @property
-        def tokenizer_name(self) -> str:
-            return str(self.model.name).replace("/", "__")
+    def _generate(self, context: str, settings: dict[str, Any]) -> str:
+        if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
+            raise InputError(
+                "tasks that sample are not supported", field="do_sample", value=True, allowed="false"
+            )
+        until = settings.get("until") or []
+        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
+        limit = min(limit, self.max_length - 1)
+        ids = self.tok_encode(context)[-(self.max_length - limit) :]
+        (answer,) = self.model.generate([ids or [self.prefix_token_id]], limit, stop_strings=until)
+        text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        for stop in until:
+            text = text.partition(stop)[0]
+        return text
 
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-        ) -> str:
-            return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.model.name).replace("/", "__")
 
-    return Adapter
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
 
 def _cut(
