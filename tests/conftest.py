@@ -18,6 +18,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="phoneready-hf-modules-"))
 
+import filelock
 import gguf
 import hypothesis
 import pytest
@@ -278,9 +279,11 @@ def packages_folder() -> Callable[..., Path]:
 
     def install(name: str, *arguments: str) -> Path:
         folder = cache_directory() / "test-environments" / f"{name}-python-{sys.version_info.minor}"
-        if folder.is_dir():
-            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{folder}.lock"):  # several processes may test at once
+            return folder if folder.is_dir() else make(folder, *arguments)
+
+    def make(folder: Path, *arguments: str) -> Path:
         scratch = Path(tempfile.mkdtemp(prefix=".installing-", dir=folder.parent))
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command = [*pip, "--target", str(scratch), *arguments]
