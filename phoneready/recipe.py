@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.files import sha256_file
+from cfsp.files import sha256_file, writable_place
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
@@ -93,9 +93,7 @@ def run_release(
         MissingExtraError: The configuration asks for something whose extra is not installed.
         LimitError: An exported file is too far from its checkpoint.
     """
-    model = Path(config.model.reference)
-    if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
-        raise InputError("in the model's folder, which each run would change", field="-o", value=str(folder))
+    _check_place(config, folder)
     check_extras(config)
     check_directions(config.budgets)
     baseline = load_baseline(config)
@@ -123,6 +121,13 @@ def run_release(
         return Released(manifest, verdicts)
 
 
+def _check_place(config: ReleaseConfig, folder: Path) -> None:
+    writable_place(folder)
+    model = Path(config.model.reference)
+    if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
+        raise InputError("in the model's folder, which each run would change", field="-o", value=str(folder))
+
+
 def _history_entry(
     manifest: ReleaseManifest, figures: FigureSet, verdicts: Verdicts, label: str | None
 ) -> HistoryEntry:
@@ -141,7 +146,12 @@ def _history_entry(
 
 
 def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = None) -> dict[str, str]:
-    """For each stage why it would run; nothing for one that is done. Nothing is run or written."""
+    """For each stage why it would run; nothing for one that is done. Nothing is run or written.
+
+    Raises:
+        InputError: As `run_release`, for the folder.
+    """
+    _check_place(config, folder)
     return explain_stages(release_stages(config, folder, threads), folder)
 
 
