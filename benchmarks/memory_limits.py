@@ -21,7 +21,7 @@ from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.projection import MIB, project_memory
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import short_names, table_of
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets.constrained import Constrained
 from runtime_bench.workload import BenchSettings
 

@@ -18,7 +18,7 @@ from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native import build_runner
 from runtime_bench.records import summary
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
 from runtime_bench.targets.native import Native
 from runtime_bench.workload import BenchSettings

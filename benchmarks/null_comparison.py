@@ -32,9 +32,9 @@ from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
 from runtime_bench.records import summary
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import VERDICTS, Comparison, compare_records
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
-from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings

@@ -33,23 +33,23 @@ from cfsp.files import atomic_directory
 from cfsp.models.reference import load_model
 from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
+from exporters.export_record import ExportRecord, ParityReport
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
 from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, small_model, stored_bytes
 from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.tune import Quantized, tune
+from exporters.onnx.scale_tuning import Quantized, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
-from exporters.record import ExportRecord, ParityReport
 from exporters.settings import ExportSettings
 from phoneready.console import format_bytes, prepare_torch
 from phoneready.exporting import export_checkpoint
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, by_model, compare
-from runtime_bench.records.record import BenchRecord
 from runtime_bench.workload import BenchSettings
 
 VARIANTS = ("fp32", "int8", "int8-dynamic", "int4", "int4-mixed", "int4-b128")

@@ -25,10 +25,10 @@ from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.forecast import Forecast, Tried
 from phoneready.tune.limits import Judged, Limits
 from phoneready.tune.result import TuneResult
+from phoneready.tune.run import RESULT_FILE, tune
 from phoneready.tune.space import Point, Recipe
 from phoneready.tune.trial import Bench
-from phoneready.tune.tune import RESULT_FILE, tune
-from phoneready.tune.workshop import Workshop
+from phoneready.tune.trial_runner import Workshop
 
 CONFIG = """
 [model]

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from exporters.record import ExportManifest, ExportRecord, ParityReport, TensorFallback
+from exporters.export_record import ExportManifest, ExportRecord, ParityReport, TensorFallback
 
 __all__ = ["ExportManifest", "ExportRecord", "ParityReport", "TensorFallback"]

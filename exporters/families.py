@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from cfsp.errors import InputError
+from exporters.export_record import ExportFormat
 from exporters.family import ExportFamily
 from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
-from exporters.record import ExportFormat
 
 FAMILIES: Mapping[str, ExportFamily] = MappingProxyType({family.name: family for family in (GGUF, ONNX)})
 BASE = GGUF

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cfsp.errors import InputError, MissingExtraError
+from exporters.export_record import ExportFormat, ExportRecord
 from exporters.options import ExportOptions
-from exporters.record import ExportFormat, ExportRecord
 
 
 @dataclass(frozen=True)

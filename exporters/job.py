@@ -19,10 +19,10 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.progress import Progress
 from cfsp.records import write_record
 from exporters.checkpoint_reader import ModelConfig, read_config
+from exporters.export_record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 from exporters.options import ExportOptions
 from exporters.parity import Reference, choose_windows, compare, reference_of
 from exporters.provenance import Provenance, read_provenance
-from exporters.record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 
 MANIFEST_FILE = "export.json"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cfsp.progress import Progress, no_progress
-from exporters.record import ParityLimits
+from exporters.export_record import ParityLimits
 
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that runs a file alone

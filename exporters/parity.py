@@ -19,7 +19,7 @@ from cfsp.errors import InputError, LimitError
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import token_windows
-from exporters.record import ParityReport
+from exporters.export_record import ParityReport
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -15,9 +15,9 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.prune import spread_windows
 from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
+from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.options import ExportOptions
-from exporters.record import ExportFormat, ExportRecord
 from exporters.settings import ExportSettings
 
 NO_TEXT = "none"

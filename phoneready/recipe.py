@@ -37,7 +37,7 @@ from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
 from phoneready.figures.gate_files import write_verdicts
 from phoneready.figures.verdict import Verdicts
-from phoneready.history.record import HistoryEntry, append_entry, entry_of
+from phoneready.history.entry import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.collect import collect_figures

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cfsp.records import tool_version
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.workload import default_threads
 
 _CPUFREQ = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"

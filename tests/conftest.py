@@ -29,7 +29,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
-from runtime_bench.records.record import BenchRecord, Environment
+from runtime_bench.records.bench_record import BenchRecord, Environment
 from runtime_bench.workload import Workload
 
 # No test fails because a machine was busy.

@@ -25,7 +25,7 @@ ROOMS = {
         {"recovery"},
     ),
     "exporters": (
-        {"record", "provenance"},
+        {"export_record", "provenance"},
         {"options"},
         {"family"},
         {"checkpoint_reader", "parity"},

@@ -25,7 +25,7 @@ from cfsp.pruning.statistics import collect_input_moments
 from cfsp.recovery.adapter import add_adapter, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs
-from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord, data_record
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
 from cfsp.recovery.run import Run
 from cfsp.recovery.settings import (
     METHODS,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from exporters.export_record import ParityLimits
 from exporters.gguf.quants import QUANTS, Quant, find_quant
-from exporters.record import ParityLimits
 
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from exporters.checkpoint_reader import CheckpointTensors, read_config
+from exporters.export_record import ExportRecord
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import choose_layout
 from exporters.gguf.imatrix import read_imatrix
@@ -27,7 +28,6 @@ from exporters.job import (
 )
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.parity import check_limits
-from exporters.record import ExportRecord
 
 _log = logging.getLogger(__name__)
 

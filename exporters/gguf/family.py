@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from exporters.export_record import ExportRecord
 from exporters.family import ExportedModel, ExportFamily
 from exporters.gguf.quants import QUANTS, find_quant
 from exporters.options import ExportOptions
-from exporters.record import ExportRecord
 
 
 def _export(

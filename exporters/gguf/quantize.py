@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.models.gguf_file import read_gguf
+from exporters.export_record import TensorFallback
 from exporters.gguf import llama_library
 from exporters.gguf.quants import Quant
-from exporters.record import TensorFallback
 
 # Where a row does not divide into blocks of 256, llama.cpp stores the right-hand type instead; where it does not even
 # divide into blocks of 32, float16.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from exporters.record import ParityLimits
+from exporters.export_record import ParityLimits
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.errors import InputError
+from exporters.export_record import ExportRecord
 from exporters.job import check_input, load_checkpoint, open_job, write_manifest
 from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS
@@ -19,7 +20,6 @@ from exporters.onnx.runtime import runtime_version
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.writer import write_graphs
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
-from exporters.record import ExportRecord
 
 
 def export_onnx(

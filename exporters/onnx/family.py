@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from exporters.export_record import ExportRecord
 from exporters.family import ExportedModel, ExportFamily
 from exporters.onnx.folder import find_graph, is_onnx
 from exporters.onnx.variants import VARIANTS, find_variant
 from exporters.options import ExportOptions
-from exporters.record import ExportRecord
 
 
 def _export(

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import LimitError
+from exporters.export_record import ExportRecord
 from exporters.job import Job
 from exporters.onnx.checks import check_graph
 from exporters.onnx.job import OnnxJob
@@ -19,7 +20,6 @@ from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtim
 from exporters.onnx.variants import Variant
 from exporters.onnx.writer import WrittenGraphs
 from exporters.parity import check_limits
-from exporters.record import ExportRecord
 
 _SAME_LOGITS = 1e-2
 """Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""

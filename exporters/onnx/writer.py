@@ -26,7 +26,7 @@ from exporters.onnx.quantize import (
     quantized_layers,
 )
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
-from exporters.onnx.tune import Quantized, tune
+from exporters.onnx.scale_tuning import Quantized, tune
 from exporters.onnx.variants import Variant, formats_without_text
 from exporters.onnx.weights import MayPack, decoder_of, float_weights, is_tied
 

@@ -18,8 +18,8 @@ from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_t
 from runtime_bench.workload import BenchSettings
 
 if TYPE_CHECKING:
+    from runtime_bench.records.bench_record import BenchRecord
     from runtime_bench.records.compare import Comparison
-    from runtime_bench.records.record import BenchRecord
     from runtime_bench.targets import Target
 
 

@@ -15,8 +15,8 @@ from phoneready.commands.options import DebugOption, JsonOption, SeedOption
 from phoneready.console import note, quiet_libraries, write_result
 
 if TYPE_CHECKING:
+    from runtime_bench.records.bench_record import BenchRecord
     from runtime_bench.records.compare import Comparison
-    from runtime_bench.records.record import BenchRecord
 
 
 def compare(
@@ -123,7 +123,7 @@ def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
 def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[Path]) -> None:
     from cfsp.files import write_text
     from cfsp.records import read_record
-    from phoneready.evaluation.record import Evaluation
+    from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.report.comparison_page import render_comparison
     from phoneready.report.model_points import point_groups, quality_of
 

@@ -24,9 +24,9 @@ from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.metrics import METRICS, OWN_METRIC
 
 if TYPE_CHECKING:
+    from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import GateRow
     from phoneready.evaluation.models import OpenSettings
-    from phoneready.evaluation.record import Evaluation
     from phoneready.evaluation.sweep import Sweep
 
 
@@ -206,8 +206,8 @@ def _evaluate(
     subject: Subject, settings: EvaluationSettings, gate: GateOptions, opening: OpenSettings, *, as_json: bool
 ) -> None:
     from cfsp.records import read_record, record_to_json, write_record
+    from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import check_gate, check_limits, compare_with_baseline, gate_to_json
-    from phoneready.evaluation.record import Evaluation
 
     check_limits(gate.limits)
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None

@@ -33,7 +33,7 @@ def export(
     """
     prepare_torch(threads)
     from cfsp.records import record_to_json
-    from exporters.record import ExportManifest
+    from exporters.export_record import ExportManifest
     from phoneready.exporting import export_checkpoint
 
     if not checkpoint.is_dir():

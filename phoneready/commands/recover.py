@@ -20,7 +20,7 @@ from phoneready.console import prepare_torch, show_progress, write_result
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cfsp.recovery.record import RecoveryRecord
+    from cfsp.recovery.recovery_record import RecoveryRecord
 
 
 def recover(

@@ -37,8 +37,8 @@ def tune(
     prepare_torch(threads)
     from phoneready.settings.release import load_config
     from phoneready.tune.result import format_result, result_to_json
-    from phoneready.tune.tune import RELEASE_FILE
-    from phoneready.tune.tune import tune as search
+    from phoneready.tune.run import RELEASE_FILE
+    from phoneready.tune.run import tune as search
 
     if config.resolve() == (output / RELEASE_FILE).resolve():
         raise InputError(

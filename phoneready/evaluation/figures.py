@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from cfsp.evaluation.tasks import TaskMetric, TaskResult
-from phoneready.evaluation.record import Evaluation, TextResult, text_name
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult, text_name
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.metrics import FigureKey, metric_of
 

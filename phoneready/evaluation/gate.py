@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError, LimitError
+from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.figures import evaluation_figures, score_figure
-from phoneready.evaluation.record import Evaluation
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import PRUNED, Figure
 from phoneready.figures.gate import differences, judge

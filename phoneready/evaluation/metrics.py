@@ -16,7 +16,7 @@ from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.files import sha256_file
 from cfsp.text.tokens import TokenWindows
-from phoneready.evaluation.record import MetricResult
+from phoneready.evaluation.evaluation_record import MetricResult
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.metrics import METRICS, OWN, metric_of, own_reference
 

@@ -25,14 +25,14 @@ from cfsp.settings import check_settings
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
-from phoneready.evaluation.metrics import find_metric, measure
-from phoneready.evaluation.record import (
+from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
     TextResult,
     identity_of,
     repeated_text,
 )
+from phoneready.evaluation.metrics import find_metric, measure
 from phoneready.evaluation.settings import EvaluationSettings
 
 

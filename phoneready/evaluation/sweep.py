@@ -19,8 +19,8 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
+from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, identity_of
 from phoneready.evaluation.gate import measures
-from phoneready.evaluation.record import Evaluation, ModelIdentity, identity_of
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from runtime_bench.presentation.table import Column, Table

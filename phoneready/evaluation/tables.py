@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.figures.metrics import METRICS
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 

@@ -23,8 +23,8 @@ from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import FigureKey, own_reference
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
+from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
-from runtime_bench.records.record import DOES_NOT_FIT
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
 _ROUNDING = 1e-9

@@ -11,7 +11,7 @@ from cfsp.errors import InputError, LimitError
 from phoneready.figures.figure_set import DENSE
 from phoneready.figures.metrics import recorded_metric
 from phoneready.history.changes import Change, exact_changes, sampled_changes
-from phoneready.history.record import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
+from phoneready.history.entry import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
 
 
 @dataclass(frozen=True)

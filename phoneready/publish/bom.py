@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
-from exporters.record import ExportRecord
+from exporters.export_record import ExportRecord
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 

@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
-from exporters.record import ExportRecord
+from exporters.export_record import ExportRecord
 from phoneready.console import format_bytes, format_rows
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cfsp.text.templates import render_chat
-from exporters.record import ExportRecord
+from exporters.export_record import ExportRecord
 
 _OLLAMA_CONTEXT = 4096
 """Tokens of context that Ollama gives a model unless it is told otherwise."""

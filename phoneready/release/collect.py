@@ -16,8 +16,8 @@ from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
+from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
-from runtime_bench.records.record import EMULATED, BenchRecord
 from runtime_bench.records.summary import median
 
 

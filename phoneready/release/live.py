@@ -12,14 +12,14 @@ from cfsp.models.checkpoint import PLAN_FILE
 from cfsp.progress import Progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord
-from exporters.record import ExportManifest
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
+from exporters.export_record import ExportManifest
 from phoneready.console import format_bytes
-from phoneready.evaluation.record import Evaluation
+from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder
 from runtime_bench.presentation.record_table import speed_text
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import read_jsonl
-from runtime_bench.records.record import BenchRecord
 
 
 @dataclass(frozen=True)

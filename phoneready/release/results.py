@@ -9,14 +9,14 @@ from cfsp.models.checkpoint import PLAN_FILE, read_checkpoint_info
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from exporters.record import ExportManifest, ExportRecord
-from phoneready.evaluation.record import Evaluation
+from exporters.export_record import ExportManifest, ExportRecord
+from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.answers import Answers
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
 from phoneready.settings.schema import ReleaseConfig
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, family_of, find_format
 from exporters.options import ExportOptions
 from exporters.provenance import file_stem
+from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
-from phoneready.evaluation.record import Evaluation, ModelIdentity
 from phoneready.evaluation.run import evaluate
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
@@ -38,8 +38,8 @@ from phoneready.release.live import rows_so_far
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
-from runtime_bench.records.record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.targets import Target
 from runtime_bench.targets.places import Unreachable, open_place, place_slug
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from exporters.record import ExportRecord
+from exporters.export_record import ExportRecord
 from phoneready.console import format_bytes
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.tables import (
@@ -28,9 +28,9 @@ from runtime_bench.presentation.markup import (
     visible,
 )
 from runtime_bench.presentation.table import table_of_cells
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import BenchRecord
 
 _HERE = ("measured", "local")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from exporters.record import ExportRecord
+from exporters.export_record import ExportRecord
 from phoneready.console import format_bytes
-from phoneready.evaluation.record import Evaluation
+from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.sweep import Sweep
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.escape import plot_text
@@ -15,9 +15,9 @@ from phoneready.report.plot_style import BAND, DENSE, PRUNED, SERIES, SOFT, SYMB
 from phoneready.report.tables import text_name
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records import summary
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup
-from runtime_bench.records.record import BenchRecord
 
 
 def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.errors import InputError
-from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from runtime_bench.presentation.sweep_table import best_threads
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import BenchRecord
 
 _RATES = ("tg", "pp", "ttft", "load")
 """Workloads in the order in which they say most about a chat on a phone."""

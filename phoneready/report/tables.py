@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from cfsp.pruning.plan import PruningPlan
-from exporters.record import ExportRecord
+from exporters.export_record import ExportRecord
 from phoneready.console import format_bytes
-from phoneready.evaluation.record import Evaluation, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.evaluation.tables import text_table
 from phoneready.figures.metrics import METRICS
 from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
@@ -18,9 +18,9 @@ from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import Table, table_of_cells
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup
-from runtime_bench.records.record import BenchRecord
 
 NOTHING = "-"
 TONES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cfsp.validation import Location
-from phoneready.evaluation.record import text_name
+from phoneready.evaluation.evaluation_record import text_name
 from phoneready.figures.budgets import SELECTORS, BudgetConfig, fits, select
 from phoneready.figures.metrics import (
     ANY_MEMBER,

@@ -15,7 +15,7 @@ from cfsp.recovery.settings import two_budgets
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, family_of
 from exporters.onnx import find_variant
-from phoneready.evaluation.record import repeated_text
+from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.template import demo_config_text

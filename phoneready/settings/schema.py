@@ -21,7 +21,7 @@ from phoneready.settings.sections import (
     RecoverConfig,
 )
 from phoneready.settings.tracking import TrackingConfig
-from phoneready.settings.tune import TuneConfig
+from phoneready.settings.tune_section import TuneConfig
 
 
 class ReleaseConfig(Section):

@@ -15,7 +15,7 @@ from cfsp.errors import InputError, MissingExtraError
 from cfsp.records import read_record
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
-from phoneready.history.record import HISTORY_FILE, read_entries
+from phoneready.history.entry import HISTORY_FILE, read_entries
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
 from phoneready.settings.tracking import TrackingConfig
 

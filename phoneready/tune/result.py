@@ -12,7 +12,7 @@ from cfsp.records import record_to_json
 from phoneready.console import format_bytes, format_rows
 from phoneready.settings.release import beside
 from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune import SIZE
+from phoneready.settings.tune_section import SIZE
 from phoneready.tune.space import Point, config_of
 
 

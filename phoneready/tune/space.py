@@ -14,7 +14,7 @@ from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune import TuneConfig
+from phoneready.settings.tune_section import TuneConfig
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,10 @@ from phoneready.release.collect import (
     projected_figures,
     size_figure,
 )
-from phoneready.settings.tune import TuneConfig
+from phoneready.settings.tune_section import TuneConfig
 from phoneready.tune.limits import QUALITY, Limits, family, objective_item
 from phoneready.tune.space import Point, config_of
-from phoneready.tune.workshop import Workshop
+from phoneready.tune.trial_runner import Workshop
 from runtime_bench.files import files_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.targets.places import open_place

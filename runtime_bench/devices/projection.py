@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import Cluster, DeviceProfile
-from runtime_bench.records.record import DOES_NOT_FIT, FITS, THRASHES
+from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 MIB = 2**20
 DECODE_SHARE = (0.30, 0.70)

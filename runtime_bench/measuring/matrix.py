@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfsp.progress import Progress, no_progress
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import Target
 from runtime_bench.targets.remote import Remote
 from runtime_bench.workload import BenchSettings

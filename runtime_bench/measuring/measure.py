@@ -23,7 +23,7 @@ from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.rows import Row, Session, page_cache_wish, record_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records import summary
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.thermal import heat_around
 from runtime_bench.targets import LOCAL, Target
 from runtime_bench.worker import WorkerRequest

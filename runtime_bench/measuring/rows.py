@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime_bench.engines import EngineFacts
 from runtime_bench.files import files_of
 from runtime_bench.measuring.text_check import TextCheck
-from runtime_bench.records.record import MEMORY_VERDICTS, BenchRecord, Environment
+from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Environment
 from runtime_bench.records.thermal import Heat
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerResult

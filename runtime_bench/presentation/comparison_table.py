@@ -12,9 +12,9 @@ from cfsp.records import tool_version
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.record_table import format_speed
 from runtime_bench.presentation.table import NOTHING, Column, Table, short_names, table_of
+from runtime_bench.records.bench_record import EMULATED
 from runtime_bench.records.compare import Comparison
 from runtime_bench.records.crowding import CROWDED_SHARE
-from runtime_bench.records.record import EMULATED
 
 SCHEMA_VERSION = 1
 

@@ -10,7 +10,7 @@ from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
 from runtime_bench.devices.projection import MIB, Band, Projection
 from runtime_bench.presentation.markup import escape_markdown, visible
 from runtime_bench.presentation.table import Column, Table
-from runtime_bench.records.record import DOES_NOT_FIT, FITS, THRASHES
+from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 UNKNOWN = "unknown"
 _FITS = {FITS: "yes", THRASHES: "thrashes", DOES_NOT_FIT: "NO"}

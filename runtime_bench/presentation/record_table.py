@@ -12,9 +12,9 @@ from cfsp.errors import InputError
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import NOTHING, Column, Table, short_names, table_of
 from runtime_bench.records import summary
+from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.json_form import record_to_json
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import EMULATED, BenchRecord
 
 _REASON_WIDTH = 40
 """Letters of a failure's reason inside the table; the whole of it follows below."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from runtime_bench.presentation.table import short_names, table_of
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 
 
 def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:

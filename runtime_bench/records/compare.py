@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
+from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
-from runtime_bench.records.record import EMULATED, BenchRecord
 from runtime_bench.records.summary import RatioInterval, ratio_interval
 
 MIN_SAMPLES = 5

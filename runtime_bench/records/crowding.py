@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 
 CROWDED_SHARE = 0.1
 """Of their time that threads may go without a core before a row counts as crowded."""

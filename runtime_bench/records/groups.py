@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime_bench.records.record import KINDS, BenchRecord, Environment
+from runtime_bench.records.bench_record import KINDS, BenchRecord, Environment
 
 _RATES = ("tg", "pp", "ttft")
 """Workloads in the order in which they say most about a chat on a phone."""

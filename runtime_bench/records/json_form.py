@@ -15,8 +15,8 @@ from cfsp.reading import Bounds, check_bounded
 from cfsp.records import tool_version
 from cfsp.validation import describe_problems
 from runtime_bench.records import summary
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import BenchRecord
 
 RECORD_TYPE = "bench"
 

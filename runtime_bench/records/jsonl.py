@@ -13,8 +13,8 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.files import refuse_no_file
 from cfsp.reading import NotJSONError, parse_json, read_bytes
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.json_form import BOUNDS, RECORD_TYPE, record_from_json, record_to_json
-from runtime_bench.records.record import BenchRecord
 
 logger = logging.getLogger(__name__)
 _HEAD = f'{{"record_type":"{RECORD_TYPE}"'.encode()

@@ -9,7 +9,7 @@ from runtime_bench.records.crowding import crowding, stealing
 from runtime_bench.records.thermal import CAP_LIMIT, capped
 
 if TYPE_CHECKING:
-    from runtime_bench.records.record import BenchRecord
+    from runtime_bench.records.bench_record import BenchRecord
 
 
 def note_of(record: BenchRecord) -> str | None:

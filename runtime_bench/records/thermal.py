@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime_bench.records.record import Environment
+    from runtime_bench.records.bench_record import Environment
 
 CAP_LIMIT = 0.15
 """A run is marked when a core's clock was capped by more than this."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from runtime_bench.engines import engine_for, require_engine
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["LOCAL", "Local", "Target"]
@@ -19,7 +19,7 @@ class Target(Protocol):
 
     Attributes:
         name: As records have it.
-        kind: What its numbers are, of runtime_bench.records.record.KINDS.
+        kind: What its numbers are, of runtime_bench.records.bench_record.KINDS.
         memory_limit_bytes: What a run may use; None where nothing limits it.
     """
 

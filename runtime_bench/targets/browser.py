@@ -18,7 +18,7 @@ from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_module
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.worker import WorkerRequest, WorkerResult
 

@@ -19,7 +19,7 @@ from runtime_bench.environment import describe_environment
 from runtime_bench.files import files_of
 from runtime_bench.memory import evict_from_page_cache
 from runtime_bench.process import run_worker
-from runtime_bench.records.record import DOES_NOT_FIT, FITS, THRASHES, Environment
+from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES, Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 REREAD_SHARE = 0.5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cfsp.records import tool_version
 from runtime_bench.environment import environment_of
 from runtime_bench.native.targets import cpu_features, runner_target_for
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.targets.far_scripts import DESCRIBE, FACTS_FOLLOW
 from runtime_bench.targets.transport import FarError, FarShell
 

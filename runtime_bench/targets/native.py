@@ -10,7 +10,7 @@ from cfsp.progress import Progress, no_progress
 from runtime_bench.environment import describe_environment
 from runtime_bench.native import build_runner
 from runtime_bench.process import measure_in
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 RUNNER_ENGINE = "llama.cpp"

@@ -19,7 +19,7 @@ from cfsp.progress import no_progress
 from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.engines import engine_for
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.targets import Target
 from runtime_bench.targets.constrained import check_memory
 from runtime_bench.targets.table import TargetOptions, find_row, open_targets

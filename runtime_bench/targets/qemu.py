@@ -15,7 +15,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.native import build_runner
 from runtime_bench.process import measure_in
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.targets.native import require_runner_engine, runner_engine
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import default_threads

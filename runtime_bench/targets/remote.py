@@ -20,11 +20,11 @@ from cfsp.records import tool_version
 from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.native import build_runner
 from runtime_bench.process import exit_reason, result_from_json
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
-from runtime_bench.targets.depot import Depot
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
 from runtime_bench.targets.far_scripts import HAVE_PACKAGES, RUN
+from runtime_bench.targets.remote_cache import Depot
 from runtime_bench.targets.transport import (
     FarError,
     FarShell,

@@ -14,8 +14,8 @@ from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.statistics import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, set_config_shape
+from exporters.export_record import ParityLimits
 from exporters.options import ExportOptions
-from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 

@@ -24,6 +24,7 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
+from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
 from exporters.families import required_multiple
 from exporters.gguf import QUANTS, export_gguf, llama_library, runtime
 from exporters.gguf import writer as writer_module
@@ -32,7 +33,6 @@ from exporters.job import MANIFEST_FILE
 from exporters.options import ExportOptions
 from exporters.parity import check_limits, compare, reference_of
 from exporters.provenance import read_provenance
-from exporters.record import ExportManifest, ExportRecord, ParityLimits
 
 WIDTHS = (96, 64, 128, 40)
 # Next-token distributions of random weights are nearly flat, so quantization moves them far.

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from cfsp.models.architectures import decoder_layers, feed_forward
+from exporters.export_record import ParityReport
 from exporters.gguf import runtime
 from exporters.gguf.writer import WrittenFile, write_gguf
 from exporters.parity import compare, reference_of
 from exporters.provenance import read_provenance
-from exporters.record import ParityReport
 
 WIDTHS = (96, 64, 128, 32)
 LLAMA3 = {

@@ -12,11 +12,11 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
 from cfsp.models.shape import ModelShape
+from exporters.export_record import ParityLimits
 from exporters.gguf import QUANTS, export_gguf
 from exporters.gguf.draft import draft_gguf
 from exporters.gguf.size import read_shape, size_template
 from exporters.options import ExportOptions
-from exporters.record import ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 LOOSE = {name: ParityLimits(kl_mean=3.0) for name in QUANTS if name not in ("f32", "f16")}

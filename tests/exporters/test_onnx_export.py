@@ -25,6 +25,7 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
 from exporters.checkpoint_reader import read_config
+from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
 from exporters.job import MANIFEST_FILE
 from exporters.onnx import VARIANTS, export_onnx
 from exporters.onnx.checks import check_graph
@@ -33,7 +34,6 @@ from exporters.onnx.language_model import OnnxLanguageModel
 from exporters.onnx.ort_format import OPERATORS_FILE
 from exporters.onnx.runtime import OnnxModel, open_model
 from exporters.options import ExportOptions
-from exporters.record import ExportManifest, ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 WIDTHS = (96, 64, 128, 40)

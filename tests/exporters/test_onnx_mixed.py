@@ -18,6 +18,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears
 from cfsp.models.checkpoint import load_pruned
 from cfsp.text.tokens import tokens_sha256
+from exporters.export_record import ExportRecord, ParityLimits
 from exporters.onnx import export_onnx
 from exporters.onnx.mixed import (
     OFFSET_DIGITS,
@@ -32,7 +33,6 @@ from exporters.onnx.mixed import (
 from exporters.onnx.variants import HEAD, INT4, INT8
 from exporters.onnx.weights import HEAD_PARTS, company, packed_names, weight_of
 from exporters.options import ExportOptions
-from exporters.record import ExportRecord, ParityLimits
 
 MakeCheckpoint = Callable[..., Path]
 WINDOWS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(0))

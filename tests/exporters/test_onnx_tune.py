@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.tune import Quantized, tune
+from exporters.onnx.scale_tuning import Quantized, tune
 from exporters.onnx.variants import INT8
 from exporters.onnx.weights import HEAD_PARTS, decoder_of, float_weights, weight_of
 

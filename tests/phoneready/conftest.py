@@ -14,8 +14,8 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
-from exporters.record import ExportRecord, ParityReport
-from phoneready.evaluation.record import Degeneration, Evaluation, ModelIdentity, TextResult
+from exporters.export_record import ExportRecord, ParityReport
+from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
 from phoneready.release.answers import Answers
 from phoneready.release.results import ReleaseFigures
@@ -24,7 +24,7 @@ from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import load_profiles
 from runtime_bench.devices.projection import project
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.workload import Workload
 
 MakeReportInput = Callable[..., ReportInput]

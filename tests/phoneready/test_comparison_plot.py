@@ -12,11 +12,11 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.evaluation.divergence import Divergence
 from cfsp.records import write_record
-from phoneready.evaluation.record import Evaluation, ModelIdentity, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, TextResult
 from phoneready.main import main
 from phoneready.report.model_points import point_groups, quality_of
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import append_jsonl
-from runtime_bench.records.record import BenchRecord
 from runtime_bench.workload import Workload
 
 MakeRecord = Callable[..., BenchRecord]

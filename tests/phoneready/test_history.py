@@ -15,15 +15,15 @@ import pytest
 from cfsp.errors import InputError, LimitError
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet
 from phoneready.history.changes import DRIFT, MIN_RUNS, STEP, exact_changes, sampled_changes
+from phoneready.history.entry import HISTORY_FILE, HistoryEntry, append_entry, entry_of, read_entries
 from phoneready.history.history import History, check_history, find_entries, make_history
-from phoneready.history.record import HISTORY_FILE, HistoryEntry, append_entry, entry_of, read_entries
 from phoneready.history.tables import describe_anomalies, format_history
 from phoneready.main import main
 from phoneready.release.collect import benchmark_figures, size_figure
 from phoneready.settings.release import parse_config
 from runtime_bench.environment import describe_environment
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.contention import Contention
-from runtime_bench.records.record import BenchRecord
 
 FALSE_ALARMS = 0.05
 ENVIRONMENT = describe_environment()

@@ -12,10 +12,10 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_to_json
-from phoneready.evaluation.record import Evaluation, ModelIdentity, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, TextResult
 from phoneready.figures.figure_set import Figure, FigureSet, read_baseline
 from phoneready.figures.metrics import FigureKey
-from phoneready.history.record import HistoryEntry, read_entries
+from phoneready.history.entry import HistoryEntry, read_entries
 
 VALUES = ["Infinity", "-Infinity", "NaN", "1e400", "-1.0", '"12"', "true", "[1]"]
 KEY = FigureKey("perplexity", "checkpoint")
@@ -66,7 +66,7 @@ def test_perplexities_that_no_model_has_are_no_baseline(value: str, tmp_path: Pa
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e400", '"12"'])
 def test_a_history_names_file_and_line(value: str, tmp_path: Path) -> None:
-    from phoneready.history.record import HistoryFigure
+    from phoneready.history.entry import HistoryFigure
 
     figure = HistoryFigure(KEY, "pruned", "", 12.5, None, {})
     entry = HistoryEntry("0" * 64, "2026-01-01T00:00:00Z", None, "m", None, "pass", {}, {}, {}, (figure,))

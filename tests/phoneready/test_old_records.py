@@ -13,7 +13,7 @@ from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record, record_from_json, write_record
-from exporters.record import ExportManifest
+from exporters.export_record import ExportManifest
 from phoneready.publish.manifest import ReleaseManifest
 
 OLD = Path(__file__).parent / "old_records"

@@ -13,15 +13,15 @@ from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.reference import load_model
 from cfsp.records import write_record
+from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.metrics import check_directions, metric_sha256
-from phoneready.evaluation.record import Evaluation
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import FigureSet, read_baseline
 from phoneready.figures.gate import judge_all
+from phoneready.history.entry import entry_of
 from phoneready.history.history import check_history, make_history
-from phoneready.history.record import entry_of
 from phoneready.history.tables import format_history
 from phoneready.main import main
 from phoneready.settings.planned import planned_figures

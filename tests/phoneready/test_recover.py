@@ -24,7 +24,7 @@ from cfsp import load_model
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
 from cfsp.records import read_record
-from cfsp.recovery.record import RECOVERY_FILE, RecoveryRecord
+from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]

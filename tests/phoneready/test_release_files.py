@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
-from phoneready.evaluation.record import ModelIdentity
+from phoneready.evaluation.evaluation_record import ModelIdentity
 from phoneready.evaluation.sweep import Sweep, SweepPoint
 from phoneready.main import app, main
 from phoneready.publish.bom import make_bom

@@ -19,9 +19,9 @@ from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import bench_notes, render_report, verdict_table
 from phoneready.report.plots import make_plots
 from phoneready.report.tables import Mark, comparison_table
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.groups import bench_groups
-from runtime_bench.records.record import BenchRecord
 
 MakeReportInput = Callable[..., ReportInput]
 SECTIONS = ("verdicts", "figures", "pruning", "devices", "answers", "proof", "method")

@@ -142,7 +142,7 @@ NEUTRAL = (
         for name in ("__init__", "errors", "files", "plugins", "progress", "records", "units")
     ),
     *("cfsp/settings.py", "cfsp/validation.py"),
-    *("exporters/__init__.py", "exporters/record.py", "exporters/family.py", "exporters/settings.py"),
+    *("exporters/__init__.py", "exporters/export_record.py", "exporters/family.py", "exporters/settings.py"),
     *(f"runtime_bench/{name}" for name in ("__init__.py", "records", "devices", "presentation")),
     *("phoneready/__init__.py", "phoneready/console.py", "phoneready/figures"),
 )

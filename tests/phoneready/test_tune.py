@@ -20,11 +20,11 @@ from phoneready.main import main
 from phoneready.settings.release import load_config
 from phoneready.tune.limits import Limits
 from phoneready.tune.result import TuneResult, format_result, release_toml
+from phoneready.tune.run import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, _study_key, tune
 from phoneready.tune.search import Searcher
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.trial import Bench
-from phoneready.tune.tune import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, _study_key, tune
-from phoneready.tune.workshop import Workshop
+from phoneready.tune.trial_runner import Workshop
 
 TinyPath = Callable[..., Path]
 CONFIG = """

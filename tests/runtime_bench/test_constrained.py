@@ -12,8 +12,8 @@ from cfsp.errors import InputError
 from runtime_bench.cgroup import find_parent, limited_group
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import LOCAL
 from runtime_bench.targets.constrained import MIB, Constrained
 from runtime_bench.worker import WorkerRequest

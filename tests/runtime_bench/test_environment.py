@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime_bench.environment import FACT_FILES, cpu_model, describe_environment, environment_of
-from runtime_bench.records.record import Environment
+from runtime_bench.records.bench_record import Environment
 
 CPU = "/sys/devices/system/cpu"
 ZONES = "/sys/class/thermal"

@@ -20,8 +20,8 @@ from exporters.options import ExportOptions
 from runtime_bench.engines import ENGINES, SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.process import run_worker
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import BenchRecord
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult, request_from_json
 from runtime_bench.workload import BenchSettings, Workload

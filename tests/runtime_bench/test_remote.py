@@ -29,7 +29,7 @@ from exporters.options import ExportOptions
 from phoneready.main import main
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.record import BenchRecord
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL
 from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote

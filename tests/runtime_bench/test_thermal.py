@@ -11,9 +11,9 @@ import pytest
 
 from runtime_bench.environment import environment_of
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.json_form import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.record import Environment
 from runtime_bench.records.thermal import Heat, clock_cap, heat_around, hottest_c
 from runtime_bench.targets import Local
 from runtime_bench.workload import BenchSettings

@@ -21,7 +21,7 @@ from phoneready.recipe import load_baseline, release_stages
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
 from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune import SIZE, TuneConfig
+from phoneready.settings.tune_section import SIZE, TuneConfig
 from phoneready.tune.forecast import Tried
 from phoneready.tune.limits import QUALITY, Judged, Limits, family, objective_item
 from phoneready.tune.predict import Prediction
@@ -30,7 +30,7 @@ from phoneready.tune.search import Candidate, Searcher
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.study import Done, Study
 from phoneready.tune.trial import Bench
-from phoneready.tune.workshop import Workshop
+from phoneready.tune.trial_runner import Workshop
 from runtime_bench.devices.profile import find_profile, load_profiles
 
 RESULT_FILE, TABLE_FILE, RELEASE_FILE = "tune.json", "tune.md", "release.toml"
