@@ -48,7 +48,13 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
     {
         "dense": Dependencies(
             ("torch", "transformers", "tokenizers", "gguf"),
-            ("cfsp/models", "cfsp/text", "cfsp/precision.py", "cfsp/pruning/statistics.py"),
+            (
+                "cfsp/models",
+                "cfsp/text",
+                "cfsp/reading.py",
+                "cfsp/precision.py",
+                "cfsp/pruning/statistics.py",
+            ),
         ),
         "prune": Dependencies(rooms=("cfsp/pruning",)),
         "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery",)),
