@@ -36,7 +36,7 @@ from cfsp.text.settings import SELF
 from exporters.export_record import ExportRecord, ParityReport
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
-from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, small_model, stored_bytes
+from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, quantized_model, stored_bytes
 from exporters.onnx.quantize import quantize_linears
 from exporters.onnx.scale_tuning import Quantized, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
@@ -186,7 +186,7 @@ def mixed(arguments: argparse.Namespace) -> None:
     text = load_calibration(references, loaded, **sizes).input_ids
     windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, windows[:2])
-    small = small_model(model, INT4, text)
+    small = quantized_model(model, INT4, text)
     own = choose_few(model, small).applied(model, small)
 
     def with_head(form: BlockFormat) -> dict[str, Rounded]:

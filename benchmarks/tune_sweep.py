@@ -22,13 +22,13 @@ from cfsp.units import parse_bytes
 from phoneready.console import note, prepare_torch
 from phoneready.settings.release import parse_config
 from phoneready.settings.schema import ReleaseConfig
-from phoneready.tune.forecast import Forecast, Tried
+from phoneready.tune.forecast import Forecast, MeasuredPoint
 from phoneready.tune.limits import Judged, Limits
 from phoneready.tune.result import TuneResult
 from phoneready.tune.run import RESULT_FILE, tune
 from phoneready.tune.space import Point, Recipe
 from phoneready.tune.trial import Bench
-from phoneready.tune.trial_runner import Workshop
+from phoneready.tune.trial_runner import TrialRunner
 
 CONFIG = """
 [model]
@@ -118,7 +118,7 @@ def sweep(
     kept, rows = output / "sweep.jsonl", []
     if kept.is_file():
         rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    bench = Bench(Workshop(config, output / "swept", threads), Limits(config))
+    bench = Bench(TrialRunner(config, output / "swept", threads), Limits(config))
     for allocation in allocations:
         for ratio in grid:
             if any((row["allocation"], row["prune_ratio"]) == (allocation, ratio) for row in rows):
@@ -150,7 +150,7 @@ def covered(config: ReleaseConfig, output: Path, rows: list[dict[str, Any]]) -> 
     """How the search's predictions from its few trials stand against the sweep, beyond the point that it began with."""
     trials = read_record(TuneResult, output / "tuned" / RESULT_FILE).trials
     tried = [
-        Tried(_point(t.allocation, t.prune_ratio), t.removed, t.file_bytes, t.divergence, Judged(()))
+        MeasuredPoint(_point(t.allocation, t.prune_ratio), t.removed, t.file_bytes, t.divergence, Judged(()))
         for t in trials
     ]
     forecast, inside, errors = Forecast(tried, Limits(config)), 0, []

@@ -9,7 +9,7 @@ import torch
 
 from cfsp.text.tokens import tokens_sha256
 from exporters.job import Job
-from exporters.onnx.mixed import Small
+from exporters.onnx.mixed import QuantizedModel
 from exporters.onnx.variants import BlockFormat, Variant
 
 
@@ -20,12 +20,12 @@ class OnnxJob:
     Attributes:
         common: What every export has.
         model: The checkpoint, float32; no variant changes it.
-        small: The model in each format that was rounded for text; variants share them.
+        quantized: The model in each format that was rounded for text; variants share them.
     """
 
     common: Job
     model: Any
-    small: dict[BlockFormat, Small] = field(default_factory=dict)
+    quantized: dict[BlockFormat, QuantizedModel] = field(default_factory=dict)
 
     def text_for(self, variant: Variant) -> torch.Tensor | None:
         """What a variant is rounded for."""

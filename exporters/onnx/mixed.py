@@ -22,7 +22,7 @@ from cfsp.pruning.gradients import WeightChange, predict_divergence
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.quantize import quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
-from exporters.onnx.weights import HEAD_PARTS, company, head_parts, is_tied, weight_of
+from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, is_tied, weight_of
 
 GRADIENT_WINDOWS = 4
 """Windows of the calibration text to predict losses from: what counts is the layers' order."""
@@ -36,7 +36,7 @@ OFFSET_DIGITS = 8
 
 
 @dataclass(frozen=True)
-class Small:
+class QuantizedModel:
     """A model in few bits.
 
     Attributes:
@@ -60,17 +60,17 @@ class Mixture:
     eight_bits: tuple[str, ...]
     budget_bytes: int | None = None
 
-    def applied(self, model: Any, small: Small) -> dict[str, Rounded]:
-        """`small` with the nearest of eight bits for these layers; the others make up for no more than before."""
+    def applied(self, model: Any, quantized: QuantizedModel) -> dict[str, Rounded]:
+        """`quantized` with the nearest of eight bits for these layers; the others make up for no more than before."""
         return {
             name: round_to_nearest(weight_of(model, name), INT8) if name in self.eight_bits else stored
-            for name, stored in small.layers.items()
+            for name, stored in quantized.layers.items()
         }
 
 
-def small_model(
+def quantized_model(
     model: Any, form: BlockFormat, input_ids: torch.Tensor, *, progress: Progress = no_progress
-) -> Small:
+) -> QuantizedModel:
     """Round all layers for a text, and predict what each loses.
 
     Args:
@@ -89,15 +89,19 @@ def small_model(
         return WeightChange(HEAD, matrix, rows[name]) if name in rows else WeightChange(name, matrix)
 
     changes = {name: change(name) for name in layers}
-    return Small(layers, predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress))
+    return QuantizedModel(
+        layers, predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
+    )
 
 
-def choose_mixture(model: Any, small: Small, size_bytes: int, *, budget_bytes: int | None = None) -> Mixture:
+def choose_mixture(
+    model: Any, quantized: QuantizedModel, size_bytes: int, *, budget_bytes: int | None = None
+) -> Mixture:
     """The layers to store in eight bits so that a file has a size.
 
     Args:
         model: A causal LM of the architecture table.
-        small: It in few bits.
+        quantized: It in few bits.
         size_bytes: Of the file that has all of it in few bits.
         budget_bytes: Of the file with the mixture; `default_budget` where None.
 
@@ -105,7 +109,7 @@ def choose_mixture(model: Any, small: Small, size_bytes: int, *, budget_bytes: i
         InputError: Not even few bits fit the budget.
     """
     budget = default_budget(model) if budget_bytes is None else budget_bytes
-    left = budget - size_bytes - OFFSET_DIGITS * len(small.layers)
+    left = budget - size_bytes - OFFSET_DIGITS * len(quantized.layers)
     if left < 0:
         raise InputError(
             "four bits for every layer take more",
@@ -114,11 +118,11 @@ def choose_mixture(model: Any, small: Small, size_bytes: int, *, budget_bytes: i
             allowed=f"{budget - left} or more",
         )
 
-    prices = {name: _price(stored) for name, stored in small.layers.items()}
-    return Mixture(choose_eight_bits(small.losses, lambda name, _: prices[name], left), budget)
+    prices = {name: _price(stored) for name, stored in quantized.layers.items()}
+    return Mixture(choose_eight_bits(quantized.losses, lambda name, _: prices[name], left), budget)
 
 
-def choose_few(model: Any, small: Small) -> Mixture:
+def choose_few(model: Any, quantized: QuantizedModel) -> Mixture:
     """The few layers that gain most from eight bits for the time that they cost, until a token takes 3 % longer.
 
     A token takes the time to read the weights, so the price is in bytes, too. What can be one layer is one as long as
@@ -126,19 +130,19 @@ def choose_few(model: Any, small: Small) -> Mixture:
 
     Args:
         model: A causal LM of the architecture table.
-        small: It in few bits.
+        quantized: It in few bits.
     """
     # Where heads are normed, they are apart already.
     normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
-    prices = {name: _price(stored) for name, stored in small.layers.items()}
+    prices = {name: _price(stored) for name, stored in quantized.layers.items()}
 
     def price(name: str, chosen: AbstractSet[str]) -> int:
-        together = company(name)
+        together = group_of(name)
         apart = len(together) == 1 or bool(chosen & set(together)) or (normed and name not in HEAD_PARTS)
         return prices[name] + (0 if apart else _APART_BYTES)
 
-    left = int(_FEW * sum(map(stored_bytes, small.layers.values())))
-    return Mixture(choose_eight_bits(small.losses, price, left))
+    left = int(_FEW * sum(map(stored_bytes, quantized.layers.values())))
+    return Mixture(choose_eight_bits(quantized.losses, price, left))
 
 
 def choose_eight_bits(

@@ -33,7 +33,7 @@ from exporters.onnx.weights import (
     MakeEmbedding,
     MakeLayer,
     MayPack,
-    company,
+    group_of,
     head_parts,
     packed_names,
 )
@@ -165,7 +165,7 @@ def _input_grams(
         first, _ = seen.setdefault(id(x), (name, x))
         same_as[name] = first
         if first == name:
-            counted = _with_attention_sink(x) if len(company(name)) > 1 else x
+            counted = _with_attention_sink(x) if len(group_of(name)) > 1 else x
             sums.setdefault(name, GramSum(x.shape[-1])).add(counted.reshape(-1, x.shape[-1]).float())
 
     with ExitStack() as stack:

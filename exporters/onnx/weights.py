@@ -41,7 +41,7 @@ def head_parts(vocab_size: int) -> dict[str, slice]:
     return dict(zip(HEAD_PARTS, (slice(0, rows), slice(rows, vocab_size)), strict=True))
 
 
-def company(name: str) -> tuple[str, ...]:
+def group_of(name: str) -> tuple[str, ...]:
     """What can be stored in one layer with a module, itself included: q, k and v; the output matrix's parts."""
     if name in HEAD_PARTS:
         return HEAD_PARTS
@@ -69,7 +69,7 @@ def packed_names(name: str) -> tuple[str, ...]:
     if name == HEAD:
         return HEAD_PARTS
     prefix, _, last = name.rpartition(".")
-    return company(f"{prefix}.{_PARTS[0]}") if last == _PACKED else (name,)
+    return group_of(f"{prefix}.{_PARTS[0]}") if last == _PACKED else (name,)
 
 
 def float_weights(dtype: torch.dtype) -> tuple[MakeLayer, MakeEmbedding]:

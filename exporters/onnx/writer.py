@@ -17,7 +17,7 @@ from exporters.job import load_checkpoint
 from exporters.onnx.decoder_graph import OPSET, Decoder, build_decoder
 from exporters.onnx.int8_rows import int8_weights
 from exporters.onnx.job import OnnxJob
-from exporters.onnx.mixed import Mixture, choose_few, choose_mixture, small_model
+from exporters.onnx.mixed import Mixture, choose_few, choose_mixture, quantized_model
 from exporters.onnx.portable import portable_graph
 from exporters.onnx.quantize import (
     of_one_format,
@@ -90,15 +90,15 @@ def _quantized(job: OnnxJob, variant: Variant) -> tuple[Quantized | None, Mixtur
             raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
         nearest = quantize_linears(job.model, formats_without_text(form), None, progress=progress)
         return Quantized(nearest), None
-    if form not in job.small:
-        job.small[form] = small_model(job.model, form, text, progress=progress)
-    small = job.small[form]
+    if form not in job.quantized:
+        job.quantized[form] = quantized_model(job.model, form, text, progress=progress)
+    quantized = job.quantized[form]
     if variant.mixed:
-        size = _size_bytes(job, variant, Quantized(small.layers))
-        mixture = choose_mixture(job.model, small, size, budget_bytes=job.common.settings.mixed_bytes)
+        size = _size_bytes(job, variant, Quantized(quantized.layers))
+        mixture = choose_mixture(job.model, quantized, size, budget_bytes=job.common.settings.mixed_bytes)
     else:
-        mixture = choose_few(job.model, small)
-    return tune(job.model, mixture.applied(job.model, small), text, progress=progress), mixture
+        mixture = choose_few(job.model, quantized)
+    return tune(job.model, mixture.applied(job.model, quantized), text, progress=progress), mixture
 
 
 def _size_bytes(job: OnnxJob, variant: Variant, quantized: Quantized) -> int:

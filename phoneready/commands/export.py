@@ -67,7 +67,7 @@ def _proofs(records: Sequence[Any]) -> list[str]:
         first = next(record for record in records if record.format == kind)
         parity = first.parity
         line = (
-            f"Held against the checkpoint in {first.runtime}, on {parity.text}, {parity.n_windows} windows of "
+            f"BudgetCheck against the checkpoint in {first.runtime}, on {parity.text}, {parity.n_windows} windows of "
             f"{parity.seqlen} tokens"
         )
         strings = first.tokenizer_strings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from phoneready.figures.metrics import METRICS, metric_of
-from phoneready.tune.limits import Held, Judged, Limits
+from phoneready.tune.limits import BudgetCheck, Judged, Limits
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
 from phoneready.tune.space import Point
 
@@ -17,7 +17,7 @@ _OFFSETS = MappingProxyType({"file": 0.7, "allocation": 0.2, "align": 0.1, "reco
 
 
 @dataclass(frozen=True)
-class Tried:
+class MeasuredPoint:
     """A point that was measured.
 
     Attributes:
@@ -85,9 +85,9 @@ class Forecast:
         limits: The budgets.
     """
 
-    def __init__(self, tried: Sequence[Tried], limits: Limits) -> None:
+    def __init__(self, tried: Sequence[MeasuredPoint], limits: Limits) -> None:
         self._tried, self._limits = tried, limits
-        self._held: dict[str, list[tuple[Tried, Held]]] = {}
+        self._held: dict[str, list[tuple[MeasuredPoint, BudgetCheck]]] = {}
         for one in tried:
             for held in one.judged.held:
                 if held.verdict.value is not None:
@@ -134,7 +134,7 @@ class Forecast:
             _DIVERGENCE.prior,
         )
 
-    def _concerns(self, held: tuple[Tried, Held], point: Point) -> bool:
+    def _concerns(self, held: tuple[MeasuredPoint, BudgetCheck], point: Point) -> bool:
         """Whether a budget limits files of the point's kind."""
         files = held[1].budget.files
         return not files or point.recipe.item in files or "checkpoint" in files
@@ -161,7 +161,7 @@ class Forecast:
         )
 
 
-def _scale(held: Held) -> _Scale:
+def _scale(held: BudgetCheck) -> _Scale:
     """Costs follow the size, speeds its inverse; a quality moves away from the best there is."""
     metric, budget = metric_of(held.budget.metric), held.budget
     if not metric.is_quality:

@@ -31,7 +31,7 @@ def objective_item(tune: TuneConfig, item: str) -> str:
 
 
 @dataclass(frozen=True)
-class Held:
+class BudgetCheck:
     """A figure held against a budget.
 
     Attributes:
@@ -86,10 +86,10 @@ class Judged:
         held: One for every figure that a budget limits and that was found.
     """
 
-    held: tuple[Held, ...]
+    held: tuple[BudgetCheck, ...]
 
     @property
-    def missed(self) -> tuple[Held, ...]:
+    def missed(self) -> tuple[BudgetCheck, ...]:
         """The budgets that it does not meet."""
         return tuple(one for one in self.held if one.missed)
 
@@ -164,7 +164,7 @@ class Limits:
         present = [figure.key for figure in known]
         return Judged(
             tuple(
-                Held(budget, verdict)
+                BudgetCheck(budget, verdict)
                 for budget in self.budgets(point)
                 if select(budget, present)
                 for verdict in judge_all([budget], found, self.baseline)

@@ -22,7 +22,7 @@ from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.tune_section import SIZE, TuneConfig
-from phoneready.tune.forecast import Tried
+from phoneready.tune.forecast import MeasuredPoint
 from phoneready.tune.limits import QUALITY, Judged, Limits, family, objective_item
 from phoneready.tune.predict import Prediction
 from phoneready.tune.result import Outlook, TrialRow, TuneResult, format_result, pareto, release_toml
@@ -30,7 +30,7 @@ from phoneready.tune.search import Candidate, Searcher
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.study import Done, Study
 from phoneready.tune.trial import Bench
-from phoneready.tune.trial_runner import Workshop
+from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.devices.profile import find_profile, load_profiles
 
 RESULT_FILE, TABLE_FILE, RELEASE_FILE = "tune.json", "tune.md", "release.toml"
@@ -76,11 +76,11 @@ def tune(
     _check_goal(config, limits, recipes)
     with claim_folder(folder):
         key = _study_key(config, folder)
-        shop = Workshop(config, folder / "state" / key[:12], threads, progress)
+        runner = TrialRunner(config, folder / "state" / key[:12], threads, progress)
         if limits.baseline is not None and config.baseline is not None:
-            source = shop.loaded.source
+            source = runner.loaded.source
             check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
-        search = _Search(config, limits, Bench(shop, limits), recipes, Study(folder / STUDY_FILE, key))
+        search = _Search(config, limits, Bench(runner, limits), recipes, Study(folder / STUDY_FILE, key))
         try:
             result = search.run(show)
         except LimitError:
@@ -88,7 +88,7 @@ def tune(
             raise
         write_record(folder / RESULT_FILE, result)
         write_text(folder / TABLE_FILE, format_result(result))
-        shop.clear()
+        runner.clear()
         best = result.best
         if best is None:
             _forget_choice(folder)
@@ -159,9 +159,9 @@ class _Search:
         ]
         return not missing and self._divergence(one) is not None
 
-    def _tried(self) -> list[Tried]:
+    def _tried(self) -> list[MeasuredPoint]:
         return [
-            Tried(
+            MeasuredPoint(
                 one.point,
                 one.measured.removed,
                 one.measured.file_bytes,
@@ -219,7 +219,7 @@ class _Search:
         best = self.searcher.best(tried)
         chosen = next((r.number for r, t in zip(rows, tried, strict=True) if t is best), None)
         following = self._pending(tried)
-        source = self.bench.shop.loaded.source
+        source = self.bench.runner.loaded.source
         return TuneResult(
             source=source.reference,
             source_sha256=source.sha256,
@@ -233,11 +233,11 @@ class _Search:
             chosen=chosen,
             next=following,
             outlook=self._outlook(tried, best),
-            calibrations=self.bench.shop.calibrations,
+            calibrations=self.bench.runner.calibrations,
             seconds=round(sum(one.measured.seconds for one in done), 2),
         )
 
-    def _pending(self, tried: Sequence[Tried]) -> str | None:
+    def _pending(self, tried: Sequence[MeasuredPoint]) -> str | None:
         found = self.searcher.next(tried, self.failed)
         if found is None:
             return None
@@ -247,7 +247,7 @@ class _Search:
             text if expected is None else text + ", expected KL {:.3f} ({:.3f} to {:.3f})".format(*expected)
         )
 
-    def _outlook(self, tried: Sequence[Tried], best: Tried | None) -> tuple[Outlook, ...]:
+    def _outlook(self, tried: Sequence[MeasuredPoint], best: MeasuredPoint | None) -> tuple[Outlook, ...]:
         """Ratios around the best one."""
         if best is None:
             return ()
@@ -257,7 +257,7 @@ class _Search:
             ratio = round(max(low, 0.02) + (high - max(low, 0.02)) * (step + 0.5) / _OUTLOOK, 2)
             expected = _ends(forecast.divergence(Point(recipe, ratio)))
             if expected is not None:
-                size = self.bench.shop.file_bytes(recipe, ratio)
+                size = self.bench.runner.file_bytes(recipe, ratio)
                 others = {n: _three(p) for n, p in forecast.figures(Point(recipe, ratio)).items()}
                 found.append(Outlook(ratio, size, expected, others))
         return tuple(found)
@@ -308,7 +308,7 @@ def _study_key(config: ReleaseConfig, folder: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _row(one: Done, tried: Tried) -> TrialRow:
+def _row(one: Done, tried: MeasuredPoint) -> TrialRow:
     recipe = one.point.recipe
     return TrialRow(
         number=one.number,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cfsp.errors import InputError
 from phoneready.settings.tune_section import SIZE, TuneConfig
-from phoneready.tune.forecast import Forecast, Tried
+from phoneready.tune.forecast import Forecast, MeasuredPoint
 from phoneready.tune.limits import COST, QUALITY, Judged, Limits
 from phoneready.tune.predict import Prediction
 from phoneready.tune.space import Point, Recipe
@@ -62,12 +62,12 @@ class Searcher:
         self._exact = functools.cache(self._judge_exact)
         self._ratios = functools.cache(self._achievable)
 
-    def best(self, tried: Iterable[Tried]) -> Tried | None:
+    def best(self, tried: Iterable[MeasuredPoint]) -> MeasuredPoint | None:
         """The best point so far that meets all budgets; of equals the earlier."""
         meeting = [one for one in tried if one.judged.meets]
         return min(meeting, key=self.objective, default=None)
 
-    def objective(self, one: Tried) -> float:
+    def objective(self, one: MeasuredPoint) -> float:
         """What is minimized: nats, or bytes."""
         return float(one.file_bytes) if self.tune.goal == SIZE else one.divergence
 
@@ -84,7 +84,7 @@ class Searcher:
         closest = min(ends, key=lambda point: self._exact(point).violation)
         return closest, self._exact(closest)
 
-    def next(self, tried: Sequence[Tried], failed: Collection[Point] = ()) -> Candidate | None:
+    def next(self, tried: Sequence[MeasuredPoint], failed: Collection[Point] = ()) -> Candidate | None:
         """The next point to try; None where nothing is expected to be better.
 
         Args:
@@ -109,11 +109,11 @@ class Searcher:
         distance = {r: min((abs(r - one) for one in taken), default=0.0) for r in open_ratios}
         return Point(recipe, max(distance, key=lambda r: distance[r])) if distance else None
 
-    def forecast(self, tried: Sequence[Tried]) -> Forecast:
+    def forecast(self, tried: Sequence[MeasuredPoint]) -> Forecast:
         """What the trials so far say of others."""
         return Forecast(tried, self.limits)
 
-    def _candidate(self, recipe: Recipe, tried: Sequence[Tried]) -> Candidate | None:
+    def _candidate(self, recipe: Recipe, tried: Sequence[MeasuredPoint]) -> Candidate | None:
         first = self.feasible_from(recipe)
         if first is None:
             return None
@@ -126,7 +126,12 @@ class Searcher:
         return self._describe(Point(recipe, ratios[index]), tried)
 
     def _best_quality(
-        self, recipe: Recipe, ratios: Sequence[float], first: int, own: dict[float, Tried], forecast: Forecast
+        self,
+        recipe: Recipe,
+        ratios: Sequence[float],
+        first: int,
+        own: dict[float, MeasuredPoint],
+        forecast: Forecast,
     ) -> int | None:
         """The least ratio at which costs are within budget: below it they are not, above it quality is lost."""
         failed = [i for i, r in enumerate(ratios) if r in own and not own[r].judged.meets_family(COST)]
@@ -143,7 +148,12 @@ class Searcher:
         return _between(guess, low, high)
 
     def _smallest(
-        self, recipe: Recipe, ratios: Sequence[float], first: int, own: dict[float, Tried], forecast: Forecast
+        self,
+        recipe: Recipe,
+        ratios: Sequence[float],
+        first: int,
+        own: dict[float, MeasuredPoint],
+        forecast: Forecast,
     ) -> int | None:
         """The largest ratio at which qualities are within budget."""
         failed = [i for i, r in enumerate(ratios) if r in own and not own[r].judged.meets_family(QUALITY)]
@@ -166,10 +176,10 @@ class Searcher:
             return False
         return (ratios[high] - ratios[low]) / (1 - ratios[low]) < self.tune.tolerance
 
-    def _describe(self, point: Point, tried: Sequence[Tried]) -> Candidate:
+    def _describe(self, point: Point, tried: Sequence[MeasuredPoint]) -> Candidate:
         predicted = self.forecast(tried).divergence(point) if tried else None
         if self.tune.goal == SIZE:
-            size = self.bench.shop.file_bytes(point.recipe, point.prune_ratio)
+            size = self.bench.runner.file_bytes(point.recipe, point.prune_ratio)
             return Candidate(
                 point, predicted, float(size or 0), "may be the smallest file within the budgets"
             )
@@ -185,7 +195,7 @@ class Searcher:
 
     def _achievable(self, recipe: Recipe) -> tuple[float, ...]:
         """Ratios whose widths differ, ascending: whole units of the alignment go."""
-        dense = self.bench.shop.dense_shape.ffn_widths
+        dense = self.bench.runner.dense_shape.ffn_widths
         total, step = sum(dense), recipe.align
         if self.limits.config.prune.uniform_width:
             step *= len(dense)

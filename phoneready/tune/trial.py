@@ -39,7 +39,7 @@ from phoneready.release.collect import (
 from phoneready.settings.tune_section import TuneConfig
 from phoneready.tune.limits import QUALITY, Limits, family, objective_item
 from phoneready.tune.space import Point, config_of
-from phoneready.tune.trial_runner import Workshop
+from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.files import files_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.targets.places import open_place
@@ -70,11 +70,11 @@ class Bench:
     """Measures points.
 
     Attributes:
-        shop: Where points are made.
+        runner: Where points are made.
         limits: What has to be known of them.
     """
 
-    shop: Workshop
+    runner: TrialRunner
     limits: Limits
     _dense: _Remembered | None = field(default=None, repr=False)
     _dense_files: dict[str, Artifact] = field(default_factory=dict, repr=False)
@@ -84,12 +84,12 @@ class Bench:
         if not point.recipe.is_sized:
             return ()
         config, item = config_of(self.limits.config, point), point.recipe.item
-        sides = [(PRUNED, self.shop.plan(point.recipe, point.prune_ratio).shape)]
+        sides = [(PRUNED, self.runner.plan(point.recipe, point.prune_ratio).shape)]
         if self.limits.relative(point):
-            sides.append((DENSE, self.shop.dense_shape))
+            sides.append((DENSE, self.runner.dense_shape))
         found: list[Figure] = []
         for role, shape in sides:
-            sizes = self.shop.sizes
+            sizes = self.runner.sizes
             found.append(size_figure(role, item, item, sizes.file_bytes(item, shape, dense=role == DENSE)))
             if config.bench.devices:
                 found += projected_figures(config, role, item, item, sizes.facts(item, shape))
@@ -103,16 +103,16 @@ class Bench:
             LimitError: Its recovery diverged, or an ONNX graph is not what the checkpoint computes.
         """
         began = time.monotonic()
-        plan = self.shop.plan(point.recipe, point.prune_ratio)
-        checkpoint = self.shop.make(point)
-        file = self.shop.export(checkpoint, point.recipe.item, _file_name(self.shop, point))
+        plan = self.runner.plan(point.recipe, point.prune_ratio)
+        checkpoint = self.runner.make(point)
+        file = self.runner.export(checkpoint, point.recipe.item, _file_name(self.runner, point))
         n_bytes = sum(path.stat().st_size for path in files_of(file.path))
         found = [size_figure(PRUNED, point.recipe.item, file.name, n_bytes)]
         found += self._dense_sizes(point)
         found += self._projections(point, file)
         found += self._judgements(point, checkpoint, file)
         found += self._benchmarks(point, file)
-        source = self.shop.loaded.source
+        source = self.runner.loaded.source
         figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(found))
         seconds = round(time.monotonic() - began, 2)
         return Measured(1 - plan.keep_ratio, plan.shape, n_bytes, figures, seconds)
@@ -140,10 +140,10 @@ class Bench:
             metrics = {key.metric for key in wanted if key.item == item}
             settings = self._judgement_settings(metrics)
             if item == CHECKPOINT:
-                model = TorchLanguageModel(load_model(checkpoint, progress=self.shop.progress))
+                model = TorchLanguageModel(load_model(checkpoint, progress=self.runner.progress))
                 yield from self._judge(item, CHECKPOINT, model, settings)
                 continue
-            opening = OpenSettings(config.evaluate.seqlen, threads=self.shop.threads)
+            opening = OpenSettings(config.evaluate.seqlen, threads=self.runner.threads)
             root = str(file.root)
             with open_language_model(root, runtime_for(root), opening) as opened:
                 yield from self._judge(item, file.name, opened, settings)
@@ -162,8 +162,8 @@ class Bench:
         self, item: str, name: str, model: LanguageModel, settings: EvaluationSettings
     ) -> Iterator[Figure]:
         if self._dense is None:
-            self._dense = _Remembered(self.shop.loaded)
-        found = evaluate(model, self._dense, settings, progress=self.shop.progress)
+            self._dense = _Remembered(self.runner.loaded)
+        found = evaluate(model, self._dense, settings, progress=self.runner.progress)
         yield from evaluation_figures(item, name, found)
 
     def _benchmarks(self, point: Point, file: Artifact) -> Iterator[Figure]:
@@ -176,7 +176,7 @@ class Bench:
             names = {str(one.path): one.name for one in files}
             settings = _needed(config.bench.settings(config.seed), here)
             records = run_bench(
-                [one.path for one in files], settings, self.shop.progress, target=open_place(place)
+                [one.path for one in files], settings, self.runner.progress, target=open_place(place)
             )
             named = [replace(r, model_filename=names[r.model_filename]) for r in records]
             roles = {one.name: (one.role, item) for one in files}
@@ -186,8 +186,8 @@ class Bench:
         """Of the latest quantization or variant only, as disks are finite."""
         item = point.recipe.item
         if self._dense_files.get(item) is None:
-            name = f"{self.shop.loaded.source.name}-dense"
-            made = self.shop.export(self.shop.checkpoint(DENSE), item, name)
+            name = f"{self.runner.loaded.source.name}-dense"
+            made = self.runner.export(self.runner.checkpoint(DENSE), item, name)
             self._dense_files = {item: made}
         return self._dense_files[item]
 
@@ -212,10 +212,10 @@ class _Remembered(TorchLanguageModel):
         yield from logits_from_hidden(model, self._hidden[key])
 
 
-def _file_name(shop: Workshop, point: Point) -> str:
+def _file_name(runner: TrialRunner, point: Point) -> str:
     """As a release calls it, so that the file is the same to the byte."""
     percent = f"{100 * point.prune_ratio:g}".replace(".", "_")
-    return f"{shop.loaded.source.name}-pruned{percent}{'-recovered' if point.recipe.recover else ''}"
+    return f"{runner.loaded.source.name}-pruned{percent}{'-recovered' if point.recipe.recover else ''}"
 
 
 def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:

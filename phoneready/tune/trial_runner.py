@@ -36,7 +36,7 @@ from phoneready.tune.space import Point, Recipe
 
 
 @dataclass
-class Workshop:
+class TrialRunner:
     """The dense model, what calibration found out about it, and a folder to make things in.
 
     Args:

@@ -24,7 +24,7 @@ from runtime_bench.records.bench_record import Environment
 from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
 from runtime_bench.targets.far_scripts import HAVE_PACKAGES, RUN
-from runtime_bench.targets.remote_cache import Depot
+from runtime_bench.targets.remote_cache import RemoteCache
 from runtime_bench.targets.transport import (
     FarError,
     FarShell,
@@ -56,7 +56,7 @@ class _Connection:
     """A machine that answered, and what was found or put there since."""
 
     machine: Machine
-    depot: Depot
+    cache: RemoteCache
     programs: dict[str, list[str] | PhonereadyError] = field(default_factory=dict)
 
 
@@ -129,7 +129,7 @@ class Remote:
             self._open, self._problem = None, f"{self.name}: {error}"
             return nothing
         if self._open is None:
-            self._open = _Connection(machine, Depot(self._shell, machine.folder, self._report))
+            self._open = _Connection(machine, RemoteCache(self._shell, machine.folder, self._report))
         return machine.environment
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
@@ -141,7 +141,7 @@ class Remote:
         try:
             link = self._connection()
             command = self._program(request.engine, link)
-            path = link.depot.have(Path(request.path), model_bundle)
+            path = link.cache.have(Path(request.path), model_bundle)
             line = json.dumps(asdict(replace(request, path=path)))
             reply = self._shell.ask(RUN, *command, line=line, timeout_s=timeout_s + _GRACE_S)
         except StoppedError:
@@ -165,7 +165,7 @@ class Remote:
         shell = FarShell(self.transport)  # one that `stop` did not stop
         try:
             machine = describe(shell, self._folder)
-            removed = Depot(shell, machine.folder).clean()
+            removed = RemoteCache(shell, machine.folder).clean()
         except FarError as error:
             raise FarError(f"{self.name}: {error}") from error
         self._open = None
@@ -206,7 +206,7 @@ def _native(remote: Remote, engine: str, link: _Connection) -> list[str]:
     made_for = program_machine(runner)
     if made_for and made_for != link.machine.machine:
         raise FarError(f"wrong ABI: {runner.name} is for {made_for}, the device is {link.machine.machine}")
-    return [link.depot.have(runner, program_bundle)]
+    return [link.cache.have(runner, program_bundle)]
 
 
 def _python(remote: Remote, engine: str, link: _Connection) -> list[str]:
@@ -223,7 +223,7 @@ def _python(remote: Remote, engine: str, link: _Connection) -> list[str]:
     packed = cache_directory() / "worker.zip"
     with _BUILDING:
         pack_worker(packed)
-    path = link.depot.have(packed, program_bundle)
+    path = link.cache.have(packed, program_bundle)
     return ["env", f"PYTHONPATH={path}", _PYTHON, "-P", "-m", "runtime_bench.worker"]
 
 

@@ -18,7 +18,7 @@ _NO_SPACE = ("No space left", "quota exceeded")
 
 
 @dataclass
-class Depot:
+class RemoteCache:
     """A folder there.
 
     Attributes:

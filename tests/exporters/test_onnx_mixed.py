@@ -22,16 +22,16 @@ from exporters.export_record import ExportRecord, ParityLimits
 from exporters.onnx import export_onnx
 from exporters.onnx.mixed import (
     OFFSET_DIGITS,
-    Small,
+    QuantizedModel,
     choose_eight_bits,
     choose_few,
     choose_mixture,
     default_budget,
-    small_model,
+    quantized_model,
     stored_bytes,
 )
 from exporters.onnx.variants import HEAD, INT4, INT8
-from exporters.onnx.weights import HEAD_PARTS, company, packed_names, weight_of
+from exporters.onnx.weights import HEAD_PARTS, group_of, packed_names, weight_of
 from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
@@ -52,8 +52,8 @@ def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> d
     }
 
 
-def in_four_bits(model: Any) -> Small:
-    return small_model(model, INT4, WINDOWS)
+def in_four_bits(model: Any) -> QuantizedModel:
+    return quantized_model(model, INT4, WINDOWS)
 
 
 @given(
@@ -99,7 +99,7 @@ def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any
     )
     assert 0 < more <= 0.05 * sum(map(stored_bytes, small.layers.values()))
     # Of a model so small, a product more costs more than all else: what can be one layer stays one.
-    assert all(len(company(name)) == 1 for name in chosen.eight_bits)
+    assert all(len(group_of(name)) == 1 for name in chosen.eight_bits)
 
 
 def test_layers_are_ordered_as_their_true_losses_order_them(tiny_model: Callable[..., Any]) -> None:
@@ -130,7 +130,7 @@ def test_a_mixture_keeps_to_its_size_and_is_closer_than_int4(
     allowed = plain.file_bytes + 20_000
     mixed = export(checkpoint, tmp_path / "mixed", "int4-mixed", mixed_bytes=allowed)["int4-mixed"]
     assert plain.file_bytes < mixed.file_bytes <= allowed == mixed.budget_bytes
-    assert any(len(company(name)) > 1 for name in mixed.eight_bit_layers)  # the graph grows, too
+    assert any(len(group_of(name)) > 1 for name in mixed.eight_bit_layers)  # the graph grows, too
     assert mixed.parity.kl_mean < plain.parity.kl_mean
     assert plain.budget_bytes is None
     assert len(plain.eight_bit_layers) < len(mixed.eight_bit_layers)

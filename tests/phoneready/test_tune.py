@@ -24,7 +24,7 @@ from phoneready.tune.run import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FIL
 from phoneready.tune.search import Searcher
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.trial import Bench
-from phoneready.tune.trial_runner import Workshop
+from phoneready.tune.trial_runner import TrialRunner
 
 TinyPath = Callable[..., Path]
 CONFIG = """
@@ -77,7 +77,7 @@ at_most = {limit}
 def sizes(path: Path, folder: Path, model: Path) -> dict[float, int]:
     """Size of the file at every ratio that widths in multiples of 32 can have."""
     config = load_config(path)
-    shop = Workshop(config, folder, threads=1)
+    shop = TrialRunner(config, folder, threads=1)
     recipe = Recipe("Q8_0", "cfsp", 32, False)
     return {
         units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(recipe, units / 16).shape) for units in range(9)
@@ -147,7 +147,7 @@ def test_a_point_that_failed_does_not_keep_others_from_being_tried(model: Path, 
     config = load_config(path)
     assert config.tune is not None
     limits = Limits(config)
-    bench = Bench(Workshop(config, tmp_path / "shop", threads=1), limits)
+    bench = Bench(TrialRunner(config, tmp_path / "shop", threads=1), limits)
     searcher = Searcher(bench, limits, recipes_of(config), config.tune)
     first = searcher.next([])
     assert first is not None
@@ -196,7 +196,7 @@ def test_smallest_file_within_a_divergence(model: Path, tmp_path: Path) -> None:
     path = write(tmp_path, model, tuning + budget.format(limit=1.0))
     config = load_config(path)
     recipe = Recipe("Q8_0", "cfsp", 32, False)
-    bench = Bench(Workshop(config, tmp_path / "shop", threads=1), Limits(config))
+    bench = Bench(TrialRunner(config, tmp_path / "shop", threads=1), Limits(config))
     curve = {}
     for units in range(9):
         figures = bench.measure(Point(recipe, units / 16)).figures.figures
