@@ -72,7 +72,7 @@ def _problem(error: Any) -> str:
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: unknown key"
     if error["type"] == "dataclass_type":
-        return f"{place}: not a table of keys (got {error['input']!r})"
+        return f"{place}: not a table of keys (got {shown(error['input'])})"
     if error["type"] == "missing":
         return f"{place}: missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -31,7 +31,7 @@ sha256() {
 files=$(python3 - "$release/manifest.json" "$quant" <<'PYTHON'
 import json, sys
 manifest = json.load(open(sys.argv[1], encoding="utf-8"))
-if manifest["schema_version"] != 3:
+if manifest["schema_version"] != 4:
     sys.exit("a manifest of another version")
 pruned = [f for f in manifest["files"] if f["role"] == "pruned"]
 chosen = [f["file"] for f in pruned if f["quant"] == sys.argv[2]]

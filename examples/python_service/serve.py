@@ -25,7 +25,7 @@ MOST_BYTES = 1_000_000
 def find_model(release: Path, quant: str) -> Path:
     """The pruned GGUF file of a quantization, if it is what the manifest says."""
     manifest = json.loads((release / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["kind"] != "release-manifest" or manifest["schema_version"] != 3:
+    if manifest["kind"] != "release-manifest" or manifest["schema_version"] != 4:
         sys.exit(f"{release}/manifest.json is not one that this service knows")
     files = [f for f in manifest["files"] if f["role"] == "pruned" and f["format"] == "gguf"]
     chosen = next((f for f in files if f["quant"] == quant), None)

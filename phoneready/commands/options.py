@@ -26,7 +26,7 @@ TrustOption = Annotated[
 SeedOption = Annotated[int, SEED]
 ThreadsOption = Annotated[int | None, THREADS]
 SET: tuple[str, ...] = setting(
-    (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", metavar="KEY=VALUE"
+    (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", option="--set", metavar="KEY=VALUE"
 )
 _REMOTE = {row.name: row for row in declared(TargetOptions)}
 RemoteFolderOption = Annotated[str | None, _REMOTE["remote_folder"].setting]

@@ -437,8 +437,17 @@ def test_fuzz_tokenizer(rnd: random.Random, folder: Path, tmp_path: Path) -> Non
 @FUZZ
 @given(rnd=seeds)
 def test_fuzz_record(rnd: random.Random) -> None:
+    from cfsp.models.shape import ModelShape
     from cfsp.models.source import ModelSource
 
-    info = CheckpointInfo(ModelSource("a", "folder", "a"), (64, 32), None, "0" * 64, "float32", {"a": "1"}, 0)
+    info = CheckpointInfo(
+        ModelSource("a", "folder", "a"),
+        ModelShape.of_ffn_widths((64, 32)),
+        None,
+        "0" * 64,
+        "float32",
+        {"a": "1"},
+        0,
+    )
     text = json.dumps(_mutated(record_to_json(info), rnd))
     _tried(lambda: record_from_json(CheckpointInfo, parse_json(text, "x.json"), where="x.json"))

@@ -272,17 +272,17 @@ def test_own_metrics_are_gated_on_the_same_texts_in_the_same_direction(
     assert reason in refused(capsys, *asked, "--baseline", "saved.json")
 
 
-def test_a_change_without_end_fails_and_is_still_json(
+def test_a_baseline_that_no_evaluation_gives_is_refused(
     model: str, other: str, baseline: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads(Path(baseline).read_text(encoding="utf-8"))
     record["texts"][0]["perplexity"] = 0.0
     Path(baseline).write_text(json.dumps(record), encoding="utf-8")
     asked = [other, "--against", model, *SIZES, "--baseline", baseline, "--json"]
-    assert main(["eval", *asked]) == 1
-    rows = {row["metric"]: row for row in json.loads(capsys.readouterr().out)["gate"]}
-    row = rows["perplexity, text builtin:python-docs"]
-    assert (row["change"], row["ok"]) == (None, False)
+    assert main(["eval", *asked]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "texts[0].perplexity: Input should be greater than 0" in captured.err
 
 
 def test_the_gate_fails_what_is_worse(

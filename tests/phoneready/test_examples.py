@@ -19,6 +19,7 @@ import pytest
 
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
+from cfsp.models.shape import ModelShape
 from phoneready.publish.contents import describe_files
 from phoneready.publish.manifest import ReleasedFile, make_manifest
 from phoneready.publish.publish import seal_release
@@ -43,7 +44,9 @@ def release(gguf: Path, make_report_input: Callable[..., Any], tmp_path: Path) -
     (onnx / "model_q4.onnx_data").write_bytes(b"weights")
     (folder / "tiny-int4" / "tokenizer.json").write_text("{}", encoding="utf-8")
     report = make_report_input("tiny")
-    info = CheckpointInfo(report.figures.source, (128,), None, "0" * 64, "float32", {}, 0)
+    info = CheckpointInfo(
+        report.figures.source, ModelShape.of_ffn_widths((128,)), None, "0" * 64, "float32", {}, 0
+    )
     files = tuple(
         ReleasedFile(name, "pruned", kind, quant, "llama", 1, sha256_file(folder / name / inside))
         for name, kind, quant, inside in (

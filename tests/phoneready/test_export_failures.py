@@ -217,7 +217,9 @@ def test_an_interrupted_export_leaves_no_output(stop: int, checkpoint: Path, tmp
         assert not list(tmp_path.iterdir())
     else:
         assert process.returncode == -signal.SIGKILL
-        assert len(list(tmp_path.iterdir())) == 1
+        left = sorted(path.name for path in tmp_path.iterdir())
+        assert left[0] == ".out.lock"
+        assert [name.startswith(".out.tmp-") for name in left[1:]] == [True]
     assert main(["export", str(checkpoint), "-o", str(output), "--onnx", "fp32", "--threads", "1"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -309,7 +309,10 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         (["--rank", "0"], "rank: out of range"),
         (["--method", "magic"], "allowed: ig-lora, lora, full"),
         (["--loss", "mse"], "allowed: next-token, distill, both"),
-        (["--max-tokens", "100", "--epochs", "1"], "one of max_tokens and epochs"),
+        (
+            ["--max-tokens", "100", "--epochs", "1"],
+            "max_tokens and epochs both say how long; allowed: one of them",
+        ),
         (["--seqlen", "4096"], "allowed: 2 to 512"),
         (["--device", "tpu"], "allowed: auto, cpu"),
         (["--data", "{empty}"], "no usable text"),

@@ -20,6 +20,7 @@ from huggingface_hub import ModelCard
 
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
+from cfsp.models.shape import ModelShape
 from phoneready.evaluation.evaluation_record import ModelIdentity
 from phoneready.evaluation.sweep import Sweep, SweepPoint
 from phoneready.main import app, main
@@ -42,7 +43,8 @@ MakeReportInput = Callable[..., ReportInput]
 def make(report: ReportInput, **source: Any) -> tuple[ReportInput, ReleaseManifest]:
     """The records with another source, and their manifest."""
     figures = replace(report.figures, source=replace(report.figures.source, **source))
-    info = CheckpointInfo(figures.source, (192,) * 6, "34" * 32, "56" * 32, "float32", {"torch": "2.9"}, 0)
+    shape = ModelShape.of_ffn_widths((192,) * 6)
+    info = CheckpointInfo(figures.source, shape, "34" * 32, "56" * 32, "float32", {"torch": "2.9"}, 0)
     manifest = make_manifest(report.config, figures, info, [])
     return replace(report, figures=figures), manifest
 

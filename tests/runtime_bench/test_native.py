@@ -86,7 +86,7 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
 
 @pytest.mark.slow
 def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
-    others = ("throttling", "cpu_ns")  # a browser's, and the Python worker's
+    others = ("throttling", "cpu_ns", "waited_ns", "contention")  # a browser's, and the Python worker's
     names = [field.name for field in fields(WorkerResult) if field.name not in others]
     assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
@@ -246,7 +246,8 @@ def test_its_records_are_those_of_the_python_worker(runner: Path, model: Path) -
         left, right = record_to_json(python), record_to_json(native)
         assert native.ok
         assert (native.kind, native.target) == ("measured", "native")
-        assert {key for key in left if type(left[key]) is not type(right[key])} == set()
+        # A note says how busy the machine was, which it need not be both times.
+        assert {key for key in left if type(left[key]) is not type(right[key])} <= {"note"}
         assert python.peak_rss_bytes is not None
         assert native.peak_rss_bytes is not None
         assert native.peak_rss_bytes < python.peak_rss_bytes

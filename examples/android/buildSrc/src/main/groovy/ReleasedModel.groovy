@@ -10,7 +10,7 @@ class ReleasedModel {
     /** Paths and hashes of the pruned model in a quantization (Q4_0, ...) or ONNX variant (int4, ...). */
     static Map<String, String> files(Path release, String quant) {
         def manifest = new JsonSlurper().parse(release.resolve('manifest.json').toFile(), 'UTF-8')
-        if (manifest.kind != 'release-manifest' || manifest.schema_version != 3) {
+        if (manifest.kind != 'release-manifest' || manifest.schema_version != 4) {
             throw new IllegalArgumentException("${release}/manifest.json is of another kind or version")
         }
         def pruned = manifest.files.findAll { it.role == 'pruned' }
