@@ -12,7 +12,8 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 # Where the demo's release goes.
 DEMO ?= demo-release
-PYTEST_ARGS ?=
+# Two processes of tests: most of a test is one thread.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
