@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -15,7 +15,6 @@ from typing import IO, Any
 from cfsp.errors import InputError
 from cfsp.progress import Progress
 from runtime_bench.presentation.markup import printable
-from runtime_bench.presentation.table import table_of_cells
 
 PLAIN_INTERVAL_S = 15.0
 """Without a terminal, a step that goes on is mentioned this often."""
@@ -44,11 +43,6 @@ def format_bytes(count: float | None) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def format_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns that show their text as it is; all but the first are right-aligned."""
-    return table_of_cells(header, rows).markdown()
 
 
 @contextmanager

@@ -21,7 +21,6 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +41,14 @@ from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.collect import collect_figures
 from phoneready.release.dependencies import made_with
-from phoneready.release.live import last_times, stage_figures
+from phoneready.release.live import last_times, rest_text, stage_figures
 from phoneready.release.results import read_figures
 from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
 from phoneready.settings.planned import planned_figures
-from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.sections import RecoverConfig
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details
-
-
-@dataclass(frozen=True)
-class Released:
-    """A finished run.
-
-    Attributes:
-        manifest: What was made.
-        verdicts: What the budgets say of it.
-    """
-
-    manifest: ReleaseManifest
-    verdicts: Verdicts
 
 
 def run_release(
@@ -75,7 +60,7 @@ def run_release(
     threads: int | None = None,
     label: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
-) -> Released:
+) -> tuple[ReleaseManifest, Verdicts]:
     """Do what is not done yet; write the verdicts, the reports, manifest.json and the files.
 
     Args:
@@ -86,6 +71,9 @@ def run_release(
         threads: Threads outside torch and the benchmark; torch's number by default.
         label: What the history is to call this run.
         tell: Told after each stage where the run is, what the stage has found, and how long the rest took last time.
+
+    Returns:
+        What was made, and what the budgets say of it.
 
     Raises:
         InputError: A setting or an input that cannot be used, a folder that is not a release's, or a baseline of
@@ -99,10 +87,12 @@ def run_release(
     baseline = load_baseline(config)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)
-        times = last_times(stages, folder)
+        names, times = [stage.name for stage in stages], last_times(stages, folder)
 
         def check(stage: str) -> None:
-            told = (times.position(stage), stage_figures(folder, stage), times.rest(stage))
+            position = names.index(stage) + 1
+            rest = rest_text(names[position:], times)
+            told = (f"{position} of {len(names)}", stage_figures(folder, stage), rest)
             tell("; ".join(filter(None, told)))
             # As soon as the model is known: not after an hour of work.
             if stage == "dense" and baseline is not None and config.baseline is not None:
@@ -118,7 +108,7 @@ def run_release(
         manifest = publish(config, folder, found, list(records.values()))
         append_entry(folder, _history_entry(manifest, figures, verdicts, label))
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
-        return Released(manifest, verdicts)
+        return manifest, verdicts
 
 
 def _check_place(config: ReleaseConfig, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +13,10 @@ from cfsp.errors import InputError
 from cfsp.files import claim_output
 from exporters.settings import ExportSettings
 from phoneready.commands.options import DebugOption, ForceOption, JsonOption, ThreadsOption, was_given
-from phoneready.console import format_bytes, format_rows, prepare_torch, show_progress, write_result
+from phoneready.console import prepare_torch, show_progress, write_result
+
+if TYPE_CHECKING:
+    from exporters.export_record import ExportRecord
 
 
 def export(
@@ -47,29 +50,23 @@ def export(
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 
 
-def format_exports(records: Sequence[Any], output: Path) -> str:
+def format_exports(records: Sequence[ExportRecord], output: Path) -> str:
     """Size, stored types, and how close each file is to the checkpoint."""
-    header = ["file", "size", "types", "max logit diff", "KL mean", "same top-1", "ppl ratio"]
-    rows = []
-    for record in records:
-        types = ", ".join(f"{count} {kind}" for kind, count in sorted(record.tensor_types.items()))
-        p = record.parity
-        parity = [f"{p.max_logit_diff:.2g}", f"{p.kl_mean:.4f}", f"{p.same_top1:.2%}", f"{p.ppl_ratio:.4f}"]
-        rows.append([record.file, format_bytes(record.file_bytes), types, *parity])
+    from phoneready.report.tables import proof_table
+
     notes = [f"{record.file}: {warning}" for record in records for warning in record.warnings]
-    return "\n".join([format_rows(header, rows), *notes, *_proofs(records), f"Written to {output}."])
+    return "\n".join([proof_table(records).markdown(), *notes, *_proofs(records), f"Written to {output}."])
 
 
-def _proofs(records: Sequence[Any]) -> list[str]:
+def _proofs(records: Sequence[ExportRecord]) -> list[str]:
     """How each kind of file was proven, once a kind."""
+    firsts: dict[str, ExportRecord] = {}
+    for record in records:
+        firsts.setdefault(record.format, record)
     lines = []
-    for kind in dict.fromkeys(record.format for record in records):
-        first = next(record for record in records if record.format == kind)
-        parity = first.parity
-        line = (
-            f"BudgetCheck against the checkpoint in {first.runtime}, on {parity.text}, {parity.n_windows} windows of "
-            f"{parity.seqlen} tokens"
-        )
-        strings = first.tokenizer_strings
-        lines.append(line + (f"; tokenization equal on {strings} strings." if strings else "."))
+    for first in firsts.values():
+        parity, strings = first.parity, first.tokenizer_strings
+        where = f"{parity.text}, {parity.n_windows} windows of {parity.seqlen} tokens"
+        equal = f"; tokenization equal on {strings} strings" if strings else ""
+        lines.append(f"Held against the checkpoint in {first.runtime}, on {where}{equal}.")
     return lines

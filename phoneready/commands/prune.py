@@ -22,7 +22,7 @@ from phoneready.commands.options import (
     was_given,
 )
 from phoneready.console import prepare_torch, show_progress, write_result
-from phoneready.settings.sections import PruneConfig
+from phoneready.settings.schema import PruneConfig
 
 if TYPE_CHECKING:
     from cfsp.models.source import LoadedModel

@@ -63,7 +63,7 @@ def release(
         lines = [f"{name:<14} {why or 'done before'}" for name, why in reasons.items()]
         write_result("\n".join(lines), reasons, as_json=json)
         return
-    released = run_release(
+    manifest, verdicts = run_release(
         chosen,
         output,
         show=lambda name, state: note(f"{name:<14} {state}"),
@@ -73,7 +73,7 @@ def release(
         tell=lambda line: note(f"{'':<14} {line}"),
     )
     not_logged = _track(chosen, output, label)
-    figures, verdicts = read_figures(chosen, output), released.verdicts
+    figures = read_figures(chosen, output)
     tables = [verdict_table(figures, d, p) for d, p in figures.pairs]
     best = figures.pruned[0]
     lines = [headline(figures), *tables, quality_text(figures)]
@@ -81,7 +81,7 @@ def release(
     lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
     lines += [verdict_rows(verdicts)] if verdicts.verdicts else []
     lines += [f"Report: {output / PAGE_FILE}", badge(verdicts)]
-    payload = record_to_json(released.manifest)
+    payload = record_to_json(manifest)
     write_result("\n".join(lines), payload, as_json=json)
     if not_logged is not None:
         note(f"warning: {not_logged}")

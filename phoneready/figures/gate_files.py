@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 from cfsp.errors import InconclusiveError, LimitError, PhonereadyError
 from cfsp.files import atomic_file, write_text
 from cfsp.records import write_record
-from phoneready.console import format_rows
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import FIGURES_FILE, FigureSet
 from phoneready.figures.gate import judge_all
@@ -26,6 +25,7 @@ from phoneready.figures.verdict import (
     Verdicts,
     worst_outcome,
 )
+from runtime_bench.presentation.table import table_of_cells
 
 logger = logging.getLogger(__name__)
 JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
@@ -97,7 +97,7 @@ def badge(found: Verdicts) -> str:
 def verdict_rows(found: Verdicts) -> str:
     """The verdicts as a table for a terminal."""
     header = ["metric", "of", "on", "limit", "figure", "verdict", "why"]
-    return format_rows(header, [_cells(verdict, verdict.outcome) for verdict in found.verdicts])
+    return table_of_cells(header, [_cells(verdict, verdict.outcome) for verdict in found.verdicts]).markdown()
 
 
 def summary_markdown(found: Verdicts) -> str:

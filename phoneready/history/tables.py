@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from phoneready.console import format_rows
 from phoneready.figures.figure_set import DENSE
 from phoneready.figures.verdict import format_figure
 from phoneready.history.history import Anomaly, History, Series
 from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.presentation.table import table_of_cells
 
 _WORDS = {True: "worse", False: "better", None: "changed"}
 _SHOWN = 6
@@ -29,7 +29,9 @@ def format_history(history: History, *, every: bool = False) -> str:
     ]
     parts = [
         f"{escape_markdown(history.source)}: {len(runs)} runs",
-        format_rows(["run", "name", "time (UTC)", "budgets", "changed since the run before"], runs),
+        table_of_cells(
+            ["run", "name", "time (UTC)", "budgets", "changed since the run before"], runs
+        ).markdown(),
         _figures(history, every=every),
     ]
     told = describe_anomalies(history)
@@ -78,7 +80,7 @@ def _figures(history: History, *, every: bool) -> str:
         since = [a.name for a in history.anomalies if (a.series, a.role) == (series.name, series.role)]
         name = f"{series.name} (dense)" if series.role == DENSE else series.name
         rows.append([name, *cells, ", ".join(since) or "-"])
-    return format_rows(header, rows)
+    return table_of_cells(header, rows).markdown()
 
 
 def _cell(found: tuple[float, float | None] | None, series: Series) -> str:

@@ -14,11 +14,12 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from exporters.export_record import ExportRecord
-from phoneready.console import format_bytes, format_rows
+from phoneready.console import format_bytes
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.markdown import quality_text
 from runtime_bench.presentation.markup import escape_markdown, visible
+from runtime_bench.presentation.table import table_of_cells
 
 HUB_LICENSES = frozenset(
     (
@@ -109,4 +110,4 @@ def _files_table(files: list[ExportRecord]) -> str:
         ]
         for r in files
     ]
-    return format_rows(header, rows)
+    return table_of_cells(header, rows).markdown()

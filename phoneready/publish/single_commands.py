@@ -11,8 +11,7 @@ from cfsp.settings import declared, pick
 from exporters.families import find_format
 from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
-from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.sections import RecoverConfig
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 
 
 def single_commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:

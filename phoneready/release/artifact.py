@@ -1,9 +1,10 @@
-"""An exported model of a release."""
+"""An exported model of a release, and what the exports answer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from exporters.families import family_of
 from runtime_bench.devices.model_facts import FACTS, ModelFacts
@@ -31,3 +32,19 @@ class Artifact:
     def facts(self) -> ModelFacts:
         """What a projection needs to know of it, of formats that are projected."""
         return FACTS[family_of(self.item).name](self.path)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Greedy answers of exports, each in its own runtime, in the chat template where the model has one.
+
+    Attributes:
+        prompts: The questions.
+        answers: Name of an export to its answers.
+    """
+
+    KIND: ClassVar[str] = "answers"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    prompts: tuple[str, ...]
+    answers: dict[str, tuple[str, ...]]

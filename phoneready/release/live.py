@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,40 +21,29 @@ from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.jsonl import read_jsonl
 
 
-@dataclass(frozen=True)
-class LastTimes:
-    """How long stages took when they were run last.
-
-    Attributes:
-        names: All stages, in order.
-        seconds: Of those that will run now, what they took when they ran before; None where they never did.
-    """
-
-    names: tuple[str, ...]
-    seconds: Mapping[str, float | None]
-
-    def position(self, name: str) -> str:
-        """Such as `3 of 8`."""
-        return f"{self.names.index(name) + 1} of {len(self.names)}"
-
-    def rest(self, name: str) -> str:
-        """What the stages that are still to be run took, if all of them are known; else nothing."""
-        later = [self.seconds[n] for n in self.names[self.names.index(name) + 1 :] if n in self.seconds]
-        known = [seconds for seconds in later if seconds is not None]
-        if not later or len(known) < len(later):
-            return ""
-        return f"the rest took {format_seconds(sum(known))} last time"
-
-
-def last_times(stages: Sequence[Stage], folder: Path) -> LastTimes:
-    """What the records in a release folder say of the stages that will run."""
+def last_times(stages: Sequence[Stage], folder: Path) -> dict[str, float | None]:
+    """Of the stages that will run, how many seconds they took when they ran before; None where they never did."""
     found: dict[str, float | None] = {}
     for name in (name for name, why in explain_stages(stages, folder).items() if why):
         try:
             found[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE).seconds
         except InputError:
             found[name] = None
-    return LastTimes(tuple(stage.name for stage in stages), found)
+    return found
+
+
+def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
+    """What the stages that are still to be run took, if all of them are known; else nothing.
+
+    Args:
+        later: The stages that come after the one that is done.
+        times: As `last_times`.
+    """
+    taken = [times[name] for name in later if name in times]
+    known = [seconds for seconds in taken if seconds is not None]
+    if not taken or len(known) < len(taken):
+        return ""
+    return f"the rest took {format_seconds(sum(known))} last time"
 
 
 def format_seconds(seconds: float) -> str:

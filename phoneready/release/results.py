@@ -12,7 +12,7 @@ from cfsp.records import read_record
 from exporters.export_record import ExportManifest, ExportRecord
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.figures.figure_set import DENSE, PRUNED
-from phoneready.release.answers import Answers
+from phoneready.release.artifact import Answers
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
 from phoneready.settings.schema import ReleaseConfig

@@ -125,14 +125,13 @@ def run_stages(
     records: dict[str, StageRecord] = {}
     for stage in stages:
         inputs = {name: records[name].key for name in stage.after}
-        key = _key(stage, inputs)
-        record = _finished(stage, stage_folder(folder, stage.name), key)
-        if record is None:
+        if _reason(stage, inputs, folder):
             show(stage.name, "running")
             with progress() as report:
                 record = _run(stage, inputs, folder, report)
             show(stage.name, f"finished in {record.seconds:.0f} s")
         else:
+            record = read_record(StageRecord, stage_folder(folder, stage.name) / RECORD_FILE)
             show(stage.name, "done before")
         records[stage.name] = record
         check(stage.name)
@@ -146,11 +145,12 @@ def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
     for stage in stages:
         inputs = {name: keys[name] for name in stage.after}
         keys[stage.name] = _key(stage, inputs)
-        reasons[stage.name] = _reason(stage, inputs, keys[stage.name], folder)
+        reasons[stage.name] = _reason(stage, inputs, folder)
     return reasons
 
 
-def _reason(stage: Stage, inputs: Mapping[str, str], key: str, folder: Path) -> str:
+def _reason(stage: Stage, inputs: Mapping[str, str], folder: Path) -> str:
+    """Why a stage has to run; empty where it is done."""
     output = stage_folder(folder, stage.name)
     if not (output / RECORD_FILE).is_file():
         return "it was not done yet"
@@ -162,7 +162,7 @@ def _reason(stage: Stage, inputs: Mapping[str, str], key: str, folder: Path) -> 
     changes += [f"{name} has changed" for name in inputs if record.inputs.get(name) != inputs[name]]
     if changes:
         return "; ".join(changes)
-    if record.key != key:
+    if record.key != _key(stage, inputs):
         return "it depends on other stages now"
     damaged = [name for name, size in record.files.items() if _size(output / name) != size]
     if damaged:
@@ -197,16 +197,6 @@ def _key(stage: Stage, inputs: Mapping[str, str]) -> str:
         [stage.name, stage.settings, inputs], sort_keys=True, ensure_ascii=True, allow_nan=False
     )
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _finished(stage: Stage, output: Path, key: str) -> StageRecord | None:
-    try:
-        record = read_record(StageRecord, output / RECORD_FILE)
-    except (InputError, OSError):
-        return None
-    if record.key != key or any(_size(output / name) != size for name, size in record.files.items()):
-        return None
-    return record if stage.settled(output) else None
 
 
 def _run(stage: Stage, inputs: dict[str, str], folder: Path, progress: Progress) -> StageRecord:

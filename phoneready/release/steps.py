@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import safetensors.torch
 import torch
 
 from cfsp.errors import PhonereadyError
-from cfsp.evaluation.answers import PROMPTS
+from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
@@ -32,8 +33,7 @@ from phoneready.evaluation.models import OpenSettings, open_language_model, runt
 from phoneready.evaluation.run import evaluate
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
-from phoneready.release.answers import answer_all
-from phoneready.release.artifact import Artifact
+from phoneready.release.artifact import Answers, Artifact
 from phoneready.release.live import rows_so_far
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
@@ -48,6 +48,7 @@ EVALUATION_FILE = "evaluation.json"
 ANSWERS_FILE = "answers.json"
 BENCH_FILE = "bench.jsonl"
 RECOVERY_STAGE = "recover"
+_ANSWER_CONTEXT = 1024
 
 
 def bench_stage(place: str) -> str:
@@ -221,14 +222,14 @@ class Steps:
 
     def answers(self, output: Path, progress: Progress) -> None:
         """What the files answer in their own runtime."""
-        record = answer_all(
-            self.artifacts(),
-            self.prompts,
-            max_new_tokens=self.config.evaluate.max_new_tokens,
-            n_threads=self.threads,
-            progress=progress,
-        )
-        write_record(output / ANSWERS_FILE, record)
+        found: dict[str, tuple[str, ...]] = {}
+        longest, artifacts = self.config.evaluate.max_new_tokens, self.artifacts()
+        for artifact in artifacts:
+            family, root = family_of(artifact.item), str(artifact.root)
+            with contextlib.closing(family.open_model(root, _ANSWER_CONTEXT, self.threads)) as model:
+                found[artifact.name] = tuple(answer(model, self.prompts, max_new_tokens=longest))
+            progress("asking the files", len(found), len(artifacts))
+        write_record(output / ANSWERS_FILE, Answers(self.prompts, found))
 
     def bench(self, place: str, output: Path, progress: Progress) -> None:
         """All of them in turns at a place; records name them without folders, as the release may move.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -17,7 +17,7 @@ from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
 from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.record_table import speed_text
-from runtime_bench.presentation.table import Table, table_of_cells
+from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
 from runtime_bench.records.groups import BenchGroup
@@ -125,25 +125,26 @@ def quality_table(evaluation: Evaluation) -> Table[TextResult]:
 SIDES = ("dense", "pruned")
 
 
-def proof_table(records: Iterable[ExportRecord]) -> Table[Row]:
+_PROOF: tuple[Column[ExportRecord], ...] = (
+    Column("file", lambda r: r.file),
+    Column("stored types", lambda r: ", ".join(f"{n} {kind}" for kind, n in sorted(r.tensor_types.items()))),
+    Column("size", lambda r: format_bytes(r.file_bytes), right=True),
+    Column("max logit diff.", lambda r: f"{r.parity.max_logit_diff:.2g}", right=True),
+    Column("KL mean", lambda r: f"{r.parity.kl_mean:.4f}", right=True),
+    Column("KL p99.9", lambda r: f"{r.parity.kl_p99_9:.3f}", right=True),
+    Column("same top-1", lambda r: f"{r.parity.same_top1:.1%}", right=True),
+    Column("perplexity ratio", lambda r: f"{r.parity.ppl_ratio:.4f}", right=True),
+    Column(
+        "limits held",
+        lambda r: ", ".join(f"{k} {v:g}" for k, v in r.parity.limits.items()) or None,
+        right=True,
+    ),
+)
+
+
+def proof_table(records: Sequence[ExportRecord]) -> Table[ExportRecord]:
     """Each file against the checkpoint that it was made from."""
-    rows = []
-    for r in records:
-        types = ", ".join(f"{count} {kind}" for kind, count in sorted(r.tensor_types.items()))
-        p = r.parity
-        limits = ", ".join(f"{name} {value:g}" for name, value in p.limits.items()) or NOTHING
-        row = [r.file, types, f"{p.max_logit_diff:.2g}", f"{p.kl_mean:.4f}", f"{p.kl_p99_9:.3f}"]
-        rows.append((*row, f"{p.same_top1:.1%}", f"{p.ppl_ratio:.4f}", limits))
-    header = (
-        "file",
-        "stored types",
-        "max logit diff.",
-        "KL mean",
-        "KL p99.9",
-        "same top-1",
-        "perplexity ratio",
-    )
-    return table_of_cells((*header, "limits held"), rows, words=2)
+    return Table(_PROOF, records)
 
 
 def width_table(plan: PruningPlan) -> Table[Row]:

@@ -19,7 +19,7 @@ from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.template import demo_config_text
-from phoneready.settings.toml_lines import key_lines, line_of
+from phoneready.settings.toml_lines import key_lines, nearest
 from runtime_bench.targets.places import place_slug, runs_gguf_only
 
 
@@ -168,25 +168,21 @@ def _place_namer(lines: Mapping[Location, int], given: Mapping[Location, str]) -
     """What to put before a location in a message: its line, or the option that set it."""
 
     def name(location: Location) -> str:
-        for length in range(len(location), 0, -1):
-            if location[:length] in given:
-                return f"--set {given[location[:length]]}: "
-        line = line_of(location, lines)
+        if (override := nearest(location, given)) is not None:
+            return f"--set {override}: "
+        line = nearest(location, lines)
         return "" if line is None else f"line {line}: "
 
     return name
 
 
-def _unknown_files(config: ReleaseConfig) -> list[tuple[Location, str]]:
+def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """Files that are to be measured or judged and are not exported."""
     known = config.export.names
-    problems: list[tuple[Location, str]] = []
     for section in ("bench", "evaluate"):
         for name in getattr(config, section).files:
             if name not in known:
-                message = f"not exported (got {name!r}); allowed: {', '.join(known)}"
-                problems.append(((section, "files"), message))
-    return problems
+                yield (section, "files"), f"not exported (got {name!r}); allowed: {', '.join(known)}"
 
 
 def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
@@ -198,17 +194,13 @@ def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         yield ("bench", "targets"), f"two have one name on disk: {', '.join(config.bench.targets)}"
     for place in config.bench.targets if others else ():
         if runs_gguf_only(place):
-            yield (
-                ("bench", "targets"),
-                f"{place} runs GGUF files alone, not {', '.join(others)}; name others in files",
-            )
+            message = f"{place} runs GGUF files alone, not {', '.join(others)}; name others in files"
+            yield ("bench", "targets"), message
 
 
-def _repeated_texts(config: ReleaseConfig) -> list[tuple[Location, str]]:
-    name = repeated_text(config.evaluate.text, config.evaluate.chats)
-    if name is None:
-        return []
-    return [(("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files")]
+def _repeated_texts(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    if name := repeated_text(config.evaluate.text, config.evaluate.chats):
+        yield ("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files"
 
 
 def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:

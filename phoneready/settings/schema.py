@@ -1,27 +1,172 @@
-"""The whole of release.toml as one frozen model."""
+"""release.toml as frozen models: settings as those who read them declare them, and what is a release's alone."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import pydantic
 
 from cfsp.pruning.settings import PruneSettings
-from cfsp.settings import SEED
+from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training
+from cfsp.settings import SEED, Settings, pick, setting
+from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
-from exporters.families import required_multiple
+from exporters.families import find_format, required_multiple
+from exporters.settings import ExportFormats
+from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
-from phoneready.settings.sections import (
-    BaselineConfig,
-    BenchConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ModelConfig,
-    PruneConfig,
-    RecoverConfig,
-)
-from phoneready.settings.tracking import TrackingConfig
-from phoneready.settings.tune_section import TuneConfig
+from runtime_bench.devices.model_facts import FACTS
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.targets.places import check_place
+from runtime_bench.workload import BenchSettings, SamplingSettings, workloads_of
+
+GOALS = QUALITY, SIZE = "quality", "size"
+
+
+class ModelConfig(Section):
+    """Which model; `reference` as in cfsp.models.reference."""
+
+    reference: str = pydantic.Field(min_length=1)
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class PruneConfig(CalibrationSettings, PruneSettings):
+    """How to prune, and with what text."""
+
+    align: int = setting(
+        0, "Widths are multiples of this; 0: what the quantizations need.", ge=0, shown="from --for-quant"
+    )
+
+    def settings(self, align: int) -> PruneSettings:
+        """For cfsp, with the alignment to use where none is set."""
+        return pick(PruneSettings, self, align=self.align or align)
+
+
+@dataclass(frozen=True)
+class RecoverConfig(Training, RecoveryReferences):
+    """Training after pruning; the section's presence turns it on."""
+
+    def settings(self, seed: int) -> RecoverySettings:
+        """For cfsp."""
+        return pick(RecoverySettings, self, seed=seed)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(JudgementSettings):
+    """What the models are judged on."""
+
+    text: tuple[str, ...] = setting((BUILTIN_TEXT,), "Text to measure on.")
+    chats: tuple[str, ...] = setting(
+        (SELF,), "Chats to measure on; `self`: sampled from the dense model with another seed."
+    )
+    files: tuple[str, ...] = setting((), 'Exports that are judged in their own runtime, too, such as "Q4_0".')
+
+    def settings(self, seed: int, prompts: tuple[str, ...]) -> EvaluationSettings:
+        """For phoneready.evaluation, with the questions to ask."""
+        return pick(EvaluationSettings, self, seed=seed, prompts=prompts)
+
+
+@dataclass(frozen=True)
+class ExportConfig(ExportFormats):
+    """What is made, of the dense model too."""
+
+    @property
+    def projected(self) -> tuple[str, ...]:
+        """Formats whose files are projected to devices."""
+        return tuple(name for family, names in self.formats.items() for name in names if family in FACTS)
+
+
+def _profile_id(name: str) -> str:
+    return find_profile(name, load_profiles()).profile.id
+
+
+@dataclass(frozen=True)
+class BenchConfig(SamplingSettings):
+    """What is measured where."""
+
+    targets: tuple[str, ...] = setting(
+        ("local",),
+        'Where: "constrained:400M", "constrained:pixel-8a", ...; docs/targets.md.',
+        look_up=check_place,
+    )
+    devices: tuple[str, ...] = setting(
+        (), "Profiles for which memory and speed are projected: phoneready devices list.", look_up=_profile_id
+    )
+    files: tuple[str, ...] = setting((), "Quantizations and variants to measure; all when empty.")
+    n_ctx: int = setting(2048, "Tokens of the context in projections.", ge=1, le=2**24)
+
+    def settings(self, seed: int) -> BenchSettings:
+        """For runtime_bench."""
+        return pick(BenchSettings, self, seed=seed)
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Names of the workloads."""
+        return tuple(workload.test for workload in workloads_of(self.settings(0)))
+
+
+class BaselineConfig(Section):
+    """An earlier release's figures.json, for budgets relative to the baseline."""
+
+    file: Path
+
+
+@dataclass(frozen=True)
+class TuneConfig(Settings):
+    """What `phoneready tune` may vary; what is not listed stays as the other sections say."""
+
+    goal: str = setting(
+        QUALITY,
+        "quality: the least KL divergence that meets all budgets; size: the smallest file that does.",
+        choices=GOALS,
+    )
+    judge: str = setting(
+        "file",
+        "Whose divergence that is, the exported file's or the checkpoint's before export.",
+        choices=("file", "checkpoint"),
+    )
+    min_prune_ratio: float = setting(0.0, "Least share of FFN channels to remove.", ge=0, lt=1)
+    max_prune_ratio: float = setting(0.5, "Largest share to remove.", gt=0, lt=1)
+    files: tuple[str, ...] = setting(
+        (),
+        "Quantizations and ONNX variants, of which one is chosen; those of [export] when empty.",
+        look_up=lambda name: find_format(name).name,
+    )
+    allocations: tuple[str, ...] = setting(
+        (), "As prune.allocation.", choices="cfsp.pruning.allocation:ALLOCATIONS"
+    )
+    aligns: tuple[int, ...] = setting((), "As prune.align; 0 means what the quantization needs.", ge=0)
+    recover: tuple[bool, ...] = setting(
+        (), "With recovery, without, or both; as [recover] is there or not when empty."
+    )
+    trials: int = setting(12, "Most points to make and measure.", ge=1, le=10**6)
+    tolerance: float = setting(
+        0.01, "A point that is expected to be better by less than this share is not tried.", ge=0, lt=1
+    )
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong between fields."""
+        if self.min_prune_ratio < self.max_prune_ratio:
+            return None
+        return "min_prune_ratio is not below max_prune_ratio"
+
+
+class TrackingConfig(Section):
+    """Where releases are logged; the section's presence turns it on.
+
+    Attributes:
+        mlflow: MLflow's tracking URI: `sqlite:///FILE.db`, `http://HOST:PORT`.
+        experiment: Name of the experiment; made when missing.
+        files: Log the exported files too, not only records and reports.
+    """
+
+    mlflow: str = pydantic.Field(min_length=1)
+    experiment: str = pydantic.Field(default="phoneready", min_length=1)
+    files: bool = False
 
 
 class ReleaseConfig(Section):

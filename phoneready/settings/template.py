@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cfsp.settings import Settings, declared
-from phoneready.settings.sections import (
+from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
     ExportConfig,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from cfsp.validation import Location
+
+T = TypeVar("T")
 
 
 def key_lines(text: str) -> dict[Location, int]:
@@ -22,7 +24,8 @@ def key_lines(text: str) -> dict[Location, int]:
     for number, statement in _statements(text):
         parsed = tomllib.loads(statement)
         if statement.lstrip().startswith("["):
-            table = _table(_only_path(parsed), arrays, array=statement.lstrip().startswith("[["))
+            *_, header = _paths(parsed)
+            table = _table(header, arrays, array=statement.lstrip().startswith("[["))
             found.setdefault(table, number)
             parsed = {}
         for path in _paths(parsed):
@@ -30,12 +33,10 @@ def key_lines(text: str) -> dict[Location, int]:
     return found
 
 
-def line_of(location: Location, lines: Mapping[Location, int]) -> int | None:
-    """The line of a location, or of the nearest table around it; None where there is none."""
-    for length in range(len(location), 0, -1):
-        if location[:length] in lines:
-            return lines[location[:length]]
-    return None
+def nearest(location: Location, known: Mapping[Location, T]) -> T | None:
+    """What is known of a location, or of the nearest table around it; None where nothing is."""
+    around = (location[:length] for length in range(len(location), 0, -1))
+    return next((known[place] for place in around if place in known), None)
 
 
 def _statements(text: str) -> Iterator[tuple[int, str]]:
@@ -51,21 +52,9 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
         held = ""
 
 
-def _only_path(parsed: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of a header, which reads as nested tables."""
-    names: list[str] = []
-    value: Any = parsed
-    while value and isinstance(value, dict | list):
-        if isinstance(value, list):
-            value = value[0]
-            continue
-        name, value = next(iter(value.items()))
-        names.append(name)
-    return tuple(names)
-
-
-def _table(names: tuple[str, ...], arrays: Counter[Location], *, array: bool) -> Location:
-    """A header's location: in an array of tables, with the position of its last element."""
+def _table(header: Location, arrays: Counter[Location], *, array: bool) -> Location:
+    """The location of a header, which reads as nested tables: in an array, with the position of its last element."""
+    names = [name for name in header if isinstance(name, str)]
     location: Location = ()
     for position, name in enumerate(names, 1):
         location = (*location, name)

@@ -17,7 +17,7 @@ from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSe
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.history.entry import HISTORY_FILE, read_entries
 from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest
-from phoneready.settings.tracking import TrackingConfig
+from phoneready.settings.schema import TrackingConfig
 
 _MOST_PARAMETERS, _MOST_METRICS = 100, 1000
 """Of one request, by MLflow's REST interface."""

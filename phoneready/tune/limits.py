@@ -12,8 +12,7 @@ from phoneready.figures.gate import judge_all
 from phoneready.figures.metrics import CHECKPOINT, FigureKey, metric_of
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, BudgetVerdict, format_figure
 from phoneready.settings.planned import planned_figures
-from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune_section import TuneConfig
+from phoneready.settings.schema import ReleaseConfig, TuneConfig
 from phoneready.tune.space import Point, config_of
 
 QUALITY, COST = "quality", "cost"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cfsp.records import record_to_json
-from phoneready.console import format_bytes, format_rows
+from phoneready.console import format_bytes
 from phoneready.settings.release import beside
-from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune_section import SIZE
+from phoneready.settings.schema import SIZE, ReleaseConfig
 from phoneready.tune.space import Point, config_of
+from runtime_bench.presentation.table import table_of_cells
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
                 *(*figures, verdict),
             ]
         )
-    return format_rows([*header, *names, "budgets"], cells)
+    return table_of_cells([*header, *names, "budgets"], cells).markdown()
 
 
 def _outlook_table(rows: Sequence[Outlook]) -> str:
@@ -206,4 +206,4 @@ def _outlook_table(rows: Sequence[Outlook]) -> str:
         ]
         for row in rows
     ]
-    return format_rows(["prune ratio", "size", "KL", *names], cells)
+    return table_of_cells(["prune ratio", "size", "KL", *names], cells).markdown()

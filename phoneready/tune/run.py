@@ -20,8 +20,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_
 from phoneready.recipe import load_baseline, release_stages
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
-from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune_section import SIZE, TuneConfig
+from phoneready.settings.schema import SIZE, ReleaseConfig, TuneConfig
 from phoneready.tune.forecast import MeasuredPoint
 from phoneready.tune.limits import QUALITY, Judged, Limits, family, objective_item
 from phoneready.tune.predict import Prediction

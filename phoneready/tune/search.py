@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
-from phoneready.settings.tune_section import SIZE, TuneConfig
+from phoneready.settings.schema import SIZE, TuneConfig
 from phoneready.tune.forecast import Forecast, MeasuredPoint
 from phoneready.tune.limits import COST, QUALITY, Judged, Limits
 from phoneready.tune.predict import Prediction

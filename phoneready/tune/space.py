@@ -13,8 +13,7 @@ from exporters.family import ExportFamily
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.settings.planned import planned_figures
-from phoneready.settings.schema import ReleaseConfig
-from phoneready.settings.tune_section import TuneConfig
+from phoneready.settings.schema import ReleaseConfig, TuneConfig
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from phoneready.release.collect import (
     projected_figures,
     size_figure,
 )
-from phoneready.settings.tune_section import TuneConfig
+from phoneready.settings.schema import TuneConfig
 from phoneready.tune.limits import QUALITY, Limits, family, objective_item
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.trial_runner import TrialRunner

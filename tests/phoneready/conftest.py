@@ -17,7 +17,7 @@ from cfsp.pruning.settings import PruneSettings
 from exporters.export_record import ExportRecord, ParityReport
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, ModelIdentity, TextResult
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
-from phoneready.release.answers import Answers
+from phoneready.release.artifact import Answers
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.inputs import DeviceProjections, ReportInput
 from phoneready.settings.schema import ReleaseConfig

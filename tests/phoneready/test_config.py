@@ -12,7 +12,7 @@ from cfsp.errors import InputError
 from cfsp.settings import Declared, declared
 from phoneready.main import main
 from phoneready.settings.release import load_config, parse_config, with_variants
-from phoneready.settings.sections import (
+from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
     ExportConfig,

@@ -8,6 +8,7 @@ import pytest
 
 from phoneready import console
 from phoneready.commands.options import split_names
+from runtime_bench.presentation.table import table_of_cells
 
 
 class Terminal(io.StringIO):
@@ -66,7 +67,7 @@ def test_format_bytes(count: int | None, shown: str) -> None:
 
 
 def test_rows_are_aligned_and_pipes_escaped() -> None:
-    lines = console.format_rows(["a", "long"], [["x|y", "1"], ["z", "22"]]).splitlines()
+    lines = table_of_cells(["a", "long"], [["x|y", "1"], ["z", "22"]]).markdown().splitlines()
     assert len({len(line) for line in lines}) == 1
     assert "x\\|y" in lines[2]
 
@@ -82,4 +83,4 @@ def test_results_and_notes_carry_no_escape_codes(capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.out == 'a\\u001b[31mb\nc\n{\n  "a": "\\u009b1m"\n}\n'
     assert captured.err == "x\\u0007\n"
-    assert "\\<img\\>" in console.format_rows(["a"], [["<img>"]])
+    assert "\\<img\\>" in table_of_cells(["a"], [["<img>"]]).markdown()
