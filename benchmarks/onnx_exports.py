@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,9 +37,16 @@ from cfsp.text.settings import SELF
 from exporters.export_record import ExportRecord, ParityReport
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
-from exporters.onnx.mixed import OFFSET_DIGITS, choose_few, choose_mixture, quantized_model, stored_bytes
-from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.scale_tuning import Quantized, tune
+from exporters.onnx.mixed import (
+    OFFSET_DIGITS,
+    choose_few,
+    choose_mixture,
+    quantized_model,
+    stored_bytes,
+    with_eight_bits,
+)
+from exporters.onnx.quantize import QuantizedModel, quantize_linears
+from exporters.onnx.scale_tuning import tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
@@ -187,21 +195,24 @@ def mixed(arguments: argparse.Namespace) -> None:
     windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
     reference = reference_of(model, windows[:2])
     small = quantized_model(model, INT4, text)
-    own = choose_few(model, small).applied(model, small)
+    own = with_eight_bits(model, small, choose_few(model, small))
 
-    def with_head(form: BlockFormat) -> dict[str, Rounded]:
-        return own | {name: round_to_nearest(weight_of(model, name), form) for name in HEAD_PARTS}
+    def with_head(head: Mapping[str, Rounded]) -> QuantizedModel:
+        return replace(own, layers={**own.layers, **{name: head[name] for name in HEAD_PARTS}})
 
-    budget = taken_bytes(own) + OFFSET_DIGITS * len(own)
-    mixture = choose_mixture(model, small, taken_bytes(small.layers), budget_bytes=budget)
+    def nearest_head(form: BlockFormat) -> dict[str, Rounded]:
+        return {name: round_to_nearest(weight_of(model, name), form) for name in HEAD_PARTS}
+
+    budget = taken_bytes(own.layers) + OFFSET_DIGITS * len(own.layers)
+    mixture = choose_mixture(small, taken_bytes(small.layers), budget)
     choices = {
-        "nearest": Quantized(quantize_linears(model, lambda *_: INT4, None)),
-        "GPTQ": Quantized(small.layers),
-        "int4's choice": Quantized(own),
-        "the same, head in four bits": Quantized(own | {name: small.layers[name] for name in HEAD_PARTS}),
-        "the same, head to nearest": Quantized(with_head(INT4)),
-        "the same, head in eight bits": Quantized(with_head(INT8)),
-        "int4-mixed's choice": Quantized(mixture.applied(model, small)),
+        "nearest": QuantizedModel(quantize_linears(model, lambda *_: INT4, None)),
+        "GPTQ": small,
+        "int4's choice": own,
+        "the same, head in four bits": with_head(small.layers),
+        "the same, head to nearest": with_head(nearest_head(INT4)),
+        "the same, head in eight bits": with_head(nearest_head(INT8)),
+        "int4-mixed's choice": with_eight_bits(model, small, mixture),
         "int4: its choice, tuned": tune(model, own, text),
     }
     rows = []
@@ -211,7 +222,7 @@ def mixed(arguments: argparse.Namespace) -> None:
         cells |= {"same top-1": f"{found.same_top1:.1%}", "perplexity ratio": f"{found.ppl_ratio:.3f}"}
         rows.append({"file": label, **cells})
     print(table_of(rows).markdown())
-    print(f"\nIn eight bits, {len(mixture.eight_bits)}: {', '.join(mixture.eight_bits)}")
+    print(f"\nIn eight bits, {len(mixture)}: {', '.join(mixture)}")
 
 
 def taken_bytes(rounded: Mapping[str, Rounded]) -> int:
@@ -219,7 +230,7 @@ def taken_bytes(rounded: Mapping[str, Rounded]) -> int:
     return sum(map(stored_bytes, rounded.values()))
 
 
-def torch_parity(model: Any, quantized: Quantized, reference: Reference) -> ParityReport:
+def torch_parity(model: Any, quantized: QuantizedModel, reference: Reference) -> ParityReport:
     """The model with its weights as they are stored, in torch, against itself."""
     # A tied embedding is the output matrix; an untied one stays as it is.
     changed = [(weight_of(model, name), stored.dequantized()) for name, stored in quantized.layers.items()]

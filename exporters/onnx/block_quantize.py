@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cfsp.pruning.reconstruction import damped_cholesky
-from exporters.onnx.layers import BlockQuantized
 from exporters.onnx.variants import BlockFormat
 
 RIDGE = 0.1
@@ -31,11 +31,11 @@ _FACTORS = tuple(round(0.7 + 0.025 * i, 3) for i in range(15))
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of few bits, not packed yet.
+    """A matrix of few bits.
 
     Attributes:
         q: (rows, blocks, block_size) uint8.
-        scales: (rows, blocks) float16.
+        scales: (rows, blocks) float16; a graph casts them when it is loaded.
         columns: Inputs before padding.
         form: How it is stored.
     """
@@ -47,8 +47,12 @@ class Rounded:
 
     def dequantized(self) -> torch.Tensor:
         """The matrix that the runtime computes with, (rows, columns) float32."""
-        values = (self.q.float() - self.form.half) * self.scales.float()[..., None]
-        return values.flatten(1)[:, : self.columns]
+        return values_of(self.q, self.scales.float(), self.form).flatten(1)[:, : self.columns]
+
+    def packed(self) -> npt.NDArray[np.uint8]:
+        """q as MatMulNBits reads it, (rows, blocks, block_size * bits / 8); of two 4-bit numbers the first is low."""
+        q = self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
+        return np.ascontiguousarray(q.numpy())
 
     def rows(self, rows: slice) -> Rounded:
         """Some of its rows."""
@@ -104,30 +108,22 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded
         errors = torch.zeros(len(weight), stop - start)
         for j in range(start, stop):
             numbers = q[:, order[j]] = levels(left[:, j], scales[:, j], form)
-            lost = left[:, j] - (numbers.float() - form.half) * scales[:, j]
+            lost = left[:, j] - values_of(numbers, scales[:, j], form)
             errors[:, j - start] = lost / upper[j, j]
             left[:, j:stop] -= errors[:, j - start, None] * upper[j, j:stop]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
     return replace(nearest, q=q.view_as(nearest.q))
 
 
+def values_of(q: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
+    """What q (..., block_size) or (rows,) stands for, given scales as `levels` takes them."""
+    return (q.float() - form.half) * (scales[..., None] if q.ndim > scales.ndim else scales)
+
+
 def levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
     """Nearest q of values (..., block_size) or (rows,), given scales without or of the same last dimension."""
     scales = scales[..., None] if values.ndim > scales.ndim else scales
     return (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
-
-
-def pack(rounded: Rounded) -> BlockQuantized:
-    """The bytes as MatMulNBits reads them; of two 4-bit numbers in a byte the first is the low one."""
-    q, form = rounded.q, rounded.form
-    data = q if form.bits == 8 else q[..., 0::2] | (q[..., 1::2] << 4)
-    return BlockQuantized(
-        form.bits,
-        form.block_size,
-        np.ascontiguousarray(data.numpy()),
-        rounded.scales.numpy(),
-        rounded.columns,
-    )
 
 
 def joined(parts: Sequence[Rounded]) -> Rounded:
@@ -153,7 +149,7 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
     best, lowest = base, torch.full_like(base, torch.inf)
     for factor in _FACTORS:
         scale = base * factor
-        values = (levels(blocks, scale, form).float() - form.half) * scale[..., None]
+        values = values_of(levels(blocks, scale, form), scale, form)
         loss = ((blocks - values).square() * counts).sum(-1)
         best = torch.where(loss < lowest, scale, best)
         lowest = torch.minimum(loss, lowest)

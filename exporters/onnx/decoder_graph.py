@@ -140,12 +140,10 @@ class _Graph:
         self.decoder, self.shape, self.dtype = decoder, decoder.shape, decoder.dtype
         self.builder = builder
         self.input_ids = ir.val("input_ids", ir.DataType.INT64, list(TOKENS))
-        self.attention_mask = ir.val(
-            "attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"]
-        )
-        self.inputs = [self.input_ids, self.attention_mask]
+        mask = ir.val("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+        self.inputs = [self.input_ids, mask]
         self.outputs: list[ir.Value] = []
-        self.seqlens_k, self.total = self._lengths()
+        self.seqlens_k, self.total = self._lengths(mask)
 
     def block(
         self, index: int, block: Block, x: ir.Value, added: ir.Value | None
@@ -163,10 +161,11 @@ class _Graph:
     ) -> tuple[ir.Value, ir.Value]:
         """(norm of x + added, x + added)."""
         gamma = self.builder.constant(f"{name}.weight", weight)
-        tokens = (*TOKENS, self.shape.hidden_size)
         if added is None:
-            return self._norm(x, gamma, name, tokens), x
-        normed, total = (ir.val(n, self.dtype, list(tokens)) for n in (name, f"{name}.sum"))
+            return self._norm(x, gamma, name), x
+        normed, total = (
+            ir.val(n, self.dtype, [*TOKENS, self.shape.hidden_size]) for n in (name, f"{name}.sum")
+        )
         self.builder.op_outputs(
             "SkipSimplifiedLayerNormalization",
             [x, added, gamma],
@@ -182,51 +181,32 @@ class _Graph:
         length: int | str = "sequence_length"
         if last_logits:
             length = 1
-            last = self.builder.constant("last_position", np.array([-1], dtype=np.int64))
-            hidden = self.builder.op(
-                "Gather",
-                [hidden, last],
-                "last_hidden",
-                axis=1,
-                dtype=self.dtype,
-                shape=("batch_size", length, self.shape.hidden_size),
-            )
+            last = self.builder.constant("last_position", [-1])
+            shape = ("batch_size", length, self.shape.hidden_size)
+            hidden = self.builder.op("Gather", [hidden, last], "last_hidden", axis=1, shape=shape)
         exact = self.dtype == ir.DataType.FLOAT
         logits = self.decoder.head.apply(self.builder, hidden, "logits" if exact else "lm_head")
-        shape = ("batch_size", length, self.shape.vocab_size)
         if not exact:
-            logits = self.builder.op(
-                "Cast", [logits], "logits", to=ir.DataType.FLOAT, dtype=ir.DataType.FLOAT, shape=shape
-            )
-        logits.shape = ir.Shape(shape)
+            logits = self.builder.cast(logits, "logits", ir.DataType.FLOAT)
+        logits.shape = ir.Shape(("batch_size", length, self.shape.vocab_size))
         self.outputs.insert(0, logits)
 
-    def _lengths(self) -> tuple[ir.Value, ir.Value]:
+    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
         """What GroupQueryAttention wants to know: each sequence's last position, and the longest length."""
-        int32, int64, b = ir.DataType.INT32, ir.DataType.INT64, self.builder
-        one = b.constant("one", np.array([1], dtype=np.int64))
-        count = b.op(
-            "ReduceSum", [self.attention_mask, one], "n_tokens", keepdims=0, dtype=int64, shape=["batch_size"]
-        )
-        last = b.op("Sub", [count, one], "last_token", dtype=int64, shape=["batch_size"])
-        seqlens = b.op("Cast", [last], "seqlens_k", to=int32, dtype=int32, shape=["batch_size"])
-        sizes = b.op("Shape", [self.attention_mask], "mask_shape", dtype=int64, shape=[2])
-        index = b.constant("mask_length_axis", np.array(1, dtype=np.int64))
-        length = b.op("Gather", [sizes, index], "mask_length", axis=0, dtype=int64, shape=[])
-        total = b.op("Cast", [length], "total_sequence_length", to=int32, dtype=int32, shape=[])
-        return seqlens, total
+        int32, b = ir.DataType.INT32, self.builder
+        one = b.constant("one", [1])
+        count = b.op("ReduceSum", [mask, one], "n_tokens", keepdims=0, shape=["batch_size"])
+        seqlens = b.cast(b.op("Sub", [count, one], "last_token"), "seqlens_k", int32)
+        sizes = b.op("Shape", [mask], "mask_shape", shape=[2])
+        length = b.op("Gather", [sizes, b.constant("mask_length_axis", 1)], "mask_length", axis=0, shape=[])
+        return seqlens, b.cast(length, "total_sequence_length", int32)
 
     def _attention(self, index: int, block: Block, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
         s, prefix = self.shape, f"model.layers.{index}.self_attn"
         query, key, value = self._heads(block, hidden, prefix)
-        past = [
-            self._cache(f"past_key_values.{index}.{part}", "past_sequence_length")
-            for part in ("key", "value")
-        ]
-        present = [
-            self._cache(f"present.{index}.{part}", "total_sequence_length") for part in ("key", "value")
-        ]
+        past = self._caches(f"past_key_values.{index}", "past_sequence_length")
+        present = self._caches(f"present.{index}", "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, s.num_attention_heads * s.head_dim])
         rotary = [
             self.builder.constant(n, v)
@@ -248,6 +228,11 @@ class _Graph:
         self.outputs += present
         return attended
 
+    def _caches(self, prefix: str, length: str) -> list[ir.Value]:
+        """A block's keys and values."""
+        shape = ir.Shape(["batch_size", self.shape.num_key_value_heads, length, self.shape.head_dim])
+        return [ir.val(f"{prefix}.{part}", self.dtype, shape) for part in ("key", "value")]
+
     def _heads(
         self, block: Block, hidden: ir.Value, prefix: str
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
@@ -266,41 +251,27 @@ class _Graph:
 
     def _head_norm(self, x: ir.Value, weight: npt.NDArray[np.floating], heads: int, name: str) -> ir.Value:
         b, size = self.builder, self.shape.head_dim
-        apart = b.constant(f"{heads}_heads", np.array([0, 0, heads, size], dtype=np.int64))
-        together = b.constant("joined_heads", np.array([0, 0, -1], dtype=np.int64))
-        shape = (*TOKENS, heads, size)
-        split = b.op("Reshape", [x, apart], f"{name}.heads", dtype=self.dtype, shape=shape)
-        normed = self._norm(split, b.constant(f"{name}.weight", weight), f"{name}.normed", shape)
-        return b.op("Reshape", [normed, together], name, dtype=self.dtype, shape=(*TOKENS, heads * size))
+        apart = b.constant(f"{heads}_heads", [0, 0, heads, size])
+        together = b.constant("joined_heads", [0, 0, -1])
+        split = b.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))
+        normed = self._norm(split, b.constant(f"{name}.weight", weight), f"{name}.normed")
+        return b.op("Reshape", [normed, together], name, shape=(*TOKENS, heads * size))
 
     def _feed_forward(self, block: Block, hidden: ir.Value, name: str) -> ir.Value:
-        b, tokens = self.builder, (*TOKENS, block.gate_proj.out_features)
+        b = self.builder
         gate = block.gate_proj.apply(b, hidden, f"{name}.gate_proj")
         up = block.up_proj.apply(b, hidden, f"{name}.up_proj")
         # x * sigmoid(alpha x) with alpha = 1 is silu.
-        act = b.op(
-            "QuickGelu", [gate], f"{name}.act", alpha=1.0, domain=CONTRIB, dtype=self.dtype, shape=tokens
-        )
-        product = b.op("Mul", [act, up], f"{name}.product", dtype=self.dtype, shape=tokens)
+        act = b.op("QuickGelu", [gate], f"{name}.act", alpha=1.0, domain=CONTRIB)
+        product = b.op("Mul", [act, up], f"{name}.product")
         return block.down_proj.apply(b, product, f"{name}.down_proj")
 
-    def _norm(self, x: ir.Value, gamma: ir.Value, name: str, shape: tuple[int | str, ...]) -> ir.Value:
+    def _norm(self, x: ir.Value, gamma: ir.Value, name: str) -> ir.Value:
         return self.builder.op(
             "SimplifiedLayerNormalization",
             [x, gamma],
             name,
-            dtype=self.dtype,
-            shape=shape,
             axis=-1,
             epsilon=self.shape.rms_norm_eps,
             stash_type=1,
         )
-
-    def _cache(self, name: str, length: str) -> ir.Value:
-        shape: list[int | str | None] = [
-            "batch_size",
-            self.shape.num_key_value_heads,
-            length,
-            self.shape.head_dim,
-        ]
-        return ir.val(name, self.dtype, shape)

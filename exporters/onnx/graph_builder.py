@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,11 @@ import onnx_ir as ir
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
-Dims = Sequence[int | str]
+Dims = Iterable[int | str | ir.SymbolicDim | None]
 
 
 class GraphBuilder:
-    """Collects nodes and initializers.
+    """Collects nodes and initializers; what is asked for twice by one name is there once.
 
     Args:
         stored: Initializers that are written already, by name; they are used as they are.
@@ -28,23 +28,28 @@ class GraphBuilder:
     def __init__(self, stored: Mapping[str, ir.TensorProtocol] | None = None) -> None:
         self._stored = stored or {}
         self._tape = ir.tape.Tape()
-        self._constants: dict[str, ir.Value] = {}
-        self._shared: dict[str, ir.Value] = {}
+        self._values: dict[str, ir.Value] = {}
 
     def op(
         self,
         op_type: str,
-        inputs: Sequence[ir.Value | None],
+        inputs: Sequence[ir.Value],
         name: str,
         *,
-        dtype: ir.DataType,
-        shape: Dims,
+        dtype: ir.DataType | None = None,
+        shape: Dims | None = None,
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """A node with one output, called `name`."""
-        output = ir.val(name, dtype, list(shape))
-        return self._tape.op(op_type, inputs, attributes, domain=domain, name=name, output=output)
+        """A node with one output, called `name`; its type and shape are the first input's unless given."""
+        if name not in self._values:
+            dims = inputs[0].shape if shape is None else shape
+            assert dims is not None  # every value that is made here has a shape
+            output = ir.val(name, dtype or inputs[0].dtype, ir.Shape(dims))
+            self._values[name] = self._tape.op(
+                op_type, inputs, attributes, domain=domain, name=name, output=output
+            )
+        return self._values[name]
 
     def op_outputs(
         self,
@@ -59,29 +64,18 @@ class GraphBuilder:
         """A node with several outputs; an output called "" is not computed."""
         return self._tape.op_multi_out(op_type, inputs, attributes, outputs=outputs, domain=domain, name=name)
 
-    def constant(self, name: str, value: npt.NDArray[Any]) -> ir.Value:
-        """An initializer; the same name gives the same one."""
-        if name not in self._constants:
+    def constant(self, name: str, value: npt.ArrayLike) -> ir.Value:
+        """An initializer; Python's integers become int64."""
+        if name not in self._values:
             tensor = self._stored.get(name)
             if tensor is None:
                 tensor = ir.tensor(np.asarray(value, order="C"), name=name)
-            self._constants[name] = self._tape.initializer(tensor, name)
-        return self._constants[name]
+            self._values[name] = self._tape.initializer(tensor, name)
+        return self._values[name]
 
-    def once(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        *,
-        dtype: ir.DataType,
-        shape: Dims,
-        **attributes: Any,
-    ) -> ir.Value:
-        """`op`, or the value that it gave when it was called with this name before."""
-        if name not in self._shared:
-            self._shared[name] = self.op(op_type, inputs, name, dtype=dtype, shape=shape, **attributes)
-        return self._shared[name]
+    def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
+        """The numbers of x in another type."""
+        return self.op("Cast", [x], name, dtype=dtype, to=dtype)
 
     def graph(
         self,

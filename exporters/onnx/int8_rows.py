@@ -21,8 +21,8 @@ import onnx_ir as ir
 import torch
 
 from exporters.onnx.graph_builder import GraphBuilder
-from exporters.onnx.layers import TOKENS, add_bias
-from exporters.onnx.weights import MakeEmbedding, MakeLayer
+from exporters.onnx.layers import TABLE, TOKENS, add_bias
+from exporters.onnx.weights import Weights
 
 _LARGEST, _ZERO = 127, 128
 
@@ -73,32 +73,20 @@ class Int8Linear:
         if self.table_name is None:
             weight = builder.constant(f"{stored}.q8", self.weight.data.T)
         else:
-            weight = builder.once(
-                "Transpose",
-                [builder.constant(f"{stored}.q8", self.weight.data)],
-                f"{stored}.transpose",
-                dtype=ir.DataType.UINT8,
-                shape=self.weight.data.shape[::-1],
-                perm=[1, 0],
-            )
+            table = builder.constant(f"{stored}.q8", self.weight.data)
+            turned = self.weight.data.shape[::-1]
+            weight = builder.op("Transpose", [table], f"{stored}.transpose", shape=turned, perm=[1, 0])
         rounded, scale = _rounded(builder, x)
-        zero = builder.constant("zero_q8", np.array(_ZERO, dtype=np.uint8))
+        zero = builder.constant("zero_q8", np.uint8(_ZERO))
         factors = [rounded, weight, zero, zero]
         product = builder.op(
             "MatMulInteger", factors, f"{name}.product", dtype=ir.DataType.INT32, shape=shape
         )
-        y = builder.op(
-            "Cast",
-            [product],
-            f"{name}.float",
-            to=ir.DataType.FLOAT,
-            dtype=ir.DataType.FLOAT,
-            shape=shape,
-        )
-        y = _multiply(builder, y, scale, f"{name}.times_token", shape)
+        y = builder.cast(product, f"{name}.float", ir.DataType.FLOAT)
+        y = builder.op("Mul", [y, scale], f"{name}.times_token")
         scales = builder.constant(f"{stored}.scale", self.weight.scales)
-        y = _multiply(builder, y, scales, name if self.bias is None else f"{name}.times_row", shape)
-        return y if self.bias is None else add_bias(builder, y, self.bias, name)
+        y = builder.op("Mul", [y, scales], name if self.bias is None else f"{name}.times_row")
+        return add_bias(builder, y, self.bias, name)
 
 
 @dataclass(frozen=True)
@@ -106,66 +94,53 @@ class Int8Embedding:
     """A table of int8 rows; a tied head multiplies by the same bytes, turned when the file is loaded."""
 
     table: Int8Rows
-    stored_name: str = "model.embed_tokens.weight"
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
         """See `exporters.onnx.layers.Embedding`."""
-        shape, stored = (*TOKENS, self.table.data.shape[1]), self.stored_name
-        data = builder.constant(f"{stored}.q8", self.table.data)
-        scales = builder.constant(f"{stored}.scale", self.table.scales)
-        rows = builder.op("Gather", [data, ids], f"{name}.rows", dtype=ir.DataType.UINT8, shape=shape)
-        float32 = ir.DataType.FLOAT
-        values = builder.op("Cast", [rows], f"{name}.float", to=float32, dtype=float32, shape=shape)
-        values = builder.op("Sub", [values, _middle(builder)], f"{name}.whole", dtype=float32, shape=shape)
-        scale = builder.op(
-            "Gather", [scales, ids], f"{name}.row_scale", dtype=ir.DataType.FLOAT, shape=TOKENS
-        )
-        last = builder.constant("last_axis", np.array([-1], dtype=np.int64))
-        apart = builder.op(
-            "Unsqueeze", [scale, last], f"{name}.scale", dtype=ir.DataType.FLOAT, shape=(*TOKENS, 1)
-        )
-        return _multiply(builder, values, apart, name, shape)
+        data = builder.constant(f"{TABLE}.q8", self.table.data)
+        scales = builder.constant(f"{TABLE}.scale", self.table.scales)
+        rows = builder.op("Gather", [data, ids], f"{name}.rows", shape=(*TOKENS, self.table.data.shape[1]))
+        values = builder.cast(rows, f"{name}.float", ir.DataType.FLOAT)
+        values = builder.op("Sub", [values, _middle(builder)], f"{name}.whole")
+        scale = builder.op("Gather", [scales, ids], f"{name}.row_scale", shape=TOKENS)
+        last = builder.constant("last_axis", [-1])
+        apart = builder.op("Unsqueeze", [scale, last], f"{name}.scale", shape=(*TOKENS, 1))
+        return builder.op("Mul", [values, apart], name)
 
     def as_head(self) -> Int8Linear:
         """See `exporters.onnx.layers.Embedding`."""
-        return Int8Linear(self.table, table_name=self.stored_name)
+        return Int8Linear(self.table, table_name=TABLE)
 
 
-def int8_weights() -> tuple[MakeLayer, MakeEmbedding]:
+class Int8Weights(Weights):
     """Layers and embedding of int8 rows."""
 
-    def layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+    def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
+        """See `Weights`."""
         return Int8Linear(round_rows(weight), None if bias is None else bias.numpy())
 
-    return layer, lambda table: Int8Embedding(round_rows(table))
+    def embedding(self, table: torch.Tensor, *, tied: bool) -> Int8Embedding:
+        """See `Weights`."""
+        return Int8Embedding(round_rows(table))
 
 
 def _rounded(builder: GraphBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(x_q in uint8, s_x of each token); layers that read the same x share them."""
     assert x.shape is not None  # every value of a GraphBuilder has its shape
-    shape = (*TOKENS, int(x.shape[-1]))  # type: ignore[arg-type]
-    tokens, float32, uint8 = (*TOKENS, 1), ir.DataType.FLOAT, ir.DataType.UINT8
-    last = builder.constant("last_axis", np.array([-1], dtype=np.int64))
-    sizes = builder.once("Abs", [x], f"{x.name}.abs", dtype=float32, shape=shape)
-    largest = builder.once(
-        "ReduceMax", [sizes, last], f"{x.name}.largest", dtype=float32, shape=tokens, keepdims=1
-    )
+    shape = (*TOKENS, x.shape[-1])
+    last = builder.constant("last_axis", [-1])
+    sizes = builder.op("Abs", [x], f"{x.name}.abs", shape=shape)
+    largest = builder.op("ReduceMax", [sizes, last], f"{x.name}.largest", shape=(*TOKENS, 1), keepdims=1)
     # A token of zeros must not divide by zero.
-    least = builder.constant("smallest_scale", np.array(1e-30, dtype=np.float32))
-    share = builder.constant("int8_share", np.array(1 / _LARGEST, dtype=np.float32))
-    scale = builder.once("Mul", [largest, share], f"{x.name}.scale", dtype=float32, shape=tokens)
-    scale = builder.once("Max", [scale, least], f"{x.name}.token_scale", dtype=float32, shape=tokens)
-    steps = builder.once("Div", [x, scale], f"{x.name}.steps", dtype=float32, shape=shape)
-    whole = builder.once("Round", [steps], f"{x.name}.whole", dtype=float32, shape=shape)
-    moved = builder.once("Add", [whole, _middle(builder)], f"{x.name}.moved", dtype=float32, shape=shape)
-    return builder.once("Cast", [moved], f"{x.name}.q8", dtype=uint8, shape=shape, to=uint8), scale
+    least = builder.constant("smallest_scale", np.float32(1e-30))
+    share = builder.constant("int8_share", np.float32(1 / _LARGEST))
+    scale = builder.op("Mul", [largest, share], f"{x.name}.scale")
+    scale = builder.op("Max", [scale, least], f"{x.name}.token_scale")
+    steps = builder.op("Div", [x, scale], f"{x.name}.steps", shape=shape)
+    whole = builder.op("Round", [steps], f"{x.name}.whole")
+    moved = builder.op("Add", [whole, _middle(builder)], f"{x.name}.moved")
+    return builder.cast(moved, f"{x.name}.q8", ir.DataType.UINT8), scale
 
 
 def _middle(builder: GraphBuilder) -> ir.Value:
-    return builder.constant("middle_q8", np.array(_ZERO, dtype=np.float32))
-
-
-def _multiply(
-    builder: GraphBuilder, x: ir.Value, factor: ir.Value, name: str, shape: tuple[int | str, ...]
-) -> ir.Value:
-    return builder.op("Mul", [x, factor], name, dtype=ir.DataType.FLOAT, shape=shape)
+    return builder.constant("middle_q8", np.float32(_ZERO))

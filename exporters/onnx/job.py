@@ -9,7 +9,8 @@ import torch
 
 from cfsp.text.tokens import tokens_sha256
 from exporters.job import Job
-from exporters.onnx.mixed import QuantizedModel
+from exporters.onnx.mixed import default_budget
+from exporters.onnx.quantize import QuantizedModel
 from exporters.onnx.variants import BlockFormat, Variant
 
 
@@ -35,3 +36,7 @@ class OnnxJob:
         """Its hash."""
         text = self.text_for(variant)
         return None if text is None else tokens_sha256(text)
+
+    def budget_bytes(self, variant: Variant) -> int | None:
+        """Most that a mixture may take; None where it is not chosen for a size."""
+        return self.common.settings.mixed_bytes or default_budget(self.model) if variant.mixed else None

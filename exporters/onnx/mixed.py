@@ -8,9 +8,9 @@ the bytes of a file, or what may be lost of its speed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from cfsp.models.architectures import block_linears
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import WeightChange, predict_divergence
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
-from exporters.onnx.quantize import quantize_linears
+from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.variants import HEAD, INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, group_of, head_parts, is_tied, weight_of
 
@@ -33,39 +33,6 @@ _APART_BYTES = 180_000
 """Two products more: 22 microseconds of one core that reads 8 GB/s, measured on SmolLM2-135M in ONNX Runtime 1.32."""
 OFFSET_DIGITS = 8
 """A longer tensor's place in the file may take more digits, which the graph holds."""
-
-
-@dataclass(frozen=True)
-class QuantizedModel:
-    """A model in few bits.
-
-    Attributes:
-        layers: Every Linear of the blocks and the output matrix's parts, by `quantize_linears`.
-        losses: The divergence that its few bits cost each, alone.
-    """
-
-    layers: dict[str, Rounded]
-    losses: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Which layers are stored in eight bits.
-
-    Attributes:
-        eight_bits: Their names, first block to last.
-        budget_bytes: What the file was allowed to take; None where time was what counted.
-    """
-
-    eight_bits: tuple[str, ...]
-    budget_bytes: int | None = None
-
-    def applied(self, model: Any, quantized: QuantizedModel) -> dict[str, Rounded]:
-        """`quantized` with the nearest of eight bits for these layers; the others make up for no more than before."""
-        return {
-            name: round_to_nearest(weight_of(model, name), INT8) if name in self.eight_bits else stored
-            for name, stored in quantized.layers.items()
-        }
 
 
 def quantized_model(
@@ -89,40 +56,39 @@ def quantized_model(
         return WeightChange(HEAD, matrix, rows[name]) if name in rows else WeightChange(name, matrix)
 
     changes = {name: change(name) for name in layers}
-    return QuantizedModel(
-        layers, predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
-    )
+    losses = predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
+    return QuantizedModel(layers, losses)
 
 
-def choose_mixture(
-    model: Any, quantized: QuantizedModel, size_bytes: int, *, budget_bytes: int | None = None
-) -> Mixture:
+def with_eight_bits(model: Any, quantized: QuantizedModel, names: Collection[str]) -> QuantizedModel:
+    """The nearest of eight bits for these layers; the others make up for no more than before."""
+    nearest = {name: round_to_nearest(weight_of(model, name), INT8) for name in names}
+    return replace(quantized, layers={**quantized.layers, **nearest})
+
+
+def choose_mixture(quantized: QuantizedModel, size_bytes: int, budget_bytes: int) -> tuple[str, ...]:
     """The layers to store in eight bits so that a file has a size.
 
     Args:
-        model: A causal LM of the architecture table.
-        quantized: It in few bits.
+        quantized: A model in few bits.
         size_bytes: Of the file that has all of it in few bits.
-        budget_bytes: Of the file with the mixture; `default_budget` where None.
+        budget_bytes: Of the file with the mixture.
 
     Raises:
         InputError: Not even few bits fit the budget.
     """
-    budget = default_budget(model) if budget_bytes is None else budget_bytes
-    left = budget - size_bytes - OFFSET_DIGITS * len(quantized.layers)
+    left = budget_bytes - size_bytes - OFFSET_DIGITS * len(quantized.layers)
     if left < 0:
         raise InputError(
             "four bits for every layer take more",
             field="mixed_bytes",
-            value=budget,
-            allowed=f"{budget - left} or more",
+            value=budget_bytes,
+            allowed=f"{budget_bytes - left} or more",
         )
-
-    prices = {name: _price(stored) for name, stored in quantized.layers.items()}
-    return Mixture(choose_eight_bits(quantized.losses, lambda name, _: prices[name], left), budget)
+    return choose_eight_bits(quantized.losses, lambda name, _: _price(quantized.layers[name]), left)
 
 
-def choose_few(model: Any, quantized: QuantizedModel) -> Mixture:
+def choose_few(model: Any, quantized: QuantizedModel) -> tuple[str, ...]:
     """The few layers that gain most from eight bits for the time that they cost, until a token takes 3 % longer.
 
     A token takes the time to read the weights, so the price is in bytes, too. What can be one layer is one as long as
@@ -134,15 +100,14 @@ def choose_few(model: Any, quantized: QuantizedModel) -> Mixture:
     """
     # Where heads are normed, they are apart already.
     normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
-    prices = {name: _price(stored) for name, stored in quantized.layers.items()}
 
     def price(name: str, chosen: AbstractSet[str]) -> int:
         together = group_of(name)
         apart = len(together) == 1 or bool(chosen & set(together)) or (normed and name not in HEAD_PARTS)
-        return prices[name] + (0 if apart else _APART_BYTES)
+        return _price(quantized.layers[name]) + (0 if apart else _APART_BYTES)
 
     left = int(_FEW * sum(map(stored_bytes, quantized.layers.values())))
-    return Mixture(choose_eight_bits(quantized.losses, price, left))
+    return choose_eight_bits(quantized.losses, price, left)
 
 
 def choose_eight_bits(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -45,6 +43,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         if not difference <= _SAME_LOGITS:
             raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
+    text, nearest = job.text_for(variant), f"{variant.name} is rounded to the nearest numbers, without text"
     return common.record(
         path,
         variant,
@@ -54,40 +53,19 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         file_bytes=written.size_bytes,
         n_params=sum(parameter.numel() for parameter in job.model.parameters()),
         tensor_types=_tensor_types(path),
-        warnings=_warnings(job, variant),
+        warnings=(nearest,) if variant.calibrated and text is None else (),
         runtime=runtime_version(),
         ort_file=str(ort.relative_to(common.folder)) if ort else None,
-        **_rounding(job, variant, written),
+        calibration_sha256=job.text_sha256(variant),
+        calibration_tokens=0 if text is None else text.numel(),
+        budget_bytes=job.budget_bytes(variant),
+        eight_bit_layers=written.eight_bits,
     )
 
 
-def _rounding(job: OnnxJob, variant: Variant, written: WrittenGraphs) -> dict[str, Any]:
-    """What a record says about how weights were rounded."""
-    fields: dict[str, Any] = {}
-    text = job.text_for(variant)
-    if text is not None:
-        fields |= {"calibration_sha256": job.text_sha256(variant), "calibration_tokens": text.numel()}
-    if written.mixture is not None:
-        fields |= {
-            "budget_bytes": written.mixture.budget_bytes,
-            "eight_bit_layers": written.mixture.eight_bits,
-        }
-    return fields
-
-
-def _warnings(job: OnnxJob, variant: Variant) -> tuple[str, ...]:
-    unguided = variant.calibrated and job.text_for(variant) is None
-    return (f"{variant.name} is rounded to the nearest numbers, without text",) if unguided else ()
-
-
-@contextmanager
-def _opened(job: Job, path: Path) -> Iterator[OnnxModel]:
+def _opened(job: Job, path: Path) -> closing[OnnxModel]:
     n_ctx = job.reference.windows.shape[1]
-    model = open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS)
-    try:
-        yield model
-    finally:
-        model.close()
+    return closing(open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS))
 
 
 def _tensor_types(path: Path) -> dict[str, int]:

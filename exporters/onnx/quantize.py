@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from cfsp.models.architectures import block_linears, decoder_layers
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
-from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
+from exporters.onnx.block_quantize import Rounded, gptq, joined, round_to_nearest
 from exporters.onnx.layers import (
+    TABLE,
     Embedding,
     Layer,
     NBitsEmbedding,
@@ -28,18 +30,55 @@ from exporters.onnx.layers import (
 )
 from exporters.onnx.refine import refine
 from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
-from exporters.onnx.weights import (
-    HEAD_PARTS,
-    MakeEmbedding,
-    MakeLayer,
-    MayPack,
-    group_of,
-    head_parts,
-    packed_names,
-)
+from exporters.onnx.weights import HEAD_PARTS, Weights, group_of, head_parts, packed_names
 
 _SINK_SHARE = 0.25
 """The first token's weight over that of all tokens. Measured: 0.25 and 1 lose least, 0.03 a little more."""
+
+
+@dataclass(frozen=True)
+class QuantizedModel(Weights):
+    """A model in few bits.
+
+    Attributes:
+        layers: Every Linear of the blocks and the output matrix's parts, by `quantize_linears`.
+        losses: The divergence that the few bits of each cost, alone; empty where text did not tell.
+        apart: What could be one layer is several all the same.
+    """
+
+    layers: Mapping[str, Rounded]
+    losses: Mapping[str, float] = field(default_factory=dict)
+    apart: bool = False
+
+    def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+        """See `Weights`; the output matrix in one or in two."""
+        names = packed_names(name)
+        parts = [self.layers[part] for part in names]
+        if len(parts) == 1 or self.packs(names):
+            return NBitsLinear(joined(parts), None if bias is None else bias.numpy())
+        sizes = [len(part.q) for part in parts]
+        biases = [None] * len(parts) if bias is None else [b.numpy() for b in torch.split(bias, sizes)]
+        return StackedLinear(tuple(map(NBitsLinear, parts, biases)))
+
+    def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
+        """See `Weights`; the output matrix where they are one, else the nearest of eight bits.
+
+        Rows of a table that does not multiply are looked up one by one: no input weighs more, and its size costs no
+        time.
+        """
+        if not tied:
+            return NBitsEmbedding(round_to_nearest(table, INT8))
+        parts = [self.layers[name] for name in HEAD_PARTS]
+        if self.packs(HEAD_PARTS):
+            return NBitsEmbedding(joined(parts))
+        prefix, _, last = TABLE.rpartition(".")
+        return StackedEmbedding(
+            *(NBitsEmbedding(part, f"{prefix}.{index}.{last}") for index, part in enumerate(parts))
+        )
+
+    def packs(self, names: Sequence[str]) -> bool:
+        """See `Weights`; layers of unlike formats cannot."""
+        return not self.apart and len({self.layers[name].form for name in names}) == 1
 
 
 def quantize_linears(
@@ -84,48 +123,6 @@ def quantize_linears(
         result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
         progress("quantizing", len(layers) + 1, len(layers) + 1)
     return result
-
-
-def quantized_layers(rounded: Mapping[str, Rounded], may_pack: MayPack) -> MakeLayer:
-    """Layers from quantized weights; the output matrix in one or in two."""
-
-    def make(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-        names = packed_names(name)
-        parts = [rounded[part] for part in names]
-        if len(parts) == 1 or may_pack(names):
-            return NBitsLinear(pack(joined(parts)), None if bias is None else bias.numpy())
-        sizes = [len(part.q) for part in parts]
-        biases = [None] * len(parts) if bias is None else [b.numpy() for b in torch.split(bias, sizes)]
-        return StackedLinear(tuple(NBitsLinear(pack(p), b) for p, b in zip(parts, biases, strict=True)))
-
-    return make
-
-
-def of_one_format(rounded: Mapping[str, Rounded], names: Sequence[str]) -> bool:
-    """Whether these modules can be one layer."""
-    return len({rounded[name].form for name in names}) == 1
-
-
-def quantized_embedding(rounded: Mapping[str, Rounded], may_pack: MayPack, *, tied: bool) -> MakeEmbedding:
-    """The token embedding: the output matrix where they are one, else the nearest of eight bits.
-
-    Rows of a table that does not multiply are looked up one by one: no input weighs more, and its size costs no time.
-    """
-    parts = [rounded[name] for name in HEAD_PARTS]
-
-    def make(table: torch.Tensor) -> Embedding:
-        if not tied:
-            return NBitsEmbedding(pack(round_to_nearest(table, INT8)))
-        if may_pack(HEAD_PARTS):
-            return NBitsEmbedding(pack(joined(parts)))
-        name = "model.embed_tokens"
-        first, rest = (
-            NBitsEmbedding(pack(part), stored_name=f"{name}.{index}.weight")
-            for index, part in enumerate(parts)
-        )
-        return StackedEmbedding(first, rest)
-
-    return make
 
 
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:

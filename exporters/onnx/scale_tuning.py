@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,34 +22,21 @@ from torch.func import functional_call
 from cfsp.models.architectures import block_linears
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
-from exporters.onnx.block_quantize import Rounded
+from exporters.onnx.quantize import QuantizedModel
 from exporters.onnx.weights import HEAD_PARTS, is_tied
 
 _LEARNING_RATE, _WARM_UP = 1e-3, 4
 """Of Adam with one step a window."""
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A model's weights as a variant of few bits stores them.
-
-    Attributes:
-        layers: Every Linear of the blocks and the output matrix's parts.
-        norms: Parameter name -> the weight of a norm that is not the checkpoint's.
-    """
-
-    layers: Mapping[str, Rounded]
-    norms: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
 def tune(
-    model: Any, layers: Mapping[str, Rounded], input_ids: torch.Tensor, *, progress: Progress = no_progress
-) -> Quantized:
+    model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> QuantizedModel:
     """Train the factors, one step a window; the output matrix stays, as a tied one is looked up too.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
-        layers: It in few bits, by `quantize_linears`.
+        quantized: It in few bits.
         input_ids: Text, (nsamples, seqlen).
         progress: Told after each window.
     """
@@ -58,35 +46,39 @@ def tune(
     targets = [_last_hidden(decoder, given, window) for window in input_ids]
 
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
-    head = torch.cat([layers[part].dequantized() for part in HEAD_PARTS])
-    stored = given | ({"embed_tokens.weight": head} if is_tied(model) else {})
-    stored |= {f"{name.removeprefix(prefix)}.weight": layers[name].dequantized() for name in linears}
+    stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
+    head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
+    weights = given | {f"{name.removeprefix(prefix)}.weight": weight for name, weight in stored.items()}
+    weights |= {"embed_tokens.weight": head} if is_tied(model) else {}
     norms = {name: weight for name, weight in given.items() if name.endswith("norm.weight")}
-    of_rows = {name: torch.ones(len(layers[name].q), requires_grad=True) for name in linears}
+    of_rows = {name: torch.ones(len(weight), requires_grad=True) for name, weight in stored.items()}
     of_norms = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
     optimizer = torch.optim.Adam([*of_rows.values(), *of_norms.values()])
 
     with _scaled(linears, of_rows), torch.enable_grad():
         for done, (window, target) in enumerate(zip(input_ids, targets, strict=True)):
             tuned = {name: norm * of_norms[name] for name, norm in norms.items()}
-            hidden = _last_hidden(decoder, stored | tuned, window)
-
-            def divergence(
-                logits: torch.Tensor, positions: slice, target: torch.Tensor = target
-            ) -> LossAndGradient:
-                return distillation_loss(logits, F.linear(target[positions], dense))
-
+            hidden = _last_hidden(decoder, weights | tuned, window)
             optimizer.zero_grad()
-            torch.autograd.backward(head_loss(hidden, head, divergence) / len(window))
+            loss = head_loss(hidden, head, partial(_divergence, target, dense))
+            torch.autograd.backward(loss / len(window))
             for group in optimizer.param_groups:
                 group["lr"] = _LEARNING_RATE * min(1, (done + 1) / _WARM_UP) * (1 - done / len(input_ids))
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
-    scaled = {name: layers[name].scaled(rows.detach()) for name, rows in of_rows.items()}
-    return Quantized(
-        {**layers, **scaled},
-        {f"{prefix}{name}": norm * of_norms[name].detach() for name, norm in norms.items()},
+    scaled = {name: quantized.layers[name].scaled(rows.detach()) for name, rows in of_rows.items()}
+    return replace(
+        quantized,
+        layers={**quantized.layers, **scaled},
+        norms={f"{prefix}{name}": norm * of_norms[name].detach() for name, norm in norms.items()},
     )
+
+
+def _divergence(
+    target: torch.Tensor, dense: torch.Tensor, logits: torch.Tensor, positions: slice
+) -> LossAndGradient:
+    """From the dense model, whose output matrix's inputs are `target`."""
+    return distillation_loss(logits, F.linear(target[positions], dense))
 
 
 def _last_hidden(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,6 @@ from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
 FloatArray = npt.NDArray[np.floating]
-MakeLayer = Callable[[str, torch.Tensor, torch.Tensor | None], Layer]
-"""(name, W (out_features, in_features) float32, bias (out_features,) or None) -> how it is stored."""
-MakeNorm = Callable[[str], FloatArray]
-"""Parameter name of a norm's weight -> the vector."""
-MakeEmbedding = Callable[[torch.Tensor], Embedding]
-"""Table (vocab_size, hidden_size) float32 -> how it is stored."""
-MayPack = Callable[[Sequence[str]], bool]
-"""Names of a block's q, k and v, or of the output matrix's two parts -> whether they are stored as one layer."""
-
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 HEAD_PARTS = (f"{HEAD}.frequent", f"{HEAD}.rest")
@@ -72,59 +63,68 @@ def packed_names(name: str) -> tuple[str, ...]:
     return group_of(f"{prefix}.{_PARTS[0]}") if last == _PACKED else (name,)
 
 
-def float_weights(dtype: torch.dtype) -> tuple[MakeLayer, MakeEmbedding]:
-    """Layers and embedding as the checkpoint has them, in a float type."""
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """How a model's weights are stored: as the checkpoint has them, unless a variant overrides it.
 
-    def layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> FloatLinear:
-        return FloatLinear(_array(weight, dtype), None if bias is None else _array(bias, dtype))
+    Attributes:
+        dtype: Of norms, rotary tables, what is computed, and here of all.
+        norms: Parameter name -> the weight of a norm that is not the checkpoint's.
+    """
 
-    return layer, lambda table: FloatEmbedding(_array(table, dtype))
+    dtype: torch.dtype = torch.float32
+    norms: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
+        """A Linear.
+
+        Args:
+            name: The module's; `...qkv_proj` for q, k and v in one.
+            weight: W (out_features, in_features) float32.
+            bias: b (out_features,), or None.
+        """
+        return FloatLinear(self.array(weight), None if bias is None else self.array(bias))
+
+    def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
+        """The token embedding (vocab_size, hidden_size) float32; a tied one is the output matrix, too."""
+        return FloatEmbedding(self.array(table))
+
+    def packs(self, names: Sequence[str]) -> bool:
+        """Whether q, k and v, or the output matrix's parts, are one layer, which is faster."""
+        return True
+
+    def array(self, tensor: torch.Tensor) -> FloatArray:
+        """Numbers of what is computed."""
+        values: FloatArray = tensor.detach().to(self.dtype).numpy()
+        return values
 
 
-def decoder_of(
-    model: Any,
-    *,
-    make_layer: MakeLayer,
-    make_embedding: MakeEmbedding,
-    may_pack: MayPack = lambda names: True,
-    norms: Mapping[str, torch.Tensor] = MappingProxyType({}),
-    dtype: torch.dtype = torch.float32,
-) -> Decoder:
+def decoder_of(model: Any, weights: Weights) -> Decoder:
     """The weights of a causal LM, layer by layer.
 
     Args:
         model: A causal LM of the architecture table, float32.
-        make_layer: How a Linear is stored; its name is the module's, `...qkv_proj` for q, k and v in one.
-        make_embedding: How the token embedding is stored.
-        may_pack: Whether q, k and v can be one layer, which is faster; where the model norms heads, they are not.
-        norms: Parameter name -> a norm's weight, in place of the model's.
-        dtype: Of norms, rotary tables and what is computed.
+        weights: How they are stored.
 
     Raises:
         InputError: A rope that the graph cannot compute.
     """
     config, decoder = model.config, model.get_decoder()
     layers, spec = decoder_layers(model), spec_for(config)
-
-    def norm(name: str) -> FloatArray:
-        return _array(norms.get(name, model.get_parameter(name)), dtype)
-
-    table = model.get_input_embeddings().weight.detach()
-    head = model.get_output_embeddings()
-    embedding = make_embedding(table)
+    head, tied = model.get_output_embeddings(), is_tied(model)
+    embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
     cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
     return Decoder(
         shape=_shape(config, layers[0].get_submodule(spec.attention)),
         embedding=embedding,
         blocks=tuple(
-            _block(model, layer, f"{spec.layers}.{index}", make_layer, norm, may_pack)
-            for index, layer in enumerate(layers)
+            _block(model, layer, f"{spec.layers}.{index}", weights) for index, layer in enumerate(layers)
         ),
-        final_norm=norm(f"{spec.layers.rpartition('.')[0]}.norm.weight"),
-        head=embedding.as_head() if is_tied(model) else make_layer(HEAD, head.weight.detach(), _bias(head)),
-        cos=_array(cos, dtype),
-        sin=_array(sin, dtype),
-        dtype=ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.FLOAT,
+        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
+        head=embedding.as_head() if tied else _linear(HEAD, head, weights),
+        cos=weights.array(cos),
+        sin=weights.array(sin),
+        dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
     )
 
 
@@ -139,43 +139,39 @@ def _shape(config: Any, attention: Any) -> DecoderShape:
     )
 
 
-def _block(
-    model: Any,
-    layer: nn.Module,
-    name: str,
-    make_layer: MakeLayer,
-    norm: MakeNorm,
-    may_pack: MayPack,
-) -> Block:
+def _block(model: Any, layer: nn.Module, name: str, weights: Weights) -> Block:
     spec, ffn = spec_for(model.config), feed_forward(model, layer)
     attention: Any = layer.get_submodule(spec.attention)
-
-    def linear(path: str, module: nn.Linear) -> Layer:
-        return make_layer(f"{name}.{path}", module.weight.detach(), _bias(module))
-
-    parts = {part: getattr(attention, part) for part in _PARTS}
-    q_norm, k_norm = (
-        norm(f"{name}.{spec.attention}.{part}.weight") if spec.head_norms else None
-        for part in ("q_norm", "k_norm")
-    )
-    if q_norm is None and may_pack([f"{name}.{spec.attention}.{part}" for part in _PARTS]):
+    prefix, mlp = f"{name}.{spec.attention}", f"{name}.{spec.mlp}"
+    parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
+    if not spec.head_norms and weights.packs(list(parts)):
         weight = torch.cat([part.weight.detach() for part in parts.values()])
         biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
-        bias = torch.cat(biases) if biases else None
-        qkv: tuple[Layer, ...] = (make_layer(f"{name}.{spec.attention}.{_PACKED}", weight, bias),)
+        qkv: tuple[Layer, ...] = (
+            weights.layer(f"{prefix}.{_PACKED}", weight, torch.cat(biases) if biases else None),
+        )
     else:
-        qkv = tuple(linear(f"{spec.attention}.{part}", module) for part, module in parts.items())
+        qkv = tuple(_linear(part, module, weights) for part, module in parts.items())
     return Block(
-        input_norm=norm(f"{name}.input_layernorm.weight"),
+        input_norm=_norm(model, f"{name}.input_layernorm", weights),
         qkv=qkv,
-        q_norm=q_norm,
-        k_norm=k_norm,
-        o_proj=linear(f"{spec.attention}.o_proj", attention.o_proj),
-        post_norm=norm(f"{name}.post_attention_layernorm.weight"),
-        gate_proj=linear(f"{spec.mlp}.{spec.gate}", ffn.gate),
-        up_proj=linear(f"{spec.mlp}.{spec.up}", ffn.up),
-        down_proj=linear(f"{spec.mlp}.{spec.down}", ffn.down),
+        q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,
+        k_norm=_norm(model, f"{prefix}.k_norm", weights) if spec.head_norms else None,
+        o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
+        post_norm=_norm(model, f"{name}.post_attention_layernorm", weights),
+        gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
+        up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
+        down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
     )
+
+
+def _linear(name: str, linear: Any, weights: Weights) -> Layer:
+    return weights.layer(name, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+
+
+def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
+    parameter = f"{name}.weight"
+    return weights.array(weights.norms.get(parameter, model.get_parameter(parameter)))
 
 
 def _rotary(rotary: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,12 +189,3 @@ def _rotary(rotary: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         )
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * rotary.inv_freq.float()[None]
     return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
-
-
-def _bias(linear: Any) -> torch.Tensor | None:
-    return None if linear.bias is None else linear.bias.detach()
-
-
-def _array(tensor: torch.Tensor, dtype: torch.dtype) -> FloatArray:
-    values: FloatArray = tensor.detach().to(dtype).numpy()
-    return values

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,20 +14,15 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from exporters.job import load_checkpoint
 from exporters.onnx.decoder_graph import OPSET, Decoder, build_decoder
-from exporters.onnx.int8_rows import int8_weights
+from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.job import OnnxJob
-from exporters.onnx.mixed import Mixture, choose_few, choose_mixture, quantized_model
+from exporters.onnx.mixed import choose_few, choose_mixture, quantized_model, with_eight_bits
 from exporters.onnx.portable import portable_graph
-from exporters.onnx.quantize import (
-    of_one_format,
-    quantize_linears,
-    quantized_embedding,
-    quantized_layers,
-)
+from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
-from exporters.onnx.scale_tuning import Quantized, tune
+from exporters.onnx.scale_tuning import tune
 from exporters.onnx.variants import Variant, formats_without_text
-from exporters.onnx.weights import MayPack, decoder_of, float_weights, is_tied
+from exporters.onnx.weights import Weights, decoder_of
 
 _EXTERNAL_BYTES = 1024
 """Smaller weights stay inside the graph."""
@@ -42,13 +36,13 @@ class WrittenGraphs:
         every: The graph with the logits of every position.
         last: The one with the last position's alone; None where a variant has none.
         data: The weights of both.
-        mixture: Which layers text gave eight bits.
+        eight_bits: Layers to which text gave them.
     """
 
     every: Path
     last: Path | None
     data: Path
-    mixture: Mixture | None = None
+    eight_bits: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -70,59 +64,42 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
         graph = portable_graph(model, name=_graph_name(job, variant), opset=job.common.settings.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
         return _write(job, graph, folder, variant)
-    quantized, mixture = _quantized(job, variant)
-    decoder = _decoder(job, variant, quantized)
+    weights, eight_bits = _weights(job, variant)
+    decoder = decoder_of(job.model, weights)
     progress(f"writing {variant.name}", 0, 1)
-    return replace(_write_both(job, decoder, folder, variant), mixture=mixture)
+    return replace(_write_both(job, decoder, folder, variant), eight_bits=eight_bits)
 
 
-def _quantized(job: OnnxJob, variant: Variant) -> tuple[Quantized | None, Mixture | None]:
-    """Weights of few bits, and which of them text gave eight; for a size, a file without any says how much is left.
+def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
+    """How weights are stored, and which of few bits text gave eight.
 
     Raises:
         InputError: A size without text, or one that four bits do not fit.
     """
     form, text, progress = variant.form, job.text_for(variant), job.common.progress
     if form is None:
-        return None, None
+        return Int8Weights() if variant.int8_rows else Weights(dtype=getattr(torch, variant.dtype)), ()
     if text is None:
         if variant.mixed:
             raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
-        nearest = quantize_linears(job.model, formats_without_text(form), None, progress=progress)
-        return Quantized(nearest), None
+        return QuantizedModel(
+            quantize_linears(job.model, formats_without_text(form), None, progress=progress)
+        ), ()
     if form not in job.quantized:
         job.quantized[form] = quantized_model(job.model, form, text, progress=progress)
-    quantized = job.quantized[form]
-    if variant.mixed:
-        size = _size_bytes(job, variant, Quantized(quantized.layers))
-        mixture = choose_mixture(job.model, quantized, size, budget_bytes=job.common.settings.mixed_bytes)
+    quantized, budget = job.quantized[form], job.budget_bytes(variant)
+    if budget is None:
+        names = choose_few(job.model, quantized)
     else:
-        mixture = choose_few(job.model, quantized)
-    return tune(job.model, mixture.applied(job.model, quantized), text, progress=progress), mixture
+        names = choose_mixture(quantized, _size_bytes(job, variant, quantized), budget)
+    return tune(job.model, with_eight_bits(job.model, quantized, names), text, progress=progress), names
 
 
-def _size_bytes(job: OnnxJob, variant: Variant, quantized: Quantized) -> int:
+def _size_bytes(job: OnnxJob, variant: Variant, quantized: QuantizedModel) -> int:
     """Of a file with these weights, and the larger graph that has all apart which can be one layer."""
     with tempfile.TemporaryDirectory(prefix="sizing-", dir=job.common.folder) as scratch:
-        graph = _every(job, _decoder(job, variant, quantized, may_pack=lambda _: False), variant)
-        return _write(job, graph, Path(scratch), variant).size_bytes
-
-
-def _decoder(
-    job: OnnxJob, variant: Variant, quantized: Quantized | None, *, may_pack: MayPack | None = None
-) -> Decoder:
-    if quantized is not None:
-        may_pack = may_pack or partial(of_one_format, quantized.layers)
-        return decoder_of(
-            job.model,
-            make_layer=quantized_layers(quantized.layers, may_pack),
-            make_embedding=quantized_embedding(quantized.layers, may_pack, tied=is_tied(job.model)),
-            may_pack=may_pack,
-            norms=quantized.norms,
-        )
-    dtype: torch.dtype = getattr(torch, variant.dtype)
-    layer, embedding = int8_weights() if variant.int8_rows else float_weights(dtype)
-    return decoder_of(job.model, make_layer=layer, make_embedding=embedding, dtype=dtype)
+        decoder = decoder_of(job.model, replace(quantized, apart=True))
+        return _write(job, _every(job, decoder, variant), Path(scratch), variant).size_bytes
 
 
 def _every(job: OnnxJob, decoder: Decoder, variant: Variant) -> ir.Model:

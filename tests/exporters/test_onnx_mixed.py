@@ -22,14 +22,15 @@ from exporters.export_record import ExportRecord, ParityLimits
 from exporters.onnx import export_onnx
 from exporters.onnx.mixed import (
     OFFSET_DIGITS,
-    QuantizedModel,
     choose_eight_bits,
     choose_few,
     choose_mixture,
     default_budget,
     quantized_model,
     stored_bytes,
+    with_eight_bits,
 )
+from exporters.onnx.quantize import QuantizedModel
 from exporters.onnx.variants import HEAD, INT4, INT8
 from exporters.onnx.weights import HEAD_PARTS, group_of, packed_names, weight_of
 from exporters.options import ExportOptions
@@ -78,28 +79,26 @@ def test_more_bytes_never_make_the_predicted_loss_larger(tiny_model: Callable[..
     assert names == [*(name for block in block_linears(model) for name in block), *HEAD_PARTS]
     sizes = []
     for budget in (10_000, 60_000, 10**7):
-        mixture = choose_mixture(model, small, 0, budget_bytes=budget)
-        sizes.append(len(mixture.eight_bits))
-        forms = {name: stored.form for name, stored in mixture.applied(model, small).items()}
-        assert forms == {name: INT8 if name in mixture.eight_bits else INT4 for name in names}
+        chosen = choose_mixture(small, 0, budget)
+        sizes.append(len(chosen))
+        forms = {name: stored.form for name, stored in with_eight_bits(model, small, chosen).layers.items()}
+        assert forms == {name: INT8 if name in chosen else INT4 for name in names}
     assert 0 < sizes[0] < sizes[1] < sizes[2] == len(names)
-    few = choose_mixture(model, small, 0, budget_bytes=300)
-    assert few.eight_bits == ()
-    assert few.applied(model, small) == small.layers
+    assert choose_mixture(small, 0, 300) == ()
+    assert with_eight_bits(model, small, ()) == small
 
 
 def test_few_layers_in_eight_bits_cost_little_time(tiny_model: Callable[..., Any]) -> None:
     model, _ = tiny_model()
     small = in_four_bits(model)
     chosen = choose_few(model, small)
-    assert chosen.eight_bits
-    assert chosen.budget_bytes is None
-    more = sum(map(stored_bytes, chosen.applied(model, small).values())) - sum(
+    assert chosen
+    more = sum(map(stored_bytes, with_eight_bits(model, small, chosen).layers.values())) - sum(
         map(stored_bytes, small.layers.values())
     )
     assert 0 < more <= 0.05 * sum(map(stored_bytes, small.layers.values()))
     # Of a model so small, a product more costs more than all else: what can be one layer stays one.
-    assert all(len(group_of(name)) == 1 for name in chosen.eight_bits)
+    assert all(len(group_of(name)) == 1 for name in chosen)
 
 
 def test_layers_are_ordered_as_their_true_losses_order_them(tiny_model: Callable[..., Any]) -> None:
@@ -149,16 +148,15 @@ def test_frequent_tokens_alone_may_have_eight_bits(
     checkpoint = make_checkpoint("llama", tie_word_embeddings=tied)
     model = load_pruned(checkpoint)
     small = in_four_bits(model)
-    choices = (choose_mixture(model, small, 0, budget_bytes=budget) for budget in range(500, 10**6, 500))
-    wanted = next(mixture for mixture in choices if HEAD_PARTS[0] in mixture.eight_bits)
-    assert HEAD_PARTS[1] not in wanted.eight_bits
-    assert wanted.budget_bytes is not None
+    choices = ((budget, choose_mixture(small, 0, budget)) for budget in range(500, 10**6, 500))
+    budget, wanted = next((budget, chosen) for budget, chosen in choices if HEAD_PARTS[0] in chosen)
+    assert HEAD_PARTS[1] not in wanted
     with pytest.raises(InputError) as refused:
         export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=1)
     least = int(re.findall(r"(\d+) or more", str(refused.value))[0])
-    left = wanted.budget_bytes - OFFSET_DIGITS * len(small.layers)
+    left = budget - OFFSET_DIGITS * len(small.layers)
     record = export(checkpoint, tmp_path / "out", "int4-mixed", mixed_bytes=least + left)["int4-mixed"]
-    assert record.eight_bit_layers == wanted.eight_bits
+    assert record.eight_bit_layers == wanted
     bits = bits_in(tmp_path / "out" / record.file)
     assert [bits[part] for part in HEAD_PARTS] == [8, 4]
     # The look-up of a tied model reads both tables, and no third.

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears
 from exporters.onnx import BlockFormat
-from exporters.onnx.block_quantize import Rounded, gptq, joined, pack, round_to_nearest
+from exporters.onnx.block_quantize import Rounded, gptq, joined, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
-from exporters.onnx.int8_rows import int8_weights
+from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.layers import NBitsEmbedding, StackedEmbedding
-from exporters.onnx.quantize import quantize_linears, quantized_embedding
+from exporters.onnx.quantize import QuantizedModel, quantize_linears
 from exporters.onnx.refine import refine
 from exporters.onnx.variants import HEAD, INT4, INT8, formats_without_text
 from exporters.onnx.weights import HEAD_PARTS, weight_of
@@ -148,7 +148,7 @@ def test_important_inputs_decide_the_scale() -> None:
 
 def test_packed_bytes_hold_the_low_number_first() -> None:
     rounded = round_to_nearest(weights(2, 32), INT4)
-    data = torch.from_numpy(pack(rounded).data)
+    data = torch.from_numpy(rounded.packed())
     assert torch.equal(data & 15, rounded.q[..., 0::2])
     assert torch.equal(data >> 4, rounded.q[..., 1::2])
     both = joined([rounded, rounded])
@@ -175,11 +175,11 @@ def test_the_output_matrix_is_rounded_for_what_it_multiplies(
         float((x @ (stored.dequantized() - head).T).square().mean()) for stored in (guided, nearest)
     )
     assert guided_loss < 0.8 * nearest_loss
-    embedding = quantized_embedding(found[False], lambda _: True, tied=tied)(table)
+    embedding = QuantizedModel(found[False]).embedding(table, tied=tied)
     assert isinstance(embedding, NBitsEmbedding)
-    assert embedding.table.bits == (4 if tied else 8)
+    assert embedding.table.form.bits == (4 if tied else 8)
     if tied:
-        assert embedding.table.data.tobytes() == pack(guided).data.tobytes()
+        assert torch.equal(embedding.table.q, guided.q)
 
 
 def test_values_of_the_first_token_count_for_all_that_attend_to_it(tiny_model: Callable[..., Any]) -> None:
@@ -232,7 +232,7 @@ def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -
     weight, bias, x = weights(24, 40), weights(1, 24, 1)[0], weights(6, 40, 2)
     x[0] *= 1000
     x[5] = 0
-    layer = int8_weights()[0]("layer", weight, bias)
+    layer = Int8Weights().layer("layer", weight, bias)
     builder = GraphBuilder()
     given = ir.val("x", ir.DataType.FLOAT, ["batch_size", "sequence_length", 40])
     output = layer.apply(builder, given, "y")
@@ -254,7 +254,7 @@ def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bit
     rounded = round_to_nearest(weights(11, columns), BlockFormat(bits, 32))
     builder = GraphBuilder()
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-    output = NBitsEmbedding(pack(rounded)).look_up(builder, given, "rows")
+    output = NBitsEmbedding(rounded).look_up(builder, given, "rows")
     opsets = {"": OPSET, CONTRIB: 1}
     graph = builder.graph([given], [output], name="one table", opsets=opsets)
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
@@ -268,7 +268,7 @@ def test_a_table_of_two_formats_is_one_table(columns: int) -> None:
     table = weights(11, columns)
     first, rest = (round_to_nearest(rows, form) for rows, form in ((table[:4], INT8), (table[4:], INT4)))
     stacked = StackedEmbedding(
-        NBitsEmbedding(pack(first), stored_name="first"), NBitsEmbedding(pack(rest), stored_name="rest")
+        NBitsEmbedding(first, stored_name="first"), NBitsEmbedding(rest, stored_name="rest")
     )
     builder = GraphBuilder()
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])

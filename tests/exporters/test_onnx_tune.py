@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from exporters.onnx.quantize import quantize_linears
-from exporters.onnx.scale_tuning import Quantized, tune
+from exporters.onnx.quantize import QuantizedModel, quantize_linears
+from exporters.onnx.scale_tuning import tune
 from exporters.onnx.variants import INT8
-from exporters.onnx.weights import HEAD_PARTS, decoder_of, float_weights, weight_of
+from exporters.onnx.weights import HEAD_PARTS, Weights, decoder_of, weight_of
 
 TEXT, UNSEEN = (
     torch.randint(0, 384, (count, 64), generator=torch.Generator().manual_seed(seed))
@@ -20,7 +20,7 @@ TEXT, UNSEEN = (
 )
 
 
-def divergence(model: Any, quantized: Quantized) -> float:
+def divergence(model: Any, quantized: QuantizedModel) -> float:
     """KL from the model on unseen text, in torch."""
     changed = copy.deepcopy(model)
     with torch.inference_mode():
@@ -56,10 +56,11 @@ def test_tuning_brings_a_model_closer_on_text_it_has_not_seen(
     layers = {
         n: r if n in HEAD_PARTS else r.scaled(torch.full((len(r.q),), 1.03)) for n, r in rounded.items()
     }
+    given_layers = QuantizedModel(layers)
     steps: list[tuple[int, int]] = []
-    tuned = tune(model, layers, TEXT, progress=lambda _, done, total: steps.append((done, total)))
+    tuned = tune(model, given_layers, TEXT, progress=lambda _, done, total: steps.append((done, total)))
     assert steps == [(i, len(TEXT)) for i in range(1, len(TEXT) + 1)]
-    assert divergence(model, tuned) < 0.8 * divergence(model, Quantized(layers))
+    assert divergence(model, tuned) < 0.8 * divergence(model, given_layers)
     assert list(tuned.layers) == list(layers)
     assert all(torch.equal(tuned.layers[name].q, stored.q) for name, stored in layers.items())
     assert all(tuned.layers[part] is layers[part] for part in HEAD_PARTS)
@@ -73,8 +74,7 @@ def test_tuned_norms_are_what_the_graph_gets(tiny_model: Callable[..., Any]) -> 
     model, _ = tiny_model("qwen3")
     names = [name for name, _ in model.named_parameters() if name.endswith("norm.weight")]
     norms = {name: torch.full_like(model.get_parameter(name), i + 2) for i, name in enumerate(names)}
-    layer, embedding = float_weights(torch.float32)
-    decoder = decoder_of(model, make_layer=layer, make_embedding=embedding, norms=norms)
+    decoder = decoder_of(model, Weights(norms=norms))
     found = [decoder.final_norm]
     for block in decoder.blocks:
         found += [block.input_norm, block.post_norm, block.q_norm, block.k_norm]
