@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_statistics
+from cfsp.text.calibration import Calibration
 from runtime_bench.memory import current_rss_bytes, peak_rss_bytes
 from runtime_bench.records.summary import ratio_interval
 
@@ -41,7 +43,7 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     # 5 resets the peak of this process (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     wall, cpu = time.perf_counter(), time.process_time()
-    result = SIDES[kind](loaded.model, ids)
+    result = SIDES[kind](loaded, ids)
     return {
         **result,
         "wall_s": result.get("wall_s", time.perf_counter() - wall),
@@ -52,48 +54,38 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, float]:
     }
 
 
-def forward(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+def forward(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     """The plain pass."""
     with torch.inference_mode():
         for window in ids:
-            model(input_ids=window[None], use_cache=False)
+            loaded.model(input_ids=window[None], use_cache=False)
     return {}
 
 
-def one_pass(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+def one_pass(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     """Statistics with Gram matrices, then plan, solves and surgery, timed apart."""
     wall, cpu = time.perf_counter(), time.process_time()
-    statistics, plan = decide(model, ids, "one-pass")
+    statistics, plan = decide(loaded, ids, "one-pass")
     times = {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
     cpu = time.process_time()
-    apply_plan(model, plan, statistics=statistics)
+    apply_plan(loaded.model, plan, statistics=statistics)
     return {**times, "solve_cpu_s": time.process_time() - cpu}
 
 
-def block_by_block(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+def block_by_block(loaded: LoadedModel, ids: torch.Tensor) -> dict[str, float]:
     """Statistics, plan, and the two streams with their solves."""
     wall, cpu = time.perf_counter(), time.process_time()
-    _, plan = decide(model, ids, "block-by-block")
-    apply_plan(model, plan, input_ids=ids)
+    _, plan = decide(loaded, ids, "block-by-block")
+    apply_plan(loaded.model, plan, input_ids=ids)
     return {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
-def decide(
-    model: torch.nn.Module, ids: torch.Tensor, reconstruct: str
-) -> tuple[BlockStatistics, PruningPlan]:
+def decide(loaded: LoadedModel, ids: torch.Tensor, reconstruct: str) -> tuple[BlockStatistics, PruningPlan]:
     """Collect what the default settings read, and plan."""
     settings = PruneSettings(reconstruct=reconstruct)
-    statistics = collect_statistics(model, ids, with_gram=settings.needs_gram)
-    plan = make_plan(
-        model,
-        statistics,
-        settings,
-        source="benchmark",
-        source_sha256=None,
-        calibration=["random tokens"],
-        calibration_sha256="",
-        seed=0,
-    )
+    statistics = collect_statistics(loaded.model, ids, with_gram=settings.needs_gram)
+    calibration = Calibration(ids, ("random tokens",), seed=0, sha256="")
+    plan = make_plan(loaded, statistics, calibration, settings)
     return statistics, plan
 
 

@@ -17,20 +17,21 @@ import json
 import random
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfsp.evaluation.answers import sample_answers
+from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.divergence import divergence
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.precision import rounding_dtype
-from cfsp.pruning.plan import apply_plan
-from cfsp.pruning.prune import plan_for, statistics_for
+from cfsp.pruning.plan import apply_plan, make_plan
+from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.reading import read_json
@@ -175,7 +176,7 @@ def row(
     measured: dict[str, TokenWindows],
 ) -> dict[str, Any]:
     """Prune a copy of the model and measure it."""
-    plan = plan_for(loaded, statistics, drawn, settings)
+    plan = make_plan(loaded, statistics, drawn, settings)
     pruned = copy.deepcopy(loaded.model)
     apply_plan(pruned, plan, statistics=statistics, input_ids=drawn.input_ids)
     found: dict[str, Any] = {
@@ -187,7 +188,8 @@ def row(
         result = divergence(loaded.model, pruned, windows)
         found |= {f"{name}_kl": round(result.kl_mean, 4), f"{name}_top1": round(result.same_top1, 4)}
         found |= {f"{name}_ratio": round(result.perplexity_ratio, 4), f"{name}_tokens": result.n_tokens}
-    return found | {"answers": sample_answers(pruned, loaded.tokenizer, max_new_tokens=40)}
+    judged = TorchLanguageModel(replace(loaded, model=pruned))
+    return found | {"answers": answer(judged, PROMPTS, max_new_tokens=40)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:

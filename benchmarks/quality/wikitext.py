@@ -21,8 +21,8 @@ from typing import Any
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.files import write_json
 from cfsp.models.reference import load_model
-from cfsp.pruning.plan import apply_plan
-from cfsp.pruning.prune import plan_for, statistics_for
+from cfsp.pruning.plan import apply_plan, make_plan
+from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import load_calibration
 from cfsp.text.tokens import token_windows
@@ -74,7 +74,7 @@ def main() -> None:
         # Statistics are of the dense model: they serve all ratios.
         statistics = statistics_for(loaded.model, calibration, VARIANTS[name])
         for ratio in arguments.ratios:
-            plan = plan_for(loaded, statistics, calibration, replace(VARIANTS[name], prune_ratio=ratio))
+            plan = make_plan(loaded, statistics, calibration, replace(VARIANTS[name], prune_ratio=ratio))
             model = copy.deepcopy(loaded.model)
             apply_plan(model, plan, statistics=statistics, input_ids=calibration.input_ids)
             result = perplexity(model, test)

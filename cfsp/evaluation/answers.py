@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from cfsp.evaluation.language_model import LanguageModel, prompt_ids
-from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.progress import Progress, no_progress
 
 _AT_ONCE = 16
@@ -53,16 +50,3 @@ def answer(
             answers.append(model.tokenizer.decode(tokens, skip_special_tokens=True).strip())
         progress("sampling answers", len(answers), len(ids))
     return answers
-
-
-def sample_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str] = PROMPTS,
-    *,
-    max_new_tokens: int = 64,
-    progress: Progress = no_progress,
-) -> list[str]:
-    """`answer` of a transformers causal LM."""
-    loaded = LoadedModel(model, tokenizer, ModelSource("", "folder", ""))
-    return answer(TorchLanguageModel(loaded), prompts, max_new_tokens=max_new_tokens, progress=progress)

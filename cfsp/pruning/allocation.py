@@ -135,13 +135,8 @@ def allocate_widths(
         uniform_width: One width for all blocks, rounded to the nearest multiple; for targets that know no other.
 
     Raises:
-        InputError: A setting out of range, or an alignment that cannot meet the ratio.
+        InputError: An alignment that cannot meet the ratio, or no loss curves for an allocation that reads them.
     """
-    check_allocation(prune_ratio, align)
-    if allocation not in ALLOCATIONS:
-        raise InputError(
-            "unknown allocation", field="allocation", value=allocation, allowed=", ".join(ALLOCATIONS)
-        )
     dense_widths = evidence.dense_widths
     if prune_ratio == 0:
         return tuple(dense_widths)
@@ -151,14 +146,6 @@ def allocate_widths(
     wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
     total = (1 - prune_ratio) * sum(dense_widths)
     return integer_widths(wanted.tolist(), dense_widths, total=total, align=align)
-
-
-def check_allocation(prune_ratio: float, align: int) -> None:
-    """Raise InputError for a value out of range; needs no model."""
-    if not 0 <= prune_ratio < 1:
-        raise InputError("out of range", field="prune_ratio", value=prune_ratio, allowed="0 <= ratio < 1")
-    if align < 1:
-        raise InputError("out of range", field="align", value=align, allowed="at least 1")
 
 
 def integer_widths(

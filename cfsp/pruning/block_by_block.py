@@ -13,64 +13,49 @@ calibration text too closely: an error cannot be told from what the block itself
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
-from cfsp.progress import Progress, no_progress
 from cfsp.pruning.reconstruction import solve_change
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
-from cfsp.pruning.surgery import cut_channels
+from cfsp.pruning.surgery import Cut, cut_channels
 
 
-def prune_block_by_block(
-    model: Any,
-    kept: Sequence[torch.Tensor],
-    input_ids: torch.Tensor,
-    *,
-    ridge: float,
-    correction: float,
-    progress: Progress = no_progress,
-) -> None:
-    """Cut and solve every block of a dense model, first to last, in place.
+def prune_block_by_block(cut: Cut) -> None:
+    """Cut and solve every block of a dense model, first to last, in place; one that keeps all is left as it is.
 
     Memory beyond the model: four times the hidden states of the windows, and one block's Gram matrix.
 
-    Args:
-        model: The dense model, in eval mode.
-        kept: Per block the kept channels, (n_kept,) int64, ascending; a block that keeps all is left as it is.
-        input_ids: Calibration windows, (nsamples, seqlen) int64.
-        ridge: As in `solve_change`.
-        correction: c, in [0, 1].
-        progress: Told after each block.
-
     Raises:
-        InputError: A block cannot be solved.
+        InputError: No calibration windows, or a block cannot be solved.
     """
-    layers = decoder_layers(model)
+    if cut.input_ids is None:
+        raise InputError("reconstruction block by block needs the calibration windows")
+    layers = decoder_layers(cut.model)
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
-        dense, calls = enter_blocks(model, layers, torch.split(input_ids, 1))
+        dense, calls = enter_blocks(cut.model, layers, torch.split(cut.input_ids, 1))
         pruned = [hidden.clone() for hidden in dense]
-        for index, layer in enumerate(layers):
-            ffn = feed_forward(model, layer)
+        for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True)):
+            ffn = feed_forward(cut.model, layer)
             for window, hidden in enumerate(dense):
                 dense[window] = run_layer(layer, hidden, calls[index][window])
-            if len(kept[index]) == ffn.width:
+            if len(kept) == ffn.width:
                 for window, hidden in enumerate(pruned):
                     pruned[window] = run_layer(layer, hidden, calls[index][window])
             else:
-                solver = _Block(layer, ffn, kept[index], correction)
+                solver = _Block(layer, ffn, kept, cut.correction)
                 rests = [
                     solver.observe(hidden, dense[window], calls[index][window])
                     for window, hidden in enumerate(pruned)
                 ]
-                cut_channels(ffn, kept[index], solver.solve(ridge))
+                cut_channels(ffn, kept, solver.solve(cut.ridge))
                 pruned = [rest + ffn.module(ffn_input) for rest, ffn_input in rests]
-            progress("pruning", index + 1, len(layers))
+            cut.progress("pruning", index + 1, len(layers))
 
 
 class _Block:
@@ -82,7 +67,6 @@ class _Block:
         self.gram = GramSum(len(kept))
         self.missing = torch.zeros(len(kept), ffn.down.weight.shape[0], dtype=torch.float64)
         self.n_tokens = 0
-        self.x = self.given = self.ffn_input = torch.empty(0)
 
     def observe(
         self, hidden: torch.Tensor, wanted: torch.Tensor, arguments: dict[str, Any]
@@ -97,10 +81,13 @@ class _Block:
         Returns:
             (the block's output without its FFN, the FFN's input), each (1, seqlen, hidden_size).
         """
-        with output_hook(self.ffn.down, self._keep_down), input_hook(self.ffn.gate, self._keep_ffn_input):
+        seen: dict[str, torch.Tensor] = {}
+        with (
+            input_hook(self.ffn.gate, lambda x: seen.update(ffn_input=x)),
+            output_hook(self.ffn.down, lambda x, given: seen.update(x=x, given=given)),
+        ):
             output = run_layer(self.layer, hidden, arguments)
-        given = self.given
-        kept_x = self.x[..., self.kept]
+        given, kept_x = seen["given"], seen["x"][..., self.kept]
         # The bias, where there is one, is in both terms and cancels.
         lost = given - nn.functional.linear(kept_x, self.columns, self.ffn.down.bias)
         lacks = lost + self.correction * (wanted - output)
@@ -108,15 +95,9 @@ class _Block:
         self.gram.add(x)
         self.missing += x.T @ lacks.reshape(len(x), -1).float()
         self.n_tokens += len(x)
-        return output - given, self.ffn_input
+        return output - given, seen["ffn_input"]
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The kept weights, (hidden_size, n_kept)."""
         change = solve_change(self.gram.total() / self.n_tokens, self.missing / self.n_tokens, ridge)
         return (self.columns.double() + change).to(self.columns.dtype)
-
-    def _keep_down(self, x: torch.Tensor, output: torch.Tensor) -> None:
-        self.x, self.given = x, output
-
-    def _keep_ffn_input(self, x: torch.Tensor) -> None:
-        self.ffn_input = x

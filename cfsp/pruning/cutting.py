@@ -2,44 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
-from cfsp.progress import Progress, no_progress
 from cfsp.pruning.block_by_block import prune_block_by_block
 from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
-from cfsp.pruning.statistics import BlockStatistics, GramStore
-from cfsp.pruning.surgery import cut_channels
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What to cut, and what a reconstruction may draw on.
-
-    Attributes:
-        model: The dense model; changed in place.
-        kept: Per block the channels that stay, (n_kept,) int64, ascending.
-        ridge: Of the least-squares solutions.
-        correction: Share of earlier blocks' error that a block takes back.
-        statistics: Of the dense model on the calibration windows.
-        input_ids: The calibration windows, (nsamples, seqlen) int64.
-        progress: Told after each block.
-    """
-
-    model: Any
-    kept: Sequence[torch.Tensor]
-    ridge: float
-    correction: float
-    statistics: BlockStatistics | None = None
-    input_ids: torch.Tensor | None = None
-    progress: Progress = no_progress
-
+from cfsp.pruning.surgery import Cut, cut_channels
 
 _Solve = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """From block, down_proj's weight and kept channels to the weights of these channels; None keeps them."""
@@ -59,21 +32,8 @@ def _keep_means(cut: Cut) -> None:
 def _from_one_pass(cut: Cut) -> None:
     if cut.statistics is None or cut.statistics.grams is None:
         raise InputError("reconstruction from one pass needs calibration statistics with Gram matrices")
-    grams: GramStore = cut.statistics.grams
+    grams = cut.statistics.grams
     _cut_blocks(cut, lambda index, weight, kept: reconstruct_down(weight, grams.get(index), kept, cut.ridge))
-
-
-def _block_by_block(cut: Cut) -> None:
-    if cut.input_ids is None:
-        raise InputError("reconstruction block by block needs the calibration windows")
-    prune_block_by_block(
-        cut.model,
-        cut.kept,
-        cut.input_ids,
-        ridge=cut.ridge,
-        correction=cut.correction,
-        progress=cut.progress,
-    )
 
 
 def _cut_blocks(cut: Cut, solve: _Solve) -> None:
@@ -105,6 +65,6 @@ RECONSTRUCTIONS: Mapping[str, Reconstruction] = MappingProxyType(
         "none": Reconstruction(_only_cut),
         "mean": Reconstruction(_keep_means, needs_statistics=True),
         "one-pass": Reconstruction(_from_one_pass, needs_statistics=True, needs_gram=True),
-        "block-by-block": Reconstruction(_block_by_block),
+        "block-by-block": Reconstruction(prune_block_by_block),
     }
 )

@@ -12,9 +12,10 @@ intermediate_size) its weight, g_t (hidden_size,) the gradient at down_proj's ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.streaming import output_hook
+from cfsp.pruning.streaming import gradient_hook
 
 _HEAD_CHUNK = 256
 
@@ -49,7 +50,7 @@ BlockGradients = tuple[ChannelGradients, ...]
 
 
 class _Sums:
-    """Running sums of one block, and the tensors of the window in flight."""
+    """Running sums of one block."""
 
     def __init__(self, ffn: FeedForward) -> None:
         self.ffn = ffn
@@ -57,22 +58,13 @@ class _Sums:
         self.output = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
         self.taylor = torch.zeros(ffn.width, dtype=torch.float64)
         self.fisher = torch.zeros(ffn.width, dtype=torch.float64)
-        self.x: torch.Tensor | None = None
 
-    def keep_input(self, module: Any, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """Forward hook of down_proj; its output reports its gradient as soon as that is known."""
-        self.x = args[0].detach()
-        output.register_hook(self.add)  # type: ignore[no-untyped-call]
-
-    def add(self, gradient: torch.Tensor) -> None:
-        """Add one window's gradient at down_proj's output, (1, seqlen, hidden_size)."""
-        g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        assert self.x is not None  # the forward pass ran before the backward pass
-        products = self.x.reshape(len(g), -1).float() * (g @ self.ffn.down.weight.float())
+    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """Add one window's X, and its gradients at down_proj's output."""
+        products = x * (g @ self.ffn.down.weight.float())
         self.output += g.T @ g
         self.taylor += products.abs().sum(0, dtype=torch.float64)
         self.fisher += products.square().sum(0, dtype=torch.float64)
-        self.x = None
 
 
 def collect_gradients(
@@ -90,8 +82,7 @@ def collect_gradients(
         InputError: A gradient is not finite.
     """
     sums = [_Sums(feed_forward(model, layer)) for layer in decoder_layers(model)]
-    with _hooked(sums):
-        _run_backwards(model, input_ids, seed, progress)
+    _run_backwards(model, [(block.ffn.down, block.add) for block in sums], input_ids, seed, progress)
     n_tokens = input_ids.numel()
     result = tuple(
         ChannelGradients(s.output / n_tokens, s.taylor / n_tokens, s.fisher / n_tokens) for s in sums
@@ -115,24 +106,6 @@ class WeightChange:
     module: str
     matrix: Callable[[], torch.Tensor]
     rows: slice = field(default_factory=lambda: slice(None))
-
-
-class _Watch:
-    """What changing one Linear's weight does to the loss, summed over tokens."""
-
-    def __init__(self, change: WeightChange) -> None:
-        self.change, self.total = change, 0.0
-
-    def watch(self, x: torch.Tensor, output: torch.Tensor) -> None:
-        """Keep the Linear's input of a window until the gradient at its output is known."""
-        kept = x.detach()
-
-        def add(gradient: torch.Tensor) -> None:
-            g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-            delta = kept.reshape(len(g), -1).float() @ self.change.matrix().T
-            self.total += float((g[:, self.change.rows] * delta).sum(1).square().sum())
-
-        output.register_hook(add)  # type: ignore[no-untyped-call]
 
 
 def predict_divergence(
@@ -161,23 +134,36 @@ def predict_divergence(
     Raises:
         InputError: A prediction is not finite.
     """
-    watched = {name: _Watch(change) for name, change in changes.items()}
-    with ExitStack() as stack:
-        for watch in watched.values():
-            linear: nn.Linear = model.get_submodule(watch.change.module)
-            stack.enter_context(output_hook(linear, watch.watch))
-        _run_backwards(model, input_ids, seed, progress)
-    result = {name: watch.total / input_ids.numel() / 2 for name, watch in watched.items()}
+    totals = dict.fromkeys(changes, 0.0)
+
+    def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        delta = x @ changes[name].matrix().T
+        totals[name] += float((g[:, changes[name].rows] * delta).sum(1).square().sum())
+
+    watched = [(model.get_submodule(change.module), partial(add, name)) for name, change in changes.items()]
+    _run_backwards(model, watched, input_ids, seed, progress)
+    result = {name: total / input_ids.numel() / 2 for name, total in totals.items()}
     for name, value in result.items():
         if not math.isfinite(value):
             raise InputError("gradients are not finite; check the weights and their dtype", field=name)
     return result
 
 
-def _run_backwards(model: Any, input_ids: torch.Tensor, seed: int, progress: Progress) -> None:
-    """Forwards and backwards through every window, under whatever hooks are set."""
+def _run_backwards(
+    model: Any,
+    watched: Iterable[tuple[nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]],
+    input_ids: torch.Tensor,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Forwards and backwards through every window, with a `gradient_hook` on each Linear; weights are frozen."""
     generator = torch.Generator().manual_seed(seed)
-    with _frozen(model):
+    with torch.enable_grad(), ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        model.requires_grad_(False)
+        for linear, receive in watched:
+            stack.enter_context(gradient_hook(linear, receive))
         for done, window in enumerate(input_ids, 1):
             _backward(model, window, generator)
             progress("measuring gradients", done, len(input_ids))
@@ -195,23 +181,3 @@ def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> N
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
     torch.autograd.backward(hidden, ending.grad[None])
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def _hooked(sums: Sequence[_Sums]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for block in sums:
-            stack.callback(block.ffn.down.register_forward_hook(block.keep_input).remove)
-        yield

@@ -15,15 +15,17 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, model_shape, spec_for
 from cfsp.models.shape import ModelShape
-from cfsp.precision import products_in
+from cfsp.models.source import LoadedModel
+from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import BlockEvidence, allocate_widths
-from cfsp.pruning.cutting import RECONSTRUCTIONS, Cut
+from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
-from cfsp.pruning.surgery import set_config_shape
+from cfsp.pruning.surgery import Cut, set_config_shape
 from cfsp.settings import check_settings
+from cfsp.text.calibration import Calibration
 from cfsp.validation import Seed
 
 _LOSS_SEGMENTS = 64
@@ -123,6 +125,7 @@ class PruningPlan:
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
         settings = replace(self.settings, prune_ratio=prune_ratio)
+        check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
         widths = _widths(importance, self.dense_widths, [b.loss_curve for b in self.blocks], settings)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
@@ -130,32 +133,21 @@ class PruningPlan:
 
 
 def make_plan(
-    model: Any,
-    statistics: BlockStatistics,
-    settings: PruneSettings,
-    *,
-    source: str,
-    source_sha256: str | None,
-    calibration: Sequence[str],
-    calibration_sha256: str,
-    seed: int,
+    loaded: LoadedModel, statistics: BlockStatistics, calibration: Calibration, settings: PruneSettings
 ) -> PruningPlan:
     """Decide which channels every block keeps; the model is not changed.
 
     Args:
-        model: The dense model the statistics belong to.
-        statistics: Of one pass over the calibration text.
-        settings: How to prune.
-        source: Model reference, for the record.
-        source_sha256: Hash of the model, for the record.
-        calibration: Text references, for the record.
-        calibration_sha256: Hash of the calibration tokens, for the record.
-        seed: Calibration's seed, for the record.
+        loaded: The dense model.
+        statistics: Of one pass of it over the calibration text.
+        calibration: Where that text came from, for the record.
+        settings: How to prune; the plan records the dtype that products had.
 
     Raises:
         InputError: An unknown name or a value out of range in the settings.
     """
     check_settings(settings)
+    model = loaded.model
     importance = statistics.importance[settings.coarse_metric]
     dense_widths = model_shape(model).ffn_widths
     scores, curves = [], []
@@ -167,13 +159,13 @@ def make_plan(
     blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
     return PruningPlan(
         model_type=spec_for(model.config).model_type,
-        source=source,
-        source_sha256=source_sha256,
-        calibration=tuple(calibration),
-        calibration_sha256=calibration_sha256,
+        source=loaded.source.reference,
+        source_sha256=loaded.source.sha256,
+        calibration=calibration.sources,
+        calibration_sha256=calibration.sha256,
         calibration_tokens=statistics.n_tokens,
-        seed=seed,
-        settings=settings,
+        seed=calibration.seed,
+        settings=replace(settings, dtype=str(rounding_dtype(settings.dtype)).removeprefix("torch.")),
         dense_widths=dense_widths,
         blocks=tuple(blocks),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cfsp.models.source import LoadedModel
-from cfsp.precision import products_in, rounding_dtype
+from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.gradients import collect_gradients
@@ -57,14 +57,23 @@ def prune_model(
     Raises:
         InputError: Settings or a plan that do not fit the model.
     """
+    ids, statistics = calibration.input_ids, None
     if plan is None:
-        plan, statistics = _make_plan(loaded, calibration, settings, progress)
+        check_settings(settings)
+        statistics = statistics_for(loaded.model, calibration, settings, progress=progress)
+        plan = make_plan(loaded, statistics, calibration, settings)
     else:
         check_plan_fits(loaded.model, plan)
-        statistics = _statistics_to_apply(loaded.model, calibration, plan, progress)
-    apply_plan(loaded.model, plan, statistics=statistics, input_ids=calibration.input_ids, progress=progress)
+        check_settings(plan.settings)
+        row = RECONSTRUCTIONS[plan.settings.reconstruct]
+        if row.needs_statistics and plan.shape != plan.dense_shape:
+            with products_in(plan.settings.dtype):
+                statistics = collect_statistics(
+                    loaded.model, ids, with_gram=row.needs_gram, progress=progress
+                )
+    apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids, progress=progress)
     with products_in(plan.settings.dtype):
-        windows = moment_windows(calibration.input_ids)
+        windows = moment_windows(ids)
         moments = collect_input_moments(loaded.model, windows, progress=progress)
     return PruneResult(plan, moments)
 
@@ -97,26 +106,6 @@ def statistics_for(
     return replace(statistics, gradients=gradients)
 
 
-def plan_for(
-    loaded: LoadedModel, statistics: BlockStatistics, calibration: Calibration, settings: PruneSettings
-) -> PruningPlan:
-    """A plan that records where its model and its calibration came from, and the dtype that products had.
-
-    Raises:
-        InputError: As `make_plan`.
-    """
-    return make_plan(
-        loaded.model,
-        statistics,
-        replace(settings, dtype=str(rounding_dtype(settings.dtype)).removeprefix("torch.")),
-        source=loaded.source.reference,
-        source_sha256=loaded.source.sha256,
-        calibration=calibration.sources,
-        calibration_sha256=calibration.sha256,
-        seed=calibration.seed,
-    )
-
-
 def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
     """The calibration windows that activation moments are measured on."""
     return spread_windows(input_ids, MOMENT_WINDOWS)
@@ -126,23 +115,3 @@ def spread_windows(input_ids: torch.Tensor, count: int) -> torch.Tensor:
     """At most `count` of the windows, spread so that every source is among them."""
     step = max(1, len(input_ids) // count)
     return input_ids[::step][:count]
-
-
-def _make_plan(
-    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, progress: Progress
-) -> tuple[PruningPlan, BlockStatistics | None]:
-    check_settings(settings)
-    statistics = statistics_for(loaded.model, calibration, settings, progress=progress)
-    return plan_for(loaded, statistics, calibration, settings), statistics
-
-
-def _statistics_to_apply(
-    model: Any, calibration: Calibration, plan: PruningPlan, progress: Progress
-) -> BlockStatistics | None:
-    check_settings(plan.settings)
-    row = RECONSTRUCTIONS[plan.settings.reconstruct]
-    if not row.needs_statistics or plan.shape == plan.dense_shape:
-        return None
-    ids = calibration.input_ids
-    with products_in(plan.settings.dtype):
-        return collect_statistics(model, ids, with_gram=row.needs_gram, progress=progress)

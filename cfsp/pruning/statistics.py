@@ -11,9 +11,9 @@ X (T x intermediate_size) the input of down_proj.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -22,10 +22,9 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, block_linears, decoder_layers, feed_forward
+from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import BlockGradients
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
@@ -57,17 +56,19 @@ class ChannelStatistics:
 class GramStore:
     """Gram matrices X^T X / T of each block, float32, kept in files so that memory holds one at a time."""
 
-    def __init__(self, directory: Path | None = None) -> None:
-        self._owned = tempfile.TemporaryDirectory(prefix="phoneready-gram-") if directory is None else None
-        self.directory = Path(self._owned.name) if self._owned else Path(directory or ".")
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-gram-")
 
     def put(self, layer: int, gram: torch.Tensor) -> None:
         """Store one block's matrix (intermediate_size, intermediate_size)."""
-        safetensors.torch.save_file({"gram": gram.float()}, self.directory / f"{layer}.safetensors")
+        safetensors.torch.save_file({"gram": gram.float()}, self._file(layer))
 
     def get(self, layer: int) -> torch.Tensor:
         """One block's matrix as float64."""
-        return safetensors.torch.load_file(self.directory / f"{layer}.safetensors")["gram"].double()
+        return safetensors.torch.load_file(self._file(layer))["gram"].double()
+
+    def _file(self, layer: int) -> Path:
+        return Path(self._folder.name, f"{layer}.safetensors")
 
 
 @dataclass(frozen=True)
@@ -89,43 +90,32 @@ class BlockStatistics:
     gradients: BlockGradients | None = None
 
 
-def _angular(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
-    # Rounding can push the cosine past 1, where arccos is NaN.
-    return F.cosine_similarity(h_in, h_out, dim=-1).clamp(-1, 1).arccos() / torch.pi
-
-
-def _cosine(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
-    return 1 - F.cosine_similarity(h_in, h_out, dim=-1)
-
-
-def _mse(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
-    return (h_out - h_in).square().mean(-1)
-
-
-def _mae(h_in: torch.Tensor, h_out: torch.Tensor) -> torch.Tensor:
-    return (h_out - h_in).abs().mean(-1)
-
-
-COARSE_METRICS = MappingProxyType({"angular": _angular, "cosine": _cosine, "mse": _mse, "mae": _mae})
+COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(
+    {
+        # Rounding can push the cosine past 1, where arccos is NaN.
+        "angular": lambda h_in, h_out: (
+            F.cosine_similarity(h_in, h_out, dim=-1).clamp(-1, 1).arccos() / torch.pi
+        ),
+        "cosine": lambda h_in, h_out: 1 - F.cosine_similarity(h_in, h_out, dim=-1),
+        "mse": lambda h_in, h_out: (h_out - h_in).square().mean(-1),
+        "mae": lambda h_in, h_out: (h_out - h_in).abs().mean(-1),
+    }
+)
 """Importance of a block from its input and output, per token; `angular` is the paper's (method 1)."""
 
 
-@dataclass
 class _BlockSums:
     """Running sums of one block over batches."""
 
-    width: int
-    with_gram: bool
-    importance: dict[str, float] = field(default_factory=lambda: dict.fromkeys(COARSE_METRICS, 0.0))
-
-    def __post_init__(self) -> None:
-        self.x_sum = torch.zeros(self.width, dtype=torch.float64)
-        self.x_square = torch.zeros(self.width, dtype=torch.float64)
-        self.gram = GramSum(self.width) if self.with_gram else None
+    def __init__(self, width: int, with_gram: bool) -> None:
+        self.importance = dict.fromkeys(COARSE_METRICS, 0.0)
+        self.x_sum = torch.zeros(width, dtype=torch.float64)
+        self.x_square = torch.zeros(width, dtype=torch.float64)
+        self.gram = GramSum(width) if with_gram else None
 
     def add_channels(self, x: torch.Tensor) -> None:
         """Add X of one batch; `x` is (..., intermediate_size)."""
-        x = x.detach().reshape(-1, self.width).float()
+        x = x.detach().reshape(-1, x.shape[-1]).float()
         self.x_sum += x.sum(0, dtype=torch.float64)
         self.x_square += torch.einsum("ti,ti->i", x, x).double()
         if self.gram is not None:
@@ -143,7 +133,6 @@ def collect_statistics(
     *,
     with_gram: bool = True,
     batch_size: int = 1,
-    gram_directory: Path | None = None,
     progress: Progress = no_progress,
 ) -> BlockStatistics:
     """Run the calibration windows through every block once.
@@ -153,13 +142,12 @@ def collect_statistics(
         input_ids: (nsamples, seqlen) int64.
         with_gram: Whether to accumulate Gram matrices (needed for reconstruction).
         batch_size: Windows run at once.
-        gram_directory: Where Gram matrices are kept; a temporary directory unless given.
         progress: Told after each block.
 
     Raises:
         InputError: An activation is not finite.
     """
-    grams = GramStore(gram_directory) if with_gram else None
+    grams = GramStore() if with_gram else None
     importance: dict[str, list[float]] = {name: [] for name in COARSE_METRICS}
     channels = []
     n_tokens = input_ids.numel()
@@ -169,10 +157,17 @@ def collect_statistics(
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram)
-            _run_block(layer, ffn, hidden, calls[index], sums)
+            with input_hook(ffn.down, sums.add_channels):
+                for batch, h_in in enumerate(hidden):
+                    hidden[batch] = run_layer(layer, h_in, calls[index][batch])
+                    sums.add_block(h_in, hidden[batch])
             for name, total in sums.importance.items():
                 importance[name].append(total / n_tokens)
-            channels.append(_finished_channels(sums, n_tokens, index))
+            if not bool(torch.isfinite(sums.x_square).all()):
+                raise InputError(
+                    f"activations of block {index} are not finite; check the weights and their dtype"
+                )
+            channels.append(ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens))
             if grams is not None and sums.gram is not None:
                 grams.put(index, sums.gram.total() / n_tokens)
             progress("calibrating", index + 1, len(layers))
@@ -208,24 +203,3 @@ def collect_input_moments(
             model.get_decoder()(input_ids=window[None], use_cache=False)
             progress("measuring activations", done, len(input_ids))
     return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
-
-
-def _run_block(
-    layer: nn.Module,
-    ffn: FeedForward,
-    hidden: list[torch.Tensor],
-    calls: Sequence[dict[str, Any]],
-    sums: _BlockSums,
-) -> None:
-    """Run one block over all batches, adding to its sums; `hidden` is replaced by the block's output."""
-    with input_hook(ffn.down, sums.add_channels):
-        for index, h_in in enumerate(hidden):
-            h_out = run_layer(layer, h_in, calls[index])
-            sums.add_block(h_in, h_out)
-            hidden[index] = h_out
-
-
-def _finished_channels(sums: _BlockSums, n_tokens: int, layer: int) -> ChannelStatistics:
-    if not bool(torch.isfinite(sums.x_square).all()):
-        raise InputError(f"activations of block {layer} are not finite; check the weights and their dtype")
-    return ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens)

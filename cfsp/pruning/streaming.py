@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cfsp.errors import InputError
 
@@ -84,21 +85,28 @@ def _short_circuited(layers: Sequence[nn.Module]) -> Iterator[list[tuple[torch.T
         yield record
 
 
-@contextmanager
-def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-    """Hand a Linear's input and output to `receive` each time it has run."""
-    handle = linear.register_forward_hook(lambda _, args, output: receive(args[0], output))
-    try:
-        yield
-    finally:
-        handle.remove()
+def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:
+    """Hand a Linear's input and output to `receive` each time it has run, while the context is open."""
+    return linear.register_forward_hook(lambda _, args, output: receive(args[0], output))
 
 
-@contextmanager
-def input_hook(linear: nn.Linear, receive: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Hand a Linear's input to `receive` each time it runs."""
-    handle = linear.register_forward_pre_hook(lambda _, args: receive(args[0]))
-    try:
-        yield
-    finally:
-        handle.remove()
+def input_hook(linear: nn.Linear, receive: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Hand a Linear's input to `receive` each time it runs, while the context is open."""
+    return linear.register_forward_pre_hook(lambda _, args: receive(args[0]))
+
+
+def gradient_hook(
+    linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]
+) -> RemovableHandle:
+    """Hand a Linear's input and the gradient at its output, (tokens, features) float32, to `receive`."""
+
+    def watch(x: torch.Tensor, output: torch.Tensor) -> None:
+        kept = x.detach()
+
+        def add(gradient: torch.Tensor) -> None:
+            g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
+            receive(kept.reshape(len(g), -1).float(), g)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+
+    return output_hook(linear, watch)

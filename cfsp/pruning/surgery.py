@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from cfsp.models.architectures import FeedForward, model_shape
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.statistics import BlockStatistics
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What to cut, and what a reconstruction may draw on.
+
+    Attributes:
+        model: The dense model; changed in place.
+        kept: Per block the channels that stay, (n_kept,) int64, ascending.
+        ridge: Of the least-squares solutions.
+        correction: Share of earlier blocks' error that a block takes back.
+        statistics: Of the dense model on the calibration windows.
+        input_ids: The calibration windows, (nsamples, seqlen) int64.
+        progress: Told after each block.
+    """
+
+    model: Any
+    kept: Sequence[torch.Tensor]
+    ridge: float
+    correction: float
+    statistics: BlockStatistics | None = None
+    input_ids: torch.Tensor | None = None
+    progress: Progress = no_progress
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:

@@ -128,11 +128,12 @@ def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | No
 def _only_plan(
     loaded: LoadedModel, drawn: Calibration, settings: PruneSettings, path: Path, progress: Progress
 ) -> PruningPlan:
-    from cfsp.pruning.prune import plan_for, statistics_for
+    from cfsp.pruning.plan import make_plan
+    from cfsp.pruning.prune import statistics_for
     from cfsp.records import write_record
 
     statistics = statistics_for(loaded.model, drawn, settings, only_plan=True, progress=progress)
-    plan = plan_for(loaded, statistics, drawn, settings)
+    plan = make_plan(loaded, statistics, drawn, settings)
     write_record(path, plan)
     return plan
 

@@ -13,8 +13,8 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.files import write_text
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.plan import apply_plan
-from cfsp.pruning.prune import plan_for, statistics_for
+from cfsp.pruning.plan import apply_plan, make_plan
+from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.settings import check_settings
@@ -154,7 +154,7 @@ def _pruned_copy(
     progress: Progress,
 ) -> tuple[LoadedModel, float]:
     """A pruned copy, and the share of channels that it lost; the dense model's statistics serve every ratio."""
-    plan = plan_for(loaded, measured, calibration, settings)
+    plan = make_plan(loaded, measured, calibration, settings)
     model = copy.deepcopy(loaded.model)
     apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
     return LoadedModel(model, loaded.tokenizer, loaded.source), 1 - plan.keep_ratio

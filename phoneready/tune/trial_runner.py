@@ -20,8 +20,8 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.cutting import RECONSTRUCTIONS
-from cfsp.pruning.plan import PruningPlan, apply_plan
-from cfsp.pruning.prune import moment_windows, plan_for, statistics_for
+from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.prune import moment_windows, statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
@@ -163,7 +163,7 @@ class TrialRunner:
                 self._plans[allocation] = read_record(PruningPlan, path)
             else:
                 settings = replace(self.config.prune.settings(1), prune_ratio=0.0, allocation=allocation)
-                plan = plan_for(self.loaded, self._statistics, self.calibration, settings)
+                plan = make_plan(self.loaded, self._statistics, self.calibration, settings)
                 write_record(path, plan)
                 self._plans[allocation] = plan
         return self._plans[allocation]

@@ -235,6 +235,14 @@ def test_plan_survives_json_and_reapplies_at_other_ratios(tiny_model: Any, tmp_p
         assert torch.equal(value, fresh.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_plan_is_not_moved_to_a_ratio_out_of_range(tiny_model: Any, ratio: float) -> None:
+    dense = loaded(tiny_model)
+    plan = prune_model(dense, calibration(dense.model), PruneSettings(align=1, reconstruct="none")).plan
+    with pytest.raises(InputError, match=r"prune_ratio: out of range .*0 or more and below 1"):
+        plan.at_ratio(ratio)
+
+
 def test_statistics_do_not_depend_on_the_number_of_tokens(tiny_model: Any) -> None:
     dense = loaded(tiny_model)
     ids = calibration(dense.model).input_ids
