@@ -6,6 +6,10 @@ Libraries raise, they never print or exit; the command line turns `exit_code` in
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
+from typing import TypeVar
+
+Row = TypeVar("Row")
 
 _MOST_SHOWN = 300
 _SHOWN = reprlib.Repr()
@@ -42,6 +46,13 @@ class InputError(PhonereadyError):
         got = f" (got {shown(value)})" if value is not None else ""
         tail = f"; allowed: {allowed}" if allowed else ""
         super().__init__(f"{head}{message}{got}{tail}")
+
+
+def look_up(table: Mapping[str, Row], name: str, message: str, *, field: str) -> Row:
+    """The row of that name; where there is none, raises InputError with the message and the names of all rows."""
+    if name not in table:
+        raise InputError(message, field=field, value=name, allowed=", ".join(table))
+    return table[name]
 
 
 class MissingExtraError(PhonereadyError):

@@ -80,20 +80,15 @@ def _aligned(
     left: Iterator[tuple[slice, torch.Tensor]], right: Iterator[tuple[slice, torch.Tensor]]
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
     """Pieces of both over the same positions, though each runtime cuts its logits where it likes."""
-    start = None
-    a: torch.Tensor | None = None
-    b: torch.Tensor | None = None
+    start, a, b = 1, torch.empty(0), torch.empty(0)
     while True:
-        if a is None or not len(a):
-            positions, a = next(left, (None, None))
-            if positions is not None and start is None:
-                start = positions.start
-        if b is None or not len(b):
-            _, b = next(right, (None, None))
-        if a is None or b is None:
-            return
-        assert start is not None
+        if not len(a):
+            _, a = next(left, (None, a))
+        if not len(b):
+            _, b = next(right, (None, b))
         count = min(len(a), len(b))
+        if not count:
+            return
         yield slice(start, start + count), a[:count], b[:count]
         start, a, b = start + count, a[count:], b[count:]
 

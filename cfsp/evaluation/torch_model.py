@@ -10,7 +10,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
 from cfsp.models.source import LoadedModel
-from cfsp.text.generation import left_padded, pad_id, stop_ids
+from cfsp.text.generation import generate, stop_ids
 
 _CHUNK = 256
 _BATCH_TOKENS = 2048
@@ -118,28 +118,11 @@ class TorchLanguageModel:
     def _generate_batch(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: Sequence[str]
     ) -> list[list[int]]:
-        pad = pad_id(self.loaded)
-        ids, mask = left_padded(prompts, pad)
-        stops = stop_ids(self.loaded)
         extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}
-        output = self.loaded.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=1.0,
-            pad_token_id=pad,
-            eos_token_id=sorted(stops) or None,
-            **extra,
-        )
-        found = []
-        for row in output[:, ids.shape[1] :].tolist():
-            end = next((i for i, token in enumerate(row) if token in stops), len(row))
-            found.append(self._until(row[:end], stop_strings))
-        return found
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        rows = generate(self.loaded, prompts, max_new_tokens, **greedy, **extra)
+        stops = stop_ids(self.loaded)
+        return [self._until(row[:-1] if row and row[-1] in stops else row, stop_strings) for row in rows]
 
     def _until(self, ids: list[int], stop_strings: Sequence[str]) -> list[int]:
         """The shortest beginning that holds a stop string; a batch goes on for the others and pads this one."""

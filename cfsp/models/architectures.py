@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from cfsp.models.shape import BlockShape, ModelShape
 
 
@@ -88,11 +88,7 @@ def spec_for(config: Any) -> ArchitectureSpec:
         InputError: The model type is not in the table; the message names the known ones.
     """
     model_type = str(getattr(config, "model_type", None))
-    if model_type not in ARCHITECTURES:
-        raise InputError(
-            "unsupported architecture", field="model_type", value=model_type, allowed=", ".join(ARCHITECTURES)
-        )
-    return ARCHITECTURES[model_type]
+    return look_up(ARCHITECTURES, model_type, "unsupported architecture", field="model_type")
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

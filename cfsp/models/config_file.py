@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from cfsp.reading import as_input_error, parse_json, read_bytes, read_json_object
 from cfsp.validation import Kinds, check_kinds, kinds
 
@@ -90,14 +90,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"
         )
     settings = read_json_object(file)
-    model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise InputError(
-            f"{file}: unsupported architecture",
-            field="model_type",
-            value=model_type,
-            allowed=", ".join(ARCHITECTURES),
-        )
+    model_type = str(settings.get("model_type"))
+    look_up(ARCHITECTURES, model_type, f"{file}: unsupported architecture", field="model_type")
     check_kinds(settings, _CONFIG, str(file))
     for key in ("rope_parameters", "rope_scaling"):
         check_kinds(settings.get(key) or {}, _ROPE, f"{file}: {key}")

@@ -14,14 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import gguf
 import numpy as np
+from pydantic import Field
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_metadata import check_metadata
+from cfsp.models.config_file import ContextLength, Epsilon, LayerCount, Positive, Size, TokenId
 from cfsp.reading import one_line
+from cfsp.validation import check_kinds, kinds
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -40,6 +42,39 @@ _NUMBERS = MappingProxyType(
         11: "<i8",
         12: "<f8",
     }
+)
+
+# llama.cpp divides by some of the metadata, allocates by others, and ends the process where an assertion fails; so
+# what a key may be is held against before anything, llama.cpp too, is given the file.
+_PerBlock = Size | list[Annotated[int, Field(ge=0, le=2**24)]]
+
+_TEXTS = (
+    *("general.architecture", "general.name", "general.license", "general.organization"),
+    *("general.base_model.0.name", "general.base_model.0.organization", "phoneready.source_sha256"),
+    *("tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.chat_template"),
+)
+_IDS = ("bos", "eos", "eot", "unknown", "padding", "seperator")
+_SWITCHES = ("bos_token", "eos_token", "space_prefix")
+_SIZES = ("embedding_length", "vocab_size", "attention.key_length", "attention.value_length")
+_METADATA = kinds(
+    **dict.fromkeys(_TEXTS, str),
+    **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), list[str]),
+    **dict.fromkeys([f"tokenizer.ggml.{name}_token_id" for name in _IDS], TokenId),
+    **dict.fromkeys([f"tokenizer.ggml.add_{name}" for name in _SWITCHES], bool),
+    **{"tokenizer.ggml.token_type": list[int], "tokenizer.ggml.scores": list[float]},
+)
+_HYPERPARAMETERS = kinds(
+    **dict.fromkeys((*_SIZES, "rope.dimension_count"), Size),
+    **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), _PerBlock),
+    **{
+        "block_count": LayerCount,
+        "context_length": ContextLength,
+        "attention.layer_norm_rms_epsilon": Epsilon,
+        "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
+        "rope.freq_base": Positive,
+        "rope.scaling.type": str,
+        "rope.scaling.factor": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    },
 )
 
 
@@ -128,7 +163,10 @@ def read_gguf(path: Path) -> GGUFFile:
         raise InputError(
             f"{path} is damaged or cut short and cannot be read as GGUF: {one_line(error)}"
         ) from error
-    check_metadata(metadata, path)
+    check_kinds(metadata, _METADATA, str(path))
+    prefix = f"{metadata.get('general.architecture')}."
+    own = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    check_kinds(own, _HYPERPARAMETERS, str(path))
     return GGUFFile(path, metadata, tensors)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
 from cfsp.models.gguf_file import GGUFFile, tensor_names
 from cfsp.models.weights import model_class, model_from_weights
@@ -121,14 +121,8 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
 
 def _row(file: GGUFFile) -> ArchitectureSpec:
     rows = {row.gguf_name: row for row in ARCHITECTURES.values() if row.gguf_name}
-    if file.architecture not in rows:
-        raise InputError(
-            f"{file.path}: unsupported architecture",
-            field="general.architecture",
-            value=file.architecture,
-            allowed=", ".join(rows),
-        )
-    return rows[file.architecture]
+    message = f"{file.path}: unsupported architecture"
+    return look_up(rows, file.architecture, message, field="general.architecture")
 
 
 def _shortest(value: float) -> float:

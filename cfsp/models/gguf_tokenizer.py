@@ -15,7 +15,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, processors
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.pre_tokenizer import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE, build_pre_tokenizer
 from cfsp.reading import as_input_error
@@ -51,19 +51,13 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
     """
     file = source if isinstance(source, GGUFFile) else read_gguf(source)
     kind = file.require("tokenizer.ggml.model")
-    if kind not in _BUILDERS:
-        raise InputError(
-            f"{file.path}: unsupported tokenizer",
-            field="tokenizer.ggml.model",
-            value=kind,
-            allowed=", ".join(_BUILDERS),
-        )
+    build = look_up(_BUILDERS, kind, f"{file.path}: unsupported tokenizer", field="tokenizer.ggml.model")
     tokens = [text or f"[EMPTY_{n}]" for n, text in enumerate(file.require("tokenizer.ggml.tokens"))]
     types = list(file.metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens))
     if len(set(tokens)) != len(tokens) or len(types) < len(tokens):
         raise InputError(f"{file.path}: damaged vocabulary (repeated tokens or missing token types)")
     with as_input_error(f"{file.path}: the tokenizer cannot be built"):
-        backend, add_bos = _BUILDERS[kind](file, tokens, types)
+        backend, add_bos = build(file, tokens, types)
         backend.add_tokens(_added_tokens(tokens, types))
     special = _special_tokens(file, tokens, kind)
     _add_post_processor(backend, file, special, add_bos=add_bos)
@@ -81,14 +75,7 @@ def tokenizer_from_gguf(source: Path | GGUFFile) -> Any:
 def _build_bpe(file: GGUFFile, tokens: Sequence[str], types: Sequence[int]) -> tuple[Any, bool]:
     """Byte-level BPE, as GPT-2 has it."""
     name = file.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
-        raise InputError(
-            f"{file.path}: unknown pre-tokenizer",
-            field="tokenizer.ggml.pre",
-            value=name,
-            allowed=", ".join(PRE_TOKENIZERS),
-        )
-    row = PRE_TOKENIZERS[name]
+    row = look_up(PRE_TOKENIZERS, name, f"{file.path}: unknown pre-tokenizer", field="tokenizer.ggml.pre")
     vocabulary = {text: n for n, text in enumerate(tokens)}
     merges = [_split_merge(merge) for merge in file.require("tokenizer.ggml.merges")]
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=row.ignore_merges))

@@ -70,7 +70,8 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
         raise InputError(f"{folder} has no tokenizer", allowed=f"one of {', '.join(_TOKENIZER_FILES)} in it")
     complete = (folder / "tokenizer.json").is_file()
     reader = transformers.PreTrainedTokenizerFast if complete else transformers.AutoTokenizer
-    if not complete and not trust_remote_code and _names_code(folder / "tokenizer_config.json"):
+    stated = folder / "tokenizer_config.json"
+    if not complete and not trust_remote_code and stated.is_file() and "auto_map" in read_json_object(stated):
         raise InputError(
             f"the tokenizer in {folder} is code of its own (auto_map in tokenizer_config.json), which is not run",
             allowed="--trust-remote-code, or a folder with tokenizer.json",
@@ -86,10 +87,6 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
     # The general class would add token_type_ids, which none of the supported models takes.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
-
-
-def _names_code(file: Path) -> bool:
-    return file.is_file() and "auto_map" in read_json_object(file)
 
 
 def folder_source(folder: Path, source: ModelSource) -> ModelSource:

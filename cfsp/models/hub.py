@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from cfsp.errors import InputError
@@ -24,19 +22,6 @@ def hub_reference(text: str) -> tuple[str, str | None] | None:
     """(OWNER/NAME, revision) of a hub reference; None where `text` cannot be one."""
     match = _REFERENCE.fullmatch(text)
     return (match["name"], match["revision"]) if match else None
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Keep the hub client's warnings about retries off the terminal: its last error is told in the end."""
-    from huggingface_hub.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def fetch_hub_model(
@@ -65,7 +50,7 @@ def fetch_hub_model(
     patterns = [*_TOKENIZER_PATTERNS, *(() if tokenizer_only else (*_MODEL_PATTERNS, *_NOTICE_PATTERNS))]
     patterns += ["*.py"] if code else []
     try:
-        with _quiet_hub(), quiet_transformers():
+        with quiet_transformers():
             config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
             check_config(Path(config).parent)
             commit = Path(config).parent.name

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import huggingface_hub.utils
 import safetensors.torch
 import torch
 import transformers
@@ -37,17 +38,19 @@ def model_class(config: Any) -> Any:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing bars and from logging anything below errors, which are told our way."""
-    logs = transformers.utils.logging
-    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    try:
+    """Keep transformers and the hub's client from drawing bars and from logging anything but errors.
+
+    Those are told our way, and of the client's attempts the last one's.
+    """
+    logs, client = transformers.utils.logging, huggingface_hub.utils.logging
+    with ExitStack() as stack:
+        for library in (logs, client):
+            stack.callback(library.set_verbosity, library.get_verbosity())
+            library.set_verbosity_error()
+        if logs.is_progress_bar_enabled():
+            logs.disable_progress_bar()
+            stack.callback(logs.enable_progress_bar)
         yield
-    finally:
-        logs.set_verbosity(level)
-        if bars:
-            logs.enable_progress_bar()
 
 
 def model_from_weights(

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import FeedForward
 from cfsp.pruning.elimination import Elimination, eliminate_channels
 from cfsp.pruning.gradients import ChannelGradients
@@ -146,10 +146,9 @@ def score_channels(name: str, evidence: ChannelEvidence) -> torch.Tensor:
     Raises:
         InputError: Unknown score, evidence it needs is missing, or scores that are not finite.
     """
-    if name not in SCORES:
-        raise InputError("unknown score", field="score", value=name, allowed=", ".join(SCORES))
+    row = look_up(SCORES, name, "unknown score", field="score")
     with torch.no_grad():
-        scores = SCORES[name].function(evidence).double()
+        scores = row.function(evidence).double()
     if not bool(torch.isfinite(scores).all()):
         raise InputError(f"score {name} is not finite; weights or activations hold NaN or infinity")
     return scores

@@ -50,8 +50,6 @@ def answer_spans(
     Raises:
         InputError: No chat template, or one that refuses the chat or cannot be split at an answer.
     """
-    if not tokenizer.chat_template:
-        raise InputError("the data holds chats but the model has no chat template; use plain text")
     text = render_chat(tokenizer, messages)
     end_of_turn = _end_of_turn(tokenizer)
     spans: list[tuple[int, int]] = []

@@ -155,7 +155,8 @@ class _Reader:
         text = torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
         ids = torch.cat([ids, text])
         targets = _targets(ids, torch.cat([learnt, torch.ones_like(text, dtype=torch.bool)]))
-        ids, targets = _with_targets(ids, targets)
+        useful = (targets != IGNORED).any(dim=1)
+        ids, targets = ids[useful], targets[useful]
         if not len(ids):
             raise InputError(
                 f"{reference} gives no training sequence: {len(stream)} tokens of text and {len(chats)} chats "
@@ -180,7 +181,7 @@ class _Reader:
         stream: list[int] = []
         documents = load_documents(reference)
         whole = labels_whole_chats(self.settings)
-        answers, n_chats, used = 0, 0, 0
+        used = 0
         for done, document in enumerate(shuffled(documents, seed), 1):
             if limit is not None and used >= limit:
                 break
@@ -188,14 +189,12 @@ class _Reader:
                 used += _append_text(stream, document, self.tokenizer)
             else:
                 chat = labelled_chat(document, self.tokenizer)
-                n_chats += 1
                 if any(chat.learnt[1:]):
-                    answers += 1
                     chats.append(replace(chat, learnt=(True,) * len(chat.ids)) if whole else chat)
                     used += min(len(chat.ids), self.settings.seqlen)
             self.progress(f"reading {reference}", done, len(documents))
         self.progress(f"reading {reference}", len(documents), len(documents))
-        if n_chats and not answers and not stream:
+        if not chats and not stream and any(document.messages for document in documents):
             raise InputError(
                 f"no chat in {reference} has an answer to learn from",
                 field="messages",
@@ -245,11 +244,6 @@ def _targets(ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = ids[:, 1:].masked_fill(~learnt[:, 1:], IGNORED)
     return targets
-
-
-def _with_targets(ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    useful = (targets != IGNORED).any(dim=1)
-    return ids[useful], targets[useful]
 
 
 def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str) -> Sequences:

@@ -15,8 +15,9 @@ from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from cfsp.recovery.ranks import importance_ranks
+from cfsp.recovery.adapter import importance_ranks
 from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
+from cfsp.text.calibration import check_seqlen
 from cfsp.text.settings import SELF
 
 
@@ -67,7 +68,7 @@ def load_inputs(
     plan = read_record(PruningPlan, folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if (folder / INFO_FILE).is_file():
         loaded = replace(loaded, source=read_checkpoint_info(folder).source)
-    _check_seqlen(loaded, settings)
+    check_seqlen(loaded, settings.seqlen)
     ranks = _ranks(settings, plan, loaded.model)
     if not loss_weights(settings)[1] and SELF not in data:
         return RecoveryInputs(loaded, sha256, plan, None, ranks)
@@ -81,12 +82,6 @@ def load_inputs(
     if teacher is None:
         _check_unchanged(loaded, dense)
     return RecoveryInputs(loaded, sha256, plan, dense, ranks)
-
-
-def _check_seqlen(loaded: LoadedModel, settings: RecoverySettings) -> None:
-    longest = getattr(loaded.model.config, "max_position_embeddings", None) or settings.seqlen
-    if settings.seqlen > longest:
-        raise InputError("out of range", field="seqlen", value=settings.seqlen, allowed=f"2 to {longest}")
 
 
 def _check_vocabulary(loaded: LoadedModel, dense: LoadedModel) -> None:

@@ -88,7 +88,8 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_grad = torch.empty_like(hidden) if with_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
-        for chunk in _chunks(len(hidden)):
+        for start in range(0, len(hidden), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
             value, gradient = loss(F.linear(hidden_cast[chunk], weight_cast).float(), chunk)
             total += value
             gradient = gradient.to(dtype)
@@ -109,7 +110,3 @@ class _HeadLoss(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _chunks(count: int) -> list[slice]:
-    return [slice(start, min(start + CHUNK_TOKENS, count)) for start in range(0, count, CHUNK_TOKENS)]

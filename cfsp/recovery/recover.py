@@ -26,7 +26,6 @@ from cfsp.recovery.adapter import add_adapter, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
-from cfsp.recovery.run import Run
 from cfsp.recovery.settings import (
     METHODS,
     RecoverySettings,
@@ -36,7 +35,7 @@ from cfsp.recovery.settings import (
     token_budget,
 )
 from cfsp.recovery.student import Objective, Student, Teacher
-from cfsp.recovery.work import RunInputs, WorkFolder
+from cfsp.recovery.work import Run, RunInputs, WorkFolder
 from cfsp.text.settings import SELF
 
 logger = logging.getLogger(__name__)
@@ -122,7 +121,8 @@ def recover(
                 data, validation, inputs.loaded.tokenizer, settings, dense=inputs.teacher, progress=progress
             )
         dtype = product_dtype(settings.dtype, arguments.device.type)
-        tokens_per_step = _tokens_per_step(settings, arguments.world_size)
+        sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
+        tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size
         mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
         with arguments.main_process_first(local=False):
             folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
@@ -169,10 +169,6 @@ def _check_extras(settings: RecoverySettings, device: str) -> None:
     for package in needed:
         if importlib.util.find_spec(package) is None:
             raise MissingExtraError(package, "recover")
-
-
-def _tokens_per_step(settings: RecoverySettings, processes: int) -> int:
-    return settings.seqlen * settings.batch_size * settings.gradient_accumulation_steps * processes
 
 
 def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_step: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 DIVERGENCE_FACTOR = 2.0
 """A validation loss whose exponential is so many times the best's means that training diverges."""
@@ -95,7 +95,3 @@ class RunState:
         elif patience and self.without_improvement >= patience:
             self.stopped_by = "patience"
         return False
-
-    def restore(self, other: Any) -> None:
-        """Become a copy of a stored state."""
-        self.__dict__.update(other.__dict__)

@@ -29,15 +29,6 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class LossSums:
-    """Sums over labelled positions: the objective, the next-token loss, and how many positions."""
-
-    objective: float
-    next_token: float
-    count: int
-
-
-@dataclass(frozen=True)
 class Teacher:
     """The dense model; it is never trained, moved by a trainer, or saved."""
 
@@ -89,13 +80,17 @@ class Student(nn.Module):
             labels: (batch, seqlen) int64, what each position predicts, or IGNORED.
         """
         hidden, targets = self._labelled_hidden(input_ids, labels)
-        loss = self._chunk_loss(targets, self._teacher_hidden(input_ids, labels))
-        return head_loss(hidden, self._head(), loss, self.dtype)
+        loss = self._chunk_loss(input_ids, labels, targets)
+        return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
 
     @torch.no_grad()
-    def sums(self, input_ids: torch.Tensor, labels: torch.Tensor) -> LossSums:
-        """Objective and next-token loss of one batch, for validation."""
+    def sums(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """For validation: (3,) float64 over one batch's labelled positions.
+
+        The sums of the objective and of the next-token loss, and how many positions.
+        """
         hidden, targets = self._labelled_hidden(input_ids, labels)
+        loss = self._chunk_loss(input_ids, labels, targets)
         next_token = 0.0
 
         def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
@@ -103,18 +98,13 @@ class Student(nn.Module):
             next_token += float(next_token_loss(logits, targets[chunk])[0])
             return loss(logits, chunk)
 
-        loss = self._chunk_loss(targets, self._teacher_hidden(input_ids, labels))
-        objective = float(head_loss(hidden, self._head(), with_next_token, self.dtype))
-        return LossSums(objective, next_token, len(targets))
+        head = self.causal_lm.get_output_embeddings().weight
+        objective = float(head_loss(hidden, head, with_next_token, self.dtype))
+        return torch.tensor([objective, next_token, len(targets)], dtype=torch.float64)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and weights that training changes."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
-
-    def _head(self) -> torch.Tensor:
-        head = self.causal_lm.get_output_embeddings()
-        weight: torch.Tensor = head.weight
-        return weight
 
     def _labelled_hidden(
         self, input_ids: torch.Tensor, labels: torch.Tensor
@@ -125,14 +115,10 @@ class Student(nn.Module):
         mask = labels != IGNORED
         return states[mask], labels[mask]
 
-    def _teacher_hidden(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor | None:
-        if self.teacher is None or not self.objective.weights[1]:
-            return None
-        return self.teacher.hidden(input_ids, labels)
-
-    def _chunk_loss(self, targets: torch.Tensor, teacher_hidden: torch.Tensor | None) -> ChunkLoss:
+    def _chunk_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> ChunkLoss:
         next_weight, distill_weight = self.objective.weights
         temperature, teacher = self.objective.temperature, self.teacher
+        teacher_hidden = None if teacher is None else teacher.hidden(input_ids, labels)
 
         def loss(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
             terms = []

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,16 @@ import torch
 import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
 from cfsp.models.weights import quiet_transformers, read_safetensors
 from cfsp.reading import as_input_error, one_line
-from cfsp.recovery.run import Run
 from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
-from cfsp.recovery.state import ValidationPoint
+from cfsp.recovery.state import LossPoint, ValidationPoint
 from cfsp.recovery.student import Student
-from cfsp.recovery.watcher import Watcher
+from cfsp.recovery.work import Run
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def train(run: Run, arguments: Any) -> None:
             trainer = RecoveryTrainer(run, arguments)
         started = run.work.last_checkpoint()
         if started is not None:
-            run.state.restore(run.work.read_state(started))
+            run.state = run.work.read_state(started)
             with _resuming(started):
                 transformers.TrainerState.load_from_json(str(started / _TRAINER_STATE))
         else:
@@ -119,14 +118,40 @@ def check_trackers(names: Sequence[str]) -> None:
 def _tensorboard_folder(folder: Path) -> Iterator[None]:
     """Where TensorBoard's files go unless the user says it: the work folder, transformers' choice, is removed."""
     name = "TENSORBOARD_LOGGING_DIR"
-    if name in os.environ:
+    with ExitStack() as stack:
+        if name not in os.environ:
+            os.environ[name] = str(folder)
+            stack.callback(os.environ.pop, name)
         yield
-        return
-    os.environ[name] = str(folder)
-    try:
-        yield
-    finally:
-        del os.environ[name]
+
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    """Notes losses, reports progress, and ends training where the run's state says so."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> Any:
+        if logs and "loss" in logs:
+            step = state.global_step
+            self.run.state.add_loss(LossPoint(step, step * self.run.tokens_per_step, float(logs["loss"])))
+            self.run.progress(f"training: loss {logs['loss']:.3f}", step, self.run.n_steps)
+            if self.run.state.stopped_by:
+                control.should_training_stop = True
+                control.should_evaluate = control.should_save = False
+        return control
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= self.run.n_steps:
+            control.should_evaluate = True
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if self.run.state.stopped_by:
+            control.should_training_stop = True
+            if self.run.state.stopped_by == "diverged":
+                control.should_save = False
+        return control
 
 
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
@@ -146,7 +171,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             train_dataset=run.mix,
             eval_dataset=[],
             data_collator=_stack,
-            callbacks=[Watcher(run)],
+            callbacks=[_Watcher(run)],
         )
         self.remove_callback(transformers.trainer_callback.PrinterCallback)
         self.run = run
@@ -196,8 +221,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         mine = rows[self.args.process_index :: self.args.world_size]
         sums = torch.zeros(3, dtype=torch.float64)
         for done, (ids, targets) in enumerate(mine, 1):
-            result = student.sums(ids[None].to(self.args.device), targets[None].to(self.args.device))
-            sums += torch.tensor([result.objective, result.next_token, result.count], dtype=torch.float64)
+            sums += student.sums(ids[None].to(self.args.device), targets[None].to(self.args.device))
             run.progress("validating", done, len(mine))
         total = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
         step = self.state.global_step

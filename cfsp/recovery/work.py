@@ -1,4 +1,4 @@
-"""The work folder of a run: checkpoints that count only once they are complete, and the best weights.
+"""What a trainer works on, and its folder: checkpoints that count only once they are complete, and the best weights.
 
 inputs.json              what the run is: another run's folder is refused
 checkpoint-<step>/       weights, optimizer, schedule, random states, and last of all COMPLETE
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,13 +20,16 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_file, fsync_directory, fsync_file, remove_stale_temporaries, write_text
 from cfsp.models.weights import read_safetensors
+from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
+from cfsp.recovery.data import Sequences, TrainingMix
+from cfsp.recovery.settings import RecoverySettings
 from cfsp.recovery.state import RunState
+from cfsp.recovery.student import Student
 
 _MARKER = "COMPLETE"
 _STATE = "recovery_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_BEST = re.compile(r"best-(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class WorkFolder:
         if not file.is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             write_record(file, inputs)
-        self._clear_incomplete()
+        remove_stale_temporaries(self.path)
+        for checkpoint in self._checkpoints().values():
+            self.discard(checkpoint)
 
     def last_checkpoint(self) -> Path | None:
         """The latest complete checkpoint."""
@@ -94,7 +99,9 @@ class WorkFolder:
     def complete(self, checkpoint: Path, state: RunState) -> None:
         """Mark a checkpoint as complete, after everything in it is on disk, and drop what it makes needless."""
         write_record(checkpoint / _STATE, state)
-        _sync(checkpoint)
+        for file in checkpoint.iterdir():
+            fsync_file(file)
+        fsync_directory(checkpoint)
         write_text(checkpoint / _MARKER, "")
         for other in self._checkpoints().values():
             if other != checkpoint:
@@ -134,18 +141,37 @@ class WorkFolder:
         if not (checkpoint / _MARKER).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
 
-    def _clear_incomplete(self) -> None:
-        remove_stale_temporaries(self.path)
-        for checkpoint in self._checkpoints().values():
-            self.discard(checkpoint)
-
     def _checkpoints(self) -> dict[int, Path]:
         entries = self.path.iterdir() if self.path.is_dir() else iter(())
         found = ((_CHECKPOINT.fullmatch(p.name), p) for p in entries if p.is_dir())
         return {int(match[1]): p for match, p in found if match}
 
 
-def _sync(folder: Path) -> None:
-    for file in folder.iterdir():
-        fsync_file(file)
-    fsync_directory(folder)
+@dataclass
+class Run:
+    """What a trainer works on.
+
+    Attributes:
+        student: The model with its loss.
+        mix: Training sequences, exactly as many as the budget asks for.
+        validation: Validation sequences.
+        settings: How to train.
+        work: Where checkpoints go.
+        tokens_per_step: Input tokens of one optimizer step, over all processes.
+        progress: Told about every step.
+        state: Curves and the best state.
+    """
+
+    student: Student
+    mix: TrainingMix
+    validation: Sequence[Sequences]
+    settings: RecoverySettings
+    work: WorkFolder
+    tokens_per_step: int
+    progress: Progress
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return len(self.mix) * self.settings.seqlen // self.tokens_per_step

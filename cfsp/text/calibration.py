@@ -83,6 +83,11 @@ def _check_sizes(references: Sequence[str], loaded: LoadedModel, nsamples: int, 
         raise InputError(
             "too few", field="nsamples", value=nsamples, allowed=f"at least one a source ({len(references)})"
         )
+    check_seqlen(loaded, seqlen)
+
+
+def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
+    """Raise InputError where windows of so many tokens are none, or longer than the model's context."""
     longest = getattr(loaded.model.config, "max_position_embeddings", None) or seqlen
     if not 2 <= seqlen <= longest:
         raise InputError("out of range", field="seqlen", value=seqlen, allowed=f"2 to {longest}")

@@ -1,4 +1,4 @@
-"""What every batched generation with transformers needs: padding on the left, and where to stop."""
+"""Batched generation with transformers: padding on the left, and where to stop."""
 
 from __future__ import annotations
 
@@ -22,15 +22,30 @@ def stop_tokens(generation_config: Any, tokenizer: Any) -> set[int]:
     return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
-def pad_id(loaded: LoadedModel) -> int:
-    """The tokenizer's padding token, or any: padding is masked."""
-    pad = loaded.tokenizer.pad_token_id
-    return 0 if pad is None else int(pad)
+def generate(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+) -> list[list[int]]:
+    """What the model writes after each prompt, the token that ends it included.
 
-
-def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token ids, attention mask), each (n_prompts, longest) int64; all prompts end at the right."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
+    Args:
+        loaded: The model with its tokenizer.
+        prompts: Token ids; shorter ones are padded on the left, so that all end at the right.
+        max_new_tokens: Most tokens of a continuation.
+        options: Further ones of transformers' `generate`.
+    """
+    pad = loaded.tokenizer.pad_token_id or 0  # any token will do: padding is masked
+    longest, stops = max(map(len, prompts)), stop_ids(loaded)
+    output = loaded.model.generate(
+        input_ids=torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        pad_token_id=pad,
+        eos_token_id=sorted(stops) or None,
+        **options,
+    )
+    written = []
+    for row in output[:, longest:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
+        written.append(row[:end])
+    return written

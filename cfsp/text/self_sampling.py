@@ -28,7 +28,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.text.encoding import encode
-from cfsp.text.generation import left_padded, pad_id, stop_ids
+from cfsp.text.generation import generate, stop_ids
 from cfsp.text.templates import render_prompt
 
 logger = logging.getLogger(__name__)
@@ -149,28 +149,18 @@ def _continue(
     """Sample a continuation of each prompt; the result holds prompt and continuation up to the stop token."""
     from transformers import StoppingCriteriaList
 
-    pad = pad_id(loaded)
-    ids, mask = left_padded(prompts, pad)
-    stops = stop_ids(loaded)
-    output = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+    rows = generate(
+        loaded,
+        prompts,
+        max_new_tokens,
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        repetition_penalty=1.0,
-        pad_token_id=pad,
-        eos_token_id=sorted(stops) or None,
         stopping_criteria=StoppingCriteriaList([_StepReport(report, len(prompts))]),
         cache_implementation="static",
     )
-    results = []
-    for prompt, row in zip(prompts, output[:, ids.shape[1] :].tolist(), strict=True):
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        results.append(prompt + row[:end])
-    return results
+    return [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
 
 
 def _cache_path(loaded: LoadedModel, nsamples: int, seqlen: int, seed: int) -> Path:

@@ -25,8 +25,10 @@ def render_chat(
     """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
 
     Raises:
-        InputError: The template refuses the chat, or does not come to an end.
+        InputError: There is none, it refuses the chat, or does not come to an end.
     """
+    if not tokenizer.chat_template:
+        raise InputError(f"{what} cannot be rendered: the model has no chat template; use plain text")
     try:
         with _bounded_time():
             text = tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **options)

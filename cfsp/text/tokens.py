@@ -89,12 +89,8 @@ def document_ids(document: Document, tokenizer: Any, limit: int | None = None) -
     Raises:
         InputError: A chat, but the tokenizer has no chat template, or the template refuses the chat; or as `encode`.
     """
-    if document.messages is None:
-        text = document.text or ""
-    elif not tokenizer.chat_template:
-        raise InputError("the text holds chats but the model has no chat template; use plain text")
-    else:
-        text = render_chat(tokenizer, document.messages)
+    chat = document.messages
+    text = document.text or "" if chat is None else render_chat(tokenizer, chat)
     return encode_long(tokenizer, text, limit)
 
 
