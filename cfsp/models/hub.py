@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from cfsp.errors import InputError
+from cfsp.models.config_file import read_model_config
 from cfsp.models.folder_format import NOTICE_PATTERNS
-from cfsp.models.hf_folder import check_config
 from cfsp.models.weights import quiet_transformers
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import one_line
@@ -52,16 +52,14 @@ def fetch_hub_model(
     try:
         with quiet_transformers():
             config = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-            check_config(Path(config).parent)
+            read_model_config(Path(config).parent)
             commit = Path(config).parent.name
             folder = huggingface_hub.snapshot_download(
                 name, revision=commit, allow_patterns=["config.json", *patterns], ignore_patterns=["*/*"]
             )
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # the hub client's errors, and those of what it sends requests with, share no base
+    except Exception as error:  # the client's errors, and those of what it sends requests with, share no base
         raise InputError(
             f"{name} is no local path and cannot be fetched from the hub: {one_line(error, 160)}",
             allowed="a folder, a .gguf file, or a hub model that can be reached",

@@ -30,6 +30,8 @@ _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# (behavior, invert) of splits that throw nothing away.
+_KEEPING = (("Isolated", False), ("Removed", True))
 _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
@@ -131,16 +133,13 @@ def _steps_of(state: Mapping[str, Any]) -> tuple[str, ...] | None:
             steps.append(_DIGIT if part["individual_digits"] else r"\p{N}+")
         elif kind == "ByteLevel":
             steps += [_GPT2] if part.get("use_regex", True) else []
-        elif kind == "Split" and "Regex" in part["pattern"] and _keeps_everything(part):
+        elif (
+            kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING
+        ):
             steps.append(part["pattern"]["Regex"])
         else:
             return None
     return tuple(steps)
-
-
-def _keeps_everything(split: Mapping[str, Any]) -> bool:
-    behavior, invert = split["behavior"], split["invert"]
-    return (behavior == "Isolated" and not invert) or (behavior == "Removed" and invert)
 
 
 def _flat(part: Mapping[str, Any], children: str) -> list[Mapping[str, Any]]:

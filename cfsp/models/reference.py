@@ -18,10 +18,11 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
+from cfsp.models.config_file import read_model_config
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import model_from_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.models.hf_folder import check_config, folder_source, load_folder, load_folder_tokenizer
+from cfsp.models.hf_folder import folder_source, load_folder, load_folder_tokenizer
 from cfsp.models.hub import fetch_hub_model, hub_reference
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import check_finite
@@ -55,7 +56,7 @@ def load_model(
         source = _complete_from_gguf(source, file)
     else:
         progress(f"loading {source.name}", 0, 1)
-        check_config(path)
+        read_model_config(path)
         tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
         model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code)
         source = folder_source(path, source)

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from cfsp.errors import InputError
+from cfsp.validation import check_kinds, kinds
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class ModelShape:
 
 _PER_BLOCK = MappingProxyType({"intermediate_size": "ffn_width", "num_key_value_heads": "kv_groups"})
 """Hugging Face's name of what a block may have of its own -> ours."""
+_KINDS = kinds(**dict.fromkeys(_PER_BLOCK, Annotated[int, Field(ge=1)]))
 
 
 def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> ModelShape:
@@ -135,12 +139,5 @@ def _given(per_layer: Any, where: str) -> dict[int, dict[str, Any]]:
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: malformed per_layer_config: {error}") from error
     for index, own in given.items():
-        for key in own.keys() & _PER_BLOCK.keys():
-            if type(own[key]) is not int or own[key] < 1:
-                raise InputError(
-                    f"{where}: malformed per_layer_config: block {index}",
-                    field=key,
-                    value=own[key],
-                    allowed="a whole number from 1",
-                )
+        check_kinds(own, _KINDS, f"{where}: malformed per_layer_config: block {index}")
     return given

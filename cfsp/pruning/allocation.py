@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 
 from cfsp.errors import InputError
+from cfsp.pruning.rows import Row
 
 _PAPER_SCALE = 128 * 1024 / 1e4
 """The released code sums I_l over 128 x 1024 tokens and divides by 1e4; with the mean this factor remains."""
@@ -92,60 +93,15 @@ def mixed_keep_ratios(evidence: BlockEvidence, prune_ratio: float, strength: flo
     return torch.stack([keep_ratios(evidence, prune_ratio, strength) for keep_ratios in pair]).mean(0)
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """A row of ALLOCATIONS.
-
-    Attributes:
-        keep_ratios: From evidence, prune ratio and strength to (num_hidden_layers,) shares of channels kept.
-        needs_loss: Whether it reads the loss curves.
-    """
-
-    keep_ratios: Callable[[BlockEvidence, float, float], torch.Tensor]
-    needs_loss: bool = False
-
-
-ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(
+ALLOCATIONS: Mapping[str, Row[Callable[[BlockEvidence, float, float], torch.Tensor]]] = MappingProxyType(
     {
-        "cfsp": Allocation(cfsp_keep_ratios),
-        "uniform": Allocation(uniform_keep_ratios),
-        "loss": Allocation(loss_keep_ratios, needs_loss=True),
-        "mixed": Allocation(mixed_keep_ratios, needs_loss=True),
+        "cfsp": Row(cfsp_keep_ratios),
+        "uniform": Row(uniform_keep_ratios),
+        "loss": Row(loss_keep_ratios, needs_loss=True),
+        "mixed": Row(mixed_keep_ratios, needs_loss=True),
     }
 )
-
-
-def allocate_widths(
-    evidence: BlockEvidence,
-    *,
-    prune_ratio: float,
-    allocation: str = "cfsp",
-    strength: float = 1.0,
-    align: int = 1,
-    uniform_width: bool = False,
-) -> tuple[int, ...]:
-    """Integer widths of all blocks; pruning nothing gives the dense widths.
-
-    Args:
-        evidence: What is known about the blocks.
-        prune_ratio: Share of FFN channels to remove, in [0, 1).
-        allocation: A name in ALLOCATIONS.
-        strength: CFSP's a.
-        align: Every width is a multiple of this.
-        uniform_width: One width for all blocks, rounded to the nearest multiple; for targets that know no other.
-
-    Raises:
-        InputError: An alignment that cannot meet the ratio, or no loss curves for an allocation that reads them.
-    """
-    dense_widths = evidence.dense_widths
-    if prune_ratio == 0:
-        return tuple(dense_widths)
-    if uniform_width:
-        return _one_width(dense_widths, prune_ratio, align)
-    keep = ALLOCATIONS[allocation].keep_ratios(evidence, prune_ratio, strength)
-    wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
-    total = (1 - prune_ratio) * sum(dense_widths)
-    return integer_widths(wanted.tolist(), dense_widths, total=total, align=align)
+"""From evidence, prune ratio and strength to (num_hidden_layers,) shares of channels kept."""
 
 
 def integer_widths(
@@ -179,7 +135,12 @@ def integer_widths(
     return tuple(count * align for count in counts)
 
 
-def _one_width(dense_widths: Sequence[int], prune_ratio: float, align: int) -> tuple[int, ...]:
+def uniform_widths(dense_widths: Sequence[int], prune_ratio: float, align: int) -> tuple[int, ...]:
+    """One width for all blocks, rounded to the nearest multiple of `align`; for targets that know no other.
+
+    Raises:
+        InputError: Blocks that differ, or an alignment that no width meets the ratio with.
+    """
     if len(set(dense_widths)) != 1:
         raise InputError("one width for all blocks needs a model whose blocks are equally wide")
     dense = dense_widths[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -12,6 +11,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.pruning.block_by_block import prune_block_by_block
 from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
+from cfsp.pruning.rows import Row
 from cfsp.pruning.surgery import Cut, cut_channels
 
 _Solve = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
@@ -45,26 +45,12 @@ def _cut_blocks(cut: Cut, solve: _Solve) -> None:
             cut.progress("pruning", index + 1, len(cut.kept))
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """A row of RECONSTRUCTIONS.
-
-    Attributes:
-        carry_out: Cuts the model and makes up for what is gone.
-        needs_statistics: Whether it reads the dense model's statistics.
-        needs_gram: Whether it reads the Gram matrices in them.
-    """
-
-    carry_out: Callable[[Cut], None]
-    needs_statistics: bool = False
-    needs_gram: bool = False
-
-
-RECONSTRUCTIONS: Mapping[str, Reconstruction] = MappingProxyType(
+RECONSTRUCTIONS: Mapping[str, Row[Callable[[Cut], None]]] = MappingProxyType(
     {
-        "none": Reconstruction(_only_cut),
-        "mean": Reconstruction(_keep_means, needs_statistics=True),
-        "one-pass": Reconstruction(_from_one_pass, needs_statistics=True, needs_gram=True),
-        "block-by-block": Reconstruction(prune_block_by_block),
+        "none": Row(_only_cut),
+        "mean": Row(_keep_means, needs_statistics=True),
+        "one-pass": Row(_from_one_pass, needs_statistics=True, needs_gram=True),
+        "block-by-block": Row(prune_block_by_block),
     }
 )
+"""Cut the model and make up for what is gone."""

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, model_shape, spec_for
+from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.allocation import BlockEvidence, allocate_widths
+from cfsp.pruning.allocation import ALLOCATIONS, BlockEvidence, integer_widths, uniform_widths
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
 from cfsp.pruning.settings import PruneSettings
@@ -127,7 +127,8 @@ class PruningPlan:
         settings = replace(self.settings, prune_ratio=prune_ratio)
         check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
-        widths = _widths(importance, self.dense_widths, [b.loss_curve for b in self.blocks], settings)
+        curves = [block.loss_curve for block in self.blocks]
+        widths = allocate_widths(_block_evidence(importance, self.dense_widths, curves), settings)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
         return replace(self, settings=settings, blocks=blocks)
 
@@ -152,10 +153,13 @@ def make_plan(
     dense_widths = model_shape(model).ffn_widths
     scores, curves = [], []
     for index, layer in enumerate(decoder_layers(model)):
-        evidence = _evidence(feed_forward(model, layer), statistics, index, settings)
+        evidence = ChannelEvidence(feed_forward(model, layer), statistics, index)
         scores.append(score_channels(settings.score, evidence))
-        curves.append(_loss_curve(evidence, settings))
-    widths = _widths(importance, dense_widths, curves, settings)
+        losses = (
+            evidence.loss_elimination.error_curve(_LOSS_SEGMENTS) if settings.needs_loss else torch.empty(0)
+        )
+        curves.append(tuple(losses.tolist()))
+    widths = allocate_widths(_block_evidence(importance, dense_widths, curves), settings)
     blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
     return PruningPlan(
         model_type=spec_for(model.config).model_type,
@@ -169,6 +173,23 @@ def make_plan(
         dense_widths=dense_widths,
         blocks=tuple(blocks),
     )
+
+
+def allocate_widths(evidence: BlockEvidence, settings: PruneSettings) -> tuple[int, ...]:
+    """Integer widths of all blocks, each a multiple of `align`; pruning nothing gives the dense widths.
+
+    Raises:
+        InputError: An alignment that cannot meet the ratio, or no loss curves for an allocation that reads them.
+    """
+    dense_widths, ratio = evidence.dense_widths, settings.prune_ratio
+    if ratio == 0:
+        return tuple(dense_widths)
+    if settings.uniform_width:
+        return uniform_widths(dense_widths, ratio, settings.align)
+    keep = ALLOCATIONS[settings.allocation].function(evidence, ratio, settings.strength)
+    wanted = keep * torch.tensor(dense_widths, dtype=torch.float64)
+    total = (1 - ratio) * sum(dense_widths)
+    return integer_widths(wanted.tolist(), dense_widths, total=total, align=settings.align)
 
 
 def apply_plan(
@@ -207,7 +228,7 @@ def apply_plan(
         progress=progress,
     )
     with products_in(plan.settings.dtype):
-        RECONSTRUCTIONS[plan.settings.reconstruct].carry_out(cut)
+        RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
     set_config_shape(model)
 
 
@@ -225,40 +246,11 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
             raise InputError(f"the plan's block {index} does not rank its {dense} channels once each")
 
 
-def _evidence(
-    ffn: FeedForward, statistics: BlockStatistics, index: int, settings: PruneSettings
-) -> ChannelEvidence:
-    return ChannelEvidence(
-        ffn,
-        statistics.channels[index],
-        gram=statistics.grams.get(index)
-        if settings.plan_needs_gram and statistics.grams is not None
-        else None,
-        gradients=statistics.gradients[index] if statistics.gradients is not None else None,
-    )
-
-
-def _loss_curve(evidence: ChannelEvidence, settings: PruneSettings) -> tuple[float, ...]:
-    if not settings.needs_loss:
-        return ()
-    return tuple(evidence.loss_elimination.error_curve(_LOSS_SEGMENTS).tolist())
-
-
-def _widths(
-    importance: torch.Tensor,
-    dense_widths: Sequence[int],
-    loss_curves: Sequence[tuple[float, ...]],
-    settings: PruneSettings,
-) -> tuple[int, ...]:
+def _block_evidence(
+    importance: torch.Tensor, dense_widths: Sequence[int], loss_curves: Sequence[Sequence[float]]
+) -> BlockEvidence:
     curves = torch.tensor(loss_curves, dtype=torch.float64) if all(loss_curves) else None
-    return allocate_widths(
-        BlockEvidence(importance, dense_widths, curves),
-        prune_ratio=settings.prune_ratio,
-        allocation=settings.allocation,
-        strength=settings.strength,
-        align=settings.align,
-        uniform_width=settings.uniform_width,
-    )
+    return BlockEvidence(importance, dense_widths, curves)
 
 
 def _block_plan(

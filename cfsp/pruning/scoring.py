@@ -18,7 +18,8 @@ from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import FeedForward
 from cfsp.pruning.elimination import Elimination, eliminate_channels
 from cfsp.pruning.gradients import ChannelGradients
-from cfsp.pruning.statistics import ChannelStatistics
+from cfsp.pruning.rows import Row
+from cfsp.pruning.statistics import BlockStatistics, ChannelStatistics
 
 
 @dataclass(frozen=True)
@@ -27,32 +28,37 @@ class ChannelEvidence:
 
     Attributes:
         ffn: The block's weights.
-        channels: Moments of X.
-        gram: H = X^T X / T, (m, m) float64, where it was collected.
-        gradients: Of the loss, where they were collected.
+        statistics: Of all blocks.
+        block: Which one of them.
     """
 
     ffn: FeedForward
-    channels: ChannelStatistics
-    gram: torch.Tensor | None = None
-    gradients: ChannelGradients | None = None
+    statistics: BlockStatistics
+    block: int
+
+    @property
+    def channels(self) -> ChannelStatistics:
+        """Moments of X."""
+        return self.statistics.channels[self.block]
+
+    @cached_property
+    def gram(self) -> torch.Tensor:
+        """H = X^T X / T, (m, m) float64; raises InputError where it was not collected."""
+        if self.statistics.grams is None:
+            raise InputError("this score needs Gram matrices, which were not collected")
+        return self.statistics.grams.get(self.block)
+
+    @property
+    def gradients(self) -> ChannelGradients:
+        """Of the loss; raises InputError where they were not collected."""
+        if self.statistics.gradients is None:
+            raise InputError("this score needs gradients, which were not collected")
+        return self.statistics.gradients[self.block]
 
     @cached_property
     def loss_elimination(self) -> Elimination:
         """The order in which channels go when an error counts as much as it changes the loss."""
-        return eliminate_channels(self._gram, self.ffn.down.weight, self._gradients.output)
-
-    @cached_property
-    def _gram(self) -> torch.Tensor:
-        if self.gram is None:
-            raise InputError("this score needs Gram matrices, which were not collected")
-        return self.gram
-
-    @cached_property
-    def _gradients(self) -> ChannelGradients:
-        if self.gradients is None:
-            raise InputError("this score needs gradients, which were not collected")
-        return self.gradients
+        return eliminate_channels(self.gram, self.ffn.down.weight, self.gradients.output)
 
 
 def activation_norm(evidence: ChannelEvidence) -> torch.Tensor:
@@ -92,17 +98,17 @@ def magnitude(evidence: ChannelEvidence) -> torch.Tensor:
 
 def taylor(evidence: ChannelEvidence) -> torch.Tensor:
     """mean_t |X_ti (D^T g_t)_i|: first-order change of the loss without the channel (Molchanov et al., ICLR 2017)."""
-    return evidence._gradients.taylor
+    return evidence.gradients.taylor
 
 
 def fisher(evidence: ChannelEvidence) -> torch.Tensor:
     """mean_t (X_ti (D^T g_t)_i)^2 / 2: second-order change of the loss without the channel (Theis et al., 2018)."""
-    return evidence._gradients.fisher / 2
+    return evidence.gradients.fisher / 2
 
 
 def obs(evidence: ChannelEvidence) -> torch.Tensor:
     """Error of the block's solved output once the channel and all cheaper ones have gone (cfsp.pruning.elimination)."""
-    return _when_gone(eliminate_channels(evidence._gram, evidence.ffn.down.weight))
+    return _when_gone(eliminate_channels(evidence.gram, evidence.ffn.down.weight))
 
 
 def obs_loss(evidence: ChannelEvidence) -> torch.Tensor:
@@ -110,34 +116,20 @@ def obs_loss(evidence: ChannelEvidence) -> torch.Tensor:
     return _when_gone(evidence.loss_elimination)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A row of SCORES.
-
-    Attributes:
-        function: From a block's evidence to (intermediate_size,) scores; higher means keep.
-        needs_gram: Whether it reads the Gram matrix.
-        needs_gradients: Whether it reads gradients.
-    """
-
-    function: Callable[[ChannelEvidence], torch.Tensor]
-    needs_gram: bool = False
-    needs_gradients: bool = False
-
-
-SCORES: Mapping[str, Score] = MappingProxyType(
+SCORES: Mapping[str, Row[Callable[[ChannelEvidence], torch.Tensor]]] = MappingProxyType(
     {
-        "activation_norm": Score(activation_norm),
-        "cfsp": Score(cfsp),
-        "wanda_sp": Score(wanda_sp),
-        "flap": Score(flap),
-        "magnitude": Score(magnitude),
-        "taylor": Score(taylor, needs_gradients=True),
-        "fisher": Score(fisher, needs_gradients=True),
-        "obs": Score(obs, needs_gram=True),
-        "obs_loss": Score(obs_loss, needs_gram=True, needs_gradients=True),
+        "activation_norm": Row(activation_norm),
+        "cfsp": Row(cfsp),
+        "wanda_sp": Row(wanda_sp),
+        "flap": Row(flap),
+        "magnitude": Row(magnitude),
+        "taylor": Row(taylor, needs_gradients=True),
+        "fisher": Row(fisher, needs_gradients=True),
+        "obs": Row(obs, needs_gram=True),
+        "obs_loss": Row(obs_loss, needs_gram=True, needs_gradients=True),
     }
 )
+"""From a block's evidence to (intermediate_size,) scores; higher means keep."""
 
 
 def score_channels(name: str, evidence: ChannelEvidence) -> torch.Tensor:

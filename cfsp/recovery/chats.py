@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.reading import as_input_error
+from cfsp.text.encoding import encode_in_place
 from cfsp.text.templates import render_chat
 from cfsp.text.tokens import Document
 
@@ -33,13 +33,11 @@ def labelled_chat(document: Document, tokenizer: Any) -> LabelledTokens:
         InputError: As `answer_spans`.
     """
     text, spans = answer_spans(document.messages or (), tokenizer)
-    with as_input_error("the model's tokenizer cannot take the text"):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    offsets = encoded["offset_mapping"]
+    tokens = encode_in_place(tokenizer, text)
     learnt = tuple(
-        any(start <= first < end and last > first for start, end in spans) for first, last in offsets
+        any(start <= first < end and last > first for start, end in spans) for _, first, last in tokens
     )
-    return LabelledTokens(tuple(encoded["input_ids"]), learnt)
+    return LabelledTokens(tuple(token for token, *_ in tokens), learnt)
 
 
 def answer_spans(

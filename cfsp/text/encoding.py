@@ -15,7 +15,7 @@ _PIECE = 2**20
 _OVERLAP = 2**12
 _AGREEING = 32
 
-_Token = tuple[int, int, int]
+Token = tuple[int, int, int]
 """Id, and where in the text it begins and ends."""
 
 
@@ -47,11 +47,11 @@ def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[in
     if len(text) <= WHOLE:
         return array("q", encode(tokenizer, text))
     ids: array[int] = array("q")
-    before: list[_Token] = []
+    before: list[Token] = []
     for start in range(0, len(text) - _OVERLAP, _PIECE - _OVERLAP):
         if limit is not None and len(ids) + len(before) >= limit:
             break
-        piece = _piece(tokenizer, text, start)
+        piece = encode_in_place(tokenizer, text[start : start + _PIECE], start)
         end, begin = _seam(before, piece, start) if before else (0, 0)
         ids.extend(token for token, *_ in before[:end])
         before = piece[begin:]
@@ -59,19 +59,15 @@ def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[in
     return ids
 
 
-def _piece(tokenizer: Any, text: str, start: int) -> list[_Token]:
+def encode_in_place(tokenizer: Any, text: str, start: int = 0) -> list[Token]:
+    """Tokens of a text with their places in it, or in the one that it begins at `start` of; raises as `encode`."""
     with as_input_error("the model's tokenizer cannot take the text"):
-        encoded = tokenizer(
-            text[start : start + _PIECE],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [(token, start + first, start + last) for token, (first, last) in pairs]
 
 
-def _seam(before: Sequence[_Token], after: Sequence[_Token], start: int) -> tuple[int, int]:
+def _seam(before: Sequence[Token], after: Sequence[Token], start: int) -> tuple[int, int]:
     """Where to leave the one piece and to enter the next, which begins at `start` in the text."""
     first = bisect_left(before, start, key=lambda token: token[1])
     shared = before[first:]

@@ -49,11 +49,6 @@ class TokenWindows:
     source: str
     sha256: str
 
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens in all windows."""
-        return self.ids.numel()
-
 
 def load_documents(reference: str) -> list[Document]:
     """Read every document behind a reference; empty rows are left out.

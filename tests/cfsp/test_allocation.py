@@ -12,12 +12,13 @@ from cfsp.errors import InputError
 from cfsp.pruning.allocation import (
     ALLOCATIONS,
     BlockEvidence,
-    allocate_widths,
     cfsp_keep_ratios,
     integer_widths,
     loss_keep_ratios,
     mixed_keep_ratios,
 )
+from cfsp.pruning.plan import allocate_widths
+from cfsp.pruning.settings import PruneSettings
 
 
 def evidence(
@@ -55,28 +56,33 @@ def test_cfsp_keep_ratios_follow_the_paper(importance: list[float], p: float, a:
 def test_budget_is_met_and_widths_are_aligned(
     importance: list[float], p: float, align: int, dense: int
 ) -> None:
-    widths = allocate_widths(evidence(importance, dense), prune_ratio=p, align=align)
+    widths = allocate_widths(evidence(importance, dense), PruneSettings(prune_ratio=p, align=align))
     assert all(0 < w <= dense and w % align == 0 for w in widths)
     assert abs(sum(widths) - (1 - p) * dense * len(importance)) < align
 
 
 def test_more_important_blocks_keep_more() -> None:
-    widths = allocate_widths(evidence([0.5, 0.1, 0.2], 1024), prune_ratio=0.3, align=32)
+    widths = allocate_widths(evidence([0.5, 0.1, 0.2], 1024), PruneSettings(prune_ratio=0.3, align=32))
     assert widths[0] > widths[2] > widths[1]
 
 
 def test_nothing_pruned_keeps_odd_widths() -> None:
-    assert allocate_widths(evidence([0.1, 0.2, 0.3], 1000), prune_ratio=0.0, align=256) == (1000,) * 3
+    assert (
+        allocate_widths(evidence([0.1, 0.2, 0.3], 1000), PruneSettings(prune_ratio=0.0, align=256))
+        == (1000,) * 3
+    )
 
 
 def test_uniform_width_is_one_width() -> None:
-    widths = allocate_widths(evidence([0.5, 0.1]), prune_ratio=0.3, align=256, uniform_width=True)
+    widths = allocate_widths(
+        evidence([0.5, 0.1]), PruneSettings(prune_ratio=0.3, align=256, uniform_width=True)
+    )
     assert widths == (1024, 1024)
 
 
 def test_alignment_that_cannot_meet_the_ratio() -> None:
     with pytest.raises(InputError, match="multiples of 256"):
-        allocate_widths(evidence([0.1, 0.2], 512), prune_ratio=0.9, align=256)
+        allocate_widths(evidence([0.1, 0.2], 512), PruneSettings(prune_ratio=0.9, align=256))
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=8))
@@ -124,4 +130,4 @@ def test_mixed_is_the_mean_of_both() -> None:
 @pytest.mark.parametrize("name", [name for name, row in ALLOCATIONS.items() if row.needs_loss])
 def test_an_allocation_without_the_curves_it_reads(name: str) -> None:
     with pytest.raises(InputError, match="loss curves"):
-        allocate_widths(evidence([0.1, 0.2]), prune_ratio=0.2, allocation=name)
+        allocate_widths(evidence([0.1, 0.2]), PruneSettings(prune_ratio=0.2, allocation=name))

@@ -50,7 +50,7 @@ def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Pa
     windows = token_windows(str(path), loaded.tokenizer, seqlen=16)
     text = loaded.tokenizer.apply_chat_template(CHAT, tokenize=False) * 3
     expected = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert windows.ids.flatten().tolist() == expected[: windows.n_tokens]
+    assert windows.ids.flatten().tolist() == expected[: windows.ids.numel()]
 
 
 def test_messages_in_parts_or_without_text(tmp_path: Path) -> None:
