@@ -6,7 +6,6 @@ Tokens are made as the harness's own transformers model makes them, and longer r
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,13 +39,9 @@ def import_harness() -> Any:
 
 def harness_model(model: LanguageModel, *, progress: Progress = no_progress) -> Any:
     """An lm_eval.api.model.TemplateLM around a model."""
-    return _adapter_class()(model, progress)
-
-
-@functools.cache
-def _adapter_class() -> type[Any]:
-    """Made on first use: its base class is of an optional package."""
-    return type("Adapter", (_Requests, import_harness().api.model.TemplateLM), {})
+    # Made here, as its base class is of an optional package.
+    adapter: Any = type("Adapter", (_Requests, import_harness().api.model.TemplateLM), {})
+    return adapter(model, progress)
 
 
 class _Requests:

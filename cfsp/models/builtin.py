@@ -56,18 +56,16 @@ def cache_directory() -> Path:
 
     PHONEREADY_CACHE where it is set, else XDG_CACHE_HOME/phoneready, else ~/.cache/phoneready.
     It may not exist yet.
+
+    Raises:
+        InputError: The user has no home, as one without an entry in /etc/passwd.
     """
     own = os.environ.get("PHONEREADY_CACHE")
     if own:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else home_directory() / ".cache") / "phoneready"
-
-
-def home_directory() -> Path:
-    """The user's home; raises InputError where there is none, as for a user without an entry in /etc/passwd."""
     try:
-        return Path.home()
+        return (Path(shared) if shared else Path.home() / ".cache") / "phoneready"
     except RuntimeError as error:
         raise InputError("this user has no home folder; set HOME to one that can be written") from error
 

@@ -95,7 +95,9 @@ def save_checkpoint(
         InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
     """
     shape = model_shape(loaded.model)
-    _check_plan(plan, shape)
+    planned = getattr(plan, "shape", None)
+    if planned is not None and not planned.agrees_with(shape):
+        raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
     check_finite(loaded.model, loaded.source.name)
     with atomic_directory(directory, force=force) as folder:
         _save_model(loaded.model, folder, shape)
@@ -209,12 +211,6 @@ def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "tokenizers", "safetensors")
     found = {name: importlib.metadata.version(name) for name in packages}
     return {"phoneready": tool_version(), "python": platform.python_version(), **found}
-
-
-def _check_plan(plan: Record | None, shape: ModelShape) -> None:
-    planned = getattr(plan, "shape", None)
-    if planned is not None and not planned.agrees_with(shape):
-        raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
 
 
 def _read_config(directory: Path) -> tuple[Any, ModelShape]:

@@ -97,7 +97,11 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
     Raises:
         InputError: A malformed `per_layer_config`, or one with a key that no block can have of its own.
     """
-    count, given = config["num_hidden_layers"], _given(per_layer, where)
+    count = config["num_hidden_layers"]
+    try:
+        given = {int(index): dict(own) for index, own in (per_layer or {}).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
     if any(not 0 <= index < count for index in given):
         raise InputError(
             f"{where}: per_layer_config names blocks that do not exist: num_hidden_layers is {count}"
@@ -115,6 +119,7 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
                 value=own[unknown[0]],
                 allowed=f"the same in all blocks; only {', '.join(_PER_BLOCK)} may differ",
             )
+        check_kinds(own, _KINDS, f"{where}: malformed per_layer_config: block {index}")
         blocks.append(BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()}))
     return ModelShape(config["vocab_size"], tuple(blocks))
 
@@ -131,13 +136,3 @@ def require_only_widths_vary(shape: ModelShape, where: str) -> None:
                 f"{where}: block {index} differs from the dense model's in more than its FFN width, "
                 "which cannot be loaded or exported yet"
             )
-
-
-def _given(per_layer: Any, where: str) -> dict[int, dict[str, Any]]:
-    try:
-        given = {int(index): dict(own) for index, own in (per_layer or {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
-    for index, own in given.items():
-        check_kinds(own, _KINDS, f"{where}: malformed per_layer_config: block {index}")
-    return given

@@ -20,7 +20,7 @@ from cfsp.recovery.chats import LabelledTokens, labelled_chat
 from cfsp.recovery.settings import RecoverySettings, labels_whole_chats, token_budget
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
-from cfsp.text.tokens import Document, document_ids, load_documents, shuffled, tokens_sha256
+from cfsp.text.tokens import document_ids, load_documents, shuffled, tokens_sha256
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
@@ -181,12 +181,14 @@ class _Reader:
         stream: list[int] = []
         documents = load_documents(reference)
         whole = labels_whole_chats(self.settings)
-        used = 0
+        eos, used = self.tokenizer.eos_token_id, 0
         for done, document in enumerate(shuffled(documents, seed), 1):
-            if limit is not None and used >= limit:
+            if limit is not None and used + len(stream) >= limit:
                 break
             if document.messages is None:
-                used += _append_text(stream, document, self.tokenizer)
+                if stream and eos is not None:
+                    stream.append(eos)
+                stream += document_ids(document, self.tokenizer)
             else:
                 chat = labelled_chat(document, self.tokenizer)
                 if any(chat.learnt[1:]):
@@ -201,14 +203,6 @@ class _Reader:
                 allowed='chats with a non-empty message of role "assistant"',
             )
         return chats, stream
-
-
-def _append_text(stream: list[int], document: Document, tokenizer: Any) -> int:
-    before = len(stream)
-    if stream and tokenizer.eos_token_id is not None:
-        stream.append(tokenizer.eos_token_id)
-    stream += document_ids(document, tokenizer)
-    return len(stream) - before
 
 
 def _pack_chats(

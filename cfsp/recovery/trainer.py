@@ -26,8 +26,8 @@ from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
 from cfsp.models.weights import quiet_transformers, read_safetensors
 from cfsp.reading import as_input_error, one_line
+from cfsp.recovery.recovery_record import LossPoint, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
-from cfsp.recovery.state import LossPoint, ValidationPoint
 from cfsp.recovery.student import Student
 from cfsp.recovery.work import Run
 
@@ -213,11 +213,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         """Mean losses on the validation sequences, which are shared out among the processes."""
         student, run = self.run.student, self.run
         student.eval()
-        rows = [
-            (ids, targets)
-            for part in run.validation
-            for ids, targets in zip(part.input_ids, part.targets, strict=True)
-        ]
+        rows = [row for part in run.validation for row in zip(part.input_ids, part.targets, strict=True)]
         mine = rows[self.args.process_index :: self.args.world_size]
         sums = torch.zeros(3, dtype=torch.float64)
         for done, (ids, targets) in enumerate(mine, 1):

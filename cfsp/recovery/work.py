@@ -23,8 +23,8 @@ from cfsp.models.weights import read_safetensors
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
 from cfsp.recovery.data import Sequences, TrainingMix
+from cfsp.recovery.recovery_record import RunState
 from cfsp.recovery.settings import RecoverySettings
-from cfsp.recovery.state import RunState
 from cfsp.recovery.student import Student
 
 _MARKER = "COMPLETE"

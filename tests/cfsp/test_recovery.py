@@ -26,8 +26,8 @@ from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.chats import answer_spans, labelled_chat
 from cfsp.recovery.data import IGNORED, Sequences, TrainingMix, load_recovery_data
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
+from cfsp.recovery.recovery_record import RunState, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate_share
-from cfsp.recovery.state import RunState, ValidationPoint
 from cfsp.recovery.student import Objective, Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text.tokens import Document
