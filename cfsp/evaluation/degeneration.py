@@ -79,7 +79,7 @@ def is_loop(text: str, prompt: str = "", system: str = "") -> bool:
     """
     text = " ".join(text.split())
     counted = re.sub(r"\d+", "0", text)
-    if _tail_period(text) or len(_letters(_tail_period(counted))) >= LOOP_COUNTED_LETTERS:
+    if _tail_period(text) or len("".join(_LETTERS.findall(_tail_period(counted)))) >= LOOP_COUNTED_LETTERS:
         return True
     words = [word.casefold() for word in _TOKEN.findall(text)]
     grams = Counter(zip(*(words[i:] for i in range(_N_GRAM)), strict=False))
@@ -158,20 +158,13 @@ def _tail_period(text: str) -> str:
 
 
 def _implausible_words(words: list[str]) -> bool:
-    spaced = [word for word in words if _script(word) in _SPACED_SCRIPTS]
+    # A letter's name begins with its script's.
+    spaced = [word for word in words if unicodedata.name(word[0], "").partition(" ")[0] in _SPACED_SCRIPTS]
     if any(len(word) > LONGEST_WORD for word in spaced):
         return True
     latin = [word.casefold() for word in spaced if len(word) >= 5 and word.isascii()]
     vowelless = sum(not set(word) & set("aeiouy") for word in latin)
     return len(latin) >= 5 and vowelless / len(latin) > VOWELLESS_SHARE
-
-
-def _script(word: str) -> str:
-    return unicodedata.name(word[0], "").partition(" ")[0]
-
-
-def _letters(text: str) -> str:
-    return "".join(_LETTERS.findall(text))
 
 
 def _words(text: str) -> list[str]:

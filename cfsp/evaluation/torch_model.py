@@ -106,23 +106,18 @@ class TorchLanguageModel:
     ) -> list[list[int]]:
         """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
         check_length(self, max(map(len, prompts), default=0), "a prompt")
+        stops = stop_ids(self.loaded)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}
         answers: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         for start in range(0, len(order), _GENERATION_BATCH):
             batch = order[start : start + _GENERATION_BATCH]
-            texts = self._generate_batch([prompts[i] for i in batch], max_new_tokens, stop_strings)
-            for index, found in zip(batch, texts, strict=True):
-                answers[index] = found
+            rows = generate(self.loaded, [prompts[i] for i in batch], max_new_tokens, **greedy, **extra)
+            for index, row in zip(batch, rows, strict=True):
+                has_ended = bool(row) and row[-1] in stops
+                answers[index] = self._until(row[:-1] if has_ended else row, stop_strings)
         return answers
-
-    def _generate_batch(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: Sequence[str]
-    ) -> list[list[int]]:
-        extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        rows = generate(self.loaded, prompts, max_new_tokens, **greedy, **extra)
-        stops = stop_ids(self.loaded)
-        return [self._until(row[:-1] if row and row[-1] in stops else row, stop_strings) for row in rows]
 
     def _until(self, ids: list[int], stop_strings: Sequence[str]) -> list[int]:
         """The shortest beginning that holds a stop string; a batch goes on for the others and pads this one."""

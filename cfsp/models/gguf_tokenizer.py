@@ -151,10 +151,9 @@ def _add_post_processor(backend: Any, file: GGUFFile, special: Mapping[str, str]
     eos = special.get("eos_token") if file.metadata.get("tokenizer.ggml.add_eos_token", False) else None
     if bos is None and eos is None:
         return
-    around = [bos, "$A", eos]
-    second = [bos, "$B", eos]
+    around = [part for part in (bos, "$A", eos) if part]
     backend.post_processor = processors.TemplateProcessing(
-        single=[part for part in around if part],
-        pair=[part for part in around if part] + [f"{part}:1" for part in second if part],
+        single=around,
+        pair=around + [f"{part}:1" for part in (bos, "$B", eos) if part],
         special_tokens=[(text, backend.token_to_id(text)) for text in {bos, eos} if text],
     )

@@ -38,20 +38,19 @@ def prune_block_by_block(cut: Cut) -> None:
     layers = decoder_layers(cut.model)
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
-        dense, calls = enter_blocks(cut.model, layers, torch.split(cut.input_ids, 1))
+        dense, calls = enter_blocks(cut.model, layers, cut.input_ids)
         pruned = [hidden.clone() for hidden in dense]
         for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True)):
             ffn = feed_forward(cut.model, layer)
             for window, hidden in enumerate(dense):
-                dense[window] = run_layer(layer, hidden, calls[index][window])
+                dense[window] = run_layer(layer, hidden, calls[index])
             if len(kept) == ffn.width:
-                for window, hidden in enumerate(pruned):
-                    pruned[window] = run_layer(layer, hidden, calls[index][window])
+                pruned = [run_layer(layer, hidden, calls[index]) for hidden in pruned]
             else:
                 solver = _Block(layer, ffn, kept, cut.correction)
                 rests = [
-                    solver.observe(hidden, dense[window], calls[index][window])
-                    for window, hidden in enumerate(pruned)
+                    solver.observe(hidden, wanted, calls[index])
+                    for hidden, wanted in zip(pruned, dense, strict=True)
                 ]
                 cut_channels(ffn, kept, solver.solve(cut.ridge))
                 pruned = [rest + ffn.module(ffn_input) for rest, ffn_input in rests]

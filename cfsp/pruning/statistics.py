@@ -105,7 +105,7 @@ COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 
 
 class _BlockSums:
-    """Running sums of one block over batches."""
+    """Running sums of one block over windows."""
 
     def __init__(self, width: int, with_gram: bool) -> None:
         self.importance = dict.fromkeys(COARSE_METRICS, 0.0)
@@ -114,7 +114,7 @@ class _BlockSums:
         self.gram = GramSum(width) if with_gram else None
 
     def add_channels(self, x: torch.Tensor) -> None:
-        """Add X of one batch; `x` is (..., intermediate_size)."""
+        """Add X of one window; `x` is (..., intermediate_size)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.x_sum += x.sum(0, dtype=torch.float64)
         self.x_square += torch.einsum("ti,ti->i", x, x).double()
@@ -122,7 +122,7 @@ class _BlockSums:
             self.gram.add(x)
 
     def add_block(self, h_in: torch.Tensor, h_out: torch.Tensor) -> None:
-        """Add one batch's coarse importances; both are (batch, seqlen, hidden_size)."""
+        """Add one window's coarse importances; both are (1, seqlen, hidden_size)."""
         for name, metric in COARSE_METRICS.items():
             self.importance[name] += float(metric(h_in.float(), h_out.float()).sum(dtype=torch.float64))
 
@@ -132,7 +132,6 @@ def collect_statistics(
     input_ids: torch.Tensor,
     *,
     with_gram: bool = True,
-    batch_size: int = 1,
     progress: Progress = no_progress,
 ) -> BlockStatistics:
     """Run the calibration windows through every block once.
@@ -141,7 +140,6 @@ def collect_statistics(
         model: A causal LM of the architecture table, in eval mode; unchanged.
         input_ids: (nsamples, seqlen) int64.
         with_gram: Whether to accumulate Gram matrices (needed for reconstruction).
-        batch_size: Windows run at once.
         progress: Told after each block.
 
     Raises:
@@ -153,14 +151,14 @@ def collect_statistics(
     n_tokens = input_ids.numel()
     layers = decoder_layers(model)
     with torch.inference_mode():
-        hidden, calls = enter_blocks(model, layers, torch.split(input_ids, batch_size))
+        hidden, calls = enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram)
             with input_hook(ffn.down, sums.add_channels):
-                for batch, h_in in enumerate(hidden):
-                    hidden[batch] = run_layer(layer, h_in, calls[index][batch])
-                    sums.add_block(h_in, hidden[batch])
+                for window, h_in in enumerate(hidden):
+                    hidden[window] = run_layer(layer, h_in, calls[index])
+                    sums.add_block(h_in, hidden[window])
             for name, total in sums.importance.items():
                 importance[name].append(total / n_tokens)
             if not bool(torch.isfinite(sums.x_square).all()):

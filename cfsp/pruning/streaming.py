@@ -5,8 +5,8 @@ What is common to collecting statistics and to reconstructing block after block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,30 +44,18 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any])
 
 
 def enter_blocks(
-    model: Any, layers: Sequence[nn.Module], batches: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[list[dict[str, Any]]]]:
-    """Hidden states before the first block, and every block's keyword arguments, for each batch.
+    model: Any, layers: Sequence[nn.Module], input_ids: torch.Tensor
+) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+    """What runs through the blocks, for windows (nsamples, seqlen).
 
     The decoder is run with its blocks short-circuited: masks, positions and rotary tables then are exactly what
-    the model itself passes, whatever the architecture and the library's version.
+    the model itself passes, whatever the architecture and the library's version. All windows share them, as they are
+    equally long.
+
+    Returns:
+        Each window's hidden states before the first block, (1, seqlen, hidden_size); every block's keyword arguments.
     """
     hidden: list[torch.Tensor] = []
-    calls: list[list[dict[str, Any]]] = [[] for _ in layers]
-    seen: dict[tuple[int, ...], int] = {}
-    with _short_circuited(layers) as record:
-        for batch in batches:
-            record.clear()
-            model.get_decoder()(input_ids=batch, use_cache=False)
-            hidden.append(record[0][0].clone())
-            # Batches of one shape share their arguments, so that they are held once.
-            first = seen.setdefault(tuple(batch.shape), len(hidden) - 1)
-            for index, (_, arguments) in enumerate(record):
-                calls[index].append(arguments if first == len(hidden) - 1 else calls[index][first])
-    return hidden, calls
-
-
-@contextmanager
-def _short_circuited(layers: Sequence[nn.Module]) -> Iterator[list[tuple[torch.Tensor, dict[str, Any]]]]:
     record: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def passes_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +70,11 @@ def _short_circuited(layers: Sequence[nn.Module]) -> Iterator[list[tuple[torch.T
         for layer in layers:
             layer.forward = passes_on
             stack.callback(delattr, layer, "forward")
-        yield record
+        for window in input_ids.split(1):
+            record.clear()
+            model.get_decoder()(input_ids=window, use_cache=False)
+            hidden.append(record[0][0].clone())
+    return hidden, [arguments for _, arguments in record]
 
 
 def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:

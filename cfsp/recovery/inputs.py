@@ -79,8 +79,14 @@ def load_inputs(
     except InputError as error:
         raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
     _check_vocabulary(loaded, dense)
-    if teacher is None:
-        _check_unchanged(loaded, dense)
+    then, now = loaded.source.sha256, dense.source.sha256
+    if teacher is None and then and now and then != now:
+        raise InputError(
+            f"{dense.source.reference} is no longer the model that the checkpoint was pruned from",
+            field="teacher",
+            value=now,
+            allowed=f"the model of hash {then}; --teacher takes another one",
+        )
     return RecoveryInputs(loaded, sha256, plan, dense, ranks)
 
 
@@ -92,17 +98,6 @@ def _check_vocabulary(loaded: LoadedModel, dense: LoadedModel) -> None:
             field="teacher",
             value=dense.source.reference,
             allowed="the dense model of the checkpoint, or one with the same tokenizer",
-        )
-
-
-def _check_unchanged(loaded: LoadedModel, dense: LoadedModel) -> None:
-    then, now = loaded.source.sha256, dense.source.sha256
-    if then and now and then != now:
-        raise InputError(
-            f"{dense.source.reference} is no longer the model that the checkpoint was pruned from",
-            field="teacher",
-            value=now,
-            allowed=f"the model of hash {then}; --teacher takes another one",
         )
 
 

@@ -34,7 +34,7 @@ from cfsp.recovery.settings import (
     loss_weights,
     token_budget,
 )
-from cfsp.recovery.student import Objective, Student, Teacher
+from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import Run, RunInputs, WorkFolder
 from cfsp.text.settings import SELF
 
@@ -205,11 +205,10 @@ def _student(inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dt
     torch.manual_seed(settings.seed)
     if inputs.ranks:
         model = add_adapter(model, inputs.ranks, settings.alpha)
-    objective = Objective(loss_weights(settings), settings.temperature)
     teacher = None
-    if objective.weights[1] and inputs.teacher is not None:
+    if loss_weights(settings)[1] and inputs.teacher is not None:
         teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False))
-    return Student(model, objective, dtype, teacher)
+    return Student(model, settings, dtype, teacher)
 
 
 def _record(

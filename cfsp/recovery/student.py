@@ -18,14 +18,7 @@ from cfsp.recovery.losses import (
     head_loss,
     next_token_loss,
 )
-
-
-@dataclass(frozen=True)
-class Objective:
-    """weights[0] * next-token + weights[1] * distillation at `temperature`, over labelled positions."""
-
-    weights: tuple[float, float]
-    temperature: float
+from cfsp.recovery.settings import RecoverySettings, loss_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class Student(nn.Module):
 
     Args:
         model: The causal LM, or the PEFT model around it.
-        objective: The loss.
+        settings: They say the objective: next-token loss and distillation, each with its weight.
         dtype: Of the matrix products (autocast); weights keep their own.
         teacher: Where the objective has distillation in it.
     """
@@ -61,11 +54,11 @@ class Student(nn.Module):
     accepts_loss_kwargs = True
 
     def __init__(
-        self, model: Any, objective: Objective, dtype: torch.dtype, teacher: Teacher | None = None
+        self, model: Any, settings: RecoverySettings, dtype: torch.dtype, teacher: Teacher | None = None
     ) -> None:
         super().__init__()
         self.model = model
-        self.objective, self.dtype, self.teacher = objective, dtype, teacher
+        self.settings, self.dtype, self.teacher = settings, dtype, teacher
 
     @property
     def causal_lm(self) -> Any:
@@ -116,8 +109,8 @@ class Student(nn.Module):
         return states[mask], labels[mask]
 
     def _chunk_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> ChunkLoss:
-        next_weight, distill_weight = self.objective.weights
-        temperature, teacher = self.objective.temperature, self.teacher
+        next_weight, distill_weight = loss_weights(self.settings)
+        temperature, teacher = self.settings.temperature, self.teacher
         teacher_hidden = None if teacher is None else teacher.hidden(input_ids, labels)
 
         def loss(logits: torch.Tensor, chunk: slice) -> LossAndGradient:

@@ -63,7 +63,13 @@ def load_calibration(
     Raises:
         InputError: No reference, sizes below one, too little text, or a window longer than the model's context.
     """
-    _check_sizes(references, loaded, nsamples, seqlen)
+    if not references:
+        raise InputError("no calibration text given", allowed="self, or one or more text references")
+    if nsamples < len(references):
+        raise InputError(
+            "too few", field="nsamples", value=nsamples, allowed=f"at least one a source ({len(references)})"
+        )
+    check_seqlen(loaded, seqlen)
     parts = []
     for index, reference in enumerate(references):
         share = nsamples // len(references) + (index < nsamples % len(references))
@@ -74,16 +80,6 @@ def load_calibration(
         parts.append(windows)
     ids = torch.cat(parts)
     return Calibration(ids, tuple(references), seed, tokens_sha256(ids))
-
-
-def _check_sizes(references: Sequence[str], loaded: LoadedModel, nsamples: int, seqlen: int) -> None:
-    if not references:
-        raise InputError("no calibration text given", allowed="self, or one or more text references")
-    if nsamples < len(references):
-        raise InputError(
-            "too few", field="nsamples", value=nsamples, allowed=f"at least one a source ({len(references)})"
-        )
-    check_seqlen(loaded, seqlen)
 
 
 def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:

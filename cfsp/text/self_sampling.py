@@ -130,9 +130,8 @@ class _StepReport:
 def _sample_batch(loaded: LoadedModel, report: Callable[[int], None]) -> list[list[int]]:
     frame = chat_frame(loaded.tokenizer)
     if frame is None:
-        start = loaded.tokenizer.bos_token_id
-        start = loaded.tokenizer.eos_token_id if start is None else start
-        prompts = [[0 if start is None else start]] * BATCH_SIZE
+        starts = (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id)
+        prompts = [[next((token for token in starts if token is not None), 0)]] * BATCH_SIZE
         return _continue(loaded, prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
     before, between = frame
     asked = _continue(loaded, [before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)

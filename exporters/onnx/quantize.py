@@ -103,9 +103,7 @@ def quantize_linears(
     layers, linears = decoder_layers(model), block_linears(model)
     result: dict[str, Rounded] = {}
     with torch.no_grad():
-        hidden, calls = (
-            ([], []) if input_ids is None else enter_blocks(model, layers, torch.split(input_ids, 1))
-        )
+        hidden, calls = ([], []) if input_ids is None else enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
             with products_in("auto"):
                 grams = _input_grams(linears[index], layer, hidden, calls[index]) if hidden else {}
@@ -115,7 +113,7 @@ def quantize_linears(
             }
             result |= block
             with products_in("auto"), _replaced(linears[index], block):
-                hidden = [run_layer(layer, h, calls[index][i]) for i, h in enumerate(hidden)]
+                hidden = [run_layer(layer, h, calls[index]) for h in hidden]
             progress("quantizing", index + 1, len(layers) + 1)
         head = format_of(HEAD, len(layers), len(layers))
         gram = _head_gram(model, hidden) if hidden else None
@@ -149,7 +147,7 @@ def _input_grams(
     linears: Mapping[str, nn.Linear],
     layer: nn.Module,
     hidden: list[torch.Tensor],
-    calls: list[dict[str, Any]],
+    arguments: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
     """Module name -> X^T X / T of its input; attention's, with the first token's weight."""
     sums: dict[str, GramSum] = {}
@@ -168,7 +166,7 @@ def _input_grams(
     with ExitStack() as stack:
         for name, linear in linears.items():
             stack.enter_context(input_hook(linear, partial(add, name)))
-        for h, arguments in zip(hidden, calls, strict=True):
+        for h in hidden:
             seen.clear()
             run_layer(layer, h, arguments)
     totals = {name: total.total() / n_tokens for name, total in sums.items()}

@@ -28,7 +28,7 @@ from cfsp.recovery.data import IGNORED, Sequences, TrainingMix, load_recovery_da
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recovery_record import RunState, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate_share
-from cfsp.recovery.student import Objective, Student, Teacher
+from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text.tokens import Document
 
@@ -278,7 +278,8 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
 
 def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> None:
     model, _ = tiny_model()
-    student = Student(model, Objective((0.0, 1.0), 2.0), torch.float32, Teacher(model))
+    settings = RecoverySettings(loss="distill", temperature=2.0)
+    student = Student(model, settings, torch.float32, Teacher(model))
     ids = torch.arange(4, 68).view(2, 32)
     targets = torch.full_like(ids, IGNORED)
     targets[:, 3:20] = ids[:, 4:21]
