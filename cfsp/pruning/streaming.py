@@ -70,7 +70,7 @@ def enter_blocks(
         for layer in layers:
             layer.forward = passes_on
             stack.callback(delattr, layer, "forward")
-        for window in input_ids.split(1):
+        for window in torch.split(input_ids, 1):
             record.clear()
             model.get_decoder()(input_ids=window, use_cache=False)
             hidden.append(record[0][0].clone())
