@@ -5,6 +5,7 @@ Libraries raise, they never print or exit; the command line turns `exit_code` in
 
 from __future__ import annotations
 
+import importlib.util
 import reprlib
 from collections.abc import Mapping
 from typing import TypeVar
@@ -60,6 +61,12 @@ class MissingExtraError(PhonereadyError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'phoneready[{extra}]'")
+
+
+def require_extra(package: str, extra: str, distribution: str = "") -> None:
+    """Raise MissingExtraError where a package of an extra is not installed; `distribution` is pip's name of it."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(distribution or package, extra)
 
 
 class LimitError(PhonereadyError):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.options import ExportOptions
 
@@ -76,8 +75,7 @@ class ExportFamily:
     def require(self) -> None:
         """Raise MissingExtraError for what is not installed."""
         for package, distribution in self.needs.items():
-            if importlib.util.find_spec(package) is None:
-                raise MissingExtraError(distribution, self.extra)
+            require_extra(package, self.extra, distribution)
 
     def check_claim(self, reference: str) -> None:
         """Raise InputError for what its runtime does not run."""

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 from cfsp.files import sha256_file, writable_place
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
@@ -165,16 +164,11 @@ def check_extras(config: ReleaseConfig) -> None:
     for family in config.export.formats:
         FAMILIES[family].require()
     if config.tracking is not None:
-        _require("mlflow", "track")
+        require_extra("mlflow", "track")
     if config.recover is not None:
-        _require("accelerate", "recover")
+        require_extra("accelerate", "recover")
     if config.evaluate.tasks:
-        _require("lm_eval", "eval")
-
-
-def _require(package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise MissingExtraError(package, extra)
+        require_extra("lm_eval", "eval")
 
 
 def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = None) -> list[Stage]:

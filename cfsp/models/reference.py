@@ -62,7 +62,11 @@ def load_model(
         source = folder_source(path, source)
         progress(f"loading {source.name}", 1, 1)
     check_finite(model, str(path))
-    _check_vocabulary(model, tokenizer, path)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
+        )
     return LoadedModel(model, tokenizer, source)
 
 
@@ -119,11 +123,3 @@ def _complete_from_gguf(source: ModelSource, file: GGUFFile) -> ModelSource:
         base_model=source.base_model or base_model,
         made_from=stated("phoneready.source_sha256"),
     )
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, path: Path) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise InputError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
-        )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 from cfsp.models.architectures import block_linears
 
 
@@ -29,10 +29,9 @@ def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
     Raises:
         MissingExtraError: PEFT is not installed.
     """
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtraError("peft", "recover") from None
+    require_extra("peft", "recover")
+    import peft
+
     by_name = {name: rank for rank, names in zip(ranks, block_linears(model), strict=True) for name in names}
     config = peft.LoraConfig(
         r=max(ranks),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cfsp.errors import InputError, LimitError, MissingExtraError
+from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import claim_output, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.precision import product_dtype, products_in
@@ -165,10 +164,8 @@ def _check_apart(work: Path, output: Path) -> None:
 def _check_extras(settings: RecoverySettings, device: str) -> None:
     if device not in DEVICES:
         raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
-    needed = ("accelerate", "peft") if METHODS[settings.method].adapter else ("accelerate",)
-    for package in needed:
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "recover")
+    for package in ("accelerate", "peft") if METHODS[settings.method].adapter else ("accelerate",):
+        require_extra(package, "recover")
 
 
 def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_step: int) -> int:

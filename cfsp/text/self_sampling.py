@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable
@@ -114,19 +115,6 @@ def _fast_copy(loaded: LoadedModel) -> LoadedModel:
     return replace(loaded, model=copy.deepcopy(loaded.model, rounded))
 
 
-class _StepReport:
-    """Counts generation steps; transformers calls it after each one and stops where it says True."""
-
-    def __init__(self, report: Callable[[int], None], batch_size: int) -> None:
-        self.report, self.batch_size, self.steps = report, batch_size, 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.steps += 1
-        if self.steps % 16 == 0:
-            self.report(self.steps * self.batch_size)
-        return torch.zeros(len(input_ids), dtype=torch.bool)
-
-
 def _sample_batch(loaded: LoadedModel, report: Callable[[int], None]) -> list[list[int]]:
     frame = chat_frame(loaded.tokenizer)
     if frame is None:
@@ -148,6 +136,15 @@ def _continue(
     """Sample a continuation of each prompt; the result holds prompt and continuation up to the stop token."""
     from transformers import StoppingCriteriaList
 
+    steps = itertools.count(1)
+
+    def stops_nothing(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Transformers calls it after each step, and ends the texts for which it says True."""
+        step = next(steps)
+        if step % 16 == 0:
+            report(step * len(prompts))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
     rows = generate(
         loaded,
         prompts,
@@ -156,7 +153,7 @@ def _continue(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        stopping_criteria=StoppingCriteriaList([_StepReport(report, len(prompts))]),
+        stopping_criteria=StoppingCriteriaList([stops_nothing]),
         cache_implementation="static",
     )
     return [prompt + row for prompt, row in zip(prompts, rows, strict=True)]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 from cfsp.reading import MAX_TEXT_BYTES, as_input_error, read_json_lines, read_text
 from cfsp.text.encoding import encode_long
 from cfsp.text.settings import BUILTIN_TEXT
@@ -169,21 +169,18 @@ def _read_jsonl(path: Path) -> list[Document]:
 
 
 def _read_parquet(path: Path) -> list[Document]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtraError("pyarrow", "data") from None
+    require_extra("pyarrow", "data")
+    import pyarrow.parquet
+
     with as_input_error(f"{path} cannot be read as parquet"):
         rows = pyarrow.parquet.read_table(path).to_pylist()
     return [_document_from_row(row, f"{path}, row {n}") for n, row in enumerate(rows)]
 
 
 def _read_hub(name: str) -> list[Document]:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtraError("datasets", "data") from None
+    require_extra("datasets", "data")
+    import datasets
+
     name, _, split = name.partition(":")
     name, _, config = name.partition("@")
     try:

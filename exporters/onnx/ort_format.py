@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cfsp.errors import InputError
-from exporters.onnx.runtime import require_onnxruntime
+from cfsp.errors import InputError, require_extra
 
 OPERATORS_FILE = "required_operators.config"
 """What ONNX Runtime's build script wants to know: `--include_ops_by_config`."""
@@ -27,7 +26,7 @@ def write_ort(graph: Path, folder: Path) -> Path:
         InputError: The weights do not fit into one file.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    require_onnxruntime()
+    require_extra("onnxruntime", "onnx")
     import onnxruntime
     from onnxruntime.tools.ort_format_model import create_config_from_models
 

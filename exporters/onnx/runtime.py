@@ -6,7 +6,6 @@ output at once; other graphs give a longer cache each time. A file says in its m
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -29,19 +28,13 @@ _FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def require_onnxruntime() -> None:
-    """Raise MissingExtraError where ONNX Runtime is not installed."""
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise MissingExtraError("onnxruntime", "onnx")
-
-
 def runtime_version() -> str:
     """Name and version.
 
     Raises:
         MissingExtraError: It is not installed.
     """
-    require_onnxruntime()
+    require_extra("onnxruntime", "onnx")
     import onnxruntime
 
     return f"onnxruntime {onnxruntime.__version__}"
@@ -176,7 +169,7 @@ def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL
         InputError: ONNX Runtime cannot load it.
         MissingExtraError: ONNX Runtime is not installed.
     """
-    require_onnxruntime()
+    require_extra("onnxruntime", "onnx")
     import onnxruntime
 
     if not path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 from cfsp.records import read_record
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
@@ -45,12 +44,6 @@ class _Release:
     id: str
 
 
-def require_mlflow() -> None:
-    """Raise MissingExtraError where releases cannot be logged."""
-    if importlib.util.find_spec("mlflow") is None:
-        raise MissingExtraError("mlflow", "track")
-
-
 def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = None) -> str:
     """Log a finished release; one that was logged before, unchanged, is not logged again.
 
@@ -66,7 +59,7 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
         InputError: The tracker cannot be reached or refuses; the release is not touched.
         MissingExtraError: MLflow is not installed.
     """
-    require_mlflow()
+    require_extra("mlflow", "track")
     release = _Release(
         folder,
         read_record(ReleaseManifest, folder / MANIFEST_FILE),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cfsp.errors import InputError, LimitError, MissingExtraError
+from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
@@ -64,7 +63,8 @@ def tune(
         LimitError: No point meets the budgets; the message has the one that comes closest.
         MissingExtraError: Optuna is not installed.
     """
-    _require_optuna()
+    require_extra("optuna", "tune")
+    require_extra("tomli_w", "tune", "optuna")
     settings = config.tune or TuneConfig()
     config = config.model_copy(update={"tune": settings})
     recipes = recipes_of(config)
@@ -260,11 +260,6 @@ class _Search:
                 others = {n: _three(p) for n, p in forecast.figures(Point(recipe, ratio)).items()}
                 found.append(Outlook(ratio, size, expected, others))
         return tuple(found)
-
-
-def _require_optuna() -> None:
-    if importlib.util.find_spec("optuna") is None or importlib.util.find_spec("tomli_w") is None:
-        raise MissingExtraError("optuna", "tune")
 
 
 def _check_goal(config: ReleaseConfig, limits: Limits, recipes: Sequence[Recipe]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import InputError, MissingExtraError, PhonereadyError
+from cfsp.errors import InputError, PhonereadyError, require_extra
 from runtime_bench.browser.server import PAGE, serve
 
 EXECUTABLE_VARIABLE = "PHONEREADY_CHROMIUM"
@@ -65,12 +64,6 @@ class PageSettings:
     executable: str
     packages: str
     mobile: bool = True
-
-
-def require_playwright() -> None:
-    """Raise MissingExtraError where Playwright is not installed."""
-    if importlib.util.find_spec("playwright") is None:
-        raise MissingExtraError("playwright", "browser")
 
 
 def find_chromium() -> str:
@@ -153,7 +146,7 @@ def open_page(settings: PageSettings, files: Mapping[str, Path]) -> Iterator[Pag
         BrowserError: Chromium does not start.
         MissingExtraError: Playwright is not installed.
     """
-    require_playwright()
+    require_extra("playwright", "browser")
     from playwright.sync_api import sync_playwright
 
     roots = {"page": PAGE, "packages": Path(settings.packages), **files}

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from cfsp.errors import InputError, PhonereadyError
-from runtime_bench.browser.chromium import PageSettings, find_chromium, require_playwright
+from cfsp.errors import InputError, PhonereadyError, require_extra
+from runtime_bench.browser.chromium import PageSettings, find_chromium
 from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.environment import describe_environment
@@ -86,7 +86,7 @@ class Browser:
                 error=f"{request.engine} runs no {Path(request.path).suffix} file in a browser"
             )
         try:
-            require_playwright()
+            require_extra("playwright", "browser")
             settings = PageSettings(find_chromium(), str(fetch_packages()), self.mobile)
         except (PhonereadyError, OSError) as error:
             return WorkerResult(error=str(error))

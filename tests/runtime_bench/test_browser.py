@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cfsp.errors import InputError, PhonereadyError
+from cfsp.errors import InputError, PhonereadyError, require_extra
 from exporters.gguf.runtime import open_model as open_gguf
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
@@ -33,7 +33,6 @@ from runtime_bench.browser.chromium import (
     PageSettings,
     find_chromium,
     open_page,
-    require_playwright,
 )
 from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.browser.worker import open_model, served_files
@@ -64,7 +63,7 @@ PROMPT = [5, 17, 300, 42, 9]
 @pytest.fixture(scope="module")
 def settings() -> PageSettings:
     try:
-        require_playwright()
+        require_extra("playwright", "browser")
         return PageSettings(find_chromium(), str(fetch_packages()))
     except PhonereadyError as error:
         pytest.skip(str(error))
