@@ -12,9 +12,8 @@ from pathlib import Path
 import psutil
 
 from exporters.onnx.folder import find_graph, is_onnx
-from runtime_bench.browser.chromium import PageSettings, find_chromium, open_page
+from runtime_bench.browser.chromium import PageSettings, find_chromium, open_page, renderer_peak_bytes
 from runtime_bench.browser.packages import fetch_packages
-from runtime_bench.browser.processes import renderer_peak_bytes
 from runtime_bench.browser.worker import open_model, served_files
 from runtime_bench.engines import SessionSettings
 from runtime_bench.targets.browser import Browser

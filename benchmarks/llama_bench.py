@@ -38,10 +38,11 @@ from cfsp.files import atomic_directory, sha256_file
 from cfsp.models.builtin import cache_directory
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.native.build import build_runner
 from runtime_bench.native.source import fetch_source
 from runtime_bench.records import summary
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.targets.native import native
+from runtime_bench.targets.native import Native
 from runtime_bench.workload import BenchSettings, Workload, default_threads
 
 DISTRIBUTION = "llama-cpp-python"
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         workloads = [Workload("pp", n_prompt=n) for n in arguments.n_prompt if n]
         workloads += [Workload("tg", n_gen=n) for n in arguments.n_gen if n]
         threads = arguments.threads or (default_threads(),)
-        target = native() if arguments.native else LOCAL
+        target = Native(build_runner("native")) if arguments.native else LOCAL
         bench = partial(theirs, binary, environment)
         rows, revisions = alternate(bench, arguments.model, workloads, threads, arguments.rounds, target)
         text, agree = report(arguments.model, rows, revisions, arguments.tolerance)

@@ -25,7 +25,7 @@ from cfsp.errors import InputError, LimitError, PhonereadyError
 from cfsp.files import sha256_file
 from runtime_bench.engines import SessionSettings
 from runtime_bench.environment import describe_environment
-from runtime_bench.native import build_runner, read_build
+from runtime_bench.native.build import build_runner, read_build
 from runtime_bench.process import measure_in
 from runtime_bench.records import summary
 from runtime_bench.targets.adb import Adb

@@ -16,7 +16,7 @@ from pathlib import Path
 from cfsp.errors import InputError, LimitError, PhonereadyError
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.native import build_runner
+from runtime_bench.native.build import build_runner
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target

@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -204,6 +204,26 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
             if temporary.exists():
                 temporary.chmod(0o700)
                 shutil.rmtree(temporary, ignore_errors=True)
+
+
+def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
+    """A folder of the cache: the one that is there, or made now and given its name by one rename.
+
+    Args:
+        folder: The folder.
+        is_whole: Whether the one that is there may be used.
+        make: Fills a new one.
+    """
+    if is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Only one process makes the same thing; a killed one's lock is gone with it.
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not is_whole(folder):  # else another process made it meanwhile
+            remove_stale_temporaries(folder.parent, folder.name)
+            with atomic_directory(folder, own=True) as place:
+                make(place)
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:

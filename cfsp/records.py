@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import pydantic
 
@@ -31,6 +31,7 @@ class Record(Protocol):
 
 
 R = TypeVar("R", bound=Record)
+T = TypeVar("T")
 Fields = dict[str, Any]
 
 
@@ -72,8 +73,13 @@ def tool_version() -> str:
 def record_to_json(record: Record) -> dict[str, Any]:
     """The JSON object of a record."""
     head = {"kind": record.KIND, "schema_version": record.SCHEMA_VERSION, "tool_version": tool_version()}
-    fields: dict[str, Any] = pydantic.TypeAdapter(type(record)).dump_python(record, mode="json")
-    return head | fields
+    return head | fields_to_json(record)
+
+
+def fields_to_json(value: Any) -> Fields:
+    """The fields of a dataclass as JSON has them."""
+    fields: Fields = pydantic.TypeAdapter(type(value)).dump_python(value, mode="json")
+    return fields
 
 
 def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
@@ -92,8 +98,16 @@ def record_from_json(cls: type[R], payload: Any, *, where: str) -> R:
         kind = payload.get("kind") if isinstance(payload, dict) else type(payload).__name__
         raise InputError(f"{where} is not a {cls.KIND} file", field="kind", value=kind)
     fields = {k: v for k, v in payload.items() if k not in ("kind", "schema_version", "tool_version")}
-    fields = _upgraded(cls, fields, payload.get("schema_version"), where)
-    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+    return fields_from_json(cls, _upgraded(cls, fields, payload.get("schema_version"), where), where=where)
+
+
+def fields_from_json(cls: type[T], fields: Fields, *, where: str) -> T:
+    """Build a dataclass from its fields in JSON.
+
+    Raises:
+        InputError: Keys that are no fields, or fields that do not validate (all are named).
+    """
+    unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cast(Any, cls))})
     if unknown:
         raise InputError(f"{where} has unknown keys: {', '.join(unknown)}")
     try:

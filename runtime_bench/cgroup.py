@@ -22,42 +22,10 @@ _EMPTY_S = 10.0
 """How long the kernel may take to empty a group whose processes have ended."""
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Where a version keeps what is set and counted."""
-
-    limit: str
-    swap: str
-    peak: str
-    events: str
-
-
-_VERSIONS = {
-    1: _Files(
-        limit="memory.limit_in_bytes",
-        swap="memory.memsw.limit_in_bytes",
-        peak="memory.max_usage_in_bytes",
-        events="memory.oom_control",
-    ),
-    2: _Files(limit="memory.max", swap="memory.swap.max", peak="memory.peak", events="memory.events"),
-}
-
-
-@dataclass(frozen=True)
-class MemoryCounters:
-    """What a group has seen.
-
-    Attributes:
-        oom_kills: Processes that were killed because the limit was reached.
-        peak_bytes: Most memory charged, pages of files included; None where the kernel does not say.
-        major_faults: Page faults that had to read from the disk.
-        reread_bytes: Pages of files that were dropped and read again.
-    """
-
-    oom_kills: int
-    peak_bytes: int | None
-    major_faults: int
-    reread_bytes: int
+_LIMIT = {1: "memory.limit_in_bytes", 2: "memory.max"}
+_SWAP = {1: "memory.memsw.limit_in_bytes", 2: "memory.swap.max"}
+_EVENTS = {1: "memory.oom_control", 2: "memory.events"}
+"""Where each version keeps what is set and counted."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +40,16 @@ class ControlGroup:
         """Where a process writes 0 to enter."""
         return self.folder / "cgroup.procs"
 
-    def counters(self) -> MemoryCounters:
-        """The counters now."""
-        files = _VERSIONS[self.version]
-        peak = self.folder / files.peak
-        stat = _table(self.folder / "memory.stat")
-        return MemoryCounters(
-            oom_kills=_table(self.folder / files.events).get("oom_kill", 0),
-            peak_bytes=int(peak.read_text(encoding="ascii")) if peak.exists() else None,
-            major_faults=stat.get("pgmajfault", 0),
-            reread_bytes=stat.get("workingset_refault_file", 0) * os.sysconf("SC_PAGE_SIZE"),
-        )
+    @property
+    def oom_kills(self) -> int:
+        """Processes that were killed because the limit was reached."""
+        return _table(self.folder / _EVENTS[self.version]).get("oom_kill", 0)
+
+    @property
+    def reread_bytes(self) -> int:
+        """Pages of files that were dropped and read again."""
+        pages = _table(self.folder / "memory.stat").get("workingset_refault_file", 0)
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def find_parent() -> tuple[Path, int]:
@@ -115,14 +82,15 @@ def limited_group(limit_bytes: int) -> Iterator[ControlGroup]:
         InputError: No such group can be made here.
     """
     parent, version = find_parent()
-    files = _VERSIONS[version]
     group = ControlGroup(parent / f"phoneready-{os.getpid()}-{uuid.uuid4().hex[:8]}", version)
     group.folder.mkdir()
     try:
-        (group.folder / files.limit).write_text(str(limit_bytes), encoding="ascii")
+        (group.folder / _LIMIT[version]).write_text(str(limit_bytes), encoding="ascii")
         # Version 1 counts memory and swap together, version 2 swap alone; either may be off in the kernel.
         with contextlib.suppress(OSError):
-            (group.folder / files.swap).write_text(str(limit_bytes if version == 1 else 0), encoding="ascii")
+            (group.folder / _SWAP[version]).write_text(
+                str(limit_bytes if version == 1 else 0), encoding="ascii"
+            )
         yield group
     finally:
         _remove(group.folder)

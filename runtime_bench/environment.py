@@ -39,14 +39,14 @@ def cpu_model(cpuinfo: str | None = None) -> str | None:
     Args:
         cpuinfo: Text of /proc/cpuinfo; this machine's unless given.
     """
-    text = _read(Path("/proc/cpuinfo")) if cpuinfo is None else cpuinfo
+    text = read_fact("/proc/cpuinfo") if cpuinfo is None else cpuinfo
     pairs = [
         (key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in text.splitlines())
     ]
-    for wanted in ("model name", "Hardware", "Model"):
-        name = next((value for key, value in pairs if key == wanted and value), None)
-        if name:
-            return name
+    first = {key: value for key, value in reversed(pairs) if value}
+    name = first.get("model name") or first.get("Hardware") or first.get("Model")
+    if name:
+        return name
     makers = [value for key, value in pairs if key == "CPU implementer"]
     parts = Counter(zip(makers, (value for key, value in pairs if key == "CPU part"), strict=False))
     found = ", ".join(f"{count} x {maker}/{part}" for (maker, part), count in parts.items())
@@ -92,7 +92,7 @@ def describe_environment() -> Environment:
     import psutil
 
     found = environment_of(
-        {str(path): _read(path) for pattern in FACT_FILES for path in Path("/").glob(pattern[1:])},
+        {str(path): read_fact(str(path)) for pattern in FACT_FILES for path in Path("/").glob(pattern[1:])},
         cpus_usable=default_threads(),
         platform=platform.platform(),
         versions={"phoneready": tool_version(), "python": platform.python_version()},
@@ -134,8 +134,9 @@ def _temperatures(files: Mapping[str, str]) -> dict[str, float]:
     return found
 
 
-def _read(path: Path) -> str:
+def read_fact(path: str) -> str:
+    """The text of a file with facts; empty where it is not there or may not be read."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

@@ -18,3 +18,8 @@ def files_of(path: Path) -> list[Path]:
     owner = path.name.removesuffix(_LAST) + ".onnx" if path.name.endswith(_LAST) else path.name
     beside = (path.with_name(owner + suffix) for suffix in _SUFFIXES)
     return [path, *(file for file in beside if file.is_file())]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of all files of a model."""
+    return sum(file.stat().st_size for file in files_of(path))

@@ -19,9 +19,8 @@ def peak_rss_bytes(pid: int | None = None) -> int | None:
     fallback, does not: a small program started by a large one begins with the large one's value, so it is only used
     where there is no /proc.
     """
-    if pid is not None:
-        return _status_bytes("VmHWM", str(pid))
-    return _status_bytes("VmHWM") or _maxrss_bytes()
+    found = _status_bytes("VmHWM", str(pid or "self"))
+    return found or (_maxrss_bytes() if pid is None else None)
 
 
 def current_rss_bytes() -> int | None:

@@ -13,11 +13,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+from cfsp.errors import InputError
+from cfsp.reading import parse_json
 from runtime_bench.records.contention import contention_since, core_times
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
+T = TypeVar("T")
 _TAIL_BYTES = 8192
 _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
 """Marks of the line that says why, among what a dying engine writes."""
@@ -27,46 +30,16 @@ class ProcessFailed(Exception):  # noqa: N818  (it says what the process did)
     """A process gave no result; the text is the reason, one line."""
 
 
+def python_module(name: str) -> list[str]:
+    """The command that runs a module in a Python like this one."""
+    return [sys.executable, "-P", "-m", name]
+
+
 def run_worker(
     request: WorkerRequest, timeout_s: float, before: Callable[[], None] | None = None
 ) -> WorkerResult:
-    """Measure in a fresh process.
-
-    Args:
-        request: What to measure.
-        timeout_s: After this long the process is ended.
-        before: Called in the new process before its program is loaded.
-
-    Returns:
-        Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
-    """
-    return run_module("runtime_bench.worker", asdict(request), timeout_s, before)
-
-
-def run_module(
-    module: str,
-    payload: dict[str, Any],
-    timeout_s: float,
-    before: Callable[[], None] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> WorkerResult:
-    """Run a module that reads a payload as JSON and writes a result, in a fresh process; it and all that it started are
-    gone afterwards.
-
-    Args:
-        module: Name of the module.
-        payload: What it reads.
-        timeout_s: After this long it is ended.
-        before: Called in the new process before its program is loaded.
-        environment: Variables that it gets besides ours.
-
-    Returns:
-        As `run_worker`.
-    """
-    command = [sys.executable, "-P", "-m", module]
-    return measure_in(
-        command, payload, timeout_s, before=before, environment=_environment() | dict(environment or {})
-    )
+    """Measure in a fresh Python; arguments and result as of `measure_in`."""
+    return measure_in(python_module("runtime_bench.worker"), asdict(request), timeout_s, before=before)
 
 
 def measure_in(
@@ -77,7 +50,11 @@ def measure_in(
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> WorkerResult:
-    """As `run_module`, in any program that answers a worker's requests, in exactly this environment (ours if None)."""
+    """Measure in any program that answers a worker's requests; arguments as of `exchange`.
+
+    Returns:
+        Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
+    """
     start = core_times()
     try:
         output = exchange(command, payload, timeout_s, before=before, environment=environment)
@@ -101,7 +78,7 @@ def exchange(
         payload: The document.
         timeout_s: After this long the process, and all that it started, is ended.
         before: Called in the new process before its program is loaded.
-        environment: Its environment; this process's unless given.
+        environment: Variables that it gets besides ours.
 
     Raises:
         ProcessFailed: It cannot be started, crashed, was killed, or took too long.
@@ -113,7 +90,7 @@ def exchange(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=environment,
+                env=_environment() | dict(environment or {}),
                 preexec_fn=before,
             )
         except OSError as error:
@@ -127,7 +104,7 @@ def exchange(
             except BaseException:
                 _kill_tree(process.pid)
                 raise
-        tail = _tail(errors)
+        tail = last_lines(errors)
     if process.returncode:
         raise ProcessFailed(exit_reason(process.returncode, tail))
     return output
@@ -158,11 +135,12 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _tail(stream: IO[bytes]) -> list[str]:
+def last_lines(stream: IO[bytes]) -> list[str]:
+    """The last lines that a process wrote into a file, without those that are empty."""
     size = stream.seek(0, os.SEEK_END)
     stream.seek(max(0, size - _TAIL_BYTES))
     lines = stream.read().decode("utf-8", "replace").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [" ".join(line.split()) for line in lines if line.strip()]
 
 
 def exit_reason(code: int, tail: list[str]) -> str:
@@ -184,16 +162,29 @@ def exit_reason(code: int, tail: list[str]) -> str:
     return f"crashed with {name}{last}"
 
 
-def result_from_json(output: bytes) -> WorkerResult:
-    """A worker's answer; one that cannot be read is a result with the reason. Fields that it leaves out are unknown."""
+def read_answer(kind: type[T], output: bytes) -> T:
+    """What another process wrote as JSON; fields that it leaves out have their defaults.
+
+    Raises:
+        ProcessFailed: It is no such thing.
+    """
     import pydantic
 
+    from cfsp.validation import describe_problems
+
     try:
-        result = pydantic.TypeAdapter(WorkerResult).validate_json(output)
-    except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        return WorkerResult(error=f"the measuring process gave no readable result: {where} {problem['msg']}")
+        return pydantic.TypeAdapter(kind).validate_python(parse_json(output, "its answer"))
+    except (InputError, pydantic.ValidationError) as error:
+        problem = describe_problems(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        raise ProcessFailed(f"the measuring process gave no readable result: {problem}") from error
+
+
+def result_from_json(output: bytes) -> WorkerResult:
+    """A worker's answer; one that cannot be read is a result with the reason."""
+    try:
+        result = read_answer(WorkerResult, output)
+    except ProcessFailed as error:
+        return WorkerResult(error=str(error))
     if not result.samples_ns and result.error is None:
         return WorkerResult(error="the measuring process gave neither samples nor a reason")
     return result

@@ -9,26 +9,21 @@ Only the standard library and the engine are imported here, so that the peak mem
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import PhonereadyError
-from runtime_bench.engines import (
-    EngineFacts,
-    Session,
-    SessionSettings,
-    Vocabulary,
-    open_session,
-    prepare_engine,
-)
+from runtime_bench.engines import EngineFacts, Session, SessionSettings, Vocabulary, engine_spec
 from runtime_bench.files import files_of
 from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
 from runtime_bench.records.contention import Contention, waited_ns
@@ -97,13 +92,9 @@ class WorkerResult:
     contention: Contention | None = None
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """One timing: by the clock on the wall, and in all threads of the processor and of waiting for it."""
-
-    wall_ns: int
-    cpu_ns: int
-    waited_ns: int | None
+Work = list[list[int]] | str
+"""What is timed: pieces of tokens, decoded one by one, or a text whose first `n_prompt` tokens are processed and whose
+next one is sampled."""
 
 
 def request_from_json(payload: dict[str, Any]) -> WorkerRequest:
@@ -121,104 +112,104 @@ def measure(request: WorkerRequest) -> WorkerResult:
     Raises:
         PhonereadyError: Unknown engine, a file that does not open, or tokens that the engine refuses.
     """
-    path = Path(request.path)
-    prepare_engine(request.engine)
-    files = files_of(path)
-    prepare_page_cache(request.page_cache, files)
-    # The weights are in the largest file.
-    share = page_cache_share(max(files, key=lambda file: file.stat().st_size))
+    engine = engine_spec(request.engine)
+    engine.require()
+    adapter = engine.adapter
+    adapter.prepare()
+    share = prepare_page_cache(request)
     baseline = current_rss_bytes()
     start = time.perf_counter_ns()
-    session = open_session(request.engine, path, request.session)
+    session = adapter.open_session(Path(request.path), request.session)
     load_ns = time.perf_counter_ns() - start
     try:
-        samples = _RUNNERS[request.workload.kind](session, request)
-        facts = session.facts
-        peak = peak_rss_bytes()
+        work = work_of(session, request)
+        samples = [] if work is None else _timed(session, request, work)
+        return WorkerResult(
+            samples_ns=[wall for wall, _, _ in samples] or [load_ns],
+            load_ns=load_ns,
+            page_cache_share=share,
+            baseline_rss_bytes=baseline,
+            facts=session.facts,
+            peak_rss_bytes=peak_rss_bytes(),
+            cpu_ns=[cpu for _, cpu, _ in samples],
+            waited_ns=[waited for _, _, waited in samples if waited is not None],
+        )
     finally:
         session.close()
-    wall, cpu = [sample.wall_ns for sample in samples], [sample.cpu_ns for sample in samples]
-    waited = [sample.waited_ns for sample in samples if sample.waited_ns is not None]
-    return WorkerResult(
-        wall or [load_ns], load_ns, share, baseline, peak, facts, cpu_ns=cpu, waited_ns=waited
-    )
 
 
-def prepare_page_cache(state: str, files: Sequence[Path]) -> None:
-    """Bring files into the state that a request asks for; see `WorkerRequest.page_cache`."""
+def prepare_page_cache(request: WorkerRequest) -> float | None:
+    """Bring the files into the state that a request asks for; returns the share of the weights that is in memory."""
+    files = files_of(Path(request.path))
     for file in files:
-        _PAGE_CACHE[state](file)
+        _PAGE_CACHE[request.page_cache](file)
+    # The weights are in the largest file.
+    return page_cache_share(max(files, key=lambda file: file.stat().st_size))
 
 
-def main() -> None:
-    """Serve one request."""
+def serve(answer: Callable[[Any], Any], failed: Callable[[str], Any]) -> None:
+    """Serve one request: read it as JSON from stdin, and write the answer as JSON to what was stdout.
+
+    Args:
+        answer: Makes the answer, a dataclass.
+        failed: Makes the one to an expected failure, from its reason.
+    """
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as results:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        request = request_from_json(json.load(sys.stdin))
+        payload = json.load(sys.stdin)
         try:
-            result = measure(request)
+            result = answer(payload)
         except (PhonereadyError, OSError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            result = WorkerResult(peak_rss_bytes=peak_rss_bytes(), error=reason)
+            result = failed(" ".join(str(error).split()) or type(error).__name__)
         json.dump(asdict(result), results, allow_nan=False)
 
 
-def _run_load(session: Session, request: WorkerRequest) -> list[_Sample]:
-    """Nothing more to time: the opening was the sample."""
-    return []
+def work_of(session: Vocabulary, request: WorkerRequest) -> Work | None:
+    """What a request's workload times; None where the opening of the file was the sample.
+
+    As llama-bench's, pp is the whole prompt at once from an empty (or `n_depth` deep) context, and tg one token after
+    another, drawn beforehand: sampling is not part of it.
+    """
+    workload = request.workload
+    if workload.kind == "load":
+        return None
+    if workload.kind == "ttft":
+        return text_of(session, workload.n_prompt)
+    if workload.kind == "pp":
+        return [random_tokens(session, request, workload.n_prompt)]
+    return [[token] for token in random_tokens(session, request, workload.n_gen)]
 
 
-def _run_prompt(session: Session, request: WorkerRequest) -> list[_Sample]:
-    """As llama-bench's pp: the whole prompt from an empty (or `n_depth` deep) context."""
-    tokens = random_tokens(session, request, request.workload.n_prompt)
-    return _timed(session, request, lambda: session.decode(tokens), lambda: session.decode(tokens))
+def warmup_of(work: Work) -> Work:
+    """As much of it as warms an engine up."""
+    return work if isinstance(work, str) else work[:1]
 
 
-def _run_generation(session: Session, request: WorkerRequest) -> list[_Sample]:
-    """As llama-bench's tg: one token after another, drawn beforehand; sampling is not part of it."""
-    tokens = [[token] for token in random_tokens(session, request, request.workload.n_gen)]
-
-    def generate() -> None:
-        for token in tokens:
-            session.decode(token)
-
-    return _timed(session, request, generate, lambda: session.decode(tokens[0]))
-
-
-def _run_first_token(session: Session, request: WorkerRequest) -> list[_Sample]:
-    """Tokenize a text, process its first n_prompt tokens, sample one."""
-    count = request.workload.n_prompt
-    text = text_of(session, count)
-
-    def first_token() -> None:
-        session.decode(session.tokenize(text)[:count])
-        session.sample()
-
-    return _timed(session, request, first_token, first_token)
-
-
-_RUNNERS: MappingProxyType[str, Callable[[Session, WorkerRequest], list[_Sample]]] = MappingProxyType(
-    {"load": _run_load, "pp": _run_prompt, "tg": _run_generation, "ttft": _run_first_token}
-)
-
-
-def _timed(
-    session: Session, request: WorkerRequest, work: Callable[[], None], warmup: Callable[[], None]
-) -> list[_Sample]:
+def _timed(session: Session, request: WorkerRequest, work: Work) -> list[tuple[int, int, int | None]]:
+    """For each sample its time by the clock on the wall, and of all threads on the processor and waiting for it."""
     samples = []
     if request.warmup:
         session.clear()
-        warmup()
+        _do(session, request, warmup_of(work))
     depth = request.workload.n_depth
     for _ in range(request.samples):
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))
         waited, start, cpu = waited_ns(), time.perf_counter_ns(), time.process_time_ns()
-        work()
+        _do(session, request, work)
         wall, cpu = time.perf_counter_ns() - start, time.process_time_ns() - cpu
-        samples.append(_Sample(wall, cpu, _waited_since(waited)))
+        samples.append((wall, cpu, _waited_since(waited)))
     return samples
+
+
+def _do(session: Session, request: WorkerRequest, work: Work) -> None:
+    if isinstance(work, str):
+        session.decode(session.tokenize(work)[: request.workload.n_prompt])
+        session.sample()
+        return
+    for piece in work:
+        session.decode(piece)
 
 
 def _waited_since(before: int | None) -> int | None:
@@ -242,19 +233,17 @@ def text_of(session: Vocabulary, count: int) -> str:
     from pydoc_data.topics import topics
 
     words = " ".join(topics[key] for key in sorted(topics)).split(" ")
-    low, high = 1, count
-    while len(session.tokenize(_first_words(words, high))) < count:
-        low, high = high, high * 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        enough = len(session.tokenize(_first_words(words, middle))) >= count
-        low, high = (low, middle) if enough else (middle, high)
-    return _first_words(words, high)
 
+    def beginning(n_words: int) -> str:
+        return " ".join(islice(cycle(words), n_words))
 
-def _first_words(words: list[str], count: int) -> str:
-    rounds = -(-count // len(words))
-    return " ".join((words * rounds)[:count])
+    def n_tokens(n_words: int) -> int:
+        return len(session.tokenize(beginning(n_words)))
+
+    most = count
+    while n_tokens(most) < count:
+        most *= 2
+    return beginning(bisect.bisect_left(range(most), count, lo=1, key=n_tokens))
 
 
 def _read_once(path: Path) -> None:
@@ -269,4 +258,7 @@ _PAGE_CACHE: MappingProxyType[str, Callable[[Path], None]] = MappingProxyType(
 
 
 if __name__ == "__main__":
-    main()
+    serve(
+        lambda payload: measure(request_from_json(payload)),
+        lambda reason: WorkerResult(peak_rss_bytes=peak_rss_bytes(), error=reason),
+    )

@@ -104,8 +104,7 @@ def _check_places(names: Sequence[str], files: Sequence[Path]) -> None:
 
 def _format(records: list[BenchRecord], output: str, settings: BenchSettings, *, several: bool) -> str:
     from runtime_bench.presentation.comparison_table import format_comparison
-    from runtime_bench.presentation.record_table import format_table
-    from runtime_bench.presentation.sweep_table import format_sweep
+    from runtime_bench.presentation.record_table import format_sweep, format_table
 
     text = format_table(records, output)
     if output == "md" and len(settings.n_threads) > 1:

@@ -89,8 +89,8 @@ def build_runner(
 
     It is compiled once from the llama.cpp source of llama-cpp-python, which takes minutes, and kept in the cache.
     """
-    from runtime_bench.native import build_runner as build
-    from runtime_bench.native import read_build
+    from runtime_bench.native.build import build_runner as build
+    from runtime_bench.native.build import read_build
 
     with show_progress() as progress:
         program = build(target, ndk=ndk, progress=progress)

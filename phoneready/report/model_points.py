@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
-from runtime_bench.presentation.sweep_table import best_threads
+from runtime_bench.presentation.record_table import best_threads
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
 

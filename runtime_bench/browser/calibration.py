@@ -26,12 +26,19 @@ def calibrate(page: Page, target_score: float) -> Throttling:
         target_score: Of the device.
 
     Raises:
-        BrowserError: This machine is slower than the device, or its speed changes too much to be held to the score.
+        InputError: This machine's score is below the device's.
+        BrowserError: Its speed changes too much to be held to the score.
     """
     page.visit("score.html?quiet")
     page.throttle(1)
     host_score = float(page.call("score"))
-    refuse_weak_host(host_score, target_score)
+    if host_score < target_score * (1 - TOLERANCE):  # nothing is made faster than it is
+        raise InputError(
+            f"this machine's browser has the score {host_score:.0f}: too weak to stand for the device",
+            field="score",
+            value=target_score,
+            allowed=f"up to {host_score:.0f}",
+        )
     rate, reached = corrected_rate(1.0, host_score, target_score), host_score
     for _ in range(_ATTEMPTS):
         if rate > 1:
@@ -44,21 +51,6 @@ def calibrate(page: Page, target_score: float) -> Throttling:
         f"the page could not be held to the score {target_score:g}: it had {reached:.0f} at the rate {rate:.2f}; "
         "other programs may be using the processor"
     )
-
-
-def refuse_weak_host(host_score: float, target_score: float) -> None:
-    """Nothing is made faster than it is.
-
-    Raises:
-        InputError: This machine's score is below the device's.
-    """
-    if host_score < target_score * (1 - TOLERANCE):
-        raise InputError(
-            f"this machine's browser has the score {host_score:.0f}: too weak to stand for the device",
-            field="score",
-            value=target_score,
-            allowed=f"up to {host_score:.0f}",
-        )
 
 
 def corrected_rate(rate: float, reached: float, target_score: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from cfsp.errors import InputError, PhonereadyError, require_extra
 from runtime_bench.browser.server import PAGE, serve
+from runtime_bench.memory import peak_rss_bytes
 
 EXECUTABLE_VARIABLE = "PHONEREADY_CHROMIUM"
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -160,6 +162,25 @@ def open_page(settings: PageSettings, files: Mapping[str, Path]) -> Iterator[Pag
             yield Page(page, context.new_cdp_session(page), address, browser.version)
         finally:
             browser.close()
+
+
+def renderer_rss_bytes() -> int | None:
+    """Resident memory of the largest renderer now; None where there is none."""
+    return max((int(process.memory_info().rss) for process in _renderers()), default=None)
+
+
+def renderer_peak_bytes() -> int | None:
+    """The most resident memory that a living renderer has had; None where the system does not say (only Linux does)."""
+    return max(filter(None, (peak_rss_bytes(process.pid) for process in _renderers())), default=None)
+
+
+def _renderers() -> Iterator[Any]:
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("--type=renderer" in part for part in process.cmdline()):
+                yield process
 
 
 def _reason(message: str) -> str:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from cfsp.errors import InputError
+from cfsp.files import made_once
 from cfsp.models.builtin import cache_directory
+from cfsp.reading import read_json_object
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("package.json", "package-lock.json"))
 _TIMEOUT_S = 600
@@ -25,24 +25,12 @@ def fetch_packages() -> Path:
     """
     wanted = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()[:12]
     folder = cache_directory() / "browser" / wanted
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".fetching-", dir=folder.parent))
-        try:
-            _install(scratch)
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder / "node_modules"
+    return made_once(folder, Path.is_dir, _install) / "node_modules"
 
 
 def package_version(packages: Path, name: str) -> str:
     """The version of a package that was fetched."""
-    found: str = json.loads((packages / name / "package.json").read_text(encoding="utf-8"))["version"]
-    return found
+    return str(read_json_object(packages / name / "package.json").get("version"))
 
 
 def _install(folder: Path) -> None:

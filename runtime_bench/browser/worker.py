@@ -7,34 +7,39 @@ and goes with it. The clock is the page's: what passes between this process and 
 from __future__ import annotations
 
 import ctypes
-import json
-import os
+import importlib.metadata
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cfsp.errors import InputError, PhonereadyError
+from cfsp.errors import InputError
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS
 from runtime_bench.browser.calibration import calibrate
-from runtime_bench.browser.chromium import Page, PageSettings, open_page
+from runtime_bench.browser.chromium import (
+    Page,
+    PageSettings,
+    open_page,
+    renderer_peak_bytes,
+    renderer_rss_bytes,
+)
 from runtime_bench.browser.packages import package_version
-from runtime_bench.browser.processes import renderer_peak_bytes, renderer_rss_bytes
 from runtime_bench.engines import EngineFacts
-from runtime_bench.files import files_of
-from runtime_bench.memory import page_cache_share
+from runtime_bench.files import files_of, size_of
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.worker import (
+    Work,
     WorkerRequest,
     WorkerResult,
     prepare_page_cache,
     random_tokens,
     request_from_json,
-    text_of,
+    serve,
+    warmup_of,
+    work_of,
 )
 
 _PACKAGES = MappingProxyType({"onnxruntime-web": "onnxruntime-web", "wllama": "@wllama/wllama"})
@@ -66,10 +71,6 @@ class OpenModel:
         """Token ids of `text`, begun as the model wants a sequence begun."""
         return [int(token) for token in self.page.call("bench.tokenize", text)]
 
-    def greedy(self, prompt: list[int], count: int) -> list[int]:
-        """The likeliest continuation of a prompt, `count` tokens."""
-        return [int(token) for token in self.page.call("bench.greedy", prompt, count)]
-
 
 def measure(
     request: WorkerRequest,
@@ -88,14 +89,13 @@ def measure(
     Raises:
         PhonereadyError: The browser or the page failed, or this machine is too weak for the score.
     """
-    files = files_of(Path(request.path))
-    prepare_page_cache(request.page_cache, files)
-    share = page_cache_share(max(files, key=lambda file: file.stat().st_size))
+    share = prepare_page_cache(request)
     with open_page(settings, served_files(request)) as page:
         if target_score is not None and throttling is None:
             throttling = calibrate(page, target_score)
         model = open_model(page, request, settings, throttling)
-        samples = _RUNNERS[request.workload.kind](model, request)
+        work = work_of(model, request)
+        samples = [] if work is None else _timed(model, request, work)
         peak = renderer_peak_bytes()
     return WorkerResult(
         samples_ns=samples or [model.load_ns],
@@ -152,15 +152,13 @@ def open_model(
     versions = {
         package: package_version(Path(settings.packages), package),
         "chromium": page.version,
-        "playwright": _playwright_version(),
+        "playwright": importlib.metadata.version("playwright"),
     }
     path = Path(request.path)
     facts = EngineFacts(
         model_type=path.stem,
-        model_size=sum(file.stat().st_size for file in files_of(path)),
-        model_n_params=None,
+        model_size=size_of(path),
         backends="wasm",
-        build_commit=None,
         versions=versions,
         system_info=f"{opened['runtime']}, {opened['threads']} threads",
     )
@@ -169,21 +167,19 @@ def open_model(
 
 def main() -> None:
     """Serve one request."""
-    _end_with_parent()
+    if sys.platform.startswith("linux"):  # be told to end when the process that waits for the result is gone
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as results:
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        payload = json.load(sys.stdin)
-        try:
-            result = measure(
-                request_from_json(payload["request"]),
-                PageSettings(**payload["settings"]),
-                payload["target_score"],
-                Throttling(**payload["throttling"]) if payload["throttling"] else None,
-            )
-        except (PhonereadyError, OSError, MemoryError) as error:
-            result = WorkerResult(error=" ".join(str(error).split()) or type(error).__name__)
-        json.dump(asdict(result), results, allow_nan=False)
+    serve(_answer, lambda reason: WorkerResult(error=reason))
+
+
+def _answer(payload: dict[str, Any]) -> WorkerResult:
+    return measure(
+        request_from_json(payload["request"]),
+        PageSettings(**payload["settings"]),
+        payload["target_score"],
+        Throttling(**payload["throttling"]) if payload["throttling"] else None,
+    )
 
 
 def _addresses(request: WorkerRequest) -> dict[str, Any]:
@@ -199,53 +195,22 @@ def _addresses(request: WorkerRequest) -> dict[str, Any]:
     }
 
 
-def _run_load(model: OpenModel, request: WorkerRequest) -> list[int]:
-    """Nothing more to time: the opening was the sample."""
-    return []
-
-
-def _run_prompt(model: OpenModel, request: WorkerRequest) -> list[int]:
-    work = {"pieces": [random_tokens(model, request, request.workload.n_prompt)]}
-    return _timed(model, request, work, work)
-
-
-def _run_generation(model: OpenModel, request: WorkerRequest) -> list[int]:
-    pieces = [[token] for token in random_tokens(model, request, request.workload.n_gen)]
-    return _timed(model, request, {"pieces": pieces}, {"pieces": pieces[:1]})
-
-
-def _run_first_token(model: OpenModel, request: WorkerRequest) -> list[int]:
-    count = request.workload.n_prompt
-    work = {"text": text_of(model, count), "count": count}
-    return _timed(model, request, work, work)
-
-
-_RUNNERS: MappingProxyType[str, Callable[[OpenModel, WorkerRequest], list[int]]] = MappingProxyType(
-    {"load": _run_load, "pp": _run_prompt, "tg": _run_generation, "ttft": _run_first_token}
-)
-
-
-def _timed(model: OpenModel, request: WorkerRequest, work: Any, warmup: Any) -> list[int]:
+def _timed(model: OpenModel, request: WorkerRequest, work: Work) -> list[int]:
     depth = request.workload.n_depth
     before = random_tokens(model, request, depth) if depth else []
-    times = model.page.call("bench.time", work, warmup if request.warmup else None, before, request.samples)
+    warmup = _in_page(warmup_of(work), request) if request.warmup else None
+    times = model.page.call("bench.time", _in_page(work, request), warmup, before, request.samples)
     return [_ns(time) for time in times]
+
+
+def _in_page(work: Work, request: WorkerRequest) -> dict[str, Any]:
+    if isinstance(work, str):
+        return {"text": work, "count": request.workload.n_prompt}
+    return {"pieces": work}
 
 
 def _ns(milliseconds: float) -> int:
     return max(1, round(milliseconds * 1e6))
-
-
-def _playwright_version() -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version("playwright")
-
-
-def _end_with_parent() -> None:
-    """Where the system can, be told to end when the process that waits for the result is gone."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -55,16 +55,19 @@ def gguf_facts(path: Path) -> ModelFacts:
     tensors = {tensor.name: tensor for tensor in file.tensors}
     if _TABLE not in tensors:
         raise InputError(f"{path} has no {_TABLE}: it is no decoder")
-    keys = _Keys(file)
+
+    def largest(name: str, default: int | None = None) -> int:
+        return max(_numbers(file, name, default))
+
     read = [t for t in tensors.values() if t.name != _TABLE or _HEAD not in tensors]
     matrices = [t for t in read if len(t.shape) > 1]
     by_type: dict[str, int] = {}
     for tensor in matrices:
         by_type[tensor.kind.name] = by_type.get(tensor.kind.name, 0) + _bytes(tensor)
-    heads, hidden = keys.largest("attention.head_count"), keys.largest("embedding_length")
+    heads, hidden = largest("attention.head_count"), largest("embedding_length")
     size = hidden // heads
-    per_head = keys.largest("attention.key_length", size) + keys.largest("attention.value_length", size)
-    layers = keys.largest("block_count")
+    per_head = largest("attention.key_length", size) + largest("attention.value_length", size)
+    layers, shared = largest("block_count"), _numbers(file, "attention.head_count_kv", heads)
     return ModelFacts(
         path=path,
         weight_bytes=sum(map(_bytes, tensors.values())),
@@ -72,11 +75,11 @@ def gguf_facts(path: Path) -> ModelFacts:
         n_multiplied=sum(math.prod(t.shape) for t in matrices),
         bytes_by_type=by_type,
         n_layers=layers,
-        key_value_width=keys.total("attention.head_count_kv", layers, heads) * per_head,
+        key_value_width=sum(shared * layers if len(shared) == 1 else shared) * per_head,
         hidden_size=hidden,
-        ffn_width=keys.largest("feed_forward_length"),
+        ffn_width=largest("feed_forward_length"),
         vocab_size=tensors[_TABLE].shape[0],
-        context_length=keys.largest("context_length"),
+        context_length=largest("context_length"),
     )
 
 
@@ -84,26 +87,13 @@ def _bytes(tensor: GGUFTensor) -> int:
     return int(tensor.data.nbytes)
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """Numbers of a file's header; some are one for all blocks, or a list of one for each."""
-
-    file: GGUFFile
-
-    def largest(self, name: str, default: int | None = None) -> int:
-        return max(self._values(name, default))
-
-    def total(self, name: str, layers: int, default: int) -> int:
-        values = self._values(name, default)
-        return sum(values) if len(values) > 1 else values[0] * layers
-
-    def _values(self, name: str, default: int | None) -> list[int]:
-        found = self.file.hyperparameter(name, default)
-        values = list(found) if isinstance(found, (list, tuple)) else [found]
-        if not values or not all(isinstance(value, int) and value > 0 for value in values):
-            key = f"{self.file.architecture}.{name}"
-            raise InputError(f"{self.file.path} has no usable {key}", value=found)
-        return [int(value) for value in values]
+def _numbers(file: GGUFFile, name: str, default: int | None = None) -> list[int]:
+    """A number of the header that is one for all blocks, or a list of one for each."""
+    found = file.hyperparameter(name, default)
+    values = list(found) if isinstance(found, (list, tuple)) else [found]
+    if not values or not all(isinstance(value, int) and value > 0 for value in values):
+        raise InputError(f"{file.path} has no usable {file.architecture}.{name}", value=found)
+    return [int(value) for value in values]
 
 
 FACTS: Mapping[str, Callable[[Path], ModelFacts]] = MappingProxyType({"gguf": gguf_facts})

@@ -18,16 +18,12 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
-from cfsp.validation import describe_problems
+from cfsp.validation import Section, describe_problems
 
 T = TypeVar("T")
 
 
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
-
-
-class Figure(_Strict, Generic[T]):
+class Figure(Section, Generic[T]):
     """A value and where it comes from.
 
     Attributes:
@@ -52,7 +48,7 @@ class Figure(_Strict, Generic[T]):
         return self
 
 
-class Cluster(_Strict):
+class Cluster(Section):
     """Cores of one kind.
 
     Attributes:
@@ -72,7 +68,7 @@ _Score = Annotated[float, pydantic.Field(ge=1, le=1e6)]
 _Bandwidth = Annotated[float, pydantic.Field(ge=0.5, le=1000)]
 
 
-class DeviceProfile(_Strict):
+class DeviceProfile(Section):
     """A device.
 
     Attributes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from runtime_bench.devices.model_facts import ModelFacts
-from runtime_bench.devices.profile import Cluster, DeviceProfile
+from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 MIB = 2**20
@@ -196,10 +196,8 @@ def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection
 def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
     """Bytes that one application may use on a device, None where that is unknown; and what that rests on."""
     if profile.app_memory_mib.value is not None:
-        return (
-            profile.app_memory_mib.value * MIB,
-            f"limit of one application ({profile.app_memory_mib.basis})",
-        )
+        why = f"limit of one application ({profile.app_memory_mib.basis})"
+        return profile.app_memory_mib.value * MIB, why
     if profile.ram_mib.value is None:
         return None, "neither the RAM nor the limit of one application is known"
     return int(profile.ram_mib.value * MIB * APP_SHARE), f"an application may use {APP_SHARE:.0%} of the RAM"
@@ -233,7 +231,8 @@ def prefill_band(profile: DeviceProfile, n_multiplied: int) -> tuple[Band | None
     if clusters is None or features is None:
         return None, "prefill unknown: the profile has no cores or no instructions"
     each = next((count for name, count in _OPERATIONS.items() if name in features), _PLAIN_OPERATIONS)
-    fast = _fast_cores(clusters)
+    # Small in-order cores hold the others up, and count where there is nothing else.
+    fast = [c for c in clusters if _pipes(c.core) != 1] or clusters
     unknown = [c.core for c in fast if c.max_mhz is None or not _pipes(c.core)]
     if unknown:
         return None, f"prefill unknown: no clock or no vector units of {', '.join(unknown)}"
@@ -242,12 +241,6 @@ def prefill_band(profile: DeviceProfile, n_multiplied: int) -> tuple[Band | None
     tokens = operations / (2 * n_multiplied)
     cores = sum(c.count for c in fast)
     return Band(low * tokens, high * tokens), f"prefill gets {low:.0%} to {high:.0%} of {cores} fast cores"
-
-
-def _fast_cores(clusters: tuple[Cluster, ...]) -> list[Cluster]:
-    """All clusters but small in-order cores, which hold the others up; those alone where there is nothing else."""
-    fast = [c for c in clusters if _pipes(c.core) != 1]
-    return fast or list(clusters)
 
 
 def _pipes(core: str) -> int:

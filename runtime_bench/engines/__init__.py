@@ -9,27 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol, cast
 
 from cfsp import plugins
 from cfsp.errors import InputError, MissingExtraError
-
-__all__ = [
-    "ENGINES",
-    "EngineFacts",
-    "EngineSpec",
-    "Session",
-    "SessionSettings",
-    "Vocabulary",
-    "check_engine",
-    "engine_for",
-    "open_session",
-    "prepare_engine",
-    "require_engine",
-]
 
 
 @dataclass(frozen=True)
@@ -63,13 +49,13 @@ class EngineFacts:
         system_info: The engine's own line about the machine features it uses.
     """
 
-    model_type: str | None
-    model_size: int | None
-    model_n_params: int | None
-    backends: str | None
-    build_commit: str | None
-    versions: dict[str, str]
-    system_info: str | None
+    model_type: str | None = None
+    model_size: int | None = None
+    model_n_params: int | None = None
+    backends: str | None = None
+    build_commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    system_info: str | None = None
 
 
 class Vocabulary(Protocol):
@@ -107,10 +93,14 @@ class Session(Vocabulary, Protocol):
         """Let go of the file and its memory."""
 
 
-class _EngineModule(Protocol):
-    def prepare(self) -> None: ...
+class EngineAdapter(Protocol):
+    """What an engine's module has."""
 
-    def open_session(self, path: Path, settings: SessionSettings) -> Session: ...
+    def prepare(self) -> None:
+        """Import the engine's libraries, so that their cost is in no measurement."""
+
+    def open_session(self, path: Path, settings: SessionSettings) -> Session:
+        """Open a file; raises InputError where the engine cannot."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +120,23 @@ class EngineSpec:
     distribution: str
     suffix: str
     extra: str = ""
+
+    def require(self) -> None:
+        """Check that the engine can be used, without importing it.
+
+        Raises:
+            PhonereadyError: Its package is not installed.
+        """
+        if importlib.util.find_spec(self.package) is not None:
+            return
+        if self.extra:
+            raise MissingExtraError(self.distribution, self.extra)
+        raise InputError(f"{self.distribution} is not installed; run: pip install '{self.distribution}'")
+
+    @property
+    def adapter(self) -> EngineAdapter:
+        """The adapter; this imports it."""
+        return cast(EngineAdapter, importlib.import_module(self.module))
 
 
 _ENGINES = "runtime_bench.engines"
@@ -152,71 +159,33 @@ def engine_for(path: Path) -> str:
     """
     known: list[str] = []
     for name in (*ENGINES, *plugins.load_plugins(plugins.ENGINES, ENGINES)):
-        known.append(_spec(name).suffix)
+        known.append(engine_spec(name).suffix)
         if known[-1] == path.suffix.lower():
             return name
     allowed = ", ".join(dict.fromkeys(known))
     raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
 
 
-def check_engine(engine: str) -> None:
+def check_engine(engine: str) -> EngineSpec:
     """Check that an engine is known, be it installed or not.
 
     Raises:
         InputError: Unknown engine, or plugins of one name.
     """
     plugins.load_plugins(plugins.ENGINES, ENGINES)
-    _spec(engine)
+    return engine_spec(engine)
 
 
-def require_engine(engine: str) -> None:
-    """Check that an engine can be used, without importing it.
+def engine_spec(engine: str) -> EngineSpec:
+    """The row of an engine; of a built-in one without a look at plugins, as a measuring process wants it.
 
     Raises:
         InputError: Unknown engine, or plugins of one name.
-        MissingExtraError: Its package is not installed.
     """
-    check_engine(engine)
-    _require_package(_spec(engine))
-
-
-def prepare_engine(engine: str) -> None:
-    """Import an engine's libraries, so that their cost is in no measurement.
-
-    Raises:
-        InputError: Unknown engine.
-        MissingExtraError: Its package is not installed.
-    """
-    _require_package(_spec(engine))
-    _module(engine).prepare()
-
-
-def open_session(engine: str, path: Path, settings: SessionSettings) -> Session:
-    """Open `path` in an engine.
-
-    Raises:
-        InputError: Unknown engine, or a file that it cannot open.
-    """
-    return _module(engine).open_session(path, settings)
-
-
-def _spec(engine: str) -> EngineSpec:
-    if engine in ENGINES:  # a measuring process looks no further
+    if engine in ENGINES:
         return ENGINES[engine]
     others = plugins.load_plugins(plugins.ENGINES, ENGINES)
     if engine not in others:
         known = ", ".join((*ENGINES, *others))
         raise InputError("unknown engine", field="engine", value=engine, allowed=known)
     return others[engine].load(EngineSpec)
-
-
-def _require_package(spec: EngineSpec) -> None:
-    if importlib.util.find_spec(spec.package) is not None:
-        return
-    if spec.extra:
-        raise MissingExtraError(spec.distribution, spec.extra)
-    raise InputError(f"{spec.distribution} is not installed; run: pip install '{spec.distribution}'")
-
-
-def _module(engine: str) -> _EngineModule:
-    return cast(_EngineModule, importlib.import_module(_spec(engine).module))

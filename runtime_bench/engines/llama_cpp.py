@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 
 from exporters.gguf.llama_library import runtime_version, system_info
@@ -18,6 +17,7 @@ class LlamaCppSession:
 
     def __init__(self, model: LlamaModel) -> None:
         self._model = model
+        self.clear, self.decode, self.close = model.clear, model.decode, model.close
         self.n_vocab = model.vocab_size
         added = model.tokenize("", add_special=True)
         self.bos = model.bos_token if added[:1] == [model.bos_token] else None
@@ -30,21 +30,13 @@ class LlamaCppSession:
             model_size=self._model.size_bytes,
             model_n_params=self._model.n_params,
             backends="CPU",  # the runtime keeps every layer on the processor
-            build_commit=None,  # the library has a version but does not tell its revision
+            # The library has a version but does not tell its revision: build_commit is unknown.
             versions={
                 _DISTRIBUTION: importlib.metadata.version(_DISTRIBUTION),
                 "llama.cpp": runtime_version().rpartition("llama.cpp ")[2],
             },
             system_info=system_info(),
         )
-
-    def clear(self) -> None:
-        """Forget the context."""
-        self._model.clear()
-
-    def decode(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the context and wait for the last one's logits."""
-        self._model.decode(tokens)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids, with the start token where the file asks for one."""
@@ -53,10 +45,6 @@ class LlamaCppSession:
     def sample(self) -> int:
         """The likeliest token after the last one."""
         return int(self._model.last_logits().argmax())
-
-    def close(self) -> None:
-        """Free model and context."""
-        self._model.close()
 
 
 def prepare() -> None:

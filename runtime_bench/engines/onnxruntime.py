@@ -11,7 +11,7 @@ import numpy.typing as npt
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
-from runtime_bench.files import files_of
+from runtime_bench.files import size_of
 
 
 class OnnxRuntimeSession:
@@ -23,6 +23,7 @@ class OnnxRuntimeSession:
         self._model = model
         self._logits: npt.NDArray[np.float32] | None = None
         self._tokenizer = Tokenizer.from_file(str(folder_of(model.path) / "tokenizer.json"))
+        self.clear, self.close = model.clear, model.close
         self.n_vocab = model.vocab_size
         added = self._tokenizer.encode("").ids
         self.bos = added[0] if added else None
@@ -33,17 +34,10 @@ class OnnxRuntimeSession:
         name, version = runtime_version().split(" ")
         return EngineFacts(
             model_type=self._model.path.stem,
-            model_size=sum(file.stat().st_size for file in files_of(self._model.path)),
-            model_n_params=None,
+            model_size=size_of(self._model.path),
             backends="CPU",
-            build_commit=None,
             versions={name: version},
-            system_info=None,
         )
-
-    def clear(self) -> None:
-        """Forget the context."""
-        self._model.clear()
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Append tokens to the context, piece by piece."""
@@ -60,10 +54,6 @@ class OnnxRuntimeSession:
         """The likeliest token after the last one."""
         assert self._logits is not None  # something was decoded
         return int(self._logits[-1].argmax())
-
-    def close(self) -> None:
-        """Let the session go."""
-        self._model.close()
 
 
 def prepare() -> None:

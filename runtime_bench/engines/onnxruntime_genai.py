@@ -12,7 +12,7 @@ from cfsp.reading import read_json_object
 from exporters.onnx.folder import GENAI_CONFIG, folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
-from runtime_bench.files import files_of
+from runtime_bench.files import size_of
 
 
 class GenAISession:
@@ -36,12 +36,9 @@ class GenAISession:
         """What GenAI says about itself, and what the files say."""
         return EngineFacts(
             model_type=self._path.stem,
-            model_size=sum(file.stat().st_size for file in files_of(self._path)),
-            model_n_params=None,
+            model_size=size_of(self._path),
             backends="CPU",
-            build_commit=None,
             versions={"onnxruntime-genai": self._genai.__version__},
-            system_info=None,
         )
 
     def clear(self) -> None:

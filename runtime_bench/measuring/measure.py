@@ -9,24 +9,22 @@ are timings.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
-from runtime_bench.engines import SessionSettings
-from runtime_bench.measuring.rows import Row, Session, page_cache_wish, record_of, shares
+from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
-from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.thermal import heat_around
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +37,7 @@ def run_bench(
     *,
     engine: str | None = None,
     target: Target = LOCAL,
-    on_record: Callable[[BenchRecord], None] | None = None,
+    on_record: Callable[[BenchRecord], None] = lambda record: None,
 ) -> list[BenchRecord]:
     """Measure every workload on every file.
 
@@ -68,9 +66,7 @@ def run_bench(
     engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
-    session = Session(
-        tuple(files), _hash_all(files), engines, _check_texts(files, settings), settings, target
-    )
+    session = Session(_measured_files(files, engines, settings), settings, target)
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]
     processes = sum(len(shares(settings, workload)) for _, workload in groups)
@@ -79,20 +75,29 @@ def run_bench(
     for threads, workload in groups:
         for record in _measure_group(session, workload, threads, counter):
             records.append(record)
-            if on_record is not None:
-                on_record(record)
+            on_record(record)
     return records
 
 
-def _check_texts(files: Sequence[Path], settings: BenchSettings) -> tuple[TextCheck | None, ...]:
-    """What each file writes, once a file; None where nobody asked."""
-    if not settings.check_text:
-        return (None,) * len(files)
-    found = {path: check_text(path, settings.timeout_s) for path in dict.fromkeys(files)}
-    for path, check in found.items():
-        if check.problem:
-            logger.warning("%s: its text could not be checked: %s", path.name, check.problem)
-    return tuple(found[path] for path in files)
+def _measured_files(
+    files: Sequence[Path], engines: Sequence[str], settings: BenchSettings
+) -> tuple[MeasuredFile, ...]:
+    """The files with their hashes and, where that is asked for, what they write; each is read but once."""
+    hash_once, check_once = cache(sha256_file), cache(partial(_check_text, settings=settings))
+    try:
+        return tuple(
+            MeasuredFile(path, hash_once(path), engine, check_once(path))
+            for path, engine in zip(files, engines, strict=True)
+        )
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+
+def _check_text(path: Path, settings: BenchSettings) -> TextCheck:
+    check = check_text(path, settings.timeout_s) if settings.check_text else TextCheck()
+    if check.problem:
+        logger.warning("%s: its text could not be checked: %s", path.name, check.problem)
+    return check
 
 
 @dataclass
@@ -101,12 +106,8 @@ class _Counter:
 
     progress: Progress
     total: int
-    sequence: int = 0
+    numbers: Iterator[int] = field(default_factory=itertools.count)
     done: int = 0
-
-    def next_number(self) -> int:
-        self.sequence += 1
-        return self.sequence - 1
 
     def step(self) -> None:
         self.done += 1
@@ -118,75 +119,40 @@ def _measure_group(
 ) -> list[BenchRecord]:
     """One workload on all files."""
     environment = session.target.environment()
-    rows = _interleave(session, workload, threads, counter)
-    first: list[Row] | None = None
-    if any(_too_wide(row, session.settings) for row in rows):
+    rows = first = [row_of(session, file, workload, threads) for file in session.files]
+    _interleave(session, rows, counter)
+    if any(row.failure is None and row.spread > session.settings.spread_limit for row in rows):
         logger.info("%s: samples spread widely, measuring once more", workload.test)
+        rows = [row if row.failure else Row(row.file, row.request) for row in first]
         again = sum(row.failure is None for row in rows)
         counter.total += again * len(shares(session.settings, workload))
-        first, rows = rows, _interleave(session, workload, threads, counter, skip=rows)
-    return [
-        record_of(session, index, workload, threads, row, first[index] if first else None, environment)
-        for index, row in enumerate(rows)
-    ]
+        _interleave(session, rows, counter)
+    return [record_of(session, row, before, environment) for row, before in zip(rows, first, strict=True)]
 
 
-def _interleave(
-    session: Session,
-    workload: Workload,
-    threads: int,
-    counter: _Counter,
-    skip: Sequence[Row] = (),
-) -> list[Row]:
-    """A B A B; a file that failed is not tried again. Rows in `skip` that failed already are kept as they
-    are."""
-    rows = [row if row.failure else Row() for row in skip] or [Row() for _ in session.files]
-    tried = [index for index, row in enumerate(rows) if row.failure is None]
+def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> None:
+    """A B A B; a file that failed is not tried again."""
+    tried = [row for row in rows if row.failure is None]
     before = session.target.environment()
-    for samples in shares(session.settings, workload):
-        for index in tried:
-            if rows[index].failure is None:
-                _measure_once(session, index, workload, threads, samples, rows[index], counter.next_number())
+    for samples in shares(session.settings, rows[0].request.workload):
+        for row in tried:
+            if row.failure is None:
+                _measure_once(session, row, samples, next(counter.numbers))
                 after = session.target.environment()
-                rows[index].heat.append(heat_around(before, after))
+                row.looks.append((before, after))
                 before = after
             counter.step()
-    return rows
 
 
-def _measure_once(
-    session: Session,
-    index: int,
-    workload: Workload,
-    threads: int,
-    samples: int,
-    row: Row,
-    number: int,
-) -> None:
-    settings = session.settings
-    if settings.delay_s:
-        time.sleep(settings.delay_s)
+def _measure_once(session: Session, row: Row, samples: int, number: int) -> None:
+    if session.settings.delay_s:
+        time.sleep(session.settings.delay_s)
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    request = WorkerRequest(
-        path=str(session.files[index]),
-        engine=session.engines[index],
-        workload=workload,
-        session=SessionSettings(workload.n_ctx, threads, settings.n_batch, settings.n_ubatch),
-        samples=samples,
-        warmup=settings.warmup,
-        seed=settings.seed,
-        page_cache=page_cache_wish(settings, workload),
-    )
-    result = session.target.run(request, settings.timeout_s)
+    result = session.target.run(replace(row.request, samples=samples), session.settings.timeout_s)
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
-        logger.warning("%s %s failed: %s", session.files[index].name, workload.test, result.error)
-
-
-def _too_wide(row: Row, settings: BenchSettings) -> bool:
-    width = summary.spread(row.samples_ns)
-    return row.failure is None and width is not None and width > settings.spread_limit
+        logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
 
 
 def _check_files(files: Sequence[Path]) -> None:
@@ -195,11 +161,3 @@ def _check_files(files: Sequence[Path]) -> None:
     missing = [str(path) for path in files if not path.is_file()]
     if missing:
         raise InputError(f"no such file: {', '.join(missing)}")
-
-
-def _hash_all(files: Sequence[Path]) -> tuple[str, ...]:
-    try:
-        known = {path: sha256_file(path) for path in dict.fromkeys(files)}
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
-    return tuple(known[path] for path in files)

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
-from runtime_bench.engines import EngineFacts
-from runtime_bench.files import files_of
+from runtime_bench.engines import EngineFacts, SessionSettings
+from runtime_bench.files import size_of
 from runtime_bench.measuring.text_check import TextCheck
+from runtime_bench.records import summary
 from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Environment
-from runtime_bench.records.thermal import Heat
+from runtime_bench.records.thermal import clock_cap, hottest_c
 from runtime_bench.targets import Target
-from runtime_bench.worker import WorkerResult
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
 
-_NO_FACTS = EngineFacts(None, None, None, None, None, {}, None)
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A file that takes its turns.
+
+    Attributes:
+        path: The file.
+        sha256: Its hash.
+        engine: What it runs in.
+        check: What it writes; empty where that was not asked for.
+    """
+
+    path: Path
+    sha256: str
+    engine: str
+    check: TextCheck
 
 
 @dataclass(frozen=True)
@@ -24,18 +42,12 @@ class Session:
 
     Attributes:
         files: In the order in which they take turns.
-        hashes: Of each.
-        engines: Of each.
-        checks: What each writes; None where that was not asked for.
         settings: What to measure.
         target: Where.
         id: Of the session.
     """
 
-    files: tuple[Path, ...]
-    hashes: tuple[str, ...]
-    engines: tuple[str, ...]
-    checks: tuple[TextCheck | None, ...]
+    files: tuple[MeasuredFile, ...]
     settings: BenchSettings
     target: Target
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -43,11 +55,22 @@ class Session:
 
 @dataclass
 class Row:
-    """Results of one file, workload and thread count, in the order taken."""
+    """Results of one file, workload and thread count, in the order taken.
 
+    Attributes:
+        file: The file.
+        request: What each process is asked for, but for the number of its samples.
+        results: Of the processes.
+        sequence: For each sample the number of its process.
+        looks: The machine before and after each process.
+        started: UTC time at which the first process began.
+    """
+
+    file: MeasuredFile
+    request: WorkerRequest
     results: list[WorkerResult] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
-    heat: list[Heat] = field(default_factory=list)
+    looks: list[tuple[Environment, Environment]] = field(default_factory=list)
     started: str | None = None
 
     @property
@@ -56,133 +79,113 @@ class Row:
         return next((r.error for r in self.results if r.error), None)
 
     @property
-    def facts(self) -> EngineFacts:
-        """What the engine said, the first time that it did."""
-        return next((r.facts for r in self.results if r.facts), _NO_FACTS)
-
-    @property
-    def opened(self) -> list[WorkerResult]:
-        """Results of the processes that opened the file."""
-        return [r for r in self.results if r.load_ns]
-
-    @property
     def samples_ns(self) -> list[int]:
         """All samples."""
         return [ns for result in self.results for ns in result.samples_ns]
 
     @property
-    def cpu_ns(self) -> list[int]:
-        """Processor time of all samples; empty unless every one has it."""
-        found = [ns for result in self.results for ns in result.cpu_ns if ns > 0]
-        return found if len(found) == len(self.samples_ns) else []
+    def spread(self) -> float:
+        """p90 / p50 of the samples; 1 where there are too few to tell."""
+        return summary.spread(self.samples_ns) or 1.0
 
-    @property
-    def waited_ns(self) -> list[int]:
-        """How long each sample waited for a core; empty unless every one tells."""
-        found = [ns for result in self.results for ns in result.waited_ns]
-        return found if len(found) == len(self.samples_ns) else []
-
-    @property
-    def memory_verdict(self) -> str | None:
-        """The worst under a limit of memory."""
-        verdicts = [r.memory_verdict for r in self.results if r.memory_verdict]
-        return max(verdicts, key=MEMORY_VERDICTS.index, default=None)
+    def of_each_sample(self, found: Iterable[list[int]]) -> tuple[int, ...]:
+        """Times beside the samples of all processes; empty unless every sample has one."""
+        times = tuple(chain.from_iterable(found))
+        return times if len(times) == len(self.samples_ns) else ()
 
 
-def record_of(
-    session: Session,
-    index: int,
-    workload: Workload,
-    threads: int,
-    row: Row,
-    first: Row | None,
-    environment: Environment,
-) -> BenchRecord:
+def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: int) -> Row:
+    """A row of which nothing is measured yet."""
+    settings = session.settings
+    load = "cold" if settings.cold_load else "warm"
+    request = WorkerRequest(
+        path=str(file.path),
+        engine=file.engine,
+        workload=workload,
+        session=SessionSettings(workload.n_ctx, threads, settings.n_batch, settings.n_ubatch),
+        warmup=settings.warmup,
+        seed=settings.seed,
+        page_cache=load if workload.kind == "load" else "as_found",
+    )
+    return Row(file, request)
+
+
+def record_of(session: Session, row: Row, first: Row, environment: Environment) -> BenchRecord:
     """The record of one row.
 
     Args:
         session: What all rows share.
-        index: Of the file.
-        workload: What was timed.
-        threads: Threads.
         row: What was measured.
-        first: What was measured before, where the row was measured once more.
+        first: What was measured before, where the row was measured once more; else the row itself.
         environment: The machine before the first sample.
     """
-    check = session.checks[index] or TextCheck()
-    results, opened = row.results, row.opened
+    check, results = row.file.check, row.results
+    opened = [result for result in results if result.load_ns]
+    verdicts = [result.memory_verdict for result in results if result.memory_verdict]
     return replace(
-        _without_samples(session, index, workload, threads, row, environment),
+        _without_samples(session, row, environment),
         samples_ns=tuple(row.samples_ns),
-        cpu_samples_ns=tuple(row.cpu_ns),
-        waited_samples_ns=tuple(row.waited_ns),
+        cpu_samples_ns=row.of_each_sample([ns for ns in r.cpu_ns if ns > 0] for r in results),
+        waited_samples_ns=row.of_each_sample(r.waited_ns for r in results),
         sequence=tuple(row.sequence),
         load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
         page_cache_shares=tuple(r.page_cache_share for r in opened),
         baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
         peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in results if r.peak_rss_bytes),
-        quarantined_ns=tuple(first.samples_ns) if first is not None and first is not row else (),
-        memory_verdict=row.memory_verdict,
+        quarantined_ns=() if first is row else tuple(first.samples_ns),
+        memory_verdict=max(verdicts, key=MEMORY_VERDICTS.index, default=None),
         reread_bytes=max((r.reread_bytes for r in results if r.reread_bytes is not None), default=None),
         throttling=next((r.throttling for r in results if r.throttling), None),
         contention=tuple(r.contention for r in results),
-        clock_caps=tuple(heat.clock_cap for heat in row.heat),
-        hottest_c=tuple(heat.hottest_c for heat in row.heat),
+        clock_caps=tuple(clock_cap(*looks) for looks in row.looks),
+        hottest_c=tuple(hottest_c(*looks) for looks in row.looks),
         text_sample=check.texts[0] if check.texts else None,
         degenerate=check.degenerate,
     )
 
 
-def _without_samples(
-    session: Session, index: int, workload: Workload, threads: int, row: Row, environment: Environment
-) -> BenchRecord:
+def _without_samples(session: Session, row: Row, environment: Environment) -> BenchRecord:
     """The record before its samples: what was measured, where and how."""
-    settings, path, facts = session.settings, session.files[index], row.facts
-    versions = environment.versions | facts.versions
+    settings, request, workload = session.settings, row.request, row.request.workload
+    facts = next((result.facts for result in row.results if result.facts), EngineFacts())
     return BenchRecord(
         kind=session.target.kind,
         target=session.target.name,
-        engine=session.engines[index],
+        engine=request.engine,
         status="failed" if row.failure else "ok",
         failure=row.failure,
         session=session.id,
         workload=workload.kind,
         test=workload.test,
-        model_filename=str(path),
+        model_filename=request.path,
         model_type=facts.model_type,
         model_size=facts.model_size,
         model_n_params=facts.model_n_params,
-        file_size_bytes=sum(file.stat().st_size for file in files_of(path)),
-        file_sha256=session.hashes[index],
+        file_size_bytes=size_of(row.file.path),
+        file_sha256=row.file.sha256,
         n_prompt=workload.n_prompt,
         n_gen=workload.n_gen,
         n_depth=workload.n_depth,
-        n_batch=settings.n_batch,
-        n_ubatch=settings.n_ubatch,
-        n_threads=threads,
+        n_batch=request.session.n_batch,
+        n_ubatch=request.session.n_ubatch,
+        n_threads=request.session.n_threads,
         backends=facts.backends,
         build_commit=facts.build_commit,
         cpu_info=environment.cpu_model,
         test_time=row.started,
-        warmup=settings.warmup and workload.kind != "load",
+        warmup=request.warmup and workload.kind != "load",
         samples_per_process=shares(settings, workload)[0],
-        environment=replace(environment, versions=versions, system_info=facts.system_info),
-        page_cache=page_cache_wish(settings, workload),
+        environment=replace(
+            environment, versions=environment.versions | facts.versions, system_info=facts.system_info
+        ),
+        page_cache=request.page_cache,
         spread_limit=settings.spread_limit,
         memory_limit_bytes=session.target.memory_limit_bytes,
     )
-
-
-def page_cache_wish(settings: BenchSettings, workload: Workload) -> str:
-    """What is done to the page cache before a file is opened; see `WorkerRequest.page_cache`."""
-    if workload.kind != "load":
-        return "as_found"
-    return "cold" if settings.cold_load else "warm"
 
 
 def shares(settings: BenchSettings, workload: Workload) -> list[int]:
     """How many samples each round takes in its process; a process opens its file but once, so one load
     each."""
     most = 1 if workload.kind == "load" else settings.samples_per_process
-    full, rest = divmod(settings.repetitions, most)
-    return [most] * full + ([rest] if rest else [])
+    return summary.portions(settings.repetitions, most)

@@ -1,25 +1,22 @@
 """Does a file still write text? A fast model that writes nonsense is no fast model: degenerate text voids a speed.
 
-`check_text` starts `python -m runtime_bench.measuring.text_check`, which continues three beginnings greedily and
-writes the continuations as JSON: a file that crashes its runtime takes that process along and not ours. The file is run
+`check_text` starts `python -m runtime_bench.measuring.text_check`, which continues three beginnings greedily
+and judges the continuations: a file that crashes its runtime takes that process along and not ours. The file is run
 here, in this machine's runtime for it, wherever its speed is measured: the weights decide whether it makes sense.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cfsp.errors import PhonereadyError
 from cfsp.evaluation.degeneration import degenerate
 from cfsp.reading import read_json_object
+from runtime_bench.process import ProcessFailed, exchange, python_module, read_answer
+from runtime_bench.worker import serve
 
 BEGINNINGS = (
     "The lighthouse stood on a rock above the sea, and every evening the old keeper",
@@ -31,7 +28,6 @@ NEW_TOKENS = 48
 _CONTEXT = 128
 _THREADS = 1
 """Several would wait for each other on a busy machine, and nothing here is timed."""
-_ERROR_LETTERS = 200
 
 
 @dataclass(frozen=True)
@@ -66,42 +62,17 @@ def check_text(path: Path, timeout_s: float) -> TextCheck:
     """
     if path.suffix.lower() not in _WRITERS:
         return TextCheck(problem=f"nothing here runs {path.suffix} files")
-    command = [sys.executable, "-P", "-m", "runtime_bench.measuring.text_check", str(path.resolve())]
+    command = python_module("runtime_bench.measuring.text_check")
     try:
-        done = subprocess.run(
-            command, capture_output=True, timeout=timeout_s, check=False, env=_environment()
-        )
-    except subprocess.TimeoutExpired:
-        return TextCheck(problem=f"no text after {timeout_s:g} s")
-    try:
-        texts = tuple(map(str, json.loads(done.stdout)))
-    except ValueError:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        return TextCheck(problem=(lines[-1] if lines else f"exit status {done.returncode}")[:_ERROR_LETTERS])
-    return TextCheck(texts, judge(texts))
+        return read_answer(TextCheck, exchange(command, {"path": str(path.resolve())}, timeout_s))
+    except ProcessFailed as error:
+        return TextCheck(problem=str(error))
 
 
-def _environment() -> dict[str, str]:
-    """Ours, with this package's folder importable behind whatever is searched anyway."""
-    root = str(Path(__file__).resolve().parent.parent)
-    known = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join([known, root] if known else [root])}
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Write the continuations of the file that is named."""
-    # Libraries chatter on stdout; what is ours is kept apart.
-    results = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    path = Path(arguments[0])
-    try:
-        texts = _WRITERS[path.suffix.lower()](path)
-    except (PhonereadyError, OSError, MemoryError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        return 1
-    with os.fdopen(results, "w", encoding="utf-8") as stream:
-        json.dump(texts, stream)
-    return 0
+def _answer(payload: dict[str, str]) -> TextCheck:
+    path = Path(payload["path"])
+    texts = _WRITERS[path.suffix.lower()](path)
+    return TextCheck(tuple(texts), judge(texts))
 
 
 def _continue_gguf(path: Path) -> list[str]:
@@ -165,4 +136,4 @@ _WRITERS: MappingProxyType[str, Callable[[Path], list[str]]] = MappingProxyType(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    serve(_answer, lambda reason: TextCheck(problem=reason))

@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import filelock
-
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, remove_stale_temporaries, sha256_file
+from cfsp.files import made_once, sha256_file
 from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
@@ -89,24 +87,27 @@ def build_runner(target: str, *, ndk: Path | None = None, progress: Progress = n
     toolchain = find_toolchain(target, ndk)
     source = fetch_source(progress)
     key = _key(target, source, toolchain)
-    runners = cache_directory() / "runners"
-    folder = runners / f"{target}-{key}"
-    if _is_whole(folder):
-        return folder / _PROGRAM
-    runners.mkdir(parents=True, exist_ok=True)
-    # Only one process builds the same thing; a killed one's lock is gone with it.
-    with filelock.FileLock(runners / f".{folder.name}.lock"):
-        if _is_whole(folder):  # another process built it meanwhile
-            return folder / _PROGRAM
-        remove_stale_temporaries(runners, folder.name)
+
+    def make(place: Path) -> None:
         start = time.monotonic()
-        with atomic_directory(folder, own=True) as place:
-            with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
-                program = _compile(target, key, source, toolchain, Path(work), progress)
-                shutil.copy2(program, place / _PROGRAM)
-            record = _record(target, key, source, toolchain, place / _PROGRAM, time.monotonic() - start)
-            write_record(place / _RECORD, record)
-    return folder / _PROGRAM
+        with tempfile.TemporaryDirectory(prefix="build-", dir=place) as work:
+            program = _compile(target, key, source, toolchain, Path(work), progress)
+            shutil.copy2(program, place / _PROGRAM)
+        record = RunnerBuild(
+            target=target,
+            key=key,
+            needs=require_target(target).needs,
+            source=source.version,
+            source_sha256=source.sha256,
+            compiler=toolchain.version,
+            cmake=(*_FLAGS, *require_target(target).cmake),
+            sha256=sha256_file(place / _PROGRAM),
+            size_bytes=(place / _PROGRAM).stat().st_size,
+            build_s=round(time.monotonic() - start, 1),
+        )
+        write_record(place / _RECORD, record)
+
+    return made_once(cache_directory() / "runners" / f"{target}-{key}", _is_whole, make) / _PROGRAM
 
 
 def read_build(program: Path) -> RunnerBuild:
@@ -139,24 +140,6 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _record(
-    target: str, key: str, source: LlamaSource, toolchain: Toolchain, program: Path, seconds: float
-) -> RunnerBuild:
-    row = require_target(target)
-    return RunnerBuild(
-        target=target,
-        key=key,
-        needs=row.needs,
-        source=source.version,
-        source_sha256=source.sha256,
-        compiler=toolchain.version,
-        cmake=(*_FLAGS, *row.cmake),
-        sha256=sha256_file(program),
-        size_bytes=program.stat().st_size,
-        build_s=round(seconds, 1),
-    )
-
-
 def _compile(
     target: str, key: str, source: LlamaSource, toolchain: Toolchain, work: Path, progress: Progress
 ) -> Path:
@@ -164,16 +147,9 @@ def _compile(
     step = f"building the runner for {target}"
     progress(step, 0, 1)
     llama = extract_llama(source, work)
-    configure = [
-        toolchain.cmake,
-        "-S",
-        str(Path(__file__).parent),
-        "-B",
-        str(build),
-        *toolchain.options,
-        *_FLAGS,
-    ]
-    configure += [*row.cmake, f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={target}", f"-DRUNNER_KEY={key}"]
+    configure = [toolchain.cmake, "-S", str(Path(__file__).parent), "-B", str(build)]
+    configure += [*toolchain.options, *_FLAGS, *row.cmake]
+    configure += [f"-DLLAMA_SOURCE={llama}", f"-DRUNNER_TARGET={target}", f"-DRUNNER_KEY={key}"]
     configure += [f"-DRUNNER_NEEDS={' '.join(row.needs)}", f"-DRUNNER_STATIC={'ON' if row.static else 'OFF'}"]
     _run(configure, step, no_progress)
     _run([toolchain.cmake, "--build", str(build), "--target", _PROGRAM], step, progress)

@@ -58,22 +58,17 @@ def fetch_source(progress: Progress = no_progress) -> LlamaSource:
         progress(f"fetching the source of {_DISTRIBUTION}", 0, 1)
         _download(version, path)
         progress(f"fetching the source of {_DISTRIBUTION}", 1, 1)
-    digest = sha256_file(path)
-    known = known_archives()
-    if digest not in (known.get(path.name), os.environ.get(ALLOWED)):
+    found = sha256_file(path)
+    pairs = (line.split() for line in _KNOWN.read_text(encoding="ascii").splitlines())
+    known = {name: digest for digest, name in pairs}
+    if found not in (known.get(path.name), os.environ.get(ALLOWED)):
         raise InputError(
             f"{path} is not an archive that is known here",
             field="sha256",
-            value=digest,
+            value=found,
             allowed=f"{', '.join(map(' '.join, known.items()))}, or what {ALLOWED} says",
         )
-    return LlamaSource(path, version, digest)
-
-
-def known_archives() -> dict[str, str]:
-    """Names of archives to the SHA-256 of their content."""
-    pairs = (line.split() for line in _KNOWN.read_text(encoding="ascii").splitlines())
-    return {name: digest for digest, name in pairs}
+    return LlamaSource(path, version, found)
 
 
 def extract_llama(source: LlamaSource, folder: Path) -> Path:

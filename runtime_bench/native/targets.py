@@ -10,10 +10,10 @@ from __future__ import annotations
 import platform
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
+from runtime_bench.environment import read_fact
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,8 @@ def cpu_features(cpuinfo: str | None = None) -> frozenset[str]:
     Args:
         cpuinfo: Text of a Linux machine's /proc/cpuinfo; this machine's unless given.
     """
-    if cpuinfo is None:
-        try:
-            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return frozenset()
-    pairs = (line.partition(":") for line in cpuinfo.splitlines())
+    text = read_fact("/proc/cpuinfo") if cpuinfo is None else cpuinfo
+    pairs = (line.partition(":") for line in text.splitlines())
     found = next((value for key, _, value in pairs if key.strip() in ("flags", "Features")), "")
     return frozenset(found.split())
 

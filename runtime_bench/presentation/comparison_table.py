@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import MappingProxyType
-from typing import Any
 
 from cfsp.records import tool_version
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.record_table import format_speed
-from runtime_bench.presentation.table import NOTHING, Column, Table, short_names, table_of
+from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records.bench_record import EMULATED
 from runtime_bench.records.compare import Comparison
 from runtime_bench.records.crowding import CROWDED_SHARE
@@ -24,12 +22,6 @@ def format_comparison(comparisons: Sequence[Comparison], output: str = "md") -> 
     return COMPARISON_FORMATS[output](comparisons)
 
 
-def comparison_to_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """One JSON object with a row for each comparison."""
-    head = {"kind": "comparison", "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
-    return head | {"rows": [asdict(row) for row in comparisons]}
-
-
 def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
     """The table that people read; kind, target and engine are columns where they are not the same in all rows."""
     names = short_names(file for c in comparisons for file in (c.base, c.new))
@@ -40,16 +32,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("threads", lambda c: c.n_threads, right=True),
         Column("base", lambda c: names[c.base]),
         Column("new", lambda c: names[c.new]),
-        Column(
-            "base speed",
-            lambda c: None if c.kind == EMULATED else format_speed(c.base_median_ts, c.base_median_ns),
-            right=True,
-        ),
-        Column(
-            "new speed",
-            lambda c: None if c.kind == EMULATED else format_speed(c.new_median_ts, c.new_median_ns),
-            right=True,
-        ),
+        Column("base speed", lambda c: speeds_text(c)[0], right=True),
+        Column("new speed", lambda c: speeds_text(c)[1], right=True),
         Column("speed ratio", lambda c: _number(c.ratio)),
         Column(confidence, _interval),
         Column("peak RSS ratio", lambda c: _number(c.peak_rss_ratio)),
@@ -110,13 +94,14 @@ def _number(value: float | None) -> str | None:
 
 
 def _as_json(comparisons: Sequence[Comparison]) -> str:
-    return json.dumps(comparison_to_json(comparisons), indent=2, allow_nan=False) + "\n"
-
-
-def _as_csv(comparisons: Sequence[Comparison]) -> str:
-    return table_of([asdict(row) for row in comparisons]).csv()
+    head = {"kind": "comparison", "schema_version": SCHEMA_VERSION, "tool_version": tool_version()}
+    return indented_json(head | {"rows": [asdict(row) for row in comparisons]})
 
 
 COMPARISON_FORMATS: MappingProxyType[str, Callable[[Sequence[Comparison]], str]] = MappingProxyType(
-    {"md": _as_markdown, "json": _as_json, "csv": _as_csv}
+    {
+        "md": _as_markdown,
+        "json": _as_json,
+        "csv": lambda comparisons: table_of([asdict(row) for row in comparisons]).csv(),
+    }
 )

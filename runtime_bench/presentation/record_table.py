@@ -1,19 +1,18 @@
 """Records as text: Markdown in llama-bench's columns, JSON, JSON Lines, CSV. Units are converted only
-here."""
+here. And thread counts of a file side by side: which is best, and what the others give."""
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from cfsp.errors import InputError
 from runtime_bench.presentation.markup import escape_markdown
-from runtime_bench.presentation.table import NOTHING, Column, Table, short_names, table_of
+from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.json_form import record_to_json
+from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
 
 _REASON_WIDTH = 40
@@ -68,9 +67,8 @@ def _number(value: float | None, pattern: str, scale: float = 1.0) -> str | None
 
 
 def _size(value: int | None) -> str | None:
-    return (
-        _number(value, "{:.2f} MiB", 2**20) if (value or 0) < 2**30 else _number(value, "{:.2f} GiB", 2**30)
-    )
+    pattern, scale = ("{:.2f} MiB", 2**20) if (value or 0) < 2**30 else ("{:.2f} GiB", 2**30)
+    return _number(value, pattern, scale)
 
 
 def _count(value: int | None) -> str | None:
@@ -119,20 +117,46 @@ def _as_markdown(records: Sequence[BenchRecord]) -> str:
     return record_table(records).markdown() + "".join(f"\n{note}\n" for note in notes)
 
 
-def _as_json(records: Sequence[BenchRecord]) -> str:
-    payload = [record_to_json(record) for record in records]
-    return json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _as_jsonl(records: Sequence[BenchRecord]) -> str:
-    lines = (json.dumps(record_to_json(r), ensure_ascii=False, allow_nan=False) for r in records)
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _as_csv(records: Sequence[BenchRecord]) -> str:
-    return table_of([record_to_json(record) for record in records]).csv() if records else ""
-
-
 FORMATS: MappingProxyType[str, Callable[[Sequence[BenchRecord]], str]] = MappingProxyType(
-    {"md": _as_markdown, "json": _as_json, "jsonl": _as_jsonl, "csv": _as_csv}
+    {
+        "md": _as_markdown,
+        "json": lambda records: indented_json([record_to_json(r) for r in records]),
+        "jsonl": lambda records: "".join(map(record_to_line, records)),
+        "csv": lambda records: table_of([record_to_json(r) for r in records]).csv(),
+    }
 )
+
+
+def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:
+    """The fastest of rows that differ in threads alone, by the median; None where none was measured.
+
+    Of rows that are equally fast the one with fewer threads is best.
+    """
+    measured = [record for record in records if record.has_speed]
+    return min(measured, key=lambda r: (r.median_ns, r.n_threads), default=None)
+
+
+def format_sweep(records: Sequence[BenchRecord]) -> str:
+    """A Markdown table with a row for each file and test that was measured with several thread counts; empty without
+    any."""
+    groups: dict[tuple[str, str, str, str], list[BenchRecord]] = {}
+    for record in records:
+        key = (record.model_filename, record.engine, record.target, record.test)
+        groups.setdefault(key, []).append(record)
+    names = short_names(record.model_filename for record in records)
+    rows = []
+    for (file, _, _, test), group in groups.items():
+        if len(group) < 2:
+            continue
+        best = best_threads(group)
+        row = {"file": names[file]} if len(names) > 1 else {}
+        row |= {"test": test, "best threads": str(best.n_threads) if best else "-"}
+        row["speed at each, of the best"] = ", ".join(_point(record, best) for record in group)
+        rows.append(row)
+    return table_of(rows, right=("test",)).markdown()
+
+
+def _point(record: BenchRecord, best: BenchRecord | None) -> str:
+    if not record.has_speed or not record.median_ns or best is None or not best.median_ns:
+        return f"{record.n_threads}: {'-' if record.ok else 'failed'}"
+    return f"{record.n_threads}: {best.median_ns / record.median_ns:.0%}"

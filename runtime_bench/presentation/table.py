@@ -49,7 +49,8 @@ class Table(Generic[Row]):
         """Aligned columns and a final newline; cells show their text as it is. Empty without rows."""
         if not self.rows:
             return ""
-        cells = [[escape_cell(_text(cell)) for cell in row] for row in self.cells()]
+        shown = [[NOTHING if cell is None else str(cell) for cell in row] for row in self.cells()]
+        cells = [list(map(escape_cell, row)) for row in shown]
         right = [index for index, column in enumerate(self.columns) if column.right]
         return lay_out_table([escape_cell(column.title) for column in self.columns], cells, right)
 
@@ -58,7 +59,10 @@ class Table(Generic[Row]):
         return [[column.cell(row) for column in self.columns] for row in self.rows]
 
     def csv(self) -> str:
-        """A line a row; what is no single value is JSON in its cell, and what is not known is empty."""
+        """A line a row; what is no single value is JSON in its cell, and what is not known is empty. Empty without
+        columns."""
+        if not self.columns:
+            return ""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([column.title for column in self.columns])
@@ -83,6 +87,11 @@ def table_of(rows: Sequence[Mapping[str, Any]], right: Iterable[str] = ()) -> Ta
     return Table([Column(key, itemgetter(key), key in numbers) for key in (rows[0] if rows else ())], rows)
 
 
+def indented_json(payload: Any) -> str:
+    """A JSON document for people, with a final newline."""
+    return json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def short_names(files: Iterable[str]) -> dict[str, str]:
     """Each file's name, with as many of its folders as it takes to tell the files apart."""
     parts = {file: Path(file).parts for file in files}
@@ -91,10 +100,6 @@ def short_names(files: Iterable[str]) -> dict[str, str]:
         if len(set(names.values())) == len(names):
             return names
     return {file: file for file in parts}
-
-
-def _text(value: Any) -> str:
-    return NOTHING if value is None else str(value)
 
 
 def _spreadsheet_cell(value: Any) -> Any:

@@ -274,12 +274,9 @@ def _ratio(new: int | None, base: int | None) -> float | None:
 
 
 def _check_settings(threshold: float, confidence: float) -> None:
-    if not 0 <= threshold < 1:
-        raise InputError("out of range", field="threshold", value=threshold, allowed="0 <= threshold < 1")
-    if not 0.5 <= confidence < 1:
-        raise InputError(
-            "out of range", field="confidence", value=confidence, allowed="0.5 <= confidence < 1"
-        )
+    for name, value, least in (("threshold", threshold, 0), ("confidence", confidence, 0.5)):
+        if not least <= value < 1:
+            raise InputError("out of range", field=name, value=value, allowed=f"{least} <= {name} < 1")
 
 
 def _check_comparable(base: BenchRecord, new: BenchRecord) -> None:

@@ -30,21 +30,9 @@ class Contention:
     stolen_cores: float
 
 
-@dataclass(frozen=True)
-class CoreTimes:
-    """Processor time until now, in seconds, on the cores that this process may use.
-
-    Attributes:
-        wall_s: The clock.
-        busy_s: Of all programs.
-        stolen_s: Taken by the host.
-        own_s: Of this process and its children that have ended.
-    """
-
-    wall_s: float
-    busy_s: float
-    stolen_s: float
-    own_s: float
+CoreTimes = tuple[float, float, float, float]
+"""Seconds until now, on the cores that this process may use: by the clock, busy with any program, taken by the host,
+and used by this process and its children that have ended."""
 
 
 def core_times() -> CoreTimes | None:
@@ -57,18 +45,18 @@ def core_times() -> CoreTimes | None:
         ticks = os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return None
-    return CoreTimes(time.monotonic(), busy / ticks, stolen / ticks, sum(os.times()[:4]))
+    return time.monotonic(), busy / ticks, stolen / ticks, sum(os.times()[:4])
 
 
 def contention_since(before: CoreTimes | None) -> Contention | None:
     """What else used the cores since an earlier look; None where that is not known."""
     after = core_times()
-    if before is None or after is None or after.wall_s <= before.wall_s:
+    if before is None or after is None or after[0] <= before[0]:
         return None
-    wall, busy, own = (getattr(after, name) - getattr(before, name) for name in ("wall_s", "busy_s", "own_s"))
+    wall, busy, stolen, own = (now - then for now, then in zip(after, before, strict=True))
     if busy < own / 2:  # a sandbox that counts nothing
         return None
-    return Contention(max(0.0, busy - own) / wall, max(0.0, after.stolen_s - before.stolen_s) / wall)
+    return Contention(max(0.0, busy - own) / wall, max(0.0, stolen) / wall)
 
 
 def waited_ns() -> int | None:

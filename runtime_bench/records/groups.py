@@ -64,14 +64,13 @@ class BenchGroup:
 
     def main_tests(self) -> list[tuple[str, int]]:
         """One workload of each sort, at the number of threads that is fastest for the first file."""
+        first = [r for r in self.records if r.model_filename == self.files[0] and r.ok and r.median_ns]
         found = []
         for workload in _RATES:
-            first = self.records[0].model_filename
-            rows = [r for r in self.records if r.workload == workload and r.model_filename == first]
-            measured = [r for r in rows if r.ok and r.median_ns]
-            if measured:
-                test = measured[-1].test
-                best = min((r for r in measured if r.test == test), key=lambda r: r.median_ns or 0.0)
+            rows = [r for r in first if r.workload == workload]
+            if rows:
+                alike = (r for r in rows if r.test == rows[-1].test)
+                best = min(alike, key=lambda r: r.median_ns or 0.0)
                 found.append((best.test, best.n_threads))
         return found
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from runtime_bench.records import summary
+from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
-from runtime_bench.records.thermal import CAP_LIMIT, capped
-
-if TYPE_CHECKING:
-    from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.thermal import CAP_LIMIT
 
 
 def note_of(record: BenchRecord) -> str | None:
     """Every remark on a record, or None."""
     notes = (
-        _on_kind(record),
-        _on_text(record),
+        "emulated: that it ran counts, its times say nothing" if record.kind == EMULATED else None,
+        f"void: what it writes is degenerate ({record.degenerate})" if record.void else None,
         _on_memory(record),
-        _on_throttling(record),
+        record.throttling.text if record.throttling else None,
         _on_spread(record),
         _on_heat(record),
         stealing(record),
@@ -27,20 +23,8 @@ def note_of(record: BenchRecord) -> str | None:
     return "; ".join(filter(None, notes)) or None
 
 
-def _on_kind(record: BenchRecord) -> str | None:
-    return "emulated: that it ran counts, its times say nothing" if record.kind == "emulated" else None
-
-
-def _on_text(record: BenchRecord) -> str | None:
-    return f"void: what it writes is degenerate ({record.degenerate})" if record.void else None
-
-
-def _on_throttling(record: BenchRecord) -> str | None:
-    return None if record.throttling is None else record.throttling.text
-
-
 def _on_memory(record: BenchRecord) -> str | None:
-    if record.memory_verdict != "thrashes" or record.memory_limit_bytes is None:
+    if record.memory_verdict != THRASHES or record.memory_limit_bytes is None:
         return None
     again, limit = ((size or 0) / 2**20 for size in (record.reread_bytes, record.memory_limit_bytes))
     return f"thrashes: under the limit of {limit:.0f} MiB, {again:.0f} MiB of the file were read again"
@@ -56,7 +40,7 @@ def _on_spread(record: BenchRecord) -> str | None:
 
 
 def _on_heat(record: BenchRecord) -> str | None:
-    low = capped(record.clock_caps)
+    low = [cap for cap in record.clock_caps if cap is not None and cap < 1 - CAP_LIMIT]
     if not low:
         return None
     return (

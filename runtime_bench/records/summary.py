@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -98,10 +99,15 @@ def ratio_interval(
     if paired and len(top) != len(bottom):
         raise InputError(f"paired rounds differ in number: {len(top)} and {len(bottom)}")
     rng = np.random.default_rng(seed)
-    portions = _portions(resamples, max(top.size, bottom.size))
-    logs = np.concatenate([_log_ratios(top, bottom, paired, count, rng) for count in portions])
+    # In portions that need little memory however many samples there are.
+    drawn = portions(resamples, max(1, _DRAWN_AT_ONCE // max(top.size, bottom.size)))
+    logs: list[_Floats] = []
+    for count in drawn:
+        rows = rng.integers(0, len(top), (count, len(top)))
+        others = rows if paired else rng.integers(0, len(bottom), (count, len(bottom)))
+        logs.append(np.log(_drawn_medians(top, rows)) - np.log(_drawn_medians(bottom, others)))
     tail = (1 - confidence) / 2
-    low, high = np.exp(np.quantile(logs, [tail, 1 - tail]))
+    low, high = np.exp(np.quantile(np.concatenate(logs), [tail, 1 - tail]))
     ratio = float(np.nanmedian(top) / np.nanmedian(bottom))
     return RatioInterval(ratio, float(low), float(high))
 
@@ -110,20 +116,10 @@ def _by_round(values: _Floats, rounds: Sequence[int] | None) -> _Floats:
     """(rounds, most samples of a round), filled up with NaN."""
     if rounds is None or len(rounds) != len(values):
         return values[:, None]
-    numbers = list(dict.fromkeys(rounds))
-    groups = [values[np.asarray(rounds) == number] for number in numbers]
-    table = np.full((len(groups), max(map(len, groups))), np.nan)
-    for row, group in zip(table, groups, strict=True):
-        row[: len(group)] = group
-    return table
-
-
-def _log_ratios(top: _Floats, bottom: _Floats, paired: bool, count: int, rng: np.random.Generator) -> _Floats:
-    """log median(top) - log median(bottom) of `count` draws of rounds."""
-    rows = rng.integers(0, len(top), (count, len(top)))
-    others = rows if paired else rng.integers(0, len(bottom), (count, len(bottom)))
-    found: _Floats = np.log(_drawn_medians(top, rows)) - np.log(_drawn_medians(bottom, others))
-    return found
+    groups: dict[int, list[float]] = {}
+    for number, value in zip(rounds, values, strict=True):
+        groups.setdefault(number, []).append(value)
+    return np.array(list(zip_longest(*groups.values(), fillvalue=np.nan))).T
 
 
 def _drawn_medians(table: _Floats, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> _Floats:
@@ -132,10 +128,9 @@ def _drawn_medians(table: _Floats, rows: np.ndarray[tuple[int, ...], np.dtype[np
     return found
 
 
-def _portions(resamples: int, size: int) -> list[int]:
-    """`resamples` in portions that need little memory however many samples there are."""
-    most = max(1, _DRAWN_AT_ONCE // size)
-    full, rest = divmod(resamples, most)
+def portions(total: int, most: int) -> list[int]:
+    """`total` in portions of `most`, and what is left."""
+    full, rest = divmod(total, most)
     return [most] * full + ([rest] if rest else [])
 
 

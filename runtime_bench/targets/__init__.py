@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from runtime_bench.engines import engine_for, require_engine
+from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["LOCAL", "Local", "Target"]
+__all__ = ["LOCAL", "Local", "Target", "ThisMachine"]
 
 
 class Target(Protocol):
@@ -57,12 +57,10 @@ class Target(Protocol):
         ...
 
 
-class Local:
-    """This machine as it is."""
+class ThisMachine:
+    """What targets on this machine have in common."""
 
-    name = "local"
-    kind = "measured"
-    memory_limit_bytes = None
+    memory_limit_bytes: int | None = None
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""
@@ -70,11 +68,18 @@ class Local:
 
     def require(self, engine: str) -> None:
         """See `Target`."""
-        require_engine(engine)
+        check_engine(engine).require()
 
     def environment(self) -> Environment:
         """See `Target`."""
         return describe_environment()
+
+
+class Local(ThisMachine):
+    """This machine as it is."""
+
+    name = "local"
+    kind = "measured"
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
+from runtime_bench.targets.transport import meaning_of
 
 _FAILURES = (
     ("unauthorized", "the device has not authorized this computer; accept its key on the screen"),
@@ -56,8 +57,6 @@ class Adb:
 
     def failure(self, lines: Sequence[str], status: int) -> str:
         """See `Transport`."""
-        for mark, meaning in _FAILURES:
-            if any(mark in line for line in lines):
-                return meaning
         said = f": {lines[-1]}" if lines else ""
-        return f"the device went away, or is older than Android 7: adb ended with status {status}{said}"
+        ended = f"the device went away, or is older than Android 7: adb ended with status {status}{said}"
+        return meaning_of(lines, _FAILURES) or ended

@@ -17,9 +17,10 @@ from runtime_bench.browser.chromium import PageSettings, find_chromium
 from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.environment import describe_environment
-from runtime_bench.process import run_module
+from runtime_bench.process import measure_in, python_module
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.throttling import Throttling
+from runtime_bench.targets import ThisMachine
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 BROWSER_ENGINES = MappingProxyType({".onnx": "onnxruntime-web", ".gguf": "wllama"})
@@ -27,7 +28,7 @@ BROWSER_ENGINES = MappingProxyType({".onnx": "onnxruntime-web", ".gguf": "wllama
 
 
 @dataclass
-class Browser:
+class Browser(ThisMachine):
     """Headless Chromium on this machine.
 
     Attributes:
@@ -44,7 +45,6 @@ class Browser:
     throttling: Throttling | None = field(default=None, init=False, compare=False)
 
     kind = "constrained-host"
-    memory_limit_bytes = None
 
     def __post_init__(self) -> None:
         if self.target_score is not None and not 0 < self.target_score < math.inf:
@@ -98,9 +98,8 @@ class Browser:
         }
         # Chromium's profile goes with the folder, however the browser ends.
         with tempfile.TemporaryDirectory(prefix="phoneready-browser-", ignore_cleanup_errors=True) as scratch:
-            result = run_module(
-                "runtime_bench.browser.worker", payload, timeout_s, environment={"TMPDIR": scratch}
-            )
+            command = python_module("runtime_bench.browser.worker")
+            result = measure_in(command, payload, timeout_s, environment={"TMPDIR": scratch})
         self.throttling = self.throttling or result.throttling
         return replace(result, contention=None)  # Chromium's processes do not count as ours
 

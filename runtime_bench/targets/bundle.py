@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,41 +22,24 @@ _MACHINES = {3: "i686", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 
 @dataclass(frozen=True)
 class BundledFile:
-    """A file here and its name there, inside the bundle's folder."""
+    """A file of a bundle: of those that lie together in one folder there.
+
+    Attributes:
+        path: The file here.
+        place: Where it goes there, below the folder that all bundles are in: the bundle's folder and its name in that.
+            The folder's name has 64 hex digits: the file's SHA-256, or of several files the SHA-256 of names and sums.
+        sha256: Of the file.
+        size_bytes: Of the file.
+    """
 
     path: Path
-    name: str
+    place: str
     sha256: str
     size_bytes: int
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """Files that lie together there.
-
-    Attributes:
-        files: The one that is named to the engine first.
-    """
-
-    files: tuple[BundledFile, ...]
-
-    @property
-    def key(self) -> str:
-        """Name of its folder, 64 hex digits: the file's SHA-256, or of several the SHA-256 of names and sums."""
-        if len(self.files) == 1:
-            return self.files[0].sha256
-        listing = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
-        return hashlib.sha256(listing.encode()).hexdigest()
-
-    @property
-    def main(self) -> str:
-        """The first file's path, from the folder that all bundles are in."""
-        return f"{self.key}/{self.files[0].name}"
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all files."""
-        return sum(file.size_bytes for file in self.files)
+Bundle = tuple[BundledFile, ...]
+"""The first is the one that is named to the engine."""
 
 
 def model_bundle(path: Path) -> Bundle:
@@ -112,10 +95,15 @@ def pack_worker(path: Path) -> None:
                 archive.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
 
 
-def _bundle(files: Iterable[tuple[Path, str]]) -> Bundle:
+def _bundle(files: Sequence[tuple[Path, str]]) -> Bundle:
     try:
-        return Bundle(
-            tuple(BundledFile(path, name, sha256_file(path), path.stat().st_size) for path, name in files)
-        )
+        sums = [sha256_file(path) for path, _ in files]
+        sizes = [path.stat().st_size for path, _ in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+    listing = "".join(f"{digest}  {name}\n" for digest, (_, name) in zip(sums, files, strict=True))
+    folder = sums[0] if len(sums) == 1 else hashlib.sha256(listing.encode()).hexdigest()
+    return tuple(
+        BundledFile(path, f"{folder}/{name}", digest, size)
+        for (path, name), digest, size in zip(files, sums, sizes, strict=True)
+    )

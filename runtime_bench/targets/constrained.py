@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.errors import InputError
-from runtime_bench.cgroup import MemoryCounters, find_parent, limited_group
-from runtime_bench.engines import engine_for, require_engine
+from runtime_bench.cgroup import ControlGroup, find_parent, limited_group
 from runtime_bench.environment import describe_environment
-from runtime_bench.files import files_of
+from runtime_bench.files import files_of, size_of
 from runtime_bench.memory import evict_from_page_cache
 from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES, Environment
+from runtime_bench.targets import ThisMachine
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 REREAD_SHARE = 0.5
@@ -36,7 +36,7 @@ def check_memory(limit_bytes: int) -> None:
 
 
 @dataclass(frozen=True)
-class Constrained:
+class Constrained(ThisMachine):
     """This machine with less memory or fewer cores.
 
     Attributes:
@@ -78,14 +78,6 @@ class Constrained:
             limits.append(f"cores={'+'.join(map(str, self.cores))}")
         return f"constrained({', '.join(limits)})"
 
-    def default_engine(self, path: Path) -> str:
-        """See `Target`."""
-        return engine_for(path)
-
-    def require(self, engine: str) -> None:
-        """See `Target`."""
-        require_engine(engine)
-
     def environment(self) -> Environment:
         """See `Target`."""
         found = describe_environment()
@@ -95,15 +87,13 @@ class Constrained:
         """See `Target`; the result says whether the model fits."""
         if self.memory_limit_bytes is None:
             return run_worker(request, timeout_s, before=self._enter(None))
-        files = files_of(Path(request.path))
-        for file in files:
+        path = Path(request.path)
+        for file in files_of(path):
             # Pages that are in memory already are charged to whoever read them first, and would cost nothing here.
             evict_from_page_cache(file)
         with limited_group(self.memory_limit_bytes) as group:
             result = run_worker(request, timeout_s, before=self._enter(group.processes))
-            counters = group.counters()
-        size = sum(file.stat().st_size for file in files)
-        return _judged(result, counters, self.memory_limit_bytes, size)
+            return _judged(result, group, self.memory_limit_bytes, size_of(path))
 
     def _enter(self, processes: Path | None) -> Callable[[], None]:
         """What the new process does before anything is loaded."""
@@ -118,12 +108,12 @@ class Constrained:
         return enter
 
 
-def _judged(result: WorkerResult, counters: MemoryCounters, limit: int, file_bytes: int) -> WorkerResult:
-    if counters.oom_kills:
+def _judged(result: WorkerResult, group: ControlGroup, limit: int, file_bytes: int) -> WorkerResult:
+    if group.oom_kills:
         error = f"{DOES_NOT_FIT}: killed at the limit of {limit / MIB:g} MiB"
         return replace(result, error=error, memory_verdict=DOES_NOT_FIT)
     if result.error:
         return result
-    again = counters.reread_bytes
+    again = group.reread_bytes
     verdict = THRASHES if again > REREAD_SHARE * file_bytes else FITS
     return replace(result, memory_verdict=verdict, reread_bytes=again)

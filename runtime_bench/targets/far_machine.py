@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cfsp.records import tool_version
@@ -65,14 +64,25 @@ def describe(shell: FarShell, folder: str) -> Machine:
     facts, files = _parse(reply.text.partition(f"{FACTS_FOLLOW}\n")[2])
     if not facts.get("folder", "").startswith("/") or not facts.get("machine"):
         raise FarError("its shell does not say what machine it is")
+    cores, android = facts.get("cores", ""), facts.get("android", "")
+    system = facts.get("system", UNKNOWN)
+    platform = f"{system} {facts.get('release', UNKNOWN)} {facts['machine']}"
+    if android:
+        platform += f", Android {android}, {facts.get('device', UNKNOWN)}"
     return Machine(
         # As it was asked for: only what the shell there chose itself has to be read back.
         folder=folder or facts["folder"],
-        system=facts.get("system", UNKNOWN),
+        system=system,
         machine=facts["machine"],
         abi=facts.get("abi", ""),
         features=cpu_features(files.get("/proc/cpuinfo", "")),
-        environment=_environment(facts, files),
+        environment=environment_of(
+            files,
+            cpu_name=facts.get("soc") or None,
+            cpus_usable=int(cores) if cores.isdecimal() else None,
+            platform=platform,
+            versions={"phoneready": tool_version()} | ({"android": android} if android else {}),
+        ),
     )
 
 
@@ -88,15 +98,3 @@ def _parse(text: str) -> tuple[dict[str, str], dict[str, str]]:
             name, _, value = line.partition("=")
             facts[name] = value.strip()
     return facts, {path: "\n".join(lines) for path, lines in files.items()}
-
-
-def _environment(facts: Mapping[str, str], files: Mapping[str, str]) -> Environment:
-    cores, android = facts.get("cores", ""), facts.get("android", "")
-    platform = f"{facts.get('system', UNKNOWN)} {facts.get('release', UNKNOWN)} {facts['machine']}"
-    return environment_of(
-        files,
-        cpu_name=facts.get("soc") or None,
-        cpus_usable=int(cores) if cores.isdecimal() else None,
-        platform=f"{platform}, Android {android}, {facts.get('device', UNKNOWN)}" if android else platform,
-        versions={"phoneready": tool_version()} | ({"android": android} if android else {}),
-    )

@@ -1,45 +1,32 @@
-"""This machine, measured by the runner in place of Python: what other machines' numbers can be put beside."""
+"""The runner in place of Python on this machine: as it is, what other machines' numbers can be put beside, or under an
+emulator of another processor."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from runtime_bench.environment import describe_environment
-from runtime_bench.native import build_runner
+from cfsp.records import tool_version
+from runtime_bench.environment import environment_of
+from runtime_bench.native.build import build_runner
 from runtime_bench.process import measure_in
-from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.bench_record import EMULATED, Environment
+from runtime_bench.targets import ThisMachine
 from runtime_bench.worker import WorkerRequest, WorkerResult
+from runtime_bench.workload import default_threads
 
 RUNNER_ENGINE = "llama.cpp"
 """What the runner runs files in."""
-
-
-def runner_engine(path: Path, target: str) -> str:
-    """The engine of a file where the runner measures.
-
-    Raises:
-        InputError: The runner does not run files of this kind.
-    """
-    if path.suffix.lower() != ".gguf":
-        raise InputError(f"{target} runs GGUF files", field="file", value=str(path), allowed=".gguf")
-    return RUNNER_ENGINE
-
-
-def require_runner_engine(engine: str, target: str) -> None:
-    """Check that the runner has an engine.
-
-    Raises:
-        InputError: It has not.
-    """
-    if engine != RUNNER_ENGINE:
-        raise InputError(f"{target} runs GGUF files", field="engine", value=engine, allowed=RUNNER_ENGINE)
+EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
+EMULATED_RUNNER = "aarch64-linux"
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(ThisMachine):
     """This machine as it is.
 
     Attributes:
@@ -50,29 +37,71 @@ class Native:
 
     name = "native"
     kind = "measured"
-    memory_limit_bytes = None
+
+    @property
+    def command(self) -> list[str]:
+        """What measures."""
+        return [str(self.runner)]
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""
-        return runner_engine(path, self.name)
+        if path.suffix.lower() != ".gguf":
+            raise InputError(f"{self.name} runs GGUF files", field="file", value=str(path), allowed=".gguf")
+        return RUNNER_ENGINE
 
     def require(self, engine: str) -> None:
         """See `Target`."""
-        require_runner_engine(engine, self.name)
-
-    def environment(self) -> Environment:
-        """See `Target`."""
-        return describe_environment()
+        if engine != RUNNER_ENGINE:
+            raise InputError(
+                f"{self.name} runs GGUF files", field="engine", value=engine, allowed=RUNNER_ENGINE
+            )
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`."""
-        return measure_in([str(self.runner)], asdict(request), timeout_s)
+        return measure_in(self.command, asdict(request), timeout_s)
 
 
-def native(progress: Progress = no_progress) -> Native:
+@dataclass(frozen=True)
+class QemuAarch64(Native):
+    """A runner for 64-bit Arm on this machine, its instructions translated by qemu-user.
+
+    It shows that a file runs on Arm and what it answers there; how long that takes says nothing.
+
+    Attributes:
+        emulator: The qemu program.
+    """
+
+    emulator: str
+
+    name = "qemu-aarch64"
+    kind = EMULATED
+
+    @property
+    def command(self) -> list[str]:
+        """What the runner is started with."""
+        return [self.emulator, *super().command]
+
+    def environment(self) -> Environment:
+        """See `Target`: of the machine that is emulated, which has no clock, no memory and no temperature."""
+        shown = subprocess.run([self.emulator, "--version"], capture_output=True, text=True, check=False)
+        first = next(iter(shown.stdout.splitlines()), "")
+        versions = {"phoneready": tool_version(), "qemu": first.partition(" version ")[2] or "unknown"}
+        found = environment_of({}, cpus_usable=default_threads(), platform="Linux-aarch64", versions=versions)
+        return replace(found, cpu_model="emulated by qemu-user")
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        """See `Target`. The memory would be the emulator's: it stays unknown."""
+        result = super().run(request, timeout_s)
+        return replace(result, baseline_rss_bytes=None, peak_rss_bytes=None)
+
+
+def qemu_aarch64(progress: Progress = no_progress) -> QemuAarch64:
     """The target, with a runner that is built where the cache has none.
 
     Raises:
-        InputError: The runner cannot be built.
+        InputError: No qemu-user, or the runner cannot be built.
     """
-    return Native(build_runner("native", progress=progress))
+    found = next(filter(None, map(shutil.which, EMULATORS)), None)
+    if found is None:
+        raise InputError("qemu-aarch64 is not installed", field="on", allowed="Debian's package qemu-user")
+    return QemuAarch64(build_runner(EMULATED_RUNNER, progress=progress), found)

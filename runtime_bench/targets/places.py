@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.progress import no_progress
 from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.engines import engine_for
+from runtime_bench.environment import environment_of
 from runtime_bench.records.bench_record import Environment
-from runtime_bench.targets import Target
+from runtime_bench.targets import Target, ThisMachine
 from runtime_bench.targets.constrained import check_memory
-from runtime_bench.targets.table import TargetOptions, find_row, open_targets
+from runtime_bench.targets.table import TargetOptions, TargetRow, find_row
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 CONSTRAINED = "constrained"
@@ -34,15 +33,9 @@ def check_place(name: str) -> str:
     Raises:
         InputError: There cannot.
     """
-    kind, _, details = name.partition(":")
-    if kind == CONSTRAINED:
-        _limits(details)
-        return name
-    row, address = find_row(name)
+    row, address, options = _parse(name)
     if address:
-        row.open(
-            address, TargetOptions(), no_progress
-        )  # which says whether it is one, and connects to nothing
+        row.open(address, options, no_progress)  # which says whether it is one, and connects to nothing
     return name
 
 
@@ -52,49 +45,39 @@ def open_place(name: str) -> Target:
     Raises:
         InputError: There is none, or it cannot be reached now.
     """
-    kind, _, details = name.partition(":")
-    limited = kind == CONSTRAINED
-    (target,) = open_targets([kind], _limits(details)) if limited else open_targets([name], TargetOptions())
-    return target
+    row, address, options = _parse(name)
+    return row.open(address, options, no_progress)
 
 
 def runs_gguf_only(name: str) -> bool:
     """Whether no ONNX file runs at a place."""
-    kind = name.partition(":")[0]
-    return find_row(kind if kind == CONSTRAINED else name)[0].gguf_only
+    return _parse(name)[0].gguf_only
 
 
 def place_details(name: str) -> dict[str, Any]:
     """What a place's name refers to and that may change while the name stays."""
-    kind, _, details = name.partition(":")
-    device = _limits(details).device if kind == CONSTRAINED else None
+    device = _parse(name)[2].device
     return find_profile(device, load_profiles()).profile.model_dump(mode="json") if device else {}
 
 
 @dataclass(frozen=True)
-class Unreachable:
+class Unreachable(ThisMachine):
     """A place that could not be opened: every run there fails with the reason."""
 
     name: str
     reason: str
-
-    memory_limit_bytes = None
 
     @property
     def kind(self) -> str:
         """What its numbers would have been."""
         return "constrained-host" if self.name.startswith(CONSTRAINED) else "measured"
 
-    def default_engine(self, path: Path) -> str:
-        """See runtime_bench.targets.Target."""
-        return engine_for(path)
-
     def require(self, engine: str) -> None:
         """See runtime_bench.targets.Target."""
 
     def environment(self) -> Environment:
         """See runtime_bench.targets.Target."""
-        return Environment(None, None, None, None, None, "unknown", {})
+        return environment_of({}, cpus_usable=None, platform="unknown", versions={})
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See runtime_bench.targets.Target."""
@@ -104,6 +87,14 @@ class Unreachable:
 def place_slug(name: str) -> str:
     """The name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")
+
+
+def _parse(name: str) -> tuple[TargetRow, str, TargetOptions]:
+    """A name's row, address and options; only this machine under limits has options in its name."""
+    kind, _, details = name.partition(":")
+    if kind == CONSTRAINED:
+        return *find_row(kind), _limits(details)
+    return *find_row(name), TargetOptions()
 
 
 def _limits(details: str) -> TargetOptions:
@@ -116,7 +107,7 @@ def _limits(details: str) -> TargetOptions:
             limits = replace(limits, memory=part)
         else:
             limits = replace(limits, device=find_profile(part, load_profiles()).profile.id)
-    if not limits.given:
+    if limits == TargetOptions():
         forms = "constrained:SIZE, constrained:DEVICE, either or neither with cores=0+1 after a comma"
         raise InputError("no limit", field=CONSTRAINED, allowed=forms)
     return limits

@@ -18,17 +18,17 @@ from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.engines import check_engine, engine_for
-from runtime_bench.native import build_runner
+from runtime_bench.native.build import build_runner
 from runtime_bench.process import exit_reason, result_from_json
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
 from runtime_bench.targets.far_scripts import HAVE_PACKAGES, RUN
+from runtime_bench.targets.native import RUNNER_ENGINE
 from runtime_bench.targets.remote_cache import RemoteCache
 from runtime_bench.targets.transport import (
     FarError,
     FarShell,
-    Reply,
     StoppedError,
     Transport,
     UnreachableError,
@@ -37,7 +37,6 @@ from runtime_bench.worker import WorkerRequest, WorkerResult
 
 _GRACE_S = 30.0
 """What a connection may take, beside the run itself."""
-_NATIVE = "llama.cpp"
 _PYTHON = "python3"
 _PACKAGES = MappingProxyType(
     {
@@ -110,7 +109,7 @@ class Remote:
     def require(self, engine: str) -> None:
         """See `Target`. Whether the machine has the engine, a run finds out, so that other rows go on."""
         check_engine(engine)
-        if engine not in (_NATIVE, *_PACKAGES):
+        if engine not in (RUNNER_ENGINE, *_PACKAGES):
             raise InputError("runs on no other machine", field="engine", value=engine, allowed="--on local")
 
     def environment(self) -> Environment:
@@ -129,7 +128,9 @@ class Remote:
             self._open, self._problem = None, f"{self.name}: {error}"
             return nothing
         if self._open is None:
-            self._open = _Connection(machine, RemoteCache(self._shell, machine.folder, self._report))
+            # Whoever is told may be another one by then.
+            cache = RemoteCache(self._shell, machine.folder, lambda *step: self.progress(*step))
+            self._open = _Connection(machine, cache)
         return machine.environment
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
@@ -143,7 +144,7 @@ class Remote:
             command = self._program(request.engine, link)
             path = link.cache.have(Path(request.path), model_bundle)
             line = json.dumps(asdict(replace(request, path=path)))
-            reply = self._shell.ask(RUN, *command, line=line, timeout_s=timeout_s + _GRACE_S)
+            reply = self._shell.run(RUN, *command, line=line, timeout_s=timeout_s + _GRACE_S)
         except StoppedError:
             raise
         except UnreachableError as error:
@@ -152,8 +153,12 @@ class Remote:
             return WorkerResult(error=self._problem)
         except PhonereadyError as error:
             return WorkerResult(error=str(error))
+        if reply.status == _CANNOT_EXECUTE:
+            place = link.machine.folder
+            why = f"the runner cannot be executed in {place}; name a folder that allows it: --remote-folder"
+            return WorkerResult(error=why)
         if reply.status:
-            return WorkerResult(error=_exit_reason(reply, link.machine.folder))
+            return WorkerResult(error=exit_reason(reply.status, reply.errors))
         return result_from_json(reply.output.strip().rpartition(b"\n")[2])
 
     def clean(self) -> int:
@@ -182,14 +187,11 @@ class Remote:
             raise FarError(self._problem)
         return self._open
 
-    def _report(self, description: str, done: int, total: int) -> None:
-        self.progress(description, done, total)
-
     def _program(self, engine: str, link: _Connection) -> list[str]:
         """The program that measures, with its arguments. A failure is remembered: finding out takes minutes."""
         if engine not in link.programs:
             try:
-                link.programs[engine] = (_native if engine == _NATIVE else _python)(self, engine, link)
+                link.programs[engine] = (_native if engine == RUNNER_ENGINE else _python)(self, engine, link)
             except (StoppedError, UnreachableError):
                 raise
             except PhonereadyError as error:
@@ -202,7 +204,12 @@ class Remote:
 
 def _native(remote: Remote, engine: str, link: _Connection) -> list[str]:
     """The runner for the machine, given or built here."""
-    runner = remote.runner or _built(link.machine, remote.ndk, remote.progress)
+    runner = remote.runner
+    if runner is None:
+        target = link.machine.runner
+        ndk = remote.ndk if target.startswith("android") else None
+        with _BUILDING:
+            runner = build_runner(target, ndk=ndk, progress=remote.progress)
     made_for = program_machine(runner)
     if made_for and made_for != link.machine.machine:
         raise FarError(f"wrong ABI: {runner.name} is for {made_for}, the device is {link.machine.machine}")
@@ -225,16 +232,3 @@ def _python(remote: Remote, engine: str, link: _Connection) -> list[str]:
         pack_worker(packed)
     path = link.cache.have(packed, program_bundle)
     return ["env", f"PYTHONPATH={path}", _PYTHON, "-P", "-m", "runtime_bench.worker"]
-
-
-def _built(machine: Machine, ndk: Path | None, progress: Progress) -> Path:
-    target = machine.runner
-    with _BUILDING:
-        return build_runner(target, ndk=ndk if target.startswith("android") else None, progress=progress)
-
-
-def _exit_reason(reply: Reply, folder: str) -> str:
-    """Why a program there gave no result."""
-    if reply.status == _CANNOT_EXECUTE:
-        return f"the runner cannot be executed in {folder}; name a folder that allows it: --remote-folder"
-    return exit_reason(reply.status, reply.errors)

@@ -14,6 +14,8 @@ from runtime_bench.targets.transport import FarError, FarShell
 
 _HASHED_PER_S = 20 * 2**20
 """Bytes that the slowest of boards hashes in a second."""
+_STALL_S = 60.0
+"""A client that takes nothing more of a file for so long has lost its device."""
 _NO_SPACE = ("No space left", "quota exceeded")
 
 
@@ -30,7 +32,7 @@ class RemoteCache:
     shell: FarShell
     folder: str
     progress: Progress = no_progress
-    _there: dict[Path, Bundle] = field(default_factory=dict, init=False, repr=False)
+    _there: dict[Path, str] = field(default_factory=dict, init=False, repr=False)
 
     def have(self, path: Path, bundle_of: Callable[[Path], Bundle]) -> str:
         """Have a file and what belongs to it there, checked by its sum.
@@ -49,10 +51,9 @@ class RemoteCache:
         if path not in self._there:
             bundle = bundle_of(path)
             for file in self._lacking(bundle):
-                self._push(file, self._path(bundle, file))
-            self._there[path] = bundle
-        bundle = self._there[path]
-        return self._path(bundle, bundle.files[0])
+                self._push(file)
+            self._there[path] = self._path(bundle[0])
+        return self._there[path]
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many folders that was.
@@ -66,21 +67,22 @@ class RemoteCache:
             raise reply.reason("removing files")
         return sum(line.startswith("removed ") for line in reply.text.splitlines())
 
-    def _path(self, bundle: Bundle, file: BundledFile) -> str:
-        return f"{self.folder}/{bundle.key}/{file.name}"
+    def _path(self, file: BundledFile) -> str:
+        return f"{self.folder}/{file.place}"
 
     def _lacking(self, bundle: Bundle) -> list[BundledFile]:
         """Files that are not there, or not as they should be."""
-        words = [word for file in bundle.files for word in (self._path(bundle, file), file.sha256)]
-        reply = self.shell.run(CHECK, *words, timeout_s=ANSWER_S + bundle.size_bytes / _HASHED_PER_S)
+        words = [word for file in bundle for word in (self._path(file), file.sha256)]
+        patience_s = ANSWER_S + sum(file.size_bytes for file in bundle) / _HASHED_PER_S
+        reply = self.shell.run(CHECK, *words, timeout_s=patience_s)
         if reply.status:
             raise FarError("there is no sha256sum, without which nothing can be verified")
-        answers = [word for word in reply.text.split() if word in ("same", "other")][-len(bundle.files) :]
-        if len(answers) != len(bundle.files):
+        answers = [word for word in reply.text.split() if word in ("same", "other")][-len(bundle) :]
+        if len(answers) != len(bundle):
             raise FarError("it does not say which files it has")
-        return [file for file, answer in zip(bundle.files, answers, strict=True) if answer == "other"]
+        return [file for file, answer in zip(bundle, answers, strict=True) if answer == "other"]
 
-    def _push(self, file: BundledFile, there: str) -> None:
+    def _push(self, file: BundledFile) -> None:
         size, name = file.size_bytes, file.path.name
 
         def report(done: int) -> None:
@@ -89,7 +91,9 @@ class RemoteCache:
 
         report(0)
         try:
-            reply = self.shell.feed(PUSH, there, file.sha256, file=file.path, on_bytes=report)
+            reply = self.shell.run(
+                PUSH, self._path(file), file.sha256, timeout_s=_STALL_S, file=file.path, on_bytes=report
+            )
         except OSError as error:
             raise FarError(f"cannot read {file.path}: {error.strerror}") from error
         finally:

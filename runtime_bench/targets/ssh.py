@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.errors import InputError
+from runtime_bench.targets.transport import meaning_of
 
 _HOST = re.compile(
     r"(?:(?P<user>[A-Za-z0-9_][\w.+-]*)@)?(?P<host>[A-Za-z0-9_][\w.-]*|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\])(?::(?P<port>\d{1,5}))?",
@@ -76,28 +77,13 @@ class Ssh:
         """See `Transport`."""
         match = _HOST.fullmatch(self.host)
         assert match is not None  # checked when it was made
-        options = [word for option in _OPTIONS for word in ("-o", option)]
-        config = ["-F", str(self.config)] if self.config else []
-        user = ["-l", match["user"]] if match["user"] else []
-        port = ["-p", match["port"]] if match["port"] else []
-        return [
-            self.client,
-            "-T",
-            "-e",
-            "none",
-            *config,
-            *options,
-            *user,
-            *port,
-            "--",
-            match["host"].strip("[]"),
-            line,
-        ]
+        options = ["-T", "-e", "none", *(word for option in _OPTIONS for word in ("-o", option))]
+        options += ["-F", str(self.config)] if self.config else []
+        options += ["-l", match["user"]] if match["user"] else []
+        options += ["-p", match["port"]] if match["port"] else []
+        return [self.client, *options, "--", match["host"].strip("[]"), line]
 
     def failure(self, lines: Sequence[str], status: int) -> str:
         """See `Transport`."""
-        for mark, meaning in _FAILURES:
-            if any(mark in line for line in lines):
-                return meaning
         said = lines[-1] if lines else f"ssh ended with status {status}"
-        return f"the connection failed: {said}"
+        return meaning_of(lines, _FAILURES) or f"the connection failed: {said}"

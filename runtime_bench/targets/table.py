@@ -1,5 +1,5 @@
 """What `bench --on` can name: a row for each kind of target. Whatever follows a colon is the target's address. Other
-distributions add rows by entry point (cfsp.plugins)."""
+distributions add rows by entry point (cfsp.plugins). Every command imports this: what takes long to import waits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from cfsp.settings import Settings, setting
 from cfsp.units import parse_bytes
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import memory_limit
+from runtime_bench.targets import LOCAL, Target
+from runtime_bench.targets.adb import Adb
+from runtime_bench.targets.constrained import Constrained
+from runtime_bench.targets.ssh import Ssh
+from runtime_bench.targets.transport import Transport
 
 if TYPE_CHECKING:
-    from runtime_bench.targets import Target
     from runtime_bench.targets.remote import Remote
-    from runtime_bench.targets.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -46,11 +51,6 @@ class TargetOptions(Settings):
         shown="a cache folder there",
     )
     ssh_config: Path | None = setting(None, "Configuration of the ssh client, instead of your own.")
-
-    @property
-    def given(self) -> list[str]:
-        """Names of those that were used."""
-        return [option.name for option in fields(self) if getattr(self, option.name)]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def open_targets(
     """
     rows = [find_row(name) for name in dict.fromkeys(names)]
     taken = frozenset[str]().union(*(row.takes for row, _ in rows))
-    strange = [name for name in options.given if name not in taken]
+    given = [option.name for option in fields(options) if getattr(options, option.name)]
+    strange = [name for name in given if name not in taken]
     if strange:
         users = [row.form for row in TARGETS.values() if strange[0] in row.takes]
         option = f"--{strange[0].replace('_', '-')}"
@@ -119,24 +120,18 @@ def find_row(name: str) -> tuple[TargetRow, str]:
     return row, address
 
 
-def _local(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets import LOCAL
-
-    return LOCAL
-
-
 def _constrained(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.constrained import Constrained
-
     if options.memory and options.device:
         raise InputError("one of --memory and --device says the limit, not both", field="--memory")
     memory = parse_bytes(options.memory, "--memory") if options.memory else None
-    memory = _memory_of(options.device) if options.device else memory
+    if options.device:
+        memory, why = memory_limit(find_profile(options.device, load_profiles()).profile)
+        if memory is None:
+            raise InputError(why, field="--device", value=options.device, allowed="--memory SIZE")
     return Constrained(memory, options.cores)
 
 
 def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.devices.profile import find_profile, load_profiles
     from runtime_bench.targets.browser import Browser, browser_of
 
     if options.device is None:
@@ -145,26 +140,23 @@ def _browser(_: str, options: TargetOptions, progress: Progress) -> Target:
 
 
 def _native(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.native import native
+    from runtime_bench.native.build import build_runner
+    from runtime_bench.targets.native import Native
 
-    return native(progress)
+    return Native(build_runner("native", progress=progress))
 
 
 def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.qemu import qemu_aarch64
+    from runtime_bench.targets.native import qemu_aarch64
 
     return qemu_aarch64(progress)
 
 
 def _ssh(host: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.ssh import Ssh
-
     return _remote(Ssh(host, options.ssh_config), options)
 
 
 def _adb(serial: str, options: TargetOptions, progress: Progress) -> Target:
-    from runtime_bench.targets.adb import Adb
-
     return _remote(Adb(serial), options)
 
 
@@ -174,21 +166,11 @@ def _remote(transport: Transport, options: TargetOptions) -> Target:
     return Remote(transport, runner=options.runner, ndk=options.ndk, folder=options.remote_folder)
 
 
-def _memory_of(device: str) -> int:
-    from runtime_bench.devices.profile import find_profile, load_profiles
-    from runtime_bench.devices.projection import memory_limit
-
-    limit, why = memory_limit(find_profile(device, load_profiles()).profile)
-    if limit is None:
-        raise InputError(why, field="--device", value=device, allowed="--memory SIZE")
-    return limit
-
-
 _LIMITS = frozenset({"memory", "cores", "device"})
 _PLACES = frozenset({"runner", "ndk", "remote_folder"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
-        "local": TargetRow("local", _local),
+        "local": TargetRow("local", lambda address, options, progress: LOCAL),
         "native": TargetRow("native", _native, gguf_only=True),
         "constrained": TargetRow("constrained", _constrained, _LIMITS),
         "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),

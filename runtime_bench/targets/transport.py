@@ -7,6 +7,7 @@ that failed there from a connection that broke.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -14,18 +15,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from cfsp.errors import PhonereadyError
+from runtime_bench.process import last_lines
 
 _STATUS = "phoneready-status:"
 _MOST_BYTES = 2**24
-_TAIL_BYTES = 8192
-_STALL_S = 60.0
-"""A client that takes nothing more of a file for so long has lost its device."""
 _POLL_S = 0.2
 
 
@@ -104,72 +102,46 @@ class FarShell:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopped = False
 
-    def run(self, script: str, *arguments: str, timeout_s: float) -> Reply:
-        """Run a script that reads nothing.
-
-        Raises:
-            UnreachableError: No client, no connection, or a connection that broke.
-            FarError: No end in time.
-        """
-        return self._run(script, arguments, subprocess.DEVNULL, timeout_s)
-
-    def ask(self, script: str, *arguments: str, line: str, timeout_s: float) -> Reply:
-        """Run a script that reads one line. Its stdin stays open until it has ended, or nobody waits any more.
-
-        Raises:
-            UnreachableError: As `run`.
-            FarError: As `run`.
-        """
-        return self._run(script, arguments, subprocess.PIPE, timeout_s, line=line)
-
-    def feed(
-        self, script: str, *arguments: str, file: Path, on_bytes: Callable[[int], None] = lambda count: None
+    def run(
+        self,
+        script: str,
+        *arguments: str,
+        timeout_s: float,
+        line: str | None = None,
+        file: Path | None = None,
+        on_bytes: Callable[[int], None] = lambda count: None,
     ) -> Reply:
-        """Run a script that reads a file of this machine.
+        """Run a script.
 
         Args:
             script: What to run.
             arguments: Its arguments.
-            file: Its stdin.
-            on_bytes: Told how much the client has taken.
+            timeout_s: How long it may take; of a script that reads a file, how long it may take nothing of it.
+            line: What it reads. Its stdin stays open after that until it has ended, or nobody waits any more.
+            file: A file of this machine that it reads instead.
+            on_bytes: Told how much of the file the client has taken.
 
         Raises:
-            UnreachableError: As `run`.
-            FarError: The file is not taken any further.
+            UnreachableError: No client, no connection, or a connection that broke.
+            FarError: No end in time, or the file is not taken any further.
+            StoppedError: After `stop`.
             OSError: The file cannot be read.
         """
-        with file.open("rb", buffering=0) as stream:
-            return self._run(script, arguments, stream, _STALL_S, taken=stream.tell, on_bytes=on_bytes)
-
-    def stop(self) -> None:
-        """End what runs and start nothing any more; whoever waits gets StoppedError."""
-        with self._lock:
-            self._stopped = True
-            if self._process is not None:
-                self._process.kill()
-
-    def _run(
-        self,
-        script: str,
-        arguments: Sequence[str],
-        stdin: int | IO[bytes],
-        timeout_s: float,
-        *,
-        line: str | None = None,
-        taken: Callable[[], int] = lambda: 0,
-        on_bytes: Callable[[int], None] = lambda count: None,
-    ) -> Reply:
         command = shlex.join(
             ["sh", "-c", f"LC_ALL=C; export LC_ALL; ({script}\n); {_TELL}", "phoneready", *arguments]
         )
-        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        with contextlib.ExitStack() as streams:
+            output, errors = (streams.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            sent = streams.enter_context(file.open("rb", buffering=0)) if file else None
+            stdin = sent or (subprocess.DEVNULL if line is None else subprocess.PIPE)
             process = self._start(self.transport.command(command), stdin, output, errors)
             try:
                 if line is not None and process.stdin is not None:
-                    with suppress(BrokenPipeError):  # the client has ended already and will say why
+                    # A client that has ended already will say why.
+                    with contextlib.suppress(BrokenPipeError):
                         process.stdin.write(line.encode() + b"\n")
                         process.stdin.flush()
-                _wait(process, timeout_s, (output, errors), taken, on_bytes)
+                _wait(process, timeout_s, (output, errors), sent, on_bytes)
             except subprocess.TimeoutExpired:
                 raise FarError(f"timeout: no answer within {timeout_s:g} s") from None
             finally:
@@ -181,11 +153,18 @@ class FarShell:
                 self._process = None
             if self._stopped:
                 raise StoppedError("stopped")
-            lines, told = _split_status(_tail(errors))
+            lines, told = _split_status(last_lines(errors))
             if told is None:
                 raise UnreachableError(self.transport.failure(lines, status))
             output.seek(0)
             return Reply(told, output.read(_MOST_BYTES), lines)
+
+    def stop(self) -> None:
+        """End what runs and start nothing any more; whoever waits gets StoppedError."""
+        with self._lock:
+            self._stopped = True
+            if self._process is not None:
+                self._process.kill()
 
     def _start(
         self, command: list[str], stdin: int | IO[bytes], output: IO[bytes], errors: IO[bytes]
@@ -199,15 +178,10 @@ class FarShell:
                     command, stdin=stdin, stdout=output, stderr=errors, start_new_session=True
                 )
             except OSError as error:
-                client = self.transport.client
-                why = (
-                    "is not installed"
-                    if isinstance(error, FileNotFoundError)
-                    else f"cannot run: {error.strerror}"
-                )
-                raise UnreachableError(
-                    f"{client} {why}; {self.transport.name} is reached through it"
-                ) from error
+                client, name = self.transport.client, self.transport.name
+                absent = isinstance(error, FileNotFoundError)
+                why = "is not installed" if absent else f"cannot run: {error.strerror}"
+                raise UnreachableError(f"{client} {why}; {name} is reached through it") from error
             return self._process
 
 
@@ -218,14 +192,14 @@ def _wait(
     process: subprocess.Popen[bytes],
     timeout_s: float,
     said: Sequence[IO[bytes]],
-    taken: Callable[[], int],
+    sent: IO[bytes] | None,
     on_bytes: Callable[[int], None],
 ) -> None:
     """Wait for the end of a client, as long as it takes more of a file, and says less than fills this disk.
 
     The reader of a file shares our offset, which so says how far it is.
     """
-    last, since = taken(), time.monotonic()
+    last, since = 0, time.monotonic()
     while True:
         try:
             process.wait(min(_POLL_S, timeout_s))
@@ -233,18 +207,16 @@ def _wait(
         except subprocess.TimeoutExpired:
             if any(os.fstat(stream.fileno()).st_size > _MOST_BYTES for stream in said):
                 raise FarError(f"it answers with more than {_MOST_BYTES // 2**20} MiB") from None
-            if (now := taken()) != last:
-                last, since = now, time.monotonic()
+            if sent is not None and sent.tell() != last:
+                last, since = sent.tell(), time.monotonic()
                 on_bytes(last)
             elif time.monotonic() - since >= timeout_s:
                 raise
 
 
-def _tail(stream: IO[bytes]) -> list[str]:
-    size = stream.seek(0, 2)
-    stream.seek(max(0, size - _TAIL_BYTES))
-    lines = stream.read().decode("utf-8", "replace").splitlines()
-    return [" ".join(line.split()) for line in lines if line.strip()]
+def meaning_of(lines: Sequence[str], failures: Sequence[tuple[str, str]]) -> str | None:
+    """What a client's words mean: of the first mark in (mark, meaning) that is in one of its lines."""
+    return next((meaning for mark, meaning in failures if any(mark in line for line in lines)), None)
 
 
 def _split_status(lines: list[str]) -> tuple[list[str], int | None]:

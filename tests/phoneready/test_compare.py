@@ -13,8 +13,7 @@ import pytest
 
 from phoneready.main import main
 from runtime_bench.records.contention import Contention
-from runtime_bench.records.json_form import record_to_json
-from runtime_bench.records.jsonl import append_jsonl
+from runtime_bench.records.jsonl import append_jsonl, record_to_json
 from runtime_bench.workload import Workload
 
 BASE_NS = (1000, 1001, 1002, 1003, 1004)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.native import build_runner
+from runtime_bench.native.build import build_runner
 from runtime_bench.native.source import fetch_source
 from runtime_bench.native.toolchain import find_toolchain
 

@@ -27,7 +27,7 @@ from exporters.onnx.folder import find_graph
 from exporters.onnx.runtime import open_model as open_onnx
 from exporters.options import ExportOptions
 from runtime_bench.browser import packages
-from runtime_bench.browser.calibration import calibrate, corrected_rate, refuse_weak_host
+from runtime_bench.browser.calibration import calibrate, corrected_rate
 from runtime_bench.browser.chromium import (
     BrowserError,
     PageSettings,
@@ -39,7 +39,7 @@ from runtime_bench.browser.worker import open_model, served_files
 from runtime_bench.devices.profile import load_profiles
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.json_form import record_from_json, record_to_json
+from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.targets.browser import Browser, browser_of
@@ -153,8 +153,8 @@ def test_greedy_tokens_are_those_of_the_native_runtime(
     request = request_for(file, threads)
     with open_page(settings, served_files(request)) as page:
         model = open_model(page, request, settings)
-        found = model.greedy(PROMPT, count)
-        again = model.greedy(PROMPT, count)
+        found = page.call("bench.greedy", PROMPT, count)
+        again = page.call("bench.greedy", PROMPT, count)
         text = model.tokenize("The quick brown fox")
     assert found == again == native_tokens(file, count)
     assert (model.n_vocab, model.bos) == (384, None)
@@ -182,10 +182,10 @@ def test_throttling_holds_for_the_thread_that_the_model_runs_on(file: Path, sett
     used = []
     for throttling in (None, throttled):
         with open_page(settings, served_files(request)) as page:
-            model = open_model(page, request, settings, throttling)
-            model.greedy(PROMPT, 4)
+            open_model(page, request, settings, throttling)
+            page.call("bench.greedy", PROMPT, 4)
             before = main_thread_seconds()
-            tokens = model.greedy(PROMPT, 48)
+            tokens = page.call("bench.greedy", PROMPT, 48)
             used.append(main_thread_seconds() - before)
     assert tokens[:16] == native_tokens(file, 16)
     # Eight times is what it is told; a model in a thread of its own would leave the main thread as idle as before.
@@ -241,9 +241,29 @@ def test_rates_are_corrected_by_what_they_reach() -> None:
     assert corrected_rate(1.0, 1000, 250) == 4
     assert corrected_rate(4.0, 200, 250) == pytest.approx(3.2)
     assert corrected_rate(1.0, 100, 250) == 1
-    refuse_weak_host(95, 100)
+
+
+class Host:
+    """A page that keeps to every rate."""
+
+    def __init__(self, score: float) -> None:
+        self.score, self.rate = score, 1.0
+
+    def visit(self, file: str) -> None:
+        pass
+
+    def call(self, function: str) -> float:
+        return self.score / self.rate
+
+    def throttle(self, rate: float) -> None:
+        self.rate = rate
+
+
+def test_a_host_that_is_a_little_too_slow_will_do_and_a_weak_one_will_not() -> None:
+    assert calibrate(Host(95), 100) == Throttling(100, 95, 1.0, 95)  # type: ignore[arg-type]
+    assert calibrate(Host(400), 100) == Throttling(100, 400, 4.0, 100)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="allowed: up to 80"):
-        refuse_weak_host(80, 100)
+        calibrate(Host(80), 100)  # type: ignore[arg-type]
 
 
 def test_more_than_one_thread_is_refused_where_the_page_is_throttled(
@@ -384,4 +404,4 @@ def test_npm_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "")
     with pytest.raises(InputError, match="npm is not installed"):
         fetch_packages()
-    assert list((tmp_path / "browser").iterdir()) == []
+    assert [file.suffix for file in (tmp_path / "browser").iterdir()] == [".lock"]

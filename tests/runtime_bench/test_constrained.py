@@ -70,7 +70,7 @@ def test_a_group_is_gone_afterwards() -> None:
     before = set(parent.iterdir())
     with limited_group(64 * MIB) as group:
         assert group.folder.is_dir()
-        assert group.counters().oom_kills == 0
+        assert group.oom_kills == 0
     assert set(parent.iterdir()) == before
 
 

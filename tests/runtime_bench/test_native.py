@@ -21,12 +21,12 @@ from cfsp.models.builtin import cache_directory
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.native import RUNNER_TARGETS, build_runner, read_build, runner_target_for, source
-from runtime_bench.native.run import generate_tokens, generation_request
-from runtime_bench.native.targets import cpu_features
+from runtime_bench.native import source
+from runtime_bench.native.build import build_runner, read_build
+from runtime_bench.native.targets import RUNNER_TARGETS, cpu_features, runner_target_for
 from runtime_bench.native.toolchain import find_toolchain
 from runtime_bench.process import exchange, measure_in, run_worker
-from runtime_bench.records.json_form import record_to_json
+from runtime_bench.records.jsonl import record_to_json
 from runtime_bench.targets.native import Native
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
@@ -112,9 +112,10 @@ def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path)
     with open_model(model, n_ctx=64) as opened:
         prompt = opened.tokenize("Once upon a time there was")
         expected = opened.generate(prompt, 24, stop_at_end=False)
-    wanted = generation_request(str(model), SETTINGS, prompt, 24, stop_at_end=False)
+    wanted = {"prompt": prompt, "max_new_tokens": 24, "stop_at_end": False}
     assert len(set(expected)) > 3
-    assert generate_tokens([str(runner)], wanted, 120) == expected
+    payload = {"path": str(model), "session": asdict(SETTINGS), "generate": wanted}
+    assert ask(runner, payload)["tokens"] == expected
 
 
 @pytest.mark.slow

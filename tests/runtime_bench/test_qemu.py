@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +17,9 @@ from cfsp.errors import InputError
 from exporters.gguf.llama_library import quantize
 from exporters.gguf.runtime import open_model
 from runtime_bench.engines import SessionSettings
-from runtime_bench.native.run import generate_tokens, generation_request
+from runtime_bench.process import exchange
 from runtime_bench.records.jsonl import read_jsonl
-from runtime_bench.targets.qemu import EMULATORS, RUNNER, QemuAarch64, qemu_aarch64
+from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, QemuAarch64, qemu_aarch64
 
 pytest.importorskip("llama_cpp")
 pytestmark = pytest.mark.slow
@@ -29,13 +32,19 @@ Q8_0 = 7
 def target(runner_for: Callable[[str], Path]) -> QemuAarch64:
     if not any(map(shutil.which, EMULATORS)):
         pytest.skip("qemu-user is not installed (make debian)")
-    runner_for(RUNNER)
+    runner_for(EMULATED_RUNNER)
     return qemu_aarch64()
 
 
 @pytest.fixture(scope="module")
 def model(tiny_gguf: Callable[..., Path]) -> Path:
     return tiny_gguf()
+
+
+def generate(command: list[str], path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    payload = {"path": str(path), "session": asdict(SETTINGS), "generate": wanted}
+    answer: dict[str, Any] = json.loads(exchange(command, payload, 300))
+    return answer
 
 
 def test_it_generates_what_this_machine_generates(
@@ -47,10 +56,10 @@ def test_it_generates_what_this_machine_generates(
         with open_model(path, n_ctx=64) as opened:
             prompt = opened.tokenize("The capital of France is")
             expected = opened.generate(prompt, 16, stop_at_end=False)
-        wanted = generation_request(str(path), SETTINGS, prompt, 16, stop_at_end=False)
+        wanted = {"prompt": prompt, "max_new_tokens": 16, "stop_at_end": False}
         assert len(set(expected)) > 3
-        assert generate_tokens([str(runner_for("native"))], wanted, 120) == expected
-        assert generate_tokens(target.command, wanted, 300) == expected
+        for command in ([str(runner_for("native"))], target.command):
+            assert generate(command, path, wanted)["tokens"] == expected
 
 
 def test_bench_gives_emulated_records_that_show_no_speed(
@@ -73,9 +82,8 @@ def test_bench_gives_emulated_records_that_show_no_speed(
 
 
 def test_a_missing_file_is_a_failed_result(target: QemuAarch64) -> None:
-    wanted = generation_request("/nowhere.gguf", SETTINGS, [1], 1)
-    with pytest.raises(InputError, match=r"/nowhere\.gguf"):
-        generate_tokens(target.command, wanted, 120)
+    answer = generate(target.command, Path("/nowhere.gguf"), {"prompt": [1], "max_new_tokens": 1})
+    assert "/nowhere.gguf" in answer["error"]
 
 
 def test_other_engines_are_refused(target: QemuAarch64) -> None:
@@ -85,6 +93,5 @@ def test_other_engines_are_refused(target: QemuAarch64) -> None:
 
 def test_a_processor_without_its_features_is_told_so(target: QemuAarch64, model: Path) -> None:
     old = [target.emulator, "-cpu", "cortex-a53", str(target.runner)]
-    wanted = generation_request(str(model), SETTINGS, [1], 1)
-    with pytest.raises(InputError, match="built for aarch64-linux and this processor lacks asimddp"):
-        generate_tokens(old, wanted, 120)
+    answer = generate(old, model, {"prompt": [1], "max_new_tokens": 1})
+    assert "built for aarch64-linux and this processor lacks asimddp" in answer["error"]

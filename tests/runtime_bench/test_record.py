@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from runtime_bench.records.json_form import record_from_json, record_to_json
-from runtime_bench.records.jsonl import append_jsonl, read_jsonl
+from runtime_bench.records.jsonl import append_jsonl, read_jsonl, record_from_json, record_to_json
 from runtime_bench.workload import Workload
 
 LLAMA_BENCH_FIELDS = {

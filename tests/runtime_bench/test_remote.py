@@ -359,7 +359,7 @@ def test_a_folder_that_cannot_be(device: Device, tiny_gguf: Callable[..., Path])
         ),
         ("kill -9 $$", "killed by SIGKILL, as the system does when memory runs out"),
         ("cat >/dev/null", "no readable result"),
-        ('cat >/dev/null; echo \'{"samples_ns": ["many"]}\'', "no readable result: samples_ns.0"),
+        ('cat >/dev/null; echo \'{"samples_ns": ["many"]}\'', "no readable result: samples_ns[0]"),
     ],
 )
 def test_a_runner_that_fails(

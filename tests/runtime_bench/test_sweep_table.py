@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime_bench.presentation.sweep_table import best_threads, format_sweep
+from runtime_bench.presentation.record_table import best_threads, format_sweep
 from runtime_bench.workload import Workload
 
 

@@ -14,7 +14,7 @@ from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.presentation.table import Column, Table, short_names, table_of
 from runtime_bench.records.compare import compare
-from runtime_bench.records.json_form import record_to_json
+from runtime_bench.records.jsonl import record_to_json
 from runtime_bench.workload import Workload
 
 COLUMNS = ["model", "size", "params", "backend", "threads", "test", "t/s", "time", "load", "peak RSS"]

@@ -63,7 +63,7 @@ def test_what_does_not_run_is_not_judged(model: Path, tmp_path: Path) -> None:
         found = check_text(path, 300)
         assert (found.texts, found.degenerate) == ((), None)
         assert words in str(found.problem)
-    assert "no text after" in str(check_text(model, 0.01).problem)
+    assert "no result after" in str(check_text(model, 0.01).problem)
 
 
 def test_a_bench_voids_the_speed_of_nonsense(model: Path) -> None:

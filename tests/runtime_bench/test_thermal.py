@@ -12,9 +12,9 @@ import pytest
 from runtime_bench.environment import environment_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import Environment
-from runtime_bench.records.json_form import record_from_json, record_to_json
+from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.thermal import Heat, clock_cap, heat_around, hottest_c
+from runtime_bench.records.thermal import clock_cap, hottest_c
 from runtime_bench.targets import Local
 from runtime_bench.workload import BenchSettings
 
@@ -38,10 +38,11 @@ def machine(cap_khz: int, millidegrees: int) -> Environment:
 def test_the_worse_of_before_and_after() -> None:
     cool, hot = machine(2_000_000, 40_000), machine(1_200_000, 85_500)
     assert (clock_cap(cool), hottest_c(cool)) == (1.0, 40.0)
-    assert heat_around(cool, hot) == heat_around(hot, cool) == Heat(0.6, 85.5)
+    assert clock_cap(cool, hot) == clock_cap(hot, cool) == 0.6
+    assert hottest_c(cool, hot) == hottest_c(hot, cool) == 85.5
     nothing = environment_of({}, cpus_usable=2, platform="Linux", versions={})
-    assert heat_around(nothing, nothing) == Heat(None, None)
-    assert heat_around(nothing, hot) == Heat(0.6, 85.5)
+    assert (clock_cap(nothing, nothing), hottest_c(nothing, nothing)) == (None, None)
+    assert (clock_cap(nothing, hot), hottest_c(nothing, hot)) == (0.6, 85.5)
     assert clock_cap(replace(hot, core_max_khz=(1,))) is None
 
 
