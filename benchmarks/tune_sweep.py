@@ -85,7 +85,7 @@ def main() -> None:
     swept = chosen.swept or chosen.allocations
     rows = sweep(config, chosen.output, swept, ratios(*chosen.ratios), chosen.threads)
     report(found, rows, limit)
-    print(covered(config, chosen.output, rows))
+    print(covered(chosen.output, rows))
 
 
 def ratios(low: float, high: float, step: float) -> list[float]:
@@ -146,14 +146,11 @@ def report(found: dict[str, Any], rows: list[dict[str, Any]], limit: int) -> Non
     print(f"time {found['seconds'] / seconds:.3f} of the sweep's")
 
 
-def covered(config: ReleaseConfig, output: Path, rows: list[dict[str, Any]]) -> str:
+def covered(output: Path, rows: list[dict[str, Any]]) -> str:
     """How the search's predictions from its few trials stand against the sweep, beyond the point that it began with."""
     trials = read_record(TuneResult, output / "tuned" / RESULT_FILE).trials
-    tried = [
-        MeasuredPoint(_point(t.allocation, t.prune_ratio), t.removed, t.file_bytes, t.divergence, Judged(()))
-        for t in trials
-    ]
-    forecast, inside, errors = Forecast(tried, Limits(config)), 0, []
+    tried = [MeasuredPoint(trial, Judged(())) for trial in trials]
+    forecast, inside, errors = Forecast(tried), 0, []
     for row in rows:
         expected = forecast.divergence(_point(row["allocation"], row["prune_ratio"]))
         assert expected is not None

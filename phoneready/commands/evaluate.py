@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
-from cfsp.files import record_head, refuse_existing
+from cfsp.files import record_head, refuse_existing, write_text
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from phoneready.commands.options import (
@@ -21,7 +21,7 @@ from phoneready.commands.options import (
 )
 from phoneready.console import prepare_torch, show_progress, write_result
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.figures.metrics import METRICS, OWN_METRIC
+from phoneready.figures.metrics import TOLERANCES
 
 if TYPE_CHECKING:
     from phoneready.evaluation.evaluation_record import Evaluation
@@ -34,11 +34,7 @@ _RECORD, _TABLE = record_head("evaluation", "evaluation_sweep"), re.compile(rb"\
 """How a file begins that --save and --csv may replace: one that they made."""
 
 
-_LIMITS = {
-    row.tolerance.option: f"{row.tolerance.default:g}"
-    for row in (*METRICS.values(), OWN_METRIC)
-    if row.tolerance
-}
+_LIMITS = {option: f"{tolerance.default:g}" for option, tolerance in TOLERANCES.items()}
 """Option of the gate -> its default."""
 
 
@@ -207,7 +203,7 @@ def _evaluate(
 ) -> None:
     from cfsp.records import read_record, record_to_json, write_record
     from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.gate import check_gate, check_limits, compare_with_baseline, gate_to_json
+    from phoneready.evaluation.gate import check_gate, check_limits, compare_with_baseline
 
     check_limits(gate.limits)
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
@@ -217,7 +213,7 @@ def _evaluate(
     rows: tuple[GateRow, ...] = ()
     if earlier and gate.baseline:
         rows = compare_with_baseline(result, earlier, gate.limits, where=gate.baseline)
-    payload = record_to_json(result) | ({"gate": gate_to_json(rows)} if earlier else {})
+    payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
     write_result(_report(result, settings, rows), payload, as_json=as_json)
     check_gate(rows)
 
@@ -242,7 +238,7 @@ def _judge(subject: Subject, settings: EvaluationSettings, opening: OpenSettings
 
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
-    from phoneready.evaluation.gate import format_gate
+    from phoneready.evaluation.gate import gate_table
     from phoneready.evaluation.tables import figure_tables, format_answers, text_table
 
     parts = []
@@ -250,20 +246,20 @@ def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRo
         parts += [text_table(result).markdown()]
         parts += [f"Windows of {settings.seqlen} tokens, each without context before it.\n"]
     parts += [table.markdown() for table in figure_tables(result)]
-    parts += [format_answers(result, ("reference", "model"))]
-    parts += [format_gate(rows)] if rows else []
+    parts += [format_answers(result)]
+    parts += [gate_table(rows).markdown()]
     return "\n".join(part for part in parts if part)
 
 
 def _write_sweep(result: Sweep, save: Path | None, csv: Path | None, *, as_json: bool) -> None:
     from cfsp.records import record_to_json, write_record
-    from phoneready.evaluation.sweep import format_sweep, write_csv
+    from phoneready.evaluation.sweep import sweep_table
 
     if save:
         write_record(save, result)
     if csv:
-        write_csv(csv, result)
-    write_result(format_sweep(result), record_to_json(result), as_json=as_json)
+        write_text(csv, sweep_table(result, float).csv())  # for plotting, in full precision
+    write_result(sweep_table(result).markdown(), record_to_json(result), as_json=as_json)
 
 
 def _run_sweep(

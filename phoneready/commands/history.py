@@ -39,7 +39,7 @@ def history(
     from cfsp.files import PAGE, refuse_existing, write_text
     from cfsp.records import record_to_json
     from phoneready.history.history import check_history, find_entries, make_history
-    from phoneready.history.tables import describe_anomalies, format_history
+    from phoneready.history.tables import format_history
 
     entries = find_entries(paths or [Path()])
     found = make_history(entries, threshold=threshold, false_alarms=false_alarms, last=last)
@@ -47,7 +47,7 @@ def history(
         from phoneready.history.plot import render_plot
 
         refuse_existing(plot, force=True, like=PAGE)
-        write_text(plot, render_plot(found, describe_anomalies(found)))
+        write_text(plot, render_plot(found))
     write_result(format_history(found, every=dense), record_to_json(found), as_json=json)
     if gate:
         check_history(found, recent)

@@ -35,8 +35,9 @@ def tune(
     was.
     """
     prepare_torch(threads)
+    from cfsp.records import record_to_json
     from phoneready.settings.release import load_config
-    from phoneready.tune.result import format_result, result_to_json
+    from phoneready.tune.result import format_result
     from phoneready.tune.run import RELEASE_FILE
     from phoneready.tune.run import tune as search
 
@@ -48,4 +49,4 @@ def tune(
     with show_progress() as progress:
         result = search(chosen, output, show=note, progress=progress, threads=threads)
     text = format_result(result) + f"\nNow: phoneready release {output / RELEASE_FILE}\n"
-    write_result(text, result_to_json(result), as_json=json)
+    write_result(text, record_to_json(result), as_json=json)

@@ -7,10 +7,9 @@ shown and does not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from cfsp.errors import InputError, LimitError
 from phoneready.evaluation.evaluation_record import Evaluation
@@ -18,14 +17,9 @@ from phoneready.evaluation.figures import evaluation_figures, score_figure
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import PRUNED, Figure
 from phoneready.figures.gate import differences, judge
-from phoneready.figures.metrics import METRICS, OWN_METRIC, TASK, Tolerance, recorded_metric
+from phoneready.figures.metrics import TASK, recorded_metric
 from phoneready.figures.verdict import PASS
 from runtime_bench.presentation.table import Column, Table
-
-TOLERANCES: Mapping[str, Tolerance] = {
-    row.tolerance.option: row.tolerance for row in (*METRICS.values(), OWN_METRIC) if row.tolerance
-}
-"""Option -> tolerance."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +111,9 @@ def check_gate(rows: tuple[GateRow, ...]) -> None:
         raise LimitError(f"worse than the baseline: {'; '.join(failed)}")
 
 
-def gate_to_json(rows: tuple[GateRow, ...]) -> list[dict[str, Any]]:
-    """The comparison as JSON."""
-    return [asdict(row) for row in rows]
-
-
-def format_gate(rows: tuple[GateRow, ...]) -> str:
+def gate_table(rows: Sequence[GateRow]) -> Table[GateRow]:
     """The comparison as a table."""
-    return Table(_COLUMNS, rows).markdown()
+    return Table(_COLUMNS, rows)
 
 
 _COLUMNS: tuple[Column[GateRow], ...] = (
@@ -170,12 +159,10 @@ def _row(name: str, before: Figure, now: Figure, limits: Mapping[str, float]) ->
 
 def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:
     """The figures, with all that must be equal for them to be comparable."""
-    conditions = {}
-    if evaluation.against is not None:
-        known = evaluation.against.sha256 and other.against and other.against.sha256
-        conditions["reference model"] = str(
-            evaluation.against.sha256 if known else evaluation.against.reference
-        )
+    conditions: dict[str, str] = {}
+    if against := evaluation.against:
+        known = against.sha256 if other.against and other.against.sha256 else None
+        conditions["reference model"] = known or against.reference
     if evaluation.model.source_sha256 and other.model.source_sha256:
         conditions["hash of the dense model"] = evaluation.model.source_sha256
     found = {}

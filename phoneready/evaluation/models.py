@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from cfsp.errors import InputError
 from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.reference import load_model
 from cfsp.progress import Progress, no_progress
 from exporters.families import FAMILIES
-from exporters.family import ExportFamily
 
 
 @dataclass(frozen=True)
@@ -31,42 +30,10 @@ class OpenSettings:
     threads: int | None = None
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """Something that runs models.
-
-    Attributes:
-        opens: Opens a reference.
-        claims: Whether a reference is meant for this runtime, so that it is the default for it.
-    """
-
-    opens: Callable[[str, OpenSettings, Progress], LanguageModel]
-    claims: Callable[[str], bool]
-
-
-def _open_torch(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
-    from cfsp.models.reference import load_model
-
-    loaded = load_model(reference, trust_remote_code=settings.trust_remote_code, progress=progress)
-    return TorchLanguageModel(loaded)
-
-
-def _runtime(family: ExportFamily) -> Runtime:
-    def opens(reference: str, settings: OpenSettings, progress: Progress) -> LanguageModel:
-        family.check_claim(reference)
-        model: LanguageModel = family.open_model(
-            reference, max(settings.seqlen, MAX_CONTEXT), settings.threads
-        )
-        return model
-
-    return Runtime(opens, family.claims)
-
-
-RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
-    {family.runtime: _runtime(family) for family in FAMILIES.values()}
-    | {"torch": Runtime(_open_torch, lambda reference: True)}
-)
-"""Name -> runtime; the first that claims a reference is its default."""
+_FAMILIES = {family.runtime: family for family in FAMILIES.values()}
+_TORCH = "torch"
+RUNTIMES = (*_FAMILIES, _TORCH)
+"""What runs models: the runtime of each family of exports, and torch, which takes all else."""
 
 
 def runtime_for(reference: str, chosen: str | None = None) -> str:
@@ -76,7 +43,7 @@ def runtime_for(reference: str, chosen: str | None = None) -> str:
         InputError: `chosen` is unknown.
     """
     if chosen is None:
-        return next(name for name, runtime in RUNTIMES.items() if runtime.claims(reference))
+        return next((name for name, family in _FAMILIES.items() if family.claims(reference)), _TORCH)
     if chosen not in RUNTIMES:
         raise InputError("unknown runtime", field="runtime", value=chosen, allowed=", ".join(RUNTIMES))
     return chosen
@@ -91,7 +58,14 @@ def open_language_model(
     Raises:
         InputError: The runtime cannot run it, or its context is shorter than a window.
     """
-    model = RUNTIMES[runtime].opens(reference, settings, progress)
+    model: LanguageModel
+    if runtime == _TORCH:
+        code = settings.trust_remote_code
+        model = TorchLanguageModel(load_model(reference, trust_remote_code=code, progress=progress))
+    else:
+        _FAMILIES[runtime].check_claim(reference)
+        n_tokens = max(settings.seqlen, MAX_CONTEXT)
+        model = _FAMILIES[runtime].open_model(reference, n_tokens, settings.threads)
     try:
         if settings.seqlen > model.context_length:
             raise InputError(

@@ -7,16 +7,16 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.evaluation.answers import answer
 from cfsp.evaluation.degeneration import degenerate, system_text
-from cfsp.evaluation.divergence import Divergence, divergence
+from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import LanguageModel, check_same_vocabulary
-from cfsp.evaluation.perplexity import Perplexity, perplexity
+from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.tasks import load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.progress import Progress, no_progress
@@ -59,17 +59,20 @@ def evaluate(
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        windows = _all_windows(against or model, settings, progress)
-        texts = tuple(_judge(kind, model, against, w, progress) for kind, w in windows)
+        sources = [*(("text", one) for one in settings.text), *(("chats", one) for one in settings.chats)]
+        windows = [_windows(source, against or model, settings, progress) for _, source in sources]
+        texts = [
+            _judge(kind, model, against, found, progress)
+            for (kind, _), found in zip(sources, windows, strict=True)
+        ]
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
-    read = [found for _, found in windows]
-    measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, read)]
+    measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     said = [_answers(m, settings, progress) for m in both]
     return Evaluation(
         model=identity_of(model),
         against=identity_of(against) if against else None,
         seed=settings.seed,
-        texts=texts,
+        texts=tuple(texts),
         prompts=settings.prompts,
         answers=said[0].texts,
         against_answers=next((one.texts for one in said[1:]), ()),
@@ -112,14 +115,6 @@ def _prompt(row: Mapping[str, Any], where: str) -> str:
     return found
 
 
-def _all_windows(
-    reference: LanguageModel, settings: EvaluationSettings, progress: Progress
-) -> list[tuple[str, TokenWindows]]:
-    """(kind, windows) of every text, then of all chats."""
-    sources = (*(("text", source) for source in settings.text), *(("chats", one) for one in settings.chats))
-    return [(kind, _windows(source, reference, settings, progress)) for kind, source in sources]
-
-
 def _windows(
     source: str, reference: LanguageModel, settings: EvaluationSettings, progress: Progress
 ) -> TokenWindows:
@@ -145,15 +140,12 @@ def _windows(
 def _judge(
     kind: str, model: LanguageModel, against: LanguageModel | None, windows: TokenWindows, progress: Progress
 ) -> TextResult:
-    figures: Perplexity | Divergence
+    text = (kind, windows.source, windows.ids.shape[1])
     if against is None:
-        figures = perplexity(model, windows, progress=progress)
-        scored, found = figures.n_scored, None
-    else:
-        figures = found = divergence(against, model, windows, progress=progress)
-        scored = figures.n_tokens
-    seqlen = windows.ids.shape[1]
-    return TextResult(kind, windows.source, seqlen, scored, windows.sha256, figures.perplexity, found)
+        alone = perplexity(model, windows, progress=progress)
+        return TextResult(*text, alone.n_scored, windows.sha256, alone.perplexity)
+    both = divergence(against, model, windows, progress=progress)
+    return TextResult(*text, both.n_tokens, windows.sha256, both.perplexity, both)
 
 
 @dataclass(frozen=True)
@@ -185,21 +177,20 @@ def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degene
     if not settings.prompts:
         return None
     text = json.dumps(settings.prompts, ensure_ascii=False)
-    ours, theirs = said[0], said[1] if len(said) > 1 else None
-    more: dict[str, Any] = {}
-    if theirs is not None:
-        more = {
-            "against_share": theirs.share,
-            "against_by_reason": theirs.by_reason,
-            "against_reasons": theirs.reasons,
-            "difference_points": 100 * (ours.share - theirs.share),
-        }
-    return Degeneration(
+    found = Degeneration(
         prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
         n_prompts=len(settings.prompts),
         max_new_tokens=settings.max_new_tokens,
-        share=ours.share,
-        by_reason=ours.by_reason,
-        reasons=ours.reasons,
-        **more,
+        share=said[0].share,
+        by_reason=said[0].by_reason,
+        reasons=said[0].reasons,
     )
+    for dense in said[1:]:
+        found = replace(
+            found,
+            against_share=dense.share,
+            against_by_reason=dense.by_reason,
+            against_reasons=dense.reasons,
+            difference_points=100 * (found.share - dense.share),
+        )
+    return found

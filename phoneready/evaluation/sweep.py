@@ -5,18 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.files import write_text
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import apply_plan, make_plan
 from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import BlockStatistics
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, identity_of
@@ -105,12 +102,13 @@ def sweep(
     ratios = check_ratios(ratios, prune)
     measured = statistics_for(loaded.model, calibration, prune, progress=progress)
     for ratio in ratios:
-        settings = replace(prune, prune_ratio=ratio)
-        pruned, removed = _pruned_copy(loaded, measured, calibration, settings, progress)
-        judged = evaluate(TorchLanguageModel(pruned), dense, judge, progress=progress)
-        name = f"{loaded.source.reference} pruned by {ratio:g}"
-        judged = replace(judged, model=ModelIdentity(name))
-        points.append(SweepPoint(ratio, removed, judged))
+        plan = make_plan(loaded, measured, calibration, replace(prune, prune_ratio=ratio))
+        model = copy.deepcopy(loaded.model)
+        apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
+        pruned = TorchLanguageModel(replace(loaded, model=model))
+        judged = evaluate(pruned, dense, judge, progress=progress)
+        named = ModelIdentity(f"{loaded.source.reference} pruned by {ratio:g}")
+        points.append(SweepPoint(ratio, 1 - plan.keep_ratio, replace(judged, model=named)))
         progress("ratios", len(points), len(ratios))
     return Sweep(
         model=identity_of(dense),
@@ -122,17 +120,9 @@ def sweep(
     )
 
 
-def format_sweep(result: Sweep) -> str:
-    """One row a ratio, one column a figure."""
-    return _table(result, "{:.4f}".format).markdown()
+def sweep_table(result: Sweep, show: Callable[[float], Any] = "{:.4f}".format) -> Table[SweepPoint]:
+    """One row a ratio, one column a figure, shown for people unless `show` makes something else of it."""
 
-
-def write_csv(path: Path, result: Sweep) -> None:
-    """The same as CSV, for plotting, with full precision."""
-    write_text(path, _table(result, float).csv())
-
-
-def _table(result: Sweep, show: Callable[[float], Any]) -> Table[SweepPoint]:
     def column(name: str) -> Column[SweepPoint]:
         def cell(point: SweepPoint) -> Any:
             return show(measures(point.evaluation)[name].value or 0.0)
@@ -144,17 +134,3 @@ def _table(result: Sweep, show: Callable[[float], Any]) -> Table[SweepPoint]:
         Column("removed", lambda point: show(point.removed), right=True),
     ]
     return Table([*ratios, *map(column, measures(result.points[0].evaluation))], result.points)
-
-
-def _pruned_copy(
-    loaded: LoadedModel,
-    measured: BlockStatistics,
-    calibration: Calibration,
-    settings: PruneSettings,
-    progress: Progress,
-) -> tuple[LoadedModel, float]:
-    """A pruned copy, and the share of channels that it lost; the dense model's statistics serve every ratio."""
-    plan = make_plan(loaded, measured, calibration, settings)
-    model = copy.deepcopy(loaded.model)
-    apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
-    return LoadedModel(model, loaded.tokenizer, loaded.source), 1 - plan.keep_ratio

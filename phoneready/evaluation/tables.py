@@ -60,15 +60,15 @@ def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> lis
     return [table for table in tables if table.rows]
 
 
-def format_answers(evaluation: Evaluation, names: Sequence[str]) -> str:
-    """The answers below each other, question by question; `names` are of the reference model and the model."""
+def format_answers(evaluation: Evaluation) -> str:
+    """The answers of the reference model and the model below each other, question by question."""
     lines = []
     found = evaluation.degeneration
     reasons = (found.against_reasons, found.reasons) if found else ((), ())
     columns = [evaluation.against_answers, evaluation.answers]
     for index, prompt in enumerate(evaluation.prompts):
         lines.append(f"Q: {prompt}")
-        for name, column, why in zip(names, columns, reasons, strict=True):
+        for name, column, why in zip(NAMES, columns, reasons, strict=True):
             if column:
                 flag = f" [{why[index]}]" if why[index] else ""
                 lines.append(f"{name}{flag}: {' '.join(column[index].split())}")

@@ -91,7 +91,15 @@ class BudgetConfig(Section):
     @property
     def limit(self) -> float:
         """The limit, in the metric's unit or as a ratio."""
-        return self._parse(self._written) if isinstance(self._written, str) else float(self._written)
+        if not isinstance(self._written, str):
+            return float(self._written)
+        field, text = "at_most" if self.is_upper else "at_least", self._written
+        if self.is_ratio:
+            raise InputError("a ratio is a number", field=field, value=text, allowed="such as 1.05")
+        parse = _PARSERS.get(metric_of(self.metric).unit)
+        if parse is None:
+            raise InputError("wants a number", field=field, value=text)
+        return parse(text, field)
 
     @property
     def is_ratio(self) -> bool:
@@ -101,28 +109,15 @@ class BudgetConfig(Section):
     def describe(self) -> str:
         """The limit for people, such as `at most 1.05 x dense`."""
         side = "at most" if self.is_upper else "at least"
-        written = (
-            self._written
-            if isinstance(self._written, str)
-            else format_figure(self.limit, "x" if self.is_ratio else metric_of(self.metric).unit)
-        )
-        if self.relative_to is None:
-            return f"{side} {written}"
-        return f"{side} {written} {'above' if self.difference else ''}".rstrip() + f" {self.relative_to}"
+        unit = "x" if self.is_ratio else metric_of(self.metric).unit
+        written = self._written if isinstance(self._written, str) else format_figure(self.limit, unit)
+        above = "above" if self.difference else None
+        return " ".join(filter(None, (side, written, above, self.relative_to)))
 
     @property
     def _written(self) -> float | str:
         value = self.at_most if self.at_most is not None else self.at_least
         return 0.0 if value is None else value
-
-    def _parse(self, text: str) -> float:
-        field = "at_most" if self.is_upper else "at_least"
-        if self.is_ratio:
-            raise InputError("a ratio is a number", field=field, value=text, allowed="such as 1.05")
-        parse = _PARSERS.get(metric_of(self.metric).unit)
-        if parse is None:
-            raise InputError("wants a number", field=field, value=text)
-        return parse(text, field)
 
 
 def select(budget: BudgetConfig, keys: Iterable[FigureKey]) -> list[FigureKey]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from cfsp.errors import InputError
 from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import FigureKey, own_reference
+from phoneready.figures.metrics import own_reference
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
@@ -99,7 +99,7 @@ def judge(budget: BudgetConfig, figure: Figure, reference: Figure | None) -> Bud
         outcome, reason = INCONCLUSIVE, _too_noisy(figure)
     low, high = (None, None) if estimate.low == estimate.high else (estimate.low, estimate.high)
     return BudgetVerdict(
-        metric=_metric_name(figure.key),
+        metric=", ".join(filter(None, (figure.key.metric, figure.key.on, figure.key.threads))),
         subject=figure.subject,
         target=figure.target,
         limit=budget.describe(),
@@ -141,7 +141,7 @@ def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estim
         return _Estimate(reason=f"the {budget.relative_to} was measured otherwise: {differing}")
     if figure.samples and reference.samples:
         return _ratio_of_samples(figure, reference)
-    return _difference(figure, reference) if budget.difference else _ratio(figure, reference)
+    return _of_values(figure, figure.value, reference, reference.value, difference=budget.difference)
 
 
 def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
@@ -161,26 +161,18 @@ def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
     return _Estimate(found.ratio, found.low, found.high)
 
 
-def _difference(figure: Figure, reference: Figure) -> _Estimate:
-    assert figure.value is not None
-    assert reference.value is not None
-    return _around(
-        figure.value - reference.value, NORMAL_95 * math.hypot(figure.stderr or 0, reference.stderr or 0)
-    )
-
-
-def _ratio(figure: Figure, reference: Figure) -> _Estimate:
-    """The ratio; standard errors are relative ones, added as squares (first order)."""
-    assert figure.value is not None
-    assert reference.value is not None
-    if figure.value == reference.value:
-        ratio = 1.0
-    elif not reference.value:
+def _of_values(
+    figure: Figure, now: float, reference: Figure, before: float, *, difference: bool
+) -> _Estimate:
+    """Difference or ratio; the standard errors, of a ratio the relative ones (first order), are added as squares."""
+    errors = (figure.stderr or 0, reference.stderr or 0)
+    if difference:
+        return _around(now - before, NORMAL_95 * math.hypot(*errors))
+    if not before and now:
         return _Estimate(reason=f"no ratio to {reference.subject}, whose figure is 0")
-    else:
-        ratio = figure.value / reference.value
-    errors = [(one.stderr or 0) / one.value for one in (figure, reference) if one.value]
-    return _around(ratio, abs(ratio) * NORMAL_95 * math.hypot(*errors))
+    ratio = 1.0 if now == before else now / before
+    relative = [error / value for error, value in zip(errors, (now, before), strict=True) if value]
+    return _around(ratio, abs(ratio) * NORMAL_95 * math.hypot(*relative))
 
 
 def _around(value: float, half: float) -> _Estimate:
@@ -221,14 +213,7 @@ def _outcome(budget: BudgetConfig, estimate: _Estimate, unit: str) -> tuple[str,
         return PASS, "within it"
     if excess[0] > slack:
         share = f" ({abs(value - limit) / abs(limit):.1%})" if limit else ""
-        return (
-            MISSED,
-            f"{'over' if sign > 0 else 'short'} by {format_figure(abs(value - limit), unit)}{share}",
-        )
+        side = "over" if budget.is_upper else "short"
+        return MISSED, f"{side} by {format_figure(abs(value - limit), unit)}{share}"
     ends = " to ".join(format_figure(end, unit) for end in (low, high))
     return INCONCLUSIVE, f"the interval, {ends}, crosses the limit; more samples narrow it"
-
-
-def _metric_name(key: FigureKey) -> str:
-    threads = f"{key.n_threads} thread{'s' if key.n_threads != 1 else ''}" if key.n_threads else None
-    return ", ".join(filter(None, (key.metric, key.on, threads)))

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from cfsp.errors import InconclusiveError, LimitError, PhonereadyError
-from cfsp.files import atomic_file, write_text
+from cfsp.errors import InconclusiveError, LimitError
+from cfsp.files import write_text
 from cfsp.records import write_record
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import FIGURES_FILE, FigureSet
@@ -25,12 +25,14 @@ from phoneready.figures.verdict import (
     Verdicts,
     worst_outcome,
 )
+from runtime_bench.presentation.markup import lay_out_table
 from runtime_bench.presentation.table import table_of_cells
 
 logger = logging.getLogger(__name__)
 JUNIT_FILE, SUMMARY_FILE = "junit.xml", "summary.md"
 STEP_SUMMARY = "GITHUB_STEP_SUMMARY"
 _MARKUP = str.maketrans({character: f"&#{ord(character)};" for character in "\\`*{}[]<>#~|&@$"})
+_HEADER = ("metric", "of", "on", "limit", "figure", "verdict", "why")
 _MARKS = {PASS: "✅ pass", MISSED: "❌ missed", INCONCLUSIVE: "❔ inconclusive"}
 
 
@@ -53,8 +55,7 @@ def write_verdicts(
     where = baseline_file.name if baseline_file else None
     found = Verdicts(worst_outcome(verdicts), figures.source, figures.source_sha256, where, verdicts)
     write_record(folder / VERDICTS_FILE, found)
-    with atomic_file(folder / JUNIT_FILE) as temporary:
-        temporary.write_bytes(junit_xml(found))
+    write_text(folder / JUNIT_FILE, junit_xml(found))
     summary = summary_markdown(found)
     write_text(folder / SUMMARY_FILE, summary)
     step_summary = os.environ.get(STEP_SUMMARY)
@@ -78,12 +79,12 @@ def check_verdicts(found: Verdicts, *, strict: bool) -> None:
         LimitError: A budget is missed.
         InconclusiveError: None is missed, one is inconclusive, and that counts.
     """
-    raised: dict[str, type[PhonereadyError]] = {MISSED: LimitError}
-    raised |= {INCONCLUSIVE: InconclusiveError} if strict else {}
-    if found.outcome in raised:
-        told = [v for v in found.verdicts if v.outcome == found.outcome]
-        names = "; ".join(f"{v.metric} of {v.subject} is {v.figure()}, {v.limit}: {v.reason}" for v in told)
-        raise raised[found.outcome](f"{len(told)} of {len(found.verdicts)} budgets {found.outcome}: {names}")
+    if found.outcome == PASS or (found.outcome == INCONCLUSIVE and not strict):
+        return
+    told = [v for v in found.verdicts if v.outcome == found.outcome]
+    names = "; ".join(f"{v.metric} of {v.subject} is {v.figure()}, {v.limit}: {v.reason}" for v in told)
+    kind = LimitError if found.outcome == MISSED else InconclusiveError
+    raise kind(f"{len(told)} of {len(found.verdicts)} budgets {found.outcome}: {names}")
 
 
 def badge(found: Verdicts) -> str:
@@ -95,26 +96,25 @@ def badge(found: Verdicts) -> str:
 
 
 def verdict_rows(found: Verdicts) -> str:
-    """The verdicts as a table for a terminal."""
-    header = ["metric", "of", "on", "limit", "figure", "verdict", "why"]
-    return table_of_cells(header, [_cells(verdict, verdict.outcome) for verdict in found.verdicts]).markdown()
+    """The verdicts for a terminal."""
+    return table_of_cells(
+        _HEADER, [_cells(verdict, verdict.outcome) for verdict in found.verdicts]
+    ).markdown()
 
 
 def summary_markdown(found: Verdicts) -> str:
     """A page for a build's summary; names and reasons are escaped."""
-    lines = [f"### {_escape(badge(found))}", ""]
+    parts = [f"### {_escape(badge(found))}\n"]
     if found.verdicts:
-        header = ["metric", "of", "on", "limit", "figure", "verdict", "why"]
-        rows = [header, ["---"] * len(header)]
         worst_first = sorted(found.verdicts, key=lambda verdict: OUTCOMES.index(verdict.outcome))
-        rows += [[*map(_escape, _cells(v, _MARKS[v.outcome]))] for v in worst_first]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        rows = [[*map(_escape, _cells(v, _MARKS[v.outcome]))] for v in worst_first]
+        parts.append(lay_out_table(_HEADER, rows, right=()))
     if found.baseline:
-        lines += ["", f"Baseline: {_escape(found.baseline)}"]
-    return "\n".join(lines) + "\n"
+        parts.append(f"Baseline: {_escape(found.baseline)}\n")
+    return "\n".join(parts)
 
 
-def junit_xml(found: Verdicts) -> bytes:
+def junit_xml(found: Verdicts) -> str:
     """JUnit's XML: a missed budget is a failure, an inconclusive one is skipped."""
     counts = Counter(verdict.outcome for verdict in found.verdicts)
     numbers = {"tests": len(found.verdicts), "failures": counts[MISSED], "skipped": counts[INCONCLUSIVE]}
@@ -136,7 +136,7 @@ def junit_xml(found: Verdicts) -> bytes:
             ElementTree.SubElement(case, "system-out").text = said
     ElementTree.indent(suites)
     content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
-    return content + b"\n"
+    return content.decode() + "\n"
 
 
 def _cells(verdict: BudgetVerdict, outcome: str) -> list[str]:

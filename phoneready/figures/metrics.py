@@ -125,6 +125,11 @@ OWN_METRIC = Metric(
     higher_is_better=None, against_dense=False, slope=0.2, tolerance=Tolerance("max_metric_change", 0.02),
 )  # fmt: skip
 
+TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
+    {row.tolerance.option: row.tolerance for row in (*_ROWS, OWN_METRIC) if row.tolerance}
+)
+"""Option of `eval --baseline` -> its tolerance."""
+
 
 @dataclass(frozen=True)
 class FigureKey:
@@ -144,11 +149,15 @@ class FigureKey:
     n_threads: int | None = None
     on: str | None = None
 
+    @property
+    def threads(self) -> str | None:
+        """Their number for people; None where the configuration leaves them to the target."""
+        return f"{self.n_threads} thread{'s' if self.n_threads != 1 else ''}" if self.n_threads else None
+
     def describe(self) -> str:
         """For people."""
-        threads = f"{self.n_threads} thread{'s' if self.n_threads != 1 else ''}" if self.n_threads else None
         on = f"of {self.on}" if self.on else None
-        return ", ".join(filter(None, (self.metric, self.item, self.place, threads, on)))
+        return ", ".join(filter(None, (self.metric, self.item, self.place, self.threads, on)))
 
 
 def metric_of(name: str) -> Metric:

@@ -42,7 +42,6 @@ class Change:
         first: Number of the first run that is different.
         before: Typical figure before.
         after: Typical figure after a step; the figure that a drift has come to.
-        ratio: after / before; inf where before is 0.
         noise: Relative scatter of single runs that it was held against; 0 of exact figures.
     """
 
@@ -50,8 +49,12 @@ class Change:
     first: int
     before: float
     after: float
-    ratio: float
     noise: float
+
+    @property
+    def ratio(self) -> float:
+        """after / before; inf where before alone is 0."""
+        return _ratio(self.after, self.before)
 
 
 def exact_changes(values: Sequence[float], threshold: float) -> tuple[Change, ...]:
@@ -68,12 +71,11 @@ def exact_changes(values: Sequence[float], threshold: float) -> tuple[Change, ..
         if values[run] == values[level]:
             since = run
             continue
-        ratio = _ratio(values[run], values[level])
-        if abs(ratio - 1) <= threshold:
+        if abs(_ratio(values[run], values[level]) - 1) <= threshold:
             continue
         sudden = abs(_ratio(values[run], values[run - 1]) - 1) > threshold / 2
         first = run if sudden else since + 1
-        found.append(Change(STEP if sudden else DRIFT, first, values[level], values[run], ratio, 0.0))
+        found.append(Change(STEP if sudden else DRIFT, first, values[level], values[run], 0.0))
         level = since = run
     return tuple(found)
 
@@ -144,7 +146,7 @@ def _describe(x: _Array, shape: int, offset: int, error: float | None) -> Change
         rest = x - level - slope * ramp
     scatter = math.sqrt(float(rest @ rest) / (n - 2))
     noise = max(scatter, error or 0.0)
-    return Change(kind, offset + first, math.exp(before), math.exp(after), math.exp(after - before), noise)
+    return Change(kind, offset + first, math.exp(before), math.exp(after), noise)
 
 
 @functools.cache

@@ -94,16 +94,9 @@ def entry_of(
     label: str | None = None,
     time: datetime | None = None,
 ) -> HistoryEntry:
-    """The line of a run.
+    """The line of a run that measured some figures; what else is given is as in HistoryEntry, and the time now.
 
-    Args:
-        figures: What it measured.
-        outcome: The budgets' verdict.
-        settings: What was made.
-        versions: Package to version.
-        stages: Name to key of each stage.
-        label: What the user calls it.
-        time: Of its end; now unless given.
+    Figures of a machine that was too busy are left out: they would look like a change of the model.
     """
     known = json.dumps([dict(stages), label], sort_keys=True)
     return HistoryEntry(
@@ -117,9 +110,11 @@ def entry_of(
         versions=dict(versions),
         stages=dict(stages),
         figures=tuple(
-            _kept(figure, figure.value)
-            for figure in figures.figures
-            if figure.value is not None and not figure.noise  # else a busy machine is a change of the model
+            HistoryFigure(
+                f.key, f.role, f.unit, f.value, _relative_error(f, f.value), f.conditions, f.higher_is_better
+            )
+            for f in figures.figures
+            if f.value is not None and not f.noise
         ),
     )
 
@@ -148,22 +143,18 @@ def read_entries(path: Path) -> list[HistoryEntry]:
     return [record_from_json(HistoryEntry, row, where=where) for where, row in read_json_lines(path)]
 
 
-def _kept(figure: Figure, value: float) -> HistoryFigure:
-    error = None
-    if figure.samples and value > 0:
-        error = _error_of_median(figure)
-    elif figure.stderr is not None and value > 0:
-        error = figure.stderr / value
-    direction = figure.higher_is_better
-    return HistoryFigure(figure.key, figure.role, figure.unit, value, error, figure.conditions, direction)
+def _relative_error(figure: Figure, value: float) -> float | None:
+    """What its own samples say: of a median the standard error that its bootstrap interval stands for.
 
-
-def _error_of_median(figure: Figure) -> float | None:
-    """Relative standard error that the bootstrap interval of the median stands for; None of too few processes."""
+    None of too few processes, and of figures without noise.
+    """
+    if value <= 0:
+        return None
+    if not figure.samples:
+        return None if figure.stderr is None else figure.stderr / value
     if figure.n_independent < _FEWEST:
         return None
-    rounds = figure.rounds if len(figure.rounds) == len(figure.samples) else None
     found = ratio_interval(
-        figure.samples, (1.0,), paired=False, numerator_rounds=rounds, resamples=_RESAMPLES
+        figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds, resamples=_RESAMPLES
     )
     return math.log(found.high / found.low) / (2 * NORMAL_95)

@@ -10,8 +10,11 @@ from typing import ClassVar
 from cfsp.errors import InputError, LimitError
 from phoneready.figures.figure_set import DENSE
 from phoneready.figures.metrics import recorded_metric
+from phoneready.figures.verdict import format_figure
 from phoneready.history.changes import Change, exact_changes, sampled_changes
 from phoneready.history.entry import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
+
+_WORDS = {True: "worse", False: "better", None: "changed"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,25 @@ class Anomaly:
     changed: tuple[str, ...]
     dense_too: bool
 
+    @property
+    def change(self) -> str:
+        """Before and after, for people."""
+        before, after = (format_figure(value, self.unit) for value in (self.before, self.after))
+        share = "" if self.ratio is None else f", {100 * (self.ratio - 1):+.1f} %"
+        return f"{before} to {after}{share}"
+
+    def describe(self) -> str:
+        """A sentence for people."""
+        noise = f" (single runs scatter by {self.noise:.1%})" if self.noise else ""
+        whose = " of the dense model" if self.role == DENSE else ""
+        text = (
+            f"{_WORDS[self.worse]}: {self.series}{whose}, {self.kind} since {self.name} (run {self.run}): "
+            f"{self.change}{noise}"
+        )
+        if self.dense_too:
+            text += "; the dense model's figure changed with it, so look at the machine and the runtime"
+        return text + (f"; that run: {'; '.join(self.changed)}" if self.changed else "")
+
 
 @dataclass(frozen=True)
 class History:
@@ -175,7 +197,7 @@ def make_history(
         for change in _changes(one, threshold, false_alarms / max(tested, 1))
     ]
     dense = {(a.series, a.run) for a in anomalies if a.role == DENSE}
-    marked = [a if (a.series, a.run) not in dense or a.role == DENSE else _with_dense(a) for a in anomalies]
+    marked = [replace(a, dense_too=a.role != DENSE and (a.series, a.run) in dense) for a in anomalies]
     return History(
         source=entries[-1].source,
         threshold=threshold,
@@ -199,23 +221,18 @@ def check_history(history: History, recent: int) -> None:
     newest = history.runs[-1].number
     bad = [a for a in history.anomalies if a.worse and a.role != DENSE and a.run > newest - recent]
     if bad:
-        told = "; ".join(f"{a.kind} of {a.series} since {a.name} (run {a.run}): {_change(a)}" for a in bad)
+        told = "; ".join(f"{a.kind} of {a.series} since {a.name} (run {a.run}): {a.change}" for a in bad)
         raise LimitError(f"{len(bad)} changes for the worse in the last {recent} runs: {told}")
 
 
-def _change(anomaly: Anomaly) -> str:
-    if anomaly.ratio is None:
-        return f"{anomaly.before:.4g} to {anomaly.after:.4g}"
-    return f"{anomaly.before:.4g} to {anomaly.after:.4g} {anomaly.unit} ({100 * (anomaly.ratio - 1):+.1f} %)"
-
-
 def _check(threshold: float, false_alarms: float, last: int) -> None:
-    if not 0 <= threshold < 1:
-        raise InputError("out of range", field="threshold", value=threshold, allowed="0 <= threshold < 1")
-    if not 0 < false_alarms < 1:
-        raise InputError("out of range", field="false_alarms", value=false_alarms, allowed="between 0 and 1")
-    if last < 1:
-        raise InputError("out of range", field="last", value=last, allowed="1 or more")
+    for field, value, holds, allowed in (
+        ("threshold", threshold, 0 <= threshold < 1, "0 <= threshold < 1"),
+        ("false_alarms", false_alarms, 0 < false_alarms < 1, "between 0 and 1"),
+        ("last", last, last >= 1, "1 or more"),
+    ):
+        if not holds:
+            raise InputError("out of range", field=field, value=value, allowed=allowed)
 
 
 def _runs(entries: Sequence[HistoryEntry]) -> tuple[Run, ...]:
@@ -229,12 +246,10 @@ def _runs(entries: Sequence[HistoryEntry]) -> tuple[Run, ...]:
 def _differences(before: HistoryEntry | None, now: HistoryEntry) -> Iterable[str]:
     if before is None:
         return
-    for name, value in now.settings.items():
-        if before.settings.get(name) != value:
-            yield f"{name} {before.settings.get(name)} -> {value}"
-    for name, value in now.versions.items():
-        if before.versions.get(name) != value:
-            yield f"{name} {before.versions.get(name)} -> {value}"
+    for old, new in ((before.settings, now.settings), (before.versions, now.versions)):
+        for name, value in new.items():
+            if old.get(name) != value:
+                yield f"{name} {old.get(name)} -> {value}"
     stages = [name for name, key in now.stages.items() if before.stages.get(name) != key]
     if stages:
         yield f"stages done again: {', '.join(stages)}"
@@ -289,7 +304,3 @@ def _anomaly(series: Series, change: Change, runs: Sequence[Run]) -> Anomaly:
         changed=run.changed,
         dense_too=False,
     )
-
-
-def _with_dense(anomaly: Anomaly) -> Anomaly:
-    return replace(anomaly, dense_too=True)

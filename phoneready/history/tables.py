@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from phoneready.figures.figure_set import DENSE
 from phoneready.figures.verdict import format_figure
-from phoneready.history.history import Anomaly, History, Series
+from phoneready.history.history import History, Series
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import table_of_cells
 
-_WORDS = {True: "worse", False: "better", None: "changed"}
 _SHOWN = 6
 """Newest runs in the table of figures."""
 
@@ -21,51 +20,22 @@ def format_history(history: History, *, every: bool = False) -> str:
         every: Show the dense model's figures, too.
     """
     runs = [
-        [
-            str(run.number),
-            *(run.name, run.time, run.outcome, "; ".join(run.changed) or "-"),
-        ]
+        [str(run.number), run.name, run.time, run.outcome, "; ".join(run.changed) or "-"]
         for run in history.runs
     ]
+    told = [f"- {escape_markdown(anomaly.describe())}" for anomaly in history.anomalies]
     parts = [
         f"{escape_markdown(history.source)}: {len(runs)} runs",
         table_of_cells(
             ["run", "name", "time (UTC)", "budgets", "changed since the run before"], runs
         ).markdown(),
         _figures(history, every=every),
-    ]
-    told = describe_anomalies(history)
-    if told:
-        parts.append(
-            "Changes that the noise does not explain:\n\n"
-            + "\n".join(f"- {escape_markdown(text)}" for text, _ in told)
-        )
-    else:
-        parts.append("No change that the noise does not explain.")
-    parts.append(
+        "Changes that the noise does not explain:" if told else "No change that the noise does not explain.",
+        "\n".join(told),
         f"(more than {history.threshold:.0%}; in a history without changes "
-        f"the chance to see any is at most {history.false_alarms:.0%})"
-    )
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
-
-
-def describe_anomalies(history: History) -> list[tuple[str, bool | None]]:
-    """Every anomaly as a sentence, and whether it is for the worse."""
-    return [(_sentence(anomaly), anomaly.worse) for anomaly in history.anomalies]
-
-
-def _sentence(anomaly: Anomaly) -> str:
-    before, after = (format_figure(value, anomaly.unit) for value in (anomaly.before, anomaly.after))
-    share = "" if anomaly.ratio is None else f", {100 * (anomaly.ratio - 1):+.1f} %"
-    noise = f" (single runs scatter by {anomaly.noise:.1%})" if anomaly.noise else ""
-    whose = " of the dense model" if anomaly.role == DENSE else ""
-    text = (
-        f"{_WORDS[anomaly.worse]}: {anomaly.series}{whose}, {anomaly.kind} since {anomaly.name} "
-        f"(run {anomaly.run}): {before} to {after}{share}{noise}"
-    )
-    if anomaly.dense_too:
-        text += "; the dense model's figure changed with it, so look at the machine and the runtime"
-    return text + (f"; that run: {'; '.join(anomaly.changed)}" if anomaly.changed else "")
+        f"the chance to see any is at most {history.false_alarms:.0%})",
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part) + "\n"
 
 
 def _figures(history: History, *, every: bool) -> str:

@@ -62,6 +62,15 @@ def bench_settled(output: Path) -> bool:
     return all(record.ok or record.memory_verdict == DOES_NOT_FIT for record in records)
 
 
+def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
+    """What the names of a model's files begin with; `source` is what the dense model is called."""
+    suffix = DENSE
+    if role == PRUNED:
+        percent = f"{100 * config.prune.prune_ratio:g}".replace(".", "_")
+        suffix = f"pruned{percent}{'-recovered' if config.recover else ''}"
+    return file_stem(f"{source}-{suffix}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The stages' work for one configuration and release folder.
@@ -112,12 +121,7 @@ class Steps:
         return Artifact(role, item, model.name, model.root, model.path)
 
     def _stem(self, role: str) -> str:
-        """What the names of a model's files begin with."""
-        suffix = DENSE
-        if role == PRUNED:
-            percent = f"{100 * self.config.prune.prune_ratio:g}".replace(".", "_")
-            suffix = f"pruned{percent}{'-recovered' if self.config.recover else ''}"
-        return file_stem(f"{read_checkpoint_info(self._exported(role)).source.name}-{suffix}")
+        return model_stem(self.config, read_checkpoint_info(self._exported(role)).source.name, role)
 
     def _exported(self, role: str) -> Path:
         """The checkpoint that a model's exports are made from."""

@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from phoneready.report.escape import spelled_out
+from cfsp.errors import MissingExtraError
+from phoneready.report.escape import script_json, spelled_out
+from phoneready.report.plot_style import DARK
 
 KINDS = {
     "measured": "Measured on the device that is named.",
@@ -39,6 +43,34 @@ def plotly_script() -> str:
     except ImportError:
         return ""
     return str(get_plotlyjs())
+
+
+def plots_page(template: str, plots: Mapping[str, Any], **shown: Any) -> str:
+    """A page of plots, complete in itself.
+
+    Args:
+        template: Name of its template.
+        plots: Id of an element -> plotly's figure in it.
+        shown: What else the template shows.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    plotly = plotly_script()
+    if not plotly:
+        raise MissingExtraError("plotly", "report")
+    scripts = [Markup(text) for text in (plotly, resource("report.js"))]
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            shown,
+            specs=Markup(script_json({"plots": plots, "dark": dict(DARK)})),
+            scripts=scripts,
+            style=Markup(resource("report.css")),
+            policy=content_policy(scripts),
+        )
+    )
 
 
 def resource(name: str) -> str:

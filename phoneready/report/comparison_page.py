@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from markupsafe import Markup
-
-from cfsp.errors import MissingExtraError
 from phoneready.console import format_bytes
-from phoneready.report.assets import KINDS, content_policy, environment, plotly_script, resource
-from phoneready.report.escape import plot_text, script_json
+from phoneready.report.assets import KINDS, plots_page
+from phoneready.report.escape import plot_text
 from phoneready.report.model_points import ModelPoint, PointGroup, Quality
-from phoneready.report.plot_style import DARK, SOFT, STEPS, SYMBOLS, plot_layout
+from phoneready.report.plot_style import SOFT, STEPS, SYMBOLS, plot_layout
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records import summary
@@ -24,27 +21,19 @@ def render_comparison(groups: Sequence[PointGroup], quality: Quality | None) -> 
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    plotly = plotly_script()
-    if not plotly:
-        raise MissingExtraError("plotly", "report")
     names = short_names(
         [p.record.model_filename for g in groups for p in g.points]
         + [f for g in groups for f, _ in g.left_out]
     )
-    figures = {f"plot-{i}": models_figure(group, quality, names) for i, group in enumerate(groups)}
-    scripts = [Markup(text) for text in (plotly, resource("report.js"))]
-    context = {
-        "groups": [
+    return plots_page(
+        "comparison.html.j2",
+        {f"plot-{i}": models_figure(group, quality, names) for i, group in enumerate(groups)},
+        groups=[
             (f"plot-{i}", group, KINDS[group.kind], _rows(group, names)) for i, group in enumerate(groups)
         ],
-        "quality": quality.name if quality else None,
-        "names": names,
-        "specs": Markup(script_json({"plots": figures, "dark": dict(DARK)})),
-        "scripts": scripts,
-        "style": Markup(resource("report.css")),
-        "policy": content_policy(scripts),
-    }
-    return environment().get_template("comparison.html.j2").render(context)
+        quality=quality.name if quality else None,
+        names=names,
+    )
 
 
 def models_figure(group: PointGroup, quality: Quality | None, names: dict[str, str]) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import InputError, require_extra
+from cfsp.errors import require_extra
+from cfsp.reading import as_input_error
 from cfsp.records import read_record
 from phoneready.figures.figure_set import FIGURES_FILE, PRUNED, Figure, FigureSet
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
@@ -32,18 +32,6 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class _Release:
-    """What is logged of a finished release."""
-
-    folder: Path
-    manifest: ReleaseManifest
-    figures: FigureSet
-    verdicts: Verdicts
-    label: str | None
-    id: str
-
-
 def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = None) -> str:
     """Log a finished release; one that was logged before, unchanged, is not logged again.
 
@@ -60,55 +48,46 @@ def log_release(tracking: TrackingConfig, folder: Path, *, label: str | None = N
         MissingExtraError: MLflow is not installed.
     """
     require_extra("mlflow", "track")
-    release = _Release(
-        folder,
-        read_record(ReleaseManifest, folder / MANIFEST_FILE),
-        read_record(FigureSet, folder / FIGURES_FILE),
-        read_record(Verdicts, folder / VERDICTS_FILE),
-        label,
-        read_entries(folder / HISTORY_FILE)[-1].id,
-    )
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
-        return _log(tracking, release)
-    except Exception as error:  # the client raises whatever its store, its transport or its database raises
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(
-            f"the release in {folder} is complete, but could not be logged: {reason}",
-            field="tracking.mlflow",
-            value=tracking.mlflow,
-        ) from error
-
-
-def _log(tracking: TrackingConfig, release: _Release) -> str:
     import mlflow
+
+    manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
+    figures = read_record(FigureSet, folder / FIGURES_FILE)
+    tags = _tags(folder, manifest)
+    with as_input_error(
+        f"tracking.mlflow: the release in {folder} is complete, but could not be logged in {tracking.mlflow}"
+    ):
+        client: Any = mlflow.MlflowClient(tracking_uri=tracking.mlflow)
+        experiment = _experiment(client, tracking)
+        same = f"tags.`{_ID}` = '{tags[_ID]}' and attributes.status = 'FINISHED'"
+        for run in client.search_runs([experiment], same):
+            return str(run.info.run_id)
+        run_id = str(client.create_run(experiment, run_name=label, tags=tags).info.run_id)
+        status = "FAILED"
+        try:
+            _log_figures(client, run_id, manifest, figures)
+            for path in _artifacts(folder, manifest, files=tracking.files):
+                if path.is_dir():
+                    client.log_artifacts(run_id, str(path), path.name)
+                else:
+                    client.log_artifact(run_id, str(path))
+            status = "FINISHED"
+        finally:
+            client.set_terminated(run_id, status)
+    return run_id
+
+
+def _log_figures(client: Any, run_id: str, manifest: ReleaseManifest, figures: FigureSet) -> None:
     from mlflow.entities import Metric, Param
 
-    client: Any = mlflow.MlflowClient(tracking_uri=tracking.mlflow)
-    experiment = _experiment(client, tracking)
-    before = client.search_runs(
-        [experiment], f"tags.`{_ID}` = '{release.id}' and attributes.status = 'FINISHED'"
-    )
-    if before:
-        return str(before[0].info.run_id)
-    run_id = str(client.create_run(experiment, run_name=release.label, tags=_tags(release)).info.run_id)
-    status = "FAILED"
-    try:
-        now = int(time.time() * 1000)
-        for parameters in _parts(list(_parameters(release.manifest)), _MOST_PARAMETERS):
-            client.log_batch(run_id, params=[Param(name, value) for name, value in parameters])
-        for metrics in _parts(list(_metrics(release.figures.figures)), _MOST_METRICS):
-            client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics])
-        for path in _artifacts(release, files=tracking.files):
-            if path.is_dir():
-                client.log_artifacts(run_id, str(path), path.name)
-            else:
-                client.log_artifact(run_id, str(path))
-        status = "FINISHED"
-    finally:
-        client.set_terminated(run_id, status)
-    return run_id
+    now = int(time.time() * 1000)
+    parameters = [Param(name, value) for name, value in _parameters(manifest)]
+    metrics = [Metric(name, value, now, 0) for name, value in _metrics(figures.figures)]
+    for start in range(0, len(parameters), _MOST_PARAMETERS):
+        client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
+    for start in range(0, len(metrics), _MOST_METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + _MOST_METRICS])
 
 
 def _experiment(client: Any, tracking: TrackingConfig) -> str:
@@ -127,13 +106,12 @@ def _beside(tracking: TrackingConfig) -> dict[str, str]:
     return {"artifact_location": (database.parent / f"{database.stem}-artifacts").as_uri()}
 
 
-def _tags(release: _Release) -> dict[str, str]:
-    manifest = release.manifest
+def _tags(folder: Path, manifest: ReleaseManifest) -> dict[str, str]:
     return {
-        _ID: release.id,
+        _ID: read_entries(folder / HISTORY_FILE)[-1].id,
         "phoneready.source": manifest.source.reference,
         "phoneready.source_sha256": manifest.source.sha256 or "",
-        "phoneready.outcome": release.verdicts.outcome,
+        "phoneready.outcome": read_record(Verdicts, folder / VERDICTS_FILE).outcome,
         "phoneready.version": manifest.versions.get("phoneready", ""),
     }
 
@@ -165,17 +143,12 @@ def _name(text: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", text)
 
 
-def _artifacts(release: _Release, *, files: bool) -> Iterator[Path]:
+def _artifacts(folder: Path, manifest: ReleaseManifest, *, files: bool) -> Iterator[Path]:
     """Records and reports at the top of the folder, and the exported files where they are wanted."""
-    exported = {file.file for file in release.manifest.files}
-    for path in sorted(release.folder.iterdir()):
+    exported = {file.file for file in manifest.files}
+    for path in sorted(folder.iterdir()):
         if path.name in exported:
             if files:
                 yield path
         elif path.is_file() and path.suffix in _KEPT:
             yield path
-
-
-def _parts(values: Sequence[Any], most: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(values), most):
-        yield values[start : start + most]

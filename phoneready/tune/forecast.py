@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from phoneready.figures.metrics import METRICS, metric_of
-from phoneready.tune.limits import BudgetCheck, Judged, Limits
+from phoneready.tune.limits import BudgetCheck, Judged
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
+from phoneready.tune.result import TrialRow
 from phoneready.tune.space import Point
 
 _LEAST = 1e-6
@@ -18,63 +18,74 @@ _OFFSETS = MappingProxyType({"file": 0.7, "allocation": 0.2, "align": 0.1, "reco
 
 @dataclass(frozen=True)
 class MeasuredPoint:
-    """A point that was measured.
+    """A trial, and what the budgets say of it."""
 
-    Attributes:
-        point: The point.
-        removed: Share of FFN channels that went.
-        file_bytes: Size of the file.
-        divergence: Mean KL divergence over the texts, in nats.
-        judged: The budgets' verdicts.
-    """
-
-    point: Point
-    removed: float
-    file_bytes: int
-    divergence: float
+    row: TrialRow
     judged: Judged
+
+    @property
+    def point(self) -> Point:
+        """What was measured."""
+        return self.row.point
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """How a kind of figure is predicted.
+    """A figure as something positive that grows as it gets worse: (sign * (figure - best)) ** power.
 
     Attributes:
-        to: The figure as something positive that grows as it gets worse.
-        back: Its inverse.
-        x: What it follows: from the share removed.
         prior: What is believed of it.
+        of_size: Whether it follows what stays of the model, or what went.
+        best: What it moves away from.
+        sign: 1, or -1 of what gets worse as it gets less.
+        power: 1, or -1 of what gets worse as it gets closer to `best`.
     """
 
-    to: Callable[[float], float]
-    back: Callable[[float], float]
-    x: Callable[[float], float]
     prior: Prior
+    of_size: bool = False
+    best: float = 0.0
+    sign: int = 1
+    power: int = 1
+
+    def to(self, figure: float) -> float:
+        return max(self.sign * (figure - self.best), _LEAST) ** self.power
+
+    def back(self, lost: float) -> float:
+        return self.best + self.sign * max(lost, _LEAST) ** self.power
+
+    def x(self, removed: float) -> float:
+        return 1 - removed if self.of_size else removed + 0.02
 
 
-def _same(value: float) -> float:
-    return value
+def _scale(check: BudgetCheck) -> _Scale:
+    """Costs follow the size, speeds its inverse; a quality moves away from the best there is."""
+    metric, budget = metric_of(check.budget.metric), check.budget
+    side = 1 if budget.is_upper else -1
+    if not metric.is_quality:
+        return _Scale(Prior(0.7, 0.4, 0.3, _OFFSETS), of_size=True, power=side)
+    if metric.best is None or (budget.is_ratio and metric.best):
+        return _Scale(_quality_prior(metric.slope), power=side)
+    return _Scale(_quality_prior(metric.slope), best=metric.best, sign=side)
 
 
-def _inverse(value: float) -> float:
-    return 1 / max(value, _LEAST)
+def _quality_prior(slope: float) -> Prior:
+    return Prior(slope, 0.5, 0.3, _OFFSETS)
 
 
-def _rest(value: float) -> float:
-    return 1 - value
+class _Curve:
+    """One figure over all points, from those at which it was measured."""
 
+    def __init__(self, scale: _Scale, measured: Sequence[tuple[MeasuredPoint, float]]) -> None:
+        known = [
+            Observation(one.point.recipe.settings, scale.x(one.row.removed), scale.to(value))
+            for one, value in measured
+        ]
+        self._scale, self._predictor = scale, Predictor(known, scale.prior)
 
-def _removed(share: float) -> float:
-    return share + 0.02
-
-
-def _quality(to: Callable[[float], float], back: Callable[[float], float], slope: float) -> _Scale:
-    return _Scale(to, back, _removed, Prior(slope, 0.5, 0.3, _OFFSETS))
-
-
-_DIVERGENCE = _quality(_same, _same, METRICS["kl_mean"].slope)
-_COST = _Scale(_same, _same, _rest, Prior(0.7, 0.4, 0.3, _OFFSETS))
-_SPEED = _Scale(_inverse, _inverse, _rest, Prior(0.7, 0.4, 0.3, _OFFSETS))
+    def at(self, point: Point) -> Prediction:
+        found = self._predictor.predict(point.recipe.settings, self._scale.x(point.prune_ratio))
+        value, *ends = map(self._scale.back, found)
+        return Prediction(value, min(ends), max(ends))
 
 
 class Forecast:
@@ -82,92 +93,48 @@ class Forecast:
 
     Args:
         tried: The trials; without any nothing is predicted.
-        limits: The budgets.
     """
 
-    def __init__(self, tried: Sequence[MeasuredPoint], limits: Limits) -> None:
-        self._tried, self._limits = tried, limits
-        self._held: dict[str, list[tuple[MeasuredPoint, BudgetCheck]]] = {}
+    def __init__(self, tried: Sequence[MeasuredPoint]) -> None:
+        divergence = _Scale(_quality_prior(METRICS["kl_mean"].slope))
+        self._divergence = _Curve(divergence, [(one, one.row.divergence) for one in tried]) if tried else None
+        checks: dict[str, BudgetCheck] = {}
+        measured: dict[str, list[tuple[MeasuredPoint, float]]] = {}
         for one in tried:
-            for held in one.judged.held:
-                if held.verdict.value is not None:
-                    self._held.setdefault(held.name, []).append((one, held))
-        self._predictor = functools.cache(self._make_predictor)
+            for check in one.judged.held:
+                if check.verdict.value is not None:
+                    checks.setdefault(check.name, check)
+                    measured.setdefault(check.name, []).append((one, check.verdict.value))
+        self._limited = [(check, _Curve(_scale(check), measured[name])) for name, check in checks.items()]
 
     def divergence(self, point: Point) -> Prediction | None:
         """The goal's KL divergence at a point, in nats."""
-        if not self._tried:
-            return None
-        return self._divergence.predict(point.recipe.settings, _removed(point.prune_ratio))
+        return self._divergence.at(point) if self._divergence else None
 
     def figures(self, point: Point) -> dict[str, Prediction]:
         """What budgets limit and had to be measured, by the names that people read, in the figures' units."""
-        found = {}
-        for name, held in self._held.items():
-            if not self._concerns(held[0], point) or metric_of(held[0][1].budget.metric).is_exact:
-                continue
-            scale = _scale(held[0][1])
-            predicted = self._predictor(name).predict(point.recipe.settings, scale.x(point.prune_ratio))
-            low, high = sorted((scale.back(predicted.low), scale.back(predicted.high)))
-            found[held[0][1].label] = Prediction(scale.back(predicted.value), low, high)
-        return found
+        return {
+            check.label: curve.at(point)
+            for check, curve in self._concerning(point)
+            if not metric_of(check.budget.metric).is_exact
+        }
 
-    def knows(self, family: str) -> bool:
-        """Whether any figure of a family that a budget limits was measured."""
-        return any(held[0][1].family == family for held in self._held.values())
+    @property
+    def knows_quality(self) -> bool:
+        """Whether any quality that a budget limits was measured."""
+        return any(check.is_quality for check, _ in self._limited)
 
-    def meets(self, point: Point, family: str) -> bool:
-        """Whether a point is expected to be within all budgets of a family, as far as trials say anything."""
+    def meets(self, point: Point, *, quality: bool) -> bool:
+        """Whether a point is expected to be within all budgets of qualities, or of costs, as far as trials tell."""
         return all(
-            self._expected_excess(name, point) <= 0
-            for name, held in self._held.items()
-            if held[0][1].family == family and self._concerns(held[0], point)
+            check.excess(curve.at(point).value) <= 0
+            for check, curve in self._concerning(point)
+            if check.is_quality == quality
         )
 
-    @functools.cached_property
-    def _divergence(self) -> Predictor:
-        return Predictor(
-            [
-                Observation(one.point.recipe.settings, _removed(one.removed), max(one.divergence, _LEAST))
-                for one in self._tried
-            ],
-            _DIVERGENCE.prior,
-        )
-
-    def _concerns(self, held: tuple[MeasuredPoint, BudgetCheck], point: Point) -> bool:
-        """Whether a budget limits files of the point's kind."""
-        files = held[1].budget.files
-        return not files or point.recipe.item in files or "checkpoint" in files
-
-    def _expected_excess(self, name: str, point: Point) -> float:
-        held = self._held[name][0][1]
-        scale = _scale(held)
-        predicted = self._predictor(name).predict(point.recipe.settings, scale.x(point.prune_ratio)).value
-        sign = 1 if held.budget.is_upper else -1
-        return sign * (scale.back(predicted) - held.budget.limit)
-
-    def _make_predictor(self, name: str) -> Predictor:
-        scale = _scale(self._held[name][0][1])
-        return Predictor(
-            [
-                Observation(
-                    one.point.recipe.settings,
-                    scale.x(one.removed),
-                    max(scale.to(float(held.verdict.value or 0.0)), _LEAST),
-                )
-                for one, held in self._held[name]
-            ],
-            scale.prior,
-        )
-
-
-def _scale(held: BudgetCheck) -> _Scale:
-    """Costs follow the size, speeds its inverse; a quality moves away from the best there is."""
-    metric, budget = metric_of(held.budget.metric), held.budget
-    if not metric.is_quality:
-        return _COST if budget.is_upper else _SPEED
-    best, sign = metric.best, 1 if budget.is_upper else -1
-    if best is None or (budget.is_ratio and best):
-        side = _same if budget.is_upper else _inverse
-        return _quality(side, side, metric.slope)
-    return _quality(lambda value: sign * (value - best), lambda lost: best + sign * lost, metric.slope)
+    def _concerning(self, point: Point) -> Iterator[tuple[BudgetCheck, _Curve]]:
+        """The figures whose budgets limit files of the point's kind."""
+        for check, curve in self._limited:
+            files = check.budget.files
+            if not files or point.recipe.item in files or "checkpoint" in files:
+                yield check, curve

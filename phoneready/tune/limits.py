@@ -15,19 +15,6 @@ from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import ReleaseConfig, TuneConfig
 from phoneready.tune.space import Point, config_of
 
-QUALITY, COST = "quality", "cost"
-"""What gets worse with every channel that goes, and what gets better."""
-
-
-def family(metric: str) -> str:
-    """QUALITY or COST."""
-    return QUALITY if metric_of(metric).is_quality else COST
-
-
-def objective_item(tune: TuneConfig, item: str) -> str:
-    """Whose divergence is minimized: the file's or the checkpoint's."""
-    return CHECKPOINT if tune.judge == CHECKPOINT else item
-
 
 @dataclass(frozen=True)
 class BudgetCheck:
@@ -42,9 +29,9 @@ class BudgetCheck:
     verdict: BudgetVerdict
 
     @property
-    def family(self) -> str:
-        """QUALITY or COST."""
-        return family(self.budget.metric)
+    def is_quality(self) -> bool:
+        """Whether it gets worse with every channel that goes; else it is a cost."""
+        return metric_of(self.budget.metric).is_quality
 
     @property
     def name(self) -> str:
@@ -57,18 +44,11 @@ class BudgetCheck:
         """The figure's name in tables."""
         return self.verdict.metric + (f" on {self.verdict.target}" if self.verdict.target else "")
 
-    @property
-    def missed(self) -> bool:
-        """Whether the whole interval is beyond the limit."""
-        return self.verdict.outcome == MISSED
-
-    @property
-    def excess(self) -> float:
-        """How far beyond the limit, relative to it; negative within it, inf of a figure that is not known."""
-        limit, value = self.budget.limit, self.verdict.value
+    def excess(self, value: float | None) -> float:
+        """How far a figure is beyond the limit, relative to it; negative within it, inf of one that is not known."""
         if value is None:
             return math.inf
-        sign = 1 if self.budget.is_upper else -1
+        sign, limit = 1 if self.budget.is_upper else -1, self.budget.limit
         return sign * (value - limit) / (abs(limit) or 1.0)
 
     def describe(self) -> str:
@@ -90,7 +70,7 @@ class Judged:
     @property
     def missed(self) -> tuple[BudgetCheck, ...]:
         """The budgets that it does not meet."""
-        return tuple(one for one in self.held if one.missed)
+        return tuple(one for one in self.held if one.verdict.outcome == MISSED)
 
     @property
     def meets(self) -> bool:
@@ -105,11 +85,11 @@ class Judged:
     @property
     def violation(self) -> float:
         """How far it is from meeting the budget that it misses most, relative to it; 0 where it meets all."""
-        return max((one.excess for one in self.missed), default=0.0)
+        return max((one.excess(one.verdict.value) for one in self.missed), default=0.0)
 
-    def meets_family(self, name: str) -> bool:
-        """Whether it misses none of QUALITY or of COST."""
-        return not any(one.family == name for one in self.missed)
+    def misses(self, *, quality: bool) -> bool:
+        """Whether it misses a budget of a quality, or one of a cost."""
+        return any(one.is_quality == quality for one in self.missed)
 
     def describe(self) -> str:
         """What is missed, for people."""
@@ -128,26 +108,20 @@ class Limits:
     config: ReleaseConfig
     baseline: FigureSet | None = None
 
-    def budgets(self, point: Point) -> tuple[BudgetConfig, ...]:
-        """Those that a point has to meet."""
-        return config_of(self.config, point).budgets
+    @property
+    def tune(self) -> TuneConfig:
+        """What may vary, and what is best."""
+        return self.config.tune or TuneConfig()
 
-    def wanted(self, point: Point) -> tuple[FigureKey, ...]:
-        """The figures that budgets limit at a point."""
+    def objective_item(self, point: Point) -> str:
+        """Whose divergence is minimized: the file's or the checkpoint's."""
+        return CHECKPOINT if self.tune.judge == CHECKPOINT else point.recipe.item
+
+    def wanted(self, point: Point, relative_to: str | None = None) -> tuple[FigureKey, ...]:
+        """The figures that budgets limit at a point: all, or those that are limited relative to something."""
         config = config_of(self.config, point)
         keys = [key for key in planned_figures(config) if key.item in (point.recipe.item, CHECKPOINT)]
-        return tuple(dict.fromkeys(key for budget in config.budgets for key in select(budget, keys)))
-
-    def exact(self, point: Point) -> tuple[FigureKey, ...]:
-        """Those of them that widths alone settle."""
-        return tuple(
-            key for key in self.wanted(point) if metric_of(key.metric).is_exact and point.recipe.is_sized
-        )
-
-    def relative(self, point: Point) -> tuple[FigureKey, ...]:
-        """Those that need the dense model's figure beside them."""
-        keys = self.wanted(point)
-        budgets = [b for b in self.budgets(point) if b.relative_to == "dense"]
+        budgets = [one for one in config.budgets if relative_to in (None, one.relative_to)]
         return tuple(dict.fromkeys(key for budget in budgets for key in select(budget, keys)))
 
     def judge(self, point: Point, figures: Iterable[Figure]) -> Judged:
@@ -164,7 +138,7 @@ class Limits:
         return Judged(
             tuple(
                 BudgetCheck(budget, verdict)
-                for budget in self.budgets(point)
+                for budget in config_of(self.config, point).budgets
                 if select(budget, present)
                 for verdict in judge_all([budget], found, self.baseline)
             )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +56,7 @@ class Observation:
     y: float
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """A figure that was not measured: the middle, and the ends of its 95 % interval."""
 
     value: float
@@ -80,8 +80,13 @@ class Predictor:
         X = np.stack([self._row(o.settings, o.x) for o in observations])
         y = np.array([math.log(o.y) for o in observations])
         mean, variances = self._prior_of_columns(float(y.mean()))
-        self._fits = [_fit(X, y, mean, variances, noise) for noise in _NOISES]
-        evidences = np.array([fit.log_evidence for fit in self._fits])
+        # The posterior of the coefficients under every noise; Bishop, Pattern Recognition and Machine Learning, 3.3.
+        residual, gain = y - X @ mean, (X * variances).T
+        marginals = X @ gain + (_NOISES**2)[:, None, None] * np.eye(len(y))
+        solved = np.linalg.solve(marginals, np.column_stack([residual, gain.T])[None])
+        self._means = mean + solved[:, :, 0] @ gain.T
+        self._covariances = np.diag(variances) - gain @ solved[:, :, 1:]
+        evidences = -0.5 * (solved[:, :, 0] @ residual + np.linalg.slogdet(marginals)[1])
         weights = np.exp(evidences - evidences.max())
         self._weights = weights / weights.sum()
 
@@ -94,13 +99,8 @@ class Predictor:
             for name, value in settings.items()
             if (name, value) not in self._columns
         )
-        means = np.array([float(row @ fit.mean) for fit in self._fits])
-        variances = np.array(
-            [
-                float(row @ fit.covariance @ row) + noise**2 + unseen
-                for fit, noise in zip(self._fits, _NOISES, strict=True)
-            ]
-        )
+        means = self._means @ row
+        variances = self._covariances @ row @ row + _NOISES**2 + unseen
         middle = float(self._weights @ means)
         spread = math.sqrt(float(self._weights @ (variances + means**2)) - middle**2)
         low, high = (math.exp(middle + sign * NORMAL_95 * spread) for sign in (-1, 1))
@@ -124,23 +124,3 @@ class Predictor:
         for (name, _), column in self._columns.items():
             sd[column] = max(p.offset_sd.get(name, 0.0), 1e-6)
         return mean, sd**2
-
-
-@dataclass(frozen=True)
-class _Fit:
-    mean: _Array
-    covariance: _Array
-    log_evidence: float
-
-
-def _fit(X: _Array, y: _Array, mean: _Array, variances: _Array, noise: float) -> _Fit:
-    """Posterior of the coefficients under a known noise; Bishop, Pattern Recognition and Machine Learning, 3.3."""
-    residual = y - X @ mean
-    marginal = X @ np.diag(variances) @ X.T + noise**2 * np.eye(len(y))
-    solved = np.linalg.solve(marginal, np.column_stack([residual, X * variances]))
-    gain = (X * variances).T
-    posterior = mean + gain @ solved[:, 0]
-    covariance = np.diag(variances) - gain @ solved[:, 1:]
-    _, logdet = np.linalg.slogdet(marginal)
-    evidence = -0.5 * float(residual @ solved[:, 0] + logdet)
-    return _Fit(posterior, covariance, evidence)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cfsp.records import record_to_json
 from phoneready.console import format_bytes
 from phoneready.settings.release import beside
 from phoneready.settings.schema import SIZE, ReleaseConfig
-from phoneready.tune.space import Point, config_of
-from runtime_bench.presentation.table import table_of_cells
+from phoneready.tune.space import Point, Recipe, config_of
+from runtime_bench.presentation.table import Column, Table
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,11 @@ class TrialRow:
     is_open: bool
     missed: str
     seconds: float
+
+    @property
+    def point(self) -> Point:
+        """What was made."""
+        return Point(Recipe(self.file, self.allocation, self.align, self.recover), self.prune_ratio)
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,6 @@ def release_toml(config: ReleaseConfig, point: Point) -> str:
     return head + tomli_w.dumps(chosen)
 
 
-def result_to_json(result: TuneResult) -> dict[str, Any]:
-    """As a document."""
-    found: dict[str, Any] = json.loads(json.dumps(record_to_json(result)))
-    return found
-
-
 def format_result(result: TuneResult) -> str:
     """The Pareto table, all other trials, what comes next."""
     on_front = [row for number in result.pareto for row in result.trials if row.number == number]
@@ -175,35 +172,50 @@ def _chosen(best: TrialRow) -> str:
 
 
 def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.others))
-    header = ["trial", "prune ratio", "file", "allocation", "align", "recovered", "size", "KL", "expected"]
-    cells = []
-    for row in rows:
-        expected = "-"
-        if row.expected is not None:
-            expected = "{:.3f} ({:.3f} to {:.3f})".format(*row.expected)
-        figures = [f"{row.others[name]:.4g}" if name in row.others else "-" for name in names]
-        verdict = "chosen" if row.number == chosen else "meets" if row.meets else row.missed
-        size = f"{row.file_bytes / 1e6:.2f} MB"
-        cells.append(
-            [
-                *(str(row.number), f"{row.prune_ratio:.4f}", row.file, row.allocation, str(row.align)),
-                *("yes" if row.recover else "no", size, f"{row.divergence:.4f}", expected),
-                *(*figures, verdict),
-            ]
-        )
-    return table_of_cells([*header, *names, "budgets"], cells).markdown()
+    def verdict(row: TrialRow) -> str:
+        return "chosen" if row.number == chosen else "meets" if row.meets else row.missed
+
+    columns: list[Column[TrialRow]] = [
+        Column("trial", lambda row: row.number),
+        Column("prune ratio", lambda row: f"{row.prune_ratio:.4f}", right=True),
+        Column("file", lambda row: row.file, right=True),
+        Column("allocation", lambda row: row.allocation, right=True),
+        Column("align", lambda row: row.align, right=True),
+        Column("recovered", lambda row: "yes" if row.recover else "no", right=True),
+        Column("size", lambda row: _megabytes(row.file_bytes), right=True),
+        Column("KL", lambda row: f"{row.divergence:.4f}", right=True),
+        Column("expected", lambda row: format_expected(row.expected), right=True),
+        *(_other(name, "{:.4g}".format) for name in _names(rows)),
+        Column("budgets", verdict, right=True),
+    ]
+    return Table(columns, rows).markdown()
 
 
 def _outlook_table(rows: Sequence[Outlook]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row.others))
-    cells = [
-        [
-            f"{row.prune_ratio:.4f}",
-            "-" if row.file_bytes is None else f"{row.file_bytes / 1e6:.2f} MB",
-            "{:.3f} ({:.3f} to {:.3f})".format(*row.divergence),
-            *("{:.4g} ({:.4g} to {:.4g})".format(*row.others[n]) if n in row.others else "-" for n in names),
-        ]
-        for row in rows
+    columns: list[Column[Outlook]] = [
+        Column("prune ratio", lambda row: f"{row.prune_ratio:.4f}"),
+        Column("size", lambda row: _megabytes(row.file_bytes), right=True),
+        Column("KL", lambda row: format_expected(row.divergence), right=True),
+        *(_other(name, lambda value: format_expected(value, ".4g")) for name in _names(rows)),
     ]
-    return table_of_cells(["prune ratio", "size", "KL", *names], cells).markdown()
+    return Table(columns, rows).markdown()
+
+
+def _names(rows: Sequence[TrialRow] | Sequence[Outlook]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.others))
+
+
+def _other(name: str, form: Callable[[Any], str | None]) -> Column[Any]:
+    return Column(name, lambda row: form(row.others[name]) if name in row.others else None, right=True)
+
+
+def _megabytes(n_bytes: int | None) -> str | None:
+    return None if n_bytes is None else f"{n_bytes / 1e6:.2f} MB"
+
+
+def format_expected(expected: tuple[float, float, float] | None, form: str = ".3f") -> str | None:
+    """What is predicted of a figure, with the ends of its interval; None of what nothing is predicted of."""
+    if expected is None:
+        return None
+    value, low, high = (format(one, form) for one in expected)
+    return f"{value} ({low} to {high})"

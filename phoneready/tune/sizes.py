@@ -6,12 +6,13 @@ import copy
 import math
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from cfsp.models.architectures import block_linears, decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -45,8 +46,7 @@ class Sizes:
     use_imatrix: bool
     seed: int
     n_threads: int
-    _templates: dict[tuple[str, str, bool], SizeTemplate] = field(default_factory=dict)
-    _known: FileShape | None = None
+    _templates: dict[tuple[str, bool, bool], tuple[FileShape, SizeTemplate]] = field(default_factory=dict)
 
     def file_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
         """Size of the file with this shape, exact to one step of its alignment (32 bytes).
@@ -56,25 +56,24 @@ class Sizes:
             shape: Of the model.
             dense: Whether it is the dense model's, which carries no plan's hash.
         """
-        template = self._template(item, shape, dense=dense)
-        return self._files.file_bytes(template, shape)
+        files, template = self._template(item, shape, dense)
+        return files.file_bytes(template, shape)
 
     def facts(self, item: str, shape: ModelShape) -> ModelFacts:
         """What a projection to a device needs to know of it."""
-        template = self._template(item, shape)
-        config = self._files.config
-        tensors = self._files.tensors(template, shape)
+        files, template = self._template(item, shape, dense=False)
+        config, tensors = files.config, files.tensors(template, shape)
         has_head = any(t.name == _HEAD for t in tensors)
         read = [t for t in tensors if t.name != _TABLE or not has_head]
+        matrices = [t for t in read if len(t.shape) > 1]
         by_type: Counter[str] = Counter()
-        for tensor in read:
-            if len(tensor.shape) > 1:
-                by_type[tensor.kind] += tensor.n_bytes
+        for tensor in matrices:
+            by_type[tensor.kind] += tensor.n_bytes
         return ModelFacts(
             path=self.folder,
             weight_bytes=sum(t.n_bytes for t in tensors),
             read_bytes=sum(t.n_bytes for t in read),
-            n_multiplied=sum(math.prod(t.shape) for t in read if len(t.shape) > 1),
+            n_multiplied=sum(math.prod(t.shape) for t in matrices),
             bytes_by_type=dict(by_type),
             n_layers=config.num_hidden_layers,
             key_value_width=config.num_hidden_layers * config.num_key_value_heads * 2 * config.head_dim,
@@ -84,51 +83,47 @@ class Sizes:
             context_length=config.context_length,
         )
 
-    @property
-    def _files(self) -> FileShape:
-        assert self._known is not None
-        return self._known
-
-    def _template(self, item: str, shape: ModelShape, *, dense: bool = False) -> SizeTemplate:
-        if self._known is None:
-            self._write([], [_TEMPLATE_WIDTH] * len(shape.blocks), dense=True)
-        key = (item, self._files.architecture(shape), dense)
+    def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[FileShape, SizeTemplate]:
+        """What a file of the dense model in all but its widths, which are small, says of others."""
+        # Of models of one width llama.cpp may have another architecture than of others.
+        key = (item, shape.is_uniform, dense)
         if key not in self._templates:
-            small = [min(_TEMPLATE_WIDTH, width) for width in self.plan.dense_widths]
+            widths = [min(_TEMPLATE_WIDTH, width) for width in self.plan.dense_widths]
             if not shape.is_uniform:
-                small[0] //= 2
-            self._templates[key] = self._write([item], small, dense=dense)[item]
+                widths[0] //= 2
+            folder = self.folder / "template"
+            shutil.rmtree(folder, ignore_errors=True)
+            self._save(folder / "model", widths, dense)
+            name = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
+            path = draft_gguf(
+                folder / "model",
+                folder,
+                [item],
+                name=name,
+                use_imatrix=self.use_imatrix,
+                n_threads=self.n_threads,
+            )[item]
+            self._templates[key] = read_shape(folder / "model"), size_template(path, item)
+            shutil.rmtree(folder)
         return self._templates[key]
 
-    def _write(self, items: list[str], widths: list[int], *, dense: bool) -> dict[str, SizeTemplate]:
-        """A model that is the dense one in all but its widths, which are small, as files."""
+    def _save(self, folder: Path, widths: Sequence[int], dense: bool) -> None:
         model = copy.deepcopy(self.loaded.model)
         with torch.no_grad():
             for layer, width in zip(decoder_layers(model), widths, strict=True):
-                ffn = feed_forward(model, layer)
-                cut_channels(ffn, torch.arange(min(width, ffn.down.in_features)))
+                cut_channels(feed_forward(model, layer), torch.arange(width))
         set_config_shape(model)
         ones = {
             name: torch.ones(linear.in_features)
             for linears in block_linears(model)
             for name, linear in linears.items()
         }
-        blocks = zip(self.plan.blocks, model_shape(model).ffn_widths, strict=True)
+        blocks = zip(self.plan.blocks, widths, strict=True)
         plan = replace(self.plan, blocks=tuple(replace(block, width=width) for block, width in blocks))
-        folder = self.folder / "template"
-        shutil.rmtree(folder, ignore_errors=True)
         save_checkpoint(
             replace(self.loaded, model=model),
-            folder / "model",
+            folder,
             plan=None if dense else plan,
             input_moments=ones if self.use_imatrix else None,
             seed=self.seed,
         )
-        self._known = self._known or read_shape(folder / "model")
-        name = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
-        written = draft_gguf(
-            folder / "model", folder, items, name=name, use_imatrix=self.use_imatrix, n_threads=self.n_threads
-        )
-        found = {item: size_template(path, item) for item, path in written.items()}
-        shutil.rmtree(folder)
-        return found

@@ -5,11 +5,9 @@ Optuna keeps the trials and proposes none: which point is worth a trial says pho
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pydantic
 
@@ -21,20 +19,21 @@ _ATTRIBUTE = "trial"
 
 
 @dataclass(frozen=True)
-class Done:
-    """A finished trial.
+class Trial:
+    """What the study keeps of a trial.
 
     Attributes:
-        number: In the order made.
         point: What was made.
         measured: What was found.
         expected: What was predicted of its divergence before: middle, low, high; None of the first.
     """
 
-    number: int
     point: Point
     measured: Measured
     expected: tuple[float, float, float] | None
+
+
+_ADAPTER = pydantic.TypeAdapter(Trial)
 
 
 class Study:
@@ -63,28 +62,31 @@ class Study:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path} cannot be read as an Optuna journal: {error}") from error
 
-    def done(self) -> list[Done]:
+    def trials(self) -> list[Trial]:
         """Finished trials in the order made.
 
         Raises:
             InputError: One of them is not what a search wrote.
         """
-        trials = [trial for trial in self._study.get_trials() if trial.state.name == "COMPLETE"]
-        return [_read(number, trial.user_attrs, self._path) for number, trial in enumerate(trials)]
+        finished = [trial for trial in self._study.get_trials() if trial.state.name == "COMPLETE"]
+        try:
+            return [_ADAPTER.validate_python(trial.user_attrs[_ATTRIBUTE]) for trial in finished]
+        except (KeyError, pydantic.ValidationError) as error:
+            raise InputError(
+                f"{self._path} holds a trial that no search of this version wrote; choose another -o"
+            ) from error
 
-    def add(
-        self, point: Point, measured: Measured, divergence: float, expected: tuple[float, float, float] | None
-    ) -> None:
-        """Keep a point's figures and its divergence, and what was expected of that."""
+    def add(self, trial: Trial, divergence: float) -> None:
+        """Keep a trial; its divergence is what Optuna is told beside the size of the file."""
         import optuna
 
-        trial = optuna.trial.create_trial(
-            values=[divergence, float(measured.file_bytes)],
-            params={"prune_ratio": point.prune_ratio},
+        frozen = optuna.trial.create_trial(
+            values=[divergence, float(trial.measured.file_bytes)],
+            params={"prune_ratio": trial.point.prune_ratio},
             distributions={"prune_ratio": optuna.distributions.FloatDistribution(0.0, 1.0)},
-            user_attrs={_ATTRIBUTE: _ADAPTER.dump_python(_Kept(point, measured, expected), mode="json")},
+            user_attrs={_ATTRIBUTE: _ADAPTER.dump_python(trial, mode="json")},
         )
-        self._study.add_trial(trial)
+        self._study.add_trial(frozen)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -92,25 +94,3 @@ def _drop_torn_line(path: Path) -> None:
     content = path.read_bytes() if path.is_file() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a trial's attribute holds."""
-
-    point: Point
-    measured: Measured
-    expected: tuple[float, float, float] | None
-
-
-_ADAPTER = pydantic.TypeAdapter(_Kept)
-
-
-def _read(number: int, attributes: dict[str, Any], path: Path) -> Done:
-    try:
-        kept = _ADAPTER.validate_python(json.loads(json.dumps(attributes[_ATTRIBUTE])))
-    except (KeyError, pydantic.ValidationError) as error:
-        raise InputError(
-            f"{path} holds a trial that no search of this version wrote; choose another -o"
-        ) from error
-    return Done(number, kept.point, kept.measured, kept.expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,23 +23,10 @@ from phoneready.evaluation.models import OpenSettings, open_language_model, runt
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import (
-    ANY_MEMBER,
-    CHECKPOINT,
-    PROJECTION,
-    TASK,
-    FigureKey,
-    metric_of,
-    metrics_from,
-)
+from phoneready.figures.metrics import ANY_MEMBER, CHECKPOINT, TASK, FigureKey, metric_of, metrics_from
 from phoneready.release.artifact import Artifact
-from phoneready.release.collect import (
-    benchmark_figures,
-    projected_figures,
-    size_figure,
-)
-from phoneready.settings.schema import TuneConfig
-from phoneready.tune.limits import QUALITY, Limits, family, objective_item
+from phoneready.release.collect import benchmark_figures, projected_figures, size_figure
+from phoneready.tune.limits import Limits
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.files import files_of
@@ -76,24 +65,19 @@ class Bench:
 
     runner: TrialRunner
     limits: Limits
-    _dense: _Remembered | None = field(default=None, repr=False)
     _dense_files: dict[str, Artifact] = field(default_factory=dict, repr=False)
 
-    def exact_figures(self, point: Point) -> tuple[Figure, ...]:
+    def exact_figures(self, point: Point) -> Iterator[Figure]:
         """Sizes and projections of a GGUF file that is not made; nothing of other formats."""
         if not point.recipe.is_sized:
-            return ()
-        config, item = config_of(self.limits.config, point), point.recipe.item
-        sides = [(PRUNED, self.runner.plan(point.recipe, point.prune_ratio).shape)]
-        if self.limits.relative(point):
+            return
+        sizes, item = self.runner.sizes, point.recipe.item
+        sides = [(PRUNED, self.runner.plan(point).shape)]
+        if self.limits.wanted(point, "dense"):
             sides.append((DENSE, self.runner.dense_shape))
-        found: list[Figure] = []
         for role, shape in sides:
-            sizes = self.runner.sizes
-            found.append(size_figure(role, item, item, sizes.file_bytes(item, shape, dense=role == DENSE)))
-            if config.bench.devices:
-                found += projected_figures(config, role, item, item, sizes.facts(item, shape))
-        return tuple(found)
+            yield size_figure(role, item, item, sizes.file_bytes(item, shape, dense=role == DENSE))
+            yield from projected_figures(self.limits.config, role, item, item, sizes.facts(item, shape))
 
     def measure(self, point: Point) -> Measured:
         """Make a point and measure it.
@@ -103,50 +87,48 @@ class Bench:
             LimitError: Its recovery diverged, or an ONNX graph is not what the checkpoint computes.
         """
         began = time.monotonic()
-        plan = self.runner.plan(point.recipe, point.prune_ratio)
+        plan = self.runner.plan(point)
         checkpoint = self.runner.make(point)
-        file = self.runner.export(checkpoint, point.recipe.item, _file_name(self.runner, point))
-        n_bytes = sum(path.stat().st_size for path in files_of(file.path))
-        found = [size_figure(PRUNED, point.recipe.item, file.name, n_bytes)]
-        found += self._dense_sizes(point)
-        found += self._projections(point, file)
-        found += self._judgements(point, checkpoint, file)
-        found += self._benchmarks(point, file)
+        file = self.runner.export(point, PRUNED)
+        files = [file]
+        if any(not metric_of(key.metric).is_quality for key in self.limits.wanted(point, "dense")):
+            files.append(self._dense_file(point))
+        found = [
+            *self._sizes(point, files),
+            *self._judgements(point, checkpoint, file),
+            *self._benchmarks(point, files),
+        ]
         source = self.runner.loaded.source
         figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(found))
         seconds = round(time.monotonic() - began, 2)
-        return Measured(1 - plan.keep_ratio, plan.shape, n_bytes, figures, seconds)
+        return Measured(1 - plan.keep_ratio, plan.shape, _file_bytes(file), figures, seconds)
 
-    def _dense_sizes(self, point: Point) -> Iterator[Figure]:
-        if any(key.metric == "file_bytes" for key in self.limits.relative(point)):
-            file = self._dense_file(point)
-            n_bytes = sum(path.stat().st_size for path in files_of(file.path))
-            yield size_figure(DENSE, point.recipe.item, file.name, n_bytes)
-
-    def _projections(self, point: Point, file: Artifact) -> Iterator[Figure]:
-        config, item = config_of(self.limits.config, point), point.recipe.item
-        if item not in config.export.projected:
-            return
-        yield from projected_figures(config, PRUNED, item, file.name, file.facts)
-        if any(metric_of(key.metric).source == PROJECTION for key in self.limits.relative(point)):
-            dense = self._dense_file(point)
-            yield from projected_figures(config, DENSE, item, dense.name, dense.facts)
+    def _sizes(self, point: Point, files: Sequence[Artifact]) -> Iterator[Figure]:
+        config = config_of(self.limits.config, point)
+        for one in files:
+            yield size_figure(one.role, one.item, one.name, _file_bytes(one))
+            if one.item in config.export.projected:
+                yield from projected_figures(config, one.role, one.item, one.name, one.facts)
 
     def _judgements(self, point: Point, checkpoint: Path, file: Artifact) -> Iterator[Figure]:
-        config = self.limits.config
-        tune = config.tune or TuneConfig()
-        wanted = [key for key in self.limits.wanted(point) if family(key.metric) == QUALITY]
-        for item in dict.fromkeys((objective_item(tune, point.recipe.item), *(key.item for key in wanted))):
-            metrics = {key.metric for key in wanted if key.item == item}
-            settings = self._judgement_settings(metrics)
-            if item == CHECKPOINT:
-                model = TorchLanguageModel(load_model(checkpoint, progress=self.runner.progress))
-                yield from self._judge(item, CHECKPOINT, model, settings)
-                continue
-            opening = OpenSettings(config.evaluate.seqlen, threads=self.runner.threads)
-            root = str(file.root)
-            with open_language_model(root, runtime_for(root), opening) as opened:
-                yield from self._judge(item, file.name, opened, settings)
+        wanted = [key for key in self.limits.wanted(point) if metric_of(key.metric).is_quality]
+        for item in dict.fromkeys((self.limits.objective_item(point), *(key.item for key in wanted))):
+            settings = self._judgement_settings({key.metric for key in wanted if key.item == item})
+            name = CHECKPOINT if item == CHECKPOINT else file.name
+            with self._opened(checkpoint if item == CHECKPOINT else file) as model:
+                found = evaluate(model, self._dense, settings, progress=self.runner.progress)
+            yield from evaluation_figures(item, name, found)
+
+    def _opened(self, judged: Path | Artifact) -> AbstractContextManager[LanguageModel]:
+        """A checkpoint in torch, or a file in its own runtime."""
+        if isinstance(judged, Path):
+            return nullcontext(TorchLanguageModel(load_model(judged, progress=self.runner.progress)))
+        opening = OpenSettings(self.limits.config.evaluate.seqlen, threads=self.runner.threads)
+        return open_language_model(str(judged.root), runtime_for(str(judged.root)), opening)
+
+    @functools.cached_property
+    def _dense(self) -> _Remembered:
+        return _Remembered(self.runner.loaded)
 
     def _judgement_settings(self, metrics: set[str]) -> EvaluationSettings:
         """What a release judges on, less what no budget asks for."""
@@ -158,37 +140,30 @@ class Bench:
         settings = replace(chosen.settings(config.seed + 1, prompts), metrics=own)
         return settings if metrics & {*metrics_from(TASK)} else replace(settings, tasks=())
 
-    def _judge(
-        self, item: str, name: str, model: LanguageModel, settings: EvaluationSettings
-    ) -> Iterator[Figure]:
-        if self._dense is None:
-            self._dense = _Remembered(self.runner.loaded)
-        found = evaluate(model, self._dense, settings, progress=self.runner.progress)
-        yield from evaluation_figures(item, name, found)
-
-    def _benchmarks(self, point: Point, file: Artifact) -> Iterator[Figure]:
-        config, item = config_of(self.limits.config, point), point.recipe.item
-        keys = [key for key in self.limits.wanted(point) if key.place in config.bench.targets]
-        relative = {key for key in self.limits.relative(point) if key.place}
-        for place in dict.fromkeys(key.place for key in keys if key.place):
-            here = [key for key in keys if key.place == place]
-            files = [file] + ([self._dense_file(point)] if relative & set(here) else [])
-            names = {str(one.path): one.name for one in files}
-            settings = _needed(config.bench.settings(config.seed), here)
+    def _benchmarks(self, point: Point, files: Sequence[Artifact]) -> Iterator[Figure]:
+        """Of the dense file, where there is one, only at the places where a budget is relative to it."""
+        config = config_of(self.limits.config, point)
+        relative = {key.place for key in self.limits.wanted(point, "dense")}
+        roles = {one.name: (one.role, one.item) for one in files}
+        for place in config.bench.targets:
+            here = [key for key in self.limits.wanted(point) if key.place == place]
+            if not here:
+                continue
+            names = {str(one.path): one.name for one in files if one.role == PRUNED or place in relative}
             records = run_bench(
-                [one.path for one in files], settings, self.runner.progress, target=open_place(place)
+                [Path(path) for path in names],
+                _needed(config.bench.settings(config.seed), here),
+                self.runner.progress,
+                target=open_place(place),
             )
             named = [replace(r, model_filename=names[r.model_filename]) for r in records]
-            roles = {one.name: (one.role, item) for one in files}
             yield from benchmark_figures(config, place, named, roles)
 
     def _dense_file(self, point: Point) -> Artifact:
         """Of the latest quantization or variant only, as disks are finite."""
         item = point.recipe.item
-        if self._dense_files.get(item) is None:
-            name = f"{self.runner.loaded.source.name}-dense"
-            made = self.runner.export(self.runner.checkpoint(DENSE), item, name)
-            self._dense_files = {item: made}
+        if item not in self._dense_files:
+            self._dense_files = {item: self.runner.export(point, DENSE)}
         return self._dense_files[item]
 
 
@@ -212,10 +187,8 @@ class _Remembered(TorchLanguageModel):
         yield from logits_from_hidden(model, self._hidden[key])
 
 
-def _file_name(runner: TrialRunner, point: Point) -> str:
-    """As a release calls it, so that the file is the same to the byte."""
-    percent = f"{100 * point.prune_ratio:g}".replace(".", "_")
-    return f"{runner.loaded.source.name}-pruned{percent}{'-recovered' if point.recipe.recover else ''}"
+def _file_bytes(file: Artifact) -> int:
+    return sum(path.stat().st_size for path in files_of(file.path))
 
 
 def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.reference import load_model
@@ -22,17 +21,16 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import moment_windows, statistics_for
-from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
-from exporters.families import family_of
 from exporters.options import ExportOptions
-from phoneready.figures.figure_set import DENSE, PRUNED
+from phoneready.figures.figure_set import DENSE
 from phoneready.release.artifact import Artifact
+from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.sizes import Sizes
-from phoneready.tune.space import Point, Recipe
+from phoneready.tune.space import Point, config_of
 
 
 @dataclass
@@ -78,37 +76,32 @@ class TrialRunner:
         """The shape before pruning."""
         return model_shape(self.loaded.model)
 
-    def plan(self, recipe: Recipe, prune_ratio: float) -> PruningPlan:
-        """A plan; of each allocation the first is calibrated for, all others are that one at another ratio.
+    def plan(self, point: Point) -> PruningPlan:
+        """A point's plan; of each allocation the first is calibrated for, all others are that one at another ratio.
 
         Raises:
             InputError: Widths in multiples of the recipe's alignment cannot meet the ratio.
         """
-        base = self._base_plan(recipe.allocation)
-        settings = replace(base.settings, align=recipe.align)
-        return replace(base, settings=settings).at_ratio(prune_ratio)
+        base = self._base_plan(point.recipe.allocation)
+        settings = replace(base.settings, align=point.recipe.align)
+        return replace(base, settings=settings).at_ratio(point.prune_ratio)
 
-    def file_bytes(self, recipe: Recipe, prune_ratio: float) -> int | None:
+    def file_bytes(self, point: Point) -> int | None:
         """Size of a GGUF file, exact to one step of its alignment; None of a format that has to be exported first."""
-        if not recipe.is_sized:
+        if not point.recipe.is_sized:
             return None
-        return self.sizes.file_bytes(recipe.item, self.plan(recipe, prune_ratio).shape)
+        return self.sizes.file_bytes(point.recipe.item, self.plan(point).shape)
 
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Computes sizes of files that are not made."""
-        plan = self._base_plan(self._allocations[0])
-        use = self.config.export.imatrix
-        return Sizes(self.loaded, plan, self._work, use, self.config.seed, self._n_threads)
+        plan, use_imatrix = self._base_plan(self._allocations[0]), self.config.export.imatrix
+        return Sizes(self.loaded, plan, self._work, use_imatrix, self.config.seed, self._n_threads)
 
-    def checkpoint(self, name: str) -> Path:
-        """The dense model's checkpoint, or one that was made."""
-        path = self._work / name
-        if name == DENSE and not path.is_dir():
-            save_checkpoint(
-                self.loaded, path, input_moments=self._moments(self.loaded.model), seed=self.config.seed
-            )
-        return path
+    @property
+    def dense_checkpoint(self) -> Path:
+        """The dense model's checkpoint."""
+        return self._once(DENSE, lambda path: self._save(self.loaded, path))
 
     def make(self, point: Point) -> Path:
         """Prune, recover where the recipe says so, and save; only the latest checkpoint is kept.
@@ -123,24 +116,26 @@ class TrialRunner:
             return pruned
         return self._once(f"recovered-{key}", lambda path: self._recover(pruned, path))
 
-    def export(self, checkpoint: Path, item: str, name: str) -> Artifact:
-        """One file of a checkpoint; a GGUF file is not proven, an ONNX folder is.
+    def export(self, point: Point, role: str) -> Artifact:
+        """A file of a point, or of the dense model beside it; a GGUF file is not proven, an ONNX folder is.
 
         Raises:
+            InputError: As `make`.
             LimitError: An ONNX graph is too far from the checkpoint.
         """
-        role = DENSE if checkpoint.name == DENSE else PRUNED
+        checkpoint = self.dense_checkpoint if role == DENSE else self.make(point)
         folder = self._work / f"files-{role}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        family, export = family_of(item), self.config.export
+        config, item, family = config_of(self.config, point), point.recipe.item, point.recipe.family
+        name = model_stem(config, self.loaded.source.name, role)
         guided = "calibration" in family.find(item).reads
         settings = ExportOptions(
             name=name,
-            use_imatrix=export.imatrix,
+            use_imatrix=config.export.imatrix,
             calibration=moment_windows(self.calibration.input_ids) if guided else None,
             # As in a release: the dense model need not fit what the pruned one must.
-            mixed_bytes=None if role == DENSE else export.mixed_bytes,
+            mixed_bytes=None if role == DENSE else config.export.mixed_bytes,
             n_threads=self._n_threads,
             progress=self.progress,
         )
@@ -159,32 +154,23 @@ class TrialRunner:
     def _base_plan(self, allocation: str) -> PruningPlan:
         if allocation not in self._plans:
             path = self.folder / "plans" / f"{allocation}.json"
-            if path.is_file():
-                self._plans[allocation] = read_record(PruningPlan, path)
-            else:
+            if not path.is_file():
                 settings = replace(self.config.prune.settings(1), prune_ratio=0.0, allocation=allocation)
-                plan = make_plan(self.loaded, self._statistics, self.calibration, settings)
-                write_record(path, plan)
-                self._plans[allocation] = plan
+                write_record(path, make_plan(self.loaded, self._statistics, self.calibration, settings))
+            self._plans[allocation] = read_record(PruningPlan, path)
         return self._plans[allocation]
 
     @functools.cached_property
     def _statistics(self) -> BlockStatistics:
-        """Of one pass over the calibration text, for all allocations that are searched over."""
+        """Of one pass over the calibration text, of whatever any of the allocations that are searched over reads."""
         self.calibrations += 1
-        return statistics_for(
-            self.loaded.model, self.calibration, self._widest_settings, progress=self.progress
-        )
-
-    @property
-    def _widest_settings(self) -> PruneSettings:
-        """Settings that read whatever any of the allocations reads."""
         settings = self.config.prune.settings(1)
         each = [replace(settings, allocation=allocation) for allocation in self._allocations]
-        return next((one for one in each if one.needs_loss), each[0])
+        widest = next((one for one in each if one.needs_loss), each[0])
+        return statistics_for(self.loaded.model, self.calibration, widest, progress=self.progress)
 
     def _prune(self, point: Point, path: Path) -> None:
-        plan = self.plan(point.recipe, point.prune_ratio)
+        plan = self.plan(point)
         model = copy.deepcopy(self.loaded.model)
         needs = RECONSTRUCTIONS[plan.settings.reconstruct].needs_statistics
         apply_plan(
@@ -194,27 +180,34 @@ class TrialRunner:
             input_ids=self.calibration.input_ids,
             progress=self.progress,
         )
-        pruned = replace(self.loaded, model=model)
-        save_checkpoint(pruned, path, plan=plan, input_moments=self._moments(model), seed=self.config.seed)
+        self._save(replace(self.loaded, model=model), path, plan)
+
+    def _save(self, loaded: LoadedModel, path: Path, plan: PruningPlan | None = None) -> None:
+        """A checkpoint, with what 4-bit types are rounded for, measured as a release measures it."""
+        moments = None
+        if self.config.export.imatrix:
+            with products_in(self.config.prune.dtype):
+                windows = moment_windows(self.calibration.input_ids)
+                moments = collect_input_moments(loaded.model, windows, progress=self.progress)
+        save_checkpoint(loaded, path, plan=plan, input_moments=moments, seed=self.config.seed)
 
     def _recover(self, pruned: Path, path: Path) -> None:
         from cfsp.recovery.recover import recover
 
         how = self.config.recover
-        if how is None:
-            raise InputError("there is no [recover] that says how to train", field="tune.recover")
+        assert how is not None  # the recipes are of configurations that say how to train
         recover(
             str(pruned),
             path,
             how.settings(self.config.seed),
             data=how.data,
             validation=how.validation,
-            teacher=str(self.checkpoint(DENSE)),
+            teacher=str(self.dense_checkpoint),
             force=True,
             progress=self.progress,
         )
 
-    def _once(self, name: str, make: Any) -> Path:
+    def _once(self, name: str, make: Callable[[Path], None]) -> Path:
         """A checkpoint that is made unless it is the latest of its kind."""
         path = self._work / name
         if not path.is_dir():
@@ -223,14 +216,6 @@ class TrialRunner:
                 shutil.rmtree(old, ignore_errors=True)
             make(path)
         return path
-
-    def _moments(self, model: Any) -> dict[str, torch.Tensor] | None:
-        """What 4-bit types are rounded for, measured as a release measures it."""
-        if not self.config.export.imatrix:
-            return None
-        with products_in(self.config.prune.dtype):
-            windows = moment_windows(self.calibration.input_ids)
-            return collect_input_moments(model, windows, progress=self.progress)
 
     @property
     def _work(self) -> Path:

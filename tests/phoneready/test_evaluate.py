@@ -13,8 +13,8 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
-from phoneready.evaluation.gate import TOLERANCES
 from phoneready.evaluation.metrics import metric_sha256
+from phoneready.figures.metrics import TOLERANCES
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]

@@ -17,7 +17,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet
 from phoneready.history.changes import DRIFT, MIN_RUNS, STEP, exact_changes, sampled_changes
 from phoneready.history.entry import HISTORY_FILE, HistoryEntry, append_entry, entry_of, read_entries
 from phoneready.history.history import History, check_history, find_entries, make_history
-from phoneready.history.tables import describe_anomalies, format_history
+from phoneready.history.tables import format_history
 from phoneready.main import main
 from phoneready.release.collect import benchmark_figures, size_figure
 from phoneready.settings.release import parse_config
@@ -123,7 +123,7 @@ def test_a_step_of_the_dense_model_too_is_the_machine(tmp_path: Path) -> None:
     slower = [1.15 if n >= 8 else 1.0 for n in range(1, 13)]
     history = keep(tmp_path, [run(n, 7e8 * s, rng, dense=s) for n, s in enumerate(slower, 1)])
     assert [(a.role, a.run, a.dense_too) for a in history.anomalies] == [(PRUNED, 8, True), (DENSE, 8, False)]
-    assert "look at the machine" in describe_anomalies(history)[0][0]
+    assert "look at the machine" in history.anomalies[0].describe()
 
 
 def test_a_drift_is_found_with_the_run_that_began_it(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = page.read_text(encoding="utf-8")
     assert hostile not in text
     assert "&lt;/script&gt;&lt;img src=x" in text
-    assert "Plotly.newPlot" in text
+    assert "Plotly.react" in text
     assert main(["history", str(tmp_path), "--gate", "--recent", "1"]) == 0
     assert "12 runs" in capsys.readouterr().out
 

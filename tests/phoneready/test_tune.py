@@ -80,7 +80,8 @@ def sizes(path: Path, folder: Path, model: Path) -> dict[float, int]:
     shop = TrialRunner(config, folder, threads=1)
     recipe = Recipe("Q8_0", "cfsp", 32, False)
     return {
-        units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(recipe, units / 16).shape) for units in range(9)
+        units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(Point(recipe, units / 16)).shape)
+        for units in range(9)
     }
 
 
@@ -145,10 +146,8 @@ def test_what_projections_depend_on_begins_a_new_study(model: Path, tmp_path: Pa
 def test_a_point_that_failed_does_not_keep_others_from_being_tried(model: Path, tmp_path: Path) -> None:
     path = write(tmp_path, model, '[tune]\nallocations = ["cfsp", "uniform"]\n')
     config = load_config(path)
-    assert config.tune is not None
-    limits = Limits(config)
-    bench = Bench(TrialRunner(config, tmp_path / "shop", threads=1), limits)
-    searcher = Searcher(bench, limits, recipes_of(config), config.tune)
+    bench = Bench(TrialRunner(config, tmp_path / "shop", threads=1), Limits(config))
+    searcher = Searcher(bench, recipes_of(config))
     first = searcher.next([])
     assert first is not None
     second = searcher.next([], {first.point})
