@@ -38,7 +38,6 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
-    hidden_act: str
     sliding_window: int | None
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
@@ -81,34 +80,27 @@ def read_config(folder: Path) -> ModelConfig:
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain).to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
     require_only_widths_vary(shape, str(folder / "config.json"))
-    return _from_dict(config, shape)
-
-
-def _from_dict(config: dict[str, Any], shape: ModelShape) -> ModelConfig:
-    heads = config["num_attention_heads"]
+    if config["hidden_act"] not in ("silu", "swish"):
+        raise InputError(
+            "exported graphs of this model type compute silu alone",
+            field="hidden_act",
+            value=config["hidden_act"],
+            allowed="silu",
+        )
     theta, scaling = _rope(config)
-    result = ModelConfig(
+    return ModelConfig(
         model_type=config["model_type"],
         shape=shape,
         hidden_size=config["hidden_size"],
-        num_attention_heads=heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        num_attention_heads=config["num_attention_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
-        hidden_act=config["hidden_act"],
         sliding_window=_sliding_window(config),
         rope_theta=theta,
         rope_scaling=scaling,
     )
-    if result.hidden_act not in ("silu", "swish"):
-        raise InputError(
-            "exported graphs of this model type compute silu alone",
-            field="hidden_act",
-            value=result.hidden_act,
-            allowed="silu",
-        )
-    return result
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
@@ -141,16 +133,16 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
         self._folder = folder
-        self._stack = ExitStack()
         self._where: dict[str, Any] = {}
-        try:
+        with ExitStack() as stack:
             for file in safetensors_files(folder):
-                handle = self._open(file)
+                with as_input_error(f"{file} is damaged or cut short"):
+                    handle = stack.enter_context(safe_open(file, framework="pt"))
                 self._where.update(dict.fromkeys(handle.keys(), handle))
-        except BaseException:
-            self._stack.close()
-            raise
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> CheckpointTensors:
         return self
@@ -192,9 +184,3 @@ class CheckpointTensors:
             raise InputError(f"{self._folder}: {name} holds NaN or infinite values")
         values: npt.NDArray[np.float32] = tensor.to(torch.float32).numpy()
         return values
-
-    def _open(self, file: Path) -> Any:
-        from safetensors import safe_open
-
-        with as_input_error(f"{file} is damaged or cut short"):
-            return self._stack.enter_context(safe_open(file, framework="pt"))

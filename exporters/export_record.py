@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from cfsp.models.shape import ModelShape
 
@@ -26,24 +26,27 @@ class ParityLimits:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-class ExportFormat(Protocol):
-    """A row of a family's table: one way to store the weights."""
+@dataclass(frozen=True)
+class ExportFormat:
+    """A row of a family's table: one way to store the weights.
 
-    @property
-    def name(self) -> str:
-        """As users say it."""
+    Attributes:
+        name: As users say it.
+        limits: Bounds of the parity check.
+    """
 
-    @property
-    def limits(self) -> ParityLimits:
-        """Bounds of the parity check."""
+    name: str
+    limits: ParityLimits
 
     @property
     def width_multiple(self) -> int:
         """FFN widths that are multiples of it are stored as asked."""
+        return 1
 
     @property
     def reads(self) -> frozenset[str]:
         """Fields of ExportOptions that matter to it and not to every format."""
+        return frozenset()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cfsp.errors import InputError, require_extra
 from exporters.export_record import ExportFormat, ExportRecord
@@ -27,14 +27,6 @@ class ExportedModel:
     path: Path
 
 
-class Export(Protocol):
-    """Writes and proves models in some formats."""
-
-    def __call__(
-        self, checkpoint: Path, output: Path, formats: Sequence[str], settings: ExportOptions, /
-    ) -> tuple[ExportRecord, ...]: ...
-
-
 @dataclass(frozen=True)
 class ExportFamily:
     """A family. What is heavy or optional is imported inside its functions.
@@ -45,7 +37,7 @@ class ExportFamily:
         title: What its files are, for people.
         formats: Name -> row.
         find: Row of a name in any case; raises InputError that names the known ones.
-        export: Writes output/..., and output/export.json.
+        export: (checkpoint, output, formats, settings) -> records; writes output/..., and output/export.json.
         locate: (folder of an export, stem of names, format) -> the model there; raises InputError where there is none.
         runtime: What runs the files, as users say it.
         open_model: (reference, most tokens, threads) -> a cfsp.evaluation.LanguageModel.
@@ -53,8 +45,8 @@ class ExportFamily:
         needs: Import name -> distribution, of what an export wants.
         extra: Extra of phoneready that brings them.
         packages: Distributions whose version changes what an export makes or its runtime computes.
-        draft: (checkpoint, folder, format, stem, settings) -> the same file, not proven, where its size follows from
-            the shape of the model alone; None where only an export shows it.
+        draft: Writes the same files into a folder, not proven, where their size follows from the shape of the model
+            alone; None where only an export shows it.
     """
 
     name: str
@@ -62,7 +54,7 @@ class ExportFamily:
     title: str
     formats: Mapping[str, ExportFormat]
     find: Callable[[str], ExportFormat]
-    export: Export
+    export: Callable[[Path, Path, Sequence[str], ExportOptions], tuple[ExportRecord, ...]]
     locate: Callable[[Path, str, str], ExportedModel]
     runtime: str
     open_model: Callable[[str, int, int | None], Any]
@@ -70,7 +62,7 @@ class ExportFamily:
     needs: Mapping[str, str]
     extra: str
     packages: tuple[str, ...]
-    draft: Callable[[Path, Path, str, str, ExportOptions], Path] | None = None
+    draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
 
     def require(self) -> None:
         """Raise MissingExtraError for what is not installed."""

@@ -141,6 +141,8 @@ def open_job(checkpoint: Path, output: Path, model: Any, settings: ExportOptions
         yield Job(checkpoint, folder, settings, config, provenance, tokenizer, reference)
 
 
-def write_manifest(job: Job, records: Sequence[ExportRecord]) -> None:
-    """Write export.json."""
-    write_record(job.folder / MANIFEST_FILE, ExportManifest(tuple(records)))
+def write_manifest(job: Job, records: Sequence[ExportRecord]) -> tuple[ExportRecord, ...]:
+    """Write export.json; returns what is in it."""
+    manifest = ExportManifest(tuple(records))
+    write_record(job.folder / MANIFEST_FILE, manifest)
+    return manifest.exports

@@ -34,6 +34,11 @@ class Provenance:
     base_model: str | None = None
     seed: int | None = None
 
+    def metadata(self) -> dict[str, str]:
+        """What an exported file says of it under keys of our own."""
+        keys = ("source_model", "source_sha256", "checkpoint_sha256", "plan_sha256")
+        return {f"phoneready.{key}": getattr(self, key) for key in keys if getattr(self, key)}
+
 
 def read_provenance(checkpoint: Path, name: str | None = None) -> Provenance:
     """Provenance of a checkpoint, or of a plain Hugging Face folder, of which only the name is known."""

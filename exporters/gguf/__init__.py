@@ -1,11 +1,12 @@
 """Checkpoints to GGUF files for llama.cpp.
 
-`export_gguf` is imported on first use: it brings torch, which must not count in the memory of a process that only
-runs a file (see runtime_bench.worker).
+What brings torch is imported on first use: it must not count in the memory of a process that only runs a file (see
+runtime_bench.worker).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from exporters.export_record import ParityLimits
@@ -13,13 +14,14 @@ from exporters.gguf.quants import QUANTS, Quant, find_quant
 
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf
+    from exporters.gguf.files import draft_gguf
 
-__all__ = ["QUANTS", "ParityLimits", "Quant", "export_gguf", "find_quant"]
+__all__ = ["QUANTS", "ParityLimits", "Quant", "draft_gguf", "export_gguf", "find_quant"]
+
+_HEAVY = {"export_gguf": "export", "draft_gguf": "files"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export_gguf":
-        from exporters.gguf.export import export_gguf
-
-        return export_gguf
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HEAVY[name]}"), name)

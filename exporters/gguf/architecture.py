@@ -12,7 +12,8 @@ of q and k (weights and biases) are interleaved; the others rotate halves, as Hu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -21,7 +22,8 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.gguf_file import tensor_names
-from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
+from cfsp.models.shape import ModelShape
+from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -74,27 +76,37 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 @dataclass(frozen=True)
 class ChosenLayout:
-    """A layout and how the model goes into it.
+    """A layout and the model that goes into it.
 
     Attributes:
+        config: The model.
+        stored: Names of the checkpoint's tensors.
         layout: The architecture.
         padded_width: Width to which every block is zero-padded; None where each keeps its own.
     """
 
+    config: ModelConfig
+    stored: frozenset[str]
     layout: Layout
     padded_width: int | None = None
 
-    def widths(self, config: ModelConfig) -> tuple[int, ...]:
+    @property
+    def widths(self) -> tuple[int, ...]:
         """FFN widths of the blocks in the file."""
-        widths = config.shape.ffn_widths
+        widths = self.config.shape.ffn_widths
         return widths if self.padded_width is None else (self.padded_width,) * len(widths)
 
-    def name(self, module: str, config: ModelConfig) -> str:
+    def name(self, module: str) -> str:
         """llama.cpp's name of the weight that a module's is stored in."""
         if self.layout.fused_qkv and module.endswith(_QKV):
             module = module.rpartition(".")[0] + ".qkv_proj"
-        names = tensor_names(self.layout.architecture, config.num_hidden_layers)
+        names = tensor_names(self.layout.architecture, self.config.num_hidden_layers)
         return f"{names.get_name(module)}.weight"
+
+    def of_shape(self, shape: ModelShape) -> ChosenLayout:
+        """The layout of the same model with the FFN widths of a shape."""
+        widths = self.config.shape.with_ffn_widths(shape.ffn_widths)
+        return choose_layout(replace(self.config, shape=widths), self.stored)
 
 
 @dataclass(frozen=True)
@@ -103,24 +115,15 @@ class TensorSpec:
 
     Attributes:
         name: llama.cpp's name.
+        shape: In the file, outermost dimension first; where the sources are smaller, zeros are added.
         sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
-        interleave_heads: For each source the number of heads whose rotary halves are interleaved; 0 leaves it alone.
-        pad_rows: Rows in the file; zero rows are added. 0 adds none.
-        pad_columns: Columns in the file; zero columns are added. 0 adds none.
+        interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
     """
 
     name: str
+    shape: tuple[int, ...]
     sources: tuple[tuple[str, tuple[int, ...]], ...]
-    interleave_heads: tuple[int, ...] = (0,)
-    pad_rows: int = 0
-    pad_columns: int = 0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape in the file, outermost dimension first."""
-        rows = self.pad_rows or sum(shape[0] for _, shape in self.sources)
-        rest = self.sources[0][1][1:]
-        return (rows, self.pad_columns or rest[0]) if rest else (rows,)
+    interleave_heads: int = 0
 
     def build(self, tensors: CheckpointTensors) -> FloatArray:
         """Read the sources and make the tensor, float32.
@@ -128,11 +131,10 @@ class TensorSpec:
         Raises:
             InputError: A source is missing, of another shape, or not finite.
         """
-        parts = [
-            interleave_halves(tensors.read(name, shape), heads) if heads else tensors.read(name, shape)
-            for (name, shape), heads in zip(self.sources, self.interleave_heads, strict=True)
-        ]
+        parts = [tensors.read(name, shape) for name, shape in self.sources]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.interleave_heads:
+            values = interleave_halves(values, self.interleave_heads)
         if values.shape == self.shape:
             return np.ascontiguousarray(values)
         padded = np.zeros(self.shape, dtype=np.float32)
@@ -146,7 +148,17 @@ def interleave_halves(values: FloatArray, heads: int) -> FloatArray:
     return halves.swapaxes(1, 2).reshape(values.shape)
 
 
-def choose_layout(config: ModelConfig, stored: set[str]) -> ChosenLayout:
+def read_layout(checkpoint: Path) -> ChosenLayout:
+    """The layout of a Hugging Face folder.
+
+    Raises:
+        InputError: No usable checkpoint, or no layout can represent it.
+    """
+    with CheckpointTensors(checkpoint) as tensors:
+        return choose_layout(read_config(checkpoint), frozenset(tensors.names()))
+
+
+def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
     """The first of the model type's layouts that can represent the model; padded to one width where none can as it is.
 
     Args:
@@ -156,21 +168,24 @@ def choose_layout(config: ModelConfig, stored: set[str]) -> ChosenLayout:
     Raises:
         InputError: No layout can represent it even padded.
     """
+    padded: ChosenLayout | None = None
     obstacles: list[str] = []
     for layout in LAYOUTS[config.model_type]:
         obstacle = _obstacle(layout, config, stored)
-        if obstacle is None and (config.shape.is_uniform or layout.per_layer_widths):
-            return ChosenLayout(layout)
-        obstacles.append(f"{layout.architecture}: {obstacle or 'one width for all blocks'}")
-    for layout in LAYOUTS[config.model_type]:
-        if _obstacle(layout, config, stored) is None:
-            return ChosenLayout(layout, padded_width=max(config.shape.ffn_widths))
-    raise InputError(
-        f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})"
-    )
+        if obstacle is not None:
+            obstacles.append(f"{layout.architecture}: {obstacle}")
+        elif config.shape.is_uniform or layout.per_layer_widths:
+            return ChosenLayout(config, stored, layout)
+        elif padded is None:
+            padded = ChosenLayout(config, stored, layout, max(config.shape.ffn_widths))
+    if padded is None:
+        raise InputError(
+            f"llama.cpp has no architecture for this {config.model_type} model ({'; '.join(obstacles)})"
+        )
+    return padded
 
 
-def _obstacle(layout: Layout, config: ModelConfig, stored: set[str]) -> str | None:
+def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside."""
     biased = {
         name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")
@@ -186,22 +201,23 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: set[str]) -> str | No
     return None
 
 
-def tensor_specs(config: ModelConfig, chosen: ChosenLayout, stored: set[str]) -> list[TensorSpec]:
+def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     """All tensors of the file, in file order.
 
     Raises:
         InputError: The checkpoint has tensors that have no place in the file.
     """
+    config = chosen.config
     embedding = (config.vocab_size, config.hidden_size)
-    specs = [_plain("model.embed_tokens", embedding, config, chosen)]
+    specs = [_plain("model.embed_tokens", embedding, chosen)]
     for block in range(config.num_hidden_layers):
-        specs += _block_specs(config, chosen, block, stored)
-    specs.append(_plain("model.norm", (config.hidden_size,), config, chosen))
+        specs += _block_specs(chosen, block)
+    specs.append(_plain("model.norm", (config.hidden_size,), chosen))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if not config.tie_word_embeddings:
-        specs.append(_plain("lm_head", embedding, config, chosen))
+        specs.append(_plain("lm_head", embedding, chosen))
     used = {name for spec in specs for name, _ in spec.sources}
-    unknown = sorted(n for n in stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
+    unknown = sorted(n for n in chosen.stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise InputError(
             f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}"
@@ -209,35 +225,32 @@ def tensor_specs(config: ModelConfig, chosen: ChosenLayout, stored: set[str]) ->
     return specs
 
 
-def _plain(module: str, shape: tuple[int, ...], config: ModelConfig, chosen: ChosenLayout) -> TensorSpec:
-    return TensorSpec(chosen.name(module, config), ((f"{module}.weight", shape),))
+def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout) -> TensorSpec:
+    return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),))
 
 
-def _block_specs(
-    config: ModelConfig, chosen: ChosenLayout, block: int, stored: set[str]
-) -> Iterator[TensorSpec]:
-    shapes = _block_shapes(config, block)
+def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
+    config, prefix = chosen.config, f"model.layers.{block}"
+    shapes = _block_shapes(config, config.shape.blocks[block].ffn_width)
+    in_file = _block_shapes(config, chosen.widths[block])
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-    padding = chosen.padded_width or 0
-    prefix = f"model.layers.{block}"
     if chosen.layout.fused_qkv:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
-        yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}", config), sources, (0, 0, 0))
+        rows = sum(shape[0] for _, shape in sources)
+        yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}"), (rows, config.hidden_size), sources)
     for module, shape in shapes.items():
-        source = f"{prefix}.{module}"
-        interleave = (heads.get(module, 0) if chosen.layout.interleaved_rope else 0,)
-        rows = padding if module in ("mlp.gate_proj", "mlp.up_proj") else 0
-        columns = padding if module == "mlp.down_proj" else 0
-        target = chosen.name(source, config)
-        yield TensorSpec(target, ((f"{source}.weight", shape),), interleave, rows, columns)
-        if f"{source}.bias" in stored:
+        source, stored = f"{prefix}.{module}", in_file[module]
+        interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
+        target = chosen.name(source)
+        yield TensorSpec(target, stored, ((f"{source}.weight", shape),), interleave)
+        if f"{source}.bias" in chosen.stored:
             bias = target.removesuffix("weight") + "bias"
-            yield TensorSpec(bias, ((f"{source}.bias", shape[:1]),), interleave, rows)
+            yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
 
 
-def _block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]:
-    """Module inside a block -> shape of its weight."""
-    hidden, width = config.hidden_size, config.shape.blocks[block].ffn_width
+def _block_shapes(config: ModelConfig, width: int) -> dict[str, tuple[int, ...]]:
+    """Module inside a block with an FFN of this width -> shape of its weight."""
+    hidden = config.hidden_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
@@ -255,12 +268,11 @@ def _block_shapes(config: ModelConfig, block: int) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def linear_names(config: ModelConfig, chosen: ChosenLayout) -> dict[str, str]:
-    """Every Linear of the blocks, by Hugging Face's module name -> the name of its weight in the file."""
-    modules = (
-        f"model.layers.{block}.{module}"
-        for block in range(config.num_hidden_layers)
-        for module, shape in _block_shapes(config, block).items()
+def linear_inputs(config: ModelConfig) -> dict[str, int]:
+    """Every Linear of the blocks, by Hugging Face's module name -> its in_features."""
+    return {
+        f"model.layers.{block}.{module}": shape[1]
+        for block, width in enumerate(config.shape.ffn_widths)
+        for module, shape in _block_shapes(config, width).items()
         if len(shape) == 2
-    )
-    return {module: chosen.name(module, config) for module in modules}
+    }

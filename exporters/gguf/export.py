@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from cfsp.errors import InputError
-from exporters.checkpoint_reader import CheckpointTensors, read_config
-from exporters.export_record import ExportRecord
+from cfsp.models.gguf_file import read_gguf
+from exporters.export_record import ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
-from exporters.gguf.architecture import choose_layout
+from exporters.gguf.architecture import ChosenLayout, read_layout
+from exporters.gguf.fallbacks import find_fallbacks
+from exporters.gguf.files import WrittenFile, write_files
 from exporters.gguf.imatrix import read_imatrix
-from exporters.gguf.quantize import TypesReport, quantize_file, report_types
-from exporters.gguf.quants import QUANTS, Quant, find_quant
+from exporters.gguf.quants import QUANTS, find_quant
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
-from exporters.gguf.writer import WrittenFile, write_gguf
-from exporters.job import (
-    Job,
-    check_input,
-    load_checkpoint,
-    open_job,
-    write_manifest,
-)
+from exporters.job import Job, check_input, load_checkpoint, open_job, write_manifest
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.parity import check_limits
 
 _log = logging.getLogger(__name__)
 
-Imatrix = Mapping[str, npt.NDArray[np.float32]]
-"""Tensor name -> mean squared input per channel, (in_features,)."""
 _LOGITS_CHUNK = 128
 
 
@@ -66,56 +57,32 @@ def export_gguf(
         raise InputError("no quantization asked for", field="quants", allowed=", ".join(QUANTS))
     check_input(checkpoint, output, force=settings.force)
     llama_library.runtime_version()
-    _refuse_early(checkpoint)
-    wanted = settings.use_imatrix and any(row.uses_imatrix for row in rows)
-    imatrix = read_imatrix(checkpoint) if wanted else {}
+    chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
+    imatrix = read_imatrix(checkpoint, rows if settings.use_imatrix else ())
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings) as job:
-        records = _export_all(job, rows, imatrix)
-        write_manifest(job, records)
-    return records
+        strings, records = 0, {}
+        for file in write_files(
+            checkpoint,
+            job.folder,
+            rows,
+            job.tokenizer,
+            job.provenance,
+            imatrix=imatrix,
+            n_threads=job.n_threads,
+            progress=job.progress,
+        ):
+            strings = strings or check_tokenizer(file.path, job.tokenizer)
+            records[file.quant] = _prove(job, file, chosen, strings)
+        return write_manifest(job, [records[row] for row in rows])
 
 
-def _export_all(job: Job, rows: Sequence[Quant], imatrix: Imatrix) -> tuple[ExportRecord, ...]:
-    base = QUANTS["f32"]
-    written = write_gguf(
-        job.checkpoint, _path(job, base), job.tokenizer, job.provenance, progress=job.progress
-    )
-    strings = check_tokenizer(written.path, job.tokenizer)
-    done = {base.name: _prove(job, base, written, strings, {})}
-    for row in rows:
-        if row.name in done:
-            continue
-        used = imatrix if row.uses_imatrix else {}
-        if row.base_type == "F16":
-            write_gguf(
-                job.checkpoint,
-                _path(job, row),
-                job.tokenizer,
-                job.provenance,
-                quant=row.name,
-                progress=job.progress,
-            )
-        else:
-            job.progress(f"quantizing {row.name}", 0, 1)
-            quantize_file(written.path, _path(job, row), row, imatrix=used, n_threads=job.n_threads)
-            job.progress(f"quantizing {row.name}", 1, 1)
-        done[row.name] = _prove(job, row, written, strings, used)
-    if base not in rows:
-        written.path.unlink()
-    return tuple(done[row.name] for row in rows)
-
-
-def _path(job: Job, quant: Quant) -> Path:
-    return job.folder / f"{job.provenance.name}-{quant.name}.gguf"
-
-
-def _prove(job: Job, quant: Quant, written: WrittenFile, strings: int, imatrix: Imatrix) -> ExportRecord:
+def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> ExportRecord:
     """Reopen a file, compare it with the checkpoint, and describe it.
 
     Raises:
         LimitError: It is too far from the checkpoint.
     """
-    path = _path(job, quant)
+    path, quant = file.path, file.quant
     with runtime.open_model(
         path,
         n_ctx=job.reference.windows.shape[1],
@@ -126,14 +93,9 @@ def _prove(job: Job, quant: Quant, written: WrittenFile, strings: int, imatrix: 
     ) as model:
         parity = job.compare(quant, model.iter_logits)
     check_limits(parity, path.name)
-    types = report_types(path, quant)
-    warnings = _warnings(
-        quant,
-        written,
-        types,
-        composes=normalizes_to_nfc(job.tokenizer),
-        missing_imatrix=quant.uses_imatrix and not imatrix,
-    )
+    tensors = read_gguf(path).tensors
+    fallbacks = find_fallbacks(tensors, quant)
+    warnings = tuple(_warnings(job, file, chosen, fallbacks))
     for warning in warnings:
         _log.warning("%s: %s", path.name, warning)
     return job.record(
@@ -141,12 +103,12 @@ def _prove(job: Job, quant: Quant, written: WrittenFile, strings: int, imatrix: 
         quant,
         format="gguf",
         parity=parity,
-        architecture=written.chosen.layout.architecture,
-        n_params=types.n_params,
-        tensor_types=types.counts,
-        fallbacks=types.fallbacks,
-        imatrix_tensors=len(imatrix),
-        padded_width=written.chosen.padded_width,
+        architecture=chosen.layout.architecture,
+        n_params=sum(math.prod(tensor.shape) for tensor in tensors),
+        tensor_types=dict(Counter(sorted(tensor.kind.name for tensor in tensors)).most_common()),
+        fallbacks=fallbacks,
+        imatrix_tensors=file.imatrix_tensors,
+        padded_width=chosen.padded_width,
         tokenizer_strings=strings,
         warnings=warnings,
         runtime=llama_library.runtime_version(),
@@ -154,34 +116,26 @@ def _prove(job: Job, quant: Quant, written: WrittenFile, strings: int, imatrix: 
 
 
 def _warnings(
-    quant: Quant, written: WrittenFile, types: TypesReport, *, composes: bool, missing_imatrix: bool
-) -> tuple[str, ...]:
-    config, chosen, found = written.config, written.chosen, []
+    job: Job, file: WrittenFile, chosen: ChosenLayout, fallbacks: Sequence[TensorFallback]
+) -> Iterator[str]:
+    config = chosen.config
     if chosen.padded_width is not None:
-        found.append(
+        yield (
             f"llama.cpp has no architecture for this {config.model_type} model with a width for each block: every "
             f"FFN is padded with zeros to {chosen.padded_width} channels, which is exact but saves nothing; "
             "prune to a uniform width"
         )
     if config.sliding_window and config.sliding_window < config.max_position_embeddings:
-        found.append(
+        yield (
             "llama.cpp has no sliding window for this model: context_length is cut to the window, "
             f"{config.sliding_window}"
         )
-    for fallback in types.fallbacks:
-        found.append(
+    for fallback in fallbacks:
+        yield (
             f"{len(fallback.tensors)} tensors with rows of {fallback.row_length} are stored as {fallback.actual} "
             f"instead of {fallback.asked} (such as {fallback.tensors[0]})"
         )
-    if composes:
-        found.append("the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text")
-    if missing_imatrix:
-        found.append(f"{quant.name} is quantized without an importance matrix")
-    return tuple(found)
-
-
-def _refuse_early(checkpoint: Path) -> None:
-    """Raise InputError for what llama.cpp cannot represent, before the model is run."""
-    config = read_config(checkpoint)
-    with CheckpointTensors(checkpoint) as tensors:
-        choose_layout(config, tensors.names())
+    if normalizes_to_nfc(job.tokenizer):
+        yield "the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text"
+    if file.quant.uses_imatrix and not file.imatrix_tensors:
+        yield f"{file.quant.name} is quantized without an importance matrix"

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from exporters.export_record import ExportRecord
+from exporters import gguf
 from exporters.family import ExportedModel, ExportFamily
-from exporters.gguf.quants import QUANTS, find_quant
-from exporters.options import ExportOptions
-
-
-def _export(
-    checkpoint: Path, output: Path, formats: Sequence[str], settings: ExportOptions, /
-) -> tuple[ExportRecord, ...]:
-    from exporters.gguf.export import export_gguf
-
-    return export_gguf(checkpoint, output, formats, settings)
-
-
-def _draft(checkpoint: Path, folder: Path, quant: str, name: str, settings: ExportOptions) -> Path:
-    from exporters.gguf.draft import draft_gguf
-
-    threads, use = settings.n_threads or 1, settings.use_imatrix
-    return draft_gguf(checkpoint, folder, [quant], name=name, use_imatrix=use, n_threads=threads)[quant]
 
 
 def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:
@@ -41,23 +23,19 @@ def _open(reference: str, n_ctx: int, n_threads: int | None) -> Any:
     return GGUFLanguageModel(Path(reference), n_ctx=n_ctx, n_threads=n_threads)
 
 
-def _claims(reference: str) -> bool:
-    return Path(reference).suffix == ".gguf"
-
-
 GGUF = ExportFamily(
     name="gguf",
     setting="quants",
     title=".gguf files",
-    formats=QUANTS,
-    find=find_quant,
-    export=_export,
+    formats=gguf.QUANTS,
+    find=gguf.find_quant,
+    export=lambda *request: gguf.export_gguf(*request),
     locate=_locate,
     runtime="llama.cpp",
     open_model=_open,
-    claims=_claims,
+    claims=lambda reference: Path(reference).suffix == ".gguf",
     needs={"llama_cpp": "llama-cpp-python"},
     extra="gguf",
     packages=("gguf", "llama-cpp-python"),
-    draft=_draft,
+    draft=lambda *request: gguf.draft_gguf(*request),
 )

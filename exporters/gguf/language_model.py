@@ -70,17 +70,20 @@ class GGUFLanguageModel:
 
     def _parts(self, item: Branches) -> Iterator[Branches]:
         """An item in parts that fit the sequences and the context."""
-        part: list[tuple[int, ...]] = []
-        used = len(item.context)
-        for continuation in item.continuations:
-            length = len(continuation) - 1
-            if part and (len(part) == _SEQUENCES or used + length > self.context_length):
-                yield Branches(item.context, tuple(part))
-                part, used = [], len(item.context)
-            part.append(continuation)
+        lengths = [len(continuation) - 1 for continuation in item.continuations]
+        for fit in self._fitting(lengths, len(item.context), "a context with its continuation"):
+            yield Branches(item.context, item.continuations[fit])
+
+    def _fitting(self, lengths: Sequence[int], shared: int, what: str) -> Iterator[slice]:
+        """Runs of sequences of these lengths that can be computed at once, beside tokens that all of them share."""
+        start, used = 0, shared
+        for index, length in enumerate(lengths):
+            check_length(self, shared + length, what)
+            if index - start == _SEQUENCES or used + length > self.context_length:
+                yield slice(start, index)
+                start, used = index, shared
             used += length
-        check_length(self, used, "a context with its continuation")
-        yield Branches(item.context, tuple(part))
+        yield slice(start, len(lengths))
 
     def _score(self, item: Branches) -> Iterator[Score]:
         everyone = tuple(range(len(item.continuations)))
@@ -101,17 +104,10 @@ class GGUFLanguageModel:
     ) -> list[list[int]]:
         """See `LanguageModel`; as many prompts at once as fit the context together."""
         answers: list[list[int]] = []
-        group: list[Sequence[int]] = []
-        used = 0
-        for prompt in prompts:
-            needed = len(prompt) + max_new_tokens
-            check_length(self, needed, "a prompt with its answer")
-            if group and (len(group) == _SEQUENCES or used + needed > self.context_length):
-                answers += self._generate(group, max_new_tokens, stop_strings)
-                group, used = [], 0
-            group.append(prompt)
-            used += needed
-        return answers + (self._generate(group, max_new_tokens, stop_strings) if group else [])
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        for fit in self._fitting(lengths, 0, "a prompt with its answer"):
+            answers += self._generate(prompts[fit], max_new_tokens, stop_strings)
+        return answers
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_strings: Sequence[str]

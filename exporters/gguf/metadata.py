@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from cfsp.records import tool_version
-from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
@@ -27,33 +26,27 @@ def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:
         writer.add_license(provenance.license)
     if provenance.base_model:
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, provenance.base_model.rsplit("/", 1)[-1])
-        if "/" in provenance.base_model:
-            writer.add_base_model_organization(0, provenance.base_model.rsplit("/", 1)[0])
+        organization, _, name = provenance.base_model.rpartition("/")
+        writer.add_base_model_name(0, name)
+        if organization:
+            writer.add_base_model_organization(0, organization)
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{provenance.base_model}")
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    own = {
-        "source_model": provenance.source_model,
-        "source_sha256": provenance.source_sha256,
-        "checkpoint_sha256": provenance.checkpoint_sha256,
-        "plan_sha256": provenance.plan_sha256,
-        "tool_version": tool_version(),
-    }
-    for key, value in own.items():
-        if value:
-            writer.add_string(f"phoneready.{key}", value)
+    for key, value in (provenance.metadata() | {"phoneready.tool_version": tool_version()}).items():
+        writer.add_string(key, value)
     if provenance.seed is not None:
         writer.add_int64("phoneready.seed", provenance.seed)
 
 
-def add_hyperparameters(writer: Any, config: ModelConfig, chosen: ChosenLayout) -> None:
+def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     """Write the keys under the architecture's name, and the checkpoint's own shape under phoneready.*.
 
     Raises:
         InputError: A rope scaling that llama.cpp does not compute.
     """
-    count, widths = config.num_hidden_layers, chosen.widths(config)
+    config, widths = chosen.config, chosen.widths
+    count = config.num_hidden_layers
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)

@@ -7,23 +7,19 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from exporters.export_record import ParityLimits
+from exporters.export_record import ExportFormat, ParityLimits
 
 
 @dataclass(frozen=True)
-class Quant:
-    """One way to store the weights.
+class Quant(ExportFormat):
+    """One way to store the weights; its name is llama-quantize's, in lower case for the two unquantized ones.
 
     Attributes:
-        name: llama-quantize's name; in lower case for the two unquantized ones.
         base_type: ggml type of most matrices.
-        limits: Bounds of the parity check.
         uses_imatrix: Whether an importance matrix is used by default.
     """
 
-    name: str
     base_type: str
-    limits: ParityLimits
     uses_imatrix: bool = False
 
     @property
@@ -36,7 +32,7 @@ class Quant:
 
     @property
     def width_multiple(self) -> int:
-        """FFN widths that are multiples of it keep down_proj in the type asked for."""
+        """See ExportFormat: of down_proj, whose rows they are."""
         import gguf
 
         return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]][0])
@@ -48,13 +44,13 @@ class Quant:
 
 
 _ROWS = (
-    Quant("f32", "F32", ParityLimits(max_logit_diff=1e-3)),
-    Quant("f16", "F16", ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01)),
-    Quant("Q8_0", "Q8_0", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1)),
-    Quant("Q5_K_M", "Q5_K", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), uses_imatrix=True),
-    Quant("Q4_K_M", "Q4_K", ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5), uses_imatrix=True),
-    Quant("Q4_0", "Q4_0", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), uses_imatrix=True),
-    Quant("IQ4_NL", "IQ4_NL", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), uses_imatrix=True),
+    Quant("f32", ParityLimits(max_logit_diff=1e-3), "F32"),
+    Quant("f16", ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01), "F16"),
+    Quant("Q8_0", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1), "Q8_0"),
+    Quant("Q5_K_M", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), "Q5_K", uses_imatrix=True),
+    Quant("Q4_K_M", ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5), "Q4_K", uses_imatrix=True),
+    Quant("Q4_0", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "Q4_0", uses_imatrix=True),
+    Quant("IQ4_NL", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "IQ4_NL", uses_imatrix=True),
 )
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
 

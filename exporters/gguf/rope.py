@@ -7,7 +7,7 @@ position * inv_freq, so a scaling that changes single frequencies is written as 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,19 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from exporters.checkpoint_reader import ModelConfig
 
+Keys = dict[str, float | int | str]
+"""Metadata without the architecture's prefix."""
 # llama.cpp's constants, which deci, llama, openelm, qwen2 and qwen3 do not read from the file.
 _YARN_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
-def rope_metadata(config: ModelConfig) -> dict[str, float | int | str]:
-    """Key, without the architecture's prefix -> value.
+def rope_metadata(config: ModelConfig) -> Keys:
+    """What a file says of the rotary embedding.
 
     Raises:
         InputError: A scaling that llama.cpp does not compute.
     """
-    keys: dict[str, float | int | str] = {
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_theta),
-    }
+    keys: Keys = {"rope.dimension_count": config.head_dim, "rope.freq_base": float(config.rope_theta)}
     if config.rope_scaling is None:
         return keys
     kind = config.rope_scaling["rope_type"]
@@ -43,11 +42,11 @@ def rope_metadata(config: ModelConfig) -> dict[str, float | int | str]:
     return keys | _SCALINGS[kind](config.rope_scaling, config)
 
 
-def _linear(scaling: Mapping[str, Any], _: ModelConfig) -> dict[str, float | int | str]:
+def _linear(scaling: Mapping[str, Any], _: ModelConfig) -> Keys:
     return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
 
 
-def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | int | str]:
+def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> Keys:
     for key, fixed in _YARN_FIXED.items():
         if float(scaling.get(key, fixed)) != fixed:
             raise InputError(
@@ -60,7 +59,7 @@ def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | 
             "llama.cpp truncates yarn's correction range", field="truncate", value=False, allowed="true"
         )
     factor = float(scaling["factor"])
-    keys: dict[str, float | int | str] = {
+    keys: Keys = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(
@@ -73,11 +72,11 @@ def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | 
     return keys
 
 
-def _llama3(scaling: Mapping[str, Any], config: ModelConfig) -> dict[str, float | int | str]:
-    return {}
-
-
-_SCALINGS = {"linear": _linear, "yarn": _yarn, "llama3": _llama3}
+_SCALINGS: Mapping[str, Callable[[Mapping[str, Any], ModelConfig], Keys]] = {
+    "linear": _linear,
+    "yarn": _yarn,
+    "llama3": lambda *_: {},  # no key says it: see rope_factors
+}
 
 
 def rope_factors(config: ModelConfig) -> npt.NDArray[np.float32] | None:

@@ -1,6 +1,6 @@
 """llama.cpp, through llama-cpp-python's low-level API: the one place that touches it, with llama_library.
 
-`open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits; `quantize` writes a quantized file.
+`open_model` gives a `LlamaModel`, which tokenizes, decodes and hands out logits.
 llama.cpp's own log is kept from the terminal; what it last complained about goes into error messages.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,14 +19,10 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from exporters.gguf.llama_batch import Entry, native_batch
-from exporters.gguf.llama_library import (
-    FloatArray,
-    complaints,
-    library,
-)
+from exporters.gguf.llama_library import FloatArray, complaints, library
 
 _GGML_F32, _GGML_F16 = 0, 1
-_LOAD_READ, _LOAD_MMAP = 0, 1
+_LOAD_MMAP = 1
 _FLASH_ATTENTION_OFF = 0
 
 
@@ -38,14 +33,10 @@ class LlamaModel:
 
     Attributes:
         path: The file.
-        model_load_ns: Time llama.cpp took to load the file, in nanoseconds.
-        context_ns: Time it took to make the context (caches, compute buffers), in nanoseconds.
     """
 
-    def __init__(self, path: Path, model: Any, context: Any, model_load_ns: int, context_ns: int) -> None:
+    def __init__(self, path: Path, model: Any, context: Any) -> None:
         self.path = path
-        self.model_load_ns = model_load_ns
-        self.context_ns = context_ns
         self._lib = library()
         self._model = model
         self._context = context
@@ -87,11 +78,6 @@ class LlamaModel:
         return int(self._lib.llama_n_ctx(self._context))
 
     @property
-    def n_ctx_train(self) -> int:
-        """The file's context_length."""
-        return int(self._lib.llama_model_n_ctx_train(self._model))
-
-    @property
     def description(self) -> str:
         """llama.cpp's words for the model, such as "llama 256M Q4_0"."""
         buffer = ctypes.create_string_buffer(256)
@@ -103,30 +89,22 @@ class LlamaModel:
         """Id of the start token; -1 without one."""
         return int(self._lib.llama_vocab_bos(self._vocab))
 
-    @property
-    def eos_token(self) -> int:
-        """Id of the end token; -1 without one."""
-        return int(self._lib.llama_vocab_eos(self._vocab))
-
     def is_end_of_generation(self, token: int) -> bool:
         """Whether llama.cpp stops generating at this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
-    def tokenize(self, text: str, *, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Token ids of a text.
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of a text, in which special tokens may be written out.
 
         Args:
             text: Any text.
             add_special: Add the start and end tokens that the file asks for.
-            parse_special: Recognize special tokens written out in the text.
         """
         raw = text.encode("utf-8")
         size = len(raw) + 8
         for _ in range(2):
             ids = (self._lib.llama_token * size)()
-            count = self._lib.llama_tokenize(
-                self._vocab, raw, len(raw), ids, size, add_special, parse_special
-            )
+            count = self._lib.llama_tokenize(self._vocab, raw, len(raw), ids, size, add_special, True)
             if count >= 0:
                 return list(ids[:count])
             size = -count
@@ -144,10 +122,6 @@ class LlamaModel:
             count = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[:count]
 
-    def set_n_threads(self, n_threads: int) -> None:
-        """Threads of all further decoding."""
-        self._lib.llama_set_n_threads(self._context, n_threads, n_threads)
-
     def clear(self) -> None:
         """Forget all decoded tokens: the next one is at position 0."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
@@ -161,7 +135,12 @@ class LlamaModel:
         Raises:
             InputError: The context is full, or a token is not in the vocabulary.
         """
-        self._run(tokens, output_all=False, step=self._n_batch)
+        ids = np.ascontiguousarray(tokens, dtype=np.int32)
+        for start in range(0, len(ids), self._n_batch):
+            piece = ids[start : start + self._n_batch]
+            pointer = piece.ctypes.data_as(ctypes.POINTER(self._lib.llama_token))
+            self._run(self._lib.llama_batch_get_one(pointer, len(piece)))
+        self._lib.llama_synchronize(self._context)
 
     def last_logits(self) -> FloatArray:
         """Logits after the last decoded token, (vocab_size,) float32, copied."""
@@ -179,12 +158,9 @@ class LlamaModel:
             overwrites: use or copy it at once.
         """
         self.clear()
-        ids = np.asarray(tokens, dtype=np.int32)
-        for start in range(0, len(ids), self._n_batch):
-            piece = ids[start : start + self._n_batch]
-            self._run(piece, output_all=True, step=self._n_batch)
-            pointer = self._lib.llama_get_logits(self._context)
-            yield np.ctypeslib.as_array(pointer, shape=(len(piece), self.vocab_size))
+        yield from self.iter_entries(
+            [Entry(int(token), place, (0,), wanted=True) for place, token in enumerate(tokens)]
+        )
 
     def iter_entries(self, entries: Sequence[Entry]) -> Iterator[FloatArray]:
         """Run tokens of several sequences after what their sequences hold already.
@@ -195,7 +171,7 @@ class LlamaModel:
         for start in range(0, len(entries), self._n_batch):
             piece = entries[start : start + self._n_batch]
             batch, arrays = native_batch(piece)
-            self._check(_computed(self._lib.llama_decode, self._context, batch))
+            self._run(batch)
             del arrays
             wanted = sum(entry.wanted for entry in piece)
             if wanted:
@@ -216,20 +192,8 @@ class LlamaModel:
                 self.decode([token])
         return new
 
-    def _run(self, tokens: Any, *, output_all: bool, step: int) -> None:
-        ids = np.ascontiguousarray(tokens, dtype=np.int32)
-        for start in range(0, len(ids), step):
-            piece = ids[start : start + step]
-            pointer = piece.ctypes.data_as(ctypes.POINTER(self._lib.llama_token))
-            batch = self._lib.llama_batch_get_one(pointer, len(piece))
-            flags = np.ones(len(piece), dtype=np.int8)
-            if output_all:
-                batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-            status = _computed(self._lib.llama_decode, self._context, batch)
-            self._check(status)
-        self._lib.llama_synchronize(self._context)
-
-    def _check(self, status: int) -> None:
+    def _run(self, batch: Any) -> None:
+        status = _computed(self._lib.llama_decode, self._context, batch)
         if status == 1:
             raise InputError(
                 f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx
@@ -263,7 +227,6 @@ def open_model(
     n_ubatch: int = 512,
     kv_f32: bool = False,
     vocab_only: bool = False,
-    use_mmap: bool = True,
     n_seq: int = 1,
 ) -> LlamaModel:
     """Open a GGUF file.
@@ -277,7 +240,6 @@ def open_model(
         kv_f32: Keep keys and values in float32 instead of float16, and compute attention without the flash kernel,
             which rounds to float16: for parity, not for speed.
         vocab_only: Load no weights and make no context: enough to tokenize.
-        use_mmap: Map the file instead of reading it.
         n_seq: Sequences that share the context.
 
     Raises:
@@ -290,11 +252,9 @@ def open_model(
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only
-    params.load_mode = _LOAD_MMAP if use_mmap else _LOAD_READ
+    params.load_mode = _LOAD_MMAP
     complaints.clear()
-    start = time.perf_counter_ns()
     model = lib.llama_model_load_from_file(str(path).encode(), params)
-    loaded = time.perf_counter_ns()
     if not model:
         raise InputError(f"llama.cpp cannot load {path}: {complaints.last()}")
     context = None
@@ -307,7 +267,7 @@ def open_model(
             raise InputError(
                 f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {complaints.last()}"
             )
-    return LlamaModel(path, model, context, loaded - start, time.perf_counter_ns() - loaded)
+    return LlamaModel(path, model, context)
 
 
 def _context_params(

@@ -7,39 +7,16 @@ divide into the type's blocks. So one written file says what every other one of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import gguf
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.shape import ModelShape
-from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
-from exporters.gguf.architecture import ChosenLayout, choose_layout, tensor_specs
-from exporters.gguf.quantize import FALLBACKS_ASKED, asked_type
+from exporters.gguf.architecture import ChosenLayout, tensor_specs
+from exporters.gguf.fallbacks import asked_type, block_of, stored_type
 from exporters.gguf.quants import find_quant
 
 _ALIGNMENT = 32
-_FALLBACKS = {asked: stored for stored, asked in FALLBACKS_ASKED.items()}
-
-
-@dataclass(frozen=True)
-class SizeTemplate:
-    """What a written file says of others of its model, quantization and architecture.
-
-    Attributes:
-        quant: The quantization.
-        architecture: llama.cpp's.
-        overhead_bytes: All that is not a tensor: metadata, vocabulary, names. A name of another length moves it by
-            at most one step of the alignment, 32 bytes.
-        types: Tensor -> the type that the quantization asks for, before any fallback.
-    """
-
-    quant: str
-    architecture: str
-    overhead_bytes: int
-    types: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,55 +37,38 @@ class PredictedTensor:
 
 
 @dataclass(frozen=True)
-class FileShape:
-    """A model, as far as the sizes of its files depend on it.
+class SizeTemplate:
+    """What a written file says of others of its model, quantization and architecture.
 
     Attributes:
-        config: The model; its shape is replaced.
-        stored: Names of the checkpoint's tensors.
+        architecture: llama.cpp's.
+        overhead_bytes: All that is not a tensor: metadata, vocabulary, names. A name of another length moves it by
+            at most one step of the alignment, 32 bytes.
+        types: Tensor -> the type that the quantization asks for, before any fallback.
     """
 
-    config: ModelConfig
-    stored: frozenset[str]
+    architecture: str
+    overhead_bytes: int
+    types: dict[str, str]
 
-    def architecture(self, shape: ModelShape) -> str:
-        """llama.cpp's architecture for a shape."""
-        return self._chosen(shape)[1].layout.architecture
-
-    def tensors(self, template: SizeTemplate, shape: ModelShape) -> list[PredictedTensor]:
-        """The tensors of a file of this shape, in file order.
+    def tensors(self, chosen: ChosenLayout) -> list[PredictedTensor]:
+        """The tensors of a model's file, in file order.
 
         Raises:
-            InputError: The template is of another architecture than this shape needs.
+            InputError: The template is of another architecture than the model needs.
         """
-        config, chosen = self._chosen(shape)
-        if chosen.layout.architecture != template.architecture:
+        if chosen.layout.architecture != self.architecture:
             raise InputError(
                 "the size template is of another architecture",
                 field="architecture",
-                value=template.architecture,
+                value=self.architecture,
                 allowed=chosen.layout.architecture,
             )
-        specs = tensor_specs(config, chosen, set(self.stored))
-        return [_tensor(spec.name, spec.shape, template.types[spec.name]) for spec in specs]
+        return [_tensor(spec.name, spec.shape, self.types[spec.name]) for spec in tensor_specs(chosen)]
 
-    def file_bytes(self, template: SizeTemplate, shape: ModelShape) -> int:
-        """Bytes of a file of this shape."""
-        return template.overhead_bytes + sum(_padded(t.n_bytes) for t in self.tensors(template, shape))
-
-    def _chosen(self, shape: ModelShape) -> tuple[ModelConfig, ChosenLayout]:
-        config = replace(self.config, shape=self.config.shape.with_ffn_widths(shape.ffn_widths))
-        return config, choose_layout(config, set(self.stored))
-
-
-def read_shape(checkpoint: Path) -> FileShape:
-    """The shape of a checkpoint's files; its FFN widths do not matter.
-
-    Raises:
-        InputError: No usable checkpoint.
-    """
-    with CheckpointTensors(checkpoint) as tensors:
-        return FileShape(read_config(checkpoint), frozenset(tensors.names()))
+    def file_bytes(self, chosen: ChosenLayout) -> int:
+        """Bytes of a model's file."""
+        return self.overhead_bytes + sum(_padded(tensor.n_bytes) for tensor in self.tensors(chosen))
 
 
 def size_template(path: Path, quant: str) -> SizeTemplate:
@@ -122,21 +82,13 @@ def size_template(path: Path, quant: str) -> SizeTemplate:
     tensors = [tensor for tensor in file.tensors if tensor.name != "rope_freqs.weight"]
     types = {t.name: asked_type(str(t.kind.name), t.shape, row) for t in tensors}
     data = sum(_padded(int(tensor.data.nbytes)) for tensor in tensors)
-    return SizeTemplate(row.name, file.architecture, path.stat().st_size - data, types)
+    return SizeTemplate(file.architecture, path.stat().st_size - data, types)
 
 
 def _tensor(name: str, shape: tuple[int, ...], asked: str) -> PredictedTensor:
-    kind = asked
-    while shape[-1] % _block(kind)[0]:
-        kind = _FALLBACKS.get(kind, "F16")
-    block, size = _block(kind)
-    return PredictedTensor(name, shape, kind, math.prod(shape) // block * size)
-
-
-def _block(kind: str) -> tuple[int, int]:
-    """Elements and bytes of a block."""
-    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(elements), int(size)
+    kind = stored_type(asked, shape[-1])
+    elements, size = block_of(kind)
+    return PredictedTensor(name, shape, kind, math.prod(shape) // elements * size)
 
 
 def _padded(count: int) -> int:

@@ -39,9 +39,15 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens, types = _vocabulary(tokenizer, state, vocab_size)
-    kind = _kind(state)
-    writer.add_tokenizer_model(kind)
-    _KINDS[kind](writer, tokenizer, state, tokens, types)
+    byte_fallback, merges = bool(state["model"].get("byte_fallback")), _merges(state)
+    writer.add_tokenizer_model(SENTENCEPIECE if byte_fallback else BYTE_LEVEL)
+    if byte_fallback:
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(merges, tokens, types))
+    else:
+        writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_add_space_prefix(byte_fallback and _adds_space(state))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     for name, attribute in _SPECIAL_IDS.items():
@@ -120,47 +126,27 @@ def _vocabulary(tokenizer: Any, state: Mapping[str, Any], vocab_size: int) -> tu
     return tokens, types
 
 
-def _kind(state: Mapping[str, Any]) -> str:
-    if state["model"]["type"] != "BPE":
-        kind = state["model"]["type"]
+def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Best first; raises InputError for what is no BPE."""
+    kind = state["model"]["type"]
+    if kind != "BPE":
         raise InputError(
             "this kind of tokenizer cannot be exported", field="tokenizer", value=kind, allowed="BPE"
         )
-    return SENTENCEPIECE if state["model"].get("byte_fallback") else BYTE_LEVEL
-
-
-def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
     # Older files have "left right", newer ones ["left", "right"].
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in state["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
 
-def _add_byte_level(
-    writer: Any, tokenizer: Any, state: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> None:
-    writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
-    writer.add_token_merges([" ".join(merge) for merge in _merges(state)])
-    writer.add_add_space_prefix(False)
-
-
-def _add_sentencepiece(
-    writer: Any, tokenizer: Any, state: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
-) -> None:
+def _scores(merges: Sequence[tuple[str, str]], tokens: Sequence[str], types: Sequence[int]) -> list[float]:
+    """Of SentencePiece's pieces; those of one character are never the result of a merge, so theirs decide nothing."""
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_merges(state)):
+    for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
-    # Pieces of one character are never the result of a merge, so their score decides nothing.
-    writer.add_tokenizer_pre("default")
-    writer.add_token_scores(
-        [
-            -float(ranks.get(text, len(ranks))) if kind == _NORMAL else 0.0
-            for text, kind in zip(tokens, types, strict=True)
-        ]
-    )
-    writer.add_add_space_prefix(_adds_space(state))
-
-
-_KINDS = MappingProxyType({BYTE_LEVEL: _add_byte_level, SENTENCEPIECE: _add_sentencepiece})
+    return [
+        -float(ranks.get(text, len(ranks))) if kind == _NORMAL else 0.0
+        for text, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _adds_space(state: Mapping[str, Any]) -> bool:

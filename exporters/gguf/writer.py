@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,13 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
-from exporters.gguf.architecture import ChosenLayout, TensorSpec, choose_layout, tensor_specs
+from exporters.checkpoint_reader import CheckpointTensors
+from exporters.gguf.architecture import ChosenLayout, TensorSpec, read_layout, tensor_specs
 from exporters.gguf.metadata import add_general, add_hyperparameters
 from exporters.gguf.quants import find_quant
 from exporters.gguf.rope import rope_factors
 from exporters.gguf.tokenizer_metadata import add_tokenizer
 from exporters.provenance import Provenance
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """What was written, for the record and for quantizing."""
-
-    path: Path
-    config: ModelConfig
-    chosen: ChosenLayout
 
 
 def write_gguf(
@@ -37,7 +28,7 @@ def write_gguf(
     *,
     quant: str = "f32",
     progress: Progress = no_progress,
-) -> WrittenFile:
+) -> ChosenLayout:
     """Write an unquantized file; the same input gives the same bytes.
 
     Args:
@@ -48,43 +39,38 @@ def write_gguf(
         quant: "f32", or "f16": matrices in float16, vectors in float32.
         progress: Told after every tensor.
 
+    Returns:
+        How the model went into the file.
+
     Raises:
         InputError: The checkpoint is unusable, or llama.cpp has no architecture for it.
     """
     import gguf
 
-    half = find_quant(quant).base_type == "F16"
-    config = read_config(checkpoint)
-    with CheckpointTensors(checkpoint) as tensors:
-        chosen = choose_layout(config, tensors.names())
-        specs = tensor_specs(config, chosen, tensors.names())
-        writer = gguf.GGUFWriter(path, chosen.layout.architecture)
-        try:
-            add_general(writer, provenance, find_quant(quant).ftype)
-            add_hyperparameters(writer, config, chosen)
-            add_tokenizer(writer, tokenizer, config.vocab_size)
-            _declare(writer, specs, config, half)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            factors = rope_factors(config)
-            if factors is not None:
-                writer.write_tensor_data(factors)
+    row, chosen = find_quant(quant), read_layout(checkpoint)
+    half, specs, factors = row.base_type == "F16", tensor_specs(chosen), rope_factors(chosen.config)
+    writer = gguf.GGUFWriter(path, chosen.layout.architecture)
+    try:
+        add_general(writer, provenance, row.ftype)
+        add_hyperparameters(writer, chosen)
+        add_tokenizer(writer, tokenizer, chosen.config.vocab_size)
+        if factors is not None:
+            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for spec in specs:
+            dtype = _dtype(spec, half)
+            writer.add_tensor_info(spec.name, spec.shape, dtype, math.prod(spec.shape) * dtype.itemsize)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        if factors is not None:
+            writer.write_tensor_data(factors)
+        with CheckpointTensors(checkpoint) as tensors:
             for done, spec in enumerate(specs, start=1):
                 writer.write_tensor_data(_stored(spec, tensors, half))
                 progress(f"writing {quant}", done, len(specs))
-        finally:
-            writer.close()
-    return WrittenFile(path, config, chosen)
-
-
-def _declare(writer: Any, specs: list[TensorSpec], config: ModelConfig, half: bool) -> None:
-    factors = rope_factors(config)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    for spec in specs:
-        dtype = _dtype(spec, half)
-        writer.add_tensor_info(spec.name, spec.shape, dtype, int(np.prod(spec.shape)) * dtype.itemsize)
+    finally:
+        writer.close()
+    return chosen
 
 
 def _dtype(spec: TensorSpec, half: bool) -> np.dtype[Any]:

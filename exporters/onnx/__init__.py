@@ -20,12 +20,12 @@ _PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export_onnx":
-        try:
-            from exporters.onnx.export import export_onnx
-        except ModuleNotFoundError as error:
-            if error.name not in _PACKAGES:
-                raise
-            raise MissingExtraError(_PACKAGES[error.name], "onnx") from None
-        return export_onnx
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name != "export_onnx":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from exporters.onnx.export import export_onnx
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        raise MissingExtraError(_PACKAGES[error.name], "onnx") from None
+    return export_onnx

@@ -26,6 +26,7 @@ import onnx_ir as ir
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.layers import TOKENS, Embedding, Layer
 from exporters.onnx.operators import ir_version_for, require_operators
+from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
 
 OPSET = 21
 
@@ -98,7 +99,6 @@ def build_decoder(
     decoder: Decoder,
     *,
     name: str,
-    metadata: Mapping[str, str] | None = None,
     last_logits: bool = False,
     stored: Mapping[str, ir.TensorProtocol] | None = None,
     opset: int = OPSET,
@@ -108,7 +108,6 @@ def build_decoder(
     Args:
         decoder: The weights.
         name: Of the graph.
-        metadata: Own key-value pairs of the file.
         last_logits: Compute the logits of each sequence's last position alone.
         stored: Weights of another graph of this decoder, by name, which this one shares.
         opset: Of ONNX's own operators.
@@ -129,7 +128,7 @@ def build_decoder(
         built,
         ir_version=ir_version_for(opset),
         producer_name="phoneready",
-        metadata_props=dict(metadata or {}),
+        metadata_props={CACHE_KEY: FIXED_CACHE},
     )
 
 

@@ -59,20 +59,16 @@ def export_onnx(
         require_optimum()
     model = load_checkpoint(checkpoint)
     with open_job(checkpoint, output, model, settings) as common:
-        records = _export_all(OnnxJob(common, model), rows)
-        write_manifest(common, records)
-    return records
-
-
-def _export_all(job: OnnxJob, rows: Sequence[Variant]) -> tuple[ExportRecord, ...]:
-    """The float32 graph comes first: that the graph computes the checkpoint shows on it alone."""
-    base, done = VARIANTS["fp32"], {}
-    if not all(row.portable for row in rows):
-        done[base.name] = _export(job, base)
-        if base not in rows:
-            shutil.rmtree(job.common.folder / base.name)
-    done |= {row.name: _export(job, row) for row in rows if row.name not in done}
-    return tuple(done[row.name] for row in rows)
+        job = OnnxJob(common, model)
+        # That the graph computes the checkpoint shows on the float32 one alone.
+        base = VARIANTS["fp32"]
+        first = () if all(row.portable for row in rows) else (base,)
+        records = {}
+        for row in dict.fromkeys((*first, *rows)):
+            records[row] = _export(job, row)
+            if row not in rows:
+                shutil.rmtree(common.folder / row.name)
+        return write_manifest(common, [records[row] for row in rows])
 
 
 def _export(job: OnnxJob, variant: Variant) -> ExportRecord:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporters.export_record import ExportRecord
+from exporters import onnx
 from exporters.family import ExportedModel, ExportFamily
 from exporters.onnx.folder import find_graph, is_onnx
-from exporters.onnx.variants import VARIANTS, find_variant
-from exporters.options import ExportOptions
-
-
-def _export(
-    checkpoint: Path, output: Path, formats: Sequence[str], settings: ExportOptions, /
-) -> tuple[ExportRecord, ...]:
-    from exporters.onnx.export import export_onnx
-
-    return export_onnx(checkpoint, output, formats, settings)
 
 
 def _locate(folder: Path, stem: str, variant: str) -> ExportedModel:
@@ -36,9 +25,9 @@ ONNX = ExportFamily(
     name="onnx",
     setting="onnx",
     title=".onnx files and folders of ONNX variants",
-    formats=VARIANTS,
-    find=find_variant,
-    export=_export,
+    formats=onnx.VARIANTS,
+    find=onnx.find_variant,
+    export=lambda *request: onnx.export_onnx(*request),
     locate=_locate,
     runtime="onnxruntime",
     open_model=_open,

@@ -32,7 +32,6 @@ class Layer(Protocol):
 
     def apply(self, builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
         """Add the nodes that compute y (batch_size, sequence_length, out_features) from x."""
-        ...
 
 
 class Embedding(Protocol):
@@ -40,11 +39,9 @@ class Embedding(Protocol):
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
         """Add the nodes that give the rows of token ids (batch_size, sequence_length)."""
-        ...
 
     def as_head(self) -> Layer:
         """The same table as output matrix, for tied embeddings: stored once."""
-        ...
 
 
 @dataclass(frozen=True)

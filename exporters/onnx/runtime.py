@@ -47,6 +47,7 @@ class OnnxModel:
         path: The file.
         vocab_size: Length of a row of logits.
         n_ctx: Tokens that fit the cache.
+        n_batch: Tokens of a text that `iter_logits` runs at once.
         n_past: Tokens in it.
         last_logits: Whether the graph gives the last position's logits alone.
         metadata: The file's own keys.
@@ -138,14 +139,11 @@ class OnnxModel:
         values: FloatArray = logits.numpy()[0]
         return values
 
-    def iter_logits(
-        self, tokens: npt.NDArray[np.integer], *, chunk: int | None = None
-    ) -> Iterator[FloatArray]:
+    def iter_logits(self, tokens: npt.NDArray[np.integer]) -> Iterator[FloatArray]:
         """Logits of a text that nothing comes before, piece by piece, (k, vocab_size)."""
         self.clear()
-        step = chunk or self.n_batch
-        for start in range(0, len(tokens), step):
-            yield self.decode(tokens[start : start + step])
+        for start in range(0, len(tokens), self.n_batch):
+            yield self.decode(tokens[start : start + self.n_batch])
 
     def _empty(self, name: str) -> Any:
         from onnxruntime import OrtValue

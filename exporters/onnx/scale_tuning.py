@@ -92,15 +92,13 @@ def _last_hidden(
 
 @contextmanager
 def _scaled(linears: Mapping[str, nn.Linear], factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let each Linear's rows be multiplied: y = f * x W^T + b."""
-
-    def hook(rows: torch.Tensor) -> Any:
-        def scale(linear: nn.Linear, _: Any, y: torch.Tensor) -> torch.Tensor:
-            return y * rows if linear.bias is None else (y - linear.bias) * rows + linear.bias
-
-        return scale
-
+    """Let each Linear's rows be multiplied."""
     with ExitStack() as stack:
         for name, linear in linears.items():
-            stack.callback(linear.register_forward_hook(hook(factors[name])).remove)
+            stack.callback(linear.register_forward_hook(partial(_scale_rows, factors[name])).remove)
         yield
+
+
+def _scale_rows(rows: torch.Tensor, linear: nn.Linear, _: Any, y: torch.Tensor) -> torch.Tensor:
+    """y = f * x W^T + b of y = x W^T + b."""
+    return y * rows if linear.bias is None else (y - linear.bias) * rows + linear.bias

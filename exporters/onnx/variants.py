@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from exporters.export_record import ParityLimits
+from exporters.export_record import ExportFormat, ParityLimits
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,20 @@ FormatOf = Callable[[str, int, int], BlockFormat]
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to store the weights.
+class Variant(ExportFormat):
+    """One way to store the weights; any FFN width is stored as asked, as rows are padded to whole blocks.
 
     Attributes:
-        name: As users say it.
         suffix: Of the file name; transformers.js finds the known ones by its `dtype`.
         dtype: Name of the torch dtype of what is computed: float32 or float16.
         form: Format of most Linears and, with the output matrix, of a tied embedding; None stores floats.
         int8_rows: Stored and multiplied as int8 with a scale for each row and each token.
         portable: In standard operators alone, as optimum exports it.
         mixed: As many get eight bits as fit a size, not as few as cost little time.
-        limits: Bounds of the parity check.
     """
 
-    name: str
     suffix: str
-    dtype: str
-    limits: ParityLimits
+    dtype: str = "float32"
     form: BlockFormat | None = None
     int8_rows: bool = False
     portable: bool = False
@@ -63,11 +59,6 @@ class Variant:
     def calibrated(self) -> bool:
         """Whether it is rounded by GPTQ, which wants text."""
         return self.form is not None and self.form.bits < INT8.bits
-
-    @property
-    def width_multiple(self) -> int:
-        """Any width is stored as asked: rows are padded to whole blocks."""
-        return 1
 
     @property
     def reads(self) -> frozenset[str]:
@@ -99,45 +90,22 @@ def formats_without_text(form: BlockFormat) -> FormatOf:
 
 
 _ROWS = (
-    Variant("fp32", "", "float32", ParityLimits(max_logit_diff=2e-3)),
-    Variant("fp16", "_fp16", "float16", ParityLimits(kl_mean=2e-3, same_top1=0.97, ppl_ratio=1.01)),
-    Variant(
-        "int8",
-        "_quantized",
-        "float32",
-        ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.05),
-        form=INT8,
-    ),
-    Variant(
-        "int4",
-        "_q4",
-        "float32",
-        ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
-        form=INT4,
-    ),
+    Variant("fp32", ParityLimits(max_logit_diff=2e-3), ""),
+    Variant("fp16", ParityLimits(kl_mean=2e-3, same_top1=0.97, ppl_ratio=1.01), "_fp16", "float16"),
+    Variant("int8", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.05), "_quantized", form=INT8),
+    Variant("int4", ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5), "_q4", form=INT4),
     Variant(
         "int4-mixed",
-        "_q4_mixed",
-        "float32",
         ParityLimits(kl_mean=0.4, same_top1=0.6, ppl_ratio=1.5),
+        "_q4_mixed",
         form=INT4,
         mixed=True,
     ),
+    Variant("int4-b128", ParityLimits(kl_mean=0.5, same_top1=0.5, ppl_ratio=1.8), "_q4_b128", form=INT4_B128),
     Variant(
-        "int4-b128",
-        "_q4_b128",
-        "float32",
-        ParityLimits(kl_mean=0.5, same_top1=0.5, ppl_ratio=1.8),
-        form=INT4_B128,
+        "int8-dynamic", ParityLimits(kl_mean=0.15, same_top1=0.75, ppl_ratio=1.15), "_int8", int8_rows=True
     ),
-    Variant(
-        "int8-dynamic",
-        "_int8",
-        "float32",
-        ParityLimits(kl_mean=0.15, same_top1=0.75, ppl_ratio=1.15),
-        int8_rows=True,
-    ),
-    Variant("portable", "", "float32", ParityLimits(max_logit_diff=2e-3), portable=True),
+    Variant("portable", ParityLimits(max_logit_diff=2e-3), "", portable=True),
 )
 VARIANTS: Mapping[str, Variant] = MappingProxyType({row.name: row for row in _ROWS})
 

@@ -19,7 +19,6 @@ from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import choose_few, choose_mixture, quantized_model, with_eight_bits
 from exporters.onnx.portable import portable_graph
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
 from exporters.onnx.scale_tuning import tune
 from exporters.onnx.variants import Variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
@@ -56,18 +55,25 @@ def write_graphs(job: OnnxJob, variant: Variant, folder: Path) -> WrittenGraphs:
     Raises:
         InputError: A model that the graph cannot compute, or a budget that it does not fit.
     """
-    progress = job.common.progress
+    common, path = job.common, folder / f"{variant.stem}.onnx"
     if variant.portable:
-        progress(f"writing {variant.name}", 0, 1)
+        common.progress(f"writing {variant.name}", 0, 1)
         # A model of its own: optimum's exporter changes the one that it is given.
-        model = load_checkpoint(job.common.checkpoint)
-        graph = portable_graph(model, name=_graph_name(job, variant), opset=job.common.settings.opset)
+        model = load_checkpoint(common.checkpoint)
+        portable = portable_graph(model, name=_graph_name(job, variant), opset=common.settings.opset)
         # One graph: who takes standard operators alone wants what optimum's users expect.
-        return _write(job, graph, folder, variant)
+        return WrittenGraphs(path, None, save_graph(portable, path, metadata=_origin(job, variant)))
     weights, eight_bits = _weights(job, variant)
     decoder = decoder_of(job.model, weights)
-    progress(f"writing {variant.name}", 0, 1)
-    return replace(_write_both(job, decoder, folder, variant), eight_bits=eight_bits)
+    common.progress(f"writing {variant.name}", 0, 1)
+    every = _graph(job, variant, decoder)
+    data = save_graph(every, path, metadata=_origin(job, variant))
+    stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
+    last = _graph(job, variant, decoder, stored)
+    last.metadata_props.update(every.metadata_props)
+    last_path = folder / f"{variant.stem}_last.onnx"
+    ir.save(last, last_path)
+    return WrittenGraphs(path, last_path, data, eight_bits)
 
 
 def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
@@ -97,44 +103,23 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
 
 def _size_bytes(job: OnnxJob, variant: Variant, quantized: QuantizedModel) -> int:
     """Of a file with these weights, and the larger graph that has all apart which can be one layer."""
+    graph = _graph(job, variant, decoder_of(job.model, replace(quantized, apart=True)))
     with tempfile.TemporaryDirectory(prefix="sizing-", dir=job.common.folder) as scratch:
-        decoder = decoder_of(job.model, replace(quantized, apart=True))
-        return _write(job, _every(job, decoder, variant), Path(scratch), variant).size_bytes
+        path = Path(scratch) / f"{variant.stem}.onnx"
+        return WrittenGraphs(path, None, save_graph(graph, path, metadata=_origin(job, variant))).size_bytes
 
 
-def _every(job: OnnxJob, decoder: Decoder, variant: Variant) -> ir.Model:
-    """The graph with all logits."""
+def _graph(
+    job: OnnxJob, variant: Variant, decoder: Decoder, stored: Mapping[str, ir.TensorProtocol] | None = None
+) -> ir.Model:
+    """The graph with all logits; over weights that it has stored, the one with the last position's alone."""
     return build_decoder(
         decoder,
         name=_graph_name(job, variant),
-        metadata={CACHE_KEY: FIXED_CACHE},
-        opset=job.common.settings.opset or OPSET,
-    )
-
-
-def _write_both(job: OnnxJob, decoder: Decoder, folder: Path, variant: Variant) -> WrittenGraphs:
-    """Two graphs over one file of weights."""
-    every = _every(job, decoder, variant)
-    written = _write(job, every, folder, variant)
-    stored = {k: v.const_value for k, v in every.graph.initializers.items() if v.const_value is not None}
-    name, metadata = _graph_name(job, variant), every.metadata_props
-    last = build_decoder(
-        decoder,
-        name=name,
-        metadata=metadata,
-        last_logits=True,
+        last_logits=stored is not None,
         stored=stored,
         opset=job.common.settings.opset or OPSET,
     )
-    path = folder / f"{variant.stem}_last.onnx"
-    ir.save(last, path)
-    return replace(written, last=path)
-
-
-def _write(job: OnnxJob, graph: ir.Model, folder: Path, variant: Variant) -> WrittenGraphs:
-    """One graph, which is told its origin, and its weights beside it."""
-    path = folder / f"{variant.stem}.onnx"
-    return WrittenGraphs(path, None, save_graph(graph, path, metadata=_origin(job, variant)))
 
 
 def save_graph(graph: ir.Model, path: Path, *, metadata: Mapping[str, str] | None = None) -> Path:
@@ -162,12 +147,8 @@ def _graph_name(job: OnnxJob, variant: Variant) -> str:
 def _origin(job: OnnxJob, variant: Variant) -> dict[str, str]:
     """What a graph says about where it comes from."""
     origin = job.common.provenance
-    known = {
-        "phoneready.source_model": origin.source_model,
-        "phoneready.source_sha256": origin.source_sha256,
-        "phoneready.checkpoint_sha256": origin.checkpoint_sha256,
-        "phoneready.plan_sha256": origin.plan_sha256,
+    more = {
         "phoneready.license": origin.license,
         "phoneready.calibration_sha256": job.text_sha256(variant),
     }
-    return {key: value for key, value in known.items() if value}
+    return origin.metadata() | {key: value for key, value in more.items() if value}

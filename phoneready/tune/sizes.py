@@ -18,8 +18,10 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.surgery import cut_channels, set_config_shape
-from exporters.gguf.draft import draft_gguf
-from exporters.gguf.size import FileShape, SizeTemplate, read_shape, size_template
+from exporters.gguf.architecture import ChosenLayout, read_layout
+from exporters.gguf.files import draft_gguf
+from exporters.gguf.size import SizeTemplate, size_template
+from exporters.options import ExportOptions
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
@@ -46,7 +48,7 @@ class Sizes:
     use_imatrix: bool
     seed: int
     n_threads: int
-    _templates: dict[tuple[str, bool, bool], tuple[FileShape, SizeTemplate]] = field(default_factory=dict)
+    _templates: dict[tuple[str, bool, bool], tuple[ChosenLayout, SizeTemplate]] = field(default_factory=dict)
 
     def file_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
         """Size of the file with this shape, exact to one step of its alignment (32 bytes).
@@ -56,13 +58,13 @@ class Sizes:
             shape: Of the model.
             dense: Whether it is the dense model's, which carries no plan's hash.
         """
-        files, template = self._template(item, shape, dense)
-        return files.file_bytes(template, shape)
+        layout, template = self._template(item, shape, dense)
+        return template.file_bytes(layout.of_shape(shape))
 
     def facts(self, item: str, shape: ModelShape) -> ModelFacts:
         """What a projection to a device needs to know of it."""
-        files, template = self._template(item, shape, dense=False)
-        config, tensors = files.config, files.tensors(template, shape)
+        layout, template = self._template(item, shape, dense=False)
+        config, tensors = layout.config, template.tensors(layout.of_shape(shape))
         has_head = any(t.name == _HEAD for t in tensors)
         read = [t for t in tensors if t.name != _TABLE or not has_head]
         matrices = [t for t in read if len(t.shape) > 1]
@@ -83,7 +85,7 @@ class Sizes:
             context_length=config.context_length,
         )
 
-    def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[FileShape, SizeTemplate]:
+    def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[ChosenLayout, SizeTemplate]:
         """What a file of the dense model in all but its widths, which are small, says of others."""
         # Of models of one width llama.cpp may have another architecture than of others.
         key = (item, shape.is_uniform, dense)
@@ -95,15 +97,9 @@ class Sizes:
             shutil.rmtree(folder, ignore_errors=True)
             self._save(folder / "model", widths, dense)
             name = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
-            path = draft_gguf(
-                folder / "model",
-                folder,
-                [item],
-                name=name,
-                use_imatrix=self.use_imatrix,
-                n_threads=self.n_threads,
-            )[item]
-            self._templates[key] = read_shape(folder / "model"), size_template(path, item)
+            options = ExportOptions(name=name, use_imatrix=self.use_imatrix, n_threads=self.n_threads)
+            path = draft_gguf(folder / "model", folder, [item], options)[item]
+            self._templates[key] = read_layout(folder / "model"), size_template(path, item)
             shutil.rmtree(folder)
         return self._templates[key]
 

@@ -140,7 +140,7 @@ class TrialRunner:
             progress=self.progress,
         )
         if family.draft is not None:
-            family.draft(checkpoint, folder, item, name, settings)
+            family.draft(checkpoint, folder, (item,), settings)
         else:
             folder = folder / family.name
             family.export(checkpoint, folder, (item,), settings)

@@ -216,7 +216,7 @@ Damage = Callable[[Any], Any]
 
 
 def _forget_permutation(spec: Any) -> Any:
-    return dataclasses.replace(spec, interleave_heads=tuple(0 for _ in spec.interleave_heads))
+    return dataclasses.replace(spec, interleave_heads=0)
 
 
 def _swap_gate_and_up(spec: Any) -> Any:

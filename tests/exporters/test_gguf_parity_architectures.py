@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.gguf_file import read_gguf
 from exporters.export_record import ParityReport
 from exporters.gguf import runtime
-from exporters.gguf.writer import WrittenFile, write_gguf
+from exporters.gguf.architecture import ChosenLayout
+from exporters.gguf.writer import write_gguf
 from exporters.parity import compare, reference_of
 from exporters.provenance import read_provenance
 
@@ -56,11 +58,14 @@ def save(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | Non
     return folder
 
 
-def write(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | None = None) -> WrittenFile:
+def write(
+    model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | None = None
+) -> tuple[Path, ChosenLayout]:
     if widths:
         narrow(model, widths)
     save(model, tokenizer, folder, widths)
-    return write_gguf(folder, folder / "model.gguf", tokenizer, read_provenance(folder))
+    path = folder / "model.gguf"
+    return path, write_gguf(folder, path, tokenizer, read_provenance(folder))
 
 
 def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
@@ -97,10 +102,10 @@ def test_logits_equal_the_models(
     padded: int | None,
 ) -> None:
     model, tokenizer = tiny_model(model_type, tied)
-    written = write(model, tokenizer, tmp_path / "hf", widths)
-    assert written.chosen.layout.architecture == architecture
-    assert written.chosen.padded_width == padded
-    report = measure(model, written.path)
+    path, chosen = write(model, tokenizer, tmp_path / "hf", widths)
+    assert chosen.layout.architecture == architecture
+    assert chosen.padded_width == padded
+    report = measure(model, path)
     assert report.max_logit_diff < 1e-3
     assert report.same_top1 == 1.0
     assert report.ppl_ratio == pytest.approx(1.0, abs=1e-4)
@@ -135,20 +140,20 @@ def test_heads_biases_and_rope(
     architecture: str,
 ) -> None:
     model, tokenizer = tiny_model(model_type, **overrides)
-    written = write(model, tokenizer, tmp_path / "hf", widths)
-    assert written.chosen.layout.architecture == architecture
-    assert measure(model, written.path).max_logit_diff < 1e-3
+    path, chosen = write(model, tokenizer, tmp_path / "hf", widths)
+    assert chosen.layout.architecture == architecture
+    assert measure(model, path).max_logit_diff < 1e-3
 
 
 def test_greedy_text_is_the_models(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama")
-    written = write(model, tokenizer, tmp_path / "hf", WIDTHS)
+    path, _ = write(model, tokenizer, tmp_path / "hf", WIDTHS)
     prompt = tokenizer.encode("The quick brown")
     expected = list(prompt)
     with torch.inference_mode():
         for _ in range(32):
             expected.append(int(model(torch.tensor([expected])).logits[0, -1].argmax()))
-    with runtime.open_model(written.path, n_ctx=128, kv_f32=True) as opened:
+    with runtime.open_model(path, n_ctx=128, kv_f32=True) as opened:
         assert opened.generate(prompt, 32, stop_at_end=False) == expected[len(prompt) :]
         stopped = opened.generate(prompt, 32)
         ends = [i for i, token in enumerate(expected[len(prompt) :]) if opened.is_end_of_generation(token)]
@@ -159,18 +164,18 @@ def test_sliding_window_models_agree_inside_the_window(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
     model, tokenizer = tiny_model("mistral", sliding_window=64)
-    written = write(model, tokenizer, tmp_path / "hf")
-    with runtime.open_model(written.path, n_ctx=64) as opened:
-        assert opened.n_ctx_train == 64
-    assert measure(model, written.path, length=64).max_logit_diff < 1e-3
-    assert measure(model, written.path, length=200).max_logit_diff > 1e-2
+    path, _ = write(model, tokenizer, tmp_path / "hf")
+    assert read_gguf(path).hyperparameter("context_length") == 64
+    assert measure(model, path, length=64).max_logit_diff < 1e-3
+    assert measure(model, path, length=200).max_logit_diff > 1e-2
 
 
 def test_same_input_gives_the_same_bytes(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     model, tokenizer = tiny_model("llama")
-    written = write(model, tokenizer, tmp_path / "hf", WIDTHS)
-    again = write_gguf(tmp_path / "hf", tmp_path / "again.gguf", tokenizer, read_provenance(tmp_path / "hf"))
-    assert written.path.read_bytes() == again.path.read_bytes()
+    path, _ = write(model, tokenizer, tmp_path / "hf", WIDTHS)
+    again = tmp_path / "again.gguf"
+    write_gguf(tmp_path / "hf", again, tokenizer, read_provenance(tmp_path / "hf"))
+    assert path.read_bytes() == again.read_bytes()
 
 
 def test_half_precision_keeps_vectors_in_float32(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -178,10 +183,11 @@ def test_half_precision_keeps_vectors_in_float32(tiny_model: Callable[..., Any],
 
     model, tokenizer = tiny_model("qwen2")
     folder = save(model, tokenizer, tmp_path / "hf")
-    written = write_gguf(folder, tmp_path / "half.gguf", tokenizer, read_provenance(folder), quant="f16")
-    for tensor in gguf.GGUFReader(written.path).tensors:
+    path = tmp_path / "half.gguf"
+    write_gguf(folder, path, tokenizer, read_provenance(folder), quant="f16")
+    for tensor in gguf.GGUFReader(path).tensors:
         assert tensor.tensor_type.name == ("F16" if len(tensor.shape) == 2 else "F32")
-    report = measure(model, written.path)
+    report = measure(model, path)
     assert 1e-5 < report.max_logit_diff < 0.2
     assert report.kl_mean < 1e-4
 

@@ -14,11 +14,13 @@ from cfsp.errors import InputError
 from cfsp.models.shape import ModelShape
 from exporters.export_record import ParityLimits
 from exporters.gguf import QUANTS, export_gguf
-from exporters.gguf.draft import draft_gguf
-from exporters.gguf.size import read_shape, size_template
+from exporters.gguf.architecture import read_layout
+from exporters.gguf.files import draft_gguf
+from exporters.gguf.size import size_template
 from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
+NAMED = ExportOptions(name="template")
 LOOSE = {name: ParityLimits(kl_mean=3.0) for name in QUANTS if name not in ("f32", "f16")}
 
 
@@ -31,17 +33,16 @@ def test_sizes_of_other_widths_are_exact(
     template_of = make_checkpoint(model_type, widths=(512, 256, 512, 512), moments=moments, **dense)
     templates = {
         quant: size_template(path, quant)
-        for quant, path in draft_gguf(template_of, tmp_path, list(QUANTS), name="template").items()
+        for quant, path in draft_gguf(template_of, tmp_path, list(QUANTS), NAMED).items()
     }
-    shape = read_shape(template_of)
+    layout = read_layout(template_of)
     for number, widths in enumerate([(256, 512, 256, 256), (96, 64, 128, 480), (33, 64, 40, 512)]):
         other = make_checkpoint(model_type, widths=widths, moments=moments, **dense)
         (tmp_path / str(number)).mkdir()
-        written = draft_gguf(other, tmp_path / str(number), list(QUANTS), name="template")
+        written = draft_gguf(other, tmp_path / str(number), list(QUANTS), NAMED)
         for quant, path in written.items():
-            assert (
-                shape.file_bytes(templates[quant], ModelShape.of_ffn_widths(widths)) == path.stat().st_size
-            ), (quant, widths)
+            of_widths = layout.of_shape(ModelShape.of_ffn_widths(widths))
+            assert templates[quant].file_bytes(of_widths) == path.stat().st_size, (quant, widths)
 
 
 def test_a_template_of_another_architecture_is_refused(
@@ -49,11 +50,14 @@ def test_a_template_of_another_architecture_is_refused(
 ) -> None:
     checkpoint = make_checkpoint("llama", widths=(96, 64, 128, 64))
     template = size_template(draft_gguf(checkpoint, tmp_path, ["Q8_0"])["Q8_0"], "Q8_0")
-    shape = read_shape(checkpoint)
-    assert template.architecture == shape.architecture(ModelShape.of_ffn_widths((64, 64, 96, 96))) == "deci"
-    assert shape.architecture(ModelShape.of_ffn_widths((64, 64, 64, 64))) == "llama"
+    uneven, even = (
+        read_layout(checkpoint).of_shape(ModelShape.of_ffn_widths(widths))
+        for widths in ((64, 64, 96, 96), (64, 64, 64, 64))
+    )
+    assert template.architecture == uneven.layout.architecture == "deci"
+    assert even.layout.architecture == "llama"
     with pytest.raises(InputError, match="another architecture"):
-        shape.file_bytes(template, ModelShape.of_ffn_widths((64, 64, 64, 64)))
+        template.file_bytes(even)
 
 
 def test_a_draft_has_the_bytes_of_the_export(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -67,7 +71,7 @@ def test_a_draft_has_the_bytes_of_the_export(make_checkpoint: MakeCheckpoint, tm
         ExportOptions(limits=LOOSE, parity_windows=windows, n_threads=1, name="m"),
     )
     (tmp_path / "draft").mkdir()
-    drafts = draft_gguf(checkpoint, tmp_path / "draft", quants, name="m")
+    drafts = draft_gguf(checkpoint, tmp_path / "draft", quants, ExportOptions(name="m"))
     assert sorted(path.name for path in (tmp_path / "draft").iterdir()) == sorted(
         f"m-{quant}.gguf" for quant in quants
     )

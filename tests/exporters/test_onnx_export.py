@@ -105,8 +105,9 @@ def test_the_graph_computes_the_checkpoint(
     ids = WINDOWS[0].numpy()
     with torch.inference_mode():
         expected = model(input_ids=WINDOWS[:1]).logits[0].numpy()
-    for chunk in (96, 17, 1):
-        found = np.concatenate([piece.copy() for piece in graph.iter_logits(ids, chunk=chunk)])
+    for n_batch in (96, 17, 1):
+        graph.n_batch = n_batch
+        found = np.concatenate([piece.copy() for piece in graph.iter_logits(ids)])
         np.testing.assert_allclose(found, expected, atol=2e-4)
     graph.rewind(40)
     np.testing.assert_allclose(graph.decode(ids[40:]), expected[40:], atol=2e-4)
@@ -407,10 +408,10 @@ def test_a_graph_without_a_fixed_cache_grows_its_own(exported: Path, tmp_path: P
     graph = ir.load(exported / "fp32" / "onnx" / "model.onnx")
     graph.metadata_props.clear()
     ir.save(graph, tmp_path / "plain.onnx", external_data="plain.data")
-    plain = open_model(tmp_path / "plain.onnx", n_ctx=160, n_threads=1)
+    plain = open_model(tmp_path / "plain.onnx", n_ctx=160, n_threads=1, n_batch=40)
     ids = WINDOWS[0].numpy()
     found, expected = (
-        np.concatenate([piece.copy() for piece in model.iter_logits(ids, chunk=40)])
+        np.concatenate([piece.copy() for piece in model.iter_logits(ids)])
         for model in (plain, opened(exported, "fp32"))
     )
     np.testing.assert_allclose(found, expected, atol=1e-4)
