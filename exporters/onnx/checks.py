@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import onnx_ir as ir
@@ -25,19 +27,14 @@ def check_graph(path: Path, config: ModelConfig) -> None:
             shape that only the file can say, or a cache input without a fixed head size; the first problem is named.
     """
     graph = ir.load(path).graph
-    for problem in (
-        *_widths(graph, config),
-        *_embeddings(graph, config),
-        *_untyped(graph),
-        *_caches(graph, config),
-    ):
+    problems = (_widths(graph, config), _embeddings(graph, config), _untyped(graph), _caches(graph, config))
+    for problem in chain.from_iterable(problems):
         raise LimitError(f"{path.name}: {problem}")
 
 
-def _widths(graph: ir.Graph, config: ModelConfig) -> list[str]:
+def _widths(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
     """Of the stored matrices, not of what the file says about the values between."""
     nodes = {str(node.name).removesuffix(".product"): node for node in graph if node.op_type in _PRODUCTS}
-    problems = []
     for index, width in enumerate(config.shape.ffn_widths):
         wanted = {
             "gate_proj": (config.hidden_size, width),
@@ -47,8 +44,7 @@ def _widths(graph: ir.Graph, config: ModelConfig) -> list[str]:
         for part, sizes in wanted.items():
             found = _sizes(nodes.get(f"model.layers.{index}.mlp.{part}"))
             if found != sizes:
-                problems.append(f"block {index}'s {part} is {found}, not {sizes}")
-    return problems
+                yield f"block {index}'s {part} is {found}, not {sizes}"
 
 
 def _sizes(node: ir.Node | None) -> tuple[int, int] | None:
@@ -64,7 +60,7 @@ def _sizes(node: ir.Node | None) -> tuple[int, int] | None:
     return (columns, int(shape[0])) if shape[1] == -(-columns // block) else None
 
 
-def _embeddings(graph: ir.Graph, config: ModelConfig) -> list[str]:
+def _embeddings(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
     """The tables that are looked up and the output matrix, each for the whole vocabulary, are one where tied."""
     tables: dict[str, int] = {}
     heads: dict[str, int] = {}
@@ -74,21 +70,14 @@ def _embeddings(graph: ir.Graph, config: ModelConfig) -> list[str]:
         elif node.op_type in _PRODUCTS and _OUTERMOST.split(str(node.name).lstrip("/"))[0] in _HEADS:
             by_row = node.op_type == "MatMulNBits" or "transB" in node.attributes
             heads |= _rows(node.inputs[1], 0 if by_row else 1)
-    problems = [
-        f"{what} has {found} rows for {config.vocab_size} tokens"
-        for what, found in (
-            ("the embedding", sum(tables.values())),
-            ("the output matrix", sum(heads.values())),
-        )
-        if found != config.vocab_size
-    ]
+    for what, sizes in (("the embedding", tables), ("the output matrix", heads)):
+        found = sum(sizes.values())
+        if found != config.vocab_size:
+            yield f"{what} has {found} rows for {config.vocab_size} tokens"
     if config.tie_word_embeddings and tables.keys() != heads.keys():
-        problems.append(
-            f"a tied embedding is stored twice: {', '.join(sorted(tables.keys() | heads.keys()))}"
-        )
+        yield f"a tied embedding is stored twice: {', '.join(sorted(tables.keys() | heads.keys()))}"
     if not config.tie_word_embeddings and tables.keys() & heads.keys():
-        problems.append("the output matrix is stored as the embedding, which it is not tied to")
-    return problems
+        yield "the output matrix is stored as the embedding, which it is not tied to"
 
 
 def _rows(matrix: ir.Value | None, axis: int) -> dict[str, int]:
@@ -101,19 +90,20 @@ def _rows(matrix: ir.Value | None, axis: int) -> dict[str, int]:
     return {str(matrix.name): int(matrix.const_value.shape.numpy()[axis])}
 
 
-def _untyped(graph: ir.Graph) -> list[str]:
+def _untyped(graph: ir.Graph) -> Iterator[str]:
     """Every runtime can infer the outputs of standard operators, and none those of ONNX Runtime's own."""
     if CONTRIB not in graph.opset_imports:
-        return []
-    values = [value for node in graph for value in node.outputs if value.name]
-    return [f"{v.name} has no type or shape" for v in values if v.dtype is None or v.shape is None]
+        return
+    for value in chain.from_iterable(node.outputs for node in graph):
+        if value.name and (value.dtype is None or value.shape is None):
+            yield f"{value.name} has no type or shape"
 
 
-def _caches(graph: ir.Graph, config: ModelConfig) -> list[str]:
+def _caches(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
     caches = [value for value in graph.inputs if value.name and value.name.startswith("past_key_values.")]
     wanted = (config.num_key_value_heads, config.head_dim)
-    wrong = [v for v in caches if v.shape is None or (v.shape[1], v.shape[3]) != wanted]
-    problems = [f"{value.name} is {value.shape}, not of {wanted} heads and numbers" for value in wrong]
+    for cache in caches:
+        if cache.shape is None or (cache.shape[1], cache.shape[3]) != wanted:
+            yield f"{cache.name} is {cache.shape}, not of {wanted} heads and numbers"
     if len(caches) != 2 * config.num_hidden_layers:
-        problems.append(f"{len(caches)} cache inputs for {config.num_hidden_layers} blocks")
-    return problems
+        yield f"{len(caches)} cache inputs for {config.num_hidden_layers} blocks"

@@ -63,13 +63,9 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
     graph.name = name
     for node in graph:
         weight = node.inputs[1] if node.op_type == "MatMul" else None
-        # /model/layers.0/mlp/up_proj/MatMul is module model.layers.0.mlp.up_proj, as in the other graph.
-        if (
-            weight is not None
-            and weight.const_value is not None
-            and (scope := _SCOPES.match(node.name or ""))
-        ):
-            node.name = scope[1].replace("/", ".")
+        if weight is not None and weight.const_value is not None:
+            # /model/layers.0/mlp/up_proj/MatMul is module model.layers.0.mlp.up_proj, as in the other graph.
+            node.name = _SCOPES.sub(lambda scope: scope[1].replace("/", "."), node.name or "")
     _share_embedding(graph)
     return traced
 
