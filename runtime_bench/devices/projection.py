@@ -55,7 +55,6 @@ SIMD_PIPES: Mapping[str, int] = MappingProxyType(
     }
 )
 """Vector units of 128 bits in a core, by Arm's optimization guides and the makers' talks."""
-_DOT_PRODUCTS = ("dotprod",)
 _OPERATIONS = {"i8mm": 64, "dotprod": 32}
 _PLAIN_OPERATIONS = 16
 """8-bit additions and multiplications of a vector unit in a cycle."""
@@ -175,7 +174,7 @@ def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection
         n_ctx: Tokens of the context.
     """
     features = profile.isa.value
-    memory = project_memory(facts, n_ctx, _DOT_PRODUCTS if features is None else features)
+    memory = project_memory(facts, n_ctx, ("dotprod",) if features is None else features)
     limit, of_limit = memory_limit(profile)
     notes = [of_limit]
     if features is None:

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Protocol, cast
 
 from cfsp import plugins
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError, require_extra
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,10 @@ class EngineSpec:
         Raises:
             PhonereadyError: Its package is not installed.
         """
-        if importlib.util.find_spec(self.package) is not None:
-            return
         if self.extra:
-            raise MissingExtraError(self.distribution, self.extra)
-        raise InputError(f"{self.distribution} is not installed; run: pip install '{self.distribution}'")
+            require_extra(self.package, self.extra, self.distribution)
+        elif importlib.util.find_spec(self.package) is None:
+            raise InputError(f"{self.distribution} is not installed; run: pip install '{self.distribution}'")
 
     @property
     def adapter(self) -> EngineAdapter:

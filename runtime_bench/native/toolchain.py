@@ -67,9 +67,8 @@ def _android(ndk: Path | None) -> tuple[tuple[str, ...], str]:
             value=str(ndk),
             allowed=f"a folder with source.properties and {_NDK_TOOLCHAIN.as_posix()}",
         )
-    lines = (
-        line.partition("=") for line in properties.read_text(encoding="utf-8", errors="replace").splitlines()
-    )
+    text = properties.read_text(encoding="utf-8", errors="replace")
+    lines = (line.partition("=") for line in text.splitlines())
     revision = next((value.strip() for key, _, value in lines if key.strip() == "Pkg.Revision"), "unknown")
     return (f"-DCMAKE_TOOLCHAIN_FILE={toolchain}",), f"NDK {revision}"
 

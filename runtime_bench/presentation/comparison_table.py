@@ -35,12 +35,17 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("base speed", lambda c: speeds_text(c)[0], right=True),
         Column("new speed", lambda c: speeds_text(c)[1], right=True),
         Column("speed ratio", lambda c: _number(c.ratio)),
-        Column(confidence, _interval),
+        Column(confidence, lambda c: None if c.low is None else f"{c.low:.3f} to {c.high:.3f}"),
         Column("peak RSS ratio", lambda c: _number(c.peak_rss_ratio)),
         Column("size ratio", lambda c: _number(c.file_size_ratio)),
         Column("verdict", lambda c: c.verdict + (f" ({c.reason})" if c.reason else "")),
     )
-    return Table([*(_PLACE if several else ()), *columns], comparisons)
+    place: tuple[Column[Comparison], ...] = (
+        Column("kind", lambda c: c.kind),
+        Column("target", lambda c: c.target),
+        Column("engine", lambda c: c.engine),
+    )
+    return Table([*(place if several else ()), *columns], comparisons)
 
 
 def speeds_text(comparison: Comparison) -> tuple[str, str]:
@@ -49,13 +54,6 @@ def speeds_text(comparison: Comparison) -> tuple[str, str]:
     if c.kind == EMULATED:
         return NOTHING, NOTHING
     return format_speed(c.base_median_ts, c.base_median_ns), format_speed(c.new_median_ts, c.new_median_ns)
-
-
-_PLACE: tuple[Column[Comparison], ...] = (
-    Column("kind", lambda c: c.kind),
-    Column("target", lambda c: c.target),
-    Column("engine", lambda c: c.engine),
-)
 
 
 def _as_markdown(comparisons: Sequence[Comparison]) -> str:
@@ -81,12 +79,6 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
         ),
     }
     return lines + [f"{count} of {len(comparisons)} rows {what}" for what, count in counts.items() if count]
-
-
-def _interval(comparison: Comparison) -> str | None:
-    if comparison.low is None or comparison.high is None:
-        return None
-    return f"{comparison.low:.3f} to {comparison.high:.3f}"
 
 
 def _number(value: float | None) -> str | None:

@@ -91,18 +91,18 @@ def _time(record: BenchRecord, value: float | None) -> str | None:
     return _number(None if record.kind == EMULATED else value, "{:.1f} ms", 1e6)
 
 
-def _test(record: BenchRecord) -> str:
-    """The workload; loads say what they found, as a cold load and a warm one are different things."""
-    return f"load ({record.page_cache_state})" if record.workload == "load" and record.ok else record.test
-
-
 _COLUMNS: tuple[Column[BenchRecord], ...] = (
     Column("model", lambda r: r.model_type),
     Column("size", lambda r: _size(r.model_size), right=True),
     Column("params", lambda r: _count(r.model_n_params), right=True),
     Column("backend", lambda r: r.backends),
     Column("threads", lambda r: r.n_threads, right=True),
-    Column("test", _test, right=True),
+    # Loads say what they found: a cold load and a warm one are different things.
+    Column(
+        "test",
+        lambda r: f"load ({r.page_cache_state})" if r.ok and r.workload == "load" else r.test,
+        right=True,
+    ),
     Column("t/s", _speed, right=True),
     Column("time", lambda r: None if r.void else _time(r, r.median_ns), right=True),
     Column("load", lambda r: _time(r, r.load_ns), right=True),

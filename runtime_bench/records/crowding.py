@@ -22,11 +22,8 @@ def stealing(record: BenchRecord) -> str | None:
     """Why its processor time tells no more than the clock: a host took the cores away; None where it did not."""
     known = [one.stolen_cores for one in record.contention if one is not None]
     share = statistics.fmean(known) / record.n_threads if known else 0.0
-    return (
-        f"the host of this machine took {share:.0%} of the time of its threads"
-        if share > CROWDED_SHARE
-        else None
-    )
+    taken = f"the host of this machine took {share:.0%} of the time of its threads"
+    return taken if share > CROWDED_SHARE else None
 
 
 def has_cpu_times(record: BenchRecord) -> bool:

@@ -81,10 +81,9 @@ class Browser(ThisMachine):
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`: a browser of its own for every measurement."""
-        if self.default_engine(Path(request.path)) != request.engine:
-            return WorkerResult(
-                error=f"{request.engine} runs no {Path(request.path).suffix} file in a browser"
-            )
+        path = Path(request.path)
+        if self.default_engine(path) != request.engine:
+            return WorkerResult(error=f"{request.engine} runs no {path.suffix} file in a browser")
         try:
             require_extra("playwright", "browser")
             settings = PageSettings(find_chromium(), str(fetch_packages()), self.mobile)

@@ -94,10 +94,6 @@ class Remote:
         self._shell = FarShell(self.transport)
 
     @property
-    def _folder(self) -> str:
-        return self.folder or self.transport.folder
-
-    @property
     def name(self) -> str:
         """As records have it."""
         return self.transport.name
@@ -122,7 +118,7 @@ class Remote:
             return nothing
         began = time.monotonic()
         try:
-            machine = describe(self._shell, self._folder)
+            machine = describe(self._shell, self.folder or self.transport.folder)
         except FarError as error:
             self._waited_s += time.monotonic() - began
             self._open, self._problem = None, f"{self.name}: {error}"
@@ -169,7 +165,7 @@ class Remote:
         """
         shell = FarShell(self.transport)  # one that `stop` did not stop
         try:
-            machine = describe(shell, self._folder)
+            machine = describe(shell, self.folder or self.transport.folder)
             removed = RemoteCache(shell, machine.folder).clean()
         except FarError as error:
             raise FarError(f"{self.name}: {error}") from error
