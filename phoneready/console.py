@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from cfsp.errors import InputError
 from cfsp.progress import Progress
 from runtime_bench.presentation.markup import printable
 
@@ -52,20 +51,14 @@ def show_progress(stream: IO[str] | None = None) -> Iterator[Progress]:
     if not stream.isatty():
         yield _PlainProgress(stream)
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    bars = Bars(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(file=stream), transient=True
+    columns = (
+        *(progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()),
+        *(progress.TimeElapsedColumn(), progress.TimeRemainingColumn()),
     )
+    bars = progress.Progress(*columns, console=Console(file=stream), transient=True)
     with bars:
         yield _BarProgress(bars)
 
@@ -75,27 +68,22 @@ class _PlainProgress:
     """A line when a step has gone on for a while, and one at its end if there was such a line."""
 
     stream: IO[str]
-    started: dict[str, float] = field(default_factory=dict)
+    started: dict[str, tuple[float, int]] = field(default_factory=dict)
     said: dict[str, float] = field(default_factory=dict)
-    first: dict[str, int] = field(default_factory=dict)
 
     def __call__(self, description: str, done: int, total: int) -> None:
         now, step = time.monotonic(), _step(description)
-        began = self.started.setdefault(step, now)
-        self.first.setdefault(step, done)
+        began, first = self.started.setdefault(step, (now, done))
         if done >= total:
             self.started.pop(step)
-            self.first.pop(step)
             if self.said.pop(step, None) is not None:
                 self._write(f"{description}: done in {now - began:.0f} s")
         elif now - self.said.get(step, began) >= PLAIN_INTERVAL_S:
             self.said[step] = now
-            self._write(f"{description}: {done} of {total}{self._remaining(step, done, total, now - began)}")
-
-    def _remaining(self, step: str, done: int, total: int, elapsed_s: float) -> str:
-        """The time left at the speed so far; a step that was resumed counts from where it began."""
-        progressed = done - self.first[step]
-        return f", about {elapsed_s * (total - done) / progressed:.0f} s left" if progressed > 0 else ""
+            # At the speed so far; a step that was resumed counts from where it began.
+            left_s = (now - began) * (total - done) / (done - first) if done > first else None
+            rest = "" if left_s is None else f", about {left_s:.0f} s left"
+            self._write(f"{description}: {done} of {total}{rest}")
 
     def _write(self, line: str) -> None:
         print(printable(line), file=self.stream, flush=True)
@@ -133,13 +121,7 @@ def quiet_libraries() -> None:
 
 
 def prepare_torch(threads: int | None) -> None:
-    """Import torch and transformers quietly and set the number of threads.
-
-    Raises:
-        InputError: Fewer than one thread.
-    """
-    if threads is not None and threads < 1:
-        raise InputError("out of range", field="--threads", value=threads, allowed="1 or more")
+    """Import torch and transformers quietly and set the number of threads, where one is given."""
     quiet_libraries()
     import torch
     import transformers

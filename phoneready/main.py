@@ -138,16 +138,14 @@ def main(arguments: Sequence[str]) -> int:
     except PhonereadyError as error:
         return _fail(str(error), error.exit_code, debug)
     except OSError as error:
-        if error.errno in _INPUT_ERRNOS:
-            if error.filename is None:
-                _drop_output()
-            return _fail(
-                f"{error.filename or 'cannot write'}: {error.strerror}", PhonereadyError.exit_code, debug
-            )
-        return _fail_unexpected(error, debug)
-    except (
-        Exception
-    ) as error:  # the boundary: whatever is left is a bug, or a usage error of typer's own family
+        if error.errno not in _INPUT_ERRNOS:
+            return _fail_unexpected(error, debug)
+        if error.filename is None:
+            _drop_output()
+        where = error.filename or "cannot write"
+        return _fail(f"{where}: {error.strerror}", PhonereadyError.exit_code, debug)
+    except Exception as error:
+        # The boundary: whatever is left is a bug, or a usage error of typer's own family.
         if hasattr(error, "format_message"):
             return _fail_usage(error)
         return _fail_unexpected(error, debug)

@@ -6,22 +6,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cfsp.errors import InputError, LimitError, PhonereadyError
 from cfsp.settings import setting
-from phoneready.commands.options import DebugOption, JsonOption
+from exporters.onnx.folder import find_graph, is_onnx
+from phoneready.commands.options import JsonOption
 from phoneready.console import note, quiet_libraries, show_progress, write_result
+from runtime_bench.measuring.matrix import run_matrix
+from runtime_bench.presentation.comparison_table import format_comparison
+from runtime_bench.presentation.record_table import format_sweep, format_table
+from runtime_bench.presentation.table import short_names
+from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.compare import Comparison, by_model, compare
+from runtime_bench.records.jsonl import append_jsonl, check_appendable
+from runtime_bench.targets import Target
+from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
 from runtime_bench.workload import BenchSettings
-
-if TYPE_CHECKING:
-    from runtime_bench.records.bench_record import BenchRecord
-    from runtime_bench.records.compare import Comparison
-    from runtime_bench.targets import Target
-
 
 _PLACES = ", ".join(row.form for row in TARGETS.values())
 
@@ -51,7 +55,6 @@ def bench(
     record: Path | None = setting(None, "Append the records to a JSON Lines file."),
     clean: bool = setting(False, "Afterwards remove what was pushed to other machines."),
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Measure loading, prompt processing, generation, time to first token and memory of exported files.
 
@@ -59,8 +62,6 @@ def bench(
     Other machines are measured at the same time, this one after them.
     """
     quiet_libraries()
-    from runtime_bench.measuring.matrix import run_matrix
-    from runtime_bench.records.jsonl import append_jsonl, check_appendable
 
     output = "json" if json else output
     settings = replace(settings, check_text=not no_text_check)
@@ -85,7 +86,6 @@ def bench(
 
 def _graphs(paths: Sequence[Path]) -> list[Path]:
     """The files to measure, each once; of a folder of ONNX variants its graph."""
-    from exporters.onnx.folder import find_graph, is_onnx
 
     files = [find_graph(str(path), last_logits=True) if is_onnx(str(path)) else path for path in paths]
     twice = next((path for position, path in enumerate(files) if path in files[:position]), None)
@@ -103,8 +103,6 @@ def _check_places(names: Sequence[str], files: Sequence[Path]) -> None:
 
 
 def _format(records: list[BenchRecord], output: str, settings: BenchSettings, *, several: bool) -> str:
-    from runtime_bench.presentation.comparison_table import format_comparison
-    from runtime_bench.presentation.record_table import format_sweep, format_table
 
     text = format_table(records, output)
     if output == "md" and len(settings.n_threads) > 1:
@@ -116,7 +114,6 @@ def _format(records: list[BenchRecord], output: str, settings: BenchSettings, *,
 
 def _check_measured(records: Sequence[BenchRecord], *, several: bool) -> None:
     """Say why rows could not be measured, and raise LimitError for them."""
-    from runtime_bench.presentation.table import short_names
 
     failed = [record for record in records if not record.ok]
     names = short_names(record.model_filename for record in records)
@@ -129,7 +126,6 @@ def _check_measured(records: Sequence[BenchRecord], *, several: bool) -> None:
 
 def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
     """Every file against the first one of its engine on its target."""
-    from runtime_bench.records.compare import by_model, compare
 
     rows = []
     for place in dict.fromkeys((record.target, record.engine) for record in records):
@@ -141,7 +137,6 @@ def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
 @contextmanager
 def _cleaned(targets: Sequence[Target]) -> Iterator[None]:
     """At the end, interrupted or not, remove what was pushed; a machine that does not answer any more is told of."""
-    from runtime_bench.targets.remote import Remote
 
     try:
         yield

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cfsp.errors import InputError, LimitError
-from cfsp.files import PAGE, refuse_existing
+from cfsp.files import PAGE, refuse_existing, write_text
+from cfsp.records import read_record
 from cfsp.settings import setting
-from phoneready.commands.options import DebugOption, JsonOption, SeedOption
+from phoneready.commands.options import JsonOption, SeedOption
 from phoneready.console import note, quiet_libraries, write_result
-
-if TYPE_CHECKING:
-    from runtime_bench.records.bench_record import BenchRecord
-    from runtime_bench.records.compare import Comparison
+from runtime_bench.presentation.comparison_table import format_comparison
+from runtime_bench.presentation.table import short_names
+from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.compare import INCONCLUSIVE, TOO_NOISY, Comparison, by_model
+from runtime_bench.records.compare import compare as compare_models
+from runtime_bench.records.jsonl import read_jsonl
 
 
 def compare(
@@ -51,7 +54,6 @@ def compare(
     ),
     seed: SeedOption = 0,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Compare benchmark records: ratio of speeds with an interval, memory, size, and a verdict a row.
 
@@ -59,8 +61,6 @@ def compare(
     workload and thread count. A row without partner is an error.
     """
     quiet_libraries()
-    from runtime_bench.presentation.comparison_table import format_comparison
-    from runtime_bench.records import compare as comparison
 
     output = "json" if json else output
     if quality and plot is None:
@@ -69,7 +69,7 @@ def compare(
     rows = [
         row
         for other in others
-        for row in comparison.compare(first, other, threshold=threshold, confidence=confidence, seed=seed)
+        for row in compare_models(first, other, threshold=threshold, confidence=confidence, seed=seed)
     ]
     if plot is not None:
         refuse_existing(plot, force=True, like=PAGE)
@@ -86,7 +86,6 @@ def _sides(
     Raises:
         InputError: A file without records, no such model, or nothing to hold against the base.
     """
-    from runtime_bench.records.compare import by_model
 
     models = by_model(_read(base))
     name = next(iter(models)) if base_model is None else _find(base_model, models, base)
@@ -102,7 +101,6 @@ def _sides(
 
 
 def _read(path: Path) -> list[BenchRecord]:
-    from runtime_bench.records.jsonl import read_jsonl
 
     records = read_jsonl(path)
     if not records:
@@ -121,8 +119,6 @@ def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
 
 
 def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[Path]) -> None:
-    from cfsp.files import write_text
-    from cfsp.records import read_record
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.report.comparison_page import render_comparison
     from phoneready.report.model_points import point_groups, quality_of
@@ -139,8 +135,6 @@ def _check(rows: list[Comparison], gate: tuple[str, ...]) -> None:
     Raises:
         LimitError: Names every row with a verdict of the gate.
     """
-    from runtime_bench.presentation.table import short_names
-    from runtime_bench.records.compare import INCONCLUSIVE, TOO_NOISY
 
     gate = (*gate, TOO_NOISY) if INCONCLUSIVE in gate else gate
     names = short_names(row.new for row in rows)

@@ -11,18 +11,27 @@ import typer
 from cfsp.errors import InputError
 from cfsp.settings import setting
 from phoneready.commands.options import (
-    DebugOption,
     JsonOption,
     RemoteFolderOption,
     SshConfigOption,
 )
 from phoneready.console import format_bytes, show_progress, write_result
+from runtime_bench.devices.model_facts import gguf_facts
+from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import project
+from runtime_bench.native.build import build_runner as build
+from runtime_bench.native.build import read_build
+from runtime_bench.presentation.device_table import (
+    format_profile,
+    format_projections,
+    profile_table,
+    profile_to_json,
+)
+from runtime_bench.targets.table import TargetOptions, open_remote
 
 
-def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
+def list_devices(json: JsonOption = False) -> None:
     """List the devices that have a profile, built in or your own."""
-    from runtime_bench.devices.profile import load_profiles
-    from runtime_bench.presentation.device_table import profile_table, profile_to_json
 
     profiles = list(load_profiles().values())
     text = profile_table(profiles).markdown()
@@ -32,11 +41,8 @@ def list_devices(json: JsonOption = False, debug: DebugOption = False) -> None:
 def show_device(
     device: Annotated[str, typer.Argument(help="Name as `devices list` has it.", metavar="NAME")],
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Show every figure of a device, what it rests on, and who says so."""
-    from runtime_bench.devices.profile import find_profile, load_profiles
-    from runtime_bench.presentation.device_table import format_profile, profile_to_json
 
     entry = find_profile(device, load_profiles())
     write_result(format_profile(entry), profile_to_json(entry), as_json=json)
@@ -47,24 +53,15 @@ def fit(
     context: int = setting(2048, "Tokens of the context.", ge=1, metavar="N", option="-c --context"),
     device: tuple[str, ...] = setting((), "Devices, as A,B.", metavar="NAME,...", shown="all"),
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Project whether a file fits on devices, and how fast it may be there; nothing is measured."""
-    from runtime_bench.devices.model_facts import gguf_facts
-    from runtime_bench.devices.profile import find_profile, load_profiles
-    from runtime_bench.devices.projection import project
-    from runtime_bench.presentation.device_table import format_projections
 
     profiles = load_profiles()
     chosen = [find_profile(name, profiles) for name in device or profiles]
     facts = gguf_facts(file)
     if context > facts.context_length:
-        raise InputError(
-            "longer than the model's context",
-            field="context",
-            value=context,
-            allowed=f"up to {facts.context_length}",
-        )
+        allowed = f"up to {facts.context_length}"
+        raise InputError("longer than the model's context", field="context", value=context, allowed=allowed)
     found = [project(entry.profile, facts, context) for entry in chosen]
     payload = {"kind": "projected", "file": str(file), "context": context}
     write_result(
@@ -83,14 +80,11 @@ def build_runner(
     ),
     ndk: Path | None = setting(None, "Folder of the Android NDK, for Android's targets.", metavar="DIR"),
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Build the program that measures GGUF files on machines without Python; prints where it is.
 
     It is compiled once from the llama.cpp source of llama-cpp-python, which takes minutes, and kept in the cache.
     """
-    from runtime_bench.native.build import build_runner as build
-    from runtime_bench.native.build import read_build
 
     with show_progress() as progress:
         program = build(target, ndk=ndk, progress=progress)
@@ -105,10 +99,8 @@ def clean(
     remote_folder: RemoteFolderOption = None,
     ssh_config: SshConfigOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Remove what `bench` pushed to another machine."""
-    from runtime_bench.targets.table import TargetOptions, open_remote
 
     remote = open_remote(target, TargetOptions(remote_folder=remote_folder, ssh_config=ssh_config))
     removed = remote.clean()

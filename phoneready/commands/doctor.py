@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -14,11 +13,12 @@ from typing import Any
 
 import typer
 
-from cfsp.errors import InputError, MissingExtraError
+from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
-from cfsp.plugins import ENGINES, METRICS, TARGETS, Plugin, find_plugins
-from phoneready.commands.options import DebugOption, JsonOption
+from cfsp.plugins import ENGINES, METRICS, TARGETS, find_plugins
+from phoneready.commands.options import JsonOption
 from phoneready.console import format_bytes, write_result
+from phoneready.release.dependencies import installed_version
 
 REQUIRED = (
     *("torch", "transformers", "safetensors", "tokenizers", "numpy", "gguf"),
@@ -38,18 +38,8 @@ OPTIONAL = {
 OLDEST_PYTHON = (3, 11)
 # What llama.cpp's and torch's kernels make use of, on x86-64 and on ARM.
 FEATURES = (
-    "avx",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "sve",
+    *("avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "sve"),
 )
 DEMO_DISK_BYTES = 3 * 2**30
 DEMO_MEMORY_BYTES = 3 * 2**30
@@ -73,7 +63,7 @@ class Check:
     hint: str = ""
 
 
-def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
+def doctor(json: JsonOption = False) -> None:
     """Examine Python, packages, processor, memory, disk and cache; say what is missing and how to get it.
 
     The exit status is 1 when something that every command needs is missing, else 0.
@@ -98,10 +88,13 @@ def doctor(json: JsonOption = False, debug: DebugOption = False) -> None:
 
 def examine() -> list[Check]:
     """All checks, in the order shown."""
-    checks = [_check_python(), *map(_check_required, REQUIRED)]
-    checks += [_check_optional(name, extra) for name, extra in OPTIONAL.items()]
     return [
-        *checks,
+        _check_python(),
+        *(_check_package(name, "failed", "pip install phoneready") for name in REQUIRED),
+        *(
+            _check_package(name, "missing", f"pip install 'phoneready[{extra}]'")
+            for name, extra in OPTIONAL.items()
+        ),
         _check_llama_library(),
         _check_processor(),
         _check_memory(),
@@ -117,45 +110,24 @@ def _check_python() -> Check:
     return Check("Python", "ok", found)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _check_required(package: str) -> Check:
-    version = _version(package)
-    if version is None:
-        return Check(package, "failed", "not installed", "pip install phoneready")
-    return Check(package, "ok", version)
-
-
-def _check_optional(package: str, extra: str) -> Check:
-    version = _version(package)
-    if version is None:
-        return Check(
-            package, "missing", "not installed", str(MissingExtraError(package, extra)).partition("; ")[2]
-        )
-    return Check(package, "ok", version)
+def _check_package(name: str, without: str, hint: str) -> Check:
+    version = installed_version(name)
+    return Check(name, "ok", version) if version else Check(name, without, "not installed", hint)
 
 
 def _check_llama_library() -> Check:
     """Whether llama.cpp's library loads: one compiled for another processor ends the process that tries."""
-    if _version("llama-cpp-python") is None:
-        return Check("llama.cpp library", "missing", "not installed")
+    name = "llama.cpp library"
+    if installed_version("llama-cpp-python") is None:
+        return Check(name, "missing", "not installed")
     command = [sys.executable, "-P", "-c", "import llama_cpp"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
-        return Check("llama.cpp library", "ok", "loads")
+        return Check(name, "ok", "loads")
     if result.returncode < 0:
         found = f"ends by signal {-result.returncode} when loaded"
-        return Check(
-            "llama.cpp library", "missing", found, "it was compiled for another processor: build it here"
-        )
-    return Check(
-        "llama.cpp library", "missing", (result.stderr.strip().splitlines() or ["does not load"])[-1]
-    )
+        return Check(name, "missing", found, "it was compiled for another processor: build it here")
+    return Check(name, "missing", (result.stderr.strip().splitlines() or ["does not load"])[-1])
 
 
 def _check_processor() -> Check:
@@ -191,13 +163,10 @@ def _check_cache() -> list[Check]:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return [Check("cache folder", "failed", f"{folder} cannot be written", hint)]
     free = shutil.disk_usage(existing).free
-    state, hint = (
-        ("ok", "")
-        if free >= DEMO_DISK_BYTES
-        else ("warning", f"the demo needs {format_bytes(DEMO_DISK_BYTES)}")
-    )
+    state = "ok" if free >= DEMO_DISK_BYTES else "warning"
+    needed = "" if state == "ok" else f"the demo needs {format_bytes(DEMO_DISK_BYTES)}"
     return [
-        Check("disk", state, f"{format_bytes(free)} free at {existing}", hint),
+        Check("disk", state, f"{format_bytes(free)} free at {existing}", needed),
         Check("cache folder", "ok", f"{folder}: {_contents(folder)}"),
     ]
 
@@ -208,20 +177,16 @@ def _check_plugins() -> list[Check]:
     from runtime_bench.targets import table
 
     built_in = {ENGINES: engines.ENGINES, TARGETS: table.TARGETS, METRICS: metrics.METRICS}
-    return [
-        _check_plugin(group, plugin)
-        for group, names in built_in.items()
-        for plugin in find_plugins(group, names)
-    ]
-
-
-def _check_plugin(group: str, plugin: Plugin) -> Check:
-    name = f"{group.removeprefix('phoneready.').removesuffix('s')} {plugin.entry.name}"
-    try:
-        plugin.load(object)
-    except InputError as error:
-        return Check(name, "warning", str(error))
-    return Check(name, "ok", f"plugin of {plugin.origin}")
+    checks = []
+    for group, names in built_in.items():
+        for plugin in find_plugins(group, names):
+            name = f"{group.removeprefix('phoneready.').removesuffix('s')} {plugin.entry.name}"
+            try:
+                plugin.load(object)
+                checks.append(Check(name, "ok", f"plugin of {plugin.origin}"))
+            except InputError as error:
+                checks.append(Check(name, "warning", str(error)))
+    return checks
 
 
 def _contents(folder: Path) -> str:

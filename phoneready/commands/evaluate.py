@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing, write_text
+from cfsp.pruning.settings import PruneSettings
+from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from phoneready.commands.options import (
-    DebugOption,
     JsonOption,
     ModelArgument,
     Renamed,
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import GateRow
     from phoneready.evaluation.models import OpenSettings
-    from phoneready.evaluation.sweep import Sweep
 
 
 _RECORD, _TABLE = record_head("evaluation", "evaluation_sweep"), re.compile(rb"\Aprune ratio,")
@@ -38,13 +39,8 @@ _LIMITS = {option: f"{tolerance.default:g}" for option, tolerance in TOLERANCES.
 """Option of the gate -> its default."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is judged against what."""
-
-    model: str
-    against: str | None
-    runtime: str | None
+def _limit(option: str, help: str) -> float | None:
+    return setting(None, f"Gate: {help}", ge=0, shown=_LIMITS[option])
 
 
 @dataclass(frozen=True)
@@ -69,24 +65,12 @@ class GateOptions(Settings):
     baseline: Path | None = setting(
         None, "Compare with this earlier result; exit 1 where a figure got worse."
     )
-    max_perplexity_ratio: float | None = setting(
-        None, "Gate: perplexity, times the baseline's.", ge=0, shown=_LIMITS["max_perplexity_ratio"]
-    )
-    max_kl_increase: float | None = setting(
-        None, "Gate: mean KL divergence, in nats.", ge=0, shown=_LIMITS["max_kl_increase"]
-    )
-    max_top1_drop: float | None = setting(
-        None, "Gate: same-top-1 share.", ge=0, shown=_LIMITS["max_top1_drop"]
-    )
-    max_accuracy_drop: float | None = setting(
-        None, "Gate: each figure of a task.", ge=0, shown=_LIMITS["max_accuracy_drop"]
-    )
-    max_degenerate_increase: float | None = setting(
-        None, "Gate: share of degenerate answers.", ge=0, shown=_LIMITS["max_degenerate_increase"]
-    )
-    max_metric_change: float | None = setting(
-        None, "Gate: own metrics that state a direction.", ge=0, shown=_LIMITS["max_metric_change"]
-    )
+    max_perplexity_ratio: float | None = _limit("max_perplexity_ratio", "perplexity, times the baseline's.")
+    max_kl_increase: float | None = _limit("max_kl_increase", "mean KL divergence, in nats.")
+    max_top1_drop: float | None = _limit("max_top1_drop", "same-top-1 share.")
+    max_accuracy_drop: float | None = _limit("max_accuracy_drop", "each figure of a task.")
+    max_degenerate_increase: float | None = _limit("max_degenerate_increase", "share of degenerate answers.")
+    max_metric_change: float | None = _limit("max_metric_change", "own metrics that state a direction.")
 
     @property
     def limits(self) -> dict[str, float]:
@@ -126,16 +110,12 @@ def evaluate(
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Measure perplexity, divergence (--against), tasks and answers; hold the result against a baseline.
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    subject = Subject(model, against, runtime)
-    _check_sweep(sweep, subject, gate)
-    _check_gate(gate)
-    _check_questions(questions, settings)
+    _check(settings, questions, gate, sweep, {"--against": against, "--runtime": runtime})
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
             refuse_existing(path, force=True, like=like)
@@ -146,42 +126,43 @@ def evaluate(
     longest = settings.seqlen if settings.text or settings.chats else 1
     opening = OpenSettings(longest, trust_remote_code, threads)
     if sweep.ratios:
-        result = _run_sweep(model, sweep, calibration, settings, opening)
-        _write_sweep(result, gate.save, sweep.csv, as_json=json)
+        _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
-        _evaluate(subject, settings, gate, opening, as_json=json)
+        _evaluate(model, against, runtime, settings, opening, gate, as_json=json)
 
 
-def _check_sweep(sweep: SweepOptions, subject: Subject, gate: GateOptions) -> None:
-    if not sweep.ratios:
-        if sweep.csv is not None:
-            raise InputError("--csv is for sweeps: give --ratios too")
-        return
-    given = {"against": subject.against, "baseline": gate.baseline, "runtime": subject.runtime}
-    for name, value in given.items():
-        if value is not None:
-            raise InputError(f"--ratios judges MODEL's pruned copies against MODEL: leave out --{name}")
-
-
-def _check_gate(gate: GateOptions) -> None:
-    if gate.limits and gate.baseline is None:
-        option = min(gate.limits).replace("_", "-")
-        raise InputError(f"--{option} is of the gate: give --baseline too")
-    if gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve():
-        raise InputError("--save would overwrite the --baseline that is compared with: name another file")
-
-
-def _check_questions(questions: QuestionOptions, settings: EvaluationSettings) -> None:
-    given = {
+def _check(
+    settings: EvaluationSettings,
+    questions: QuestionOptions,
+    gate: GateOptions,
+    sweep: SweepOptions,
+    subject: dict[str, str | None],
+) -> None:
+    """Refuse options that say nothing, or contradict each other, together."""
+    asked = {
         "--prompts": questions.prompts_file is not None,
         "--prompt": bool(settings.prompts),
         "--no-prompts": questions.no_prompts,
     }
-    together = [name for name, used in given.items() if used]
-    if len(together) > 1:
-        raise InputError(f"{' and '.join(together)}: give one of them")
-    if questions.no_text and (settings.text or settings.chats):
-        raise InputError("--no-text with --text or --chats: give one of the two")
+    together = [name for name, given in asked.items() if given]
+    others = [name for name, given in (subject | {"--baseline": gate.baseline}).items() if given is not None]
+    texts = settings.text or settings.chats
+    limit = min(gate.limits, default="").replace("_", "-")
+    replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
+    wrong = (
+        (sweep.csv and not sweep.ratios, "--csv is for sweeps: give --ratios too"),
+        (
+            sweep.ratios and others,
+            f"--ratios judges MODEL's pruned copies against MODEL: leave out {' and '.join(others)}",
+        ),
+        (limit and gate.baseline is None, f"--{limit} is of the gate: give --baseline too"),
+        (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
+        (len(together) > 1, f"{' and '.join(together)}: give one of them"),
+        (questions.no_text and texts, "--no-text with --text or --chats: give one of the two"),
+    )
+    for contradiction, refusal in wrong:
+        if contradiction:
+            raise InputError(refusal)
 
 
 def _settings(settings: EvaluationSettings, questions: QuestionOptions) -> EvaluationSettings:
@@ -199,15 +180,31 @@ def _settings(settings: EvaluationSettings, questions: QuestionOptions) -> Evalu
 
 
 def _evaluate(
-    subject: Subject, settings: EvaluationSettings, gate: GateOptions, opening: OpenSettings, *, as_json: bool
+    model: str,
+    against: str | None,
+    runtime: str | None,
+    settings: EvaluationSettings,
+    opening: OpenSettings,
+    gate: GateOptions,
+    *,
+    as_json: bool,
 ) -> None:
-    from cfsp.records import read_record, record_to_json, write_record
-    from phoneready.evaluation.evaluation_record import Evaluation
-    from phoneready.evaluation.gate import check_gate, check_limits, compare_with_baseline
 
-    check_limits(gate.limits)
+    from phoneready.evaluation.evaluation_record import Evaluation
+    from phoneready.evaluation.gate import check_gate, compare_with_baseline
+    from phoneready.evaluation.models import open_language_model, runtime_for
+    from phoneready.evaluation.run import evaluate as judge
+
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
-    result = _judge(subject, settings, opening)
+    chosen = runtime_for(model, runtime)
+    with show_progress() as progress, ExitStack() as stack:
+        judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))
+        dense = None
+        if against:
+            # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
+            other = runtime_for(against, "torch" if chosen == "torch" else None)
+            dense = stack.enter_context(open_language_model(against, other, opening, progress=progress))
+        result = judge(judged, dense, settings, progress=progress)
     if gate.save:
         write_record(gate.save, result)
     rows: tuple[GateRow, ...] = ()
@@ -216,25 +213,6 @@ def _evaluate(
     payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
     write_result(_report(result, settings, rows), payload, as_json=as_json)
     check_gate(rows)
-
-
-def _judge(subject: Subject, settings: EvaluationSettings, opening: OpenSettings) -> Evaluation:
-    from contextlib import ExitStack
-
-    from phoneready.evaluation.models import open_language_model, runtime_for
-    from phoneready.evaluation.run import evaluate as judge
-
-    chosen = runtime_for(subject.model, subject.runtime)
-    with show_progress() as progress, ExitStack() as stack:
-        opened = open_language_model(subject.model, chosen, opening, progress=progress)
-        model = stack.enter_context(opened)
-        dense = None
-        if subject.against:
-            # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
-            other = runtime_for(subject.against, "torch" if chosen == "torch" else None)
-            opened = open_language_model(subject.against, other, opening, progress=progress)
-            dense = stack.enter_context(opened)
-        return judge(model, dense, settings, progress=progress)
 
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
@@ -251,28 +229,19 @@ def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRo
     return "\n".join(part for part in parts if part)
 
 
-def _write_sweep(result: Sweep, save: Path | None, csv: Path | None, *, as_json: bool) -> None:
-    from cfsp.records import record_to_json, write_record
-    from phoneready.evaluation.sweep import sweep_table
-
-    if save:
-        write_record(save, result)
-    if csv:
-        write_text(csv, sweep_table(result, float).csv())  # for plotting, in full precision
-    write_result(sweep_table(result).markdown(), record_to_json(result), as_json=as_json)
-
-
-def _run_sweep(
+def _sweep(
     model: str,
     options: SweepOptions,
     calibration: CalibrationSettings,
     settings: EvaluationSettings,
     opening: OpenSettings,
-) -> Sweep:
+    *,
+    save: Path | None,
+    as_json: bool,
+) -> None:
     from cfsp.models.reference import load_model
-    from cfsp.pruning.settings import PruneSettings
     from cfsp.text.calibration import load_calibration
-    from phoneready.evaluation.sweep import check_ratios, sweep
+    from phoneready.evaluation.sweep import check_ratios, sweep, sweep_table
 
     prune = PruneSettings(align=options.align)
     ratios = check_ratios(options.ratios, prune)
@@ -286,4 +255,9 @@ def _run_sweep(
             seed=options.calibration_seed,
             progress=progress,
         )
-        return sweep(loaded, drawn, ratios, prune, settings, progress=progress)
+        result = sweep(loaded, drawn, ratios, prune, settings, progress=progress)
+    if save:
+        write_record(save, result)
+    if options.csv:
+        write_text(options.csv, sweep_table(result, float).csv())  # for plotting, in full precision
+    write_result(sweep_table(result).markdown(), record_to_json(result), as_json=as_json)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cfsp.errors import InputError
 from cfsp.files import claim_output
+from cfsp.records import record_to_json
+from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
-from phoneready.commands.options import DebugOption, ForceOption, JsonOption, ThreadsOption, was_given
+from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, was_given
 from phoneready.console import prepare_torch, show_progress, write_result
-
-if TYPE_CHECKING:
-    from exporters.export_record import ExportRecord
 
 
 def export(
@@ -27,7 +26,6 @@ def export(
     force: ForceOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Write a checkpoint as GGUF files or ONNX folders, reopen each in its runtime and hold it against the checkpoint.
 
@@ -35,8 +33,6 @@ def export(
     is left, and the exit status is 1.
     """
     prepare_torch(threads)
-    from cfsp.records import record_to_json
-    from exporters.export_record import ExportManifest
     from phoneready.exporting import export_checkpoint
 
     if not checkpoint.is_dir():

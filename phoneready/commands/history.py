@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from cfsp.files import PAGE, refuse_existing, write_text
+from cfsp.records import record_to_json
 from cfsp.settings import setting
-from phoneready.commands.options import DebugOption, JsonOption
+from phoneready.commands.options import JsonOption
 from phoneready.console import write_result
 
 
@@ -29,15 +31,12 @@ def history(
     dense: bool = setting(False, "Show the dense model's figures, too."),
     plot: Path | None = setting(None, "Write a page with a plot of every figure.", metavar="FILE.html"),
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Follow the figures of past releases, and find the run that changed one.
 
     Every release adds a line to history.jsonl in its folder. A step or a drift is reported where it is larger than the
     noise of the figure's own samples and the scatter of its runs explain.
     """
-    from cfsp.files import PAGE, refuse_existing, write_text
-    from cfsp.records import record_to_json
     from phoneready.history.history import check_history, find_entries, make_history
     from phoneready.history.tables import format_history
 

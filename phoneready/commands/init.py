@@ -11,8 +11,9 @@ import typer
 from cfsp.errors import InputError
 from cfsp.files import refuse_existing, write_text
 from cfsp.settings import setting
-from phoneready.commands.options import DebugOption, ForceOption, JsonOption
+from phoneready.commands.options import ForceOption, JsonOption
 from phoneready.console import write_result
+from phoneready.settings.template import template_text
 
 
 def init(
@@ -20,13 +21,11 @@ def init(
     model: str | None = setting(None, "Model to put into it.", metavar="MODEL", shown="smollm2-135m"),
     force: ForceOption = False,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Write a release.toml with every setting, its default and a word on it.
 
     Edit it, then run `phoneready release FILE`.
     """
-    from phoneready.settings.template import template_text
 
     if file.is_dir():
         raise InputError("a folder; name the file", field="FILE", value=str(file))

@@ -18,13 +18,19 @@ MODEL_HELP = "smollm2-135m (built in), a Hugging Face folder, a .gguf file, or a
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that a folder or hub model brings along.")
 ]
 SeedOption = Annotated[int, SEED]
 ThreadsOption = Annotated[int | None, THREADS]
+DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")],
+)
+"""An option of every command, which phoneready.main reads."""
 SET: tuple[str, ...] = setting(
     (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", option="--set", metavar="KEY=VALUE"
 )
@@ -53,14 +59,12 @@ class _Group:
     Attributes:
         parameter: Its name.
         kind: The settings class that the command is given; None for a single value.
-        rows: The fields; those of renamed settings carry the parameter's name before their own.
-        fields: Names of the fields in the class.
+        rows: Name of a field to its declaration, which for renamed settings has the parameter's name before its own.
     """
 
     parameter: str
     kind: type | None
-    rows: tuple[Declared, ...]
-    fields: tuple[str, ...]
+    rows: dict[str, Declared]
 
     def value(self, given: Mapping[str, Any]) -> Any:
         """What the command is given.
@@ -68,18 +72,16 @@ class _Group:
         Raises:
             InputError: Values that cannot be used; each is named by its option.
         """
-        values = {
-            field: _read(row, given[row.name]) for field, row in zip(self.fields, self.rows, strict=True)
-        }
-        named = {field: row.options[-1] for field, row in zip(self.fields, self.rows, strict=True)}
+        values = {field: _read(row, given[row.name]) for field, row in self.rows.items()}
+        named = {field: row.options[-1] for field, row in self.rows.items()}
         if self.kind is not None:
             return settings_of(self.kind, values, named)
-        (name,) = self.fields
-        return self.rows[0].setting.checked(values[name], named[name])
+        ((name, row),) = self.rows.items()
+        return row.setting.checked(values[name], named[name])
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for every field of the settings classes, and every Setting, in its signature.
+    """The command with an option for every field of the settings classes, every Setting in its signature, and DEBUG.
 
     It is called with the settings made and checked. Other parameters are typer's as they are.
     """
@@ -93,10 +95,12 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(kept)
         else:
             groups.append(group)
-            parameters += [_option(row) for row in group.rows]
+            parameters += map(_option, group.rows.values())
 
-    def run(**given: Any) -> None:
-        options = {row.name: given.pop(row.name) for group in groups for row in group.rows}
+    parameters.append(DEBUG)
+
+    def run(debug: bool, **given: Any) -> None:
+        options = {row.name: given.pop(row.name) for group in groups for row in group.rows.values()}
         command(**given, **{group.parameter: group.value(options) for group in groups})
 
     run.__doc__, run.__name__ = command.__doc__, command.__name__
@@ -114,17 +118,16 @@ def was_given(context: typer.Context, name: str) -> bool:
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
     name, default = parameter.name, parameter.default
     if (found := setting_in(default)) is not None:
-        return _Group(name, None, (Declared(name, hint, default.default, found),), (name,))
+        return _Group(name, None, {name: Declared(name, hint, default.default, found)})
     if (found := setting_in(hint)) is not None:
-        return _Group(name, None, (Declared(name, get_args(hint)[0], default, found),), (name,))
+        return _Group(name, None, {name: Declared(name, get_args(hint)[0], default, found)})
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if not (isinstance(kind, type) and issubclass(kind, Settings)):
         return None
-    rows = [row for row in declared(kind) if row.setting.option is not None]
-    fields = tuple(row.name for row in rows)
+    rows = {row.name: row for row in declared(kind) if row.setting.option is not None}
     for renamed in (one for one in get_args(hint)[1:] if isinstance(one, Renamed)):
-        rows = [_renamed(row, renamed, f"{name}_{row.name}") for row in rows]
-    return _Group(name, kind, tuple(rows), fields)
+        rows = {field: _renamed(row, renamed, f"{name}_{field}") for field, row in rows.items()}
+    return _Group(name, kind, rows)
 
 
 def _renamed(row: Declared, renamed: Renamed, name: str) -> Declared:
@@ -175,9 +178,8 @@ def _numbers(values: Sequence[str], kind: type, option: str) -> tuple[Any, ...]:
     try:
         return tuple(kind(name) for name in split_names(values))
     except ValueError:
-        allowed = (
-            "whole numbers, such as 128 or 128,512" if kind is int else "numbers, such as 0.1 or 0.1,0.2"
-        )
+        whole, real = "whole numbers, such as 128 or 128,512", "numbers, such as 0.1 or 0.1,0.2"
+        allowed = whole if kind is int else real
         raise InputError("not understood", field=option, value=",".join(values), allowed=allowed) from None
 
 
@@ -187,7 +189,6 @@ def _each(values: Sequence[str], option: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def split_names(values: Sequence[str] | str) -> tuple[str, ...]:
+def split_names(values: Sequence[str]) -> tuple[str, ...]:
     """Names given as `A,B` or by repeating an option, each once, in order."""
-    values = [values] if isinstance(values, str) else values
     return tuple(dict.fromkeys(name.strip() for value in values for name in value.split(",") if name.strip()))

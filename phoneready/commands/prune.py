@@ -10,9 +10,13 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.files import claim_output, record_head, refuse_existing
+from cfsp.models.source import LoadedModel
+from cfsp.progress import Progress
+from cfsp.pruning.settings import PruneSettings
+from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import setting
+from exporters.families import required_multiple
 from phoneready.commands.options import (
-    DebugOption,
     ForceOption,
     JsonOption,
     ModelArgument,
@@ -25,10 +29,7 @@ from phoneready.console import prepare_torch, show_progress, write_result
 from phoneready.settings.schema import PruneConfig
 
 if TYPE_CHECKING:
-    from cfsp.models.source import LoadedModel
-    from cfsp.progress import Progress
     from cfsp.pruning.plan import PruningPlan
-    from cfsp.pruning.settings import PruneSettings
     from cfsp.text.calibration import Calibration
 
 
@@ -47,7 +48,6 @@ def prune(
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Remove FFN channels with CFSP and solve down_proj anew for what is left.
 
@@ -59,9 +59,10 @@ def prune(
         wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
     )
     prepare_torch(threads)
+    from cfsp.models.checkpoint import save_checkpoint
     from cfsp.models.reference import load_model
+    from cfsp.pruning.prune import prune_model
     from cfsp.text.calibration import load_calibration
-    from exporters.families import required_multiple
 
     chosen = settings.settings(required_multiple(for_quant))
     ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)
@@ -77,12 +78,13 @@ def prune(
         if plan_only:
             result = _only_plan(loaded, drawn, chosen, plan_only, progress)
         else:
-            assert output is not None  # or else there is plan_only
-            result = _prune(loaded, drawn, chosen, ready, output, force=force, progress=progress)
-    write_result(format_plan(result, output or plan_only), _summary(result), as_json=json)
+            pruned = prune_model(loaded, drawn, chosen, plan=ready, progress=progress)
+            result, moments = pruned.plan, pruned.input_moments
+            save_checkpoint(loaded, wanted, plan=result, input_moments=moments, seed=seed, force=force)
+    write_result(format_plan(result, wanted), _summary(result), as_json=json)
 
 
-def format_plan(plan: PruningPlan, destination: Path | None) -> str:
+def format_plan(plan: PruningPlan, destination: Path) -> str:
     """What was removed, in words."""
     widths = plan.shape.ffn_widths
     removed = 1 - plan.keep_ratio
@@ -99,7 +101,6 @@ def format_plan(plan: PruningPlan, destination: Path | None) -> str:
 
 def _summary(plan: PruningPlan) -> dict[str, Any]:
     """The plan's record without the rankings, which are long and stand in the plan file."""
-    from cfsp.records import record_to_json
 
     record = record_to_json(plan)
     record["blocks"] = [{k: v for k, v in block.items() if k != "ranking"} for block in record["blocks"]]
@@ -117,7 +118,6 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> P
 
 def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | None:
     from cfsp.pruning.plan import PruningPlan
-    from cfsp.records import read_record
 
     if path is None:
         return None
@@ -130,29 +130,8 @@ def _only_plan(
 ) -> PruningPlan:
     from cfsp.pruning.plan import make_plan
     from cfsp.pruning.prune import statistics_for
-    from cfsp.records import write_record
 
     statistics = statistics_for(loaded.model, drawn, settings, only_plan=True, progress=progress)
     plan = make_plan(loaded, statistics, drawn, settings)
     write_record(path, plan)
     return plan
-
-
-def _prune(
-    loaded: LoadedModel,
-    drawn: Calibration,
-    settings: PruneSettings,
-    plan: PruningPlan | None,
-    output: Path,
-    *,
-    force: bool,
-    progress: Progress,
-) -> PruningPlan:
-    from cfsp.models.checkpoint import save_checkpoint
-    from cfsp.pruning.prune import prune_model
-
-    result = prune_model(loaded, drawn, settings, plan=plan, progress=progress)
-    save_checkpoint(
-        loaded, output, plan=result.plan, input_moments=result.input_moments, seed=drawn.seed, force=force
-    )
-    return result.plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,13 @@ import typer
 
 from cfsp.errors import PhonereadyError
 from cfsp.files import refuse_existing
+from cfsp.records import record_to_json
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings
 from cfsp.settings import setting
-from phoneready.commands.options import DebugOption, ForceOption, JsonOption, ThreadsOption, TrustOption
+from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from cfsp.recovery.recovery_record import RecoveryRecord
 
 
@@ -46,7 +46,6 @@ def recover(
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Train a pruned checkpoint, and merge what was learnt: widths and speed stay the same.
 
@@ -57,7 +56,6 @@ def recover(
     refuse_existing(output, force=force, inputs=inputs)
     with _one_voice():
         prepare_torch(threads)
-        from cfsp.records import record_to_json
         from cfsp.recovery.recover import check_outcome
         from cfsp.recovery.recover import recover as run_recovery
 

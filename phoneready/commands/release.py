@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cfsp.errors import InputError
+from cfsp.records import record_to_json
 from cfsp.settings import setting
 from exporters.onnx import VARIANTS
-from phoneready.commands.options import SET, DebugOption, JsonOption, ThreadsOption, TrustOption
+from phoneready.commands.options import SET, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.figures.gate_files import badge, check_verdicts, verdict_rows
+from phoneready.figures.verdict import Verdicts
+from phoneready.settings.schema import ReleaseConfig
 
 if TYPE_CHECKING:
-    from phoneready.settings.schema import ReleaseConfig
+    from phoneready.release.results import ReleaseFigures
 
 
 def release(
@@ -38,7 +42,6 @@ def release(
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Prune, evaluate, export, prove and measure a model, and hold it against budgets; write reports and a manifest.
 
@@ -47,12 +50,8 @@ def release(
     are met, 1 one is missed, 2 something cannot be used, 3 (with --strict) one is inconclusive.
     """
     prepare_torch(threads)
-    from cfsp.records import record_to_json
-    from phoneready.figures.gate_files import badge, check_verdicts, verdict_rows
-    from phoneready.publish.publish import PAGE_FILE
     from phoneready.recipe import explain_release, run_release
     from phoneready.release.results import read_figures
-    from phoneready.report.markdown import headline, quality_text, verdict_table
     from phoneready.settings.release import load_config, with_variants
 
     chosen = load_config(config, settings, trust_remote_code=trust_remote_code)
@@ -73,21 +72,31 @@ def release(
         tell=lambda line: note(f"{'':<14} {line}"),
     )
     not_logged = _track(chosen, output, label)
-    figures = read_figures(chosen, output)
-    tables = [verdict_table(figures, d, p) for d, p in figures.pairs]
-    best = figures.pruned[0]
-    lines = [headline(figures), *tables, quality_text(figures)]
-    prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
-    lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
-    lines += [verdict_rows(verdicts)] if verdicts.verdicts else []
-    lines += [f"Report: {output / PAGE_FILE}", badge(verdicts)]
-    payload = record_to_json(manifest)
-    write_result("\n".join(lines), payload, as_json=json)
+    summary = _summary(read_figures(chosen, output), verdicts, output)
+    write_result(summary, record_to_json(manifest), as_json=json)
     if not_logged is not None:
         note(f"warning: {not_logged}")
     check_verdicts(verdicts, strict=strict)
     if not_logged is not None:
         raise not_logged
+
+
+def _summary(figures: ReleaseFigures, verdicts: Verdicts, folder: Path) -> str:
+    """The outcome in words and tables, an answer of the first file, and what the budgets say."""
+    from phoneready.publish.publish import PAGE_FILE
+    from phoneready.report.contents import headline
+    from phoneready.report.markdown import quality_text, verdict_table
+
+    best = figures.pruned[0]
+    prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
+    lines = [
+        headline(figures),
+        *(verdict_table(figures, d, p) for d, p in figures.pairs),
+        quality_text(figures),
+    ]
+    lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
+    lines += [verdict_rows(verdicts)] if verdicts.verdicts else []
+    return "\n".join([*lines, f"Report: {folder / PAGE_FILE}", badge(verdicts)])
 
 
 def _track(config: ReleaseConfig, folder: Path, label: str | None) -> InputError | None:

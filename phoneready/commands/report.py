@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from cfsp.records import read_record
 from cfsp.settings import setting
-from phoneready.commands.options import DebugOption, JsonOption
+from phoneready.commands.options import JsonOption
 from phoneready.console import quiet_libraries, write_result
 
 
@@ -22,14 +23,12 @@ def report(
         metavar="FILE",
     ),
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Write report.html and report.md of a release again, from its records; no model is loaded.
 
     report.html is one file that opens without a network, on a phone too.
     """
     quiet_libraries()
-    from cfsp.records import read_record
     from phoneready.evaluation.sweep import Sweep
     from phoneready.publish.publish import PAGE_FILE, REPORT_FILE, rewrite_reports
 

@@ -9,7 +9,7 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.settings import setting
-from phoneready.commands.options import SET, DebugOption, JsonOption, ThreadsOption, TrustOption
+from phoneready.commands.options import SET, JsonOption, ThreadsOption, TrustOption
 from phoneready.console import note, prepare_torch, show_progress, write_result
 
 
@@ -25,7 +25,6 @@ def tune(
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Find the best quality, or the smallest file, that meets the budgets.
 

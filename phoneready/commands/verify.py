@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from cfsp.errors import LimitError
-from phoneready.commands.options import DebugOption, JsonOption
+from phoneready.commands.options import JsonOption
 from phoneready.console import quiet_libraries, write_result
 from runtime_bench.presentation.markup import visible
 
@@ -19,7 +19,6 @@ def verify(
         Path, typer.Argument(help="Release folder, or a copy of it.", metavar="DIR", show_default=False)
     ],
     json: JsonOption = False,
-    debug: DebugOption = False,
 ) -> None:
     """Check every byte of a release against its manifest: changed, missing and further files.
 

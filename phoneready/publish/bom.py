@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,16 +21,8 @@ SPDX = MappingProxyType(
     {
         name.lower(): name
         for name in (
-            *(
-                "Apache-2.0",
-                "MIT",
-                "GPL-3.0-only",
-                "LGPL-3.0-only",
-                "AGPL-3.0-only",
-                "BSD-2-Clause",
-                "BSD-3-Clause",
-            ),
-            *("CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "MPL-2.0", "Unlicense"),
+            *("Apache-2.0", "MIT", "GPL-3.0-only", "LGPL-3.0-only", "AGPL-3.0-only", "BSD-2-Clause"),
+            *("BSD-3-Clause", "CC0-1.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-4.0", "MPL-2.0", "Unlicense"),
         )
     }
 )
@@ -41,7 +32,10 @@ SPDX = MappingProxyType(
 def make_bom(figures: ReleaseFigures, manifest: ReleaseManifest) -> dict[str, Any]:
     """The bill of materials, as JSON."""
     dense, files = _dense(figures), [_file(r, manifest) for r in figures.pruned]
-    libraries = [_library(name, version) for name, version in sorted(manifest.versions.items())]
+    libraries = [
+        {"type": "library", "bom-ref": f"library:{name}", "name": name, "version": version}
+        for name, version in sorted(manifest.versions.items())
+    ]
     model = _model(figures, manifest, dense)
     document: dict[str, Any] = {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -73,7 +67,7 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
         "type": "machine-learning-model",
         "bom-ref": "model",
         "name": f"{figures.source.name}-pruned",
-        "hashes": [{"alg": "SHA-256", "content": manifest.checkpoint_sha256}],
+        **_hashes(manifest.checkpoint_sha256),
         **_licenses(manifest.license),
         "pedigree": {"ancestors": [ancestor], "notes": notes},
         "modelCard": {
@@ -110,47 +104,39 @@ def _metrics(figures: ReleaseFigures) -> list[dict[str, str]]:
 
 def _dense(figures: ReleaseFigures) -> dict[str, Any]:
     source = figures.source
-    hashes = {"hashes": [{"alg": "SHA-256", "content": source.sha256}]} if source.sha256 else {}
-    version = {"version": source.revision} if source.revision else {}
     return {
         "type": "machine-learning-model",
         "bom-ref": "dense",
         "name": source.base_model or source.name,
-        **version,
-        **hashes,
+        **({"version": source.revision} if source.revision else {}),
+        **_hashes(source.sha256),
         **_licenses(source.license),
         "properties": [{"name": "phoneready:kind", "value": source.kind}],
     }
 
 
 def _file(record: ExportRecord, manifest: ReleaseManifest) -> dict[str, Any]:
-    inside = [c for c in manifest.contents if c.path.startswith(f"{record.file}/")]
     parts = [
-        {
-            "type": "file",
-            "bom-ref": f"file:{c.path}",
-            "name": c.path,
-            "hashes": [{"alg": "SHA-256", "content": c.sha256}],
-        }
-        for c in inside
+        {"type": "file", "bom-ref": f"file:{c.path}", "name": c.path, **_hashes(c.sha256)}
+        for c in manifest.contents
+        if c.path.startswith(f"{record.file}/")
     ]
     return {
         "type": "file",
         "bom-ref": f"file:{record.file}",
         "name": record.file,
         "description": f"{record.format} {record.quant}, {record.architecture}",
-        **({"components": parts} if parts else {"hashes": [{"alg": "SHA-256", "content": record.sha256}]}),
+        **({"components": parts} if parts else _hashes(record.sha256)),
         **_licenses(manifest.license),
     }
 
 
-def _library(name: str, version: str) -> dict[str, Any]:
-    return {"type": "library", "bom-ref": f"library:{name}", "name": name, "version": version}
+def _hashes(sha256: str | None) -> dict[str, Any]:
+    return {"hashes": [{"alg": "SHA-256", "content": sha256}]} if sha256 else {}
 
 
 def _licenses(license_: str | None) -> dict[str, Any]:
     if not license_:
         return {}
     spdx = SPDX.get(license_.lower())
-    stated: Sequence[dict[str, Any]] = [{"license": {"id": spdx} if spdx else {"name": license_}}]
-    return {"licenses": stated}
+    return {"licenses": [{"license": {"id": spdx} if spdx else {"name": license_}}]}

@@ -15,8 +15,8 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file, write_text
 
 SUMS_FILE = "SHA256SUMS"
-_KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl")
-"""What the pipeline keeps beside a release: what it goes on from, and the figures of the releases before."""
+_KEPT_APART = ("stages", ".phoneready.lock", "history.jsonl", SUMS_FILE)
+"""Kept beside a release: what the pipeline goes on from, figures of the releases before, and the list itself."""
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 

@@ -100,9 +100,7 @@ def make_manifest(
         checkpoint: The pruned checkpoint.
         stages: Records of all stages.
     """
-    roles = [("pruned", record) for record in figures.pruned] + [
-        ("dense", record) for record in figures.dense
-    ]
+    sides = (("pruned", figures.pruned), ("dense", figures.dense))
     runtimes = ", ".join(dict.fromkeys(record.runtime for record in figures.pruned))
     versions = checkpoint.versions | {"phoneready": tool_version(), "runtime": runtimes}
     return ReleaseManifest(
@@ -116,7 +114,8 @@ def make_manifest(
         checkpoint_sha256=checkpoint.weights_sha256,
         files=tuple(
             ReleasedFile(r.file, role, r.format, r.quant, r.architecture, r.file_bytes, r.sha256)
-            for role, r in roles
+            for role, records in sides
+            for r in records
         ),
         contents=(),
         kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},

@@ -5,37 +5,26 @@ It holds nothing that differs between two runs of the same configuration: times 
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 import shlex
 from typing import Any
 
-import jinja2
 from huggingface_hub import ModelCardData
 
 from exporters.export_record import ExportRecord
 from phoneready.console import format_bytes
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
+from phoneready.report.assets import render_markdown
 from phoneready.report.markdown import quality_text
-from runtime_bench.presentation.markup import escape_markdown, visible
+from runtime_bench.presentation.markup import Markdown, escape_markdown, visible
 from runtime_bench.presentation.table import table_of_cells
 
 HUB_LICENSES = frozenset(
     (
-        *(
-            "apache-2.0",
-            "mit",
-            "gpl-3.0",
-            "lgpl-3.0",
-            "agpl-3.0",
-            "bsd-2-clause",
-            "bsd-3-clause",
-            "mpl-2.0",
-            "unlicense",
-        ),
-        *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail", "bigscience-openrail-m"),
-        *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),
+        *("apache-2.0", "mit", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "bsd-2-clause", "bsd-3-clause", "mpl-2.0"),
+        *("unlicense", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "openrail"),
+        *("bigscience-openrail-m", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),
     )
 )
 """Licences that the hub knows by these names; any other is `other` with its name."""
@@ -45,28 +34,20 @@ def model_card_text(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
     """The model card."""
     files = list(figures.pruned)
     context: dict[str, Any] = {
-        "header": _header(figures, manifest),
-        "name": escape_markdown(figures.source.name),
-        "base": _base_link(figures),
+        "header": Markdown(_header(figures, manifest)),
+        "name": figures.source.name,
+        "base": Markdown(_base_link(figures)),
         "figures": figures,
-        "files": _files_table(files),
-        "quality": quality_text(figures),
-        "gguf": next((shlex.quote(visible(r.file)) for r in files if r.format == "gguf"), None),
-        "onnx": next((escape_markdown(r.file) for r in files if r.format == "onnx"), None),
-        "license": escape_markdown(manifest.license or "not stated by the source"),
+        "files": Markdown(_files_table(files)),
+        "quality": Markdown(quality_text(figures)),
+        "gguf": next((Markdown(shlex.quote(visible(r.file))) for r in files if r.format == "gguf"), None),
+        "onnx": next((r.file for r in files if r.format == "onnx"), None),
+        "license": manifest.license or "not stated by the source",
         "recovered": bool(manifest.config.get("recover")),
-        "warnings": [escape_markdown(f"{r.file}: {warning}") for r in files for warning in r.warnings],
+        "warnings": [f"{r.file}: {warning}" for r in files for warning in r.warnings],
         "version": manifest.versions.get("phoneready", ""),
     }
-    text = (
-        importlib.resources.files("phoneready.publish")
-        .joinpath("templates/model_card.md.j2")
-        .read_text("utf-8")
-    )
-    environment = jinja2.Environment(
-        autoescape=False, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.from_string(text).render(context) + "\n"
+    return render_markdown("phoneready.publish", "model_card.md.j2", context)
 
 
 def _header(figures: ReleaseFigures, manifest: ReleaseManifest) -> str:
@@ -100,14 +81,8 @@ def _base_link(figures: ReleaseFigures) -> str:
 
 def _files_table(files: list[ExportRecord]) -> str:
     header = ["file", "size", "perplexity", "same first choice as the pruned checkpoint", "SHA-256"]
-    rows = [
-        [
-            r.file,
-            format_bytes(r.file_bytes),
-            f"{r.parity.ppl_export:.2f}",
-            f"{r.parity.same_top1:.1%}",
-            r.sha256[:16],
-        ]
-        for r in files
-    ]
+    rows = []
+    for r in files:
+        close = [f"{r.parity.ppl_export:.2f}", f"{r.parity.same_top1:.1%}"]
+        rows.append([r.file, format_bytes(r.file_bytes), *close, r.sha256[:16]])
     return table_of_cells(header, rows).markdown()

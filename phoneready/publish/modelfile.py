@@ -35,7 +35,8 @@ def modelfile_text(exports: Sequence[ExportRecord], tokenizer: Any) -> str:
         tokenizer: The model's transformers tokenizer.
     """
     files = [record for record in exports if record.format == "gguf"]
-    lines = [f"# ollama create {_tag(files[0].file)} -f Modelfile", f"FROM ./{files[0].file}"]
+    tag = re.sub(r"[^a-z0-9._-]+", "-", files[0].file.removesuffix(".gguf").lower())
+    lines = [f"# ollama create {tag} -f Modelfile", f"FROM ./{files[0].file}"]
     lines += [f"# FROM ./{record.file}" for record in files[1:]]
     if files[0].context_length < _OLLAMA_CONTEXT:
         lines.append(f"PARAMETER num_ctx {files[0].context_length}")
@@ -56,7 +57,3 @@ def _template(tokenizer: Any) -> list[str]:
         return ["# No TEMPLATE: the chat template is in the GGUF file, where Ollama looks for it."]
     system = [f'SYSTEM """{match["system"]}"""'] if match["system"] else []
     return [f'TEMPLATE """{_GO_CHATML}"""', *system]
-
-
-def _tag(file: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", file.removesuffix(".gguf").lower())

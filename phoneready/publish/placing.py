@@ -31,9 +31,7 @@ def _copy_folder(source: Path, destination: Path) -> None:
     if there == set(files) and all(_is_copy(file, destination / name) for name, file in files.items()):
         return
     with atomic_directory(destination, own=True) as folder:
-        for name, file in files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy(file, folder / name)
+        shutil.copytree(source, folder, copy_function=_copy, dirs_exist_ok=True)
 
 
 def _is_copy(source: Path, copy: Path) -> bool:
@@ -43,9 +41,9 @@ def _is_copy(source: Path, copy: Path) -> bool:
     return same and not os.path.samestat(of_source, of_copy)
 
 
-def _copy(source: Path, destination: Path) -> None:
+def _copy(source: str, destination: str) -> None:
     """Copy a file with its time; its blocks are shared where the file system can."""
-    if not _clone(source, destination):
+    if not _clone(Path(source), Path(destination)):
         shutil.copyfile(source, destination)
     shutil.copystat(source, destination)
 

@@ -27,13 +27,14 @@ from phoneready.publish.manifest import MANIFEST_FILE, ReleaseManifest, make_man
 from phoneready.publish.model_card import model_card_text
 from phoneready.publish.modelfile import modelfile_text
 from phoneready.publish.placing import place
-from phoneready.release.artifact import Artifact
 from phoneready.release.results import ReleaseFigures, read_figures
 from phoneready.release.stages import StageRecord, claim_folder
 from phoneready.release.steps import Steps
-from phoneready.report import ReportInput, project_files, read_verdicts, render_page
+from phoneready.report.contents import ReportInput, read_verdicts
 from phoneready.report.markdown import render_report
+from phoneready.report.page import render_page
 from phoneready.settings.schema import ReleaseConfig
+from runtime_bench.devices.profile import find_profile, load_profiles
 
 REPORT_FILE = "report.md"
 PAGE_FILE = "report.html"
@@ -56,38 +57,33 @@ def publish(
     steps = Steps(config, folder, None)
     checkpoint = read_checkpoint_info(steps.checkpoint(steps.final))
     manifest = make_manifest(config, figures, checkpoint, stages)
-    before, artifacts = _published_before(folder), steps.artifacts()
-    for artifact in artifacts:
+    before = _published_before(folder)
+    names = []
+    for artifact in steps.artifacts():
         place(artifact.root, folder / artifact.name)
+        names.append(artifact.name)
     licenses = _copy_licenses(steps.checkpoint(steps.final), folder)
-    names = [artifact.name for artifact in artifacts]
-    known = _known_hashes(artifacts, figures)
-    models = describe_files(folder, names, known)
+    # Hashes from when the models were made: what changes on the disk since then does not become right.
+    models = describe_files(folder, names, {r.file: r.sha256 for r in (*figures.dense, *figures.pruned)})
     manifest = replace(manifest, contents=models)
     write_text(folder / CARD_FILE, model_card_text(figures, manifest))
     write_text(folder / MODELFILE, modelfile_text(figures.pruned, load_tokenizer(steps.checkpoint("dense"))))
     write_json(folder / BOM_FILE, make_bom(figures, manifest))
     write_reports(config, folder, figures, manifest)
-    contents = sorted(
-        [*models, *describe_files(folder, [*licenses, *_MADE], {})], key=lambda content: content.path
-    )
-    sealed = seal_release(folder, replace(manifest, contents=tuple(contents)))
+    made = describe_files(folder, [*licenses, *_MADE], {})
+    sealed = seal_release(folder, replace(manifest, contents=(*models, *made)))
     for name in before - {*licenses, *(file.file for file in manifest.files)}:
         _remove(folder / name)
     return sealed
 
 
 def seal_release(folder: Path, manifest: ReleaseManifest) -> ReleaseManifest:
-    """Write the manifest and, over it and all else, SHA256SUMS."""
+    """Write the manifest, its contents in order of their paths, and, over it and all else, SHA256SUMS."""
+    contents = sorted(manifest.contents, key=lambda content: content.path)
+    manifest = replace(manifest, contents=tuple(contents))
     write_record(folder / MANIFEST_FILE, manifest)
-    write_sums(folder, [*manifest.contents, *describe_files(folder, [MANIFEST_FILE], {})])
+    write_sums(folder, [*contents, *describe_files(folder, [MANIFEST_FILE], {})])
     return manifest
-
-
-def _known_hashes(artifacts: Sequence[Artifact], figures: ReleaseFigures) -> dict[str, str]:
-    """Hashes from when the models were made: what changes on the disk since then does not become right."""
-    records = {record.file: record for record in (*figures.dense, *figures.pruned)}
-    return {a.name: records[a.name].sha256 for a in artifacts if a.root.is_file()}
 
 
 def _copy_licenses(checkpoint: Path, folder: Path) -> list[str]:
@@ -114,24 +110,21 @@ def write_reports(
         manifest: For versions and commands.
         sweep: Quality over ratios, for the plot.
     """
-    steps = Steps(config, folder, None)
+    steps, profiles = Steps(config, folder, None), load_profiles()
     projected = [steps.artifact(PRUNED, name) for name in config.export.projected]
-    page = ReportInput(
+    report = ReportInput(
         config=config,
         figures=figures,
         versions=manifest.versions,
         commands=manifest.commands,
         seconds=manifest.seconds,
         verdicts=read_verdicts(folder),
-        projections=project_files(
-            {artifact.name: artifact.facts for artifact in projected},
-            config.bench.devices,
-            config.bench.n_ctx,
-        ),
+        projected={artifact.name: artifact.facts for artifact in projected},
+        devices=tuple(find_profile(name, profiles).profile for name in config.bench.devices or profiles),
         sweep=sweep,
     )
-    write_text(folder / REPORT_FILE, render_report(config, figures, manifest.versions, manifest.commands))
-    write_text(folder / PAGE_FILE, render_page(page))
+    write_text(folder / REPORT_FILE, render_report(report))
+    write_text(folder / PAGE_FILE, render_page(report))
 
 
 def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManifest:
@@ -153,8 +146,7 @@ def rewrite_reports(folder: Path, *, sweep: Sweep | None = None) -> ReleaseManif
         # The other files keep the hashes that they were released with.
         made = {content.path: content for content in describe_files(folder, [REPORT_FILE, PAGE_FILE], {})}
         kept = [content for content in manifest.contents if content.path not in made]
-        contents = sorted([*kept, *made.values()], key=lambda content: content.path)
-        return seal_release(folder, replace(manifest, contents=tuple(contents)))
+        return seal_release(folder, replace(manifest, contents=(*kept, *made.values())))
 
 
 def _published_before(folder: Path) -> set[str]:

@@ -34,7 +34,7 @@ def verify_release(folder: Path) -> tuple[int, list[Problem]]:
     if manifest_sha256 != sums[MANIFEST_FILE]:
         # What it says of other files is worth nothing; the list of hashes still is checked.
         contents = [Content(path, -1, sha256) for path, sha256 in sums.items()]
-        return len(sums) + 1, [p for p in find_problems(folder, contents) if p.path != SUMS_FILE]
+        return len(sums) + 1, find_problems(folder, contents)
     manifest = read_record(ReleaseManifest, folder / MANIFEST_FILE)
     listed = {content.path: content.sha256 for content in manifest.contents}
     problems = [
@@ -45,12 +45,7 @@ def verify_release(folder: Path) -> tuple[int, list[Problem]]:
     problems += [
         Problem(file.file, f"has other hashes in two places of {MANIFEST_FILE}")
         for file in manifest.files
-        if file.sha256 not in {hash_ for path, hash_ in listed.items() if _of(path, file.file)}
+        if file.sha256 not in {h for path, h in listed.items() if f"{path}/".startswith(f"{file.file}/")}
     ]
     itself = Content(MANIFEST_FILE, (folder / MANIFEST_FILE).stat().st_size, manifest_sha256)
-    found = find_problems(folder, [*manifest.contents, itself])
-    return len(sums) + 1, [*problems, *(p for p in found if p.path != SUMS_FILE)]
-
-
-def _of(path: str, name: str) -> bool:
-    return path == name or path.startswith(f"{name}/")
+    return len(sums) + 1, problems + find_problems(folder, [*manifest.contents, itself])

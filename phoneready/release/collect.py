@@ -36,7 +36,11 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
     found = [size_figure(role, record.quant, record.file, record.file_bytes) for role, record in exports]
     for place in config.bench.targets:
         found += benchmark_figures(config, place, steps.bench_records(place), items)
-    found += _projections(config, steps)
+    projected = config.bench.measured(config.export.projected) if config.bench.devices else ()
+    for artifact in steps.artifacts():
+        if artifact.item in projected:
+            about = (artifact.role, artifact.item, artifact.name, artifact.facts)
+            found += projected_figures(config, *about)
     for item, subject, evaluation in steps.evaluations():
         found += evaluation_figures(item, subject, evaluation)
     return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
@@ -117,15 +121,6 @@ def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], rol
     return replace(figure, value=max(peaks), samples=peaks, rounds=rounds, low=min(peaks), high=max(peaks))
 
 
-def _projections(config: ReleaseConfig, steps: Steps) -> Iterator[Figure]:
-    if not config.bench.devices:
-        return
-    wanted = [q for q in config.export.projected if not config.bench.files or q in config.bench.files]
-    for a in steps.artifacts():
-        if a.item in wanted:
-            yield from projected_figures(config, a.role, a.item, a.name, a.facts)
-
-
 def projected_figures(
     config: ReleaseConfig, role: str, item: str, subject: str, facts: ModelFacts
 ) -> Iterator[Figure]:
@@ -142,16 +137,11 @@ def projected_figures(
             "projected_pp": found.prefill,
         }
         for metric, band in bands.items():
-            yield _projection(FigureKey(metric, item, device), role, subject, band, why, context)
-
-
-def _projection(key: FigureKey, role: str, subject: str, band: Band | None, why: str, context: int) -> Figure:
-    conditions = {"n_ctx": str(context)}
-    figure = Figure(
-        key, role, subject, metric_of(key.metric).unit, None,
-        kind="projected", target=key.place, failure=why, conditions=conditions,
-    )  # fmt: skip
-    if band is None:
-        return figure
-    middle = math.sqrt(band.low * band.high)
-    return replace(figure, value=middle, low=band.low, high=band.high, failure=None)
+            figure = Figure(
+                FigureKey(metric, item, device), role, subject, metric_of(metric).unit, None,
+                kind="projected", target=device, failure=why, conditions={"n_ctx": str(context)},
+            )  # fmt: skip
+            if band is not None:
+                middle = math.sqrt(band.low * band.high)
+                figure = replace(figure, value=middle, low=band.low, high=band.high, failure=None)
+            yield figure

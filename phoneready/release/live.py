@@ -43,21 +43,16 @@ def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
     known = [seconds for seconds in taken if seconds is not None]
     if not taken or len(known) < len(taken):
         return ""
-    return f"the rest took {format_seconds(sum(known))} last time"
-
-
-def format_seconds(seconds: float) -> str:
-    """Such as `45 s` or `12 min`."""
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    seconds = sum(known)
+    spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"the rest took {spent} last time"
 
 
 def stage_figures(folder: Path, name: str) -> str:
     """The figures that a finished stage has found, in a few words; nothing where it has none."""
-    output = stage_folder(folder, name)
-    for prefix, describe in _FIGURES.items():
-        if name.startswith(prefix):
-            return describe(output)
-    return ""
+    found = (describe for beginning, describe in _FIGURES.items() if name.startswith(beginning))
+    describe = next(found, None)
+    return describe(stage_folder(folder, name)) if describe else ""
 
 
 def rows_so_far(progress: Progress) -> tuple[Progress, Callable[[BenchRecord], None]]:

@@ -147,13 +147,8 @@ class Steps:
         sources = self.config.prune.calibration
         calibration = Calibration(ids, sources, self.config.seed, tokens_sha256(ids))
         result = prune_model(loaded, calibration, self.config.prune_settings(), progress=progress)
-        save_checkpoint(
-            loaded,
-            output / "model",
-            plan=result.plan,
-            input_moments=result.input_moments,
-            seed=self.config.seed,
-        )
+        plan, moments = result.plan, result.input_moments
+        save_checkpoint(loaded, output / "model", plan=plan, input_moments=moments, seed=self.config.seed)
 
     def recover(self, output: Path, progress: Progress) -> None:
         """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
@@ -240,7 +235,7 @@ class Steps:
 
         A place that cannot be reached is no reason to lose all else: its rows are recorded as failed.
         """
-        wanted = self.config.bench.files or self.config.export.names
+        wanted = self.config.bench.measured(self.config.export.names)
         # Dense and pruned take turns.
         names = {str(a.path): a.name for a in self.artifacts() if a.item in wanted}
         settings = self.config.bench.settings(self.config.seed)

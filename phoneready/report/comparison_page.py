@@ -9,10 +9,17 @@ from phoneready.console import format_bytes
 from phoneready.report.assets import KINDS, plots_page
 from phoneready.report.escape import plot_text
 from phoneready.report.model_points import ModelPoint, PointGroup, Quality
-from phoneready.report.plot_style import SOFT, STEPS, SYMBOLS, plot_layout
+from phoneready.report.plot_style import (
+    SOFT,
+    STEPS,
+    SYMBOLS,
+    error_bars,
+    plot_layout,
+    scatter,
+    speed_span,
+)
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import short_names
-from runtime_bench.records import summary
 
 
 def render_comparison(groups: Sequence[PointGroup], quality: Quality | None) -> str:
@@ -64,42 +71,23 @@ def _trace(
     points: Sequence[ModelPoint], engine: str, symbol: str, known: bool, names: dict[str, str]
 ) -> dict[str, Any]:
     """Points of one engine; those without a known quality are open."""
-    values = [_values(point) for point in points]
-    middles = [summary.median(row) or 0.0 for row in values]
-    marker: dict[str, Any] = {"size": 15, "symbol": symbol if known else f"{symbol}-open"}
+    spans = [speed_span(point.record) for point in points]
+    marker: dict[str, Any] = {"size": 15, "symbol": symbol if known else f"{symbol}-open", "color": SOFT}
     if known:
         marker |= {"color": [point.quality for point in points], "coloraxis": "coloraxis"}
         marker["line"] = {"width": 1, "color": SOFT}
-    else:
-        marker |= {"color": SOFT}
-    return {
-        "type": "scatter",
-        "mode": "markers+text",
-        "name": plot_text(engine) + ("" if known else ", quality unknown"),
-        "x": [(point.record.file_size_bytes or 0) / 2**20 for point in points],
-        "y": middles,
-        "error_y": {
-            "type": "data",
-            "symmetric": False,
-            "array": [(summary.quantile(row, 0.9) or m) - m for row, m in zip(values, middles, strict=True)],
-            "arrayminus": [
-                m - (summary.quantile(row, 0.1) or m) for row, m in zip(values, middles, strict=True)
-            ],
-            "thickness": 1.2,
-            "width": 0,
-            "color": SOFT,
-        },
-        "text": [plot_text(names[point.record.model_filename]) for point in points],
-        "textposition": "top center",
-        "textfont": {"size": 11, "color": SOFT},
-        "hovertext": [_hover(point, names) for point in points],
-        "hoverinfo": "text",
-        "marker": marker,
-    }
-
-
-def _values(point: ModelPoint) -> tuple[float, ...]:
-    return point.record.samples_ts or tuple(ns / 1e6 for ns in point.record.samples_ns)
+    sizes = [(point.record.file_size_bytes or 0) / 2**20 for point in points]
+    return scatter(
+        engine + ("" if known else ", quality unknown"),
+        [(size, middle) for size, (middle, _, _) in zip(sizes, spans, strict=True)],
+        [_hover(point, names) for point in points],
+        mode="markers+text",
+        error_y=error_bars(spans) | {"color": SOFT},
+        text=[plot_text(names[point.record.model_filename]) for point in points],
+        textposition="top center",
+        textfont={"size": 11, "color": SOFT},
+        marker=marker,
+    )
 
 
 def _hover(point: ModelPoint, names: dict[str, str]) -> str:
@@ -108,9 +96,13 @@ def _hover(point: ModelPoint, names: dict[str, str]) -> str:
         plot_text(names[record.model_filename]),
         f"{format_bytes(record.file_size_bytes)}, {speed_text(record)}, {record.n_threads} thr.",
         f"peak memory {format_bytes(record.peak_rss_bytes)}",
-        "quality unknown" if point.quality is None else f"quality {point.quality:.4g}",
+        f"quality {_quality(point)}",
     ]
     return "<br>".join(lines)
+
+
+def _quality(point: ModelPoint) -> str:
+    return "unknown" if point.quality is None else f"{point.quality:.4g}"
 
 
 def _rows(group: PointGroup, names: dict[str, str]) -> list[list[str]]:
@@ -122,7 +114,7 @@ def _rows(group: PointGroup, names: dict[str, str]) -> list[list[str]]:
             format_bytes(point.record.file_size_bytes),
             speed_text(point.record),
             format_bytes(point.record.peak_rss_bytes),
-            "unknown" if point.quality is None else f"{point.quality:.4g}",
+            _quality(point),
         ]
         for point in group.points
     ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.errors import InputError
-from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation
 from runtime_bench.presentation.record_table import best_threads
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
@@ -22,20 +22,16 @@ class Quality:
 
     Attributes:
         name: Of the figure; lower is better.
-        by_hash: Hash of a model's file -> the figure.
-        by_folder: Folder of an ONNX variant -> the figure.
+        values: Hash of a model's file, or folder of an ONNX variant -> the figure.
     """
 
     name: str
-    by_hash: Mapping[str, float]
-    by_folder: Mapping[str, float]
+    values: Mapping[str | None, float]
 
     def find(self, record: BenchRecord) -> float | None:
         """The figure of the file that a record is of."""
-        if record.file_sha256 is not None and record.file_sha256 in self.by_hash:
-            return self.by_hash[record.file_sha256]
-        folders = [str(parent) for parent in Path(record.model_filename).absolute().parents[:2]]
-        return next((self.by_folder[folder] for folder in folders if folder in self.by_folder), None)
+        folders = (str(parent) for parent in Path(record.model_filename).absolute().parents[:2])
+        return next((self.values[key] for key in (record.file_sha256, *folders) if key in self.values), None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,9 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
     """
     if not evaluations:
         return None
-    texts = [_first_text(evaluation) for evaluation in evaluations]
+    if without := [evaluation.model.reference for evaluation in evaluations if not evaluation.texts]:
+        raise InputError(f"the evaluation of {without[0]} has no text")
+    texts = [evaluation.texts[0] for evaluation in evaluations]
     conditions = {(text.windows_sha256, text.seqlen) for text in texts}
     if len(conditions) > 1:
         raise InputError(
@@ -83,18 +81,17 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
     diverge = all(text.divergence for text in texts) and len({_reference(e) for e in evaluations}) == 1
     values = [text.divergence.kl_mean if diverge and text.divergence else text.perplexity for text in texts]
     what = f"mean KL divergence from {_reference(evaluations[0])}, nats" if diverge else "perplexity"
-    by_hash: dict[str, float] = {}
-    by_folder: dict[str, float] = {}
+    found: dict[str | None, float] = {}
     for evaluation, value in zip(evaluations, values, strict=True):
         model = evaluation.model
         if model.sha256 is None:
             raise InputError(f"the evaluation of {model.reference} has no hash of its file")
-        if model.sha256 in by_hash:
+        if model.sha256 in found:
             raise InputError(f"several evaluations are of {model.reference}")
-        by_hash[model.sha256] = value
+        found[model.sha256] = value
         if model.runtime == "onnxruntime":
-            by_folder[str(Path(model.reference).absolute())] = value
-    return Quality(f"{what}, on {Path(texts[0].source).name}", by_hash, by_folder)
+            found[str(Path(model.reference).absolute())] = value
+    return Quality(f"{what}, on {Path(texts[0].source).name}", found)
 
 
 def point_groups(records: Sequence[BenchRecord], quality: Quality | None) -> list[PointGroup]:
@@ -141,12 +138,6 @@ def _main_test(records: Sequence[BenchRecord]) -> str:
 def _why(rows: Sequence[BenchRecord], test: str) -> str:
     reasons = [row.failure or note_of(row) for row in rows if row.test == test and (not row.ok or row.void)]
     return next((reason for reason in reasons if reason), f"{test} was not measured")
-
-
-def _first_text(evaluation: Evaluation) -> TextResult:
-    if not evaluation.texts:
-        raise InputError(f"the evaluation of {evaluation.model.reference} has no text")
-    return evaluation.texts[0]
 
 
 def _reference(evaluation: Evaluation) -> str | None:

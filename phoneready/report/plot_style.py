@@ -5,9 +5,14 @@ Figures are plotly's plain JSON. Text that comes from models or files goes throu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+from phoneready.report.escape import plot_text
+from runtime_bench.records import summary
+from runtime_bench.records.bench_record import BenchRecord
 
 INK, SOFT, GRID, BAND = "#1d2733", "#5b6673", "#e3e0d8", "#eceae3"
 DENSE, PRUNED = "#8a8377", "#1f5f8b"
@@ -47,6 +52,42 @@ class Plot:
     section: str
     height: int
     figure: dict[str, Any]
+
+
+def scatter(
+    name: str, points: Sequence[tuple[float, Any]], hover: Iterable[str], **more: Any
+) -> dict[str, Any]:
+    """plotly's trace of points (x, y), each with the text that is shown over it."""
+    trace = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": plot_text(name),
+        "x": [x for x, _ in points],
+        "y": [y for _, y in points],
+        "hovertext": list(hover),
+        "hoverinfo": "text",
+    }
+    return trace | more
+
+
+def marker(index: int, size: int, colour: str | None = None) -> dict[str, Any]:
+    """The markers of the series of that number, unless in a colour of their own."""
+    found = colour or SERIES[index % len(SERIES)]
+    return {"color": found, "size": size, "symbol": SYMBOLS[index % len(SYMBOLS)]}
+
+
+def error_bars(spans: Iterable[tuple[float, float, float]]) -> dict[str, Any]:
+    """Bars of values (middle, low, high)."""
+    above, below = zip(*((high - middle, middle - low) for middle, low, high in spans), strict=True)
+    shown = {"type": "data", "symmetric": False, "thickness": 1.5, "width": 0}
+    return shown | {"array": list(above), "arrayminus": list(below)}
+
+
+def speed_span(record: BenchRecord) -> tuple[float, float, float]:
+    """The median of a record's samples, the slowest tenth and the fastest: tokens a second, else milliseconds."""
+    values = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
+    middle, low, high = (summary.quantile(values, share) or 0.0 for share in (0.5, 0.1, 0.9))
+    return middle, low, high
 
 
 def plot_layout(*, xaxis: str, yaxis: str) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from cfsp.pruning.plan import PruningPlan
-from phoneready.report.plot_style import SOFT, STEPS, Plot, plot_layout
+from phoneready.report.plot_style import SOFT, STEPS, Plot, plot_layout, scatter
 
 _BINS = 96
 """Most cells in a row of the heat map."""
@@ -14,21 +15,16 @@ _BINS = 96
 
 def pattern_plot(plan: PruningPlan) -> Plot:
     """Which channels each block keeps, and beside it how much it keeps and how important it is."""
-    n = len(plan.blocks)
+    n, shares = len(plan.blocks), _shares(plan)
+    importances = [block.importance for block in plan.blocks]
     cells, hover = zip(*(_kept_bins(plan, index) for index in range(n)), strict=True)
-    shares = [
-        [block.width / dense] for block, dense in zip(plan.blocks, plan.dense_shape.ffn_widths, strict=True)
-    ]
-    importances = [[block.importance] for block in plan.blocks]
     data = [
-        _heat(list(cells), list(hover), "x", "y", (0, 1)),
-        _heat(shares, [[f"block {i}: {s[0]:.1%} kept"] for i, s in enumerate(shares)], "x2", "y", None),
+        _heat("x", cells, hover) | {"zmin": 0, "zmax": 1},
+        _heat("x2", [[s] for s in shares], [[f"block {i}: {s:.1%} kept"] for i, s in enumerate(shares)]),
         _heat(
-            importances,
-            [[f"block {i}: importance {v[0]:.4f}"] for i, v in enumerate(importances)],
             "x3",
-            "y",
-            None,
+            [[v] for v in importances],
+            [[f"block {i}: importance {v:.4f}"] for i, v in enumerate(importances)],
         ),
     ]
     layout = plot_layout(xaxis="channels", yaxis="block")
@@ -40,8 +36,8 @@ def pattern_plot(plan: PruningPlan) -> Plot:
     caption = (
         "Each cell is a group of neighbouring channels, in the dense model's order; the darker, the more of them "
         "are kept. The strips on the "
-        f"right are each block's kept share ({min(s[0] for s in shares):.2f} to {max(s[0] for s in shares):.2f}) "
-        f"and its coarse importance ({min(v[0] for v in importances):.4f} to {max(v[0] for v in importances):.4f})."
+        f"right are each block's kept share ({min(shares):.2f} to {max(shares):.2f}) "
+        f"and its coarse importance ({min(importances):.4f} to {max(importances):.4f})."
     )
     height = max(260, 12 * n + 90)
     figure = {"data": data, "layout": layout}
@@ -50,20 +46,15 @@ def pattern_plot(plan: PruningPlan) -> Plot:
 
 def allocation_plot(plan: PruningPlan) -> Plot:
     """Kept share of each block over its importance."""
-    shares = [
-        block.width / dense for block, dense in zip(plan.blocks, plan.dense_shape.ffn_widths, strict=True)
-    ]
-    trace = {
-        "type": "scatter",
-        "mode": "markers",
-        "x": [block.importance for block in plan.blocks],
-        "y": shares,
-        "hovertext": [
+    shares, widths = _shares(plan), plan.dense_shape.ffn_widths
+    trace = scatter(
+        "blocks",
+        [(block.importance, share) for block, share in zip(plan.blocks, shares, strict=True)],
+        [
             f"block {i}<br>importance {b.importance:.4f}<br>{b.width} of {d} channels kept ({s:.1%})"
-            for i, (b, d, s) in enumerate(zip(plan.blocks, plan.dense_shape.ffn_widths, shares, strict=True))
+            for i, (b, d, s) in enumerate(zip(plan.blocks, widths, shares, strict=True))
         ],
-        "hoverinfo": "text",
-        "marker": {
+        marker={
             "size": 11,
             "color": list(range(len(shares))),
             "colorscale": [[i / 3, c] for i, c in enumerate(STEPS[1:])],
@@ -75,7 +66,7 @@ def allocation_plot(plan: PruningPlan) -> Plot:
                 "tickfont": {"color": SOFT},
             },
         },
-    }
+    )
     layout = plot_layout(xaxis="coarse importance of the block", yaxis="share of channels kept")
     caption = (
         f"Allocation {plan.settings.allocation}: blocks that change the residual stream more keep more channels. "
@@ -83,6 +74,11 @@ def allocation_plot(plan: PruningPlan) -> Plot:
     )
     figure = {"data": [trace], "layout": layout}
     return Plot("plot-allocation", "Allocation against importance", caption, "pruning", 340, figure)
+
+
+def _shares(plan: PruningPlan) -> list[float]:
+    """What each block keeps of its channels."""
+    return [b.width / dense for b, dense in zip(plan.blocks, plan.dense_shape.ffn_widths, strict=True)]
 
 
 def _kept_bins(plan: PruningPlan, index: int) -> tuple[list[float], list[str]]:
@@ -97,18 +93,15 @@ def _kept_bins(plan: PruningPlan, index: int) -> tuple[list[float], list[str]]:
     return shares, texts
 
 
-def _heat(
-    values: list[list[float]], hover: list[list[str]], x: str, y: str, limits: tuple[float, float] | None
-) -> dict[str, Any]:
-    trace = {
+def _heat(xaxis: str, values: Sequence[list[float]], hover: Sequence[list[str]]) -> dict[str, Any]:
+    return {
         "type": "heatmap",
-        "z": values,
-        "hovertext": hover,
+        "z": list(values),
+        "hovertext": list(hover),
         "hoverinfo": "text",
-        "xaxis": x,
-        "yaxis": y,
+        "xaxis": xaxis,
+        "yaxis": "y",
         "showscale": False,
         "colorscale": [[i / (len(STEPS) - 1), colour] for i, colour in enumerate(STEPS)],
         "ygap": 1,
     }
-    return trace | ({"zmin": limits[0], "zmax": limits[1]} if limits else {})

@@ -19,19 +19,13 @@ from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import Comparison, compare_records
+from runtime_bench.records.compare import compare_records
 from runtime_bench.records.groups import BenchGroup
 
 NOTHING = "-"
 TONES = {
     **dict(zip(OUTCOMES, ("bad", "unsure", "good"), strict=True)),
-    **{
-        "faster": "good",
-        "slower": "bad",
-        "no difference": "even",
-        "inconclusive": "unsure",
-        "too noisy to tell": "unsure",
-    },
+    **{"faster": "good", "slower": "bad", "no difference": "even", "too noisy to tell": "unsure"},
 }
 """Outcome or verdict to the tone that it is shown in."""
 
@@ -207,17 +201,15 @@ def _speed_row(dense: BenchRecord, pruned: BenchRecord) -> Row:
     title += f", {dense.n_threads} thread" + ("s" if dense.n_threads > 1 else "")
     if not (dense.ok and pruned.ok):
         return (title, *("measured" if r.ok else "failed" for r in (dense, pruned)), NOTHING)
+    speeds = (speed_text(dense), speed_text(pruned))
     if dense.void or pruned.void:
-        return (title, speed_text(dense), speed_text(pruned), Mark("void", "bad"))
+        return (title, *speeds, Mark("void", "bad"))
     c = compare_records(dense, pruned)
-    if c.ratio is None:
-        return (
-            title,
-            speed_text(dense),
-            speed_text(pruned),
-            Mark(c.verdict, TONES[c.verdict], c.reason or ""),
-        )
-    return (title, *speeds_text(c), Mark(c.verdict, TONES[c.verdict], ratio_text(c)))
+    why = c.reason or ""
+    if c.ratio is not None:
+        basis = ", by processor time" if c.basis == "cpu" else ""
+        speeds, why = speeds_text(c), f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}){basis}"
+    return (title, *speeds, Mark(c.verdict, TONES[c.verdict], why))
 
 
 def text_name(reference: str, seed: int) -> str:
@@ -225,10 +217,3 @@ def text_name(reference: str, seed: int) -> str:
     if reference == "self":
         return f"sampled from the dense model, seed {seed}"
     return Path(reference).name if Path(reference).exists() else reference
-
-
-def ratio_text(comparison: Comparison) -> str:
-    """A ratio with its interval."""
-    c = comparison
-    basis = ", by processor time" if c.basis == "cpu" else ""
-    return f"{c.ratio:.2f} times as fast ({c.low:.2f} to {c.high:.2f}){basis}"

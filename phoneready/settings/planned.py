@@ -28,7 +28,7 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
         yield FigureKey("file_bytes", item)
     yield from _benchmarks(config)
     for device in config.bench.devices:
-        for item in _measured(config, config.export.projected):
+        for item in config.bench.measured(config.export.projected):
             for metric in metrics_from(PROJECTION):
                 yield FigureKey(metric, item, device)
     for item in (CHECKPOINT, *config.evaluate.files):
@@ -38,14 +38,10 @@ def planned_figures(config: ReleaseConfig) -> Iterator[FigureKey]:
 def _benchmarks(config: ReleaseConfig) -> Iterator[FigureKey]:
     threads = config.bench.n_threads or (None,)
     for place in config.bench.targets:
-        for item in _measured(config, config.export.names):
+        for item in config.bench.measured(config.export.names):
             for n_threads in threads:
                 for metric in (*config.bench.tests, "peak_rss_bytes"):
                     yield FigureKey(metric, item, place, n_threads)
-
-
-def _measured(config: ReleaseConfig, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if not config.bench.files or name in config.bench.files)
 
 
 def _judgements(config: ReleaseConfig, item: str) -> Iterator[FigureKey]:

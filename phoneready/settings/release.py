@@ -136,8 +136,8 @@ def _renumbered(place: Location, numbers: Sequence[int]) -> Location:
     return place
 
 
-def _override(values: dict[str, Any], text: str) -> list[Location]:
-    """Set what `a.b=VALUE` says; returns the locations that were set.
+def _override(values: dict[str, Any], text: str) -> Iterator[Location]:
+    """Set what `a.b=VALUE` says, and yield the locations that were set.
 
     Raises:
         InputError: It says no such thing.
@@ -149,19 +149,17 @@ def _override(values: dict[str, Any], text: str) -> list[Location]:
             "not understood", field="--set", value=text,
             allowed="KEY=VALUE with a TOML value, such as prune.prune_ratio=0.3 or 'model.reference=\"NAME\"'",
         ) from error  # fmt: skip
-    return list(_merge(values, stated, ()))
+    yield from _merge(values, stated)
 
 
-def _merge(values: dict[str, Any], stated: Mapping[str, Any], place: Location) -> Sequence[Location]:
-    found: list[Location] = []
+def _merge(values: dict[str, Any], stated: Mapping[str, Any], place: Location = ()) -> Iterator[Location]:
     for key, value in stated.items():
         here = values.get(key)
         if isinstance(value, dict) and isinstance(here, dict):
-            found += _merge(here, value, (*place, key))
+            yield from _merge(here, value, (*place, key))
         else:
             values[key] = value
-            found.append((*place, key))
-    return found
+            yield (*place, key)
 
 
 def _place_namer(lines: Mapping[Location, int], given: Mapping[Location, str]) -> Callable[[Location], str]:
@@ -187,8 +185,8 @@ def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """Targets that cannot run what is to be measured there."""
-    files = config.bench.files or config.export.names
-    others = [name for name in files if name in config.export.names and family_of(name) is not BASE]
+    measured = config.bench.measured(config.export.names)
+    others = [name for name in measured if family_of(name) is not BASE]
     folders = [place_slug(place) for place in config.bench.targets]
     if len(set(folders)) < len(folders):
         yield ("bench", "targets"), f"two have one name on disk: {', '.join(config.bench.targets)}"

@@ -102,6 +102,10 @@ class BenchConfig(SamplingSettings):
         """For runtime_bench."""
         return pick(BenchSettings, self, seed=seed)
 
+    def measured(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Of exported quantizations and variants, those that are measured."""
+        return tuple(name for name in names if not self.files or name in self.files)
+
     @property
     def tests(self) -> tuple[str, ...]:
         """Names of the workloads."""

@@ -19,11 +19,10 @@ from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, Mo
 from phoneready.figures.verdict import BudgetVerdict, Verdicts
 from phoneready.release.artifact import Answers
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.inputs import DeviceProjections, ReportInput
+from phoneready.report.contents import ReportInput
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import load_profiles
-from runtime_bench.devices.projection import project
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.workload import Workload
 
@@ -74,7 +73,10 @@ def make_report_input(make_record: Callable[..., BenchRecord]) -> MakeReportInpu
             commands=(f"phoneready prune '{name}'",),
             seconds={"dense": 1.0},
             verdicts=Verdicts("missed", name, None, f"{name}.json", verdicts),
-            projections=_projections(name),
+            projected={f"{name}.gguf": _facts(name)},
+            devices=tuple(
+                entry.profile.model_copy(update={"name": name}) for entry in load_profiles().values()
+            ),
         )
 
     return make
@@ -170,8 +172,5 @@ def _export(file: str, quant: str, factor: float) -> ExportRecord:
     )
 
 
-def _projections(name: str) -> tuple[DeviceProjections, ...]:
-    facts = ModelFacts(Path(name), 10**8, 10**8, 10**8, {"Q8_0": 10**8}, 30, 5760, 576, 1536, 49152, 2048)
-    profiles = [entry.profile for entry in load_profiles().values()]
-    rows = tuple(project(profile, facts, 2048) for profile in profiles)
-    return (DeviceProjections(f"{name}.gguf", 2048, rows, {profile.id: name for profile in profiles}),)
+def _facts(name: str) -> ModelFacts:
+    return ModelFacts(Path(name), 10**8, 10**8, 10**8, {"Q8_0": 10**8}, 30, 5760, 576, 1536, 49152, 2048)

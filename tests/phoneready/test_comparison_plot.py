@@ -97,7 +97,7 @@ def test_perplexity_where_there_is_no_divergence() -> None:
     found = quality_of([evaluation("0" * 64, 0.1, perplexity=20), evaluation("1" * 64, perplexity=30)])
     assert found is not None
     assert found.name == "perplexity, on test.txt"
-    assert list(found.by_hash.values()) == [20, 30]
+    assert list(found.values.values()) == [20, 30]
 
 
 def test_the_page_opens_offline(

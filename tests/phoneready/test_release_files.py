@@ -33,7 +33,7 @@ from phoneready.publish.placing import place
 from phoneready.publish.publish import seal_release
 from phoneready.publish.single_commands import single_commands
 from phoneready.publish.verify import verify_release
-from phoneready.report import ReportInput
+from phoneready.report.contents import ReportInput
 from phoneready.report.plots import make_plots
 from phoneready.settings.schema import ReleaseConfig
 

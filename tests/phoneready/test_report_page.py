@@ -14,9 +14,10 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.records import write_record
-from phoneready.report import ReportInput, read_verdicts, render_page
+from phoneready.report.contents import ReportInput, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
-from phoneready.report.markdown import bench_notes, render_report, verdict_table
+from phoneready.report.markdown import render_report, verdict_table
+from phoneready.report.page import render_page
 from phoneready.report.plots import make_plots
 from phoneready.report.tables import Mark, comparison_table
 from runtime_bench.records.bench_record import BenchRecord
@@ -284,7 +285,7 @@ def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportIn
         assert "generation, tg128" in table
         assert "t/s" in table
     assert "t/s" not in far
-    rendered = render_report(report.config, figures, {}, [])
+    rendered = render_report(replace(report, figures=figures))
     assert "emulated on qemu" in rendered
     assert "emulated: that it ran counts, its times say nothing" in rendered
 
@@ -292,7 +293,7 @@ def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportIn
 @pytest.mark.parametrize("name", HOSTILE)
 def test_nothing_of_a_hostile_text_is_markdown(name: str, make_report_input: MakeReportInput) -> None:
     report = make_report_input(HOSTILE[name])
-    text = render_report(report.config, report.figures, {}, [HOSTILE[name]])
+    text = render_report(replace(report, commands=(HOSTILE[name],)))
     code_or_escaped = re.compile(r"^    .*$|\\.", re.MULTILINE)
     plain = code_or_escaped.sub("", text)
     assert not re.search(r"<\w|!\[|\]\(", plain)
@@ -342,7 +343,7 @@ def test_the_heat_map_counts_the_kept_channels(make_report_input: MakeReportInpu
 
 def test_without_budgets_and_records_it_says_so(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
-    bare = replace(report, verdicts=None, projections=(), figures=replace(report.figures, bench=()))
+    bare = replace(report, verdicts=None, projected={}, figures=replace(report.figures, bench=()))
     text = render_page(bare)
     assert "No budgets were set" in text
     assert "Nothing was measured" in text
@@ -401,7 +402,7 @@ def test_files_are_compared_by_what_they_are_not_by_their_position(
     report = make_report_input("Tiny")
     shuffled = replace(report.figures, dense=report.figures.dense[::-1])
     assert [dense.quant for dense, _ in shuffled.pairs] == [pruned.quant for pruned in shuffled.pruned]
-    assert render_report(report.config, shuffled, {}, []).count("Tiny-pruned-Q4_0.gguf")
+    assert render_report(replace(report, figures=shuffled)).count("Tiny-pruned-Q4_0.gguf")
     assert verdict_table(shuffled, *shuffled.pairs[0]) == verdict_table(
         report.figures, report.figures.dense[0], report.figures.pruned[0]
     )

@@ -1,0 +1,119 @@
+"""What both reports are made from, records alone and no model, and what both say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.records import read_record
+from phoneready.console import format_bytes
+from phoneready.evaluation.sweep import Sweep
+from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
+from phoneready.release.results import ReleaseFigures
+from phoneready.report.tables import proof_table, quality_table, text_name, width_table
+from phoneready.settings.schema import ReleaseConfig
+from runtime_bench.devices.model_facts import ModelFacts
+from runtime_bench.devices.profile import DeviceProfile
+from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.notes import note_of
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """Everything that the reports show.
+
+    Attributes:
+        config: What was asked for.
+        figures: What the stages found.
+        versions: Packages and runtimes.
+        commands: The same, command by command.
+        seconds: Stage to its duration.
+        projected: Name of a pruned file to what its projection onto devices needs.
+        devices: Those devices.
+        verdicts: Of the budgets; None where none are set.
+        sweep: Quality over several ratios, where there is one.
+    """
+
+    config: ReleaseConfig
+    figures: ReleaseFigures
+    versions: Mapping[str, str]
+    commands: tuple[str, ...]
+    seconds: Mapping[str, float]
+    projected: Mapping[str, ModelFacts]
+    devices: tuple[DeviceProfile, ...]
+    verdicts: Verdicts | None = None
+    sweep: Sweep | None = None
+
+
+def read_verdicts(folder: Path) -> Verdicts | None:
+    """The verdicts that a release's gate left in its folder; None where it left none.
+
+    Raises:
+        InputError: The file cannot be used.
+    """
+    file = folder / VERDICTS_FILE
+    return read_record(Verdicts, file) if file.is_file() else None
+
+
+def contents(report: ReportInput) -> dict[str, Any]:
+    """What the templates of both reports show."""
+    figures = report.figures
+    exports = (*figures.dense, *figures.pruned)
+    return {
+        "report": report,
+        "figures": figures,
+        "headline": headline(figures),
+        "quality": quality_table(figures.evaluation),
+        "widths": width_table(figures.plan),
+        "answers": _answers(figures),
+        "proof": proof_table(exports),
+        "warnings": [(r.file, warning) for r in exports for warning in r.warnings],
+        "notes": bench_notes(figures.bench),
+        "bytes": format_bytes,
+        "text_name": text_name,
+    }
+
+
+def headline(figures: ReleaseFigures) -> str:
+    """The outcome in one sentence."""
+    dense, pruned = figures.pairs[0]
+    share, size = 1 - figures.plan.keep_ratio, pruned.file_bytes / dense.file_bytes
+    parts = [
+        f"{share:.1%} of the FFN channels removed",
+        f"the {pruned.quant} file is {format_bytes(pruned.file_bytes)}, {size:.3f} times the dense one",
+    ]
+    for text in figures.evaluation.texts:
+        if d := text.divergence:
+            parts.append(
+                f"on {text.kind} perplexity is {d.perplexity_ratio:.3f} times the dense model's "
+                f"and the first choice is the same for {d.same_top1:.1%} of the tokens"
+            )
+    return "; ".join(parts) + "."
+
+
+def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
+    """What a reader must know about the samples, each remark once with the rows that it is about."""
+    rows: dict[str, list[str]] = {}
+    for record in records:
+        if remark := record.failure or note_of(record):
+            rows.setdefault(remark, []).append(f"{record.model_filename} {record.test}")
+    return [f"{remark}: {', '.join(names)}" for remark, names in rows.items()]
+
+
+def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, ...]]]]:
+    """Question by question: (who, dense answer, pruned answer, why each is degenerate)."""
+    e, said = figures.evaluation, figures.answers.answers
+    why = e.degeneration
+    flags = (why.against_reasons if why else (), why.reasons if why else ())
+    found = []
+    for i, prompt in enumerate(figures.answers.prompts):
+        sides: list[tuple[str | None, ...]] = []
+        if i < len(e.answers) and i < len(e.against_answers):
+            reasons = (column[i] if column else None for column in flags)
+            sides.append(("checkpoint, in torch", e.against_answers[i], e.answers[i], *reasons))
+        for dense, pruned in figures.pairs:
+            sides.append((f"{dense.quant} file", said[dense.file][i], said[pruned.file][i], None, None))
+        found.append((prompt, sides))
+    return found
