@@ -66,6 +66,7 @@ n_gen = [2]
 ttft = [4]
 n_threads = [1]
 repetitions = 1
+check_text = false
 [[budgets]]
 metric = "file_bytes"
 at_most = 0.999

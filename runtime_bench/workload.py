@@ -101,6 +101,12 @@ class SamplingSettings(Settings):
         option="--no-warmup",
         off="Also count the first run of a process.",
     )
+    check_text: bool = setting(
+        True,
+        "Let each file write first: degenerate text voids its speeds.",
+        option="--no-text-check",
+        off="Do not let each file write first; degenerate text voids speeds.",
+    )
     delay_s: float = setting(
         0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option="--delay"
     )
@@ -115,7 +121,6 @@ class BenchSettings(SamplingSettings):
 
     Attributes:
         load: Whether load is measured by itself (every process notes its load time anyway).
-        check_text: Let each file write first; what is degenerate voids its speeds.
     """
 
     n_depth: tuple[int, ...] = setting(
@@ -136,7 +141,6 @@ class BenchSettings(SamplingSettings):
     spread_limit: float = setting(
         1.25, "p90 / p50 above which a row is measured once more.", gt=1, option=None
     )
-    check_text: bool = False
     seed: int = setting(0, SEED)
 
     def __post_init__(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +50,6 @@ def bench(
         choices="runtime_bench.presentation.record_table:FORMATS",
         option="-o --output",
     ),
-    no_text_check: bool = setting(False, "Do not let each file write first; degenerate text voids speeds."),
     record: Path | None = setting(None, "Append the records to a JSON Lines file."),
     clean: bool = setting(False, "Afterwards remove what was pushed to other machines."),
     json: JsonOption = False,
@@ -64,7 +62,6 @@ def bench(
     quiet_libraries()
 
     output = "json" if json else output
-    settings = replace(settings, check_text=not no_text_check)
     files = _graphs(files)
     if record is not None:
         check_appendable(record)

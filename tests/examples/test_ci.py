@@ -47,6 +47,7 @@ n_gen = [0]
 ttft = [0]
 n_threads = [1]
 repetitions = 1
+check_text = false
 [[budgets]]
 metric = "file_bytes"
 relative_to = "dense"

@@ -59,6 +59,7 @@ n_gen = [2]
 ttft = [4]
 n_threads = [1]
 repetitions = 5
+check_text = false
 samples_per_process = 5
 devices = ["pixel-8a", "galaxy-s24-ultra"]
 [[budgets]]
@@ -300,20 +301,25 @@ def test_the_budgets_verdicts_are_there(released: tuple[Path, Path]) -> None:
 
 @pytest.mark.slow
 def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
-    copied: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    change = ("--set", "bench.n_gen=[3]")
+    change = ("--set", "bench.check_text=true")
     assert copied("--explain", "--json", *change) == 0
     captured = capsys.readouterr()
     reasons = json.loads(captured.out)
     assert tuple(reasons) == STAGES
-    assert {name: why for name, why in reasons.items() if why} == {"bench-local": "n_gen was [2] and is [3]"}
+    assert {name: why for name, why in reasons.items() if why} == {
+        "bench-local": "check_text was false and is true"
+    }
     assert states(captured.err) == {}
     assert copied(*change) == 0
     expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
     shown = capsys.readouterr().err
     assert states(shown) == expected
     assert shown.count("the rest took ") == len(STAGES) - 1
+    figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
+    (void,) = {figure.failure for figure in figures if figure.key.place == "local"}
+    assert str(void).startswith("it writes degenerate text"), "a random model has no speed"
     assert copied("--explain", "--set", "prune.prune_ratio=0.5") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["prune"] == "prune_ratio was 0.25 and is 0.5"

@@ -45,6 +45,7 @@ n_gen = []
 ttft = []
 n_threads = [1]
 repetitions = 1
+check_text = false
 """
 
 

@@ -19,7 +19,9 @@ from runtime_bench.targets.constrained import MIB, Constrained
 from runtime_bench.worker import WorkerRequest
 from runtime_bench.workload import BenchSettings, Workload
 
-SETTINGS = BenchSettings(n_prompt=(), n_gen=(8,), ttft=(), load=False, repetitions=1, n_threads=(1,))
+SETTINGS = BenchSettings(
+    check_text=False, n_prompt=(), n_gen=(8,), ttft=(), load=False, repetitions=1, n_threads=(1,)
+)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,14 @@ pytest.importorskip("llama_cpp")
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = BenchSettings(
-    n_prompt=(24,), n_gen=(8,), ttft=(16,), repetitions=2, n_threads=(1,), spread_limit=1e9, timeout_s=120
+    check_text=False,
+    n_prompt=(24,),
+    n_gen=(8,),
+    ttft=(16,),
+    repetitions=2,
+    n_threads=(1,),
+    spread_limit=1e9,
+    timeout_s=120,
 )
 ONE = replace(QUICK, n_prompt=(), ttft=(), load=False)
 

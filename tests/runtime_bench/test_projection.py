@@ -63,7 +63,14 @@ def test_a_file_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_a_longer_context_costs_what_is_projected(smollm2_gguf: Path) -> None:
     settings = BenchSettings(
-        n_prompt=(512,), n_gen=(), ttft=(), load=False, n_depth=(0, 2560), repetitions=1, n_threads=(1,)
+        check_text=False,
+        n_prompt=(512,),
+        n_gen=(),
+        ttft=(),
+        load=False,
+        n_depth=(0, 2560),
+        repetitions=1,
+        n_threads=(1,),
     )
     measured = {r.n_depth + r.n_prompt: r.peak_rss_bytes for r in run_bench([smollm2_gguf], settings)}
     facts = gguf_facts(smollm2_gguf)

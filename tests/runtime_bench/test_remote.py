@@ -38,7 +38,9 @@ from runtime_bench.targets.table import TargetOptions, open_remote, open_targets
 from runtime_bench.workload import BenchSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = BenchSettings(n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,))
+SETTINGS = BenchSettings(
+    check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,)
+)
 HOSTILE = "-o $(touch pwned) `touch pwned`; 'q' \"d\" \\ \n &"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
@@ -302,7 +304,14 @@ def test_a_run_that_takes_too_long_is_ended_there(
 ) -> None:
     monkeypatch.setattr("runtime_bench.targets.remote._GRACE_S", 1.0)
     settings = BenchSettings(
-        n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,), timeout_s=1
+        check_text=False,
+        n_prompt=(),
+        n_gen=(4,),
+        ttft=(),
+        load=False,
+        repetitions=1,
+        n_threads=(1,),
+        timeout_s=1,
     )
     (record,) = run_bench([tiny_gguf()], settings, target=device.target(runner=sleeper))
     assert "timeout" in (record.failure or "")

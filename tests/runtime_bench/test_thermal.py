@@ -54,7 +54,9 @@ def test_capped_processes_are_marked(tiny_gguf: Callable[..., Path]) -> None:
         def environment(self) -> Environment:
             return next(looks)
 
-    settings = BenchSettings(n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=3, n_threads=(1,))
+    settings = BenchSettings(
+        check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=3, n_threads=(1,)
+    )
     (record,) = run_bench([tiny_gguf()], replace(settings, spread_limit=1e9), target=Warming())
     # Two looks at the start, one before the first process, then one after each: the third was hot.
     assert record.clock_caps == (1.0, 0.6, 0.6)
