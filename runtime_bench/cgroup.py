@@ -108,19 +108,18 @@ def _candidates() -> Iterator[tuple[int, Path]]:
             elif kind == "cgroup2" and not controllers:
                 own = Path(mount + path)
                 for folder in (own, *own.parents):
-                    if folder.is_relative_to(mount) and _has_memory(folder):
+                    if folder.is_relative_to(mount) and _lists_memory(folder / "cgroup.controllers"):
                         yield 2, folder
 
 
-def _has_memory(folder: Path) -> bool:
-    file = folder / "cgroup.controllers"
+def _lists_memory(file: Path) -> bool:
     return file.exists() and "memory" in file.read_text(encoding="ascii").split()
 
 
 def _delegates_memory(folder: Path) -> bool:
     """Whether groups below get the controller, which is turned on where it may be."""
     control = folder / "cgroup.subtree_control"
-    if "memory" not in control.read_text(encoding="ascii").split():
+    if not _lists_memory(control):
         try:
             control.write_text("+memory", encoding="ascii")
         except OSError:

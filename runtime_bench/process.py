@@ -111,7 +111,6 @@ def exchange(
 
 
 def _kill_tree(pid: int) -> None:
-    """End a process and all below it."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):

@@ -198,8 +198,9 @@ def _timed(session: Session, request: WorkerRequest, work: Work) -> list[tuple[i
             session.decode(random_tokens(session, request, depth))
         waited, start, cpu = waited_ns(), time.perf_counter_ns(), time.process_time_ns()
         _do(session, request, work)
-        wall, cpu = time.perf_counter_ns() - start, time.process_time_ns() - cpu
-        samples.append((wall, cpu, _waited_since(waited)))
+        wall, cpu, now = time.perf_counter_ns() - start, time.process_time_ns() - cpu, waited_ns()
+        # Threads that have ended meanwhile take what they waited with them.
+        samples.append((wall, cpu, None if waited is None or now is None else max(0, now - waited)))
     return samples
 
 
@@ -210,12 +211,6 @@ def _do(session: Session, request: WorkerRequest, work: Work) -> None:
         return
     for piece in work:
         session.decode(piece)
-
-
-def _waited_since(before: int | None) -> int | None:
-    """Threads that have ended meanwhile take what they waited with them."""
-    now = waited_ns()
-    return None if before is None or now is None else max(0, now - before)
 
 
 def random_tokens(session: Vocabulary, request: WorkerRequest, count: int) -> list[int]:

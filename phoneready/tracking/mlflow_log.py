@@ -82,7 +82,10 @@ def _log_figures(client: Any, run_id: str, manifest: ReleaseManifest, figures: F
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
-    parameters = [Param(name, value) for name, value in _parameters(manifest)]
+    parameters = [
+        Param(_name(name), value[:_LONGEST_PARAMETER]) for name, value in _flat("", manifest.config)
+    ]
+    parameters.append(Param("removed_ffn_share", f"{manifest.removed_ffn_share:.6f}"))
     metrics = [Metric(name, value, now, 0) for name, value in _metrics(figures.figures)]
     for start in range(0, len(parameters), _MOST_PARAMETERS):
         client.log_batch(run_id, params=parameters[start : start + _MOST_PARAMETERS])
@@ -94,16 +97,12 @@ def _experiment(client: Any, tracking: TrackingConfig) -> str:
     found = client.get_experiment_by_name(tracking.experiment)
     if found is not None:
         return str(found.experiment_id)
-    return str(client.create_experiment(tracking.experiment, **_beside(tracking)))
-
-
-def _beside(tracking: TrackingConfig) -> dict[str, str]:
-    """Where a new experiment of a database on this machine keeps artifacts: beside it, not in the working folder."""
     kind, _, path = tracking.mlflow.partition(":///")
-    if kind != "sqlite":
-        return {}
-    database = Path(path).resolve()
-    return {"artifact_location": (database.parent / f"{database.stem}-artifacts").as_uri()}
+    place = None
+    if kind == "sqlite":  # artifacts go beside the database, not into the working folder
+        database = Path(path).resolve()
+        place = (database.parent / f"{database.stem}-artifacts").as_uri()
+    return str(client.create_experiment(tracking.experiment, artifact_location=place))
 
 
 def _tags(folder: Path, manifest: ReleaseManifest) -> dict[str, str]:
@@ -114,12 +113,6 @@ def _tags(folder: Path, manifest: ReleaseManifest) -> dict[str, str]:
         "phoneready.outcome": read_record(Verdicts, folder / VERDICTS_FILE).outcome,
         "phoneready.version": manifest.versions.get("phoneready", ""),
     }
-
-
-def _parameters(manifest: ReleaseManifest) -> Iterator[tuple[str, str]]:
-    for name, value in _flat("", manifest.config):
-        yield _name(name), value[:_LONGEST_PARAMETER]
-    yield "removed_ffn_share", f"{manifest.removed_ffn_share:.6f}"
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,8 @@ from phoneready.tune.result import TrialRow
 from phoneready.tune.space import Point
 
 _LEAST = 1e-6
-_OFFSETS = MappingProxyType({"file": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5})
+_CURVATURE_SD = 0.3
+_OFFSETS = MappingProxyType({"item": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5})
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,16 @@ class _Scale:
     """A figure as something positive that grows as it gets worse: (sign * (figure - best)) ** power.
 
     Attributes:
-        prior: What is believed of it.
+        slope: d log of it / d log of what it follows, that is expected before any trial.
+        slope_sd: How far that may be off.
         of_size: Whether it follows what stays of the model, or what went.
         best: What it moves away from.
         sign: 1, or -1 of what gets worse as it gets less.
         power: 1, or -1 of what gets worse as it gets closer to `best`.
     """
 
-    prior: Prior
+    slope: float
+    slope_sd: float = 0.5
     of_size: bool = False
     best: float = 0.0
     sign: int = 1
@@ -62,14 +65,10 @@ def _scale(check: BudgetCheck) -> _Scale:
     metric, budget = metric_of(check.budget.metric), check.budget
     side = 1 if budget.is_upper else -1
     if not metric.is_quality:
-        return _Scale(Prior(0.7, 0.4, 0.3, _OFFSETS), of_size=True, power=side)
+        return _Scale(0.7, slope_sd=0.4, of_size=True, power=side)
     if metric.best is None or (budget.is_ratio and metric.best):
-        return _Scale(_quality_prior(metric.slope), power=side)
-    return _Scale(_quality_prior(metric.slope), best=metric.best, sign=side)
-
-
-def _quality_prior(slope: float) -> Prior:
-    return Prior(slope, 0.5, 0.3, _OFFSETS)
+        return _Scale(metric.slope, power=side)
+    return _Scale(metric.slope, best=metric.best, sign=side)
 
 
 class _Curve:
@@ -80,7 +79,8 @@ class _Curve:
             Observation(one.point.recipe.settings, scale.x(one.row.removed), scale.to(value))
             for one, value in measured
         ]
-        self._scale, self._predictor = scale, Predictor(known, scale.prior)
+        prior = Prior(scale.slope, scale.slope_sd, _CURVATURE_SD, _OFFSETS)
+        self._scale, self._predictor = scale, Predictor(known, prior)
 
     def at(self, point: Point) -> Prediction:
         found = self._predictor.predict(point.recipe.settings, self._scale.x(point.prune_ratio))
@@ -96,7 +96,7 @@ class Forecast:
     """
 
     def __init__(self, tried: Sequence[MeasuredPoint]) -> None:
-        divergence = _Scale(_quality_prior(METRICS["kl_mean"].slope))
+        divergence = _Scale(METRICS["kl_mean"].slope)
         self._divergence = _Curve(divergence, [(one, one.row.divergence) for one in tried]) if tried else None
         checks: dict[str, BudgetCheck] = {}
         measured: dict[str, list[tuple[MeasuredPoint, float]]] = {}

@@ -41,15 +41,8 @@ class Prior:
     offset_sd: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Observation:
-    """A point that was tried.
-
-    Attributes:
-        settings: Name of a setting -> its value there.
-        x: What the figure follows; positive.
-        y: The figure; positive.
-    """
+class Observation(NamedTuple):
+    """A point that was tried: its settings by name, what the figure follows, and the figure; both positive."""
 
     settings: Mapping[str, str]
     x: float

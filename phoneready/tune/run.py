@@ -19,7 +19,7 @@ from phoneready.figures.metrics import metric_of
 from phoneready.recipe import load_baseline, release_stages
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
-from phoneready.settings.schema import SIZE, ReleaseConfig, TuneConfig
+from phoneready.settings.schema import SIZE, ReleaseConfig
 from phoneready.tune.forecast import Forecast, MeasuredPoint
 from phoneready.tune.limits import Limits
 from phoneready.tune.result import (
@@ -72,7 +72,6 @@ def tune(
     """
     require_extra("optuna", "tune")
     require_extra("tomli_w", "tune", "optuna")
-    config = config.model_copy(update={"tune": config.tune or TuneConfig()})
     limits, recipes = Limits(config, load_baseline(config)), recipes_of(config)
     for recipe in recipes:
         least = Point(recipe, limits.tune.min_prune_ratio)
@@ -232,7 +231,6 @@ class _Search:
         return found.point.describe() + (f", expected KL {expected}" if expected else "")
 
     def _outlook(self, forecast: Forecast, recipe: Recipe) -> tuple[Outlook, ...]:
-        """Ratios over the whole range."""
         low, high = max(self.settings.min_prune_ratio, 0.02), self.settings.max_prune_ratio
         found = []
         for step in range(_OUTLOOK):

@@ -153,17 +153,17 @@ class Searcher:
         failed = [i for i, judged in known.items() if judged.misses(quality=True)]
         high = min(failed, default=len(points))
         low = max((i for i in known if i < high), default=first - 1)
-        closed_in = first <= low and high < len(points)
-        if high - low <= 1 or (closed_in and self._is_close(points[low], points[high])):
+        if high - low <= 1:
             return None
+        if first <= low and high < len(points):
+            loosest, tightest = points[low].prune_ratio, points[high].prune_ratio
+            # The whole range between them is worth less than the tolerance.
+            if (tightest - loosest) / (1 - loosest) < self._tune.tolerance:
+                return None
         guess = bisect_left(points, True, key=lambda point: not forecast.meets(point, quality=True)) - 1
         if not known and not forecast.knows_quality:
             guess = first + (len(points) - first) // 3
         return _between(guess, low, high) if high < len(points) or low >= first else max(guess, first)
-
-    def _is_close(self, low: Point, high: Point) -> bool:
-        """Whether the whole range between two points is worth less than the tolerance."""
-        return (high.prune_ratio - low.prune_ratio) / (1 - low.prune_ratio) < self._tune.tolerance
 
     def _judge_exact(self, point: Point) -> Judged:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cfsp.errors import InputError
@@ -35,12 +35,7 @@ class Recipe:
     @property
     def settings(self) -> Mapping[str, str]:
         """By name, as predictions tell them apart."""
-        return {
-            "file": self.item,
-            "allocation": self.allocation,
-            "align": str(self.align),
-            "recover": str(self.recover),
-        }
+        return {name: str(value) for name, value in asdict(self).items()}
 
     @property
     def family(self) -> ExportFamily:

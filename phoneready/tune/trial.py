@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from typing import Any
 import torch
 
 from cfsp.evaluation.answers import PROMPTS
-from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.torch_model import TorchLanguageModel, logits_from_hidden
-from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from phoneready.evaluation.figures import evaluation_figures
@@ -29,7 +26,7 @@ from phoneready.release.collect import benchmark_figures, projected_figures, siz
 from phoneready.tune.limits import Limits
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.trial_runner import TrialRunner
-from runtime_bench.files import files_of
+from runtime_bench.files import size_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.targets.places import open_place
 from runtime_bench.workload import BenchSettings
@@ -101,30 +98,27 @@ class Bench:
         source = self.runner.loaded.source
         figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(found))
         seconds = round(time.monotonic() - began, 2)
-        return Measured(1 - plan.keep_ratio, plan.shape, _file_bytes(file), figures, seconds)
+        return Measured(1 - plan.keep_ratio, plan.shape, size_of(file.path), figures, seconds)
 
     def _sizes(self, point: Point, files: Sequence[Artifact]) -> Iterator[Figure]:
         config = config_of(self.limits.config, point)
         for one in files:
-            yield size_figure(one.role, one.item, one.name, _file_bytes(one))
+            yield size_figure(one.role, one.item, one.name, size_of(one.path))
             if one.item in config.export.projected:
                 yield from projected_figures(config, one.role, one.item, one.name, one.facts)
 
     def _judgements(self, point: Point, checkpoint: Path, file: Artifact) -> Iterator[Figure]:
+        opening = OpenSettings(self.limits.config.evaluate.seqlen, threads=self.runner.threads)
         wanted = [key for key in self.limits.wanted(point) if metric_of(key.metric).is_quality]
         for item in dict.fromkeys((self.limits.objective_item(point), *(key.item for key in wanted))):
             settings = self._judgement_settings({key.metric for key in wanted if key.item == item})
             name = CHECKPOINT if item == CHECKPOINT else file.name
-            with self._opened(checkpoint if item == CHECKPOINT else file) as model:
+            reference = str(checkpoint if item == CHECKPOINT else file.root)
+            with open_language_model(
+                reference, runtime_for(reference), opening, progress=self.runner.progress
+            ) as model:
                 found = evaluate(model, self._dense, settings, progress=self.runner.progress)
             yield from evaluation_figures(item, name, found)
-
-    def _opened(self, judged: Path | Artifact) -> AbstractContextManager[LanguageModel]:
-        """A checkpoint in torch, or a file in its own runtime."""
-        if isinstance(judged, Path):
-            return nullcontext(TorchLanguageModel(load_model(judged, progress=self.runner.progress)))
-        opening = OpenSettings(self.limits.config.evaluate.seqlen, threads=self.runner.threads)
-        return open_language_model(str(judged.root), runtime_for(str(judged.root)), opening)
 
     @functools.cached_property
     def _dense(self) -> _Remembered:
@@ -185,10 +179,6 @@ class _Remembered(TorchLanguageModel):
             found = model.get_decoder()(input_ids=window[None], use_cache=False)
             self._hidden[key] = found.last_hidden_state[0]
         yield from logits_from_hidden(model, self._hidden[key])
-
-
-def _file_bytes(file: Artifact) -> int:
-    return sum(path.stat().st_size for path in files_of(file.path))
 
 
 def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:

@@ -11,7 +11,6 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.files import made_once
 from cfsp.models.builtin import cache_directory
-from cfsp.reading import read_json_object
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("package.json", "package-lock.json"))
 _TIMEOUT_S = 600
@@ -26,11 +25,6 @@ def fetch_packages() -> Path:
     wanted = hashlib.sha256(b"".join(file.read_bytes() for file in FILES)).hexdigest()[:12]
     folder = cache_directory() / "browser" / wanted
     return made_once(folder, Path.is_dir, _install) / "node_modules"
-
-
-def package_version(packages: Path, name: str) -> str:
-    """The version of a package that was fetched."""
-    return str(read_json_object(packages / name / "package.json").get("version"))
 
 
 def _install(folder: Path) -> None:

@@ -10,12 +10,13 @@ import ctypes
 import importlib.metadata
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.reading import read_json_object
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS
 from runtime_bench.browser.calibration import calibrate
@@ -26,9 +27,8 @@ from runtime_bench.browser.chromium import (
     renderer_peak_bytes,
     renderer_rss_bytes,
 )
-from runtime_bench.browser.packages import package_version
-from runtime_bench.engines import EngineFacts
-from runtime_bench.files import files_of, size_of
+from runtime_bench.engines import EngineFacts, file_facts
+from runtime_bench.files import files_of
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.worker import (
     Work,
@@ -150,18 +150,12 @@ def open_model(
     opened = page.call("bench.open", _addresses(request), options)
     package = _PACKAGES[request.engine]
     versions = {
-        package: package_version(Path(settings.packages), package),
+        package: str(read_json_object(Path(settings.packages, package, "package.json")).get("version")),
         "chromium": page.version,
         "playwright": importlib.metadata.version("playwright"),
     }
-    path = Path(request.path)
-    facts = EngineFacts(
-        model_type=path.stem,
-        model_size=size_of(path),
-        backends="wasm",
-        versions=versions,
-        system_info=f"{opened['runtime']}, {opened['threads']} threads",
-    )
+    system_info = f"{opened['runtime']}, {opened['threads']} threads"
+    facts = replace(file_facts(Path(request.path), "wasm", versions), system_info=system_info)
     return OpenModel(page, opened["vocabulary"], opened["bos"], _ns(opened["loaded"]), facts, baseline)
 
 

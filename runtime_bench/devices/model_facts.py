@@ -24,7 +24,6 @@ class ModelFacts:
         read_bytes: Of the weights that every generated token reads: all but a table that is only looked up.
         n_multiplied: Weights that every token is multiplied by.
         bytes_by_type: Stored type -> bytes of the matrices of it.
-        n_layers: Blocks.
         key_value_width: Numbers that one token adds to the cache, over all blocks.
         hidden_size: Width of the residual stream.
         ffn_width: Of the widest FFN.
@@ -37,7 +36,6 @@ class ModelFacts:
     read_bytes: int
     n_multiplied: int
     bytes_by_type: Mapping[str, int]
-    n_layers: int
     key_value_width: int
     hidden_size: int
     ffn_width: int
@@ -74,7 +72,6 @@ def gguf_facts(path: Path) -> ModelFacts:
         read_bytes=sum(map(_bytes, read)),
         n_multiplied=sum(math.prod(t.shape) for t in matrices),
         bytes_by_type=by_type,
-        n_layers=layers,
         key_value_width=sum(shared * layers if len(shared) == 1 else shared) * per_head,
         hidden_size=hidden,
         ffn_width=largest("feed_forward_length"),

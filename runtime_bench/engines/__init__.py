@@ -16,6 +16,7 @@ from typing import Protocol, cast
 
 from cfsp import plugins
 from cfsp.errors import InputError, require_extra
+from runtime_bench.files import size_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class EngineFacts:
     build_commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     system_info: str | None = None
+
+
+def file_facts(path: Path, backends: str, versions: dict[str, str]) -> EngineFacts:
+    """What is known of an open file whose engine says nothing of it."""
+    return EngineFacts(path.stem, size_of(path), backends=backends, versions=versions)
 
 
 class Vocabulary(Protocol):

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
-from runtime_bench.engines import EngineFacts, Session, SessionSettings
-from runtime_bench.files import size_of
+from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
 
 
 class OnnxRuntimeSession:
@@ -32,12 +31,7 @@ class OnnxRuntimeSession:
     def facts(self) -> EngineFacts:
         """What ONNX Runtime says about itself, and what the files say."""
         name, version = runtime_version().split(" ")
-        return EngineFacts(
-            model_type=self._model.path.stem,
-            model_size=size_of(self._model.path),
-            backends="CPU",
-            versions={name: version},
-        )
+        return file_facts(self._model.path, "CPU", {name: version})
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Append tokens to the context, piece by piece."""

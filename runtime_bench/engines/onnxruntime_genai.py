@@ -11,8 +11,7 @@ from cfsp.errors import InputError
 from cfsp.reading import read_json_object
 from exporters.onnx.folder import GENAI_CONFIG, folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS
-from runtime_bench.engines import EngineFacts, Session, SessionSettings
-from runtime_bench.files import size_of
+from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
 
 
 class GenAISession:
@@ -34,12 +33,7 @@ class GenAISession:
     @property
     def facts(self) -> EngineFacts:
         """What GenAI says about itself, and what the files say."""
-        return EngineFacts(
-            model_type=self._path.stem,
-            model_size=size_of(self._path),
-            backends="CPU",
-            versions={"onnxruntime-genai": self._genai.__version__},
-        )
+        return file_facts(self._path, "CPU", {"onnxruntime-genai": self._genai.__version__})
 
     def clear(self) -> None:
         """Forget the context."""

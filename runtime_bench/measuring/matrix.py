@@ -53,7 +53,9 @@ def run_matrix(
             on_record(record)
 
     def measure(target: Target) -> list[BenchRecord]:
-        told = progress if len(targets) == 1 else _named(progress, target.name)
+        def told(description: str, done: int, total: int) -> None:
+            progress(description if len(targets) == 1 else f"{target.name} {description}", done, total)
+
         if isinstance(target, Remote):
             target.progress = told
         return run_bench(files, settings, told, engine=engine, target=target, on_record=keep)
@@ -74,7 +76,3 @@ def run_matrix(
         if id(target) not in found:
             found[id(target)] = measure(target)
     return [record for target in targets for record in found[id(target)]]
-
-
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda description, done, total: progress(f"{name} {description}", done, total)

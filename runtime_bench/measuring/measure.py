@@ -117,7 +117,6 @@ class _Counter:
 def _measure_group(
     session: Session, workload: Workload, threads: int, counter: _Counter
 ) -> list[BenchRecord]:
-    """One workload on all files."""
     environment = session.target.environment()
     rows = first = [row_of(session, file, workload, threads) for file in session.files]
     _interleave(session, rows, counter)

@@ -9,11 +9,11 @@ from itertools import chain
 from pathlib import Path
 
 from runtime_bench.engines import EngineFacts, SessionSettings
+from runtime_bench.environment import clock_cap, hottest_c
 from runtime_bench.files import size_of
 from runtime_bench.measuring.text_check import TextCheck
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Environment
-from runtime_bench.records.thermal import clock_cap, hottest_c
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload

@@ -8,6 +8,7 @@ here, in this machine's runtime for it, wherever its speed is measured: the weig
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -96,15 +97,12 @@ def _continue_onnx(path: Path) -> list[str]:
 
     folder = folder_of(path)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT)
-    try:
-        stops = _stop_tokens(folder)
+    stops = _stop_tokens(folder)
+    with closing(open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT)) as model:
         return [
             tokenizer.decode(_greedy(model, tokenizer.encode(text).ids[: _CONTEXT - NEW_TOKENS], stops))
             for text in BEGINNINGS
         ]
-    finally:
-        model.close()
 
 
 def _greedy(model: Any, prompt: list[int], stops: set[int]) -> list[int]:

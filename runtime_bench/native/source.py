@@ -22,7 +22,7 @@ ALLOWED = "PHONEREADY_LLAMA_SHA256"
 """Variable with the hash of an archive that is trusted besides those that are known."""
 _KNOWN = Path(__file__).with_name("llama_source.sha256")
 """Archives whose content is known, as sha256sum writes them; tools/llama_wheel.py reads it, too."""
-_WANTED = frozenset({"CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor"})
+_WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "licenses", "src", "vendor")
 """What of llama.cpp's folder the libraries are compiled from."""
 
 
@@ -78,9 +78,10 @@ def extract_llama(source: LlamaSource, folder: Path) -> Path:
         InputError: The archive is damaged, or carries no llama.cpp.
     """
     place = PurePosixPath(source.path.name.removesuffix(".tar.gz")) / "vendor" / "llama.cpp"
+    wanted = [place / name for name in _WANTED]
     try:
         with tarfile.open(source.path) as archive:
-            members = [member for member in archive if _is_wanted(PurePosixPath(member.name), place)]
+            members = [m for m in archive if any(map(PurePosixPath(m.name).is_relative_to, wanted))]
             archive.extractall(folder, members, filter="data")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{source.path} cannot be unpacked: {error}") from error
@@ -88,10 +89,6 @@ def extract_llama(source: LlamaSource, folder: Path) -> Path:
     if not (found / "CMakeLists.txt").is_file():
         raise InputError(f"{source.path} carries no llama.cpp")
     return found
-
-
-def _is_wanted(name: PurePosixPath, place: PurePosixPath) -> bool:
-    return name.is_relative_to(place) and name != place and name.relative_to(place).parts[0] in _WANTED
 
 
 def _download(version: str, destination: Path) -> None:

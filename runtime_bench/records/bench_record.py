@@ -204,11 +204,6 @@ class BenchRecord:
         return tuple(1e9 * self.n_tokens / ns for ns in self.samples_ns) if self.n_tokens else ()
 
     @property
-    def avg_ts(self) -> float | None:
-        """Mean tokens per second, as llama-bench has it."""
-        return summary.mean(self.samples_ts)
-
-    @property
     def median_ts(self) -> float | None:
         """Tokens per second at the median time; None for workloads that are no rate."""
         return self.speed_at(self.median_ns)

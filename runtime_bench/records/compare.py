@@ -164,8 +164,18 @@ def compare_records(
     _check_settings(threshold, confidence)
     _check_comparable(base, new)
     basis, paired = _basis(base, new), base.session == new.session and base.rounds == new.rounds
-    medians = [summary.median(_times(record, basis)) for record in (base, new)]
-    interval = _interval(base, new, basis, paired, confidence, seed)
+    times = [one.cpu_samples_ns if basis == "cpu" else one.samples_ns for one in (base, new)]
+    medians = [summary.median(samples) for samples in times]
+    interval = None
+    if all(times) and base.kind != EMULATED:
+        interval = ratio_interval(
+            *times,
+            paired=paired,
+            numerator_rounds=base.rounds,
+            denominator_rounds=new.rounds,
+            confidence=confidence,
+            seed=seed,
+        )
     reason, noise = _reason(base, new), _noise(base, new, basis, interval)
     verdict = INCONCLUSIVE if reason else TOO_NOISY if noise else _verdict(interval, threshold)
     if verdict == INCONCLUSIVE and reason is None:
@@ -195,27 +205,6 @@ def compare_records(
         peak_rss_ratio=_ratio(new.peak_rss_bytes, base.peak_rss_bytes),
         file_size_ratio=_ratio(new.file_size_bytes, base.file_size_bytes),
     )
-
-
-def _interval(
-    base: BenchRecord, new: BenchRecord, basis: str, paired: bool, confidence: float, seed: int
-) -> RatioInterval | None:
-    """The interval of the ratio of medians; None where a side has no times that say anything."""
-    times = [_times(record, basis) for record in (base, new)]
-    if not all(times) or base.kind == EMULATED:
-        return None
-    return ratio_interval(
-        *times,
-        paired=paired,
-        numerator_rounds=base.rounds,
-        denominator_rounds=new.rounds,
-        confidence=confidence,
-        seed=seed,
-    )
-
-
-def _times(record: BenchRecord, basis: str) -> tuple[int, ...]:
-    return record.cpu_samples_ns if basis == "cpu" else record.samples_ns
 
 
 def _basis(base: BenchRecord, new: BenchRecord) -> str:

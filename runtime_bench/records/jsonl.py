@@ -3,8 +3,6 @@ durably."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
 import os
@@ -35,7 +33,7 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "median_ns": lambda r: r.median_ns,
         "p90_ns": lambda r: summary.quantile(r.samples_ns, 0.9),
         "p99_ns": lambda r: summary.quantile(r.samples_ns, 0.99),
-        "avg_ts": lambda r: r.avg_ts,
+        "avg_ts": lambda r: summary.mean(r.samples_ts),
         "median_ts": lambda r: r.median_ts,
         "stddev_ts": lambda r: summary.stdev(r.samples_ts),
         "samples_ts": lambda r: list(r.samples_ts),
@@ -85,7 +83,9 @@ def check_appendable(path: Path) -> None:
     """Raise InputError where `append_jsonl` could not write, or would write to what is no file of records."""
     refuse_no_file(path)
     try:
-        with path.open("rb") if path.exists() else contextlib.nullcontext(io.BytesIO()) as stream:
+        if not path.exists():
+            return
+        with path.open("rb") as stream:
             start = stream.read(64).replace(b" ", b"")[: len(_HEAD)]
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
-from runtime_bench.records.thermal import CAP_LIMIT
+
+CAP_LIMIT = 0.15
+"""A run is marked when a core's clock was capped by more than this."""
 
 
 def note_of(record: BenchRecord) -> str | None:

@@ -152,14 +152,6 @@ def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
     return qemu_aarch64(progress)
 
 
-def _ssh(host: str, options: TargetOptions, progress: Progress) -> Target:
-    return _remote(Ssh(host, options.ssh_config), options)
-
-
-def _adb(serial: str, options: TargetOptions, progress: Progress) -> Target:
-    return _remote(Adb(serial), options)
-
-
 def _remote(transport: Transport, options: TargetOptions) -> Target:
     from runtime_bench.targets.remote import Remote
 
@@ -174,8 +166,12 @@ TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
         "native": TargetRow("native", _native, gguf_only=True),
         "constrained": TargetRow("constrained", _constrained, _LIMITS),
         "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),
-        "ssh": TargetRow("ssh:HOST", _ssh, _PLACES | {"ssh_config"}),
-        "adb": TargetRow("adb:SERIAL", _adb, _PLACES),
+        "ssh": TargetRow(
+            "ssh:HOST",
+            lambda host, options, _: _remote(Ssh(host, options.ssh_config), options),
+            _PLACES | {"ssh_config"},
+        ),
+        "adb": TargetRow("adb:SERIAL", lambda serial, options, _: _remote(Adb(serial), options), _PLACES),
         "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True),
     }
 )

@@ -146,7 +146,7 @@ def test_a_file_that_does_not_open_is_a_row_with_a_reason(model: Path, tmp_path:
     assert (good.status, bad.status) == ("ok", "failed")
     assert "cannot load" in bad.failure
     assert bad.samples_ns == ()
-    assert bad.avg_ts is None
+    assert bad.median_ts is None
     assert bad.file_sha256 is not None
     assert seen == ["ok", "failed"]
 

@@ -65,13 +65,14 @@ def test_a_zero_sample_is_refused(make_record: Any) -> None:
 def test_what_is_no_rate_has_no_tokens_per_second(make_record: Any) -> None:
     for workload in (Workload("load"), Workload("ttft", n_prompt=8, n_gen=1)):
         record = make_record(workload)
-        assert record.avg_ts is None
+        assert record_to_json(record)["avg_ts"] is None
         assert record.median_ns == 10**9
 
 
 def test_summaries_are_derived_and_not_trusted(make_record: Any) -> None:
     payload = record_to_json(make_record()) | {"avg_ts": 1e9}
-    assert record_from_json(payload, where="here").avg_ts == pytest.approx(128, rel=0.1)
+    found = record_to_json(record_from_json(payload, where="here"))
+    assert found["avg_ts"] == pytest.approx(128, rel=0.1)
 
 
 @pytest.mark.parametrize(

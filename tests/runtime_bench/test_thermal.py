@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from runtime_bench.environment import environment_of
+from runtime_bench.environment import clock_cap, environment_of, hottest_c
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
-from runtime_bench.records.thermal import clock_cap, hottest_c
 from runtime_bench.targets import Local
 from runtime_bench.workload import BenchSettings
 
