@@ -192,8 +192,8 @@ def mixed(arguments: argparse.Namespace) -> None:
     model, references = loaded.model, arguments.calibration or [SELF]
     sizes = {"nsamples": arguments.windows, "seqlen": ExportSettings.seqlen}
     text = load_calibration(references, loaded, **sizes).input_ids
-    windows, _ = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
-    reference = reference_of(model, windows[:2])
+    windows = choose_windows(loaded.tokenizer, model.config.max_position_embeddings)
+    reference = reference_of(model, replace(windows, ids=windows.ids[:2]))
     small = quantized_model(model, INT4, text)
     own = with_eight_bits(model, small, choose_few(model, small))
 

@@ -134,8 +134,8 @@ def open_job(checkpoint: Path, output: Path, model: Any, settings: ExportOptions
     config = read_config(checkpoint)
     provenance = read_provenance(checkpoint, settings.name)
     tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
-    windows, text = choose_windows(tokenizer, config.context_length, settings.parity_windows)
-    reference = reference_of(model, windows, text=text, progress=settings.progress)
+    windows = choose_windows(tokenizer, config.context_length, settings.parity_windows)
+    reference = reference_of(model, windows, progress=settings.progress)
     del model
     with atomic_directory(output, force=settings.force) as folder:
         yield Job(checkpoint, folder, settings, config, provenance, tokenizer, reference)

@@ -6,9 +6,8 @@ Logits are made from them in pieces, so that memory does not grow with vocabular
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError, LimitError
+from cfsp.evaluation.divergence import divergence_from_logits
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import BUILTIN_TEXT
-from cfsp.text.tokens import token_windows
+from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
 from exporters.export_record import ParityReport
 
 FloatArray = npt.NDArray[np.float32]
@@ -34,22 +34,18 @@ class Reference:
     """The checkpoint's side of a comparison.
 
     Attributes:
-        windows: Token ids (n_windows, seqlen).
+        windows: The text, (n_windows, seqlen).
         hidden: Last hidden states, after the final norm, (n_windows, seqlen, hidden_size) float32.
         head: Output matrix (vocab_size, hidden_size) float32.
-        text: Where the windows came from.
     """
 
-    windows: torch.Tensor
+    windows: TokenWindows
     hidden: torch.Tensor
     head: torch.Tensor
-    text: str
 
 
-def choose_windows(
-    tokenizer: Any, context_length: int, given: torch.Tensor | None = None
-) -> tuple[torch.Tensor, str]:
-    """The text to compare on, and where it came from: what is given, or windows of built-in English prose.
+def choose_windows(tokenizer: Any, context_length: int, given: torch.Tensor | None = None) -> TokenWindows:
+    """The text to compare on: what is given, or windows of built-in English prose.
 
     Args:
         tokenizer: The checkpoint's.
@@ -61,8 +57,7 @@ def choose_windows(
     """
     if given is None:
         seqlen = min(_SEQLEN, context_length)
-        found = token_windows(BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=_WINDOWS)
-        return found.ids, f"{found.source} ({found.sha256[:12]})"
+        return token_windows(BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=_WINDOWS)
     if given.ndim == 2 and given.shape[1] > context_length:
         raise InputError(
             "windows are longer than the file's context",
@@ -70,59 +65,34 @@ def choose_windows(
             value=given.shape[1],
             allowed=f"<= {context_length}",
         )
-    return given, "given token ids"
+    return TokenWindows(given, "given token ids", tokens_sha256(given))
 
 
-def reference_of(
-    model: Any, windows: torch.Tensor, *, text: str = "given token ids", progress: Progress = no_progress
-) -> Reference:
+def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_progress) -> Reference:
     """Run a causal LM, whose logits are its output matrix times its last hidden state, on windows of text.
 
     Args:
         model: Model in eval mode, float32.
-        windows: Token ids (n_windows, seqlen).
-        text: Where they came from.
+        windows: The text, (n_windows, seqlen).
         progress: Told after every window.
 
     Raises:
         InputError: No windows, windows of fewer than 2 tokens, or ids outside the vocabulary.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise InputError("parity needs token ids (n_windows, seqlen >= 2)", value=tuple(windows.shape))
+    ids = windows.ids
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise InputError("parity needs token ids (n_windows, seqlen >= 2)", value=tuple(ids.shape))
     head = model.get_output_embeddings().weight.detach()
-    if int(windows.min()) < 0 or int(windows.max()) >= head.shape[0]:
-        raise InputError("token ids outside the vocabulary", field="parity_windows", value=int(windows.max()))
+    if int(ids.min()) < 0 or int(ids.max()) >= head.shape[0]:
+        raise InputError("token ids outside the vocabulary", field="parity_windows", value=int(ids.max()))
     states = []
     with torch.inference_mode():
-        for done, window in enumerate(windows, start=1):
+        for done, window in enumerate(ids, start=1):
             states.append(
                 model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
             )
-            progress("parity: checkpoint", done, len(windows))
-    return Reference(windows, torch.stack(states), head.float(), text)
-
-
-@dataclass
-class _Sums:
-    """What has been compared so far."""
-
-    max_diff: float = 0.0
-    same: int = 0
-    kl: list[torch.Tensor] = field(default_factory=list)
-    nll_reference: float = 0.0
-    nll_export: float = 0.0
-    n_predicted: int = 0
-
-    def add(self, reference: torch.Tensor, export: torch.Tensor, targets: torch.Tensor) -> None:
-        """Compare logits (k, vocab_size); `targets` are the next tokens of the first len(targets) positions."""
-        self.max_diff = max(self.max_diff, float((reference - export).abs().max()))
-        self.same += int((reference.argmax(-1) == export.argmax(-1)).sum())
-        log_p, log_q = torch.log_softmax(reference, -1), torch.log_softmax(export, -1)
-        self.kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0))
-        rows = torch.arange(len(targets))
-        self.nll_reference -= float(log_p[rows, targets].double().sum())
-        self.nll_export -= float(log_q[rows, targets].double().sum())
-        self.n_predicted += len(targets)
+            progress("parity: checkpoint", done, len(ids))
+    return Reference(windows, torch.stack(states), head.float())
 
 
 def compare(
@@ -143,41 +113,34 @@ def compare(
     Raises:
         LimitError: The export gives logits that are not finite.
     """
-    sums = _Sums()
-    n_windows, seqlen = reference.windows.shape
-    for index, window in enumerate(reference.windows):
-        start = 0
-        for piece in run(window.numpy().astype(np.int32)):
-            export = torch.from_numpy(piece)
-            if not bool(torch.isfinite(export).all()):
-                raise LimitError("the exported file gives logits that are not finite")
-            stop = start + len(piece)
-            ours = reference.hidden[index, start:stop] @ reference.head.T
-            sums.add(ours, export, window[start + 1 : stop + 1])
-            start = stop
-        progress("parity", index + 1, n_windows)
-    kl = torch.cat(sums.kl).double()
-    nll_difference = (sums.nll_export - sums.nll_reference) / sums.n_predicted
+    windows = reference.windows
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for index, window in enumerate(windows.ids):
+            start = 0
+            for piece in run(window.numpy().astype(np.int32)):
+                stop = start + len(piece)
+                ours = reference.hidden[index, start:stop] @ reference.head.T
+                yield ours, torch.from_numpy(piece), window[start + 1 : stop + 1]
+                start = stop
+            progress("parity", index + 1, len(windows.ids))
+
+    found = divergence_from_logits(pairs(), windows)
     return ParityReport(
-        n_tokens=n_windows * seqlen,
-        n_windows=n_windows,
-        seqlen=seqlen,
-        text=reference.text,
-        max_logit_diff=sums.max_diff,
-        kl_mean=float(kl.mean()),
-        kl_median=float(kl.median()),
-        kl_p99_9=float(kl.quantile(0.999)),
-        same_top1=sums.same / len(kl),
-        ppl_checkpoint=_exp(sums.nll_reference / sums.n_predicted),
-        ppl_export=_exp(sums.nll_export / sums.n_predicted),
-        ppl_ratio=_exp(nll_difference),
+        n_tokens=found.n_tokens,
+        n_windows=len(windows.ids),
+        seqlen=found.seqlen,
+        text=f"{windows.source} ({windows.sha256[:12]})",
+        max_logit_diff=found.max_logit_difference,
+        kl_mean=found.kl_mean,
+        kl_median=found.kl_median,
+        kl_p99_9=found.kl_p99_9,
+        same_top1=found.same_top1,
+        ppl_checkpoint=found.reference_perplexity,
+        ppl_export=found.perplexity,
+        ppl_ratio=found.perplexity_ratio,
         limits=dict(limits),
     )
-
-
-def _exp(value: float) -> float:
-    # JSON has no infinity, and a perplexity beyond this is none.
-    return math.exp(min(value, 80.0))
 
 
 def check_limits(report: ParityReport, what: str) -> None:

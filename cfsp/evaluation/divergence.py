@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from pydantic import PositiveFloat
 
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.perplexity import check_finite_sums, logits_of
+from cfsp.evaluation.perplexity import bounded_exp, check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 from cfsp.validation import Share
@@ -31,7 +30,7 @@ class Divergence:
         reference_perplexity: Perplexity of the reference on the same tokens.
         perplexity: Perplexity of the model on them.
         perplexity_ratio: perplexity / reference_perplexity.
-        n_tokens: Number of predicted tokens.
+        n_tokens: Number of positions compared.
         source: Text reference.
         seqlen: Tokens in a window.
         windows_sha256: Hash of the token ids.
@@ -99,21 +98,23 @@ def divergence_from_logits(
     """Divergence from logits, wherever they were computed.
 
     Args:
-        pairs: (reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)), chunk by chunk.
+        pairs: (reference logits (n, vocab_size), model logits (n, vocab_size), target ids (n,)), chunk by chunk; the
+            last position of a window may be among them, with no target.
         windows: What the logits were computed on, for the record.
 
     Raises:
         LimitError: Logits that are not finite.
     """
-    kls, same, largest, nll_reference, nll_model = [], 0, 0.0, 0.0, 0.0
+    kls, same, predicted, largest, nll_reference, nll_model = [], 0, 0, 0.0, 0.0, 0.0
     with torch.inference_mode():
         for expected, actual, targets in pairs:
             log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
             kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0))
             same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
             largest = max(largest, float((expected - actual).abs().max()))
-            nll_reference -= float(log_p.gather(-1, targets[:, None]).sum())
-            nll_model -= float(log_q.gather(-1, targets[:, None]).sum())
+            nll_reference -= float(log_p.gather(-1, targets[:, None]).double().sum())
+            nll_model -= float(log_q.gather(-1, targets[:, None]).double().sum())
+            predicted += len(targets)
     kl = torch.cat(kls).sort().values
     check_finite_sums(float(kl.sum()), nll_reference, nll_model)
     n = len(kl)
@@ -124,9 +125,9 @@ def divergence_from_logits(
         kl_p99_9=_quantile(kl, 0.999),
         same_top1=same / n,
         max_logit_difference=largest,
-        reference_perplexity=math.exp(min(nll_reference / n, 700.0)),
-        perplexity=math.exp(min(nll_model / n, 700.0)),
-        perplexity_ratio=math.exp(min((nll_model - nll_reference) / n, 700.0)),
+        reference_perplexity=bounded_exp(nll_reference / predicted),
+        perplexity=bounded_exp(nll_model / predicted),
+        perplexity_ratio=bounded_exp((nll_model - nll_reference) / predicted),
         n_tokens=n,
         source=windows.source,
         seqlen=windows.ids.shape[1],

@@ -142,6 +142,11 @@ def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:
         yield Score(float(chosen.double().sum()), greedy)
 
 
+def contains_any(tokenizer: Any, ids: Sequence[int], strings: Sequence[str]) -> bool:
+    """Whether the text of these tokens has one of the strings in it."""
+    return any(string in tokenizer.decode(ids) for string in strings)
+
+
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, in the model's chat template where it has one."""
     if not tokenizer.chat_template:

@@ -70,9 +70,12 @@ def perplexity(
     check_finite_sums(total)
     count, seqlen = windows.ids.shape
     scored = count * (seqlen - 1)
-    return Perplexity(
-        math.exp(min(total / scored, 700.0)), windows.source, seqlen, count, scored, windows.sha256
-    )
+    return Perplexity(bounded_exp(total / scored), windows.source, seqlen, count, scored, windows.sha256)
+
+
+def bounded_exp(nats: float) -> float:
+    """exp, up to what a record can hold: a perplexity beyond that is none."""
+    return math.exp(min(nats, 690.0))
 
 
 def check_finite_sums(*sums: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length
+from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import generate, stop_ids
 
@@ -121,13 +121,10 @@ class TorchLanguageModel:
 
     def _until(self, ids: list[int], stop_strings: Sequence[str]) -> list[int]:
         """The shortest beginning that holds a stop string; a batch goes on for the others and pads this one."""
-        if not stop_strings or not any(s in self.tokenizer.decode(ids) for s in stop_strings):
+        if not contains_any(self.tokenizer, ids, stop_strings):
             return ids
-        for end in range(1, len(ids) + 1):
-            text = self.tokenizer.decode(ids[:end])
-            if any(s in text for s in stop_strings):
-                return ids[:end]
-        return ids
+        beginnings = (ids[:end] for end in range(1, len(ids) + 1))
+        return next(start for start in beginnings if contains_any(self.tokenizer, start, stop_strings))
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

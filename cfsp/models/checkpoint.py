@@ -145,7 +145,7 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
     model.config.__dict__.pop("auto_map", None)
     check_finite(model, str(directory))
     _check_records(directory, model_shape(model))
-    _load_generation_config(model, directory)
+    model.generation_config = read_generation_config(directory) or model.generation_config
     return model
 
 
@@ -157,6 +157,14 @@ def is_pruned_checkpoint(directory: Path) -> bool:
 def read_checkpoint_info(directory: Path) -> CheckpointInfo:
     """Read phoneready.json; raises InputError where it is missing or malformed."""
     return read_record(CheckpointInfo, directory / INFO_FILE)
+
+
+def read_generation_config(folder: Path) -> Any:
+    """transformers' generation config of a folder, None where it has none; raises InputError for a malformed one."""
+    if not check_generation_config(folder):
+        return None
+    with as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
+        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
@@ -241,12 +249,3 @@ def _check_records(directory: Path, shape: ModelShape) -> None:
         raise InputError(f"{plan} is missing, though {INFO_FILE} names it")
     if sha256_file(plan) != info.plan_sha256:
         raise InputError(f"{plan} is not the plan that these weights were made with (its SHA-256 differs)")
-
-
-def _load_generation_config(model: Any, directory: Path) -> None:
-    if not check_generation_config(directory):
-        return
-    with as_input_error(f"{directory / 'generation_config.json'} cannot be used"):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(
-            directory, local_files_only=True
-        )

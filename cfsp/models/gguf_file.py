@@ -10,7 +10,7 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -111,7 +111,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """Metadata and tensors of a GGUF file; the tensors stay on disk until they are dequantized."""
+    """Metadata and tensors of a GGUF file, in its order; the tensors stay on disk until they are dequantized."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -131,10 +131,6 @@ class GGUFFile:
     def hyperparameter(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
-
-    def __iter__(self) -> Iterator[GGUFTensor]:
-        """Over the tensors, in file order."""
-        return iter(self.tensors)
 
 
 @functools.cache

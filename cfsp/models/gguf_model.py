@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import transformers
 
@@ -40,7 +41,7 @@ def config_from_gguf(file: GGUFFile) -> Any:
 
 def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     """Keyword arguments of the transformers configuration."""
-    shapes = {tensor.name: tensor.shape for tensor in file}
+    shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     heads, hidden = file.hyperparameter("attention.head_count"), file.hyperparameter("embedding_length")
     if not heads or not hidden or "token_embd.weight" not in shapes:
         raise InputError(
@@ -78,7 +79,7 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     """
     config = config_from_gguf(file)
     names, weights = _transformers_names(file, config), {}
-    for done, tensor in enumerate(file, 1):
+    for done, tensor in enumerate(file.tensors, 1):
         if tensor.name != _ROPE_FREQUENCIES:
             if tensor.name not in names:
                 raise InputError(
@@ -162,26 +163,33 @@ def _rope_settings(file: GGUFFile) -> dict[str, Any]:
     kind = file.hyperparameter("rope.scaling.type", "none")
     if kind != "none":
         raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed="none")
-    stored = next((tensor for tensor in file if tensor.name == _ROPE_FREQUENCIES), None)
+    stored = next((tensor for tensor in file.tensors if tensor.name == _ROPE_FREQUENCIES), None)
     if stored is None:
         return {"rope_theta": theta}
-    divisors = torch.from_numpy(stored.dequantize())
+    divisors = stored.dequantize()
     for factor in _LLAMA3_FACTORS:
-        if torch.allclose(divisors, _llama3_divisors(theta, len(divisors), factor), rtol=1e-3):
-            scaling = {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            }
+        scaling = {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
             return {"rope_theta": theta, "rope_scaling": scaling}
     raise InputError(f"{file.path}: {_ROPE_FREQUENCIES} is not Llama 3's scaling, the only one supported")
 
 
-def _llama3_divisors(theta: float, count: int, factor: float) -> torch.Tensor:
-    """Divisors (head_dim / 2,) of rotary frequencies: 1 for short waves, `factor` for long, blended between."""
-    frequencies = theta ** -(torch.arange(count, dtype=torch.float64) / count)
-    turns = 8192 * frequencies / (2 * math.pi)
-    blend = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
-    return (1 / ((1 - blend) / factor + blend)).float()
+def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> npt.NDArray[np.float32]:
+    """Divisors of rotary frequencies in Llama 3's scaling, (head_dim / 2,) float32: the tensor rope_freqs.weight.
+
+    With w = 2 pi / inv_freq, the wavelength, and L the original context, frequencies with w < L / high_freq_factor
+    stay, those with w > L / low_freq_factor are divided by the factor, and between the two the divisor is
+    interpolated: inv_freq' = (1 - s) * inv_freq / factor + s * inv_freq,
+    s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
+    """
+    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(scaling["original_max_position_embeddings"])
+    inv_freq = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    smooth = np.clip((context * inv_freq / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)

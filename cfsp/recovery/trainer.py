@@ -6,7 +6,6 @@ Importing this module needs accelerate; `cfsp.recovery.recover` does so only whe
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cfsp.errors import InputError
+from cfsp.evaluation.perplexity import bounded_exp
 from cfsp.files import no_space_as_input_error
 from cfsp.models.weights import quiet_transformers, read_safetensors
 from cfsp.reading import as_input_error, one_line
@@ -225,7 +225,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             step,
             step * run.tokens_per_step,
             total[0] / total[2],
-            math.exp(min(total[1] / total[2], 700.0)),
+            bounded_exp(total[1] / total[2]),
         )
         if run.state.add_validation(point, run.settings.patience) and self.is_world_process_zero():
             run.work.write_best(step, _weights(student))

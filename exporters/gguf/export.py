@@ -85,7 +85,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
     path, quant = file.path, file.quant
     with runtime.open_model(
         path,
-        n_ctx=job.reference.windows.shape[1],
+        n_ctx=job.reference.windows.ids.shape[1],
         n_threads=job.n_threads,
         n_batch=_LOGITS_CHUNK,
         n_ubatch=_LOGITS_CHUNK,

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
+from cfsp.evaluation.language_model import (
+    Branches,
+    Score,
+    branch_scores,
+    check_length,
+    contains_any,
+    predicting,
+)
 from cfsp.files import sha256_file
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
@@ -126,15 +133,11 @@ class GGUFLanguageModel:
             for sequence, token in zip(going, best.tolist(), strict=True):
                 if self._model.is_end_of_generation(token):
                     continue
-                answers[sequence].append(token)
-                if len(answers[sequence]) < max_new_tokens and not self._stopped(
-                    answers[sequence], stop_strings
-                ):
-                    place = len(prompts[sequence]) + len(answers[sequence]) - 1
+                answer = answers[sequence]
+                answer.append(token)
+                if len(answer) < max_new_tokens and not contains_any(self.tokenizer, answer, stop_strings):
+                    place = len(prompts[sequence]) + len(answer) - 1
                     entries.append(Entry(token, place, (sequence,), wanted=True))
                     still.append(sequence)
             going = still
         return answers
-
-    def _stopped(self, ids: Sequence[int], stop_strings: Sequence[str]) -> bool:
-        return bool(stop_strings) and any(s in self.tokenizer.decode(ids) for s in stop_strings)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
+from cfsp.models.gguf_model import llama3_divisors
 from exporters.checkpoint_reader import ModelConfig
 
 Keys = dict[str, float | int | str]
@@ -80,18 +81,8 @@ _SCALINGS: Mapping[str, Callable[[Mapping[str, Any], ModelConfig], Keys]] = {
 
 
 def rope_factors(config: ModelConfig) -> npt.NDArray[np.float32] | None:
-    """The tensor rope_freqs.weight, (head_dim / 2,) float32; None where the model needs none.
-
-    llama3's scaling with w = 2 pi / inv_freq, the wavelength, and L the original context: frequencies with
-    w < L / high_freq_factor stay, those with w > L / low_freq_factor are divided by the factor, and between the two
-    the divisor is interpolated: inv_freq' = (1 - s) * inv_freq / factor + s * inv_freq,
-    s = (L / w - low_freq_factor) / (high_freq_factor - low_freq_factor).
-    """
+    """The tensor rope_freqs.weight, (head_dim / 2,) float32; None where the model needs none."""
     scaling = config.rope_scaling
     if scaling is None or scaling["rope_type"] != "llama3":
         return None
-    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = float(scaling["original_max_position_embeddings"])
-    inv_freq = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    smooth = np.clip((context * inv_freq / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+    return llama3_divisors(config.rope_theta, config.head_dim, scaling)

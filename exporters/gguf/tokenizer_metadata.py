@@ -11,7 +11,6 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cfsp.errors import InputError, LimitError
@@ -21,9 +20,6 @@ from exporters.gguf.tokenizer_strings import CHECK_STRINGS
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SPECIAL_IDS = MappingProxyType(
-    {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unk_token_id", "pad": "pad_token_id"}
-)
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
@@ -50,8 +46,8 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     writer.add_add_space_prefix(byte_fallback and _adds_space(state))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    for name, attribute in _SPECIAL_IDS.items():
-        index = getattr(tokenizer, attribute)
+    for name in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
     starts, ends = _added_around(tokenizer)

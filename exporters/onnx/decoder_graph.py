@@ -32,18 +32,6 @@ OPSET = 21
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """What is the same in all blocks, in Hugging Face's names."""
-
-    hidden_size: int
-    vocab_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-
-
-@dataclass(frozen=True)
 class Block:
     """A block's weights.
 
@@ -75,7 +63,9 @@ class Decoder:
     """A whole model's weights.
 
     Attributes:
-        shape: What is the same in all blocks.
+        num_attention_heads: In all blocks.
+        num_key_value_heads: The same.
+        rms_norm_eps: Of all norms.
         embedding: The token embedding.
         blocks: First to last.
         final_norm: (hidden_size,).
@@ -85,7 +75,9 @@ class Decoder:
         dtype: Of everything computed between the ends; logits are float32 always.
     """
 
-    shape: DecoderShape
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
     embedding: Embedding
     blocks: tuple[Block, ...]
     final_norm: npt.NDArray[np.floating]
@@ -93,6 +85,11 @@ class Decoder:
     cos: npt.NDArray[np.floating]
     sin: npt.NDArray[np.floating]
     dtype: ir.DataType = ir.DataType.FLOAT
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head."""
+        return 2 * int(self.cos.shape[1])
 
 
 def build_decoder(
@@ -122,7 +119,15 @@ def build_decoder(
         x, added = graph.block(index, block, x, added)
     hidden, _ = graph.add_norm(x, added, decoder.final_norm, "model.norm")
     graph.logits(hidden, last_logits=last_logits)
-    built = graph.builder.graph(graph.inputs, graph.outputs, name=name, opsets={"": opset, CONTRIB: 1})
+    tape = graph.builder.tape
+    built = ir.Graph(
+        graph.inputs,
+        graph.outputs,
+        nodes=tape.nodes,
+        initializers=tape.initializers,
+        name=name,
+        opset_imports={"": opset, CONTRIB: 1},
+    )
     require_operators(built, opset)
     return ir.Model(
         built,
@@ -136,8 +141,7 @@ class _Graph:
     """The graph while it is written."""
 
     def __init__(self, decoder: Decoder, builder: GraphBuilder) -> None:
-        self.decoder, self.shape, self.dtype = decoder, decoder.shape, decoder.dtype
-        self.builder = builder
+        self.decoder, self.dtype, self.builder = decoder, decoder.dtype, builder
         self.input_ids = ir.val("input_ids", ir.DataType.INT64, list(TOKENS))
         mask = ir.val("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
         self.inputs = [self.input_ids, mask]
@@ -162,16 +166,14 @@ class _Graph:
         gamma = self.builder.constant(f"{name}.weight", weight)
         if added is None:
             return self._norm(x, gamma, name), x
-        normed, total = (
-            ir.val(n, self.dtype, [*TOKENS, self.shape.hidden_size]) for n in (name, f"{name}.sum")
-        )
-        self.builder.op_outputs(
+        normed, total = (ir.val(n, self.dtype, [*TOKENS, len(weight)]) for n in (name, f"{name}.sum"))
+        self.builder.tape.op_multi_out(
             "SkipSimplifiedLayerNormalization",
             [x, added, gamma],
-            [normed, ir.val(""), ir.val(""), total],
-            name=name,
+            {"epsilon": self.decoder.rms_norm_eps},
+            outputs=[normed, ir.val(""), ir.val(""), total],
             domain=CONTRIB,
-            epsilon=self.shape.rms_norm_eps,
+            name=name,
         )
         return normed, total
 
@@ -181,13 +183,13 @@ class _Graph:
         if last_logits:
             length = 1
             last = self.builder.constant("last_position", [-1])
-            shape = ("batch_size", length, self.shape.hidden_size)
+            shape = ("batch_size", length, len(self.decoder.final_norm))
             hidden = self.builder.op("Gather", [hidden, last], "last_hidden", axis=1, shape=shape)
         exact = self.dtype == ir.DataType.FLOAT
         logits = self.decoder.head.apply(self.builder, hidden, "logits" if exact else "lm_head")
         if not exact:
             logits = self.builder.cast(logits, "logits", ir.DataType.FLOAT)
-        logits.shape = ir.Shape(("batch_size", length, self.shape.vocab_size))
+        logits.shape = ir.Shape(("batch_size", length, self.decoder.head.out_features))
         self.outputs.insert(0, logits)
 
     def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -202,26 +204,26 @@ class _Graph:
 
     def _attention(self, index: int, block: Block, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
-        s, prefix = self.shape, f"model.layers.{index}.self_attn"
+        s, prefix = self.decoder, f"model.layers.{index}.self_attn"
         query, key, value = self._heads(block, hidden, prefix)
         past = self._caches(f"past_key_values.{index}", "past_sequence_length")
         present = self._caches(f"present.{index}", "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, s.num_attention_heads * s.head_dim])
-        rotary = [
-            self.builder.constant(n, v)
-            for n, v in (("cos_cache", self.decoder.cos), ("sin_cache", self.decoder.sin))
-        ]
-        self.builder.op_outputs(
+        rotary = [self.builder.constant(n, v) for n, v in (("cos_cache", s.cos), ("sin_cache", s.sin))]
+        attributes = {
+            "num_heads": s.num_attention_heads,
+            "kv_num_heads": s.num_key_value_heads,
+            "scale": s.head_dim**-0.5,
+            "do_rotary": 1,
+            "rotary_interleaved": 0,
+        }
+        self.builder.tape.op_multi_out(
             "GroupQueryAttention",
             [query, key, value, *past, self.seqlens_k, self.total, *rotary],
-            [attended, *present],
-            name=prefix,
+            attributes,
+            outputs=[attended, *present],
             domain=CONTRIB,
-            num_heads=s.num_attention_heads,
-            kv_num_heads=s.num_key_value_heads,
-            scale=s.head_dim**-0.5,
-            do_rotary=1,
-            rotary_interleaved=0,
+            name=prefix,
         )
         self.inputs += past
         self.outputs += present
@@ -229,14 +231,14 @@ class _Graph:
 
     def _caches(self, prefix: str, length: str) -> list[ir.Value]:
         """A block's keys and values."""
-        shape = ir.Shape(["batch_size", self.shape.num_key_value_heads, length, self.shape.head_dim])
+        shape = ir.Shape(["batch_size", self.decoder.num_key_value_heads, length, self.decoder.head_dim])
         return [ir.val(f"{prefix}.{part}", self.dtype, shape) for part in ("key", "value")]
 
     def _heads(
         self, block: Block, hidden: ir.Value, prefix: str
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Query, key and value; the query alone holds all three where one layer gives them."""
-        s, b = self.shape, self.builder
+        s, b = self.decoder, self.builder
         if len(block.qkv) == 1:
             return block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj"), None, None
         names = ("q_proj", "k_proj", "v_proj")
@@ -249,7 +251,7 @@ class _Graph:
         return query, key, value
 
     def _head_norm(self, x: ir.Value, weight: npt.NDArray[np.floating], heads: int, name: str) -> ir.Value:
-        b, size = self.builder, self.shape.head_dim
+        b, size = self.builder, self.decoder.head_dim
         apart = b.constant(f"{heads}_heads", [0, 0, heads, size])
         together = b.constant("joined_heads", [0, 0, -1])
         split = b.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))
@@ -271,6 +273,6 @@ class _Graph:
             [x, gamma],
             name,
             axis=-1,
-            epsilon=self.shape.rms_norm_eps,
+            epsilon=self.decoder.rms_norm_eps,
             stash_type=1,
         )

@@ -21,13 +21,16 @@ class GraphBuilder:
     Args:
         stored: Initializers that are written already, by name; they are used as they are.
 
+    Attributes:
+        tape: Nodes and initializers, and the way to add nodes with several outputs.
+
     Every value is given its type and shape when it is made: the shape inference of onnx knows nothing of
     the contributed operators, and runtimes without a full one (the web's) believe what the file says.
     """
 
     def __init__(self, stored: Mapping[str, ir.TensorProtocol] | None = None) -> None:
         self._stored = stored or {}
-        self._tape = ir.tape.Tape()
+        self.tape = ir.tape.Tape()
         self._values: dict[str, ir.Value] = {}
 
     def op(
@@ -46,23 +49,10 @@ class GraphBuilder:
             dims = inputs[0].shape if shape is None else shape
             assert dims is not None  # every value that is made here has a shape
             output = ir.val(name, dtype or inputs[0].dtype, ir.Shape(dims))
-            self._values[name] = self._tape.op(
+            self._values[name] = self.tape.op(
                 op_type, inputs, attributes, domain=domain, name=name, output=output
             )
         return self._values[name]
-
-    def op_outputs(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        outputs: Sequence[ir.Value],
-        *,
-        name: str,
-        domain: str = "",
-        **attributes: Any,
-    ) -> Sequence[ir.Value]:
-        """A node with several outputs; an output called "" is not computed."""
-        return self._tape.op_multi_out(op_type, inputs, attributes, outputs=outputs, domain=domain, name=name)
 
     def constant(self, name: str, value: npt.ArrayLike) -> ir.Value:
         """An initializer; Python's integers become int64."""
@@ -70,27 +60,9 @@ class GraphBuilder:
             tensor = self._stored.get(name)
             if tensor is None:
                 tensor = ir.tensor(np.asarray(value, order="C"), name=name)
-            self._values[name] = self._tape.initializer(tensor, name)
+            self._values[name] = self.tape.initializer(tensor, name)
         return self._values[name]
 
     def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
         """The numbers of x in another type."""
         return self.op("Cast", [x], name, dtype=dtype, to=dtype)
-
-    def graph(
-        self,
-        inputs: Sequence[ir.Value],
-        outputs: Sequence[ir.Value],
-        *,
-        name: str,
-        opsets: Mapping[str, int],
-    ) -> ir.Graph:
-        """The finished graph."""
-        return ir.Graph(
-            inputs,
-            outputs,
-            nodes=self._tape.nodes,
-            initializers=self._tape.initializers,
-            name=name,
-            opset_imports=dict(opsets),
-        )

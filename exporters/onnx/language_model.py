@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, predicting
+from cfsp.evaluation.language_model import (
+    Branches,
+    Score,
+    branch_scores,
+    check_length,
+    contains_any,
+    predicting,
+)
 from cfsp.files import sha256_file
-from cfsp.models.config_file import check_generation_config
+from cfsp.models.checkpoint import read_generation_config
 from cfsp.models.reference import load_tokenizer
-from cfsp.reading import as_input_error
 from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of
@@ -54,7 +58,7 @@ class OnnxLanguageModel:
             )
         self.vocab_size = self._model.vocab_size
         self.source_sha256: str | None = self._model.metadata.get("phoneready.source_sha256")
-        self._stops = stop_tokens(_generation_config(folder), self.tokenizer)
+        self._stops = stop_tokens(read_generation_config(folder), self.tokenizer)
 
     def close(self) -> None:
         """Let the session go; may be called twice."""
@@ -93,8 +97,7 @@ class OnnxLanguageModel:
         logits = self._read(prompt)
         while (token := int(logits[-1].argmax())) not in self._stops:
             answer.append(token)
-            stopped = bool(stop_strings) and any(s in self.tokenizer.decode(answer) for s in stop_strings)
-            if stopped or len(answer) == max_new_tokens:
+            if len(answer) == max_new_tokens or contains_any(self.tokenizer, answer, stop_strings):
                 break
             logits = self._model.decode([token])
         return answer
@@ -103,10 +106,3 @@ class OnnxLanguageModel:
         """Logits of the last piece of a text that nothing comes before."""
         *_, last = self._model.iter_logits(np.asarray(tokens, dtype=np.int64))
         return last.copy()
-
-
-def _generation_config(folder: Path) -> Any:
-    from transformers import GenerationConfig
-
-    with as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
-        return GenerationConfig.from_pretrained(folder) if check_generation_config(folder) else None

@@ -35,7 +35,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         check_graph(graph, common.config)
     with _opened(common, path) as model:
         parity = common.compare(variant, model.iter_logits)
-        window = common.reference.windows[0, :PREFILL_TOKENS].numpy()
+        window = common.reference.windows.ids[0, :PREFILL_TOKENS].numpy()
         every = next(iter(model.iter_logits(window)))[-1].copy()
     for other in [*graphs[1:], *([ort] if ort else [])]:
         with _opened(common, other) as model:
@@ -64,7 +64,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
 
 
 def _opened(job: Job, path: Path) -> closing[OnnxModel]:
-    n_ctx = job.reference.windows.shape[1]
+    n_ctx = job.reference.windows.ids.shape[1]
     return closing(open_model(path, n_ctx=n_ctx, n_threads=job.n_threads, n_batch=PREFILL_TOKENS))
 
 

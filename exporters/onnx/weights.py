@@ -14,7 +14,7 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, spec_for
-from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape
+from exporters.onnx.decoder_graph import Block, Decoder
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
@@ -111,19 +111,13 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
     """
     config, decoder = model.config, model.get_decoder()
     layers, spec = decoder_layers(model), spec_for(config)
-    attention: Any = layers[0].get_submodule(spec.attention)
     head, tied = model.get_output_embeddings(), is_tied(model)
     embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
     cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
     return Decoder(
-        shape=DecoderShape(
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=int(attention.head_dim),
-            rms_norm_eps=float(config.rms_norm_eps),
-        ),
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rms_norm_eps=float(config.rms_norm_eps),
         embedding=embedding,
         blocks=tuple(
             _block(model, layer, f"{spec.layers}.{index}", weights) for index, layer in enumerate(layers)

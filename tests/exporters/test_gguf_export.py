@@ -23,6 +23,7 @@ from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_check
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.records import read_record
+from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
 from exporters.families import required_multiple
@@ -437,7 +438,8 @@ def test_limits_tell_a_broken_quantized_file_from_a_good_one(
         write_gguf(pruned, tmp_path / "f32.gguf", tokenizer, read_provenance(pruned))
     llama_library.quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", QUANTS["Q8_0"].ftype)
     with runtime.open_model(tmp_path / "q.gguf", n_ctx=WINDOWS.shape[1], kv_f32=True) as opened:
-        report = compare(reference_of(load_pruned(pruned), WINDOWS), opened.iter_logits, limits)
+        reference = reference_of(load_pruned(pruned), TokenWindows(WINDOWS, "random", ""))
+        report = compare(reference, opened.iter_logits, limits)
     if broken:
         with pytest.raises(LimitError, match=r"q\.gguf .*kl_mean .* above"):
             check_limits(report, "q.gguf")

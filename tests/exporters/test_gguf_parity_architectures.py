@@ -14,6 +14,7 @@ from torch import nn
 
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.gguf_file import read_gguf
+from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityReport
 from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout
@@ -73,7 +74,7 @@ def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
         0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(1)
     )
     with runtime.open_model(path, n_ctx=length, n_batch=64, kv_f32=True) as opened:
-        return compare(reference_of(model, windows), opened.iter_logits, {})
+        return compare(reference_of(model, TokenWindows(windows, "random", "")), opened.iter_logits, {})
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError
-from exporters.onnx.decoder_graph import Block, Decoder, DecoderShape, build_decoder
+from exporters.onnx.decoder_graph import Block, Decoder, build_decoder
 from exporters.onnx.layers import FloatEmbedding, FloatLinear
 from exporters.onnx.ort_format import write_ort
 from exporters.onnx.writer import save_graph
@@ -46,7 +46,9 @@ def decoder(vocab_size: int) -> Decoder:
         down_proj=linear(HIDDEN, WIDTH),
     )
     return Decoder(
-        shape=DecoderShape(HIDDEN, vocab_size, HEADS, HEADS, HEAD_DIM, 1e-5),
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        rms_norm_eps=1e-5,
         embedding=embedding,
         blocks=(block,),
         final_norm=1 + floats(HIDDEN),

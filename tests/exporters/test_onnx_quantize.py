@@ -228,6 +228,14 @@ def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: 
         assert guided < (model(ids).logits - before).square().mean()
 
 
+def graph_of(builder: GraphBuilder, given: ir.Value, *outputs: ir.Value) -> ir.Graph:
+    nodes, initializers = builder.tape.nodes, builder.tape.initializers
+    opsets = {"": OPSET, CONTRIB: 1}
+    return ir.Graph(
+        [given], outputs, nodes=nodes, initializers=initializers, name="tested", opset_imports=opsets
+    )
+
+
 def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -> None:
     weight, bias, x = weights(24, 40), weights(1, 24, 1)[0], weights(6, 40, 2)
     x[0] *= 1000
@@ -236,7 +244,7 @@ def test_a_token_as_large_as_an_attention_sink_takes_nothing_from_the_others() -
     builder = GraphBuilder()
     given = ir.val("x", ir.DataType.FLOAT, ["batch_size", "sequence_length", 40])
     output = layer.apply(builder, given, "y")
-    graph = builder.graph([given], [output], name="one layer", opsets={"": OPSET})
+    graph = graph_of(builder, given, output)
     (product,) = (node for node in graph if node.op_type == "MatMulInteger")
     # Where a processor lacks VNNI, unsigned times signed overflows; not every machine that tests this one does.
     assert [factor.dtype for factor in product.inputs[:2] if factor] == [ir.DataType.UINT8] * 2
@@ -255,8 +263,7 @@ def test_rows_of_an_embedding_are_looked_up_as_they_are_stored(columns: int, bit
     builder = GraphBuilder()
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     output = NBitsEmbedding(rounded).look_up(builder, given, "rows")
-    opsets = {"": OPSET, CONTRIB: 1}
-    graph = builder.graph([given], [output], name="one table", opsets=opsets)
+    graph = graph_of(builder, given, output)
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     ids = torch.tensor([[3, 10, 0], [10, 1, 2]])
     (found,) = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
@@ -274,8 +281,7 @@ def test_a_table_of_two_formats_is_one_table(columns: int) -> None:
     given = ir.val("ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     rows = stacked.look_up(builder, given, "rows")
     logits = stacked.as_head().apply(builder, rows, "logits")
-    opsets = {"": OPSET, CONTRIB: 1}
-    graph = builder.graph([given], [rows, logits], name="one table", opsets=opsets)
+    graph = graph_of(builder, given, rows, logits)
     file = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     ids = torch.tensor([[3, 10, 0, 4], [10, 1, 2, 5]])
     found, products = onnxruntime.InferenceSession(file).run(None, {"ids": ids.numpy()})
