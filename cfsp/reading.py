@@ -43,10 +43,8 @@ def as_input_error(message: str) -> Iterator[None]:
         yield
     except (PhonereadyError, MemoryError):
         raise
-    except Exception as error:
-        raise InputError(f"{message}: {one_line(error)}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{message}: {one_line(error)}") from error
 

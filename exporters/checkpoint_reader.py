@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,37 +122,35 @@ def _sliding_window(config: Mapping[str, Any]) -> int | None:
     return int(config["sliding_window"])
 
 
-class CheckpointTensors:
-    """The safetensors files of a folder, opened; a context manager.
-
-    Args:
-        folder: Hugging Face folder.
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[CheckpointTensors]:
+    """The safetensors files of a Hugging Face folder, opened.
 
     Raises:
         InputError: No safetensors, or a file is missing, damaged or cut short.
     """
+    from safetensors import safe_open
 
-    def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+    handles: dict[str, Any] = {}
+    with ExitStack() as stack:
+        for file in safetensors_files(folder):
+            with as_input_error(f"{file} is damaged or cut short"):
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            handles.update(dict.fromkeys(handle.keys(), handle))
+        yield CheckpointTensors(folder, handles)
 
-        self._folder = folder
-        self._where: dict[str, Any] = {}
-        with ExitStack() as stack:
-            for file in safetensors_files(folder):
-                with as_input_error(f"{file} is damaged or cut short"):
-                    handle = stack.enter_context(safe_open(file, framework="pt"))
-                self._where.update(dict.fromkeys(handle.keys(), handle))
-            self._stack = stack.pop_all()
 
-    def __enter__(self) -> CheckpointTensors:
-        return self
+@dataclass(frozen=True)
+class CheckpointTensors:
+    """Tensors of a folder's open files.
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    Attributes:
+        folder: Hugging Face folder.
+        handles: Name of every stored tensor -> its open file.
+    """
 
-    def names(self) -> set[str]:
-        """Names of all stored tensors."""
-        return set(self._where)
+    folder: Path
+    handles: Mapping[str, Any]
 
     def read(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """One tensor as float32.
@@ -164,23 +162,21 @@ class CheckpointTensors:
         Raises:
             InputError: Missing, of another shape, or not finite.
         """
-        handle = self._where.get(name)
+        handle = self.handles.get(name)
         if handle is None:
-            raise InputError(f"{self._folder} lacks the tensor {name}")
+            raise InputError(f"{self.folder} lacks the tensor {name}")
         found = tuple(handle.get_slice(name).get_shape())
         if found != shape:
             raise InputError(
-                f"{self._folder}: weights disagree with config.json",
+                f"{self.folder}: weights disagree with config.json",
                 field=name,
                 value=found,
                 allowed=str(shape),
             )
         tensor = handle.get_tensor(name)
         if not tensor.is_floating_point():
-            raise InputError(
-                f"{self._folder}: {name} is stored as {tensor.dtype}; load the model unquantized"
-            )
+            raise InputError(f"{self.folder}: {name} is stored as {tensor.dtype}; load the model unquantized")
         if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{self._folder}: {name} holds NaN or infinite values")
+            raise InputError(f"{self.folder}: {name} holds NaN or infinite values")
         values: npt.NDArray[np.float32] = tensor.to(torch.float32).numpy()
         return values

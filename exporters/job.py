@@ -70,35 +70,26 @@ class Job:
             progress=lambda _, done, total: self.progress(f"parity {row.name}", done, total),
         )
 
-    def record(
-        self, path: Path, row: ExportFormat, *, format: str, parity: ParityReport, **own: Any
-    ) -> ExportRecord:
+    def record(self, path: Path, row: ExportFormat, **own: Any) -> ExportRecord:
         """Describe a proven file.
 
         Args:
             path: The file.
             row: What it is.
-            format: Name of the family.
-            parity: The proof.
-            own: Fields of ExportRecord that depend on the format.
+            own: Fields of ExportRecord that depend on the family.
         """
-        fields: dict[str, Any] = {
-            "file_bytes": path.stat().st_size,
-            "shape": self.config.shape,
-            "context_length": self.config.context_length,
-        }
         return ExportRecord(
             file=str(path.relative_to(self.folder)),
-            format=format,
             quant=row.name,
             sha256=sha256_file(path),
+            shape=self.config.shape,
+            context_length=self.config.context_length,
             source_model=self.provenance.source_model,
             source_sha256=self.provenance.source_sha256,
             checkpoint_sha256=self.provenance.checkpoint_sha256,
             plan_sha256=self.provenance.plan_sha256,
             seed=self.provenance.seed,
-            parity=parity,
-            **(fields | own),
+            **own,
         )
 
 

@@ -45,10 +45,6 @@ class ChannelGradients:
     fisher: torch.Tensor
 
 
-BlockGradients = tuple[ChannelGradients, ...]
-"""One entry a block."""
-
-
 class _Sums:
     """Running sums of one block."""
 
@@ -69,7 +65,7 @@ class _Sums:
 
 def collect_gradients(
     model: Any, input_ids: torch.Tensor, *, seed: int = 0, progress: Progress = no_progress
-) -> BlockGradients:
+) -> tuple[ChannelGradients, ...]:
     """Run every window forwards and backwards once; about three times the time of a forward pass.
 
     Args:
@@ -113,7 +109,6 @@ def predict_divergence(
     changes: Mapping[str, WeightChange],
     input_ids: torch.Tensor,
     *,
-    seed: int = 0,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
     """KL(model || model with one Linear's weight changed), to second order, for each of many Linears at once.
@@ -125,7 +120,6 @@ def predict_divergence(
         model: A causal LM of the architecture table, in eval mode; unchanged.
         changes: By any name.
         input_ids: (nsamples, seqlen) int64.
-        seed: Of the drawn labels.
         progress: Told after each window.
 
     Returns:
@@ -141,7 +135,7 @@ def predict_divergence(
         totals[name] += float((g[:, changes[name].rows] * delta).sum(1).square().sum())
 
     watched = [(model.get_submodule(change.module), partial(add, name)) for name, change in changes.items()]
-    _run_backwards(model, watched, input_ids, seed, progress)
+    _run_backwards(model, watched, input_ids, 0, progress)
     result = {name: total / input_ids.numel() / 2 for name, total in totals.items()}
     for name, value in result.items():
         if not math.isfinite(value):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.gradients import BlockGradients
+from cfsp.pruning.gradients import ChannelGradients
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
 
 
@@ -80,14 +80,14 @@ class BlockStatistics:
         channels: Moments of down_proj's input, one entry a block.
         grams: Gram matrices, or None where they were not asked for.
         n_tokens: Number of tokens summed over.
-        gradients: What the loss says about every block, where it was asked.
+        gradients: What the loss says about every block, one entry a block, where it was asked.
     """
 
     importance: dict[str, torch.Tensor]
     channels: tuple[ChannelStatistics, ...]
     grams: GramStore | None
     n_tokens: int
-    gradients: BlockGradients | None = None
+    gradients: tuple[ChannelGradients, ...] | None = None
 
 
 COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = MappingProxyType(

@@ -51,11 +51,8 @@ class RunInputs:
 
     def differences(self, other: RunInputs) -> list[str]:
         """Names of what is not the same in two runs."""
-        mine, others = self._flat(), other._flat()
+        mine, others = (run.settings | run.hashes | {"processes": run.processes} for run in (self, other))
         return sorted(key for key in mine.keys() | others.keys() if mine.get(key) != others.get(key))
-
-    def _flat(self) -> dict[str, Any]:
-        return {**self.settings, **self.hashes, "processes": self.processes}
 
 
 @dataclass(frozen=True)

@@ -91,22 +91,17 @@ def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
 
 def _draw_windows(reference: str, loaded: LoadedModel, count: int, seqlen: int, seed: int) -> torch.Tensor:
     """Random windows of a single text; of many documents, the shuffled documents packed one after another."""
-    documents = load_documents(reference)
-    needed = count * seqlen
-    if len(documents) == 1:
-        stream = join_documents(documents, loaded.tokenizer)
-        _check_enough(reference, len(stream), count, seqlen)
-        generator = random.Random(seed)
-        starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
-        return torch.stack([stream[start : start + seqlen] for start in starts])
-    stream = join_documents(shuffled(documents, seed), loaded.tokenizer, limit=needed)
-    _check_enough(reference, len(stream), count, seqlen)
-    return stream.view(count, seqlen)
-
-
-def _check_enough(reference: str, available: int, count: int, seqlen: int) -> None:
-    if available < count * seqlen:
+    documents, needed = load_documents(reference), count * seqlen
+    single = len(documents) == 1
+    order, limit = (documents, None) if single else (shuffled(documents, seed), needed)
+    stream = join_documents(order, loaded.tokenizer, limit=limit)
+    if len(stream) < needed:
         raise InputError(
-            f"calibration text {reference} has {available} tokens, too few for {count} windows of {seqlen}",
-            allowed=f"more text, or at most {available // seqlen} windows from it",
+            f"calibration text {reference} has {len(stream)} tokens, too few for {count} windows of {seqlen}",
+            allowed=f"more text, or at most {len(stream) // seqlen} windows from it",
         )
+    if not single:
+        return stream.view(count, seqlen)
+    generator = random.Random(seed)
+    starts = [generator.randint(0, len(stream) - seqlen) for _ in range(count)]
+    return torch.stack([stream[start : start + seqlen] for start in starts])

@@ -23,7 +23,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.gguf_file import tensor_names
 from cfsp.models.shape import ModelShape
-from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, read_config
+from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, open_tensors, read_config
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -154,8 +154,8 @@ def read_layout(checkpoint: Path) -> ChosenLayout:
     Raises:
         InputError: No usable checkpoint, or no layout can represent it.
     """
-    with CheckpointTensors(checkpoint) as tensors:
-        return choose_layout(read_config(checkpoint), frozenset(tensors.names()))
+    with open_tensors(checkpoint) as tensors:
+        return choose_layout(read_config(checkpoint), frozenset(tensors.handles))
 
 
 def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:

@@ -103,6 +103,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
         quant,
         format="gguf",
         parity=parity,
+        file_bytes=path.stat().st_size,
         architecture=chosen.layout.architecture,
         n_params=sum(math.prod(tensor.shape) for tensor in tensors),
         tensor_types=dict(Counter(sorted(tensor.kind.name for tensor in tensors)).most_common()),

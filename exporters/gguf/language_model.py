@@ -33,7 +33,6 @@ class GGUFLanguageModel:
         path: The file.
         n_ctx: Most tokens at once; cut to what the model was trained for.
         n_threads: Threads; torch's number by default.
-        name: What to call it; the path by default.
 
     Raises:
         InputError: As `runtime.open_model`, or a tokenizer that is not known.
@@ -42,10 +41,8 @@ class GGUFLanguageModel:
 
     runtime = "llama.cpp"
 
-    def __init__(
-        self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None, name: str | None = None
-    ) -> None:
-        self.name = name or str(path)
+    def __init__(self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
+        self.name = str(path)
         file = read_gguf(path)
         trained = file.hyperparameter("context_length", n_ctx)
         self.tokenizer = tokenizer_from_gguf(file)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from exporters.checkpoint_reader import CheckpointTensors
+from exporters.checkpoint_reader import CheckpointTensors, open_tensors
 from exporters.gguf.architecture import ChosenLayout, TensorSpec, read_layout, tensor_specs
 from exporters.gguf.metadata import add_general, add_hyperparameters
 from exporters.gguf.quants import find_quant
@@ -64,7 +64,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors)
-        with CheckpointTensors(checkpoint) as tensors:
+        with open_tensors(checkpoint) as tensors:
             for done, spec in enumerate(specs, start=1):
                 writer.write_tensor_data(_stored(spec, tensors, half))
                 progress(f"writing {quant}", done, len(specs))

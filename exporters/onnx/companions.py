@@ -19,25 +19,16 @@ from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import read_json
 from cfsp.text.generation import stop_tokens
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
+from exporters.onnx.job import OnnxJob
 from exporters.onnx.variants import Variant
 
 # Of the checkpoint's config.json: code that does not come along, and keys that name torch's weights.
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 
 
-def write_companions(
-    checkpoint: Path, folder: Path, variant: Variant, model: Any, tokenizer: Any, *, context_length: int
-) -> None:
-    """Write all of a variant's folder but the graphs.
-
-    Args:
-        checkpoint: Hugging Face folder.
-        folder: The variant's folder, which exists.
-        variant: What the graphs are stored as.
-        model: The checkpoint's model, for its config and generation config.
-        tokenizer: Its tokenizer.
-        context_length: Most tokens of a text.
-    """
+def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
+    """Write all of a variant's folder, which exists, but the graphs."""
+    checkpoint, tokenizer = job.common.checkpoint, job.common.tokenizer
     save_tokenizer(tokenizer, folder)
     if tokenizer.chat_template:
         # transformers.js knows the template from here alone.
@@ -49,8 +40,9 @@ def write_companions(
     write_json(folder / "config.json", _config(read_json(checkpoint / "config.json"), variant))
     if variant.portable:
         return
-    ends = sorted(stop_tokens(model.generation_config, tokenizer))
-    write_json(folder / GENAI_CONFIG, _genai_config(variant, model.config, ends, context_length))
+    ends = sorted(stop_tokens(job.model.generation_config, tokenizer))
+    context_length = job.common.config.context_length
+    write_json(folder / GENAI_CONFIG, _genai_config(variant, job.model.config, ends, context_length))
 
 
 def _config(stored: dict[str, Any], variant: Variant) -> dict[str, Any]:

@@ -76,14 +76,7 @@ def _export(job: OnnxJob, variant: Variant) -> ExportRecord:
     folder = common.folder / variant.name
     (folder / GRAPHS).mkdir(parents=True)
     written = write_graphs(job, variant, folder / GRAPHS)
-    write_companions(
-        common.checkpoint,
-        folder,
-        variant,
-        job.model,
-        common.tokenizer,
-        context_length=common.config.context_length,
-    )
+    write_companions(job, variant, folder)
     ort = write_ort(written.last or written.every, folder / "ort") if common.settings.ort else None
     common.progress(f"writing {variant.name}", 1, 1)
     return prove(job, variant, written, ort)

@@ -29,7 +29,7 @@ from cfsp.reading import as_input_error, parse_json, parse_toml, read_json_lines
 from cfsp.records import record_from_json, record_to_json
 from cfsp.text.encoding import encode
 from cfsp.text.tokens import load_documents
-from exporters.checkpoint_reader import CheckpointTensors, read_config
+from exporters.checkpoint_reader import open_tensors, read_config
 
 DEEP = "[" * 100_000 + "]" * 100_000
 HOSTILE = [
@@ -178,7 +178,7 @@ INDEXES: dict[str, Any] = {
 def test_an_index_names_safetensors_in_its_own_folder_alone(case: str, changed: Path) -> None:
     shutil.move(changed / "model.safetensors", changed.parent / "outside.safetensors")
     (changed / "model.safetensors.index.json").write_text(json.dumps(INDEXES[case]))
-    for read in (safetensors_files, CheckpointTensors):
+    for read in (safetensors_files, lambda folder: open_tensors(folder).__enter__()):
         with pytest.raises(InputError, match=r"index\.json") as caught:
             read(changed)
         assert len(str(caught.value)) < 800
@@ -401,8 +401,8 @@ def test_fuzz_safetensors(rnd: random.Random, folder: Path, tmp_path: Path) -> N
     _tried(lambda: load_folder(tmp_path, dtype=torch.float32))
 
     def read_all() -> None:
-        with CheckpointTensors(tmp_path) as tensors:
-            for name in sorted(tensors.names()):
+        with open_tensors(tmp_path) as tensors:
+            for name in sorted(tensors.handles):
                 tensors.read(name, (64,))
 
     _tried(read_all)
