@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.config_file import read_model_config
-from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
+from cfsp.models.config_file import read_model_config, shape_from_config
+from cfsp.models.shape import ModelShape, require_only_widths_vary
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
 

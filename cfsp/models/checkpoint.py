@@ -21,10 +21,10 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, sha256_file, write_json
 from cfsp.models.architectures import model_shape
-from cfsp.models.config_file import check_generation_config, read_model_config
+from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.remote_code import modeling_pruned
-from cfsp.models.shape import ModelShape, require_only_widths_vary, shape_from_config
+from cfsp.models.shape import ModelShape, require_only_widths_vary
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
     check_finite,

@@ -7,15 +7,10 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Annotated, Any
-
-from pydantic import Field
 
 from cfsp.errors import InputError
-from cfsp.validation import check_kinds, kinds
 
 
 @dataclass(frozen=True)
@@ -79,49 +74,6 @@ class ModelShape:
             for mine, theirs in zip(self.blocks, whole.blocks, strict=True)
         )
         return replace(known, blocks=tuple(blocks)) == whole
-
-
-_PER_BLOCK = MappingProxyType({"intermediate_size": "ffn_width", "num_key_value_heads": "kv_groups"})
-"""Hugging Face's name of what a block may have of its own -> ours."""
-_KINDS = kinds(**dict.fromkeys(_PER_BLOCK, Annotated[int, Field(ge=1)]))
-
-
-def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> ModelShape:
-    """The shape that a config.json states.
-
-    Args:
-        config: Its keys, with Hugging Face's defaults filled in.
-        per_layer: Its `per_layer_config`: index of a block to the keys in which that block differs.
-        where: File named in errors.
-
-    Raises:
-        InputError: A malformed `per_layer_config`, or one with a key that no block can have of its own.
-    """
-    count = config["num_hidden_layers"]
-    try:
-        given = {int(index): dict(own) for index, own in (per_layer or {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
-    if any(not 0 <= index < count for index in given):
-        raise InputError(
-            f"{where}: per_layer_config names blocks that do not exist: num_hidden_layers is {count}"
-        )
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    plain = {"intermediate_size": config["intermediate_size"], "num_key_value_heads": heads}
-    blocks = []
-    for index in range(count):
-        own = {key: value for key, value in given.get(index, {}).items() if value != config.get(key)}
-        unknown = sorted(own.keys() - _PER_BLOCK.keys())
-        if unknown:
-            raise InputError(
-                f"{where}: per_layer_config of block {index}",
-                field=unknown[0],
-                value=own[unknown[0]],
-                allowed=f"the same in all blocks; only {', '.join(_PER_BLOCK)} may differ",
-            )
-        check_kinds(own, _KINDS, f"{where}: malformed per_layer_config: block {index}")
-        blocks.append(BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()}))
-    return ModelShape(config["vocab_size"], tuple(blocks))
 
 
 def require_only_widths_vary(shape: ModelShape, where: str) -> None:

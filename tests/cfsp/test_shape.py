@@ -9,7 +9,8 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
-from cfsp.models.shape import BlockShape, ModelShape, require_only_widths_vary, shape_from_config
+from cfsp.models.config_file import shape_from_config
+from cfsp.models.shape import BlockShape, ModelShape, require_only_widths_vary
 
 CONFIG = {
     "vocab_size": 10,
