@@ -126,8 +126,7 @@ def recover(
         with arguments.main_process_first(local=False):
             folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
         student = _student(inputs, settings, dtype)
-        held = drawn.validation
-        run = Run(student, mix, held, settings, folder, tokens_per_step, progress)
+        run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
         if is_main:

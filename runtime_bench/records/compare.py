@@ -176,11 +176,10 @@ def compare_records(
             confidence=confidence,
             seed=seed,
         )
-    reason, noise = _reason(base, new), _noise(base, new, basis, interval)
-    verdict = INCONCLUSIVE if reason else TOO_NOISY if noise else _verdict(interval, threshold)
-    if verdict == INCONCLUSIVE and reason is None:
-        reason = "the interval crosses the threshold"
+    noise = _noise(base, new, basis, interval)
+    verdict, reason = _outcome(_reason(base, new), noise, interval, threshold)
     shown = None if noise else interval
+    # Longer than others by the record's fields, one a line.
     return Comparison(
         kind=base.kind,
         target=base.target,
@@ -201,10 +200,20 @@ def compare_records(
         paired=paired,
         basis=basis,
         verdict=verdict,
-        reason=reason or noise,
+        reason=reason,
         peak_rss_ratio=_ratio(new.peak_rss_bytes, base.peak_rss_bytes),
         file_size_ratio=_ratio(new.file_size_bytes, base.file_size_bytes),
     )
+
+
+def _outcome(
+    reason: str | None, noise: str | None, interval: RatioInterval | None, threshold: float
+) -> tuple[str, str | None]:
+    """Verdict and reason."""
+    if reason or noise:
+        return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noise)
+    verdict = _verdict(interval, threshold)
+    return verdict, "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
 
 
 def _basis(base: BenchRecord, new: BenchRecord) -> str:
