@@ -173,4 +173,4 @@ def _export(file: str, quant: str, factor: float) -> ExportRecord:
 
 
 def _facts(name: str) -> ModelFacts:
-    return ModelFacts(Path(name), 10**8, 10**8, 10**8, {"Q8_0": 10**8}, 30, 5760, 576, 1536, 49152, 2048)
+    return ModelFacts(Path(name), 10**8, 10**8, 10**8, {"Q8_0": 10**8}, 5760, 576, 1536, 49152, 2048)
