@@ -36,9 +36,11 @@ class Dependencies:
 
 
 _EVALUATION = ("cfsp/evaluation", "phoneready/evaluation")
+_LOSSES = tuple(f"cfsp/evaluation/{name}.py" for name in ("language_model", "perplexity", "torch_model"))
 _EXPORTING = (
     *("exporters/checkpoint_reader.py", "exporters/job.py", "exporters/parity.py", "exporters/provenance.py"),
-    *("exporters/options.py", "cfsp/recovery/losses.py"),
+    *("exporters/options.py", "cfsp/recovery/losses.py", "cfsp/evaluation/divergence.py"),
+    *_LOSSES,
 )
 _BENCH = (
     *("measuring", "engines", "targets", "native", "browser", "worker.py", "process.py", "workload.py"),
@@ -57,7 +59,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
             ),
         ),
         "prune": Dependencies(rooms=("cfsp/pruning",)),
-        "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery",)),
+        "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery", *_LOSSES)),
         "evaluate": Dependencies(rooms=_EVALUATION),
         "tasks": Dependencies(("lm_eval",)),
         "export": Dependencies(rooms=_EXPORTING, families=True),
