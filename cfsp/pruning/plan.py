@@ -19,6 +19,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import ALLOCATIONS, BlockEvidence, integer_widths, uniform_widths
+from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
 from cfsp.pruning.settings import PruneSettings
@@ -82,6 +83,7 @@ class PruningPlan:
         settings: How the plan was made.
         dense_widths: intermediate_size of each block before pruning.
         blocks: One entry a block.
+        vocabulary: Which tokens are kept; None where all are.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -97,6 +99,7 @@ class PruningPlan:
     settings: PruneSettings
     dense_widths: tuple[int, ...]
     blocks: tuple[BlockPlan, ...]
+    vocabulary: VocabularyPlan | None = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):
@@ -115,7 +118,8 @@ class PruningPlan:
     @property
     def shape(self) -> ModelShape:
         """What the plan makes of it."""
-        return self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
+        shape = self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
+        return replace(shape, vocab_size=len(self.vocabulary.kept) if self.vocabulary else None)
 
     @property
     def keep_ratio(self) -> float:
@@ -216,7 +220,7 @@ def apply_plan(
     """
     check_plan_fits(model, plan)
     check_settings(plan.settings)
-    if plan.shape == plan.dense_shape:
+    if plan.keep_ratio == 1:
         return
     cut = Cut(
         model,

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cfsp.models.source import LoadedModel
+from cfsp.models.token_trees import token_trees
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.vocabulary import (
+    VocabularyPlan,
+    count_tokens,
+    cut_vocabulary,
+    plan_vocabulary,
+    respell,
+)
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
@@ -17,6 +26,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, collect_statistics
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
+from cfsp.text.tokens import document_ids, load_documents, tokens_sha256
 
 MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""
@@ -26,14 +36,18 @@ GRADIENT_WINDOWS = 32
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What pruning leaves beside the changed model.
+    """What pruning leaves.
 
     Attributes:
-        plan: Which channels were kept, and why.
+        loaded: The changed model, with the tokenizer of the tokens that it keeps.
+        plan: What was kept, and why.
+        calibration: The windows, in the ids of the tokens that are kept.
         input_moments: Module name -> (in_features,) mean squared input in the PRUNED model.
     """
 
+    loaded: LoadedModel
     plan: PruningPlan
+    calibration: Calibration
     input_moments: dict[str, torch.Tensor]
 
 
@@ -43,39 +57,99 @@ def prune_model(
     settings: PruneSettings,
     *,
     plan: PruningPlan | None = None,
+    counted: Sequence[str] = (),
     progress: Progress = no_progress,
 ) -> PruneResult:
-    """Prune `loaded.model` in place.
+    """Prune `loaded.model` in place: the vocabulary first, as channels are judged by the tokens that stay.
 
     Args:
         loaded: The dense model.
         calibration: Windows the statistics are taken from.
         settings: How to prune; ignored where `plan` is given.
         plan: A plan to apply instead of making one.
+        counted: References of the text whose tokens decide the vocabulary; the calibration windows where none.
         progress: Told about each step.
 
     Raises:
         InputError: Settings or a plan that do not fit the model.
     """
-    ids, statistics = calibration.input_ids, None
+    statistics = None
     if plan is None:
-        check_settings(settings)
-        statistics = statistics_for(loaded.model, calibration, settings, progress=progress)
-        plan = make_plan(loaded, statistics, calibration, settings)
+        planned = plan_model(loaded, calibration, settings, counted=counted, progress=progress)
+        loaded, calibration, statistics, plan = planned
     else:
         check_plan_fits(loaded.model, plan)
         check_settings(plan.settings)
+        loaded, calibration = _trim(loaded, calibration, plan.vocabulary)
         row = RECONSTRUCTIONS[plan.settings.reconstruct]
-        if row.needs_statistics and plan.shape != plan.dense_shape:
+        if row.needs_statistics and plan.keep_ratio < 1:
             with products_in(plan.settings.dtype):
                 statistics = collect_statistics(
-                    loaded.model, ids, with_gram=row.needs_gram, progress=progress
+                    loaded.model, calibration.input_ids, with_gram=row.needs_gram, progress=progress
                 )
+    ids = calibration.input_ids
     apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids, progress=progress)
     with products_in(plan.settings.dtype):
         windows = moment_windows(ids)
         moments = collect_input_moments(loaded.model, windows, progress=progress)
-    return PruneResult(plan, moments)
+    return PruneResult(loaded, plan, calibration, moments)
+
+
+class Planned(NamedTuple):
+    """A plan, and what it was made from: where tokens go, the model and the windows have none of them any more."""
+
+    loaded: LoadedModel
+    calibration: Calibration
+    statistics: BlockStatistics
+    plan: PruningPlan
+
+
+def plan_model(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    settings: PruneSettings,
+    *,
+    counted: Sequence[str] = (),
+    only_plan: bool = False,
+    progress: Progress = no_progress,
+) -> Planned:
+    """Decide what goes; tokens of the vocabulary are gone afterwards. Arguments as in `prune_model`, `statistics_for`.
+
+    Raises:
+        InputError: Settings that do not fit the model.
+    """
+    check_settings(settings)
+    vocabulary = _vocabulary(loaded, calibration, settings, counted)
+    loaded, calibration = _trim(loaded, calibration, vocabulary)
+    statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
+    plan = make_plan(loaded, statistics, calibration, settings)
+    return Planned(loaded, calibration, statistics, replace(plan, vocabulary=vocabulary))
+
+
+def _vocabulary(
+    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, counted: Sequence[str]
+) -> VocabularyPlan | None:
+    """Which tokens the settings keep; None where they keep all."""
+    if not settings.vocabulary:
+        return None
+    texts: Iterable[Sequence[int]] = calibration.input_ids.tolist()
+    if counted:
+        documents = (document for reference in counted for document in load_documents(reference))
+        texts = (document_ids(document, loaded.tokenizer) for document in documents)
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    sources = tuple(counted) or calibration.sources
+    return plan_vocabulary(loaded, count_tokens(texts, rows), settings.vocabulary, sources=sources)
+
+
+def _trim(
+    loaded: LoadedModel, calibration: Calibration, vocabulary: VocabularyPlan | None
+) -> tuple[LoadedModel, Calibration]:
+    """The model, changed in place, and the windows with the tokens that are kept; both as they are without a plan."""
+    if vocabulary is None:
+        return loaded, calibration
+    trees = token_trees(loaded.tokenizer)
+    ids = respell(calibration.input_ids, vocabulary, trees)
+    return cut_vocabulary(loaded, vocabulary), replace(calibration, input_ids=ids, sha256=tokens_sha256(ids))
 
 
 def statistics_for(

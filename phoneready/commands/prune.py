@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,12 +50,12 @@ def prune(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove FFN channels with CFSP and solve down_proj anew for what is left.
+    """Remove FFN channels with CFSP and solve down_proj anew for what is left; --vocabulary removes tokens.
 
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
     wanted = _output(output, plan, plan_only)
-    inputs = [Path(name) for name in (model, plan, *settings.calibration) if name]
+    inputs = [Path(name) for name in (model, plan, *settings.calibration, *settings.vocabulary_text) if name]
     refuse_existing(
         wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
     )
@@ -76,11 +77,12 @@ def prune(
         sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)
         if plan_only:
-            result = _only_plan(loaded, drawn, chosen, plan_only, progress)
+            result = _only_plan(loaded, drawn, chosen, settings.vocabulary_text, plan_only, progress)
         else:
-            pruned = prune_model(loaded, drawn, chosen, plan=ready, progress=progress)
-            result, moments = pruned.plan, pruned.input_moments
-            save_checkpoint(loaded, wanted, plan=result, input_moments=moments, seed=seed, force=force)
+            counted = settings.vocabulary_text
+            made = prune_model(loaded, drawn, chosen, plan=ready, counted=counted, progress=progress)
+            result, moments = made.plan, made.input_moments
+            save_checkpoint(made.loaded, wanted, plan=result, input_moments=moments, seed=seed, force=force)
     write_result(format_plan(result, wanted), _summary(result), as_json=json)
 
 
@@ -93,16 +95,28 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         f"{len(widths)} blocks of {min(widths)} to {max(widths)} channels, "
         f"multiples of {plan.settings.align}.",
         f"Widths: {', '.join(map(str, widths))}",
+        *_vocabulary_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",
     ]
     return "\n".join(lines)
 
 
+def _vocabulary_lines(plan: PruningPlan) -> list[str]:
+    if (kept := plan.vocabulary) is None:
+        return []
+    return [
+        f"Vocabulary: {len(kept.kept)} of {kept.dense_size} rows kept, counted on {kept.counted_tokens} tokens of "
+        f"{', '.join(kept.sources)}, which become {kept.growth:.4f} times as many."
+    ]
+
+
 def _summary(plan: PruningPlan) -> dict[str, Any]:
-    """The plan's record without the rankings, which are long and stand in the plan file."""
+    """The plan's record without rankings and tokens, which are long and stand in the plan file."""
 
     record = record_to_json(plan)
+    if plan.vocabulary:
+        record["vocabulary"] = {k: v for k, v in record["vocabulary"].items() if k != "kept"}
     record["blocks"] = [{k: v for k, v in block.items() if k != "ranking"} for block in record["blocks"]]
     return record | {"keep_ratio": plan.keep_ratio}
 
@@ -126,12 +140,15 @@ def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | No
 
 
 def _only_plan(
-    loaded: LoadedModel, drawn: Calibration, settings: PruneSettings, path: Path, progress: Progress
+    loaded: LoadedModel,
+    drawn: Calibration,
+    settings: PruneSettings,
+    counted: Sequence[str],
+    path: Path,
+    progress: Progress,
 ) -> PruningPlan:
-    from cfsp.pruning.plan import make_plan
-    from cfsp.pruning.prune import statistics_for
+    from cfsp.pruning.prune import plan_model
 
-    statistics = statistics_for(loaded.model, drawn, settings, only_plan=True, progress=progress)
-    plan = make_plan(loaded, statistics, drawn, settings)
-    write_record(path, plan)
-    return plan
+    planned = plan_model(loaded, drawn, settings, counted=counted, only_plan=True, progress=progress)
+    write_record(path, planned.plan)
+    return planned.plan

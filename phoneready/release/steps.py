@@ -133,7 +133,7 @@ class Steps:
         loaded = load_model(model.reference, trust_remote_code=model.trust_remote_code, progress=progress)
         sizes = {"nsamples": prune.nsamples, "seqlen": prune.seqlen, "seed": self.config.seed}
         ids = load_calibration(prune.calibration, loaded, **sizes, progress=progress).input_ids
-        safetensors.torch.save_file({"input_ids": ids}, output / CALIBRATION_FILE)
+        _save_windows(ids, output)
         moments = None
         if self.needs_moments:
             with products_in(prune.dtype):
@@ -143,12 +143,14 @@ class Steps:
     def prune(self, output: Path, progress: Progress) -> None:
         """Make a plan, apply it, save the pruned checkpoint."""
         loaded = self._load("dense", progress)
-        ids = self._calibration_ids()
-        sources = self.config.prune.calibration
-        calibration = Calibration(ids, sources, self.config.seed, tokens_sha256(ids))
-        result = prune_model(loaded, calibration, self.config.prune_settings(), progress=progress)
+        ids = self._calibration_ids("dense")
+        wanted, seed = self.config.prune, self.config.seed
+        calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
+        settings = self.config.prune_settings()
+        result = prune_model(loaded, calibration, settings, counted=wanted.vocabulary_text, progress=progress)
+        _save_windows(result.calibration.input_ids, output)
         plan, moments = result.plan, result.input_moments
-        save_checkpoint(loaded, output / "model", plan=plan, input_moments=moments, seed=self.config.seed)
+        save_checkpoint(result.loaded, output / "model", plan=plan, input_moments=moments, seed=seed)
 
     def recover(self, output: Path, progress: Progress) -> None:
         """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
@@ -210,7 +212,7 @@ class Steps:
         settings = ExportOptions(
             name=self._stem(role),
             use_imatrix=export.imatrix,
-            calibration=moment_windows(self._calibration_ids()),
+            calibration=moment_windows(self._calibration_ids("dense" if role == DENSE else "prune")),
             # The dense model is there for comparison; it need not fit what the pruned one must.
             mixed_bytes=None if role == DENSE else export.mixed_bytes,
             n_threads=self.threads,
@@ -259,7 +261,11 @@ class Steps:
         loaded = load_model(self.checkpoint(stage), progress=progress)
         return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
 
-    def _calibration_ids(self) -> torch.Tensor:
-        """The calibration windows, (nsamples, seqlen)."""
-        path = stage_folder(self.folder, "dense") / CALIBRATION_FILE
+    def _calibration_ids(self, stage: str) -> torch.Tensor:
+        """The calibration windows, (nsamples, seqlen), in the ids of a stage's model."""
+        path = stage_folder(self.folder, stage) / CALIBRATION_FILE
         return safetensors.torch.load_file(path)["input_ids"]
+
+
+def _save_windows(input_ids: torch.Tensor, output: Path) -> None:
+    safetensors.torch.save_file({"input_ids": input_ids.contiguous()}, output / CALIBRATION_FILE)

@@ -40,6 +40,10 @@ class PruneConfig(CalibrationSettings, PruneSettings):
         0, "Widths are multiples of this; 0: what the quantizations need.", ge=0, shown="from --for-quant"
     )
 
+    vocabulary_text: tuple[str, ...] = setting(
+        (), "Text whose tokens decide which of the vocabulary are kept.", shown="the calibration windows"
+    )
+
     def settings(self, align: int) -> PruneSettings:
         """For cfsp, with the alignment to use where none is set."""
         return pick(PruneSettings, self, align=self.align or align)

@@ -1,0 +1,261 @@
+"""The vocabulary as an axis of pruning: tokens that the text hardly has go, and what they said is spelled in others.
+
+A token that is removed is read and written as its parts (`TokenTrees.parts`), so no text is lost; it costs more tokens,
+and tokens that the model has seldom seen where it needs them. Removed are leaves of the token trees alone, so that all
+other tokens come about as before; the cheapest first, by
+
+    count(t) (sum of -ln p(part) over the parts + ln p(t))        nats on the text counted
+
+where p are the shares that tokens have of the text in the dense model's segmentation. A part that never stands alone
+there is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as it will
+be removed next. Tokens that the text does not have are ordered by when merging learned them, the last first, which is
+how often the tokenizer's own training text had them. No forward pass is needed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cfsp.errors import InputError
+from cfsp.models.source import LoadedModel
+from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
+from cfsp.text.templates import render_chat
+
+Counts = npt.NDArray[np.float64]
+"""How often the text has every token, (tokens,)."""
+_PRIOR_SHARE = 0.02
+"""Weight of what the ranks say beside what the text says."""
+_PRIOR_RANK = 1000.0
+"""Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
+_ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens")
+_CHAT = ({"role": "user", "content": " "}, {"role": "assistant", "content": " "})
+
+
+@dataclass(frozen=True)
+class VocabularyPlan:
+    """Which tokens are kept, and what that costs on the text that was counted.
+
+    Attributes:
+        dense_size: Rows of the dense model's embedding.
+        kept: Ids of the kept tokens, ascending; their places are the new ids.
+        sources: References of the text that was counted.
+        counted_tokens: Tokens of that text, as the dense model reads it.
+        growth: Tokens after trimming to tokens before, on that text.
+    """
+
+    dense_size: int
+    kept: tuple[int, ...]
+    sources: tuple[str, ...]
+    counted_tokens: int
+    growth: float
+
+
+def plan_vocabulary(
+    loaded: LoadedModel, counts: Counts, size: int, *, sources: Sequence[str]
+) -> VocabularyPlan:
+    """Choose the tokens that a vocabulary of `size` keeps.
+
+    Bytes, characters that bytes cannot stand for, added and special tokens, and all that the chat template writes are
+    kept, and what these are built of.
+
+    Args:
+        loaded: The dense model.
+        counts: How often the text has every token.
+        size: Tokens to keep.
+        sources: References of the text, for the record.
+
+    Raises:
+        InputError: More tokens than there are, or fewer than must be kept; a tokenizer that cannot be trimmed.
+    """
+    trees = token_trees(loaded.tokenizer)
+    rows = int(loaded.model.get_input_embeddings().weight.shape[0])
+    tokens = len(loaded.tokenizer)
+    if not 0 < size <= tokens:
+        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {tokens}")
+    unneeded = _Remover(trees, counts, required_tokens(loaded), tokens).remove(tokens - size)
+    gone = set(unneeded)
+    kept = tuple(index for index in sorted(loaded.tokenizer.get_vocab().values()) if index not in gone)
+    before = float(counts.sum())
+    after = float(
+        sum(counts[index] * len(_spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
+    )
+    return VocabularyPlan(rows, kept, tuple(sources), int(before), after / before if before else 1.0)
+
+
+def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
+    """How often every token stands in texts of token ids."""
+    counts = np.zeros(size)
+    for text in ids:
+        counts += np.bincount(np.asarray(text, dtype=np.int64), minlength=size)[:size]
+    return counts
+
+
+def required_tokens(loaded: LoadedModel) -> frozenset[int]:
+    """Tokens that something else than text names: the configuration's special ids, and the chat template's words."""
+    tokenizer = loaded.tokenizer
+    known = frozenset(tokenizer.get_vocab().values())
+    named = {index for config in _configs(loaded.model) for _, ids in _named_ids(config) for index in ids}
+    if tokenizer.chat_template:
+        for generate in (False, True):
+            text = render_chat(tokenizer, _CHAT, add_generation_prompt=generate)
+            named |= set(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return known & named
+
+
+def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
+    """Give the model the rows of the kept tokens alone, in place, and a tokenizer to match.
+
+    Args:
+        loaded: The dense model.
+        plan: Which tokens are kept.
+
+    Returns:
+        The same model with the trimmed tokenizer.
+
+    Raises:
+        InputError: The plan was made for another vocabulary.
+    """
+    model = loaded.model
+    if plan.dense_size != model.get_input_embeddings().weight.shape[0]:
+        raise InputError(
+            "the plan was made for another vocabulary",
+            field="vocabulary",
+            value=plan.dense_size,
+            allowed=str(model.get_input_embeddings().weight.shape[0]),
+        )
+    kept = torch.tensor(plan.kept)
+    tokenizer = trimmed_tokenizer(loaded.tokenizer, plan.kept)
+    _cut_rows(model, kept)
+    renumbered = {old: new for new, old in enumerate(plan.kept)}
+    for config in _configs(model):
+        for name, ids in list(_named_ids(config)):
+            new = [renumbered[index] for index in ids if index in renumbered]
+            alone = isinstance(getattr(config, name), int)
+            setattr(config, name, (new[0] if alone else new) if new else None)
+    return replace(loaded, tokenizer=tokenizer)
+
+
+def respell(ids: torch.Tensor, plan: VocabularyPlan, trees: TokenTrees) -> torch.Tensor:
+    """Windows of the dense model's token ids in the kept tokens' ids, each as long as before.
+
+    Args:
+        ids: (n_windows, seqlen) int64.
+        plan: Which tokens are kept.
+        trees: Of the dense model's tokenizer.
+    """
+    renumbered = {old: new for new, old in enumerate(plan.kept)}
+    gone = set(range(plan.dense_size)) - renumbered.keys()
+    spelled = {
+        index: [renumbered[part] for part in _spelled(index, gone, trees)]
+        for index in set(ids.flatten().tolist())
+    }
+    windows = [[new for old in window for new in spelled[old]][: ids.shape[1]] for window in ids.tolist()]
+    return torch.tensor(windows, dtype=ids.dtype)
+
+
+class _Remover:
+    """Takes away one leaf after the other."""
+
+    def __init__(self, trees: TokenTrees, counts: Counts, required: frozenset[int], tokens: int) -> None:
+        self._trees = trees
+        self._tokens = tokens
+        self._required = required
+        self._users = {part: len(users) for part, users in trees.built_on.items()}
+        prior = np.zeros(trees.size)
+        for index, rank in trees.ranks.items():
+            prior[index] = 1 / (rank + _PRIOR_RANK)
+        total = max(float(counts.sum()), 1.0)
+        # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
+        self._needed = counts + _PRIOR_SHARE * total * prior / max(float(prior.sum()), 1e-300)
+        known = np.maximum(self._needed, 1e-9 * total)
+        self._nats = -np.log(known / known.sum())
+        self._best = self._nats.copy()
+        for index in sorted(trees.ranks, key=lambda token: trees.ranks[token]):
+            self._best[index] = min(self._nats[index], self._parts_cost(index))
+
+    def remove(self, count: int) -> list[int]:
+        """The ids of the `count` cheapest, in the order in which they go.
+
+        Raises:
+            InputError: So many cannot go.
+        """
+        queue = [self._key(index) for index in self._trees.parts if self._may_go(index)]
+        heapq.heapify(queue)
+        removed: list[int] = []
+        while len(removed) < count:
+            if not queue:
+                raise InputError(
+                    "smaller than what has to stay: bytes, special tokens and what the chat template writes",
+                    field="vocabulary",
+                    value=self._tokens - count,
+                    allowed=f"at least {self._tokens - len(removed)}",
+                )
+            *key, index = heapq.heappop(queue)
+            if (current := self._key(index))[0] > key[0]:
+                heapq.heappush(queue, current)
+                continue
+            removed.append(index)
+            for part in self._trees.parts[index]:
+                self._needed[part] += self._needed[index]
+            for part in set(self._trees.parts[index]) if self._is_built(index) else ():
+                self._users[part] -= 1
+                if self._may_go(part):
+                    heapq.heappush(queue, self._key(part))
+        return removed
+
+    def _is_built(self, index: int) -> bool:
+        return any(index in self._trees.built_on.get(part, ()) for part in self._trees.parts[index])
+
+    def _may_go(self, index: int) -> bool:
+        return index in self._trees.parts and not self._users.get(index) and index not in self._required
+
+    def _parts_cost(self, index: int) -> float:
+        return float(sum(self._best[part] for part in self._trees.parts[index]))
+
+    def _key(self, index: int) -> tuple[float, int, int]:
+        cost = float(self._needed[index]) * (self._parts_cost(index) - float(self._nats[index]))
+        return cost, -self._trees.ranks[index], index
+
+
+def _spelled(index: int, gone: set[int], trees: TokenTrees) -> list[int]:
+    """The kept tokens that stand for a token."""
+    if index not in gone:
+        return [index]
+    return [part for piece in trees.parts.get(index, ()) for part in _spelled(piece, gone, trees)]
+
+
+def _cut_rows(model: Any, kept: torch.Tensor) -> None:
+    """Keep rows of the embedding and of the output matrix; tied ones stay one tensor."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    for module in (embedding, head):
+        rows = module.weight[kept].detach().clone().contiguous()
+        module.weight = nn.Parameter(rows, requires_grad=module.weight.requires_grad)
+    if tied:
+        head.weight = embedding.weight
+    embedding.num_embeddings = head.out_features = len(kept)
+    embedding.padding_idx = None
+    for holder in (model, model.base_model, model.config):
+        holder.vocab_size = len(kept)
+
+
+def _configs(model: Any) -> list[Any]:
+    generation = getattr(model, "generation_config", None)
+    return [model.config] if generation is None else [model.config, generation]
+
+
+def _named_ids(config: Any) -> Iterable[tuple[str, list[int]]]:
+    """(setting, token ids) of all settings that name tokens."""
+    for name, value in vars(config).items():
+        if name.endswith("_token_id") or name in _ID_SETTINGS:
+            ids = value if isinstance(value, list) else [value]
+            if ids and all(type(index) is int for index in ids):
+                yield name, ids
