@@ -50,7 +50,12 @@ def token_trees(tokenizer: Any) -> TokenTrees:
     state = _state(tokenizer)
     model = state["model"]
     vocab: dict[str, int] = model["vocab"]
-    ranks = {pair: rank for rank, pair in reversed(list(enumerate(_merges(model))))}
+    ranks: dict[tuple[str, str], int] = {}
+    makers: dict[str, list[tuple[str, str]]] = {}
+    for pair in _merges(model):
+        if pair not in ranks:
+            ranks[pair] = len(ranks)
+            makers.setdefault("".join(pair), []).append(pair)
     apart = {added["id"] for added in state["added_tokens"]}
     if model.get("byte_fallback"):
         apart |= {vocab[name] for name in map(_BYTE.format, range(256)) if name in vocab}
@@ -60,7 +65,8 @@ def token_trees(tokenizer: Any) -> TokenTrees:
     for text, index in vocab.items():
         if index in apart:
             continue
-        pieces, merged = _last_step(text, ranks)
+        ways = makers.get(text, [])
+        pieces, merged = (ways[0], True) if len(ways) == 1 else _last_step(text, ranks)
         if len(pieces) == 1:
             pieces = _bytes_of(text, vocab) if model.get("byte_fallback") else []
         ids = tuple(vocab[piece] for piece in pieces if piece in vocab)
@@ -115,7 +121,7 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _last_step(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[list[str], bool]:
+def _last_step(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[Sequence[str], bool]:
     """(pieces, whether merging joins them): the two of the token's last merge; without one, all that is left."""
     pieces = list(text)
     while len(pieces) > 1:

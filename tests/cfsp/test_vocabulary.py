@@ -1,0 +1,227 @@
+"""The vocabulary as an axis: what is kept, what texts become, and what the model then computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfsp.errors import InputError
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.token_trees import token_trees
+from cfsp.pruning.axes.vocabulary import (
+    VocabularyPlan,
+    count_tokens,
+    cut_vocabulary,
+    plan_vocabulary,
+    respell,
+)
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.text.calibration import Calibration
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "def add(a, b):\n    return a + b  # the sum of 12 and 30 is 42\n",
+    "Stra\u00dfe, caf\u00e9, \u4f60\u597d \u4e16\u754c, \u0440\u0443\u0441\u0441\u043a\u0438\u0439, \U0001f600!",
+    "  two spaces, a tab\tand\r\n\r\nlines   ",
+    "1969, 3.14159, 0x1F and antidisestablishmentarianism",
+]
+
+
+def loaded(model: Any, tokenizer: Any) -> LoadedModel:
+    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+
+
+def of_tokenizer(tokenizer: Any) -> LoadedModel:
+    """A model that has the tokenizer's size and little else."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )  # fmt: skip
+    return loaded(transformers.LlamaForCausalLM(config), tokenizer)
+
+
+def counted(tokenizer: Any, texts: list[str]) -> Any:
+    return count_tokens(
+        [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts], len(tokenizer)
+    )
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def trimmed(tiny_model: Any) -> tuple[LoadedModel, LoadedModel, VocabularyPlan]:
+    """(dense, trimmed, plan); the fox is counted, the rest is not."""
+    dense = loaded(*tiny_model())
+    small = loaded(*tiny_model())
+    plan = plan_vocabulary(small, counted(small.tokenizer, TEXTS[:1] * 50), 300, sources=("fox",))
+    return dense, cut_vocabulary(small, plan), plan
+
+
+def test_counted_tokens_stay_and_others_go(trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan]) -> None:
+    dense, small, plan = trimmed
+    assert len(plan.kept) == len(small.tokenizer) == small.model.config.vocab_size == 300
+    assert set(ids(dense.tokenizer, TEXTS[0])) <= set(plan.kept)
+    assert plan.growth == 1
+    assert len(ids(small.tokenizer, TEXTS[0])) == len(ids(dense.tokenizer, TEXTS[0]))
+    assert len(ids(small.tokenizer, TEXTS[1])) > len(ids(dense.tokenizer, TEXTS[1]))
+
+
+@given(st.text())
+def test_every_text_comes_back(trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan], text: str) -> None:
+    dense, small, _ = trimmed
+    assert small.tokenizer.decode(ids(small.tokenizer, text)) == dense.tokenizer.decode(
+        ids(dense.tokenizer, text)
+    )
+
+
+def test_rows_that_stay_compute_what_they_did(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense, small, plan = trimmed
+    new = torch.tensor([ids(small.tokenizer, TEXTS[0])])
+    old = torch.tensor(plan.kept)[new]
+    assert old.tolist() == [ids(dense.tokenizer, TEXTS[0])]
+    with torch.inference_mode():
+        expected, actual = dense.model(old).logits, small.model(new).logits
+    assert torch.allclose(expected[..., list(plan.kept)], actual, atol=1e-5)
+    assert small.model.get_input_embeddings().weight is small.model.get_output_embeddings().weight
+
+
+def test_special_ids_and_chats_are_the_same_tokens(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense, small, _ = trimmed
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    texts = [one.tokenizer.apply_chat_template(chat, tokenize=False) for one in (dense, small)]
+    assert texts[0] == texts[1]
+    for name in ("bos_token", "eos_token", "pad_token"):
+        text = getattr(dense.tokenizer, name)
+        assert getattr(small.tokenizer, name) == text
+        index = small.tokenizer.convert_tokens_to_ids(text)
+        assert getattr(small.tokenizer, f"{name}_id") == getattr(small.model.config, f"{name}_id") == index
+    assert small.model.generation_config.eos_token_id == small.tokenizer.eos_token_id
+
+
+def test_windows_are_respelled(trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan]) -> None:
+    dense, small, plan = trimmed
+    windows = torch.tensor([ids(dense.tokenizer, text)[:18] for text in TEXTS[:2]])
+    again = respell(windows, plan, token_trees(dense.tokenizer))
+    assert again.shape == windows.shape
+    for before, after in zip(windows, again, strict=True):
+        text = small.tokenizer.decode(after)
+        assert dense.tokenizer.decode(before).startswith(text)
+        assert len(text) > 8
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "gpt-2"])
+def test_real_vocabularies(llama_cpp_vocabularies: Path, tmp_path: Path, name: str) -> None:
+    dense = of_tokenizer(tokenizer_from_gguf(read_gguf(llama_cpp_vocabularies / f"ggml-vocab-{name}.gguf")))
+    tokenizer = dense.tokenizer
+    counts = counted(tokenizer, TEXTS)
+    plan = plan_vocabulary(dense, counts, len(tokenizer) // 4, sources=())
+    small = cut_vocabulary(dense, plan).tokenizer
+    assert len(small) == len(plan.kept) == len(tokenizer) // 4
+    assert set(np.flatnonzero(counts).tolist()) <= set(plan.kept), "what the text has stays"
+    for text in TEXTS:
+        assert [plan.kept[index] for index in ids(small, text)] == ids(tokenizer, text)
+    for text in (
+        "Pneumonoultramicroscopic \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+        "SELECT * FROM t WHERE x<=5;",
+    ):
+        assert small.decode(ids(small, text)) == tokenizer.decode(ids(tokenizer, text))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {token["id"] for token in state["added_tokens"]}
+    alone = 0
+    for new, old in list(enumerate(plan.kept))[:: len(plan.kept) // 500]:
+        text = tokenizer.convert_ids_to_tokens(old)
+        model = tokenizer.backend_tokenizer.model
+        if old not in added and [token.id for token in model.tokenize(text)] == [old]:
+            assert [token.id for token in small.backend_tokenizer.model.tokenize(text)] == [new], text
+            alone += 1
+    assert alone > 300
+
+
+def test_llama_cpp_reads_a_trimmed_vocabulary_alike(llama_cpp_vocabularies: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    import gguf
+
+    from exporters.gguf.tokenizer_metadata import add_tokenizer, check_tokenizer
+
+    for name in ("llama-bpe", "llama-spm"):
+        dense = of_tokenizer(
+            tokenizer_from_gguf(read_gguf(llama_cpp_vocabularies / f"ggml-vocab-{name}.gguf"))
+        )
+        plan = plan_vocabulary(dense, counted(dense.tokenizer, TEXTS), 9000, sources=())
+        small = cut_vocabulary(dense, plan).tokenizer
+        path = tmp_path / f"{name}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        for field in (
+            "context_length",
+            "embedding_length",
+            "block_count",
+            "feed_forward_length",
+            "head_count",
+        ):
+            getattr(writer, f"add_{field}")(8)
+        writer.add_layer_norm_rms_eps(1e-5)
+        add_tokenizer(writer, small, len(small))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert check_tokenizer(path, small) > 60
+
+
+def test_channels_are_judged_by_the_tokens_that_stay(tiny_model: Any) -> None:
+    dense = loaded(*tiny_model())
+    window = ids(dense.tokenizer, " ".join(TEXTS))[:64]
+    drawn = Calibration(torch.tensor([window] * 4), ("texts",), 0, "0" * 64)
+    settings = PruneSettings(prune_ratio=0.25, align=1, vocabulary=320)
+    result = prune_model(dense, drawn, settings)
+    assert result.plan.shape.vocab_size == 320
+    assert result.plan.vocabulary is not None
+    assert result.plan.vocabulary.sources == ("texts",)
+    assert int(result.calibration.input_ids.max()) < 320
+    fresh = loaded(*tiny_model())
+    again = prune_model(fresh, drawn, settings, plan=result.plan)
+    for name, value in result.loaded.model.state_dict().items():
+        assert torch.equal(value, again.loaded.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(10, "has to stay.*at least"), (385, "out of range.*1 to 384"), (-1, "out of range")],
+)
+def test_sizes_that_cannot_be(tiny_model: Any, size: int, message: str) -> None:
+    dense = loaded(*tiny_model())
+    with pytest.raises(InputError, match=message):
+        plan_vocabulary(dense, counted(dense.tokenizer, TEXTS), size, sources=())
+
+
+def test_other_kinds_of_tokenizer_are_refused() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
+    with pytest.raises(InputError, match=r"cannot be trimmed.*Unigram.*BPE"):
+        token_trees(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+def test_a_plan_of_another_vocabulary_is_refused(
+    tiny_model: Any, trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan]
+) -> None:
+    _, small, plan = trimmed
+    with pytest.raises(InputError, match="another vocabulary"):
+        cut_vocabulary(small, plan)
