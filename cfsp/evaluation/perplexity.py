@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,14 +60,7 @@ def perplexity(
     Raises:
         LimitError: The model gives logits that are not finite.
     """
-    total = 0.0
-    run = logits_of(model)
-    with torch.inference_mode():
-        for done, window in enumerate(windows.ids, 1):
-            for positions, logits in run(window):
-                total += float(F.cross_entropy(logits, window[positions], reduction="sum"))
-            progress("measuring perplexity", done, len(windows.ids))
-    check_finite_sums(total)
+    total = text_loss(model, [Scored(window, 1) for window in windows.ids], progress=progress)
     count, seqlen = windows.ids.shape
     scored = count * (seqlen - 1)
     return Perplexity(bounded_exp(total / scored), windows.source, seqlen, count, scored, windows.sha256)
@@ -76,6 +69,40 @@ def perplexity(
 def bounded_exp(nats: float) -> float:
     """exp, up to what a record can hold: a perplexity beyond that is none."""
     return math.exp(min(nats, 690.0))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A text of which all tokens but the first few are predicted.
+
+    Attributes:
+        ids: (n,) int64.
+        n_context: Tokens at the beginning that are not, at least one.
+    """
+
+    ids: torch.Tensor
+    n_context: int
+
+
+def text_loss(
+    model: LanguageModel | torch.nn.Module | Any, texts: Sequence[Scored], *, progress: Progress = no_progress
+) -> float:
+    """Sum of -ln p over the predicted tokens of all texts, in nats.
+
+    Raises:
+        LimitError: The model gives logits that are not finite.
+    """
+    total = 0.0
+    run = logits_of(model)
+    with torch.inference_mode():
+        for done, text in enumerate(texts, 1):
+            for positions, logits in run(text.ids):
+                context = max(0, text.n_context - positions.start)
+                targets = text.ids[positions][context:]
+                total += float(F.cross_entropy(logits[context:], targets, reduction="sum"))
+            progress("measuring perplexity", done, len(texts))
+    check_finite_sums(total)
+    return total
 
 
 def check_finite_sums(*sums: float) -> None:

@@ -1,0 +1,100 @@
+"""Bits per byte: the one figure of loss on a text that models of different vocabularies can be compared by.
+
+A tokenizer that cuts a text into more tokens predicts each of them more easily, so perplexity a token says nothing of
+two vocabularies; nats of the whole text over its bytes do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.perplexity import Scored, text_loss
+from cfsp.progress import Progress, no_progress
+from cfsp.text.encoding import encode
+from cfsp.text.tokens import TokenWindows
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss of one model on a text.
+
+    Attributes:
+        nats: Sum of -ln p over the predicted tokens.
+        n_tokens: Their number.
+        n_bytes: Bytes of the text that they spell, in UTF-8.
+    """
+
+    nats: float
+    n_tokens: int
+    n_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """log2 of the text's improbability over its bytes."""
+        return bits_per_byte(self.nats, self.n_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss a token."""
+        return math.exp(min(self.nats / self.n_tokens, 700.0))
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """nats / (ln 2 * n_bytes)."""
+    return nats / (math.log(2) * max(n_bytes, 1))
+
+
+def predicted_bytes(ids: torch.Tensor, tokenizer: Any) -> int:
+    """Bytes that windows (n_windows, seqlen) of token ids spell after their first token."""
+    return sum(len(_text(window[1:], tokenizer).encode("utf-8")) for window in ids)
+
+
+def losses_on_shared_text(
+    reference: LanguageModel, model: LanguageModel, windows: TokenWindows, *, progress: Progress = no_progress
+) -> tuple[TextLoss, TextLoss]:
+    """What two models of different vocabularies lose on the same text: (the reference's, the model's).
+
+    Windows are the reference's; where the other needs more tokens for the text of one, the window ends where both have
+    at most `seqlen`. Its first token is context for both.
+
+    Args:
+        reference: Whose token ids the windows have.
+        model: The other model.
+        windows: (n_windows, seqlen).
+        progress: Told after each window.
+
+    Raises:
+        LimitError: A model gives logits that are not finite.
+    """
+    pairs = [_shared(window, reference.tokenizer, model.tokenizer) for window in windows.ids]
+    n_bytes = sum(predicted_bytes(theirs.ids[None], reference.tokenizer) for theirs, _ in pairs)
+    columns = zip((reference, model), zip(*pairs, strict=True), strict=True)
+    first, second = (_loss(one, texts, n_bytes, progress) for one, texts in columns)
+    return first, second
+
+
+def _loss(model: LanguageModel, texts: Sequence[Scored], n_bytes: int, progress: Progress) -> TextLoss:
+    n_tokens = sum(len(text.ids) - text.n_context for text in texts)
+    return TextLoss(text_loss(model, texts, progress=progress), n_tokens, n_bytes)
+
+
+def _shared(window: torch.Tensor, tokenizer: Any, other: Any) -> tuple[Scored, Scored]:
+    """A window, shortened until the other tokenizer needs no more tokens for its text than it had, and these tokens."""
+    head = encode(other, _text(window[:1], tokenizer))
+    size = len(window)
+    while True:
+        rest = encode(other, _text(window[1:size], tokenizer))
+        excess = len(head) + len(rest) - len(window)
+        if excess <= 0 or size <= 2:
+            return Scored(window[:size], 1), Scored(torch.tensor([*head, *rest]), max(len(head), 1))
+        size = max(2, size - excess)
+
+
+def _text(ids: torch.Tensor, tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
