@@ -66,6 +66,9 @@ class GateOptions(Settings):
         None, "Compare with this earlier result; exit 1 where a figure got worse."
     )
     max_perplexity_ratio: float | None = _limit("max_perplexity_ratio", "perplexity, times the baseline's.")
+    max_bits_ratio: float | None = setting(
+        None, "Gate: bits per byte, times the baseline's.", ge=0, shown=_LIMITS["max_bits_ratio"]
+    )
     max_kl_increase: float | None = _limit("max_kl_increase", "mean KL divergence, in nats.")
     max_top1_drop: float | None = _limit("max_top1_drop", "same-top-1 share.")
     max_accuracy_drop: float | None = _limit("max_accuracy_drop", "each figure of a task.")

@@ -43,7 +43,10 @@ class TextResult:
         n_tokens: Predicted tokens.
         windows_sha256: Hash of the token ids.
         perplexity: Of the model.
-        divergence: From the reference model, where there is one.
+        divergence: From the reference model, where there is one of the same vocabulary.
+        n_bytes: Bytes of text that the predicted tokens spell.
+        bits_per_byte: Of the model, which figures of other vocabularies may be compared with.
+        against_bits_per_byte: The reference model's, on the same bytes.
     """
 
     kind: str
@@ -53,6 +56,9 @@ class TextResult:
     windows_sha256: str
     perplexity: PositiveFloat
     divergence: Divergence | None = None
+    n_bytes: int | None = None
+    bits_per_byte: float | None = None
+    against_bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)

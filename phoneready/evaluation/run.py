@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -13,9 +14,10 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.evaluation.answers import answer
+from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes
 from cfsp.evaluation.degeneration import degenerate, system_text
 from cfsp.evaluation.divergence import divergence
-from cfsp.evaluation.language_model import LanguageModel, check_same_vocabulary
+from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.tasks import load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
@@ -47,13 +49,13 @@ def evaluate(
 
     Raises:
         InputError: A text that cannot be read or is too short, two of one name, tasks or metrics that cannot be used,
-            or a reference model with another vocabulary.
+            or own metrics and a reference model with another vocabulary.
         MissingExtraError: Tasks without the `eval` extra.
     """
     check_settings(settings)
     check_texts(settings)
-    if against is not None:
-        check_same_vocabulary(model, against)
+    if against is not None and settings.metrics and (why := vocabulary_difference(model, against)):
+        raise InputError(f"{why}; own metrics read the ids of one: leave out the metrics, or --against")
     metrics = {name: find_metric(name) for name in settings.metrics}
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
@@ -141,11 +143,22 @@ def _judge(
     kind: str, model: LanguageModel, against: LanguageModel | None, windows: TokenWindows, progress: Progress
 ) -> TextResult:
     text = (kind, windows.source, windows.ids.shape[1])
+    if against is not None and vocabulary_difference(model, against):
+        theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
+        lost = (ours.n_bytes, ours.bits_per_byte, theirs.bits_per_byte)
+        return TextResult(*text, ours.n_tokens, windows.sha256, ours.perplexity, None, *lost)
+    n_bytes = predicted_bytes(windows.ids, model.tokenizer)
+
+    def bits(each: float, n_tokens: int) -> float:
+        return bits_per_byte(math.log(each) * n_tokens, n_bytes)
+
     if against is None:
         alone = perplexity(model, windows, progress=progress)
-        return TextResult(*text, alone.n_scored, windows.sha256, alone.perplexity)
+        own = bits(alone.perplexity, alone.n_scored)
+        return TextResult(*text, alone.n_scored, windows.sha256, alone.perplexity, None, n_bytes, own)
     both = divergence(against, model, windows, progress=progress)
-    return TextResult(*text, both.n_tokens, windows.sha256, both.perplexity, both)
+    each = (bits(one, both.n_tokens) for one in (both.perplexity, both.reference_perplexity))
+    return TextResult(*text, both.n_tokens, windows.sha256, both.perplexity, both, n_bytes, *each)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,16 @@ def text_table(
         own = f"{names[1]}'s"
         columns.append(_divergence("reference_perplexity", ".3f", f"perplexity, {names[0]}'s"))
     columns.append(Column(own, lambda text: f"{text.perplexity:.3f}", right=True))
+    for title, field in (("bits/byte", "bits_per_byte"), (f"{names[0]}'s", "against_bits_per_byte")):
+        if evaluation.texts and all(getattr(text, field) is not None for text in evaluation.texts):
+            columns.append(Column(title, _bits(field), right=True))
     if own != "perplexity":
         columns += [_divergence(field, form) for field, form in _DIVERGENCE.items()]
     return Table(columns, evaluation.texts)
+
+
+def _bits(field: str) -> Callable[[TextResult], str]:
+    return lambda text: f"{getattr(text, field):.4f}"
 
 
 def _divergence(field: str, form: str, title: str | None = None) -> Column[TextResult]:

@@ -89,6 +89,10 @@ _ROWS = (
         tolerance=Tolerance("max_perplexity_ratio", 1.02, is_ratio=True),
     ),
     Metric(
+        "bits_per_byte", "bits per byte", "loss on a text over its bytes, whatever the vocabulary", TEXT, "bits",
+        best=0.0, slope=0.3, tolerance=Tolerance("max_bits_ratio", 1.02, is_ratio=True),
+    ),
+    Metric(
         "perplexity_ratio", "perplexity ratio", "perplexity over the dense model's on the same tokens", TEXT, "x",
         against_dense=False, best=1.0, slope=1.2,
     ),
@@ -186,9 +190,10 @@ def recorded_metric(name: str) -> Metric:
     return sized if sized is not None and sized.sized and sized.name != name else OWN_METRIC
 
 
-def metrics_from(source: str) -> tuple[str, ...]:
-    """Names of the metrics that come from somewhere."""
-    return tuple(row.name for row in METRICS.values() if row.source == source)
+def metrics_from(source: str, *, with_divergence: bool = True) -> tuple[str, ...]:
+    """Names of the metrics that come from somewhere; divergences from the dense model need its vocabulary."""
+    rows = (row for row in METRICS.values() if row.source == source)
+    return tuple(row.name for row in rows if with_divergence or row.against_dense)
 
 
 def own_reference(name: str) -> str:
