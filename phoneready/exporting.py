@@ -10,9 +10,14 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing
+from cfsp.models.checkpoint import PLAN_FILE
 from cfsp.models.reference import load_model
+from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.vocabulary import respell
+from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import spread_windows
+from cfsp.records import read_record
 from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
@@ -108,4 +113,7 @@ def _calibration(checkpoint: Path, request: ExportSettings, progress: Progress) 
         seed=request.seed,
         progress=progress,
     ).input_ids
+    plan = read_record(PruningPlan, checkpoint / PLAN_FILE) if (checkpoint / PLAN_FILE).is_file() else None
+    if request.dense and plan and plan.vocabulary:
+        ids = respell(ids, plan.vocabulary, token_trees(loaded.tokenizer))
     return ids if request.windows is None else spread_windows(ids, request.windows)

@@ -181,7 +181,7 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     tasks = ("tasks",) if c.evaluate.tasks else ()
     stages = [
         Stage("dense", _dense(c, steps), (), steps.dense),
-        Stage("prune", dataclasses.asdict(c.prune_settings()) | made_with("prune"), ("dense",), steps.prune),
+        Stage("prune", _pruned(c), ("dense",), steps.prune),
     ]
     if c.recover is not None:
         stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
@@ -216,6 +216,11 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
         "moments": steps.needs_moments,
         **made_with("dense"),
     }
+
+
+def _pruned(config: ReleaseConfig) -> dict[str, Any]:
+    counted = {"vocabulary_text": _identities(config.prune.vocabulary_text)}
+    return dataclasses.asdict(config.prune_settings()) | counted | made_with("prune")
 
 
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:

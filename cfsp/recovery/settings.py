@@ -156,7 +156,7 @@ def token_budget(settings: Training) -> int | None:
     return settings.max_tokens
 
 
-def loss_weights(settings: RecoverySettings) -> tuple[float, float]:
+def loss_weights(settings: Training) -> tuple[float, float]:
     """Weights of the next-token loss and of distillation."""
     return LOSSES[settings.loss](settings.distill_weight)
 

@@ -11,7 +11,8 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
-from cfsp.recovery.settings import two_budgets
+from cfsp.recovery.settings import loss_weights, two_budgets
+from cfsp.text.settings import SELF
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, family_of
 from exporters.onnx import find_variant
@@ -105,6 +106,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     }
     return [
         *(((name,), problem) for name, problem in alone.items() if problem),
+        *_vocabulary_alone(config),
         *_unknown_files(config),
         *_repeated_texts(config),
         *_no_places(config),
@@ -174,6 +176,17 @@ def _place_namer(lines: Mapping[Location, int], given: Mapping[Location, str]) -
     return name
 
 
+def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """What compares token by token with the dense model, whose tokens these are not any more."""
+    if not config.prune.vocabulary:
+        return
+    if config.recover and (loss_weights(config.recover)[1] or SELF in config.recover.data):
+        message = "the dense model has another vocabulary than what is trained and cannot teach it"
+        yield ("recover",), f"{message}; allowed: the loss next-token on text or chats"
+    if config.tune:
+        yield ("tune",), "a search compares with the dense model token by token: leave prune.vocabulary out"
+
+
 def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """Files that are to be measured or judged and are not exported."""
     known = config.export.names
@@ -224,7 +237,7 @@ def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
 
 _REFERENCES: Mapping[str, tuple[str, ...]] = {
     "model": ("reference",),
-    "prune": ("calibration",),
+    "prune": ("calibration", "vocabulary_text"),
     "recover": ("data", "validation"),
     "evaluate": ("text", "chats", "tasks", "task_data"),
     "baseline": ("file",),

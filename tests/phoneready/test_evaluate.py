@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
@@ -461,16 +463,39 @@ def test_what_cannot_be_judged_is_refused(
     )
 
 
-def test_another_vocabulary_is_refused(
-    model: str, tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
+def test_bits_per_byte_are_the_loss_over_the_bytes(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluate(capsys, model, "--against", model, *TEXT)["texts"][0]
+    bits = math.log2(found["perplexity"]) * found["n_tokens"] / found["n_bytes"]
+    assert found["bits_per_byte"] == pytest.approx(bits)
+    assert found["against_bits_per_byte"] == pytest.approx(bits)
+
+
+def test_models_of_two_vocabularies_are_judged_by_bits_per_byte(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tiny_folder("qwen2")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    names = {number: token for token, number in tokenizer["model"]["vocab"].items()}
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary[names[10]], vocabulary[names[11]] = 11, 10
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    assert "vocabular" in refused(capsys, str(folder), "--against", model, *TEXT)
+    trimmed = str(tmp_path / "trimmed")
+    options = ["--prune-ratio", "0", "--vocabulary", "300", "--calibration", "builtin:python-docs"]
+    sizes = ["--nsamples", "4", "--seqlen", "64", "--threads", "1"]
+    assert main(["prune", model, "-o", trimmed, *options, *sizes]) == 0
+    assert "300 of 384 rows kept" in capsys.readouterr().out
+    config = json.loads((tmp_path / "trimmed" / "config.json").read_text(encoding="utf-8"))
+    assert config["vocab_size"] == 300
+    assert "auto_map" not in config
+    plain = transformers.AutoModelForCausalLM.from_pretrained(trimmed)
+    assert plain.get_output_embeddings().weight.shape[0] == len(
+        transformers.AutoTokenizer.from_pretrained(trimmed)
+    )
+    found = evaluate(capsys, trimmed, "--against", model, *TEXT)["texts"][0]
+    dense = evaluate(capsys, model, *TEXT)["texts"][0]
+    assert found["divergence"] is None
+    assert found["n_bytes"] <= dense["n_bytes"], "a window ends where the other has enough tokens"
+    assert found["against_bits_per_byte"] == pytest.approx(dense["bits_per_byte"], rel=0.1)
+    assert found["bits_per_byte"] != found["against_bits_per_byte"]
+    own = [str(tmp_path / "own.py") + ":count"]
+    (tmp_path / "own.py").write_text(
+        "def count(model, tokenizer, windows):\n    return 1.0\n", encoding="utf-8"
+    )
+    assert "different vocabularies" in refused(capsys, trimmed, "--against", model, *TEXT, "--metric", *own)
 
 
 def test_every_tolerance_has_its_option(capsys: pytest.CaptureFixture[str]) -> None:
