@@ -48,36 +48,61 @@ def token_trees(tokenizer: Any) -> TokenTrees:
         InputError: Not a BPE tokenizer.
     """
     state = _state(tokenizer)
-    model = state["model"]
-    vocab: dict[str, int] = model["vocab"]
-    ranks: dict[tuple[str, str], int] = {}
-    makers: dict[str, list[tuple[str, str]]] = {}
-    for pair in _merges(model):
-        if pair not in ranks:
-            ranks[pair] = len(ranks)
-            makers.setdefault("".join(pair), []).append(pair)
-    apart = {added["id"] for added in state["added_tokens"]}
-    if model.get("byte_fallback"):
-        apart |= {vocab[name] for name in map(_BYTE.format, range(256)) if name in vocab}
+    merges = _Merges(state["model"])
+    apart = merges.bytes | {added["id"] for added in state["added_tokens"]}
     parts: dict[int, tuple[int, ...]] = {}
-    order: dict[int, int] = {}
+    ranks: dict[int, int] = {}
     built_on: dict[int, list[int]] = {}
-    for text, index in vocab.items():
-        if index in apart:
+    for text, index in merges.vocab.items():
+        ids, rank = ((), None) if index in apart else merges.last_step(text)
+        if not ids or index in ids:
             continue
-        ways = makers.get(text, [])
-        pieces, merged = (ways[0], True) if len(ways) == 1 else _last_step(text, ranks)
-        if len(pieces) == 1:
-            pieces = _bytes_of(text, vocab) if model.get("byte_fallback") else []
-        ids = tuple(vocab[piece] for piece in pieces if piece in vocab)
-        if not ids or len(ids) != len(pieces) or index in ids:
-            continue
-        parts[index] = ids
-        order[index] = ranks[pieces[0], pieces[1]] if merged else len(ranks)
-        for part in set(ids) if merged else ():
+        parts[index], ranks[index] = ids, len(merges.ranks) if rank is None else rank
+        for part in set(ids) if rank is not None else ():
             built_on.setdefault(part, []).append(index)
-    size = 1 + max([*vocab.values(), *apart])
-    return TokenTrees(size, parts, {part: tuple(users) for part, users in built_on.items()}, order)
+    size = 1 + max([*merges.vocab.values(), *apart])
+    return TokenTrees(size, parts, {part: tuple(users) for part, users in built_on.items()}, ranks)
+
+
+class _Merges:
+    """A BPE model's table of merges.
+
+    Attributes:
+        vocab: Text -> id.
+        ranks: Pair -> when it was learned.
+        bytes: Ids of the tokens that stand for bytes of characters without a token of their own.
+    """
+
+    def __init__(self, model: Mapping[str, Any]) -> None:
+        self.vocab: dict[str, int] = model["vocab"]
+        self.ranks: dict[tuple[str, str], int] = {}
+        self._ways: dict[str, list[tuple[str, str]]] = {}
+        for pair in _merges(model):
+            if pair not in self.ranks:
+                self.ranks[pair] = len(self.ranks)
+                self._ways.setdefault("".join(pair), []).append(pair)
+        names = map(_BYTE.format, range(256 if model.get("byte_fallback") else 0))
+        self.bytes = {self.vocab[name] for name in names if name in self.vocab}
+
+    def last_step(self, text: str) -> tuple[tuple[int, ...], int | None]:
+        """Ids of what a token is made of, and the rank of the merge that joins them; no rank where none does."""
+        ways = self._ways.get(text, [])
+        pieces: Sequence[str] = ways[0] if len(ways) == 1 else self._merged(text)
+        rank = self.ranks.get((pieces[0], pieces[1])) if len(pieces) == 2 else None
+        if len(pieces) == 1:
+            pieces = [_BYTE.format(byte) for byte in text.encode("utf-8")] if self.bytes else []
+        ids = tuple(self.vocab[piece] for piece in pieces if piece in self.vocab)
+        return (ids, rank) if len(ids) == len(pieces) else ((), None)
+
+    def _merged(self, text: str) -> list[str]:
+        """The pieces that merging comes to before the last merge, or where it can go no further."""
+        pieces = list(text)
+        while len(pieces) > 2:
+            best = min(itertools.pairwise(pieces), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
+            if best not in self.ranks:
+                break
+            pieces = _merge(pieces, best)
+        return pieces
 
 
 def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
@@ -121,19 +146,6 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in pairs]
 
 
-def _last_step(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[Sequence[str], bool]:
-    """(pieces, whether merging joins them): the two of the token's last merge; without one, all that is left."""
-    pieces = list(text)
-    while len(pieces) > 1:
-        best = min(itertools.pairwise(pieces), key=lambda pair: ranks.get(pair, len(ranks)))
-        if best not in ranks:
-            return pieces, False
-        if len(pieces) == 2:
-            return pieces, True
-        pieces = _merge(pieces, best)
-    return pieces, False
-
-
 def _merge(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
     merged: list[str] = []
     at = 0
@@ -142,11 +154,6 @@ def _merge(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
         merged.append("".join(pair) if joins else pieces[at])
         at += 2 if joins else 1
     return merged
-
-
-def _bytes_of(text: str, vocab: Mapping[str, int]) -> list[str]:
-    names = [_BYTE.format(byte) for byte in text.encode("utf-8")]
-    return names if all(name in vocab for name in names) else []
 
 
 def _renumber_processor(processor: dict[str, Any], renumbered: Mapping[int, int]) -> None:

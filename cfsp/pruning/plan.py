@@ -126,6 +126,14 @@ class PruningPlan:
         """Realized share of FFN channels kept."""
         return sum(self.shape.ffn_widths) / sum(self.dense_widths)
 
+    @property
+    def removed(self) -> str:
+        """What goes, in words."""
+        channels = f"{1 - self.keep_ratio:.1%} of the FFN channels removed"
+        if self.vocabulary is None:
+            return channels
+        return f"{channels}, {len(self.vocabulary.kept)} of {self.vocabulary.dense_size} tokens kept"
+
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
         settings = replace(self.settings, prune_ratio=prune_ratio)

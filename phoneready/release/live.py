@@ -14,7 +14,7 @@ from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from exporters.export_record import ExportManifest
 from phoneready.console import format_bytes
-from phoneready.evaluation.evaluation_record import Evaluation
+from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import BenchRecord
@@ -70,8 +70,7 @@ def rows_so_far(progress: Progress) -> tuple[Progress, Callable[[BenchRecord], N
 
 
 def _pruned(output: Path) -> str:
-    plan = read_record(PruningPlan, output / "model" / PLAN_FILE)
-    return f"{1 - plan.keep_ratio:.1%} of the FFN channels removed"
+    return read_record(PruningPlan, output / "model" / PLAN_FILE).removed
 
 
 def _recovered(output: Path) -> str:
@@ -88,12 +87,20 @@ def _evaluated(output: Path) -> str:
             continue
         evaluation = read_record(Evaluation, path)
         parts += [
-            f"{evaluation.model.reference} on {text.kind}: perplexity {text.divergence.perplexity_ratio:.3f} x dense, "
-            f"KL {text.divergence.kl_mean:.3f}"
+            f"{evaluation.model.reference} on {text.kind}: {outcome}"
             for text in evaluation.texts
-            if text.divergence
+            if (outcome := _outcome(text))
         ]
     return "; ".join(parts)
+
+
+def _outcome(text: TextResult) -> str:
+    """Against the dense model; of another vocabulary's, by what can be compared."""
+    if text.divergence:
+        return f"perplexity {text.divergence.perplexity_ratio:.3f} x dense, KL {text.divergence.kl_mean:.3f}"
+    if text.bits_per_byte is None or text.against_bits_per_byte is None:
+        return ""
+    return f"bits per byte {text.bits_per_byte / text.against_bits_per_byte:.4f} x dense"
 
 
 def _exported(output: Path) -> str:

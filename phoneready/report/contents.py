@@ -79,9 +79,9 @@ def contents(report: ReportInput) -> dict[str, Any]:
 def headline(figures: ReleaseFigures) -> str:
     """The outcome in one sentence."""
     dense, pruned = figures.pairs[0]
-    share, size = 1 - figures.plan.keep_ratio, pruned.file_bytes / dense.file_bytes
+    size = pruned.file_bytes / dense.file_bytes
     parts = [
-        f"{share:.1%} of the FFN channels removed",
+        figures.plan.removed,
         f"the {pruned.quant} file is {format_bytes(pruned.file_bytes)}, {size:.3f} times the dense one",
     ]
     for text in figures.evaluation.texts:
@@ -90,6 +90,9 @@ def headline(figures: ReleaseFigures) -> str:
                 f"on {text.kind} perplexity is {d.perplexity_ratio:.3f} times the dense model's "
                 f"and the first choice is the same for {d.same_top1:.1%} of the tokens"
             )
+        elif text.bits_per_byte and text.against_bits_per_byte:
+            ratio = text.bits_per_byte / text.against_bits_per_byte
+            parts.append(f"on {text.kind} bits per byte are {ratio:.4f} times the dense model's")
     return "; ".join(parts) + "."
 
 
