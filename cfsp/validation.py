@@ -15,6 +15,8 @@ Location = tuple[str | int, ...]
 
 
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+WhereSet = pydantic.Field(exclude_if=lambda value: not value)
+"""Leaves a field out of a record where it says nothing, so that records of what was before it keep their bytes."""
 Seed = Annotated[int, pydantic.Field(ge=-(2**63), lt=2**63)]
 """What every generator of random numbers takes, and GGUF can store."""
 _MOST_PROBLEMS = 20

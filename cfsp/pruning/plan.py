@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
@@ -27,7 +27,7 @@ from cfsp.pruning.statistics import BlockStatistics
 from cfsp.pruning.surgery import Cut, set_config_shape
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
-from cfsp.validation import Seed
+from cfsp.validation import Seed, WhereSet
 
 _LOSS_SEGMENTS = 64
 """Resolution of the predicted loss over a block's width."""
@@ -99,7 +99,7 @@ class PruningPlan:
     settings: PruneSettings
     dense_widths: tuple[int, ...]
     blocks: tuple[BlockPlan, ...]
-    vocabulary: VocabularyPlan | None = None
+    vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from cfsp.settings import Settings, setting
+from cfsp.validation import WhereSet
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class PruneSettings(Settings):
         "Of matrix products over the calibration text: auto, float32 or bfloat16.",
         choices="cfsp.precision:DTYPES",
     )
-    vocabulary: int = setting(0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24)
+    vocabulary: Annotated[int, WhereSet] = setting(0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24)
 
     @property
     def plan_needs_gram(self) -> bool:

@@ -238,7 +238,7 @@ def test_the_gate_passes_what_is_as_good(
 ) -> None:
     result = evaluate(capsys, other, "--against", model, *SIZES, "--baseline", baseline)
     rows = {row["metric"]: row for row in result["gate"]}
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert all(row["ok"] for row in rows.values())
     assert rows["perplexity, text builtin:python-docs"]["change"] == pytest.approx(1)
     assert rows["KL mean, text builtin:python-docs"]["allowed"] == 0.01
