@@ -52,7 +52,9 @@ class PruneSettings(Settings):
         "Of matrix products over the calibration text: auto, float32 or bfloat16.",
         choices="cfsp.precision:DTYPES",
     )
-    vocabulary: Annotated[int, WhereSet] = setting(0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24)
+    vocabulary: Annotated[int, WhereSet] = setting(
+        0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24
+    )
 
     @property
     def plan_needs_gram(self) -> bool:

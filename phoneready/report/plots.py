@@ -40,8 +40,13 @@ def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup], sweep: Swe
     return [plot for plot in found if plot is not None]
 
 
-def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot:
-    """Perplexity over the share of channels removed: the sweep where there is one, checkpoints, and files."""
+def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot | None:
+    """Perplexity over the share of channels removed: the sweep where there is one, checkpoints, and files.
+
+    None where the tokens are others than the dense model's, as their perplexities say nothing together.
+    """
+    if figures.plan.vocabulary:
+        return None
     removed = 1 - figures.plan.keep_ratio
     data: list[dict[str, Any]] = []
     if sweep:

@@ -93,6 +93,8 @@ def comparison_table(group: BenchGroup | None, dense: ExportRecord, pruned: Expo
         _ratio_row(METRICS["file_bytes"].title, dense.file_bytes, pruned.file_bytes, format_bytes),
         _ratio_row(perplexity, p.ppl_export, q.ppl_export, "{:.2f}".format),
     ]
+    if dense.shape.vocab_size != pruned.shape.vocab_size:
+        rows[1] = (*rows[1][:3], "none: the tokens are others")
     return table_of_cells(COMPARED, [*rows, *bench_rows(group, dense.file, pruned.file)])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.records import write_record
 from phoneready.report.contents import ReportInput, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
@@ -347,6 +348,20 @@ def test_without_budgets_and_records_it_says_so(make_report_input: MakeReportInp
     text = render_page(bare)
     assert "No budgets were set" in text
     assert "Nothing was measured" in text
+
+
+def test_perplexities_of_other_tokens_have_no_ratio(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    dense, pruned = report.figures.pairs[0]
+    assert float(str(comparison_table(None, dense, pruned).rows[1][3])) > 0
+    trimmed = replace(pruned, shape=replace(pruned.shape, vocab_size=300))
+    assert "the tokens are others" in str(comparison_table(None, dense, trimmed).rows[1][3])
+    kept = VocabularyPlan(384, tuple(range(300)), ("x.txt",), 1000, 1.1)
+    plan = replace(report.figures.plan, vocabulary=kept)
+    text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
+    assert "300 of 384 tokens kept" in text
+    assert "plot-quality" in render_page(report)
+    assert "plot-quality" not in text
 
 
 def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:
