@@ -4,12 +4,13 @@ A token that is removed is read and written as its parts (`TokenTrees.parts`), s
 and tokens that the model has seldom seen where it needs them. Removed are leaves of the token trees alone, so that all
 other tokens come about as before; the cheapest first, by
 
-    count(t) (sum of -ln p(part) over the parts + ln p(t))        nats on the text counted
+    count(t) (split + max(0, sum of -ln p(part) over the parts + ln p(t)))        nats on the text counted
 
-where p are the shares that tokens have of the text in the dense model's segmentation. A part that never stands alone
-there is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as it will
-be removed next. Tokens that the text does not have are ordered by when merging learned them, the last first, which is
-how often the tokenizer's own training text had them. No forward pass is needed.
+where p are the shares that tokens have of the text in the dense model's segmentation, and `split` is what any split
+costs a model, however well known the parts are: it reads a word in a way in which it has not met it. A part that never
+stands alone is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as
+it will be removed next. Tokens that the text does not have are ordered by when merging learned them, the last first,
+which is how often the tokenizer's own training text had them. No forward pass is needed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from cfsp.text.templates import render_chat
 
 Counts = npt.NDArray[np.float64]
 """How often the text has every token, (tokens,)."""
+_SPLIT_NATS = 4.0
+"""What a split costs at the least; measured are 4 to 5 nats for each further token of a text."""
 _PRIOR_SHARE = 0.02
 """Weight of what the ranks say beside what the text says."""
 _PRIOR_RANK = 1000.0
@@ -221,8 +224,8 @@ class _Remover:
         return float(sum(self._best[part] for part in self._trees.parts[index]))
 
     def _key(self, index: int) -> tuple[float, int, int]:
-        cost = float(self._needed[index]) * (self._parts_cost(index) - float(self._nats[index]))
-        return cost, -self._trees.ranks[index], index
+        dearer = max(0.0, self._parts_cost(index) - float(self._nats[index]))
+        return float(self._needed[index]) * (_SPLIT_NATS + dearer), -self._trees.ranks[index], index
 
 
 def _spelled(index: int, gone: set[int], trees: TokenTrees) -> list[int]:
