@@ -12,7 +12,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing
 from cfsp.models.checkpoint import PLAN_FILE
 from cfsp.models.reference import load_model
-from cfsp.models.token_trees import token_trees
+from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.vocabulary import respell
 from cfsp.pruning.plan import PruningPlan
@@ -115,5 +115,6 @@ def _calibration(checkpoint: Path, request: ExportSettings, progress: Progress) 
     ).input_ids
     plan = read_record(PruningPlan, checkpoint / PLAN_FILE) if (checkpoint / PLAN_FILE).is_file() else None
     if request.dense and plan and plan.vocabulary:
-        ids = respell(ids, plan.vocabulary, token_trees(loaded.tokenizer))
+        trimmed = trimmed_tokenizer(loaded.tokenizer, plan.vocabulary.kept)
+        ids = respell(ids, plan.vocabulary, loaded.tokenizer, trimmed)
     return ids if request.windows is None else spread_windows(ids, request.windows)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.perplexity import Scored, text_loss
+from cfsp.evaluation.perplexity import Scored, bounded_exp, text_loss
 from cfsp.progress import Progress, no_progress
 from cfsp.text.encoding import encode
 from cfsp.text.tokens import TokenWindows
@@ -42,7 +42,7 @@ class TextLoss:
     @property
     def perplexity(self) -> float:
         """exp of the mean loss a token."""
-        return math.exp(min(self.nats / self.n_tokens, 700.0))
+        return bounded_exp(self.nats / self.n_tokens)
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:

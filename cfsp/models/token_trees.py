@@ -35,7 +35,7 @@ class TokenTrees:
 
     size: int
     parts: Mapping[int, tuple[int, ...]]
-    built_on: Mapping[int, tuple[int, ...]]
+    built_on: Mapping[int, frozenset[int]]
     ranks: Mapping[int, int]
 
 
@@ -61,7 +61,7 @@ def token_trees(tokenizer: Any) -> TokenTrees:
         for part in set(ids) if rank is not None else ():
             built_on.setdefault(part, []).append(index)
     size = 1 + max([*merges.vocab.values(), *apart])
-    return TokenTrees(size, parts, {part: tuple(users) for part, users in built_on.items()}, ranks)
+    return TokenTrees(size, parts, {part: frozenset(users) for part, users in built_on.items()}, ranks)
 
 
 class _Merges:
@@ -77,7 +77,7 @@ class _Merges:
         self.vocab: dict[str, int] = model["vocab"]
         self.ranks: dict[tuple[str, str], int] = {}
         self._ways: dict[str, list[tuple[str, str]]] = {}
-        for pair in _merges(model):
+        for pair in merge_pairs(model):
             if pair not in self.ranks:
                 self.ranks[pair] = len(self.ranks)
                 self._ways.setdefault("".join(pair), []).append(pair)
@@ -119,7 +119,7 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     known = model["vocab"].keys()
     model["merges"] = [
         [left, right]
-        for left, right in _merges(model)
+        for left, right in merge_pairs(model)
         if left in known and right in known and left + right in known
     ]
     for added in state["added_tokens"]:
@@ -140,7 +140,8 @@ def _state(tokenizer: Any) -> dict[str, Any]:
     return state
 
 
-def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+def merge_pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The merges of a tokenizer.json's BPE model, the first learned first."""
     # Older files have "left right", newer ones ["left", "right"].
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in pairs]

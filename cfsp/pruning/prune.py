@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 from cfsp.models.source import LoadedModel
-from cfsp.models.token_trees import token_trees
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.vocabulary import (
@@ -147,9 +146,9 @@ def _trim(
     """The model, changed in place, and the windows with the tokens that are kept; both as they are without a plan."""
     if vocabulary is None:
         return loaded, calibration
-    trees = token_trees(loaded.tokenizer)
-    ids = respell(calibration.input_ids, vocabulary, trees)
-    return cut_vocabulary(loaded, vocabulary), replace(calibration, input_ids=ids, sha256=tokens_sha256(ids))
+    trimmed = cut_vocabulary(loaded, vocabulary)
+    ids = respell(calibration.input_ids, vocabulary, loaded.tokenizer, trimmed.tokenizer)
+    return trimmed, replace(calibration, input_ids=ids, sha256=tokens_sha256(ids))
 
 
 def statistics_for(

@@ -15,6 +15,7 @@ from typing import Any
 
 from cfsp.errors import InputError, LimitError
 from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
+from cfsp.models.token_trees import merge_pairs
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import CHECK_STRINGS
 
@@ -129,9 +130,7 @@ def _merges(state: Mapping[str, Any]) -> list[tuple[str, str]]:
         raise InputError(
             "this kind of tokenizer cannot be exported", field="tokenizer", value=kind, allowed="BPE"
         )
-    # Older files have "left right", newer ones ["left", "right"].
-    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in state["model"]["merges"])
-    return [(left, right) for left, right in pairs]
+    return merge_pairs(state["model"])
 
 
 def _scores(merges: Sequence[tuple[str, str]], tokens: Sequence[str], types: Sequence[int]) -> list[float]:

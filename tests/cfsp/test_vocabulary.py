@@ -120,7 +120,7 @@ def test_special_ids_and_chats_are_the_same_tokens(
 def test_windows_are_respelled(trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan]) -> None:
     dense, small, plan = trimmed
     windows = torch.tensor([ids(dense.tokenizer, text)[:18] for text in TEXTS[:2]])
-    again = respell(windows, plan, token_trees(dense.tokenizer))
+    again = respell(windows, plan, dense.tokenizer, small.tokenizer)
     assert again.shape == windows.shape
     for before, after in zip(windows, again, strict=True):
         text = small.tokenizer.decode(after)

@@ -146,20 +146,21 @@ def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
     return replace(loaded, tokenizer=tokenizer)
 
 
-def respell(ids: torch.Tensor, plan: VocabularyPlan, trees: TokenTrees) -> torch.Tensor:
+def respell(ids: torch.Tensor, plan: VocabularyPlan, tokenizer: Any, trimmed: Any) -> torch.Tensor:
     """Windows of the dense model's token ids in the kept tokens' ids, each as long as before.
 
     Args:
         ids: (n_windows, seqlen) int64.
         plan: Which tokens are kept.
-        trees: Of the dense model's tokenizer.
+        tokenizer: The dense model's.
+        trimmed: The tokenizer of the kept tokens.
     """
-    renumbered = {old: new for new, old in enumerate(plan.kept)}
-    gone = set(range(plan.dense_size)) - renumbered.keys()
-    spelled = {
-        index: [renumbered[part] for part in _spelled(index, gone, trees)]
-        for index in set(ids.flatten().tolist())
-    }
+    spelled = {old: [new] for new, old in enumerate(plan.kept)}
+    merging = trimmed.backend_tokenizer.model
+    for index in set(ids.flatten().tolist()) - spelled.keys():
+        # Rows beyond the tokenizer have no text.
+        text = tokenizer.convert_ids_to_tokens(index) or ""
+        spelled[index] = [token.id for token in merging.tokenize(text)]
     windows = [[new for old in window for new in spelled[old]][: ids.shape[1]] for window in ids.tolist()]
     return torch.tensor(windows, dtype=ids.dtype)
 
@@ -208,14 +209,12 @@ class _Remover:
             removed.append(index)
             for part in self._trees.parts[index]:
                 self._needed[part] += self._needed[index]
-            for part in set(self._trees.parts[index]) if self._is_built(index) else ():
-                self._users[part] -= 1
-                if self._may_go(part):
-                    heapq.heappush(queue, self._key(part))
+            for part in set(self._trees.parts[index]):
+                if index in self._trees.built_on.get(part, ()):
+                    self._users[part] -= 1
+                    if self._may_go(part):
+                        heapq.heappush(queue, self._key(part))
         return removed
-
-    def _is_built(self, index: int) -> bool:
-        return any(index in self._trees.built_on.get(part, ()) for part in self._trees.parts[index])
 
     def _may_go(self, index: int) -> bool:
         return index in self._trees.parts and not self._users.get(index) and index not in self._required
