@@ -54,8 +54,9 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    if against is not None and settings.metrics and (why := vocabulary_difference(model, against)):
-        raise InputError(f"{why}; own metrics read the ids of one: leave out the metrics, or --against")
+    different = vocabulary_difference(model, against) if against else None
+    if different and settings.metrics:
+        raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
     metrics = {name: find_metric(name) for name in settings.metrics}
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
@@ -64,7 +65,7 @@ def evaluate(
         sources = [*(("text", one) for one in settings.text), *(("chats", one) for one in settings.chats)]
         windows = [_windows(source, against or model, settings, progress) for _, source in sources]
         texts = [
-            _judge(kind, model, against, found, progress)
+            _judge(kind, model, against, found, progress, same_tokens=not different)
             for (kind, _), found in zip(sources, windows, strict=True)
         ]
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
@@ -140,10 +141,16 @@ def _windows(
 
 
 def _judge(
-    kind: str, model: LanguageModel, against: LanguageModel | None, windows: TokenWindows, progress: Progress
+    kind: str,
+    model: LanguageModel,
+    against: LanguageModel | None,
+    windows: TokenWindows,
+    progress: Progress,
+    *,
+    same_tokens: bool,
 ) -> TextResult:
     text = (kind, windows.source, windows.ids.shape[1])
-    if against is not None and vocabulary_difference(model, against):
+    if against is not None and not same_tokens:
         theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
         lost = (ours.n_bytes, ours.bits_per_byte, theirs.bits_per_byte)
         return TextResult(*text, ours.n_tokens, windows.sha256, ours.perplexity, None, *lost)
