@@ -257,6 +257,32 @@ def write_gguf() -> Callable[..., None]:
     return _write_gguf
 
 
+def _write_vocabulary(path: Path, tokenizer: Any) -> Path:
+    """A GGUF file with a vocabulary and no tensors."""
+    from exporters.gguf.tokenizer_metadata import add_tokenizer
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_vocab_size(len(tokenizer))
+    writer.add_context_length(8)
+    writer.add_embedding_length(8)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(8)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    add_tokenizer(writer, tokenizer, len(tokenizer))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def vocabulary_file() -> Callable[[Path, Any], Path]:
+    """`vocabulary_file(path, tokenizer)` writes a GGUF file with a vocabulary and no tensors."""
+    return _write_vocabulary
+
+
 @pytest.fixture(scope="session")
 def tiny_gguf(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyPath:
     """Factory with `tiny_model`'s arguments -> a fresh float32 GGUF file of that model."""

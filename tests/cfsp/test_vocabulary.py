@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,35 +157,18 @@ def test_real_vocabularies(llama_cpp_vocabularies: Path, tmp_path: Path, name: s
     assert alone > 300
 
 
-def test_llama_cpp_reads_a_trimmed_vocabulary_alike(llama_cpp_vocabularies: Path, tmp_path: Path) -> None:
+def test_llama_cpp_reads_a_trimmed_vocabulary_alike(
+    llama_cpp_vocabularies: Path, vocabulary_file: Callable[[Path, Any], Path], tmp_path: Path
+) -> None:
     pytest.importorskip("llama_cpp")
-    import gguf
-
-    from exporters.gguf.tokenizer_metadata import add_tokenizer, check_tokenizer
+    from exporters.gguf.tokenizer_metadata import check_tokenizer
 
     for name in ("llama-bpe", "llama-spm"):
-        dense = of_tokenizer(
-            tokenizer_from_gguf(read_gguf(llama_cpp_vocabularies / f"ggml-vocab-{name}.gguf"))
-        )
+        file = read_gguf(llama_cpp_vocabularies / f"ggml-vocab-{name}.gguf")
+        dense = of_tokenizer(tokenizer_from_gguf(file))
         plan = plan_vocabulary(dense, counted(dense.tokenizer, TEXTS), 9000, sources=())
         small = cut_vocabulary(dense, plan).tokenizer
-        path = tmp_path / f"{name}.gguf"
-        writer = gguf.GGUFWriter(path, "llama")
-        for field in (
-            "context_length",
-            "embedding_length",
-            "block_count",
-            "feed_forward_length",
-            "head_count",
-        ):
-            getattr(writer, f"add_{field}")(8)
-        writer.add_layer_norm_rms_eps(1e-5)
-        add_tokenizer(writer, small, len(small))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        assert check_tokenizer(path, small) > 60
+        assert check_tokenizer(vocabulary_file(tmp_path / f"{name}.gguf", small), small) > 60
 
 
 def test_channels_are_judged_by_the_tokens_that_stay(tiny_model: Any) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import tokenizers
 import transformers
@@ -13,8 +13,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from cfsp.errors import InputError, LimitError
 from exporters.gguf import runtime
-from exporters.gguf.tokenizer_metadata import add_tokenizer, check_tokenizer
+from exporters.gguf.tokenizer_metadata import check_tokenizer
 
+VocabularyFile = Callable[[Path, Any], Path]
 TEXT = [
     "The quick brown fox jumps over the lazy dog, then it sleeps for 12345 hours.",
     "It's what they'll say: we've counted 1, 22 and 333 of them.",
@@ -91,27 +92,9 @@ def sentencepiece(*, prefix: bool) -> Any:
     )
 
 
-def vocabulary_file(path: Path, tokenizer: Any) -> Path:
-    """A GGUF file with a vocabulary and no tensors."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_vocab_size(len(tokenizer))
-    writer.add_context_length(8)
-    writer.add_embedding_length(8)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(8)
-    writer.add_head_count(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    add_tokenizer(writer, tokenizer, len(tokenizer))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("add_bos", [True, False])
 @pytest.mark.parametrize("nfc", [True, False])
-def test_byte_level(tmp_path: Path, add_bos: bool, nfc: bool) -> None:
+def test_byte_level(vocabulary_file: VocabularyFile, tmp_path: Path, add_bos: bool, nfc: bool) -> None:
     tokenizer = byte_level(add_bos=add_bos, nfc=nfc)
     path = vocabulary_file(tmp_path / "v.gguf", tokenizer)
     assert check_tokenizer(path, tokenizer) > 60
@@ -124,20 +107,20 @@ def test_byte_level(tmp_path: Path, add_bos: bool, nfc: bool) -> None:
 
 
 @pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece(tmp_path: Path, prefix: bool) -> None:
+def test_sentencepiece(vocabulary_file: VocabularyFile, tmp_path: Path, prefix: bool) -> None:
     tokenizer = sentencepiece(prefix=prefix)
     path = vocabulary_file(tmp_path / "v.gguf", tokenizer)
     assert check_tokenizer(path, tokenizer) > 60
     assert check_tokenizer(path, tokenizer, TEXT) > 4
 
 
-def test_another_vocabulary_is_noticed(tmp_path: Path) -> None:
+def test_another_vocabulary_is_noticed(vocabulary_file: VocabularyFile, tmp_path: Path) -> None:
     path = vocabulary_file(tmp_path / "v.gguf", byte_level())
     with pytest.raises(LimitError, match="token ids"):
         check_tokenizer(path, byte_level(add_bos=False))
 
 
-def test_other_kinds_are_refused(tmp_path: Path) -> None:
+def test_other_kinds_are_refused(vocabulary_file: VocabularyFile, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     with pytest.raises(InputError, match=r"WordLevel.*BPE"):
