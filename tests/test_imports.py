@@ -54,6 +54,7 @@ ROOMS = {
         {"publish", "history"},
         {"recipe", "tracking"},
         {"tune"},
+        {"frontier"},
         {"commands"},
         {"main"},
         {"__main__"},

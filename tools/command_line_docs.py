@@ -17,6 +17,7 @@ COMMANDS = (
         "report",
         "verify",
         "tune",
+        "frontier",
         "prune",
         "recover",
         "eval",

@@ -84,15 +84,21 @@ def _loss(model: LanguageModel, texts: Sequence[Scored], n_bytes: int, progress:
     return TextLoss(text_loss(model, texts, progress=progress), n_tokens, n_bytes)
 
 
+def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
+    """The text of a window (seqlen,) in the tokens of another tokenizer; what its first token says is context."""
+    head = encode(other, _text(window[:1], tokenizer))
+    rest = encode(other, _text(window[1:], tokenizer))
+    return Scored(torch.tensor([*head, *rest]), max(len(head), 1))
+
+
 def _shared(window: torch.Tensor, tokenizer: Any, other: Any) -> tuple[Scored, Scored]:
     """A window, shortened until the other tokenizer needs no more tokens for its text than it had, and these tokens."""
-    head = encode(other, _text(window[:1], tokenizer))
     size = len(window)
     while True:
-        rest = encode(other, _text(window[1:size], tokenizer))
-        excess = len(head) + len(rest) - len(window)
+        theirs = respelled(window[:size], tokenizer, other)
+        excess = len(theirs.ids) - len(window)
         if excess <= 0 or size <= 2:
-            return Scored(window[:size], 1), Scored(torch.tensor([*head, *rest]), max(len(head), 1))
+            return Scored(window[:size], 1), theirs
         size = max(2, size - excess)
 
 

@@ -79,7 +79,7 @@ def prune_model(
     else:
         check_plan_fits(loaded.model, plan)
         check_settings(plan.settings)
-        loaded, calibration = _trim(loaded, calibration, plan.vocabulary)
+        loaded, calibration = trim(loaded, calibration, plan.vocabulary)
         row = RECONSTRUCTIONS[plan.settings.reconstruct]
         if row.needs_statistics and plan.keep_ratio < 1:
             with products_in(plan.settings.dtype):
@@ -118,17 +118,21 @@ def plan_model(
         InputError: Settings that do not fit the model.
     """
     check_settings(settings)
-    vocabulary = _vocabulary(loaded, calibration, settings, counted)
-    loaded, calibration = _trim(loaded, calibration, vocabulary)
+    vocabulary = choose_vocabulary(loaded, calibration, settings, counted)
+    loaded, calibration = trim(loaded, calibration, vocabulary)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings)
     return Planned(loaded, calibration, statistics, replace(plan, vocabulary=vocabulary))
 
 
-def _vocabulary(
+def choose_vocabulary(
     loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, counted: Sequence[str]
 ) -> VocabularyPlan | None:
-    """Which tokens the settings keep; None where they keep all."""
+    """Which tokens the settings keep; None where they keep all. Arguments as in `prune_model`.
+
+    Raises:
+        InputError: A vocabulary that cannot have that size, or text that cannot be read.
+    """
     if not settings.vocabulary:
         return None
     texts: Iterable[Sequence[int]] = calibration.input_ids.tolist()
@@ -140,7 +144,7 @@ def _vocabulary(
     return plan_vocabulary(loaded, count_tokens(texts, rows), settings.vocabulary, sources=sources)
 
 
-def _trim(
+def trim(
     loaded: LoadedModel, calibration: Calibration, vocabulary: VocabularyPlan | None
 ) -> tuple[LoadedModel, Calibration]:
     """The model, changed in place, and the windows with the tokens that are kept; both as they are without a plan."""

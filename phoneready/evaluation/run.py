@@ -63,7 +63,7 @@ def evaluate(
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
         sources = [*(("text", one) for one in settings.text), *(("chats", one) for one in settings.chats)]
-        windows = [_windows(source, against or model, settings, progress) for _, source in sources]
+        windows = [text_windows(source, against or model, settings, progress) for _, source in sources]
         texts = [
             _judge(kind, model, against, found, progress, same_tokens=not different)
             for (kind, _), found in zip(sources, windows, strict=True)
@@ -118,9 +118,14 @@ def _prompt(row: Mapping[str, Any], where: str) -> str:
     return found
 
 
-def _windows(
+def text_windows(
     source: str, reference: LanguageModel, settings: EvaluationSettings, progress: Progress
 ) -> TokenWindows:
+    """The windows of one text, or sampled from the reference model; token ids are the reference's.
+
+    Raises:
+        InputError: A text that cannot be read or is too short, or a model that cannot be sampled from.
+    """
     if source != SELF:
         return token_windows(
             source, reference.tokenizer, seqlen=settings.seqlen, max_windows=settings.max_windows

@@ -10,8 +10,8 @@ from cfsp.text.settings import TEXT_FORMS
 
 
 @dataclass(frozen=True)
-class TextSettings(Settings):
-    """Texts to measure on, questions to ask, own metrics; of the references, text of one name must not come twice."""
+class WindowSettings(Settings):
+    """Texts to measure on; of the references, text of one name must not come twice."""
 
     text: tuple[str, ...] = setting(
         (), f"Text to measure on: {TEXT_FORMS}.", metavar="REF", shown="builtin:python-docs"
@@ -23,6 +23,12 @@ class TextSettings(Settings):
     )
     seqlen: int = setting(1024, "Tokens in a window.", ge=2, le=2**20)
     max_windows: int = setting(16, "Most windows of each text.", ge=1, le=2**20, option="--windows")
+
+
+@dataclass(frozen=True)
+class TextSettings(WindowSettings):
+    """Texts to measure on, questions to ask, own metrics."""
+
     prompts: tuple[str, ...] = setting(
         (),
         "A question whose answer is shown and checked for degeneration.",

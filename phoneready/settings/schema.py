@@ -33,15 +33,20 @@ class ModelConfig(Section):
 
 
 @dataclass(frozen=True)
-class PruneConfig(CalibrationSettings, PruneSettings):
+class CountedText(Settings):
+    """What the choice of a vocabulary counts."""
+
+    vocabulary_text: tuple[str, ...] = setting(
+        (), "Text whose tokens decide which of the vocabulary are kept.", shown="the calibration windows"
+    )
+
+
+@dataclass(frozen=True)
+class PruneConfig(CountedText, CalibrationSettings, PruneSettings):
     """How to prune, and with what text."""
 
     align: int = setting(
         0, "Widths are multiples of this; 0: what the quantizations need.", ge=0, shown="from --for-quant"
-    )
-
-    vocabulary_text: tuple[str, ...] = setting(
-        (), "Text whose tokens decide which of the vocabulary are kept.", shown="the calibration windows"
     )
 
     def settings(self, align: int) -> PruneSettings:

@@ -79,7 +79,7 @@ def tune(
     check_directions(config.budgets)
     _check_goal(limits, recipes)
     with claim_folder(folder):
-        key = _study_key(config, folder)
+        key = study_key(config, folder)
         runner = TrialRunner(config, folder / "state" / key[:12], threads, progress)
         if limits.baseline is not None and config.baseline is not None:
             source = runner.loaded.source
@@ -259,10 +259,10 @@ def _check_goal(limits: Limits, recipes: Sequence[Recipe]) -> None:
             )
 
 
-def _study_key(config: ReleaseConfig, folder: Path) -> str:
+def study_key(config: ReleaseConfig, folder: Path) -> str:
     """Hash of what trials depend on; not of budgets, goal or range, with which the same trials serve again."""
     free = {
-        "prune": ("prune_ratio", "allocation", "align"),
+        "prune": ("prune_ratio", "allocation", "align", "vocabulary"),
         "dense": ("moments",),
         "evaluate": ("metrics",),
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
+from cfsp.models.architectures import block_linears, decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -34,20 +34,22 @@ class Sizes:
     """Computes sizes from one small file of every quantization and architecture, written when it is first needed.
 
     Args:
-        loaded: The dense model.
-        plan: A plan of it, for what a plan adds to a file.
+        loaded: The model before channels go: the dense one, or what is left of it with fewer tokens.
+        plan: A plan of it, for what a plan adds to a file; not read for files of the dense model.
         folder: Scratch.
         use_imatrix: Whether files are quantized with an importance matrix.
         seed: Of the run.
         n_threads: Threads of the quantizer.
+        items: Quantizations that will be asked for: their small files are written together.
     """
 
     loaded: LoadedModel
-    plan: PruningPlan
+    plan: PruningPlan | None
     folder: Path
     use_imatrix: bool
     seed: int
     n_threads: int
+    items: tuple[str, ...] = ()
     _templates: dict[tuple[str, bool, bool], tuple[ChosenLayout, SizeTemplate]] = field(default_factory=dict)
 
     def file_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
@@ -89,16 +91,18 @@ class Sizes:
         # Of models of one width llama.cpp may have another architecture than of others.
         key = (item, shape.is_uniform, dense)
         if key not in self._templates:
-            widths = [min(_TEMPLATE_WIDTH, width) for width in self.plan.dense_widths]
+            widths = [min(_TEMPLATE_WIDTH, width) for width in model_shape(self.loaded.model).ffn_widths]
             if not shape.is_uniform:
                 widths[0] //= 2
             folder = self.folder / "template"
             shutil.rmtree(folder, ignore_errors=True)
             self._save(folder / "model", widths, dense)
-            name = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
-            options = ExportOptions(name=name, use_imatrix=self.use_imatrix, n_threads=self.n_threads)
-            path = draft_gguf(folder / "model", folder, [item], options)[item]
-            self._templates[key] = read_layout(folder / "model"), size_template(path, item)
+            stem = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
+            options = ExportOptions(name=stem, use_imatrix=self.use_imatrix, n_threads=self.n_threads)
+            files = draft_gguf(folder / "model", folder, list(dict.fromkeys((item, *self.items))), options)
+            for name, path in files.items():
+                made = read_layout(folder / "model"), size_template(path, name)
+                self._templates[name, shape.is_uniform, dense] = made
             shutil.rmtree(folder)
         return self._templates[key]
 
@@ -113,12 +117,14 @@ class Sizes:
             for linears in block_linears(model)
             for name, linear in linears.items()
         }
-        blocks = zip(self.plan.blocks, widths, strict=True)
-        plan = replace(self.plan, blocks=tuple(replace(block, width=width) for block, width in blocks))
+        plan = None
+        if self.plan is not None and not dense:
+            blocks = zip(self.plan.blocks, widths, strict=True)
+            plan = replace(self.plan, blocks=tuple(replace(block, width=width) for block, width in blocks))
         save_checkpoint(
             replace(self.loaded, model=model),
             folder,
-            plan=None if dense else plan,
+            plan=plan,
             input_moments=ones if self.use_imatrix else None,
             seed=self.seed,
         )

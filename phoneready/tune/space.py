@@ -25,12 +25,14 @@ class Recipe:
         allocation: As prune.allocation.
         align: Widths are multiples of it.
         recover: Whether the pruned model is trained.
+        vocabulary: Tokens that are kept; 0: all.
     """
 
     item: str
     allocation: str
     align: int
     recover: bool
+    vocabulary: int = 0
 
     @property
     def settings(self) -> Mapping[str, str]:
@@ -50,7 +52,8 @@ class Recipe:
     def describe(self) -> str:
         """For people."""
         recovered = ", recovered" if self.recover else ""
-        return f"{self.item}, {self.allocation}, widths in {self.align}{recovered}"
+        tokens = f", {self.vocabulary} tokens" if self.vocabulary else ""
+        return f"{self.item}, {self.allocation}, widths in {self.align}{tokens}{recovered}"
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,11 @@ def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
     formats: dict[str, Any] = {family.setting: () for family in FAMILIES.values() if family is not BASE}
     exported = replace(export, **(formats | {recipe.family.setting: (recipe.item,)}))
     pruned = replace(
-        config.prune, prune_ratio=point.prune_ratio, allocation=recipe.allocation, align=recipe.align
+        config.prune,
+        prune_ratio=point.prune_ratio,
+        allocation=recipe.allocation,
+        align=recipe.align,
+        vocabulary=recipe.vocabulary,
     )
     changed = {
         "prune": pruned,

@@ -68,7 +68,7 @@ class Bench:
         """Sizes and projections of a GGUF file that is not made; nothing of other formats."""
         if not point.recipe.is_sized:
             return
-        sizes, item = self.runner.sizes, point.recipe.item
+        sizes, item = self.runner.sizes(point.recipe.vocabulary), point.recipe.item
         sides = [(PRUNED, self.runner.plan(point).shape)]
         if self.limits.wanted(point, "dense"):
             sides.append((DENSE, self.runner.dense_shape))
@@ -121,8 +121,8 @@ class Bench:
             yield from evaluation_figures(item, name, found)
 
     @functools.cached_property
-    def _dense(self) -> _Remembered:
-        return _Remembered(self.runner.loaded)
+    def _dense(self) -> RememberedModel:
+        return RememberedModel(self.runner.loaded)
 
     def _judgement_settings(self, metrics: set[str]) -> EvaluationSettings:
         """What a release judges on, less what no budget asks for."""
@@ -161,7 +161,7 @@ class Bench:
         return self._dense_files[item]
 
 
-class _Remembered(TorchLanguageModel):
+class RememberedModel(TorchLanguageModel):
     """The dense model, run once over every window: what it is judged against at every point.
 
     The last hidden states are kept, not the logits, which are some hundred times larger.

@@ -18,19 +18,39 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
-from cfsp.pruning.prune import moment_windows, statistics_for
+from cfsp.pruning.prune import choose_vocabulary, moment_windows, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
 from exporters.options import ExportOptions
-from phoneready.figures.figure_set import DENSE
+from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.sizes import Sizes
 from phoneready.tune.space import Point, config_of
+
+
+@dataclass
+class Side:
+    """A model before channels go, and what calibration finds out about it.
+
+    Attributes:
+        loaded: The dense model, or what is left of it with fewer tokens.
+        calibration: The windows in its tokens.
+        vocabulary: Which tokens those are; None where all are kept.
+        statistics: Of the windows, once something has read them.
+        sizes: Computes sizes of its files, once something has asked.
+    """
+
+    loaded: LoadedModel
+    calibration: Calibration
+    vocabulary: VocabularyPlan | None = None
+    statistics: BlockStatistics | None = None
+    sizes: Sizes | None = None
 
 
 @dataclass
@@ -43,6 +63,7 @@ class TrialRunner:
         threads: Threads outside torch; torch's number where None.
         progress: Told about every step.
         calibrations: How often statistics were taken.
+        work: What of the folder this run alone writes, and may delete.
     """
 
     config: ReleaseConfig
@@ -50,7 +71,10 @@ class TrialRunner:
     threads: int | None = None
     progress: Progress = no_progress
     calibrations: int = 0
-    _plans: dict[str, PruningPlan] = field(default_factory=dict)
+    work: str = "work"
+    _plans: dict[tuple[str, int], PruningPlan] = field(default_factory=dict)
+    _vocabularies: dict[int, VocabularyPlan] = field(default_factory=dict)
+    _trimmed: dict[int, Side] = field(default_factory=dict)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
@@ -82,26 +106,68 @@ class TrialRunner:
         Raises:
             InputError: Widths in multiples of the recipe's alignment cannot meet the ratio.
         """
-        base = self._base_plan(point.recipe.allocation)
+        base = self._base_plan(point.recipe.allocation, point.recipe.vocabulary)
         settings = replace(base.settings, align=point.recipe.align)
         return replace(base, settings=settings).at_ratio(point.prune_ratio)
 
-    def file_bytes(self, point: Point) -> int | None:
+    def file_bytes(self, point: Point, role: str = PRUNED) -> int | None:
         """Size of a GGUF file, exact to one step of its alignment; None of a format that has to be exported first."""
-        if not point.recipe.is_sized:
+        recipe = point.recipe
+        if not recipe.is_sized:
             return None
-        return self.sizes.file_bytes(point.recipe.item, self.plan(point).shape)
+        if role == DENSE:
+            sizes = self._dense_side.sizes or self._sizes(self._dense_side, None)
+            return sizes.file_bytes(recipe.item, self.dense_shape, dense=True)
+        return self.sizes(recipe.vocabulary).file_bytes(recipe.item, self.plan(point).shape)
+
+    def sizes(self, vocabulary: int = 0) -> Sizes:
+        """Computes sizes of files that are not made."""
+        side = self.side(vocabulary)
+        if side.sizes is None or side.sizes.plan is None:
+            side.sizes = self._sizes(side, self._base_plan(self._allocations[0], vocabulary))
+        return side.sizes
+
+    def vocabulary(self, size: int) -> VocabularyPlan:
+        """Which tokens a vocabulary of that size keeps; no forward pass is needed.
+
+        Raises:
+            InputError: There is no such vocabulary.
+        """
+        if size not in self._vocabularies:
+            settings, counted = self.config.prune.settings(1), self.config.prune.vocabulary_text
+            self.progress("choosing tokens", 0, 1)
+            wanted = replace(settings, vocabulary=size)
+            found = choose_vocabulary(self.loaded, self.calibration, wanted, counted)
+            self.progress("choosing tokens", 1, 1)
+            assert found is not None  # of size 0 alone
+            self._vocabularies[size] = found
+        return self._vocabularies[size]
+
+    def side(self, vocabulary: int) -> Side:
+        """The model with all of its tokens, or with so many; of the latter the latest is kept."""
+        if not vocabulary:
+            return self._dense_side
+        if vocabulary not in self._trimmed:
+            self._trimmed.clear()
+            kept = self.vocabulary(vocabulary)
+            copied = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+            self._trimmed[vocabulary] = Side(*trim(copied, self.calibration, kept), kept)
+        return self._trimmed[vocabulary]
 
     @functools.cached_property
-    def sizes(self) -> Sizes:
-        """Computes sizes of files that are not made."""
-        plan, use_imatrix = self._base_plan(self._allocations[0]), self.config.export.imatrix
-        return Sizes(self.loaded, plan, self._work, use_imatrix, self.config.seed, self._n_threads)
+    def _dense_side(self) -> Side:
+        return Side(self.loaded, self.calibration)
+
+    def _sizes(self, side: Side, plan: PruningPlan | None) -> Sizes:
+        export = self.config.export
+        return Sizes(
+            side.loaded, plan, self._work, export.imatrix, self.config.seed, self._n_threads, export.quants
+        )
 
     @property
     def dense_checkpoint(self) -> Path:
         """The dense model's checkpoint."""
-        return self._once(DENSE, lambda path: self._save(self.loaded, path))
+        return self._once(DENSE, lambda path: self._save(self._dense_side, path))
 
     def make(self, point: Point) -> Path:
         """Prune, recover where the recipe says so, and save; only the latest checkpoint is kept.
@@ -110,7 +176,7 @@ class TrialRunner:
             InputError: The ratio cannot be met.
         """
         recipe = point.recipe
-        key = f"{recipe.allocation}-{recipe.align}-{point.prune_ratio!r}"
+        key = f"{recipe.allocation}-{recipe.align}-{point.prune_ratio!r}-{recipe.vocabulary}"
         pruned = self._once(f"pruned-{key}", lambda path: self._prune(point, path))
         if not recipe.recover:
             return pruned
@@ -129,11 +195,13 @@ class TrialRunner:
         folder.mkdir(parents=True)
         config, item, family = config_of(self.config, point), point.recipe.item, point.recipe.family
         name = model_stem(config, self.loaded.source.name, role)
+        name += f"-v{point.recipe.vocabulary}" if point.recipe.vocabulary and role != DENSE else ""
+        side = 0 if role == DENSE else point.recipe.vocabulary
         guided = "calibration" in family.find(item).reads
         settings = ExportOptions(
             name=name,
             use_imatrix=config.export.imatrix,
-            calibration=moment_windows(self.calibration.input_ids) if guided else None,
+            calibration=moment_windows(self.side(side).calibration.input_ids) if guided else None,
             # As in a release: the dense model need not fit what the pruned one must.
             mixed_bytes=None if role == DENSE else config.export.mixed_bytes,
             n_threads=self._n_threads,
@@ -151,45 +219,54 @@ class TrialRunner:
         """Delete everything but the plans."""
         shutil.rmtree(self._work, ignore_errors=True)
 
-    def _base_plan(self, allocation: str) -> PruningPlan:
-        if allocation not in self._plans:
-            path = self.folder / "plans" / f"{allocation}.json"
+    def _base_plan(self, allocation: str, vocabulary: int) -> PruningPlan:
+        key = (allocation, vocabulary)
+        if key not in self._plans:
+            path = self.folder / "plans" / f"{allocation}{f'-v{vocabulary}' if vocabulary else ''}.json"
             if not path.is_file():
-                settings = replace(self.config.prune.settings(1), prune_ratio=0.0, allocation=allocation)
-                write_record(path, make_plan(self.loaded, self._statistics, self.calibration, settings))
-            self._plans[allocation] = read_record(PruningPlan, path)
-        return self._plans[allocation]
+                write_record(path, self._make_plan(allocation, vocabulary))
+            self._plans[key] = read_record(PruningPlan, path)
+        return self._plans[key]
 
-    @functools.cached_property
-    def _statistics(self) -> BlockStatistics:
+    def _make_plan(self, allocation: str, vocabulary: int) -> PruningPlan:
+        side, settings = self.side(vocabulary), self.config.prune.settings(1)
+        wanted = replace(settings, prune_ratio=0.0, allocation=allocation, vocabulary=vocabulary)
+        plan = make_plan(side.loaded, self._statistics(side), side.calibration, wanted)
+        return replace(plan, vocabulary=side.vocabulary)
+
+    def _statistics(self, side: Side) -> BlockStatistics:
         """Of one pass over the calibration text, of whatever any of the allocations that are searched over reads."""
-        self.calibrations += 1
-        settings = self.config.prune.settings(1)
-        each = [replace(settings, allocation=allocation) for allocation in self._allocations]
-        widest = next((one for one in each if one.needs_loss), each[0])
-        return statistics_for(self.loaded.model, self.calibration, widest, progress=self.progress)
+        if side.statistics is None:
+            self.calibrations += 1
+            settings = self.config.prune.settings(1)
+            each = [replace(settings, allocation=allocation) for allocation in self._allocations]
+            widest = next((one for one in each if one.needs_loss), each[0])
+            side.statistics = statistics_for(
+                side.loaded.model, side.calibration, widest, progress=self.progress
+            )
+        return side.statistics
 
     def _prune(self, point: Point, path: Path) -> None:
-        plan = self.plan(point)
-        model = copy.deepcopy(self.loaded.model)
+        plan, side = self.plan(point), self.side(point.recipe.vocabulary)
+        model = copy.deepcopy(side.loaded.model)
         needs = RECONSTRUCTIONS[plan.settings.reconstruct].needs_statistics
         apply_plan(
             model,
             plan,
-            statistics=self._statistics if needs else None,
-            input_ids=self.calibration.input_ids,
+            statistics=self._statistics(side) if needs else None,
+            input_ids=side.calibration.input_ids,
             progress=self.progress,
         )
-        self._save(replace(self.loaded, model=model), path, plan)
+        self._save(replace(side, loaded=replace(side.loaded, model=model)), path, plan)
 
-    def _save(self, loaded: LoadedModel, path: Path, plan: PruningPlan | None = None) -> None:
+    def _save(self, side: Side, path: Path, plan: PruningPlan | None = None) -> None:
         """A checkpoint, with what 4-bit types are rounded for, measured as a release measures it."""
         moments = None
         if self.config.export.imatrix:
             with products_in(self.config.prune.dtype):
-                windows = moment_windows(self.calibration.input_ids)
-                moments = collect_input_moments(loaded.model, windows, progress=self.progress)
-        save_checkpoint(loaded, path, plan=plan, input_moments=moments, seed=self.config.seed)
+                windows = moment_windows(side.calibration.input_ids)
+                moments = collect_input_moments(side.loaded.model, windows, progress=self.progress)
+        save_checkpoint(side.loaded, path, plan=plan, input_moments=moments, seed=self.config.seed)
 
     def _recover(self, pruned: Path, path: Path) -> None:
         from cfsp.recovery.recover import recover
@@ -219,7 +296,7 @@ class TrialRunner:
 
     @property
     def _work(self) -> Path:
-        return self.folder / "work"
+        return self.folder / self.work
 
     @property
     def _allocations(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from phoneready.main import main
 from phoneready.settings.release import load_config
 from phoneready.tune.limits import Limits
 from phoneready.tune.result import TuneResult, format_result, release_toml
-from phoneready.tune.run import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, _study_key, tune
+from phoneready.tune.run import RELEASE_FILE, RESULT_FILE, STUDY_FILE, TABLE_FILE, study_key, tune
 from phoneready.tune.search import Searcher
 from phoneready.tune.space import Point, Recipe, config_of, recipes_of
 from phoneready.tune.trial import Bench
@@ -81,7 +81,7 @@ def sizes(path: Path, folder: Path, model: Path) -> dict[float, int]:
     shop = TrialRunner(config, folder, threads=1)
     recipe = Recipe("Q8_0", "cfsp", 32, False)
     return {
-        units / 16: shop.sizes.file_bytes("Q8_0", shop.plan(Point(recipe, units / 16)).shape)
+        units / 16: shop.sizes().file_bytes("Q8_0", shop.plan(Point(recipe, units / 16)).shape)
         for units in range(9)
     }
 
@@ -140,7 +140,7 @@ def test_what_projections_depend_on_begins_a_new_study(model: Path, tmp_path: Pa
     for n_ctx in (2048, 8192):
         path = tmp_path / "release.toml"
         path.write_text(text.replace("[bench]\n", devices.format(n_ctx=n_ctx)), encoding="utf-8")
-        keys.append(_study_key(load_config(path), tmp_path / "tuned"))
+        keys.append(study_key(load_config(path), tmp_path / "tuned"))
     assert keys[0] != keys[1]
 
 

@@ -1,0 +1,66 @@
+"""`phoneready frontier`: dense and pruned files side by side, and which is best at which size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cfsp.errors import MissingExtraError
+from cfsp.settings import setting
+from cfsp.text.settings import CalibrationSettings
+from phoneready.commands.options import (
+    JsonOption,
+    ModelArgument,
+    Renamed,
+    SeedOption,
+    ThreadsOption,
+    TrustOption,
+)
+from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.frontier.settings import FrontierSettings
+from phoneready.settings.schema import CountedText
+
+
+def frontier(
+    model: ModelArgument,
+    settings: FrontierSettings,
+    counted: CountedText,
+    calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
+    output: Path = setting(
+        Path("frontier"), "Folder to make; continued when it holds a frontier.", option="-o --output"
+    ),
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Measure the dense model in every quantization, and pruned ones, and say which file is best at which size.
+
+    All files are measured on the same windows of text, in bits per byte, which compare models of different
+    vocabularies, too. A run that was interrupted goes on where it was. Leaves frontier.md, frontier.json,
+    frontier.html with plots, and the files that no other dominates.
+    """
+    prepare_torch(threads)
+    from cfsp.files import write_text
+    from cfsp.records import record_to_json
+    from phoneready.frontier.plot import render_frontier
+    from phoneready.frontier.run import PLOT_FILE, measure_frontier
+    from phoneready.frontier.tables import format_frontier
+    from phoneready.settings.schema import ModelConfig, PruneConfig, ReleaseConfig
+
+    prune = PruneConfig(
+        calibration=calibration.calibration,
+        nsamples=calibration.nsamples,
+        seqlen=calibration.seqlen,
+        vocabulary_text=counted.vocabulary_text,
+    )
+    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code)
+    config = ReleaseConfig(model=asked, seed=seed, prune=prune)
+    with show_progress() as progress:
+        found = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
+    try:
+        write_text(output / PLOT_FILE, render_frontier(found))
+    except MissingExtraError as error:
+        note(f"no plot is written: {error}")
+    kept = f"\n{len(found.kept)} files in {output}; what others dominate is deleted unless --keep is given.\n"
+    write_result(format_frontier(found) + kept, record_to_json(found), as_json=json)

@@ -1,0 +1,92 @@
+"""Which files are beaten by others, told from the noise of the text that they were measured on.
+
+Files are measured on the same windows, so their losses are compared window by window. The difference of two files'
+bits per byte is a ratio of sums over windows,
+
+    D = sum of d_w / sum of n_w,    var(D) = m / (m - 1) sum of (d_w - D n_w)^2 / (sum of n_w)^2
+
+with d_w the difference of bits and n_w the bytes of window w of m (Cochran, Sampling Techniques, 2.11), and its 95 %
+interval takes Student's t with m - 1 degrees of freedom. One window says nothing of noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from phoneready.frontier.record import Choice, Excess, FrontierPoint, Standing
+from runtime_bench.records.summary import NORMAL_95
+
+VERDICTS = FRONTIER, UNDECIDED, DOMINATED = "frontier", "within noise", "dominated"
+_T_95 = (12.706, 4.303)
+"""Student's t for one degree of freedom and for two; the expansion serves from three on."""
+
+
+def excess(one: FrontierPoint, other: FrontierPoint) -> Excess:
+    """Bits per byte that `one` loses more than `other`, on the same windows."""
+    pairs = [
+        pair for a, b in zip(one.texts, other.texts, strict=True) for pair in zip(a.nats, b.nats, strict=True)
+    ]
+    differences = [(a - b) / math.log(2) for a, b in pairs]
+    sizes = [n for text in one.texts for n in text.n_bytes]
+    count, total = len(sizes), sum(sizes)
+    bits = sum(differences) / total
+    if count < 2:
+        return Excess(bits, None, None)
+    spread = sum((d - bits * n) ** 2 for d, n in zip(differences, sizes, strict=True))
+    half = _student(count - 1) * math.sqrt(spread * count / (count - 1)) / total
+    return Excess(bits, bits - half, bits + half)
+
+
+def standing(point: FrontierPoint, points: Iterable[FrontierPoint]) -> Standing:
+    """A file against all that are no larger.
+
+    Dominated: one of them loses surely no more, and is smaller or loses less. Within noise: of one of them it cannot be
+    told whether it loses more. On the frontier: all of them surely lose more. Of several that dominate, a dense one is
+    named first, then the best.
+    """
+    rivals = [one for one in points if one is not point and one.file_bytes <= point.file_bytes]
+    beating, open_ = [], []
+    for rival in rivals:
+        found = excess(rival, point)
+        strict = rival.file_bytes < point.file_bytes or found.bits < 0
+        if found.high is not None and found.high <= 0:
+            beating += [rival] if strict else []
+        elif found.low is None or found.low <= 0:
+            open_.append(rival)
+    for verdict, named in ((DOMINATED, beating), (UNDECIDED, open_)):
+        if named:
+            first = min(named, key=lambda one: (not one.is_dense, one.bits_per_byte))
+            return Standing(point.file, verdict, first.file)
+    return Standing(point.file, FRONTIER, None)
+
+
+def choose(points: Sequence[FrontierPoint], at_bytes: int) -> Choice:
+    """The best file of a size or less, and the best dense one."""
+    fitting = [point for point in points if point.file_bytes <= at_bytes]
+    best, dense = _best(fitting), _best([point for point in fitting if point.is_dense])
+    differ = best is not None and dense is not None and best is not dense
+    return Choice(
+        at_bytes,
+        best.file if best else None,
+        dense.file if dense else None,
+        excess(dense, best) if differ and dense and best else None,
+    )
+
+
+def _best(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
+    return min(points, key=lambda point: (point.bits_per_byte, point.file_bytes, point.file), default=None)
+
+
+def _student(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t; Abramowitz and Stegun, 26.7.5."""
+    if degrees <= len(_T_95):
+        return _T_95[degrees - 1]
+    z = NORMAL_95
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return math.fsum(term / float(degrees) ** power for power, term in enumerate(terms))

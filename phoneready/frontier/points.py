@@ -1,0 +1,68 @@
+"""The files of a frontier, in the order in which they are made: checkpoint after checkpoint, the cheapest first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from exporters.families import required_multiple
+from exporters.provenance import file_stem
+from phoneready.figures.figure_set import DENSE, PRUNED
+from phoneready.frontier.settings import FrontierSettings
+from phoneready.tune.space import Point, Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Files of one checkpoint.
+
+    Attributes:
+        points: One for each quantization.
+    """
+
+    points: tuple[Point, ...]
+
+    @property
+    def role(self) -> str:
+        """`dense` or `pruned`."""
+        return role_of(self.points[0])
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint."""
+        point = self.points[0]
+        return f"{point.recipe.vocabulary}-{point.prune_ratio:g}-{point.recipe.align}"
+
+
+def role_of(point: Point) -> str:
+    """`dense` where nothing goes, else `pruned`."""
+    return PRUNED if point.prune_ratio or point.recipe.vocabulary else DENSE
+
+
+def point_name(point: Point) -> str:
+    """What the record of a point is called."""
+    recipe = point.recipe
+    name = f"{recipe.allocation}-{point.prune_ratio:g}-{recipe.vocabulary}-{recipe.align}-{recipe.item}"
+    return file_stem(name.replace(":", "-"))
+
+
+def batches_of(settings: FrontierSettings, allocation: str) -> tuple[Batch, ...]:
+    """The dense model, then every vocabulary with every ratio, the least pruned first.
+
+    Where no channels go, widths have no alignment; else each quantization has what it needs, and those that need the
+    same share a checkpoint.
+    """
+    found: dict[tuple[int, float, int], list[Point]] = {}
+    for vocabulary, ratio in dict.fromkeys(((0, 0.0), *_combinations(settings))):
+        for item in settings.chosen_quants:
+            align = (settings.align or required_multiple((item,))) if ratio else 1
+            recipe = Recipe(item, allocation, align, False, vocabulary)
+            found.setdefault((vocabulary, ratio, align), []).append(Point(recipe, ratio))
+    return tuple(Batch(tuple(points)) for points in found.values())
+
+
+def _combinations(settings: FrontierSettings) -> Iterator[tuple[int, float]]:
+    # Without a vocabulary of their own first, then ever fewer tokens: one trimmed model is held at a time.
+    for vocabulary in sorted(set(settings.vocabularies), key=lambda size: (size > 0, -size)):
+        for ratio in sorted(set(settings.prune_ratios)):
+            yield vocabulary, ratio

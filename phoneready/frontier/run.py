@@ -1,0 +1,330 @@
+"""Measure dense and pruned files on the same windows, point by point; a run that was killed goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from cfsp.errors import InputError, LimitError
+from cfsp.files import fsync_file, write_text
+from cfsp.progress import Progress, no_progress
+from cfsp.records import read_record, write_record
+from cfsp.text.tokens import TokenWindows
+from exporters.gguf.family import GGUF
+from phoneready.evaluation.run import check_texts, text_windows
+from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.figures.figure_set import DENSE
+from phoneready.frontier.dominance import DOMINATED, choose, standing
+from phoneready.frontier.measure import JudgedText, measure_file, measure_speed
+from phoneready.frontier.points import Batch, batches_of, point_name, role_of
+from phoneready.frontier.record import Frontier, FrontierPoint, model_label
+from phoneready.frontier.settings import FrontierSettings
+from phoneready.frontier.tables import format_frontier, megabytes
+from phoneready.release.dependencies import made_with
+from phoneready.release.stages import LOCK_FILE, claim_folder
+from phoneready.settings.schema import ReleaseConfig
+from phoneready.tune.run import study_key
+from phoneready.tune.space import Point
+from phoneready.tune.trial import RememberedModel
+from phoneready.tune.trial_runner import TrialRunner
+from runtime_bench.workload import BenchSettings
+
+RESULT_FILE, TABLE_FILE, PLOT_FILE, STATE = "frontier.json", "frontier.md", "frontier.html", "measured"
+_GENERATED = 64
+
+
+@dataclass(frozen=True)
+class JudgedWindows:
+    """The windows of every text, so that a later run measures on the same ones.
+
+    Attributes:
+        kinds: `text` or `chats` of each.
+        sources: Its reference.
+        ids: Its windows of the dense model's token ids.
+        sha256: Hash of these.
+    """
+
+    KIND: ClassVar[str] = "judged-windows"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    kinds: tuple[str, ...]
+    sources: tuple[str, ...]
+    ids: tuple[tuple[tuple[int, ...], ...], ...]
+    sha256: tuple[str, ...]
+
+    @property
+    def texts(self) -> tuple[JudgedText, ...]:
+        """As they are measured on."""
+        rows = zip(self.kinds, self.sources, self.ids, self.sha256, strict=True)
+        return tuple(JudgedText(k, TokenWindows(torch.tensor(i), s, h)) for k, s, i, h in rows)
+
+
+def measure_frontier(
+    config: ReleaseConfig,
+    settings: FrontierSettings,
+    folder: Path,
+    *,
+    show: Callable[[str], None],
+    progress: Progress = no_progress,
+    threads: int | None = None,
+) -> Frontier:
+    """Measure what is not measured yet; write frontier.json after every file, frontier.md at the end.
+
+    Args:
+        config: Model, seed, calibration and how to prune.
+        settings: Which files, and on what.
+        folder: Where; made when missing, continued when it holds a frontier.
+        show: Told every file in a line.
+        progress: Told about every step.
+        threads: Threads outside torch; torch's number by default.
+
+    Raises:
+        InputError: A text, a vocabulary or a folder that cannot be used; nothing was written then.
+        LimitError: No file could be measured.
+        MissingExtraError: llama-cpp-python is not installed.
+    """
+    GGUF.require()
+    if not (settings.text or settings.chats):
+        raise InputError("nothing to judge a file on", field="text", allowed="--text or --chats")
+    config = _release_of(config, settings)
+    check_texts(config.evaluate.settings(0, ()))
+    _check_folder(folder)
+    key = _key(config, folder)
+    state = folder / STATE / key[:12]
+    runner = TrialRunner(config, state, threads, progress)
+    # What cannot be used is found before anything is written; what a run has begun with can be.
+    windows = None if (state / "windows.json").is_file() else _windows(runner, settings)
+    with claim_folder(folder):
+        if windows is not None:
+            write_record(state / "windows.json", windows)
+        run = _Run(runner, settings, folder, read_record(JudgedWindows, state / "windows.json"))
+        try:
+            result = run.finish(show)
+        finally:
+            runner.clear()
+        write_text(folder / TABLE_FILE, format_frontier(result))
+    if not result.points:
+        raise LimitError(f"no file could be measured: {'; '.join((*result.failed, *result.left_out))}")
+    return result
+
+
+@dataclass
+class _Run:
+    runner: TrialRunner
+    settings: FrontierSettings
+    folder: Path
+    windows: JudgedWindows
+    failed: dict[Point, str] = field(default_factory=dict)
+    left_out: dict[Point, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.batches = batches_of(self.settings, self.runner.config.prune.allocation)
+
+    def finish(self, show: Callable[[str], None]) -> Frontier:
+        """Measure what is left to measure, and say what was found."""
+        most = self.settings.max_points
+        for batch in self.batches:
+            for point, expected in self._missing(batch):
+                measured = sum(self._found(one) is not None for one in self._points)
+                if most is not None and measured >= most:
+                    return self._write()
+                show(f"{measured + 1} of {len(self._points)}: {point_label(point)}")
+                self._measure(point, expected, show)
+                self._write()
+        return self._write()
+
+    @property
+    def _points(self) -> list[Point]:
+        return [point for batch in self.batches for point in batch.points]
+
+    def _missing(self, batch: Batch) -> Iterator[tuple[Point, int | None]]:
+        """What of a checkpoint is to be measured, the smallest file first, and how large each will be."""
+        sizes: dict[Point, int | None] = {}
+        for point in batch.points:
+            if self._found(point) is None:
+                try:
+                    sizes[point] = self.runner.file_bytes(point, role_of(point))
+                except InputError as error:
+                    self.failed[point] = str(error)
+        for point, size in sorted(sizes.items(), key=lambda item: item[1] or 0):
+            if self.settings.max_size is not None and (size or 0) > self.settings.max_size:
+                self.left_out[point] = f"{megabytes(size or 0)}"
+            else:
+                yield point, size
+
+    def _known(self, point: Point) -> FrontierPoint | None:
+        """What was measured of a point, all of it or not."""
+        path = self._record(point)
+        return read_record(FrontierPoint, path) if path.is_file() else None
+
+    def _found(self, point: Point) -> FrontierPoint | None:
+        """A point of which all is known that was asked for."""
+        known = self._known(point)
+        if known is None or not self.settings.speed:
+            return known
+        wanted = self._bench
+        same = known.speed and known.speed.n_threads in (wanted.n_threads or (known.speed.n_threads,))
+        return known if same else None
+
+    def _record(self, point: Point) -> Path:
+        return self.runner.folder / "points" / f"{point_name(point)}.json"
+
+    @property
+    def _bench(self) -> BenchSettings:
+        counts = (self.runner.threads,) if self.runner.threads else ()
+        seed = self.runner.config.seed
+        return BenchSettings(
+            n_prompt=(),
+            n_gen=(_GENERATED,),
+            ttft=(),
+            load=False,
+            n_threads=counts,
+            check_text=False,
+            seed=seed,
+        )
+
+    def _measure(self, point: Point, expected: int | None, show: Callable[[str], None]) -> None:
+        try:
+            found = self._measured(point, expected)
+        except (InputError, LimitError) as error:
+            self.failed[point] = str(error)
+            show(f"  failed: {error}")
+            return
+        write_record(self._record(point), found)
+        show(f"  {megabytes(found.file_bytes)}, {found.bits_per_byte:.4f} bits a byte, {found.seconds:.0f} s")
+
+    def _measured(self, point: Point, expected: int | None) -> FrontierPoint:
+        """Make a file, measure it, and leave it in the folder until it is known to be dominated."""
+        began, runner, known = time.monotonic(), self.runner, self._known(point)
+        recipe, role = point.recipe, role_of(point)
+        made = runner.export(point, role)
+        side = runner.side(recipe.vocabulary)
+        if known is None:
+            known = FrontierPoint(
+                file=made.path.name,
+                quant=recipe.item,
+                prune_ratio=point.prune_ratio,
+                removed=0.0 if role == DENSE else 1 - runner.plan(point).keep_ratio,
+                vocabulary=recipe.vocabulary,
+                allocation=recipe.allocation,
+                align=recipe.align,
+                file_bytes=made.path.stat().st_size,
+                expected_bytes=expected,
+                texts=measure_file(
+                    made.path, self._dense, side.loaded.tokenizer, self.windows.texts,
+                    threads=runner.threads, progress=runner.progress,
+                ),
+                speed=None,
+                seconds=0.0,
+            )  # fmt: skip
+        speed = measure_speed(made.path, self._bench, runner.progress) if self.settings.speed else None
+        fsync_file(made.path)
+        made.path.replace(self.folder / made.path.name)
+        seconds = round(known.seconds + time.monotonic() - began, 2)
+        return replace(known, speed=speed or known.speed, seconds=seconds)
+
+    @cached_property
+    def _dense(self) -> RememberedModel:
+        return RememberedModel(self.runner.loaded)
+
+    def _write(self) -> Frontier:
+        """frontier.json of what is known now; files that others dominate are deleted."""
+        result = self._result()
+        if not self.settings.keep:
+            for one in result.standings:
+                if one.verdict == DOMINATED:
+                    (self.folder / one.file).unlink(missing_ok=True)
+        there = tuple(p.file for p in result.points if (self.folder / p.file).is_file())
+        result = replace(result, kept=there)
+        write_record(self.folder / RESULT_FILE, result)
+        return result
+
+    def _result(self) -> Frontier:
+        config, known = self.runner.config, {point: self._known(point) for point in self._points}
+        measured = sorted((p for p in known.values() if p), key=lambda p: (p.file_bytes, p.file))
+        sizes = self.settings.at or tuple(p.file_bytes for p in measured if p.is_dense)
+        settled = {**self.failed, **self.left_out}
+        return Frontier(
+            source=config.model.reference,
+            source_sha256=self.runner.loaded.source.sha256,
+            seed=config.seed,
+            calibration=config.prune.calibration,
+            vocabulary_text=config.prune.vocabulary_text,
+            points=tuple(measured),
+            standings=tuple(standing(point, measured) for point in measured),
+            choices=tuple(choose(measured, size) for size in sorted(sizes)) if measured else (),
+            left_out=tuple(f"{point_label(point)}: {why}" for point, why in self.left_out.items()),
+            failed=tuple(f"{point_label(point)}: {why}" for point, why in self.failed.items()),
+            open=tuple(point_label(p) for p, found in known.items() if not found and p not in settled),
+            kept=(),
+        )
+
+
+def point_label(point: Point) -> str:
+    """A file that is to be made, for people."""
+    recipe = point.recipe
+    return model_label(recipe.vocabulary, point.prune_ratio) + f" {recipe.item}"
+
+
+def _release_of(config: ReleaseConfig, settings: FrontierSettings) -> ReleaseConfig:
+    """The configuration with what the settings ask for."""
+    judged = {name: getattr(settings, name) for name in ("text", "chats", "seqlen", "max_windows")}
+    return config.model_copy(
+        update={
+            "evaluate": replace(config.evaluate, **judged),
+            "export": replace(config.export, quants=settings.chosen_quants),
+            "bench": replace(config.bench, targets=()),
+        }
+    )
+
+
+def _key(config: ReleaseConfig, folder: Path) -> str:
+    """Hash of what figures depend on, beside what a point says itself."""
+    # Another list of quantizations makes no other files.
+    plain = config.model_copy(update={"export": replace(config.export, quants=("f32",))})
+    made = made_with("export", families=("gguf",))
+    text = json.dumps([study_key(plain, folder), made], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
+    """The windows of every text; vocabularies and calibration are looked at, too."""
+    config, dense = runner.config, RememberedModel(runner.loaded)
+    judged: EvaluationSettings = config.evaluate.settings(config.seed + 1, ())
+    sources = [*(("text", one) for one in judged.text), *(("chats", one) for one in judged.chats)]
+    found = [text_windows(source, dense, judged, runner.progress) for _, source in sources]
+    longest = int(getattr(runner.loaded.model.config, "max_position_embeddings", None) or settings.seqlen)
+    if settings.seqlen > longest:
+        raise InputError(
+            "longer than the model's context",
+            field="seqlen",
+            value=settings.seqlen,
+            allowed=f"up to {longest}",
+        )
+    _ = runner.calibration  # read, or written by the model, before anything is kept
+    for size in filter(None, settings.vocabularies):
+        runner.vocabulary(size)
+    return JudgedWindows(
+        tuple(kind for kind, _ in sources),
+        tuple(source for _, source in sources),
+        tuple(tuple(map(tuple, one.ids.tolist())) for one in found),
+        tuple(one.sha256 for one in found),
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise InputError where a folder holds what no frontier left: a release keeps files of the same names."""
+    ours = {LOCK_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE, STATE}
+    there: Sequence[Path] = list(folder.iterdir()) if folder.is_dir() else ()
+    strange = [p.name for p in there if p.name not in ours and not p.name.startswith(".")]
+    files = [name for name in strange if name.endswith(".gguf") and (folder / STATE).is_dir()]
+    if others := sorted(set(strange) - set(files)):
+        raise InputError(f"{folder} holds {others[0]}, which is no frontier's; choose another folder with -o")

@@ -1,0 +1,71 @@
+"""What to measure for a frontier, and where to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cfsp.errors import InputError
+from cfsp.settings import setting
+from cfsp.units import parse_bytes
+from exporters.gguf.family import GGUF
+from phoneready.evaluation.settings import WindowSettings
+
+
+def parse_sizes(text: str, field: str) -> tuple[int, ...]:
+    """Sizes as `70MB,80MB`.
+
+    Raises:
+        InputError: One of them is none; `field` is named.
+    """
+    found = tuple(parse_bytes(part, field) for part in text.split(",") if part.strip())
+    if not found:
+        raise InputError("empty", field=field, allowed="such as 70MB,80MB")
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class FrontierSettings(WindowSettings):
+    """Which files to measure on what, and where to stop."""
+
+    quants: tuple[str, ...] = setting(
+        (),
+        f"Quantizations of every model: {', '.join(GGUF.formats)}.",
+        look_up=lambda name: GGUF.find(name).name,
+        metavar="QUANT,...",
+        shown="all but f32 and f16",
+    )
+    prune_ratios: tuple[float, ...] = setting(
+        (0.0,), "Shares of FFN channels to remove; 0: none.", ge=0, lt=1, metavar="RATIO,..."
+    )
+    vocabularies: tuple[int, ...] = setting(
+        (0,), "Tokens to keep, each with every ratio; 0: all.", ge=0, le=2**24, metavar="N,..."
+    )
+    align: int = setting(
+        0, "Widths are multiples of this; 0: what each quantization needs.", ge=0, shown="by the quantization"
+    )
+    at: tuple[int, ...] | None = setting(
+        None,
+        "Sizes to name the best file of, such as 70MB,80MB.",
+        ge=1,
+        le=2**50,
+        parse=parse_sizes,
+        metavar="SIZE,...",
+        shown="those of the dense files",
+    )
+    max_size: int | None = setting(
+        None, "Make no file that will be larger.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE"
+    )
+    max_points: int | None = setting(None, "Most files to measure, those of an earlier run included.", ge=1)
+    keep: bool = setting(False, "Keep all files; else those that others dominate are deleted.")
+    speed: bool = setting(
+        True,
+        "Measure decode speed and peak memory.",
+        option="--no-speed",
+        off="Measure no decode speed and no memory.",
+    )
+
+    @property
+    def chosen_quants(self) -> tuple[str, ...]:
+        """The quantizations; where none is named, all that round."""
+        rounded = (name for name, row in GGUF.formats.items() if row.width_multiple > 1)
+        return self.quants or tuple(rounded)

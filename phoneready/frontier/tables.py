@@ -1,0 +1,157 @@
+"""A frontier for people: the table, the best file of every size, and whether pruning pays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from phoneready.console import format_bytes
+from phoneready.frontier.dominance import DOMINATED, UNDECIDED
+from phoneready.frontier.record import Choice, Excess, Frontier, FrontierPoint, MeasuredText
+from runtime_bench.presentation.markup import escape_markdown
+from runtime_bench.presentation.table import Column, Table
+
+_RELATIONS = {DOMINATED: "dominated by", UNDECIDED: "within noise of"}
+
+
+def format_frontier(found: Frontier) -> str:
+    """frontier.md."""
+    parts = [frontier_table(found).markdown(), conditions(found), "", *sentences(found)]
+    for title, rows in (
+        ("Larger than asked for, and not made", found.left_out),
+        ("Could not be made", found.failed),
+        ("Not measured yet", found.open),
+    ):
+        parts += ["", f"{title}:", "", *(f"- {escape_markdown(row)}" for row in rows)] if rows else []
+    return "\n".join(parts) + "\n"
+
+
+def frontier_table(found: Frontier) -> Table[FrontierPoint]:
+    """One row a file, the smallest first."""
+    standings = {one.file: one for one in found.standings}
+    texts = found.points[0].texts if found.points else ()
+
+    def stands(point: FrontierPoint) -> str:
+        one = standings[point.file]
+        rival = found.find(one.by)
+        return one.verdict if rival is None else f"{_RELATIONS[one.verdict]} {rival.label}"
+
+    columns: list[Column[FrontierPoint]] = [
+        Column("model", lambda point: point.model),
+        Column("file", lambda point: point.quant),
+        Column("size", lambda point: megabytes(point.file_bytes), right=True),
+        Column("bits/byte", lambda point: f"{point.bits_per_byte:.4f}", right=True),
+        *(_text(index, text) for index, text in enumerate(texts) if len(texts) > 1),
+        Column(
+            "over dense f32",
+            lambda point: f"{point.bits_per_byte / point.dense_bits_per_byte - 1:+.2%}",
+            True,
+        ),
+        Column("KL", lambda point: None if point.kl_mean is None else f"{point.kl_mean:.4f}", right=True),
+        Column("same top-1", lambda p: None if p.same_top1 is None else f"{p.same_top1:.1%}", right=True),
+    ]
+    if any(point.speed for point in found.points):
+        columns += [Column("decode", _decode, right=True), Column("peak memory", _memory, right=True)]
+    return Table([*columns, Column("standing", stands)], found.points)
+
+
+def conditions(found: Frontier) -> str:
+    """What was measured on, and what the words mean."""
+    if not found.points:
+        return "Nothing was measured."
+    texts = found.points[0].texts
+    named = "; ".join(
+        f"{text.name}, {len(text.nats)} windows of {text.seqlen} tokens, {sum(text.n_bytes)} bytes"
+        for text in texts
+    )
+    speeds = {(p.speed.test, p.speed.n_threads) for p in found.points if p.speed}
+    decoded = "".join(
+        f" Decode is {test} with {count} threads, one file after the other." for test, count in speeds
+    )
+    dense = found.points[0].dense_bits_per_byte
+    return (
+        f"\nBits per byte on {escape_markdown(named)}; the dense model in float32 has {dense:.4f}.{decoded}\n"
+        "Dominated by: that file is no larger and surely loses no more. Within noise of: that file is no larger, and "
+        "that it loses more cannot be told. Surely: by the 95 % interval of the difference over the windows."
+    )
+
+
+def sentences(found: Frontier) -> Iterator[str]:
+    """The best file of each size, and whether a dense file beats what was pruned."""
+    for choice in found.choices:
+        yield f"- {_sentence(found, choice)}"
+    if pays := whether_it_pays(found):
+        yield f"\n{pays}"
+
+
+def whether_it_pays(found: Frontier) -> str:
+    """What quantizing the dense model alone makes of the pruned files; empty without any."""
+    pruned = [point for point in found.points if not point.is_dense]
+    standings = {one.file: one for one in found.standings}
+    beaten = [
+        point
+        for point in pruned
+        if standings[point.file].verdict == DOMINATED
+        and (rival := found.find(standings[point.file].by)) is not None
+        and rival.is_dense
+    ]
+    if not pruned:
+        return ""
+    if len(beaten) == len(pruned):
+        return (
+            "Pruning does not pay here: every pruned file is dominated by a dense quantization, "
+            "which is no larger and loses no more. Quantize the dense model instead."
+        )
+    return f"{len(beaten)} of {len(pruned)} pruned files are dominated by a dense quantization."
+
+
+def _sentence(found: Frontier, choice: Choice) -> str:
+    best, dense = found.find(choice.best), found.find(choice.dense)
+    size = f"At {megabytes(choice.at_bytes)}"
+    if best is None:
+        least = min(found.points, key=lambda point: point.file_bytes)
+        return f"{size} there is no file; the smallest is {_named(least)}."
+    head = f"{size} the best file is {_named(best)}"
+    if dense is best:
+        return f"{head}: nothing pruned of that size is better."
+    if dense is None or choice.excess is None:
+        smallest = min((p for p in found.points if p.is_dense), key=lambda p: p.file_bytes, default=None)
+        rest = f"; its smallest file is {_named(smallest)}" if smallest else ""
+        return f"{head}. No quantization of the dense model gets there{rest}."
+    lost = _lost(choice.excess)
+    if choice.excess.low is None or choice.excess.low <= 0:
+        return f"{head}, but the best dense one, {_named(dense)}, is within the noise: it loses {lost} more."
+    return f"{head}. Quantizing the dense model to that size, {_named(dense)}, loses {lost} more."
+
+
+def _named(point: FrontierPoint) -> str:
+    over = point.bits_per_byte / point.dense_bits_per_byte - 1
+    return (
+        f"{point.label} ({megabytes(point.file_bytes)}, {point.bits_per_byte:.4f} bits a byte, {over:+.1%})"
+    )
+
+
+def _lost(excess: Excess) -> str:
+    if excess.low is None or excess.high is None:
+        return f"{excess.bits:.4f} bits a byte"
+    return f"{excess.bits:.4f} ({excess.low:.4f} to {excess.high:.4f}) bits a byte"
+
+
+def _text(index: int, text: MeasuredText) -> Column[FrontierPoint]:
+    return Column(text.name, lambda point: f"{point.texts[index].bits_per_byte:.4f}", right=True)
+
+
+def _decode(point: FrontierPoint) -> str | None:
+    speed = point.speed
+    if speed is None or speed.tokens_per_second is None:
+        return "failed" if speed and speed.failure else None
+    return f"{speed.tokens_per_second:.1f} t/s"
+
+
+def _memory(point: FrontierPoint) -> str | None:
+    peak = point.speed.peak_rss_bytes if point.speed else None
+    return None if peak is None else format_bytes(peak)
+
+
+def megabytes(n_bytes: int) -> str:
+    """A size as limits are given: in powers of 1000."""
+    return f"{n_bytes / 1e6:.{1 if n_bytes >= 1e7 else 3}f} MB"

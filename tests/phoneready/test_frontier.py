@@ -1,0 +1,326 @@
+"""`phoneready frontier` on a tiny model: every point is a real file, judged in llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from cfsp.records import read_record
+from phoneready.evaluation.evaluation_record import Evaluation
+from phoneready.frontier.dominance import DOMINATED, FRONTIER, UNDECIDED, choose, excess, standing
+from phoneready.frontier.plot import render_frontier
+from phoneready.frontier.record import Frontier, FrontierPoint, MeasuredText
+from phoneready.frontier.run import PLOT_FILE, RESULT_FILE, STATE, TABLE_FILE
+from phoneready.frontier.settings import parse_sizes
+from phoneready.frontier.tables import format_frontier
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+SMALL = (
+    *("--text", "builtin:python-docs", "--seqlen", "64", "--windows", "4", "--threads", "1"),
+    *("--calibration", "builtin:python-docs", "--nsamples", "4", "--calibration-seqlen", "64"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> Path:
+    return tiny_folder("llama")
+
+
+def command(model: Path, folder: Path, *more: str) -> list[str]:
+    return ["frontier", str(model), "-o", str(folder), *SMALL, *more]
+
+
+def point_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / STATE).glob("*/points/*.json")}
+
+
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frontier") / "out"
+    asked = ("--quants", "Q8_0,q4_0", "--prune-ratios", "0,0.25", "--vocabularies", "300,0", "--no-speed")
+    assert main(command(model, folder, *asked)) == 0
+    return folder
+
+
+def test_every_combination_is_measured_on_the_same_text(measured: Path) -> None:
+    found = read_record(Frontier, measured / RESULT_FILE)
+    combinations = {(p.vocabulary, p.prune_ratio, p.quant) for p in found.points}
+    assert combinations == {(v, r, q) for v in (0, 300) for r in (0.0, 0.25) for q in ("Q8_0", "Q4_0")}
+    assert [p.file_bytes for p in found.points] == sorted(p.file_bytes for p in found.points)
+    first = found.points[0].texts[0]
+    for point in found.points:
+        (text,) = point.texts
+        assert point.expected_bytes is not None
+        assert abs(point.file_bytes - point.expected_bytes) <= 32
+        assert (text.windows_sha256, text.n_bytes, text.seqlen) == (first.windows_sha256, first.n_bytes, 64)
+        assert text.dense_nats == pytest.approx(first.dense_nats)
+        assert (point.kl_mean is None) == (point.same_top1 is None) == bool(point.vocabulary)
+        assert point.removed == (0.25 if point.prune_ratio else 0)
+        assert (text.n_tokens == 4 * 63) == (not point.vocabulary)
+    assert not found.open
+    assert not found.failed
+
+
+def test_figures_are_those_of_eval(model: Path, measured: Path, tmp_path: Path) -> None:
+    found = read_record(Frontier, measured / RESULT_FILE)
+    for point in found.points:
+        if point.quant != "Q4_0" or point.file not in found.kept:
+            continue
+        saved = tmp_path / f"{point.file}.json"
+        judged = ("--text", "builtin:python-docs", "--seqlen", "64", "--windows", "4", "--no-prompts")
+        file = str(measured / point.file)
+        assert main(["eval", file, "--against", str(model), *judged, "--save", str(saved)]) == 0
+        (text,) = read_record(Evaluation, saved).texts
+        if text.divergence is not None:
+            assert point.kl_mean == pytest.approx(text.divergence.kl_mean, abs=1e-5)
+            assert point.same_top1 == pytest.approx(text.divergence.same_top1)
+            assert point.bits_per_byte == pytest.approx(text.bits_per_byte, rel=1e-5)
+        else:
+            # eval shortens windows until both vocabularies have room; here all of the text is read.
+            assert point.bits_per_byte == pytest.approx(text.bits_per_byte, rel=0.1)
+            assert text.n_bytes is not None
+            assert sum(point.texts[0].n_bytes) >= text.n_bytes
+
+
+def test_files_that_others_dominate_are_deleted(measured: Path) -> None:
+    found = read_record(Frontier, measured / RESULT_FILE)
+    stays = {one.file for one in found.standings if one.verdict != DOMINATED}
+    assert {path.name for path in measured.glob("*.gguf")} == stays == set(found.kept)
+    assert (measured / PLOT_FILE).read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "bits/byte" in (measured / TABLE_FILE).read_text(encoding="utf-8")
+    assert not list((measured / STATE).glob("*/work"))
+
+
+def test_nothing_is_measured_twice(model: Path, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = point_files(measured)
+    # Other sizes, fewer files: what is known serves.
+    assert main(command(model, measured, "--quants", "Q8_0", "--no-speed", "--at", "1kB,1MB", "--json")) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert point_files(measured) == before
+    assert " of 1: " not in printed.err
+    assert [choice["best"] is None for choice in result["choices"]] == [True, False]
+    assert [point["quant"] for point in result["points"]] == ["Q8_0"]
+
+
+def test_a_killed_run_goes_on(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    asked = command(model, folder, "--quants", "Q8_0,Q4_0,IQ4_NL", "--prune-ratios", "0,0.25", "--no-speed")
+    with subprocess.Popen(
+        [sys.executable, "-m", "phoneready", *asked],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+    ) as run:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(point_files(folder)) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+    before = point_files(folder)
+    assert 2 <= len(before) < 6
+    read_record(Frontier, folder / RESULT_FILE)
+    assert main(asked) == 0
+    after = point_files(folder)
+    assert {name: after[name] for name in before} == before
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert len(found.points) == len(after) == 6
+    assert not list(folder.glob("**/.*.tmp-*"))
+
+
+def test_limits(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    asked = ("--quants", "Q8_0,Q4_0", "--prune-ratios", "0,0.25", "--no-speed")
+    assert main(command(model, folder, *asked, "--max-size", "150kB", "--max-points", "1")) == 0
+    first = read_record(Frontier, folder / RESULT_FILE)
+    assert [p.label for p in first.points] == ["dense Q4_0"]
+    assert first.open == ("FFN -25 % Q8_0", "FFN -25 % Q4_0")
+    assert main(command(model, folder, *asked, "--max-size", "150kB")) == 0
+    second = read_record(Frontier, folder / RESULT_FILE)
+    assert {p.label for p in second.points} == {"dense Q4_0", "FFN -25 % Q4_0"}
+    assert len(second.left_out) == 2
+    assert not second.open
+    assert second.find(first.points[0].file) == first.points[0]
+
+
+def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert main(command(model, folder, "--quants", "Q8_0", "--no-speed", "--keep")) == 0
+    (plain,) = read_record(Frontier, folder / RESULT_FILE).points
+    assert main(command(model, folder, "--quants", "Q8_0", "--keep")) == 0
+    (point,) = read_record(Frontier, folder / RESULT_FILE).points
+    assert plain.speed is None
+    assert point.speed is not None
+    assert (point.speed.test, point.speed.n_threads, point.speed.failure) == ("tg64", 1, None)
+    assert point.speed.tokens_per_second
+    assert point.speed.peak_rss_bytes
+    assert point.texts == plain.texts
+    assert "t/s" in (folder / TABLE_FILE).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--quants", "Q7_X"], "unknown quantization"),
+        (["--at", "70 parsecs"], "--at: not understood"),
+        (["--at", ","], "--at: empty"),
+        (["--max-size", "big"], "--max-size: not understood"),
+        (["--prune-ratios", "1"], "--prune-ratios: out of range"),
+        (["--prune-ratios", "some"], "--prune-ratios: not understood"),
+        (["--vocabularies", "3"], "vocabulary"),
+        (["--vocabularies", "99999"], "vocabulary: out of range"),
+        (["--text", "/nowhere.txt"], "does not exist"),
+        (["--text", "builtin:python-docs"], "two texts have this name"),
+        (["--seqlen", "100000"], "seqlen"),
+        (["--calibration", "/nowhere.jsonl"], "does not exist"),
+    ],
+)
+def test_bad_input_writes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    folder = tmp_path / "out"
+    assert main(command(model, folder, *more)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert said in errors[0]
+    assert not folder.exists()
+
+
+def test_no_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frontier", str(model), "-o", str(tmp_path / "out")]) == 2
+    assert "nothing to judge a file on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tiny-dense-Q4_0.gguf", "manifest.json"])
+def test_a_folder_of_others_is_left_alone(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / ".phoneready.lock").touch()
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    assert main(command(model, tmp_path)) == 2
+    assert name in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".phoneready.lock", name]
+
+
+def test_sizes() -> None:
+    assert parse_sizes("70MB, 1MiB,70MB", "--at") == (70_000_000, 2**20)
+    with pytest.raises(InputError, match="--at"):
+        parse_sizes("70MB,-1", "--at")
+
+
+BYTES = (100, 110, 90, 120, 105)
+
+
+def point(
+    file: str, size: int, bits: list[float], *, source: str = "t.txt", ratio: float = 0.0
+) -> FrontierPoint:
+    """A file that loses so many bits a byte on each window."""
+    nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
+    sizes = BYTES[: len(bits)]
+    text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats)
+    return FrontierPoint(file, file, ratio, ratio, 0, "cfsp", 32, size, None, (text,), None, 1.0)
+
+
+def result(*points: FrontierPoint, at: int = 100) -> Frontier:
+    ordered = tuple(sorted(points, key=lambda p: p.file_bytes))
+    standings = tuple(standing(p, ordered) for p in ordered)
+    files = tuple(p.file for p in ordered)
+    return Frontier("m", None, 0, ("c",), (), ordered, standings, (choose(ordered, at),), (), (), (), files)
+
+
+def test_intervals_are_paired_over_windows() -> None:
+    even = replace(point("a", 1, [2.0] * 5).texts[0], n_bytes=(100,) * 5)
+    a, b = [1.0, 2.0, 1.5, 3.0, 2.2], [1.1, 2.1, 1.65, 3.05, 2.35]
+    one, other = (
+        replace(point("p", 1, a), texts=(replace(even, nats=tuple(100 * math.log(2) * v for v in values)),))
+        for values in (b, a)
+    )
+    found = excess(one, other)
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    half = 2.776 * statistics.stdev(differences) / math.sqrt(5)
+    assert found.bits == pytest.approx(statistics.mean(differences))
+    assert (found.low, found.high) == pytest.approx((found.bits - half, found.bits + half), rel=5e-3)
+    back = excess(other, one)
+    assert back.low is not None
+    assert (back.bits, back.low) == pytest.approx((-found.bits, -(found.high or 0)))
+
+
+def test_dominance_is_surely_no_larger_and_no_worse() -> None:
+    good = point("good", 50, [1.0, 1.1, 0.9, 1.0, 1.05])
+    worse = point("worse", 60, [1.2, 1.31, 1.1, 1.19, 1.26])
+    noisy = point("noisy", 60, [1.4, 0.8, 1.2, 0.7, 1.0])
+    small = point("small", 40, [1.2, 1.31, 1.1, 1.19, 1.26])
+    together = [good, worse, noisy, small]
+    assert standing(worse, together).verdict == DOMINATED
+    assert standing(worse, together).by == "good"
+    assert standing(noisy, together).verdict == UNDECIDED
+    assert standing(good, together).verdict == FRONTIER
+    assert standing(small, together).verdict == FRONTIER
+
+
+def test_ties() -> None:
+    bits = [1.0, 1.1, 0.9, 1.0, 1.05]
+    same, larger = [point("a", 50, bits), point("b", 50, bits)], point("c", 51, bits)
+    assert [standing(one, same).verdict for one in same] == [FRONTIER, FRONTIER]
+    assert standing(larger, [*same, larger]).verdict == DOMINATED
+    assert choose([larger, *reversed(same)], 60).best == "a"
+
+
+def test_one_window_says_nothing_of_noise() -> None:
+    good, worse = point("good", 50, [1.0]), point("worse", 60, [2.0])
+    assert standing(worse, [good, worse]).verdict == UNDECIDED
+    assert excess(worse, good).low is None
+
+
+def test_a_dense_file_that_dominates_is_named_first() -> None:
+    dense = point("dense", 50, [1.0, 1.1, 0.9, 1.0, 1.05])
+    best = point("best", 55, [0.9, 1.0, 0.8, 0.9, 0.95], ratio=0.1)
+    beaten = point("beaten", 60, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.2)
+    assert standing(beaten, [dense, best, beaten]).by == "dense"
+
+
+def test_sentences() -> None:
+    dense = point("d", 90, [1.0, 1.1, 0.9, 1.0, 1.05])
+    lost = point("low", 70, [1.5, 1.6, 1.42, 1.5, 1.55])
+    pruned = point("p", 69, [1.1, 1.2, 1.0, 1.11, 1.15], ratio=0.1)
+    bad = point("bad", 95, [1.3, 1.4, 1.2, 1.31, 1.35], ratio=0.2)
+    near = point("near", 69, [1.1, 0.9, 1.2, 0.8, 1.0], ratio=0.1)
+    text = format_frontier(result(dense, lost, pruned, at=75))
+    assert "the best file is FFN -10 % p" in text
+    assert "Quantizing the dense model to that size, dense low" in text
+    assert "0 of 1 pruned files are dominated" in text
+    assert "No quantization of the dense model gets there; its smallest file is dense low" in format_frontier(
+        result(dense, lost, pruned, at=69)
+    )
+    assert "there is no file; the smallest is FFN -10 % p" in format_frontier(result(dense, pruned, at=1))
+    assert "nothing pruned of that size is better" in format_frontier(result(dense, bad, at=95))
+    assert "every pruned file is dominated by a dense quantization" in format_frontier(result(dense, bad))
+    assert "is within the noise" in format_frontier(result(dense, near))
+    assert "Pruning does not pay" not in format_frontier(result(dense))
+
+
+def test_names_of_others_are_no_markup() -> None:
+    pytest.importorskip("plotly", reason="the report extra is not installed")
+    evil = "a|b<script>alert(1)</script>.txt"
+    found = result(*(point(f, s, [1.0, 1.1], source=evil) for f, s in (("d|x", 90), ("<b>e</b>", 80))))
+    both = tuple(replace(p, texts=(*p.texts, replace(p.texts[0], kind="chats"))) for p in found.points)
+    found = replace(found, source="<img src=x>", points=both)
+    rows = [line for line in format_frontier(found).splitlines() if line.startswith("|")]
+    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+    page = render_frontier(found)
+    assert "<script>alert" not in page
+    assert "<img src=x>" not in page
+    assert "<b>e</b>" not in page
