@@ -98,6 +98,7 @@ def save_checkpoint(
     planned = getattr(plan, "shape", None)
     if planned is not None and not planned.agrees_with(shape):
         raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
+    shape = shape if planned is None else shape.with_origins(planned)
     check_finite(loaded.model, loaded.source.name)
     with atomic_directory(directory, force=force) as folder:
         _save_model(loaded.model, folder, shape)

@@ -1,7 +1,7 @@
 """The shape of a decoder: how large its vocabulary is, and what each of its blocks is made of.
 
-A plan decides one, a checkpoint states it, exporters build files of it, records keep it. Today only the FFN widths of
-a pruned model differ from its dense model's; `require_only_widths_vary` refuses every other difference where files are
+A plan decides one, a checkpoint states it, exporters build files of it, records keep it. Today the blocks of a pruned
+model differ in their FFN widths alone; `require_only_widths_vary` refuses every other difference where files are
 written.
 """
 
@@ -64,8 +64,13 @@ class ModelShape:
         blocks = zip(self.blocks, widths, strict=True)
         return replace(self, blocks=tuple(replace(block, ffn_width=width) for block, width in blocks))
 
+    def with_origins(self, other: ModelShape) -> ModelShape:
+        """The same model with the origins that another record of it states; weights do not say them."""
+        blocks = zip(self.blocks, other.blocks, strict=True)
+        return replace(self, blocks=tuple(replace(mine, origin=theirs.origin) for mine, theirs in blocks))
+
     def agrees_with(self, whole: ModelShape) -> bool:
-        """Whether it says nothing that `whole` contradicts; what it does not say is no contradiction."""
+        """Whether it says nothing that `whole` contradicts; what it does not say, and origins, are no contradiction."""
         if len(self.blocks) != len(whole.blocks):
             return False
         known = self if self.vocab_size is not None else replace(self, vocab_size=whole.vocab_size)
@@ -73,17 +78,17 @@ class ModelShape:
             mine if mine.kv_groups is not None else replace(mine, kv_groups=theirs.kv_groups)
             for mine, theirs in zip(self.blocks, whole.blocks, strict=True)
         )
-        return replace(known, blocks=tuple(blocks)) == whole
+        return replace(known, blocks=tuple(blocks)).with_origins(whole) == whole
 
 
 def require_only_widths_vary(shape: ModelShape, where: str) -> None:
-    """Raise InputError for a shape that differs from its dense model's in more than FFN widths.
+    """Raise InputError for a shape whose blocks differ from the dense model's in more than FFN widths.
 
     No file format is written for such models yet, and a file of the wrong shape would be worse than none.
     """
     heads = shape.blocks[0].kv_groups if shape.blocks else None
     for index, block in enumerate(shape.blocks):
-        if replace(block, ffn_width=0) != BlockShape(index, 0, heads):
+        if replace(block, origin=0, ffn_width=0) != BlockShape(0, 0, heads):
             raise InputError(
                 f"{where}: block {index} differs from the dense model's in more than its FFN width, "
                 "which cannot be loaded or exported yet"

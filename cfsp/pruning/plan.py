@@ -19,6 +19,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import ALLOCATIONS, BlockEvidence, integer_widths, uniform_widths
+from cfsp.pruning.axes.blocks import DepthPlan, remove_blocks
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
@@ -48,7 +49,7 @@ class BlockPlan:
     """One block's part of a plan.
 
     Attributes:
-        width: Number of channels kept.
+        width: Number of channels kept; 0 in a block that goes.
         importance: Coarse importance of the block.
         ranking: All channel indices, best first; the first `width` are kept.
         scores: Summary of the scores behind the ranking.
@@ -84,6 +85,7 @@ class PruningPlan:
         dense_widths: intermediate_size of each block before pruning.
         blocks: One entry a block.
         vocabulary: Which tokens are kept; None where all are.
+        depth: Which whole blocks go; None where all stay.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -100,6 +102,7 @@ class PruningPlan:
     dense_widths: tuple[int, ...]
     blocks: tuple[BlockPlan, ...]
     vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None
+    depth: Annotated[DepthPlan | None, WhereSet] = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):
@@ -119,20 +122,35 @@ class PruningPlan:
     def shape(self) -> ModelShape:
         """What the plan makes of it."""
         shape = self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
-        return replace(shape, vocab_size=len(self.vocabulary.kept) if self.vocabulary else None)
+        stay = tuple(block for block in shape.blocks if block.origin not in self.gone)
+        return ModelShape(len(self.vocabulary.kept) if self.vocabulary else None, stay)
+
+    @property
+    def gone(self) -> frozenset[int]:
+        """Blocks that go."""
+        return frozenset(self.depth.removed if self.depth else ())
 
     @property
     def keep_ratio(self) -> float:
-        """Realized share of FFN channels kept."""
-        return sum(self.shape.ffn_widths) / sum(self.dense_widths)
+        """Realized share of FFN channels kept, of the blocks that stay."""
+        blocks = self.shape.blocks
+        return sum(block.ffn_width for block in blocks) / sum(self.dense_widths[b.origin] for b in blocks)
+
+    @property
+    def keeps_blocks(self) -> bool:
+        """Whether every block stays as it is."""
+        return self.keep_ratio == 1 and not self.gone
 
     @property
     def removed(self) -> str:
         """What goes, in words."""
-        channels = f"{1 - self.keep_ratio:.1%} of the FFN channels removed"
-        if self.vocabulary is None:
-            return channels
-        return f"{channels}, {len(self.vocabulary.kept)} of {self.vocabulary.dense_size} tokens kept"
+        words = [f"{1 - self.keep_ratio:.1%} of the FFN channels removed"]
+        if self.depth:
+            gone = ", ".join(map(str, self.depth.removed))
+            words.append(f"{len(self.gone)} of {len(self.blocks)} blocks removed ({gone})")
+        if self.vocabulary:
+            words.append(f"{len(self.vocabulary.kept)} of {self.vocabulary.dense_size} tokens kept")
+        return ", ".join(words)
 
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
@@ -140,13 +158,17 @@ class PruningPlan:
         check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
         curves = [block.loss_curve for block in self.blocks]
-        widths = allocate_widths(_block_evidence(importance, self.dense_widths, curves), settings)
+        widths = _all_widths(importance, self.dense_widths, curves, self.gone, settings)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
         return replace(self, settings=settings, blocks=blocks)
 
 
 def make_plan(
-    loaded: LoadedModel, statistics: BlockStatistics, calibration: Calibration, settings: PruneSettings
+    loaded: LoadedModel,
+    statistics: BlockStatistics,
+    calibration: Calibration,
+    settings: PruneSettings,
+    depth: DepthPlan | None = None,
 ) -> PruningPlan:
     """Decide which channels every block keeps; the model is not changed.
 
@@ -155,6 +177,7 @@ def make_plan(
         statistics: Of one pass of it over the calibration text.
         calibration: Where that text came from, for the record.
         settings: How to prune; the plan records the dtype that products had.
+        depth: Which whole blocks go; channels are removed from the others.
 
     Raises:
         InputError: An unknown name or a value out of range in the settings.
@@ -171,7 +194,8 @@ def make_plan(
             evidence.loss_elimination.error_curve(_LOSS_SEGMENTS) if settings.needs_loss else torch.empty(0)
         )
         curves.append(tuple(losses.tolist()))
-    widths = allocate_widths(_block_evidence(importance, dense_widths, curves), settings)
+    gone = frozenset(depth.removed if depth else ())
+    widths = _all_widths(importance, dense_widths, curves, gone, settings)
     blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
     return PruningPlan(
         model_type=spec_for(model.config).model_type,
@@ -184,6 +208,7 @@ def make_plan(
         settings=replace(settings, dtype=str(rounding_dtype(settings.dtype)).removeprefix("torch.")),
         dense_widths=dense_widths,
         blocks=tuple(blocks),
+        depth=depth,
     )
 
 
@@ -214,7 +239,8 @@ def apply_plan(
 ) -> None:
     """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
 
-    Blocks that keep all of their channels are left untouched, so a ratio of 0 changes nothing.
+    Blocks that keep all of their channels and stand before no block that goes are left untouched, so a plan that
+    removes nothing changes nothing.
 
     Args:
         model: The dense model the plan was made for.
@@ -228,19 +254,24 @@ def apply_plan(
     """
     check_plan_fits(model, plan)
     check_settings(plan.settings)
-    if plan.keep_ratio == 1:
+    if plan.keeps_blocks:
         return
     cut = Cut(
         model,
-        [torch.tensor(block.kept) for block in plan.blocks],
+        [
+            torch.arange(dense) if index in plan.gone else torch.tensor(block.kept)
+            for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True))
+        ],
         ridge=plan.settings.ridge,
         correction=plan.settings.correction,
         statistics=statistics,
         input_ids=input_ids,
         progress=progress,
+        gone=plan.gone,
     )
     with products_in(plan.settings.dtype):
         RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
+    remove_blocks(model, plan.gone)
     set_config_shape(model)
 
 
@@ -253,16 +284,27 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
             f"the plan was made for another model ({plan.source}, {plan.model_type}, "
             f"{len(plan.dense_widths)} blocks), not for this {model_type} of {len(shape.blocks)} blocks"
         )
+    if plan.depth and not plan.gone <= set(range(1, len(plan.blocks))):
+        raise InputError("the plan removes blocks that cannot go", field="depth", value=plan.depth.removed)
     for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True)):
-        if sorted(block.ranking) != list(range(dense)) or not 0 < block.width <= dense:
+        sound = block.width == 0 if index in plan.gone else 0 < block.width <= dense
+        if sorted(block.ranking) != list(range(dense)) or not sound:
             raise InputError(f"the plan's block {index} does not rank its {dense} channels once each")
 
 
-def _block_evidence(
-    importance: torch.Tensor, dense_widths: Sequence[int], loss_curves: Sequence[Sequence[float]]
-) -> BlockEvidence:
-    curves = torch.tensor(loss_curves, dtype=torch.float64) if all(loss_curves) else None
-    return BlockEvidence(importance, dense_widths, curves)
+def _all_widths(
+    importance: torch.Tensor,
+    dense_widths: Sequence[int],
+    loss_curves: Sequence[Sequence[float]],
+    gone: frozenset[int],
+    settings: PruneSettings,
+) -> tuple[int, ...]:
+    """Widths of all blocks, 0 of those that go; the ratio is met by the others."""
+    stay = [index for index in range(len(dense_widths)) if index not in gone]
+    curves = torch.tensor([loss_curves[i] for i in stay], dtype=torch.float64) if all(loss_curves) else None
+    evidence = BlockEvidence(importance[stay], [dense_widths[index] for index in stay], curves)
+    widths = dict(zip(stay, allocate_widths(evidence, settings), strict=True))
+    return tuple(widths.get(index, 0) for index in range(len(dense_widths)))
 
 
 def _block_plan(

@@ -11,6 +11,7 @@ import torch
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.blocks import plan_blocks
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
     count_tokens,
@@ -31,6 +32,8 @@ MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""
 GRADIENT_WINDOWS = 32
 """Windows behind the gradients of the loss."""
+PROBE_WINDOWS, PROBE_TOKENS = 4, 256
+"""Windows on which the model is tried without a block, and how much of each."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def prune_model(
         check_settings(plan.settings)
         loaded, calibration = trim(loaded, calibration, plan.vocabulary)
         row = RECONSTRUCTIONS[plan.settings.reconstruct]
-        if row.needs_statistics and plan.keep_ratio < 1:
+        if row.needs_statistics and not plan.keeps_blocks:
             with products_in(plan.settings.dtype):
                 statistics = collect_statistics(
                     loaded.model, calibration.input_ids, with_gram=row.needs_gram, progress=progress
@@ -120,8 +123,13 @@ def plan_model(
     check_settings(settings)
     vocabulary = choose_vocabulary(loaded, calibration, settings, counted)
     loaded, calibration = trim(loaded, calibration, vocabulary)
+    depth = None
+    if settings.blocks:
+        windows = spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
+        with products_in(settings.dtype):
+            depth = plan_blocks(loaded.model, windows, settings.blocks, progress=progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
-    plan = make_plan(loaded, statistics, calibration, settings)
+    plan = make_plan(loaded, statistics, calibration, settings, depth)
     return Planned(loaded, calibration, statistics, replace(plan, vocabulary=vocabulary))
 
 

@@ -55,6 +55,9 @@ class PruneSettings(Settings):
     vocabulary: Annotated[int, WhereSet] = setting(
         0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24
     )
+    blocks: Annotated[int, WhereSet] = setting(
+        0, "Whole decoder blocks to remove; 0 removes none.", ge=0, le=512
+    )
 
     @property
     def plan_needs_gram(self) -> bool:

@@ -20,12 +20,13 @@ class Cut:
 
     Attributes:
         model: The dense model; changed in place.
-        kept: Per block the channels that stay, (n_kept,) int64, ascending.
+        kept: Per block the channels that stay, (n_kept,) int64, ascending; all of a block that goes.
         ridge: Of the least-squares solutions.
         correction: Share of earlier blocks' error that a block takes back.
         statistics: Of the dense model on the calibration windows.
         input_ids: The calibration windows, (nsamples, seqlen) int64.
         progress: Told after each block.
+        gone: Blocks that will be removed whole.
     """
 
     model: Any
@@ -35,6 +36,7 @@ class Cut:
     statistics: BlockStatistics | None = None
     input_ids: torch.Tensor | None = None
     progress: Progress = no_progress
+    gone: frozenset[int] = frozenset()
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:

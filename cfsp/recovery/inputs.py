@@ -114,4 +114,4 @@ def _ranks(settings: RecoverySettings, plan: PruningPlan | None, model: Any) -> 
             value=settings.method,
             allowed="lora, full",
         )
-    return importance_ranks([block.importance for block in plan.blocks], settings.rank)
+    return importance_ranks([block.importance for block in plan.blocks if block.width], settings.rank)

@@ -50,7 +50,7 @@ def prune(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove FFN channels with CFSP and solve down_proj anew for what is left; --vocabulary removes tokens.
+    """Remove FFN channels with CFSP and solve down_proj anew for what is left; --vocabulary and --blocks remove more.
 
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
@@ -95,11 +95,22 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         f"{len(widths)} blocks of {min(widths)} to {max(widths)} channels, "
         f"multiples of {plan.settings.align}.",
         f"Widths: {', '.join(map(str, widths))}",
+        *_depth_lines(plan),
         *_vocabulary_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",
     ]
     return "\n".join(lines)
+
+
+def _depth_lines(plan: PruningPlan) -> list[str]:
+    if (depth := plan.depth) is None:
+        return []
+    alone = ", ".join(f"{index} ({depth.losses[index]:.3f} alone)" for index in depth.removed)
+    return [
+        f"Blocks removed: {alone}; without them, and before anything makes up for it, the divergence is "
+        f"{depth.loss:.3f} nats a token on {depth.tokens} tokens."
+    ]
 
 
 def _vocabulary_lines(plan: PruningPlan) -> list[str]:

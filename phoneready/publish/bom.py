@@ -61,6 +61,7 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
     notes = (
         f"{1 - plan.keep_ratio:.2%} of the FFN channels removed: score {plan.settings.score}, allocation "
         f"{plan.settings.allocation}, reconstruction {plan.settings.reconstruct}, seed {manifest.seed}"
+        + (f"; blocks removed: {', '.join(map(str, plan.depth.removed))}" if plan.depth else "")
         + ("; then trained" if manifest.config.get("recover") else "")
     )
     return {

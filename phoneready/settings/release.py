@@ -107,6 +107,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     return [
         *(((name,), problem) for name, problem in alone.items() if problem),
         *_vocabulary_alone(config),
+        *_search_of_channels(config),
         *_unknown_files(config),
         *_repeated_texts(config),
         *_no_places(config),
@@ -185,6 +186,11 @@ def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         yield ("recover",), f"{message}; allowed: the loss next-token on text or chats"
     if config.tune:
         yield ("tune",), "a search compares with the dense model token by token: leave prune.vocabulary out"
+
+
+def _search_of_channels(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    if config.tune and config.prune.blocks:
+        yield ("tune",), "a search removes FFN channels alone: leave prune.blocks out"
 
 
 def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -55,6 +55,24 @@ def test_a_plan_is_made_once_and_applied_at_another_ratio(
     assert applied["calibration"] == ["builtin:python-docs"]
 
 
+def test_vocabulary_channels_and_blocks_go_together(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each export is proven against the checkpoint before it appears."""
+    for name, ratio in (("plain", "0"), ("narrow", "0.25")):
+        folder = tmp_path / name
+        options = ["--prune-ratio", ratio, "--vocabulary", "300", "--blocks", "1"]
+        assert main(["prune", model, "-o", str(folder), *options, *SMALL]) == 0
+        said = capsys.readouterr().out
+        assert "3 blocks of" in said
+        assert "Blocks removed: " in said
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        assert (config["num_hidden_layers"], config["vocab_size"]) == (3, 300)
+        assert ("auto_map" in config) == (name == "narrow")
+        files = ["--gguf", "f32", "--onnx", "fp32", "--threads", "1"]
+        assert main(["export", str(folder), "-o", str(tmp_path / f"{name}-files"), *files]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -68,6 +86,7 @@ def test_a_plan_is_made_once_and_applied_at_another_ratio(
         (["-o", "x", "--for-quant", "Q9"], "Q9"),
         (["-o", "x", "--calibration", "missing.txt", "--seqlen", "32"], "missing.txt"),
         (["-o", "x", "--plan", "missing.json"], "missing.json"),
+        (["-o", "x", "--blocks", "4", *SMALL], "at most 3"),
     ],
 )
 def test_prune_refuses_what_it_cannot_do(
