@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.pruning.axes.blocks import DepthPlan
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.records import write_record
 from phoneready.report.contents import ReportInput, bench_notes, read_verdicts
@@ -20,7 +21,7 @@ from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import render_report, verdict_table
 from phoneready.report.page import render_page
 from phoneready.report.plots import make_plots
-from phoneready.report.tables import Mark, comparison_table
+from phoneready.report.tables import Mark, comparison_table, width_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.groups import bench_groups
@@ -362,6 +363,17 @@ def test_perplexities_of_other_tokens_have_no_ratio(make_report_input: MakeRepor
     assert "300 of 384 tokens kept" in text
     assert "plot-quality" in render_page(report)
     assert "plot-quality" not in text
+
+
+def test_blocks_that_go_are_told(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    plan = report.figures.plan
+    depth = DepthPlan((1,), tuple(0.1 for _ in plan.blocks), 0.1, 64)
+    blocks = tuple(replace(block, width=0) if i == 1 else block for i, block in enumerate(plan.blocks))
+    plan = replace(plan, blocks=blocks, depth=depth)
+    text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
+    assert f"1 of {len(blocks)} blocks removed (1)" in text
+    assert width_table(plan).rows[1][2:4] == ("0", "0.000")
 
 
 def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:
