@@ -70,8 +70,12 @@ class ModelShape:
         return replace(self, blocks=tuple(replace(mine, origin=theirs.origin) for mine, theirs in blocks))
 
     def agrees_with(self, whole: ModelShape) -> bool:
-        """Whether it says nothing that `whole` contradicts; what it does not say, and origins, are no contradiction."""
-        if len(self.blocks) != len(whole.blocks):
+        """Whether it says nothing that `whole` contradicts; what it does not say is no contradiction.
+
+        Weights do not say where blocks come from; they come in the dense model's order.
+        """
+        origins = [block.origin for block in self.blocks]
+        if len(origins) != len(whole.blocks) or origins != sorted(set(origins)):
             return False
         known = self if self.vocab_size is not None else replace(self, vocab_size=whole.vocab_size)
         blocks = (
