@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.blocks import plan_blocks
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
-    count_tokens,
+    count_alike,
     cut_vocabulary,
     plan_vocabulary,
     respell,
@@ -143,13 +143,15 @@ def choose_vocabulary(
     """
     if not settings.vocabulary:
         return None
-    texts: Iterable[Sequence[int]] = calibration.input_ids.tolist()
-    if counted:
-        documents = (document for reference in counted for document in load_documents(reference))
-        texts = (document_ids(document, loaded.tokenizer) for document in documents)
     rows = loaded.model.get_input_embeddings().weight.shape[0]
+    texts = [_document_tokens(reference, loaded.tokenizer) for reference in counted]
+    counts = count_alike(texts or [calibration.input_ids.tolist()], rows)
     sources = tuple(counted) or calibration.sources
-    return plan_vocabulary(loaded, count_tokens(texts, rows), settings.vocabulary, sources=sources)
+    return plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources)
+
+
+def _document_tokens(reference: str, tokenizer: Any) -> Iterator[Sequence[int]]:
+    return (document_ids(document, tokenizer) for document in load_documents(reference))
 
 
 def trim(

@@ -59,7 +59,7 @@ def make_bom(figures: ReleaseFigures, manifest: ReleaseManifest) -> dict[str, An
 def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, Any]) -> dict[str, Any]:
     plan, ancestor = figures.plan, dense | {"bom-ref": "ancestor"}
     notes = (
-        f"{1 - plan.keep_ratio:.2%} of the FFN channels removed: score {plan.settings.score}, allocation "
+        f"{plan.removed}: score {plan.settings.score}, allocation "
         f"{plan.settings.allocation}, reconstruction {plan.settings.reconstruct}, seed {manifest.seed}"
         + (f"; blocks removed: {', '.join(map(str, plan.depth.removed))}" if plan.depth else "")
         + ("; then trained" if manifest.config.get("recover") else "")

@@ -37,7 +37,9 @@ class CountedText(Settings):
     """What the choice of a vocabulary counts."""
 
     vocabulary_text: tuple[str, ...] = setting(
-        (), "Text whose tokens decide which of the vocabulary are kept.", shown="the calibration windows"
+        (),
+        "Text whose tokens decide which of the vocabulary are kept; each counts alike.",
+        shown="the calibration windows",
     )
 
 

@@ -22,6 +22,7 @@ from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
+    count_alike,
     count_tokens,
     cut_vocabulary,
     plan_vocabulary,
@@ -185,6 +186,12 @@ def test_channels_are_judged_by_the_tokens_that_stay(tiny_model: Any) -> None:
     again = prune_model(fresh, drawn, settings, plan=result.plan)
     for name, value in result.loaded.model.state_dict().items():
         assert torch.equal(value, again.loaded.model.state_dict()[name]), name
+
+
+def test_texts_count_alike_however_long() -> None:
+    short, long = [[0, 0], [1, 1]], [[2] * 8, [3] * 4]
+    assert count_alike([short, long], 5).tolist() == pytest.approx([4.0, 4.0, 16 / 3, 8 / 3, 0.0])
+    assert count_alike([short, [[]]], 2).tolist() == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,22 @@ def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
     return counts
 
 
+def count_alike(texts: Sequence[Iterable[Sequence[int]]], size: int) -> Counts:
+    """How often every token stands in the texts, each of which counts as much as any other, however long it is.
+
+    Args:
+        texts: Documents' token ids, text by text.
+        size: Rows of the embedding.
+
+    Returns:
+        (size,); the sum is the number of all tokens.
+    """
+    counts = [count_tokens(text, size) for text in texts]
+    alike = sum(each.sum() for each in counts) / len(counts)
+    weighed = np.stack([each * (alike / max(each.sum(), 1.0)) for each in counts])
+    return np.asarray(weighed.sum(axis=0), dtype=np.float64)
+
+
 def required_tokens(loaded: LoadedModel) -> frozenset[int]:
     """Tokens that something else than text names: the configuration's special ids, and the chat template's words."""
     tokenizer = loaded.tokenizer
