@@ -117,11 +117,14 @@ class Setting:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], CoreSchema]) -> CoreSchema:
         """Pydantic's check of the type, then ours."""
-        return core_schema.no_info_after_validator_function(self._checked_by_pydantic, handler(source))
+        return core_schema.no_info_wrap_validator_function(self._checked_by_pydantic, handler(source))
 
-    def _checked_by_pydantic(self, value: Any) -> Any:
+    def _checked_by_pydantic(self, value: Any, by_type: Callable[[Any], Any]) -> Any:
+        found = by_type(value)
+        if not _as_written(value, found):
+            raise ValueError("a number and true or false are not the same, and neither is a text")
         try:
-            return self.checked(value)
+            return self.checked(found)
         except InputError as error:
             raise ValueError(str(error)) from error
 
@@ -245,6 +248,14 @@ def _all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     if problems:
         raise problems[0]
     return found
+
+
+def _as_written(value: Any, found: Any) -> bool:
+    """Whether pydantic has taken a number, true or false for what they are: `true` is not 1, and "1" is a text."""
+    if isinstance(found, tuple):
+        return all(map(_as_written, value, found))
+    numbers = {type(value), type(found)} == {int, float}
+    return numbers or type(value) is type(found) or not isinstance(found, int | float)
 
 
 def _table(choices: Iterable[str]) -> tuple[str, ...]:

@@ -79,6 +79,21 @@ def test_a_budget_without_its_figure_is_named_beside_faulty_keys() -> None:
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "seed = true",
+        'seed = "1"',
+        "prune.prune_ratio = false",
+        "tune.aligns = [true]",
+        "bench.check_text = 1",
+    ],
+)
+def test_true_is_no_number_and_a_number_is_not_true(line: str) -> None:
+    with pytest.raises(InputError, match=r"line 1: .*not the same"):
+        parse_config(f"{line}\n{MODEL}", where="release.toml")
+
+
 LINES = '''# first
 seed = -1
 [model]
