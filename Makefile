@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 # Where the demo's release goes.
 DEMO ?= demo-release
-# Two processes of tests: most of a test is one thread.
+# Two processes of tests, of one thread each: most of a test is one, and threads beyond the cores wait for each other.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -29,7 +29,7 @@ demo: $(STAMP)
 	@$(BIN)/phoneready release -o "$(DEMO)"
 
 test: lint javascript debian
-	@PHONEREADY_COUNT_SKIPS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 PHONEREADY_COUNT_SKIPS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .
