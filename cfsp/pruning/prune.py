@@ -13,6 +13,7 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.blocks import plan_blocks
 from cfsp.pruning.axes.vocabulary import (
+    Counts,
     VocabularyPlan,
     count_alike,
     cut_vocabulary,
@@ -121,7 +122,7 @@ def plan_model(
         InputError: Settings that do not fit the model.
     """
     check_settings(settings)
-    vocabulary = choose_vocabulary(loaded, calibration, settings, counted)
+    vocabulary = _vocabulary(loaded, calibration, settings, counted)
     loaded, calibration = trim(loaded, calibration, vocabulary)
     depth = None
     if settings.blocks:
@@ -133,7 +134,7 @@ def plan_model(
     return Planned(loaded, calibration, statistics, replace(plan, vocabulary=vocabulary))
 
 
-def choose_vocabulary(
+def _vocabulary(
     loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, counted: Sequence[str]
 ) -> VocabularyPlan | None:
     """Which tokens the settings keep; None where they keep all. Arguments as in `prune_model`.
@@ -143,11 +144,19 @@ def choose_vocabulary(
     """
     if not settings.vocabulary:
         return None
+    counts = counts_of(loaded, calibration, counted)
+    return plan_vocabulary(loaded, counts, settings.vocabulary, sources=tuple(counted) or calibration.sources)
+
+
+def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[str]) -> Counts:
+    """How often the texts that decide the vocabulary have every token: the references, or the windows where none.
+
+    Raises:
+        InputError: Text that cannot be read.
+    """
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     texts = [_document_tokens(reference, loaded.tokenizer) for reference in counted]
-    counts = count_alike(texts or [calibration.input_ids.tolist()], rows)
-    sources = tuple(counted) or calibration.sources
-    return plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources)
+    return count_alike(texts or [calibration.input_ids.tolist()], rows)
 
 
 def _document_tokens(reference: str, tokenizer: Any) -> Iterator[Sequence[int]]:

@@ -43,8 +43,9 @@ def frontier(
     prepare_torch(threads)
     from cfsp.files import write_text
     from cfsp.records import record_to_json
+    from phoneready.frontier.folder import PLOT_FILE
     from phoneready.frontier.plot import render_frontier
-    from phoneready.frontier.run import PLOT_FILE, measure_frontier
+    from phoneready.frontier.run import measure_frontier
     from phoneready.frontier.tables import format_frontier
     from phoneready.settings.schema import ModelConfig, PruneConfig, ReleaseConfig
 

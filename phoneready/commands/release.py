@@ -84,13 +84,14 @@ def release(
 def _summary(figures: ReleaseFigures, verdicts: Verdicts, folder: Path) -> str:
     """The outcome in words and tables, an answer of the first file, and what the budgets say."""
     from phoneready.publish.publish import PAGE_FILE
-    from phoneready.report.contents import headline
+    from phoneready.report.contents import beaten, headline
     from phoneready.report.markdown import quality_text, verdict_table
 
     best = figures.pruned[0]
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
     lines = [
         headline(figures),
+        *beaten(figures),
         *(verdict_table(figures, d, p) for d, p in figures.pairs),
         quality_text(figures),
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from exporters.families import required_multiple
 from exporters.provenance import file_stem
 from phoneready.figures.figure_set import DENSE, PRUNED
+from phoneready.frontier.record import model_label
 from phoneready.frontier.settings import FrontierSettings
 from phoneready.tune.space import Point, Recipe
 
@@ -39,6 +40,11 @@ def role_of(point: Point) -> str:
     return PRUNED if point.prune_ratio or point.recipe.vocabulary else DENSE
 
 
+def point_label(point: Point) -> str:
+    """A file that is to be made, for people."""
+    return f"{model_label(point.recipe.vocabulary, point.prune_ratio)} {point.recipe.item}"
+
+
 def point_name(point: Point) -> str:
     """What the record of a point is called."""
     recipe = point.recipe
@@ -47,18 +53,26 @@ def point_name(point: Point) -> str:
 
 
 def batches_of(settings: FrontierSettings, allocation: str) -> tuple[Batch, ...]:
-    """The dense model, then every vocabulary with every ratio, the least pruned first.
+    """The dense model, then, unless they are searched over, every vocabulary with every ratio, the least pruned first.
 
     Where no channels go, widths have no alignment; else each quantization has what it needs, and those that need the
     same share a checkpoint.
     """
     found: dict[tuple[int, float, int], list[Point]] = {}
-    for vocabulary, ratio in dict.fromkeys(((0, 0.0), *_combinations(settings))):
+    combined = () if settings.trials else _combinations(settings)
+    for vocabulary, ratio in dict.fromkeys(((0, 0.0), *combined)):
         for item in settings.chosen_quants:
-            align = (settings.align or required_multiple((item,))) if ratio else 1
-            recipe = Recipe(item, allocation, align, False, vocabulary)
-            found.setdefault((vocabulary, ratio, align), []).append(Point(recipe, ratio))
+            point = make_point(settings, allocation, item, ratio, vocabulary)
+            found.setdefault((vocabulary, ratio, point.recipe.align), []).append(point)
     return tuple(Batch(tuple(points)) for points in found.values())
+
+
+def make_point(
+    settings: FrontierSettings, allocation: str, item: str, ratio: float, vocabulary: int
+) -> Point:
+    """A file with the alignment that it needs."""
+    align = (settings.align or required_multiple((item,))) if ratio else 1
+    return Point(Recipe(item, allocation, align, False, vocabulary), ratio)
 
 
 def _combinations(settings: FrontierSettings) -> Iterator[tuple[int, float]]:

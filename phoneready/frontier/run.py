@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,31 +13,34 @@ from typing import ClassVar
 
 import torch
 
-from cfsp.errors import InputError, LimitError
+from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import fsync_file, write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
+from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.run import check_texts, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import DENSE
 from phoneready.frontier.dominance import DOMINATED, choose, standing
+from phoneready.frontier.folder import RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE, check_folder, claim, join
 from phoneready.frontier.measure import JudgedText, measure_file, measure_speed
-from phoneready.frontier.points import Batch, batches_of, point_name, role_of
-from phoneready.frontier.record import Frontier, FrontierPoint, model_label
+from phoneready.frontier.points import Batch, batches_of, point_label, point_name, role_of
+from phoneready.frontier.record import Frontier, FrontierPoint
+from phoneready.frontier.search import Search
 from phoneready.frontier.settings import FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
 from phoneready.release.dependencies import made_with
-from phoneready.release.stages import LOCK_FILE, claim_folder
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.run import study_key
 from phoneready.tune.space import Point
+from phoneready.tune.study import drop_torn_line
 from phoneready.tune.trial import RememberedModel
 from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.workload import BenchSettings
 
-RESULT_FILE, TABLE_FILE, PLOT_FILE, STATE = "frontier.json", "frontier.md", "frontier.html", "measured"
+WINDOWS_FILE = "windows.json"
 _GENERATED = 64
 
 
@@ -76,7 +79,7 @@ def measure_frontier(
     progress: Progress = no_progress,
     threads: int | None = None,
 ) -> Frontier:
-    """Measure what is not measured yet; write frontier.json after every file, frontier.md at the end.
+    """Measure what is not measured yet; write frontier.json and frontier.md after every file.
 
     Args:
         config: Model, seed, calibration and how to prune.
@@ -92,25 +95,22 @@ def measure_frontier(
         MissingExtraError: llama-cpp-python is not installed.
     """
     GGUF.require()
+    if settings.trials:
+        require_extra("optuna", "tune")
     if not (settings.text or settings.chats):
-        raise InputError("nothing to judge a file on", field="text", allowed="--text or --chats")
+        settings = replace(settings, text=(BUILTIN_TEXT,))
     config = _release_of(config, settings)
     check_texts(config.evaluate.settings(0, ()))
-    _check_folder(folder)
-    key = _key(config, folder)
-    state = folder / STATE / key[:12]
+    check_folder(folder)
+    state = folder / STATE / _key(config, folder)[:12]
     runner = TrialRunner(config, state, threads, progress)
     # What cannot be used is found before anything is written; what a run has begun with can be.
-    windows = None if (state / "windows.json").is_file() else _windows(runner, settings)
-    with claim_folder(folder):
+    windows = None if (state / WINDOWS_FILE).is_file() else _windows(runner, settings)
+    with join(folder, state, alone=lambda: drop_torn_line(folder / STUDY_FILE)) as runner.work:
         if windows is not None:
-            write_record(state / "windows.json", windows)
-        run = _Run(runner, settings, folder, read_record(JudgedWindows, state / "windows.json"))
-        try:
-            result = run.finish(show)
-        finally:
-            runner.clear()
-        write_text(folder / TABLE_FILE, format_frontier(result))
+            write_record(state / WINDOWS_FILE, windows)
+        run = _Run(runner, settings, folder, read_record(JudgedWindows, state / WINDOWS_FILE))
+        result = run.finish(show)
     if not result.points:
         raise LimitError(f"no file could be measured: {'; '.join((*result.failed, *result.left_out))}")
     return result
@@ -124,26 +124,48 @@ class _Run:
     windows: JudgedWindows
     failed: dict[Point, str] = field(default_factory=dict)
     left_out: dict[Point, str] = field(default_factory=dict)
+    search: Search | None = None
 
     def __post_init__(self) -> None:
-        self.batches = batches_of(self.settings, self.runner.config.prune.allocation)
+        config = self.runner.config
+        self.batches = batches_of(self.settings, config.prune.allocation)
+        if self.settings.trials:
+            self.search = Search(
+                self.folder,
+                self.runner.folder,
+                self.runner.work,
+                self.settings,
+                config.prune.allocation,
+                config.seed,
+            )
 
     def finish(self, show: Callable[[str], None]) -> Frontier:
-        """Measure what is left to measure, and say what was found."""
-        most = self.settings.max_points
+        """Measure what is left to measure and nobody else is measuring, and say what was found."""
         for batch in self.batches:
-            for point, expected in self._missing(batch):
-                measured = sum(self._found(one) is not None for one in self._points)
-                if most is not None and measured >= most:
-                    return self._write()
-                show(f"{measured + 1} of {len(self._points)}: {point_label(point)}")
-                self._measure(point, expected, show)
-                self._write()
+            with claim(self.runner.folder, batch.name) as ours:
+                for point, expected in self._missing(batch) if ours else ():
+                    if self._is_enough():
+                        return self._write()
+                    self._measure(point, expected, show)
+        if self.search is not None and not self._is_enough():
+            self.search.run(lambda point: self._proposed(point, show))
         return self._write()
+
+    def _is_enough(self) -> bool:
+        most = self.settings.max_points
+        return most is not None and sum(self._found(one) is not None for one in self._points) >= most
+
+    def _proposed(self, point: Point, show: Callable[[str], None]) -> FrontierPoint | None:
+        """A point of a search, which another run may have measured."""
+        with claim(self.runner.folder, point_name(point), timeout=-1):
+            for missing, expected in self._missing(Batch((point,))):
+                self._measure(missing, expected, show)
+        return self._found(point)
 
     @property
     def _points(self) -> list[Point]:
-        return [point for batch in self.batches for point in batch.points]
+        grid = [point for batch in self.batches for point in batch.points]
+        return list(dict.fromkeys((*grid, *(self.search.points() if self.search else ()))))
 
     def _missing(self, batch: Batch) -> Iterator[tuple[Point, int | None]]:
         """What of a checkpoint is to be measured, the smallest file first, and how large each will be."""
@@ -192,6 +214,7 @@ class _Run:
         )
 
     def _measure(self, point: Point, expected: int | None, show: Callable[[str], None]) -> None:
+        show(f"{point_label(point)}{f', {megabytes(expected)} expected' if expected else ''}")
         try:
             found = self._measured(point, expected)
         except (InputError, LimitError) as error:
@@ -199,6 +222,7 @@ class _Run:
             show(f"  failed: {error}")
             return
         write_record(self._record(point), found)
+        self._write()
         show(f"  {megabytes(found.file_bytes)}, {found.bits_per_byte:.4f} bits a byte, {found.seconds:.0f} s")
 
     def _measured(self, point: Point, expected: int | None) -> FrontierPoint:
@@ -236,15 +260,17 @@ class _Run:
         return RememberedModel(self.runner.loaded)
 
     def _write(self) -> Frontier:
-        """frontier.json of what is known now; files that others dominate are deleted."""
-        result = self._result()
-        if not self.settings.keep:
-            for one in result.standings:
-                if one.verdict == DOMINATED:
-                    (self.folder / one.file).unlink(missing_ok=True)
-        there = tuple(p.file for p in result.points if (self.folder / p.file).is_file())
-        result = replace(result, kept=there)
-        write_record(self.folder / RESULT_FILE, result)
+        """frontier.json and frontier.md of what is known now; files that others dominate are deleted."""
+        with claim(self.runner.folder, "result", timeout=-1):
+            result = self._result()
+            if not self.settings.keep:
+                for one in result.standings:
+                    if one.verdict == DOMINATED:
+                        (self.folder / one.file).unlink(missing_ok=True)
+            there = tuple(p.file for p in result.points if (self.folder / p.file).is_file())
+            result = replace(result, kept=there)
+            write_record(self.folder / RESULT_FILE, result)
+            write_text(self.folder / TABLE_FILE, format_frontier(result))
         return result
 
     def _result(self) -> Frontier:
@@ -266,12 +292,6 @@ class _Run:
             open=tuple(point_label(p) for p, found in known.items() if not found and p not in settled),
             kept=(),
         )
-
-
-def point_label(point: Point) -> str:
-    """A file that is to be made, for people."""
-    recipe = point.recipe
-    return model_label(recipe.vocabulary, point.prune_ratio) + f" {recipe.item}"
 
 
 def _release_of(config: ReleaseConfig, settings: FrontierSettings) -> ReleaseConfig:
@@ -318,13 +338,3 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
         tuple(tuple(map(tuple, one.ids.tolist())) for one in found),
         tuple(one.sha256 for one in found),
     )
-
-
-def _check_folder(folder: Path) -> None:
-    """Raise InputError where a folder holds what no frontier left: a release keeps files of the same names."""
-    ours = {LOCK_FILE, RESULT_FILE, TABLE_FILE, PLOT_FILE, STATE}
-    there: Sequence[Path] = list(folder.iterdir()) if folder.is_dir() else ()
-    strange = [p.name for p in there if p.name not in ours and not p.name.startswith(".")]
-    files = [name for name in strange if name.endswith(".gguf") and (folder / STATE).is_dir()]
-    if others := sorted(set(strange) - set(files)):
-        raise InputError(f"{folder} holds {others[0]}, which is no frontier's; choose another folder with -o")

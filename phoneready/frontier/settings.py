@@ -56,6 +56,13 @@ class FrontierSettings(WindowSettings):
         None, "Make no file that will be larger.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE"
     )
     max_points: int | None = setting(None, "Most files to measure, those of an earlier run included.", ge=1)
+    trials: int = setting(
+        0,
+        "Search: measure so many pruned files that Optuna proposes, of ratios between the least and the largest given; "
+        "several runs may share the folder. 0: measure all combinations.",
+        ge=0,
+        le=10**6,
+    )
     keep: bool = setting(False, "Keep all files; else those that others dominate are deleted.")
     speed: bool = setting(
         True,

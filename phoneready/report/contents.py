@@ -65,6 +65,7 @@ def contents(report: ReportInput) -> dict[str, Any]:
         "report": report,
         "figures": figures,
         "headline": headline(figures),
+        "beaten": beaten(figures),
         "quality": quality_table(figures.evaluation),
         "widths": width_table(figures.plan),
         "answers": _answers(figures),
@@ -94,6 +95,31 @@ def headline(figures: ReleaseFigures) -> str:
             ratio = text.bits_per_byte / text.against_bits_per_byte
             parts.append(f"on {text.kind} bits per byte are {ratio:.4f} times the dense model's")
     return "; ".join(parts) + "."
+
+
+def beaten(figures: ReleaseFigures) -> list[str]:
+    """What a dense file of the release does better than a pruned one: no larger, no worse on the text of both proofs.
+
+    Files whose tokens differ were proven on other windows, so nothing is said of them.
+    """
+    found = []
+    for pruned in figures.pruned:
+        rivals = [
+            dense
+            for dense in figures.dense
+            if (dense.format, dense.parity.text) == (pruned.format, pruned.parity.text)
+            and dense.file_bytes <= pruned.file_bytes
+            and dense.parity.ppl_export <= pruned.parity.ppl_export
+        ]
+        if rivals:
+            best = min(rivals, key=lambda dense: dense.parity.ppl_export)
+            sizes = f"{format_bytes(best.file_bytes)} against {format_bytes(pruned.file_bytes)}"
+            losses = f"perplexity {best.parity.ppl_export:.2f} against {pruned.parity.ppl_export:.2f}"
+            found.append(
+                f"The dense {best.quant} file dominates the pruned {pruned.quant} file: {sizes}, {losses} "
+                f"on {best.parity.n_tokens} tokens."
+            )
+    return found
 
 
 def bench_notes(records: Sequence[BenchRecord]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
@@ -48,19 +49,9 @@ class Study:
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        import optuna
-        from optuna.storages.journal import JournalFileBackend
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._path = path
-        _drop_torn_line(path)
-        try:
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-            self._study = optuna.create_study(
-                storage=storage, study_name=key, directions=["minimize", "minimize"], load_if_exists=True
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} cannot be read as an Optuna journal: {error}") from error
+        drop_torn_line(path)
+        self._study = open_study(path, key)
 
     def trials(self) -> list[Trial]:
         """Finished trials in the order made.
@@ -89,8 +80,30 @@ class Study:
         self._study.add_trial(frozen)
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut away what a kill left of the journal's last line; Optuna refuses a journal that has one in its middle."""
+def open_study(path: Path, key: str) -> Any:
+    """An Optuna study of two figures to be made small, in a journal that several processes may share.
+
+    Raises:
+        InputError: The journal is damaged.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+        return optuna.create_study(
+            storage=storage, study_name=key, directions=["minimize", "minimize"], load_if_exists=True
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as an Optuna journal: {error}") from error
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cut away what a kill left of the journal's last line; Optuna refuses a journal that has one in its middle.
+
+    Nobody else may be writing it.
+    """
     content = path.read_bytes() if path.is_file() else b""
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)

@@ -18,10 +18,10 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import VocabularyPlan
+from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
-from cfsp.pruning.prune import choose_vocabulary, moment_windows, statistics_for, trim
+from cfsp.pruning.prune import counts_of, moment_windows, statistics_for, trim
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
@@ -31,7 +31,7 @@ from phoneready.release.artifact import Artifact
 from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.sizes import Sizes
-from phoneready.tune.space import Point, config_of
+from phoneready.tune.space import Point, Recipe, config_of
 
 
 @dataclass
@@ -134,14 +134,16 @@ class TrialRunner:
             InputError: There is no such vocabulary.
         """
         if size not in self._vocabularies:
-            settings, counted = self.config.prune.settings(1), self.config.prune.vocabulary_text
-            self.progress("choosing tokens", 0, 1)
-            wanted = replace(settings, vocabulary=size)
-            found = choose_vocabulary(self.loaded, self.calibration, wanted, counted)
-            self.progress("choosing tokens", 1, 1)
-            assert found is not None  # of size 0 alone
-            self._vocabularies[size] = found
+            sources = self.config.prune.vocabulary_text or self.calibration.sources
+            self._vocabularies[size] = plan_vocabulary(self.loaded, self._counts, size, sources=sources)
         return self._vocabularies[size]
+
+    @functools.cached_property
+    def _counts(self) -> Counts:
+        self.progress("counting tokens", 0, 1)
+        found = counts_of(self.loaded, self.calibration, self.config.prune.vocabulary_text)
+        self.progress("counting tokens", 1, 1)
+        return found
 
     def side(self, vocabulary: int) -> Side:
         """The model with all of its tokens, or with so many; of the latter the latest is kept."""
@@ -160,9 +162,8 @@ class TrialRunner:
 
     def _sizes(self, side: Side, plan: PruningPlan | None) -> Sizes:
         export = self.config.export
-        return Sizes(
-            side.loaded, plan, self._work, export.imatrix, self.config.seed, self._n_threads, export.quants
-        )
+        items = tuple(item for item in export.quants if Recipe(item, "", 1, False).is_sized)
+        return Sizes(side.loaded, plan, self._work, export.imatrix, self.config.seed, self._n_threads, items)
 
     @property
     def dense_checkpoint(self) -> Path:

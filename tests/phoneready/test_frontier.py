@@ -22,9 +22,9 @@ from cfsp.errors import InputError
 from cfsp.records import read_record
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.frontier.dominance import DOMINATED, FRONTIER, UNDECIDED, choose, excess, standing
+from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
 from phoneready.frontier.plot import render_frontier
 from phoneready.frontier.record import Frontier, FrontierPoint, MeasuredText
-from phoneready.frontier.run import PLOT_FILE, RESULT_FILE, STATE, TABLE_FILE
 from phoneready.frontier.settings import parse_sizes
 from phoneready.frontier.tables import format_frontier
 from phoneready.main import main
@@ -103,7 +103,7 @@ def test_files_that_others_dominate_are_deleted(measured: Path) -> None:
     assert {path.name for path in measured.glob("*.gguf")} == stays == set(found.kept)
     assert (measured / PLOT_FILE).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "bits/byte" in (measured / TABLE_FILE).read_text(encoding="utf-8")
-    assert not list((measured / STATE).glob("*/work"))
+    assert not list((measured / STATE).glob("*/work-*"))
 
 
 def test_nothing_is_measured_twice(model: Path, measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ def test_nothing_is_measured_twice(model: Path, measured: Path, capsys: pytest.C
     printed = capsys.readouterr()
     result = json.loads(printed.out)
     assert point_files(measured) == before
-    assert " of 1: " not in printed.err
+    assert "expected" not in printed.err
     assert [choice["best"] is None for choice in result["choices"]] == [True, False]
     assert [point["quant"] for point in result["points"]] == ["Q8_0"]
 
@@ -138,6 +138,73 @@ def test_a_killed_run_goes_on(model: Path, tmp_path: Path) -> None:
     found = read_record(Frontier, folder / RESULT_FILE)
     assert len(found.points) == len(after) == 6
     assert not list(folder.glob("**/.*.tmp-*"))
+
+
+def together(*commands: list[str]) -> list[str]:
+    """Run commands at the same time; what each told."""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "phoneready", *asked],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for asked in commands
+    ]
+    told = [run.communicate(timeout=600)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs), told
+    return told
+
+
+def test_runs_share_a_folder(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    asked = command(model, folder, "--quants", "Q8_0,Q4_0", "--prune-ratios", "0,0.25,0.5", "--no-speed")
+    told = together(asked, asked)
+    measured = [line for text in told for line in text.splitlines() if "bits a byte" in line]
+    assert len(measured) == 6  # none twice
+    assert main(asked) == 0
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert len(found.points) == 6
+    assert not found.open
+    assert not list((folder / STATE).glob("*/work-*"))
+
+
+def test_runs_share_a_search(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the tune extra is not installed")
+    folder = tmp_path / "out"
+    space = ("--quants", "Q8_0,Q4_0", "--prune-ratios", "0.1,0.5", "--vocabularies", "0,300", "--no-speed")
+    asked = command(model, folder, *space, "--trials", "4")
+    told = together(asked, asked)
+    measured = [line for text in told for line in text.splitlines() if "bits a byte" in line]
+    assert len(measured) == 6  # two dense files and four that were proposed
+    assert (folder / STUDY_FILE).stat().st_size
+    before = point_files(folder)
+    assert main(asked) == 0
+    assert point_files(folder) == before
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert sum(point.is_dense for point in found.points) == 2
+    assert len(found.points) == 6
+    assert all(0.1 <= p.prune_ratio <= 0.5 for p in found.points if not p.is_dense)
+    # A run that goes on has one more to propose.
+    assert main(command(model, folder, *space, "--trials", "5")) == 0
+    after = point_files(folder)
+    assert len(after) == 7
+    assert before.items() <= after.items()
+
+
+def test_a_killed_run_of_a_search_counts_for_nothing(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the tune extra is not installed")
+    folder = tmp_path / "out"
+    space = ("--quants", "Q4_0", "--prune-ratios", "0.1,0.5", "--no-speed")
+    asked = command(model, folder, *space, "--trials", "3")
+    with subprocess.Popen([sys.executable, "-m", "phoneready", *asked], start_new_session=True) as run:
+        deadline = time.monotonic() + 120
+        while len(point_files(folder)) < 2 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(run.pid, signal.SIGKILL)
+    assert main(asked) == 0
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert sum(not point.is_dense for point in found.points) == 3
 
 
 def test_limits(model: Path, tmp_path: Path) -> None:
@@ -198,9 +265,11 @@ def test_bad_input_writes_nothing(
     assert not folder.exists()
 
 
-def test_no_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["frontier", str(model), "-o", str(tmp_path / "out")]) == 2
-    assert "nothing to judge a file on" in capsys.readouterr().err
+def test_text_without_words(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n", encoding="utf-8")
+    assert main(["frontier", str(model), "-o", str(tmp_path / "out"), "--text", str(empty)]) == 2
+    assert "has no usable text" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,8 @@ from cfsp.errors import InputError
 from cfsp.pruning.axes.blocks import DepthPlan
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.records import write_record
-from phoneready.report.contents import ReportInput, bench_notes, read_verdicts
+from exporters.export_record import ExportRecord
+from phoneready.report.contents import ReportInput, beaten, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import render_report, verdict_table
 from phoneready.report.page import render_page
@@ -290,6 +291,30 @@ def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportIn
     rendered = render_report(replace(report, figures=figures))
     assert "emulated on qemu" in rendered
     assert "emulated: that it ran counts, its times say nothing" in rendered
+
+
+def test_a_dense_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    figures = report.figures
+
+    def proven(records: tuple[ExportRecord, ...], *perplexities: float) -> tuple[ExportRecord, ...]:
+        return tuple(
+            replace(r, parity=replace(r.parity, text="prose (12ab)", ppl_export=ppl))
+            for r, ppl in zip(records, perplexities, strict=True)
+        )
+
+    # Sizes: dense Q8_0 150 MB and Q4_0 90 MB, pruned 135 and 81 MB.
+    same = replace(
+        figures, dense=proven(figures.dense, 15.0, 16.0), pruned=proven(figures.pruned, 17.0, 18.0)
+    )
+    (line,) = beaten(same)
+    assert line.startswith("The dense Q4_0 file dominates the pruned Q8_0 file: 85.8 MiB against 128.7 MiB")
+    assert "perplexity 16.00 against 17.00 on 2048 tokens" in line
+    for made in (render_report(replace(report, figures=same)), render_page(replace(report, figures=same))):
+        assert "file dominates the pruned" in made
+    assert not beaten(replace(same, pruned=proven(figures.pruned, 15.5, 18.0)))
+    # Another vocabulary is proven on other windows.
+    assert not beaten(replace(same, pruned=figures.pruned))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
