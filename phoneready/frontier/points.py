@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from exporters.families import required_multiple
+from exporters.gguf.fallbacks import block_of
+from exporters.gguf.quants import find_quant
 from exporters.provenance import file_stem
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.frontier.record import model_label
@@ -50,6 +52,12 @@ def point_name(point: Point) -> str:
     recipe = point.recipe
     name = f"{recipe.allocation}-{point.prune_ratio:g}-{recipe.vocabulary}-{recipe.align}-{recipe.item}"
     return file_stem(name.replace(":", "-"))
+
+
+def bits_of(item: str) -> float:
+    """Bits of a weight in most matrices of a quantization."""
+    elements, size = block_of(find_quant(item).base_type)
+    return 8 * size / elements
 
 
 def batches_of(settings: FrontierSettings, allocation: str) -> tuple[Batch, ...]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from cfsp.errors import InputError
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.evaluation_record import text_name
 
@@ -88,7 +90,7 @@ class FrontierPoint:
         allocation: As prune.allocation.
         align: Widths are multiples of it.
         file_bytes: Its size.
-        expected_bytes: What its size was expected to be before it was made.
+        expected_bytes: What its size was computed to be before it was made, where a size limited it.
         texts: What it loses; all files have the same windows.
         speed: How fast it is, where that was asked for.
         seconds: Time it took to make and measure.
@@ -109,6 +111,10 @@ class FrontierPoint:
     texts: tuple[MeasuredText, ...]
     speed: Speed | None
     seconds: float
+
+    def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.file.endswith(".gguf"):  # it may be deleted
+            raise InputError("not the name of a GGUF file", field="file", value=self.file)
 
     @property
     def is_dense(self) -> bool:

@@ -26,7 +26,7 @@ from phoneready.figures.figure_set import DENSE
 from phoneready.frontier.dominance import DOMINATED, choose, standing
 from phoneready.frontier.folder import RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE, check_folder, claim, join
 from phoneready.frontier.measure import JudgedText, measure_file, measure_speed
-from phoneready.frontier.points import Batch, batches_of, point_label, point_name, role_of
+from phoneready.frontier.points import Batch, batches_of, bits_of, point_label, point_name, role_of
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.search import Search
 from phoneready.frontier.settings import FrontierSettings
@@ -168,17 +168,19 @@ class _Run:
         return list(dict.fromkeys((*grid, *(self.search.points() if self.search else ()))))
 
     def _missing(self, batch: Batch) -> Iterator[tuple[Point, int | None]]:
-        """What of a checkpoint is to be measured, the smallest file first, and how large each will be."""
-        sizes: dict[Point, int | None] = {}
-        for point in batch.points:
-            if self._found(point) is None:
-                try:
-                    sizes[point] = self.runner.file_bytes(point, role_of(point))
-                except InputError as error:
-                    self.failed[point] = str(error)
-        for point, size in sorted(sizes.items(), key=lambda item: item[1] or 0):
-            if self.settings.max_size is not None and (size or 0) > self.settings.max_size:
-                self.left_out[point] = f"{megabytes(size or 0)}"
+        """What of a checkpoint is to be measured, the fewest bits first; with its size, where that is limited."""
+        points = [point for point in batch.points if self._found(point) is None]
+        for point in sorted(points, key=lambda point: bits_of(point.recipe.item)):
+            if (most := self.settings.max_size) is None:
+                yield point, None
+                continue
+            try:
+                size = self.runner.file_bytes(point, role_of(point))
+            except InputError as error:
+                self.failed[point] = str(error)
+                continue
+            if size is not None and size > most:
+                self.left_out[point] = megabytes(size)
             else:
                 yield point, size
 
