@@ -14,7 +14,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.config_file import read_model_config, shape_from_config
-from cfsp.models.shape import ModelShape, require_only_widths_vary
+from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
 
@@ -24,7 +24,7 @@ class ModelConfig:
     """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it.
 
     Attributes:
-        shape: Vocabulary and blocks; only FFN widths differ between blocks.
+        shape: Vocabulary and blocks, which differ in FFN widths and in whether they attend.
         sliding_window: Window of the blocks that have one; None where every block sees everything.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
@@ -54,7 +54,7 @@ class ModelConfig:
 
     @property
     def num_key_value_heads(self) -> int:
-        """The same in every block; a config always says them."""
+        """The same in every block that attends, which the first does; a config always says them."""
         return self.shape.blocks[0].kv_groups or 0
 
     @property
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> ModelConfig:
     with as_input_error(f"{folder / 'config.json'} is not a valid config"):
         config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain).to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
-    require_only_widths_vary(shape, str(folder / "config.json"))
+    require_supported(shape, str(folder / "config.json"))
     if config["hidden_act"] not in ("silu", "swish"):
         raise InputError(
             "exported graphs of this model type compute silu alone",

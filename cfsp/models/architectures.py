@@ -112,13 +112,19 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     return FeedForward(mlp, *(_linear(mlp, name) for name in (spec.gate, spec.up, spec.down)))
 
 
+def attention_of(model: nn.Module, layer: nn.Module) -> Any:
+    """The attention of one of `model`'s decoder blocks; None in a block that has none."""
+    attention = layer.get_submodule(spec_for(model.config).attention)
+    return attention if hasattr(attention, "k_proj") else None
+
+
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
-    blocks, spec = [], spec_for(model.config)
+    blocks = []
     for index, layer in enumerate(decoder_layers(model)):
-        attention: Any = layer.get_submodule(spec.attention)
-        kv_groups = attention.k_proj.out_features // attention.head_dim
-        blocks.append(BlockShape(index, feed_forward(model, layer).width, kv_groups))
+        attention, width = attention_of(model, layer), feed_forward(model, layer).width
+        kv_groups = attention.k_proj.out_features // attention.head_dim if attention else 0
+        blocks.append(BlockShape(index, width, kv_groups, has_attention=attention is not None))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 
 

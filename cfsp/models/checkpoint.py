@@ -24,7 +24,7 @@ from cfsp.models.architectures import model_shape
 from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.remote_code import modeling_pruned
-from cfsp.models.shape import ModelShape, require_only_widths_vary
+from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
     check_finite,
@@ -200,7 +200,7 @@ def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
     if not shape.is_uniform:
         shutil.copyfile(code, folder / code.name)
         stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{per_layer_class(model.config).__name__}"}
-        stored["per_layer_config"] = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+        stored["per_layer_config"] = modeling_pruned.per_layer_settings(widths, shape.without_attention)
     write_json(folder / "config.json", stored)
 
 
@@ -231,7 +231,7 @@ def _read_config(directory: Path) -> tuple[Any, ModelShape]:
             **{k: v for k, v in settings.items() if k != "per_layer_config"}
         )
         shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
-        require_only_widths_vary(shape, str(file))
+        require_supported(shape, str(file))
         return transformers.AutoConfig.for_model(**settings), shape
 
 

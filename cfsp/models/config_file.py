@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -55,7 +56,10 @@ _CONFIG = kinds(
 )
 _PER_BLOCK = MappingProxyType({"intermediate_size": "ffn_width", "num_key_value_heads": "kv_groups"})
 """Hugging Face's name of what a block may have of its own -> ours."""
-_PER_BLOCK_KINDS = kinds(**dict.fromkeys(_PER_BLOCK, Annotated[int, Field(ge=1)]))
+_PER_BLOCK_KINDS = kinds(
+    **dict.fromkeys(_PER_BLOCK, Annotated[int, Field(ge=1)]),
+    skip=Annotated[list[Literal["attention"]], Field(min_length=1, max_length=1)],
+)
 _ROPE = kinds(
     **dict.fromkeys(("rope_type", "type"), str | None),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _Number),
@@ -153,16 +157,17 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
     blocks = []
     for index in range(count):
         own = {key: value for key, value in given.get(index, {}).items() if value != config.get(key)}
-        unknown = sorted(own.keys() - _PER_BLOCK.keys())
+        unknown = sorted(own.keys() - _PER_BLOCK_KINDS.keys())
         if unknown:
             raise InputError(
                 f"{where}: per_layer_config of block {index}",
                 field=unknown[0],
                 value=own[unknown[0]],
-                allowed=f"the same in all blocks; only {', '.join(_PER_BLOCK)} may differ",
+                allowed=f"the same in all blocks; only {', '.join(_PER_BLOCK_KINDS)} may differ",
             )
         check_kinds(own, _PER_BLOCK_KINDS, f"{where}: malformed per_layer_config: block {index}")
-        blocks.append(BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()}))
+        block = BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()})
+        blocks.append(replace(block, kv_groups=0, has_attention=False) if "skip" in own else block)
     return ModelShape(config["vocab_size"], tuple(blocks))
 
 

@@ -1,8 +1,8 @@
 """The shape of a decoder: how large its vocabulary is, and what each of its blocks is made of.
 
 A plan decides one, a checkpoint states it, exporters build files of it, records keep it. Today the blocks of a pruned
-model differ in their FFN widths alone; `require_only_widths_vary` refuses every other difference where files are
-written.
+model have different FFN widths, and some no attention; `require_supported` refuses every other difference where files
+are written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class BlockShape:
     Attributes:
         origin: Which block of the dense model it was.
         ffn_width: Channels of its FFN (intermediate_size).
-        kv_groups: Its key-value heads (num_key_value_heads); None where a record does not say.
+        kv_groups: Its key-value heads (num_key_value_heads), 0 without attention; None where a record does not say.
         has_attention: Whether it attends.
         has_ffn: Whether it has an FFN.
     """
@@ -55,6 +55,11 @@ class ModelShape:
         return tuple(block.ffn_width for block in self.blocks)
 
     @property
+    def without_attention(self) -> tuple[int, ...]:
+        """Blocks that do not attend, by their place in this model."""
+        return tuple(index for index, block in enumerate(self.blocks) if not block.has_attention)
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all blocks are alike, so that one value for all describes them."""
         return len({replace(block, origin=0) for block in self.blocks}) <= 1
@@ -85,15 +90,18 @@ class ModelShape:
         return replace(known, blocks=tuple(blocks)).with_origins(whole) == whole
 
 
-def require_only_widths_vary(shape: ModelShape, where: str) -> None:
-    """Raise InputError for a shape whose blocks differ from the dense model's in more than FFN widths.
+def require_supported(shape: ModelShape, where: str) -> None:
+    """Raise InputError for a shape whose blocks differ in more than FFN widths and whether they attend.
 
     No file format is written for such models yet, and a file of the wrong shape would be worse than none.
     """
-    heads = shape.blocks[0].kv_groups if shape.blocks else None
+    if not shape.blocks or not shape.blocks[0].has_attention:
+        raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")
+    heads = shape.blocks[0].kv_groups
     for index, block in enumerate(shape.blocks):
-        if replace(block, origin=0, ffn_width=0) != BlockShape(0, 0, heads):
+        plain = BlockShape(block.origin, block.ffn_width, heads)
+        if block not in (plain, replace(plain, kv_groups=0, has_attention=False)):
             raise InputError(
-                f"{where}: block {index} differs from the dense model's in more than its FFN width, "
-                "which cannot be loaded or exported yet"
+                f"{where}: block {index} differs from the dense model's in more than its FFN width "
+                "and its attention, which cannot be loaded or exported yet"
             )

@@ -8,13 +8,15 @@ stream has h*. down_proj is solved for
 
 so that, beside doing the removed channels' work, it takes back a share c of the error that earlier blocks left in
 the residual stream. Where whole blocks after l go, h and h* are taken after these, and down_proj does what they would
-have added as well. c = 0 only follows the pruned stream. c = 1 aims at the dense stream itself, which fits the
-calibration text too closely: an error cannot be told from what the block itself should say about such text.
+have added as well. Where the block loses its attention, h is what it would give with it. c = 0 only follows the pruned
+stream. c = 1 aims at the dense stream itself, which fits the calibration text too closely: an error cannot be told
+from what the block itself should say about such text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
+from cfsp.pruning.axes.removal import attention_left_out
 from cfsp.pruning.reconstruction import solve_change
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
 from cfsp.pruning.surgery import Cut, cut_channels
@@ -44,7 +47,7 @@ def prune_block_by_block(cut: Cut) -> None:
     changed = [
         index
         for index, (ffn, kept) in enumerate(zip(ffns, cut.kept, strict=True))
-        if index not in cut.gone and (len(kept) < ffn.width or index + 1 in cut.gone)
+        if index not in cut.gone and (len(kept) < ffn.width or index + 1 in cut.gone or index in cut.silent)
     ]
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
@@ -57,7 +60,7 @@ def prune_block_by_block(cut: Cut) -> None:
             for window, hidden in enumerate(dense):
                 wanted[window] = after(run_layer(layer, hidden, calls[index]))
             if index in changed:
-                solver = _Block(layer, ffn, kept, cut.correction, after)
+                solver = _Block(layer, ffn, kept, cut.correction, after, silent=index in cut.silent)
                 rests = [
                     solver.observe(hidden, target, calls[index])
                     for hidden, target in zip(pruned, wanted, strict=True)
@@ -94,9 +97,17 @@ class _Block:
     """The sums of one block's least-squares problem."""
 
     def __init__(
-        self, layer: nn.Module, ffn: FeedForward, kept: torch.Tensor, correction: float, after: _Run
+        self,
+        layer: nn.Module,
+        ffn: FeedForward,
+        kept: torch.Tensor,
+        correction: float,
+        after: _Run,
+        *,
+        silent: bool,
     ) -> None:
-        self.layer, self.ffn, self.kept, self.correction, self.after = layer, ffn, kept, correction, after
+        self.layer, self.ffn, self.kept, self.correction = layer, ffn, kept, correction
+        self.after, self.silent = after, silent
         self.columns = ffn.down.weight[:, kept]
         self.gram = GramSum(len(kept))
         self.missing = torch.zeros(len(kept), ffn.down.weight.shape[0], dtype=torch.float64)
@@ -113,10 +124,12 @@ class _Block:
             arguments: Of the block's call.
 
         Returns:
-            (the block's output without its FFN, the FFN's input), each (1, seqlen, hidden_size).
+            (the pruned block's output without its FFN, the FFN's input), each (1, seqlen, hidden_size).
         """
         seen: dict[str, torch.Tensor] = {}
+        whole = run_layer(self.layer, hidden, arguments) if self.silent else None
         with (
+            attention_left_out(self.layer) if self.silent else nullcontext(),
             input_hook(self.ffn.gate, lambda x: seen.update(ffn_input=x)),
             output_hook(self.ffn.down, lambda x, given: seen.update(x=x, given=given)),
         ):
@@ -124,7 +137,7 @@ class _Block:
         given, kept_x = seen["given"], seen["x"][..., self.kept]
         # The bias, where there is one, is in both terms and cancels.
         lost = given - nn.functional.linear(kept_x, self.columns, self.ffn.down.bias)
-        whole = self.after(output)
+        whole = self.after(output if whole is None else whole)
         lacks = lost + (whole - output) + self.correction * (wanted - whole)
         x = kept_x.reshape(-1, len(self.kept)).float()
         self.gram.add(x)

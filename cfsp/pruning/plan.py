@@ -19,7 +19,9 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in, rounding_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import ALLOCATIONS, BlockEvidence, integer_widths, uniform_widths
-from cfsp.pruning.axes.blocks import DepthPlan, remove_blocks
+from cfsp.pruning.axes.attention import removable_attentions, remove_attention
+from cfsp.pruning.axes.blocks import remove_blocks
+from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
@@ -86,6 +88,7 @@ class PruningPlan:
         blocks: One entry a block.
         vocabulary: Which tokens are kept; None where all are.
         depth: Which whole blocks go; None where all stay.
+        attention: Which blocks lose their attention; None where none does.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -102,7 +105,8 @@ class PruningPlan:
     dense_widths: tuple[int, ...]
     blocks: tuple[BlockPlan, ...]
     vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None
-    depth: Annotated[DepthPlan | None, WhereSet] = None
+    depth: Annotated[Removal | None, WhereSet] = None
+    attention: Annotated[Removal | None, WhereSet] = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):
@@ -122,13 +126,22 @@ class PruningPlan:
     def shape(self) -> ModelShape:
         """What the plan makes of it."""
         shape = self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
-        stay = tuple(block for block in shape.blocks if block.origin not in self.gone)
-        return ModelShape(len(self.vocabulary.kept) if self.vocabulary else None, stay)
+        stay = [block for block in shape.blocks if block.origin not in self.gone]
+        blocks = (
+            replace(block, kv_groups=0, has_attention=False) if block.origin in self.silent else block
+            for block in stay
+        )
+        return ModelShape(len(self.vocabulary.kept) if self.vocabulary else None, tuple(blocks))
 
     @property
     def gone(self) -> frozenset[int]:
         """Blocks that go."""
         return frozenset(self.depth.removed if self.depth else ())
+
+    @property
+    def silent(self) -> frozenset[int]:
+        """Blocks that lose their attention."""
+        return frozenset(self.attention.removed if self.attention else ())
 
     @property
     def keep_ratio(self) -> float:
@@ -139,7 +152,7 @@ class PruningPlan:
     @property
     def keeps_blocks(self) -> bool:
         """Whether every block stays as it is."""
-        return self.keep_ratio == 1 and not self.gone
+        return self.keep_ratio == 1 and not self.gone and not self.silent
 
     @property
     def removed(self) -> str:
@@ -148,6 +161,9 @@ class PruningPlan:
         if self.depth:
             gone = ", ".join(map(str, self.depth.removed))
             words.append(f"{len(self.gone)} of {len(self.blocks)} blocks removed ({gone})")
+        if self.attention:
+            silent = ", ".join(map(str, self.attention.removed))
+            words.append(f"{len(self.silent)} attentions removed ({silent})")
         if self.vocabulary:
             words.append(f"{len(self.vocabulary.kept)} of {self.vocabulary.dense_size} tokens kept")
         return ", ".join(words)
@@ -168,7 +184,8 @@ def make_plan(
     statistics: BlockStatistics,
     calibration: Calibration,
     settings: PruneSettings,
-    depth: DepthPlan | None = None,
+    depth: Removal | None = None,
+    attention: Removal | None = None,
 ) -> PruningPlan:
     """Decide which channels every block keeps; the model is not changed.
 
@@ -178,6 +195,7 @@ def make_plan(
         calibration: Where that text came from, for the record.
         settings: How to prune; the plan records the dtype that products had.
         depth: Which whole blocks go; channels are removed from the others.
+        attention: Which of the others lose their attention.
 
     Raises:
         InputError: An unknown name or a value out of range in the settings.
@@ -209,6 +227,7 @@ def make_plan(
         dense_widths=dense_widths,
         blocks=tuple(blocks),
         depth=depth,
+        attention=attention,
     )
 
 
@@ -239,8 +258,8 @@ def apply_plan(
 ) -> None:
     """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
 
-    Blocks that keep all of their channels and stand before no block that goes are left untouched, so a plan that
-    removes nothing changes nothing.
+    Blocks that keep all of their channels and their attention, and stand before no block that goes, are left
+    untouched, so a plan that removes nothing changes nothing.
 
     Args:
         model: The dense model the plan was made for.
@@ -268,9 +287,12 @@ def apply_plan(
         input_ids=input_ids,
         progress=progress,
         gone=plan.gone,
+        silent=plan.silent,
     )
     with products_in(plan.settings.dtype):
         RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
+    for index in plan.silent:
+        remove_attention(decoder_layers(model)[index])
     remove_blocks(model, plan.gone)
     set_config_shape(model)
 
@@ -286,6 +308,9 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
         )
     if plan.depth and not plan.gone <= set(range(1, len(plan.blocks))):
         raise InputError("the plan removes blocks that cannot go", field="depth", value=plan.depth.removed)
+    if plan.attention and not plan.silent <= set(removable_attentions(model, plan.gone)):
+        removed = plan.attention.removed
+        raise InputError("the plan removes attentions that cannot go", field="attention", value=removed)
     for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True)):
         sound = block.width == 0 if index in plan.gone else 0 < block.width <= dense
         if sorted(block.ranking) != list(range(dense)) or not sound:

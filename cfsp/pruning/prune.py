@@ -11,7 +11,9 @@ import torch
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.attention import plan_attentions
 from cfsp.pruning.axes.blocks import plan_blocks
+from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import (
     Counts,
     VocabularyPlan,
@@ -34,7 +36,7 @@ MOMENT_WINDOWS = 16
 GRADIENT_WINDOWS = 32
 """Windows behind the gradients of the loss."""
 PROBE_WINDOWS, PROBE_TOKENS = 4, 256
-"""Windows on which the model is tried without a block, and how much of each."""
+"""Windows on which the model is tried without a block or an attention, and how much of each."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,25 @@ def plan_model(
     check_settings(settings)
     vocabulary = _vocabulary(loaded, calibration, settings, counted)
     loaded, calibration = trim(loaded, calibration, vocabulary)
-    depth = None
-    if settings.blocks:
-        windows = spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
-        with products_in(settings.dtype):
-            depth = plan_blocks(loaded.model, windows, settings.blocks, progress=progress)
+    depth, attention = _removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
-    plan = make_plan(loaded, statistics, calibration, settings, depth)
+    plan = make_plan(loaded, statistics, calibration, settings, depth, attention)
     return Planned(loaded, calibration, statistics, replace(plan, vocabulary=vocabulary))
+
+
+def _removals(
+    model: Any, calibration: Calibration, settings: PruneSettings, progress: Progress
+) -> tuple[Removal | None, Removal | None]:
+    """Which blocks go, and which of the others lose their attention; None where none does."""
+    windows = spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
+    depth = attention = None
+    with products_in(settings.dtype):
+        if count := settings.blocks:
+            depth = plan_blocks(model, windows, count, progress=progress)
+        if count := settings.attentions:
+            gone = frozenset(depth.removed if depth else ())
+            attention = plan_attentions(model, windows, count, gone, progress=progress)
+    return depth, attention
 
 
 def _vocabulary(

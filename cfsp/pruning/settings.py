@@ -58,6 +58,9 @@ class PruneSettings(Settings):
     blocks: Annotated[int, WhereSet] = setting(
         0, "Whole decoder blocks to remove; 0 removes none.", ge=0, le=512
     )
+    attentions: Annotated[int, WhereSet] = setting(
+        0, "Attentions to remove from blocks that stay; 0 removes none.", ge=0, le=512
+    )
 
     @property
     def plan_needs_gram(self) -> bool:

@@ -27,6 +27,7 @@ class Cut:
         input_ids: The calibration windows, (nsamples, seqlen) int64.
         progress: Told after each block.
         gone: Blocks that will be removed whole.
+        silent: Blocks that will lose their attention.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Cut:
     input_ids: torch.Tensor | None = None
     progress: Progress = no_progress
     gone: frozenset[int] = frozenset()
+    silent: frozenset[int] = frozenset()
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:

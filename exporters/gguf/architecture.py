@@ -5,6 +5,8 @@ what our model types compute: `deci` (llama, mistral, qwen2) and `openelm` (qwen
 type lists its layouts in order of preference; the first that can represent the model is used. Where none takes its
 widths, the FFN is padded with zero channels to the widest block: exact, but the pruned space comes back.
 
+`deci` alone takes blocks without attention as well (head counts of 0).
+
 Two conventions of rotary embedding exist. `llama` and `deci` rotate neighbouring pairs of a head's values, so the rows
 of q and k (weights and biases) are interleaved; the others rotate halves, as Hugging Face's models do.
 """
@@ -22,7 +24,7 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.gguf_file import tensor_names
-from cfsp.models.shape import ModelShape
+from cfsp.models.shape import BlockShape, ModelShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, open_tensors, read_config
 
 FloatArray = npt.NDArray[np.float32]
@@ -41,6 +43,7 @@ class Layout:
         rope_factors: Reads rope_freqs.weight (llama3's rope scaling).
         free_head_dim: head_dim * num_attention_heads may differ from hidden_size.
         untied: Has an output matrix of its own.
+        attention_free: Takes blocks without attention.
     """
 
     architecture: str
@@ -51,13 +54,14 @@ class Layout:
     rope_factors: bool = False
     free_head_dim: bool = True
     untied: bool = True
+    attention_free: bool = False
 
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _ALL_LINEAR = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
 
 _LLAMA = Layout("llama", interleaved_rope=True, biases=_ALL_LINEAR, rope_factors=True)
-_DECI = Layout("deci", per_layer_widths=True, interleaved_rope=True, biases=_ALL_LINEAR, rope_factors=True)
+_DECI = replace(_LLAMA, architecture="deci", per_layer_widths=True, attention_free=True)
 _QWEN2 = Layout("qwen2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False)
 _QWEN3 = Layout("qwen3", biases=_ATTENTION - {"o_proj"})
 _OPENELM = Layout("openelm", per_layer_widths=True, fused_qkv=True, untied=False)
@@ -71,6 +75,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     }
 )
 
+_OF_ATTENTION = ("input_layernorm", "self_attn.")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -192,6 +197,8 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
     }
     if biased - layout.biases:
         return f"no bias on {', '.join(sorted(biased - layout.biases))}"
+    if config.shape.without_attention and not layout.attention_free:
+        return "no blocks without attention, whole blocks can go"
     if not layout.untied and not config.tie_word_embeddings:
         return "tied embeddings only"
     if not layout.free_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
@@ -231,8 +238,8 @@ def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout) -> TensorS
 
 def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     config, prefix = chosen.config, f"model.layers.{block}"
-    shapes = _block_shapes(config, config.shape.blocks[block].ffn_width)
-    in_file = _block_shapes(config, chosen.widths[block])
+    shapes = _block_shapes(config, config.shape.blocks[block])
+    in_file = _block_shapes(config, replace(config.shape.blocks[block], ffn_width=chosen.widths[block]))
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
     if chosen.layout.fused_qkv:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
@@ -248,9 +255,9 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
             yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
 
 
-def _block_shapes(config: ModelConfig, width: int) -> dict[str, tuple[int, ...]]:
-    """Module inside a block with an FFN of this width -> shape of its weight."""
-    hidden = config.hidden_size
+def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
+    """Module inside a block -> shape of its weight."""
+    hidden, width = config.hidden_size, block.ffn_width
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
@@ -265,6 +272,8 @@ def _block_shapes(config: ModelConfig, width: int) -> dict[str, tuple[int, ...]]
     }
     if ARCHITECTURES[config.model_type].head_norms:
         shapes |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
+    if not block.has_attention:
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_OF_ATTENTION)}
     return shapes
 
 
@@ -272,7 +281,7 @@ def linear_inputs(config: ModelConfig) -> dict[str, int]:
     """Every Linear of the blocks, by Hugging Face's module name -> its in_features."""
     return {
         f"model.layers.{block}.{module}": shape[1]
-        for block, width in enumerate(config.shape.ffn_widths)
-        for module, shape in _block_shapes(config, width).items()
+        for block, of_block in enumerate(config.shape.blocks)
+        for module, shape in _block_shapes(config, of_block).items()
         if len(shape) == 2
     }

@@ -105,5 +105,6 @@ def _caches(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
     for cache in caches:
         if cache.shape is None or (cache.shape[1], cache.shape[3]) != wanted:
             yield f"{cache.name} is {cache.shape}, not of {wanted} heads and numbers"
-    if len(caches) != 2 * config.num_hidden_layers:
-        yield f"{len(caches)} cache inputs for {config.num_hidden_layers} blocks"
+    attending = config.num_hidden_layers - len(config.shape.without_attention)
+    if len(caches) != 2 * attending:
+        yield f"{len(caches)} cache inputs for {attending} attentions"

@@ -18,6 +18,7 @@ from cfsp.files import write_json
 from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import read_json
 from cfsp.text.generation import stop_tokens
+from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.variants import Variant
@@ -37,12 +38,26 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
     if (checkpoint / "generation_config.json").is_file():
         shutil.copy(checkpoint / "generation_config.json", folder)
     copy_notices(checkpoint, folder)
-    write_json(folder / "config.json", _config(read_json(checkpoint / "config.json"), variant))
+    stored = _with_caches(read_json(checkpoint / "config.json"), job.common.config)
+    write_json(folder / "config.json", _config(stored, variant))
     if variant.portable:
         return
     ends = sorted(stop_tokens(job.model.generation_config, tokenizer))
     context_length = job.common.config.context_length
-    write_json(folder / GENAI_CONFIG, _genai_config(variant, job.model.config, ends, context_length))
+    genai = _genai_config(variant, job.model.config, ends, context_length)
+    genai["model"]["decoder"]["num_hidden_layers"] = stored["num_hidden_layers"]
+    write_json(folder / GENAI_CONFIG, genai)
+
+
+def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The settings with as many hidden layers as there are caches, which is what consumers take them for."""
+    silent = config.shape.without_attention
+    if not silent:
+        return stored
+    kept = {key: value for key, value in stored.items() if key != "per_layer_config"}
+    if kinds := kept.get("layer_types"):
+        kept["layer_types"] = [kind for index, kind in enumerate(kinds) if index not in silent]
+    return kept | {"num_hidden_layers": config.num_hidden_layers - len(silent)}
 
 
 def _config(stored: dict[str, Any], variant: Variant) -> dict[str, Any]:

@@ -7,11 +7,12 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
     h  = rms_norm(x)                                    SkipSimplifiedLayerNormalization adds and normalizes
     x += down_proj(silu(gate_proj(h)) * up_proj(h))
 
-with the FFN's own width in every block. The residual sum x and the next norm are one operator, so x is handed on
-as (x so far, what is still to be added).
+with the FFN's own width in every block, and without the first two lines in a block without attention. The residual
+sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
-input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value.
+input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value. N counts the blocks that attend:
+consumers want caches from 0 on without a gap, and take num_hidden_layers for how many there are.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ OPSET = 21
 
 
 @dataclass(frozen=True)
-class Block:
-    """A block's weights.
+class Attention:
+    """A block's attention, with the norm before it.
 
     Attributes:
         input_norm: (hidden_size,).
@@ -41,21 +42,32 @@ class Block:
         q_norm: (head_dim,) norm of each head's query, or None.
         k_norm: (head_dim,) norm of each head's key, or None.
         o_proj: Attention's output.
+    """
+
+    input_norm: npt.NDArray[np.floating]
+    qkv: tuple[Layer, ...]
+    o_proj: Layer
+    q_norm: npt.NDArray[np.floating] | None = None
+    k_norm: npt.NDArray[np.floating] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's weights.
+
+    Attributes:
+        attention: None in a block that does not attend.
         post_norm: (hidden_size,).
         gate_proj: FFN, to this block's width.
         up_proj: FFN, to this block's width.
         down_proj: FFN, back to hidden_size.
     """
 
-    input_norm: npt.NDArray[np.floating]
-    qkv: tuple[Layer, ...]
-    o_proj: Layer
+    attention: Attention | None
     post_norm: npt.NDArray[np.floating]
     gate_proj: Layer
     up_proj: Layer
     down_proj: Layer
-    q_norm: npt.NDArray[np.floating] | None = None
-    k_norm: npt.NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
@@ -153,9 +165,10 @@ class _Graph:
     ) -> tuple[ir.Value, ir.Value]:
         """One block; returns the residual sum before its FFN, and the FFN's output that is still to be added."""
         prefix = f"model.layers.{index}"
-        hidden, x = self.add_norm(x, added, block.input_norm, f"{prefix}.input_layernorm")
-        attended = self._attention(index, block, hidden)
-        added = block.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
+        if block.attention is not None:
+            hidden, x = self.add_norm(x, added, block.attention.input_norm, f"{prefix}.input_layernorm")
+            attended = self._attention(prefix, block.attention, hidden)
+            added = block.attention.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
         hidden, x = self.add_norm(x, added, block.post_norm, f"{prefix}.post_attention_layernorm")
         return x, self._feed_forward(block, hidden, f"{prefix}.mlp")
 
@@ -202,9 +215,9 @@ class _Graph:
         length = b.op("Gather", [sizes, b.constant("mask_length_axis", 1)], "mask_length", axis=0, shape=[])
         return seqlens, b.cast(length, "total_sequence_length", int32)
 
-    def _attention(self, index: int, block: Block, hidden: ir.Value) -> ir.Value:
+    def _attention(self, block_prefix: str, block: Attention, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
-        s, prefix = self.decoder, f"model.layers.{index}.self_attn"
+        s, prefix, index = self.decoder, f"{block_prefix}.self_attn", (len(self.inputs) - 2) // 2
         query, key, value = self._heads(block, hidden, prefix)
         past = self._caches(f"past_key_values.{index}", "past_sequence_length")
         present = self._caches(f"present.{index}", "total_sequence_length")
@@ -235,7 +248,7 @@ class _Graph:
         return [ir.val(f"{prefix}.{part}", self.dtype, shape) for part in ("key", "value")]
 
     def _heads(
-        self, block: Block, hidden: ir.Value, prefix: str
+        self, block: Attention, hidden: ir.Value, prefix: str
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Query, key and value; the query alone holds all three where one layer gives them."""
         s, b = self.decoder, self.builder

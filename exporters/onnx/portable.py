@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import InputError, MissingExtraError
+from cfsp.models.architectures import model_shape
 from cfsp.models.weights import quiet_transformers
 from cfsp.reading import one_line
 
@@ -40,9 +41,16 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
         opset: Of its operators; optimum's choice where None.
 
     Raises:
-        InputError: optimum cannot export it.
+        InputError: optimum cannot export it, or a block has no attention.
         MissingExtraError: optimum's exporter is not installed.
     """
+    if silent := model_shape(model).without_attention:
+        raise InputError(
+            "optimum gives every block a cache, and these have no attention",
+            field="portable",
+            value=silent,
+            allowed="the other variants, or a model without whole blocks",
+        )
     require_optimum()
     from optimum.exporters.onnx import onnx_export_from_model
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward, spec_for
-from exporters.onnx.decoder_graph import Block, Decoder
+from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, spec_for
+from exporters.onnx.decoder_graph import Attention, Block, Decoder
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
@@ -132,8 +132,19 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
 
 def _block(model: Any, layer: nn.Module, name: str, weights: Weights) -> Block:
     spec, ffn = spec_for(model.config), feed_forward(model, layer)
-    attention: Any = layer.get_submodule(spec.attention)
-    prefix, mlp = f"{name}.{spec.attention}", f"{name}.{spec.mlp}"
+    attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
+    return Block(
+        attention=_attention(model, attention, name, weights) if attention else None,
+        post_norm=_norm(model, f"{name}.post_attention_layernorm", weights),
+        gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
+        up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
+        down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
+    )
+
+
+def _attention(model: Any, attention: Any, name: str, weights: Weights) -> Attention:
+    spec = spec_for(model.config)
+    prefix = f"{name}.{spec.attention}"
     parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
     if not spec.head_norms and weights.packs(list(parts)):
         weight = torch.cat([part.weight.detach() for part in parts.values()])
@@ -143,16 +154,12 @@ def _block(model: Any, layer: nn.Module, name: str, weights: Weights) -> Block:
         )
     else:
         qkv = tuple(_linear(part, module, weights) for part, module in parts.items())
-    return Block(
+    return Attention(
         input_norm=_norm(model, f"{name}.input_layernorm", weights),
         qkv=qkv,
         q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,
         k_norm=_norm(model, f"{prefix}.k_norm", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
-        post_norm=_norm(model, f"{name}.post_attention_layernorm", weights),
-        gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
-        up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
-        down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
     )
 
 

@@ -30,6 +30,7 @@ from phoneready.console import prepare_torch, show_progress, write_result
 from phoneready.settings.schema import PruneConfig
 
 if TYPE_CHECKING:
+    from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
     from cfsp.text.calibration import Calibration
 
@@ -50,7 +51,7 @@ def prune(
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Remove FFN channels with CFSP and solve down_proj anew for what is left; --vocabulary and --blocks remove more.
+    """Remove FFN channels with CFSP and solve down_proj anew for what is left; other options remove more.
 
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
@@ -95,7 +96,8 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         f"{len(widths)} blocks of {min(widths)} to {max(widths)} channels, "
         f"multiples of {plan.settings.align}.",
         f"Widths: {', '.join(map(str, widths))}",
-        *_depth_lines(plan),
+        *_removal_lines("Blocks", plan.depth),
+        *_removal_lines("Attentions", plan.attention),
         *_vocabulary_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",
@@ -103,13 +105,13 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
     return "\n".join(lines)
 
 
-def _depth_lines(plan: PruningPlan) -> list[str]:
-    if (depth := plan.depth) is None:
+def _removal_lines(what: str, removal: Removal | None) -> list[str]:
+    if removal is None:
         return []
-    alone = ", ".join(f"{index} ({depth.losses[index]:.3f} alone)" for index in depth.removed)
+    alone = ", ".join(f"{index} ({removal.losses[index]:.3f} alone)" for index in removal.removed)
     return [
-        f"Blocks removed: {alone}; without them, and before anything makes up for it, the divergence is "
-        f"{depth.loss:.3f} nats a token on {depth.tokens} tokens."
+        f"{what} removed: {alone}; without them, and before anything makes up for it, the divergence is "
+        f"{removal.loss:.3f} nats a token on {removal.tokens} tokens."
     ]
 
 

@@ -62,6 +62,7 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
         f"{plan.removed}: score {plan.settings.score}, allocation "
         f"{plan.settings.allocation}, reconstruction {plan.settings.reconstruct}, seed {manifest.seed}"
         + (f"; blocks removed: {', '.join(map(str, plan.depth.removed))}" if plan.depth else "")
+        + (f"; attentions removed: {', '.join(map(str, plan.attention.removed))}" if plan.attention else "")
         + ("; then trained" if manifest.config.get("recover") else "")
     )
     return {

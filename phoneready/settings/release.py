@@ -189,8 +189,9 @@ def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 
 def _search_of_channels(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    if config.tune and config.prune.blocks:
-        yield ("tune",), "a search removes FFN channels alone: leave prune.blocks out"
+    for name in ("blocks", "attentions"):
+        if config.tune and getattr(config.prune, name):
+            yield ("tune",), f"a search removes FFN channels alone: leave prune.{name} out"
 
 
 def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -88,7 +88,8 @@ def _numbers(file: GGUFFile, name: str, default: int | None = None) -> list[int]
     """A number of the header that is one for all blocks, or a list of one for each."""
     found = file.hyperparameter(name, default)
     values = list(found) if isinstance(found, (list, tuple)) else [found]
-    if not values or not all(isinstance(value, int) and value > 0 for value in values):
+    # Blocks without attention have no heads.
+    if not all(isinstance(value, int) and value >= 0 for value in values) or not any(values):
         raise InputError(f"{file.path} has no usable {file.architecture}.{name}", value=found)
     return [int(value) for value in values]
 

@@ -10,7 +10,7 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.models.config_file import shape_from_config
-from cfsp.models.shape import BlockShape, ModelShape, require_only_widths_vary
+from cfsp.models.shape import BlockShape, ModelShape, require_supported
 
 CONFIG = {
     "vocab_size": 10,
@@ -71,11 +71,11 @@ def test_what_is_not_said_is_no_contradiction() -> None:
 
 @pytest.mark.parametrize("change", [{"kv_groups": 1}, {"has_attention": False}, {"has_ffn": False}])
 def test_only_widths_may_vary_yet(change: dict[str, Any]) -> None:
-    require_only_widths_vary(with_block(1, ffn_width=6), "x")
+    require_supported(with_block(1, ffn_width=6), "x")
     assert PLAIN.is_uniform
     assert not with_block(1, ffn_width=6).is_uniform
     with pytest.raises(InputError, match=r"x: block 1 differs .* yet"):
-        require_only_widths_vary(with_block(1, **change), "x")
+        require_supported(with_block(1, **change), "x")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])

@@ -23,6 +23,7 @@ from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.axes.attention import remove_attention
 from cfsp.pruning.surgery import cut_channels
 
 pytestmark = pytest.mark.slow
@@ -75,7 +76,7 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint for every model type, tied or not, with different and with uniform widths."""
+    """A checkpoint for every model type, tied or not, with widths different and uniform, and some blocks silent."""
     folder = tmp_path_factory.mktemp("written-here")
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         for tied in (True, False):
@@ -83,6 +84,8 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 model, tokenizer = tiny_model(model_type, tied)
                 for layer, width in zip(decoder_layers(model), widths, strict=True):
                     cut_channels(feed_forward(model, layer), torch.arange(width))
+                if kind == "different" and not tied:
+                    remove_attention(decoder_layers(model)[2])
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")
     return folder

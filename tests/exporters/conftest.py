@@ -12,6 +12,7 @@ import torch
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.axes.attention import remove_attention
 from cfsp.pruning.statistics import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, set_config_shape
 from exporters.export_record import ParityLimits
@@ -32,12 +33,18 @@ def _narrow(model: Any, widths: tuple[int, ...]) -> None:
 def make_checkpoint(
     tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> MakeCheckpoint:
-    """Factory with `tiny_model`'s arguments, `widths=` and `moments=` -> a checkpoint folder."""
+    """Factory with `tiny_model`'s arguments, `widths=`, `silent=` and `moments=` -> a checkpoint folder."""
 
     def make(
-        *args: Any, widths: tuple[int, ...] | None = None, moments: bool = True, **overrides: Any
+        *args: Any,
+        widths: tuple[int, ...] | None = None,
+        silent: tuple[int, ...] = (),
+        moments: bool = True,
+        **overrides: Any,
     ) -> Path:
         model, tokenizer = tiny_model(*args, **overrides)
+        for index in silent:
+            remove_attention(decoder_layers(model)[index])
         if widths:
             _narrow(model, widths)
         source = ModelSource(
@@ -63,7 +70,7 @@ def make_checkpoint(
 
 @pytest.fixture(scope="session")
 def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the ONNX variants that JavaScript's runtimes load; do not change it in a test."""
+    """The ONNX variants that JavaScript's runtimes load, with a block without attention; not to be changed."""
     from exporters.onnx import export_onnx  # needs the onnx extra, which other tests here do without
 
     output = tmp_path_factory.mktemp("onnx") / "out"
@@ -71,7 +78,7 @@ def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.Tem
     # Next-token distributions of random weights are nearly flat, so quantization moves them far.
     loose = {name: ParityLimits(kl_mean=3.0) for name in variants if name != "fp32"}
     export_onnx(
-        make_checkpoint("llama", widths=(96, 64, 128, 40)),
+        make_checkpoint("llama", widths=(96, 64, 128, 40), silent=(2,)),
         output,
         variants,
         ExportOptions(limits=loose, n_threads=1),

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError
-from exporters.onnx.decoder_graph import Block, Decoder, build_decoder
+from exporters.onnx.decoder_graph import Attention, Block, Decoder, build_decoder
 from exporters.onnx.layers import FloatEmbedding, FloatLinear
 from exporters.onnx.ort_format import write_ort
 from exporters.onnx.writer import save_graph
@@ -36,10 +36,13 @@ def decoder(vocab_size: int) -> Decoder:
     table[:ROWS], table[-ROWS:] = floats(ROWS, HIDDEN), floats(ROWS, HIDDEN)
     embedding = FloatEmbedding(table)
     angles = floats(POSITIONS, HEAD_DIM // 2)
-    block = Block(
+    attention = Attention(
         input_norm=1 + floats(HIDDEN),
         qkv=(linear(3 * HEADS * HEAD_DIM, HIDDEN),),
         o_proj=linear(HIDDEN, HEADS * HEAD_DIM),
+    )
+    block = Block(
+        attention=attention,
         post_norm=1 + floats(HIDDEN),
         gate_proj=linear(WIDTH, HIDDEN),
         up_proj=linear(WIDTH, HIDDEN),

@@ -55,17 +55,17 @@ def test_a_plan_is_made_once_and_applied_at_another_ratio(
     assert applied["calibration"] == ["builtin:python-docs"]
 
 
-def test_vocabulary_channels_and_blocks_go_together(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each export is proven against the checkpoint before it appears."""
     for name, ratio in (("plain", "0"), ("narrow", "0.25")):
         folder = tmp_path / name
         options = ["--prune-ratio", ratio, "--vocabulary", "300", "--blocks", "1"]
+        options += ["--attentions", "1"] if name == "narrow" else []
         assert main(["prune", model, "-o", str(folder), *options, *SMALL]) == 0
         said = capsys.readouterr().out
         assert "3 blocks of" in said
         assert "Blocks removed: " in said
+        assert ("Attentions removed: " in said) == (name == "narrow")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert (config["num_hidden_layers"], config["vocab_size"]) == (3, 300)
         assert ("auto_map" in config) == (name == "narrow")
@@ -87,6 +87,7 @@ def test_vocabulary_channels_and_blocks_go_together(
         (["-o", "x", "--calibration", "missing.txt", "--seqlen", "32"], "missing.txt"),
         (["-o", "x", "--plan", "missing.json"], "missing.json"),
         (["-o", "x", "--blocks", "4", *SMALL], "at most 3"),
+        (["-o", "x", "--blocks", "1", "--attentions", "3", *SMALL], "at most 2"),
     ],
 )
 def test_prune_refuses_what_it_cannot_do(

@@ -146,9 +146,10 @@ def test_every_error_stands_at_its_line() -> None:
     assert "at_least alone" in found[26]
 
 
-def test_a_search_takes_no_blocks() -> None:
-    with pytest.raises(InputError, match=r"line 5: tune: .* leave prune\.blocks out"):
-        parse_config('[model]\nreference = "x"\n[prune]\nblocks = 1\n[tune]\n', where="release.toml")
+@pytest.mark.parametrize("axis", ["blocks", "attentions"])
+def test_a_search_takes_channels_alone(axis: str) -> None:
+    with pytest.raises(InputError, match=rf"line 5: tune: .* leave prune\.{axis} out"):
+        parse_config(f'[model]\nreference = "x"\n[prune]\n{axis} = 1\n[tune]\n', where="release.toml")
 
 
 @pytest.mark.parametrize(

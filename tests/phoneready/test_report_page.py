@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.pruning.axes.blocks import DepthPlan
+from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.records import write_record
 from exporters.export_record import ExportRecord
@@ -393,7 +393,7 @@ def test_perplexities_of_other_tokens_have_no_ratio(make_report_input: MakeRepor
 def test_blocks_that_go_are_told(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
     plan = report.figures.plan
-    depth = DepthPlan((1,), tuple(0.1 for _ in plan.blocks), 0.1, 64)
+    depth = Removal((1,), tuple(0.1 for _ in plan.blocks), 0.1, 64)
     blocks = tuple(replace(block, width=0) if i == 1 else block for i, block in enumerate(plan.blocks))
     plan = replace(plan, blocks=blocks, depth=depth)
     text = render_page(replace(report, figures=replace(report.figures, plan=plan)))

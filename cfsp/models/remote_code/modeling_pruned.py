@@ -1,8 +1,8 @@
-"""Causal language models whose decoder blocks have FFNs of different widths.
+"""Causal language models whose decoder blocks have FFNs of different widths, and some of them no attention.
 
-config.json gives the widths as transformers 5 documents them,
+config.json says so as transformers 5 documents it,
 
-    "per_layer_config": {"0": {"intermediate_size": 1024}, "1": {"intermediate_size": 768}, ...}
+    "per_layer_config": {"0": {"intermediate_size": 1024}, "1": {"intermediate_size": 768, "skip": ["attention"]}, ...}
 
 and everything else is the model of the same `model_type`. This file is self-contained, stored beside
 the weights and used by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, under
@@ -12,9 +12,11 @@ transformers 4 and 5 alike.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -41,6 +43,25 @@ def layer_widths(config: Any) -> list[int]:
     return [layer.intermediate_size for layer in layers]
 
 
+def layers_without_attention(config: Any) -> set[int]:
+    """Blocks that a configuration wants without attention."""
+    layers = getattr(config, "per_layer_config", None)
+    if layers is None or isinstance(layers, Mapping):
+        return {int(index) for index, entry in (layers or {}).items() if "attention" in entry.get("skip", ())}
+    return {index for index, layer in enumerate(layers) if "attention" in getattr(layer, "skip", ())}
+
+
+def per_layer_settings(
+    widths: Sequence[int], without_attention: Collection[int]
+) -> dict[str, dict[str, Any]]:
+    """`per_layer_config` of blocks of these widths, some of them without attention."""
+    return {
+        str(index): {"intermediate_size": width}
+        | ({"skip": ["attention"]} if index in without_attention else {})
+        for index, width in enumerate(widths)
+    }
+
+
 def uniform_config(config: Any, width: int) -> Any:
     """A copy of a configuration in which every block has the same width."""
     plain = copy.deepcopy(config)
@@ -52,8 +73,16 @@ def uniform_config(config: Any, width: int) -> Any:
     return plain
 
 
+class NoAttention(nn.Module):
+    """In the place of a block's attention: it adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """(zeros, no attention weights)."""
+        return torch.zeros_like(hidden_states), None
+
+
 class PerLayerWidths:
-    """Builds each block's FFN as wide as the configuration says; saves the widths that the weights have.
+    """Builds each block's FFN as wide as the configuration says, and some without attention; saves what it has.
 
     The model's own `config` is uniform, with the widest block as its `intermediate_size`: transformers 5 refuses
     to read a per-layer value from a configuration, and much code reads `intermediate_size`.
@@ -65,19 +94,23 @@ class PerLayerWidths:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        widths = layer_widths(config)
+        widths, without = layer_widths(config), layers_without_attention(config)
         super().__init__(uniform_config(config, max(widths)), *args, **kwargs)  # type: ignore[call-arg]
         for layer, width in zip(self.model.layers, widths, strict=True):
             if width != max(widths):
                 layer.mlp = type(layer.mlp)(uniform_config(self.config, width))
+        for index in without:
+            self.model.layers[index].self_attn = NoAttention()
+            self.model.layers[index].input_layernorm = nn.Identity()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does it, with the widths in config.json and this file beside the weights."""
+        """As transformers does it, with what differs in config.json and this file beside the weights."""
         widths = [layer.mlp.down_proj.weight.shape[1] for layer in self.model.layers]
+        without = [i for i, layer in enumerate(self.model.layers) if isinstance(layer.self_attn, NoAttention)]
         uniform = self.config
         stored = uniform_config(uniform, max(widths))
-        if len(set(widths)) > 1:
-            stored.per_layer_config = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+        if len(set(widths)) > 1 or without:
+            stored.per_layer_config = per_layer_settings(widths, without)
         self.config = stored
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,67 @@
+"""Whole attentions as an axis of pruning: blocks that do without keep their FFN, which makes up for what is gone.
+
+A block without attention has no norm before it either, no query, key, value and output matrices, and no place in the
+cache: it is x + ffn(norm(x)). Its down_proj is solved anew for what attention gave the block's output
+(cfsp/pruning/block_by_block.py). Half of a large model's attentions add little (LLM-Drop, arXiv 2406.15786).
+
+The first block of the model, and the first of each kind where some attend to a window alone, keep theirs: runtimes
+read how long the text is from the first block's keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import decoder_layers
+from cfsp.models.remote_code.modeling_pruned import NoAttention
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
+
+
+def plan_attentions(
+    model: Any,
+    input_ids: torch.Tensor,
+    count: int,
+    gone: frozenset[int] = frozenset(),
+    *,
+    progress: Progress = no_progress,
+) -> Removal:
+    """Choose the blocks that lose their attention.
+
+    Args:
+        model: The dense model, in eval mode; unchanged.
+        input_ids: Windows (n_windows, seqlen) int64.
+        count: Attentions to remove.
+        gone: Blocks that go whole.
+        progress: Told after each attention that is chosen.
+
+    Raises:
+        InputError: More attentions than can go.
+    """
+    candidates = removable_attentions(model, gone)
+    if not 0 < count <= len(candidates):
+        raise InputError(
+            "the first block's attention stays",
+            field="attentions",
+            value=count,
+            allowed=f"at most {len(candidates)}",
+        )
+    probe = Probe(model, input_ids, attention_left_out, gone)
+    return probe.choose(candidates, count, progress=progress, what="attentions")
+
+
+def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
+    """Blocks that can do without attention: all that stay but the first of each kind."""
+    stay = [index for index in range(len(decoder_layers(model))) if index not in gone]
+    kinds = getattr(model.config, "layer_types", None) or [""] * (max(stay) + 1)
+    firsts = {kinds[index]: index for index in reversed(stay)}
+    return [index for index in stay if index not in firsts.values()]
+
+
+def remove_attention(layer: Any) -> None:
+    """Take a block's attention out, in place."""
+    layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()

@@ -1,0 +1,131 @@
+"""What the model misses least: parts of it are left out one at a time, and the divergence says which goes.
+
+A part's worth is measured as mean KL(dense || without it), nats a token, on a few calibration windows. The cheapest
+goes; then those that were cheapest alone are tried again, beside what is gone, until enough has gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfsp.models.architectures import decoder_layers
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.streaming import enter_blocks, run_layer
+
+_EVERY = 4
+"""Logits are compared at every fourth position: the output matrix costs as much as many blocks."""
+_TRIED = 12
+"""Parts that are tried again once some are gone: the cheapest of the first round."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Which blocks lose a part, or go whole, and what that is worth.
+
+    Attributes:
+        removed: Indices of the blocks in the dense model, ascending.
+        losses: Per block of the dense model the divergence where its part alone is left out, nats a token; 0 where it
+            was not tried.
+        loss: The same where all of `removed` are left out and nothing makes up for them.
+        tokens: Tokens of the windows that this was measured on.
+    """
+
+    removed: tuple[int, ...]
+    losses: tuple[float, ...]
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model, and the text on which it is tried without a part.
+
+    Attributes:
+        model: The dense model, in eval mode.
+        input_ids: Windows (n_windows, seqlen) int64.
+        leave_out: Context in which a block lacks the part.
+        gone: Blocks that are left out whole besides.
+    """
+
+    model: Any
+    input_ids: torch.Tensor
+    leave_out: Callable[[nn.Module], AbstractContextManager[None]]
+    gone: frozenset[int] = frozenset()
+
+    def choose(
+        self, candidates: Iterable[int], count: int, *, progress: Progress = no_progress, what: str
+    ) -> Removal:
+        """Choose `count` of the candidates."""
+        alone = losses = self._losses(sorted(candidates), ())
+        removed: list[int] = []
+        while True:
+            removed.append(min(losses, key=lambda index: (losses[index], index)))
+            progress(f"choosing {what}", len(removed), count)
+            if len(removed) == count:
+                every = tuple(alone.get(i, 0.0) for i in range(len(decoder_layers(self.model))))
+                loss = losses[removed[-1]]
+                return Removal(tuple(sorted(removed)), every, loss, self.input_ids.numel())
+            left = sorted(alone.keys() - set(removed), key=lambda index: alone[index])[:_TRIED]
+            losses = self._losses(left, removed)
+
+    def _losses(self, candidates: Sequence[int], removed: Sequence[int]) -> dict[int, float]:
+        """The divergence for every candidate left out beside `removed`."""
+        layers = decoder_layers(self.model)
+        sums = dict.fromkeys(candidates, 0.0)
+        with torch.inference_mode():
+            for window in torch.split(self.input_ids, 1):
+                (hidden,), calls = enter_blocks(self.model, layers, window)
+                expected = self._log_probabilities(_run(layers, calls, 0, hidden))
+                with ExitStack() as stack:
+                    for index in self.gone:
+                        stack.enter_context(block_left_out(layers[index]))
+                    for index in removed:
+                        stack.enter_context(self.leave_out(layers[index]))
+                    for index, layer in enumerate(layers):
+                        if index in sums:
+                            with self.leave_out(layer):
+                                without = run_layer(layer, hidden, calls[index])
+                            actual = self._log_probabilities(_run(layers, calls, index + 1, without))
+                            sums[index] += float((expected.exp() * (expected - actual)).sum(-1).mean())
+                        hidden = run_layer(layer, hidden, calls[index])
+        return {index: max(total / len(self.input_ids), 0.0) for index, total in sums.items()}
+
+    def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = self.model.get_decoder().norm(hidden[:, ::_EVERY])
+        logits: torch.Tensor = self.model.get_output_embeddings()(normed).float()
+        return logits.log_softmax(-1)
+
+
+def block_left_out(layer: nn.Module) -> AbstractContextManager[None]:
+    """A block hands on what it gets while the context is open."""
+    return _computing(layer, lambda hidden_states, **arguments: hidden_states)
+
+
+def attention_left_out(layer: Any) -> AbstractContextManager[None]:
+    """A block's attention adds nothing while the context is open."""
+    return _computing(
+        layer.self_attn, lambda hidden_states, **arguments: (torch.zeros_like(hidden_states), None)
+    )
+
+
+@contextmanager
+def _computing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _run(
+    layers: Sequence[nn.Module], calls: Sequence[dict[str, Any]], start: int, hidden: torch.Tensor
+) -> torch.Tensor:
+    for layer, arguments in zip(layers[start:], calls[start:], strict=True):
+        hidden = run_layer(layer, hidden, arguments)
+    return hidden
