@@ -120,7 +120,11 @@ def _vocabulary_lines(plan: PruningPlan) -> list[str]:
         return []
     return [
         f"Vocabulary: {len(kept.kept)} of {kept.dense_size} rows kept, counted on {kept.counted_tokens} tokens of "
-        f"{', '.join(kept.sources)}, which become {kept.growth:.4f} times as many."
+        f"{', '.join(kept.sources)}, which become {kept.growth:.4f} times as many.",
+        *(
+            f"  {kind.name}: {kind.kept} of {kind.tokens}, {kind.share:.2%} of the text"
+            for kind in kept.by_script
+        ),
     ]
 
 

@@ -12,7 +12,7 @@ from phoneready.console import format_bytes
 from phoneready.evaluation.sweep import Sweep
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.tables import proof_table, quality_table, text_name, width_table
+from phoneready.report.tables import proof_table, quality_table, text_name, vocabulary_table, width_table
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
@@ -68,6 +68,7 @@ def contents(report: ReportInput) -> dict[str, Any]:
         "beaten": beaten(figures),
         "quality": quality_table(figures.evaluation),
         "widths": width_table(figures.plan),
+        "vocabulary": vocabulary_table(figures.plan),
         "answers": _answers(figures),
         "proof": proof_table(exports),
         "warnings": [(r.file, warning) for r in exports for warning in r.warnings],

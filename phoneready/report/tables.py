@@ -152,6 +152,23 @@ def width_table(plan: PruningPlan) -> Table[Row]:
     return table_of_cells(("block", "dense", "kept", "share", "importance"), rows, words=0)
 
 
+def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:
+    """What is kept of every script and of rare and common tokens; None where all tokens stay."""
+    if plan.vocabulary is None:
+        return None
+    rows = [
+        (
+            kind.name,
+            str(kind.tokens),
+            str(kind.kept),
+            f"{kind.share:.2%}",
+            f"{kind.share - kind.kept_share:.3%}",
+        )
+        for kind in (*plan.vocabulary.by_script, *plan.vocabulary.by_count)
+    ]
+    return table_of_cells(("tokens", "dense", "kept", "of the text", "of it now in parts"), rows)
+
+
 def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
     """Files in rows, workloads in columns, of one kind and target."""
     roles = {r.file: f"{r.quant} dense" for r in figures.dense} | {

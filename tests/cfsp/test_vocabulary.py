@@ -20,6 +20,7 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
+from cfsp.pruning.axes.token_kinds import script_of
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
     count_alike,
@@ -192,6 +193,37 @@ def test_texts_count_alike_however_long() -> None:
     short, long = [[0, 0], [1, 1]], [[2] * 8, [3] * 4]
     assert count_alike([short, long], 5).tolist() == pytest.approx([4.0, 4.0, 16 / 3, 8 / 3, 0.0])
     assert count_alike([short, [[]]], 2).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_every_kind_of_token_is_told(trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan]) -> None:
+    dense, _, plan = trimmed
+    for kinds in (plan.by_script, plan.by_count):
+        assert sum(kind.tokens for kind in kinds) == len(dense.tokenizer)
+        assert sum(kind.kept for kind in kinds) == len(plan.kept)
+        assert sum(kind.share for kind in kinds) == pytest.approx(1)
+    scripts = {kind.name: kind for kind in plan.by_script}
+    assert scripts["special"].kept == scripts["special"].tokens == 3
+    assert scripts["Latin"].tokens > 100
+    rarest, commonest = plan.by_count[0], plan.by_count[-1]
+    assert (rarest.name, rarest.share) == ("not in the text", 0)
+    assert commonest.kept_share == pytest.approx(commonest.share)
+
+
+@pytest.mark.parametrize(
+    ("text", "script"),
+    [
+        (" the", "Latin"),
+        ("\u0417\u0434", "Cyrillic"),
+        ("1\u4e2d", "Han"),
+        ("\u306e", "Hiragana"),
+        (" 42", "digits"),
+        ("!\n ", "signs and spaces"),
+        ("\ufffd", "parts of characters"),
+        ("\uff21", "Latin"),
+    ],
+)
+def test_scripts(text: str, script: str) -> None:
+    assert script_of(text) == script
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.axes.token_kinds import TokenKind
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.records import write_record
 from exporters.export_record import ExportRecord
@@ -382,10 +383,14 @@ def test_perplexities_of_other_tokens_have_no_ratio(make_report_input: MakeRepor
     assert float(str(comparison_table(None, dense, pruned).rows[1][3])) > 0
     trimmed = replace(pruned, shape=replace(pruned.shape, vocab_size=300))
     assert "the tokens are others" in str(comparison_table(None, dense, trimmed).rows[1][3])
-    kept = VocabularyPlan(384, tuple(range(300)), ("x.txt",), 1000, 1.1)
+    kept = VocabularyPlan(
+        384, tuple(range(300)), ("x.txt",), 1000, 1.1, (TokenKind("Greek", 9, 7, 0.5, 0.25),)
+    )
     plan = replace(report.figures.plan, vocabulary=kept)
     text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
     assert "300 of 384 tokens kept" in text
+    for part in ("1000 tokens of <bdi>x.txt</bdi>", "Greek", "50.00%", "25.000%"):
+        assert part in text
     assert "plot-quality" in render_page(report)
     assert "plot-quality" not in text
 

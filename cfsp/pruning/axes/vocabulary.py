@@ -28,6 +28,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
+from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script
 from cfsp.text.templates import render_chat
 
 Counts = npt.NDArray[np.float64]
@@ -52,6 +53,8 @@ class VocabularyPlan:
         sources: References of the text that was counted.
         counted_tokens: Tokens of that text, as the dense model reads it.
         growth: Tokens after trimming to tokens before, on that text.
+        by_script: What stays of every script.
+        by_count: What stays of rare and of common tokens.
     """
 
     dense_size: int
@@ -59,6 +62,8 @@ class VocabularyPlan:
     sources: tuple[str, ...]
     counted_tokens: int
     growth: float
+    by_script: tuple[TokenKind, ...] = ()
+    by_count: tuple[TokenKind, ...] = ()
 
 
 def plan_vocabulary(
@@ -90,7 +95,15 @@ def plan_vocabulary(
     after = float(
         sum(counts[index] * len(_spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
     )
-    return VocabularyPlan(rows, kept, tuple(sources), int(before), after / before if before else 1.0)
+    return VocabularyPlan(
+        dense_size=rows,
+        kept=kept,
+        sources=tuple(sources),
+        counted_tokens=int(before),
+        growth=after / before if before else 1.0,
+        by_script=kinds_by_script(loaded.tokenizer, counts, kept),
+        by_count=kinds_by_count(loaded.tokenizer.get_vocab().values(), counts, kept),
+    )
 
 
 def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
