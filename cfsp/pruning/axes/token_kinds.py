@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 _SHOWN = 8
 """Scripts of more tokens than any others; these are told as one."""
+_SPECIAL, _DIGITS, _SIGNS, _PARTS = "special", "digits", "signs and spaces", "parts of characters"
 _NAMES = {"CJK": "Han", "FULLWIDTH": "Latin", "MODIFIER": "Latin"}
 """Where the first word of a character's name in Unicode is not its script."""
 _BINS = ((0, "not in the text"), (1, "below 10 times"), (10, "10 to 99 times"), (100, "100 times or more"))
@@ -51,10 +52,12 @@ def kinds_by_script(
     ids = sorted(tokenizer.get_vocab().values())
     words = tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
     scripts = {
-        index: "special" if index in special else script_of(text)
+        index: _SPECIAL if index in special else script_of(text)
         for index, text in zip(ids, words, strict=True)
     }
-    common = {name for name, _ in Counter(scripts.values()).most_common(_SHOWN)}
+    plain = {_SPECIAL, _DIGITS, _SIGNS, _PARTS}
+    sizes = Counter(name for name in scripts.values() if name not in plain)
+    common = plain | {name for name, _ in sizes.most_common(_SHOWN)}
     named = {index: name if name in common else "other" for index, name in scripts.items()}
     return tuple(sorted(_kinds(named, counts, kept), key=lambda kind: (kind.name == "other", -kind.tokens)))
 
@@ -76,8 +79,8 @@ def script_of(text: str) -> str:
             first = unicodedata.name(character, "other").split()[0].partition("-")[0]
             return _NAMES.get(first, first.capitalize())
     if "\ufffd" in text:
-        return "parts of characters"
-    return "digits" if any(character.isdigit() for character in text) else "signs and spaces"
+        return _PARTS
+    return _DIGITS if any(character.isdigit() for character in text) else _SIGNS
 
 
 def _kinds(names: Mapping[int, str], counts: npt.NDArray[np.float64], kept: Sequence[int]) -> list[TokenKind]:
