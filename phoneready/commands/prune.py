@@ -97,7 +97,9 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         f"multiples of {plan.settings.align}.",
         f"Widths: {', '.join(map(str, widths))}",
         *_removal_lines("Blocks", plan.depth),
-        *_removal_lines("Attentions", plan.attention),
+        *_removal_lines(
+            "Attentions, with these blocks gone," if plan.depth else "Attentions", plan.attention
+        ),
         *_vocabulary_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",

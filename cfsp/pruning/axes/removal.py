@@ -31,7 +31,7 @@ class Removal:
     Attributes:
         removed: Indices of the blocks in the dense model, ascending.
         losses: Per block of the dense model the divergence where its part alone is left out, nats a token; 0 where it
-            was not tried.
+            was not tried. Of attentions it counts the blocks that go as well.
         loss: The same where all of `removed` are left out and nothing makes up for them.
         tokens: Tokens of the windows that this was measured on.
     """
