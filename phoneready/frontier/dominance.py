@@ -74,6 +74,17 @@ def choose(points: Sequence[FrontierPoint], at_bytes: int) -> Choice:
     )
 
 
+def telling_sizes(points: Sequence[FrontierPoint]) -> tuple[int, ...]:
+    """Sizes of the dense files, and of smaller ones: of those at which one file is the best, the least."""
+    sizes = sorted({point.file_bytes for point in points})
+    dense = {point.file_bytes for point in points if point.is_dense}
+    found: dict[str | None, int] = {}
+    for size in sizes:
+        if size in dense or size < min(dense, default=0):
+            found.setdefault(choose(points, size).best, size)
+    return tuple(sorted(found.values()))
+
+
 def _best(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
     return min(points, key=lambda point: (point.bits_per_byte, point.file_bytes, point.file), default=None)
 

@@ -23,7 +23,7 @@ from exporters.gguf.family import GGUF
 from phoneready.evaluation.run import check_texts, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import DENSE
-from phoneready.frontier.dominance import DOMINATED, choose, standing
+from phoneready.frontier.dominance import DOMINATED, choose, standing, telling_sizes
 from phoneready.frontier.folder import RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE, check_folder, claim, join
 from phoneready.frontier.measure import JudgedText, measure_file, measure_speed
 from phoneready.frontier.points import Batch, batches_of, bits_of, point_label, point_name, role_of
@@ -278,7 +278,7 @@ class _Run:
     def _result(self) -> Frontier:
         config, known = self.runner.config, {point: self._known(point) for point in self._points}
         measured = sorted((p for p in known.values() if p), key=lambda p: (p.file_bytes, p.file))
-        sizes = self.settings.at or tuple(p.file_bytes for p in measured if p.is_dense)
+        sizes = self.settings.at or telling_sizes(measured)
         settled = {**self.failed, **self.left_out}
         return Frontier(
             source=config.model.reference,

@@ -50,7 +50,7 @@ class FrontierSettings(WindowSettings):
         le=2**50,
         parse=parse_sizes,
         metavar="SIZE,...",
-        shown="those of the dense files",
+        shown="those at which it changes",
     )
     max_size: int | None = setting(
         None, "Make no file that will be larger.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE"

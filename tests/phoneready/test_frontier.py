@@ -21,7 +21,15 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 from cfsp.errors import InputError
 from cfsp.records import read_record, record_from_json, record_to_json
 from phoneready.evaluation.evaluation_record import Evaluation
-from phoneready.frontier.dominance import DOMINATED, FRONTIER, UNDECIDED, choose, excess, standing
+from phoneready.frontier.dominance import (
+    DOMINATED,
+    FRONTIER,
+    UNDECIDED,
+    choose,
+    excess,
+    standing,
+    telling_sizes,
+)
 from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
 from phoneready.frontier.plot import render_frontier
 from phoneready.frontier.record import Frontier, FrontierPoint, MeasuredText
@@ -366,6 +374,20 @@ def test_a_dense_file_that_dominates_is_named_first() -> None:
     best = point("best", 55, [0.9, 1.0, 0.8, 0.9, 0.95], ratio=0.1)
     beaten = point("beaten", 60, [1.2, 1.31, 1.1, 1.19, 1.26], ratio=0.2)
     assert standing(beaten, [dense, best, beaten]).by == "dense.gguf"
+
+
+def test_sizes_to_tell_of() -> None:
+    files = [
+        point("tiny", 50, [1.3, 1.4], ratio=0.2),
+        point("worse", 60, [1.5, 1.6], ratio=0.1),
+        point("small", 70, [1.2, 1.3]),
+        point("pruned", 75, [1.1, 1.2], ratio=0.1),
+        point("beaten", 80, [1.4, 1.5]),
+        point("large", 90, [1.0, 1.1]),
+    ]
+    # Of pruned files between dense ones the next dense size tells.
+    assert telling_sizes(files) == (50, 70, 80, 90)
+    assert telling_sizes([]) == ()
 
 
 def test_sentences() -> None:
