@@ -58,7 +58,7 @@ def export_gguf(
     check_input(checkpoint, output, force=settings.force)
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
-    imatrix = read_imatrix(checkpoint, rows if settings.use_imatrix else ())
+    imatrix = read_imatrix(checkpoint, rows, use=settings.use_imatrix)
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings) as job:
         strings, records = 0, {}
         for file in write_files(

@@ -14,8 +14,10 @@ from exporters.gguf.quants import Quant
 
 # Where a row does not divide into blocks of 256, llama.cpp stores the right-hand type instead; where it does not even
 # divide into blocks of 32, float16.
-_FALLBACKS = MappingProxyType({"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"})
-_ASKED = MappingProxyType({stored: asked for asked, stored in _FALLBACKS.items()})
+_FALLBACKS = MappingProxyType(
+    {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0"}
+    | dict.fromkeys(("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S"), "IQ4_NL")
+)
 _SMALL_BLOCK, _LARGE_BLOCK = 32, 256
 
 
@@ -31,13 +33,17 @@ def find_fallbacks(tensors: Iterable[GGUFTensor], quant: Quant) -> tuple[TensorF
 
 
 def asked_type(actual: str, shape: tuple[int, ...], quant: Quant) -> str:
-    """The type that a tensor would have been given, had its rows divided into blocks."""
+    """The type that a tensor would have been given, had its rows divided into blocks.
+
+    Of several that are stored alike it is the quantization's own, of which most tensors are.
+    """
     if len(shape) < 2 or quant.base_type in ("F32", "F16") or actual == quant.base_type:
         return actual
     if shape[-1] % _SMALL_BLOCK and actual in ("F16", "F32"):
         return quant.base_type
     if shape[-1] % _LARGE_BLOCK:
-        return _ASKED.get(actual, actual)
+        asked = [kind for kind, stored in _FALLBACKS.items() if stored == actual]
+        return quant.base_type if quant.base_type in asked else next(iter(asked), actual)
     return actual
 
 

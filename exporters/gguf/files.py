@@ -103,7 +103,7 @@ def draft_gguf(
         rows,
         load_tokenizer(checkpoint.resolve()),  # a bare name could be a built-in alias
         read_provenance(checkpoint, settings.name),
-        imatrix=read_imatrix(checkpoint, rows if settings.use_imatrix else ()),
+        imatrix=read_imatrix(checkpoint, rows, use=settings.use_imatrix),
         n_threads=settings.n_threads or 1,
     )
     return {file.quant.name: file.path for file in written if file.quant in rows}

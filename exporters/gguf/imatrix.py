@@ -5,7 +5,7 @@ When a block of weights is quantized, its error in every input channel is weight
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +21,31 @@ Imatrix = Mapping[str, npt.NDArray[np.float32]]
 """Tensor name -> mean squared input per channel, (in_features in the file,)."""
 
 
-def read_imatrix(checkpoint: Path, quants: Iterable[Quant]) -> Imatrix:
+def read_imatrix(checkpoint: Path, quants: Sequence[Quant], *, use: bool = True) -> Imatrix:
     """A checkpoint's input moments by the file's tensor names; empty where it has none, or no quantization uses them.
 
     Padded channels get moment 0: their weights are zero.
 
+    Args:
+        checkpoint: Hugging Face folder, pruned or dense.
+        quants: What is written.
+        use: Whether those that can do without use it, too.
+
     Raises:
-        InputError: A moment has another length than its layer has inputs, or is negative or not finite.
+        InputError: A moment has another length than its layer has inputs, or is negative or not finite; or there is
+            none, and a quantization cannot do without.
     """
-    used = any(quant.uses_imatrix for quant in quants) and is_pruned_checkpoint(checkpoint)
+    used = use and any(quant.uses_imatrix for quant in quants) and is_pruned_checkpoint(checkpoint)
     moments = load_input_moments(checkpoint) if used else None
     if not moments:
+        for quant in quants:
+            if quant.needs_imatrix:
+                raise InputError(
+                    "cannot be written without an importance matrix",
+                    field="quant",
+                    value=quant.name,
+                    allowed="a checkpoint with the input moments that prune leaves, without --no-imatrix",
+                )
         return {}
     chosen = read_layout(checkpoint)
     result: dict[str, npt.NDArray[np.float32]] = {}

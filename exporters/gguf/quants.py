@@ -17,10 +17,12 @@ class Quant(ExportFormat):
     Attributes:
         base_type: ggml type of most matrices.
         uses_imatrix: Whether an importance matrix is used by default.
+        needs_imatrix: Whether llama.cpp refuses to write it without one.
     """
 
     base_type: str
-    uses_imatrix: bool = False
+    uses_imatrix: bool = True
+    needs_imatrix: bool = False
 
     @property
     def ftype(self) -> int:
@@ -44,13 +46,23 @@ class Quant(ExportFormat):
 
 
 _ROWS = (
-    Quant("f32", ParityLimits(max_logit_diff=1e-3), "F32"),
-    Quant("f16", ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01), "F16"),
-    Quant("Q8_0", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1), "Q8_0"),
-    Quant("Q5_K_M", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), "Q5_K", uses_imatrix=True),
-    Quant("Q4_K_M", ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5), "Q4_K", uses_imatrix=True),
-    Quant("Q4_0", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "Q4_0", uses_imatrix=True),
-    Quant("IQ4_NL", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "IQ4_NL", uses_imatrix=True),
+    Quant("f32", ParityLimits(max_logit_diff=1e-3), "F32", uses_imatrix=False),
+    Quant("f16", ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01), "F16", uses_imatrix=False),
+    Quant("Q8_0", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1), "Q8_0", uses_imatrix=False),
+    Quant("Q6_K", ParityLimits(kl_mean=0.1, same_top1=0.80, ppl_ratio=1.15), "Q6_K"),
+    Quant("Q5_K_M", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), "Q5_K"),
+    Quant("Q5_K_S", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), "Q5_K"),
+    Quant("Q4_K_M", ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5), "Q4_K"),
+    Quant("Q4_K_S", ParityLimits(kl_mean=0.4, same_top1=0.60, ppl_ratio=1.5), "Q4_K"),
+    Quant("Q4_0", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "Q4_0"),
+    Quant("IQ4_NL", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "IQ4_NL"),
+    Quant("IQ4_XS", ParityLimits(kl_mean=0.6, same_top1=0.50, ppl_ratio=1.8), "IQ4_XS"),
+    Quant("Q3_K_M", ParityLimits(kl_mean=0.8, same_top1=0.45, ppl_ratio=2.0), "Q3_K"),
+    Quant("Q3_K_S", ParityLimits(kl_mean=1.0, same_top1=0.40, ppl_ratio=2.5), "Q3_K"),
+    Quant("IQ3_S", ParityLimits(kl_mean=1.0, same_top1=0.40, ppl_ratio=2.5), "IQ3_S"),
+    Quant("IQ3_XXS", ParityLimits(kl_mean=1.4, same_top1=0.35, ppl_ratio=3.5), "IQ3_XXS", needs_imatrix=True),
+    Quant("Q2_K", ParityLimits(kl_mean=1.4, same_top1=0.35, ppl_ratio=3.5), "Q2_K"),
+    Quant("IQ2_M", ParityLimits(kl_mean=1.8, same_top1=0.30, ppl_ratio=4.5), "IQ2_S", needs_imatrix=True),
 )
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
 

@@ -15,6 +15,7 @@ from cfsp.recovery.settings import loss_weights, two_budgets
 from cfsp.text.settings import SELF
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, family_of
+from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from phoneready.evaluation.evaluation_record import repeated_text
 from phoneready.settings.planned import budget_problems
@@ -111,6 +112,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *_unknown_files(config),
         *_repeated_texts(config),
         *_no_places(config),
+        *_imatrix_needed(config),
         *budget_problems(config),
     ]
 
@@ -214,6 +216,12 @@ def _no_places(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         if runs_gguf_only(place):
             message = f"{place} runs GGUF files alone, not {', '.join(others)}; name others in files"
             yield ("bench", "targets"), message
+
+
+def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    needed = [name for name in config.export.quants if find_quant(name).needs_imatrix]
+    if needed and not config.export.imatrix:
+        yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
 
 
 def _repeated_texts(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

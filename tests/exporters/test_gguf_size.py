@@ -21,7 +21,7 @@ from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
 NAMED = ExportOptions(name="template")
-LOOSE = {name: ParityLimits(kl_mean=3.0) for name in QUANTS if name not in ("f32", "f16")}
+LOOSE = {name: ParityLimits(kl_mean=10.0) for name in QUANTS if name not in ("f32", "f16")}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
@@ -30,16 +30,17 @@ def test_sizes_of_other_widths_are_exact(
     model_type: str, moments: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     dense = {"intermediate_size": 512}
+    quants = [name for name, quant in QUANTS.items() if moments or not quant.needs_imatrix]
     template_of = make_checkpoint(model_type, widths=(512, 256, 512, 512), moments=moments, **dense)
     templates = {
         quant: size_template(path, quant)
-        for quant, path in draft_gguf(template_of, tmp_path, list(QUANTS), NAMED).items()
+        for quant, path in draft_gguf(template_of, tmp_path, quants, NAMED).items()
     }
     layout = read_layout(template_of)
     for number, widths in enumerate([(256, 512, 256, 256), (96, 64, 128, 480), (33, 64, 40, 512)]):
         other = make_checkpoint(model_type, widths=widths, moments=moments, **dense)
         (tmp_path / str(number)).mkdir()
-        written = draft_gguf(other, tmp_path / str(number), list(QUANTS), NAMED)
+        written = draft_gguf(other, tmp_path / str(number), quants, NAMED)
         for quant, path in written.items():
             of_widths = layout.of_shape(ModelShape.of_ffn_widths(widths))
             assert templates[quant].file_bytes(of_widths) == path.stat().st_size, (quant, widths)

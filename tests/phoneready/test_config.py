@@ -177,6 +177,13 @@ def test_files_that_are_not_exported_cannot_be_measured_or_judged() -> None:
         parse_config(MODEL + '[bench]\nfiles = ["int8"]\n[evaluate]\nfiles = ["Q8_0"]', where="x")
 
 
+def test_what_needs_an_importance_matrix_is_refused_without_one() -> None:
+    export = '[export]\nquants = ["IQ2_M", "Q4_0"]\n'
+    assert parse_config(MODEL + export, where="x").export.imatrix
+    with pytest.raises(InputError, match=r"line 5: export\.imatrix: IQ2_M cannot be written without"):
+        parse_config(MODEL + export + "imatrix = false", where="x")
+
+
 def test_texts_of_one_name_could_not_be_told_apart() -> None:
     with pytest.raises(InputError, match=r"line 5: evaluate\.text: two have the name 'text test\.txt'"):
         parse_config(
