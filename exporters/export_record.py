@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from cfsp.models.shape import ModelShape
@@ -42,6 +42,11 @@ class ExportFormat:
     def width_multiple(self) -> int:
         """FFN widths that are multiples of it are stored as asked."""
         return 1
+
+    @property
+    def is_sized(self) -> bool:
+        """Whether a file's size follows from the shape of the model alone."""
+        return True
 
     @property
     def reads(self) -> frozenset[str]:
@@ -132,10 +137,12 @@ class ExportRecord:
         warnings: What the user should know: fallbacks, padding, a shortened context.
         runtime: Name and version of the runtime that proved the file.
         ort_file: The same as an .ort file, where it was asked for.
-        calibration_sha256: Hash of the token ids that an ONNX variant was rounded for; None without.
+        calibration_sha256: Hash of the token ids that it was rounded for, or its types chosen by; None without.
         calibration_tokens: Their number.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
+        chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
+        predicted_loss: Divergence that those types were expected to cost, nats a token.
     """
 
     KIND: ClassVar[str] = "export"
@@ -168,6 +175,8 @@ class ExportRecord:
     calibration_tokens: int = 0
     budget_bytes: int | None = None
     eight_bit_layers: tuple[str, ...] = ()
+    chosen_types: dict[str, str] = field(default_factory=dict)
+    predicted_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ def family_of(name: str) -> ExportFamily:
         InputError: None has; the message names the known ones.
     """
     for family in FAMILIES.values():
-        if any(known.lower() == name.lower() for known in family.formats):
+        if family.has(name):
             return family
-    known = ", ".join(known for family in FAMILIES.values() for known in family.formats)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.names)
     raise InputError("unknown quantization or variant", field="files", value=name, allowed=known)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class ExportFamily:
         packages: Distributions whose version changes what an export makes or its runtime computes.
         draft: Writes the same files into a folder, not proven, where their size follows from the shape of the model
             alone; None where only an export shows it.
+        for_size: A further format, `NAME:SIZE`, whose row is made for the size; None where there is none.
     """
 
     name: str
@@ -63,6 +65,18 @@ class ExportFamily:
     extra: str
     packages: tuple[str, ...]
     draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
+    for_size: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be asked for."""
+        return (*self.formats, *([self.for_size] if self.for_size else ()))
+
+    def has(self, name: str) -> bool:
+        """Whether a format is one of its own, in whatever case it is written."""
+        if self.for_size and re.split("[:-]", name)[0].lower() == self.for_size.partition(":")[0]:
+            return True
+        return any(known.lower() == name.lower() for known in self.formats)
 
     def require(self) -> None:
         """Raise MissingExtraError for what is not installed."""

@@ -20,8 +20,10 @@ class ExportOptions:
     Attributes:
         name: Short name of the model for titles and file names; the source model's by default.
         use_imatrix: Quantize with the checkpoint's input moments, where a format wants them and there are some.
-        calibration: Token ids (nsamples, seqlen) that weights of few bits are rounded for; nearest numbers without.
+        calibration: Token ids (nsamples, seqlen) that weights of few bits are rounded for, nearest numbers without; or
+            that types are chosen by.
         mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what GGUF's Q4_0 takes.
+        must_fit: Refuse a GGUF file for a size that is too small; where not, the smallest is made.
         opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
         ort: Also write <variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
@@ -35,6 +37,7 @@ class ExportOptions:
     use_imatrix: bool = True
     calibration: torch.Tensor | None = None
     mixed_bytes: int | None = None
+    must_fit: bool = True
     opset: int | None = None
     ort: bool = False
     parity_windows: torch.Tensor | None = None

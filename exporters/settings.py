@@ -18,7 +18,7 @@ class ExportFormats(Settings):
 
     quants: tuple[str, ...] = setting(
         (DEFAULT_FORMAT,),
-        f"GGUF: {', '.join(GGUF.formats)}.",
+        f"GGUF: {', '.join(GGUF.names)}.",
         look_up=lambda name: GGUF.find(name).name,
         least=1,
         option="--gguf",
@@ -69,7 +69,7 @@ class ExportSettings(ExportFormats):
     name: str | None = setting(None, "Stem of GGUF files, name of graphs.", shown="the model's name")
     calibration: tuple[str, ...] = setting(
         (),
-        f"Text that 4-bit ONNX variants are rounded for: `self`, `none`, {TEXT_FORMS}.",
+        f"Text that 4-bit ONNX variants are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
         metavar="REF",
         shown="self",
     )

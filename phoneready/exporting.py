@@ -27,7 +27,7 @@ from exporters.settings import ExportSettings
 
 NO_TEXT = "none"
 _REFUSALS: Mapping[str, tuple[str, str, str]] = {
-    "calibration": ("calibration text is for 4-bit ONNX variants alone", "calibration", ""),
+    "calibration": ("calibration text is for 4-bit ONNX variants and mixtures alone", "calibration", ""),
     "opset": ("only ONNX variants have an opset", "opset", "--onnx VARIANT,..."),
     "ort": ("only ONNX variants can be .ort files", "ort", "--onnx VARIANT,..."),
     "mixed_bytes": ("a size is for mixtures of bits alone", "mixed-size", "--onnx int4-mixed"),
@@ -94,7 +94,7 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
         given = getattr(request, setting) not in (None, False, ())
         if given and not any(setting in row.reads for row in rows):
             raise InputError(refusal, field=option, allowed=allowed)
-    mixed = [row.name for row in rows if "mixed_bytes" in row.reads]
+    mixed = [row.name for row in rows if "mixed_bytes" in row.reads or not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
     if NO_TEXT in request.calibration and len(request.calibration) > 1:

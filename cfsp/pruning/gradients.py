@@ -28,6 +28,8 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 
 _HEAD_CHUNK = 256
+LOOKUP = "lookup"
+"""The token embedding as what looks a token up, apart from the output matrix that it may be, too."""
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,93 @@ def predict_divergence(
     return result
 
 
+@dataclass
+class WeightMoments:
+    """What a change C of a weight costs, to second order: sum over i, j of C_ij^2 rows_i columns_j / 2 nats a token.
+
+    The Fisher matrix's quadratic form E[(g_t^T C x_t)^2] / 2 without its off-diagonal terms, with E[g_ti^2 x_tj^2] as
+    the product of E[g_ti^2] and x's mean square where every token counts as much as its gradient: rounding errors of
+    one weight and the next are not alike, and the first token's huge activations move no prediction.
+
+    Attributes:
+        rows: (out_features,) float64, E[g_i^2] for the gradient g at the output.
+        columns: (in_features,) float64, E[|g|^2 x_j^2] / E[|g|^2] for the input x.
+        inputs: (in_features,) float64, E[x_j^2].
+    """
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    inputs: torch.Tensor
+
+    def cost(self, change: torch.Tensor, rows: torch.Tensor) -> float:
+        """Nats a token of a change that is known for some rows, (n, in_features), and in the others is like it."""
+        weights = self.rows[rows]
+        known = float(change.double().square() @ self.columns @ weights)
+        return known / 2 * float(self.rows.sum()) / max(float(weights.sum()), 1e-300)
+
+
+def collect_weight_moments(
+    model: Any, names: Iterable[str], input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> dict[str, WeightMoments]:
+    """Run every window forwards and backwards once.
+
+    Args:
+        model: A causal LM of the architecture table, in eval mode; unchanged.
+        names: Of Linears, and `LOOKUP`: the token embedding as what looks a token up.
+        input_ids: (nsamples, seqlen) int64.
+        progress: Told after each window.
+
+    Raises:
+        InputError: A gradient is not finite.
+    """
+    sums: dict[str, WeightMoments] = {}
+
+    def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        strength, squares = g.square().sum(1, dtype=torch.float64), x.double().square()
+        keep(name, WeightMoments(g.square().sum(0, dtype=torch.float64), strength @ squares, squares.sum(0)))
+
+    def add_lookups(window: torch.Tensor, g: torch.Tensor) -> None:
+        # The input is one-hot, so x_j^2 is the token's share, and rows and columns change places.
+        squares = g.double().square()
+        rows = torch.zeros(model.config.vocab_size, dtype=torch.float64)
+        keep(
+            LOOKUP, WeightMoments(rows.index_add_(0, window, squares.sum(1)), squares.sum(0), squares.sum(0))
+        )
+
+    def keep(name: str, new: WeightMoments) -> None:
+        old = sums.get(name)
+        sums[name] = (
+            new
+            if old is None
+            else WeightMoments(old.rows + new.rows, old.columns + new.columns, old.inputs + new.inputs)
+        )
+
+    linears = [name for name in names if name != LOOKUP]
+    watched = [(model.get_submodule(name), partial(add, name)) for name in linears]
+    _run_backwards(model, watched, input_ids, 0, progress, add_lookups)
+    result: dict[str, WeightMoments] = {}
+    for name, total in sums.items():
+        strength, n_tokens = float(total.rows.sum()), input_ids.numel()
+        if not math.isfinite(strength):
+            raise InputError("gradients are not finite; check the weights and their dtype", field=name)
+        result[name] = WeightMoments(
+            total.rows / n_tokens, total.columns / max(strength, 1e-300), total.inputs / n_tokens
+        )
+    return result
+
+
 def _run_backwards(
     model: Any,
     watched: Iterable[tuple[nn.Linear, Callable[[torch.Tensor, torch.Tensor], None]]],
     input_ids: torch.Tensor,
     seed: int,
     progress: Progress,
+    receive_embedded: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> None:
-    """Forwards and backwards through every window, with a `gradient_hook` on each Linear; weights are frozen."""
+    """Forwards and backwards through every window, with a `gradient_hook` on each Linear; weights are frozen.
+
+    `receive_embedded` is given each window (seqlen,) and the gradient at its embedded tokens, (seqlen, hidden_size).
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), ExitStack() as stack:
         for parameter in model.parameters():
@@ -159,12 +240,17 @@ def _run_backwards(
         for linear, receive in watched:
             stack.enter_context(gradient_hook(linear, receive))
         for done, window in enumerate(input_ids, 1):
-            _backward(model, window, generator)
+            gradient = _backward(model, window, generator)
+            if receive_embedded is not None:
+                receive_embedded(window, gradient)
             progress("measuring gradients", done, len(input_ids))
 
 
-def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> None:
-    """Backward pass of one window (seqlen,); the head runs in chunks, so that seqlen x vocab_size is never held."""
+def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Backward pass of one window (seqlen,); the gradient at its embedded tokens, (seqlen, hidden_size).
+
+    The head runs in chunks, so that seqlen x vocab_size is never held.
+    """
     embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
     hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
@@ -175,3 +261,5 @@ def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> N
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
     torch.autograd.backward(hidden, ending.grad[None])
+    gradient: torch.Tensor = embedded.grad[0]
+    return gradient

@@ -10,13 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from exporters.export_record import ParityLimits
-from exporters.gguf.quants import QUANTS, Quant, find_quant
+from exporters.gguf.quants import MIXED, QUANTS, Quant, find_quant
 
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf
     from exporters.gguf.files import draft_gguf
 
-__all__ = ["QUANTS", "ParityLimits", "Quant", "draft_gguf", "export_gguf", "find_quant"]
+__all__ = ["MIXED", "QUANTS", "ParityLimits", "Quant", "draft_gguf", "export_gguf", "find_quant"]
 
 _HEAVY = {"export_gguf": "export", "draft_gguf": "files"}
 

@@ -6,17 +6,20 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
+from cfsp.text.tokens import tokens_sha256
 from exporters.export_record import ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.fallbacks import find_fallbacks
-from exporters.gguf.files import WrittenFile, write_files
+from exporters.gguf.files import WrittenFile, find_rows, write_files
 from exporters.gguf.imatrix import read_imatrix
-from exporters.gguf.quants import QUANTS, find_quant
+from exporters.gguf.quants import QUANT_NAMES, limits_of_bits
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.job import Job, check_input, load_checkpoint, open_job, write_manifest
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
@@ -52,9 +55,9 @@ def export_gguf(
         LimitError: A file is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
         MissingExtraError: llama-cpp-python is not installed.
     """
-    rows = list(dict.fromkeys(find_quant(quant) for quant in quants))
+    rows = find_rows(quants, settings)
     if not rows:
-        raise InputError("no quantization asked for", field="quants", allowed=", ".join(QUANTS))
+        raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
@@ -69,7 +72,7 @@ def export_gguf(
             job.provenance,
             imatrix=imatrix,
             n_threads=job.n_threads,
-            progress=job.progress,
+            settings=settings,
         ):
             strings = strings or check_tokenizer(file.path, job.tokenizer)
             records[file.quant] = _prove(job, file, chosen, strings)
@@ -82,7 +85,12 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
     Raises:
         LimitError: It is too far from the checkpoint.
     """
-    path, quant = file.path, file.quant
+    path, quant, row = file.path, file.quant, file.quant
+    tensors = read_gguf(path).tensors
+    if file.mixture is not None:
+        matrices = [tensor for tensor in tensors if tensor.name in file.mixture.types]
+        n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
+        row = replace(quant, limits=limits_of_bits(8 * sum(int(t.data.nbytes) for t in matrices) / n_weights))
     with runtime.open_model(
         path,
         n_ctx=job.reference.windows.ids.shape[1],
@@ -91,10 +99,9 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
         n_ubatch=_LOGITS_CHUNK,
         kv_f32=True,
     ) as model:
-        parity = job.compare(quant, model.iter_logits)
+        parity = job.compare(row, model.iter_logits)
     check_limits(parity, path.name)
-    tensors = read_gguf(path).tensors
-    fallbacks = find_fallbacks(tensors, quant)
+    fallbacks = find_fallbacks(tensors, quant) if file.mixture is None else ()
     warnings = tuple(_warnings(job, file, chosen, fallbacks))
     for warning in warnings:
         _log.warning("%s: %s", path.name, warning)
@@ -113,7 +120,22 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
         tokenizer_strings=strings,
         warnings=warnings,
         runtime=llama_library.runtime_version(),
+        **_choice(job, file),
     )
+
+
+def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
+    """What the record says of types that were chosen for a size."""
+    ids = job.settings.calibration
+    if file.mixture is None or ids is None:
+        return {}
+    return {
+        "budget_bytes": file.quant.budget_bytes,
+        "chosen_types": file.mixture.types,
+        "predicted_loss": file.mixture.loss,
+        "calibration_sha256": tokens_sha256(ids),
+        "calibration_tokens": ids.numel(),
+    }
 
 
 def _warnings(
@@ -138,5 +160,7 @@ def _warnings(
         )
     if normalizes_to_nfc(job.tokenizer):
         yield "the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text"
+    if file.mixture and file.quant.budget_bytes and file.mixture.file_bytes > file.quant.budget_bytes:
+        yield f"the smallest types take {file.mixture.file_bytes} bytes, not {file.quant.budget_bytes}"
     if file.quant.uses_imatrix and not file.imatrix_tensors:
         yield f"{file.quant.name} is quantized without an importance matrix"

@@ -38,4 +38,5 @@ GGUF = ExportFamily(
     extra="gguf",
     packages=("gguf", "llama-cpp-python"),
     draft=lambda *request: gguf.draft_gguf(*request),
+    for_size=gguf.MIXED,
 )

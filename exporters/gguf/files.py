@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfsp.errors import InputError
 from cfsp.models.reference import load_tokenizer
-from cfsp.progress import Progress, no_progress
 from exporters.gguf.imatrix import Imatrix, read_imatrix
 from exporters.gguf.llama_library import quantize
+from exporters.gguf.mixed import Mixture, TypeCosts, measure_types
 from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.writer import write_gguf
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
@@ -27,11 +28,26 @@ class WrittenFile:
         path: Where it is.
         quant: What it is.
         imatrix_tensors: Tensors that were quantized with the importance matrix.
+        mixture: Where types were chosen for a size.
     """
 
     path: Path
     quant: Quant
     imatrix_tensors: int
+    mixture: Mixture | None = None
+
+
+def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
+    """Rows of what is asked for, each once.
+
+    Raises:
+        InputError: An unknown one; or types are to be chosen and there is no text to choose them by.
+    """
+    rows = list(dict.fromkeys(find_quant(quant) for quant in quants))
+    for row in rows:
+        if row.budget_bytes is not None and settings.calibration is None:
+            raise InputError("wants text to choose types by", field="quant", value=row.name)
+    return rows
 
 
 def write_files(
@@ -43,7 +59,7 @@ def write_files(
     *,
     imatrix: Imatrix,
     n_threads: int,
-    progress: Progress = no_progress,
+    settings: ExportOptions = DEFAULT_OPTIONS,
 ) -> Iterator[WrittenFile]:
     """Write folder/<name>-<quant>.gguf: the float32 one, of which others are quantized, then each that is asked for.
 
@@ -57,21 +73,29 @@ def write_files(
         provenance: The checkpoint's.
         imatrix: By `read_imatrix`.
         n_threads: Threads of the quantizer.
-        progress: Told about every step.
+        settings: The text that types are chosen by, whether they must fit, and who is told about every step.
 
     Raises:
-        InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it.
+        InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it; or a size is too small.
     """
+    progress = settings.progress
     paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (BASE, *quants)}
+    costs: TypeCosts | None = None
     for quant, path in paths.items():
-        used = imatrix if quant.uses_imatrix else {}
+        used, mixture = imatrix if quant.uses_imatrix else {}, None
+        if quant.budget_bytes is not None and settings.calibration is not None:
+            if costs is None:
+                guide = imatrix if settings.use_imatrix else None
+                costs = measure_types(checkpoint, paths[BASE], settings.calibration, guide, progress=progress)
+            used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
         if quant.base_type in ("F32", "F16"):
             write_gguf(checkpoint, path, tokenizer, provenance, quant=quant.name, progress=progress)
         else:
             progress(f"quantizing {quant.name}", 0, 1)
-            quantize(paths[BASE], path, quant.ftype, n_threads=n_threads, imatrix=used)
+            types = mixture.types if mixture else None
+            quantize(paths[BASE], path, quant.ftype, n_threads=n_threads, imatrix=used, types=types)
             progress(f"quantizing {quant.name}", 1, 1)
-        yield WrittenFile(path, quant, len(used))
+        yield WrittenFile(path, quant, len(used), mixture)
     if BASE not in quants:
         paths[BASE].unlink()
 
@@ -90,13 +114,14 @@ def draft_gguf(
         settings: As for `export_gguf`; one thread unless it says more.
 
     Returns:
-        Name of the quantization -> file.
+        Name of the quantization's row -> file.
 
     Raises:
-        InputError: Unknown quant, unusable checkpoint, or llama.cpp cannot represent or quantize it.
+        InputError: Unknown quant, one that wants text and gets none, unusable checkpoint, or llama.cpp cannot
+            represent or quantize it.
         MissingExtraError: llama-cpp-python is not installed.
     """
-    rows = [find_quant(quant) for quant in quants]
+    rows = find_rows(quants, settings)
     written = write_files(
         checkpoint,
         folder,
@@ -105,5 +130,6 @@ def draft_gguf(
         read_provenance(checkpoint, settings.name),
         imatrix=read_imatrix(checkpoint, rows, use=settings.use_imatrix),
         n_threads=settings.n_threads or 1,
+        settings=settings,
     )
     return {file.quant.name: file.path for file in written if file.quant in rows}

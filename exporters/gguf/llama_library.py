@@ -25,6 +25,7 @@ _DISTRIBUTION = "llama-cpp-python"
 _VERSIONS = ((0, 3, 36), (0, 4))
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
 
+_FLOATS = ctypes.POINTER(ctypes.c_float)
 FloatArray = npt.NDArray[np.float32]
 
 
@@ -105,6 +106,7 @@ def quantize(
     *,
     n_threads: int = 1,
     imatrix: Mapping[str, FloatArray] | None = None,
+    types: Mapping[str, str] | None = None,
 ) -> None:
     """Quantize a float32 or float16 GGUF file.
 
@@ -114,6 +116,7 @@ def quantize(
         ftype: llama.cpp's `llama_ftype`, see exporters.gguf.quants.
         n_threads: Threads.
         imatrix: Tensor name to the mean squared input of each of its input channels, (in_features,) float32.
+        types: Tensor name to a ggml type, of tensors that get another than the `ftype` says.
 
     Raises:
         InputError: llama.cpp refuses; the message has its reason.
@@ -126,11 +129,54 @@ def quantize(
     entries, keep_alive = _imatrix_array(imatrix or {})
     if imatrix:
         params.imatrix = ctypes.cast(entries, ctypes.POINTER(lib.llama_model_imatrix_data))
+    import gguf  # not in the memory of a process that runs a file alone
+
+    overrides = (lib.llama_model_tensor_override * (len(types or {}) + 1))()
+    for entry, (name, kind) in zip(overrides, (types or {}).items(), strict=False):
+        entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(gguf.GGMLQuantizationType[kind])
+    if types:
+        params.tt_overrides = ctypes.cast(overrides, ctypes.POINTER(lib.llama_model_tensor_override))
     complaints.clear()
     status = lib.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(params))
     del keep_alive
     if status != 0:
         raise InputError(f"llama.cpp cannot quantize {source.name}: {complaints.last()}")
+
+
+def rounded(values: FloatArray, kind: str, importance: FloatArray | None) -> FloatArray:
+    """What a matrix is after it was stored in a type.
+
+    Args:
+        values: (rows, in_features) float32; rows divide into the type's blocks.
+        kind: ggml's name of the type.
+        importance: Mean squared inputs, (in_features,); ggml ends the process for a type that it cannot make without.
+    """
+    import gguf
+
+    found = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[found]
+    rows, columns = values.shape
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    stored = np.empty((rows, columns // elements * size), dtype=np.uint8)
+    address = None if weights is None else weights.ctypes.data_as(_FLOATS)
+    _quantize_chunk()(
+        int(found), values.ctypes.data_as(_FLOATS), stored.ctypes.data, 0, rows, columns, address
+    )
+    return np.asarray(gguf.dequantize(stored, found), dtype=np.float32)
+
+
+@functools.cache
+def _quantize_chunk() -> Any:
+    """ggml's own function, which the quantizer calls for a tensor's rows."""
+    library()
+    from llama_cpp._ggml import libggml
+
+    function = libggml.ggml_quantize_chunk
+    integer = ctypes.c_int64
+    function.argtypes = [ctypes.c_int, _FLOATS, ctypes.c_void_p, integer, integer, integer, _FLOATS]
+    function.restype = ctypes.c_size_t
+    return function
 
 
 def _imatrix_array(imatrix: Mapping[str, FloatArray]) -> tuple[Any, list[Any]]:

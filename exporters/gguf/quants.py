@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
+from cfsp.units import parse_bytes
 from exporters.export_record import ExportFormat, ParityLimits
 
 
@@ -18,19 +20,35 @@ class Quant(ExportFormat):
         base_type: ggml type of most matrices.
         uses_imatrix: Whether an importance matrix is used by default.
         needs_imatrix: Whether llama.cpp refuses to write it without one.
+        budget_bytes: Most that the file may take, where types are chosen tensor by tensor for it.
     """
 
     base_type: str
     uses_imatrix: bool = True
     needs_imatrix: bool = False
+    budget_bytes: int | None = None
 
     @property
     def ftype(self) -> int:
-        """llama.cpp's `llama_ftype`, also written as general.file_type."""
+        """llama.cpp's `llama_ftype`, also written as general.file_type; a mixture has none, and says Q4_K_M."""
         import gguf  # not in the memory of a process that runs a file alone
 
         prefix = "ALL" if self.base_type == "F32" else "MOSTLY"
-        return int(gguf.LlamaFileType[f"{prefix}_{self.name.upper()}"])
+        name = self.name if self.budget_bytes is None else "Q4_K_M"
+        return int(gguf.LlamaFileType[f"{prefix}_{name.upper()}"])
+
+    @property
+    def bits(self) -> float:
+        """Of a weight in most matrices."""
+        import gguf
+
+        elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]]
+        return 8 * float(size) / float(elements)
+
+    @property
+    def is_sized(self) -> bool:
+        """See ExportFormat."""
+        return self.budget_bytes is None
 
     @property
     def width_multiple(self) -> int:
@@ -42,7 +60,8 @@ class Quant(ExportFormat):
     @property
     def reads(self) -> frozenset[str]:
         """See ExportFormat."""
-        return frozenset({"use_imatrix"} if self.uses_imatrix else ())
+        own = {"use_imatrix": self.uses_imatrix, "calibration": self.budget_bytes is not None}
+        return frozenset(name for name, read in own.items() if read)
 
 
 _ROWS = (
@@ -67,13 +86,39 @@ _ROWS = (
 QUANTS: Mapping[str, Quant] = MappingProxyType({row.name: row for row in _ROWS})
 
 
+MIXED = "mixed:SIZE"
+_MIXED = re.compile(r"mixed[:-](.+)", re.IGNORECASE)
+_UNITS = (
+    ("GB", 10**9),
+    ("GiB", 2**30),
+    ("MB", 10**6),
+    ("MiB", 2**20),
+    ("kB", 10**3),
+    ("KiB", 2**10),
+    ("B", 1),
+)
+QUANT_NAMES = ", ".join((*QUANTS, MIXED))
+"""What can be asked for, in words."""
+
+
 def find_quant(name: str) -> Quant:
-    """Row of the table, in whatever case the name is written.
+    """Row of the table, in whatever case the name is written; of `mixed:80MB` one of its own, called mixed-80MB.
 
     Raises:
-        InputError: Unknown; the message names the known ones.
+        InputError: Unknown; the message names the known ones. Or the size is none.
     """
     for row in QUANTS.values():
         if row.name.lower() == name.lower():
             return row
-    raise InputError("unknown quantization", field="quant", value=name, allowed=", ".join(QUANTS))
+    found = _MIXED.fullmatch(name)
+    if found and (size := parse_bytes(found[1], "mixed")):
+        unit, factor = next((unit, factor) for unit, factor in _UNITS if size % factor == 0)
+        return Quant(f"mixed-{size // factor}{unit}", ParityLimits(), "Q4_K", budget_bytes=size)
+    raise InputError("unknown quantization", field="quant", value=name, allowed=QUANT_NAMES)
+
+
+def limits_of_bits(bits: float) -> ParityLimits:
+    """Limits of a mixture: those of the quantization that has as many bits a weight, or else fewer."""
+    rows = sorted((row for row in QUANTS.values() if row.uses_imatrix), key=lambda row: row.bits)
+    least = max((row.bits for row in rows if row.bits <= bits), default=rows[0].bits)
+    return max((row.limits for row in rows if row.bits == least), key=lambda limits: limits.kl_mean or 0.0)

@@ -68,7 +68,7 @@ class SizeTemplate:
 
     def file_bytes(self, chosen: ChosenLayout) -> int:
         """Bytes of a model's file."""
-        return self.overhead_bytes + sum(_padded(tensor.n_bytes) for tensor in self.tensors(chosen))
+        return self.overhead_bytes + sum(padded(tensor.n_bytes) for tensor in self.tensors(chosen))
 
 
 def size_template(path: Path, quant: str) -> SizeTemplate:
@@ -81,7 +81,7 @@ def size_template(path: Path, quant: str) -> SizeTemplate:
     # The tensor that is made of the config counts as overhead: no width changes it.
     tensors = [tensor for tensor in file.tensors if tensor.name != "rope_freqs.weight"]
     types = {t.name: asked_type(str(t.kind.name), t.shape, row) for t in tensors}
-    data = sum(_padded(int(tensor.data.nbytes)) for tensor in tensors)
+    data = sum(padded(int(tensor.data.nbytes)) for tensor in tensors)
     return SizeTemplate(file.architecture, path.stat().st_size - data, types)
 
 
@@ -91,5 +91,6 @@ def _tensor(name: str, shape: tuple[int, ...], asked: str) -> PredictedTensor:
     return PredictedTensor(name, shape, kind, math.prod(shape) // elements * size)
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
+    """Bytes of a tensor with what fills up to the next."""
     return -(-count // _ALIGNMENT) * _ALIGNMENT

@@ -214,6 +214,7 @@ class Steps:
             use_imatrix=export.imatrix,
             calibration=moment_windows(self._calibration_ids("dense" if role == DENSE else "prune")),
             # The dense model is there for comparison; it need not fit what the pruned one must.
+            must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else export.mixed_bytes,
             n_threads=self.threads,
             progress=progress,

@@ -73,7 +73,11 @@ class EvaluateConfig(JudgementSettings):
     chats: tuple[str, ...] = setting(
         (SELF,), "Chats to measure on; `self`: sampled from the dense model with another seed."
     )
-    files: tuple[str, ...] = setting((), 'Exports that are judged in their own runtime, too, such as "Q4_0".')
+    files: tuple[str, ...] = setting(
+        (),
+        'Exports that are judged in their own runtime, too, such as "Q4_0".',
+        look_up=lambda name: find_format(name).name,
+    )
 
     def settings(self, seed: int, prompts: tuple[str, ...]) -> EvaluationSettings:
         """For phoneready.evaluation, with the questions to ask."""
@@ -106,7 +110,11 @@ class BenchConfig(SamplingSettings):
     devices: tuple[str, ...] = setting(
         (), "Profiles for which memory and speed are projected: phoneready devices list.", look_up=_profile_id
     )
-    files: tuple[str, ...] = setting((), "Quantizations and variants to measure; all when empty.")
+    files: tuple[str, ...] = setting(
+        (),
+        "Quantizations and variants to measure; all when empty.",
+        look_up=lambda name: find_format(name).name,
+    )
     n_ctx: int = setting(2048, "Tokens of the context in projections.", ge=1, le=2**24)
 
     def settings(self, seed: int) -> BenchSettings:

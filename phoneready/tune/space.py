@@ -47,7 +47,7 @@ class Recipe:
     @property
     def is_sized(self) -> bool:
         """Whether the file's size follows from the widths alone."""
-        return self.family.draft is not None
+        return self.family.draft is not None and self.family.find(self.item).is_sized
 
     def describe(self) -> str:
         """For people."""

@@ -204,6 +204,7 @@ class TrialRunner:
             use_imatrix=config.export.imatrix,
             calibration=moment_windows(self.side(side).calibration.input_ids) if guided else None,
             # As in a release: the dense model need not fit what the pruned one must.
+            must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else config.export.mixed_bytes,
             n_threads=self._n_threads,
             progress=self.progress,

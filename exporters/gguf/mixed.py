@@ -1,0 +1,226 @@
+"""A type for each tensor, by what rounding it costs, so that the file has a size: `mixed:SIZE`.
+
+One backward pass over calibration text says what a change of each weight costs
+(`cfsp.pruning.gradients.collect_weight_moments`), and ggml's own rounding of some rows in every type says what changes.
+Loss and bytes of all tensors are then a knapsack with one choice a tensor, which dynamic programming solves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.checkpoint import load_pruned
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
+from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.fallbacks import block_of
+from exporters.gguf.imatrix import Imatrix
+from exporters.gguf.llama_library import FloatArray, rounded
+from exporters.gguf.size import padded
+
+GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
+"""Of no use without an importance matrix."""
+TYPES = (
+    *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"),
+    *GUIDED_TYPES,
+)
+GRADIENT_WINDOWS = 4
+_ROWS = 128
+"""Of a matrix that are rounded to see what a type costs it, those that matter most first."""
+_TABLE_ROWS = 1024
+_HEAD, _TABLE = "lm_head", "model.embed_tokens"
+_STEPS = 2**16
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a module's weight, (n, columns of the file) float32, and what their changes cost."""
+
+    moments: WeightMoments
+    rows: torch.Tensor
+    values: FloatArray
+
+    def cost(self, kind: str, importance: FloatArray | None) -> float:
+        """Nats a token that a type costs, were all rows like these."""
+        change = torch.from_numpy(rounded(self.values, kind, importance) - self.values)
+        return self.moments.cost(change[:, : len(self.moments.columns)], self.rows)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A type that a tensor may have.
+
+    Attributes:
+        kind: ggml's name.
+        n_bytes: In the file.
+        loss: Nats a token, predicted.
+    """
+
+    kind: str
+    n_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What was chosen.
+
+    Attributes:
+        types: Tensor -> ggml type, of all that are quantized.
+        loss: Nats a token, predicted.
+        file_bytes: Size of the file.
+    """
+
+    types: dict[str, str]
+    loss: float
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class TypeCosts:
+    """What each type costs each tensor.
+
+    Attributes:
+        options: Tensor -> the types that it may have, the smallest first.
+        imatrix: What they are rounded by.
+        rest_bytes: All else that is in the file.
+    """
+
+    options: Mapping[str, Sequence[Option]]
+    imatrix: Imatrix
+    rest_bytes: int
+
+    def choose(self, budget_bytes: int, *, must_fit: bool = True) -> Mixture:
+        """Types with which a file takes no more than a size.
+
+        Args:
+            budget_bytes: Of the whole file.
+            must_fit: Whether a size that is too small is an error; the smallest types are taken where not.
+
+        Raises:
+            InputError: No types are small enough; the message says what the smallest file takes.
+        """
+        least = self.rest_bytes + sum(each[0].n_bytes for each in self.options.values())
+        if least > budget_bytes and must_fit:
+            raise InputError(
+                "no types are small enough for the size",
+                field="mixed",
+                value=budget_bytes,
+                allowed=f"{least} bytes or more",
+            )
+        found = solve(self.options, max(budget_bytes, least) - self.rest_bytes)
+        return Mixture(
+            {name: option.kind for name, option in found.items()},
+            sum(option.loss for option in found.values()),
+            self.rest_bytes + sum(option.n_bytes for option in found.values()),
+        )
+
+
+def measure_types(
+    checkpoint: Path,
+    base: Path,
+    input_ids: torch.Tensor,
+    imatrix: Imatrix | None,
+    *,
+    progress: Progress = no_progress,
+) -> TypeCosts:
+    """Round some rows of every tensor in every type, and predict what that costs.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        base: The float32 file of it.
+        input_ids: Calibration text, (nsamples, seqlen).
+        imatrix: The checkpoint's, which goes before what the text's few windows say; None to use none at all.
+        progress: Told about every step.
+    """
+    chosen = read_layout(checkpoint)
+    specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
+    model = load_pruned(checkpoint, dtype=torch.float32)
+    modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
+    names = [name for found in modules.values() for name in found]
+    moments = collect_weight_moments(model, names, input_ids[:GRADIENT_WINDOWS], progress=progress)
+    weights: Imatrix = {}
+    if imatrix is not None:
+        weights = {spec.name: _importance(spec, moments[modules[spec.name][0]]) for spec in specs} | dict(
+            imatrix
+        )
+    options: dict[str, Sequence[Option]] = {}
+    for done, spec in enumerate(specs, 1):
+        parts = [_part(model, spec, name, moments[name]) for name in modules[spec.name]]
+        each = _options(spec, parts, weights.get(spec.name))
+        options[spec.name] = sorted(each, key=lambda option: option.n_bytes)
+        progress("measuring types", done, len(specs))
+    rest = base.stat().st_size - sum(padded(4 * math.prod(spec.shape)) for spec in specs)
+    return TypeCosts(options, weights, rest)
+
+
+def solve(options: Mapping[str, Sequence[Option]], left_bytes: int) -> dict[str, Option]:
+    """One option for each name with the least loss in all that fits; of equal ones the first.
+
+    Sizes are in steps of 1/65536 of what is to be shared out beyond the smallest, rounded up.
+
+    Args:
+        options: Name -> what it may have.
+        left_bytes: For all, at least what the smallest take.
+    """
+    least = {name: min(option.n_bytes for option in each) for name, each in options.items()}
+    spare = left_bytes - sum(least.values())
+    step = max(1, spare // _STEPS)
+    best = np.zeros(spare // step + 1)  # least loss of the names so far, by the steps that they may take
+    picks = []
+    for name, each in options.items():
+        steps = [-(-(option.n_bytes - least[name]) // step) for option in each]
+        tried = np.full((len(each), len(best)), np.inf)
+        for row, cost, option in zip(tried, steps, each, strict=True):
+            if cost < len(best):
+                row[cost:] = best[: len(best) - cost] + option.loss
+        pick = tried.argmin(0)
+        best = tried[pick, np.arange(len(best))]
+        picks.append((name, pick.astype(np.int8), steps))
+    place, found = len(best) - 1, {}
+    for name, pick, steps in reversed(picks):
+        found[name] = options[name][pick[place]]
+        place -= steps[pick[place]]
+    return dict(reversed(found.items()))
+
+
+def _modules(spec: TensorSpec, tied: bool) -> tuple[str, ...]:
+    """The modules that read a tensor, as `collect_weight_moments` names them."""
+    names = [name.removesuffix(".weight") for name, _ in spec.sources]
+    if names == [_TABLE]:
+        return (_HEAD, LOOKUP) if tied else (LOOKUP,)
+    return tuple(names)
+
+
+def _importance(spec: TensorSpec, moments: WeightMoments) -> FloatArray:
+    values = moments.inputs.float().numpy()
+    values = np.pad(values, (0, spec.shape[1] - len(values)))
+    floored: FloatArray = np.maximum(values, 1e-6 * float(values.mean()) or 1.0).astype(np.float32)
+    return floored
+
+
+def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _Part:
+    """The rows of a module's weight that matter most, as wide as they are in the file."""
+    weight = model.get_submodule(_TABLE if name == LOOKUP else name).weight.detach()
+    count = min(_TABLE_ROWS if name in (_HEAD, LOOKUP) else _ROWS, len(weight))
+    rows = moments.rows.topk(count).indices.sort().values
+    values = weight[rows].numpy()
+    return _Part(moments, rows, np.pad(values, ((0, 0), (0, spec.shape[1] - values.shape[1]))))
+
+
+def _options(spec: TensorSpec, parts: Sequence[_Part], importance: FloatArray | None) -> Iterator[Option]:
+    kinds = [kind for kind in TYPES if spec.shape[1] % block_of(kind)[0] == 0]
+    for kind in kinds or ["F16"]:
+        if kind in GUIDED_TYPES and importance is None:
+            continue
+        elements, size = block_of(kind)
+        loss = sum(part.cost(kind, importance) for part in parts) if kinds else 0.0
+        yield Option(kind, padded(math.prod(spec.shape) // elements * size), loss)

@@ -1,0 +1,204 @@
+"""`mixed:SIZE`: a type for each tensor, chosen by what rounding costs, in exactly the bytes that were predicted."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from cfsp.evaluation.divergence import divergence_from_logits
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.gguf_file import read_gguf
+from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
+from cfsp.text.tokens import TokenWindows
+from exporters.export_record import ParityLimits
+from exporters.families import family_of, find_format
+from exporters.gguf import QUANTS, export_gguf, find_quant
+from exporters.gguf.files import draft_gguf
+from exporters.gguf.imatrix import read_imatrix
+from exporters.gguf.llama_library import rounded
+from exporters.gguf.mixed import Option, TypeCosts, measure_types, solve
+from exporters.gguf.quants import limits_of_bits
+from exporters.options import ExportOptions
+
+MakeCheckpoint = Callable[..., Path]
+IDS = torch.randint(0, 384, (4, 96), generator=torch.Generator().manual_seed(3))
+
+
+def options(**settings: Any) -> ExportOptions:
+    return ExportOptions(
+        **({"calibration": IDS, "n_threads": 1, "name": "m", "parity_windows": IDS[:2]} | settings)
+    )
+
+
+@pytest.fixture(scope="module", params=[("llama", True), ("qwen3", True), ("llama", False)], ids=str)
+def checkpoint(make_checkpoint: MakeCheckpoint, request: pytest.FixtureRequest) -> Path:
+    """Pruned; qwen3's q, k and v are one tensor."""
+    model_type, tied = request.param
+    return make_checkpoint(model_type, tied=tied, widths=(512, 256, 96, 40), intermediate_size=512)
+
+
+@pytest.fixture(scope="module")
+def costs(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> TypeCosts:
+    base = draft_gguf(checkpoint, tmp_path_factory.mktemp("base"), ["f32"], options())["f32"]
+    return measure_types(checkpoint, base, IDS, read_imatrix(checkpoint, [QUANTS["Q4_0"]]))
+
+
+def bounds(costs: TypeCosts) -> tuple[int, int]:
+    """Of the smallest and the largest file."""
+    each = costs.options.values()
+    return tuple(costs.rest_bytes + sum(one[i].n_bytes for one in each) for i in (0, -1))  # type: ignore[return-value]
+
+
+def test_a_file_has_the_types_and_bytes_that_were_chosen(
+    checkpoint: Path, costs: TypeCosts, tmp_path: Path
+) -> None:
+    least, most = bounds(costs)
+    size = (2 * least + most) // 3
+    name, loose = f"mixed:{size}", {f"mixed-{size}B": ParityLimits(kl_mean=10.0)}
+    name_of_file = find_quant(name).name
+    loose = {name_of_file: ParityLimits(kl_mean=10.0)}
+    (record,) = export_gguf(checkpoint, tmp_path / "out", [name], options(limits=loose))
+    assert record.quant == name_of_file
+    assert record.file == f"m-{name_of_file}.gguf"
+    assert size - 400 * len(costs.options) < record.file_bytes <= size
+    assert record.budget_bytes == size
+    assert record.calibration_tokens == IDS.numel()
+    stored = {tensor.name: tensor.kind.name for tensor in read_gguf(tmp_path / "out" / record.file).tensors}
+    assert record.chosen_types == {name: stored[name] for name in costs.options}
+    assert len(set(record.chosen_types.values()) - {"F16"}) > 1
+    assert record.imatrix_tensors == len(costs.options)
+    drafts = draft_gguf(checkpoint, tmp_path, [name], options())
+    assert drafts[name_of_file].read_bytes() == (tmp_path / "out" / record.file).read_bytes()
+
+
+def test_more_bytes_lose_less(costs: TypeCosts) -> None:
+    least, most = bounds(costs)
+    losses = [costs.choose(int(size)).loss for size in np.linspace(least, most, 6)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[0] > 5 * losses[-1]
+
+
+def test_a_size_that_nothing_fits_says_the_smallest(
+    checkpoint: Path, costs: TypeCosts, tmp_path: Path
+) -> None:
+    least, _ = bounds(costs)
+    small = f"mixed:{least - 1}"
+    with pytest.raises(InputError, match=rf"no types are small enough.*{least} bytes or more"):
+        export_gguf(checkpoint, tmp_path / "out", [small], options())
+    assert not (tmp_path / "out").exists()
+    assert costs.choose(least).file_bytes == least
+    (path,) = draft_gguf(checkpoint, tmp_path, [small], options(must_fit=False)).values()
+    assert path.stat().st_size == least
+
+
+def test_without_importance_matrix_no_type_wants_one(checkpoint: Path, tmp_path: Path) -> None:
+    base = draft_gguf(checkpoint, tmp_path, ["f32"], options())["f32"]
+    costs = measure_types(checkpoint, base, IDS, None)
+    assert costs.imatrix == {}
+    least, _ = bounds(costs)
+    (path,) = draft_gguf(checkpoint, tmp_path, [f"mixed:{least}"], options(use_imatrix=False)).values()
+    assert not {"IQ3_S", "IQ3_XXS", "IQ2_S"} & {tensor.kind.name for tensor in read_gguf(path).tensors}
+
+
+def test_types_are_chosen_by_text(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="text to choose types by"):
+        export_gguf(checkpoint, tmp_path / "out", ["mixed:1MB"], options(calibration=None))
+
+
+def test_rounding_is_the_quantizers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", widths=(512, 256, 512, 512), intermediate_size=512)
+    imatrix = read_imatrix(checkpoint, [QUANTS["Q4_0"]])
+    paths = draft_gguf(checkpoint, tmp_path, ["f32", "Q2_K", "IQ3_S", "IQ4_NL", "Q4_0"], options())
+    base = {tensor.name: tensor for tensor in read_gguf(paths.pop("f32")).tensors}
+    for path in paths.values():
+        tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+        for name in ("blk.1.ffn_down.weight", "blk.2.attn_q.weight"):
+            found = rounded(base[name].dequantize(), tensors[name].kind.name, imatrix[name])
+            assert np.array_equal(found, tensors[name].dequantize()), (path.name, name)
+
+
+def test_predicted_loss_is_the_measured_divergence(make_checkpoint: MakeCheckpoint) -> None:
+    """Of random changes, which is what the prediction takes rounding for."""
+    checkpoint = make_checkpoint("llama")
+    names = ["model.layers.1.mlp.down_proj", "model.layers.2.self_attn.q_proj", "lm_head", LOOKUP]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 384, (16, 96), generator=generator)
+    dense = load_pruned(checkpoint, dtype=torch.float32)
+    moments = collect_weight_moments(dense, names, ids)
+    for name in names:
+        changed = load_pruned(checkpoint, dtype=torch.float32)
+        if name in ("lm_head", LOOKUP):  # apart, as the prediction has them
+            changed.lm_head.weight = torch.nn.Parameter(changed.lm_head.weight.detach().clone())
+        module = changed.model.embed_tokens if name == LOOKUP else changed.get_submodule(name)
+        change = torch.randn(module.weight.shape, generator=generator) * 0.02 * module.weight.detach().std()
+        with torch.no_grad():
+            module.weight += change
+            pairs = ((dense(w[None]).logits[0], changed(w[None]).logits[0], w[1:]) for w in ids)
+            measured = divergence_from_logits(pairs, TokenWindows(ids, "random", "")).kl_mean
+        predicted = moments[name].cost(change, torch.arange(len(change)))
+        assert 0.5 * measured < predicted < 2 * measured, name
+        # Half of the rows say as much as all.
+        half = moments[name].rows.topk(len(change) // 2).indices
+        assert moments[name].cost(change[half], half) == pytest.approx(predicted, rel=0.3)
+
+
+def test_no_other_choice_within_the_bytes_loses_less() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        choices = {
+            str(name): [
+                Option("x", int(b), float(loss))
+                for b, loss in zip(generator.integers(1, 60, 3), generator.random(3), strict=True)
+            ]
+            for name in range(5)
+        }
+        least = sum(min(o.n_bytes for o in each) for each in choices.values())
+        left = least + int(generator.integers(0, 120))
+        found = solve(choices, left)
+        assert sum(o.n_bytes for o in found.values()) <= left
+        best = min(
+            sum(o.loss for o in each)
+            for each in itertools.product(*choices.values())
+            if sum(o.n_bytes for o in each) <= left
+        )
+        assert sum(o.loss for o in found.values()) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "size"),
+    [
+        ("mixed:80MB", "mixed-80MB", 80_000_000),
+        ("MIXED:70 MiB", "mixed-70MiB", 70 * 2**20),
+        ("mixed-0.5GB", "mixed-500MB", 500_000_000),
+        ("mixed:78632864", "mixed-78632864B", 78_632_864),
+    ],
+)
+def test_a_size_is_part_of_the_name(said: str, name: str, size: int) -> None:
+    row = find_quant(said)
+    assert (row.name, row.budget_bytes, row.is_sized) == (name, size, False)
+    assert find_quant(row.name) == row == find_format(said)
+    assert family_of(said).name == "gguf"
+    assert not re.search(r"[:\s/]", row.name)
+
+
+@pytest.mark.parametrize("said", ["mixed:", "mixed", "mixed:big", "mixed:0MB", "mixed:-3MB"])
+def test_no_size(said: str) -> None:
+    with pytest.raises(InputError):
+        find_format(said)
+
+
+def test_a_mixture_is_held_to_what_as_many_bits_must_reach() -> None:
+    assert limits_of_bits(4.6) == QUANTS["Q4_0"].limits
+    assert limits_of_bits(3.5) == QUANTS["IQ3_S"].limits
+    assert limits_of_bits(9.0) == QUANTS["Q6_K"].limits
+    assert limits_of_bits(1.0) == QUANTS["IQ2_M"].limits
