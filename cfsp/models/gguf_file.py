@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -107,6 +107,15 @@ class GGUFTensor:
                 value=self.kind.name,
             ) from error
         return np.array(values, dtype=np.float32).reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The values of some rows of a matrix, as far as there are so many."""
+        count, size = self.shape[0], len(self.data) // self.shape[0]
+        stop = min(stop, count)
+        part = replace(
+            self, shape=(stop - start, *self.shape[1:]), data=self.data[start * size : stop * size]
+        )
+        return part.dequantize()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ A reference is one of
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
 from cfsp.models.gguf_file import GGUFFile, read_gguf
-from cfsp.models.gguf_model import model_from_gguf
+from cfsp.models.gguf_model import model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.hf_folder import folder_source, load_folder, load_folder_tokenizer
 from cfsp.models.hub import fetch_hub_model, hub_reference
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import check_finite
 from cfsp.progress import Progress, no_progress
+
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -53,7 +56,9 @@ def load_model(
         file = read_gguf(path)
         tokenizer = tokenizer_from_gguf(file)
         model = model_from_gguf(file, dtype=dtype, progress=progress)
-        source = _complete_from_gguf(source, file)
+        source = replace(_complete_from_gguf(source, file), tied=tying_note(file, model.config))
+        if source.tied:
+            _log.warning("%s: %s", path, source.tied)
     else:
         progress(f"loading {source.name}", 0, 1)
         read_model_config(path)

@@ -20,6 +20,7 @@ class ModelSource:
         license: Identifier such as "apache-2.0", as the source states it.
         base_model: The model that this one is made from, as the source states it.
         made_from: Hash of the dense model's weights, of a checkpoint or a file that states it.
+        tied: Where a file's output matrix was found to be its embedding in other bits, what was done.
     """
 
     reference: str
@@ -31,6 +32,7 @@ class ModelSource:
     license: str | None = None
     base_model: str | None = None
     made_from: str | None = None
+    tied: str | None = None
 
 
 @dataclass(frozen=True)

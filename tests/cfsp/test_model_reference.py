@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models import builtin
 from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
-from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
@@ -87,6 +88,81 @@ def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_fol
     assert loaded.tokenizer("It has 12.")["input_ids"] == tokenizer("It has 12.")["input_ids"]
     assert set(loaded.tokenizer("a")) == {"input_ids", "attention_mask"}
     assert (loaded.source.license, loaded.source.base_model) == ("mit", "someone/something")
+
+
+@pytest.fixture
+def two_tables(tiny_model: Any, write_gguf: Any, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
+    """A model with an output matrix of its own, and llama.cpp's file of it with the embedding and that in two types."""
+    llama_library = pytest.importorskip("exporters.gguf.llama_library")
+    pytest.importorskip("llama_cpp")
+
+    def make(difference: float, embedding: str, output: str) -> tuple[Any, Path]:
+        model, tokenizer = tiny_model("qwen2", False)
+        table = model.model.embed_tokens.weight.detach()
+        noise = torch.randn(table.shape, generator=torch.Generator().manual_seed(0)) * table.std()
+        with torch.no_grad():
+            model.lm_head.weight.copy_(table + difference * noise)
+        write_gguf(tmp_path / "plain.gguf", model, tokenizer)
+        types = {"token_embd.weight": embedding, "output.weight": output}
+        llama_library.quantize(tmp_path / "plain.gguf", tmp_path / "file.gguf", 7, types=types)
+        return model, tmp_path / "file.gguf"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("embedding", "output", "finer"),
+    [
+        ("Q4_0", "Q8_0", "output.weight"),
+        ("Q8_0", "Q5_1", "token_embd.weight"),
+        ("IQ4_NL", "Q4_0", "output.weight"),
+    ],
+)
+def test_an_output_matrix_that_is_the_embedding_in_other_bits_is_tied(
+    two_tables: Any,
+    embedding: str,
+    output: str,
+    finer: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, path = two_tables(0.0, embedding, output)
+    stored = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+    assert (stored["token_embd.weight"].kind.name, stored["output.weight"].kind.name) == (embedding, output)
+    loaded = load_model(path)
+    assert loaded.model.config.tie_word_embeddings
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert np.array_equal(loaded.model.lm_head.weight.detach().numpy(), stored[finer].dequantize())
+    n_twice = model.lm_head.weight.numel()
+    assert f"so {n_twice} weights were stored twice" in (loaded.source.tied or "")
+    assert [record.message for record in caplog.records] == [f"{path}: {loaded.source.tied}"]
+    before, after = (sum(p.numel() for p in one.parameters()) for one in (model, loaded.model))
+    assert before - after == n_twice
+    save_checkpoint(loaded, tmp_path / "saved")
+    assert read_checkpoint_info(tmp_path / "saved").source.tied == loaded.source.tied
+
+
+@pytest.mark.parametrize("difference", [0.25, 1.0])
+def test_an_output_matrix_that_was_trained_apart_is_never_tied(
+    two_tables: Any, difference: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = two_tables(difference, "Q4_0", "Q8_0")
+    loaded = load_model(path)
+    assert not loaded.model.config.tie_word_embeddings
+    assert loaded.source.tied is None
+    assert not caplog.records
+    heads = loaded.model.lm_head.weight.detach(), model.lm_head.weight.detach()
+    assert float((heads[0] - heads[1]).norm() / heads[1].norm()) < 0.02
+
+
+def test_one_row_that_differs_is_enough_to_keep_both(
+    two_tables: Any, write_gguf: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    model, _ = two_tables(0.0, "Q8_0", "Q8_0")
+    with torch.no_grad():
+        model.lm_head.weight[7] *= -1
+    write_gguf(tmp_path / "one.gguf", model, tiny_tokenizer)
+    assert not load_model(tmp_path / "one.gguf").model.config.tie_word_embeddings
 
 
 def test_weights_are_cast_to_the_dtype_asked_for(tiny_folder: Any, tiny_gguf: Any) -> None:
