@@ -65,7 +65,7 @@ def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.Capture
         said = capsys.readouterr().out
         assert "3 blocks of" in said
         assert "Blocks removed: " in said
-        assert ("Attentions removed: " in said) == (name == "narrow")
+        assert ("Attentions, with these blocks gone, removed: " in said) == (name == "narrow")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert (config["num_hidden_layers"], config["vocab_size"]) == (3, 300)
         assert ("auto_map" in config) == (name == "narrow")
