@@ -29,7 +29,7 @@ class FrontierSettings(WindowSettings):
 
     quants: tuple[str, ...] = setting(
         (),
-        f"Quantizations of every model: {', '.join(GGUF.formats)}.",
+        f"Quantizations of every model: {', '.join(GGUF.names)}.",
         look_up=lambda name: GGUF.find(name).name,
         metavar="QUANT,...",
         shown="all but f32 and f16",
