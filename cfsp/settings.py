@@ -117,14 +117,13 @@ class Setting:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], CoreSchema]) -> CoreSchema:
         """Pydantic's check of the type, then ours."""
-        return core_schema.no_info_wrap_validator_function(self._checked_by_pydantic, handler(source))
+        return core_schema.no_info_after_validator_function(
+            self._checked_by_pydantic, _strict(handler(source))
+        )
 
-    def _checked_by_pydantic(self, value: Any, by_type: Callable[[Any], Any]) -> Any:
-        found = by_type(value)
-        if not _as_written(value, found):
-            raise ValueError("a number and true or false are not the same, and neither is a text")
+    def _checked_by_pydantic(self, value: Any) -> Any:
         try:
-            return self.checked(found)
+            return self.checked(value)
         except InputError as error:
             raise ValueError(str(error)) from error
 
@@ -250,12 +249,15 @@ def _all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     return found
 
 
-def _as_written(value: Any, found: Any) -> bool:
-    """Whether pydantic has taken a number, true or false for what they are: `true` is not 1, and "1" is a text."""
-    if isinstance(found, tuple):
-        return all(map(_as_written, value, found))
-    numbers = {type(value), type(found)} == {int, float}
-    return numbers or type(value) is type(found) or not isinstance(found, int | float)
+def _strict(schema: Any) -> Any:
+    """The schema with numbers, true and false as they are written: `true` is not 1, and "1" is a text."""
+    if schema["type"] in ("bool", "float", "int"):
+        return schema | {"strict": True}
+    if schema["type"] == "nullable":
+        return schema | {"schema": _strict(schema["schema"])}
+    if schema["type"] == "tuple":
+        return schema | {"items_schema": [_strict(item) for item in schema["items_schema"]]}
+    return schema
 
 
 def _table(choices: Iterable[str]) -> tuple[str, ...]:

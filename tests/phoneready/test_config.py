@@ -90,7 +90,7 @@ def test_a_budget_without_its_figure_is_named_beside_faulty_keys() -> None:
     ],
 )
 def test_true_is_no_number_and_a_number_is_not_true(line: str) -> None:
-    with pytest.raises(InputError, match=r"line 1: .*not the same"):
+    with pytest.raises(InputError, match=r"line 1: .*should be a valid"):
         parse_config(f"{line}\n{MODEL}", where="release.toml")
 
 
