@@ -62,12 +62,7 @@ def evaluate(
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        sources = [*(("text", one) for one in settings.text), *(("chats", one) for one in settings.chats)]
-        windows = [text_windows(source, against or model, settings, progress) for _, source in sources]
-        texts = [
-            _judge(kind, model, against, found, progress, same_tokens=not different)
-            for (kind, _), found in zip(sources, windows, strict=True)
-        ]
+        windows, texts = _texts(model, against, settings, progress, same_tokens=not different)
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     said = [_answers(m, settings, progress) for m in both]
@@ -84,6 +79,24 @@ def evaluate(
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
     )
+
+
+def _texts(
+    model: LanguageModel,
+    against: LanguageModel | None,
+    settings: EvaluationSettings,
+    progress: Progress,
+    *,
+    same_tokens: bool,
+) -> tuple[list[TokenWindows], list[TextResult]]:
+    """The windows of all texts and chats, and what was measured on each."""
+    sources = [*(("text", one) for one in settings.text), *(("chats", one) for one in settings.chats)]
+    windows = [text_windows(source, against or model, settings, progress) for _, source in sources]
+    results = [
+        _judge(kind, model, against, found, progress, same_tokens=same_tokens)
+        for (kind, _), found in zip(sources, windows, strict=True)
+    ]
+    return windows, results
 
 
 def check_texts(settings: EvaluationSettings) -> None:
