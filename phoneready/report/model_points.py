@@ -81,6 +81,12 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
     diverge = all(text.divergence for text in texts) and len({_reference(e) for e in evaluations}) == 1
     values = [text.divergence.kl_mean if diverge and text.divergence else text.perplexity for text in texts]
     what = f"mean KL divergence from {_reference(evaluations[0])}, nats" if diverge else "perplexity"
+    found = _by_model(evaluations, values)
+    return Quality(f"{what}, on {Path(texts[0].source).name}", found)
+
+
+def _by_model(evaluations: Sequence[Evaluation], values: Sequence[float]) -> dict[str | None, float]:
+    """The figure of every model by the hash of its file, of ONNX folders also by its path."""
     found: dict[str | None, float] = {}
     for evaluation, value in zip(evaluations, values, strict=True):
         model = evaluation.model
@@ -91,7 +97,7 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
         found[model.sha256] = value
         if model.runtime == "onnxruntime":
             found[str(Path(model.reference).absolute())] = value
-    return Quality(f"{what}, on {Path(texts[0].source).name}", found)
+    return found
 
 
 def point_groups(records: Sequence[BenchRecord], quality: Quality | None) -> list[PointGroup]:
