@@ -45,7 +45,6 @@ def tune(
     given = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     targets = [_last_hidden(decoder, given, window) for window in input_ids]
 
-    linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
     stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     weights = given | {f"{name.removeprefix(prefix)}.weight": weight for name, weight in stored.items()}
@@ -55,15 +54,14 @@ def tune(
     of_norms = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
     optimizer = torch.optim.Adam([*of_rows.values(), *of_norms.values()])
 
-    with _scaled(linears, of_rows), torch.enable_grad():
+    with _scaled(model, of_rows), torch.enable_grad():
         for done, (window, target) in enumerate(zip(input_ids, targets, strict=True)):
             tuned = {name: norm * of_norms[name] for name, norm in norms.items()}
             hidden = _last_hidden(decoder, weights | tuned, window)
             optimizer.zero_grad()
             loss = head_loss(hidden, head, partial(_divergence, target, dense))
             torch.autograd.backward(loss / len(window))
-            for group in optimizer.param_groups:
-                group["lr"] = _LEARNING_RATE * min(1, (done + 1) / _WARM_UP) * (1 - done / len(input_ids))
+            _set_rate(optimizer, done, len(input_ids))
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
     scaled = {name: quantized.layers[name].scaled(rows.detach()) for name, rows in of_rows.items()}
@@ -72,6 +70,12 @@ def tune(
         layers={**quantized.layers, **scaled},
         norms={f"{prefix}{name}": norm * of_norms[name].detach() for name, norm in norms.items()},
     )
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, done: int, steps: int) -> None:
+    """Warm-up, then a line down to zero."""
+    for group in optimizer.param_groups:
+        group["lr"] = _LEARNING_RATE * min(1, (done + 1) / _WARM_UP) * (1 - done / steps)
 
 
 def _divergence(
@@ -91,10 +95,10 @@ def _last_hidden(
 
 
 @contextmanager
-def _scaled(linears: Mapping[str, nn.Linear], factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let each Linear's rows be multiplied."""
+def _scaled(model: Any, factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the rows of each Linear of the blocks be multiplied."""
     with ExitStack() as stack:
-        for name, linear in linears.items():
+        for name, linear in (item for block in block_linears(model) for item in block.items()):
             stack.callback(linear.register_forward_hook(partial(_scale_rows, factors[name])).remove)
         yield
 

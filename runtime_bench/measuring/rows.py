@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -120,27 +120,34 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
         environment: The machine before the first sample.
     """
     check, results = row.file.check, row.results
-    opened = [result for result in results if result.load_ns]
-    verdicts = [result.memory_verdict for result in results if result.memory_verdict]
     return replace(
-        _without_samples(session, row, environment),
+        _with_memory(_without_samples(session, row, environment), results),
         samples_ns=tuple(row.samples_ns),
         cpu_samples_ns=row.of_each_sample([ns for ns in r.cpu_ns if ns > 0] for r in results),
         waited_samples_ns=row.of_each_sample(r.waited_ns for r in results),
         sequence=tuple(row.sequence),
-        load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
-        page_cache_shares=tuple(r.page_cache_share for r in opened),
-        baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
-        peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in results if r.peak_rss_bytes),
         quarantined_ns=() if first is row else tuple(first.samples_ns),
-        memory_verdict=max(verdicts, key=MEMORY_VERDICTS.index, default=None),
-        reread_bytes=max((r.reread_bytes for r in results if r.reread_bytes is not None), default=None),
         throttling=next((r.throttling for r in results if r.throttling), None),
         contention=tuple(r.contention for r in results),
         clock_caps=tuple(clock_cap(*looks) for looks in row.looks),
         hottest_c=tuple(hottest_c(*looks) for looks in row.looks),
         text_sample=check.texts[0] if check.texts else None,
         degenerate=check.degenerate,
+    )
+
+
+def _with_memory(record: BenchRecord, results: Sequence[WorkerResult]) -> BenchRecord:
+    """The record with what loading took, and the memory that was held."""
+    opened = [result for result in results if result.load_ns]
+    verdicts = [result.memory_verdict for result in results if result.memory_verdict]
+    return replace(
+        record,
+        load_samples_ns=tuple(r.load_ns for r in opened if r.load_ns),
+        page_cache_shares=tuple(r.page_cache_share for r in opened),
+        baseline_rss_bytes=min((r.baseline_rss_bytes for r in opened if r.baseline_rss_bytes), default=None),
+        peak_rss_samples_bytes=tuple(r.peak_rss_bytes for r in results if r.peak_rss_bytes),
+        memory_verdict=max(verdicts, key=MEMORY_VERDICTS.index, default=None),
+        reread_bytes=max((r.reread_bytes for r in results if r.reread_bytes is not None), default=None),
     )
 
 
