@@ -32,6 +32,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from cfsp.models.source import LoadedModel, ModelSource
 from runtime_bench.records.bench_record import BenchRecord, Environment
 from runtime_bench.workload import Workload
 
@@ -149,6 +150,17 @@ def tiny_model() -> TinyModel:
     4 blocks, hidden 64, FFN 128, 4 heads on 2 key-value heads, float32, eval mode. Every call builds anew.
     """
     return make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_loaded() -> Callable[..., LoadedModel]:
+    """Factory of what `tiny_model` makes of the same arguments, as loading a model gives it."""
+
+    def make(*args: Any, **overrides: Any) -> LoadedModel:
+        source = ModelSource(reference="tiny", kind="folder", name="tiny")
+        return LoadedModel(*make_tiny_model(*args, **overrides), source)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
-from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.attention import removable_attentions
 from cfsp.pruning.plan import apply_plan
 from cfsp.pruning.prune import PruneResult, prune_model
@@ -24,11 +24,6 @@ from cfsp.text.calibration import Calibration
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
-
-
-def loaded(tiny_model: Any, *args: Any, **overrides: Any) -> LoadedModel:
-    model, tokenizer = tiny_model(*args, **overrides)
-    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
 
 
 def prune(dense: LoadedModel, settings: PruneSettings) -> PruneResult:
@@ -43,9 +38,9 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.inference_mode()
 def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
-    tiny_model: Any, model_type: str
+    tiny_model: Any, tiny_loaded: Any, model_type: str
 ) -> None:
-    pruned = prune(loaded(tiny_model, model_type), PLAIN)
+    pruned = prune(tiny_loaded(model_type), PLAIN)
     silent = pruned.plan.silent
     assert len(silent) == 2
     assert 0 not in silent
@@ -67,19 +62,19 @@ def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     assert removed == 2 * sum(p.numel() for module in of_attention for p in module.parameters())
 
 
-def test_the_refit_lowers_the_divergence(tiny_model: Any) -> None:
+def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> None:
     expected = tiny_model()[0](IDS).logits
     found = []
     for reconstruct in ("none", "block-by-block"):
         settings = replace(PLAIN, reconstruct=reconstruct, ridge=1e-3)
-        found.append(divergence(expected, prune(loaded(tiny_model), settings).loaded.model(IDS).logits))
+        found.append(divergence(expected, prune(tiny_loaded(), settings).loaded.model(IDS).logits))
     assert found[1] < 0.9 * found[0]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_checkpoint_loads_with_and_without_us(tiny_model: Any, tmp_path: Path, model_type: str) -> None:
+def test_a_checkpoint_loads_with_and_without_us(tiny_loaded: Any, tmp_path: Path, model_type: str) -> None:
     settings = replace(PLAIN, attentions=1, blocks=1, prune_ratio=0.25 if model_type == "llama" else 0)
-    result = prune(loaded(tiny_model, model_type), settings)
+    result = prune(tiny_loaded(model_type), settings)
     folder, again = tmp_path / "checkpoint", tmp_path / "again"
     save_checkpoint(result.loaded, folder, plan=result.plan)
     shape = read_checkpoint_info(folder).shape
@@ -99,10 +94,10 @@ def test_a_checkpoint_loads_with_and_without_us(tiny_model: Any, tmp_path: Path,
     assert torch.equal(with_cache, without)
 
 
-def test_the_first_block_of_each_kind_keeps_its_attention(tiny_model: Any) -> None:
+def test_the_first_block_of_each_kind_keeps_its_attention(tiny_loaded: Any) -> None:
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
-    dense = loaded(
-        tiny_model, "qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    dense = tiny_loaded(
+        "qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=8, max_window_layers=1
     )
     assert removable_attentions(dense.model, frozenset()) == [2, 3]
     assert removable_attentions(dense.model, frozenset({1})) == [3]
@@ -113,16 +108,16 @@ def test_the_first_block_of_each_kind_keeps_its_attention(tiny_model: Any) -> No
     assert torch.equal(ids, plain)
 
 
-def test_what_cannot_go_is_refused(tiny_model: Any, tmp_path: Path) -> None:
+def test_what_cannot_go_is_refused(tiny_loaded: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at most 3"):
-        prune(loaded(tiny_model), replace(PLAIN, attentions=4))
+        prune(tiny_loaded(), replace(PLAIN, attentions=4))
     with pytest.raises(InputError, match="at most 1"):
-        prune(loaded(tiny_model), replace(PLAIN, blocks=2))
-    result = prune(loaded(tiny_model), PLAIN)
+        prune(tiny_loaded(), replace(PLAIN, blocks=2))
+    result = prune(tiny_loaded(), PLAIN)
     assert result.plan.attention is not None
     wrong = replace(result.plan, attention=replace(result.plan.attention, removed=(0, 1)))
     with pytest.raises(InputError, match="cannot go"):
-        apply_plan(loaded(tiny_model).model, wrong)
+        apply_plan(tiny_loaded().model, wrong)
     folder = tmp_path / "checkpoint"
     save_checkpoint(result.loaded, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

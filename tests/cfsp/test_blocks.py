@@ -27,11 +27,6 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 PLAIN = PruneSettings(prune_ratio=0, blocks=2, align=8, reconstruct="none", dtype="float32")
 
 
-def loaded(tiny_model: Any, *args: Any, **overrides: Any) -> LoadedModel:
-    model, tokenizer = tiny_model(*args, **overrides)
-    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
-
-
 def prune(dense: LoadedModel, settings: PruneSettings, plan: PruningPlan | None = None) -> PruneResult:
     return prune_model(dense, Calibration(IDS, ("random",), 0, "0" * 64), settings, plan=plan)
 
@@ -50,8 +45,10 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @torch.inference_mode()
-def test_without_refit_blocks_are_skipped_and_nothing_else(tiny_model: Any, model_type: str) -> None:
-    pruned = prune(loaded(tiny_model, model_type), PLAIN)
+def test_without_refit_blocks_are_skipped_and_nothing_else(
+    tiny_model: Any, tiny_loaded: Any, model_type: str
+) -> None:
+    pruned = prune(tiny_loaded(model_type), PLAIN)
     gone = pruned.plan.gone
     assert len(gone) == 2
     assert 0 not in gone
@@ -82,14 +79,12 @@ def test_the_block_that_does_nothing_goes_first(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_refit_lowers_the_divergence(tiny_model: Any, model_type: str) -> None:
+def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any, model_type: str) -> None:
     expected = tiny_model(model_type)[0](IDS).logits
     found = []
     for reconstruct in ("none", "block-by-block"):
         settings = replace(PLAIN, reconstruct=reconstruct, ridge=1e-3)
-        found.append(
-            divergence(expected, prune(loaded(tiny_model, model_type), settings).loaded.model(IDS).logits)
-        )
+        found.append(divergence(expected, prune(tiny_loaded(model_type), settings).loaded.model(IDS).logits))
     assert found[1] < 0.9 * found[0]
 
 
@@ -111,9 +106,9 @@ def test_a_linear_block_is_made_up_for_in_full(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("reconstruct", ["none", "mean", "one-pass", "block-by-block"])
-def test_channels_go_from_the_blocks_that_stay(tiny_model: Any, reconstruct: str) -> None:
+def test_channels_go_from_the_blocks_that_stay(tiny_loaded: Any, reconstruct: str) -> None:
     settings = replace(PLAIN, prune_ratio=0.25, blocks=1, reconstruct=reconstruct)
-    result = prune(loaded(tiny_model), settings)
+    result = prune(tiny_loaded(), settings)
     widths = model_shape(result.loaded.model).ffn_widths
     assert len(widths) == 3
     assert sum(widths) == pytest.approx(0.75 * 3 * 128, abs=8)
@@ -123,17 +118,17 @@ def test_channels_go_from_the_blocks_that_stay(tiny_model: Any, reconstruct: str
     assert f"1 of 4 blocks removed ({gone})" in result.plan.removed
     # The plan does the same to the dense model again.
     read = record_from_json(PruningPlan, record_to_json(result.plan), where="plan")
-    again = prune(loaded(tiny_model), PruneSettings(), read)
+    again = prune(tiny_loaded(), PruneSettings(), read)
     assert torch.equal(again.loaded.model(IDS).logits, result.loaded.model(IDS).logits)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_checkpoint_without_blocks_is_a_plain_folder(
-    tiny_model: Any, tmp_path: Path, model_type: str
+    tiny_loaded: Any, tmp_path: Path, model_type: str
 ) -> None:
     layers = {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]} if model_type == "qwen2" else {}
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3} if layers else {}
-    dense = loaded(tiny_model, model_type, **layers, **windows)
+    dense = tiny_loaded(model_type, **layers, **windows)
     result = prune(dense, PLAIN)
     folder = tmp_path / "checkpoint"
     save_checkpoint(result.loaded, folder, plan=result.plan)
@@ -150,8 +145,8 @@ def test_a_checkpoint_without_blocks_is_a_plain_folder(
         assert model.generate(IDS[:1], max_new_tokens=4, do_sample=False).shape == (1, 36)
 
 
-def test_plans_without_blocks_keep_their_bytes(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
+def test_plans_without_blocks_keep_their_bytes(tiny_loaded: Any) -> None:
+    dense = tiny_loaded()
     calibration = Calibration(IDS, ("random",), 0, "0" * 64)
     plan = plan_model(dense, calibration, replace(PLAIN, blocks=0)).plan
     record = record_to_json(plan)
@@ -160,14 +155,14 @@ def test_plans_without_blocks_keep_their_bytes(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [4, 9])
-def test_more_blocks_than_can_go_are_refused(tiny_model: Any, count: int) -> None:
+def test_more_blocks_than_can_go_are_refused(tiny_loaded: Any, count: int) -> None:
     with pytest.raises(InputError, match="at most 3"):
-        prune(loaded(tiny_model), replace(PLAIN, blocks=count))
+        prune(tiny_loaded(), replace(PLAIN, blocks=count))
 
 
-def test_a_plan_that_takes_the_first_block_is_refused(tiny_model: Any) -> None:
-    result = prune(loaded(tiny_model), PLAIN)
+def test_a_plan_that_takes_the_first_block_is_refused(tiny_loaded: Any) -> None:
+    result = prune(tiny_loaded(), PLAIN)
     assert result.plan.depth is not None
     wrong = replace(result.plan, depth=replace(result.plan.depth, removed=(0, 1)))
     with pytest.raises(InputError, match="cannot go"):
-        apply_plan(loaded(tiny_model).model, wrong)
+        apply_plan(tiny_loaded().model, wrong)
