@@ -159,3 +159,23 @@ def _lay_out(item: Branches, ids: torch.Tensor, positions: torch.Tensor, allowed
         place = stop
     # Padding attends to itself, or its softmax would be over nothing.
     allowed[place:, place:] |= torch.eye(allowed.shape[0] - place, dtype=torch.bool)
+
+
+class RememberedModel(TorchLanguageModel):
+    """The dense model, run once over every window: what it is judged against at every point.
+
+    The last hidden states are kept, not the logits, which are some hundred times larger.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
+        self._hidden: dict[bytes, torch.Tensor] = {}
+
+    @torch.inference_mode()
+    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `LanguageModel`."""
+        key, model = window.numpy().tobytes(), self.loaded.model
+        if key not in self._hidden:
+            found = model.get_decoder()(input_ids=window[None], use_cache=False)
+            self._hidden[key] = found.last_hidden_state[0]
+        yield from logits_from_hidden(model, self._hidden[key])

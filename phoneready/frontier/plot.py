@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from phoneready.frontier.dominance import DOMINATED
+from phoneready.evaluation.dominance import DOMINATED
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.tables import conditions, frontier_table, megabytes, sentences
 from phoneready.report.assets import plots_page

@@ -2,56 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
 from cfsp.errors import InputError
 from cfsp.validation import Seed, Share
-from phoneready.evaluation.evaluation_record import text_name
-
-
-@dataclass(frozen=True)
-class MeasuredText:
-    """What a file loses on one text, window by window, beside what the dense model in float32 loses.
-
-    Attributes:
-        kind: `text` or `chats`.
-        source: The reference.
-        seqlen: Tokens in a window, of the dense model's.
-        windows_sha256: Hash of their ids.
-        n_tokens: Tokens that the file predicts.
-        n_bytes: Bytes that they spell, of each window.
-        nats: -ln p of each window.
-        dense_nats: The dense model's.
-        kl_mean: Mean KL divergence from the dense model, nats a token; None of another vocabulary.
-        same_top1: Share of tokens where both put the same token first; None of another vocabulary.
-    """
-
-    kind: str
-    source: str
-    seqlen: int
-    windows_sha256: str
-    n_tokens: int
-    n_bytes: tuple[PositiveInt, ...]
-    nats: tuple[NonNegativeFloat, ...]
-    dense_nats: tuple[NonNegativeFloat, ...]
-    kl_mean: float | None = None
-    same_top1: Share | None = None
-
-    @property
-    def name(self) -> str:
-        """Kind and source without folders."""
-        return text_name(self.kind, self.source)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Of this text alone."""
-        return _bits((self,))
+from phoneready.evaluation.dominance import Choice, Standing
+from phoneready.evaluation.measured_file import MeasuredFile
 
 
 @dataclass(frozen=True)
@@ -78,20 +38,17 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class FrontierPoint:
-    """A file and its figures.
+class FrontierPoint(MeasuredFile):
+    """A file and its figures; it may have been deleted.
 
     Attributes:
-        file: Its name in the folder, where it may have been deleted.
         quant: Quantization.
         prune_ratio: Share of FFN channels that was to go.
         removed: Share that went, after alignment.
         vocabulary: Tokens that are kept; 0: all.
         allocation: As prune.allocation.
         align: Widths are multiples of it.
-        file_bytes: Its size.
         expected_bytes: What its size was computed to be before it was made, where a size limited it.
-        texts: What it loses; all files have the same windows.
         speed: How fast it is, where that was asked for.
         seconds: Time it took to make and measure.
     """
@@ -99,16 +56,13 @@ class FrontierPoint:
     KIND: ClassVar[str] = "frontier-point"
     SCHEMA_VERSION: ClassVar[int] = 1
 
-    file: str
     quant: str
     prune_ratio: Share
     removed: Share
     vocabulary: NonNegativeInt
     allocation: str
     align: int
-    file_bytes: PositiveInt
     expected_bytes: int | None
-    texts: tuple[MeasuredText, ...]
     speed: Speed | None
     seconds: float
 
@@ -130,67 +84,6 @@ class FrontierPoint:
     def label(self) -> str:
         """The file, for people."""
         return f"{self.model} {self.quant}"
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Of all texts together."""
-        return _bits(self.texts)
-
-    @property
-    def dense_bits_per_byte(self) -> float:
-        """The dense model's in float32, of all texts together."""
-        return sum(map(sum, (t.dense_nats for t in self.texts))) / (math.log(2) * _n_bytes(self.texts))
-
-    @property
-    def kl_mean(self) -> float | None:
-        """Mean KL divergence over the texts' tokens; None of another vocabulary."""
-        return _mean((t.kl_mean, t.n_tokens) for t in self.texts)
-
-    @property
-    def same_top1(self) -> float | None:
-        """Share of tokens where the dense model puts the same one first; None of another vocabulary."""
-        return _mean((t.same_top1, t.n_tokens) for t in self.texts)
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How a file stands to those that are no larger.
-
-    Attributes:
-        file: Its name.
-        verdict: One of phoneready.frontier.dominance.VERDICTS.
-        by: The file that it is dominated by, or not told apart from; None on the frontier.
-    """
-
-    file: str
-    verdict: str
-    by: str | None
-
-
-@dataclass(frozen=True)
-class Excess:
-    """Bits per byte that one file loses more than another, with a 95 % interval over the windows of text."""
-
-    bits: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The best file of a size.
-
-    Attributes:
-        at_bytes: The size.
-        best: The file with the fewest bits per byte that is no larger; None where all are.
-        dense: The best such dense file; None where all are larger.
-        excess: What `dense` loses more than `best`; None where they are one file, or there is none.
-    """
-
-    at_bytes: int
-    best: str | None
-    dense: str | None
-    excess: Excess | None
 
 
 @dataclass(frozen=True)
@@ -238,16 +131,3 @@ def model_label(vocabulary: int, prune_ratio: float) -> str:
     parts = [f"{vocabulary} tokens"] if vocabulary else []
     parts += [f"FFN -{100 * prune_ratio:g} %"] if prune_ratio else []
     return ", ".join(parts) or "dense"
-
-
-def _n_bytes(texts: Iterable[MeasuredText]) -> int:
-    return sum(sum(text.n_bytes) for text in texts)
-
-
-def _bits(texts: tuple[MeasuredText, ...]) -> float:
-    return sum(sum(text.nats) for text in texts) / (math.log(2) * _n_bytes(texts))
-
-
-def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
-    known = [(value, weight) for value, weight in weighted if value is not None]
-    return sum(value * weight for value, weight in known) / sum(w for _, w in known) if known else None

@@ -14,18 +14,20 @@ from typing import ClassVar
 import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
+from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.files import fsync_file, write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
 from exporters.gguf.family import GGUF
+from phoneready.evaluation.dominance import DOMINATED, choose, standing, telling_sizes
 from phoneready.evaluation.run import check_texts, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.evaluation.side_by_side import JudgedText, measure_file
 from phoneready.figures.figure_set import DENSE
-from phoneready.frontier.dominance import DOMINATED, choose, standing, telling_sizes
 from phoneready.frontier.folder import RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE, check_folder, claim, join
-from phoneready.frontier.measure import JudgedText, measure_file, measure_speed
+from phoneready.frontier.measure import measure_speed
 from phoneready.frontier.points import Batch, batches_of, bits_of, point_label, point_name, role_of
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.search import Search
@@ -36,7 +38,6 @@ from phoneready.settings.schema import ReleaseConfig
 from phoneready.tune.run import study_key
 from phoneready.tune.space import Point
 from phoneready.tune.study import drop_torn_line
-from phoneready.tune.trial import RememberedModel
 from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.workload import BenchSettings
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from phoneready.console import format_bytes
-from phoneready.frontier.dominance import DOMINATED, UNDECIDED
-from phoneready.frontier.record import Choice, Excess, Frontier, FrontierPoint, MeasuredText
+from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Choice, Excess
+from phoneready.evaluation.measured_file import MeasuredText
+from phoneready.frontier.record import Frontier, FrontierPoint
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import Column, Table
 

@@ -9,12 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cfsp.evaluation.answers import PROMPTS
-from cfsp.evaluation.torch_model import TorchLanguageModel, logits_from_hidden
+from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.models.shape import ModelShape
-from cfsp.models.source import LoadedModel
 from phoneready.evaluation.figures import evaluation_figures
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import evaluate
@@ -159,26 +156,6 @@ class Bench:
         if item not in self._dense_files:
             self._dense_files = {item: self.runner.export(point, DENSE)}
         return self._dense_files[item]
-
-
-class RememberedModel(TorchLanguageModel):
-    """The dense model, run once over every window: what it is judged against at every point.
-
-    The last hidden states are kept, not the logits, which are some hundred times larger.
-    """
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        super().__init__(loaded)
-        self._hidden: dict[bytes, torch.Tensor] = {}
-
-    @torch.inference_mode()
-    def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """See `LanguageModel`."""
-        key, model = window.numpy().tobytes(), self.loaded.model
-        if key not in self._hidden:
-            found = model.get_decoder()(input_ids=window[None], use_cache=False)
-            self._hidden[key] = found.last_hidden_state[0]
-        yield from logits_from_hidden(model, self._hidden[key])
 
 
 def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:

@@ -20,8 +20,7 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
 from cfsp.records import read_record, record_from_json, record_to_json
-from phoneready.evaluation.evaluation_record import Evaluation
-from phoneready.frontier.dominance import (
+from phoneready.evaluation.dominance import (
     DOMINATED,
     FRONTIER,
     UNDECIDED,
@@ -30,9 +29,11 @@ from phoneready.frontier.dominance import (
     standing,
     telling_sizes,
 )
+from phoneready.evaluation.evaluation_record import Evaluation
+from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
 from phoneready.frontier.plot import render_frontier
-from phoneready.frontier.record import Frontier, FrontierPoint, MeasuredText
+from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.settings import parse_sizes
 from phoneready.frontier.tables import format_frontier
 from phoneready.main import main

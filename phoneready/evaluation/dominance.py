@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from phoneready.frontier.record import Choice, Excess, FrontierPoint, Standing
+from phoneready.evaluation.measured_file import MeasuredFile
 from runtime_bench.records.summary import NORMAL_95
 
 VERDICTS = FRONTIER, UNDECIDED, DOMINATED = "frontier", "within noise", "dominated"
@@ -22,7 +23,48 @@ _T_95 = (12.706, 4.303)
 """Student's t for one degree of freedom and for two; the expansion serves from three on."""
 
 
-def excess(one: FrontierPoint, other: FrontierPoint) -> Excess:
+@dataclass(frozen=True)
+class Excess:
+    """Bits per byte that one file loses more than another, with a 95 % interval over the windows of text."""
+
+    bits: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a file stands to those that are no larger.
+
+    Attributes:
+        file: Its name.
+        verdict: One of VERDICTS.
+        by: The file that it is dominated by, or not told apart from; None on the frontier.
+    """
+
+    file: str
+    verdict: str
+    by: str | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best file of a size.
+
+    Attributes:
+        at_bytes: The size.
+        best: The file with the fewest bits per byte that is no larger; None where all are.
+        dense: The best such dense file; None where all are larger.
+        excess: What `dense` loses more than `best`; None where they are one file, or there is none.
+    """
+
+    at_bytes: int
+    best: str | None
+    dense: str | None
+    excess: Excess | None
+
+
+def excess(one: MeasuredFile, other: MeasuredFile) -> Excess:
     """Bits per byte that `one` loses more than `other`, on the same windows."""
     pairs = [
         pair for a, b in zip(one.texts, other.texts, strict=True) for pair in zip(a.nats, b.nats, strict=True)
@@ -38,7 +80,7 @@ def excess(one: FrontierPoint, other: FrontierPoint) -> Excess:
     return Excess(bits, bits - half, bits + half)
 
 
-def standing(point: FrontierPoint, points: Iterable[FrontierPoint]) -> Standing:
+def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
     """A file against all that are no larger.
 
     Dominated: one of them loses surely no more, and is smaller or loses less. Within noise: of one of them it cannot be
@@ -61,7 +103,7 @@ def standing(point: FrontierPoint, points: Iterable[FrontierPoint]) -> Standing:
     return Standing(point.file, FRONTIER, None)
 
 
-def choose(points: Sequence[FrontierPoint], at_bytes: int) -> Choice:
+def choose(points: Sequence[MeasuredFile], at_bytes: int) -> Choice:
     """The best file of a size or less, and the best dense one."""
     fitting = [point for point in points if point.file_bytes <= at_bytes]
     best, dense = _best(fitting), _best([point for point in fitting if point.is_dense])
@@ -74,7 +116,7 @@ def choose(points: Sequence[FrontierPoint], at_bytes: int) -> Choice:
     )
 
 
-def telling_sizes(points: Sequence[FrontierPoint]) -> tuple[int, ...]:
+def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:
     """Sizes of the dense files, and of smaller ones: of those at which one file is the best, the least."""
     sizes = sorted({point.file_bytes for point in points})
     dense = {point.file_bytes for point in points if point.is_dense}
@@ -85,7 +127,7 @@ def telling_sizes(points: Sequence[FrontierPoint]) -> tuple[int, ...]:
     return tuple(sorted(found.values()))
 
 
-def _best(points: Sequence[FrontierPoint]) -> FrontierPoint | None:
+def _best(points: Sequence[MeasuredFile]) -> MeasuredFile | None:
     return min(points, key=lambda point: (point.bits_per_byte, point.file_bytes, point.file), default=None)
 
 

@@ -1,0 +1,109 @@
+"""What files of one model lose on the same windows of text, so that each can be held against all others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pydantic import NonNegativeFloat, PositiveInt
+
+from cfsp.validation import Share
+from phoneready.evaluation.evaluation_record import text_name
+
+
+@dataclass(frozen=True)
+class MeasuredText:
+    """What a file loses on one text, window by window, beside what the dense model in float32 loses.
+
+    Attributes:
+        kind: `text` or `chats`.
+        source: The reference.
+        seqlen: Tokens in a window, of the dense model's.
+        windows_sha256: Hash of their ids.
+        n_tokens: Tokens that the file predicts.
+        n_bytes: Bytes that they spell, of each window.
+        nats: -ln p of each window.
+        dense_nats: The dense model's.
+        kl_mean: Mean KL divergence from the dense model, nats a token; None of another vocabulary.
+        same_top1: Share of tokens where both put the same token first; None of another vocabulary.
+    """
+
+    kind: str
+    source: str
+    seqlen: int
+    windows_sha256: str
+    n_tokens: int
+    n_bytes: tuple[PositiveInt, ...]
+    nats: tuple[NonNegativeFloat, ...]
+    dense_nats: tuple[NonNegativeFloat, ...]
+    kl_mean: float | None = None
+    same_top1: Share | None = None
+
+    @property
+    def name(self) -> str:
+        """Kind and source without folders."""
+        return text_name(self.kind, self.source)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of this text alone."""
+        return _bits((self,))
+
+
+@dataclass(frozen=True)
+class MeasuredFile:
+    """A file and what it loses.
+
+    Attributes:
+        file: Its name.
+        file_bytes: Its size.
+        texts: What it loses; all files have the same windows.
+    """
+
+    file: str
+    file_bytes: PositiveInt
+    texts: tuple[MeasuredText, ...]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was removed."""
+        raise NotImplementedError
+
+    @property
+    def label(self) -> str:
+        """The file, for people."""
+        raise NotImplementedError
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of all texts together."""
+        return _bits(self.texts)
+
+    @property
+    def dense_bits_per_byte(self) -> float:
+        """The dense model's in float32, of all texts together."""
+        return sum(map(sum, (t.dense_nats for t in self.texts))) / (math.log(2) * _n_bytes(self.texts))
+
+    @property
+    def kl_mean(self) -> float | None:
+        """Mean KL divergence over the texts' tokens; None of another vocabulary."""
+        return _mean((t.kl_mean, t.n_tokens) for t in self.texts)
+
+    @property
+    def same_top1(self) -> float | None:
+        """Share of tokens where the dense model puts the same one first; None of another vocabulary."""
+        return _mean((t.same_top1, t.n_tokens) for t in self.texts)
+
+
+def _n_bytes(texts: Iterable[MeasuredText]) -> int:
+    return sum(sum(text.n_bytes) for text in texts)
+
+
+def _bits(texts: tuple[MeasuredText, ...]) -> float:
+    return sum(sum(text.nats) for text in texts) / (math.log(2) * _n_bytes(texts))
+
+
+def _mean(weighted: Iterable[tuple[float | None, int]]) -> float | None:
+    known = [(value, weight) for value, weight in weighted if value is not None]
+    return sum(value * weight for value, weight in known) / sum(w for _, w in known) if known else None

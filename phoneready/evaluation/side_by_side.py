@@ -1,0 +1,122 @@
+"""Files of one model side by side, dense and pruned: what each loses on the same windows, in its own runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.evaluation.bits import predicted_bytes, respelled
+from cfsp.evaluation.divergence import divergence
+from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
+from cfsp.evaluation.perplexity import Scored, text_loss
+from cfsp.progress import Progress
+from cfsp.text.tokens import TokenWindows
+from phoneready.evaluation.measured_file import MeasuredText
+from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
+
+
+@dataclass(frozen=True)
+class JudgedText:
+    """A text as all files are measured on it; the ids are the dense model's.
+
+    Attributes:
+        kind: `text` or `chats`.
+        windows: (n_windows, seqlen).
+    """
+
+    kind: str
+    windows: TokenWindows
+
+
+def measure_file(
+    path: Path,
+    dense: LanguageModel,
+    tokenizer: Any,
+    texts: Sequence[JudgedText],
+    *,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[MeasuredText, ...]:
+    """What a file loses, in its own runtime.
+
+    Args:
+        path: The file.
+        dense: The dense model in float32.
+        tokenizer: The file's, as its checkpoint has it.
+        texts: What to measure on.
+        threads: Of the runtime.
+        progress: Told about every window.
+
+    Raises:
+        InputError: A text in the file's own tokens is longer than its context.
+        LimitError: It gives logits that are not finite.
+    """
+    windows = [window for text in texts for window in text.windows.ids]
+    same = tokenizer.get_vocab() == dense.tokenizer.get_vocab()
+    lengths = (
+        map(len, windows) if same else (len(_spelled(window, dense, tokenizer).ids) for window in windows)
+    )
+    opening = OpenSettings(max(lengths), threads=threads)
+    with open_language_model(str(path), runtime_for(str(path)), opening, progress=progress) as model:
+        same = vocabulary_difference(model, dense) is None
+        return tuple(_measured(text, model, dense, same_tokens=same, progress=progress) for text in texts)
+
+
+def _measured(
+    text: JudgedText, model: LanguageModel, dense: LanguageModel, *, same_tokens: bool, progress: Progress
+) -> MeasuredText:
+    windows, ids = text.windows, text.windows.ids
+    compare = _same_tokens if same_tokens else _other_tokens
+    losses = []
+    for number, window in enumerate(ids, 1):
+        losses.append(compare(window, model, dense))
+        progress("measuring", number, len(ids))
+    n_tokens = sum(loss.n_tokens for loss in losses)
+
+    def mean(values: Iterator[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return sum(known) / len(known) if known else None
+
+    return MeasuredText(
+        text.kind,
+        windows.source,
+        ids.shape[1],
+        windows.sha256,
+        n_tokens,
+        n_bytes=tuple(max(1, predicted_bytes(window[None], dense.tokenizer)) for window in ids),
+        nats=tuple(loss.nats for loss in losses),
+        dense_nats=tuple(loss.dense_nats for loss in losses),
+        kl_mean=mean(loss.kl_mean for loss in losses),
+        same_top1=mean(loss.same_top1 for loss in losses),
+    )
+
+
+@dataclass(frozen=True)
+class _WindowLoss:
+    n_tokens: int
+    nats: float
+    dense_nats: float
+    kl_mean: float | None = None
+    same_top1: float | None = None
+
+
+def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:
+    found = divergence(dense, model, TokenWindows(window[None], "", ""))
+    nats, dense_nats = (math.log(p) * found.n_tokens for p in (found.perplexity, found.reference_perplexity))
+    return _WindowLoss(found.n_tokens, nats, dense_nats, found.kl_mean, found.same_top1)
+
+
+def _other_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:
+    """All of the window's text, however many tokens that takes."""
+    spelled = _spelled(window, dense, model.tokenizer)
+    count = len(spelled.ids) - spelled.n_context
+    return _WindowLoss(count, text_loss(model, [spelled]), text_loss(dense, [Scored(window, 1)]))
+
+
+def _spelled(window: torch.Tensor, dense: LanguageModel, tokenizer: Any) -> Scored:
+    return respelled(window, dense.tokenizer, tokenizer)
