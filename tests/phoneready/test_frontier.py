@@ -316,7 +316,7 @@ def point(
     nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
     sizes = BYTES[: len(bits)]
     text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats)
-    return FrontierPoint(f"{file}.gguf", file, ratio, ratio, 0, "cfsp", 32, size, None, (text,), None, 1.0)
+    return FrontierPoint(f"{file}.gguf", size, (text,), file, ratio, ratio, 0, "cfsp", 32, None, None, 1.0)
 
 
 def result(*points: FrontierPoint, at: int = 100) -> Frontier:
