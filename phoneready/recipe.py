@@ -5,6 +5,7 @@
     evaluate       pruned against dense on text and chats, answers of both
     export-dense   GGUF files and ONNX folders of the dense model, each held against it
     export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
+    side-by-side   what all of them lose on the same windows of text
     answers        what the exports themselves answer, each in its own runtime
     bench-<target> all of them, in turns, for each target
 
@@ -196,6 +197,9 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         Stage("export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED)),
         Stage("answers", asked | made_with("answers", families=families), exports, steps.answers),
     ]
+    if c.evaluate.text or c.evaluate.chats:
+        measured = _measured_on(c) | made_with("side-by-side", families=families)
+        stages.append(Stage("side-by-side", measured, ("dense", steps.final, *exports), steps.side_by_side))
     if c.evaluate.files:
         judged = _judged(c, steps) | {"files": list(c.evaluate.files)}
         judged |= made_with("evaluate-files", *tasks, families=families)
@@ -227,6 +231,12 @@ def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
     training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
     data = {"data": _identities(settings.data), "validation": _identities(settings.validation)}
     return training | data | made_with("recover")
+
+
+def _measured_on(config: ReleaseConfig) -> dict[str, Any]:
+    evaluate = config.evaluate
+    texts = {name: _identities(getattr(evaluate, name)) for name in ("text", "chats")}
+    return {"windows": [evaluate.seqlen, evaluate.max_windows]} | texts
 
 
 def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import Scored, text_loss
 from cfsp.progress import Progress
-from cfsp.text.tokens import TokenWindows
+from cfsp.text.tokens import TokenWindows, tokens_sha256
 from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 
@@ -65,6 +65,27 @@ def measure_file(
     with open_language_model(str(path), runtime_for(str(path)), opening, progress=progress) as model:
         same = vocabulary_difference(model, dense) is None
         return tuple(_measured(text, model, dense, same_tokens=same, progress=progress) for text in texts)
+
+
+def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
+    """The text in windows that another tokenizer, too, spells in no more tokens than they had.
+
+    Args:
+        text: As cut for a tokenizer.
+        tokenizer: That one.
+        other: The other.
+    """
+    ids = text.windows.ids
+    size = most = ids.shape[1]
+    while size > 2:
+        longest = max(len(respelled(window[:size], tokenizer, other).ids) for window in ids)
+        if longest <= most:
+            break
+        size = max(2, size - (longest - most))
+    if size == most:
+        return text
+    ids = ids[:, :size].contiguous()
+    return replace(text, windows=replace(text.windows, ids=ids, sha256=tokens_sha256(ids)))
 
 
 def _measured(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Standing
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.evaluation.measured_file import MeasuredFile, MeasuredText
 from phoneready.figures.metrics import METRICS
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 
@@ -20,6 +23,12 @@ _DIVERGENCE = {
 }
 """Figure of a divergence -> how it is written."""
 _TITLES = {"perplexity_ratio": "ratio", "kl_median": "KL median", "kl_p99": "KL p99"}
+
+_RELATIONS = {DOMINATED: "dominated by", UNDECIDED: "within noise of"}
+WHAT_STANDINGS_MEAN = (
+    "Dominated by: that file is no larger and surely loses no more. Within noise of: that file is no larger, and "
+    "that it loses more cannot be told. Surely: by the 95 % interval of the difference over the windows."
+)
 
 
 def _named(text: TextResult) -> str:
@@ -54,6 +63,48 @@ def _bits(field: str) -> Callable[[TextResult], str]:
 def _divergence(field: str, form: str, title: str | None = None) -> Column[TextResult]:
     title = title or _TITLES.get(field) or METRICS[field].title
     return Column(title, lambda text: format(getattr(text.divergence, field), form), right=True)
+
+
+def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
+    """What files lose, of all texts and of each where there are several."""
+    texts = files[0].texts if files else ()
+    return [
+        Column("bits/byte", lambda one: f"{one.bits_per_byte:.4f}", right=True),
+        *(_loss_on(index, text) for index, text in enumerate(texts) if len(texts) > 1),
+        Column(
+            "over dense f32",
+            lambda one: f"{one.bits_per_byte / one.dense_bits_per_byte - 1:+.2%}",
+            right=True,
+        ),
+        Column("KL", lambda one: None if one.kl_mean is None else f"{one.kl_mean:.4f}", right=True),
+        Column(
+            "same top-1", lambda one: None if one.same_top1 is None else f"{one.same_top1:.1%}", right=True
+        ),
+    ]
+
+
+def standing_column(files: Sequence[MeasuredFile], standings: Mapping[str, Standing]) -> Column[Any]:
+    """How files stand to those that are no larger; of the others by their labels."""
+    labels = {one.file: one.label for one in files}
+
+    def stands(one: MeasuredFile) -> str:
+        found = standings[one.file]
+        return f"{_RELATIONS[found.verdict]} {labels[found.by]}" if found.by else found.verdict
+
+    return Column("standing", stands)
+
+
+def measured_on(files: Sequence[MeasuredFile]) -> str:
+    """The texts, and what the dense model loses on them."""
+    named = "; ".join(
+        f"{text.name}, {len(text.nats)} windows of {text.seqlen} tokens, {sum(text.n_bytes)} bytes"
+        for text in files[0].texts
+    )
+    return f"Bits per byte on {named}; the dense model in float32 has {files[0].dense_bits_per_byte:.4f}."
+
+
+def _loss_on(index: int, text: MeasuredText) -> Column[Any]:
+    return Column(text.name, lambda one: f"{one.texts[index].bits_per_byte:.4f}", right=True)
 
 
 def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> list[Table[Sequence[str]]]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from phoneready.console import format_bytes
-from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Choice, Excess
-from phoneready.evaluation.measured_file import MeasuredText
+from phoneready.evaluation.dominance import DOMINATED, Choice, Excess
+from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
 from phoneready.frontier.record import Frontier, FrontierPoint
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import Column, Table
 
-_RELATIONS = {DOMINATED: "dominated by", UNDECIDED: "within noise of"}
-
 
 def format_frontier(found: Frontier) -> str:
     """frontier.md."""
-    parts = [frontier_table(found).markdown(), conditions(found), "", *sentences(found)]
+    parts = [frontier_table(found).markdown(), escape_markdown(conditions(found)), "", *sentences(found)]
     for title, rows in (
         ("Larger than asked for, and not made", found.left_out),
         ("Could not be made", found.failed),
@@ -28,52 +27,27 @@ def format_frontier(found: Frontier) -> str:
 
 def frontier_table(found: Frontier) -> Table[FrontierPoint]:
     """One row a file, the smallest first."""
-    standings = {one.file: one for one in found.standings}
-    texts = found.points[0].texts if found.points else ()
-
-    def stands(point: FrontierPoint) -> str:
-        one = standings[point.file]
-        rival = found.find(one.by)
-        return one.verdict if rival is None else f"{_RELATIONS[one.verdict]} {rival.label}"
-
-    columns: list[Column[FrontierPoint]] = [
+    columns: list[Column[Any]] = [
         Column("model", lambda point: point.model),
         Column("file", lambda point: point.quant),
         Column("size", lambda point: megabytes(point.file_bytes), right=True),
-        Column("bits/byte", lambda point: f"{point.bits_per_byte:.4f}", right=True),
-        *(_text(index, text) for index, text in enumerate(texts) if len(texts) > 1),
-        Column(
-            "over dense f32",
-            lambda point: f"{point.bits_per_byte / point.dense_bits_per_byte - 1:+.2%}",
-            True,
-        ),
-        Column("KL", lambda point: None if point.kl_mean is None else f"{point.kl_mean:.4f}", right=True),
-        Column("same top-1", lambda p: None if p.same_top1 is None else f"{p.same_top1:.1%}", right=True),
+        *loss_columns(found.points),
     ]
     if any(point.speed for point in found.points):
         columns += [Column("decode", _decode, right=True), Column("peak memory", _memory, right=True)]
-    return Table([*columns, Column("standing", stands)], found.points)
+    standings = {one.file: one for one in found.standings}
+    return Table([*columns, standing_column(found.points, standings)], found.points)
 
 
 def conditions(found: Frontier) -> str:
     """What was measured on, and what the words mean."""
     if not found.points:
         return "Nothing was measured."
-    texts = found.points[0].texts
-    named = "; ".join(
-        f"{text.name}, {len(text.nats)} windows of {text.seqlen} tokens, {sum(text.n_bytes)} bytes"
-        for text in texts
-    )
     speeds = {(p.speed.test, p.speed.n_threads) for p in found.points if p.speed}
     decoded = "".join(
         f" Decode is {test} with {count} threads, one file after the other." for test, count in speeds
     )
-    dense = found.points[0].dense_bits_per_byte
-    return (
-        f"\nBits per byte on {escape_markdown(named)}; the dense model in float32 has {dense:.4f}.{decoded}\n"
-        "Dominated by: that file is no larger and surely loses no more. Within noise of: that file is no larger, and "
-        "that it loses more cannot be told. Surely: by the 95 % interval of the difference over the windows."
-    )
+    return f"{measured_on(found.points)}{decoded} {WHAT_STANDINGS_MEAN}"
 
 
 def sentences(found: Frontier) -> Iterator[str]:
@@ -135,10 +109,6 @@ def _lost(excess: Excess) -> str:
     if excess.low is None or excess.high is None:
         return f"{excess.bits:.4f} bits a byte"
     return f"{excess.bits:.4f} ({excess.low:.4f} to {excess.high:.4f}) bits a byte"
-
-
-def _text(index: int, text: MeasuredText) -> Column[FrontierPoint]:
-    return Column(text.name, lambda point: f"{point.texts[index].bits_per_byte:.4f}", right=True)
 
 
 def _decode(point: FrontierPoint) -> str | None:

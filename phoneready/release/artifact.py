@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from exporters.families import family_of
+from phoneready.evaluation.measured_file import MeasuredFile
+from phoneready.figures.figure_set import DENSE
 from runtime_bench.devices.model_facts import FACTS, ModelFacts
+
+SIDE_BY_SIDE_FILE = "side-by-side.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,44 @@ class Artifact:
     def facts(self) -> ModelFacts:
         """What a projection needs to know of it, of formats that are projected."""
         return FACTS[family_of(self.item).name](self.path)
+
+
+@dataclass(frozen=True)
+class FileLosses(MeasuredFile):
+    """What an export loses.
+
+    Attributes:
+        role: `dense` or `pruned`.
+        item: The quantization or variant.
+    """
+
+    role: str
+    item: str
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing was removed."""
+        return self.role == DENSE
+
+    @property
+    def label(self) -> str:
+        """The file, for people."""
+        return f"{self.role} {self.item}"
+
+    @property
+    def family(self) -> str:
+        """What it is held against: files of the same family."""
+        return family_of(self.item).name
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """All exports on the same windows of text."""
+
+    KIND: ClassVar[str] = "side-by-side"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    files: tuple[FileLosses, ...]
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
         "tasks": Dependencies(("lm_eval",)),
         "export": Dependencies(rooms=_EXPORTING, families=True),
         "answers": Dependencies(rooms=("cfsp/evaluation",), families=True),
+        "side-by-side": Dependencies(rooms=_EVALUATION, families=True),
         "evaluate-files": Dependencies(rooms=_EVALUATION, families=True),
         "bench": Dependencies(rooms=tuple(f"runtime_bench/{name}" for name in _BENCH), families=True),
     }

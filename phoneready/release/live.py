@@ -15,6 +15,7 @@ from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from exporters.export_record import ExportManifest
 from phoneready.console import format_bytes
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.release.artifact import SIDE_BY_SIDE_FILE, SideBySide
 from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import BenchRecord
@@ -103,6 +104,11 @@ def _outcome(text: TextResult) -> str:
     return f"bits per byte {text.bits_per_byte / text.against_bits_per_byte:.4f} x dense"
 
 
+def _side_by_side(output: Path) -> str:
+    files = read_record(SideBySide, output / SIDE_BY_SIDE_FILE).files
+    return "bits per byte " + ", ".join(f"{one.label} {one.bits_per_byte:.4f}" for one in files)
+
+
 def _exported(output: Path) -> str:
     manifests = [read_record(ExportManifest, path) for path in sorted(output.glob("*/export.json"))]
     return ", ".join(f"{r.quant} {format_bytes(r.file_bytes)}" for m in manifests for r in m.exports)
@@ -125,6 +131,7 @@ _FIGURES: Mapping[str, Callable[[Path], str]] = MappingProxyType(
         "recover": _recovered,
         "evaluate": _evaluated,
         "export-": _exported,
+        "side-by-side": _side_by_side,
         "bench-": _measured,
     }
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from cfsp.models.source import ModelSource
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from exporters.export_record import ExportManifest, ExportRecord
+from phoneready.evaluation.dominance import Standing, standing
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.figures.figure_set import DENSE, PRUNED
-from phoneready.release.artifact import Answers
+from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, FileLosses, SideBySide
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import ANSWERS_FILE, EVALUATION_FILE, Steps
 from phoneready.settings.schema import ReleaseConfig
@@ -31,6 +33,7 @@ class ReleaseFigures:
         pruned: Exports of the pruned model.
         answers: What the files answer.
         bench: Benchmark records of all files.
+        losses: What all files lose on the same windows; empty where no text was named.
     """
 
     source: ModelSource
@@ -40,6 +43,19 @@ class ReleaseFigures:
     pruned: tuple[ExportRecord, ...]
     answers: Answers
     bench: tuple[BenchRecord, ...]
+    losses: tuple[FileLosses, ...] = ()
+
+    @property
+    def standings(self) -> Mapping[str, Standing]:
+        """How every file stands to those of its family that are no larger, by its name."""
+        return {
+            one.file: standing(one, [other for other in self.losses if other.family == one.family])
+            for one in self.losses
+        }
+
+    def losses_of(self, file: str | None) -> FileLosses | None:
+        """What a file loses, by its name."""
+        return next((one for one in self.losses if one.file == file), None)
 
     @property
     def pairs(self) -> tuple[tuple[ExportRecord, ExportRecord], ...]:
@@ -59,7 +75,13 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         pruned=_exports(steps, PRUNED),
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
         bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
+        losses=_losses(folder),
     )
+
+
+def _losses(folder: Path) -> tuple[FileLosses, ...]:
+    file = stage_folder(folder, "side-by-side") / SIDE_BY_SIDE_FILE
+    return read_record(SideBySide, file).files if file.is_file() else ()
 
 
 def _exports(steps: Steps, role: str) -> tuple[ExportRecord, ...]:

@@ -14,9 +14,9 @@ import torch
 from cfsp.errors import PhonereadyError
 from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
-from cfsp.models.reference import load_model
+from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
@@ -30,13 +30,16 @@ from exporters.options import ExportOptions
 from exporters.provenance import file_stem
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
-from phoneready.evaluation.run import evaluate
+from phoneready.evaluation.run import evaluate, text_windows
+from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.evaluation.side_by_side import JudgedText, measure_file, shortened
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
-from phoneready.release.artifact import Answers, Artifact
+from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, FileLosses, SideBySide
 from phoneready.release.live import rows_so_far
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
+from runtime_bench.files import size_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
@@ -178,6 +181,24 @@ class Steps:
         dense, pruned = self._load("dense", progress), self._load(self.final, progress)
         self._judge(TorchLanguageModel(pruned), dense, "pruned", output / EVALUATION_FILE, progress)
 
+    def side_by_side(self, output: Path, progress: Progress) -> None:
+        """All exports on the same windows, each in its own runtime; what one loses can be held against any other."""
+        dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
+        tokenizers = {DENSE: dense.tokenizer, PRUNED: load_tokenizer(pruned)}
+        judged = self._judged_on
+        sources = [*(("text", one) for one in judged.text), *(("chats", one) for one in judged.chats)]
+        cut = [JudgedText(kind, text_windows(one, dense, judged, progress)) for kind, one in sources]
+        texts = [shortened(text, *tokenizers.values()) for text in cut]
+        found = []
+        for artifact in self.artifacts():
+            tokenizer = tokenizers[artifact.role]
+            losses = measure_file(
+                artifact.root, dense, tokenizer, texts, threads=self.threads, progress=progress
+            )
+            size = size_of(artifact.path)
+            found.append(FileLosses(artifact.name, size, losses, artifact.role, artifact.item))
+        write_record(output / SIDE_BY_SIDE_FILE, SideBySide(tuple(found)))
+
     def evaluate_files(self, output: Path, progress: Progress) -> None:
         """Exports of the pruned model in their own runtime, against the dense checkpoint."""
         dense = self._load("dense", progress)
@@ -196,12 +217,15 @@ class Steps:
             path = stage_folder(self.folder, "evaluate-files") / f"{item}.json"
             yield item, self.artifact(PRUNED, item).name, read_record(Evaluation, path)
 
+    @property
+    def _judged_on(self) -> EvaluationSettings:
+        # Not the calibration's seed: chats that pruning has seen prove nothing.
+        return self.config.evaluate.settings(self.config.seed + 1, self.prompts)
+
     def _judge(
         self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
     ) -> None:
-        # Not the calibration's seed: chats that pruning has seen prove nothing.
-        settings = self.config.evaluate.settings(self.config.seed + 1, self.prompts)
-        result = evaluate(model, TorchLanguageModel(dense), settings, progress=progress)
+        result = evaluate(model, TorchLanguageModel(dense), self._judged_on, progress=progress)
         against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
         named = ModelIdentity(name, result.model.runtime)
         write_record(path, dataclasses.replace(result, model=named, against=against))

@@ -9,10 +9,19 @@ from typing import Any
 
 from cfsp.records import read_record
 from phoneready.console import format_bytes
+from phoneready.evaluation.dominance import DOMINATED
 from phoneready.evaluation.sweep import Sweep
+from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, measured_on
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.release.results import ReleaseFigures
-from phoneready.report.tables import proof_table, quality_table, text_name, vocabulary_table, width_table
+from phoneready.report.tables import (
+    losses_table,
+    proof_table,
+    quality_table,
+    text_name,
+    vocabulary_table,
+    width_table,
+)
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
@@ -66,6 +75,9 @@ def contents(report: ReportInput) -> dict[str, Any]:
         "figures": figures,
         "headline": headline(figures),
         "beaten": beaten(figures),
+        "losses": losses_table(figures),
+        "measured_on": measured_on(figures.losses) if figures.losses else "",
+        "standings": WHAT_STANDINGS_MEAN,
         "quality": quality_table(figures.evaluation),
         "widths": width_table(figures.plan),
         "vocabulary": vocabulary_table(figures.plan),
@@ -99,27 +111,15 @@ def headline(figures: ReleaseFigures) -> str:
 
 
 def beaten(figures: ReleaseFigures) -> list[str]:
-    """What a dense file of the release does better than a pruned one: no larger, no worse on the text of both proofs.
-
-    Files whose tokens differ were proven on other windows, so nothing is said of them.
-    """
+    """Of every pruned file that another one of the release dominates, which does: no larger, and surely no worse."""
     found = []
-    for pruned in figures.pruned:
-        rivals = [
-            dense
-            for dense in figures.dense
-            if (dense.format, dense.parity.text) == (pruned.format, pruned.parity.text)
-            and dense.file_bytes <= pruned.file_bytes
-            and dense.parity.ppl_export <= pruned.parity.ppl_export
-        ]
-        if rivals:
-            best = min(rivals, key=lambda dense: dense.parity.ppl_export)
+    for pruned in (one for one in figures.losses if not one.is_dense):
+        where = figures.standings[pruned.file]
+        best = figures.losses_of(where.by)
+        if where.verdict == DOMINATED and best is not None:
             sizes = f"{format_bytes(best.file_bytes)} against {format_bytes(pruned.file_bytes)}"
-            losses = f"perplexity {best.parity.ppl_export:.2f} against {pruned.parity.ppl_export:.2f}"
-            found.append(
-                f"The dense {best.quant} file dominates the pruned {pruned.quant} file: {sizes}, {losses} "
-                f"on {best.parity.n_tokens} tokens."
-            )
+            losses = f"{best.bits_per_byte:.4f} bits a byte against {pruned.bits_per_byte:.4f}"
+            found.append(f"The {best.label} file dominates the {pruned.label} file: {sizes}, {losses}.")
     return found
 
 

@@ -31,7 +31,7 @@ def verdict_table(figures: ReleaseFigures, dense: ExportRecord, pruned: ExportRe
     """One quantization: size, perplexity, speed and memory of both files; a table for each place but this machine."""
     groups = bench_groups(figures.bench)
     here = next((group for group in groups if (group.kind, group.target) == _HERE), None)
-    parts = [comparison_table(here, dense, pruned).markdown()]
+    parts = [comparison_table(figures, here, dense, pruned).markdown()]
     for group in groups:
         rows = [] if group is here else bench_rows(group, dense.file, pruned.file)
         if rows:

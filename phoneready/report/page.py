@@ -56,7 +56,7 @@ def _context(report: ReportInput, groups: Sequence[BenchGroup]) -> dict[str, Any
         "verdicts": verdict_rows(verdicts) if verdicts else None,
         "tiles": _tiles(report.figures, first),
         "overview": overview_table(figures, first),
-        "comparisons": [(p.quant, comparison_table(first, d, p)) for d, p in figures.pairs],
+        "comparisons": [(p.quant, comparison_table(figures, first, d, p)) for d, p in figures.pairs],
         "first_group": first,
         "evaluation": figure_tables(figures.evaluation, SIDES),
         "groups": [

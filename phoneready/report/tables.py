@@ -11,9 +11,10 @@ from cfsp.pruning.plan import PruningPlan
 from exporters.export_record import ExportRecord
 from phoneready.console import format_bytes
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
-from phoneready.evaluation.tables import text_table
+from phoneready.evaluation.tables import loss_columns, standing_column, text_table
 from phoneready.figures.metrics import METRICS
 from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
+from phoneready.release.artifact import FileLosses
 from phoneready.release.results import ReleaseFigures
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.record_table import speed_text
@@ -70,31 +71,40 @@ def verdict_rows(verdicts: Sequence[BudgetVerdict]) -> Table[Row]:
 
 
 def overview_table(figures: ReleaseFigures, group: BenchGroup | None) -> Table[Row]:
-    """Every file in a row: size, quality, speed and memory."""
+    """Every file in a row: size, speed and memory."""
     tests = group.main_tests() if group else []
-    header = ["file", "size", "perplexity", "KL to its checkpoint", "same top-1"]
+    header = ["file", "size"]
     header += [f"{test}, {threads} thr." for test, threads in tests] + ["peak memory"]
     rows: list[Row] = []
     for dense, pruned in figures.pairs:
         for role, record in (("dense", dense), ("pruned", pruned)):
-            p = record.parity
-            row = [f"{record.quant} {role}", format_bytes(record.file_bytes), f"{p.ppl_export:.2f}"]
-            row += [f"{p.kl_mean:.4f}", f"{p.same_top1:.1%}"]
+            row = [f"{role} {record.quant}", format_bytes(record.file_bytes)]
             row += [_speed_of(group, record.file, *key) for key in tests]
             rows.append((*row, format_bytes(group.peak_rss_bytes(record.file) if group else None)))
     return table_of_cells(tuple(header), rows)
 
 
-def comparison_table(group: BenchGroup | None, dense: ExportRecord, pruned: ExportRecord) -> Table[Row]:
-    """One quantization: both files, their ratio, and what the samples allow to say."""
-    p, q = dense.parity, pruned.parity
-    perplexity = f"perplexity of the file ({p.text}, {p.n_tokens} tokens)"
-    rows = [
-        _ratio_row(METRICS["file_bytes"].title, dense.file_bytes, pruned.file_bytes, format_bytes),
-        _ratio_row(perplexity, p.ppl_export, q.ppl_export, "{:.2f}".format),
+def losses_table(figures: ReleaseFigures) -> Table[FileLosses]:
+    """What every file loses on the same text, the smallest first, and how it stands to those that are no larger."""
+    files = sorted(figures.losses, key=lambda one: (one.file_bytes, one.file))
+    columns: list[Column[FileLosses]] = [
+        Column("file", lambda one: one.label),
+        Column("size", lambda one: format_bytes(one.file_bytes), right=True),
+        *loss_columns(files),
+        standing_column(files, figures.standings),
     ]
-    if dense.shape.vocab_size != pruned.shape.vocab_size:
-        rows[1] = (*rows[1][:3], "none: the tokens are others")
+    return Table(columns, files)
+
+
+def comparison_table(
+    figures: ReleaseFigures, group: BenchGroup | None, dense: ExportRecord, pruned: ExportRecord
+) -> Table[Row]:
+    """One quantization: both files, their ratio, and what the samples allow to say."""
+    rows = [_ratio_row(METRICS["file_bytes"].title, dense.file_bytes, pruned.file_bytes, format_bytes)]
+    losses = [figures.losses_of(record.file) for record in (dense, pruned)]
+    before, now = (one.bits_per_byte if one else None for one in losses)
+    if before and now:
+        rows.append(_ratio_row(f"{METRICS['bits_per_byte'].title} of the file", before, now, "{:.4f}".format))
     return table_of_cells(COMPARED, [*rows, *bench_rows(group, dense.file, pruned.file)])
 
 

@@ -17,7 +17,6 @@ from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.token_kinds import TokenKind
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.records import write_record
-from exporters.export_record import ExportRecord
 from phoneready.report.contents import ReportInput, beaten, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import render_report, verdict_table
@@ -247,7 +246,7 @@ def test_a_ratio_is_the_quotient_of_the_speeds_beside_it(
     (group, _), pair = bench_groups(figures.bench), figures.pairs[0]
     markdown = verdict_table(figures, *pair).splitlines()
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in markdown]
-    marked = [row for row in comparison_table(group, *pair).rows if isinstance(row[3], Mark)]
+    marked = [row for row in comparison_table(figures, group, *pair).rows if isinstance(row[3], Mark)]
     rows += [[*map(str, row[:3]), row[3].text] for row in marked if isinstance(row[3], Mark)]
     speeds = [row for row in rows if len(row) == 4 and "times as fast" in str(row[3])]
     assert len(speeds) >= 4
@@ -265,7 +264,7 @@ def test_a_busy_machine_gives_no_ratio_in_either_report(make_report_input: MakeR
     assert "base: other programs took" in text
     assert ": too noisy to tell" in text
     assert "times as fast" not in text
-    rows = comparison_table(bench_groups(figures.bench)[0], *figures.pairs[0]).rows
+    rows = comparison_table(figures, bench_groups(figures.bench)[0], *figures.pairs[0]).rows
     marks = [row[3] for row in rows if isinstance(row[3], Mark)]
     assert marks
     assert {mark.word for mark in marks} == {"too noisy to tell"}
@@ -294,28 +293,20 @@ def test_the_markdown_has_a_table_for_each_place(make_report_input: MakeReportIn
     assert "emulated: that it ran counts, its times say nothing" in rendered
 
 
-def test_a_dense_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeReportInput) -> None:
+def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
-    figures = report.figures
-
-    def proven(records: tuple[ExportRecord, ...], *perplexities: float) -> tuple[ExportRecord, ...]:
-        return tuple(
-            replace(r, parity=replace(r.parity, text="prose (12ab)", ppl_export=ppl))
-            for r, ppl in zip(records, perplexities, strict=True)
-        )
-
     # Sizes: dense Q8_0 150 MB and Q4_0 90 MB, pruned 135 and 81 MB.
-    same = replace(
-        figures, dense=proven(figures.dense, 15.0, 16.0), pruned=proven(figures.pruned, 17.0, 18.0)
-    )
-    (line,) = beaten(same)
+    (line,) = beaten(report.figures)
     assert line.startswith("The dense Q4_0 file dominates the pruned Q8_0 file: 85.8 MiB against 128.7 MiB")
-    assert "perplexity 16.00 against 17.00 on 2048 tokens" in line
-    for made in (render_report(replace(report, figures=same)), render_page(replace(report, figures=same))):
+    assert "0.9200 bits a byte against 1.0000" in line
+    for made in (render_report(report), render_page(report)):
         assert "file dominates the pruned" in made
-    assert not beaten(replace(same, pruned=proven(figures.pruned, 15.5, 18.0)))
-    # Another vocabulary is proven on other windows.
-    assert not beaten(replace(same, pruned=figures.pruned))
+        assert "dominated by dense Q4_0" in made.replace("\\", "")
+        assert "Side by side" in made
+    assert not beaten(replace(report.figures, losses=()))
+    # Files of one family alone are held against each other.
+    others = tuple(replace(one, item="int8") if one.is_dense else one for one in report.figures.losses)
+    assert "dense" not in str(beaten(replace(report.figures, losses=others)))
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -377,12 +368,16 @@ def test_without_budgets_and_records_it_says_so(make_report_input: MakeReportInp
     assert "Nothing was measured" in text
 
 
-def test_perplexities_of_other_tokens_have_no_ratio(make_report_input: MakeReportInput) -> None:
+def test_files_are_compared_by_bits_per_byte(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
-    dense, pruned = report.figures.pairs[0]
-    assert float(str(comparison_table(None, dense, pruned).rows[1][3])) > 0
-    trimmed = replace(pruned, shape=replace(pruned.shape, vocab_size=300))
-    assert "the tokens are others" in str(comparison_table(None, dense, trimmed).rows[1][3])
+    pair = report.figures.pairs[0]
+    row = comparison_table(report.figures, None, *pair).rows[1]
+    assert row == ("bits per byte of the file", "0.9000", "1.0000", "1.111")
+    assert len(comparison_table(replace(report.figures, losses=()), None, *pair).rows) == 1
+
+
+def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
     kept = VocabularyPlan(
         384, tuple(range(300)), ("x.txt",), 1000, 1.1, (TokenKind("Greek", 9, 7, 0.5, 0.25),)
     )
