@@ -157,7 +157,7 @@ class PruningPlan:
     @property
     def removed(self) -> str:
         """What goes, in words."""
-        words = [f"{1 - self.keep_ratio:.1%} of the FFN channels removed"]
+        words = [f"{1 - self.keep_ratio:.1%} of the FFN channels removed"] if self.keep_ratio < 1 else []
         if self.depth:
             gone = ", ".join(map(str, self.depth.removed))
             words.append(f"{len(self.gone)} of {len(self.blocks)} blocks removed ({gone})")
@@ -166,7 +166,7 @@ class PruningPlan:
             words.append(f"{len(self.silent)} attentions removed ({silent})")
         if self.vocabulary:
             words.append(f"{len(self.vocabulary.kept)} of {self.vocabulary.dense_size} tokens kept")
-        return ", ".join(words)
+        return ", ".join(words) or "nothing removed"
 
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""

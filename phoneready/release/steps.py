@@ -52,6 +52,12 @@ ANSWERS_FILE = "answers.json"
 BENCH_FILE = "bench.jsonl"
 RECOVERY_STAGE = "recover"
 _ANSWER_CONTEXT = 1024
+_IN_NAMES = {
+    "vocabulary": "-{}tokens",
+    "blocks": "-minus{}blocks",
+    "attentions": "-minus{}attentions",
+}
+"""Setting of [prune] to what names of files say of it, where it is set."""
 
 
 def bench_stage(place: str) -> str:
@@ -67,11 +73,12 @@ def bench_settled(output: Path) -> bool:
 
 def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
     """What the names of a model's files begin with; `source` is what the dense model is called."""
-    suffix = DENSE
-    if role == PRUNED:
-        percent = f"{100 * config.prune.prune_ratio:g}".replace(".", "_")
-        suffix = f"pruned{percent}{'-recovered' if config.recover else ''}"
-    return file_stem(f"{source}-{suffix}")
+    if role == DENSE:
+        return file_stem(f"{source}-{DENSE}")
+    prune = config.prune
+    percent = f"{100 * prune.prune_ratio:g}".replace(".", "_") if prune.prune_ratio else ""
+    gone = [form.format(getattr(prune, field)) for field, form in _IN_NAMES.items() if getattr(prune, field)]
+    return file_stem(f"{source}-{PRUNED}{percent}{''.join(gone)}{'-recovered' if config.recover else ''}")
 
 
 @dataclasses.dataclass(frozen=True)

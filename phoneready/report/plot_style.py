@@ -41,7 +41,7 @@ class Plot:
         id: Of its element.
         title: Above it.
         caption: Below it: what is seen.
-        section: Where on the page it stands: `figures`, `quality` or `pruning`.
+        section: Where on the page it stands: `figures`, `losses`, `quality` or `pruning`.
         height: Pixels.
         figure: `data` and `layout` for plotly.
     """

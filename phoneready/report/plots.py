@@ -11,6 +11,7 @@ from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.sweep import Sweep
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.escape import plot_text
+from phoneready.report.loss_plot import losses_plot
 from phoneready.report.plot_style import (
     BAND,
     DENSE,
@@ -36,16 +37,20 @@ def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup], sweep: Swe
     found: list[Plot | None] = []
     for number, group in enumerate(groups):
         found += [speed_plot(figures, group, number), ratio_plot(figures, group, number)]
-    found += [quality_plot(figures, sweep), pattern_plot(figures.plan), allocation_plot(figures.plan)]
+    found += [losses_plot(figures), quality_plot(figures, sweep)]
+    found += (
+        [pattern_plot(figures.plan), allocation_plot(figures.plan)] if figures.plan.keep_ratio < 1 else []
+    )
     return [plot for plot in found if plot is not None]
 
 
 def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot | None:
     """Perplexity over the share of channels removed: the sweep where there is one, checkpoints, and files.
 
-    None where the tokens are others than the dense model's, as their perplexities say nothing together.
+    None where no channel went, or where the tokens are others than the dense model's, as their perplexities say
+    nothing together.
     """
-    if figures.plan.vocabulary:
+    if figures.plan.vocabulary or figures.plan.keep_ratio == 1:
         return None
     removed = 1 - figures.plan.keep_ratio
     data: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import CheckpointInfo
 from cfsp.models.shape import ModelShape
+from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from phoneready.evaluation.evaluation_record import ModelIdentity
 from phoneready.evaluation.sweep import Sweep, SweepPoint
 from phoneready.main import app, main
@@ -33,7 +34,10 @@ from phoneready.publish.placing import place
 from phoneready.publish.publish import seal_release
 from phoneready.publish.single_commands import single_commands
 from phoneready.publish.verify import verify_release
+from phoneready.release.steps import model_stem
 from phoneready.report.contents import ReportInput
+from phoneready.report.markdown import render_report
+from phoneready.report.page import render_page
 from phoneready.report.plots import make_plots
 from phoneready.settings.schema import ReleaseConfig
 
@@ -307,3 +311,34 @@ def test_a_sweep_is_in_the_plot_of_quality(make_report_input: MakeReportInput) -
     trace = plots["plot-quality"].figure["data"][0]
     assert trace["x"] == [0.0, 0.1, 0.3]
     assert trace["y"] == [1.0, 15 / 13, 15 / 13]
+
+
+@pytest.mark.parametrize(
+    ("prune", "name"),
+    [
+        ({"prune_ratio": 0.1}, "m-pruned10"),
+        ({"prune_ratio": 0.125}, "m-pruned12_5"),
+        ({"prune_ratio": 0, "vocabulary": 300}, "m-pruned-300tokens"),
+        ({"prune_ratio": 0.1, "blocks": 2, "attentions": 1}, "m-pruned10-minus2blocks-minus1attentions"),
+    ],
+)
+def test_names_of_files_say_what_went(prune: dict[str, float], name: str) -> None:
+    config = ReleaseConfig.model_validate({"model": {"reference": "m"}, "prune": prune})
+    assert model_stem(config, "m", "pruned") == name
+    assert model_stem(config, "m", "dense") == "m-dense"
+
+
+def test_nothing_is_said_of_channels_where_none_went(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    plan = report.figures.plan
+    kept = tuple(replace(b, width=d) for b, d in zip(plan.blocks, plan.dense_widths, strict=True))
+    vocabulary = VocabularyPlan(384, tuple(range(300)), ("x.txt",), 1000, 1.1)
+    figures = replace(report.figures, plan=replace(plan, blocks=kept, vocabulary=vocabulary))
+    assert figures.plan.removed == "300 of 384 tokens kept"
+    for made in (
+        render_report(replace(report, figures=figures)),
+        render_page(replace(report, figures=figures)),
+    ):
+        assert "300 of 384 tokens kept" in made
+        assert "of the FFN channels" not in made
+    assert "plot-pattern" not in {plot.id for plot in make_plots(figures, [], None)}

@@ -82,7 +82,7 @@ def test_it_is_complete_without_a_network(browser: Any, page_file: Path) -> None
         for link in opened.page.eval_on_selector_all("nav a", "all => all.map(one => one.hash)"):
             assert opened.page.locator(link).count() == 1
         plots = opened.page.locator(".plot").all()
-        assert len(plots) == 7
+        assert len(plots) == 8
         for plot in plots:
             assert plot.locator("svg.main-svg").count() > 0
         text = opened.page.inner_text("main")
@@ -304,6 +304,13 @@ def test_a_file_that_dominates_a_pruned_one_is_named(make_report_input: MakeRepo
         assert "dominated by dense Q4_0" in made.replace("\\", "")
         assert "Side by side" in made
     assert not beaten(replace(report.figures, losses=()))
+    plots = {plot.id: plot for plot in make_plots(report.figures, [], None)}
+    dense, pruned = plots["plot-losses"].figure["data"]
+    assert dense["marker"]["symbol"] == ["circle", "circle"]
+    assert dict(zip(pruned["text"], pruned["marker"]["symbol"], strict=True)) == {
+        "Q4_0": "diamond",
+        "Q8_0": "diamond-open",
+    }
     # Files of one family alone are held against each other.
     others = tuple(replace(one, item="int8") if one.is_dense else one for one in report.figures.losses)
     assert "dense" not in str(beaten(replace(report.figures, losses=others)))
