@@ -48,20 +48,29 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The best file of a size.
+class Best:
+    """The best of some files.
 
     Attributes:
-        at_bytes: The size.
-        best: The file with the fewest bits per byte that is no larger; None where all are.
-        dense: The best such dense file; None where all are larger.
+        best: The file with the fewest bits per byte; None of no files.
+        dense: The best dense one; None where there is none.
         excess: What `dense` loses more than `best`; None where they are one file, or there is none.
     """
 
-    at_bytes: int
     best: str | None
     dense: str | None
     excess: Excess | None
+
+
+@dataclass(frozen=True)
+class Choice(Best):
+    """The best file of a size.
+
+    Attributes:
+        at_bytes: The size: no file is larger.
+    """
+
+    at_bytes: int
 
 
 def excess(one: MeasuredFile, other: MeasuredFile) -> Excess:
@@ -103,17 +112,22 @@ def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
     return Standing(point.file, FRONTIER, None)
 
 
-def choose(points: Sequence[MeasuredFile], at_bytes: int) -> Choice:
-    """The best file of a size or less, and the best dense one."""
-    fitting = [point for point in points if point.file_bytes <= at_bytes]
+def best_of(points: Iterable[MeasuredFile]) -> Best:
+    """The best of files, and the best dense one."""
+    fitting = list(points)
     best, dense = _best(fitting), _best([point for point in fitting if point.is_dense])
     differ = best is not None and dense is not None and best is not dense
-    return Choice(
-        at_bytes,
+    return Best(
         best.file if best else None,
         dense.file if dense else None,
         excess(dense, best) if differ and dense and best else None,
     )
+
+
+def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
+    """The best file of a size or less, and the best dense one."""
+    found = best_of(point for point in points if point.file_bytes <= at_bytes)
+    return Choice(found.best, found.dense, found.excess, at_bytes)
 
 
 def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:

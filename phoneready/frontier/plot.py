@@ -19,8 +19,8 @@ def render_frontier(found: Frontier) -> str:
         MissingExtraError: plotly is not installed.
     """
     plots = {"plot-size": _figure(found, "file size, MB", lambda point: point.file_bytes / 1e6)}
-    if any(_speed(point) for point in found.points):
-        plots["plot-speed"] = _figure(found, "decode, tokens a second", _speed)
+    if any(point.tokens_per_second for point in found.points):
+        plots["plot-speed"] = _figure(found, "decode, tokens a second", lambda point: point.tokens_per_second)
     table = frontier_table(found)
     return plots_page(
         "frontier.html.j2",
@@ -48,9 +48,5 @@ def _figure(found: Frontier, title: str, x: Callable[[FrontierPoint], float | No
 
 
 def _lines(point: FrontierPoint) -> list[str]:
-    speed = _speed(point)
+    speed = point.tokens_per_second
     return [megabytes(point.file_bytes), *([f"{speed:.1f} tokens a second"] if speed else [])]
-
-
-def _speed(point: FrontierPoint) -> float | None:
-    return point.speed.tokens_per_second if point.speed else None

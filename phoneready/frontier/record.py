@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -10,8 +11,9 @@ from pydantic import NonNegativeInt
 
 from cfsp.errors import InputError
 from cfsp.validation import Seed, Share
-from phoneready.evaluation.dominance import Choice, Standing
+from phoneready.evaluation.dominance import Best, Choice, Standing, best_of
 from phoneready.evaluation.measured_file import MeasuredFile
+from phoneready.frontier.settings import BASE_QUANT
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,29 @@ class FrontierPoint(MeasuredFile):
         return model_label(self.vocabulary, self.prune_ratio)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Of decoding; None where it is not known."""
+        return self.speed.tokens_per_second if self.speed else None
+
+    @property
     def label(self) -> str:
         """The file, for people."""
         return f"{self.model} {self.quant}"
+
+
+@dataclass(frozen=True)
+class SpeedChoice(Best):
+    """The best file of a decode speed.
+
+    Attributes:
+        times: The speed: no file's median is slower than so many times that of `base`.
+        base: The file that it is relative to.
+        tokens_per_second: What that is.
+    """
+
+    times: float
+    base: str
+    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -103,6 +125,7 @@ class Frontier:
         failed: Files that could not be made, and why.
         open: Files that are still to be measured.
         kept: Files that lie in the folder.
+        speed_choices: The best file at each speed that was asked for, where the dense Q4_0 file's is known.
     """
 
     KIND: ClassVar[str] = "frontier"
@@ -120,10 +143,24 @@ class Frontier:
     failed: tuple[str, ...]
     open: tuple[str, ...]
     kept: tuple[str, ...]
+    speed_choices: tuple[SpeedChoice, ...] = ()
 
     def find(self, file: str | None) -> FrontierPoint | None:
         """The file of a name."""
         return next((point for point in self.points if point.file == file), None)
+
+
+def choose_by_speed(points: Sequence[FrontierPoint], times: Iterable[float]) -> tuple[SpeedChoice, ...]:
+    """The best file that decodes so many times as fast as the dense Q4_0 file, by medians; empty without it."""
+    base = next((p for p in points if p.is_dense and p.quant == BASE_QUANT and p.tokens_per_second), None)
+    if base is None or base.tokens_per_second is None:
+        return ()
+    found = []
+    for factor in times:
+        least = factor * base.tokens_per_second
+        best = best_of(point for point in points if (point.tokens_per_second or 0.0) >= least)
+        found.append(SpeedChoice(best.best, best.dense, best.excess, factor, base.file, least))
+    return tuple(found)
 
 
 def model_label(vocabulary: int, prune_ratio: float) -> str:

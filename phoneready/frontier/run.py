@@ -29,7 +29,7 @@ from phoneready.figures.figure_set import DENSE
 from phoneready.frontier.folder import RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE, check_folder, claim, join
 from phoneready.frontier.measure import measure_speed
 from phoneready.frontier.points import Batch, batches_of, bits_of, point_label, point_name, role_of
-from phoneready.frontier.record import Frontier, FrontierPoint
+from phoneready.frontier.record import Frontier, FrontierPoint, choose_by_speed
 from phoneready.frontier.search import Search
 from phoneready.frontier.settings import FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
@@ -294,6 +294,7 @@ class _Run:
             failed=tuple(f"{point_label(point)}: {why}" for point, why in self.failed.items()),
             open=tuple(point_label(p) for p, found in known.items() if not found and p not in settled),
             kept=(),
+            speed_choices=choose_by_speed(measured, self.settings.at_speed),
         )
 
 

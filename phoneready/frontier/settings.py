@@ -10,6 +10,9 @@ from cfsp.units import parse_bytes
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
 
+BASE_QUANT = "Q4_0"
+"""What speeds are relative to: the dense file in this quantization."""
+
 
 def parse_sizes(text: str, field: str) -> tuple[int, ...]:
     """Sizes as `70MB,80MB`.
@@ -51,6 +54,13 @@ class FrontierSettings(WindowSettings):
         parse=parse_sizes,
         metavar="SIZE,...",
         shown="those at which it changes",
+    )
+    at_speed: tuple[float, ...] = setting(
+        (1.2, 1.5),
+        f"Decode speeds to name the best file of, times that of the dense {BASE_QUANT} file.",
+        gt=0,
+        le=1000,
+        metavar="TIMES,...",
     )
     max_size: int | None = setting(
         None, "Make no file that will be larger.", ge=1, le=2**50, parse=parse_bytes, metavar="SIZE"

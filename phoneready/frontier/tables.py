@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from phoneready.console import format_bytes
-from phoneready.evaluation.dominance import DOMINATED, Choice, Excess
+from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
-from phoneready.frontier.record import Frontier, FrontierPoint
+from phoneready.frontier.record import Frontier, FrontierPoint, SpeedChoice
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import Column, Table
 
@@ -53,7 +53,9 @@ def conditions(found: Frontier) -> str:
 def sentences(found: Frontier) -> Iterator[str]:
     """The best file of each size, and whether a dense file beats what was pruned."""
     for choice in found.choices:
-        yield f"- {_sentence(found, choice)}"
+        yield f"- {_of_size(found, choice)}"
+    for speed in found.speed_choices:
+        yield f"- {_of_speed(found, speed)}"
     if pays := whether_it_pays(found):
         yield f"\n{pays}"
 
@@ -79,23 +81,41 @@ def whether_it_pays(found: Frontier) -> str:
     return f"{len(beaten)} of {len(pruned)} pruned files are dominated by a dense quantization."
 
 
-def _sentence(found: Frontier, choice: Choice) -> str:
+def _of_size(found: Frontier, choice: Choice) -> str:
+    least = min(found.points, key=lambda point: point.file_bytes)
+    dense = min((p for p in found.points if p.is_dense), key=lambda p: p.file_bytes, default=None)
+    where = f"At {megabytes(choice.at_bytes)}"
+    return _sentence(found, choice, where, f"the smallest is {_named(least)}", "smallest", dense)
+
+
+def _of_speed(found: Frontier, choice: SpeedChoice) -> str:
+    timed = sorted(
+        (p for p in found.points if p.tokens_per_second), key=lambda p: -(p.tokens_per_second or 0.0)
+    )
+    dense = next((point for point in timed if point.is_dense), None)
+    base = found.find(choice.base)
+    where = f"At {choice.times:g} times the decode of {base.label if base else choice.base}"
+    where += f" ({choice.tokens_per_second:.1f} t/s)"
+    return _sentence(found, choice, where, f"the fastest is {_named(timed[0])}", "fastest", dense)
+
+
+def _sentence(
+    found: Frontier, choice: Best, where: str, nearest: str, kind: str, nearest_dense: FrontierPoint | None
+) -> str:
+    """The best file; `nearest` is what comes closest where there is none, `nearest_dense` the dense file that does."""
     best, dense = found.find(choice.best), found.find(choice.dense)
-    size = f"At {megabytes(choice.at_bytes)}"
     if best is None:
-        least = min(found.points, key=lambda point: point.file_bytes)
-        return f"{size} there is no file; the smallest is {_named(least)}."
-    head = f"{size} the best file is {_named(best)}"
+        return f"{where} there is no file; {nearest}."
+    head = f"{where} the best file is {_named(best)}"
     if dense is best:
-        return f"{head}: nothing pruned of that size is better."
+        return f"{head}: nothing pruned is better there."
     if dense is None or choice.excess is None:
-        smallest = min((p for p in found.points if p.is_dense), key=lambda p: p.file_bytes, default=None)
-        rest = f"; its smallest file is {_named(smallest)}" if smallest else ""
+        rest = f"; its {kind} file is {_named(nearest_dense)}" if nearest_dense else ""
         return f"{head}. No quantization of the dense model gets there{rest}."
     lost = _lost(choice.excess)
     if choice.excess.low is None or choice.excess.low <= 0:
         return f"{head}, but the best dense one, {_named(dense)}, is within the noise: it loses {lost} more."
-    return f"{head}. Quantizing the dense model to that size, {_named(dense)}, loses {lost} more."
+    return f"{head}. Quantizing the dense model to that, {_named(dense)}, loses {lost} more."
 
 
 def _named(point: FrontierPoint) -> str:
@@ -112,10 +132,9 @@ def _lost(excess: Excess) -> str:
 
 
 def _decode(point: FrontierPoint) -> str | None:
-    speed = point.speed
-    if speed is None or speed.tokens_per_second is None:
-        return "failed" if speed and speed.failure else None
-    return f"{speed.tokens_per_second:.1f} t/s"
+    if point.tokens_per_second is None:
+        return "failed" if point.speed and point.speed.failure else None
+    return f"{point.tokens_per_second:.1f} t/s"
 
 
 def _memory(point: FrontierPoint) -> str | None:

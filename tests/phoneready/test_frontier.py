@@ -33,7 +33,7 @@ from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.frontier.folder import PLOT_FILE, RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE
 from phoneready.frontier.plot import render_frontier
-from phoneready.frontier.record import Frontier, FrontierPoint
+from phoneready.frontier.record import Frontier, FrontierPoint, Speed, choose_by_speed
 from phoneready.frontier.settings import parse_sizes
 from phoneready.frontier.tables import format_frontier
 from phoneready.main import main
@@ -399,16 +399,40 @@ def test_sentences() -> None:
     near = point("near", 69, [1.1, 0.9, 1.2, 0.8, 1.0], ratio=0.1)
     text = format_frontier(result(dense, lost, pruned, at=75))
     assert "the best file is FFN -10 % p" in text
-    assert "Quantizing the dense model to that size, dense low" in text
+    assert "Quantizing the dense model to that, dense low" in text
     assert "0 of 1 pruned files are dominated" in text
     assert "No quantization of the dense model gets there; its smallest file is dense low" in format_frontier(
         result(dense, lost, pruned, at=69)
     )
     assert "there is no file; the smallest is FFN -10 % p" in format_frontier(result(dense, pruned, at=1))
-    assert "nothing pruned of that size is better" in format_frontier(result(dense, bad, at=95))
+    assert "nothing pruned is better there" in format_frontier(result(dense, bad, at=95))
     assert "every pruned file is dominated by a dense quantization" in format_frontier(result(dense, bad))
     assert "is within the noise" in format_frontier(result(dense, near))
     assert "Pruning does not pay" not in format_frontier(result(dense))
+
+
+def test_the_best_file_of_a_speed() -> None:
+    def timed(file: FrontierPoint, speed: float) -> FrontierPoint:
+        return replace(file, speed=Speed("tg64", 1, speed, speed, speed, None))
+
+    base = timed(replace(point("d", 90, [1.0, 1.1, 0.9, 1.0, 1.05]), quant="Q4_0"), 100.0)
+    quick = timed(point("low", 70, [1.5, 1.6, 1.42, 1.5, 1.55]), 130.0)
+    pruned = timed(point("p", 69, [1.1, 1.2, 1.0, 1.11, 1.15], ratio=0.1), 120.0)
+    points = (base, quick, pruned, point("untimed", 60, [0.1, 0.1, 0.1, 0.1, 0.1]))
+    found = choose_by_speed(points, (1.0, 1.2, 1.25, 2.0))
+    assert [(one.best, one.dense) for one in found] == [
+        ("d.gguf", "d.gguf"),
+        ("p.gguf", "low.gguf"),
+        ("low.gguf", "low.gguf"),
+        (None, None),
+    ]
+    assert [one.tokens_per_second for one in found] == [100.0, 120.0, 125.0, 200.0]
+    text = format_frontier(replace(result(*points), speed_choices=found))
+    assert "At 1.2 times the decode of dense Q4_0 (120.0 t/s) the best file is FFN -10 % p" in text
+    assert (
+        "At 2 times the decode of dense Q4_0 (200.0 t/s) there is no file; the fastest is dense low" in text
+    )
+    assert choose_by_speed((quick, pruned), (1.2,)) == ()
 
 
 def test_names_of_others_are_no_markup() -> None:
