@@ -224,7 +224,12 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 
 def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     counted = {"vocabulary_text": _identities(config.prune.vocabulary_text)}
-    return dataclasses.asdict(config.prune_settings()) | counted | made_with("prune")
+    prune, target = config.prune, {}
+    if prune.target:
+        formats = prune.sized_formats(config.export.names) if prune.target_size else ()
+        target = {"target": [prune.target_size, prune.target_parameters, prune.target_axes, formats]}
+        target |= made_with("export", families=("gguf",)) if formats else {}
+    return dataclasses.asdict(config.prune_settings()) | counted | target | made_with("prune")
 
 
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:

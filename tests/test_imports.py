@@ -47,7 +47,7 @@ ROOMS = {
     "phoneready": (
         {"console"},
         {"figures"},
-        {"evaluation", "exporting"},
+        {"evaluation", "exporting", "sizes"},
         {"settings"},
         {"release"},
         {"report"},

@@ -7,7 +7,7 @@ are written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
@@ -68,6 +68,17 @@ class ModelShape:
         """The same model with other FFN widths, one a block."""
         blocks = zip(self.blocks, widths, strict=True)
         return replace(self, blocks=tuple(replace(block, ffn_width=width) for block, width in blocks))
+
+    def without(self, blocks: Collection[int] = (), attentions: Collection[int] = ()) -> ModelShape:
+        """The same model without whole blocks, and without the attention of others; both by their origins."""
+        stay = (block for block in self.blocks if block.origin not in blocks)
+        return replace(
+            self,
+            blocks=tuple(
+                replace(block, kv_groups=0, has_attention=False) if block.origin in attentions else block
+                for block in stay
+            ),
+        )
 
     def with_origins(self, other: ModelShape) -> ModelShape:
         """The same model with the origins that another record of it states; weights do not say them."""

@@ -23,6 +23,7 @@ from cfsp.pruning.axes.attention import removable_attentions, remove_attention
 from cfsp.pruning.axes.blocks import remove_blocks
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
+from cfsp.pruning.budget import BudgetShares
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.scoring import ChannelEvidence, score_channels
 from cfsp.pruning.settings import PruneSettings
@@ -89,6 +90,7 @@ class PruningPlan:
         vocabulary: Which tokens are kept; None where all are.
         depth: Which whole blocks go; None where all stay.
         attention: Which blocks lose their attention; None where none does.
+        budget: What was to be met, and what each axis gives for it; None where the settings say how much goes.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -107,6 +109,7 @@ class PruningPlan:
     vocabulary: Annotated[VocabularyPlan | None, WhereSet] = None
     depth: Annotated[Removal | None, WhereSet] = None
     attention: Annotated[Removal | None, WhereSet] = None
+    budget: Annotated[BudgetShares | None, WhereSet] = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):
@@ -126,12 +129,8 @@ class PruningPlan:
     def shape(self) -> ModelShape:
         """What the plan makes of it."""
         shape = self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
-        stay = [block for block in shape.blocks if block.origin not in self.gone]
-        blocks = (
-            replace(block, kv_groups=0, has_attention=False) if block.origin in self.silent else block
-            for block in stay
-        )
-        return ModelShape(len(self.vocabulary.kept) if self.vocabulary else None, tuple(blocks))
+        kept = len(self.vocabulary.kept) if self.vocabulary else None
+        return replace(shape.without(self.gone, self.silent), vocab_size=kept)
 
     @property
     def gone(self) -> frozenset[int]:
@@ -169,14 +168,17 @@ class PruningPlan:
         return ", ".join(words) or "nothing removed"
 
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
-        """The same importances and rankings at another ratio; score summaries keep their first `kept_share`."""
+        """The same importances and rankings at another ratio; score summaries keep their first `kept_share`.
+
+        What was to be met does not hold any more.
+        """
         settings = replace(self.settings, prune_ratio=prune_ratio)
         check_settings(settings)
         importance = torch.tensor([block.importance for block in self.blocks], dtype=torch.float64)
         curves = [block.loss_curve for block in self.blocks]
         widths = _all_widths(importance, self.dense_widths, curves, self.gone, settings)
         blocks = tuple(replace(b, width=w) for b, w in zip(self.blocks, widths, strict=True))
-        return replace(self, settings=settings, blocks=blocks)
+        return replace(self, settings=settings, blocks=blocks, budget=None)
 
 
 def make_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,15 +15,18 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.attention import plan_attentions
 from cfsp.pruning.axes.blocks import plan_blocks
 from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.axes.token_order import Counts
 from cfsp.pruning.axes.vocabulary import (
-    Counts,
     VocabularyPlan,
     count_alike,
     cut_vocabulary,
     plan_vocabulary,
     respell,
+    token_order,
 )
+from cfsp.pruning.budget import Budget
 from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.fitting import Decision, Trials, decide
 from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
@@ -63,6 +67,7 @@ def prune_model(
     *,
     plan: PruningPlan | None = None,
     counted: Sequence[str] = (),
+    budget: Budget | None = None,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Prune `loaded.model` in place: the vocabulary first, as channels are judged by the tokens that stay.
@@ -73,6 +78,7 @@ def prune_model(
         settings: How to prune; ignored where `plan` is given.
         plan: A plan to apply instead of making one.
         counted: References of the text whose tokens decide the vocabulary; the calibration windows where none.
+        budget: What the pruned model may take, where that decides how much goes.
         progress: Told about each step.
 
     Raises:
@@ -80,7 +86,7 @@ def prune_model(
     """
     statistics = None
     if plan is None:
-        planned = plan_model(loaded, calibration, settings, counted=counted, progress=progress)
+        planned = plan_model(loaded, calibration, settings, counted=counted, budget=budget, progress=progress)
         loaded, calibration, statistics, plan = planned
     else:
         check_plan_fits(loaded.model, plan)
@@ -115,28 +121,53 @@ def plan_model(
     settings: PruneSettings,
     *,
     counted: Sequence[str] = (),
+    budget: Budget | None = None,
     only_plan: bool = False,
     progress: Progress = no_progress,
 ) -> Planned:
     """Decide what goes; tokens of the vocabulary are gone afterwards. Arguments as in `prune_model`, `statistics_for`.
 
     Raises:
-        InputError: Settings that do not fit the model.
+        InputError: Settings that do not fit the model, or a budget that nothing meets.
     """
     check_settings(settings)
+    decision = None
+    if budget is not None:
+        decision = _decide(loaded, calibration, settings, counted, budget, progress)
+        settings = decision.settings
     vocabulary = _vocabulary(loaded, calibration, settings, counted)
     loaded, calibration = trim(loaded, calibration, vocabulary)
     depth, attention = _removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention)
-    return Planned(loaded, calibration, statistics, replace(plan, vocabulary=vocabulary))
+    plan = replace(plan, vocabulary=vocabulary)
+    if decision is not None:
+        plan = decision.finish(plan, loaded.tokenizer)
+    return Planned(loaded, calibration, statistics, plan)
+
+
+def _decide(
+    loaded: LoadedModel,
+    calibration: Calibration,
+    settings: PruneSettings,
+    counted: Sequence[str],
+    budget: Budget,
+    progress: Progress,
+) -> Decision:
+    """Settings that meet a budget. Arguments as in `prune_model`."""
+    order = None
+    if settings.vocabulary or "vocabulary" in budget.axes:
+        order = token_order(loaded, counts_of(loaded, calibration, counted))
+    statistics_of = partial(statistics_for, progress=progress)
+    trials = Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
+    return decide(trials, order, settings, budget)
 
 
 def _removals(
     model: Any, calibration: Calibration, settings: PruneSettings, progress: Progress
 ) -> tuple[Removal | None, Removal | None]:
     """Which blocks go, and which of the others lose their attention; None where none does."""
-    windows = spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
+    windows = _probed(calibration)
     depth = attention = None
     with products_in(settings.dtype):
         if count := settings.blocks:
@@ -145,6 +176,10 @@ def _removals(
             gone = frozenset(depth.removed if depth else ())
             attention = plan_attentions(model, windows, count, gone, progress=progress)
     return depth, attention
+
+
+def _probed(calibration: Calibration) -> torch.Tensor:
+    return spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
 
 
 def _vocabulary(

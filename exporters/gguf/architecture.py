@@ -109,9 +109,10 @@ class ChosenLayout:
         return f"{names.get_name(module)}.weight"
 
     def of_shape(self, shape: ModelShape) -> ChosenLayout:
-        """The layout of the same model with the FFN widths of a shape."""
-        widths = self.config.shape.with_ffn_widths(shape.ffn_widths)
-        return choose_layout(replace(self.config, shape=widths), self.stored)
+        """The layout of the same model with the FFN widths of a shape, and with its tokens where it says how many."""
+        known = self.config.shape.with_ffn_widths(shape.ffn_widths)
+        known = replace(known, vocab_size=shape.vocab_size or known.vocab_size)
+        return choose_layout(replace(self.config, shape=known), self.stored)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,6 +60,20 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         if isinstance(template, Mapping):
             template = [{"name": key, "template": value} for key, value in template.items()]
         writer.add_chat_template(template)
+
+
+def tokenizer_bytes(tokenizer: Any, vocab_size: int) -> int:
+    """Bytes that `add_tokenizer` adds to a file, and a constant."""
+    import gguf
+
+    with tempfile.TemporaryDirectory(prefix="phoneready-tokenizer-") as folder:
+        path = Path(folder, "tokenizer.gguf")
+        writer = gguf.GGUFWriter(path, "")
+        add_tokenizer(writer, tokenizer, vocab_size)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return path.stat().st_size
 
 
 def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_STRINGS) -> int:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cfsp.errors import InputError
 from cfsp.files import claim_output, record_head, refuse_existing
-from cfsp.models.source import LoadedModel
-from cfsp.progress import Progress
-from cfsp.pruning.settings import PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import setting
-from exporters.families import required_multiple
+from exporters.families import DEFAULT_FORMAT, required_multiple
 from phoneready.commands.options import (
     ForceOption,
     JsonOption,
@@ -28,11 +25,11 @@ from phoneready.commands.options import (
 )
 from phoneready.console import prepare_torch, show_progress, write_result
 from phoneready.settings.schema import PruneConfig
+from phoneready.settings.target import AXIS_SETTINGS
 
 if TYPE_CHECKING:
     from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
-    from cfsp.text.calibration import Calibration
 
 
 def prune(
@@ -41,9 +38,6 @@ def prune(
     settings: PruneConfig,
     output: Path | None = setting(None, "Checkpoint folder to create.", option="-o --output"),
     seed: SeedOption = 0,
-    for_quant: tuple[str, ...] = setting(
-        ("Q4_0",), "Quantizations the widths must fit.", metavar="QUANT,..."
-    ),
     plan: Path | None = setting(None, "Apply this plan; --prune-ratio re-allocates it."),
     plan_only: Path | None = setting(None, "Write the plan to this file and change no model."),
     force: ForceOption = False,
@@ -56,6 +50,8 @@ def prune(
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
     wanted = _output(output, plan, plan_only)
+    if plan is not None and settings.target:
+        raise InputError("--plan applies a plan; a target makes one: give one of the two")
     inputs = [Path(name) for name in (model, plan, *settings.calibration, *settings.vocabulary_text) if name]
     refuse_existing(
         wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
@@ -63,25 +59,33 @@ def prune(
     prepare_torch(threads)
     from cfsp.models.checkpoint import save_checkpoint
     from cfsp.models.reference import load_model
-    from cfsp.pruning.prune import prune_model
+    from cfsp.pruning.prune import plan_model, prune_model
     from cfsp.text.calibration import load_calibration
+    from phoneready.release.pruning_budget import budget_of
 
-    chosen = settings.settings(required_multiple(for_quant))
+    settings = _with_target(context, settings)
+    chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)
     references = settings.calibration
     if ready and not was_given(context, "calibration"):
         references = ready.calibration
     if ready and was_given(context, "dtype"):
         ready = replace(ready, settings=replace(ready.settings, dtype=settings.dtype))
-    with claim_output(wanted), show_progress() as progress:
+    with (
+        claim_output(wanted),
+        show_progress() as progress,
+        TemporaryDirectory(prefix="phoneready-") as scratch,
+    ):
         loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)
+        budget = budget_of(settings, loaded, Path(scratch), seed=seed)
         sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)
+        asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget}
         if plan_only:
-            result = _only_plan(loaded, drawn, chosen, settings.vocabulary_text, plan_only, progress)
+            result = plan_model(loaded, drawn, chosen, **asked, only_plan=True, progress=progress).plan
+            write_record(plan_only, result)
         else:
-            counted = settings.vocabulary_text
-            made = prune_model(loaded, drawn, chosen, plan=ready, counted=counted, progress=progress)
+            made = prune_model(loaded, drawn, chosen, plan=ready, **asked, progress=progress)
             result, moments = made.plan, made.input_moments
             save_checkpoint(made.loaded, wanted, plan=result, input_moments=moments, seed=seed, force=force)
     write_result(format_plan(result, wanted), _summary(result), as_json=json)
@@ -101,6 +105,7 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
             "Attentions, with these blocks gone," if plan.depth else "Attentions", plan.attention
         ),
         *_vocabulary_lines(plan),
+        *_budget_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
         f"Written to {destination}.",
     ]
@@ -130,6 +135,13 @@ def _vocabulary_lines(plan: PruningPlan) -> list[str]:
     ]
 
 
+def _budget_lines(plan: PruningPlan) -> list[str]:
+    from phoneready.report.tables import budget_said, budget_table
+
+    table = budget_table(plan)
+    return [budget_said(plan), table.markdown().rstrip()] if table else []
+
+
 def _summary(plan: PruningPlan) -> dict[str, Any]:
     """The plan's record without rankings and tokens, which are long and stand in the plan file."""
 
@@ -149,6 +161,15 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> P
     return wanted
 
 
+def _with_target(context: typer.Context, settings: PruneConfig) -> PruneConfig:
+    given = [name for name in AXIS_SETTINGS.values() if was_given(context, name)]
+    settings = settings.aimed(given)
+    if problem := settings.target_problem:
+        raise InputError(problem)
+    settings.sized_formats(())
+    return settings
+
+
 def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | None:
     from cfsp.pruning.plan import PruningPlan
 
@@ -156,18 +177,3 @@ def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | No
         return None
     plan = read_record(PruningPlan, path)
     return plan if prune_ratio is None else plan.at_ratio(prune_ratio)
-
-
-def _only_plan(
-    loaded: LoadedModel,
-    drawn: Calibration,
-    settings: PruneSettings,
-    counted: Sequence[str],
-    path: Path,
-    progress: Progress,
-) -> PruningPlan:
-    from cfsp.pruning.prune import plan_model
-
-    planned = plan_model(loaded, drawn, settings, counted=counted, only_plan=True, progress=progress)
-    write_record(path, planned.plan)
-    return planned.plan

@@ -107,7 +107,7 @@ def make_manifest(
         source=figures.source,
         license=figures.source.license,
         seed=config.seed,
-        prune_ratio=config.prune.prune_ratio,
+        prune_ratio=figures.plan.settings.prune_ratio,
         removed_ffn_share=1 - figures.plan.keep_ratio,
         shape=checkpoint.shape,
         plan_sha256=checkpoint.plan_sha256,

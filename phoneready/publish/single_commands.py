@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from cfsp.pruning.prune import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
@@ -12,6 +12,7 @@ from exporters.families import find_format
 from exporters.settings import ExportSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.target import AXIS_SETTINGS
 
 
 def single_commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:
@@ -26,8 +27,13 @@ def single_commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str
 
 
 def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
-    settings = dataclasses.replace(config.prune, align=figures.plan.settings.align)
-    words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings)]
+    asked = config.prune
+    formats = asked.sized_formats(config.export.names) if asked.target_size else asked.for_quant
+    settings = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=formats)
+    # What is said twice is fixed; what the target decides must not be.
+    free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
+    without = free if asked.target else {"target_axes"}
+    words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
     return [*words, "--seed", config.seed, *_trust(config)]
 
 
@@ -61,9 +67,9 @@ def _trust(config: ReleaseConfig) -> list[object]:
     return ["--trust-remote-code"] if config.model.trust_remote_code else []
 
 
-def option_words(settings: object) -> Iterable[object]:
-    """Settings as command-line options; what is None or empty is left to the command's default."""
-    for row in declared(type(settings)):
+def option_words(settings: object, without: Collection[str] = ()) -> Iterable[object]:
+    """Settings as command-line options; what is None or empty, or named, is left to the command's default."""
+    for row in (row for row in declared(type(settings)) if row.name not in without):
         value, option = getattr(settings, row.name), row.options[-1]
         if isinstance(value, bool):
             yield from [] if value == row.default else [option]

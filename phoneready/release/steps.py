@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, FileLosses, SideBySide
 from phoneready.release.live import rows_so_far
+from phoneready.release.pruning_budget import budget_of
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
 from runtime_bench.files import size_of
@@ -76,9 +78,10 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
     if role == DENSE:
         return file_stem(f"{source}-{DENSE}")
     prune = config.prune
-    percent = f"{100 * prune.prune_ratio:g}".replace(".", "_") if prune.prune_ratio else ""
+    much = prune.target.replace(" ", "") or (f"{100 * prune.prune_ratio:g}" if prune.prune_ratio else "")
     gone = [form.format(getattr(prune, field)) for field, form in _IN_NAMES.items() if getattr(prune, field)]
-    return file_stem(f"{source}-{PRUNED}{percent}{''.join(gone)}{'-recovered' if config.recover else ''}")
+    how = "".join((much.replace(".", "_"), *gone, "-recovered" if config.recover else ""))
+    return file_stem(f"{source}-{PRUNED}{how}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +159,19 @@ class Steps:
         ids = self._calibration_ids("dense")
         wanted, seed = self.config.prune, self.config.seed
         calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
-        settings = self.config.prune_settings()
-        result = prune_model(loaded, calibration, settings, counted=wanted.vocabulary_text, progress=progress)
+        settings, export = self.config.prune_settings(), self.config.export
+        with tempfile.TemporaryDirectory(prefix="phoneready-sizes-") as scratch:
+            budget = budget_of(
+                wanted, loaded, Path(scratch), made=export.names, use_imatrix=export.imatrix, seed=seed
+            )
+            result = prune_model(
+                loaded,
+                calibration,
+                settings,
+                counted=wanted.vocabulary_text,
+                budget=budget,
+                progress=progress,
+            )
         _save_windows(result.calibration.input_ids, output)
         plan, moments = result.plan, result.input_moments
         save_checkpoint(result.loaded, output / "model", plan=plan, input_moments=moments, seed=seed)

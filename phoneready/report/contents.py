@@ -15,6 +15,8 @@ from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, measured_on
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.tables import (
+    budget_said,
+    budget_table,
     losses_table,
     proof_table,
     quality_table,
@@ -81,6 +83,8 @@ def contents(report: ReportInput) -> dict[str, Any]:
         "quality": quality_table(figures.evaluation),
         "widths": width_table(figures.plan),
         "vocabulary": vocabulary_table(figures.plan),
+        "budget": budget_table(figures.plan),
+        "budget_said": budget_said(figures.plan),
         "answers": _answers(figures),
         "proof": proof_table(exports),
         "warnings": [(r.file, warning) for r in exports for warning in r.warnings],

@@ -89,7 +89,7 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
         return [f"{name(place)}{place_of(place)}: {message}" for place, message in problems]
 
     try:
-        config = ReleaseConfig.model_validate(values)
+        config = _read_target(ReleaseConfig.model_validate(values), values)
     except pydantic.ValidationError as error:
         places = [problem["loc"] for problem in error.errors()]
         problems = [describe_problems(error, name), *described(_problems_beside(values, places))]
@@ -97,6 +97,10 @@ def parse_config(text: str, *, where: str, overrides: Sequence[str] = ()) -> Rel
     if problems := described(_problems_between(config)):
         raise InputError(f"{where}: {'; '.join(problems)}")
     return config
+
+
+def _read_target(config: ReleaseConfig, values: Mapping[str, Any]) -> ReleaseConfig:
+    return config.model_copy(update={"prune": config.prune.aimed(values.get("prune", {}))})
 
 
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
@@ -107,6 +111,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     }
     return [
         *(((name,), problem) for name, problem in alone.items() if problem),
+        *_target(config),
         *_vocabulary_alone(config),
         *_search_of_channels(config),
         *_unknown_files(config),
@@ -128,7 +133,7 @@ def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> l
         sound = [number for number in range(len(values["budgets"])) if number not in faulty]
         rest["budgets"] = [values["budgets"][number] for number in sound]
     try:
-        config = ReleaseConfig.model_validate(rest)
+        config = _read_target(ReleaseConfig.model_validate(rest), rest)
     except pydantic.ValidationError:
         return []
     return [(_renumbered(place, sound), message) for place, message in _problems_between(config)]
@@ -179,9 +184,22 @@ def _place_namer(lines: Mapping[Location, int], given: Mapping[Location, str]) -
     return name
 
 
+def _target(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """A target that cannot be, and what does not go together with one."""
+    prune = config.prune
+    if problem := prune.target_problem:
+        yield ("prune",), problem
+    if config.tune and prune.target:
+        yield ("tune",), "a search chooses the ratio itself: leave the target in [prune] out"
+    try:
+        prune.sized_formats(config.export.names)
+    except InputError as error:
+        yield ("prune",), str(error)
+
+
 def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """What compares token by token with the dense model, whose tokens these are not any more."""
-    if not config.prune.vocabulary:
+    if not config.prune.may_trim:
         return
     if config.recover and (loss_weights(config.recover)[1] or SELF in config.recover.data):
         message = "the dense model has another vocabulary than what is trained and cannot teach it"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from exporters.families import find_format, required_multiple
 from exporters.settings import ExportFormats
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
+from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
 from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.targets.places import check_place
@@ -44,7 +46,7 @@ class CountedText(Settings):
 
 
 @dataclass(frozen=True)
-class PruneConfig(CountedText, CalibrationSettings, PruneSettings):
+class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSettings):
     """How to prune, and with what text."""
 
     align: int = setting(
@@ -54,6 +56,23 @@ class PruneConfig(CountedText, CalibrationSettings, PruneSettings):
     def settings(self, align: int) -> PruneSettings:
         """For cfsp, with the alignment to use where none is set."""
         return pick(PruneSettings, self, align=self.align or align)
+
+    def aimed(self, given: Collection[str]) -> PruneConfig:
+        """With a target: the axes whose own setting is given go by that, and of others nothing is removed but for it.
+
+        Args:
+            given: Names of the settings that the user has set.
+        """
+        if not self.target:
+            return self
+        axes = tuple(axis for axis in self.target_axes if AXIS_SETTINGS[axis] not in given)
+        ratio = self.prune_ratio if AXIS_SETTINGS["ffn"] in given else 0.0
+        return replace(self, target_axes=axes, prune_ratio=ratio)
+
+    @property
+    def may_trim(self) -> bool:
+        """Whether the pruned model may have another vocabulary than the dense one."""
+        return bool(self.vocabulary) or self.frees("vocabulary")
 
 
 @dataclass(frozen=True)
@@ -209,4 +228,4 @@ class ReleaseConfig(Section):
 
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""
-        return self.prune.settings(required_multiple(self.export.names))
+        return self.prune.settings(required_multiple((*self.export.names, *self.prune.for_quant)))

@@ -18,7 +18,8 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import Counts, VocabularyPlan, plan_vocabulary
+from cfsp.pruning.axes.token_order import Counts
+from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import counts_of, moment_windows, statistics_for, trim
@@ -30,7 +31,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
-from phoneready.tune.sizes import Sizes
+from phoneready.sizes import Sizes
 from phoneready.tune.space import Point, Recipe, config_of
 
 
@@ -116,15 +117,14 @@ class TrialRunner:
         if not recipe.is_sized:
             return None
         if role == DENSE:
-            sizes = self._dense_side.sizes or self._sizes(self._dense_side, None)
-            return sizes.file_bytes(recipe.item, self.dense_shape, dense=True)
+            return self.sizes().file_bytes(recipe.item, self.dense_shape, dense=True)
         return self.sizes(recipe.vocabulary).file_bytes(recipe.item, self.plan(point).shape)
 
     def sizes(self, vocabulary: int = 0) -> Sizes:
         """Computes sizes of files that are not made."""
         side = self.side(vocabulary)
-        if side.sizes is None or side.sizes.plan is None:
-            side.sizes = self._sizes(side, self._base_plan(self._allocations[0], vocabulary))
+        if side.sizes is None:
+            side.sizes = self._sizes(side)
         return side.sizes
 
     def vocabulary(self, size: int) -> VocabularyPlan:
@@ -160,10 +160,10 @@ class TrialRunner:
     def _dense_side(self) -> Side:
         return Side(self.loaded, self.calibration)
 
-    def _sizes(self, side: Side, plan: PruningPlan | None) -> Sizes:
+    def _sizes(self, side: Side) -> Sizes:
         export = self.config.export
         items = tuple(item for item in export.quants if Recipe(item, "", 1, False).is_sized)
-        return Sizes(side.loaded, plan, self._work, export.imatrix, self.config.seed, self._n_threads, items)
+        return Sizes(side.loaded, self._work, export.imatrix, self.config.seed, self._n_threads, items)
 
     @property
     def dense_checkpoint(self) -> Path:

@@ -16,6 +16,7 @@ from cfsp.errors import InputError
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.token_kinds import TokenKind
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
+from cfsp.pruning.budget import AxisShare, BudgetShares
 from cfsp.records import write_record
 from phoneready.report.contents import ReportInput, beaten, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
@@ -395,6 +396,31 @@ def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportIn
         assert part in text
     assert "plot-quality" in render_page(report)
     assert "plot-quality" not in text
+
+
+def test_what_each_axis_gives_for_a_target_is_told(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    axes = (
+        AxisShare("vocabulary", 90, 384, 1e7, 0.05, 0.25),
+        AxisShare("ffn", 10, 512, 2e6, 0.075),
+    )
+    shares = BudgetShares("target_size", "bytes", 60e6, 72e6, 59.99e6, axes)
+    figures = replace(report.figures, plan=replace(report.figures.plan, budget=shares))
+    for text in (
+        render_page(replace(report, figures=figures)),
+        render_report(replace(report, figures=figures)),
+    ):
+        for part in (
+            "60.00 MB",
+            "59.99 MB",
+            "72.00 MB",
+            "0.125 nats",
+            "90 of 384",
+            "10.00 MB",
+            "not possible",
+        ):
+            assert part in text
+    assert "alone to the target" not in render_page(report)
 
 
 def test_blocks_that_go_are_told(make_report_input: MakeReportInput) -> None:

@@ -62,16 +62,37 @@ class Probe:
         self, candidates: Iterable[int], count: int, *, progress: Progress = no_progress, what: str
     ) -> Removal:
         """Choose `count` of the candidates."""
+        *_, last = self.steps(candidates, count, progress=progress, what=what)
+        return last
+
+    def steps(
+        self,
+        candidates: Iterable[int],
+        count: int,
+        *,
+        tried: int = _TRIED,
+        progress: Progress = no_progress,
+        what: str,
+    ) -> Iterator[Removal]:
+        """The choice of one, two, ... `count` of the candidates, each of one more than before.
+
+        Args:
+            candidates: Blocks.
+            count: How many go at last.
+            tried: Of those that were cheapest alone, how many are tried again once some are gone.
+            progress: Told after each choice.
+            what: Is chosen, in words.
+        """
         alone = losses = self._losses(sorted(candidates), ())
         removed: list[int] = []
+        every = tuple(alone.get(index, 0.0) for index in range(len(decoder_layers(self.model))))
         while True:
             removed.append(min(losses, key=lambda index: (losses[index], index)))
             progress(f"choosing {what}", len(removed), count)
+            yield Removal(tuple(sorted(removed)), every, losses[removed[-1]], self.input_ids.numel())
             if len(removed) == count:
-                every = tuple(alone.get(i, 0.0) for i in range(len(decoder_layers(self.model))))
-                loss = losses[removed[-1]]
-                return Removal(tuple(sorted(removed)), every, loss, self.input_ids.numel())
-            left = sorted(alone.keys() - set(removed), key=lambda index: alone[index])[:_TRIED]
+                return
+            left = sorted(alone.keys() - set(removed), key=lambda index: alone[index])[:tried]
             losses = self._losses(left, removed)
 
     def _losses(self, candidates: Sequence[int], removed: Sequence[int]) -> dict[int, float]:

@@ -1,27 +1,17 @@
 """The vocabulary as an axis of pruning: tokens that the text hardly has go, and what they said is spelled in others.
 
 A token that is removed is read and written as its parts (`TokenTrees.parts`), so no text is lost; it costs more tokens,
-and tokens that the model has seldom seen where it needs them. Removed are leaves of the token trees alone, so that all
-other tokens come about as before; the cheapest first, by
-
-    count(t) (split + max(0, sum of -ln p(part) over the parts + ln p(t)))        nats on the text counted
-
-where p are the shares that tokens have of the text in the dense model's segmentation, and `split` is what any split
-costs a model, however well known the parts are: it reads a word in a way in which it has not met it. A part that never
-stands alone is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as
-it will be removed next. Tokens that the text does not have are ordered by when merging learned them, the last first,
-which is how often the tokenizer's own training text had them. No forward pass is needed.
+and tokens that the model has seldom seen where it needs them. In which order tokens go says token_order.py. No forward
+pass is needed.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -29,16 +19,9 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
 from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script
+from cfsp.pruning.axes.token_order import Counts, TokenOrder, order_tokens
 from cfsp.text.templates import render_chat
 
-Counts = npt.NDArray[np.float64]
-"""How often the text has every token, (tokens,)."""
-_SPLIT_NATS = 4.0
-"""What a split costs at the least; measured are 4 to 5 nats for each further token of a text."""
-_PRIOR_SHARE = 0.02
-"""Weight of what the ranks say beside what the text says."""
-_PRIOR_RANK = 1000.0
-"""Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens")
 _CHAT = ({"role": "user", "content": " "}, {"role": "assistant", "content": " "})
 
@@ -88,9 +71,16 @@ def plan_vocabulary(
     tokens = len(loaded.tokenizer)
     if not 0 < size <= tokens:
         raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {tokens}")
-    unneeded = _Remover(trees, counts, required_tokens(loaded), tokens).remove(tokens - size)
-    gone = set(unneeded)
-    kept = tuple(index for index in sorted(loaded.tokenizer.get_vocab().values()) if index not in gone)
+    removed = order_tokens(trees, counts, required_tokens(loaded)).removed
+    if tokens - size > len(removed):
+        raise InputError(
+            "smaller than what has to stay: bytes, special tokens and what the chat template writes",
+            field="vocabulary",
+            value=size,
+            allowed=f"at least {tokens - len(removed)}",
+        )
+    gone = set(removed[: tokens - size])
+    kept = kept_tokens(loaded.tokenizer, gone)
     before = float(counts.sum())
     after = float(
         sum(counts[index] * len(_spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
@@ -104,6 +94,16 @@ def plan_vocabulary(
         by_script=kinds_by_script(loaded.tokenizer, counts, kept),
         by_count=kinds_by_count(loaded.tokenizer.get_vocab().values(), counts, kept),
     )
+
+
+def token_order(loaded: LoadedModel, counts: Counts) -> TokenOrder:
+    """In which order the model's tokens go; raises InputError for a tokenizer that cannot be trimmed."""
+    return order_tokens(token_trees(loaded.tokenizer), counts, required_tokens(loaded))
+
+
+def kept_tokens(tokenizer: Any, gone: Collection[int]) -> tuple[int, ...]:
+    """Ids of a tokenizer without those that go, ascending."""
+    return tuple(index for index in sorted(tokenizer.get_vocab().values()) if index not in gone)
 
 
 def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
@@ -192,68 +192,6 @@ def respell(ids: torch.Tensor, plan: VocabularyPlan, tokenizer: Any, trimmed: An
         spelled[index] = [token.id for token in merging.tokenize(text)]
     windows = [[new for old in window for new in spelled[old]][: ids.shape[1]] for window in ids.tolist()]
     return torch.tensor(windows, dtype=ids.dtype)
-
-
-class _Remover:
-    """Takes away one leaf after the other."""
-
-    def __init__(self, trees: TokenTrees, counts: Counts, required: frozenset[int], tokens: int) -> None:
-        self._trees = trees
-        self._tokens = tokens
-        self._required = required
-        self._users = {part: len(users) for part, users in trees.built_on.items()}
-        prior = np.zeros(trees.size)
-        for index, rank in trees.ranks.items():
-            prior[index] = 1 / (rank + _PRIOR_RANK)
-        total = max(float(counts.sum()), 1.0)
-        # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
-        self._needed = counts + _PRIOR_SHARE * total * prior / max(float(prior.sum()), 1e-300)
-        known = np.maximum(self._needed, 1e-9 * total)
-        self._nats = -np.log(known / known.sum())
-        self._best = self._nats.copy()
-        for index in sorted(trees.ranks, key=lambda token: trees.ranks[token]):
-            self._best[index] = min(self._nats[index], self._parts_cost(index))
-
-    def remove(self, count: int) -> list[int]:
-        """The ids of the `count` cheapest, in the order in which they go.
-
-        Raises:
-            InputError: So many cannot go.
-        """
-        queue = [self._key(index) for index in self._trees.parts if self._may_go(index)]
-        heapq.heapify(queue)
-        removed: list[int] = []
-        while len(removed) < count:
-            if not queue:
-                raise InputError(
-                    "smaller than what has to stay: bytes, special tokens and what the chat template writes",
-                    field="vocabulary",
-                    value=self._tokens - count,
-                    allowed=f"at least {self._tokens - len(removed)}",
-                )
-            *key, index = heapq.heappop(queue)
-            if (current := self._key(index))[0] > key[0]:
-                heapq.heappush(queue, current)
-                continue
-            removed.append(index)
-            for part in self._trees.parts[index]:
-                self._needed[part] += self._needed[index]
-            for part in set(self._trees.parts[index]):
-                if index in self._trees.built_on.get(part, ()):
-                    self._users[part] -= 1
-                    if self._may_go(part):
-                        heapq.heappush(queue, self._key(part))
-        return removed
-
-    def _may_go(self, index: int) -> bool:
-        return index in self._trees.parts and not self._users.get(index) and index not in self._required
-
-    def _parts_cost(self, index: int) -> float:
-        return float(sum(self._best[part] for part in self._trees.parts[index]))
-
-    def _key(self, index: int) -> tuple[float, int, int]:
-        dearer = max(0.0, self._parts_cost(index) - float(self._nats[index]))
-        return float(self._needed[index]) * (_SPLIT_NATS + dearer), -self._trees.ranks[index], index
 
 
 def _spelled(index: int, gone: set[int], trees: TokenTrees) -> list[int]:

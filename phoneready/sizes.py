@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,17 +18,28 @@ from cfsp.models.architectures import block_linears, decoder_layers, feed_forwar
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.axes.attention import remove_attention
+from cfsp.pruning.axes.blocks import remove_blocks
+from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
+from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.surgery import cut_channels, set_config_shape
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import SizeTemplate, size_template
+from exporters.gguf.tokenizer_metadata import tokenizer_bytes
 from exporters.options import ExportOptions
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""
+_NAMES_BYTES = 64
+"""By which a file may be larger that has a longer name than was thought."""
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
+
+
+_Key = tuple[str, bool, bool, tuple[tuple[int, bool], ...]]
+"""Quantization; whether all blocks are alike; whether it is the dense model; which blocks stay, and which attend."""
 
 
 @dataclass
@@ -35,7 +48,6 @@ class Sizes:
 
     Args:
         loaded: The model before channels go: the dense one, or what is left of it with fewer tokens.
-        plan: A plan of it, for what a plan adds to a file; not read for files of the dense model.
         folder: Scratch.
         use_imatrix: Whether files are quantized with an importance matrix.
         seed: Of the run.
@@ -44,13 +56,12 @@ class Sizes:
     """
 
     loaded: LoadedModel
-    plan: PruningPlan | None
     folder: Path
     use_imatrix: bool
     seed: int
     n_threads: int
     items: tuple[str, ...] = ()
-    _templates: dict[tuple[str, bool, bool], tuple[ChosenLayout, SizeTemplate]] = field(default_factory=dict)
+    _templates: dict[_Key, tuple[ChosenLayout, SizeTemplate]] = field(default_factory=dict)
 
     def file_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
         """Size of the file with this shape, exact to one step of its alignment (32 bytes).
@@ -87,44 +98,103 @@ class Sizes:
         )
 
     def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[ChosenLayout, SizeTemplate]:
-        """What a file of the dense model in all but its widths, which are small, says of others."""
+        """What a file of the same blocks in all but their widths, which are small, says of others."""
         # Of models of one width llama.cpp may have another architecture than of others.
-        key = (item, shape.is_uniform, dense)
+        rest = (shape.is_uniform, dense, tuple((block.origin, block.has_attention) for block in shape.blocks))
+        key = (item, *rest)
         if key not in self._templates:
-            widths = [min(_TEMPLATE_WIDTH, width) for width in model_shape(self.loaded.model).ffn_widths]
-            if not shape.is_uniform:
-                widths[0] //= 2
             folder = self.folder / "template"
             shutil.rmtree(folder, ignore_errors=True)
-            self._save(folder / "model", widths, dense)
+            self._save(folder / "model", shape, dense)
             stem = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
             options = ExportOptions(name=stem, use_imatrix=self.use_imatrix, n_threads=self.n_threads)
             files = draft_gguf(folder / "model", folder, list(dict.fromkeys((item, *self.items))), options)
             for name, path in files.items():
                 made = read_layout(folder / "model"), size_template(path, name)
-                self._templates[name, shape.is_uniform, dense] = made
+                self._templates[name, *rest] = made
             shutil.rmtree(folder)
         return self._templates[key]
 
-    def _save(self, folder: Path, widths: Sequence[int], dense: bool) -> None:
+    @functools.cached_property
+    def small(self) -> Any:
+        """The model with the first few channels of each block, as it was when sizes were first asked for."""
         model = copy.deepcopy(self.loaded.model)
-        with torch.no_grad():
-            for layer, width in zip(decoder_layers(model), widths, strict=True):
-                cut_channels(feed_forward(model, layer), torch.arange(width))
-        set_config_shape(model)
+        _narrow(model, [min(_TEMPLATE_WIDTH, width) for width in model_shape(model).ffn_widths])
+        return model
+
+    def _save(self, folder: Path, shape: ModelShape, dense: bool) -> None:
+        model = copy.deepcopy(self.small)
+        stay = {block.origin: block for block in shape.blocks}
+        for index, layer in enumerate(decoder_layers(model)):
+            if index in stay and not stay[index].has_attention:
+                remove_attention(layer)
+        remove_blocks(model, frozenset(range(len(decoder_layers(model)))) - stay.keys())
+        widths = list(model_shape(model).ffn_widths)
+        if not shape.is_uniform:
+            widths[0] //= 2
+        _narrow(model, widths)
         ones = {
             name: torch.ones(linear.in_features)
             for linears in block_linears(model)
             for name, linear in linears.items()
         }
-        plan = None
-        if self.plan is not None and not dense:
-            blocks = zip(self.plan.blocks, widths, strict=True)
-            plan = replace(self.plan, blocks=tuple(replace(block, width=width) for block, width in blocks))
         save_checkpoint(
             replace(self.loaded, model=model),
             folder,
-            plan=plan,
+            plan=None if dense else _some_plan(model),
             input_moments=ones if self.use_imatrix else None,
             seed=self.seed,
         )
+
+
+@dataclass
+class FileSizes:
+    """Bytes of the largest of some GGUF files of a model: a `cfsp.pruning.budget.Cost`.
+
+    Args:
+        sizes: Of the dense model.
+        items: Quantizations.
+    """
+
+    sizes: Sizes
+    items: Sequence[str]
+    _tokens: dict[int, int] = field(default_factory=dict)
+
+    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
+        """Of a model with this shape and tokenizer."""
+        dense = self.sizes.loaded.tokenizer
+        more = self._vocabulary(tokenizer, shape) - self._vocabulary(dense, model_shape(self.sizes.small))
+        return max(self.sizes.file_bytes(item, shape) for item in self.items) + more + _NAMES_BYTES
+
+    def _vocabulary(self, tokenizer: Any, shape: ModelShape) -> int:
+        tokens = len(tokenizer)
+        if tokens not in self._tokens:
+            self._tokens[tokens] = tokenizer_bytes(tokenizer, max(tokens, shape.vocab_size or 0))
+        return self._tokens[tokens]
+
+
+def _narrow(model: Any, widths: Sequence[int]) -> None:
+    """Keep the first channels of every block, in place."""
+    with torch.no_grad():
+        for layer, width in zip(decoder_layers(model), widths, strict=True):
+            cut_channels(feed_forward(model, layer), torch.arange(width))
+    set_config_shape(model)
+
+
+def _some_plan(model: Any) -> PruningPlan:
+    """A plan by which a model is what it is, for what any plan adds to a file: its hash."""
+    scores, shape = ScoreSummary(0.0, 0.0, 0.0, 1.0), model_shape(model)
+    silent = tuple(block.origin for block in shape.blocks if not block.has_attention)
+    return PruningPlan(
+        model_type=model.config.model_type,
+        source="",
+        source_sha256=None,
+        calibration=(),
+        calibration_sha256="",
+        calibration_tokens=0,
+        seed=0,
+        settings=PruneSettings(),
+        dense_widths=shape.ffn_widths,
+        blocks=tuple(BlockPlan(width, 0.0, tuple(range(width)), scores) for width in shape.ffn_widths),
+        attention=Removal(silent, (), 0.0, 0) if silent else None,
+    )

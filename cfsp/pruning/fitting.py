@@ -1,0 +1,326 @@
+"""Settings that meet a budget: what every axis costs is measured or predicted, and a combination is chosen.
+
+- Tokens: nats on the counted text, as they are put in order (axes/token_order.py). No forward pass.
+- FFN channels: copies of the model are pruned at some ratios and made up for as the settings say; the divergence from
+  the dense model is measured on calibration windows that the repair has not seen.
+- Attentions and blocks: the divergence without them (axes/removal.py), times what of it is left in one copy from which
+  some are removed and made up for.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.shape import ModelShape
+from cfsp.models.source import LoadedModel
+from cfsp.models.token_trees import trimmed_tokenizer
+from cfsp.precision import products_in
+from cfsp.progress import Progress
+from cfsp.pruning.axes.attention import removable_attentions
+from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
+from cfsp.pruning.axes.token_order import TokenOrder
+from cfsp.pruning.axes.vocabulary import kept_tokens
+from cfsp.pruning.budget import Budget, BudgetShares, ChannelCurve, Choice, Evidence, Levels, unreachable
+from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
+from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.statistics import BlockStatistics
+from cfsp.text.calibration import Calibration
+
+RATIOS = (0.05, 0.15, 0.4)
+"""Shares of FFN channels at which copies are pruned."""
+FIT_WINDOWS, JUDGED_WINDOWS = 8, 4
+"""Calibration windows that a copy's repair reads, and others that it is judged on."""
+TOKEN_STEP = 32
+"""A vocabulary keeps a multiple of this."""
+REMOVED_WHOLE = ("attentions", "blocks")
+_MOST_REMOVED, _MOST_NATS = 1 / 3, 1.0
+"""Share of the attentions, or of the blocks, of which removal is tried, and the loss beyond which no more are."""
+_KNOTS = 5
+"""Vocabularies whose cost is computed exactly; between them it is interpolated."""
+
+
+@dataclass
+class Trials:
+    """Copies of a model, pruned to see what that costs.
+
+    Args:
+        loaded: The dense model; unchanged.
+        calibration: Windows; some are for the repair, others to judge by.
+        settings: How to prune.
+        statistics_of: Takes the statistics that settings need.
+        probed: Windows on which the model is tried without an attention or a block, (n_windows, seqlen).
+        progress: Told about each step.
+    """
+
+    loaded: LoadedModel
+    calibration: Calibration
+    settings: PruneSettings
+    statistics_of: Callable[[Any, Calibration, PruneSettings], BlockStatistics]
+    probed: torch.Tensor
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        ids = self.calibration.input_ids
+        count = min(len(ids), FIT_WINDOWS + JUDGED_WINDOWS)
+        spread = [place * len(ids) // count for place in range(count)]
+        judged = spread[1 :: 1 + FIT_WINDOWS // JUDGED_WINDOWS] or spread
+        self._judged = ids[judged]
+        self._fit = replace(self.calibration, input_ids=ids[sorted(set(spread) - set(judged)) or spread])
+        self._settings = replace(self.settings, prune_ratio=0.0, vocabulary=0, attentions=0, blocks=0)
+
+    @functools.cached_property
+    def _statistics(self) -> BlockStatistics:
+        return self.statistics_of(self.loaded.model, self._fit, self._settings)
+
+    @functools.cached_property
+    def plan(self) -> PruningPlan:
+        """Of the dense model, by which nothing goes."""
+        return make_plan(self.loaded, self._statistics, self._fit, self._settings)
+
+    def channels(self, ratios: Sequence[float]) -> ChannelCurve:
+        """What FFN channels cost."""
+        return ChannelCurve(ratios, [self.loss(self.plan.at_ratio(ratio)) for ratio in ratios])
+
+    def removals(self, axis: str, fixed: int) -> list[Removal]:
+        """The choices of one, two, ... attentions or blocks, with what each costs once it is made up for."""
+        model, count = self.loaded.model, len(decoder_layers(self.loaded.model))
+        every = {"attentions": removable_attentions(model, frozenset()), "blocks": list(range(1, count))}
+        leave_out = {"attentions": attention_left_out, "blocks": block_left_out}[axis]
+        most = fixed or min(len(every[axis]), int(count * _MOST_REMOVED))
+        if not most:
+            return []
+        if most > len(every[axis]):
+            raise InputError("too many", field=axis, value=most, allowed=f"at most {len(every[axis])}")
+        found: list[Removal] = []
+        with products_in(self._settings.dtype):
+            probe = Probe(model, self.probed, leave_out)
+            # In the order of what each costs alone: the plan chooses with more care.
+            for removal in probe.steps(every[axis], most, tried=1, progress=self.progress, what=axis):
+                found.append(removal)
+                if removal.loss > _MOST_NATS and not fixed:
+                    break
+        tried = found[-1 if fixed else len(found) // 2]
+        field = {"attentions": "attention", "blocks": "depth"}[axis]
+        plan = make_plan(self.loaded, self._statistics, self._fit, self._settings, **{field: tried})
+        left = self.loss(plan) / max(tried.loss, 1e-9)
+        return [replace(removal, loss=left * removal.loss) for removal in found]
+
+    def loss(self, plan: PruningPlan) -> float:
+        """KL(dense || pruned), nats a token."""
+        pruned = copy.deepcopy(self.loaded.model)
+        apply_plan(
+            pruned,
+            plan,
+            statistics=self._statistics,
+            input_ids=self._fit.input_ids,
+            progress=self.progress,
+        )
+        total = 0.0
+        with torch.inference_mode(), products_in(plan.settings.dtype):
+            for window in self._judged:
+                expected, actual = (
+                    _log_probabilities(model, window) for model in (self.loaded.model, pruned)
+                )
+                total += float((expected.exp() * (expected - actual)).sum(-1).mean())
+        return max(total / len(self._judged), 0.0)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a budget comes to.
+
+    Attributes:
+        budget: What was asked.
+        settings: Of the plan, as far as it is known before there is one.
+        evidence: What is known of all axes.
+        choice: What was chosen.
+        dense: What the dense model takes.
+    """
+
+    budget: Budget
+    settings: PruneSettings
+    evidence: Evidence
+    choice: Choice
+    dense: float
+
+    def finish(self, plan: PruningPlan, tokenizer: Any) -> PruningPlan:
+        """The plan with as many channels as fit, and what each axis gives.
+
+        Args:
+            plan: Made with the settings.
+            tokenizer: Of the tokens that stay.
+
+        Raises:
+            InputError: It cannot be met.
+        """
+        budget = self.budget
+        plan = self._widest(plan, tokenizer)
+        reached = budget.cost(plan.shape, tokenizer)
+        excess = self.dense - budget.target
+        stay = sum(plan.dense_widths[block.origin] for block in plan.shape.blocks)
+        ratio = 1 - sum(plan.shape.ffn_widths) / stay
+        axes = self.evidence.shares(self.choice, excess, self.dense - reached, ratio)
+        shares = BudgetShares(budget.name, budget.unit, budget.target, self.dense, reached, axes)
+        return replace(plan, budget=shares)
+
+    def _widest(self, plan: PruningPlan, tokenizer: Any) -> PruningPlan:
+        """Where the ratio is fixed that of the plan is tried first; else none, then ever more units."""
+        budget, align = self.budget, plan.settings.align
+        fixed = "ffn" not in budget.axes
+        first = plan if fixed else plan.at_ratio(0.0)
+        if budget.cost(first.shape, tokenizer) <= budget.target:
+            return first
+        dense = [plan.dense_widths[block.origin] for block in plan.shape.blocks]
+        units, total = sum(width // align for width in dense), sum(dense)
+        least = plan.settings.prune_ratio if fixed else 0.0
+        tried = range(max(0, int(units - (1 - least) * total / align)), units - len(dense) + 1)
+
+        def cut(units_gone: int) -> PruningPlan:
+            return plan.at_ratio(max(0.0, 1 - (units - units_gone) * align / total))
+
+        place = _first(tried, lambda gone: budget.cost(cut(gone).shape, tokenizer) <= budget.target)
+        if place is None:
+            raise unreachable(budget, budget.cost(cut(tried[-1]).shape, tokenizer))
+        return cut(place)
+
+
+def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, budget: Budget) -> Decision:
+    """Settings with which a model meets a budget at the least predicted loss.
+
+    Args:
+        trials: The dense model.
+        order: In which order tokens go; None where none may go or does.
+        settings: How to prune, and how much of what is fixed.
+        budget: What to meet.
+
+    Raises:
+        InputError: No combination meets it.
+    """
+    loaded = trials.loaded
+    shape = model_shape(loaded.model)
+    dense = budget.cost(shape, loaded.tokenizer)
+    if dense <= budget.target:
+        budget = replace(budget, axes=())
+    vocabulary = _Vocabulary(loaded, order, budget, settings.vocabulary)
+    removals = {axis: _removals(trials, axis, getattr(settings, axis), budget) for axis in REMOVED_WHOLE}
+    levels = {axis: _levels(axis, found, budget, shape, loaded.tokenizer) for axis, found in removals.items()}
+    levels["vocabulary"] = vocabulary.levels(shape)
+    evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
+    choice = evidence.choose(dense - budget.target)
+    if choice is None:
+        raise unreachable(budget, dense - evidence.most)
+    blocks, attentions = (removals[axis][choice.levels[axis]] for axis in ("blocks", "attentions"))
+    if choice.ratio == evidence.ratios[0]:
+        left = trials.plan.at_ratio(choice.ratio).shape.without(blocks.removed, attentions.removed)
+        level = vocabulary.fit(choice.levels["vocabulary"], left)
+        choice = replace(choice, levels={**choice.levels, "vocabulary": level})
+    size = vocabulary.sizes[choice.levels["vocabulary"]]
+    chosen = replace(
+        settings,
+        prune_ratio=choice.ratio,
+        vocabulary=0 if size == vocabulary.tokens and not settings.vocabulary else size,
+        blocks=len(blocks.removed),
+        attentions=len(attentions.removed),
+    )
+    return Decision(budget, chosen, evidence, choice, dense)
+
+
+def _removals(trials: Trials, axis: str, fixed: int, budget: Budget) -> list[Removal]:
+    """The choices that there are, of the fewest removals first: none, or the fixed number, where it is fixed."""
+    if fixed:
+        return trials.removals(axis, fixed)[-1:]
+    nothing = [Removal((), (), 0.0, 0)]
+    return nothing + (trials.removals(axis, 0) if axis in budget.axes else [])
+
+
+def _levels(
+    axis: str, removals: Sequence[Removal], budget: Budget, shape: ModelShape, tokenizer: Any
+) -> Levels:
+    """What attentions or blocks save, all of them alike, and cost."""
+    numbers = np.array([len(removal.removed) for removal in removals])
+    last = removals[-1].removed
+    saved = budget.cost(shape, tokenizer) - budget.cost(shape.without(**{axis: last}), tokenizer)
+    losses = np.maximum.accumulate([removal.loss for removal in removals])
+    return Levels(len(shape.blocks), numbers, numbers * (saved / max(len(last), 1)), losses)
+
+
+def _channels(
+    trials: Trials, settings: PruneSettings, budget: Budget, shape: ModelShape, dense: float
+) -> tuple[ChannelCurve, int, float, tuple[float, float]]:
+    """What `Evidence` has of FFN channels: their curve, their number, what one saves, how many may go."""
+    widths, align, fixed = shape.ffn_widths, settings.align, settings.prune_ratio
+    half = [min(width, max(align, width // 2 // align * align)) for width in widths]
+    gone = sum(widths) - sum(half)
+    if not gone or ("ffn" not in budget.axes and not fixed):
+        return ChannelCurve(), sum(widths), 0.0, (0.0, 0.0)
+    saves = (dense - budget.cost(shape.with_ffn_widths(half), trials.loaded.tokenizer)) / gone
+    if "ffn" not in budget.axes:
+        return trials.channels((fixed,)), sum(widths), saves, (fixed, fixed)
+    return trials.channels(RATIOS), sum(widths), saves, (0.0, 1 - len(widths) * align / sum(widths))
+
+
+class _Vocabulary:
+    """The sizes that a vocabulary may have for a budget.
+
+    Attributes:
+        tokens: Of the dense model's tokenizer.
+        sizes: What may be kept, the most first.
+    """
+
+    def __init__(self, loaded: LoadedModel, order: TokenOrder | None, budget: Budget, fixed: int) -> None:
+        self._tokenizer, self._order, self._budget = loaded.tokenizer, order, budget
+        self.tokens = len(loaded.tokenizer)
+        least = self.tokens - (len(order.removed) if order else 0)
+        free = [size for size in range(least, self.tokens) if size % TOKEN_STEP == 0]
+        self.sizes = [fixed] if fixed else [self.tokens, *reversed(free)]
+
+    def levels(self, shape: ModelShape) -> Levels:
+        """What ever smaller ones save a model of this shape, and cost it."""
+        if self._order is None:
+            return Levels.nothing(self.tokens)
+        removed = self.tokens - np.array(self.sizes)
+        knots = np.unique(np.linspace(0, len(removed) - 1, _KNOTS).round().astype(int))
+        dense = self._budget.cost(shape, self._tokenizer)
+        saved = [dense - self._cost(int(place), shape) for place in knots]
+        every = np.interp(np.arange(len(removed)), knots, saved)
+        return Levels(self.tokens, removed, every, self._order.losses[removed])
+
+    def fit(self, level: int, shape: ModelShape) -> int:
+        """The level of the most tokens with which a model of this shape keeps to the budget, near a level."""
+        while level + 1 < len(self.sizes) and self._cost(level, shape) > self._budget.target:
+            level += 1
+        while level > 0 and self._cost(level - 1, shape) <= self._budget.target:
+            level -= 1
+        return level
+
+    def _cost(self, level: int, shape: ModelShape) -> float:
+        size = self.sizes[level]
+        if self._order is None or size == self.tokens:
+            return self._budget.cost(shape, self._tokenizer)
+        kept = kept_tokens(self._tokenizer, set(self._order.removed[: self.tokens - size]))
+        return self._budget.cost(replace(shape, vocab_size=size), trimmed_tokenizer(self._tokenizer, kept))
+
+
+def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
+    """At every other position; the output matrix costs as much as many blocks."""
+    hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[:, ::2]
+    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
+    return logits.log_softmax(-1)
+
+
+def _first(places: range, holds: Callable[[int], bool]) -> int | None:
+    """The first place where something holds that, but for a few places, holds from there on."""
+    low, high = 0, len(places)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(places[middle]) else (middle + 1, high)
+    return next((place for place in places[low:] if holds(place)), None)

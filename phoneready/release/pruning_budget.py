@@ -1,0 +1,49 @@
+"""The budget that settings with a target ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from cfsp.models.source import LoadedModel
+from cfsp.pruning.budget import Budget
+from cfsp.pruning.parameters import count_parameters
+from cfsp.units import parse_bytes, parse_count
+from phoneready.settings.schema import PruneConfig
+from phoneready.sizes import FileSizes, Sizes
+
+
+def budget_of(
+    settings: PruneConfig,
+    loaded: LoadedModel,
+    folder: Path,
+    *,
+    made: Collection[str] = (),
+    use_imatrix: bool = True,
+    seed: int = 0,
+) -> Budget | None:
+    """What a model may take; None where the settings have no target.
+
+    Args:
+        settings: With a target or without.
+        loaded: The dense model.
+        folder: Scratch.
+        made: Formats that are exported, where the settings name none.
+        use_imatrix: Whether files are quantized with an importance matrix.
+        seed: Of the run.
+
+    Raises:
+        InputError: A target that cannot be.
+    """
+    if settings.target_parameters is not None:
+        target = parse_count(settings.target_parameters, "target_parameters")
+        cost = count_parameters(loaded.model)
+        return Budget("target_parameters", target, cost, "parameters", settings.target_axes)
+    if settings.target_size is None:
+        return None
+    items = settings.sized_formats(made)
+    sizes = Sizes(loaded, folder, use_imatrix, seed, torch.get_num_threads(), items)
+    target = parse_bytes(settings.target_size, "target_size")
+    return Budget("target_size", target, FileSizes(sizes, items), "bytes", settings.target_axes)

@@ -1,0 +1,156 @@
+"""One budget over all axes: the least predicted loss, and a model that takes no more than was asked."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
+from cfsp.pruning.budget import Budget, ChannelCurve, Evidence, Levels
+from cfsp.pruning.parameters import count_parameters
+from cfsp.pruning.prune import PruneResult, prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.records import record_from_json, record_to_json
+from cfsp.text.calibration import Calibration
+
+IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
+SETTINGS = PruneSettings(prune_ratio=0, align=8, dtype="float32")
+
+
+def loaded(tiny_model: Any, *args: Any, **overrides: Any) -> LoadedModel:
+    model, tokenizer = tiny_model(*args, **overrides)
+    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
+
+
+def parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def prune(dense: LoadedModel, target: float, settings: PruneSettings = SETTINGS, **more: Any) -> PruneResult:
+    budget = Budget("target_parameters", target, count_parameters(dense.model), "parameters", **more)
+    return prune_model(dense, Calibration(IDS, ("random",), 0, "0" * 64), settings, budget=budget)
+
+
+def test_a_curve_goes_through_what_was_measured() -> None:
+    curve = ChannelCurve((0.1, 0.2, 0.4), (0.2, 0.8, 1.6))
+    assert curve.at(np.array([0.1, 0.2, 0.4])) == pytest.approx([0.2, 0.8, 1.6])
+    # Twice the ratio is four times the loss below 0.2, and twice the loss from there on.
+    assert curve.at(np.array([0.0, 0.05, 0.3, 0.8])) == pytest.approx([0.0, 0.05, 1.2, 3.2])
+    assert ChannelCurve().at(np.array([0.5])) == 0
+
+
+def test_the_combination_of_the_least_loss_is_found() -> None:
+    draw = np.random.default_rng(3)
+
+    def levels(units: int, count: int) -> Levels:
+        return Levels(
+            units,
+            np.arange(count),
+            np.cumsum(draw.uniform(0, 5, count)) * (np.arange(count) > 0),
+            np.cumsum(draw.uniform(0, 0.1, count)) * (np.arange(count) > 0),
+        )
+
+    tables = {"vocabulary": levels(50, 20), "attentions": levels(8, 4), "blocks": levels(8, 3)}
+    curve = ChannelCurve((0.1, 0.3), (0.1, 0.5))
+    evidence = Evidence(tables, curve, channels=100, channel_saves=0.5, ratios=(0.0, 0.9))
+    for excess in (3.0, 20.0, 50.0, 70.0):
+        best = np.inf
+        for v, a, b in itertools.product(range(20), range(4), range(3)):
+            picked = list(zip(tables.values(), (v, a, b), strict=True))
+            missing = max(0.0, excess - sum(table.saved[level] for table, level in picked))
+            ratio = missing / 0.5 / (100 * (1 - b / 8))
+            if ratio <= 0.9:
+                lost = sum(table.losses[level] for table, level in picked) + float(curve.at(np.array(ratio)))
+                best = min(best, lost)
+        choice = evidence.choose(excess)
+        assert choice is not None
+        assert choice.loss == pytest.approx(best)
+        for axis in (*tables, "ffn"):
+            alone = evidence.choose(excess, axis)
+            assert alone is None or alone.loss >= choice.loss - 1e-12
+            assert alone is None or all(level == 0 for name, level in alone.levels.items() if name != axis)
+    assert evidence.choose(evidence.most + 1) is None
+    assert evidence.choose(evidence.most - 1e-6) is not None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_they_will_be(tiny_model: Any, tied: bool) -> None:
+    dense = loaded(tiny_model, "qwen2", tied=tied)
+    cost, tokenizer = count_parameters(dense.model), dense.tokenizer
+    settings = PruneSettings(prune_ratio=0.3, align=8, vocabulary=300, blocks=1, attentions=1)
+    result = prune_model(dense, Calibration(IDS, ("random",), 0, "0" * 64), settings)
+    assert cost(result.plan.shape, tokenizer) == parameters(result.loaded.model)
+
+
+def test_the_order_of_tokens_is_that_of_any_vocabulary(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    counts = count_tokens(IDS.tolist(), 384)
+    order = token_order(dense, counts)
+    assert len(order.losses) == len(order.removed) + 1
+    assert order.losses[0] == 0
+    assert (np.diff(order.losses) > 0).all()
+    kept = plan_vocabulary(dense, counts, 350, sources=()).kept
+    assert set(range(384)) - set(kept) == set(order.removed[:34])
+
+
+@pytest.mark.parametrize("share", [0.95, 0.75, 0.55])
+def test_a_budget_is_met_to_the_step(tiny_model: Any, share: float) -> None:
+    dense = loaded(tiny_model)
+    target = share * parameters(dense.model)
+    result = prune(dense, target)
+    shares = result.plan.budget
+    assert shares is not None
+    reached = parameters(result.loaded.model)
+    assert reached == shares.reached <= target
+    # A unit of channels has 8 x 3 x 64 parameters, a step of the vocabulary 32 x 64.
+    assert target - reached < max(8 * 3 * 64, 32 * 64)
+    assert sum(axis.saved for axis in shares.axes) == pytest.approx(shares.dense - reached)
+    by_name = {axis.axis: axis for axis in shares.axes}
+    assert by_name["blocks"].removed == len(result.plan.gone)
+    assert by_name["attentions"].removed == len(result.plan.silent)
+    kept = result.plan.vocabulary
+    assert by_name["vocabulary"].removed == (384 - len(kept.kept) if kept else 0)
+    assert record_from_json(type(result.plan), record_to_json(result.plan), where="x") == result.plan
+    assert result.plan.at_ratio(0.1).budget is None
+
+
+def test_what_is_fixed_stays_so(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    before = parameters(dense.model)
+    fixed = PruneSettings(prune_ratio=0, align=8, dtype="float32", vocabulary=330, attentions=1)
+    plan = prune(dense, 0.8 * before, fixed, axes=("ffn",)).plan
+    assert plan.vocabulary is not None
+    assert len(plan.vocabulary.kept) == 330
+    assert (len(plan.silent), len(plan.gone)) == (1, 0)
+    assert plan.keep_ratio < 1
+    plan = prune(loaded(tiny_model), 0.97 * before, axes=("vocabulary",)).plan
+    assert plan.keeps_blocks
+    assert plan.vocabulary is not None
+
+
+def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    result = prune(dense, parameters(dense.model))
+    assert result.plan.keeps_blocks
+    assert result.plan.vocabulary is None
+    assert result.plan.budget is not None
+    assert result.plan.budget.loss == 0
+    for name, value in tiny_model()[0].state_dict().items():
+        assert torch.equal(result.loaded.model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("axes", [("vocabulary",), ("ffn",), ("vocabulary", "ffn", "attentions", "blocks")])
+def test_a_budget_that_nothing_meets_is_refused_with_the_least(
+    tiny_model: Any, axes: tuple[str, ...]
+) -> None:
+    with pytest.raises(InputError, match=r"target_parameters: 0\.00 M .* about (\S+) M parameters") as caught:
+        prune(loaded(tiny_model), 1000.0, axes=axes)
+    least = float(str(caught.value).split("about ")[1].split()[0]) * 1e6
+    result = prune(loaded(tiny_model), least + 5000, axes=axes)
+    assert parameters(result.loaded.model) <= least + 5000

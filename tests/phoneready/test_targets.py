@@ -1,0 +1,156 @@
+"""Targets: `phoneready prune --target-size` and [prune] in release.toml."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from exporters.gguf.files import draft_gguf
+from phoneready.main import main
+from phoneready.settings.release import parse_config
+
+TinyPath = Callable[..., Path]
+SMALL = ["--calibration", "builtin:python-docs", "--nsamples", "3", "--seqlen", "32"]
+MODEL = '[model]\nreference = "x"\n[prune]\n'
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> str:
+    return str(tiny_folder(intermediate_size=512))
+
+
+def size_of(checkpoint: Path, quant: str, folder: Path) -> int:
+    folder.mkdir()
+    return draft_gguf(checkpoint, folder, [quant])[quant].stat().st_size
+
+
+def pruned(model: str, output: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    status = main(["prune", model, "-o", str(output), *SMALL, *more, "--json"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    plan: dict[str, Any] = json.loads(captured.out)
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("quant", "share", "more"),
+    [
+        ("Q4_0", 0.75, ["--target-axes", "vocabulary,ffn"]),
+        ("Q8_0", 0.6, []),
+        ("Q4_K_M", 0.985, ["--prune-ratio", "0", "--target-axes", "vocabulary"]),
+        ("Q8_0", 0.7, ["--vocabulary", "320", "--attentions", "1", "--blocks", "1"]),
+    ],
+)
+def test_the_file_is_as_large_as_was_asked(
+    quant: str,
+    share: float,
+    more: list[str],
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense = pruned(model, tmp_path / "dense", capsys, "--target-size", "1G", "--for", quant)
+    assert dense["keep_ratio"] == 1
+    known = size_of(tmp_path / "dense", quant, tmp_path / "dense-files")
+    assert abs(dense["budget"]["dense"] - known) <= 256, "but for the plan's hash, and what names may take"
+    target = round(share * known)
+    plan = pruned(model, tmp_path / "out", capsys, "--target-size", str(target), "--for", quant, *more)
+    size = size_of(tmp_path / "out", quant, tmp_path / "files")
+    assert size <= target
+    align = plan["settings"]["align"]
+    assert align == {"Q4_K_M": 256}.get(quant, 32)
+    # A unit of channels is 3 x 64 weights each; a token a row of 64, its text and its merge.
+    step = max(align * 3 * 64 * 34 / 32, 32 * 150) if not more else align * 3 * 64 * 34 / 32
+    step = 32 * 150 if "0" in more else step
+    assert target - size < step + 128
+    assert plan["budget"]["reached"] - size in range(0, 128)
+    assert sum(axis["saved"] for axis in plan["budget"]["axes"]) == pytest.approx(
+        plan["budget"]["dense"] - plan["budget"]["reached"]
+    )
+
+
+def test_prune_says_what_each_axis_gives(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--target-parameters", "0.38M", "--target-axes", "vocabulary,ffn", *SMALL]
+    assert main(["prune", model, "--plan-only", str(tmp_path / "plan.json"), *asked]) == 0
+    said = capsys.readouterr().out
+    assert "Target: 0.38 M parameters; the plan takes 0.38 M parameters. The dense model takes 0.47 M" in said
+    assert re.search(r"tokens of the vocabulary \| +\d+ of 384 \| +0\.0\d M parameters \| ", said)
+    assert re.search(r"blocks +\| +0 of 4 \| +0\.00 M parameters \| +0\.000 \| +not possible \|", said)
+    again = ["prune", model, "-o", str(tmp_path / "out"), "--plan", str(tmp_path / "plan.json")]
+    assert main([*again, "--nsamples", "3", "--seqlen", "32"]) == 0
+    assert "Target: 0.38 M parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ["--target-size", "60 apples"],
+            "target_size: not understood (got '60 apples'); allowed: such as 400M",
+        ),
+        (["--target-parameters", "many"], "target_parameters: not understood"),
+        (["--target-size", "1MB", "--target-parameters", "1M"], "give one of the two"),
+        (["--target-size", "1MB", "--target-axes", "heads"], "--target-axes: unknown (got 'heads')"),
+        (
+            ["--target-size", "1MB", "--target-axes", "ffn", "--prune-ratio", "0.1"],
+            "nothing is left that the target may remove",
+        ),
+        (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
+        (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
+        (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
+        (
+            ["--target-size", "2kB", "--target-axes", "ffn", "--for", "Q8_0", *SMALL],
+            "target_size: 0.00 MB is less than any combination of what may be removed takes; allowed: about 0.",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(
+    arguments: list[str],
+    reason: str,
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["prune", model, "-o", "out", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert reason in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_configuration_states_is_fixed() -> None:
+    config = parse_config(MODEL + 'target_size = "60MB"\nvocabulary = 32768\n', where="x")
+    assert config.prune.target_axes == ("ffn", "attentions", "blocks")
+    assert (config.prune.prune_ratio, config.prune.vocabulary) == (0.0, 32768)
+    config = parse_config(MODEL + 'target_size = "60MB"\nprune_ratio = 0.2\n', where="x")
+    assert config.prune.target_axes == ("vocabulary", "attentions", "blocks")
+    assert config.prune.prune_ratio == 0.2
+    assert parse_config(MODEL, where="x").prune.prune_ratio == 0.2
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong"),
+    [
+        ('target_size = "60 apples"', r"line 4: prune\.target_size: .*not understood"),
+        ('target_size = "60MB"\ntarget_parameters = "1M"', "line 3: prune: .*give one of the two"),
+        ('target_size = "60MB"\n[export]\nquants = ["mixed:60MB"]', "line 3: prune: target_size: no file"),
+        ('target_size = "60MB"\n[tune]', "line 5: tune: a search chooses the ratio itself"),
+        ('target_size = "60MB"\n[recover]\ndata = ["self"]', "line 5: recover: the dense model has another"),
+    ],
+)
+def test_a_configuration_whose_target_cannot_be_names_its_line(section: str, wrong: str) -> None:
+    with pytest.raises(InputError, match=wrong):
+        parse_config(MODEL + section, where="release.toml")
