@@ -35,6 +35,8 @@ UNITS: Mapping[str, Callable[[float], str]] = MappingProxyType(
 """What is budgeted -> how it is told."""
 _COUNTED = ("vocabulary", "attentions", "blocks")
 _SLACK = 1e-9
+_AS_GOOD = 1.02
+"""Times the least predicted loss; predictions are no better than that."""
 
 
 class Cost(Protocol):
@@ -195,6 +197,8 @@ class Evidence:
     def choose(self, excess: float, alone: str | None = None) -> Choice | None:
         """The combination of the least loss that saves at least so much; None where none does.
 
+        Of those that are as good as that, one of the fewest axes: a plain checkpoint runs in more places.
+
         Args:
             excess: What is to be saved.
             alone: An axis that alone may give more than the least.
@@ -209,9 +213,11 @@ class Evidence:
         ratio = np.clip(missing / np.maximum(stay, _SLACK), low, high)
         lost = _sum(losses) + self.curve.at(ratio)
         lost[missing > high * stay + _SLACK * max(abs(excess), 1.0)] = np.inf
-        best = np.unravel_index(int(lost.argmin()), lost.shape)
-        if not np.isfinite(lost[best]):
+        if not np.isfinite(least := float(lost.min())):
             return None
+        used = _sum([np.arange(len(part)) > 0 for part in saved]) + (ratio > low)
+        ranked = np.where(lost <= _AS_GOOD * least, used + lost / (_AS_GOOD * least or 1.0), np.inf)
+        best = np.unravel_index(int(ranked.argmin()), lost.shape)
         levels = {axis: int(level) for axis, level in zip(_COUNTED, best, strict=True)}
         return Choice(levels, float(ratio[best]), float(lost[best]))
 
@@ -249,10 +255,10 @@ class Evidence:
         return tuple(replace(found[axis], alone=only.loss if only else None) for axis, only in alone.items())
 
 
-def _sum(rows: Sequence[Array]) -> Array:
+def _sum(rows: Sequence[npt.NDArray[Any]]) -> Array:
     """Of every combination of one entry of each row."""
-    first, second, third = rows
-    return first[:, None, None] + second[None, :, None] + third[None, None, :]
+    first, second, third = (np.asarray(row, np.float64) for row in rows)
+    return np.asarray(first[:, None, None] + second[None, :, None] + third[None, None, :])
 
 
 def unreachable(budget: Budget, smallest: float) -> InputError:
