@@ -20,7 +20,7 @@ seed = 3
 [model]
 reference = "{model}"
 [prune]
-prune_ratio = 0.25
+{amount}
 nsamples = 4
 seqlen = 32
 strength = 0.5
@@ -50,7 +50,11 @@ check_text = false
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "amount", ["prune_ratio = 0.25", 'target_size = "280kB"\ntarget_axes = ["ffn", "blocks"]\nattentions = 1']
+)
 def test_the_commands_make_the_releases_model_files_byte_for_byte(
+    amount: str,
     tiny_folder: TinyPath,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -58,7 +62,7 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "release.toml"
-    config.write_text(CONFIG.format(model=tiny_folder(intermediate_size=256)), encoding="utf-8")
+    config.write_text(CONFIG.format(model=tiny_folder(intermediate_size=256), amount=amount), encoding="utf-8")
     assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     commands = [shlex.split(line)[1:] for line in manifest["commands"]]
