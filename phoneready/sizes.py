@@ -33,7 +33,7 @@ from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""
-_NAMES_BYTES = 64
+_NAMES_BYTES = 128
 """By which a file may be larger that has a longer name than was thought."""
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
 

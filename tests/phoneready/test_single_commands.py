@@ -62,7 +62,9 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "release.toml"
-    config.write_text(CONFIG.format(model=tiny_folder(intermediate_size=256), amount=amount), encoding="utf-8")
+    config.write_text(
+        CONFIG.format(model=tiny_folder(intermediate_size=256), amount=amount), encoding="utf-8"
+    )
     assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     commands = [shlex.split(line)[1:] for line in manifest["commands"]]

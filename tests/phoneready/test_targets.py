@@ -70,8 +70,8 @@ def test_the_file_is_as_large_as_was_asked(
     # A unit of channels is 3 x 64 weights each; a token a row of 64, its text and its merge.
     step = max(align * 3 * 64 * 34 / 32, 32 * 150) if not more else align * 3 * 64 * 34 / 32
     step = 32 * 150 if "0" in more else step
-    assert target - size < step + 128
-    assert plan["budget"]["reached"] - size in range(0, 128)
+    assert target - size < step + 192
+    assert plan["budget"]["reached"] - size in range(0, 192)
     assert sum(axis["saved"] for axis in plan["budget"]["axes"]) == pytest.approx(
         plan["budget"]["dense"] - plan["budget"]["reached"]
     )
