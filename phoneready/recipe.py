@@ -226,8 +226,9 @@ def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     counted = {"vocabulary_text": _identities(config.prune.vocabulary_text)}
     prune, target = config.prune, {}
     if prune.target:
-        formats = prune.sized_formats(config.export.names) if prune.target_size else ()
-        target = {"target": [prune.target_size, prune.target_parameters, prune.target_axes, formats]}
+        formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
+        asked = [prune.target_size, prune.target_parameters, prune.target_speed]
+        target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
         target |= made_with("export", families=("gguf",)) if formats else {}
     return dataclasses.asdict(config.prune_settings()) | counted | target | made_with("prune")
 

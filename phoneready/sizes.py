@@ -173,6 +173,31 @@ class FileSizes:
         return self._tokens[tokens]
 
 
+@dataclass(frozen=True)
+class DecodeTimes:
+    """Time that a token takes, as a share of the dense model's: a `cfsp.pruning.budget.Cost`.
+
+    A generated token reads all weights once, which is what takes the time on a phone; of several files the slowest
+    counts.
+
+    Args:
+        sizes: Of the dense model.
+        items: Quantizations.
+    """
+
+    sizes: Sizes
+    items: Sequence[str]
+
+    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
+        """Of a model with this shape; what tokens are called takes no time."""
+        return max(self.sizes.facts(item, shape).read_bytes / self._dense[item] for item in self.items)
+
+    @functools.cached_property
+    def _dense(self) -> dict[str, int]:
+        shape = model_shape(self.sizes.loaded.model)
+        return {item: self.sizes.facts(item, shape).read_bytes for item in self.items}
+
+
 def _narrow(model: Any, widths: Sequence[int]) -> None:
     """Keep the first channels of every block, in place."""
     with torch.no_grad():

@@ -30,6 +30,7 @@ UNITS: Mapping[str, Callable[[float], str]] = MappingProxyType(
     {
         "bytes": lambda value: f"{value / 1e6:.2f} MB",
         "parameters": lambda value: f"{value / 1e6:.2f} M parameters",
+        "decode": lambda value: f"{value:.2%} of the dense decode time",
     }
 )
 """What is budgeted -> how it is told."""

@@ -28,7 +28,7 @@ def single_commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str
 
 def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     asked = config.prune
-    formats = asked.sized_formats(config.export.names) if asked.target_size else asked.for_quant
+    formats = asked.sized_formats(config.export.names) if asked.reads_files else asked.for_quant
     settings = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=formats)
     # What is said twice is fixed; what the target decides must not be.
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}

@@ -12,7 +12,7 @@ from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.units import parse_bytes, parse_count
 from phoneready.settings.schema import PruneConfig
-from phoneready.sizes import FileSizes, Sizes
+from phoneready.sizes import DecodeTimes, FileSizes, Sizes
 
 
 def budget_of(
@@ -37,13 +37,16 @@ def budget_of(
     Raises:
         InputError: A target that cannot be.
     """
+    if not settings.target:
+        return None
     if settings.target_parameters is not None:
-        target = parse_count(settings.target_parameters, "target_parameters")
+        target: float = parse_count(settings.target_parameters, "target_parameters")
         cost = count_parameters(loaded.model)
         return Budget("target_parameters", target, cost, "parameters", settings.target_axes)
-    if settings.target_size is None:
-        return None
     items = settings.sized_formats(made)
     sizes = Sizes(loaded, folder, use_imatrix, seed, torch.get_num_threads(), items)
-    target = parse_bytes(settings.target_size, "target_size")
+    if settings.target_speed is not None:
+        target = 1 / settings.target_speed
+        return Budget("target_speed", target, DecodeTimes(sizes, items), "decode", settings.target_axes)
+    target = parse_bytes(settings.target_size or "", "target_size")
     return Budget("target_size", target, FileSizes(sizes, items), "bytes", settings.target_axes)

@@ -16,6 +16,8 @@ AXIS_SETTINGS = MappingProxyType(
 )
 """Axis -> the setting that says how much of it goes."""
 
+_TARGETS = ("target_size", "target_parameters", "target_speed")
+
 
 def _size(text: str) -> str:
     parse_bytes(text, "target_size")
@@ -33,7 +35,7 @@ class TargetSettings(Settings):
 
     for_quant: tuple[str, ...] = setting(
         (),
-        "Quantizations the widths must fit, and whose files a target size is of.",
+        "Quantizations the widths must fit, and whose files a target size or speed is of.",
         option="--for --for-quant",
         look_up=lambda name: find_format(name).name,
         metavar="QUANT,...",
@@ -53,6 +55,14 @@ class TargetSettings(Settings):
         metavar="N",
         example="100M",
     )
+    target_speed: float | None = setting(
+        None,
+        "The same for decode that is so many times as fast as the dense model's, by the bytes that a token reads.",
+        gt=1,
+        le=1000,
+        metavar="FACTOR",
+        example=1.5,
+    )
     target_axes: tuple[str, ...] = setting(
         tuple(AXIS_SETTINGS),
         "What a target may remove; what has a setting of its own that is given goes by that.",
@@ -63,23 +73,28 @@ class TargetSettings(Settings):
     @property
     def target(self) -> str:
         """The target in words, "" where there is none."""
-        return self.target_size or self.target_parameters or ""
+        speed = f"{self.target_speed:g}x" if self.target_speed else ""
+        return self.target_size or self.target_parameters or speed
 
     @property
     def target_problem(self) -> str | None:
         """What is wrong between the settings."""
-        if not self.target:
-            return None
-        if self.target_size and self.target_parameters:
-            return "target_size and target_parameters: give one of the two"
-        return None if self.target_axes else "nothing is left that the target may remove"
+        given = [name for name in _TARGETS if getattr(self, name)]
+        if len(given) > 1:
+            return f"{' and '.join(given)}: give one of them"
+        return "nothing is left that the target may remove" if given and not self.target_axes else None
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether the target is one of files, not of the model alone."""
+        return bool(self.target_size or self.target_speed)
 
     def frees(self, axis: str) -> bool:
         """Whether a target says how much of an axis goes."""
         return bool(self.target) and axis in self.target_axes
 
     def sized_formats(self, made: Collection[str]) -> tuple[str, ...]:
-        """Formats that a target size is of: those of `for_quant`, else those that are made anyway.
+        """Formats that a target size or speed is of: those of `for_quant`, else those that are made anyway.
 
         Raises:
             InputError: No file of them has a size that follows from the model's shape.
@@ -87,10 +102,10 @@ class TargetSettings(Settings):
         names = self.for_quant or tuple(made) or (DEFAULT_FORMAT,)
         gguf = FAMILIES["gguf"]
         found = tuple(name for name in names if gguf.has(name) and gguf.find(name).is_sized)
-        if self.target_size and not found:
+        if self.reads_files and not found:
             raise InputError(
                 "no file of a size that follows from the shape",
-                field="target_size",
+                field="target_size" if self.target_size else "target_speed",
                 value=", ".join(names),
                 allowed=f"one of {', '.join(gguf.formats)}",
             )

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
+from cfsp.models.gguf_file import read_gguf
 from exporters.gguf.files import draft_gguf
 from phoneready.main import main
 from phoneready.settings.release import parse_config
@@ -77,6 +78,29 @@ def test_the_file_is_as_large_as_was_asked(
     )
 
 
+def read_bytes(file: Path) -> int:
+    """Of a token: the embedding, where it is the output matrix too, is read once."""
+    tensors = {tensor.name: tensor.data.nbytes for tensor in read_gguf(file).tensors}
+    untied = "output.weight" in tensors
+    return sum(size for name, size in tensors.items() if not (untied and name == "token_embd.weight"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_as_little_as_was_asked(
+    tied: bool, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_folder(tied=tied, intermediate_size=512))
+    read = {}
+    for name, more in (("dense", []), ("fast", ["--target-speed", "1.5", "--target-axes", "vocabulary,ffn"])):
+        more = more or ["--prune-ratio", "0"]
+        plan = pruned(model, tmp_path / name, capsys, "--for", "Q8_0", *more)
+        (tmp_path / f"{name}-files").mkdir()
+        read[name] = read_bytes(draft_gguf(tmp_path / name, tmp_path / f"{name}-files", ["Q8_0"])["Q8_0"])
+    assert read["fast"] <= read["dense"] / 1.5 < read["fast"] + 32 * 3 * 64 * 34 / 32 + 1
+    assert plan["budget"]["reached"] == pytest.approx(read["fast"] / read["dense"])
+    assert plan["budget"]["unit"] == "decode"
+
+
 def test_prune_says_what_each_axis_gives(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,7 +123,15 @@ def test_prune_says_what_each_axis_gives(
             "target_size: not understood (got '60 apples'); allowed: such as 400M",
         ),
         (["--target-parameters", "many"], "target_parameters: not understood"),
-        (["--target-size", "1MB", "--target-parameters", "1M"], "give one of the two"),
+        (
+            ["--target-size", "1MB", "--target-parameters", "1M"],
+            "target_size and target_parameters: give one of them",
+        ),
+        (
+            ["--target-speed", "1"],
+            "--target-speed: out of range (got 1.0); allowed: above 1 and at most 1000",
+        ),
+        (["--target-speed", "2", "--for", "mixed:1MB"], "target_speed: no file of a size that follows"),
         (["--target-size", "1MB", "--target-axes", "heads"], "--target-axes: unknown (got 'heads')"),
         (
             ["--target-size", "1MB", "--target-axes", "ffn", "--prune-ratio", "0.1"],
@@ -145,7 +177,7 @@ def test_what_a_configuration_states_is_fixed() -> None:
     ("section", "wrong"),
     [
         ('target_size = "60 apples"', r"line 4: prune\.target_size: .*not understood"),
-        ('target_size = "60MB"\ntarget_parameters = "1M"', "line 3: prune: .*give one of the two"),
+        ('target_size = "60MB"\ntarget_parameters = "1M"', "line 3: prune: .*give one of them"),
         ('target_size = "60MB"\n[export]\nquants = ["mixed:60MB"]', "line 3: prune: target_size: no file"),
         ('target_size = "60MB"\n[tune]', "line 5: tune: a search chooses the ratio itself"),
         ('target_size = "60MB"\n[recover]\ndata = ["self"]', "line 5: recover: the dense model has another"),
