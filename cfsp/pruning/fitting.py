@@ -211,7 +211,9 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     if dense <= budget.target:
         budget = replace(budget, axes=())
     vocabulary = _Vocabulary(loaded, order, budget, settings.vocabulary)
-    removals = {axis: _removals(trials, axis, getattr(settings, axis), budget) for axis in REMOVED_WHOLE}
+    removals = {
+        axis: _removals(trials, axis, getattr(settings, axis), budget, shape) for axis in REMOVED_WHOLE
+    }
     levels = {axis: _levels(axis, found, budget, shape, loaded.tokenizer) for axis, found in removals.items()}
     levels["vocabulary"] = vocabulary.levels(shape)
     evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
@@ -234,12 +236,18 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     return Decision(budget, chosen, evidence, choice, dense)
 
 
-def _removals(trials: Trials, axis: str, fixed: int, budget: Budget) -> list[Removal]:
+def _removals(trials: Trials, axis: str, fixed: int, budget: Budget, shape: ModelShape) -> list[Removal]:
     """The choices that there are, of the fewest removals first: none, or the fixed number, where it is fixed."""
     if fixed:
         return trials.removals(axis, fixed)[-1:]
-    nothing = [Removal((), (), 0.0, 0)]
-    return nothing + (trials.removals(axis, 0) if axis in budget.axes else [])
+    found = [Removal((), (), 0.0, 0)]
+    if axis in budget.axes:
+        try:
+            budget.cost(shape.without(**{axis: [len(shape.blocks) - 1]}), trials.loaded.tokenizer)
+        except InputError:
+            return found  # the format that is budgeted has no such models
+        found += trials.removals(axis, 0)
+    return found
 
 
 def _levels(

@@ -78,6 +78,18 @@ def test_the_file_is_as_large_as_was_asked(
     )
 
 
+def test_what_a_file_cannot_say_is_not_removed(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No architecture of llama.cpp takes a qwen3 model of which some blocks do not attend."""
+    model = str(tiny_folder("qwen3"))
+    asked = ["--target-size", "125kB", "--for", "Q8_0", "--target-axes", "attentions,blocks,ffn"]
+    plan = pruned(model, tmp_path / "out", capsys, *asked)
+    assert "attention" not in plan
+    assert plan["budget"]["dense"] > 140_000
+    assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= 125_000
+
+
 def read_bytes(file: Path) -> int:
     """Of a token: the embedding, where it is the output matrix too, is read once."""
     tensors = {tensor.name: tensor.data.nbytes for tensor in read_gguf(file).tensors}
