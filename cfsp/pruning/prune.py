@@ -15,6 +15,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.attention import plan_attentions
 from cfsp.pruning.axes.blocks import plan_blocks
 from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.axes.spelling import teach_spellings
 from cfsp.pruning.axes.token_order import Counts
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
@@ -37,6 +38,8 @@ from cfsp.text.tokens import document_ids, load_documents, tokens_sha256
 
 MOMENT_WINDOWS = 16
 """Windows behind the activation moments that quantizers use; more does not change what they choose."""
+SPELLING_WINDOWS = 16
+"""Windows on which the dense model is looked at before it loses tokens."""
 GRADIENT_WINDOWS = 32
 """Windows behind the gradients of the loss."""
 PROBE_WINDOWS, PROBE_TOKENS = 4, 256
@@ -91,7 +94,7 @@ def prune_model(
     else:
         check_plan_fits(loaded.model, plan)
         check_settings(plan.settings)
-        loaded, calibration = trim(loaded, calibration, plan.vocabulary)
+        loaded, calibration = trim(loaded, calibration, plan.vocabulary, plan.settings, progress=progress)
         row = RECONSTRUCTIONS[plan.settings.reconstruct]
         if row.needs_statistics and not plan.keeps_blocks:
             with products_in(plan.settings.dtype):
@@ -136,7 +139,7 @@ def plan_model(
         decision = _decide(loaded, calibration, settings, counted, budget, progress)
         settings = decision.settings
     vocabulary = _vocabulary(loaded, calibration, settings, counted)
-    loaded, calibration = trim(loaded, calibration, vocabulary)
+    loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     depth, attention = _removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention)
@@ -212,11 +215,23 @@ def _document_tokens(reference: str, tokenizer: Any) -> Iterator[Sequence[int]]:
 
 
 def trim(
-    loaded: LoadedModel, calibration: Calibration, vocabulary: VocabularyPlan | None
+    loaded: LoadedModel,
+    calibration: Calibration,
+    vocabulary: VocabularyPlan | None,
+    settings: PruneSettings,
+    *,
+    progress: Progress = no_progress,
 ) -> tuple[LoadedModel, Calibration]:
-    """The model, changed in place, and the windows with the tokens that are kept; both as they are without a plan."""
+    """The model, changed in place, and the windows with the tokens that are kept; both as they are without a plan.
+
+    Unless `settings.reconstruct` is "none", rows that stay learn to spell what goes.
+    """
     if vocabulary is None:
         return loaded, calibration
+    if settings.reconstruct != "none":
+        with products_in(settings.dtype):
+            windows = spread_windows(calibration.input_ids, SPELLING_WINDOWS)
+            teach_spellings(loaded, vocabulary, windows, progress=progress)
     trimmed = cut_vocabulary(loaded, vocabulary)
     ids = respell(calibration.input_ids, vocabulary, loaded.tokenizer, trimmed.tokenizer)
     return trimmed, replace(calibration, input_ids=ids, sha256=tokens_sha256(ids))

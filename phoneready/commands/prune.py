@@ -147,7 +147,8 @@ def _summary(plan: PruningPlan) -> dict[str, Any]:
 
     record = record_to_json(plan)
     if plan.vocabulary:
-        record["vocabulary"] = {k: v for k, v in record["vocabulary"].items() if k != "kept"}
+        hidden = ("kept", "counts")
+        record["vocabulary"] = {k: v for k, v in record["vocabulary"].items() if k not in hidden}
     record["blocks"] = [{k: v for k, v in block.items() if k != "ranking"} for block in record["blocks"]]
     return record | {"keep_ratio": plan.keep_ratio}
 

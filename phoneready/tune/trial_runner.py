@@ -153,7 +153,9 @@ class TrialRunner:
             self._trimmed.clear()
             kept = self.vocabulary(vocabulary)
             copied = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
-            self._trimmed[vocabulary] = Side(*trim(copied, self.calibration, kept), kept)
+            settings = self.config.prune.settings(1)
+            left = trim(copied, self.calibration, kept, settings, progress=self.progress)
+            self._trimmed[vocabulary] = Side(*left, kept)
         return self._trimmed[vocabulary]
 
     @functools.cached_property

@@ -24,9 +24,9 @@ from cfsp.models.token_trees import TokenTrees
 
 Counts = npt.NDArray[np.float64]
 """How often the text has every token, (tokens,)."""
-_SPLIT_NATS = 4.0
-"""What a split costs at the least; measured are 4 to 5 nats for each further token of a text."""
-_PRIOR_SHARE = 0.02
+_SPLIT_NATS = 6.0
+"""What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
+_PRIOR_SHARE = 0.05
 """Weight of what the ranks say beside what the text says."""
 _PRIOR_RANK = 1000.0
 """Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
@@ -61,18 +61,23 @@ def order_tokens(trees: TokenTrees, counts: Counts, required: frozenset[int]) ->
     return TokenOrder(tuple(index for index, _ in steps), losses)
 
 
+def expected_counts(trees: TokenTrees, counts: Counts) -> Counts:
+    """How often text like the counted one has every token: the counts, and a little of what the ranks say."""
+    prior = np.zeros(len(counts))
+    for index, rank in trees.ranks.items():
+        prior[index] = 1 / (rank + _PRIOR_RANK)
+    prior *= _PRIOR_SHARE * max(float(counts.sum()), 1.0) / max(float(prior.sum()), 1e-300)
+    return np.asarray(counts + prior, dtype=np.float64)
+
+
 class _Remover:
     def __init__(self, trees: TokenTrees, counts: Counts, required: frozenset[int]) -> None:
         self._trees = trees
         self._required = required
         self._users = {part: len(users) for part, users in trees.built_on.items()}
-        prior = np.zeros(trees.size)
-        for index, rank in trees.ranks.items():
-            prior[index] = 1 / (rank + _PRIOR_RANK)
-        total = max(float(counts.sum()), 1.0)
         # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
-        self.needed = counts + _PRIOR_SHARE * total * prior / max(float(prior.sum()), 1e-300)
-        known = np.maximum(self.needed, 1e-9 * total)
+        self.needed = expected_counts(trees, counts)
+        known = np.maximum(self.needed, 1e-9 * max(float(counts.sum()), 1.0))
         self._nats = -np.log(known / known.sum())
         self._best = self._nats.copy()
         for index in sorted(trees.ranks, key=lambda token: trees.ranks[token]):

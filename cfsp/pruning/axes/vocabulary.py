@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt
 from torch import nn
 
 from cfsp.errors import InputError
@@ -38,6 +39,7 @@ class VocabularyPlan:
         growth: Tokens after trimming to tokens before, on that text.
         by_script: What stays of every script.
         by_count: What stays of rare and of common tokens.
+        counts: How often the counted text has every token; what is left learns to spell the others by it.
     """
 
     dense_size: int
@@ -47,6 +49,7 @@ class VocabularyPlan:
     growth: float
     by_script: tuple[TokenKind, ...] = ()
     by_count: tuple[TokenKind, ...] = ()
+    counts: tuple[NonNegativeInt, ...] = ()
 
 
 def plan_vocabulary(
@@ -83,7 +86,7 @@ def plan_vocabulary(
     kept = kept_tokens(loaded.tokenizer, gone)
     before = float(counts.sum())
     after = float(
-        sum(counts[index] * len(_spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
+        sum(counts[index] * len(spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
     )
     return VocabularyPlan(
         dense_size=rows,
@@ -93,6 +96,7 @@ def plan_vocabulary(
         growth=after / before if before else 1.0,
         by_script=kinds_by_script(loaded.tokenizer, counts, kept),
         by_count=kinds_by_count(loaded.tokenizer.get_vocab().values(), counts, kept),
+        counts=tuple(np.rint(counts).astype(int).tolist()),
     )
 
 
@@ -194,11 +198,11 @@ def respell(ids: torch.Tensor, plan: VocabularyPlan, tokenizer: Any, trimmed: An
     return torch.tensor(windows, dtype=ids.dtype)
 
 
-def _spelled(index: int, gone: set[int], trees: TokenTrees) -> list[int]:
+def spelled(index: int, gone: Collection[int], trees: TokenTrees) -> list[int]:
     """The kept tokens that stand for a token."""
     if index not in gone:
         return [index]
-    return [part for piece in trees.parts.get(index, ()) for part in _spelled(piece, gone, trees)]
+    return [part for piece in trees.parts.get(index, ()) for part in spelled(piece, gone, trees)]
 
 
 def _cut_rows(model: Any, kept: torch.Tensor) -> None:

@@ -1,0 +1,259 @@
+"""Rows of the output matrix that learn to spell what was removed.
+
+A model trained on a tokenizer's own segmentation has never read a removed token's parts side by side: " cath" and
+"edral" were always one token. So it expects neither the first part where it meant the token, nor the second after the
+first. Both follow from what is known without any training: how often each token stands in the text, the states h in
+which the dense model decides (the final norm's outputs), and its old rows. A kept row w_b changes by the d_b that
+minimizes
+
+    sum over e of n_e (d_b . h_e - g_e)^2 + c n_b (E[(d_b . h)^2] + ridge mean(h^2) |d_b|^2)
+
+over the events e in which b has to say more than it does: at state h_e, n_e times in the text, by g_e nats. n_b is how
+often b has to be said anyway, so that what is common hardly moves; rows with no events stay bit for bit.
+
+- b continues a token after the parts before it: h_e is the state after these, the mean over a few beginnings of the
+  calibration text, and g_e = a max(0, ln share - ln q), with the share of all times that the parts stand there in which
+  b comes next, and the probability q that the dense model, without the removed rows, gives it.
+- b begins a token t: the mass of t is now b's. For normal states of mean m and covariance C, those in which t comes
+  next have the mean m + C (w_t - w), w being the mean row; there g_e = ln(1 + p(t) / p(b)).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cfsp.models.source import LoadedModel
+from cfsp.models.token_trees import token_trees
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.vocabulary import VocabularyPlan, expected_counts, spelled
+
+_CAUTION = 10.0
+"""c: what moves elsewhere costs more than what is gained, as the events are a model of the text."""
+_RIDGE = 0.01
+_SHARE = 0.8
+"""a: text says more about what comes next than the beginnings do."""
+_MOST_FOLDED = 2.0
+"""Nats that a first part gains at the most."""
+_EVENTS = 512
+"""Events of a row, the most frequent ones."""
+_PREFIXES = 16384
+"""Beginnings of removed tokens that are tried, the most frequent ones."""
+_BEGINNINGS, _BEGINNING_TOKENS = 2, 16
+_STATE_TOKENS = 512
+_RUN_TOKENS = 512
+
+Prefix = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Spellings:
+    """What kept tokens have to say for removed ones.
+
+    Attributes:
+        expected: How often the text has every token, (tokens,) float64.
+        firsts: Kept id -> removed ids that it begins.
+        continuations: Kept id -> (parts before it, how often it follows them inside removed tokens).
+        stands: Parts -> how often they stand side by side at all.
+    """
+
+    expected: torch.Tensor
+    firsts: Mapping[int, Sequence[int]]
+    continuations: Mapping[int, Sequence[tuple[Prefix, float]]]
+    stands: Mapping[Prefix, float]
+
+
+@dataclass(frozen=True)
+class States:
+    """Where the dense model decides what comes next.
+
+    Attributes:
+        mean: m, (hidden_size,) float64.
+        square: E[h h^T], (hidden_size, hidden_size) float64.
+        places: Parts -> their row in what follows.
+        after: Mean state after the parts, (prefixes, hidden_size) float64.
+        normalizers: Mean of the log of what the kept rows' softmax is divided by there, (prefixes,) float64.
+    """
+
+    mean: torch.Tensor
+    square: torch.Tensor
+    places: Mapping[Prefix, int]
+    after: torch.Tensor
+    normalizers: torch.Tensor
+
+
+def teach_spellings(
+    loaded: LoadedModel, plan: VocabularyPlan, windows: torch.Tensor, *, progress: Progress = no_progress
+) -> None:
+    """Change rows of the dense model's output matrix (and of the embedding where it is the same) in place.
+
+    Args:
+        loaded: The dense model, with all of its rows.
+        plan: Which tokens are kept; one without counts changes nothing.
+        windows: Calibration windows (n_windows, seqlen) in the dense model's ids.
+        progress: Told about each step.
+    """
+    if not plan.counts or len(plan.kept) == plan.dense_size:
+        return
+    spellings = _spellings(loaded, plan)
+    states = _states(loaded.model, plan, windows, _prefixes(spellings), progress)
+    weight = loaded.model.get_output_embeddings().weight
+    expected = spellings.expected / spellings.expected.sum()
+    with torch.no_grad():
+        covariance = states.square - torch.outer(states.mean, states.mean)
+        mean_row = (weight[: len(expected)].T @ expected.to(weight.dtype)).double()
+        basis, axes = torch.linalg.eigh(states.square)
+        penalty = basis.clamp_min(0) + _RIDGE * basis.mean()
+        rows = sorted(spellings.firsts.keys() | spellings.continuations.keys())
+        for done, row in enumerate(rows, 1):
+            events = [
+                *_continuing(weight, row, spellings, states),
+                *_beginning(weight, row, spellings, states.mean, covariance, mean_row),
+            ]
+            if events:
+                h, gain, times = (torch.cat(each) for each in zip(*events, strict=True))
+                most = times.topk(min(len(times), _EVENTS)).indices
+                often = _CAUTION * max(float(spellings.expected[row]), 1.0)
+                change = _least_squares(h[most] @ axes, gain[most], times[most], often * penalty)
+                weight[row] += (axes @ change).to(weight.dtype)
+            if done % 256 == 0 or done == len(rows):
+                progress("teaching spellings", done, len(rows))
+
+
+_Events = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""States (events, hidden_size), nats to gain and times in the text, (events,); float64."""
+
+
+def _continuing(weight: torch.Tensor, row: int, spellings: Spellings, states: States) -> list[_Events]:
+    """Where a row has to continue removed tokens."""
+    known = [(p, n) for p, n in spellings.continuations.get(row, ()) if p in states.places]
+    if not known:
+        return []
+    places = [states.places[prefix] for prefix, _ in known]
+    times = torch.tensor([n for _, n in known], dtype=torch.float64)
+    share = times / torch.tensor([spellings.stands[prefix] for prefix, _ in known], dtype=torch.float64)
+    h = states.after[places]
+    now = h @ weight[row].double() - states.normalizers[places]
+    return [(h, (_SHARE * (share.log() - now)).clamp_min(0), times)]
+
+
+def _beginning(
+    weight: torch.Tensor,
+    row: int,
+    spellings: Spellings,
+    mean: torch.Tensor,
+    covariance: torch.Tensor,
+    mean_row: torch.Tensor,
+) -> list[_Events]:
+    """Where a row has to begin removed tokens."""
+    begun = spellings.firsts.get(row)
+    if not begun:
+        return []
+    theirs = weight[torch.tensor(begun)].double()
+    h = mean + (theirs - mean_row) @ covariance
+    folded = F.softplus((h * (theirs - weight[row].double())).sum(dim=1))
+    return [(h, folded.clamp_max(_MOST_FOLDED), spellings.expected[torch.tensor(begun)])]
+
+
+def _least_squares(
+    h: torch.Tensor, gain: torch.Tensor, times: torch.Tensor, penalty: torch.Tensor
+) -> torch.Tensor:
+    """The d with the least sum of times (d . h - gain)^2 + penalty d^2, (hidden_size,); solved event by event."""
+    reach = h / penalty
+    result: torch.Tensor = reach.T @ torch.linalg.solve(reach @ h.T + torch.diag(1 / times), gain)
+    return result
+
+
+def _spellings(loaded: LoadedModel, plan: VocabularyPlan) -> Spellings:
+    trees = token_trees(loaded.tokenizer)
+    expected = expected_counts(trees, np.asarray(plan.counts, dtype=np.float64))
+    kept = set(plan.kept)
+    gone = set(trees.parts) - kept
+    firsts: dict[int, list[int]] = defaultdict(list)
+    stands: dict[Prefix, float] = defaultdict(float)
+    follows: dict[tuple[int, Prefix], float] = defaultdict(float)
+    for index in kept:
+        stands[index,] += expected[index]
+    for index in sorted(gone):
+        parts = spelled(index, gone, trees)
+        firsts[parts[0]].append(index)
+        for end in range(1, len(parts)):
+            follows[parts[end], tuple(parts[:end])] += expected[index]
+        for end in range(1, len(parts) + 1):
+            stands[tuple(parts[:end])] += expected[index]
+    continuations: dict[int, list[tuple[Prefix, float]]] = defaultdict(list)
+    for (row, prefix), times in follows.items():
+        continuations[row].append((prefix, times))
+    return Spellings(torch.from_numpy(expected), firsts, continuations, stands)
+
+
+def _prefixes(spellings: Spellings) -> list[Prefix]:
+    """The most frequent beginnings of removed tokens, the short ones first."""
+    often: dict[Prefix, float] = defaultdict(float)
+    for continued in spellings.continuations.values():
+        for prefix, times in continued:
+            often[prefix] += times
+    return sorted(sorted(often, key=lambda prefix: -often[prefix])[:_PREFIXES], key=lambda p: (len(p), p))
+
+
+def _states(
+    model: Any, plan: VocabularyPlan, windows: torch.Tensor, prefixes: Sequence[Prefix], progress: Progress
+) -> States:
+    """Run the dense model over windows, and over every prefix after the beginnings of some."""
+    decoder, width = model.get_decoder(), model.config.hidden_size
+    kept = model.get_output_embeddings().weight[torch.tensor(plan.kept)].float()
+    total, square, tokens = torch.zeros(width).double(), torch.zeros(width, width).double(), 0
+    after, normalizers = torch.zeros(len(prefixes), width).double(), torch.zeros(len(prefixes)).double()
+    with torch.inference_mode():
+        for window in windows[:, :_STATE_TOKENS]:
+            h = decoder(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
+            total += h.sum(dim=0)
+            square += h.T @ h
+            tokens += len(h)
+        beginnings = windows[:: max(1, len(windows) // _BEGINNINGS)][:_BEGINNINGS, :_BEGINNING_TOKENS]
+        for done, beginning in enumerate(beginnings, 1):
+            at = 0
+            for run in _runs(prefixes):
+                h = _last_states(decoder, beginning.tolist(), run)
+                after[at : at + len(run)] += h / len(beginnings)
+                normalizers[at : at + len(run)] += (h @ kept.T).logsumexp(dim=1) / len(beginnings)
+                at += len(run)
+            progress("reading spellings", done, len(beginnings))
+    places = {prefix: place for place, prefix in enumerate(prefixes)}
+    return States(total / tokens, square / tokens, places, after, normalizers)
+
+
+def _runs(prefixes: Sequence[Prefix]) -> Iterator[Sequence[Prefix]]:
+    """Prefixes that are run together."""
+    start = tokens = 0
+    for end, prefix in enumerate(prefixes):
+        if tokens + len(prefix) > _RUN_TOKENS and end > start:
+            yield prefixes[start:end]
+            start, tokens = end, 0
+        tokens += len(prefix)
+    if prefixes:
+        yield prefixes[start:]
+
+
+def _last_states(decoder: Any, beginning: Sequence[int], prefixes: Sequence[Prefix]) -> torch.Tensor:
+    """States after the beginning and each prefix, (prefixes, hidden_size); no prefix sees another."""
+    alone, start = [-1] * len(beginning), len(beginning)
+    owner = torch.tensor(alone + [n for n, prefix in enumerate(prefixes) for _ in prefix])
+    places = [*range(start), *(start + n for prefix in prefixes for n in range(len(prefix)))]
+    seen = ((owner == -1) | (owner == owner[:, None])).tril()
+    lowest = torch.finfo(torch.float32).min
+    h = decoder(
+        input_ids=torch.tensor([[*beginning, *(token for prefix in prefixes for token in prefix)]]),
+        attention_mask=torch.where(seen, 0.0, lowest)[None, None],
+        position_ids=torch.tensor([places]),
+        use_cache=False,
+    ).last_hidden_state[0]
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    last: torch.Tensor = h[start + lengths.cumsum(0) - 1].float()
+    return last
