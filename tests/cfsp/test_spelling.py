@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
 from cfsp.pruning.axes.spelling import _last_states, _least_squares, _runs, teach_spellings
@@ -76,6 +77,12 @@ def test_plans_without_counts_and_whole_vocabularies_teach_nothing(dense: Loaded
     teach_spellings(dense, replace(plan, counts=()), drawn(dense))
     teach_spellings(dense, replace(plan, kept=tuple(range(plan.dense_size))), drawn(dense))
     assert torch.equal(dense.model.get_output_embeddings().weight, old)
+
+
+def test_counts_of_another_vocabulary_are_refused(dense: LoadedModel) -> None:
+    plan = planned(dense)
+    with pytest.raises(InputError, match=r"not one count a row.*383.*384"):
+        teach_spellings(dense, replace(plan, counts=plan.counts[1:]), drawn(dense))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])

@@ -11,7 +11,7 @@ minimizes
 over the events e in which b has to say more than it does: at state h_e, n_e times in the text, by g_e nats. n_b is how
 often b has to be said anyway, so that what is common hardly moves; rows with no events stay bit for bit.
 
-- b continues a token after the parts before it: h_e is the state after these, the mean over a few beginnings of the
+- b continues a token after the parts before it: h_e is a state after these, behind some beginning of the
   calibration text, and g_e = a max(0, ln share - ln q), with the share of all times that the parts stand there in which
   b comes next, and the probability q that the dense model, without the removed rows, gives it.
 - b begins a token t: the mass of t is now b's. For normal states of mean m and covariance C, those in which t comes
@@ -29,12 +29,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, expected_counts, spelled
 
-_CAUTION = 10.0
+_CAUTION = 20.0
 """c: what moves elsewhere costs more than what is gained, as the events are a model of the text."""
 _RIDGE = 0.01
 _SHARE = 0.8
@@ -77,8 +78,8 @@ class States:
         mean: m, (hidden_size,) float64.
         square: E[h h^T], (hidden_size, hidden_size) float64.
         places: Parts -> their row in what follows.
-        after: Mean state after the parts, (prefixes, hidden_size) float64.
-        normalizers: Mean of the log of what the kept rows' softmax is divided by there, (prefixes,) float64.
+        after: States after each beginning and the parts, (beginnings, prefixes, hidden_size) float64.
+        normalizers: Log of what the kept rows' softmax is divided by there, (beginnings, prefixes) float64.
     """
 
     mean: torch.Tensor
@@ -98,9 +99,15 @@ def teach_spellings(
         plan: Which tokens are kept; one without counts changes nothing.
         windows: Calibration windows (n_windows, seqlen) in the dense model's ids.
         progress: Told about each step.
+
+    Raises:
+        InputError: The plan's counts are not one a row.
     """
     if not plan.counts or len(plan.kept) == plan.dense_size:
         return
+    if len(plan.counts) != plan.dense_size:
+        found, wanted = len(plan.counts), str(plan.dense_size)
+        raise InputError("not one count a row", field="vocabulary.counts", value=found, allowed=wanted)
     spellings = _spellings(loaded, plan)
     states = _states(loaded.model, plan, windows, _prefixes(spellings), progress)
     weight = loaded.model.get_output_embeddings().weight
@@ -138,9 +145,10 @@ def _continuing(weight: torch.Tensor, row: int, spellings: Spellings, states: St
     places = [states.places[prefix] for prefix, _ in known]
     times = torch.tensor([n for _, n in known], dtype=torch.float64)
     share = times / torch.tensor([spellings.stands[prefix] for prefix, _ in known], dtype=torch.float64)
-    h = states.after[places]
-    now = h @ weight[row].double() - states.normalizers[places]
-    return [(h, (_SHARE * (share.log() - now)).clamp_min(0), times)]
+    h = states.after[:, places]
+    now = h @ weight[row].double() - states.normalizers[:, places]
+    gain = (_SHARE * (share.log() - now)).clamp_min(0)
+    return [(one, its_gain, times / len(h)) for one, its_gain in zip(h, gain, strict=True)]
 
 
 def _beginning(
@@ -209,7 +217,7 @@ def _states(
     decoder, width = model.get_decoder(), model.config.hidden_size
     kept = model.get_output_embeddings().weight[torch.tensor(plan.kept)].float()
     total, square, tokens = torch.zeros(width).double(), torch.zeros(width, width).double(), 0
-    after, normalizers = torch.zeros(len(prefixes), width).double(), torch.zeros(len(prefixes)).double()
+    after, normalizers = [torch.zeros(0, width).double()], [torch.zeros(0).double()]
     with torch.inference_mode():
         for window in windows[:, :_STATE_TOKENS]:
             h = decoder(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
@@ -217,16 +225,16 @@ def _states(
             square += h.T @ h
             tokens += len(h)
         beginnings = windows[:: max(1, len(windows) // _BEGINNINGS)][:_BEGINNINGS, :_BEGINNING_TOKENS]
-        for done, beginning in enumerate(beginnings, 1):
-            at = 0
+        for done, beginning in enumerate(beginnings.tolist(), 1):
             for run in _runs(prefixes):
-                h = _last_states(decoder, beginning.tolist(), run)
-                after[at : at + len(run)] += h / len(beginnings)
-                normalizers[at : at + len(run)] += (h @ kept.T).logsumexp(dim=1) / len(beginnings)
-                at += len(run)
+                h = _last_states(decoder, beginning, run)
+                after.append(h.double())
+                normalizers.append((h @ kept.T).logsumexp(dim=1).double())
             progress("reading spellings", done, len(beginnings))
+        shape = (len(beginnings), len(prefixes))
+        states, lse = torch.cat(after).view(*shape, width), torch.cat(normalizers).view(shape)
     places = {prefix: place for place, prefix in enumerate(prefixes)}
-    return States(total / tokens, square / tokens, places, after, normalizers)
+    return States(total / tokens, square / tokens, places, states, lse)
 
 
 def _runs(prefixes: Sequence[Prefix]) -> Iterator[Sequence[Prefix]]:
