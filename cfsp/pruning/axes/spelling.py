@@ -33,7 +33,8 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, expected_counts, spelled
+from cfsp.pruning.axes.token_order import expected_counts
+from cfsp.pruning.axes.vocabulary import VocabularyPlan, spelled
 
 _CAUTION = 20.0
 """c: what moves elsewhere costs more than what is gained, as the events are a model of the text."""

@@ -26,6 +26,8 @@ Counts = npt.NDArray[np.float64]
 """How often the text has every token, (tokens,)."""
 _SPLIT_NATS = 6.0
 """What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
+_LEFT = 0.6
+"""Share of all these nats that is left, where the tokens that stay have learned to spell the others (spelling.py)."""
 _PRIOR_SHARE = 0.05
 """Weight of what the ranks say beside what the text says."""
 _PRIOR_RANK = 1000.0
@@ -57,7 +59,7 @@ def order_tokens(trees: TokenTrees, counts: Counts, required: frozenset[int]) ->
     remover = _Remover(trees, counts, required)
     total = float(remover.needed.sum())
     steps = list(remover.steps())
-    losses = np.cumsum([0.0, *(cost for _, cost in steps)]) / total
+    losses = _LEFT * np.cumsum([0.0, *(cost for _, cost in steps)]) / total
     return TokenOrder(tuple(index for index, _ in steps), losses)
 
 
