@@ -27,7 +27,7 @@ Counts = npt.NDArray[np.float64]
 _SPLIT_NATS = 6.0
 """What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
 _LEFT = 0.6
-"""Share of all these nats that is left, where the tokens that stay have learned to spell the others (spelling.py)."""
+"""Share of these nats that held-out texts of several kinds lose, where rows have learned to spell (spelling.py)."""
 _PRIOR_SHARE = 0.05
 """Weight of what the ranks say beside what the text says."""
 _PRIOR_RANK = 1000.0
