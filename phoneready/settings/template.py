@@ -25,6 +25,11 @@ _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
     "export": (ExportConfig, "What is made of both models."),
     "bench": (BenchConfig, "What is measured where. A size of 0 leaves a workload out."),
 }
+_OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
+    "prune": {"prune_ratio": 0.1},
+    "export": {"quants": ["Q8_0", "Q4_0"]},
+}
+"""In place of what the demo says of its own model: how many tokens and bytes to keep."""
 _WIDTH, _COLUMN = 118, 32
 
 
@@ -40,6 +45,9 @@ def template_text(model: str | None = None) -> str:
         model: Reference to put into it; the demo's unless given.
     """
     stated = tomllib.loads(demo_config_text())
+    if model not in (None, stated["model"]["reference"]):
+        stated |= {name: stated[name] | values for name, values in _OF_ANY_MODEL.items()}
+        del stated["prune"]["vocabulary"]
     sections = "\n".join(
         "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in _SECTIONS.items()
     )

@@ -30,7 +30,7 @@ MODEL = '[model]\nreference = "smollm2-135m"\n'
 def test_the_demo_and_the_example_are_valid_and_the_same() -> None:
     demo = load_config(None)
     assert demo.model.reference == "smollm2-135m"
-    assert demo.prune_settings().align == 32
+    assert demo.prune_settings().align == 256  # of mixed files
     example = parse_config((ROOT / "examples" / "release.toml").read_text(encoding="utf-8"), where="x")
     assert example.model_copy(update={"budgets": ()}) == demo
     assert example.budgets
@@ -329,3 +329,10 @@ def test_no_configuration_lets_a_models_code_run(overrides: tuple[str, ...], tmp
 @pytest.mark.parametrize("model", ["a\x7fb", 'a"b', "a\nb", "a\\b"])
 def test_any_models_name_makes_a_template_that_is_toml(model: str) -> None:
     assert tomllib.loads(template_text(model))["model"]["reference"] == model
+
+
+def test_a_template_for_another_model_has_no_number_of_the_demos(tmp_path: Path) -> None:
+    other = parse_config(template_text("org/model"), where="x")
+    assert (other.prune.vocabulary, other.prune.prune_ratio) == (0, 0.1)
+    assert not any(name.startswith("mixed") for name in other.export.quants)
+    assert template_text("smollm2-135m") == template_text()
