@@ -155,8 +155,8 @@ def _warnings(
         )
     for fallback in fallbacks:
         yield (
-            f"{len(fallback.tensors)} tensors with rows of {fallback.row_length} are stored as {fallback.actual} "
-            f"instead of {fallback.asked} (such as {fallback.tensors[0]})"
+            f"stored as {fallback.actual} instead of {fallback.asked}, for rows of {fallback.row_length}: "
+            f"{fallback.tensors[0]}{f' and {more} more' if (more := len(fallback.tensors) - 1) else ''}"
         )
     if normalizes_to_nfc(job.tokenizer):
         yield "the tokenizer composes characters (NFC) and llama.cpp does not: give it composed text"
