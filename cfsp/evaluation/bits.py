@@ -72,7 +72,7 @@ def losses_on_shared_text(
     Raises:
         LimitError: A model gives logits that are not finite.
     """
-    pairs = [_shared(window, reference.tokenizer, model.tokenizer) for window in windows.ids]
+    pairs = [shared_text(window, reference.tokenizer, model.tokenizer) for window in windows.ids]
     n_bytes = sum(predicted_bytes(theirs.ids[None], reference.tokenizer) for theirs, _ in pairs)
     columns = zip((reference, model), zip(*pairs, strict=True), strict=True)
     first, second = (_loss(one, texts, n_bytes, progress) for one, texts in columns)
@@ -91,7 +91,7 @@ def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
     return Scored(torch.tensor([*head, *rest]), max(len(head), 1))
 
 
-def _shared(window: torch.Tensor, tokenizer: Any, other: Any) -> tuple[Scored, Scored]:
+def shared_text(window: torch.Tensor, tokenizer: Any, other: Any) -> tuple[Scored, Scored]:
     """A window, shortened until the other tokenizer needs no more tokens for its text than it had, and these tokens."""
     size = len(window)
     while True:

@@ -90,11 +90,10 @@ def _texts(
     same_tokens: bool,
 ) -> tuple[list[TokenWindows], list[TextResult]]:
     """The windows of all texts and chats, and what was measured on each."""
-    sources = [*(("text", one) for one in settings.text), *(("chats", one) for one in settings.chats)]
-    windows = [text_windows(source, against or model, settings, progress) for _, source in sources]
+    windows = [text_windows(source, against or model, settings, progress) for _, source in settings.sources]
     results = [
         _judge(kind, model, against, found, progress, same_tokens=same_tokens)
-        for (kind, _), found in zip(sources, windows, strict=True)
+        for (kind, _), found in zip(settings.sources, windows, strict=True)
     ]
     return windows, results
 

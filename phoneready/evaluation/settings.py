@@ -24,6 +24,11 @@ class WindowSettings(Settings):
     seqlen: int = setting(1024, "Tokens in a window.", ge=2, le=2**20)
     max_windows: int = setting(16, "Most windows of each text.", ge=1, le=2**20, option="--windows")
 
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """(`text` or `chats`, reference) of all of them."""
+        return (*(("text", one) for one in self.text), *(("chats", one) for one in self.chats))
+
 
 @dataclass(frozen=True)
 class TextSettings(WindowSettings):

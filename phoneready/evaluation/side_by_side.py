@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cfsp.evaluation.bits import predicted_bytes, respelled
+from cfsp.evaluation.bits import predicted_bytes, respelled, shared_text
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import Scored, text_loss
@@ -76,13 +76,8 @@ def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
         other: The other.
     """
     ids = text.windows.ids
-    size = most = ids.shape[1]
-    while size > 2:
-        longest = max(len(respelled(window[:size], tokenizer, other).ids) for window in ids)
-        if longest <= most:
-            break
-        size = max(2, size - (longest - most))
-    if size == most:
+    size = min(len(shared_text(window, tokenizer, other)[0].ids) for window in ids)
+    if size == ids.shape[1]:
         return text
     ids = ids[:, :size].contiguous()
     return replace(text, windows=replace(text.windows, ids=ids, sha256=tokens_sha256(ids)))

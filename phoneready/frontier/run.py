@@ -323,8 +323,7 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
     """The windows of every text; vocabularies and calibration are looked at, too."""
     config, dense = runner.config, RememberedModel(runner.loaded)
     judged: EvaluationSettings = config.evaluate.settings(config.seed + 1, ())
-    sources = [*(("text", one) for one in judged.text), *(("chats", one) for one in judged.chats)]
-    found = [text_windows(source, dense, judged, runner.progress) for _, source in sources]
+    found = [text_windows(source, dense, judged, runner.progress) for _, source in judged.sources]
     longest = int(getattr(runner.loaded.model.config, "max_position_embeddings", None) or settings.seqlen)
     if settings.seqlen > longest:
         raise InputError(
@@ -337,8 +336,8 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
     for size in filter(None, settings.vocabularies):
         runner.vocabulary(size)
     return JudgedWindows(
-        tuple(kind for kind, _ in sources),
-        tuple(source for _, source in sources),
+        tuple(kind for kind, _ in judged.sources),
+        tuple(source for _, source in judged.sources),
         tuple(tuple(map(tuple, one.ids.tolist())) for one in found),
         tuple(one.sha256 for one in found),
     )

@@ -9,6 +9,7 @@ from phoneready.console import format_bytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
 from phoneready.frontier.record import Frontier, FrontierPoint, SpeedChoice
+from phoneready.frontier.settings import BASE_QUANT
 from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import Column, Table
 
@@ -56,6 +57,8 @@ def sentences(found: Frontier) -> Iterator[str]:
         yield f"- {_of_size(found, choice)}"
     for speed in found.speed_choices:
         yield f"- {_of_speed(found, speed)}"
+    if not found.speed_choices and any(point.tokens_per_second for point in found.points):
+        yield f"- No file of a speed is named: speeds are told relative to the dense {BASE_QUANT} file, which was not timed."
     if pays := whether_it_pays(found):
         yield f"\n{pays}"
 

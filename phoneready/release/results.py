@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class ReleaseFigures:
     bench: tuple[BenchRecord, ...]
     losses: tuple[FileLosses, ...] = ()
 
-    @property
+    @functools.cached_property
     def standings(self) -> Mapping[str, Standing]:
         """How every file stands to those of its family that are no larger, by its name."""
         return {
@@ -75,7 +76,7 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         pruned=_exports(steps, PRUNED),
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
         bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
-        losses=_losses(folder),
+        losses=_losses(folder) if config.evaluate.text or config.evaluate.chats else (),
     )
 
 

@@ -207,8 +207,7 @@ class Steps:
         dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
         tokenizers = {DENSE: dense.tokenizer, PRUNED: load_tokenizer(pruned)}
         judged = self._judged_on
-        sources = [*(("text", one) for one in judged.text), *(("chats", one) for one in judged.chats)]
-        cut = [JudgedText(kind, text_windows(one, dense, judged, progress)) for kind, one in sources]
+        cut = [JudgedText(kind, text_windows(one, dense, judged, progress)) for kind, one in judged.sources]
         texts = [shortened(text, *tokenizers.values()) for text in cut]
         found = []
         for artifact in self.artifacts():

@@ -215,8 +215,8 @@ def budget_table(plan: PruningPlan) -> Table[Row] | None:
 
 def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
     """Files in rows, workloads in columns, of one kind and target."""
-    roles = {r.file: f"{r.quant} dense" for r in figures.dense} | {
-        r.file: f"{r.quant} pruned" for r in figures.pruned
+    roles = {r.file: f"dense {r.quant}" for r in figures.dense} | {
+        r.file: f"pruned {r.quant}" for r in figures.pruned
     }
     rows: list[Row] = []
     for file in group.files:

@@ -433,6 +433,7 @@ def test_the_best_file_of_a_speed() -> None:
         "At 2 times the decode of dense Q4_0 (200.0 t/s) there is no file; the fastest is dense low" in text
     )
     assert choose_by_speed((quick, pruned), (1.2,)) == ()
+    assert "the dense Q4_0 file, which was not timed" in format_frontier(result(quick, pruned))
 
 
 def test_names_of_others_are_no_markup() -> None:
