@@ -58,7 +58,7 @@ def sentences(found: Frontier) -> Iterator[str]:
     for speed in found.speed_choices:
         yield f"- {_of_speed(found, speed)}"
     if not found.speed_choices and any(point.tokens_per_second for point in found.points):
-        yield f"- No file of a speed is named: speeds are told relative to the dense {BASE_QUANT} file, which was not timed."
+        yield f"- No file of a speed is named: speeds are relative to the dense {BASE_QUANT} file, which was not timed."
     if pays := whether_it_pays(found):
         yield f"\n{pays}"
 
