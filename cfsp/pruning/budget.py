@@ -36,7 +36,7 @@ UNITS: Mapping[str, Callable[[float], str]] = MappingProxyType(
 """What is budgeted -> how it is told."""
 _COUNTED = ("vocabulary", "attentions", "blocks")
 _SLACK = 1e-9
-_AS_GOOD = 1.02
+_AS_GOOD = 1.1
 """Times the least predicted loss; predictions are no better than that."""
 
 
