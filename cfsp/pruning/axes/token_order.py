@@ -30,6 +30,8 @@ _LEFT = 0.6
 """Share of these nats that held-out texts of several kinds lose, where rows have learned to spell (spelling.py)."""
 _PRIOR_SHARE = 0.05
 """Weight of what the ranks say beside what the text says."""
+_PRIOR_TOKENS = 0.25
+"""And the least that it weighs, in tokens of text for each token of the vocabulary: a short text says little of most."""
 _PRIOR_RANK = 1000.0
 """Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
 
@@ -68,7 +70,8 @@ def expected_counts(trees: TokenTrees, counts: Counts) -> Counts:
     prior = np.zeros(len(counts))
     for index, rank in trees.ranks.items():
         prior[index] = 1 / (rank + _PRIOR_RANK)
-    prior *= _PRIOR_SHARE * max(float(counts.sum()), 1.0) / max(float(prior.sum()), 1e-300)
+    weight = max(_PRIOR_SHARE * float(counts.sum()), _PRIOR_TOKENS * len(trees.ranks))
+    prior *= weight / max(float(prior.sum()), 1e-300)
     return np.asarray(counts + prior, dtype=np.float64)
 
 
