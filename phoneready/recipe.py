@@ -229,7 +229,7 @@ def _pruned(config: ReleaseConfig) -> dict[str, Any]:
         formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
         asked = [prune.target_size, prune.target_parameters, prune.target_speed]
         target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
-        target |= made_with("export", families=("gguf",)) if formats else {}
+        target |= made_with("target", *(("export",) if formats else ()), families=("gguf",))
     return dataclasses.asdict(config.prune_settings()) | counted | target | made_with("prune")
 
 

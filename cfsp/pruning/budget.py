@@ -265,6 +265,13 @@ def _sum(rows: Sequence[npt.NDArray[Any]]) -> Array:
 def unreachable(budget: Budget, smallest: float) -> InputError:
     """A budget that nothing meets."""
     show = UNITS[budget.unit]
+    if budget.unit == "decode":
+        return InputError(
+            "faster than any combination of what may be removed",
+            field=budget.name,
+            value=round(1 / budget.target, 6),
+            allowed=f"about {int(100 / smallest) / 100:g} or less",
+        )
     return InputError(
         f"{show(budget.target)} is less than any combination of what may be removed takes",
         field=budget.name,

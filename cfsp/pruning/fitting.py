@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from cfsp.progress import Progress
 from cfsp.pruning.axes.attention import removable_attentions
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
 from cfsp.pruning.axes.token_order import TokenOrder
-from cfsp.pruning.axes.vocabulary import kept_tokens
+from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens
 from cfsp.pruning.budget import Budget, BudgetShares, ChannelCurve, Choice, Evidence, Levels, unreachable
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.settings import PruneSettings
@@ -87,8 +88,14 @@ class Trials:
         return make_plan(self.loaded, self._statistics, self._fit, self._settings)
 
     def channels(self, ratios: Sequence[float]) -> ChannelCurve:
-        """What FFN channels cost."""
-        return ChannelCurve(ratios, [self.loss(self.plan.at_ratio(ratio)) for ratio in ratios])
+        """What FFN channels cost at the ratios that the alignment makes of these; what it cannot make is left out."""
+        plans = {}
+        for ratio in ratios:
+            with suppress(InputError):
+                plan = self.plan.at_ratio(ratio)
+                plans[round(1 - plan.keep_ratio, 9)] = plan
+        made = sorted(ratio for ratio in plans if ratio > 0)
+        return ChannelCurve(made, [self.loss(plans[ratio]) for ratio in made])
 
     def removals(self, axis: str, fixed: int) -> list[Removal]:
         """The choices of one, two, ... attentions or blocks, with what each costs once it is made up for."""
@@ -189,7 +196,8 @@ class Decision:
 
         place = _first(tried, lambda gone: budget.cost(cut(gone).shape, tokenizer) <= budget.target)
         if place is None:
-            raise unreachable(budget, budget.cost(cut(tried[-1]).shape, tokenizer))
+            smallest = cut(tried[-1]) if tried else first
+            raise unreachable(budget, budget.cost(smallest.shape, tokenizer))
         return cut(place)
 
 
@@ -222,7 +230,8 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
         raise unreachable(budget, dense - evidence.most)
     blocks, attentions = (removals[axis][choice.levels[axis]] for axis in ("blocks", "attentions"))
     if choice.ratio == evidence.ratios[0]:
-        left = trials.plan.at_ratio(choice.ratio).shape.without(blocks.removed, attentions.removed)
+        silent = _of_other_blocks(removals["attentions"], attentions, blocks)
+        left = trials.plan.at_ratio(choice.ratio).shape.without(blocks.removed, silent)
         level = vocabulary.fit(choice.levels["vocabulary"], left)
         choice = replace(choice, levels={**choice.levels, "vocabulary": level})
     size = vocabulary.sizes[choice.levels["vocabulary"]]
@@ -234,6 +243,16 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
         attentions=len(attentions.removed),
     )
     return Decision(budget, chosen, evidence, choice, dense)
+
+
+def _of_other_blocks(choices: Sequence[Removal], chosen: Removal, blocks: Removal) -> list[int]:
+    """As many attentions as were chosen, of blocks that stay: the plan will find such."""
+    wanted = len(chosen.removed)
+    for removal in (*choices, chosen):
+        stay = [index for index in removal.removed if index not in blocks.removed]
+        if len(stay) >= wanted:
+            return stay[:wanted]
+    return [index for index in chosen.removed if index not in blocks.removed]
 
 
 def _removals(trials: Trials, axis: str, fixed: int, budget: Budget, shape: ModelShape) -> list[Removal]:
@@ -273,7 +292,9 @@ def _channels(
     saves = (dense - budget.cost(shape.with_ffn_widths(half), trials.loaded.tokenizer)) / gone
     if "ffn" not in budget.axes:
         return trials.channels((fixed,)), sum(widths), saves, (fixed, fixed)
-    return trials.channels(RATIOS), sum(widths), saves, (0.0, 1 - len(widths) * align / sum(widths))
+    curve = trials.channels(RATIOS)
+    most = 1 - len(widths) * align / sum(widths) if curve.ratios else 0.0
+    return curve, sum(widths), saves, (0.0, most)
 
 
 class _Vocabulary:
@@ -288,6 +309,8 @@ class _Vocabulary:
         self._tokenizer, self._order, self._budget = loaded.tokenizer, order, budget
         self.tokens = len(loaded.tokenizer)
         least = self.tokens - (len(order.removed) if order else 0)
+        if fixed:
+            check_vocabulary(fixed, self.tokens, least)
         free = [size for size in range(least, self.tokens) if size % TOKEN_STEP == 0]
         self.sizes = [fixed] if fixed else [self.tokens, *reversed(free)]
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -134,11 +135,15 @@ def plan_model(
         InputError: Settings that do not fit the model, or a budget that nothing meets.
     """
     check_settings(settings)
-    decision = None
+    decision = vocabulary = counts = None
+    if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
+        counts = counts_of(loaded, calibration, counted)
     if budget is not None:
-        decision = _decide(loaded, calibration, settings, counted, budget, progress)
+        decision = _decide(loaded, calibration, settings, counts, budget, progress)
         settings = decision.settings
-    vocabulary = _vocabulary(loaded, calibration, settings, counted)
+    if settings.vocabulary and counts is not None:
+        sources = tuple(counted) or calibration.sources
+        vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     depth, attention = _removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
@@ -153,14 +158,20 @@ def _decide(
     loaded: LoadedModel,
     calibration: Calibration,
     settings: PruneSettings,
-    counted: Sequence[str],
+    counts: Counts | None,
     budget: Budget,
     progress: Progress,
 ) -> Decision:
-    """Settings that meet a budget. Arguments as in `prune_model`."""
+    """Settings that meet a budget; a vocabulary that cannot be trimmed is left alone where it need not be.
+
+    Other arguments as in `prune_model`; `counts` is how often the text has every token.
+    """
     order = None
-    if settings.vocabulary or "vocabulary" in budget.axes:
-        order = token_order(loaded, counts_of(loaded, calibration, counted))
+    try:
+        order = token_order(loaded, counts) if counts is not None else None
+    except InputError:
+        if settings.vocabulary or budget.axes == ("vocabulary",):
+            raise
     statistics_of = partial(statistics_for, progress=progress)
     trials = Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
     return decide(trials, order, settings, budget)
@@ -183,20 +194,6 @@ def _removals(
 
 def _probed(calibration: Calibration) -> torch.Tensor:
     return spread_windows(calibration.input_ids, PROBE_WINDOWS)[:, :PROBE_TOKENS]
-
-
-def _vocabulary(
-    loaded: LoadedModel, calibration: Calibration, settings: PruneSettings, counted: Sequence[str]
-) -> VocabularyPlan | None:
-    """Which tokens the settings keep; None where they keep all. Arguments as in `prune_model`.
-
-    Raises:
-        InputError: A vocabulary that cannot have that size, or text that cannot be read.
-    """
-    if not settings.vocabulary:
-        return None
-    counts = counts_of(loaded, calibration, counted)
-    return plan_vocabulary(loaded, counts, settings.vocabulary, sources=tuple(counted) or calibration.sources)
 
 
 def counts_of(loaded: LoadedModel, calibration: Calibration, counted: Sequence[str]) -> Counts:

@@ -191,6 +191,11 @@ def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
     return padded
 
 
+def holds_blocks_without_attention(model_type: str) -> bool:
+    """Whether some architecture of llama.cpp holds a model of this type in which blocks have no attention."""
+    return any(layout.attention_free for layout in LAYOUTS.get(model_type, ()))
+
+
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside."""
     biased = {

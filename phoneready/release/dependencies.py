@@ -59,6 +59,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
             ),
         ),
         "prune": Dependencies(rooms=("cfsp/pruning",)),
+        "target": Dependencies(rooms=("phoneready/sizes.py", "phoneready/release/pruning_budget.py")),
         "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery", *_LOSSES)),
         "evaluate": Dependencies(rooms=_EVALUATION),
         "tasks": Dependencies(("lm_eval",)),

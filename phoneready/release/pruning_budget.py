@@ -11,6 +11,9 @@ from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.units import parse_bytes, parse_count
+from exporters.families import DEFAULT_FORMAT
+from exporters.gguf.architecture import holds_blocks_without_attention
+from exporters.gguf.family import GGUF
 from phoneready.settings.schema import PruneConfig
 from phoneready.sizes import DecodeTimes, FileSizes, Sizes
 
@@ -42,7 +45,7 @@ def budget_of(
     if settings.target_parameters is not None:
         target: float = parse_count(settings.target_parameters, "target_parameters")
         cost = count_parameters(loaded.model)
-        return Budget("target_parameters", target, cost, "parameters", settings.target_axes)
+        return Budget("target_parameters", target, cost, "parameters", _axes(settings, loaded, made))
     items = settings.sized_formats(made)
     sizes = Sizes(loaded, folder, use_imatrix, seed, torch.get_num_threads(), items)
     if settings.target_speed is not None:
@@ -50,3 +53,11 @@ def budget_of(
         return Budget("target_speed", target, DecodeTimes(sizes, items), "decode", settings.target_axes)
     target = parse_bytes(settings.target_size or "", "target_size")
     return Budget("target_size", target, FileSizes(sizes, items), "bytes", settings.target_axes)
+
+
+def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> tuple[str, ...]:
+    """What may be removed; attentions are not, where GGUF files are made that cannot do without."""
+    files = settings.for_quant or tuple(made) or (DEFAULT_FORMAT,)
+    whole = holds_blocks_without_attention(loaded.model.config.model_type)
+    kept = () if whole or not any(map(GGUF.has, files)) else ("attentions",)
+    return tuple(axis for axis in settings.target_axes if axis not in kept)

@@ -206,6 +206,12 @@ def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         yield ("recover",), f"{message}; allowed: the loss next-token on text or chats"
     if config.tune:
         yield ("tune",), "a search compares with the dense model token by token: leave prune.vocabulary out"
+    if config.evaluate.metrics:
+        message = "own metrics read token ids of one vocabulary, and tokens may go"
+        yield (
+            ("evaluate", "metrics"),
+            f'{message}; leave prune.vocabulary out, or "vocabulary" of target_axes',
+        )
 
 
 def _search_of_channels(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

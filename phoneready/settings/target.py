@@ -82,6 +82,8 @@ class TargetSettings(Settings):
         given = [name for name in _TARGETS if getattr(self, name)]
         if len(given) > 1:
             return f"{' and '.join(given)}: give one of them"
+        if not given and self.target_axes != tuple(AXIS_SETTINGS):
+            return f"target_axes without a target; give one of {', '.join(_TARGETS)}"
         return "nothing is left that the target may remove" if given and not self.target_axes else None
 
     @property

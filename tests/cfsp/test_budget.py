@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.progress import no_progress
+from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
 from cfsp.pruning.budget import Budget, ChannelCurve, Evidence, Levels
+from cfsp.pruning.fitting import Trials, _of_other_blocks
 from cfsp.pruning.parameters import count_parameters
-from cfsp.pruning.prune import PruneResult, prune_model
+from cfsp.pruning.prune import PruneResult, prune_model, statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.records import record_from_json, record_to_json
 from cfsp.text.calibration import Calibration
@@ -34,7 +40,11 @@ def parameters(model: Any) -> int:
 
 def prune(dense: LoadedModel, target: float, settings: PruneSettings = SETTINGS, **more: Any) -> PruneResult:
     budget = Budget("target_parameters", target, count_parameters(dense.model), "parameters", **more)
-    return prune_model(dense, Calibration(IDS, ("random",), 0, "0" * 64), settings, budget=budget)
+    return prune_model(dense, calibration(), settings, budget=budget)
+
+
+def calibration() -> Calibration:
+    return Calibration(IDS, ("random",), 0, "0" * 64)
 
 
 def test_a_curve_goes_through_what_was_measured() -> None:
@@ -169,3 +179,34 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_least(
     least = float(str(caught.value).split("about ")[1].split()[0]) * 1e6
     result = prune(loaded(tiny_model), least + 5000, axes=axes)
     assert parameters(result.loaded.model) <= least + 5000
+
+
+def test_a_curve_has_the_ratios_that_were_made(tiny_model: Any) -> None:
+    """Of 128 channels in steps of 64 neither 5 nor 15 % can go: what costs nothing there is no evidence."""
+    settings = replace(SETTINGS, align=64, uniform_width=True)
+    dense = loaded(tiny_model)
+    trials = Trials(dense, calibration(), settings, statistics_for, IDS[:, :16], no_progress)
+    assert list(trials.channels((0.05, 0.15, 0.4)).ratios) == [0.5]
+    assert trials.channels((0.05,)).ratios == []
+
+
+def test_a_vocabulary_that_cannot_be_trimmed_is_left_alone(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    target = 0.9 * parameters(dense.model)
+    result = prune(replace(dense, tokenizer=tokenizer), target, axes=("vocabulary", "ffn"))
+    assert result.plan.vocabulary is None
+    assert parameters(result.loaded.model) <= target
+    with pytest.raises(InputError, match="cannot be trimmed"):
+        prune(replace(dense, tokenizer=tokenizer), target, axes=("vocabulary",))
+
+
+def test_the_vocabulary_keeps_what_the_attentions_that_go_leave_room_for() -> None:
+    def removal(*indices: int) -> Removal:
+        return Removal(indices, (), 0.1, 0)
+
+    choices = [removal(), removal(2), removal(2, 3), removal(2, 3, 5)]
+    assert _of_other_blocks(choices, choices[2], removal(2)) == [3, 5]
+    assert _of_other_blocks(choices, choices[2], removal()) == [2, 3]
+    assert _of_other_blocks(choices, choices[3], removal(2)) == [3, 5]

@@ -152,6 +152,19 @@ def test_prune_says_what_each_axis_gives(
         (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
+        (["--target-axes", "vocabulary"], "target_axes without a target; give one of target_size"),
+        (
+            ["--target-size", "0.4MB", "--vocabulary", "9", "--target-axes", "ffn", *SMALL],
+            "vocabulary: smaller than what has to stay",
+        ),
+        (
+            ["--target-size", "0.4MB", "--vocabulary", "100000", "--target-axes", "ffn", *SMALL],
+            "vocabulary: out of range (got 100000); allowed: 1 to 384",
+        ),
+        (
+            ["--target-speed", "900", "--target-axes", "ffn", *SMALL],
+            "target_speed: faster than any combination of what may be removed (got 900.0); allowed: about 3.",
+        ),
         (
             ["--target-size", "2kB", "--target-axes", "ffn", "--for", "Q8_0", *SMALL],
             "target_size: 0.00 MB is less than any combination of what may be removed takes; allowed: about 0.",

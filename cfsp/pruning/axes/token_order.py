@@ -31,7 +31,7 @@ _LEFT = 0.6
 _PRIOR_SHARE = 0.05
 """Weight of what the ranks say beside what the text says."""
 _PRIOR_TOKENS = 0.25
-"""And the least that it weighs, in tokens of text for each token of the vocabulary: a short text says little of most."""
+"""And the least that it weighs, in tokens of text for each token that there is: a short text says little of most."""
 _PRIOR_RANK = 1000.0
 """Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
 

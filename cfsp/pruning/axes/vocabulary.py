@@ -72,16 +72,8 @@ def plan_vocabulary(
     trees = token_trees(loaded.tokenizer)
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])
     tokens = len(loaded.tokenizer)
-    if not 0 < size <= tokens:
-        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {tokens}")
     removed = order_tokens(trees, counts, required_tokens(loaded)).removed
-    if tokens - size > len(removed):
-        raise InputError(
-            "smaller than what has to stay: bytes, special tokens and what the chat template writes",
-            field="vocabulary",
-            value=size,
-            allowed=f"at least {tokens - len(removed)}",
-        )
+    check_vocabulary(size, tokens, tokens - len(removed))
     gone = set(removed[: tokens - size])
     kept = kept_tokens(loaded.tokenizer, gone)
     before = float(counts.sum())
@@ -98,6 +90,25 @@ def plan_vocabulary(
         by_count=kinds_by_count(loaded.tokenizer.get_vocab().values(), counts, kept),
         counts=tuple(np.rint(counts).astype(int).tolist()),
     )
+
+
+def check_vocabulary(size: int, tokens: int, least: int) -> None:
+    """Raise InputError for a number of tokens that no vocabulary can keep.
+
+    Args:
+        size: Tokens to keep.
+        tokens: That there are.
+        least: That have to stay.
+    """
+    if not 0 < size <= tokens:
+        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {tokens}")
+    if size < least:
+        raise InputError(
+            "smaller than what has to stay: bytes, special tokens and what the chat template writes",
+            field="vocabulary",
+            value=size,
+            allowed=f"at least {least}",
+        )
 
 
 def token_order(loaded: LoadedModel, counts: Counts) -> TokenOrder:
