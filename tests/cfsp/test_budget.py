@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel
 from cfsp.progress import no_progress
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
@@ -27,11 +27,6 @@ from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
 SETTINGS = PruneSettings(prune_ratio=0, align=8, dtype="float32")
-
-
-def loaded(tiny_model: Any, *args: Any, **overrides: Any) -> LoadedModel:
-    model, tokenizer = tiny_model(*args, **overrides)
-    return LoadedModel(model, tokenizer, ModelSource(reference="tiny", kind="folder", name="tiny"))
 
 
 def parameters(model: Any) -> int:
@@ -105,16 +100,16 @@ def test_of_combinations_as_good_the_one_of_the_fewest_axes_is_taken() -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_counted_as_they_will_be(tiny_model: Any, tied: bool) -> None:
-    dense = loaded(tiny_model, "qwen2", tied=tied)
+def test_parameters_are_counted_as_they_will_be(tiny_loaded: Any, tied: bool) -> None:
+    dense = tiny_loaded("qwen2", tied=tied)
     cost, tokenizer = count_parameters(dense.model), dense.tokenizer
     settings = PruneSettings(prune_ratio=0.3, align=8, vocabulary=300, blocks=1, attentions=1)
     result = prune_model(dense, Calibration(IDS, ("random",), 0, "0" * 64), settings)
     assert cost(result.plan.shape, tokenizer) == parameters(result.loaded.model)
 
 
-def test_the_order_of_tokens_is_that_of_any_vocabulary(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
+def test_the_order_of_tokens_is_that_of_any_vocabulary(tiny_loaded: Any) -> None:
+    dense = tiny_loaded()
     counts = count_tokens(IDS.tolist(), 384)
     order = token_order(dense, counts)
     assert len(order.losses) == len(order.removed) + 1
@@ -125,8 +120,8 @@ def test_the_order_of_tokens_is_that_of_any_vocabulary(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("share", [0.95, 0.75, 0.55])
-def test_a_budget_is_met_to_the_step(tiny_model: Any, share: float) -> None:
-    dense = loaded(tiny_model)
+def test_a_budget_is_met_to_the_step(tiny_loaded: Any, share: float) -> None:
+    dense = tiny_loaded()
     target = share * parameters(dense.model)
     result = prune(dense, target)
     shares = result.plan.budget
@@ -145,8 +140,8 @@ def test_a_budget_is_met_to_the_step(tiny_model: Any, share: float) -> None:
     assert result.plan.at_ratio(0.1).budget is None
 
 
-def test_what_is_fixed_stays_so(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
+def test_what_is_fixed_stays_so(tiny_loaded: Any) -> None:
+    dense = tiny_loaded()
     before = parameters(dense.model)
     fixed = PruneSettings(prune_ratio=0, align=8, dtype="float32", vocabulary=330, attentions=1)
     plan = prune(dense, 0.8 * before, fixed, axes=("ffn",)).plan
@@ -154,13 +149,13 @@ def test_what_is_fixed_stays_so(tiny_model: Any) -> None:
     assert len(plan.vocabulary.kept) == 330
     assert (len(plan.silent), len(plan.gone)) == (1, 0)
     assert plan.keep_ratio < 1
-    plan = prune(loaded(tiny_model), 0.97 * before, axes=("vocabulary",)).plan
+    plan = prune(tiny_loaded(), 0.97 * before, axes=("vocabulary",)).plan
     assert plan.keeps_blocks
     assert plan.vocabulary is not None
 
 
-def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
+def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any, tiny_loaded: Any) -> None:
+    dense = tiny_loaded()
     result = prune(dense, parameters(dense.model))
     assert result.plan.keeps_blocks
     assert result.plan.vocabulary is None
@@ -172,26 +167,26 @@ def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any) ->
 
 @pytest.mark.parametrize("axes", [("vocabulary",), ("ffn",), ("vocabulary", "ffn", "attentions", "blocks")])
 def test_a_budget_that_nothing_meets_is_refused_with_the_least(
-    tiny_model: Any, axes: tuple[str, ...]
+    tiny_loaded: Any, axes: tuple[str, ...]
 ) -> None:
     with pytest.raises(InputError, match=r"target_parameters: 0\.00 M .* about (\S+) M parameters") as caught:
-        prune(loaded(tiny_model), 1000.0, axes=axes)
+        prune(tiny_loaded(), 1000.0, axes=axes)
     least = float(str(caught.value).split("about ")[1].split()[0]) * 1e6
-    result = prune(loaded(tiny_model), least + 5000, axes=axes)
+    result = prune(tiny_loaded(), least + 5000, axes=axes)
     assert parameters(result.loaded.model) <= least + 5000
 
 
-def test_a_curve_has_the_ratios_that_were_made(tiny_model: Any) -> None:
+def test_a_curve_has_the_ratios_that_were_made(tiny_loaded: Any) -> None:
     """Of 128 channels in steps of 64 neither 5 nor 15 % can go: what costs nothing there is no evidence."""
     settings = replace(SETTINGS, align=64, uniform_width=True)
-    dense = loaded(tiny_model)
+    dense = tiny_loaded()
     trials = Trials(dense, calibration(), settings, statistics_for, IDS[:, :16], no_progress)
     assert list(trials.channels((0.05, 0.15, 0.4)).ratios) == [0.5]
     assert trials.channels((0.05,)).ratios == []
 
 
-def test_a_vocabulary_that_cannot_be_trimmed_is_left_alone(tiny_model: Any) -> None:
-    dense = loaded(tiny_model)
+def test_a_vocabulary_that_cannot_be_trimmed_is_left_alone(tiny_loaded: Any) -> None:
+    dense = tiny_loaded()
     backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     target = 0.9 * parameters(dense.model)
