@@ -198,7 +198,6 @@ class TrialRunner:
         folder.mkdir(parents=True)
         config, item, family = config_of(self.config, point), point.recipe.item, point.recipe.family
         name = model_stem(config, self.loaded.source.name, role)
-        name += f"-v{point.recipe.vocabulary}" if point.recipe.vocabulary and role != DENSE else ""
         side = 0 if role == DENSE else point.recipe.vocabulary
         guided = "calibration" in family.find(item).reads
         settings = ExportOptions(
