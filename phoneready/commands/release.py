@@ -86,6 +86,7 @@ def _summary(figures: ReleaseFigures, verdicts: Verdicts, folder: Path) -> str:
     from phoneready.publish.publish import PAGE_FILE
     from phoneready.report.contents import beaten, headline
     from phoneready.report.markdown import quality_text, verdict_table
+    from phoneready.report.tables import losses_table
 
     best = figures.pruned[0]
     prompt, answer = figures.answers.prompts[0], figures.answers.answers[best.file][0]
@@ -93,6 +94,7 @@ def _summary(figures: ReleaseFigures, verdicts: Verdicts, folder: Path) -> str:
         headline(figures),
         *beaten(figures),
         *(verdict_table(figures, d, p) for d, p in figures.pairs),
+        losses_table(figures).markdown(),
         quality_text(figures),
     ]
     lines += [f"{best.file} answers:\n  Q: {prompt}\n  A: {' '.join(answer.split())}\n"]
