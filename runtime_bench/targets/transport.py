@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import tempfile
 import threading
@@ -146,7 +147,7 @@ class FarShell:
                 raise FarError(f"timeout: no answer within {timeout_s:g} s") from None
             finally:
                 # Whatever runs there sees its stdin close, and ends.
-                process.kill()
+                _end(process)
                 if process.stdin is not None:
                     process.stdin.close()
                 status = process.wait()
@@ -164,7 +165,7 @@ class FarShell:
         with self._lock:
             self._stopped = True
             if self._process is not None:
-                self._process.kill()
+                _end(self._process)
 
     def _start(
         self, command: list[str], stdin: int | IO[bytes], output: IO[bytes], errors: IO[bytes]
@@ -186,6 +187,12 @@ class FarShell:
 
 
 _TELL = f"printf '\\n%s%s\\n' {_STATUS} \"$?\" >&2"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a client and what it has started, which would go on writing until the disk is full."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(

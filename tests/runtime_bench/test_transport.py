@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cfsp.errors import InputError
@@ -35,9 +37,16 @@ class Program:
 
 
 def test_a_machine_that_says_too_much_is_ended() -> None:
+    word = uuid.uuid4().hex
     for stream in ("", " >&2"):
         with pytest.raises(FarError, match="more than 16 MiB"):
-            FarShell(Program(f"yes{stream}")).run("true", timeout_s=600)
+            FarShell(Program(f"yes {word}{stream}")).run("true", timeout_s=600)
+    # What the client has started would fill the disk.
+    going = [
+        process for process in psutil.process_iter(["cmdline"]) if word in (process.info["cmdline"] or ())
+    ]
+    _, alive = psutil.wait_procs(going, timeout=10)
+    assert not alive
     reply = FarShell(Program("")).run("echo fine", timeout_s=60)
     assert (reply.status, reply.text) == (0, "fine\n")
 
