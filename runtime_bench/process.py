@@ -99,10 +99,10 @@ def exchange(
             try:
                 output, _ = process.communicate(json.dumps(payload).encode(), timeout_s)
             except subprocess.TimeoutExpired:
-                _kill_tree(process.pid)
+                kill_tree(process.pid)
                 raise ProcessFailed(f"timeout: no result after {timeout_s:g} s") from None
             except BaseException:
-                _kill_tree(process.pid)
+                kill_tree(process.pid)
                 raise
         tail = last_lines(errors)
     if process.returncode:
@@ -110,7 +110,8 @@ def exchange(
     return output
 
 
-def _kill_tree(pid: int) -> None:
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):

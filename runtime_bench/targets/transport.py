@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import signal
 import subprocess
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from cfsp.errors import PhonereadyError
-from runtime_bench.process import last_lines
+from runtime_bench.process import kill_tree, last_lines
 
 _STATUS = "phoneready-status:"
 _MOST_BYTES = 2**24
@@ -192,7 +191,7 @@ _TELL = f"printf '\\n%s%s\\n' {_STATUS} \"$?\" >&2"
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill a client and what it has started, which would go on writing until the disk is full."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill_tree(process.pid)
 
 
 def _wait(
