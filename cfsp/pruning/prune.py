@@ -17,7 +17,7 @@ from cfsp.pruning.axes.attention import plan_attentions
 from cfsp.pruning.axes.blocks import plan_blocks
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.spelling import teach_spellings
-from cfsp.pruning.axes.token_order import Counts
+from cfsp.pruning.axes.token_order import Counts, TokenOrder
 from cfsp.pruning.axes.vocabulary import (
     VocabularyPlan,
     count_alike,
@@ -28,7 +28,7 @@ from cfsp.pruning.axes.vocabulary import (
 )
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.cutting import RECONSTRUCTIONS
-from cfsp.pruning.fitting import Decision, Trials, decide
+from cfsp.pruning.fitting import Trials, decide
 from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
@@ -135,15 +135,18 @@ def plan_model(
         InputError: Settings that do not fit the model, or a budget that nothing meets.
     """
     check_settings(settings)
-    decision = vocabulary = counts = None
+    decision = vocabulary = counts = order = None
     if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
         counts = counts_of(loaded, calibration, counted)
     if budget is not None:
-        decision = _decide(loaded, calibration, settings, counts, budget, progress)
+        order = _order(loaded, counts, settings, budget)
+        statistics_of = partial(statistics_for, progress=progress)
+        trials = Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
+        decision = decide(trials, order, settings, budget)
         settings = decision.settings
     if settings.vocabulary and counts is not None:
         sources = tuple(counted) or calibration.sources
-        vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources)
+        vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources, order=order)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     depth, attention = _removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
@@ -154,27 +157,16 @@ def plan_model(
     return Planned(loaded, calibration, statistics, plan)
 
 
-def _decide(
-    loaded: LoadedModel,
-    calibration: Calibration,
-    settings: PruneSettings,
-    counts: Counts | None,
-    budget: Budget,
-    progress: Progress,
-) -> Decision:
-    """Settings that meet a budget; a vocabulary that cannot be trimmed is left alone where it need not be.
-
-    Other arguments as in `prune_model`; `counts` is how often the text has every token.
-    """
-    order = None
+def _order(
+    loaded: LoadedModel, counts: Counts | None, settings: PruneSettings, budget: Budget
+) -> TokenOrder | None:
+    """In which order tokens go for a budget; None where none do, or where they need not and cannot be trimmed."""
     try:
-        order = token_order(loaded, counts) if counts is not None else None
+        return None if counts is None else token_order(loaded, counts)
     except InputError:
         if settings.vocabulary or budget.axes == ("vocabulary",):
             raise
-    statistics_of = partial(statistics_for, progress=progress)
-    trials = Trials(loaded, calibration, settings, statistics_of, _probed(calibration)[::2], progress)
-    return decide(trials, order, settings, budget)
+    return None
 
 
 def _removals(

@@ -53,7 +53,12 @@ class VocabularyPlan:
 
 
 def plan_vocabulary(
-    loaded: LoadedModel, counts: Counts, size: int, *, sources: Sequence[str]
+    loaded: LoadedModel,
+    counts: Counts,
+    size: int,
+    *,
+    sources: Sequence[str],
+    order: TokenOrder | None = None,
 ) -> VocabularyPlan:
     """Choose the tokens that a vocabulary of `size` keeps.
 
@@ -65,6 +70,7 @@ def plan_vocabulary(
         counts: How often the text has every token.
         size: Tokens to keep.
         sources: References of the text, for the record.
+        order: In which order tokens go by these counts, where that is known already.
 
     Raises:
         InputError: More tokens than there are, or fewer than must be kept; a tokenizer that cannot be trimmed.
@@ -72,7 +78,7 @@ def plan_vocabulary(
     trees = token_trees(loaded.tokenizer)
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])
     tokens = len(loaded.tokenizer)
-    removed = order_tokens(trees, counts, required_tokens(loaded)).removed
+    removed = (order or token_order(loaded, counts)).removed
     check_vocabulary(size, tokens, tokens - len(removed))
     gone = set(removed[: tokens - size])
     kept = kept_tokens(loaded.tokenizer, gone)
