@@ -14,11 +14,11 @@ from cfsp.models.checkpoint import PLAN_FILE
 from cfsp.models.reference import load_model
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.vocabulary import respell
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import spread_windows
 from cfsp.records import read_record
 from cfsp.text.calibration import load_calibration
+from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
@@ -116,5 +116,5 @@ def _calibration(checkpoint: Path, request: ExportSettings, progress: Progress) 
     plan = read_record(PruningPlan, checkpoint / PLAN_FILE) if (checkpoint / PLAN_FILE).is_file() else None
     if request.dense and plan and plan.vocabulary:
         trimmed = trimmed_tokenizer(loaded.tokenizer, plan.vocabulary.kept)
-        ids = respell(ids, plan.vocabulary, loaded.tokenizer, trimmed)
+        ids = respelling(loaded.tokenizer, trimmed).windows(ids)
     return ids if request.windows is None else spread_windows(ids, request.windows)

@@ -23,7 +23,6 @@ from cfsp.pruning.axes.vocabulary import (
     count_alike,
     cut_vocabulary,
     plan_vocabulary,
-    respell,
     token_order,
 )
 from cfsp.pruning.budget import Budget
@@ -35,6 +34,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, collect_statistics
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
+from cfsp.text.respelling import respelling
 from cfsp.text.tokens import document_ids, load_documents, tokens_sha256
 
 MOMENT_WINDOWS = 16
@@ -222,7 +222,7 @@ def trim(
             windows = spread_windows(calibration.input_ids, SPELLING_WINDOWS)
             teach_spellings(loaded, vocabulary, windows, progress=progress)
     trimmed = cut_vocabulary(loaded, vocabulary)
-    ids = respell(calibration.input_ids, vocabulary, loaded.tokenizer, trimmed.tokenizer)
+    ids = respelling(loaded.tokenizer, trimmed.tokenizer).windows(calibration.input_ids)
     return trimmed, replace(calibration, input_ids=ids, sha256=tokens_sha256(ids))
 
 

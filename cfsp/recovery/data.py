@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,16 @@ from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
 from cfsp.recovery.settings import RecoverySettings, labels_whole_chats, token_budget
+from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import document_ids, load_documents, shuffled, tokens_sha256
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
+
+INSIDE = -1
+"""Place in the teacher's text of a position that is inside one of the teacher's tokens."""
 
 HELD_OUT_SHARE = 0.1
 """Most of the data that is held out where no validation data is given."""
@@ -38,12 +42,27 @@ class Sequences:
         targets: (n, seqlen) int64; IGNORED where nothing is learnt, the last position always.
         source: Reference of the data.
         sha256: Hash of ids and targets.
+        teacher_ids: (n, seqlen) int64, the same text in the teacher's tokens where these are others.
+        teacher_places: (n, seqlen) int64, which of these each position is the last part of, or INSIDE.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     source: str
     sha256: str
+    teacher_ids: torch.Tensor | None = None
+    teacher_places: torch.Tensor | None = None
+
+    def items(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Every sequence."""
+        return (self[row] for row in range(len(self.input_ids)))
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        """One sequence, as `Student.forward` takes it."""
+        item = {"input_ids": self.input_ids[row], "labels": self.targets[row]}
+        if self.teacher_ids is not None and self.teacher_places is not None:
+            item |= {"teacher_ids": self.teacher_ids[row], "teacher_places": self.teacher_places[row]}
+        return item
 
     @property
     def n_tokens(self) -> int:
@@ -84,8 +103,7 @@ class TrainingMix(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         turn, which = divmod(index, len(self.sources))
         source = self.sources[which]
         round_, place = divmod(turn, len(source.input_ids))
-        row = int(self._order(which, round_)[place])
-        return {"input_ids": source.input_ids[row], "labels": source.targets[row]}
+        return source[int(self._order(which, round_)[place])]
 
     def _order(self, which: int, round_: int) -> torch.Tensor:
         key = (which, round_)
@@ -105,6 +123,7 @@ def load_recovery_data(
     settings: RecoverySettings,
     *,
     dense: LoadedModel | None = None,
+    respelling: Respelling | None = None,
     progress: Progress = no_progress,
 ) -> RecoveryData:
     """Read, label and pack training and validation data.
@@ -112,9 +131,10 @@ def load_recovery_data(
     Args:
         references: `self`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
         validation: The same; nothing holds out a share of the training data.
-        tokenizer: The model's.
+        tokenizer: The model's; the teacher's where it has another one.
         settings: Sequence length, budget and seed.
         dense: The dense model, where a reference is `self`.
+        respelling: How the model spells the teacher's tokens, where it has fewer.
         progress: Told about reading and sampling.
 
     Raises:
@@ -130,10 +150,13 @@ def load_recovery_data(
     loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
     if validation:
         # A seed of its own: `self` as validation must not be the sequences that are trained on.
-        held = tuple(reader.read(reference, share, settings.seed + 1, share) for reference in validation)
-        return RecoveryData(tuple(loaded), held, held_out=False)
-    parts = [_hold_out(sequences, share) for sequences in loaded]
-    return RecoveryData(tuple(t for t, _ in parts), tuple(v for _, v in parts), held_out=True)
+        held = [reader.read(reference, share, settings.seed + 1, share) for reference in validation]
+    else:
+        parts = [_hold_out(sequences, share) for sequences in loaded]
+        loaded, held = [t for t, _ in parts], [v for _, v in parts]
+    if respelling:
+        loaded, held = ([respelled(part, respelling) for part in parts] for parts in (loaded, held))
+    return RecoveryData(tuple(loaded), tuple(held), held_out=not validation)
 
 
 @dataclass(frozen=True)
@@ -242,6 +265,20 @@ def _targets(ids: torch.Tensor, learnt: torch.Tensor) -> torch.Tensor:
 
 def _sequences(ids: torch.Tensor, targets: torch.Tensor, source: str) -> Sequences:
     return Sequences(ids, targets, source, tokens_sha256(torch.stack([ids, targets])))
+
+
+def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
+    """The same text in the model's tokens, the teacher's beside it; what is too long for a sequence loses its end."""
+    size = sequences.input_ids.shape[1]
+    ids, learnt, places = [], [], []
+    for window, targets in zip(sequences.input_ids, sequences.targets, strict=True):
+        text = respelling.spell(window.tolist())
+        ids.append(text.ids[:size])
+        learnt.append((targets.roll(1) != IGNORED)[text.owners[:size]])
+        places.append(text.owners.where(text.ends, INSIDE)[:size])
+    targets = _targets(torch.stack(ids), torch.stack(learnt))
+    found = _sequences(torch.stack(ids), targets, sequences.source)
+    return replace(found, teacher_ids=sequences.input_ids, teacher_places=torch.stack(places))
 
 
 def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:

@@ -18,6 +18,7 @@ from cfsp.records import read_record
 from cfsp.recovery.adapter import importance_ranks
 from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
 from cfsp.text.calibration import check_seqlen
+from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.settings import SELF
 
 
@@ -30,6 +31,7 @@ class RecoveryInputs:
         sha256: Hash of its weights.
         plan: The checkpoint's pruning plan.
         teacher: The dense model, where the loss or the data needs it.
+        respelling: How the model spells the teacher's tokens, where it has fewer.
         ranks: Adapter rank of every block; empty where all weights are trained.
     """
 
@@ -37,6 +39,7 @@ class RecoveryInputs:
     sha256: str
     plan: PruningPlan | None
     teacher: LoadedModel | None
+    respelling: Respelling | None
     ranks: tuple[int, ...]
 
 
@@ -61,7 +64,7 @@ def load_inputs(
 
     Raises:
         InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
-            is missing, has another vocabulary, or is not the model of the checkpoint any more.
+            is missing, lacks tokens of the checkpoint, or is not the model of the checkpoint any more.
     """
     loaded = load_model(checkpoint, trust_remote_code=trust_remote_code, progress=progress)
     folder, sha256 = Path(checkpoint), loaded.source.sha256 or ""
@@ -71,14 +74,14 @@ def load_inputs(
     check_seqlen(loaded, settings.seqlen)
     ranks = _ranks(settings, plan, loaded.model)
     if not loss_weights(settings)[1] and SELF not in data:
-        return RecoveryInputs(loaded, sha256, plan, None, ranks)
+        return RecoveryInputs(loaded, sha256, plan, None, None, ranks)
     try:
         dense = load_model(
             teacher or loaded.source.reference, trust_remote_code=trust_remote_code, progress=progress
         )
     except InputError as error:
         raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
-    _check_vocabulary(loaded, dense)
+    spelled = _respelling(loaded, dense)
     then, now = loaded.source.sha256, dense.source.sha256
     if teacher is None and then and now and then != now:
         raise InputError(
@@ -87,18 +90,30 @@ def load_inputs(
             value=now,
             allowed=f"the model of hash {then}; --teacher takes another one",
         )
-    return RecoveryInputs(loaded, sha256, plan, dense, ranks)
+    return RecoveryInputs(loaded, sha256, plan, dense, spelled, ranks)
 
 
-def _check_vocabulary(loaded: LoadedModel, dense: LoadedModel) -> None:
-    rows = [m.model.get_output_embeddings().weight.shape[0] for m in (loaded, dense)]
-    if rows[0] != rows[1] or loaded.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
-        raise InputError(
-            f"the teacher has another vocabulary ({rows[1]} tokens) than the checkpoint ({rows[0]} tokens)",
-            field="teacher",
-            value=dense.source.reference,
-            allowed="the dense model of the checkpoint, or one with the same tokenizer",
-        )
+def _respelling(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:
+    """How the model spells the teacher's tokens; None where they are the same."""
+    ours, theirs = (m.model.get_output_embeddings().weight.shape[0] for m in (loaded, dense))
+    if ours == theirs and loaded.tokenizer.get_vocab() == dense.tokenizer.get_vocab():
+        return None
+    try:
+        found = respelling(dense.tokenizer, loaded.tokenizer)
+    except InputError as error:
+        raise _other_vocabulary(dense, ours, theirs) from error
+    if len(found.kept) != ours:
+        raise _other_vocabulary(dense, ours, theirs)
+    return found
+
+
+def _other_vocabulary(dense: LoadedModel, ours: int, theirs: int) -> InputError:
+    return InputError(
+        f"the teacher has another vocabulary ({theirs} tokens) than the checkpoint ({ours} tokens), not a larger one",
+        field="teacher",
+        value=dense.source.reference,
+        allowed="the dense model of the checkpoint, or one whose tokenizer has all of the checkpoint's tokens",
+    )
 
 
 def _ranks(settings: RecoverySettings, plan: PruningPlan | None, model: Any) -> tuple[int, ...]:

@@ -90,7 +90,7 @@ def recover(
         progress: Told about every step.
 
     Raises:
-        InputError: Something that cannot be used, another vocabulary, or a full disk.
+        InputError: Something that cannot be used, a teacher without some of the tokens, or a full disk.
         MissingExtraError: Without the `recover` extra.
     """
     check_settings(settings)
@@ -116,9 +116,7 @@ def recover(
             progress=progress,
         )
         with arguments.main_process_first(local=False):
-            drawn = load_recovery_data(
-                data, validation, inputs.loaded.tokenizer, settings, dense=inputs.teacher, progress=progress
-            )
+            drawn = _read(data, validation, settings, inputs, progress)
         dtype = product_dtype(settings.dtype, arguments.device.type)
         sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
         tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size
@@ -167,6 +165,25 @@ def _check_extras(settings: RecoverySettings, device: str) -> None:
         require_extra(package, "recover")
 
 
+def _read(
+    data: Sequence[str],
+    validation: Sequence[str],
+    settings: RecoverySettings,
+    inputs: RecoveryInputs,
+    progress: Progress,
+) -> RecoveryData:
+    loaded, teacher = inputs.loaded, inputs.teacher
+    return load_recovery_data(
+        data,
+        validation,
+        teacher.tokenizer if teacher and inputs.respelling else loaded.tokenizer,
+        settings,
+        dense=teacher,
+        respelling=inputs.respelling,
+        progress=progress,
+    )
+
+
 def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_step: int) -> int:
     """Sequences of whole optimizer steps that come closest to the budget, at least one step."""
     budget = token_budget(settings)
@@ -203,7 +220,7 @@ def _student(inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dt
         model = add_adapter(model, inputs.ranks, settings.alpha)
     teacher = None
     if loss_weights(settings)[1] and inputs.teacher is not None:
-        teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False))
+        teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False), inputs.respelling)
     return Student(model, settings, dtype, teacher)
 
 

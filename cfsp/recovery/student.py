@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cfsp.recovery.data import IGNORED
+from cfsp.recovery.data import IGNORED, INSIDE
 from cfsp.recovery.losses import (
     ChunkLoss,
     LossAndGradient,
@@ -19,24 +20,60 @@ from cfsp.recovery.losses import (
     next_token_loss,
 )
 from cfsp.recovery.settings import RecoverySettings, loss_weights
+from cfsp.text.respelling import Respelling
+
+_IMPOSSIBLE = -80.0
+"""Logit of what is not the label, where that is certain: exp of it is still a float32."""
+
+
+Batch = dict[str, torch.Tensor]
+"""Sequences of `cfsp.recovery.data`, (batch, seqlen) int64 each: input_ids, labels, and for a teacher of other tokens
+teacher_ids and teacher_places."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The dense model; it is never trained, moved by a trainer, or saved."""
+    """The dense model; it is never trained, moved by a trainer, or saved.
+
+    Attributes:
+        model: A causal LM.
+        respelling: How the student spells its tokens, where it has fewer.
+    """
 
     model: Any
+    respelling: Respelling | None = None
 
     @torch.no_grad()
-    def hidden(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Final hidden states of the labelled positions, (n, hidden_size)."""
-        states = self.model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        labelled: torch.Tensor = states[targets != IGNORED]
-        return labelled
+    def predictions(self, batch: Batch) -> Callable[[slice], torch.Tensor]:
+        """Logits (n, vocab_size) float32 of any chunk of the labelled positions, in the student's tokens.
+
+        Where a position is inside one of the teacher's tokens, all probability is on the label: the next part.
+        """
+        ids = batch.get("teacher_ids", batch["input_ids"])
+        states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        labelled = batch["labels"] != IGNORED
+        if self.respelling is None:
+            hidden = states[labelled]
+            return lambda chunk: self._logits(hidden[chunk])
+        places, targets = batch["teacher_places"][labelled], batch["labels"][labelled]
+        hidden = states[labelled.nonzero()[:, 0], places.clamp_min(0)]
+        return partial(self._respelled_logits, self.respelling, hidden, places == INSIDE, targets)
 
     @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(n, vocab_size) float32."""
+    def _respelled_logits(
+        self,
+        respelling: Respelling,
+        hidden: torch.Tensor,
+        inside: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: slice,
+    ) -> torch.Tensor:
+        found = respelling.log_probabilities(self._logits(hidden[chunk]))
+        certain = torch.full_like(found, _IMPOSSIBLE).scatter_(1, targets[chunk, None], 0.0)
+        return torch.where(inside[chunk, None], certain, found)
+
+    @torch.no_grad()
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.model.get_output_embeddings().weight).float()
 
 
@@ -65,25 +102,20 @@ class Student(nn.Module):
         """The causal LM itself, adapters in place."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The objective's sum over labelled positions of one batch.
-
-        Args:
-            input_ids: (batch, seqlen) int64.
-            labels: (batch, seqlen) int64, what each position predicts, or IGNORED.
-        """
-        hidden, targets = self._labelled_hidden(input_ids, labels)
-        loss = self._chunk_loss(input_ids, labels, targets)
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """The objective's sum over labelled positions of a `Batch`."""
+        hidden, targets = self._labelled_hidden(batch)
+        loss = self._chunk_loss(batch, targets)
         return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
 
     @torch.no_grad()
-    def sums(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def sums(self, batch: Batch) -> torch.Tensor:
         """For validation: (3,) float64 over one batch's labelled positions.
 
         The sums of the objective and of the next-token loss, and how many positions.
         """
-        hidden, targets = self._labelled_hidden(input_ids, labels)
-        loss = self._chunk_loss(input_ids, labels, targets)
+        hidden, targets = self._labelled_hidden(batch)
+        loss = self._chunk_loss(batch, targets)
         next_token = 0.0
 
         def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
@@ -99,27 +131,25 @@ class Student(nn.Module):
         """Names and weights that training changes."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
-    def _labelled_hidden(
-        self, input_ids: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _labelled_hidden(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        input_ids, labels = batch["input_ids"], batch["labels"]
         with torch.autocast(input_ids.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             decoder = self.causal_lm.get_decoder()
             states = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         mask = labels != IGNORED
         return states[mask], labels[mask]
 
-    def _chunk_loss(self, input_ids: torch.Tensor, labels: torch.Tensor, targets: torch.Tensor) -> ChunkLoss:
+    def _chunk_loss(self, batch: Batch, targets: torch.Tensor) -> ChunkLoss:
         next_weight, distill_weight = loss_weights(self.settings)
-        temperature, teacher = self.settings.temperature, self.teacher
-        teacher_hidden = None if teacher is None else teacher.hidden(input_ids, labels)
+        temperature = self.settings.temperature
+        predictions = None if self.teacher is None else self.teacher.predictions(batch)
 
         def loss(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
             terms = []
             if next_weight:
                 terms.append((next_weight, next_token_loss(logits, targets[chunk])))
-            if teacher is not None and teacher_hidden is not None:
-                dense = teacher.logits(teacher_hidden[chunk])
-                terms.append((distill_weight, distillation_loss(logits, dense, temperature)))
+            if predictions is not None:
+                terms.append((distill_weight, distillation_loss(logits, predictions(chunk), temperature)))
             return _weighted(terms)
 
         return loss

@@ -197,7 +197,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
 
         Gradients are averaged over processes afterwards, hence the factor.
         """
-        total: torch.Tensor = model(inputs["input_ids"], inputs["labels"])
+        total: torch.Tensor = model(**inputs)
         loss: torch.Tensor = total * (self.accelerator.num_processes / num_items_in_batch)
         return loss
 
@@ -213,11 +213,11 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         """Mean losses on the validation sequences, which are shared out among the processes."""
         student, run = self.run.student, self.run
         student.eval()
-        rows = [row for part in run.validation for row in zip(part.input_ids, part.targets, strict=True)]
+        rows = [item for part in run.validation for item in part.items()]
         mine = rows[self.args.process_index :: self.args.world_size]
         sums = torch.zeros(3, dtype=torch.float64)
-        for done, (ids, targets) in enumerate(mine, 1):
-            sums += student.sums(ids[None].to(self.args.device), targets[None].to(self.args.device))
+        for done, item in enumerate(mine, 1):
+            sums += student.sums({name: ids[None].to(self.args.device) for name, ids in item.items()})
             run.progress("validating", done, len(mine))
         total = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
         step = self.state.global_step

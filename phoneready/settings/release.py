@@ -11,8 +11,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
-from cfsp.recovery.settings import loss_weights, two_budgets
-from cfsp.text.settings import SELF
+from cfsp.recovery.settings import two_budgets
 from cfsp.validation import Location, describe_problems, place_of
 from exporters.families import BASE, family_of
 from exporters.gguf import find_quant
@@ -201,9 +200,6 @@ def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """What compares token by token with the dense model, whose tokens these are not any more."""
     if not config.prune.may_trim:
         return
-    if config.recover and (loss_weights(config.recover)[1] or SELF in config.recover.data):
-        message = "the dense model has another vocabulary than what is trained and cannot teach it"
-        yield ("recover",), f"{message}; allowed: the loss next-token on text or chats"
     if config.tune:
         yield ("tune",), "a search compares with the dense model token by token: leave prune.vocabulary out"
     if config.evaluate.metrics:

@@ -21,15 +21,18 @@ from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
 from cfsp.pruning.surgery import cut_channels
 from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.chats import answer_spans, labelled_chat
-from cfsp.recovery.data import IGNORED, Sequences, TrainingMix, load_recovery_data
+from cfsp.recovery.data import IGNORED, INSIDE, Sequences, TrainingMix, load_recovery_data, respelled
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recovery_record import RunState, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate_share
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
+from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.tokens import Document
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -283,18 +286,60 @@ def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> 
     ids = torch.arange(4, 68).view(2, 32)
     targets = torch.full_like(ids, IGNORED)
     targets[:, 3:20] = ids[:, 4:21]
-    loss = student(ids, targets)
+    loss = student(input_ids=ids, labels=targets)
     assert float(loss) == pytest.approx(0.0, abs=1e-4)
     loss.backward()
     largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     assert largest < 1e-4
-    _, next_token, count = student.sums(ids, targets).tolist()
+    _, next_token, count = student.sums({"input_ids": ids, "labels": targets}).tolist()
     logits = model(ids).logits
     assert count == 34
     assert next_token == pytest.approx(
         float(F.cross_entropy(logits[targets != IGNORED], targets[targets != IGNORED], reduction="sum")),
         rel=1e-4,
     )
+
+
+def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: TinyModel) -> None:
+    dense, student = (LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")) for _ in range(2))
+    counts = count_tokens([dense.tokenizer("The quick brown fox.")["input_ids"]], len(dense.tokenizer))
+    plan = plan_vocabulary(student, counts, 300, sources=())
+    student = cut_vocabulary(student, plan)
+    spelling = respelling(dense.tokenizer, student.tokenizer)
+    text = "The quick brown fox jumps over the lazy dog; it was never seen again."
+    sequences = load_sequences(text, dense, spelling)
+    found = Student(
+        student.model, RecoverySettings(loss="distill"), torch.float32, Teacher(dense.model, spelling)
+    )
+    batch = {name: ids[None] for name, ids in sequences[0].items()}
+    objective, _, count = found.sums(batch).tolist()
+
+    theirs = dense.model(sequences.teacher_ids[:1]).logits[0].double().softmax(-1)
+    ours = student.model(sequences.input_ids[:1]).logits[0].double().log_softmax(-1)
+    expected, inside = 0.0, 0
+    for position, label in enumerate(sequences.targets[0].tolist()):
+        place = int(sequences.teacher_places[0, position])
+        if label == IGNORED:
+            continue
+        if place == INSIDE:
+            inside += 1
+            expected -= float(ours[position, label])
+            continue
+        p = torch.zeros(300, dtype=torch.float64)
+        for old, parts in spelling.spellings.items():
+            p[parts[0]] += theirs[place, old]
+        expected += float((p * (p.log() - ours[position])).sum())
+    assert inside > 5
+    assert count == len(sequences.targets[0]) - 1
+    assert objective == pytest.approx(expected, rel=1e-4)
+
+
+def load_sequences(text: str, dense: LoadedModel, spelling: Respelling) -> Sequences:
+    """One sequence of a text in the student's tokens."""
+    ids = torch.tensor([dense.tokenizer(text)["input_ids"]])
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, :-1] = ids[:, 1:]
+    return respelled(Sequences(ids, targets, "text", ""), spelling)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ from cfsp.pruning.axes.vocabulary import (
     count_tokens,
     cut_vocabulary,
     plan_vocabulary,
-    respell,
 )
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
+from cfsp.text.respelling import respelling
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -121,14 +121,37 @@ def test_special_ids_and_chats_are_the_same_tokens(
 
 
 def test_windows_are_respelled(trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan]) -> None:
-    dense, small, plan = trimmed
+    dense, small, _ = trimmed
     windows = torch.tensor([ids(dense.tokenizer, text)[:18] for text in TEXTS[:2]])
-    again = respell(windows, plan, dense.tokenizer, small.tokenizer)
+    again = respelling(dense.tokenizer, small.tokenizer).windows(windows)
     assert again.shape == windows.shape
     for before, after in zip(windows, again, strict=True):
         text = small.tokenizer.decode(after)
         assert dense.tokenizer.decode(before).startswith(text)
         assert len(text) > 8
+
+
+def test_a_spelling_says_where_both_have_read_the_same(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense, small, _ = trimmed
+    spelling = respelling(dense.tokenizer, small.tokenizer)
+    for text in TEXTS:
+        before = ids(dense.tokenizer, text)
+        after = spelling.spell(before)
+        assert after.ids.tolist() == ids(small.tokenizer, text)
+        assert int(after.ends.sum()) == len(before)
+        for end in after.ends.nonzero()[:, 0].tolist():
+            read = before[: int(after.owners[end]) + 1]
+            assert dense.tokenizer.decode(read) == small.tokenizer.decode(after.ids[: end + 1])
+
+
+def test_a_vocabulary_of_other_tokens_is_not_respelled(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense, small, _ = trimmed
+    with pytest.raises(InputError, match="no part of the other"):
+        respelling(small.tokenizer, dense.tokenizer)
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "llama-spm", "qwen2", "gpt-2"])

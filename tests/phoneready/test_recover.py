@@ -183,6 +183,22 @@ def test_without_data_the_teacher_writes_it(
     assert record.teacher is not None
 
 
+def test_the_dense_model_teaches_one_that_lost_tokens(dense: Path, chats: Path, tmp_path: Path) -> None:
+    trimmed, output = tmp_path / "trimmed", tmp_path / "out"
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64"]
+    few = ["--prune-ratio", "0", "--vocabulary", "300", "--vocabulary-text", str(chats)]
+    assert main(["prune", str(dense), "-o", str(trimmed), *few, *sizes]) == 0
+    options = ["--method", "full", "--loss", "distill", "--learning-rate", "5e-3", "--max-tokens", "2560"]
+    data = ["--data", "self", "--self-tokens", "1024", "--data", "builtin:python-docs"]
+    assert main(command(trimmed, output, chats, *data, *options)) == 0
+    record = record_of(output)
+    assert record.validations[-1].loss < record.validations[0].loss
+    assert len(record.training) == 3
+    again, tokens = load_model(output), load_model(trimmed).tokenizer.get_vocab()
+    assert again.tokenizer.get_vocab() == tokens
+    assert again.model.get_output_embeddings().weight.shape[0] == 300
+
+
 def test_training_that_diverges_keeps_the_best_and_says_so(
     pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

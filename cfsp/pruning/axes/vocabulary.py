@@ -196,25 +196,6 @@ def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
     return replace(loaded, tokenizer=tokenizer)
 
 
-def respell(ids: torch.Tensor, plan: VocabularyPlan, tokenizer: Any, trimmed: Any) -> torch.Tensor:
-    """Windows of the dense model's token ids in the kept tokens' ids, each as long as before.
-
-    Args:
-        ids: (n_windows, seqlen) int64.
-        plan: Which tokens are kept.
-        tokenizer: The dense model's.
-        trimmed: The tokenizer of the kept tokens.
-    """
-    spelled = {old: [new] for new, old in enumerate(plan.kept)}
-    merging = trimmed.backend_tokenizer.model
-    for index in set(ids.flatten().tolist()) - spelled.keys():
-        # Rows beyond the tokenizer have no text.
-        text = tokenizer.convert_ids_to_tokens(index) or ""
-        spelled[index] = [token.id for token in merging.tokenize(text)]
-    windows = [[new for old in window for new in spelled[old]][: ids.shape[1]] for window in ids.tolist()]
-    return torch.tensor(windows, dtype=ids.dtype)
-
-
 def spelled(index: int, gone: Collection[int], trees: TokenTrees) -> list[int]:
     """The kept tokens that stand for a token."""
     if index not in gone:
