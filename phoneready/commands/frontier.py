@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cfsp.errors import MissingExtraError
+from cfsp.errors import InputError, MissingExtraError
+from cfsp.recovery.settings import check_settings
 from cfsp.settings import setting
 from cfsp.text.settings import CalibrationSettings
 from phoneready.commands.options import (
@@ -18,7 +19,7 @@ from phoneready.commands.options import (
 )
 from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.frontier.settings import FrontierSettings
-from phoneready.settings.schema import CountedText
+from phoneready.settings.schema import CountedText, RecoverConfig
 
 
 def frontier(
@@ -26,6 +27,7 @@ def frontier(
     settings: FrontierSettings,
     counted: CountedText,
     calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
+    training: Annotated[RecoverConfig, Renamed("Recovery: ", {"seqlen": "--training-seqlen"})],
     output: Path = setting(
         Path("frontier"), "Folder to make; continued when it holds a frontier.", option="-o --output"
     ),
@@ -56,7 +58,14 @@ def frontier(
         vocabulary_text=counted.vocabulary_text,
     )
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code)
-    config = ReleaseConfig(model=asked, seed=seed, prune=prune)
+    recover = training if settings.recover else None
+    if recover:
+        check_settings(recover.settings(seed))
+    elif training != RecoverConfig():
+        raise InputError(
+            "options of recovery say how to train, and nothing is trained", allowed="with --recover"
+        )
+    config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover)
     with show_progress() as progress:
         found = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
     try:

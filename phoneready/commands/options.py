@@ -130,9 +130,15 @@ def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
     return _Group(name, kind, rows)
 
 
+def _uncapitalized(sentence: str) -> str:
+    """A sentence as the rest of another one; a name with capitals inside, such as LoRA, stays as it is."""
+    rest = sentence.split()[0][1:]
+    return sentence if rest != rest.lower() else sentence[0].lower() + sentence[1:]
+
+
 def _renamed(row: Declared, renamed: Renamed, name: str) -> Declared:
     option = renamed.options.get(row.name, row.setting.option or row.options[-1])
-    text = renamed.purpose + row.setting.help[0].lower() + row.setting.help[1:]
+    text = renamed.purpose + _uncapitalized(row.setting.help)
     return replace(row, name=name, setting=replace(row.setting, option=option, help=text))
 
 

@@ -14,6 +14,8 @@ from phoneready.frontier.record import model_label
 from phoneready.frontier.settings import FrontierSettings
 from phoneready.tune.space import Point, Recipe
 
+_TRAINED = "-recovered"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -34,7 +36,8 @@ class Batch:
     def name(self) -> str:
         """Of the checkpoint."""
         point = self.points[0]
-        return f"{point.recipe.vocabulary}-{point.prune_ratio:g}-{point.recipe.align}"
+        recipe = point.recipe
+        return f"{recipe.vocabulary}-{point.prune_ratio:g}-{recipe.align}{_TRAINED * recipe.recover}"
 
 
 def role_of(point: Point) -> str:
@@ -44,14 +47,15 @@ def role_of(point: Point) -> str:
 
 def point_label(point: Point) -> str:
     """A file that is to be made, for people."""
-    return f"{model_label(point.recipe.vocabulary, point.prune_ratio)} {point.recipe.item}"
+    recipe = point.recipe
+    return f"{model_label(recipe.vocabulary, point.prune_ratio, recipe.recover)} {recipe.item}"
 
 
 def point_name(point: Point) -> str:
     """What the record of a point is called."""
     recipe = point.recipe
     name = f"{recipe.allocation}-{point.prune_ratio:g}-{recipe.vocabulary}-{recipe.align}-{recipe.item}"
-    return file_stem(name.replace(":", "-"))
+    return file_stem(name.replace(":", "-")) + _TRAINED * recipe.recover
 
 
 def bits_of(item: str) -> float:
@@ -64,27 +68,29 @@ def batches_of(settings: FrontierSettings, allocation: str) -> tuple[Batch, ...]
     """The dense model, then, unless they are searched over, every vocabulary with every ratio, the least pruned first.
 
     Where no channels go, widths have no alignment; else each quantization has what it needs, and those that need the
-    same share a checkpoint.
+    same share a checkpoint. Where recovery is asked for, each pruned one is followed by itself, trained.
     """
-    found: dict[tuple[int, float, int], list[Point]] = {}
+    found: dict[tuple[int, float, bool, int], list[Point]] = {}
     combined = () if settings.trials else _combinations(settings)
-    for vocabulary, ratio in dict.fromkeys(((0, 0.0), *combined)):
+    for vocabulary, ratio, recover in dict.fromkeys(((0, 0.0, False), *combined)):
         for item in settings.chosen_quants:
-            point = make_point(settings, allocation, item, ratio, vocabulary)
-            found.setdefault((vocabulary, ratio, point.recipe.align), []).append(point)
+            point = make_point(settings, allocation, item, ratio, vocabulary, recover)
+            found.setdefault((vocabulary, ratio, recover, point.recipe.align), []).append(point)
     return tuple(Batch(tuple(points)) for points in found.values())
 
 
 def make_point(
-    settings: FrontierSettings, allocation: str, item: str, ratio: float, vocabulary: int
+    settings: FrontierSettings, allocation: str, item: str, ratio: float, vocabulary: int, recover: bool
 ) -> Point:
-    """A file with the alignment that it needs."""
+    """A file with the alignment that it needs; the dense model is never trained."""
     align = (settings.align or required_multiple((item,))) if ratio else 1
-    return Point(Recipe(item, allocation, align, False, vocabulary), ratio)
+    return Point(Recipe(item, allocation, align, recover and bool(ratio or vocabulary), vocabulary), ratio)
 
 
-def _combinations(settings: FrontierSettings) -> Iterator[tuple[int, float]]:
+def _combinations(settings: FrontierSettings) -> Iterator[tuple[int, float, bool]]:
     # Without a vocabulary of their own first, then ever fewer tokens: one trimmed model is held at a time.
     for vocabulary in sorted(set(settings.vocabularies), key=lambda size: (size > 0, -size)):
         for ratio in sorted(set(settings.prune_ratios)):
-            yield vocabulary, ratio
+            yield vocabulary, ratio, False
+            if settings.recover and (vocabulary or ratio):
+                yield vocabulary, ratio, True

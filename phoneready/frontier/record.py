@@ -14,6 +14,7 @@ from cfsp.validation import Seed, Share
 from phoneready.evaluation.dominance import Best, Choice, Standing, best_of
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.frontier.settings import BASE_QUANT
+from phoneready.settings.schema import RecoverConfig
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class FrontierPoint(MeasuredFile):
         expected_bytes: What its size was computed to be before it was made, where a size limited it.
         speed: How fast it is, where that was asked for.
         seconds: Time it took to make and measure.
+        recovered: Whether it was trained after pruning.
     """
 
     KIND: ClassVar[str] = "frontier-point"
@@ -67,6 +69,7 @@ class FrontierPoint(MeasuredFile):
     expected_bytes: int | None
     speed: Speed | None
     seconds: float
+    recovered: bool = False
 
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.file.endswith(".gguf"):  # it may be deleted
@@ -79,8 +82,8 @@ class FrontierPoint(MeasuredFile):
 
     @property
     def model(self) -> str:
-        """What was removed, for people."""
-        return model_label(self.vocabulary, self.prune_ratio)
+        """What was done to it, for people."""
+        return model_label(self.vocabulary, self.prune_ratio, self.recovered)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -126,6 +129,7 @@ class Frontier:
         open: Files that are still to be measured.
         kept: Files that lie in the folder.
         speed_choices: The best file at each speed that was asked for, where the dense Q4_0 file's is known.
+        recovery: How models were trained, where any were.
     """
 
     KIND: ClassVar[str] = "frontier"
@@ -144,6 +148,7 @@ class Frontier:
     open: tuple[str, ...]
     kept: tuple[str, ...]
     speed_choices: tuple[SpeedChoice, ...] = ()
+    recovery: RecoverConfig | None = None
 
     def find(self, file: str | None) -> FrontierPoint | None:
         """The file of a name."""
@@ -163,8 +168,9 @@ def choose_by_speed(points: Sequence[FrontierPoint], times: Iterable[float]) -> 
     return tuple(found)
 
 
-def model_label(vocabulary: int, prune_ratio: float) -> str:
-    """What was removed, for people."""
+def model_label(vocabulary: int, prune_ratio: float, recovered: bool) -> str:
+    """What was done to the dense model, for people."""
     parts = [f"{vocabulary} tokens"] if vocabulary else []
     parts += [f"FFN -{100 * prune_ratio:g} %"] if prune_ratio else []
+    parts += ["recovered"] if recovered else []
     return ", ".join(parts) or "dense"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -34,7 +34,7 @@ from phoneready.frontier.search import Search
 from phoneready.frontier.settings import FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
 from phoneready.release.dependencies import made_with
-from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.tune.run import study_key
 from phoneready.tune.space import Point
 from phoneready.tune.study import drop_torn_line
@@ -200,7 +200,8 @@ class _Run:
         return known if same else None
 
     def _record(self, point: Point) -> Path:
-        return self.runner.folder / "points" / f"{point_name(point)}.json"
+        how = f"-{_digest(self.runner.config.recover)}" if point.recipe.recover else ""
+        return self.runner.folder / "points" / f"{point_name(point)}{how}.json"
 
     @property
     def _bench(self) -> BenchSettings:
@@ -251,6 +252,7 @@ class _Run:
                 ),
                 speed=None,
                 seconds=0.0,
+                recovered=recipe.recover,
             )  # fmt: skip
         speed = measure_speed(made.path, self._bench, runner.progress) if self.settings.speed else None
         fsync_file(made.path)
@@ -295,6 +297,7 @@ class _Run:
             open=tuple(point_label(p) for p, found in known.items() if not found and p not in settled),
             kept=(),
             speed_choices=choose_by_speed(measured, self.settings.at_speed),
+            recovery=config.recover,
         )
 
 
@@ -311,12 +314,18 @@ def _release_of(config: ReleaseConfig, settings: FrontierSettings) -> ReleaseCon
 
 
 def _key(config: ReleaseConfig, folder: Path) -> str:
-    """Hash of what figures depend on, beside what a point says itself."""
+    """Hash of what figures depend on, beside what a point says itself and how it is trained."""
     # Another list of quantizations makes no other files.
-    plain = config.model_copy(update={"export": replace(config.export, quants=("f32",))})
+    plain = config.model_copy(update={"export": replace(config.export, quants=("f32",)), "recover": None})
     made = made_with("export", families=("gguf",))
     text = json.dumps([study_key(plain, folder), made], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(training: RecoverConfig | None) -> str:
+    """Of how models are trained."""
+    text = json.dumps(asdict(training) if training else None, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:

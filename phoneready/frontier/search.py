@@ -81,11 +81,14 @@ class Search:
             )
             trial.suggest_categorical("vocabulary", sorted(set(settings.vocabularies)))
             trial.suggest_categorical("quant", list(settings.chosen_quants))
+            if settings.recover:
+                trial.suggest_categorical("recover", [False, True])
             return trial
 
     def _point(self, params: dict[str, Any]) -> Point:
         ratio, item = round(float(params["prune_ratio"]), 6), str(params["quant"])
-        return make_point(self._settings, self._allocation, item, ratio, int(params["vocabulary"]))
+        vocabulary, recover = int(params["vocabulary"]), bool(params.get("recover"))
+        return make_point(self._settings, self._allocation, item, ratio, vocabulary, recover)
 
 
 def _states() -> Any:

@@ -43,6 +43,9 @@ class FrontierSettings(WindowSettings):
     vocabularies: tuple[int, ...] = setting(
         (0,), "Tokens to keep, each with every ratio; 0: all.", ge=0, le=2**24, metavar="N,..."
     )
+    recover: bool = setting(
+        False, "Measure every pruned model trained, too, as the options of recovery say.", option="--recover"
+    )
     align: int = setting(
         0, "Widths are multiples of this; 0: what each quantization needs.", ge=0, shown="by the quantization"
     )

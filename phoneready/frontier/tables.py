@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cfsp.recovery.settings import token_budget
 from phoneready.console import format_bytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
@@ -48,7 +49,15 @@ def conditions(found: Frontier) -> str:
     decoded = "".join(
         f" Decode is {test} with {count} threads, one file after the other." for test, count in speeds
     )
-    return f"{measured_on(found.points)}{decoded} {WHAT_STANDINGS_MEAN}"
+    return f"{measured_on(found.points)}{decoded}{_trained(found)} {WHAT_STANDINGS_MEAN}"
+
+
+def _trained(found: Frontier) -> str:
+    how = found.recovery
+    if how is None or not any(point.recovered for point in found.points):
+        return ""
+    most = f"{how.epochs:g} passes over" if how.epochs else f"{token_budget(how)} tokens of"
+    return f" Recovered: {how.method}, {how.loss}, {most} {', '.join(how.data)}."
 
 
 def sentences(found: Frontier) -> Iterator[str]:

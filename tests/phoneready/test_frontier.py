@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -104,6 +105,28 @@ def test_figures_are_those_of_eval(model: Path, measured: Path, tmp_path: Path) 
             assert point.bits_per_byte == pytest.approx(text.bits_per_byte, rel=0.1)
             assert text.n_bytes is not None
             assert sum(point.texts[0].n_bytes) >= text.n_bytes
+
+
+def test_pruned_models_are_measured_trained_too(model: Path, measured: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the recover extra is not installed")
+    folder = tmp_path / "out"
+    shutil.copytree(measured, folder)
+    before = point_files(folder)
+    asked = "--quants Q8_0 --prune-ratios 0,0.25 --vocabularies 0,300 --no-speed --max-size 1GB --recover"
+    training = "--data builtin:python-docs --method full --max-tokens 4096 --learning-rate 5e-3"
+    more = (*asked.split(), *training.split(), "--training-seqlen", "64")
+    assert main(command(model, folder, *more)) == 0
+    found = read_record(Frontier, folder / RESULT_FILE)
+    trained = {(p.vocabulary, p.prune_ratio): p for p in found.points if p.recovered}
+    untrained = {(p.vocabulary, p.prune_ratio): p for p in found.points if not p.recovered}
+    assert trained.keys() == untrained.keys() - {(0, 0.0)}
+    for key, point in trained.items():
+        assert point.bits_per_byte < untrained[key].bits_per_byte
+        assert point.file_bytes == pytest.approx(untrained[key].file_bytes, abs=64)
+        assert point.label.endswith("recovered Q8_0")
+    again = point_files(folder)
+    assert {name: again[name] for name in before} == before
+    assert "Recovered: full, next-token, 4096 tokens of builtin:python-docs." in format_frontier(found)
 
 
 def test_files_that_others_dominate_are_deleted(measured: Path) -> None:
@@ -261,6 +284,9 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--text", "builtin:python-docs"], "two texts have this name"),
         (["--seqlen", "100000"], "seqlen"),
         (["--calibration", "/nowhere.jsonl"], "does not exist"),
+        (["--max-tokens", "1000"], "nothing is trained; allowed: with --recover"),
+        (["--recover", "--max-tokens", "1000", "--epochs", "1"], "max_tokens and epochs both say how long"),
+        (["--recover", "--method", "magic"], "--method"),
     ],
 )
 def test_bad_input_writes_nothing(
