@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import PositiveFloat
 
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.perplexity import bounded_exp, check_finite_sums, logits_of
+from cfsp.evaluation.perplexity import LogitsOf, bounded_exp, check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
+from cfsp.text.respelling import Respelling
 from cfsp.text.tokens import TokenWindows
 from cfsp.validation import Share
 
@@ -133,6 +135,82 @@ def divergence_from_logits(
         seqlen=windows.ids.shape[1],
         windows_sha256=windows.sha256,
     )
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """What a model loses on a text, and how far it is from a reference that has all of its tokens.
+
+    Attributes:
+        n_tokens: Tokens that it predicts.
+        nats: -ln p of the text.
+        reference_nats: The reference's.
+        kl_mean: KL(reference || model), nats, mean over the positions where one of the reference's tokens ends, in the
+            model's tokens.
+        same_top1: Share of these where both put the same token first.
+    """
+
+    n_tokens: int
+    nats: float
+    reference_nats: float
+    kl_mean: float
+    same_top1: Share
+
+
+def respelled_divergence(
+    reference: LanguageModel, model: LanguageModel, window: torch.Tensor, respelling: Respelling
+) -> WindowLoss:
+    """Hold a model that lost tokens against the one that has them all.
+
+    Args:
+        reference: Has all tokens.
+        model: Has those that `respelling` spells in.
+        window: (seqlen,) of the reference's token ids; the model reads all of its text, however many tokens that takes.
+        respelling: From the reference's vocabulary to the model's.
+
+    Raises:
+        LimitError: Logits that are not finite.
+    """
+    text = respelling.spell(window.tolist())
+    context = int((text.owners == 0).sum())
+    ours, theirs = _Loss(text.ids, context), _Loss(window, 1)
+
+    def where_tokens_end() -> Iterator[tuple[slice, torch.Tensor]]:
+        for positions, logits in ours.read(logits_of(model)):
+            ended = logits[text.ends[positions.start - 1 : positions.stop - 1]]
+            if len(ended):
+                yield positions, ended[:, : len(respelling.kept)].float().log_softmax(-1)
+
+    def respelled() -> Iterator[tuple[slice, torch.Tensor]]:
+        for positions, logits in theirs.read(logits_of(reference)):
+            yield positions, respelling.log_probabilities(logits.float()).log_softmax(-1)
+
+    kl, same, count = 0.0, 0, 0
+    with torch.inference_mode():
+        for _, log_p, log_q in _aligned(respelled(), where_tokens_end()):
+            kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0).sum())
+            same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            count += len(log_p)
+    check_finite_sums(kl, ours.nats, theirs.nats)
+    n_tokens = len(text.ids) - context
+    return WindowLoss(n_tokens, ours.nats, theirs.nats, kl / max(count, 1), same / max(count, 1))
+
+
+@dataclass
+class _Loss:
+    """Adds up the loss of a text's tokens but the first few while their logits are read."""
+
+    ids: torch.Tensor
+    context: int
+    nats: float = 0.0
+
+    def read(self, run: LogitsOf) -> Iterator[tuple[slice, torch.Tensor]]:
+        for positions, logits in run(self.ids):
+            known = max(0, self.context - positions.start)
+            self.nats += float(
+                F.cross_entropy(logits[known:].float(), self.ids[positions][known:], reduction="sum")
+            )
+            yield positions, logits
 
 
 def _quantile(ordered: torch.Tensor, q: float) -> float:

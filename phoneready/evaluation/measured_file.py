@@ -25,8 +25,9 @@ class MeasuredText:
         n_bytes: Bytes that they spell, of each window.
         nats: -ln p of each window.
         dense_nats: The dense model's.
-        kl_mean: Mean KL divergence from the dense model, nats a token; None of another vocabulary.
-        same_top1: Share of tokens where both put the same token first; None of another vocabulary.
+        kl_mean: Mean KL divergence from the dense model, nats; of fewer tokens, in these, where a dense one ends. None
+            in records of versions that did not measure it there.
+        same_top1: Share of the same positions where both put the same token first.
     """
 
     kind: str
@@ -87,12 +88,12 @@ class MeasuredFile:
 
     @property
     def kl_mean(self) -> float | None:
-        """Mean KL divergence over the texts' tokens; None of another vocabulary."""
+        """Mean KL divergence over the texts' tokens; None where no text has one."""
         return _mean((t.kl_mean, t.n_tokens) for t in self.texts)
 
     @property
     def same_top1(self) -> float | None:
-        """Share of tokens where the dense model puts the same one first; None of another vocabulary."""
+        """Share of tokens where the dense model puts the same one first; None where no text has it."""
         return _mean((t.same_top1, t.n_tokens) for t in self.texts)
 
 

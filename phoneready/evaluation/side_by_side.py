@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from cfsp.evaluation.bits import predicted_bytes, respelled, shared_text
-from cfsp.evaluation.divergence import divergence
-from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
-from cfsp.evaluation.perplexity import Scored, text_loss
+from cfsp.evaluation.bits import predicted_bytes, shared_text
+from cfsp.evaluation.divergence import WindowLoss, divergence, respelled_divergence
+from cfsp.evaluation.language_model import LanguageModel
 from cfsp.progress import Progress
+from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.tokens import TokenWindows, tokens_sha256
 from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
@@ -58,13 +59,11 @@ def measure_file(
     """
     windows = [window for text in texts for window in text.windows.ids]
     same = tokenizer.get_vocab() == dense.tokenizer.get_vocab()
-    lengths = (
-        map(len, windows) if same else (len(_spelled(window, dense, tokenizer).ids) for window in windows)
-    )
+    spelling = None if same else respelling(dense.tokenizer, tokenizer)
+    lengths = (len(spelling.spell(window.tolist()).ids if spelling else window) for window in windows)
     opening = OpenSettings(max(lengths), threads=threads)
     with open_language_model(str(path), runtime_for(str(path)), opening, progress=progress) as model:
-        same = vocabulary_difference(model, dense) is None
-        return tuple(_measured(text, model, dense, same_tokens=same, progress=progress) for text in texts)
+        return tuple(_measured(text, model, dense, spelling, progress) for text in texts)
 
 
 def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
@@ -84,20 +83,22 @@ def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
 
 
 def _measured(
-    text: JudgedText, model: LanguageModel, dense: LanguageModel, *, same_tokens: bool, progress: Progress
+    text: JudgedText,
+    model: LanguageModel,
+    dense: LanguageModel,
+    spelling: Respelling | None,
+    progress: Progress,
 ) -> MeasuredText:
     windows, ids = text.windows, text.windows.ids
-    compare = _same_tokens if same_tokens else _other_tokens
     losses = []
     for number, window in enumerate(ids, 1):
-        losses.append(compare(window, model, dense))
+        losses.append(
+            respelled_divergence(dense, model, window, spelling)
+            if spelling
+            else _same_tokens(window, model, dense)
+        )
         progress("measuring", number, len(ids))
     n_tokens = sum(loss.n_tokens for loss in losses)
-
-    def mean(values: Iterator[float | None]) -> float | None:
-        known = [v for v in values if v is not None]
-        return sum(known) / len(known) if known else None
-
     return MeasuredText(
         text.kind,
         windows.source,
@@ -106,33 +107,13 @@ def _measured(
         n_tokens,
         n_bytes=tuple(max(1, predicted_bytes(window[None], dense.tokenizer)) for window in ids),
         nats=tuple(loss.nats for loss in losses),
-        dense_nats=tuple(loss.dense_nats for loss in losses),
-        kl_mean=mean(loss.kl_mean for loss in losses),
-        same_top1=mean(loss.same_top1 for loss in losses),
+        dense_nats=tuple(loss.reference_nats for loss in losses),
+        kl_mean=fmean(loss.kl_mean for loss in losses),
+        same_top1=fmean(loss.same_top1 for loss in losses),
     )
 
 
-@dataclass(frozen=True)
-class _WindowLoss:
-    n_tokens: int
-    nats: float
-    dense_nats: float
-    kl_mean: float | None = None
-    same_top1: float | None = None
-
-
-def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:
+def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> WindowLoss:
     found = divergence(dense, model, TokenWindows(window[None], "", ""))
     nats, dense_nats = (math.log(p) * found.n_tokens for p in (found.perplexity, found.reference_perplexity))
-    return _WindowLoss(found.n_tokens, nats, dense_nats, found.kl_mean, found.same_top1)
-
-
-def _other_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:
-    """All of the window's text, however many tokens that takes."""
-    spelled = _spelled(window, dense, model.tokenizer)
-    count = len(spelled.ids) - spelled.n_context
-    return _WindowLoss(count, text_loss(model, [spelled]), text_loss(dense, [Scored(window, 1)]))
-
-
-def _spelled(window: torch.Tensor, dense: LanguageModel, tokenizer: Any) -> Scored:
-    return respelled(window, dense.tokenizer, tokenizer)
+    return WindowLoss(found.n_tokens, nats, dense_nats, found.kl_mean, found.same_top1)

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfsp.errors import InputError
+from cfsp.evaluation.divergence import respelled_divergence
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.source import LoadedModel, ModelSource
@@ -144,6 +146,49 @@ def test_a_spelling_says_where_both_have_read_the_same(
         for end in after.ends.nonzero()[:, 0].tolist():
             read = before[: int(after.owners[end]) + 1]
             assert dense.tokenizer.decode(read) == small.tokenizer.decode(after.ids[: end + 1])
+
+
+def test_a_model_of_fewer_tokens_is_held_against_the_one_that_has_them_all(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense, small, _ = trimmed
+    spelling = respelling(dense.tokenizer, small.tokenizer)
+    window = torch.tensor(ids(dense.tokenizer, TEXTS[1]))
+    text = spelling.spell(window.tolist())
+    assert not text.ends.all()
+    found = respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(small), window, spelling)
+    with torch.inference_mode():
+        theirs = dense.model(window[None]).logits[0].double().log_softmax(-1)
+        ours = small.model(text.ids[None]).logits[0].double().log_softmax(-1)
+    begins = int((text.owners == 0).sum())
+    assert found.n_tokens == len(text.ids) - begins
+    assert found.reference_nats == pytest.approx(
+        -float(sum(theirs[i, t] for i, t in enumerate(window[1:]))), rel=1e-5
+    )
+    nats = -float(sum(ours[i, text.ids[i + 1]] for i in range(begins - 1, len(text.ids) - 1)))
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    kl, same = [], []
+    for end in text.ends.nonzero()[:-1, 0].tolist():
+        p = torch.zeros(len(spelling.kept), dtype=torch.float64)
+        for old, parts in spelling.spellings.items():
+            p[parts[0]] += theirs[text.owners[end], old].exp()
+        kl.append(float((p * (p.log() - ours[end])).sum()))
+        same.append(int(p.argmax()) == int(ours[end].argmax()))
+    assert len(kl) == len(window) - 1
+    assert found.kl_mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    assert found.same_top1 == pytest.approx(sum(same) / len(same))
+
+
+def test_against_itself_a_model_loses_nothing(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense = trimmed[0]
+    model = TorchLanguageModel(dense)
+    window = torch.tensor(ids(dense.tokenizer, TEXTS[0]))
+    found = respelled_divergence(model, model, window, respelling(dense.tokenizer, dense.tokenizer))
+    assert found.kl_mean == pytest.approx(0, abs=1e-6)
+    assert found.same_top1 == 1
+    assert found.nats == pytest.approx(found.reference_nats)
 
 
 def test_a_vocabulary_of_other_tokens_is_not_respelled(
