@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from cfsp.evaluation.bits import predicted_bytes, shared_text
+from cfsp.evaluation.bits import predicted_bytes, respelled, shared_text
 from cfsp.evaluation.divergence import WindowLoss, divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.perplexity import text_loss
 from cfsp.progress import Progress
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.tokens import TokenWindows, tokens_sha256
@@ -90,13 +92,10 @@ def _measured(
     progress: Progress,
 ) -> MeasuredText:
     windows, ids = text.windows, text.windows.ids
+    compare = partial(_other_tokens, spelling) if spelling else _same_tokens
     losses = []
     for number, window in enumerate(ids, 1):
-        losses.append(
-            respelled_divergence(dense, model, window, spelling)
-            if spelling
-            else _same_tokens(window, model, dense)
-        )
+        losses.append(compare(window, model, dense))
         progress("measuring", number, len(ids))
     n_tokens = sum(loss.n_tokens for loss in losses)
     return MeasuredText(
@@ -111,6 +110,17 @@ def _measured(
         kl_mean=fmean(loss.kl_mean for loss in losses),
         same_top1=fmean(loss.same_top1 for loss in losses),
     )
+
+
+def _other_tokens(
+    spelling: Respelling, window: torch.Tensor, model: LanguageModel, dense: LanguageModel
+) -> WindowLoss:
+    """All of the window's text, however many tokens that takes, as the file's own tokenizer cuts it."""
+    found = respelled_divergence(dense, model, window, spelling)
+    text = respelled(window, dense.tokenizer, model.tokenizer)
+    if text.ids.equal(spelling.spell(window.tolist()).ids):
+        return found
+    return replace(found, n_tokens=len(text.ids) - text.n_context, nats=text_loss(model, [text]))
 
 
 def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> WindowLoss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from phoneready.console import format_bytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.tables import conditions, frontier_table, megabytes, sentences
@@ -48,5 +49,11 @@ def _figure(found: Frontier, title: str, x: Callable[[FrontierPoint], float | No
 
 
 def _lines(point: FrontierPoint) -> list[str]:
-    speed = point.tokens_per_second
-    return [megabytes(point.file_bytes), *([f"{speed:.1f} tokens a second"] if speed else [])]
+    speed, peak = point.tokens_per_second, point.speed.peak_rss_bytes if point.speed else None
+    return [
+        megabytes(point.file_bytes),
+        *([f"KL {point.kl_mean:.4f}"] if point.kl_mean is not None else []),
+        *([f"{speed:.1f} tokens a second"] if speed else []),
+        *([f"{format_bytes(peak)} of memory at most"] if peak else []),
+        *(f"{t.task}: {t.metrics[0].value:.3f}" for t in point.tasks if t.metrics),
+    ]

@@ -10,6 +10,7 @@ from typing import ClassVar
 from pydantic import NonNegativeInt
 
 from cfsp.errors import InputError
+from cfsp.evaluation.tasks import TaskResult
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.dominance import Best, Choice, Standing, best_of
 from phoneready.evaluation.measured_file import MeasuredFile
@@ -55,6 +56,7 @@ class FrontierPoint(MeasuredFile):
         speed: How fast it is, where that was asked for.
         seconds: Time it took to make and measure.
         recovered: Whether it was trained after pruning.
+        tasks: What it does of tasks, where any were asked for.
     """
 
     KIND: ClassVar[str] = "frontier-point"
@@ -70,6 +72,7 @@ class FrontierPoint(MeasuredFile):
     speed: Speed | None
     seconds: float
     recovered: bool = False
+    tasks: tuple[TaskResult, ...] = ()
 
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or not self.file.endswith(".gguf"):  # it may be deleted

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import ClassVar
 import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
+from cfsp.evaluation.tasks import TaskResult, TaskSet, load_tasks, run_tasks
 from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.files import fsync_file, write_text
 from cfsp.progress import Progress, no_progress
@@ -22,6 +24,7 @@ from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.dominance import DOMINATED, choose, standing, telling_sizes
+from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import check_texts, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.evaluation.side_by_side import JudgedText, measure_file
@@ -107,10 +110,13 @@ def measure_frontier(
     runner = TrialRunner(config, state, threads, progress)
     # What cannot be used is found before anything is written; what a run has begun with can be.
     windows = None if (state / WINDOWS_FILE).is_file() else _windows(runner, settings)
-    with join(folder, state, alone=lambda: drop_torn_line(folder / STUDY_FILE)) as runner.work:
+    with ExitStack() as stack:
+        tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
+        alone = join(folder, state, alone=lambda: drop_torn_line(folder / STUDY_FILE))
+        runner.work = stack.enter_context(alone)
         if windows is not None:
             write_record(state / WINDOWS_FILE, windows)
-        run = _Run(runner, settings, folder, read_record(JudgedWindows, state / WINDOWS_FILE))
+        run = _Run(runner, settings, folder, read_record(JudgedWindows, state / WINDOWS_FILE), tasks)
         result = run.finish(show)
     if not result.points:
         raise LimitError(f"no file could be measured: {'; '.join((*result.failed, *result.left_out))}")
@@ -123,6 +129,7 @@ class _Run:
     settings: FrontierSettings
     folder: Path
     windows: JudgedWindows
+    tasks: TaskSet | None = None
     failed: dict[Point, str] = field(default_factory=dict)
     left_out: dict[Point, str] = field(default_factory=dict)
     search: Search | None = None
@@ -193,11 +200,16 @@ class _Run:
     def _found(self, point: Point) -> FrontierPoint | None:
         """A point of which all is known that was asked for."""
         known = self._known(point)
-        if known is None or not self.settings.speed:
-            return known
-        wanted = self._bench
-        same = known.speed and known.speed.n_threads in (wanted.n_threads or (known.speed.n_threads,))
-        return known if same else None
+        whole = known is not None and self._is_timed(known) and self._has_tasks(known)
+        return known if whole else None
+
+    def _is_timed(self, known: FrontierPoint) -> bool:
+        if not self.settings.speed or known.speed is None:
+            return not self.settings.speed
+        return known.speed.n_threads in (self._bench.n_threads or (known.speed.n_threads,))
+
+    def _has_tasks(self, known: FrontierPoint) -> bool:
+        return self.tasks is None or self.tasks.is_what(known.tasks)
 
     def _record(self, point: Point) -> Path:
         how = f"-{_digest(self.runner.config.recover)}" if point.recipe.recover else ""
@@ -254,11 +266,20 @@ class _Run:
                 seconds=0.0,
                 recovered=recipe.recover,
             )  # fmt: skip
-        speed = measure_speed(made.path, self._bench, runner.progress) if self.settings.speed else None
+        if not self._has_tasks(known):
+            known = replace(known, tasks=self._done(made.path))
+        if not self._is_timed(known):
+            known = replace(known, speed=measure_speed(made.path, self._bench, runner.progress))
         fsync_file(made.path)
         made.path.replace(self.folder / made.path.name)
-        seconds = round(known.seconds + time.monotonic() - began, 2)
-        return replace(known, speed=speed or known.speed, seconds=seconds)
+        return replace(known, seconds=round(known.seconds + time.monotonic() - began, 2))
+
+    def _done(self, path: Path) -> tuple[TaskResult, ...]:
+        """What a file does of the tasks."""
+        assert self.tasks is not None
+        opening, progress = OpenSettings(2, threads=self.runner.threads), self.runner.progress
+        with open_language_model(str(path), runtime_for(str(path)), opening, progress=progress) as model:
+            return run_tasks(model, self.tasks, progress=progress)
 
     @cached_property
     def _dense(self) -> RememberedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
+from cfsp.evaluation.settings import TaskSettings
 from cfsp.settings import setting
 from cfsp.units import parse_bytes
 from exporters.gguf.family import GGUF
@@ -27,7 +28,7 @@ def parse_sizes(text: str, field: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class FrontierSettings(WindowSettings):
+class FrontierSettings(TaskSettings, WindowSettings):
     """Which files to measure on what, and where to stop."""
 
     quants: tuple[str, ...] = setting(

@@ -37,6 +37,7 @@ def frontier_table(found: Frontier) -> Table[FrontierPoint]:
     ]
     if any(point.speed for point in found.points):
         columns += [Column("decode", _decode, right=True), Column("peak memory", _memory, right=True)]
+    columns += [_accuracy(task, metric) for task, metric in _accuracies(found)]
     standings = {one.file: one for one in found.standings}
     return Table([*columns, standing_column(found.points, standings)], found.points)
 
@@ -49,7 +50,31 @@ def conditions(found: Frontier) -> str:
     decoded = "".join(
         f" Decode is {test} with {count} threads, one file after the other." for test, count in speeds
     )
-    return f"{measured_on(found.points)}{decoded}{_trained(found)} {WHAT_STANDINGS_MEAN}"
+    return f"{measured_on(found.points)}{decoded}{_asked(found)}{_trained(found)} {WHAT_STANDINGS_MEAN}"
+
+
+def _accuracies(found: Frontier) -> list[tuple[str, str]]:
+    """(task, the first of its figures) of all tasks that any file did."""
+    pairs = ((t.task, t.metrics[0].name) for point in found.points for t in point.tasks if t.metrics)
+    return list(dict.fromkeys(pairs))
+
+
+def _accuracy(task: str, metric: str) -> Column[Any]:
+    def cell(point: FrontierPoint) -> str | None:
+        figures = (m for t in point.tasks if t.task == task for m in t.metrics if m.name == metric)
+        return next((f"{one.value:.3f}" + _error(one.stderr) for one in figures), None)
+
+    return Column(f"{task} {metric}", cell, right=True)
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.3f}"
+
+
+def _asked(found: Frontier) -> str:
+    counts = {task.task: task.n_items for point in found.points for task in point.tasks}
+    items = ", ".join(f"{count} items of {name}" for name, count in counts.items())
+    return f" Tasks: {items}, ± one standard error." if items else ""
 
 
 def _trained(found: Frontier) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,20 @@ from runtime_bench.workload import Workload
 MakeReportInput = Callable[..., ReportInput]
 BLOCKS, DENSE_WIDTH = 6, 256
 
+_TASK = """task: fruits
+dataset_path: json
+dataset_kwargs: {data_files: {validation: fruits.jsonl}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: "Question: {{goal}}\\nAnswer:"
+doc_to_target: label
+doc_to_choice: "{{[sol1, sol2]}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+metadata: {version: 2.0}
+"""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -42,6 +57,24 @@ def browser() -> Iterator[Any]:
         chromium = session.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    """A task file of ten questions, its data beside it."""
+    rows = [
+        {
+            "goal": f"list {i} fruits",
+            "sol1": "an apple",
+            "sol2": "the lazy dog " * (1 + i % 3),
+            "label": i % 2,
+        }
+        for i in range(10)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "fruits.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "fruits.yaml").write_text(_TASK, encoding="utf-8")
+    return tmp_path / "fruits.yaml"
 
 
 @pytest.fixture

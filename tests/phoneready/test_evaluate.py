@@ -22,19 +22,6 @@ from phoneready.main import main
 TinyPath = Callable[..., Path]
 SIZES = ["--seqlen", "32", "--windows", "2", "--max-new-tokens", "4"]
 TEXT = [*SIZES, "--no-prompts"]
-TASK = """task: fruits
-dataset_path: json
-dataset_kwargs: {data_files: {validation: fruits.jsonl}}
-output_type: multiple_choice
-validation_split: validation
-doc_to_text: "Question: {{goal}}\\nAnswer:"
-doc_to_target: label
-doc_to_choice: "{{[sol1, sol2]}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-metadata: {version: 2.0}
-"""
 METRICS = """
 import torch
 
@@ -78,23 +65,6 @@ def onnx(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     output = tmp_path_factory.mktemp("onnx") / "out"
     assert main(["export", model, "-o", str(output), "--onnx", "fp32", "--threads", "1"]) == 0
     return str(output / "fp32")
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Path:
-    rows = [
-        {
-            "goal": f"list {i} fruits",
-            "sol1": "an apple",
-            "sol2": "the lazy dog " * (1 + i % 3),
-            "label": i % 2,
-        }
-        for i in range(10)
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "fruits.jsonl").write_text(text, encoding="utf-8")
-    (tmp_path / "fruits.yaml").write_text(TASK, encoding="utf-8")
-    return tmp_path / "fruits.yaml"
 
 
 def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:

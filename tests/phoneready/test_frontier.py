@@ -131,6 +131,37 @@ def test_pruned_models_are_measured_trained_too(model: Path, measured: Path, tmp
     assert "Recovered: full, next-token, 4096 tokens of builtin:python-docs." in format_frontier(found)
 
 
+def test_tasks_are_added_to_what_is_known(model: Path, measured: Path, tmp_path: Path, task: Path) -> None:
+    pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+    folder = tmp_path / "out"
+    shutil.copytree(measured, folder)
+    asked = (
+        "--quants",
+        "Q8_0",
+        "--vocabularies",
+        "0,300",
+        "--no-speed",
+        "--tasks",
+        str(task),
+        "--limit",
+        "6",
+    )
+    assert main(command(model, folder, *asked)) == 0
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert len(found.points) == 2
+    before = {point.file: point for point in read_record(Frontier, measured / RESULT_FILE).points}
+    for point in found.points:
+        (done,) = point.tasks
+        assert (done.task, done.n_items, done.limit) == ("fruits", 6, 6)
+        assert replace(point, tasks=(), seconds=0.0) == replace(before[point.file], seconds=0.0)
+    table = format_frontier(found)
+    assert " fruits acc |" in table
+    assert "Tasks: 6 items of fruits" in table
+    files = point_files(folder)
+    assert main(command(model, folder, *asked)) == 0
+    assert point_files(folder) == files
+
+
 def test_files_that_others_dominate_are_deleted(measured: Path) -> None:
     found = read_record(Frontier, measured / RESULT_FILE)
     stays = {one.file for one in found.standings if one.verdict != DOMINATED}
@@ -286,6 +317,7 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--text", "builtin:python-docs"], "two texts have this name"),
         (["--seqlen", "100000"], "seqlen"),
         (["--calibration", "/nowhere.jsonl"], "does not exist"),
+        (["--tasks", "missing.yaml"], "missing.yaml"),
         (["--max-tokens", "1000"], "nothing is trained; allowed: with --recover"),
         (["--recover", "--max-tokens", "1000", "--epochs", "1"], "max_tokens and epochs both say how long"),
         (["--recover", "--method", "magic"], "--method"),
