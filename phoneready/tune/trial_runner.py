@@ -18,8 +18,8 @@ from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.token_order import Counts
-from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary
+from cfsp.pruning.axes.token_order import Counts, TokenOrder
+from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import counts_of, moment_windows, statistics_for, trim
@@ -135,7 +135,9 @@ class TrialRunner:
         """
         if size not in self._vocabularies:
             sources = self.config.prune.vocabulary_text or self.calibration.sources
-            self._vocabularies[size] = plan_vocabulary(self.loaded, self._counts, size, sources=sources)
+            self._vocabularies[size] = plan_vocabulary(
+                self.loaded, self._counts, size, sources=sources, order=self._order
+            )
         return self._vocabularies[size]
 
     @functools.cached_property
@@ -144,6 +146,10 @@ class TrialRunner:
         found = counts_of(self.loaded, self.calibration, self.config.prune.vocabulary_text)
         self.progress("counting tokens", 1, 1)
         return found
+
+    @functools.cached_property
+    def _order(self) -> TokenOrder:
+        return token_order(self.loaded, self._counts)
 
     def side(self, vocabulary: int) -> Side:
         """The model with all of its tokens, or with so many; of the latter the latest is kept."""
