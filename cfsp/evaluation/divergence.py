@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from pydantic import PositiveFloat
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import LogitsOf, bounded_exp, check_finite_sums, logits_of
 from cfsp.progress import Progress, no_progress
-from cfsp.text.respelling import Respelling
+from cfsp.text.respelling import Respelled, Respelling
 from cfsp.text.tokens import TokenWindows
 from cfsp.validation import Share
 
@@ -28,7 +28,8 @@ class Divergence:
         kl_p99: 99th percentile.
         kl_p99_9: 99.9th percentile.
         same_top1: Share of tokens where both put the same token first.
-        max_logit_difference: Largest absolute difference of any logit.
+        max_logit_difference: Largest absolute difference of any logit; of logits against log-probabilities where the
+            vocabularies differ, which says nothing.
         reference_perplexity: Perplexity of the reference on the same tokens.
         perplexity: Perplexity of the model on them.
         perplexity_ratio: perplexity / reference_perplexity.
@@ -107,93 +108,109 @@ def divergence_from_logits(
     Raises:
         LimitError: Logits that are not finite.
     """
-    kls, same, predicted, largest, nll_reference, nll_model = [], 0, 0, 0.0, 0.0, 0.0
+    sums, predicted, nll_reference, nll_model = _Sums(), 0, 0.0, 0.0
     with torch.inference_mode():
         for expected, actual, targets in pairs:
-            log_p, log_q = expected.float().log_softmax(-1), actual.float().log_softmax(-1)
-            kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0))
-            same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
-            largest = max(largest, float((expected - actual).abs().max()))
+            log_p, log_q = sums.add(expected.float(), actual.float())
             nll_reference -= float(log_p.gather(-1, targets[:, None]).double().sum())
             nll_model -= float(log_q.gather(-1, targets[:, None]).double().sum())
             predicted += len(targets)
-    kl = torch.cat(kls).sort().values
-    check_finite_sums(float(kl.sum()), nll_reference, nll_model)
-    n = len(kl)
-    return Divergence(
-        kl_mean=float(kl.mean()),
-        kl_median=_quantile(kl, 0.5),
-        kl_p99=_quantile(kl, 0.99),
-        kl_p99_9=_quantile(kl, 0.999),
-        same_top1=same / n,
-        max_logit_difference=largest,
-        reference_perplexity=bounded_exp(nll_reference / predicted),
-        perplexity=bounded_exp(nll_model / predicted),
-        perplexity_ratio=bounded_exp((nll_model - nll_reference) / predicted),
-        n_tokens=n,
-        source=windows.source,
-        seqlen=windows.ids.shape[1],
-        windows_sha256=windows.sha256,
-    )
-
-
-@dataclass(frozen=True)
-class WindowLoss:
-    """What a model loses on a text, and how far it is from a reference that has all of its tokens.
-
-    Attributes:
-        n_tokens: Tokens that it predicts.
-        nats: -ln p of the text.
-        reference_nats: The reference's.
-        kl_mean: KL(reference || model), nats, mean over the positions where one of the reference's tokens ends, in the
-            model's tokens.
-        same_top1: Share of these where both put the same token first.
-    """
-
-    n_tokens: int
-    nats: float
-    reference_nats: float
-    kl_mean: float
-    same_top1: Share
+    return sums.result(windows, nll_reference, nll_model, predicted)
 
 
 def respelled_divergence(
-    reference: LanguageModel, model: LanguageModel, window: torch.Tensor, respelling: Respelling
-) -> WindowLoss:
-    """Hold a model that lost tokens against the one that has them all.
+    reference: LanguageModel,
+    model: LanguageModel,
+    windows: TokenWindows,
+    respelling: Respelling,
+    *,
+    progress: Progress = no_progress,
+) -> Divergence:
+    """Divergence of a model that lost tokens from the one that has them all.
+
+    KL and agreement are taken where one of the reference's tokens ends, in the model's tokens; perplexities are a token
+    of the reference's, for both, so that their ratio says what the same text costs.
 
     Args:
         reference: Has all tokens.
         model: Has those that `respelling` spells in.
-        window: (seqlen,) of the reference's token ids; the model reads all of its text, however many tokens that takes.
+        windows: (n_windows, seqlen) of the reference's token ids; the model reads all of their text, however many
+            tokens that takes.
         respelling: From the reference's vocabulary to the model's.
+        progress: Told after each window.
 
     Raises:
         LimitError: Logits that are not finite.
     """
-    text = respelling.spell(window.tolist())
-    context = int((text.owners == 0).sum())
-    ours, theirs = _Loss(text.ids, context), _Loss(window, 1)
+    sums, nll_reference, nll_model = _Sums(), 0.0, 0.0
+    for done, window in enumerate(windows.ids, 1):
+        text = respelling.spell(window.tolist())
+        ours = _Loss(text.ids, int((text.owners == 0).sum()))
+        theirs = _Loss(window, 1)
+        left = _respelled(respelling, theirs.read(logits_of(reference)))
+        right = _where_tokens_end(respelling, text, ours.read(logits_of(model)))
+        with torch.inference_mode():
+            for _, expected, actual in _aligned(left, right):
+                sums.add(expected, actual)
+        nll_reference, nll_model = nll_reference + theirs.nats, nll_model + ours.nats
+        progress("measuring divergence", done, len(windows.ids))
+    return sums.result(windows, nll_reference, nll_model, windows.ids[:, 1:].numel())
 
-    def where_tokens_end() -> Iterator[tuple[slice, torch.Tensor]]:
-        for positions, logits in ours.read(logits_of(model)):
-            ended = logits[text.ends[positions.start - 1 : positions.stop - 1]]
-            if len(ended):
-                yield positions, ended[:, : len(respelling.kept)].float().log_softmax(-1)
 
-    def respelled() -> Iterator[tuple[slice, torch.Tensor]]:
-        for positions, logits in theirs.read(logits_of(reference)):
-            yield positions, respelling.log_probabilities(logits.float()).log_softmax(-1)
+def _respelled(
+    respelling: Respelling, pieces: Iterator[tuple[slice, torch.Tensor]]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    for positions, logits in pieces:
+        yield positions, respelling.log_probabilities(logits.float())
 
-    kl, same, count = 0.0, 0, 0
-    with torch.inference_mode():
-        for _, log_p, log_q in _aligned(respelled(), where_tokens_end()):
-            kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0).sum())
-            same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-            count += len(log_p)
-    check_finite_sums(kl, ours.nats, theirs.nats)
-    n_tokens = len(text.ids) - context
-    return WindowLoss(n_tokens, ours.nats, theirs.nats, kl / max(count, 1), same / max(count, 1))
+
+def _where_tokens_end(
+    respelling: Respelling, text: Respelled, pieces: Iterator[tuple[slice, torch.Tensor]]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    for positions, logits in pieces:
+        ended = logits[text.ends[positions.start - 1 : positions.stop - 1], : len(respelling.kept)]
+        if len(ended):
+            yield positions, ended.float()
+
+
+@dataclass
+class _Sums:
+    """Gathers a divergence, piece by piece."""
+
+    kls: list[torch.Tensor] = field(default_factory=list)
+    same: int = 0
+    largest: float = 0.0
+
+    def add(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, vocab_size) float32 of both; returns their log-probabilities."""
+        log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
+        self.kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0))
+        self.same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
+        self.largest = max(self.largest, float((expected - actual).abs().max()))
+        return log_p, log_q
+
+    def result(
+        self, windows: TokenWindows, nll_reference: float, nll_model: float, predicted: int
+    ) -> Divergence:
+        """All of it, with what both lose on so many tokens."""
+        kl = torch.cat(self.kls).sort().values
+        check_finite_sums(float(kl.sum()), nll_reference, nll_model)
+        n = len(kl)
+        return Divergence(
+            kl_mean=float(kl.mean()),
+            kl_median=_quantile(kl, 0.5),
+            kl_p99=_quantile(kl, 0.99),
+            kl_p99_9=_quantile(kl, 0.999),
+            same_top1=self.same / n,
+            max_logit_difference=self.largest,
+            reference_perplexity=bounded_exp(nll_reference / predicted),
+            perplexity=bounded_exp(nll_model / predicted),
+            perplexity_ratio=bounded_exp((nll_model - nll_reference) / predicted),
+            n_tokens=n,
+            source=windows.source,
+            seqlen=windows.ids.shape[1],
+            windows_sha256=windows.sha256,
+        )
 
 
 @dataclass

@@ -43,7 +43,8 @@ class TextResult:
         n_tokens: Predicted tokens.
         windows_sha256: Hash of the token ids.
         perplexity: Of the model.
-        divergence: From the reference model, where there is one of the same vocabulary.
+        divergence: From the reference model, where there is one of the same vocabulary, or of a larger one that has
+            all of the model's tokens; perplexities are then a token of the reference's.
         n_bytes: Bytes of text that the predicted tokens spell.
         bits_per_byte: Of the model, which figures of other vocabularies may be compared with.
         against_bits_per_byte: The reference model's, on the same bytes.

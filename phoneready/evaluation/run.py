@@ -6,9 +6,10 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from cfsp.errors import InputError
 from cfsp.evaluation.answers import answer
 from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes
 from cfsp.evaluation.degeneration import degenerate, system_text
-from cfsp.evaluation.divergence import divergence
+from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.tasks import load_tasks, run_tasks
@@ -24,6 +25,7 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_json_lines, read_text
 from cfsp.settings import check_settings
+from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
@@ -55,6 +57,7 @@ def evaluate(
     check_settings(settings)
     check_texts(settings)
     different = vocabulary_difference(model, against) if against else None
+    lost = _spelling(model, against) if against and different else None
     if different and settings.metrics:
         raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
     metrics = {name: find_metric(name) for name in settings.metrics}
@@ -62,7 +65,8 @@ def evaluate(
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        windows, texts = _texts(model, against, settings, progress, same_tokens=not different)
+        judge = _judge_apart if different and lost is None else partial(_judge, spelling=lost)
+        windows, texts = _texts(model, against, settings, judge, progress)
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     said = [_answers(m, settings, progress) for m in both]
@@ -85,17 +89,24 @@ def _texts(
     model: LanguageModel,
     against: LanguageModel | None,
     settings: EvaluationSettings,
+    judge: Callable[[str, LanguageModel, LanguageModel | None, TokenWindows, Progress], TextResult],
     progress: Progress,
-    *,
-    same_tokens: bool,
 ) -> tuple[list[TokenWindows], list[TextResult]]:
     """The windows of all texts and chats, and what was measured on each."""
     windows = [text_windows(source, against or model, settings, progress) for _, source in settings.sources]
     results = [
-        _judge(kind, model, against, found, progress, same_tokens=same_tokens)
+        judge(kind, model, against, found, progress)
         for (kind, _), found in zip(settings.sources, windows, strict=True)
     ]
     return windows, results
+
+
+def _spelling(model: LanguageModel, against: LanguageModel) -> Respelling | None:
+    """How the model spells the reference's tokens, where it lost some of them and has no others."""
+    try:
+        return respelling(against.tokenizer, model.tokenizer)
+    except InputError:
+        return None
 
 
 def check_texts(settings: EvaluationSettings) -> None:
@@ -164,14 +175,13 @@ def _judge(
     windows: TokenWindows,
     progress: Progress,
     *,
-    same_tokens: bool,
+    spelling: Respelling | None,
 ) -> TextResult:
+    """Alone, or against a model of the same tokens, or of more where there is a spelling."""
+    if spelling is not None:
+        windows = spelling.shortened(windows)
     text = (kind, windows.source, windows.ids.shape[1])
-    if against is not None and not same_tokens:
-        theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
-        lost = (ours.n_bytes, ours.bits_per_byte, theirs.bits_per_byte)
-        return TextResult(*text, ours.n_tokens, windows.sha256, ours.perplexity, None, *lost)
-    n_bytes = predicted_bytes(windows.ids, model.tokenizer)
+    n_bytes = predicted_bytes(windows.ids, (against or model).tokenizer)
 
     def bits(each: float, n_tokens: int) -> float:
         return bits_per_byte(math.log(each) * n_tokens, n_bytes)
@@ -180,9 +190,27 @@ def _judge(
         alone = perplexity(model, windows, progress=progress)
         own = bits(alone.perplexity, alone.n_scored)
         return TextResult(*text, alone.n_scored, windows.sha256, alone.perplexity, None, n_bytes, own)
-    both = divergence(against, model, windows, progress=progress)
+    if spelling is not None:
+        both = respelled_divergence(against, model, windows, spelling, progress=progress)
+    else:
+        both = divergence(against, model, windows, progress=progress)
     each = (bits(one, both.n_tokens) for one in (both.perplexity, both.reference_perplexity))
     return TextResult(*text, both.n_tokens, windows.sha256, both.perplexity, both, n_bytes, *each)
+
+
+def _judge_apart(
+    kind: str,
+    model: LanguageModel,
+    against: LanguageModel | None,
+    windows: TokenWindows,
+    progress: Progress,
+) -> TextResult:
+    """Beside a model of other tokens, of which only bits per byte can be compared."""
+    assert against is not None
+    theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
+    lost = (ours.n_bytes, ours.bits_per_byte, theirs.bits_per_byte)
+    text = (kind, windows.source, windows.ids.shape[1])
+    return TextResult(*text, ours.n_tokens, windows.sha256, ours.perplexity, None, *lost)
 
 
 @dataclass(frozen=True)

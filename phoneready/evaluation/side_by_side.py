@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from cfsp.evaluation.bits import predicted_bytes, respelled, shared_text
-from cfsp.evaluation.divergence import WindowLoss, divergence, respelled_divergence
+from cfsp.evaluation.bits import predicted_bytes, respelled
+from cfsp.evaluation.divergence import Divergence, divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import text_loss
 from cfsp.progress import Progress
 from cfsp.text.respelling import Respelling, respelling
-from cfsp.text.tokens import TokenWindows, tokens_sha256
+from cfsp.text.tokens import TokenWindows
 from phoneready.evaluation.measured_file import MeasuredText
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 
@@ -69,19 +69,14 @@ def measure_file(
 
 
 def shortened(text: JudgedText, tokenizer: Any, other: Any) -> JudgedText:
-    """The text in windows that another tokenizer, too, spells in no more tokens than they had.
+    """The text in windows that a tokenizer without some of the tokens, too, spells in no more tokens than they had.
 
     Args:
         text: As cut for a tokenizer.
         tokenizer: That one.
         other: The other.
     """
-    ids = text.windows.ids
-    size = min(len(shared_text(window, tokenizer, other)[0].ids) for window in ids)
-    if size == ids.shape[1]:
-        return text
-    ids = ids[:, :size].contiguous()
-    return replace(text, windows=replace(text.windows, ids=ids, sha256=tokens_sha256(ids)))
+    return replace(text, windows=respelling(tokenizer, other).shortened(text.windows))
 
 
 def _measured(
@@ -106,24 +101,37 @@ def _measured(
         n_tokens,
         n_bytes=tuple(max(1, predicted_bytes(window[None], dense.tokenizer)) for window in ids),
         nats=tuple(loss.nats for loss in losses),
-        dense_nats=tuple(loss.reference_nats for loss in losses),
+        dense_nats=tuple(loss.dense_nats for loss in losses),
         kl_mean=fmean(loss.kl_mean for loss in losses),
         same_top1=fmean(loss.same_top1 for loss in losses),
     )
 
 
+@dataclass(frozen=True)
+class _WindowLoss:
+    n_tokens: int
+    nats: float
+    dense_nats: float
+    kl_mean: float
+    same_top1: float
+
+
 def _other_tokens(
     spelling: Respelling, window: torch.Tensor, model: LanguageModel, dense: LanguageModel
-) -> WindowLoss:
+) -> _WindowLoss:
     """All of the window's text, however many tokens that takes, as the file's own tokenizer cuts it."""
-    found = respelled_divergence(dense, model, window, spelling)
+    found = _loss(respelled_divergence(dense, model, TokenWindows(window[None], "", ""), spelling))
     text = respelled(window, dense.tokenizer, model.tokenizer)
+    found = replace(found, n_tokens=len(text.ids) - text.n_context)
     if text.ids.equal(spelling.spell(window.tolist()).ids):
         return found
-    return replace(found, n_tokens=len(text.ids) - text.n_context, nats=text_loss(model, [text]))
+    return replace(found, nats=text_loss(model, [text]))
 
 
-def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> WindowLoss:
-    found = divergence(dense, model, TokenWindows(window[None], "", ""))
+def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:
+    return _loss(divergence(dense, model, TokenWindows(window[None], "", "")))
+
+
+def _loss(found: Divergence) -> _WindowLoss:
     nats, dense_nats = (math.log(p) * found.n_tokens for p in (found.perplexity, found.reference_perplexity))
-    return WindowLoss(found.n_tokens, nats, dense_nats, found.kl_mean, found.same_top1)
+    return _WindowLoss(found.n_tokens, nats, dense_nats, found.kl_mean, found.same_top1)

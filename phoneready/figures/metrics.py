@@ -190,10 +190,9 @@ def recorded_metric(name: str) -> Metric:
     return sized if sized is not None and sized.sized and sized.name != name else OWN_METRIC
 
 
-def metrics_from(source: str, *, with_divergence: bool = True) -> tuple[str, ...]:
-    """Names of the metrics that come from somewhere; divergences from the dense model need its vocabulary."""
-    rows = (row for row in METRICS.values() if row.source == source)
-    return tuple(row.name for row in rows if with_divergence or row.against_dense)
+def metrics_from(source: str) -> tuple[str, ...]:
+    """Names of the metrics that come from somewhere."""
+    return tuple(row.name for row in METRICS.values() if row.source == source)
 
 
 def own_reference(name: str) -> str:

@@ -48,7 +48,7 @@ def _judgements(config: ReleaseConfig, item: str) -> Iterator[FigureKey]:
     evaluate = config.evaluate
     for kind, references in (("text", evaluate.text), ("chats", evaluate.chats)):
         for reference in references:
-            for metric in metrics_from(TEXT, with_divergence=not config.prune.may_trim):
+            for metric in metrics_from(TEXT):
                 yield FigureKey(metric, item, on=text_name(kind, reference))
     if evaluate.tasks:
         yield FigureKey("accuracy", item)

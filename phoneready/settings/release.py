@@ -197,11 +197,11 @@ def _target(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 
 def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """What compares token by token with the dense model, whose tokens these are not any more."""
+    """What cannot be done where tokens may go."""
     if not config.prune.may_trim:
         return
     if config.tune:
-        yield ("tune",), "a search compares with the dense model token by token: leave prune.vocabulary out"
+        yield ("tune",), "a search removes FFN channels alone: leave prune.vocabulary out"
     if config.evaluate.metrics:
         message = "own metrics read token ids of one vocabulary, and tokens may go"
         yield (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling
+from cfsp.text.tokens import TokenWindows
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -156,17 +158,16 @@ def test_a_model_of_fewer_tokens_is_held_against_the_one_that_has_them_all(
     window = torch.tensor(ids(dense.tokenizer, TEXTS[1]))
     text = spelling.spell(window.tolist())
     assert not text.ends.all()
-    found = respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(small), window, spelling)
+    windows = TokenWindows(window[None], "text", "")
+    found = respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(small), windows, spelling)
     with torch.inference_mode():
         theirs = dense.model(window[None]).logits[0].double().log_softmax(-1)
         ours = small.model(text.ids[None]).logits[0].double().log_softmax(-1)
-    begins = int((text.owners == 0).sum())
-    assert found.n_tokens == len(text.ids) - begins
-    assert found.reference_nats == pytest.approx(
-        -float(sum(theirs[i, t] for i, t in enumerate(window[1:]))), rel=1e-5
-    )
+    begins, n = int((text.owners == 0).sum()), len(window) - 1
     nats = -float(sum(ours[i, text.ids[i + 1]] for i in range(begins - 1, len(text.ids) - 1)))
-    assert found.nats == pytest.approx(nats, rel=1e-5)
+    dense_nats = -float(sum(theirs[i, t] for i, t in enumerate(window[1:])))
+    assert found.perplexity == pytest.approx(math.exp(nats / n), rel=1e-5)
+    assert found.reference_perplexity == pytest.approx(math.exp(dense_nats / n), rel=1e-5)
     kl, same = [], []
     for end in text.ends.nonzero()[:-1, 0].tolist():
         p = torch.zeros(len(spelling.kept), dtype=torch.float64)
@@ -174,9 +175,9 @@ def test_a_model_of_fewer_tokens_is_held_against_the_one_that_has_them_all(
             p[parts[0]] += theirs[text.owners[end], old].exp()
         kl.append(float((p * (p.log() - ours[end])).sum()))
         same.append(int(p.argmax()) == int(ours[end].argmax()))
-    assert len(kl) == len(window) - 1
-    assert found.kl_mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)
-    assert found.same_top1 == pytest.approx(sum(same) / len(same))
+    assert len(kl) == found.n_tokens == n
+    assert found.kl_mean == pytest.approx(sum(kl) / n, rel=1e-4)
+    assert found.same_top1 == pytest.approx(sum(same) / n)
 
 
 def test_against_itself_a_model_loses_nothing(
@@ -185,10 +186,26 @@ def test_against_itself_a_model_loses_nothing(
     dense = trimmed[0]
     model = TorchLanguageModel(dense)
     window = torch.tensor(ids(dense.tokenizer, TEXTS[0]))
-    found = respelled_divergence(model, model, window, respelling(dense.tokenizer, dense.tokenizer))
+    windows = TokenWindows(window[None], "text", "")
+    same = respelling(dense.tokenizer, dense.tokenizer)
+    assert same.shortened(windows) == windows
+    found = respelled_divergence(model, model, windows, same)
     assert found.kl_mean == pytest.approx(0, abs=1e-6)
-    assert found.same_top1 == 1
-    assert found.nats == pytest.approx(found.reference_nats)
+    assert found.same_top1 == found.perplexity_ratio == 1
+
+
+def test_windows_are_cut_where_their_text_takes_more_tokens(
+    trimmed: tuple[LoadedModel, LoadedModel, VocabularyPlan],
+) -> None:
+    dense, small, _ = trimmed
+    spelling = respelling(dense.tokenizer, small.tokenizer)
+    windows = TokenWindows(torch.tensor([ids(dense.tokenizer, text)[:18] for text in TEXTS[:2]]), "text", "")
+    cut = spelling.shortened(windows).ids
+    assert cut.shape[1] < 18
+    lengths = [len(spelling.spell(window.tolist()).ids) for window in cut]
+    assert max(lengths) <= 18
+    longer = [len(spelling.spell(window[: cut.shape[1] + 1].tolist()).ids) for window in windows.ids]
+    assert max(longer) > 18
 
 
 def test_a_vocabulary_of_other_tokens_is_not_respelled(
