@@ -24,7 +24,8 @@ class ModelConfig:
     """What an export needs to know of config.json, in Hugging Face's names, whichever release wrote it.
 
     Attributes:
-        shape: Vocabulary and blocks, which differ in FFN widths and in whether they attend.
+        shape: Vocabulary and blocks, which differ in FFN widths, in key-value heads and in whether they attend.
+        heads_per_group: Query heads that read one key-value head.
         sliding_window: Window of the blocks that have one; None where every block sees everything.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
@@ -33,7 +34,7 @@ class ModelConfig:
     model_type: str
     shape: ModelShape
     hidden_size: int
-    num_attention_heads: int
+    heads_per_group: int
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
@@ -53,9 +54,9 @@ class ModelConfig:
         return len(self.shape.blocks)
 
     @property
-    def num_key_value_heads(self) -> int:
-        """The same in every block that attends, which the first does; a config always says them."""
-        return self.shape.blocks[0].kv_groups or 0
+    def kv_heads(self) -> tuple[int, ...]:
+        """Key-value heads of every block, 0 without attention; a config always says them."""
+        return tuple(block.kv_groups or 0 for block in self.shape.blocks)
 
     @property
     def context_length(self) -> int:
@@ -92,7 +93,8 @@ def read_config(folder: Path) -> ModelConfig:
         model_type=config["model_type"],
         shape=shape,
         hidden_size=config["hidden_size"],
-        num_attention_heads=config["num_attention_heads"],
+        heads_per_group=config["num_attention_heads"]
+        // (config.get("num_key_value_heads") or config["num_attention_heads"]),
         head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],

@@ -1,6 +1,6 @@
 """Pruned checkpoints: Hugging Face folders that load with and without phoneready.
 
-Uniform widths give a plain folder. Different widths are written as `per_layer_config`, the schema of
+Uniform widths give a plain folder. Different widths and heads are written as `per_layer_config`, the schema of
 transformers 5, with a small modelling file through `auto_map`, so that transformers 4 and 5 both build them.
 """
 
@@ -134,13 +134,12 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
     Raises:
         InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
     """
-    config, shape = _read_config(directory)
+    config, cls = _read_config(directory)
     weights: dict[str, torch.Tensor] = {}
     for file in safetensors_files(directory):
         weights |= read_safetensors(file)
     if not weights:
         raise InputError(f"{directory} has no tensors in its weight files")
-    cls = model_class(config) if shape.is_uniform else per_layer_class(config)
     stored = next(iter(weights.values())).dtype
     model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
     model.config.__dict__.pop("auto_map", None)
@@ -197,10 +196,11 @@ def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
         stored.pop(key, None)
     widths = shape.ffn_widths
     stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
-    if not shape.is_uniform:
+    kv_heads, most = [block.kv_groups or 0 for block in shape.blocks], model.config.num_key_value_heads
+    if not shape.is_uniform or kv_heads[0] != most:
         shutil.copyfile(code, folder / code.name)
         stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{per_layer_class(model.config).__name__}"}
-        stored["per_layer_config"] = modeling_pruned.per_layer_settings(widths, shape.without_attention)
+        stored["per_layer_config"] = modeling_pruned.per_layer_settings(widths, kv_heads, most)
     write_json(folder / "config.json", stored)
 
 
@@ -222,8 +222,8 @@ def _versions() -> dict[str, str]:
     return {"phoneready": tool_version(), "python": platform.python_version(), **found}
 
 
-def _read_config(directory: Path) -> tuple[Any, ModelShape]:
-    """transformers' configuration, and the shape that config.json states."""
+def _read_config(directory: Path) -> tuple[Any, Any]:
+    """transformers' configuration, and the class of such a model."""
     file = directory / "config.json"
     settings = read_model_config(directory)
     with as_input_error(f"{file} cannot be used"):
@@ -232,7 +232,9 @@ def _read_config(directory: Path) -> tuple[Any, ModelShape]:
         )
         shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
         require_supported(shape, str(file))
-        return transformers.AutoConfig.for_model(**settings), shape
+        own = not shape.is_uniform or shape.blocks[0].kv_groups != plain.num_key_value_heads
+        config = transformers.AutoConfig.for_model(**settings)
+        return config, per_layer_class(plain) if own else model_class(plain)
 
 
 def _check_records(directory: Path, shape: ModelShape) -> None:

@@ -1,8 +1,8 @@
 """The shape of a decoder: how large its vocabulary is, and what each of its blocks is made of.
 
 A plan decides one, a checkpoint states it, exporters build files of it, records keep it. Today the blocks of a pruned
-model have different FFN widths, and some no attention; `require_supported` refuses every other difference where files
-are written.
+model have different FFN widths and numbers of key-value groups, and some no attention; `require_supported` refuses
+every other difference where files are written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class BlockShape:
     Attributes:
         origin: Which block of the dense model it was.
         ffn_width: Channels of its FFN (intermediate_size).
-        kv_groups: Its key-value heads (num_key_value_heads), 0 without attention; None where a record does not say.
+        kv_groups: Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0
+            without attention; None where a record does not say.
         has_attention: Whether it attends.
         has_ffn: Whether it has an FFN.
     """
@@ -60,6 +61,11 @@ class ModelShape:
         return tuple(index for index, block in enumerate(self.blocks) if not block.has_attention)
 
     @property
+    def has_equal_heads(self) -> bool:
+        """Whether all blocks that attend have as many key-value groups."""
+        return len({block.kv_groups for block in self.blocks if block.has_attention}) <= 1
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all blocks are alike, so that one value for all describes them."""
         return len({replace(block, origin=0) for block in self.blocks}) <= 1
@@ -68,6 +74,14 @@ class ModelShape:
         """The same model with other FFN widths, one a block."""
         blocks = zip(self.blocks, widths, strict=True)
         return replace(self, blocks=tuple(replace(block, ffn_width=width) for block, width in blocks))
+
+    def with_kv_groups(self, counts: Sequence[int]) -> ModelShape:
+        """The same model with other numbers of key-value groups, one a block; 0 is no attention."""
+        blocks = zip(self.blocks, counts, strict=True)
+        return replace(
+            self,
+            blocks=tuple(replace(block, kv_groups=n, has_attention=n > 0) for block, n in blocks),
+        )
 
     def without(self, blocks: Collection[int] = (), attentions: Collection[int] = ()) -> ModelShape:
         """The same model without whole blocks, and without the attention of others; both by their origins."""
@@ -102,17 +116,15 @@ class ModelShape:
 
 
 def require_supported(shape: ModelShape, where: str) -> None:
-    """Raise InputError for a shape whose blocks differ in more than FFN widths and whether they attend.
+    """Raise InputError for a shape whose blocks differ in more than FFN widths, key-value groups and attention.
 
     No file format is written for such models yet, and a file of the wrong shape would be worse than none.
     """
     if not shape.blocks or not shape.blocks[0].has_attention:
         raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")
-    heads = shape.blocks[0].kv_groups
     for index, block in enumerate(shape.blocks):
-        plain = BlockShape(block.origin, block.ffn_width, heads)
-        if block not in (plain, replace(plain, kv_groups=0, has_attention=False)):
+        if not block.has_ffn or block.has_attention == (block.kv_groups == 0):
             raise InputError(
-                f"{where}: block {index} differs from the dense model's in more than its FFN width "
-                "and its attention, which cannot be loaded or exported yet"
+                f"{where}: block {index} differs from the dense model's in more than its FFN width, its key-value "
+                "groups and its attention, which cannot be loaded or exported yet"
             )

@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
+from cfsp.models.architectures import attention_of, decoder_layers, feed_forward
+from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.axes.removal import attention_left_out
 from cfsp.pruning.reconstruction import solve_change
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
-from cfsp.pruning.surgery import Cut, cut_channels
+from cfsp.pruning.surgery import Cut, cut_channels, cut_groups
 
 
 def prune_block_by_block(cut: Cut) -> None:
@@ -43,30 +44,29 @@ def prune_block_by_block(cut: Cut) -> None:
     if cut.input_ids is None:
         raise InputError("reconstruction block by block needs the calibration windows")
     layers = decoder_layers(cut.model)
-    ffns = [feed_forward(cut.model, layer) for layer in layers]
     changed = [
         index
-        for index, (ffn, kept) in enumerate(zip(ffns, cut.kept, strict=True))
-        if index not in cut.gone and (len(kept) < ffn.width or index + 1 in cut.gone or index in cut.silent)
+        for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True))
+        if index not in cut.gone
+        and (
+            len(kept) < feed_forward(cut.model, layer).width
+            or index + 1 in cut.gone
+            or index in cut.silent
+            or index in cut.groups
+        )
     ]
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
         dense, calls = enter_blocks(cut.model, layers, cut.input_ids)
         pruned = dense
         for index in (index for index in range(max(changed, default=-1) + 1) if index not in cut.gone):
-            layer, ffn, kept = layers[index], ffns[index], cut.kept[index]
+            layer = layers[index]
             after = _blocks_after(layers, calls, index, cut.gone)
             wanted = list(dense) if pruned is dense else dense
             for window, hidden in enumerate(dense):
                 wanted[window] = after(run_layer(layer, hidden, calls[index]))
             if index in changed:
-                solver = _Block(layer, ffn, kept, cut.correction, after, silent=index in cut.silent)
-                rests = [
-                    solver.observe(hidden, target, calls[index])
-                    for hidden, target in zip(pruned, wanted, strict=True)
-                ]
-                cut_channels(ffn, kept, solver.solve(cut.ridge))
-                pruned = [rest + ffn.module(ffn_input) for rest, ffn_input in rests]
+                pruned = _prune_block(cut, index, pruned, wanted, calls[index], after)
             elif pruned is dense:
                 pruned = wanted
             else:
@@ -93,59 +93,98 @@ def _blocks_after(
     return run
 
 
-class _Block:
-    """The sums of one block's least-squares problem."""
+def _prune_block(
+    cut: Cut,
+    index: int,
+    pruned: Sequence[torch.Tensor],
+    wanted: Sequence[torch.Tensor],
+    arguments: dict[str, Any],
+    after: _Run,
+) -> list[torch.Tensor]:
+    """Cut and solve a block: what is left of its attention first, on which the FFN's input depends.
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        ffn: FeedForward,
-        kept: torch.Tensor,
-        correction: float,
-        after: _Run,
-        *,
-        silent: bool,
-    ) -> None:
-        self.layer, self.ffn, self.kept, self.correction = layer, ffn, kept, correction
-        self.after, self.silent = after, silent
-        self.columns = ffn.down.weight[:, kept]
+    Args:
+        cut: What to cut.
+        index: Of the block.
+        pruned: Each window's pruned stream before the block, (1, seqlen, hidden_size).
+        wanted: The dense stream after it and the blocks after it that go, h*.
+        arguments: Of the block's call.
+        after: What the blocks that go after it do.
+
+    Returns:
+        The pruned stream after it.
+    """
+    layer = decoder_layers(cut.model)[index]
+    ffn, kept, silent = feed_forward(cut.model, layer), cut.kept[index], index in cut.silent
+    wholes: Sequence[torch.Tensor | None] = [None] * len(pruned)
+    if index in cut.groups:
+        wholes = _prune_attention(cut, index, pruned, arguments)
+    elif silent:
+        wholes = [run_layer(layer, hidden, arguments) for hidden in pruned]
+    solver, rests = _Columns(ffn.down, kept), []
+    seen: dict[str, torch.Tensor] = {}
+    for hidden, whole, target in zip(pruned, wholes, wanted, strict=True):
+        with (
+            attention_left_out(layer) if silent else nullcontext(),
+            input_hook(ffn.gate, lambda x: seen.update(ffn_input=x)),
+            output_hook(ffn.down, lambda x, given: seen.update(x=x, given=given)),
+        ):
+            output = run_layer(layer, hidden, arguments)
+        whole = after(output if whole is None else whole)
+        solver.observe(seen["x"], seen["given"], whole - output, cut.correction * (target - whole))
+        rests.append((output - seen["given"], seen["ffn_input"]))
+    cut_channels(ffn, kept, solver.solve(cut.ridge))
+    return [rest + ffn.module(ffn_input) for rest, ffn_input in rests]
+
+
+def _prune_attention(
+    cut: Cut, index: int, pruned: Sequence[torch.Tensor], arguments: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Cut a block's key-value groups and solve o_proj; returns what the block gave of the pruned stream with all."""
+    layer = decoder_layers(cut.model)[index]
+    attention = attention_of(cut.model, layer)
+    o_proj = attention.o_proj
+    solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]))
+    with output_hook(o_proj, solver.observe):
+        wholes = [run_layer(layer, hidden, arguments) for hidden in pruned]
+    cut_groups(attention, cut.groups[index], solver.solve(cut.ridge))
+    return wholes
+
+
+class _Columns:
+    """The least-squares problem of a Linear of whose inputs some stay.
+
+    Args:
+        linear: As it still is.
+        kept: (n_kept,) int64 input channels, ascending.
+    """
+
+    def __init__(self, linear: nn.Linear, kept: torch.Tensor) -> None:
+        self.linear, self.kept = linear, kept
+        self.columns = linear.weight[:, kept]
         self.gram = GramSum(len(kept))
-        self.missing = torch.zeros(len(kept), ffn.down.weight.shape[0], dtype=torch.float64)
+        self.missing = torch.zeros(len(kept), linear.out_features, dtype=torch.float64)
         self.n_tokens = 0
 
-    def observe(
-        self, hidden: torch.Tensor, wanted: torch.Tensor, arguments: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the pruned stream through the block as it still is, and add to the sums.
+    def observe(self, x: torch.Tensor, given: torch.Tensor, *lacks: torch.Tensor) -> None:
+        """Add to the sums.
 
         Args:
-            hidden: The pruned stream before the block, (1, seqlen, hidden_size).
-            wanted: The dense stream after it and the blocks after it that go, h*.
-            arguments: Of the block's call.
-
-        Returns:
-            (the pruned block's output without its FFN, the FFN's input), each (1, seqlen, hidden_size).
+            x: The Linear's input, (1, seqlen, in_features).
+            given: Its output, (1, seqlen, out_features).
+            lacks: What the output should have beside that, as `given`.
         """
-        seen: dict[str, torch.Tensor] = {}
-        whole = run_layer(self.layer, hidden, arguments) if self.silent else None
-        with (
-            attention_left_out(self.layer) if self.silent else nullcontext(),
-            input_hook(self.ffn.gate, lambda x: seen.update(ffn_input=x)),
-            output_hook(self.ffn.down, lambda x, given: seen.update(x=x, given=given)),
-        ):
-            output = run_layer(self.layer, hidden, arguments)
-        given, kept_x = seen["given"], seen["x"][..., self.kept]
+        kept_x = x[..., self.kept]
         # The bias, where there is one, is in both terms and cancels.
-        lost = given - nn.functional.linear(kept_x, self.columns, self.ffn.down.bias)
-        whole = self.after(output if whole is None else whole)
-        lacks = lost + (whole - output) + self.correction * (wanted - whole)
-        x = kept_x.reshape(-1, len(self.kept)).float()
-        self.gram.add(x)
-        self.missing += x.T @ lacks.reshape(len(x), -1).float()
-        self.n_tokens += len(x)
-        return output - given, seen["ffn_input"]
+        missing = given - nn.functional.linear(kept_x, self.columns, self.linear.bias)
+        for more in lacks:
+            missing = missing + more
+        kept_x = kept_x.reshape(-1, len(self.kept)).float()
+        self.gram.add(kept_x)
+        self.missing += kept_x.T @ missing.reshape(len(kept_x), -1).float()
+        self.n_tokens += len(kept_x)
 
     def solve(self, ridge: float) -> torch.Tensor:
-        """The kept weights, (hidden_size, n_kept)."""
+        """The kept weights, (out_features, n_kept)."""
         change = solve_change(self.gram.total() / self.n_tokens, self.missing / self.n_tokens, ridge)
         return (self.columns.double() + change).to(self.columns.dtype)

@@ -8,11 +8,11 @@ from types import MappingProxyType
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.architectures import attention_of, decoder_layers, feed_forward
 from cfsp.pruning.block_by_block import prune_block_by_block
 from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.pruning.rows import Row
-from cfsp.pruning.surgery import Cut, cut_channels
+from cfsp.pruning.surgery import Cut, cut_channels, cut_groups
 
 _Solve = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """From block, down_proj's weight and kept channels to the weights of these channels; None keeps them."""
@@ -40,6 +40,8 @@ def _cut_blocks(cut: Cut, solve: _Solve) -> None:
     with torch.no_grad():
         for index, layer in enumerate(decoder_layers(cut.model)):
             ffn, kept = feed_forward(cut.model, layer), cut.kept[index]
+            if index in cut.groups:
+                cut_groups(attention_of(cut.model, layer), cut.groups[index])
             if len(kept) < ffn.width:
                 cut_channels(ffn, kept, solve(index, ffn.down.weight, kept))
             cut.progress("pruning", index + 1, len(cut.kept))

@@ -116,8 +116,8 @@ class Trials:
                 if removal.loss > _MOST_NATS and not fixed:
                     break
         tried = found[-1 if fixed else len(found) // 2]
-        field = {"attentions": "attention", "blocks": "depth"}[axis]
-        plan = make_plan(self.loaded, self._statistics, self._fit, self._settings, **{field: tried})
+        removed = (tried, None) if axis == "blocks" else (None, tried)
+        plan = make_plan(self.loaded, self._statistics, self._fit, self._settings, *removed)
         left = self.loss(plan) / max(tried.loss, 1e-9)
         return [replace(removal, loss=left * removal.loss) for removal in found]
 

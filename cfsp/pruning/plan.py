@@ -21,6 +21,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.allocation import ALLOCATIONS, BlockEvidence, integer_widths, uniform_widths
 from cfsp.pruning.axes.attention import removable_attentions, remove_attention
 from cfsp.pruning.axes.blocks import remove_blocks
+from cfsp.pruning.axes.kv_groups import GroupRemoval
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.budget import BudgetShares
@@ -91,6 +92,7 @@ class PruningPlan:
         depth: Which whole blocks go; None where all stay.
         attention: Which blocks lose their attention; None where none does.
         budget: What was to be met, and what each axis gives for it; None where the settings say how much goes.
+        kv_groups: Which key-value groups are kept; None where all of an attention that stays are.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -110,6 +112,7 @@ class PruningPlan:
     depth: Annotated[Removal | None, WhereSet] = None
     attention: Annotated[Removal | None, WhereSet] = None
     budget: Annotated[BudgetShares | None, WhereSet] = None
+    kv_groups: Annotated[GroupRemoval | None, WhereSet] = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):
@@ -119,16 +122,21 @@ class PruningPlan:
                 value=len(self.blocks),
                 allowed=str(len(self.dense_widths)),
             )
+        if self.kv_groups and len(self.kv_groups.kept) != len(self.blocks):
+            raise InputError("not one for each block", field="kv_groups", value=len(self.kv_groups.kept))
 
     @property
     def dense_shape(self) -> ModelShape:
         """What the plan says of the model it was made for; of what it leaves alone, nothing."""
-        return ModelShape.of_ffn_widths(self.dense_widths)
+        shape = ModelShape.of_ffn_widths(self.dense_widths)
+        return shape.with_kv_groups(list(map(len, self.kv_groups.losses))) if self.kv_groups else shape
 
     @property
     def shape(self) -> ModelShape:
         """What the plan makes of it."""
         shape = self.dense_shape.with_ffn_widths([block.width for block in self.blocks])
+        if self.kv_groups:
+            shape = shape.with_kv_groups(list(map(len, self.kv_groups.kept)))
         kept = len(self.vocabulary.kept) if self.vocabulary else None
         return replace(shape.without(self.gone, self.silent), vocab_size=kept)
 
@@ -143,6 +151,11 @@ class PruningPlan:
         return frozenset(self.attention.removed if self.attention else ())
 
     @property
+    def narrowed(self) -> dict[int, tuple[int, ...]]:
+        """Blocks that lose some of their key-value groups -> those that stay."""
+        return self.kv_groups.narrowed if self.kv_groups else {}
+
+    @property
     def keep_ratio(self) -> float:
         """Realized share of FFN channels kept, of the blocks that stay."""
         blocks = self.shape.blocks
@@ -151,7 +164,7 @@ class PruningPlan:
     @property
     def keeps_blocks(self) -> bool:
         """Whether every block stays as it is."""
-        return self.keep_ratio == 1 and not self.gone and not self.silent
+        return self.keep_ratio == 1 and not self.gone and not self.silent and not self.narrowed
 
     @property
     def removed(self) -> str:
@@ -163,6 +176,8 @@ class PruningPlan:
         if self.attention:
             silent = ", ".join(map(str, self.attention.removed))
             words.append(f"{len(self.silent)} attentions removed ({silent})")
+        if self.kv_groups:
+            words.append("{} of {} key-value groups removed".format(*self.kv_groups.removed))
         if self.vocabulary:
             words.append(f"{len(self.vocabulary.kept)} of {self.vocabulary.dense_size} tokens kept")
         return ", ".join(words) or "nothing removed"
@@ -188,6 +203,7 @@ def make_plan(
     settings: PruneSettings,
     depth: Removal | None = None,
     attention: Removal | None = None,
+    kv_groups: GroupRemoval | None = None,
 ) -> PruningPlan:
     """Decide which channels every block keeps; the model is not changed.
 
@@ -198,6 +214,7 @@ def make_plan(
         settings: How to prune; the plan records the dtype that products had.
         depth: Which whole blocks go; channels are removed from the others.
         attention: Which of the others lose their attention.
+        kv_groups: Which key-value groups the rest keep.
 
     Raises:
         InputError: An unknown name or a value out of range in the settings.
@@ -230,6 +247,7 @@ def make_plan(
         blocks=tuple(blocks),
         depth=depth,
         attention=attention,
+        kv_groups=kv_groups,
     )
 
 
@@ -260,7 +278,7 @@ def apply_plan(
 ) -> None:
     """Cut the model to the plan and make up for what is gone as the plan's settings say, in place.
 
-    Blocks that keep all of their channels and their attention, and stand before no block that goes, are left
+    Blocks that keep all of their channels and their whole attention, and stand before no block that goes, are left
     untouched, so a plan that removes nothing changes nothing.
 
     Args:
@@ -290,6 +308,7 @@ def apply_plan(
         progress=progress,
         gone=plan.gone,
         silent=plan.silent,
+        groups=plan.narrowed,
     )
     with products_in(plan.settings.dtype):
         RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
@@ -313,6 +332,9 @@ def check_plan_fits(model: Any, plan: PruningPlan) -> None:
     if plan.attention and not plan.silent <= set(removable_attentions(model, plan.gone)):
         removed = plan.attention.removed
         raise InputError("the plan removes attentions that cannot go", field="attention", value=removed)
+    for index, kept in enumerate(plan.kv_groups.kept if plan.kv_groups else ()):
+        if bool(kept) != (shape.blocks[index].has_attention and index not in plan.gone | plan.silent):
+            raise InputError(f"the plan's block {index} keeps no group", field="kv_groups", value=kept)
     for index, (block, dense) in enumerate(zip(plan.blocks, plan.dense_widths, strict=True)):
         sound = block.width == 0 if index in plan.gone else 0 < block.width <= dense
         if sorted(block.ranking) != list(range(dense)) or not sound:

@@ -15,6 +15,7 @@ from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.attention import plan_attentions
 from cfsp.pruning.axes.blocks import plan_blocks
+from cfsp.pruning.axes.kv_groups import GroupRemoval, plan_kv_groups
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.spelling import teach_spellings
 from cfsp.pruning.axes.token_order import Counts, TokenOrder
@@ -44,7 +45,7 @@ SPELLING_WINDOWS = 16
 GRADIENT_WINDOWS = 32
 """Windows behind the gradients of the loss."""
 PROBE_WINDOWS, PROBE_TOKENS = 4, 256
-"""Windows on which the model is tried without a block or an attention, and how much of each."""
+"""Windows on which the model is tried without a block, an attention or a part of one, and how much of each."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,9 @@ def plan_model(
         sources = tuple(counted) or calibration.sources
         vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources, order=order)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
-    depth, attention = _removals(loaded.model, calibration, settings, progress)
+    depth, attention, groups = _removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
-    plan = make_plan(loaded, statistics, calibration, settings, depth, attention)
+    plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
     if decision is not None:
         plan = decision.finish(plan, loaded.tokenizer)
@@ -171,17 +172,20 @@ def _order(
 
 def _removals(
     model: Any, calibration: Calibration, settings: PruneSettings, progress: Progress
-) -> tuple[Removal | None, Removal | None]:
-    """Which blocks go, and which of the others lose their attention; None where none does."""
+) -> tuple[Removal | None, Removal | None, GroupRemoval | None]:
+    """Which blocks go, which of the others lose their attention, which groups the rest keeps; None where none goes."""
     windows = _probed(calibration)
-    depth = attention = None
+    depth = attention = groups = None
     with products_in(settings.dtype):
         if count := settings.blocks:
             depth = plan_blocks(model, windows, count, progress=progress)
+        gone = frozenset(depth.removed if depth else ())
         if count := settings.attentions:
-            gone = frozenset(depth.removed if depth else ())
             attention = plan_attentions(model, windows, count, gone, progress=progress)
-    return depth, attention
+        if ratio := settings.kv_groups:
+            silent = frozenset(attention.removed if attention else ())
+            groups = plan_kv_groups(model, windows, ratio, gone=gone, silent=silent, progress=progress)
+    return depth, attention, groups
 
 
 def _probed(calibration: Calibration) -> torch.Tensor:

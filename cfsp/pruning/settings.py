@@ -61,6 +61,13 @@ class PruneSettings(Settings):
     attentions: Annotated[int, WhereSet] = setting(
         0, "Attentions to remove from blocks that stay; 0 removes none.", ge=0, le=512
     )
+    kv_groups: Annotated[float, WhereSet] = setting(
+        0.0,
+        "Share of key-value groups (a key-value head with its query heads) to remove, of attentions that stay; "
+        "0 <= share < 1.",
+        ge=0,
+        lt=1,
+    )
 
     @property
     def plan_needs_gram(self) -> bool:

@@ -1,9 +1,9 @@
-"""Cutting FFN channels out of Linear layers, in place."""
+"""Cutting FFN channels and key-value groups out of Linear layers, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from cfsp.models.architectures import FeedForward, model_shape
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.statistics import BlockStatistics
 
 
@@ -28,6 +29,7 @@ class Cut:
         progress: Told after each block.
         gone: Blocks that will be removed whole.
         silent: Blocks that will lose their attention.
+        groups: Blocks that lose some of their key-value groups -> those that stay, ascending.
     """
 
     model: Any
@@ -39,6 +41,7 @@ class Cut:
     progress: Progress = no_progress
     gone: frozenset[int] = frozenset()
     silent: frozenset[int] = frozenset()
+    groups: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor | None = None) -> None:
@@ -50,15 +53,39 @@ def cut_channels(ffn: FeedForward, kept: torch.Tensor, down_weight: torch.Tensor
         down_weight: (hidden_size, n_kept) to use instead of the kept columns.
     """
     for linear in (ffn.gate, ffn.up):
-        linear.weight = _parameter(linear.weight, linear.weight[kept])
-        if linear.bias is not None:
-            linear.bias = _parameter(linear.bias, linear.bias[kept])
-        linear.out_features = len(kept)
-    columns = ffn.down.weight[:, kept] if down_weight is None else down_weight
-    ffn.down.weight = _parameter(ffn.down.weight, columns)
-    ffn.down.in_features = len(kept)
+        _keep_outputs(linear, kept)
+    _keep_inputs(ffn.down, kept, down_weight)
     if hasattr(ffn.module, "intermediate_size"):
         ffn.module.intermediate_size = len(kept)  # type: ignore[assignment]
+
+
+def cut_groups(attention: Any, groups: Sequence[int], o_weight: torch.Tensor | None = None) -> None:
+    """Keep only some key-value heads of an attention, with the query heads that read them.
+
+    Args:
+        attention: Of a block.
+        groups: Indices of key-value heads, ascending.
+        o_weight: (hidden_size, n_kept) to use instead of the kept columns of o_proj.
+    """
+    inputs = group_channels(attention, attention.o_proj.in_features, groups)
+    rows = group_channels(attention, attention.k_proj.out_features, groups)
+    _keep_inputs(attention.o_proj, inputs, o_weight)
+    _keep_outputs(attention.q_proj, inputs)
+    for linear in (attention.k_proj, attention.v_proj):
+        _keep_outputs(linear, rows)
+
+
+def _keep_outputs(linear: nn.Linear, kept: torch.Tensor) -> None:
+    linear.weight = _parameter(linear.weight, linear.weight[kept])
+    if linear.bias is not None:
+        linear.bias = _parameter(linear.bias, linear.bias[kept])
+    linear.out_features = len(kept)
+
+
+def _keep_inputs(linear: nn.Linear, kept: torch.Tensor, weight: torch.Tensor | None) -> None:
+    columns = linear.weight[:, kept] if weight is None else weight
+    linear.weight = _parameter(linear.weight, columns)
+    linear.in_features = len(kept)
 
 
 def set_config_shape(model: Any) -> None:

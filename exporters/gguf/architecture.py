@@ -5,7 +5,7 @@ what our model types compute: `deci` (llama, mistral, qwen2) and `openelm` (qwen
 type lists its layouts in order of preference; the first that can represent the model is used. Where none takes its
 widths, the FFN is padded with zero channels to the widest block: exact, but the pruned space comes back.
 
-`deci` alone takes blocks without attention as well (head counts of 0).
+Both take numbers of heads for each block as well; `deci` alone takes blocks without attention (head counts of 0).
 
 Two conventions of rotary embedding exist. `llama` and `deci` rotate neighbouring pairs of a head's values, so the rows
 of q and k (weights and biases) are interleaved; the others rotate halves, as Hugging Face's models do.
@@ -36,18 +36,18 @@ class Layout:
 
     Attributes:
         architecture: Its name in general.architecture.
-        per_layer_widths: Takes an FFN width for each block.
+        per_layer_sizes: Takes an FFN width and numbers of heads for each block.
         interleaved_rope: Rotates neighbouring pairs: rows of q and k are interleaved.
         fused_qkv: Stores q, k and v as one matrix, and head counts as arrays.
         biases: Linear layers of a block that may have a bias.
         rope_factors: Reads rope_freqs.weight (llama3's rope scaling).
-        free_head_dim: head_dim * num_attention_heads may differ from hidden_size.
+        free_head_dim: All heads together may be wider or narrower than hidden_size.
         untied: Has an output matrix of its own.
         attention_free: Takes blocks without attention.
     """
 
     architecture: str
-    per_layer_widths: bool = False
+    per_layer_sizes: bool = False
     interleaved_rope: bool = False
     fused_qkv: bool = False
     biases: frozenset[str] = frozenset()
@@ -61,10 +61,10 @@ _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 _ALL_LINEAR = _ATTENTION | {"gate_proj", "up_proj", "down_proj"}
 
 _LLAMA = Layout("llama", interleaved_rope=True, biases=_ALL_LINEAR, rope_factors=True)
-_DECI = replace(_LLAMA, architecture="deci", per_layer_widths=True, attention_free=True)
+_DECI = replace(_LLAMA, architecture="deci", per_layer_sizes=True, attention_free=True)
 _QWEN2 = Layout("qwen2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False)
 _QWEN3 = Layout("qwen3", biases=_ATTENTION - {"o_proj"})
-_OPENELM = Layout("openelm", per_layer_widths=True, fused_qkv=True, untied=False)
+_OPENELM = Layout("openelm", per_layer_sizes=True, fused_qkv=True, untied=False)
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
@@ -180,7 +180,7 @@ def choose_layout(config: ModelConfig, stored: frozenset[str]) -> ChosenLayout:
         obstacle = _obstacle(layout, config, stored)
         if obstacle is not None:
             obstacles.append(f"{layout.architecture}: {obstacle}")
-        elif config.shape.is_uniform or layout.per_layer_widths:
+        elif config.shape.is_uniform or layout.per_layer_sizes:
             return ChosenLayout(config, stored, layout)
         elif padded is None:
             padded = ChosenLayout(config, stored, layout, max(config.shape.ffn_widths))
@@ -205,9 +205,12 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
         return f"no bias on {', '.join(sorted(biased - layout.biases))}"
     if config.shape.without_attention and not layout.attention_free:
         return "no blocks without attention, whole blocks can go"
+    if not (config.shape.has_equal_heads or layout.per_layer_sizes):
+        return "as many heads in every block"
     if not layout.untied and not config.tie_word_embeddings:
         return "tied embeddings only"
-    if not layout.free_head_dim and config.head_dim * config.num_attention_heads != config.hidden_size:
+    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
+    if not layout.free_head_dim and widths != {config.hidden_size}:
         return "head_dim must be hidden_size / num_attention_heads"
     if not layout.rope_factors and (config.rope_scaling or {}).get("rope_type") == "llama3":
         return "no llama3 rope scaling"
@@ -246,7 +249,8 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     config, prefix = chosen.config, f"model.layers.{block}"
     shapes = _block_shapes(config, config.shape.blocks[block])
     in_file = _block_shapes(config, replace(config.shape.blocks[block], ffn_width=chosen.widths[block]))
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    kv_heads = config.kv_heads[block]
+    heads = {"self_attn.q_proj": kv_heads * config.heads_per_group, "self_attn.k_proj": kv_heads}
     if chosen.layout.fused_qkv:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
         rows = sum(shape[0] for _, shape in sources)
@@ -264,7 +268,8 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
 def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
     hidden, width = config.hidden_size, block.ffn_width
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    kv = (block.kv_groups or 0) * config.head_dim
+    q = kv * config.heads_per_group
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (q, hidden),

@@ -51,15 +51,12 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(count)
-    writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_widths else widths[0])
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if chosen.layout.fused_qkv or config.shape.without_attention:
-        attends = [block.has_attention for block in config.shape.blocks]
-        writer.add_head_count([heads * yes for yes in attends])
-        writer.add_head_count_kv([kv_heads * yes for yes in attends])
-    else:
-        writer.add_head_count(heads)
-        writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_sizes else widths[0])
+    kv_heads = config.kv_heads
+    heads = [n * config.heads_per_group for n in kv_heads]
+    one = not chosen.layout.fused_qkv and len(set(kv_heads)) == 1
+    writer.add_head_count(heads[0] if one else heads)
+    writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

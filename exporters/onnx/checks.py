@@ -24,7 +24,7 @@ def check_graph(path: Path, config: ModelConfig) -> None:
 
     Raises:
         LimitError: An FFN of another width than the config says, an embedding stored twice, a value without type or
-            shape that only the file can say, or a cache input without a fixed head size; the first problem is named.
+            shape that only the file can say, or a cache input of other heads; the first problem is named.
     """
     graph = ir.load(path).graph
     problems = (_widths(graph, config), _embeddings(graph, config), _untyped(graph), _caches(graph, config))
@@ -101,10 +101,10 @@ def _untyped(graph: ir.Graph) -> Iterator[str]:
 
 def _caches(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
     caches = [value for value in graph.inputs if value.name and value.name.startswith("past_key_values.")]
-    wanted = (config.num_key_value_heads, config.head_dim)
+    attending = [n for n in config.kv_heads if n]
+    if len(caches) != 2 * len(attending):
+        yield f"{len(caches)} cache inputs for {len(attending)} attentions"
     for cache in caches:
+        wanted = (attending[int(str(cache.name).split(".")[1])], config.head_dim)
         if cache.shape is None or (cache.shape[1], cache.shape[3]) != wanted:
             yield f"{cache.name} is {cache.shape}, not of {wanted} heads and numbers"
-    attending = config.num_hidden_layers - len(config.shape.without_attention)
-    if len(caches) != 2 * attending:
-        yield f"{len(caches)} cache inputs for {attending} attentions"

@@ -7,8 +7,9 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
     h  = rms_norm(x)                                    SkipSimplifiedLayerNormalization adds and normalizes
     x += down_proj(silu(gate_proj(h)) * up_proj(h))
 
-with the FFN's own width in every block, and without the first two lines in a block without attention. The residual
-sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
+with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
+without attention. The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still
+to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
 input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value. N counts the blocks that attend:
@@ -37,6 +38,7 @@ class Attention:
     """A block's attention, with the norm before it.
 
     Attributes:
+        num_key_value_heads: Its key-value heads, each with as many query heads as in every block.
         input_norm: (hidden_size,).
         qkv: One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
         q_norm: (head_dim,) norm of each head's query, or None.
@@ -44,6 +46,7 @@ class Attention:
         o_proj: Attention's output.
     """
 
+    num_key_value_heads: int
     input_norm: npt.NDArray[np.floating]
     qkv: tuple[Layer, ...]
     o_proj: Layer
@@ -75,8 +78,7 @@ class Decoder:
     """A whole model's weights.
 
     Attributes:
-        num_attention_heads: In all blocks.
-        num_key_value_heads: The same.
+        heads_per_group: Query heads that read one key-value head.
         rms_norm_eps: Of all norms.
         embedding: The token embedding.
         blocks: First to last.
@@ -87,8 +89,7 @@ class Decoder:
         dtype: Of everything computed between the ends; logits are float32 always.
     """
 
-    num_attention_heads: int
-    num_key_value_heads: int
+    heads_per_group: int
     rms_norm_eps: float
     embedding: Embedding
     blocks: tuple[Block, ...]
@@ -218,14 +219,16 @@ class _Graph:
     def _attention(self, block_prefix: str, block: Attention, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
         s, prefix, index = self.decoder, f"{block_prefix}.self_attn", (len(self.inputs) - 2) // 2
+        kv_heads = block.num_key_value_heads
+        num_heads = kv_heads * s.heads_per_group
         query, key, value = self._heads(block, hidden, prefix)
-        past = self._caches(f"past_key_values.{index}", "past_sequence_length")
-        present = self._caches(f"present.{index}", "total_sequence_length")
-        attended = ir.val(prefix, self.dtype, [*TOKENS, s.num_attention_heads * s.head_dim])
+        past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
+        present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
+        attended = ir.val(prefix, self.dtype, [*TOKENS, num_heads * s.head_dim])
         rotary = [self.builder.constant(n, v) for n, v in (("cos_cache", s.cos), ("sin_cache", s.sin))]
         attributes = {
-            "num_heads": s.num_attention_heads,
-            "kv_num_heads": s.num_key_value_heads,
+            "num_heads": num_heads,
+            "kv_num_heads": kv_heads,
             "scale": s.head_dim**-0.5,
             "do_rotary": 1,
             "rotary_interleaved": 0,
@@ -242,16 +245,16 @@ class _Graph:
         self.outputs += present
         return attended
 
-    def _caches(self, prefix: str, length: str) -> list[ir.Value]:
+    def _caches(self, prefix: str, kv_heads: int, length: str) -> list[ir.Value]:
         """A block's keys and values."""
-        shape = ir.Shape(["batch_size", self.decoder.num_key_value_heads, length, self.decoder.head_dim])
+        shape = ir.Shape(["batch_size", kv_heads, length, self.decoder.head_dim])
         return [ir.val(f"{prefix}.{part}", self.dtype, shape) for part in ("key", "value")]
 
     def _heads(
         self, block: Attention, hidden: ir.Value, prefix: str
     ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Query, key and value; the query alone holds all three where one layer gives them."""
-        s, b = self.decoder, self.builder
+        b, kv_heads = self.builder, block.num_key_value_heads
         if len(block.qkv) == 1:
             return block.qkv[0].apply(b, hidden, f"{prefix}.qkv_proj"), None, None
         names = ("q_proj", "k_proj", "v_proj")
@@ -259,8 +262,9 @@ class _Graph:
             layer.apply(b, hidden, f"{prefix}.{name}") for name, layer in zip(names, block.qkv, strict=True)
         )
         if block.q_norm is not None and block.k_norm is not None:
-            query = self._head_norm(query, block.q_norm, s.num_attention_heads, f"{prefix}.q_norm")
-            key = self._head_norm(key, block.k_norm, s.num_key_value_heads, f"{prefix}.k_norm")
+            heads = kv_heads * self.decoder.heads_per_group
+            query = self._head_norm(query, block.q_norm, heads, f"{prefix}.q_norm")
+            key = self._head_norm(key, block.k_norm, kv_heads, f"{prefix}.k_norm")
         return query, key, value
 
     def _head_norm(self, x: ir.Value, weight: npt.NDArray[np.floating], heads: int, name: str) -> ir.Value:

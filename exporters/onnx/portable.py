@@ -41,14 +41,15 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
         opset: Of its operators; optimum's choice where None.
 
     Raises:
-        InputError: optimum cannot export it, or a block has no attention.
+        InputError: optimum cannot export it, or a block has no attention or other heads.
         MissingExtraError: optimum's exporter is not installed.
     """
-    if silent := model_shape(model).without_attention:
+    heads = [block.kv_groups for block in model_shape(model).blocks]
+    if set(heads) != {model.config.num_key_value_heads}:
         raise InputError(
-            "optimum gives every block a cache, and these have no attention",
+            "optimum gives every block a cache of the same heads, and key-value heads are missing",
             field="portable",
-            value=silent,
+            value=", ".join(map(str, heads)),
             allowed="the other variants, or a model without whole blocks",
         )
     require_optimum()

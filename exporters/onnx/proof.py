@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cfsp.errors import LimitError
 from exporters.export_record import ExportRecord
 from exporters.job import Job
 from exporters.onnx.checks import check_graph
+from exporters.onnx.folder import GENAI_CONFIG
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import Variant
@@ -43,7 +45,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         if not difference <= _SAME_LOGITS:
             raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
-    text, nearest = job.text_for(variant), f"{variant.name} is rounded to the nearest numbers, without text"
+    text = job.text_for(variant)
     return common.record(
         path,
         variant,
@@ -53,7 +55,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         file_bytes=written.size_bytes,
         n_params=sum(parameter.numel() for parameter in job.model.parameters()),
         tensor_types=_tensor_types(path),
-        warnings=(nearest,) if variant.calibrated and text is None else (),
+        warnings=tuple(_warnings(job, variant)),
         runtime=runtime_version(),
         ort_file=str(ort.relative_to(common.folder)) if ort else None,
         calibration_sha256=job.text_sha256(variant),
@@ -61,6 +63,16 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         budget_bytes=job.budget_bytes(variant),
         eight_bit_layers=written.eight_bits,
     )
+
+
+def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
+    if variant.calibrated and job.text_for(variant) is None:
+        yield f"{variant.name} is rounded to the nearest numbers, without text"
+    if not job.common.config.shape.has_equal_heads:
+        yield (
+            "blocks differ in key-value heads, and ONNX Runtime GenAI, transformers.js and optimum take one number for "
+            f"all: ONNX Runtime and onnxruntime-web run it, and there is no {GENAI_CONFIG}"
+        )
 
 
 def _opened(job: Job, path: Path) -> closing[OnnxModel]:

@@ -115,8 +115,7 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
     embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
     cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
     return Decoder(
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
+        heads_per_group=config.num_attention_heads // config.num_key_value_heads,
         rms_norm_eps=float(config.rms_norm_eps),
         embedding=embedding,
         blocks=tuple(
@@ -155,6 +154,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights) -> Atten
     else:
         qkv = tuple(_linear(part, module, weights) for part, module in parts.items())
     return Attention(
+        num_key_value_heads=attention.k_proj.out_features // attention.head_dim,
         input_norm=_norm(model, f"{name}.input_layernorm", weights),
         qkv=qkv,
         q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,

@@ -271,7 +271,13 @@ def test_widths_that_disagree_with_the_weights(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "own", [{"num_key_value_heads": 1}, {"hidden_act": "gelu"}, {"intermediate_size": True}]
+    "own",
+    [
+        {"num_attention_heads": 2},
+        {"num_key_value_heads": 0},
+        {"hidden_act": "gelu"},
+        {"intermediate_size": True},
+    ],
 )
 def test_blocks_that_differ_in_more_than_widths(own: dict[str, Any], checkpoint: Path) -> None:
     """They were loaded, and exported, as if the key was not there."""

@@ -69,9 +69,13 @@ def test_what_is_not_said_is_no_contradiction() -> None:
         assert not PLAIN.agrees_with(other)
 
 
-@pytest.mark.parametrize("change", [{"kv_groups": 1}, {"has_attention": False}, {"has_ffn": False}])
-def test_only_widths_may_vary_yet(change: dict[str, Any]) -> None:
-    require_supported(with_block(1, ffn_width=6), "x")
+@pytest.mark.parametrize("change", [{"kv_groups": 0}, {"has_attention": False}, {"has_ffn": False}])
+def test_only_widths_and_groups_may_vary_yet(change: dict[str, Any]) -> None:
+    for varied in ({"ffn_width": 6}, {"kv_groups": 1}, {"kv_groups": 0, "has_attention": False}):
+        require_supported(with_block(1, **varied), "x")
+    assert PLAIN.has_equal_heads
+    assert with_block(1, kv_groups=0, has_attention=False).has_equal_heads
+    assert not with_block(1, kv_groups=1).has_equal_heads
     assert PLAIN.is_uniform
     assert not with_block(1, ffn_width=6).is_uniform
     with pytest.raises(InputError, match=r"x: block 1 differs .* yet"):

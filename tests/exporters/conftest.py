@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.attention import remove_attention
 from cfsp.pruning.statistics import collect_input_moments
-from cfsp.pruning.surgery import cut_channels, set_config_shape
+from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
 from exporters.export_record import ParityLimits
 from exporters.options import ExportOptions
 
@@ -33,18 +34,22 @@ def _narrow(model: Any, widths: tuple[int, ...]) -> None:
 def make_checkpoint(
     tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> MakeCheckpoint:
-    """Factory with `tiny_model`'s arguments, `widths=`, `silent=` and `moments=` -> a checkpoint folder."""
+    """Factory with `tiny_model`'s arguments, `widths=`, `silent=`, `groups=` and `moments=` -> a checkpoint folder."""
 
     def make(
         *args: Any,
         widths: tuple[int, ...] | None = None,
         silent: tuple[int, ...] = (),
+        groups: Mapping[int, tuple[int, ...]] = MappingProxyType({}),
         moments: bool = True,
         **overrides: Any,
     ) -> Path:
         model, tokenizer = tiny_model(*args, **overrides)
         for index in silent:
             remove_attention(decoder_layers(model)[index])
+        with torch.no_grad():
+            for index, kept in groups.items():
+                cut_groups(decoder_layers(model)[index].self_attn, kept)
         if widths:
             _narrow(model, widths)
         source = ModelSource(

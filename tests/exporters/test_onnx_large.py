@@ -37,6 +37,7 @@ def decoder(vocab_size: int) -> Decoder:
     embedding = FloatEmbedding(table)
     angles = floats(POSITIONS, HEAD_DIM // 2)
     attention = Attention(
+        num_key_value_heads=HEADS,
         input_norm=1 + floats(HIDDEN),
         qkv=(linear(3 * HEADS * HEAD_DIM, HIDDEN),),
         o_proj=linear(HIDDEN, HEADS * HEAD_DIM),
@@ -49,8 +50,7 @@ def decoder(vocab_size: int) -> Decoder:
         down_proj=linear(HIDDEN, WIDTH),
     )
     return Decoder(
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        heads_per_group=1,
         rms_norm_eps=1e-5,
         embedding=embedding,
         blocks=(block,),

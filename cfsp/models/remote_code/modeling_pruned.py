@@ -1,10 +1,12 @@
-"""Causal language models whose decoder blocks have FFNs of different widths, and some of them no attention.
+"""Causal language models whose decoder blocks have FFNs and attentions of different sizes, and some no attention.
 
 config.json says so as transformers 5 documents it,
 
-    "per_layer_config": {"0": {"intermediate_size": 1024}, "1": {"intermediate_size": 768, "skip": ["attention"]}, ...}
+    "per_layer_config": {"0": {"intermediate_size": 1024, "num_key_value_heads": 2}, "1": {"skip": ["attention"]}, ...}
 
-and everything else is the model of the same `model_type`. This file is self-contained, stored beside
+A block with fewer key-value heads has fewer query heads in proportion: each key-value head is read by as many as in the
+whole model, num_attention_heads / num_key_value_heads. (transformers 5 refuses a num_attention_heads for each block.)
+Everything else is the model of the same `model_type`. This file is self-contained, stored beside
 the weights and used by `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, under
 transformers 4 and 5 alike.
 """
@@ -12,7 +14,7 @@ transformers 4 and 5 alike.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +27,8 @@ from transformers import (
 )
 
 
-def layer_widths(config: Any) -> list[int]:
-    """intermediate_size of every block that a configuration asks for, first to last.
+def layer_sizes(config: Any, name: str) -> list[int]:
+    """A size of every block that a configuration asks for, such as its intermediate_size, first to last.
 
     transformers 5 offers `per_layer_config` as a sequence of configurations, transformers 4 as a mapping.
     """
@@ -37,10 +39,10 @@ def layer_widths(config: Any) -> list[int]:
         if wrong:
             raise ValueError(f"per_layer_config names blocks that do not exist: {wrong}")
         return [
-            given.get(index, {}).get("intermediate_size") or config.intermediate_size
+            given.get(index, {}).get(name) or getattr(config, name)
             for index in range(config.num_hidden_layers)
         ]
-    return [layer.intermediate_size for layer in layers]
+    return [getattr(layer, name) for layer in layers]
 
 
 def layers_without_attention(config: Any) -> set[int]:
@@ -52,18 +54,25 @@ def layers_without_attention(config: Any) -> set[int]:
 
 
 def per_layer_settings(
-    widths: Sequence[int], without_attention: Collection[int]
+    widths: Sequence[int], kv_heads: Sequence[int], most: int
 ) -> dict[str, dict[str, Any]]:
-    """`per_layer_config` of blocks of these widths, some of them without attention."""
+    """`per_layer_config` of blocks of these widths and key-value heads, 0 being no attention.
+
+    Args:
+        widths: intermediate_size of every block.
+        kv_heads: num_key_value_heads of every block.
+        most: num_key_value_heads of the configuration, which a block that has as many does not repeat.
+    """
     return {
         str(index): {"intermediate_size": width}
-        | ({"skip": ["attention"]} if index in without_attention else {})
-        for index, width in enumerate(widths)
+        | ({} if heads else {"skip": ["attention"]})
+        | ({"num_key_value_heads": heads} if heads not in (0, most) else {})
+        for index, (width, heads) in enumerate(zip(widths, kv_heads, strict=True))
     }
 
 
 def uniform_config(config: Any, width: int) -> Any:
-    """A copy of a configuration in which every block has the same width."""
+    """A copy of a configuration in which every block has the same width, and heads as the configuration says."""
     plain = copy.deepcopy(config)
     if isinstance(getattr(type(plain), "per_layer_config", None), property):
         plain.per_layer_config = None
@@ -71,6 +80,17 @@ def uniform_config(config: Any, width: int) -> Any:
         plain.__dict__.pop("per_layer_config", None)
     plain.intermediate_size = width
     return plain
+
+
+def with_kv_heads(attention: Any, config: Any, kv_heads: int) -> Any:
+    """A new attention of the same kind with so many key-value heads, and the query heads that read them."""
+    smaller = copy.deepcopy(config)
+    smaller.head_dim = attention.head_dim
+    smaller.num_key_value_heads = kv_heads
+    smaller.num_attention_heads = kv_heads * attention.num_key_value_groups
+    made = type(attention)(smaller, attention.layer_idx)
+    made.config = config  # of which it reads what is the same in all blocks, and may be changed
+    return made
 
 
 class NoAttention(nn.Module):
@@ -82,10 +102,10 @@ class NoAttention(nn.Module):
 
 
 class PerLayerWidths:
-    """Builds each block's FFN as wide as the configuration says, and some without attention; saves what it has.
+    """Builds each block's FFN and attention as large as the configuration says, or none; saves what it has.
 
-    The model's own `config` is uniform, with the widest block as its `intermediate_size`: transformers 5 refuses
-    to read a per-layer value from a configuration, and much code reads `intermediate_size`.
+    The model's own `config` is uniform, with the widest block as its `intermediate_size` and the heads that the dense
+    model has: transformers 5 refuses to read a per-layer value from a configuration, and much code reads these.
     """
 
     # Makes transformers store this file, and name it in config.json, whenever the model is saved.
@@ -94,23 +114,29 @@ class PerLayerWidths:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        widths, without = layer_widths(config), layers_without_attention(config)
+        widths, kv_heads = (layer_sizes(config, n) for n in ("intermediate_size", "num_key_value_heads"))
+        without = layers_without_attention(config)
         super().__init__(uniform_config(config, max(widths)), *args, **kwargs)  # type: ignore[call-arg]
-        for layer, width in zip(self.model.layers, widths, strict=True):
-            if width != max(widths):
-                layer.mlp = type(layer.mlp)(uniform_config(self.config, width))
-        for index in without:
-            self.model.layers[index].self_attn = NoAttention()
-            self.model.layers[index].input_layernorm = nn.Identity()
+        for index, layer in enumerate(self.model.layers):
+            if widths[index] != max(widths):
+                layer.mlp = type(layer.mlp)(uniform_config(self.config, widths[index]))
+            if index in without:
+                layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
+            elif kv_heads[index] != self.config.num_key_value_heads:
+                layer.self_attn = with_kv_heads(layer.self_attn, self.config, kv_heads[index])
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, with what differs in config.json and this file beside the weights."""
         widths = [layer.mlp.down_proj.weight.shape[1] for layer in self.model.layers]
-        without = [i for i, layer in enumerate(self.model.layers) if isinstance(layer.self_attn, NoAttention)]
+        attentions = [layer.self_attn for layer in self.model.layers]
+        kv_heads = [
+            0 if isinstance(one, NoAttention) else one.k_proj.weight.shape[0] // one.head_dim
+            for one in attentions
+        ]
         uniform = self.config
         stored = uniform_config(uniform, max(widths))
-        if len(set(widths)) > 1 or without:
-            stored.per_layer_config = per_layer_settings(widths, without)
+        if len(set(widths)) > 1 or set(kv_heads) != {uniform.num_key_value_heads}:
+            stored.per_layer_config = per_layer_settings(widths, kv_heads, uniform.num_key_value_heads)
         self.config = stored
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]

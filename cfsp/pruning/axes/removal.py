@@ -1,12 +1,14 @@
 """What the model misses least: parts of it are left out one at a time, and the divergence says which goes.
 
 A part's worth is measured as mean KL(dense || without it), nats a token, on a few calibration windows. The cheapest
-goes; then those that were cheapest alone are tried again, beside what is gone, until enough has gone.
+goes; then those that were cheapest alone are tried again, beside what is gone, until enough has gone. Of parts that
+are many, half of what is still to go goes at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +31,7 @@ class Removal:
     """Which blocks lose a part, or go whole, and what that is worth.
 
     Attributes:
-        removed: Indices of the blocks in the dense model, ascending.
+        removed: Indices of the blocks in the dense model, ascending; of parts of them, as `Probe` numbers these.
         losses: Per block of the dense model the divergence where its part alone is left out, nats a token; 0 where it
             was not tried. Of attentions it counts the blocks that go as well.
         loss: The same where all of `removed` are left out and nothing makes up for them.
@@ -46,17 +48,23 @@ class Removal:
 class Probe:
     """A model, and the text on which it is tried without a part.
 
+    Part p of block l has the number l * parts + p. Where blocks have several, each keeps one.
+
     Attributes:
         model: The dense model, in eval mode.
         input_ids: Windows (n_windows, seqlen) int64.
-        leave_out: Context in which a block lacks the part.
+        leave_out: Context in which a block lacks the part of a number.
         gone: Blocks that are left out whole besides.
+        silent: Blocks whose attention is left out besides.
+        parts: Most that a block has.
     """
 
     model: Any
     input_ids: torch.Tensor
-    leave_out: Callable[[nn.Module], AbstractContextManager[None]]
+    leave_out: Callable[[nn.Module, int], AbstractContextManager[None]]
     gone: frozenset[int] = frozenset()
+    silent: frozenset[int] = frozenset()
+    parts: int = 1
 
     def choose(
         self, candidates: Iterable[int], count: int, *, progress: Progress = no_progress, what: str
@@ -74,10 +82,10 @@ class Probe:
         progress: Progress = no_progress,
         what: str,
     ) -> Iterator[Removal]:
-        """The choice of one, two, ... `count` of the candidates, each of one more than before.
+        """The choice of one, two, ... `count` of the candidates, each of one more than before; in fewer steps of parts.
 
         Args:
-            candidates: Blocks.
+            candidates: Numbers of parts.
             count: How many go at last.
             tried: Of those that were cheapest alone, how many are tried again once some are gone.
             progress: Told after each choice.
@@ -85,19 +93,35 @@ class Probe:
         """
         alone = losses = self._losses(sorted(candidates), ())
         removed: list[int] = []
-        every = tuple(alone.get(index, 0.0) for index in range(len(decoder_layers(self.model))))
+        every = tuple(alone.get(part, 0.0) for part in range(self.parts * len(decoder_layers(self.model))))
         while True:
-            removed.append(min(losses, key=lambda index: (losses[index], index)))
+            left = count - len(removed)
+            # One goes last, so that the loss of all is measured.
+            removed += self._cheapest(losses, alone.keys() - set(removed), left // 2 if self.parts > 1 else 1)
             progress(f"choosing {what}", len(removed), count)
             yield Removal(tuple(sorted(removed)), every, losses[removed[-1]], self.input_ids.numel())
             if len(removed) == count:
                 return
-            left = sorted(alone.keys() - set(removed), key=lambda index: alone[index])[:tried]
-            losses = self._losses(left, removed)
+            stay = alone.keys() - set(removed)
+            again = sorted(self._may_go(stay), key=lambda part: (alone[part], part))
+            losses = self._losses(again[: max(tried, count - len(removed) if self.parts > 1 else 1)], removed)
+
+    def _cheapest(self, losses: Mapping[int, float], stay: Set[int], most: int) -> list[int]:
+        """At least one part, at most `most`, in the order of their losses; each may go once those before it have."""
+        going: list[int] = []
+        for part in sorted(losses, key=lambda part: (losses[part], part)):
+            if len(going) < max(most, 1) and part in self._may_go(stay - set(going)):
+                going.append(part)
+        return going
+
+    def _may_go(self, stay: Set[int]) -> list[int]:
+        """Those of the parts that stay which are not their block's last of several."""
+        count = Counter(part // self.parts for part in stay)
+        return [part for part in stay if self.parts == 1 or count[part // self.parts] > 1]
 
     def _losses(self, candidates: Sequence[int], removed: Sequence[int]) -> dict[int, float]:
         """The divergence for every candidate left out beside `removed`."""
-        layers = decoder_layers(self.model)
+        layers, parts = decoder_layers(self.model), self.parts
         sums = dict.fromkeys(candidates, 0.0)
         with torch.inference_mode():
             for window in torch.split(self.input_ids, 1):
@@ -106,16 +130,18 @@ class Probe:
                 with ExitStack() as stack:
                     for index in self.gone:
                         stack.enter_context(block_left_out(layers[index]))
-                    for index in removed:
-                        stack.enter_context(self.leave_out(layers[index]))
+                    for index in self.silent:
+                        stack.enter_context(attention_left_out(layers[index]))
+                    for part in removed:
+                        stack.enter_context(self.leave_out(layers[part // parts], part % parts))
                     for index, layer in enumerate(layers):
-                        if index in sums:
-                            with self.leave_out(layer):
+                        for part in (part for part in sums if part // parts == index):
+                            with self.leave_out(layer, part % parts):
                                 without = run_layer(layer, hidden, calls[index])
                             actual = self._log_probabilities(_run(layers, calls, index + 1, without))
-                            sums[index] += float((expected.exp() * (expected - actual)).sum(-1).mean())
+                            sums[part] += float((expected.exp() * (expected - actual)).sum(-1).mean())
                         hidden = run_layer(layer, hidden, calls[index])
-        return {index: max(total / len(self.input_ids), 0.0) for index, total in sums.items()}
+        return {part: max(total / len(self.input_ids), 0.0) for part, total in sums.items()}
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = self.model.get_decoder().norm(hidden[:, ::_EVERY])
@@ -123,13 +149,13 @@ class Probe:
         return logits.log_softmax(-1)
 
 
-def block_left_out(layer: nn.Module) -> AbstractContextManager[None]:
-    """A block hands on what it gets while the context is open."""
+def block_left_out(layer: nn.Module, part: int = 0) -> AbstractContextManager[None]:
+    """A block, which is one part, hands on what it gets while the context is open."""
     return _computing(layer, lambda hidden_states, **arguments: hidden_states)
 
 
-def attention_left_out(layer: Any) -> AbstractContextManager[None]:
-    """A block's attention adds nothing while the context is open."""
+def attention_left_out(layer: Any, part: int = 0) -> AbstractContextManager[None]:
+    """A block's attention, which is one part, adds nothing while the context is open."""
     return _computing(
         layer.self_attn, lambda hidden_states, **arguments: (torch.zeros_like(hidden_states), None)
     )

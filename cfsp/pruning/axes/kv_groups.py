@@ -1,0 +1,116 @@
+"""Key-value groups as an axis of pruning: a key-value head goes with the query heads that read it.
+
+In every block that attends one group stays. o_proj of the block is solved anew for what is left
+(cfsp/pruning/block_by_block.py), as down_proj is where channels go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfsp.errors import InputError
+from cfsp.models.architectures import model_shape
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.removal import Probe
+
+
+@dataclass(frozen=True)
+class GroupRemoval:
+    """Which key-value groups stay, and what each is worth.
+
+    Attributes:
+        kept: Per block of the dense model the groups that stay, ascending; none where it goes or does not attend.
+        losses: Per block and group the divergence where it alone is left out, beside the blocks and attentions that
+            go, nats a token; 0 where it was not tried.
+        loss: The same where all that go are left out and nothing makes up for them.
+        tokens: Tokens of the windows that this was measured on.
+    """
+
+    kept: tuple[tuple[int, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+    loss: float
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for kept, losses in zip(self.kept, self.losses, strict=True):
+            if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(len(losses))):
+                raise InputError("no groups of the block, ascending", field="kept", value=kept)
+
+    @property
+    def narrowed(self) -> dict[int, tuple[int, ...]]:
+        """Blocks that lose some of their groups -> those that stay."""
+        blocks = enumerate(zip(self.kept, self.losses, strict=True))
+        return {index: kept for index, (kept, losses) in blocks if 0 < len(kept) < len(losses)}
+
+    @property
+    def removed(self) -> tuple[int, int]:
+        """How many groups go, and of how many that the blocks have which keep their attention."""
+        total = sum(len(losses) for kept, losses in zip(self.kept, self.losses, strict=True) if kept)
+        return total - sum(map(len, self.kept)), total
+
+
+def plan_kv_groups(
+    model: Any,
+    input_ids: torch.Tensor,
+    ratio: float,
+    *,
+    gone: frozenset[int] = frozenset(),
+    silent: frozenset[int] = frozenset(),
+    progress: Progress = no_progress,
+) -> GroupRemoval:
+    """Choose the groups to remove, over all blocks.
+
+    Args:
+        model: The dense model, in eval mode; unchanged.
+        input_ids: Windows (n_windows, seqlen) int64.
+        ratio: Share of the groups to remove, of blocks that stay and keep their attention.
+        gone: Blocks that go whole.
+        silent: Blocks that lose their attention.
+        progress: Told after each choice.
+
+    Raises:
+        InputError: A ratio that removes no group, or more than can go.
+    """
+    counts = [block.kv_groups or 0 for block in model_shape(model).blocks]
+    held = {index: n for index, n in enumerate(counts) if n and index not in gone | silent}
+    total, parts = sum(held.values()), max(counts)
+    most, count = total - len(held), round(ratio * total)
+    if not 0 < count <= most:
+        raise InputError(
+            f"each of the {len(held)} blocks that attend keeps one of its groups, {total} in all",
+            field="kv_groups",
+            value=ratio,
+            allowed=f"{1 / total:.4g} to {most / total:.4g}" if most else "0",
+        )
+    candidates = [parts * index + group for index, n in held.items() if n > 1 for group in range(n)]
+    probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
+    removal = probe.choose(candidates, count, progress=progress, what="key-value groups")
+    return GroupRemoval(
+        kept=tuple(
+            tuple(g for g in range(held.get(index, 0)) if parts * index + g not in removal.removed)
+            for index in range(len(counts))
+        ),
+        losses=tuple(removal.losses[parts * index : parts * index + n] for index, n in enumerate(counts)),
+        loss=removal.loss,
+        tokens=removal.tokens,
+    )
+
+
+def group_channels(attention: Any, size: int, groups: Sequence[int]) -> torch.Tensor:
+    """Which of `size` numbers, all groups' after another, are those of some groups: (n,) int64."""
+    count = attention.k_proj.out_features // attention.head_dim
+    return torch.arange(size).view(count, -1)[list(groups)].flatten()
+
+
+@contextmanager
+def group_left_out(layer: Any, group: int) -> Iterator[None]:
+    """A group of a block's attention adds nothing while the context is open."""
+    attention = layer.self_attn
+    channels = group_channels(attention, attention.o_proj.in_features, [group])
+    with attention.o_proj.register_forward_pre_hook(lambda _, args: args[0].index_fill(-1, channels, 0)):
+        yield
