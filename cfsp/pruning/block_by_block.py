@@ -8,9 +8,10 @@ stream has h*. down_proj is solved for
 
 so that, beside doing the removed channels' work, it takes back a share c of the error that earlier blocks left in
 the residual stream. Where whole blocks after l go, h and h* are taken after these, and down_proj does what they would
-have added as well. Where the block loses its attention, h is what it would give with it. c = 0 only follows the pruned
-stream. c = 1 aims at the dense stream itself, which fits the calibration text too closely: an error cannot be told
-from what the block itself should say about such text.
+have added as well. Where the block loses its attention, h is what it would give with it. Where it loses some key-value
+groups, o_proj is solved before that, for what it gave with all. c = 0 only follows the pruned stream. c = 1 aims at the
+dense stream itself, which fits the calibration text too closely: an error cannot be told from what the block itself
+should say about such text.
 """
 
 from __future__ import annotations
@@ -48,31 +49,29 @@ def prune_block_by_block(cut: Cut) -> None:
         index
         for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True))
         if index not in cut.gone
-        and (
-            len(kept) < feed_forward(cut.model, layer).width
-            or index + 1 in cut.gone
-            or index in cut.silent
-            or index in cut.groups
-        )
+        and (len(kept) < feed_forward(cut.model, layer).width or index + 1 in cut.gone or index in cut.silent)
     ]
+    last = max((*changed, *cut.groups), default=-1)
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
         dense, calls = enter_blocks(cut.model, layers, cut.input_ids)
         pruned = dense
-        for index in (index for index in range(max(changed, default=-1) + 1) if index not in cut.gone):
+        for index in (index for index in range(last + 1) if index not in cut.gone):
             layer = layers[index]
             after = _blocks_after(layers, calls, index, cut.gone)
             wanted = list(dense) if pruned is dense else dense
             for window, hidden in enumerate(dense):
                 wanted[window] = after(run_layer(layer, hidden, calls[index]))
+            if index in cut.groups:
+                _prune_attention(cut, index, pruned, calls[index])
             if index in changed:
                 pruned = _prune_block(cut, index, pruned, wanted, calls[index], after)
-            elif pruned is dense:
+            elif pruned is dense and index not in cut.groups:
                 pruned = wanted
             else:
                 pruned = [run_layer(layer, hidden, calls[index]) for hidden in pruned]
             dense = wanted
-            cut.progress("pruning", index + 1, max(changed) + 1)
+            cut.progress("pruning", index + 1, last + 1)
 
 
 _Run = Callable[[torch.Tensor], torch.Tensor]
@@ -101,7 +100,7 @@ def _prune_block(
     arguments: dict[str, Any],
     after: _Run,
 ) -> list[torch.Tensor]:
-    """Cut and solve a block: what is left of its attention first, on which the FFN's input depends.
+    """Cut a block's channels and solve its down_proj.
 
     Args:
         cut: What to cut.
@@ -116,14 +115,10 @@ def _prune_block(
     """
     layer = decoder_layers(cut.model)[index]
     ffn, kept, silent = feed_forward(cut.model, layer), cut.kept[index], index in cut.silent
-    wholes: Sequence[torch.Tensor | None] = [None] * len(pruned)
-    if index in cut.groups:
-        wholes = _prune_attention(cut, index, pruned, arguments)
-    elif silent:
-        wholes = [run_layer(layer, hidden, arguments) for hidden in pruned]
     solver, rests = _Columns(ffn.down, kept), []
     seen: dict[str, torch.Tensor] = {}
-    for hidden, whole, target in zip(pruned, wholes, wanted, strict=True):
+    for hidden, target in zip(pruned, wanted, strict=True):
+        whole = run_layer(layer, hidden, arguments) if silent else None
         with (
             attention_left_out(layer) if silent else nullcontext(),
             input_hook(ffn.gate, lambda x: seen.update(ffn_input=x)),
@@ -137,18 +132,16 @@ def _prune_block(
     return [rest + ffn.module(ffn_input) for rest, ffn_input in rests]
 
 
-def _prune_attention(
-    cut: Cut, index: int, pruned: Sequence[torch.Tensor], arguments: dict[str, Any]
-) -> list[torch.Tensor]:
-    """Cut a block's key-value groups and solve o_proj; returns what the block gave of the pruned stream with all."""
+def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], arguments: dict[str, Any]) -> None:
+    """Cut a block's key-value groups and solve its o_proj, for the pruned stream before the block."""
     layer = decoder_layers(cut.model)[index]
     attention = attention_of(cut.model, layer)
     o_proj = attention.o_proj
     solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]))
     with output_hook(o_proj, solver.observe):
-        wholes = [run_layer(layer, hidden, arguments) for hidden in pruned]
+        for hidden in pruned:
+            run_layer(layer, hidden, arguments)
     cut_groups(attention, cut.groups[index], solver.solve(cut.ridge))
-    return wholes
 
 
 class _Columns:

@@ -104,6 +104,7 @@ def format_plan(plan: PruningPlan, destination: Path) -> str:
         *_removal_lines(
             "Attentions, with these blocks gone," if plan.depth else "Attentions", plan.attention
         ),
+        *_group_lines(plan),
         *_vocabulary_lines(plan),
         *_budget_lines(plan),
         f"Calibration: {', '.join(plan.calibration)}, {plan.calibration_tokens} tokens, seed {plan.seed}.",
@@ -119,6 +120,16 @@ def _removal_lines(what: str, removal: Removal | None) -> list[str]:
     return [
         f"{what} removed: {alone}; without them, and before anything makes up for it, the divergence is "
         f"{removal.loss:.3f} nats a token on {removal.tokens} tokens."
+    ]
+
+
+def _group_lines(plan: PruningPlan) -> list[str]:
+    if (groups := plan.kv_groups) is None:
+        return []
+    removed, total = groups.removed
+    return [
+        f"KV groups kept: {groups} ({removed} of {total} removed); without the others, and before anything makes up "
+        f"for it, the divergence is {groups.loss:.3f} nats a token on {groups.tokens} tokens."
     ]
 
 

@@ -63,6 +63,7 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
         f"{plan.settings.allocation}, reconstruction {plan.settings.reconstruct}, seed {manifest.seed}"
         + (f"; blocks removed: {', '.join(map(str, plan.depth.removed))}" if plan.depth else "")
         + (f"; attentions removed: {', '.join(map(str, plan.attention.removed))}" if plan.attention else "")
+        + (f"; key-value groups kept: {plan.kv_groups}" if plan.kv_groups else "")
         + ("; then trained" if manifest.config.get("recover") else "")
     )
     return {

@@ -58,6 +58,7 @@ _IN_NAMES = {
     "vocabulary": "-{}tokens",
     "blocks": "-minus{}blocks",
     "attentions": "-minus{}attentions",
+    "kv_groups": "-minus{}ofkvgroups",
 }
 """Setting of [prune] to what names of files say of it, where it is set."""
 
@@ -80,7 +81,7 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
     prune = config.prune
     much = prune.target.replace(" ", "") or (f"{100 * prune.prune_ratio:g}" if prune.prune_ratio else "")
     gone = [form.format(getattr(prune, field)) for field, form in _IN_NAMES.items() if getattr(prune, field)]
-    how = "".join((much.replace(".", "_"), *gone, "-recovered" if config.recover else ""))
+    how = "".join((much, *gone)).replace(".", "_") + ("-recovered" if config.recover else "")
     return file_stem(f"{source}-{PRUNED}{how}")
 
 

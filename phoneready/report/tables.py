@@ -155,12 +155,19 @@ def proof_table(records: Sequence[ExportRecord]) -> Table[ExportRecord]:
 
 
 def width_table(plan: PruningPlan) -> Table[Row]:
-    """Every block's width and importance."""
-    rows = [
+    """Every block's width and importance; its key-value groups, where some go."""
+    rows: list[Row] = [
         (str(i), str(dense), str(block.width), f"{block.width / dense:.3f}", f"{block.importance:.4f}")
         for i, (dense, block) in enumerate(zip(plan.dense_shape.ffn_widths, plan.blocks, strict=True))
     ]
-    return table_of_cells(("block", "dense", "kept", "share", "importance"), rows, words=0)
+    header: tuple[str, ...] = ("block", "dense", "kept", "share", "importance")
+    if groups := plan.kv_groups:
+        counts = [
+            f"{len(kept)} of {len(losses)}" for kept, losses in zip(groups.kept, groups.losses, strict=True)
+        ]
+        rows = [(*row, count) for row, count in zip(rows, counts, strict=True)]
+        header = (*header, "KV groups kept")
+    return table_of_cells(header, rows, words=0)
 
 
 def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:

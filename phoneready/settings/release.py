@@ -211,7 +211,7 @@ def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 
 def _search_of_channels(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    for name in ("blocks", "attentions"):
+    for name in ("blocks", "attentions", "kv_groups"):
         if config.tune and getattr(config.prune, name):
             yield ("tune",), f"a search removes FFN channels alone: leave prune.{name} out"
 

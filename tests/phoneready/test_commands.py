@@ -60,12 +60,13 @@ def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.Capture
     for name, ratio in (("plain", "0"), ("narrow", "0.25")):
         folder = tmp_path / name
         options = ["--prune-ratio", ratio, "--vocabulary", "300", "--blocks", "1"]
-        options += ["--attentions", "1"] if name == "narrow" else []
+        options += ["--attentions", "1", "--kv-groups", "0.25"] if name == "narrow" else []
         assert main(["prune", model, "-o", str(folder), *options, *SMALL]) == 0
         said = capsys.readouterr().out
         assert "3 blocks of" in said
         assert "Blocks removed: " in said
         assert ("Attentions, with these blocks gone, removed: " in said) == (name == "narrow")
+        assert ("KV groups kept: " in said) == (name == "narrow")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         assert (config["num_hidden_layers"], config["vocab_size"]) == (3, 300)
         assert ("auto_map" in config) == (name == "narrow")
@@ -88,6 +89,11 @@ def test_all_axes_go_together(model: str, tmp_path: Path, capsys: pytest.Capture
         (["-o", "x", "--plan", "missing.json"], "missing.json"),
         (["-o", "x", "--blocks", "4", *SMALL], "at most 3"),
         (["-o", "x", "--blocks", "1", "--attentions", "3", *SMALL], "at most 2"),
+        (
+            ["-o", "x", "--kv-groups", "1"],
+            "--kv-groups: out of range (got 1.0); allowed: 0 or more and below 1",
+        ),
+        (["-o", "x", "--kv-groups", "0.9", *SMALL], "kv_groups: each of the 4 blocks that attend keeps one"),
     ],
 )
 def test_prune_refuses_what_it_cannot_do(

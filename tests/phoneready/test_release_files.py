@@ -320,6 +320,7 @@ def test_a_sweep_is_in_the_plot_of_quality(make_report_input: MakeReportInput) -
         ({"prune_ratio": 0.125}, "m-pruned12_5"),
         ({"prune_ratio": 0, "vocabulary": 300}, "m-pruned-300tokens"),
         ({"prune_ratio": 0.1, "blocks": 2, "attentions": 1}, "m-pruned10-minus2blocks-minus1attentions"),
+        ({"prune_ratio": 0.1, "kv_groups": 0.05}, "m-pruned10-minus0_05ofkvgroups"),
     ],
 )
 def test_names_of_files_say_what_went(prune: dict[str, float], name: str) -> None:

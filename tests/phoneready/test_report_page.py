@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.pruning.axes.kv_groups import GroupRemoval
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.token_kinds import TokenKind
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
@@ -432,6 +433,18 @@ def test_blocks_that_go_are_told(make_report_input: MakeReportInput) -> None:
     text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
     assert f"1 of {len(blocks)} blocks removed (1)" in text
     assert width_table(plan).rows[1][2:4] == ("0", "0.000")
+
+
+def test_key_value_groups_that_stay_are_told(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    plan = report.figures.plan
+    rest = len(plan.blocks) - 1
+    groups = GroupRemoval(((1,), *((0, 1) for _ in range(rest))), ((0.1, 0.1),) * (rest + 1), 0.1, 64)
+    plan = replace(plan, kv_groups=groups)
+    text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
+    assert f"1 of {2 * len(plan.blocks)} key-value groups removed" in text
+    assert "KV groups kept" in text
+    assert [row[-1] for row in width_table(plan).rows[:2]] == ["1 of 2", "2 of 2"]
 
 
 def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:

@@ -152,6 +152,7 @@ def test_prune_says_what_each_axis_gives(
         (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
+        (["--target-size", "1MB", "--kv-groups", "0.1"], "blocks alone: leave kv_groups out"),
         (["--target-axes", "vocabulary"], "target_axes without a target; give one of target_size"),
         (
             ["--target-size", "0.4MB", "--vocabulary", "9", "--target-axes", "ffn", *SMALL],

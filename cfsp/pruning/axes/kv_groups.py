@@ -41,6 +41,10 @@ class GroupRemoval:
             if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(len(losses))):
                 raise InputError("no groups of the block, ascending", field="kept", value=kept)
 
+    def __str__(self) -> str:
+        """How many groups each block of the dense model keeps."""
+        return ", ".join(str(len(kept)) for kept in self.kept)
+
     @property
     def narrowed(self) -> dict[int, tuple[int, ...]]:
         """Blocks that lose some of their groups -> those that stay."""
