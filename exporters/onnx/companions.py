@@ -2,7 +2,7 @@
 
 config.json, generation_config.json     optimum, transformers.js
 tokenizer.json, tokenizer_config.json, chat_template.jinja
-genai_config.json                       ONNX Runtime GenAI; not for a portable graph, nor for caches of different heads
+genai_config.json                       ONNX Runtime GenAI; not for a portable graph
 onnx/model<suffix>.onnx                 logits of every position: optimum, transformers.js, evaluation
 onnx/model<suffix>_last.onnx            logits of the last position alone: GenAI, the benchmark; the same
 onnx/model<suffix>.onnx_data            the weights of both
@@ -40,41 +40,36 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
     copy_notices(checkpoint, folder)
     stored = _with_caches(read_json(checkpoint / "config.json"), job.common.config)
     write_json(folder / "config.json", _config(stored, variant))
-    if variant.portable or not job.common.config.shape.has_equal_heads:
+    if variant.portable:
         return
     ends = sorted(stop_tokens(job.model.generation_config, tokenizer))
     context_length = job.common.config.context_length
     genai = _genai_config(variant, job.model.config, ends, context_length)
-    heads = _heads(job.common.config)
+    kv_heads = max(job.common.config.kv_heads)
     genai["model"]["decoder"] |= {
-        "head_size": heads.pop("head_dim"),
-        **heads,
+        "num_attention_heads": kv_heads * job.common.config.heads_per_group,
         "num_hidden_layers": stored["num_hidden_layers"],
+        "num_key_value_heads": kv_heads,
     }
     write_json(folder / GENAI_CONFIG, genai)
 
 
 def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The settings with as many hidden layers as there are caches, and with their heads, where these are the same."""
-    silent, heads = config.shape.without_attention, _heads(config)
-    if config.shape.has_equal_heads and heads["num_attention_heads"] != stored["num_attention_heads"]:
-        stored = {key: value for key, value in stored.items() if key != "per_layer_config"} | heads
-    if not silent:
+    """The settings with as many hidden layers as there are caches, and as many heads, which consumers take them for.
+
+    Heads are the most of a block; the graph has each cache's own. num_attention_heads stays, as some consumers divide
+    hidden_size by it.
+    """
+    silent, kv_heads = config.shape.without_attention, max(config.kv_heads)
+    fewer = kv_heads * config.heads_per_group != stored["num_attention_heads"]
+    if not silent and not fewer:
         return stored
     kept = {key: value for key, value in stored.items() if key != "per_layer_config"}
+    if fewer:
+        kept["num_key_value_heads"] = kv_heads
     if kinds := kept.get("layer_types"):
         kept["layer_types"] = [kind for index, kind in enumerate(kinds) if index not in silent]
     return kept | {"num_hidden_layers": config.num_hidden_layers - len(silent)}
-
-
-def _heads(config: ModelConfig) -> dict[str, int]:
-    """Of the blocks that attend; the most, where they differ."""
-    most = max(config.kv_heads)
-    return {
-        "num_attention_heads": most * config.heads_per_group,
-        "num_key_value_heads": most,
-        "head_dim": config.head_dim,
-    }
 
 
 def _config(stored: dict[str, Any], variant: Variant) -> dict[str, Any]:
@@ -89,6 +84,7 @@ def _genai_decoder(variant: Variant, config: Any) -> dict[str, Any]:
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": f"{GRAPHS}/{variant.stem}_last.onnx",
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         "hidden_size": config.hidden_size,
         "inputs": {
             "input_ids": "input_ids",

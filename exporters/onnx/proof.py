@@ -14,7 +14,6 @@ from cfsp.errors import LimitError
 from exporters.export_record import ExportRecord
 from exporters.job import Job
 from exporters.onnx.checks import check_graph
-from exporters.onnx.folder import GENAI_CONFIG
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import Variant
@@ -70,8 +69,8 @@ def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
         yield f"{variant.name} is rounded to the nearest numbers, without text"
     if not job.common.config.shape.has_equal_heads:
         yield (
-            "blocks differ in key-value heads, and ONNX Runtime GenAI, transformers.js and optimum take one number for "
-            f"all: ONNX Runtime and onnxruntime-web run it, and there is no {GENAI_CONFIG}"
+            "blocks differ in key-value heads, and optimum's ORTModelForCausalLM takes one number for all: it cannot "
+            "run this graph; ONNX Runtime, GenAI and transformers.js can"
         )
 
 

@@ -24,7 +24,7 @@ from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.attention import remove_attention
-from cfsp.pruning.surgery import cut_channels
+from cfsp.pruning.surgery import cut_channels, cut_groups
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint for every model type, tied or not, with widths different and uniform, and some blocks silent."""
+    """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
     for model_type in ("llama", "mistral", "qwen2", "qwen3"):
         for tied in (True, False):
@@ -86,6 +86,7 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                     cut_channels(feed_forward(model, layer), torch.arange(width))
                 if kind == "different" and not tied:
                     remove_attention(decoder_layers(model)[2])
+                    cut_groups(decoder_layers(model)[1].self_attn, (1,))
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")
     return folder
