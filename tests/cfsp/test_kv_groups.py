@@ -171,7 +171,7 @@ def test_what_cannot_go_is_refused(tiny_loaded: Any) -> None:
             prune(tiny_loaded(), replace(PLAIN, kv_groups=ratio))
 
 
-def test_a_plan_that_does_not_fit_is_refused(tiny_loaded: Any) -> None:
+def test_a_plan_that_does_not_fit_is_refused(tiny_loaded: Any, tmp_path: Path) -> None:
     plan = prune(tiny_loaded(), PLAIN).plan
     groups = groups_of(plan)
     with pytest.raises(InputError, match="another model"):
@@ -181,5 +181,12 @@ def test_a_plan_that_does_not_fit_is_refused(tiny_loaded: Any) -> None:
         apply_plan(tiny_loaded().model, replace(plan, kv_groups=empty))
     with pytest.raises(InputError, match="ascending"):
         replace(groups, kept=((1, 0), *groups.kept[1:]))
+    record = record_to_json(plan)
+    record["kv_groups"]["kept"][0] = [7]
+    (tmp_path / "plan.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(InputError, match=r"plan\.json.*ascending"):
+        read_record(PruningPlan, tmp_path / "plan.json")
+    with pytest.raises(InputError, match="one for each block"):
+        replace(groups, kept=groups.kept[1:])
     with pytest.raises(InputError, match="one for each block"):
         replace(plan, kv_groups=replace(groups, kept=groups.kept[1:], losses=groups.losses[1:]))

@@ -37,6 +37,8 @@ class GroupRemoval:
     tokens: int
 
     def __post_init__(self) -> None:
+        if len(self.kept) != len(self.losses):
+            raise InputError("not one for each block", field="kept", value=len(self.kept))
         for kept, losses in zip(self.kept, self.losses, strict=True):
             if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(len(losses))):
                 raise InputError("no groups of the block, ascending", field="kept", value=kept)
