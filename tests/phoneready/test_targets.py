@@ -206,7 +206,6 @@ def test_what_a_configuration_states_is_fixed() -> None:
         ('target_size = "60MB"\ntarget_parameters = "1M"', "line 3: prune: .*give one of them"),
         ('target_size = "60MB"\n[export]\nquants = ["mixed:60MB"]', "line 3: prune: target_size: no file"),
         ('target_size = "60MB"\n[tune]', "line 5: tune: a search chooses the ratio itself"),
-        ('target_size = "60MB"\n[recover]\ndata = ["self"]', "line 5: recover: the dense model has another"),
     ],
 )
 def test_a_configuration_whose_target_cannot_be_names_its_line(section: str, wrong: str) -> None:
