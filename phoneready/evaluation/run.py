@@ -39,6 +39,8 @@ from phoneready.evaluation.evaluation_record import (
 from phoneready.evaluation.metrics import find_metric, measure
 from phoneready.evaluation.settings import EvaluationSettings
 
+_Judge = Callable[[str, LanguageModel, LanguageModel | None, TokenWindows, Progress], TextResult]
+
 
 def evaluate(
     model: LanguageModel,
@@ -57,7 +59,6 @@ def evaluate(
     check_settings(settings)
     check_texts(settings)
     different = vocabulary_difference(model, against) if against else None
-    lost = _spelling(model, against) if against and different else None
     if different and settings.metrics:
         raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
     metrics = {name: find_metric(name) for name in settings.metrics}
@@ -65,7 +66,7 @@ def evaluate(
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        judge = _judge_apart if different and lost is None else partial(_judge, spelling=lost)
+        judge = _judge_of(model, against if different else None)
         windows, texts = _texts(model, against, settings, judge, progress)
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
@@ -89,7 +90,7 @@ def _texts(
     model: LanguageModel,
     against: LanguageModel | None,
     settings: EvaluationSettings,
-    judge: Callable[[str, LanguageModel, LanguageModel | None, TokenWindows, Progress], TextResult],
+    judge: _Judge,
     progress: Progress,
 ) -> tuple[list[TokenWindows], list[TextResult]]:
     """The windows of all texts and chats, and what was measured on each."""
@@ -101,12 +102,14 @@ def _texts(
     return windows, results
 
 
-def _spelling(model: LanguageModel, against: LanguageModel) -> Respelling | None:
-    """How the model spells the reference's tokens, where it lost some of them and has no others."""
+def _judge_of(model: LanguageModel, other: LanguageModel | None) -> _Judge:
+    """How texts are judged; `other` is the reference where its vocabulary differs, perhaps only by being larger."""
+    if other is None:
+        return partial(_judge, spelling=None)
     try:
-        return respelling(against.tokenizer, model.tokenizer)
+        return partial(_judge, spelling=respelling(other.tokenizer, model.tokenizer))
     except InputError:
-        return None
+        return _judge_apart
 
 
 def check_texts(settings: EvaluationSettings) -> None:
