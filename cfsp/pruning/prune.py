@@ -28,11 +28,12 @@ from cfsp.pruning.axes.vocabulary import (
 )
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.cutting import RECONSTRUCTIONS
-from cfsp.pruning.fitting import Trials, decide
+from cfsp.pruning.fitting import decide
 from cfsp.pruning.gradients import collect_gradients
 from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, collect_statistics
+from cfsp.pruning.trials import Trials
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling

@@ -18,10 +18,11 @@ from cfsp.progress import no_progress
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
 from cfsp.pruning.budget import Budget, ChannelCurve, Evidence, Levels
-from cfsp.pruning.fitting import Trials, _of_other_blocks
+from cfsp.pruning.fitting import _of_other_blocks
 from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.prune import PruneResult, prune_model, statistics_for
 from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.trials import Trials
 from cfsp.records import record_from_json, record_to_json
 from cfsp.text.calibration import Calibration
 
