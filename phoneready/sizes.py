@@ -7,14 +7,14 @@ import functools
 import math
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cfsp.models.architectures import block_linears, decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import attention_of, block_linears, decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -23,7 +23,7 @@ from cfsp.pruning.axes.blocks import remove_blocks
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.surgery import cut_channels, set_config_shape
+from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import SizeTemplate, size_template
@@ -38,8 +38,9 @@ _NAMES_BYTES = 128
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
 
 
-_Key = tuple[str, bool, bool, tuple[tuple[int, bool], ...]]
-"""Quantization; whether all blocks are alike; whether it is the dense model; which blocks stay, and which attend."""
+_Key = tuple[str, bool, bool, tuple[tuple[int, int], ...]]
+"""Quantization; whether all blocks are alike; whether it is the dense model; which blocks stay, with how many
+key-value groups."""
 
 
 @dataclass
@@ -100,12 +101,13 @@ class Sizes:
     def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[ChosenLayout, SizeTemplate]:
         """What a file of the same blocks in all but their widths, which are small, says of others."""
         # Of models of one width llama.cpp may have another architecture than of others.
-        rest = (shape.is_uniform, dense, tuple((block.origin, block.has_attention) for block in shape.blocks))
+        groups = self._groups(shape)
+        rest = (shape.is_uniform, dense, tuple(groups.items()))
         key = (item, *rest)
         if key not in self._templates:
             folder = self.folder / "template"
             shutil.rmtree(folder, ignore_errors=True)
-            self._save(folder / "model", shape, dense)
+            self._save(folder / "model", shape.is_uniform, groups, dense)
             stem = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
             options = ExportOptions(name=stem, use_imatrix=self.use_imatrix, n_threads=self.n_threads)
             files = draft_gguf(folder / "model", folder, list(dict.fromkeys((item, *self.items))), options)
@@ -122,15 +124,26 @@ class Sizes:
         _narrow(model, [min(_TEMPLATE_WIDTH, width) for width in model_shape(model).ffn_widths])
         return model
 
-    def _save(self, folder: Path, shape: ModelShape, dense: bool) -> None:
+    def _groups(self, shape: ModelShape) -> dict[int, int]:
+        """Blocks that stay -> their key-value groups, those of the dense model where the shape does not say."""
+        known = model_shape(self.small).blocks
+        return {
+            block.origin: known[block.origin].kv_groups or 0 if block.kv_groups is None else block.kv_groups
+            for block in shape.blocks
+        }
+
+    def _save(self, folder: Path, uniform: bool, groups: Mapping[int, int], dense: bool) -> None:
         model = copy.deepcopy(self.small)
-        stay = {block.origin: block for block in shape.blocks}
-        for index, layer in enumerate(decoder_layers(model)):
-            if index in stay and not stay[index].has_attention:
+        known = model_shape(model).blocks
+        for index, count in groups.items():
+            layer = decoder_layers(model)[index]
+            if count == 0:
                 remove_attention(layer)
-        remove_blocks(model, frozenset(range(len(decoder_layers(model)))) - stay.keys())
+            elif count != known[index].kv_groups:
+                cut_groups(attention_of(model, layer), range(count))
+        remove_blocks(model, frozenset(range(len(known))) - groups.keys())
         widths = list(model_shape(model).ffn_widths)
-        if not shape.is_uniform:
+        if not uniform:
             widths[0] //= 2
         _narrow(model, widths)
         ones = {

@@ -7,7 +7,7 @@ every other difference where files are written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
@@ -66,6 +66,11 @@ class ModelShape:
         return len({block.kv_groups for block in self.blocks if block.has_attention}) <= 1
 
     @property
+    def most_kv_groups(self) -> int:
+        """Of any block."""
+        return max(block.kv_groups or 0 for block in self.blocks)
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all blocks are alike, so that one value for all describes them."""
         return len({replace(block, origin=0) for block in self.blocks}) <= 1
@@ -93,6 +98,11 @@ class ModelShape:
                 for block in stay
             ),
         )
+
+    def without_groups(self, removed: Mapping[int, int]) -> ModelShape:
+        """The same model with so many key-value groups fewer in blocks of these origins."""
+        counts = [(block.kv_groups or 0) - removed.get(block.origin, 0) for block in self.blocks]
+        return self.with_kv_groups(counts) if removed else self
 
     def with_origins(self, other: ModelShape) -> ModelShape:
         """The same model with the origins that another record of it states; weights do not say them."""

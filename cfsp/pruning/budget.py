@@ -1,12 +1,14 @@
 """One budget for all axes: the combination of removals that meets it at the least predicted loss.
 
-Every axis says what its removals save and what they are predicted to cost, in nats a token. Tokens, attentions and
-blocks go in a fixed order each, so an axis is a row of levels; for every combination of levels the share of FFN
-channels follows from what is still to be saved, and the combination of the least sum of losses is taken.
+Every axis says what its removals save and what they are predicted to cost, in nats a token. Tokens, attentions,
+key-value groups and blocks go in a fixed order each, so an axis is a row of levels; for every combination of levels
+the share of FFN channels follows from what is still to be saved, and the combination of the least sum of losses is
+taken.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -23,6 +25,7 @@ AXES: Mapping[str, str] = {
     "vocabulary": "tokens of the vocabulary",
     "ffn": "FFN channels",
     "attentions": "attentions",
+    "kv_groups": "key-value groups",
     "blocks": "blocks",
 }
 """What a budget is shared out over -> what its units are called."""
@@ -34,7 +37,8 @@ UNITS: Mapping[str, Callable[[float], str]] = MappingProxyType(
     }
 )
 """What is budgeted -> how it is told."""
-_COUNTED = ("vocabulary", "attentions", "blocks")
+_COUNTED = tuple(axis for axis in AXES if axis != "ffn")
+"""Axes of a row of levels each; blocks, which take channels with them, are the last."""
 _SLACK = 1e-9
 _AS_GOOD = 1.1
 """Times the least predicted loss; predictions are no better than that."""
@@ -167,7 +171,7 @@ class Choice:
     """A combination.
 
     Attributes:
-        levels: Axis -> level; of vocabulary, attentions and blocks.
+        levels: Axis -> level, of all but FFN channels.
         ratio: Share of the FFN channels of the blocks that stay.
         loss: Predicted, nats a token.
     """
@@ -182,7 +186,7 @@ class Evidence:
     """What is known of all axes.
 
     Attributes:
-        levels: Of vocabulary, attentions and blocks.
+        levels: Axis -> its levels, of all but FFN channels.
         curve: Of FFN channels.
         channels: Of the dense model.
         channel_saves: What a model takes less without one channel.
@@ -208,7 +212,7 @@ class Evidence:
         cut = [slice(None if alone in (None, axis) else 1) for axis in _COUNTED]
         saved = [table.saved[part] for table, part in zip(tables, cut, strict=True)]
         losses = [table.losses[part] for table, part in zip(tables, cut, strict=True)]
-        stay = self._stay[cut[2]]
+        stay = self._stay[cut[-1]]
         low, high = self.ratios if alone in (None, "ffn") else self.ratios[:1] * 2
         missing = excess - _sum(saved)
         ratio = np.clip(missing / np.maximum(stay, _SLACK), low, high)
@@ -226,7 +230,7 @@ class Evidence:
     def most(self) -> float:
         """All that can be saved."""
         depth = self.levels["blocks"].saved + self.ratios[1] * self._stay
-        return float(depth.max() + sum(self.levels[axis].saved.max() for axis in _COUNTED[:2]))
+        return float(depth.max() + sum(self.levels[axis].saved.max() for axis in _COUNTED[:-1]))
 
     @property
     def _stay(self) -> Array:
@@ -258,8 +262,7 @@ class Evidence:
 
 def _sum(rows: Sequence[npt.NDArray[Any]]) -> Array:
     """Of every combination of one entry of each row."""
-    first, second, third = (np.asarray(row, np.float64) for row in rows)
-    return np.asarray(first[:, None, None] + second[None, :, None] + third[None, None, :])
+    return np.asarray(functools.reduce(np.add.outer, [np.asarray(row, np.float64) for row in rows]))
 
 
 def unreachable(budget: Budget, smallest: float) -> InputError:

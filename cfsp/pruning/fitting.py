@@ -3,13 +3,14 @@
 - Tokens: nats on the counted text, as they are put in order (axes/token_order.py). No forward pass.
 - FFN channels: copies of the model are pruned at some ratios and made up for as the settings say; the divergence from
   the dense model is measured on calibration windows that the repair has not seen.
-- Attentions and blocks: the divergence without them (axes/removal.py), times what of it is left in one copy from which
-  some are removed and made up for.
+- Attentions, key-value groups and blocks: the divergence without them (axes/removal.py), times what of it is left in
+  one copy from which some are removed and made up for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +27,12 @@ from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens
 from cfsp.pruning.budget import Budget, BudgetShares, ChannelCurve, Choice, Evidence, Levels, unreachable
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.trials import Trials
+from cfsp.pruning.trials import PARTS, Trials
 
 RATIOS = (0.05, 0.15, 0.4)
 """Shares of FFN channels at which copies are pruned."""
 TOKEN_STEP = 32
 """A vocabulary keeps a multiple of this."""
-REMOVED_WHOLE = ("attentions", "blocks")
 _KNOTS = 5
 """Vocabularies whose cost is computed exactly; between them it is interpolated."""
 
@@ -115,50 +115,82 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     if dense <= budget.target:
         budget = replace(budget, axes=())
     vocabulary = _Vocabulary(loaded, order, budget, settings.vocabulary)
-    removals = {
-        axis: _removals(trials, axis, getattr(settings, axis), budget, shape) for axis in REMOVED_WHOLE
-    }
+    removals = {axis: _removals(trials, axis, settings, budget, shape) for axis in PARTS}
     levels = {axis: _levels(axis, found, budget, shape, loaded.tokenizer) for axis, found in removals.items()}
     levels["vocabulary"] = vocabulary.levels(shape)
     evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
     choice = evidence.choose(dense - budget.target)
     if choice is None:
         raise unreachable(budget, dense - evidence.most)
-    blocks, attentions = (removals[axis][choice.levels[axis]] for axis in ("blocks", "attentions"))
+    chosen = {axis: found[choice.levels[axis]] for axis, found in removals.items()}
+    left = _left(loaded.model, chosen)
     if choice.ratio == evidence.ratios[0]:
-        silent = _of_other_blocks(removals["attentions"], attentions, blocks)
-        left = trials.plan.at_ratio(choice.ratio).shape.without(blocks.removed, silent)
-        level = vocabulary.fit(choice.levels["vocabulary"], left)
+        widths = trials.plan.at_ratio(choice.ratio).shape.ffn_widths
+        narrow = left.with_ffn_widths([widths[block.origin] for block in left.blocks])
+        level = vocabulary.fit(choice.levels["vocabulary"], narrow)
         choice = replace(choice, levels={**choice.levels, "vocabulary": level})
     size = vocabulary.sizes[choice.levels["vocabulary"]]
-    chosen = replace(
+    settings = replace(
         settings,
         prune_ratio=choice.ratio,
         vocabulary=0 if size == vocabulary.tokens and not settings.vocabulary else size,
-        blocks=len(blocks.removed),
-        attentions=len(attentions.removed),
+        blocks=len(chosen["blocks"].removed),
+        attentions=len(chosen["attentions"].removed),
+        kv_groups=settings.kv_groups or _share_of_groups(shape, left),
     )
-    return Decision(budget, chosen, evidence, choice, dense)
+    return Decision(budget, settings, evidence, choice, dense)
 
 
-def _of_other_blocks(choices: Sequence[Removal], chosen: Removal, blocks: Removal) -> list[int]:
-    """As many attentions as were chosen, of blocks that stay: the plan will find such."""
-    wanted = len(chosen.removed)
-    for removal in (*choices, chosen):
-        stay = [index for index in removal.removed if index not in blocks.removed]
-        if len(stay) >= wanted:
-            return stay[:wanted]
-    return [index for index in chosen.removed if index not in blocks.removed]
+def _left(model: Any, chosen: Mapping[str, Removal]) -> ModelShape:
+    """About what stays of a model, with as many parts fewer as were chosen: the plan will find which."""
+    shape = model_shape(model)
+    gone: set[int] = set()
+    going = {}
+    for axis in ("blocks", "attentions", "kv_groups"):
+        parts = PARTS[axis].parts(shape)
+        going[axis] = _of_other_blocks(chosen[axis], PARTS[axis].candidates(model), gone, parts)
+        gone.update(part // parts for part in going[axis])
+    for axis, removed in reversed(going.items()):
+        shape = PARTS[axis].shape_without(shape, removed)
+    return shape
 
 
-def _removals(trials: Trials, axis: str, fixed: int, budget: Budget, shape: ModelShape) -> list[Removal]:
+def _of_other_blocks(
+    chosen: Removal, candidates: Sequence[int], gone: Collection[int], parts: int = 1
+) -> list[int]:
+    """As many parts as were chosen, of blocks that stay: those that were chosen, then others."""
+    # Of several parts a block keeps one.
+    left = Counter(part // parts for part in candidates)
+    going: list[int] = []
+    for part in dict.fromkeys((*chosen.removed, *candidates)):
+        block = part // parts
+        if len(going) < len(chosen.removed) and block not in gone and left[block] > min(1, parts - 1):
+            going.append(part)
+            left[block] -= 1
+    return going
+
+
+def _share_of_groups(dense: ModelShape, left: ModelShape) -> float:
+    """Of the key-value groups of attentions that stay, the share that goes."""
+    attending = [block for block in left.blocks if block.has_attention]
+    total = sum(dense.blocks[block.origin].kv_groups or 0 for block in attending)
+    return 1 - sum(block.kv_groups or 0 for block in attending) / total
+
+
+def _removals(
+    trials: Trials, axis: str, settings: PruneSettings, budget: Budget, shape: ModelShape
+) -> list[Removal]:
     """The choices that there are, of the fewest removals first: none, or the fixed number, where it is fixed."""
-    if fixed:
-        return trials.removals(axis, fixed)[-1:]
+    amount = getattr(settings, axis)
+    if amount:
+        groups = sum(block.kv_groups or 0 for block in shape.blocks)
+        # Of key-value groups a share is given.
+        return trials.removals(axis, round(amount * groups) if amount < 1 else amount)
     found = [Removal((), (), 0.0, 0)]
-    if axis in budget.axes:
+    row, model = PARTS[axis], trials.loaded.model
+    if axis in budget.axes and (candidates := row.candidates(model)):
         try:
-            budget.cost(shape.without(**{axis: [len(shape.blocks) - 1]}), trials.loaded.tokenizer)
+            budget.cost(row.shape_without(shape, candidates[-1:]), trials.loaded.tokenizer)
         except InputError:
             return found  # the format that is budgeted has no such models
         found += trials.removals(axis, 0)
@@ -168,12 +200,14 @@ def _removals(trials: Trials, axis: str, fixed: int, budget: Budget, shape: Mode
 def _levels(
     axis: str, removals: Sequence[Removal], budget: Budget, shape: ModelShape, tokenizer: Any
 ) -> Levels:
-    """What attentions or blocks save, all of them alike, and cost."""
+    """What attentions, groups or blocks save, all of an axis alike, and cost."""
     numbers = np.array([len(removal.removed) for removal in removals])
     last = removals[-1].removed
-    saved = budget.cost(shape, tokenizer) - budget.cost(shape.without(**{axis: last}), tokenizer)
+    without = PARTS[axis].shape_without(shape, last)
+    saved = budget.cost(shape, tokenizer) - budget.cost(without, tokenizer)
     losses = np.maximum.accumulate([removal.loss for removal in removals])
-    return Levels(len(shape.blocks), numbers, numbers * (saved / max(len(last), 1)), losses)
+    units = PARTS[axis].parts(shape) * len(shape.blocks)
+    return Levels(units, numbers, numbers * (saved / max(len(last), 1)), losses)
 
 
 def _channels(

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
-from cfsp.models.shape import ModelShape
+from cfsp.models.architectures import (
+    FeedForward,
+    attention_of,
+    decoder_layers,
+    feed_forward,
+    model_shape,
+)
+from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.pruning.budget import Cost
 
 
@@ -16,16 +22,22 @@ def count_parameters(model: Any) -> Cost:
     channel = [_of_channel(ffn) for ffn in ffns]
     rest = [_count(layer) - each * ffn.width for layer, each, ffn in zip(layers, channel, ffns, strict=True)]
     attention = [_count(layer.self_attn) + _count(layer.input_layernorm) for layer in layers]
+    group = [_of_group(attention_of(model, layer)) for layer in layers]
+    dense = model_shape(model)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     rows = len(ends[0].weight)
     row = sum(weight.shape[1] for weight in {id(end.weight): end.weight for end in ends}.values())
     outside = _count(model) - sum(map(_count, layers)) - row * rows
 
     def cost(shape: ModelShape, tokenizer: Any) -> float:
+        def removed(block: BlockShape) -> int:
+            if not block.has_attention:
+                return attention[block.origin]
+            whole = dense.blocks[block.origin].kv_groups or 0
+            return group[block.origin] * (0 if block.kv_groups is None else whole - block.kv_groups)
+
         blocks = sum(
-            rest[block.origin]
-            + channel[block.origin] * block.ffn_width
-            - (0 if block.has_attention else attention[block.origin])
+            rest[block.origin] + channel[block.origin] * block.ffn_width - removed(block)
             for block in shape.blocks
         )
         return float(outside + row * (shape.vocab_size or rows) + blocks)
@@ -36,6 +48,15 @@ def count_parameters(model: Any) -> Cost:
 def _of_channel(ffn: FeedForward) -> int:
     biases = sum(linear.bias is not None for linear in (ffn.gate, ffn.up))
     return 2 * ffn.gate.in_features + ffn.down.out_features + biases
+
+
+def _of_group(attention: Any) -> int:
+    """A key-value head's rows, its query heads' rows, and their columns of the output matrix."""
+    if attention is None:
+        return 0
+    rows = sum(_count(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
+    groups: int = attention.k_proj.out_features // attention.head_dim
+    return (rows + int(attention.o_proj.weight.numel())) // groups
 
 
 def _count(module: Any) -> int:

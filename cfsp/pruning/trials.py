@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.pruning.axes.attention import removable_attentions
+from cfsp.pruning.axes.kv_groups import group_left_out, kept_groups, removable_groups
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
 from cfsp.pruning.budget import ChannelCurve
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
@@ -27,7 +31,53 @@ from cfsp.text.calibration import Calibration
 FIT_WINDOWS, JUDGED_WINDOWS = 8, 4
 """Calibration windows that a copy's repair reads, and others that it is judged on."""
 _MOST_REMOVED, _MOST_NATS = 1 / 3, 1.0
-"""Share of the attentions, or of the blocks, of which removal is tried, and the loss beyond which no more are."""
+"""Share of an axis' parts of which removal is tried, and the loss beyond which no more are."""
+
+
+@dataclass(frozen=True)
+class PartsAxis:
+    """An axis of parts that go whole, numbered as a `Probe` does.
+
+    Attributes:
+        candidates: Parts of a model that may go.
+        leave_out: Context in which a block lacks one.
+        planned: What `make_plan` is told of a removal.
+        shape_without: The shape of a dense model without some.
+        parts: Most that a block of such a model has.
+    """
+
+    candidates: Callable[[Any], Sequence[int]]
+    leave_out: Callable[[Any, int], AbstractContextManager[None]]
+    planned: Callable[[Any, Removal], Mapping[str, Any]]
+    shape_without: Callable[[ModelShape, Sequence[int]], ModelShape]
+    parts: Callable[[ModelShape], int] = lambda shape: 1
+
+
+PARTS: Mapping[str, PartsAxis] = MappingProxyType(
+    {
+        "attentions": PartsAxis(
+            lambda model: removable_attentions(model, frozenset()),
+            attention_left_out,
+            lambda model, removal: {"attention": removal},
+            lambda shape, removed: shape.without(attentions=removed),
+        ),
+        "kv_groups": PartsAxis(
+            removable_groups,
+            group_left_out,
+            lambda model, removal: {"kv_groups": kept_groups(model, removal)},
+            lambda shape, removed: shape.without_groups(
+                Counter(part // shape.most_kv_groups for part in removed)
+            ),
+            lambda shape: shape.most_kv_groups,
+        ),
+        "blocks": PartsAxis(
+            lambda model: range(1, len(decoder_layers(model))),
+            block_left_out,
+            lambda model, removal: {"depth": removal},
+            lambda shape, removed: shape.without(blocks=removed),
+        ),
+    }
+)
 
 
 @dataclass
@@ -57,7 +107,9 @@ class Trials:
         judged = spread[1 :: 1 + FIT_WINDOWS // JUDGED_WINDOWS] or spread
         self._judged = ids[judged]
         self._fit = replace(self.calibration, input_ids=ids[sorted(set(spread) - set(judged)) or spread])
-        self._settings = replace(self.settings, prune_ratio=0.0, vocabulary=0, attentions=0, blocks=0)
+        self._settings = replace(
+            self.settings, prune_ratio=0.0, vocabulary=0, attentions=0, blocks=0, kv_groups=0.0
+        )
 
     @functools.cached_property
     def _statistics(self) -> BlockStatistics:
@@ -79,26 +131,37 @@ class Trials:
         return ChannelCurve(made, [self.loss(plans[ratio]) for ratio in made])
 
     def removals(self, axis: str, fixed: int) -> list[Removal]:
-        """The choices of one, two, ... attentions or blocks, with what each costs once it is made up for."""
-        model, count = self.loaded.model, len(decoder_layers(self.loaded.model))
-        every = {"attentions": removable_attentions(model, frozenset()), "blocks": list(range(1, count))}
-        leave_out = {"attentions": attention_left_out, "blocks": block_left_out}[axis]
-        most = fixed or min(len(every[axis]), int(count * _MOST_REMOVED))
-        if not most:
-            return []
-        if most > len(every[axis]):
-            raise InputError("too many", field=axis, value=most, allowed=f"at most {len(every[axis])}")
+        """The choices of ever more parts of an axis in `PARTS`, with what each costs once it is made up for.
+
+        Args:
+            axis: Whose parts.
+            fixed: How many go; 0 for the choices that there are.
+
+        Raises:
+            InputError: More than can go.
+        """
+        model, row = self.loaded.model, PARTS[axis]
+        candidates, parts = row.candidates(model), row.parts(model_shape(model))
+        # Of several parts a block keeps one.
+        possible = len(candidates) - (len({part // parts for part in candidates}) if parts > 1 else 0)
+        most = fixed or min(possible, int(parts * len(decoder_layers(model)) * _MOST_REMOVED))
+        if most > possible:
+            raise InputError("too many", field=axis, value=most, allowed=f"at most {possible}")
         found: list[Removal] = []
         with products_in(self._settings.dtype):
-            probe = Probe(model, self.probed, leave_out)
             # In the order of what each costs alone: the plan chooses with more care.
-            for removal in probe.steps(every[axis], most, tried=1, progress=self.progress, what=axis):
+            probe = Probe(model, self.probed, row.leave_out, parts=parts)
+            counts = [fixed] if fixed else _counts(most, parts)
+            for removal in probe.in_order(candidates, counts, progress=self.progress, what=axis):
                 found.append(removal)
-                if removal.loss > _MOST_NATS and not fixed:
+                if removal.loss > _MOST_NATS:
                     break
-        tried = found[-1 if fixed else len(found) // 2]
-        removed = (tried, None) if axis == "blocks" else (None, tried)
-        plan = make_plan(self.loaded, self._statistics, self._fit, self._settings, *removed)
+        if not found:
+            return []
+        tried = found[len(found) // 2]
+        plan = make_plan(
+            self.loaded, self._statistics, self._fit, self._settings, **row.planned(model, tried)
+        )
         left = self.loss(plan) / max(tried.loss, 1e-9)
         return [replace(removal, loss=left * removal.loss) for removal in found]
 
@@ -120,6 +183,13 @@ class Trials:
                 )
                 total += float((expected.exp() * (expected - actual)).sum(-1).mean())
         return max(total / len(self._judged), 0.0)
+
+
+def _counts(most: int, parts: int) -> list[int]:
+    """One, two, ... parts; of many ever twice as many, and the most."""
+    if parts == 1:
+        return list(range(1, most + 1))
+    return sorted({2**power for power in range(most.bit_length())} | {most}) if most else []
 
 
 def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:

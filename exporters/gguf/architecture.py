@@ -196,6 +196,11 @@ def holds_blocks_without_attention(model_type: str) -> bool:
     return any(layout.attention_free for layout in LAYOUTS.get(model_type, ()))
 
 
+def holds_blocks_of_unlike_heads(model_type: str, *, tied: bool) -> bool:
+    """Whether some architecture of llama.cpp holds a model of this type whose blocks have unlike heads."""
+    return any(layout.per_layer_sizes and (tied or layout.untied) for layout in LAYOUTS.get(model_type, ()))
+
+
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside."""
     biased = {

@@ -12,7 +12,7 @@ from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.units import parse_bytes, parse_count
 from exporters.families import DEFAULT_FORMAT
-from exporters.gguf.architecture import holds_blocks_without_attention
+from exporters.gguf.architecture import holds_blocks_of_unlike_heads, holds_blocks_without_attention
 from exporters.gguf.family import GGUF
 from phoneready.settings.schema import PruneConfig
 from phoneready.sizes import DecodeTimes, FileSizes, Sizes
@@ -56,8 +56,12 @@ def budget_of(
 
 
 def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> tuple[str, ...]:
-    """What may be removed; attentions are not, where GGUF files are made that cannot do without."""
+    """What may be removed: where GGUF files are made, only what they can do without."""
     files = settings.for_quant or tuple(made) or (DEFAULT_FORMAT,)
-    whole = holds_blocks_without_attention(loaded.model.config.model_type)
-    kept = () if whole or not any(map(GGUF.has, files)) else ("attentions",)
-    return tuple(axis for axis in settings.target_axes if axis not in kept)
+    config = loaded.model.config
+    holds = {
+        "attentions": holds_blocks_without_attention(config.model_type),
+        "kv_groups": holds_blocks_of_unlike_heads(config.model_type, tied=config.tie_word_embeddings),
+    }
+    in_gguf = any(map(GGUF.has, files))
+    return tuple(axis for axis in settings.target_axes if holds.get(axis, True) or not in_gguf)

@@ -70,13 +70,6 @@ class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSetting
         return replace(self, target_axes=axes, prune_ratio=ratio)
 
     @property
-    def target_problem(self) -> str | None:
-        """What is wrong between the settings."""
-        if self.target and self.kv_groups:
-            return f"a target chooses among {', '.join(AXIS_SETTINGS)} alone: leave kv_groups out"
-        return super().target_problem
-
-    @property
     def may_trim(self) -> bool:
         """Whether the pruned model may have another vocabulary than the dense one."""
         return bool(self.vocabulary) or self.frees("vocabulary")

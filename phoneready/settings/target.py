@@ -12,7 +12,13 @@ from cfsp.units import parse_bytes, parse_count
 from exporters.families import DEFAULT_FORMAT, FAMILIES, find_format
 
 AXIS_SETTINGS = MappingProxyType(
-    {"vocabulary": "vocabulary", "ffn": "prune_ratio", "attentions": "attentions", "blocks": "blocks"}
+    {
+        "vocabulary": "vocabulary",
+        "ffn": "prune_ratio",
+        "attentions": "attentions",
+        "kv_groups": "kv_groups",
+        "blocks": "blocks",
+    }
 )
 """Axis -> the setting that says how much of it goes."""
 

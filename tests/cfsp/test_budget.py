@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.progress import no_progress
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
-from cfsp.pruning.budget import Budget, ChannelCurve, Evidence, Levels
+from cfsp.pruning.budget import AXES, Budget, ChannelCurve, Evidence, Levels
 from cfsp.pruning.fitting import _of_other_blocks
 from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.prune import PruneResult, prune_model, statistics_for
@@ -62,15 +64,20 @@ def test_the_combination_of_the_least_loss_is_found() -> None:
             np.cumsum(draw.uniform(0, 0.1, count)) * (np.arange(count) > 0),
         )
 
-    tables = {"vocabulary": levels(50, 20), "attentions": levels(8, 4), "blocks": levels(8, 3)}
+    tables = {
+        "vocabulary": levels(50, 20),
+        "attentions": levels(8, 4),
+        "kv_groups": levels(16, 5),
+        "blocks": levels(8, 3),
+    }
     curve = ChannelCurve((0.1, 0.3), (0.1, 0.5))
     evidence = Evidence(tables, curve, channels=100, channel_saves=0.5, ratios=(0.0, 0.9))
     for excess in (3.0, 20.0, 50.0, 70.0):
         best = np.inf
-        for v, a, b in itertools.product(range(20), range(4), range(3)):
-            picked = list(zip(tables.values(), (v, a, b), strict=True))
+        for places in itertools.product(range(20), range(4), range(5), range(3)):
+            picked = list(zip(tables.values(), places, strict=True))
             missing = max(0.0, excess - sum(table.saved[level] for table, level in picked))
-            ratio = missing / 0.5 / (100 * (1 - b / 8))
+            ratio = missing / 0.5 / (100 * (1 - places[-1] / 8))
             if ratio <= 0.9:
                 lost = sum(table.losses[level] for table, level in picked) + float(curve.at(np.array(ratio)))
                 best = min(best, lost)
@@ -88,7 +95,7 @@ def test_the_combination_of_the_least_loss_is_found() -> None:
 def test_of_combinations_as_good_the_one_of_the_fewest_axes_is_taken() -> None:
     tokens = Levels(90, np.arange(0, 90, 10), np.arange(0, 90, 10) * 1.0, np.arange(0, 90, 10) * 0.01)
     nothing = Levels.nothing(4)
-    tables = {"vocabulary": tokens, "attentions": nothing, "blocks": nothing}
+    tables = {"vocabulary": tokens, "attentions": nothing, "kv_groups": nothing, "blocks": nothing}
     for loss, gone in ((0.05, 60), (0.02, 50)):
         curve = ChannelCurve((0.1, 0.5), (loss, 2.0))
         choice = Evidence(tables, curve, 100, 1.0, (0.0, 0.9)).choose(60.0)
@@ -104,7 +111,7 @@ def test_of_combinations_as_good_the_one_of_the_fewest_axes_is_taken() -> None:
 def test_parameters_are_counted_as_they_will_be(tiny_loaded: Any, tied: bool) -> None:
     dense = tiny_loaded("qwen2", tied=tied)
     cost, tokenizer = count_parameters(dense.model), dense.tokenizer
-    settings = PruneSettings(prune_ratio=0.3, align=8, vocabulary=300, blocks=1, attentions=1)
+    settings = PruneSettings(prune_ratio=0.3, align=8, vocabulary=300, blocks=1, attentions=1, kv_groups=0.25)
     result = prune_model(dense, Calibration(IDS, ("random",), 0, "0" * 64), settings)
     assert cost(result.plan.shape, tokenizer) == parameters(result.loaded.model)
 
@@ -135,6 +142,8 @@ def test_a_budget_is_met_to_the_step(tiny_loaded: Any, share: float) -> None:
     by_name = {axis.axis: axis for axis in shares.axes}
     assert by_name["blocks"].removed == len(result.plan.gone)
     assert by_name["attentions"].removed == len(result.plan.silent)
+    groups = result.plan.kv_groups
+    assert by_name["kv_groups"].removed == (groups.removed[0] if groups else 0)
     kept = result.plan.vocabulary
     assert by_name["vocabulary"].removed == (384 - len(kept.kept) if kept else 0)
     assert record_from_json(type(result.plan), record_to_json(result.plan), where="x") == result.plan
@@ -149,6 +158,11 @@ def test_what_is_fixed_stays_so(tiny_loaded: Any) -> None:
     assert plan.vocabulary is not None
     assert len(plan.vocabulary.kept) == 330
     assert (len(plan.silent), len(plan.gone)) == (1, 0)
+    assert plan.keep_ratio < 1
+    share = PruneSettings(prune_ratio=0, align=8, dtype="float32", kv_groups=0.5)
+    plan = prune(tiny_loaded(), 0.8 * before, share, axes=("ffn",)).plan
+    assert plan.kv_groups is not None
+    assert plan.kv_groups.removed == (4, 8)
     assert plan.keep_ratio < 1
     plan = prune(tiny_loaded(), 0.97 * before, axes=("vocabulary",)).plan
     assert plan.keeps_blocks
@@ -166,7 +180,23 @@ def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any, ti
         assert torch.equal(result.loaded.model.state_dict()[name], value)
 
 
-@pytest.mark.parametrize("axes", [("vocabulary",), ("ffn",), ("vocabulary", "ffn", "attentions", "blocks")])
+def test_key_value_groups_alone_meet_a_budget(tiny_loaded: Any) -> None:
+    """Ever twice as many are tried, and a third of the 16, 5, at most."""
+    for wanted, removed in ((3, 4), (5, 5)):
+        dense = tiny_loaded(num_key_value_heads=4)
+        whole, cost = model_shape(dense.model), count_parameters(dense.model)
+        target = cost(whole.without_groups({1: 3, 2: wanted - 3}), dense.tokenizer)
+        result = prune(dense, target, axes=("kv_groups",))
+        assert result.plan.kv_groups is not None
+        assert result.plan.kv_groups.removed == (removed, 16)
+        assert result.plan.keep_ratio == 1
+        assert parameters(result.loaded.model) <= target
+    dense = tiny_loaded(num_key_value_heads=4)
+    with pytest.raises(InputError, match="less than any combination"):
+        prune(dense, cost(whole.without_groups({1: 3, 2: 3}), dense.tokenizer), axes=("kv_groups",))
+
+
+@pytest.mark.parametrize("axes", [("vocabulary",), ("ffn",), tuple(AXES)])
 def test_a_budget_that_nothing_meets_is_refused_with_the_least(
     tiny_loaded: Any, axes: tuple[str, ...]
 ) -> None:
@@ -199,10 +229,12 @@ def test_a_vocabulary_that_cannot_be_trimmed_is_left_alone(tiny_loaded: Any) -> 
 
 
 def test_the_vocabulary_keeps_what_the_attentions_that_go_leave_room_for() -> None:
-    def removal(*indices: int) -> Removal:
-        return Removal(indices, (), 0.1, 0)
+    def of_others(*removed: int, gone: Collection[int] = (), parts: int = 1) -> list[int]:
+        return _of_other_blocks(Removal(removed, (), 0.1, 0), range(1, 8), gone, parts)
 
-    choices = [removal(), removal(2), removal(2, 3), removal(2, 3, 5)]
-    assert _of_other_blocks(choices, choices[2], removal(2)) == [3, 5]
-    assert _of_other_blocks(choices, choices[2], removal()) == [2, 3]
-    assert _of_other_blocks(choices, choices[3], removal(2)) == [3, 5]
+    assert of_others(4, 5) == [4, 5]
+    assert of_others(4, 5, gone={4}) == [5, 1]
+    assert of_others(gone={4}) == []
+    assert of_others(4, 5, gone={2}, parts=2) == [2, 6], (
+        "4 and 5 are block 2's; 0 is no candidate, 1 its block's last"
+    )

@@ -48,6 +48,7 @@ def pruned(model: str, output: Path, capsys: pytest.CaptureFixture[str], *more: 
         ("Q8_0", 0.6, []),
         ("Q4_K_M", 0.985, ["--prune-ratio", "0", "--target-axes", "vocabulary"]),
         ("Q8_0", 0.7, ["--vocabulary", "320", "--attentions", "1", "--blocks", "1"]),
+        ("Q8_0", 0.75, ["--kv-groups", "0.25", "--target-axes", "vocabulary,ffn"]),
     ],
 )
 def test_the_file_is_as_large_as_was_asked(
@@ -88,6 +89,35 @@ def test_what_a_file_cannot_say_is_not_removed(
     assert "attention" not in plan
     assert plan["budget"]["dense"] > 140_000
     assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= 125_000
+
+
+@pytest.mark.parametrize(("tied", "goes"), [(True, True), (False, False)])
+def test_groups_go_where_a_file_says_them(
+    tied: bool, goes: bool, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp has blocks of unlike heads for qwen3 with a tied embedding alone."""
+    model = str(tiny_folder("qwen3", tied=tied, num_key_value_heads=4))
+    dense = pruned(model, tmp_path / "dense", capsys, "--target-size", "1G", "--for", "Q8_0")["budget"][
+        "dense"
+    ]
+    target = int(dense) - 3000
+    asked = [
+        "--target-size",
+        str(target),
+        "--for",
+        "Q8_0",
+        "--target-axes",
+        "kv_groups",
+        "--prune-ratio",
+        "0",
+    ]
+    if not goes:
+        assert main(["prune", model, "-o", str(tmp_path / "out"), *SMALL, *asked]) == 2
+        assert "less than any combination" in capsys.readouterr().err
+        return
+    plan = pruned(model, tmp_path / "out", capsys, *asked)
+    assert plan["kv_groups"]
+    assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= target
 
 
 def read_bytes(file: Path) -> int:
@@ -152,7 +182,10 @@ def test_prune_says_what_each_axis_gives(
         (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
-        (["--target-size", "1MB", "--kv-groups", "0.1"], "blocks alone: leave kv_groups out"),
+        (
+            ["--target-size", "0.4MB", "--kv-groups", "0.9", *SMALL],
+            "kv_groups: too many (got 7); allowed: at most 4",
+        ),
         (["--target-axes", "vocabulary"], "target_axes without a target; give one of target_size"),
         (
             ["--target-size", "0.4MB", "--vocabulary", "9", "--target-axes", "ffn", *SMALL],
@@ -191,10 +224,10 @@ def test_targets_that_cannot_be_are_refused(
 
 def test_what_a_configuration_states_is_fixed() -> None:
     config = parse_config(MODEL + 'target_size = "60MB"\nvocabulary = 32768\n', where="x")
-    assert config.prune.target_axes == ("ffn", "attentions", "blocks")
+    assert config.prune.target_axes == ("ffn", "attentions", "kv_groups", "blocks")
     assert (config.prune.prune_ratio, config.prune.vocabulary) == (0.0, 32768)
     config = parse_config(MODEL + 'target_size = "60MB"\nprune_ratio = 0.2\n', where="x")
-    assert config.prune.target_axes == ("vocabulary", "attentions", "blocks")
+    assert config.prune.target_axes == ("vocabulary", "attentions", "kv_groups", "blocks")
     assert config.prune.prune_ratio == 0.2
     assert parse_config(MODEL, where="x").prune.prune_ratio == 0.2
 

@@ -6,7 +6,7 @@ In every block that attends one group stays. o_proj of the block is solved anew 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.removal import Probe
+from cfsp.pruning.axes.removal import Probe, Removal
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def plan_kv_groups(
     Raises:
         InputError: A ratio that removes no group, or more than can go.
     """
-    counts = [block.kv_groups or 0 for block in model_shape(model).blocks]
+    counts = _counts(model)
     held = {index: n for index, n in enumerate(counts) if n and index not in gone | silent}
-    total, parts = sum(held.values()), max(counts)
+    total, parts = sum(held.values()), model_shape(model).most_kv_groups
     most, count = total - len(held), round(ratio * total)
     if not 0 < count <= most:
         raise InputError(
@@ -93,9 +93,16 @@ def plan_kv_groups(
             value=ratio,
             allowed=f"{1 / total:.4g} to {most / total:.4g}" if most else "0",
         )
-    candidates = [parts * index + group for index, n in held.items() if n > 1 for group in range(n)]
+    candidates = [part for part in removable_groups(model) if part // parts in held]
     probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
     removal = probe.choose(candidates, count, progress=progress, what="key-value groups")
+    return kept_groups(model, removal, gone | silent)
+
+
+def kept_groups(model: Any, removal: Removal, gone: Collection[int] = frozenset()) -> GroupRemoval:
+    """What a removal of groups, numbered as a `Probe` does, leaves of the blocks that attend and do not go."""
+    counts, parts = _counts(model), model_shape(model).most_kv_groups
+    held = {index: n for index, n in enumerate(counts) if index not in gone}
     return GroupRemoval(
         kept=tuple(
             tuple(g for g in range(held.get(index, 0)) if parts * index + g not in removal.removed)
@@ -105,6 +112,16 @@ def plan_kv_groups(
         loss=removal.loss,
         tokens=removal.tokens,
     )
+
+
+def removable_groups(model: Any) -> list[int]:
+    """Groups of blocks that have several, numbered as a `Probe` does."""
+    parts = model_shape(model).most_kv_groups
+    return [parts * index + g for index, n in enumerate(_counts(model)) if n > 1 for g in range(n)]
+
+
+def _counts(model: Any) -> list[int]:
+    return [block.kv_groups or 0 for block in model_shape(model).blocks]
 
 
 def group_channels(attention: Any, size: int, groups: Sequence[int]) -> torch.Tensor:

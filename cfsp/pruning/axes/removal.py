@@ -69,42 +69,52 @@ class Probe:
     def choose(
         self, candidates: Iterable[int], count: int, *, progress: Progress = no_progress, what: str
     ) -> Removal:
-        """Choose `count` of the candidates."""
-        *_, last = self.steps(candidates, count, progress=progress, what=what)
-        return last
-
-    def steps(
-        self,
-        candidates: Iterable[int],
-        count: int,
-        *,
-        tried: int = _TRIED,
-        progress: Progress = no_progress,
-        what: str,
-    ) -> Iterator[Removal]:
-        """The choice of one, two, ... `count` of the candidates, each of one more than before; in fewer steps of parts.
+        """Choose the parts that go, a few at a time, each beside those that are gone.
 
         Args:
             candidates: Numbers of parts.
-            count: How many go at last.
-            tried: Of those that were cheapest alone, how many are tried again once some are gone.
+            count: How many go.
             progress: Told after each choice.
             what: Is chosen, in words.
         """
         alone = losses = self._losses(sorted(candidates), ())
         removed: list[int] = []
-        every = tuple(alone.get(part, 0.0) for part in range(self.parts * len(decoder_layers(self.model))))
         while True:
             left = count - len(removed)
             # One goes last, so that the loss of all is measured.
             removed += self._cheapest(losses, alone.keys() - set(removed), left // 2 if self.parts > 1 else 1)
             progress(f"choosing {what}", len(removed), count)
-            yield Removal(tuple(sorted(removed)), every, losses[removed[-1]], self.input_ids.numel())
             if len(removed) == count:
-                return
+                return self._removal(removed, alone, losses[removed[-1]])
             stay = alone.keys() - set(removed)
             again = sorted(self._may_go(stay), key=lambda part: (alone[part], part))
-            losses = self._losses(again[: max(tried, count - len(removed) if self.parts > 1 else 1)], removed)
+            tried = max(_TRIED, count - len(removed) if self.parts > 1 else 1)
+            losses = self._losses(again[:tried], removed)
+
+    def in_order(
+        self, candidates: Iterable[int], counts: Iterable[int], *, progress: Progress = no_progress, what: str
+    ) -> Iterator[Removal]:
+        """Of every count so many parts that are cheapest alone, and what they cost together.
+
+        Args:
+            candidates: Numbers of parts.
+            counts: Ascending.
+            progress: Told of each.
+            what: Goes, in words.
+        """
+        alone = self._losses(sorted(candidates), ())
+        for count in counts:
+            removed = self._cheapest(alone, alone.keys(), count)
+            together = (
+                self._losses(removed[-1:], removed[:-1])[removed[-1]] if count > 1 else alone[removed[0]]
+            )
+            progress(f"without {what}", count, len(alone))
+            yield self._removal(removed, alone, together)
+
+    def _removal(self, removed: Iterable[int], alone: Mapping[int, float], loss: float) -> Removal:
+        every = range(self.parts * len(decoder_layers(self.model)))
+        losses = tuple(alone.get(part, 0.0) for part in every)
+        return Removal(tuple(sorted(removed)), losses, loss, self.input_ids.numel())
 
     def _cheapest(self, losses: Mapping[int, float], stay: Set[int], most: int) -> list[int]:
         """At least one part, at most `most`, in the order of their losses; each may go once those before it have."""
