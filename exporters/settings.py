@@ -43,12 +43,6 @@ class ExportFormats(Settings):
         shown="1.1 times what GGUF's Q4_0 takes",
         example=90_000_000,
     )
-    imatrix: bool = setting(
-        True,
-        "Quantize with the importance matrix of the calibration.",
-        option="--no-imatrix",
-        off="Quantize without the importance matrix of the calibration.",
-    )
 
     @property
     def formats(self) -> dict[str, tuple[str, ...]]:
@@ -63,7 +57,19 @@ class ExportFormats(Settings):
 
 
 @dataclass(frozen=True)
-class ExportSettings(ExportFormats):
+class QuantizerSettings(Settings):
+    """How GGUF files are rounded, whatever they are rounded to."""
+
+    imatrix: bool = setting(
+        True,
+        "Quantize with the importance matrix of the calibration.",
+        option="--no-imatrix",
+        off="Quantize without the importance matrix of the calibration.",
+    )
+
+
+@dataclass(frozen=True)
+class ExportSettings(QuantizerSettings, ExportFormats):
     """One export of a checkpoint."""
 
     name: str | None = setting(None, "Stem of GGUF files, name of graphs.", shown="the model's name")

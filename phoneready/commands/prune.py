@@ -14,6 +14,7 @@ from cfsp.files import claim_output, record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import setting
 from exporters.families import DEFAULT_FORMAT, required_multiple
+from exporters.settings import QuantizerSettings
 from phoneready.commands.options import (
     ForceOption,
     JsonOption,
@@ -36,6 +37,7 @@ def prune(
     context: typer.Context,
     model: ModelArgument,
     settings: PruneConfig,
+    quantizer: QuantizerSettings,
     output: Path | None = setting(None, "Checkpoint folder to create.", option="-o --output"),
     seed: SeedOption = 0,
     plan: Path | None = setting(None, "Apply this plan; --prune-ratio re-allocates it."),
@@ -64,6 +66,8 @@ def prune(
     from phoneready.release.pruning_budget import budget_of
 
     settings = _with_target(context, settings)
+    if not (quantizer.imatrix or settings.reads_files):
+        raise InputError("the size of no file is asked for", field="--no-imatrix")
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)
     references = settings.calibration
@@ -77,7 +81,7 @@ def prune(
         TemporaryDirectory(prefix="phoneready-") as scratch,
     ):
         loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)
-        budget = budget_of(settings, loaded, Path(scratch), seed=seed)
+        budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
         sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget}

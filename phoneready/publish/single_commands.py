@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from cfsp.pruning.prune import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
 from exporters.families import find_format
-from exporters.settings import ExportSettings
+from exporters.settings import ExportSettings, QuantizerSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.settings.target import AXIS_SETTINGS
@@ -34,6 +34,8 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
     without = free if asked.target else {"target_axes"}
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
+    if asked.reads_files:
+        words += option_words(pick(QuantizerSettings, config.export))
     return [*words, "--seed", config.seed, *_trust(config)]
 
 

@@ -39,6 +39,7 @@ prompts = ["List three fruits.", "What's 2+2?"]
 [export]
 quants = ["Q8_0"]
 onnx = ["int8"]
+{export}
 [bench]
 n_prompt = [4]
 n_gen = []
@@ -51,10 +52,18 @@ check_text = false
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "amount", ["prune_ratio = 0.25", 'target_size = "280kB"\ntarget_axes = ["ffn", "blocks"]\nattentions = 1']
+    ("amount", "export"),
+    [
+        ("prune_ratio = 0.25", ""),
+        (
+            'target_size = "300kB"\nfor_quant = ["Q4_0"]\ntarget_axes = ["ffn", "blocks"]\nattentions = 1',
+            "imatrix = false",
+        ),
+    ],
 )
 def test_the_commands_make_the_releases_model_files_byte_for_byte(
     amount: str,
+    export: str,
     tiny_folder: TinyPath,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -63,7 +72,8 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "release.toml"
     config.write_text(
-        CONFIG.format(model=tiny_folder(intermediate_size=256), amount=amount), encoding="utf-8"
+        CONFIG.format(model=tiny_folder(intermediate_size=256, num_hidden_layers=8), amount=amount, export=export),
+        encoding="utf-8",
     )
     assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))

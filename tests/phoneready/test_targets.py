@@ -182,6 +182,8 @@ def test_prune_says_what_each_axis_gives(
         (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
+        (["--no-imatrix"], "--no-imatrix: the size of no file is asked for"),
+        (["--target-parameters", "0.1M", "--no-imatrix"], "--no-imatrix: the size of no file is asked for"),
         (
             ["--target-size", "0.4MB", "--kv-groups", "0.9", *SMALL],
             "kv_groups: too many (got 7); allowed: at most 4",
