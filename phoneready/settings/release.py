@@ -197,23 +197,20 @@ def _target(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 
 def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    """What cannot be done where tokens may go."""
-    if not config.prune.may_trim:
-        return
-    if config.tune:
-        yield ("tune",), "a search removes FFN channels alone: leave prune.vocabulary out"
-    if config.evaluate.metrics:
+    """What cannot be measured where tokens may go."""
+    searched = config.tune is not None and any(config.tune.vocabularies)
+    if config.evaluate.metrics and (config.prune.may_trim or searched):
         message = "own metrics read token ids of one vocabulary, and tokens may go"
         yield (
             ("evaluate", "metrics"),
-            f'{message}; leave prune.vocabulary out, or "vocabulary" of target_axes',
+            f'{message}; leave out prune.vocabulary, "vocabulary" of target_axes and tune.vocabularies',
         )
 
 
 def _search_of_channels(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     for name in ("blocks", "attentions", "kv_groups"):
         if config.tune and getattr(config.prune, name):
-            yield ("tune",), f"a search removes FFN channels alone: leave prune.{name} out"
+            yield ("tune",), f"a search removes tokens and FFN channels alone: leave prune.{name} out"
 
 
 def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -181,6 +181,9 @@ class TuneConfig(Settings):
         (), "As prune.allocation.", choices="cfsp.pruning.allocation:ALLOCATIONS"
     )
     aligns: tuple[int, ...] = setting((), "As prune.align; 0 means what the quantization needs.", ge=0)
+    vocabularies: tuple[int, ...] = setting(
+        (), "Tokens to keep, each with every ratio; 0: all. As prune.vocabulary when empty.", ge=0, le=2**24
+    )
     recover: tuple[bool, ...] = setting(
         (), "With recovery, without, or both; as [recover] is there or not when empty."
     )

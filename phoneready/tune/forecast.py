@@ -14,7 +14,7 @@ from phoneready.tune.space import Point
 
 _LEAST = 1e-6
 _CURVATURE_SD = 0.3
-_OFFSETS = MappingProxyType({"item": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5})
+_OFFSETS = MappingProxyType({"item": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5, "vocabulary": 0.7})
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,15 @@ class Forecast:
         return any(check.is_quality for check, _ in self._limited)
 
     def meets(self, point: Point, *, quality: bool) -> bool:
-        """Whether a point is expected to be within all budgets of qualities, or of costs, as far as trials tell."""
+        """Whether a point is expected to be within all budgets of qualities, or of costs, as far as trials tell.
+
+        What follows from a point's shape is no expectation, and left out.
+        """
         return all(
             check.excess(curve.at(point).value) <= 0
             for check, curve in self._concerning(point)
             if check.is_quality == quality
+            and not (point.recipe.is_sized and metric_of(check.budget.metric).is_exact)
         )
 
     def _concerning(self, point: Point) -> Iterator[tuple[BudgetCheck, _Curve]]:

@@ -34,6 +34,7 @@ class TrialRow:
         is_open: Whether noise leaves one open.
         missed: What it misses, for people.
         seconds: Time it took.
+        vocabulary: Tokens that are kept; 0: all.
     """
 
     number: int
@@ -51,11 +52,13 @@ class TrialRow:
     is_open: bool
     missed: str
     seconds: float
+    vocabulary: int = 0
 
     @property
     def point(self) -> Point:
         """What was made."""
-        return Point(Recipe(self.file, self.allocation, self.align, self.recover), self.prune_ratio)
+        recipe = Recipe(self.file, self.allocation, self.align, self.recover, self.vocabulary)
+        return Point(recipe, self.prune_ratio)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ def format_result(result: TuneResult) -> str:
     parts += ["Other points that were tried:", "", _table(others, result.chosen)] if others else []
     parts += ["Could not be made:", *(f"- {text}" for text in result.failed), ""] if result.failed else []
     if result.outlook and best is not None:
-        title = f"Expected of {best.file} files with allocation {best.allocation} at other ratios (95 % intervals):"
+        recipe = best.point.recipe.describe()
+        title = f"Expected of other ratios with the same recipe ({recipe}), with 95 % intervals:"
         parts += [title, "", _outlook_table(result.outlook)]
     parts.append(f"Next to try: {result.next}." if result.next else "Nothing else is expected to be better.")
     parts += [_chosen(best)] if best is not None else []
@@ -164,8 +168,7 @@ def format_result(result: TuneResult) -> str:
 
 def _chosen(best: TrialRow) -> str:
     return (
-        f"Chosen: prune_ratio {best.prune_ratio:g}, {best.file}, allocation {best.allocation}, "
-        f"{'recovered, ' if best.recover else ''}{format_bytes(best.file_bytes)} "
+        f"Chosen: {best.point.describe()}, {format_bytes(best.file_bytes)} "
         f"({best.file_bytes / 1e6:.2f} MB), KL {best.divergence:.4f}"
         f"{'; noise leaves a budget open' if best.is_open else ''}."
     )
@@ -175,12 +178,16 @@ def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
     def verdict(row: TrialRow) -> str:
         return "chosen" if row.number == chosen else "meets" if row.meets else row.missed
 
+    def tokens(row: TrialRow) -> str:
+        return str(row.vocabulary or "all")
+
     columns: list[Column[TrialRow]] = [
         Column("trial", lambda row: row.number),
         Column("prune ratio", lambda row: f"{row.prune_ratio:.4f}", right=True),
         Column("file", lambda row: row.file, right=True),
         Column("allocation", lambda row: row.allocation, right=True),
         Column("align", lambda row: row.align, right=True),
+        *([Column("tokens", tokens, right=True)] if any(row.vocabulary for row in rows) else []),
         Column("recovered", lambda row: "yes" if row.recover else "no", right=True),
         Column("size", lambda row: _megabytes(row.file_bytes), right=True),
         Column("KL", lambda row: f"{row.divergence:.4f}", right=True),

@@ -66,7 +66,7 @@ def tune(
         threads: Threads outside torch and the benchmark; torch's number by default.
 
     Raises:
-        InputError: A configuration that cannot be searched over.
+        InputError: A configuration that cannot be searched over, or a vocabulary that cannot be.
         LimitError: No point meets the budgets; the message has the one that comes closest.
         MissingExtraError: Optuna is not installed.
     """
@@ -84,6 +84,8 @@ def tune(
         if limits.baseline is not None and config.baseline is not None:
             source = runner.loaded.source
             check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
+        for size in {recipe.vocabulary for recipe in recipes} - {0}:
+            runner.vocabulary(size)
         search = _Search(Bench(runner, limits), recipes, Study(folder / STUDY_FILE, key))
         try:
             result, best = search.run(show)
@@ -174,6 +176,7 @@ class _Search:
             is_open=judged.is_open,
             missed=judged.describe(),
             seconds=measured.seconds,
+            vocabulary=recipe.vocabulary,
         )
         return MeasuredPoint(row, judged)
 

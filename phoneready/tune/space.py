@@ -81,9 +81,13 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
     items = tune.files or config.export.names
     allocations = tune.allocations or (config.prune.allocation,)
     found: Iterator[Recipe] = (
-        Recipe(item, allocation, align or _needed(item, config), trained)
-        for item, allocation, align, trained in itertools.product(
-            items, allocations, tune.aligns or (config.prune.align,), recover
+        Recipe(item, allocation, align or _needed(item, config), trained, tokens)
+        for item, allocation, align, trained, tokens in itertools.product(
+            items,
+            allocations,
+            tune.aligns or (config.prune.align,),
+            recover,
+            tune.vocabularies or (config.prune.vocabulary,),
         )
     )
     return tuple(dict.fromkeys(found))

@@ -65,11 +65,12 @@ class Bench:
         """Sizes and projections of a GGUF file that is not made; nothing of other formats."""
         if not point.recipe.is_sized:
             return
-        sizes, item = self.runner.sizes(point.recipe.vocabulary), point.recipe.item
-        sides = [(PRUNED, self.runner.plan(point).shape)]
+        recipe, item = point.recipe, point.recipe.item
+        sides = [(PRUNED, recipe.vocabulary, self.runner.plan(point).shape)]
         if self.limits.wanted(point, "dense"):
-            sides.append((DENSE, self.runner.dense_shape))
-        for role, shape in sides:
+            sides.append((DENSE, 0, self.runner.dense_shape))
+        for role, vocabulary, shape in sides:
+            sizes = self.runner.sizes(vocabulary)
             yield size_figure(role, item, item, sizes.file_bytes(item, shape, dense=role == DENSE))
             yield from projected_figures(self.limits.config, role, item, item, sizes.facts(item, shape))
 

@@ -72,7 +72,9 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "release.toml"
     config.write_text(
-        CONFIG.format(model=tiny_folder(intermediate_size=256, num_hidden_layers=8), amount=amount, export=export),
+        CONFIG.format(
+            model=tiny_folder(intermediate_size=256, num_hidden_layers=8), amount=amount, export=export
+        ),
         encoding="utf-8",
     )
     assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,28 @@ def test_smallest_file_within_a_divergence(model: Path, tmp_path: Path) -> None:
     assert len(tried) == len(result.trials)
 
 
+def test_vocabularies_are_searched_beside_ratios(model: Path, tmp_path: Path) -> None:
+    known = sizes(write(tmp_path, model, ""), tmp_path / "sizes", model)
+    more = "[tune]\nvocabularies = [0, 300]\ntrials = 6\n" + SIZE_BUDGET.format(limit=known[5 / 16])
+    output = tmp_path / "tuned"
+    result = search(write(tmp_path, model, more), output)
+    assert not result.failed
+    assert result.calibrations == 2
+    by_tokens = {size: [row for row in result.trials if row.vocabulary == size] for size in (0, 300)}
+    assert min(row.prune_ratio for row in by_tokens[0] if row.meets) == 5 / 16
+    # 84 tokens of 64 numbers, their texts and merges take as much as a unit of channels.
+    assert 0 < min(row.prune_ratio for row in by_tokens[300] if row.meets) < 5 / 16
+    assert result.best is not None
+    assert result.best.divergence == min(row.divergence for row in result.trials if row.meets)
+    table = (output / TABLE_FILE).read_text(encoding="utf-8")
+    assert re.search(r"\| +300 \|", table)
+    chosen = load_config(output / RELEASE_FILE)
+    assert chosen.prune.vocabulary == result.best.vocabulary
+    assert main(["release", str(output / RELEASE_FILE), "-o", str(tmp_path / "out"), "--threads", "1"]) == 0
+    (file,) = (path for path in (tmp_path / "out").glob("*.gguf") if "dense" not in path.name)
+    assert file.stat().st_size == result.best.file_bytes
+
+
 def test_a_search_that_stopped_goes_on_as_if_it_had_not(model: Path, tmp_path: Path) -> None:
     budget = '[[budgets]]\nmetric = "projected_memory_bytes"\ndevices = ["pixel-8a"]\nat_most = "4 GiB"\n'
     text = CONFIG.replace("[bench]", '[bench]\ndevices = ["pixel-8a"]') + "[tune]\ntrials = {trials}\n"
@@ -268,6 +291,8 @@ def test_a_budget_that_no_point_can_meet(
             "int8, cfsp.*native runs GGUF files alone",
         ),
         ("[tune]\nmin_prune_ratio = 0.6\n", "min_prune_ratio is not below max_prune_ratio"),
+        ("[tune]\nvocabularies = [0, 20]\n", "vocabulary: smaller than what has to stay"),
+        ("[tune]\nvocabularies = [0, 900]\n", "vocabulary: out of range"),
         ('[tune]\nfiles = ["Q9"]\nallocations = ["best"]\n', "unknown.*Q9.*unknown.*best"),
     ],
 )
