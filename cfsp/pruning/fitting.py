@@ -33,6 +33,8 @@ RATIOS = (0.05, 0.15, 0.4)
 """Shares of FFN channels at which copies are pruned."""
 TOKEN_STEP = 32
 """A vocabulary keeps a multiple of this."""
+_LEAST_MORE = 1e-4
+"""Share of the dense model by which a choice that saved too little is made to save more."""
 _KNOTS = 5
 """Vocabularies whose cost is computed exactly; between them it is interpolated."""
 
@@ -119,16 +121,23 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     levels = {axis: _levels(axis, found, budget, shape, loaded.tokenizer) for axis, found in removals.items()}
     levels["vocabulary"] = vocabulary.levels(shape)
     evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
-    choice = evidence.choose(dense - budget.target)
-    if choice is None:
-        raise unreachable(budget, dense - evidence.most)
-    chosen = {axis: found[choice.levels[axis]] for axis, found in removals.items()}
-    left = _left(loaded.model, chosen)
-    if choice.ratio == evidence.ratios[0]:
+    excess = dense - budget.target
+    while (choice := evidence.choose(excess)) is not None:
+        chosen = {axis: found[choice.levels[axis]] for axis, found in removals.items()}
+        left = _left(loaded.model, chosen)
+        if choice.ratio > evidence.ratios[0]:
+            break
         widths = trials.plan.at_ratio(choice.ratio).shape.ffn_widths
         narrow = left.with_ffn_widths([widths[block.origin] for block in left.blocks])
         level = vocabulary.fit(choice.levels["vocabulary"], narrow)
         choice = replace(choice, levels={**choice.levels, "vocabulary": level})
+        over = vocabulary.cost(level, narrow) - budget.target
+        if over <= 0 or "ffn" in budget.axes:
+            break
+        # Parts save a little less than was thought, and no channels may make up for that.
+        excess += max(over, _LEAST_MORE * dense)
+    else:
+        raise unreachable(budget, dense - evidence.most)
     size = vocabulary.sizes[choice.levels["vocabulary"]]
     settings = replace(
         settings,
@@ -251,19 +260,20 @@ class _Vocabulary:
         removed = self.tokens - np.array(self.sizes)
         knots = np.unique(np.linspace(0, len(removed) - 1, _KNOTS).round().astype(int))
         dense = self._budget.cost(shape, self._tokenizer)
-        saved = [dense - self._cost(int(place), shape) for place in knots]
+        saved = [dense - self.cost(int(place), shape) for place in knots]
         every = np.interp(np.arange(len(removed)), knots, saved)
         return Levels(self.tokens, removed, every, self._order.losses[removed])
 
     def fit(self, level: int, shape: ModelShape) -> int:
         """The level of the most tokens with which a model of this shape keeps to the budget, near a level."""
-        while level + 1 < len(self.sizes) and self._cost(level, shape) > self._budget.target:
+        while level + 1 < len(self.sizes) and self.cost(level, shape) > self._budget.target:
             level += 1
-        while level > 0 and self._cost(level - 1, shape) <= self._budget.target:
+        while level > 0 and self.cost(level - 1, shape) <= self._budget.target:
             level -= 1
         return level
 
-    def _cost(self, level: int, shape: ModelShape) -> float:
+    def cost(self, level: int, shape: ModelShape) -> float:
+        """What a model of this shape takes with the tokens of a level."""
         size = self.sizes[level]
         if self._order is None or size == self.tokens:
             return self._budget.cost(shape, self._tokenizer)

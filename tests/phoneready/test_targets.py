@@ -91,6 +91,27 @@ def test_what_a_file_cannot_say_is_not_removed(
     assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= 125_000
 
 
+def test_no_channels_make_up_for_what_attentions_save_too_little(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first attention that goes brings another architecture, whose metadata is larger."""
+    model = str(tiny_folder(num_hidden_layers=8))
+
+    def asked(name: str, *more: str) -> dict[str, Any]:
+        return pruned(model, tmp_path / name, capsys, "--for", "Q8_0", *more)
+
+    def reached(count: int) -> float:
+        plan = asked(f"{count}", "--target-size", "1G", "--attentions", str(count))
+        return float(plan["budget"]["reached"])
+
+    dense, one, two = map(reached, (0, 1, 2))
+    assert (dense + two) / 2 + 16 < one, "one is thought to save half of what two save"
+    between = str(int((dense + two) / 2 + 8))
+    plan = asked("out", "--target-size", between, "--target-axes", "attentions", "--prune-ratio", "0")
+    assert plan["keep_ratio"] == 1
+    assert len(plan["attention"]["removed"]) == 2
+
+
 @pytest.mark.parametrize(("tied", "goes"), [(True, True), (False, False)])
 def test_groups_go_where_a_file_says_them(
     tied: bool, goes: bool, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
