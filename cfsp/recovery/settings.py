@@ -21,18 +21,20 @@ class Method:
         adapter: Low-rank adapters that are merged afterwards, or else all weights.
         by_importance: Ranks follow the plan's coarse importances, or else are equal.
         learning_rate: Default peak learning rate.
+        distill_rate: That of distillation alone, where it is another.
     """
 
     adapter: bool
     by_importance: bool
     learning_rate: float
+    distill_rate: float | None = None
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "ig-lora": Method(adapter=True, by_importance=True, learning_rate=1e-3),
         "lora": Method(adapter=True, by_importance=False, learning_rate=1e-3),
-        "full": Method(adapter=False, by_importance=False, learning_rate=2e-4),
+        "full": Method(adapter=False, by_importance=False, learning_rate=2e-4, distill_rate=5e-5),
     }
 )
 
@@ -75,7 +77,7 @@ class Training(Settings):
         choices=CHAT_LABELS,
     )
     learning_rate: float | None = setting(
-        None, "Peak.", gt=0, shown="1e-3 for adapters, 2e-4 for full", example=1e-3
+        None, "Peak.", gt=0, shown="1e-3 for adapters; for full 2e-4, distilled 5e-5", example=1e-3
     )
     max_tokens: int | None = setting(
         None,
@@ -169,9 +171,12 @@ def labels_whole_chats(settings: RecoverySettings) -> bool:
 
 
 def learning_rate(settings: RecoverySettings) -> float:
-    """The peak learning rate: the one set, or the method's."""
-    chosen = settings.learning_rate
-    return METHODS[settings.method].learning_rate if chosen is None else chosen
+    """The peak learning rate: the one set, or the method's for the loss."""
+    if settings.learning_rate is not None:
+        return settings.learning_rate
+    method = METHODS[settings.method]
+    distilled = not loss_weights(settings)[0]
+    return method.distill_rate if distilled and method.distill_rate else method.learning_rate
 
 
 def learning_rate_share(warmup_ratio: float, steps: int, step: int) -> float:

@@ -29,7 +29,7 @@ from cfsp.recovery.chats import answer_spans, labelled_chat
 from cfsp.recovery.data import IGNORED, INSIDE, Sequences, TrainingMix, load_recovery_data, respelled
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recovery_record import RunState, ValidationPoint
-from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate_share
+from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate, learning_rate_share
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text.respelling import Respelling, respelling
@@ -383,6 +383,21 @@ def test_the_learning_rate_rises_to_its_peak_and_falls(ratio: float, steps: int)
 
 def points(*losses: float) -> list[ValidationPoint]:
     return [ValidationPoint(step, step, loss, math.exp(loss)) for step, loss in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 1e-3),
+        ({"method": "full"}, 2e-4),
+        ({"method": "full", "loss": "both"}, 2e-4),
+        ({"method": "full", "loss": "distill"}, 5e-5),
+        ({"method": "lora", "loss": "distill"}, 1e-3),
+        ({"method": "full", "loss": "distill", "learning_rate": 3e-4}, 3e-4),
+    ],
+)
+def test_the_learning_rate_is_the_methods_for_the_loss(settings: dict[str, Any], rate: float) -> None:
+    assert learning_rate(RecoverySettings(**settings)) == rate
 
 
 @pytest.mark.parametrize(
