@@ -2,7 +2,8 @@
 
 A chat model writes chats in its own format, the user's turn included: it is given its template up to where the
 user speaks and continues (Magpie, arXiv 2406.08464). A base model continues its start token.
-Sampling is batched, deterministic for a seed on one machine, and cached.
+Sampling is batched, deterministic for a seed on one machine, and cached. What built-in models wrote comes with the
+package.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.text.encoding import encode
 from cfsp.text.generation import generate, stop_ids
 from cfsp.text.templates import render_prompt
+from cfsp.text.written import digest, read_written
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +43,35 @@ _FORMAT = 1
 
 
 def sample_windows(
-    loaded: LoadedModel, *, nsamples: int, seqlen: int, seed: int, progress: Progress = no_progress
+    loaded: LoadedModel,
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    use_written: bool = True,
+    progress: Progress = no_progress,
 ) -> torch.Tensor:
-    """Windows (nsamples, seqlen) of text that the model wrote; read from the cache where they are there.
+    """Windows (nsamples, seqlen) of text that the model wrote; read from the package or the cache where they are there.
+
+    Args:
+        loaded: The model that writes.
+        nsamples: Windows.
+        seqlen: Tokens in each.
+        seed: Of sampling.
+        use_written: Whether a text that comes with the package will do.
+        progress: Told how much is written.
 
     Raises:
         InputError: The model writes nothing (every sample ends at once).
     """
-    path = _cache_path(loaded, nsamples, seqlen, seed)
+    needed, origin = nsamples * seqlen, text_origin(loaded, seed)
+    written = read_written(origin, needed) if use_written else None
+    if written is not None:
+        return written.view(nsamples, seqlen)
+    path = _cache_path(origin, nsamples, seqlen)
     cached = _read_cached(path, nsamples, seqlen)
     if cached is not None:
         return cached
-    needed = nsamples * seqlen
     stream: list[int] = []
 
     def report(before: int, written: int) -> None:
@@ -98,11 +116,11 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Hex SHA-256 over names, shapes and bytes of all parameters."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        found.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _fast_copy(loaded: LoadedModel) -> LoadedModel:
@@ -159,17 +177,20 @@ def _continue(
     return [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
 
 
-def _cache_path(loaded: LoadedModel, nsamples: int, seqlen: int, seed: int) -> Path:
-    key = {
+def text_origin(loaded: LoadedModel, seed: int) -> dict[str, Any]:
+    """What decides which text a model writes, but for the processor's arithmetic."""
+    return {
         "format": _FORMAT,
         "model": model_fingerprint(loaded.model),
         "frame": chat_frame(loaded.tokenizer),
-        "dtype": str(fast_dtype()),
-        "sizes": [nsamples, seqlen, BATCH_SIZE, MAX_USER_TOKENS, MAX_REPLY_TOKENS],
+        "sizes": [BATCH_SIZE, MAX_USER_TOKENS, MAX_REPLY_TOKENS],
         "seed": seed,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache_directory() / "self" / f"{digest[:32]}.safetensors"
+
+
+def _cache_path(origin: Mapping[str, Any], nsamples: int, seqlen: int) -> Path:
+    key = {**origin, "dtype": str(fast_dtype()), "windows": [nsamples, seqlen]}
+    return cache_directory() / "self" / f"{digest(key)}.safetensors"
 
 
 def _read_cached(path: Path, nsamples: int, seqlen: int) -> torch.Tensor | None:

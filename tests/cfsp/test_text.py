@@ -11,10 +11,12 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
+from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels
-from cfsp.text import self_sampling
+from cfsp.text import self_sampling, written
 from cfsp.text.calibration import load_calibration
+from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import load_documents, token_windows
 
@@ -134,6 +136,45 @@ def test_missing_file_and_sizes(tiny_model: Any) -> None:
         load_calibration(["self"], loaded, seqlen=4096)
     with pytest.raises(InputError, match="nsamples"):
         load_calibration(["self"], loaded, nsamples=0)
+
+
+def test_text_that_comes_with_the_package_is_not_sampled_again(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = as_loaded(tiny_model)
+    monkeypatch.setattr(written, "FOLDER", tmp_path / "package")
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    kept = torch.arange(64) % 300
+    (tmp_path / "package").mkdir()
+    written.write_written(self_sampling.text_origin(loaded, 3), kept, {"model": "tiny"})
+    windows = sample_windows(loaded, nsamples=3, seqlen=16, seed=3)
+    assert torch.equal(windows, kept[:48].view(3, 16))
+    assert not (tmp_path / "cache").exists()
+    for asked in ({"nsamples": 5, "seed": 3}, {"nsamples": 3, "seed": 4}):
+        sampled = sample_windows(loaded, seqlen=16, **asked)
+        assert sampled.shape == (asked["nsamples"], 16)
+        assert not torch.equal(sampled.flatten()[:48], kept[:48])
+    assert not torch.equal(sample_windows(loaded, nsamples=3, seqlen=16, seed=3, use_written=False), windows)
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[5] += 1
+    assert not torch.equal(sample_windows(loaded, nsamples=3, seqlen=16, seed=3), windows)
+
+
+@pytest.mark.slow
+def test_the_built_in_model_wrote_the_text_that_comes_with_the_package(smollm2_gguf: Path) -> None:
+    loaded = load_model("smollm2-135m")
+    found = [written.read_written(self_sampling.text_origin(loaded, seed), 8192) for seed in (0, 1)]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert not torch.equal(*found)
+    for ids in found:
+        text = loaded.tokenizer.decode(ids)
+        assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+        window = ids[None, :512]
+        with torch.inference_mode():
+            loss = loaded.model(window, labels=window).loss
+            shuffled = window[:, torch.randperm(512, generator=torch.Generator().manual_seed(0))]
+            assert loss < 4 < loaded.model(shuffled, labels=shuffled).loss - 2
 
 
 def test_a_copy_to_sample_from_has_the_blocks_of_the_model(
