@@ -8,11 +8,33 @@ from cfsp.progress import Progress
 from phoneready.frontier.record import Speed
 from phoneready.report.plot_style import speed_span
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.records.compare import compare_records
 from runtime_bench.workload import BenchSettings
 
 
-def measure_speed(path: Path, settings: BenchSettings, progress: Progress) -> Speed:
-    """How fast a file generates on this machine, each sample in a process of its own."""
-    record = run_bench([path], settings, progress)[0]
+def measure_speed(path: Path, base: Path, settings: BenchSettings, progress: Progress) -> Speed:
+    """How fast a file generates on this machine, each sample in a process of its own, in turns with another file.
+
+    Args:
+        path: The file.
+        base: The other one; may be the same.
+        settings: One workload.
+        progress: Told about every sample.
+    """
+    records = {r.model_filename: r for r in run_bench(list(dict.fromkeys((base, path))), settings, progress)}
+    record, rival = records[str(path)], records[str(base)]
     middle, low, high = speed_span(record) if record.has_speed else (None, None, None)
-    return Speed(record.test, record.n_threads, middle, low, high, record.peak_rss_bytes, record.failure)
+    found = compare_records(rival, record) if record.ok and rival.ok else None
+    return Speed(
+        record.test,
+        record.n_threads,
+        middle,
+        low,
+        high,
+        record.peak_rss_bytes,
+        record.failure,
+        times=found.ratio if found else None,
+        times_low=found.low if found else None,
+        times_high=found.high if found else None,
+        in_turns=True,
+    )

@@ -14,7 +14,6 @@ from cfsp.evaluation.tasks import TaskResult
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.dominance import Best, Choice, Standing, best_of
 from phoneready.evaluation.measured_file import MeasuredFile
-from phoneready.frontier.settings import BASE_QUANT
 from phoneready.settings.schema import RecoverConfig
 
 
@@ -30,6 +29,11 @@ class Speed:
         high: Their fastest tenth.
         peak_rss_bytes: Most resident memory; None where unknown.
         failure: Why it could not be measured.
+        times: Speed over that of the dense Q4_0 file, which took turns with it: the quotient of medians; None where
+            either failed or it is too noisy to tell.
+        times_low: Lower end of the 95 % interval.
+        times_high: Upper end.
+        in_turns: Whether that file took turns with it.
     """
 
     test: str
@@ -39,6 +43,10 @@ class Speed:
     high: float | None
     peak_rss_bytes: int | None
     failure: str | None = None
+    times: float | None = None
+    times_low: float | None = None
+    times_high: float | None = None
+    in_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,11 @@ class FrontierPoint(MeasuredFile):
         return self.speed.tokens_per_second if self.speed else None
 
     @property
+    def times(self) -> float | None:
+        """Decoding, times the speed of the dense Q4_0 file; None where it is not known."""
+        return self.speed.times if self.speed else None
+
+    @property
     def label(self) -> str:
         """The file, for people."""
         return f"{self.model} {self.quant}"
@@ -104,14 +117,10 @@ class SpeedChoice(Best):
     """The best file of a decode speed.
 
     Attributes:
-        times: The speed: no file's median is slower than so many times that of `base`.
-        base: The file that it is relative to.
-        tokens_per_second: What that is.
+        times: The speed: no file is slower than so many times the dense Q4_0 file.
     """
 
     times: float
-    base: str
-    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class Frontier:
         failed: Files that could not be made, and why.
         open: Files that are still to be measured.
         kept: Files that lie in the folder.
-        speed_choices: The best file at each speed that was asked for, where the dense Q4_0 file's is known.
+        speed_choices: The best file at each speed that was asked for, where speeds were measured.
         recovery: How models were trained, where any were.
     """
 
@@ -159,15 +168,13 @@ class Frontier:
 
 
 def choose_by_speed(points: Sequence[FrontierPoint], times: Iterable[float]) -> tuple[SpeedChoice, ...]:
-    """The best file that decodes so many times as fast as the dense Q4_0 file, by medians; empty without it."""
-    base = next((p for p in points if p.is_dense and p.quant == BASE_QUANT and p.tokens_per_second), None)
-    if base is None or base.tokens_per_second is None:
+    """The best file that decodes so many times as fast as the dense Q4_0 file, by medians; empty without any speed."""
+    if not any(point.times for point in points):
         return ()
     found = []
     for factor in times:
-        least = factor * base.tokens_per_second
-        best = best_of(point for point in points if (point.tokens_per_second or 0.0) >= least)
-        found.append(SpeedChoice(best.best, best.dense, best.excess, factor, base.file, least))
+        best = best_of(point for point in points if (point.times or 0.0) >= factor)
+        found.append(SpeedChoice(best.best, best.dense, best.excess, factor))
     return tuple(found)
 
 

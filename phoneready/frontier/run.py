@@ -22,6 +22,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
+from exporters.families import required_multiple
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.dominance import DOMINATED, choose, standing, telling_sizes
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
@@ -34,12 +35,12 @@ from phoneready.frontier.measure import measure_speed
 from phoneready.frontier.points import Batch, batches_of, bits_of, point_label, point_name, role_of
 from phoneready.frontier.record import Frontier, FrontierPoint, choose_by_speed
 from phoneready.frontier.search import Search
-from phoneready.frontier.settings import FrontierSettings
+from phoneready.frontier.settings import BASE_QUANT, FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
 from phoneready.release.dependencies import made_with
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.tune.run import study_key
-from phoneready.tune.space import Point
+from phoneready.tune.space import Point, Recipe
 from phoneready.tune.study import drop_torn_line
 from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.workload import BenchSettings
@@ -206,7 +207,8 @@ class _Run:
     def _is_timed(self, known: FrontierPoint) -> bool:
         if not self.settings.speed or known.speed is None:
             return not self.settings.speed
-        return known.speed.n_threads in (self._bench.n_threads or (known.speed.n_threads,))
+        speed = known.speed
+        return speed.in_turns and speed.n_threads in (self._bench.n_threads or (speed.n_threads,))
 
     def _has_tasks(self, known: FrontierPoint) -> bool:
         return self.tasks is None or self.tasks.is_what(known.tasks)
@@ -244,6 +246,7 @@ class _Run:
     def _measured(self, point: Point, expected: int | None) -> FrontierPoint:
         """Make a file, measure it, and leave it in the folder until it is known to be dominated."""
         began, runner, known = time.monotonic(), self.runner, self._known(point)
+        base = self._base if self.settings.speed else None
         recipe, role = point.recipe, role_of(point)
         made = runner.export(point, role)
         side = runner.side(recipe.vocabulary)
@@ -268,11 +271,25 @@ class _Run:
             )  # fmt: skip
         if not self._has_tasks(known):
             known = replace(known, tasks=self._done(made.path))
-        if not self._is_timed(known):
-            known = replace(known, speed=measure_speed(made.path, self._bench, runner.progress))
+        if base is not None and not self._is_timed(known):
+            is_base = role == DENSE and recipe.item == BASE_QUANT
+            path = base if is_base else made.path
+            known = replace(known, speed=measure_speed(path, base, self._bench, runner.progress))
         fsync_file(made.path)
         made.path.replace(self.folder / made.path.name)
         return replace(known, seconds=round(known.seconds + time.monotonic() - began, 2))
+
+    @cached_property
+    def _base(self) -> Path:
+        """The dense file that speeds are relative to, kept beside the plans."""
+        path = self.runner.folder / f"dense-{BASE_QUANT}.gguf"
+        if not path.is_file():
+            align = required_multiple((BASE_QUANT,))
+            recipe = Recipe(BASE_QUANT, self.runner.config.prune.allocation, align, recover=False)
+            made = self.runner.export(Point(recipe, 0.0), DENSE).path
+            fsync_file(made)
+            made.replace(path)
+        return path
 
     def _done(self, path: Path) -> tuple[TaskResult, ...]:
         """What a file does of the tasks."""

@@ -36,7 +36,11 @@ def frontier_table(found: Frontier) -> Table[FrontierPoint]:
         *loss_columns(found.points),
     ]
     if any(point.speed for point in found.points):
-        columns += [Column("decode", _decode, right=True), Column("peak memory", _memory, right=True)]
+        columns += [
+            Column("decode", _decode, right=True),
+            Column(f"over dense {BASE_QUANT}", _times, right=True),
+            Column("peak memory", _memory, right=True),
+        ]
     columns += [_accuracy(task, metric) for task, metric in _accuracies(found)]
     standings = {one.file: one for one in found.standings}
     return Table([*columns, standing_column(found.points, standings)], found.points)
@@ -48,7 +52,9 @@ def conditions(found: Frontier) -> str:
         return "Nothing was measured."
     speeds = {(p.speed.test, p.speed.n_threads) for p in found.points if p.speed}
     decoded = "".join(
-        f" Decode is {test} with {count} threads, one file after the other." for test, count in speeds
+        f" Decode is {test} with {count} threads, in turns with the dense {BASE_QUANT} file, over which it is the"
+        " quotient of medians with its 95 % interval."
+        for test, count in speeds
     )
     return f"{measured_on(found.points)}{decoded}{_asked(found)}{_trained(found)} {WHAT_STANDINGS_MEAN}"
 
@@ -91,8 +97,6 @@ def sentences(found: Frontier) -> Iterator[str]:
         yield f"- {_of_size(found, choice)}"
     for speed in found.speed_choices:
         yield f"- {_of_speed(found, speed)}"
-    if not found.speed_choices and any(point.tokens_per_second for point in found.points):
-        yield f"- No file of a speed is named: speeds are relative to the dense {BASE_QUANT} file, which was not timed."
     if pays := whether_it_pays(found):
         yield f"\n{pays}"
 
@@ -126,13 +130,9 @@ def _of_size(found: Frontier, choice: Choice) -> str:
 
 
 def _of_speed(found: Frontier, choice: SpeedChoice) -> str:
-    timed = sorted(
-        (p for p in found.points if p.tokens_per_second), key=lambda p: -(p.tokens_per_second or 0.0)
-    )
+    timed = sorted((p for p in found.points if p.times), key=lambda p: -(p.times or 0.0))
     dense = next((point for point in timed if point.is_dense), None)
-    base = found.find(choice.base)
-    where = f"At {choice.times:g} times the decode of {base.label if base else choice.base}"
-    where += f" ({choice.tokens_per_second:.1f} t/s)"
+    where = f"At {choice.times:g} times the decode of dense {BASE_QUANT}"
     return _sentence(found, choice, where, f"the fastest is {_named(timed[0])}", "fastest", dense)
 
 
@@ -172,6 +172,15 @@ def _decode(point: FrontierPoint) -> str | None:
     if point.tokens_per_second is None:
         return "failed" if point.speed and point.speed.failure else None
     return f"{point.tokens_per_second:.1f} t/s"
+
+
+def _times(point: FrontierPoint) -> str | None:
+    speed = point.speed
+    if speed is None or speed.tokens_per_second is None or not speed.in_turns:
+        return None
+    if speed.times is None or speed.times_low is None or speed.times_high is None:
+        return "too noisy to tell"
+    return f"{speed.times:.2f} ({speed.times_low:.2f} to {speed.times_high:.2f})"
 
 
 def _memory(point: FrontierPoint) -> str | None:

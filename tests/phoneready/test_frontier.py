@@ -299,8 +299,16 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
     assert (point.speed.test, point.speed.n_threads, point.speed.failure) == ("tg64", 1, None)
     assert point.speed.tokens_per_second
     assert point.speed.peak_rss_bytes
+    assert point.speed.in_turns, "with the dense Q4_0 file, which was not asked for"
+    (base,) = folder.rglob("dense-Q4_0.gguf")
+    assert base.parent != folder
     assert point.texts == plain.texts
     assert "t/s" in (folder / TABLE_FILE).read_text(encoding="utf-8")
+    assert main(command(model, folder, "--quants", "Q8_0,Q4_0", "--at-speed", "0.01", "--keep")) == 0
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert point in found.points, "what took turns is not measured again"
+    (base_point,) = (one for one in found.points if one.quant == "Q4_0")
+    assert base_point.times in (None, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -473,13 +481,15 @@ def test_sentences() -> None:
 
 
 def test_the_best_file_of_a_speed() -> None:
-    def timed(file: FrontierPoint, speed: float) -> FrontierPoint:
-        return replace(file, speed=Speed("tg64", 1, speed, speed, speed, None))
+    def timed(file: FrontierPoint, times: float | None) -> FrontierPoint:
+        speed = Speed("tg64", 1, 100.0, 90.0, 110.0, None, None, times, times, times, in_turns=True)
+        return replace(file, speed=speed)
 
-    base = timed(replace(point("d", 90, [1.0, 1.1, 0.9, 1.0, 1.05]), quant="Q4_0"), 100.0)
-    quick = timed(point("low", 70, [1.5, 1.6, 1.42, 1.5, 1.55]), 130.0)
-    pruned = timed(point("p", 69, [1.1, 1.2, 1.0, 1.11, 1.15], ratio=0.1), 120.0)
-    points = (base, quick, pruned, point("untimed", 60, [0.1, 0.1, 0.1, 0.1, 0.1]))
+    base = timed(replace(point("d", 90, [1.0, 1.1, 0.9, 1.0, 1.05]), quant="Q4_0"), 1.0)
+    quick = timed(point("low", 70, [1.5, 1.6, 1.42, 1.5, 1.55]), 1.3)
+    pruned = timed(point("p", 69, [1.1, 1.2, 1.0, 1.11, 1.15], ratio=0.1), 1.2)
+    noisy = timed(point("noisy", 60, [0.1, 0.1, 0.1, 0.1, 0.1]), None)
+    points = (base, quick, pruned, noisy, point("untimed", 60, [0.1, 0.1, 0.1, 0.1, 0.1]))
     found = choose_by_speed(points, (1.0, 1.2, 1.25, 2.0))
     assert [(one.best, one.dense) for one in found] == [
         ("d.gguf", "d.gguf"),
@@ -487,14 +497,12 @@ def test_the_best_file_of_a_speed() -> None:
         ("low.gguf", "low.gguf"),
         (None, None),
     ]
-    assert [one.tokens_per_second for one in found] == [100.0, 120.0, 125.0, 200.0]
     text = format_frontier(replace(result(*points), speed_choices=found))
-    assert "At 1.2 times the decode of dense Q4_0 (120.0 t/s) the best file is FFN -10 % p" in text
-    assert (
-        "At 2 times the decode of dense Q4_0 (200.0 t/s) there is no file; the fastest is dense low" in text
-    )
-    assert choose_by_speed((quick, pruned), (1.2,)) == ()
-    assert "the dense Q4_0 file, which was not timed" in format_frontier(result(quick, pruned))
+    assert "At 1.2 times the decode of dense Q4_0 the best file is FFN -10 % p" in text
+    assert "At 2 times the decode of dense Q4_0 there is no file; the fastest is dense low" in text
+    assert "1.20 (1.20 to 1.20)" in text
+    assert "too noisy to tell" in text
+    assert choose_by_speed((noisy, points[-1]), (1.2,)) == ()
 
 
 def test_names_of_others_are_no_markup() -> None:
