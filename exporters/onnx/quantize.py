@@ -107,10 +107,8 @@ def quantize_linears(
         for index, layer in enumerate(layers):
             with products_in("auto"):
                 grams = _input_grams(linears[index], layer, hidden, calls[index]) if hidden else {}
-            block = {
-                name: _rounded(linear.weight, format_of(name, index, len(layers)), grams.get(name))
-                for name, linear in linears[index].items()
-            }
+            forms = {name: format_of(name, index, len(layers)) for name in linears[index]}
+            block = _rounded_block(linears[index], forms, grams)
             result |= block
             with products_in("auto"), _replaced(linears[index], block):
                 hidden = [run_layer(layer, h, calls[index]) for h in hidden]
@@ -184,6 +182,22 @@ def _replaced(linears: Mapping[str, nn.Linear], rounded: Mapping[str, Rounded]) 
     finally:
         for name, linear in linears.items():
             linear.weight.data = weights[name]
+
+
+def _rounded_block(
+    linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Mapping[str, torch.Tensor]
+) -> dict[str, Rounded]:
+    """Every Linear of a block; those of one format that read the same are rounded as one matrix."""
+    alike: dict[tuple[BlockFormat, int], list[str]] = {}
+    for name, form in forms.items():
+        alike.setdefault((form, id(grams.get(name, name))), []).append(name)
+    found = {}
+    for (form, _), names in alike.items():
+        weights = [linears[name].weight for name in names]
+        whole, start = _rounded(torch.cat(weights), form, grams.get(names[0])), 0
+        for name, weight in zip(names, weights, strict=True):
+            found[name] = whole.rows(slice(start, start := start + len(weight)))
+    return {name: found[name] for name in linears}
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None) -> Rounded:

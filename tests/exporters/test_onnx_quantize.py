@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears
 from exporters.onnx import BlockFormat
-from exporters.onnx.block_quantize import Rounded, gptq, joined, round_to_nearest
+from exporters.onnx.block_quantize import RIDGE, Rounded, gptq, joined, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import Int8Weights
@@ -118,6 +118,45 @@ def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: Bl
     exact, off = refined.dequantized(), replace(refined, scales=(refined.scales * 1.05).half())
     torch.testing.assert_close(refine(exact, gram, refined).dequantized(), exact, rtol=2e-3, atol=1e-4)
     torch.testing.assert_close(refine(exact, gram, off).dequantized(), exact, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [64, 72])
+def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
+    """Against the definition, column by column in double precision with H^-1 itself (Frantar et al., eq. 3)."""
+    x = correlated_inputs(columns).double()
+    gram = x.T @ x / len(x)
+    weight = weights(5, columns)
+    found = gptq(weight, gram.float(), INT4)
+    damped = gram + RIDGE * gram.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    order = gram.diagonal().argsort(descending=True).tolist()
+    scales = found.scales.double().repeat_interleave(32, 1)
+    left, done = weight.double().clone(), []
+    for j in order:
+        rest = [i for i in order if i not in done]
+        inverse = torch.linalg.inv(damped[rest][:, rest])
+        here = rest.index(j)
+        number = (left[:, j] / scales[:, j]).round().clamp(-8, 7)
+        error = (left[:, j] - number * scales[:, j]) / inverse[here, here]
+        assert torch.equal(number + 8, found.q.flatten(1)[:, j].double())
+        left[:, rest] -= error[:, None] * inverse[here]
+        done.append(j)
+
+
+def test_layers_that_read_the_same_are_rounded_as_each_alone(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model()[0]
+    ids = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(3))
+    found = quantize_linears(model, lambda *_: INT4, ids)
+    first = block_linears(model)[0]
+    hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).detach()
+    hidden[:, 0] *= (0.25 * ids.shape[1]) ** 0.5  # the attention sink's weight
+    flat = hidden.flatten(0, 1)
+    gram = flat.T @ flat / len(flat)
+    for part in ("q_proj", "k_proj", "v_proj"):
+        (linear,) = (linear for name, linear in first.items() if name.endswith(part))
+        alone = refine(linear.weight.detach(), gram, gptq(linear.weight.detach(), gram, INT4))
+        (rounded,) = (one for name, one in found.items() if name.endswith(f"layers.0.self_attn.{part}"))
+        assert (rounded.q != alone.q).float().mean() < 0.01
+        assert rounded.q.shape == alone.q.shape
 
 
 def test_inputs_that_are_never_seen_count_alike() -> None:
