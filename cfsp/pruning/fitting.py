@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from cfsp.models.architectures import model_shape
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
+from cfsp.pruning.axes.kv_groups import groups_of_share
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.token_order import TokenOrder
 from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens
@@ -74,6 +75,9 @@ class Decision:
         stay = sum(plan.dense_widths[block.origin] for block in plan.shape.blocks)
         ratio = 1 - sum(plan.shape.ffn_widths) / stay
         axes = self.evidence.shares(self.choice, excess, self.dense - reached, ratio)
+        # A share of groups is of attentions that stay.
+        groups = plan.kv_groups.removed[0] if plan.kv_groups else 0
+        axes = tuple(replace(one, removed=groups) if one.axis == "kv_groups" else one for one in axes)
         shares = BudgetShares(budget.name, budget.unit, budget.target, self.dense, reached, axes)
         return replace(plan, budget=shares)
 
@@ -121,23 +125,24 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     levels = {axis: _levels(axis, found, budget, shape, loaded.tokenizer) for axis, found in removals.items()}
     levels["vocabulary"] = vocabulary.levels(shape)
     evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
-    excess = dense - budget.target
+    excess, reached = dense - budget.target, []
     while (choice := evidence.choose(excess)) is not None:
         chosen = {axis: found[choice.levels[axis]] for axis, found in removals.items()}
-        left = _left(loaded.model, chosen)
+        left = _left(loaded.model, chosen, settings.kv_groups)
         if choice.ratio > evidence.ratios[0]:
             break
         widths = trials.plan.at_ratio(choice.ratio).shape.ffn_widths
         narrow = left.with_ffn_widths([widths[block.origin] for block in left.blocks])
         level = vocabulary.fit(choice.levels["vocabulary"], narrow)
         choice = replace(choice, levels={**choice.levels, "vocabulary": level})
-        over = vocabulary.cost(level, narrow) - budget.target
+        reached.append(vocabulary.cost(level, narrow))
+        over = reached[-1] - budget.target
         if over <= 0 or "ffn" in budget.axes:
             break
         # Parts save a little less than was thought, and no channels may make up for that.
         excess += max(over, _LEAST_MORE * dense)
     else:
-        raise unreachable(budget, dense - evidence.most)
+        raise unreachable(budget, min(reached, default=dense - evidence.most))
     size = vocabulary.sizes[choice.levels["vocabulary"]]
     settings = replace(
         settings,
@@ -150,30 +155,38 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     return Decision(budget, settings, evidence, choice, dense)
 
 
-def _left(model: Any, chosen: Mapping[str, Removal]) -> ModelShape:
-    """About what stays of a model, with as many parts fewer as were chosen: the plan will find which."""
+def _left(model: Any, chosen: Mapping[str, Removal], share: float) -> ModelShape:
+    """About what stays of a model, with as many parts fewer as were chosen: the plan will find which.
+
+    Args:
+        model: The dense model.
+        chosen: Of each axis of parts.
+        share: Of the key-value groups of attentions that stay, where that is fixed; else 0.
+    """
     shape = model_shape(model)
     gone: set[int] = set()
     going = {}
     for axis in ("blocks", "attentions", "kv_groups"):
-        parts = PARTS[axis].parts(shape)
-        going[axis] = _of_other_blocks(chosen[axis], PARTS[axis].candidates(model), gone, parts)
+        parts, count = PARTS[axis].parts(shape), len(chosen[axis].removed)
+        if axis == "kv_groups" and share:
+            stay = [b.kv_groups for b in shape.blocks if b.kv_groups and b.origin not in gone]
+            count = groups_of_share(stay, share)
+        order = (*chosen[axis].removed, *PARTS[axis].candidates(model))
+        going[axis] = _of_other_blocks(order, count, gone, parts)
         gone.update(part // parts for part in going[axis])
     for axis, removed in reversed(going.items()):
         shape = PARTS[axis].shape_without(shape, removed)
     return shape
 
 
-def _of_other_blocks(
-    chosen: Removal, candidates: Sequence[int], gone: Collection[int], parts: int = 1
-) -> list[int]:
-    """As many parts as were chosen, of blocks that stay: those that were chosen, then others."""
-    # Of several parts a block keeps one.
-    left = Counter(part // parts for part in candidates)
+def _of_other_blocks(order: Iterable[int], count: int, gone: Collection[int], parts: int = 1) -> list[int]:
+    """The first parts of an order that are of blocks that stay; of several parts a block keeps one."""
+    rest = dict.fromkeys(order)
+    left = Counter(part // parts for part in rest)
     going: list[int] = []
-    for part in dict.fromkeys((*chosen.removed, *candidates)):
+    for part in rest:
         block = part // parts
-        if len(going) < len(chosen.removed) and block not in gone and left[block] > min(1, parts - 1):
+        if len(going) < count and block not in gone and left[block] > min(1, parts - 1):
             going.append(part)
             left[block] -= 1
     return going
@@ -190,11 +203,10 @@ def _removals(
     trials: Trials, axis: str, settings: PruneSettings, budget: Budget, shape: ModelShape
 ) -> list[Removal]:
     """The choices that there are, of the fewest removals first: none, or the fixed number, where it is fixed."""
-    amount = getattr(settings, axis)
-    if amount:
-        groups = sum(block.kv_groups or 0 for block in shape.blocks)
-        # Of key-value groups a share is given.
-        return trials.removals(axis, round(amount * groups) if amount < 1 else amount)
+    if amount := getattr(settings, axis):
+        if axis == "kv_groups":
+            amount = groups_of_share([b.kv_groups for b in shape.blocks if b.kv_groups], amount)
+        return trials.removals(axis, amount)
     found = [Removal((), (), 0.0, 0)]
     row, model = PARTS[axis], trials.loaded.model
     if axis in budget.axes and (candidates := row.candidates(model)):
@@ -215,8 +227,7 @@ def _levels(
     without = PARTS[axis].shape_without(shape, last)
     saved = budget.cost(shape, tokenizer) - budget.cost(without, tokenizer)
     losses = np.maximum.accumulate([removal.loss for removal in removals])
-    units = PARTS[axis].parts(shape) * len(shape.blocks)
-    return Levels(units, numbers, numbers * (saved / max(len(last), 1)), losses)
+    return Levels(PARTS[axis].units(shape), numbers, numbers * (saved / max(len(last), 1)), losses)
 
 
 def _channels(

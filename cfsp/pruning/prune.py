@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -137,6 +138,8 @@ def plan_model(
         InputError: Settings that do not fit the model, or a budget that nothing meets.
     """
     check_settings(settings)
+    if silent := model_shape(loaded.model).without_attention:
+        raise InputError("a model of which some blocks do not attend cannot be pruned again", value=silent)
     decision = vocabulary = counts = order = None
     if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
         counts = counts_of(loaded, calibration, counted)

@@ -1,4 +1,4 @@
-"""Copies of a model, pruned to see what that costs: how a budget learns what channels, attentions and blocks lose."""
+"""Copies of a model, pruned to see what that costs: how a budget learns what channels and whole parts lose."""
 
 from __future__ import annotations
 
@@ -43,13 +43,15 @@ class PartsAxis:
         leave_out: Context in which a block lacks one.
         planned: What `make_plan` is told of a removal.
         shape_without: The shape of a dense model without some.
-        parts: Most that a block of such a model has.
+        units: How many parts such a model has.
+        parts: Most that a block of it has.
     """
 
     candidates: Callable[[Any], Sequence[int]]
     leave_out: Callable[[Any, int], AbstractContextManager[None]]
     planned: Callable[[Any, Removal], Mapping[str, Any]]
     shape_without: Callable[[ModelShape, Sequence[int]], ModelShape]
+    units: Callable[[ModelShape], int]
     parts: Callable[[ModelShape], int] = lambda shape: 1
 
 
@@ -60,6 +62,7 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             attention_left_out,
             lambda model, removal: {"attention": removal},
             lambda shape, removed: shape.without(attentions=removed),
+            lambda shape: sum(block.has_attention for block in shape.blocks),
         ),
         "kv_groups": PartsAxis(
             removable_groups,
@@ -68,6 +71,7 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             lambda shape, removed: shape.without_groups(
                 Counter(part // shape.most_kv_groups for part in removed)
             ),
+            lambda shape: sum(block.kv_groups or 0 for block in shape.blocks),
             lambda shape: shape.most_kv_groups,
         ),
         "blocks": PartsAxis(
@@ -75,6 +79,7 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             block_left_out,
             lambda model, removal: {"depth": removal},
             lambda shape, removed: shape.without(blocks=removed),
+            lambda shape: len(shape.blocks),
         ),
     }
 )
@@ -89,7 +94,7 @@ class Trials:
         calibration: Windows; some are for the repair, others to judge by.
         settings: How to prune.
         statistics_of: Takes the statistics that settings need.
-        probed: Windows on which the model is tried without an attention or a block, (n_windows, seqlen).
+        probed: Windows on which the model is tried without a part, (n_windows, seqlen).
         progress: Told about each step.
     """
 

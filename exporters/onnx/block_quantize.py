@@ -133,14 +133,13 @@ def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
 
 
 def values_of(q: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
-    """What q (..., block_size) or (rows,) stands for, given scales as `levels` takes them."""
-    return (q.float() - form.half) * (scales[..., None] if q.ndim > scales.ndim else scales)
+    """What q (..., block_size) stands for, given scales (...)."""
+    return (q.float() - form.half) * scales[..., None]
 
 
 def levels(values: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:
-    """Nearest q of values (..., block_size) or (rows,), given scales without or of the same last dimension."""
-    scales = scales[..., None] if values.ndim > scales.ndim else scales
-    return (values / scales).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
+    """Nearest q of values (..., block_size), given scales (...)."""
+    return (values / scales[..., None]).round().add(form.half).clamp(0, 2 * form.half - 1).to(torch.uint8)
 
 
 def joined(parts: Sequence[Rounded]) -> Rounded:
@@ -173,4 +172,5 @@ def _best_scales(blocks: torch.Tensor, counts: torch.Tensor, form: BlockFormat) 
         loss = steps.sub_(numbers).square_().mul_(counts).sum(-1) * scale.square()
         best = torch.where(loss < lowest, scale, best)
         lowest = torch.minimum(loss, lowest)
-    return best.half().float()
+    best = best.half().float()
+    return torch.where(best == 0, torch.ones_like(best), best)  # less than float16 holds: zeros

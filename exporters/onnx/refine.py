@@ -83,8 +83,8 @@ class _Columns:
         systems = products.permute(2, 0, 1).contiguous()
         diagonal = systems.diagonal(dim1=1, dim2=2)
         diagonal += (_SCALE_RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(_TINY)
-        self.scales += torch.linalg.solve(systems, residual.T).T
-        self.scales = self.scales.half().float()
+        solved = (self.scales + torch.linalg.solve(systems, residual.T).T).half().float()
+        self.scales = torch.where(solved == 0, self.scales, solved)
 
     def choose_numbers(self) -> None:
         """Column j, beside the others as they are by then: the nearest to Q_j + E H_j / H_jj, E = W - Q being lost."""

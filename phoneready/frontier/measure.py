@@ -32,7 +32,7 @@ def measure_speed(path: Path, base: Path, settings: BenchSettings, progress: Pro
         low,
         high,
         record.peak_rss_bytes,
-        record.failure,
+        record.failure or rival.failure,
         times=found.ratio if found else None,
         times_low=found.low if found else None,
         times_high=found.high if found else None,

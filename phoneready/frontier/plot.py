@@ -8,6 +8,7 @@ from typing import Any
 from phoneready.console import format_bytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.frontier.record import Frontier, FrontierPoint
+from phoneready.frontier.settings import BASE_QUANT
 from phoneready.frontier.tables import conditions, frontier_table, megabytes, sentences
 from phoneready.report.assets import plots_page
 from phoneready.report.loss_plot import loss_figure
@@ -20,8 +21,9 @@ def render_frontier(found: Frontier) -> str:
         MissingExtraError: plotly is not installed.
     """
     plots = {"plot-size": _figure(found, "file size, MB", lambda point: point.file_bytes / 1e6)}
-    if any(point.tokens_per_second for point in found.points):
-        plots["plot-speed"] = _figure(found, "decode, tokens a second", lambda point: point.tokens_per_second)
+    if any(point.times for point in found.points):
+        axis = f"decode, times the dense {BASE_QUANT} file"
+        plots["plot-speed"] = _figure(found, axis, lambda point: point.times)
     table = frontier_table(found)
     return plots_page(
         "frontier.html.j2",

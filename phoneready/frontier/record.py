@@ -140,7 +140,7 @@ class Frontier:
         failed: Files that could not be made, and why.
         open: Files that are still to be measured.
         kept: Files that lie in the folder.
-        speed_choices: The best file at each speed that was asked for, where speeds were measured.
+        speed_choices: The best file at each speed that was asked for, where any could be held against dense Q4_0.
         recovery: How models were trained, where any were.
     """
 

@@ -97,6 +97,8 @@ def sentences(found: Frontier) -> Iterator[str]:
         yield f"- {_of_size(found, choice)}"
     for speed in found.speed_choices:
         yield f"- {_of_speed(found, speed)}"
+    if not found.speed_choices and any(point.tokens_per_second for point in found.points):
+        yield f"- No file of a speed is named: no file could be held against the dense {BASE_QUANT} file."
     if pays := whether_it_pays(found):
         yield f"\n{pays}"
 
@@ -176,8 +178,10 @@ def _decode(point: FrontierPoint) -> str | None:
 
 def _times(point: FrontierPoint) -> str | None:
     speed = point.speed
-    if speed is None or speed.tokens_per_second is None or not speed.in_turns:
+    if speed is None or not speed.in_turns:
         return None
+    if speed.failure:
+        return "failed"
     if speed.times is None or speed.times_low is None or speed.times_high is None:
         return "too noisy to tell"
     return f"{speed.times:.2f} ({speed.times_low:.2f} to {speed.times_high:.2f})"

@@ -198,8 +198,8 @@ def _target(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
 
 def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     """What cannot be measured where tokens may go."""
-    searched = config.tune is not None and any(config.tune.vocabularies)
-    if config.evaluate.metrics and (config.prune.may_trim or searched):
+    searched = config.tune.vocabularies if config.tune else ()
+    if config.evaluate.metrics and (any(searched) if searched else config.prune.may_trim):
         message = "own metrics read token ids of one vocabulary, and tokens may go"
         yield (
             ("evaluate", "metrics"),

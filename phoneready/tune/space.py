@@ -82,12 +82,13 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
     allocations = tune.allocations or (config.prune.allocation,)
     found: Iterator[Recipe] = (
         Recipe(item, allocation, align or _needed(item, config), trained, tokens)
-        for item, allocation, align, trained, tokens in itertools.product(
+        # A vocabulary after the other: the model with fewer tokens, and its statistics, are there for one at a time.
+        for tokens, item, allocation, align, trained in itertools.product(
+            tune.vocabularies or (config.prune.vocabulary,),
             items,
             allocations,
             tune.aligns or (config.prune.align,),
             recover,
-            tune.vocabularies or (config.prune.vocabulary,),
         )
     )
     return tuple(dict.fromkeys(found))

@@ -76,6 +76,7 @@ class TrialRunner:
     _plans: dict[tuple[str, int], PruningPlan] = field(default_factory=dict)
     _vocabularies: dict[int, VocabularyPlan] = field(default_factory=dict)
     _trimmed: dict[int, Side] = field(default_factory=dict)
+    _bytes: dict[tuple[Point, str], int] = field(default_factory=dict)
 
     @functools.cached_property
     def loaded(self) -> LoadedModel:
@@ -116,9 +117,13 @@ class TrialRunner:
         recipe = point.recipe
         if not recipe.is_sized:
             return None
-        if role == DENSE:
-            return self.sizes().file_bytes(recipe.item, self.dense_shape, dense=True)
-        return self.sizes(recipe.vocabulary).file_bytes(recipe.item, self.plan(point).shape)
+        if (point, role) not in self._bytes:
+            if role == DENSE:
+                size = self.sizes().file_bytes(recipe.item, self.dense_shape, dense=True)
+            else:
+                size = self.sizes(recipe.vocabulary).file_bytes(recipe.item, self.plan(point).shape)
+            self._bytes[point, role] = size
+        return self._bytes[point, role]
 
     def sizes(self, vocabulary: int = 0) -> Sizes:
         """Computes sizes of files that are not made."""

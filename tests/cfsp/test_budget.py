@@ -17,7 +17,6 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.progress import no_progress
-from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
 from cfsp.pruning.budget import AXES, Budget, ChannelCurve, Evidence, Levels
 from cfsp.pruning.fitting import _of_other_blocks
@@ -229,8 +228,10 @@ def test_a_vocabulary_that_cannot_be_trimmed_is_left_alone(tiny_loaded: Any) -> 
 
 
 def test_the_vocabulary_keeps_what_the_attentions_that_go_leave_room_for() -> None:
+    candidates = tuple(range(1, 8))
+
     def of_others(*removed: int, gone: Collection[int] = (), parts: int = 1) -> list[int]:
-        return _of_other_blocks(Removal(removed, (), 0.1, 0), range(1, 8), gone, parts)
+        return _of_other_blocks((*removed, *candidates), len(removed), gone, parts)
 
     assert of_others(4, 5) == [4, 5]
     assert of_others(4, 5, gone={4}) == [5, 1]
@@ -238,3 +239,42 @@ def test_the_vocabulary_keeps_what_the_attentions_that_go_leave_room_for() -> No
     assert of_others(4, 5, gone={2}, parts=2) == [2, 6], (
         "4 and 5 are block 2's; 0 is no candidate, 1 its block's last"
     )
+
+
+def test_a_share_of_groups_is_of_the_attentions_that_a_budget_leaves(tiny_loaded: Any) -> None:
+    dense = tiny_loaded(num_hidden_layers=8, num_key_value_heads=4)
+    share = replace(SETTINGS, kv_groups=0.5)
+    whole, cost = model_shape(dense.model), count_parameters(dense.model)
+    half = whole.without_groups(dict.fromkeys(range(8), 2))
+    target = cost(half.without(attentions=[7]), dense.tokenizer) + 500
+    plan = prune(dense, target, share, axes=("attentions",)).plan
+    assert plan.keep_ratio == 1, "another attention goes, and no channels"
+    assert plan.kv_groups is not None
+    assert plan.budget is not None
+    removed, total = plan.kv_groups.removed
+    assert (removed, total) == (2 * (8 - len(plan.silent)), 4 * (8 - len(plan.silent)))
+    by_name = {axis.axis: axis for axis in plan.budget.axes}
+    assert (by_name["kv_groups"].removed, by_name["kv_groups"].units) == (removed, 32)
+    assert plan.budget.reached <= target
+
+
+def test_what_parts_alone_cannot_reach_is_refused_with_more_than_was_asked(tiny_loaded: Any) -> None:
+    dense = tiny_loaded(num_hidden_layers=8, num_key_value_heads=4)
+    for target in np.linspace(0.3, 0.9, 13) * parameters(dense.model):
+        model = tiny_loaded(num_hidden_layers=8, num_key_value_heads=4)
+        result, said = None, ""
+        try:
+            result = prune(model, target, axes=("attentions", "kv_groups", "blocks"))
+        except InputError as error:
+            said = str(error)
+        if result is None:
+            assert float(said.split("about ")[1].split()[0]) * 1e6 >= target - 5000, said
+        else:
+            assert parameters(result.loaded.model) <= target
+            assert result.plan.keep_ratio == 1
+
+
+def test_a_model_with_blocks_that_do_not_attend_is_not_pruned_again(tiny_loaded: Any) -> None:
+    once = prune_model(tiny_loaded(), calibration(), replace(SETTINGS, attentions=1)).loaded
+    with pytest.raises(InputError, match="some blocks do not attend cannot be pruned again"):
+        prune_model(once, calibration(), replace(SETTINGS, prune_ratio=0.25))

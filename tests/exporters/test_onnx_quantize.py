@@ -120,6 +120,25 @@ def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: Bl
     torch.testing.assert_close(refine(exact, gram, off).dequantized(), exact, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("least", [1e-7, 1e-9])
+def test_numbers_smaller_than_float16_become_zeros(least: float) -> None:
+    weight = weights(3, 64)
+    weight[1] = 0
+    weight[1, 5] = least
+    weight[2, :32] = 0
+    weight[2, 3] = least
+    x = correlated_inputs(64)
+    gram = x.T @ x / len(x)
+    found = gptq(weight, gram, INT4)
+    for rounded in (found, refine(weight, gram, found)):
+        values = rounded.dequantized()
+        assert values.isfinite().all()
+        assert (values[1].abs() <= 1e-6).all()
+        assert (values - weight).abs().max() < 0.5
+        lost = (values - weight)[2]
+        assert lost @ gram @ lost < 0.02 * (weight[2] @ gram @ weight[2])
+
+
 @pytest.mark.parametrize("columns", [64, 72])
 def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
     """Against the definition, column by column in double precision with H^-1 itself (Frantar et al., eq. 3)."""

@@ -207,7 +207,7 @@ def test_prune_says_what_each_axis_gives(
         (["--target-parameters", "0.1M", "--no-imatrix"], "--no-imatrix: the size of no file is asked for"),
         (
             ["--target-size", "0.4MB", "--kv-groups", "0.9", *SMALL],
-            "kv_groups: too many (got 7); allowed: at most 4",
+            "kv_groups: each of the 4 blocks that attend keeps one of its groups, 8 in all (got 0.9)",
         ),
         (["--target-axes", "vocabulary"], "target_axes without a target; give one of target_size"),
         (

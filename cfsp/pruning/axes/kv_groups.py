@@ -82,21 +82,35 @@ def plan_kv_groups(
     Raises:
         InputError: A ratio that removes no group, or more than can go.
     """
-    counts = _counts(model)
-    held = {index: n for index, n in enumerate(counts) if n and index not in gone | silent}
-    total, parts = sum(held.values()), model_shape(model).most_kv_groups
-    most, count = total - len(held), round(ratio * total)
+    parts = model_shape(model).most_kv_groups
+    held = [n for index, n in enumerate(_counts(model)) if n and index not in gone | silent]
+    count = groups_of_share(held, ratio)
+    candidates = [part for part in removable_groups(model) if part // parts not in gone | silent]
+    probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
+    removal = probe.choose(candidates, count, progress=progress, what="key-value groups")
+    return kept_groups(model, removal, gone | silent)
+
+
+def groups_of_share(counts: Sequence[int], ratio: float) -> int:
+    """How many groups a share is.
+
+    Args:
+        counts: Groups of every block that keeps its attention.
+        ratio: Share of them to remove.
+
+    Raises:
+        InputError: It is none, or more than can go.
+    """
+    total = sum(counts)
+    most, count = total - len(counts), round(ratio * total)
     if not 0 < count <= most:
         raise InputError(
-            f"each of the {len(held)} blocks that attend keeps one of its groups, {total} in all",
+            f"each of the {len(counts)} blocks that attend keeps one of its groups, {total} in all",
             field="kv_groups",
             value=ratio,
             allowed=f"{1 / total:.4g} to {most / total:.4g}" if most else "0",
         )
-    candidates = [part for part in removable_groups(model) if part // parts in held]
-    probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
-    removal = probe.choose(candidates, count, progress=progress, what="key-value groups")
-    return kept_groups(model, removal, gone | silent)
+    return count
 
 
 def kept_groups(model: Any, removal: Removal, gone: Collection[int] = frozenset()) -> GroupRemoval:
