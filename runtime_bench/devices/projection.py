@@ -33,8 +33,8 @@ BATCH_TOKENS = 512
 _ARM_REPACKED = dict.fromkeys(("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"), 1.0)
 REPACKED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
-        # 32 numbers of Q8_0 get their sum, four bytes, beside them.
-        "amx_int8": dict.fromkeys(("Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), 1.0)
+        # 32 numbers of Q8_0 get their sum, four bytes, beside them; F16 is copied as it is.
+        "amx_int8": dict.fromkeys(("F16", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"), 1.0)
         | {"Q8_0": 38 / 34},
         "i8mm": _ARM_REPACKED,
         "dotprod": _ARM_REPACKED,
@@ -43,6 +43,10 @@ REPACKED: Mapping[str, Mapping[str, float]] = MappingProxyType(
 )
 """What llama.cpp rearranges for a processor into memory beside the file's pages: a feature, the first that it has, to
 types and how much larger they get. From ggml-cpu's repack.cpp and amx/common.h as llama-cpp-python 0.3.36 has them."""
+
+_READ_ALL_THE_SAME = frozenset({"F16"})
+"""Types whose pages of the file are read although there is a copy: under a limit that holds one of the two, files of
+float16 are read again and again on a processor with AMX."""
 
 SIMD_PIPES: Mapping[str, int] = MappingProxyType(
     {
@@ -151,7 +155,11 @@ def project_memory(
     """
     growth: Mapping[str, float] = next((types for name, types in REPACKED.items() if name in features), {})
     repacked = sum(size * growth.get(kind, 0.0) for kind, size in facts.bytes_by_type.items())
-    replaced = sum(size for kind, size in facts.bytes_by_type.items() if kind in growth)
+    replaced = sum(
+        size
+        for kind, size in facts.bytes_by_type.items()
+        if kind in growth and kind not in _READ_ALL_THE_SAME
+    )
     # The largest that live together: the FFN's two halves and its output, the residual stream and its norm; float32.
     widest = 2 * facts.ffn_width + 3 * facts.hidden_size
     return Memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,13 @@ def test_repacked_weights_take_the_place_of_the_files(smollm2_gguf: Path) -> Non
     # Q8_0 grows when it is repacked, Q4_1 does not.
     assert amx.replaced == facts.bytes_by_type["Q4_1"] + facts.bytes_by_type["Q8_0"]
     assert amx.needed == plain.needed - amx.replaced + amx.repacked > plain.needed
+
+
+def test_float16_is_copied_for_amx_and_read_from_the_file_too(smollm2_gguf: Path) -> None:
+    facts = replace(gguf_facts(smollm2_gguf), bytes_by_type={"F16": 1000, "F32": 10})
+    plain, amx = (project_memory(facts, 512, features) for features in ([], ["amx_int8"]))
+    assert (amx.repacked, amx.replaced) == (1000, 0)
+    assert amx.needed == plain.needed + 1000
 
 
 @pytest.mark.parametrize(
