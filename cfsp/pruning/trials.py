@@ -146,10 +146,11 @@ class Trials:
             InputError: More than can go.
         """
         model, row = self.loaded.model, PARTS[axis]
-        candidates, parts = row.candidates(model), row.parts(model_shape(model))
+        shape = model_shape(model)
+        candidates, parts = row.candidates(model), row.parts(shape)
         # Of several parts a block keeps one.
         possible = len(candidates) - (len({part // parts for part in candidates}) if parts > 1 else 0)
-        most = fixed or min(possible, int(parts * len(decoder_layers(model)) * _MOST_REMOVED))
+        most = fixed or min(possible, int(row.units(shape) * _MOST_REMOVED))
         if most > possible:
             raise InputError("too many", field=axis, value=most, allowed=f"at most {possible}")
         found: list[Removal] = []

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from exporters.onnx.block_quantize import RIDGE, Rounded, joined
-from exporters.onnx.variants import BlockFormat
 
 _ROUNDS = 4
 """On SmolLM2-135M, one takes a tenth of GPTQ's loss away, four an eighth, and more hardly anything."""
@@ -28,8 +27,7 @@ def refine(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> Rounde
         gram: H = X^T X / T of its inputs, (columns, columns).
         rounded: Q to start from, as `gptq` gives it.
     """
-    form, columns = rounded.form, rounded.columns
-    padding = rounded.q.shape[1] * form.block_size - columns
+    padding = rounded.q.shape[1] * rounded.form.block_size - rounded.columns
     h = gram.float().clone()
     h.diagonal().add_((RIDGE * h.diagonal().mean()).clamp_min(_TINY))
     h = torch.nn.functional.pad(h, (0, padding, 0, padding))
@@ -37,11 +35,11 @@ def refine(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> Rounde
     for start in range(0, len(weight), n_rows):
         part = rounded.rows(slice(start, start + n_rows))
         wanted = torch.nn.functional.pad(weight[start : start + n_rows].float(), (0, padding))
-        state = _Columns(h, columns, form, wanted.T.contiguous(), part)
+        state = _Columns(h, wanted.T.contiguous(), part)
         for _ in range(_ROUNDS):
             state.solve_scales()
             state.choose_numbers()
-        parts.append(state.rounded(part))
+        parts.append(state.rounded())
     return joined(parts)
 
 
@@ -54,18 +52,16 @@ class _Columns:
         scales: (blocks, rows), exact in float16.
     """
 
-    def __init__(
-        self, h: torch.Tensor, columns: int, form: BlockFormat, weight: torch.Tensor, start: Rounded
-    ) -> None:
-        self._h, self._columns, self._form = h, columns, form
+    def __init__(self, h: torch.Tensor, weight: torch.Tensor, start: Rounded) -> None:
+        self._h, self._start, self._form = h, start, start.form
         self.weight = weight
-        self.numbers = start.q.flatten(1).T.float() - form.half
+        self.numbers = start.q.flatten(1).T.float() - start.form.half
         self.scales = start.scales.float().T.contiguous()
 
-    def rounded(self, start: Rounded) -> Rounded:
+    def rounded(self) -> Rounded:
         """As it is stored."""
         q = (self.numbers + self._form.half).to(torch.uint8).T
-        return replace(start, q=q.reshape(start.q.shape), scales=self.scales.T.half())
+        return replace(self._start, q=q.reshape(self._start.q.shape), scales=self.scales.T.half())
 
     def solve_scales(self) -> None:
         """Scales s of least squares: A s = r with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H w)_b, for every row.
@@ -90,8 +86,8 @@ class _Columns:
         """Column j, beside the others as they are by then: the nearest to Q_j + E H_j / H_jj, E = W - Q being lost."""
         half, size, h = self._form.half, self._form.block_size, self._h
         lost, diagonal = self._lost(), h.diagonal().tolist()
-        for start in range(0, self._columns, _COLUMNS):
-            stop = min(start + _COLUMNS, self._columns)
+        for start in range(0, self._start.columns, _COLUMNS):
+            stop = min(start + _COLUMNS, self._start.columns)
             slopes = h[start:stop] @ lost
             for j in range(start, stop):
                 scale, before = self.scales[j // size], self.numbers[j]

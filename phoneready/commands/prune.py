@@ -65,9 +65,7 @@ def prune(
     from cfsp.text.calibration import load_calibration
     from phoneready.release.pruning_budget import budget_of
 
-    settings = _with_target(context, settings)
-    if not (quantizer.imatrix or settings.reads_files):
-        raise InputError("the size of no file is asked for", field="--no-imatrix")
+    settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)
     references = settings.calibration
@@ -177,11 +175,13 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> P
     return wanted
 
 
-def _with_target(context: typer.Context, settings: PruneConfig) -> PruneConfig:
+def _with_target(context: typer.Context, settings: PruneConfig, quantizer: QuantizerSettings) -> PruneConfig:
     given = [name for name in AXIS_SETTINGS.values() if was_given(context, name)]
     settings = settings.aimed(given)
     if problem := settings.target_problem:
         raise InputError(problem)
+    if not (quantizer.imatrix or settings.reads_files):
+        raise InputError("the size of no file is asked for", field="--no-imatrix")
     settings.sized_formats(())
     return settings
 

@@ -22,7 +22,6 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
-from exporters.families import required_multiple
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.dominance import DOMINATED, choose, standing, telling_sizes
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
@@ -32,7 +31,15 @@ from phoneready.evaluation.side_by_side import JudgedText, measure_file
 from phoneready.figures.figure_set import DENSE
 from phoneready.frontier.folder import RESULT_FILE, STATE, STUDY_FILE, TABLE_FILE, check_folder, claim, join
 from phoneready.frontier.measure import measure_speed
-from phoneready.frontier.points import Batch, batches_of, bits_of, point_label, point_name, role_of
+from phoneready.frontier.points import (
+    Batch,
+    batches_of,
+    bits_of,
+    make_point,
+    point_label,
+    point_name,
+    role_of,
+)
 from phoneready.frontier.record import Frontier, FrontierPoint, choose_by_speed
 from phoneready.frontier.search import Search
 from phoneready.frontier.settings import BASE_QUANT, FrontierSettings
@@ -40,7 +47,7 @@ from phoneready.frontier.tables import format_frontier, megabytes
 from phoneready.release.dependencies import made_with
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.tune.run import study_key
-from phoneready.tune.space import Point, Recipe
+from phoneready.tune.space import Point
 from phoneready.tune.study import drop_torn_line
 from phoneready.tune.trial_runner import TrialRunner
 from runtime_bench.workload import BenchSettings
@@ -284,9 +291,9 @@ class _Run:
         """The dense file that speeds are relative to, kept beside the plans."""
         path = self.runner.folder / f"dense-{BASE_QUANT}.gguf"
         if not path.is_file():
-            align = required_multiple((BASE_QUANT,))
-            recipe = Recipe(BASE_QUANT, self.runner.config.prune.allocation, align, recover=False)
-            made = self.runner.export(Point(recipe, 0.0), DENSE).path
+            allocation = self.runner.config.prune.allocation
+            point = make_point(self.settings, allocation, BASE_QUANT, ratio=0.0, vocabulary=0, recover=False)
+            made = self.runner.export(point, DENSE).path
             fsync_file(made)
             made.replace(path)
         return path

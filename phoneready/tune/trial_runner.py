@@ -118,11 +118,9 @@ class TrialRunner:
         if not recipe.is_sized:
             return None
         if (point, role) not in self._bytes:
-            if role == DENSE:
-                size = self.sizes().file_bytes(recipe.item, self.dense_shape, dense=True)
-            else:
-                size = self.sizes(recipe.vocabulary).file_bytes(recipe.item, self.plan(point).shape)
-            self._bytes[point, role] = size
+            dense = role == DENSE
+            side, shape = (0, self.dense_shape) if dense else (recipe.vocabulary, self.plan(point).shape)
+            self._bytes[point, role] = self.sizes(side).file_bytes(recipe.item, shape, dense=dense)
         return self._bytes[point, role]
 
     def sizes(self, vocabulary: int = 0) -> Sizes:

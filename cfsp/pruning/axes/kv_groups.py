@@ -116,11 +116,10 @@ def groups_of_share(counts: Sequence[int], ratio: float) -> int:
 def kept_groups(model: Any, removal: Removal, gone: Collection[int] = frozenset()) -> GroupRemoval:
     """What a removal of groups, numbered as a `Probe` does, leaves of the blocks that attend and do not go."""
     counts, parts = _counts(model), model_shape(model).most_kv_groups
-    held = {index: n for index, n in enumerate(counts) if index not in gone}
     return GroupRemoval(
         kept=tuple(
-            tuple(g for g in range(held.get(index, 0)) if parts * index + g not in removal.removed)
-            for index in range(len(counts))
+            tuple(g for g in range(n) if index not in gone and parts * index + g not in removal.removed)
+            for index, n in enumerate(counts)
         ),
         losses=tuple(removal.losses[parts * index : parts * index + n] for index, n in enumerate(counts)),
         loss=removal.loss,
