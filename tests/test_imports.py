@@ -29,7 +29,7 @@ ROOMS = {
         {"options"},
         {"family"},
         {"checkpoint_reader", "parity"},
-        {"job"},
+        {"job", "rounding"},
         {"gguf", "onnx"},
         {"families"},
         {"settings"},

@@ -16,13 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.pruning.reconstruction import damped_cholesky
 from exporters.onnx.variants import BlockFormat
+from exporters.rounding.gptq import gptq_codes
+from exporters.rounding.refine import refine_codes
 
-RIDGE = 0.1
-"""Relative to the mean of a Gram matrix's diagonal. On SmolLM2-135M, 0.05 to 0.1 lose less than 0.01 and 0.2."""
-_LAZY_COLUMNS = 64
-"""What so many columns lost is taken from all that come after them in one product."""
 _ROWS = 128
 """Rows whose scales are looked for at once: they stay in the cache."""
 # 1 is among them: a block that lies on a grid already is kept.
@@ -54,6 +51,16 @@ class Rounded:
         q = self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
         return np.ascontiguousarray(q.numpy())
 
+    def codes(self) -> torch.Tensor:
+        """Those of the grid, (columns, rows) float32."""
+        return self.q.flatten(1)[:, : self.columns].T.float() - self.form.half
+
+    def with_codes(self, codes: torch.Tensor) -> Rounded:
+        """It with others, (columns, rows)."""
+        q = self.q.flatten(1).clone()
+        q[:, : self.columns] = (codes + self.form.half).to(torch.uint8).T
+        return replace(self, q=q.view_as(self.q))
+
     def rows(self, rows: slice) -> Rounded:
         """Some of its rows."""
         return replace(self, q=self.q[rows], scales=self.scales[rows])
@@ -81,12 +88,7 @@ def round_to_nearest(
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:
-    """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
-
-    Columns are rounded one by one, those with the largest inputs first, as the last ones have nobody to make up for
-    them; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as e_j U_j, where U is the upper
-    Cholesky factor of (H + RIDGE mean(diag H) I)^-1. Blocks keep the scales that suit the weights as they were, since
-    a block's columns do not follow each other.
+    """By `gptq_codes`, with the scales that suit the weights as they are.
 
     Args:
         weight: W, (rows, columns) float32.
@@ -96,40 +98,14 @@ def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded
     Raises:
         InputError: H is not finite or cannot be inverted.
     """
-    columns, half = weight.shape[1], form.half
     nearest = round_to_nearest(weight, form, gram.diagonal())
-    order = gram.diagonal().argsort(descending=True)
-    upper = _upper_factor_of_inverse(gram.double()[order][:, order]).float()
-    # A column after the other: what belongs to one lies side by side.
-    left = weight.float()[:, order].T.contiguous()
-    scales = nearest.scales.float().T[order // form.block_size].contiguous()
-    numbers, diagonal = torch.empty_like(left), upper.diagonal().tolist()
-    for start in range(0, columns, _LAZY_COLUMNS):
-        stop = min(start + _LAZY_COLUMNS, columns)
-        errors = torch.empty_like(left[start:stop])
-        for j in range(start, stop):
-            torch.div(left[j], scales[j], out=numbers[j]).round_().clamp_(-half, half - 1)
-            lost = torch.addcmul(left[j], numbers[j], scales[j], value=-1, out=errors[j - start])
-            lost.div_(diagonal[j])
-            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], lost, alpha=-1)
-        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    q = nearest.q.flatten(1).T.contiguous()
-    q[order] = numbers.add_(half).to(torch.uint8)
-    return replace(nearest, q=q.T.reshape(nearest.q.shape))
+    return nearest.with_codes(gptq_codes(weight, nearest.scales.float(), form.grid, gram))
 
 
-def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular, with U^T U = (H + RIDGE mean(diag H) I)^-1.
-
-    H from its last row to its first is L L^T; U is L^-1 turned back.
-
-    Raises:
-        InputError: H is not finite or cannot be inverted.
-    """
-    factor = damped_cholesky(gram.flip(0, 1), RIDGE)
-    identity = torch.eye(len(gram), dtype=gram.dtype)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return inverse.flip(0, 1)
+def refine(weight: torch.Tensor, gram: torch.Tensor, rounded: Rounded) -> Rounded:
+    """By `refine_codes`; arguments as for `gptq`, whose result it brings closer."""
+    codes, scales = refine_codes(weight, rounded.codes(), rounded.scales.float(), rounded.form.grid, gram)
+    return replace(rounded, scales=scales.half()).with_codes(codes)
 
 
 def values_of(q: torch.Tensor, scales: torch.Tensor, form: BlockFormat) -> torch.Tensor:

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears
 from exporters.onnx import BlockFormat
-from exporters.onnx.block_quantize import RIDGE, Rounded, gptq, joined, round_to_nearest
+from exporters.onnx.block_quantize import Rounded, gptq, joined, refine, round_to_nearest
 from exporters.onnx.decoder_graph import OPSET
 from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
 from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.layers import NBitsEmbedding, StackedEmbedding
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.refine import refine
 from exporters.onnx.variants import HEAD, INT4, INT8, formats_without_text
 from exporters.onnx.weights import HEAD_PARTS, weight_of
+from exporters.rounding.gptq import RIDGE
 
 
 def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:

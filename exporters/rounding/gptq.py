@@ -1,0 +1,88 @@
+"""GPTQ: a matrix on the grids of its blocks, column after column."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from cfsp.pruning.reconstruction import damped_cholesky
+from exporters.rounding.grid import Grid
+
+RIDGE = 0.1
+"""Relative to the mean of a Gram matrix's diagonal. On SmolLM2-135M, 0.05 to 0.1 lose less than 0.01 and 0.2."""
+_LAZY_COLUMNS = 64
+"""What so many columns lost is taken from all that come after them in one product."""
+
+
+def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: torch.Tensor) -> torch.Tensor:
+    """GPTQ (Frantar et al., arXiv 2210.17323): each column's error is made up for by the columns after it.
+
+    Columns are rounded one by one, those with the largest inputs first, as the last ones have nobody to make up for
+    them; what column j loses, e_j = (w_j - q_j) / U_jj, is taken from the later ones as e_j U_j, where U is the upper
+    Cholesky factor of (H + RIDGE mean(diag H) I)^-1. Blocks keep their scales, since a block's columns do not follow
+    each other.
+
+    Args:
+        weight: W, (rows, columns) float32, without the offsets of its blocks.
+        scales: Of each block, (rows, blocks) float32, none of them 0; the last block may have columns beyond W.
+        grid: What a block can hold.
+        gram: H = X^T X / T of the layer's inputs, (columns, columns).
+
+    Returns:
+        Codes, (columns, rows) float32.
+
+    Raises:
+        InputError: H is not finite or cannot be inverted.
+    """
+    columns = weight.shape[1]
+    order = gram.diagonal().argsort(descending=True)
+    upper = _upper_factor_of_inverse(gram.double()[order][:, order]).float()
+    # A column after the other: what belongs to one lies side by side.
+    left = weight.float()[:, order].T.contiguous()
+    steps = scales.T[order // grid.block_size].contiguous()
+    codes, diagonal = torch.empty_like(left), upper.diagonal().tolist()
+    for start in range(0, columns, _LAZY_COLUMNS):
+        stop = min(start + _LAZY_COLUMNS, columns)
+        errors = torch.empty_like(left[start:stop])
+        for j in range(start, stop):
+            round_to_codes_(torch.div(left[j], steps[j], out=codes[j]), grid)
+            lost = torch.addcmul(left[j], codes[j], steps[j], value=-1, out=errors[j - start])
+            lost.div_(diagonal[j])
+            left[j + 1 : stop].addr_(upper[j, j + 1 : stop], lost, alpha=-1)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
+    found = torch.empty_like(codes)
+    found[order] = codes
+    return found
+
+
+def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The code nearest to each value, in its place."""
+    uneven = _uneven_codes(grid.codes)
+    if uneven is None:
+        return values.round_().clamp_(grid.codes[0], grid.codes[-1])
+    codes, middles = uneven
+    return values.copy_(codes[torch.bucketize(values, middles)])
+
+
+@functools.cache
+def _uneven_codes(codes: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The codes, and what lies in the middle of every two; None where they are whole numbers without a gap."""
+    found = torch.tensor(codes)
+    if torch.equal(found, torch.arange(len(codes)) + found[0]):
+        return None
+    return found, (found[1:] + found[:-1]) / 2
+
+
+def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
+    """U, upper triangular, with U^T U = (H + RIDGE mean(diag H) I)^-1.
+
+    H from its last row to its first is L L^T; U is L^-1 turned back.
+
+    Raises:
+        InputError: H is not finite or cannot be inverted.
+    """
+    factor = damped_cholesky(gram.flip(0, 1), RIDGE)
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return inverse.flip(0, 1)
