@@ -6,7 +6,7 @@ what `phoneready bench --on browser` reports is wall time.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import psutil
@@ -50,7 +50,11 @@ def measure(name: str) -> tuple[float, float]:
 
 def main() -> None:
     """A line a file."""
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a GGUF file or an ONNX folder")
+    for name in parser.parse_args().files:
         milliseconds, mib = measure(name)
         print(f"{name}: {milliseconds:.0f} ms of processor time a token, peak {mib:.0f} MiB", flush=True)
 

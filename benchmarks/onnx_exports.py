@@ -53,7 +53,7 @@ from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.settings import ExportSettings
 from phoneready.console import format_bytes, prepare_torch
-from phoneready.exporting import export_checkpoint
+from phoneready.exporting import export_model
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
 from runtime_bench.records.bench_record import BenchRecord
@@ -92,7 +92,7 @@ def export_one(
         onnx=() if name == Q4_0 else (name,),
         calibration=calibration if quantized else (),
     )
-    return export_checkpoint(checkpoint, output, request)
+    return export_model(str(checkpoint), output, request)
 
 
 def file_row(record: ExportRecord, seconds: float, q4_0_bytes: int) -> dict[str, str]:

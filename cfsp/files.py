@@ -206,6 +206,18 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside a claimed `path` for as long as the block runs; what a killed run left there goes."""
+    name = f"{path.name}.scratch"
+    remove_stale_temporaries(path.parent, name)
+    with (
+        no_space_as_input_error(path),
+        tempfile.TemporaryDirectory(prefix=f".{name}{_MARK}", dir=path.parent) as scratch,
+    ):
+        yield Path(scratch)
+
+
 def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:
     """A folder of the cache: the one that is there, or made now and given its name by one rename.
 

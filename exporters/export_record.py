@@ -49,6 +49,11 @@ class ExportFormat:
         return True
 
     @property
+    def needs_text(self) -> bool:
+        """Whether it is worth sampling text for, where none is given."""
+        return False
+
+    @property
     def reads(self) -> frozenset[str]:
         """Fields of ExportOptions that matter to it and not to every format."""
         return frozenset()
@@ -139,6 +144,7 @@ class ExportRecord:
         ort_file: The same as an .ort file, where it was asked for.
         calibration_sha256: Hash of the token ids that it was rounded for, or its types chosen by; None without.
         calibration_tokens: Their number.
+        gptq_tensors: Matrices of a GGUF file whose numbers were chosen for it by GPTQ.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
         chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
@@ -173,6 +179,7 @@ class ExportRecord:
     ort_file: str | None = None
     calibration_sha256: str | None = None
     calibration_tokens: int = 0
+    gptq_tensors: int = 0
     budget_bytes: int | None = None
     eight_bit_layers: tuple[str, ...] = ()
     chosen_types: dict[str, str] = field(default_factory=dict)

@@ -22,6 +22,7 @@ class ExportOptions:
         use_imatrix: Quantize with the checkpoint's input moments, where a format wants them and there are some.
         calibration: Token ids (nsamples, seqlen) that weights of few bits are rounded for, nearest numbers without; or
             that types are chosen by.
+        gptq: Round the matrices of GGUF files for that text; else llama.cpp's quantizer alone rounds them.
         mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what GGUF's Q4_0 takes.
         must_fit: Refuse a GGUF file for a size that is too small; where not, the smallest is made.
         opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
@@ -36,6 +37,7 @@ class ExportOptions:
     name: str | None = None
     use_imatrix: bool = True
     calibration: torch.Tensor | None = None
+    gptq: bool = True
     mixed_bytes: int | None = None
     must_fit: bool = True
     opset: int | None = None

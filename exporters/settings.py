@@ -57,6 +57,18 @@ class ExportFormats(Settings):
 
 
 @dataclass(frozen=True)
+class RoundingSettings(Settings):
+    """Whether GGUF files are rounded for a text."""
+
+    gptq: bool = setting(
+        True,
+        "Round the matrices of GGUF files of up to 6 bits for the calibration text, by GPTQ.",
+        option="--no-gptq",
+        off="Round GGUF files by llama.cpp's quantizer alone.",
+    )
+
+
+@dataclass(frozen=True)
 class QuantizerSettings(Settings):
     """How GGUF files are rounded, whatever they are rounded to."""
 
@@ -69,15 +81,15 @@ class QuantizerSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ExportSettings(QuantizerSettings, ExportFormats):
+class ExportSettings(RoundingSettings, QuantizerSettings, ExportFormats):
     """One export of a checkpoint."""
 
     name: str | None = setting(None, "Stem of GGUF files, name of graphs.", shown="the model's name")
     calibration: tuple[str, ...] = setting(
         (),
-        f"Text that 4-bit ONNX variants are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
+        f"Text that files of few bits are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
         metavar="REF",
-        shown="self",
+        shown="self for 4-bit ONNX variants and mixtures, else none",
     )
     nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20)
     seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20)

@@ -1,16 +1,17 @@
-"""A checkpoint in all the formats that are asked for, in one folder that appears when all of them are proven."""
+"""A model in all the formats that are asked for, in one folder that appears when all of them are proven."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, refuse_existing
-from cfsp.models.checkpoint import PLAN_FILE
+from cfsp.files import atomic_directory, refuse_existing, scratch_directory
+from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
@@ -27,7 +28,7 @@ from exporters.settings import ExportSettings
 
 NO_TEXT = "none"
 _REFUSALS: Mapping[str, tuple[str, str, str]] = {
-    "calibration": ("calibration text is for 4-bit ONNX variants and mixtures alone", "calibration", ""),
+    "calibration": ("calibration text is for files of few bits alone", "calibration", ""),
     "opset": ("only ONNX variants have an opset", "opset", "--onnx VARIANT,..."),
     "ort": ("only ONNX variants can be .ort files", "ort", "--onnx VARIANT,..."),
     "mixed_bytes": ("a size is for mixtures of bits alone", "mixed-size", "--onnx int4-mixed"),
@@ -35,8 +36,8 @@ _REFUSALS: Mapping[str, tuple[str, str, str]] = {
 """Setting -> (what to say where nothing that is made reads it, its option, what would read it)."""
 
 
-def export_checkpoint(
-    checkpoint: Path,
+def export_model(
+    reference: str,
     output: Path,
     request: ExportSettings,
     *,
@@ -46,11 +47,19 @@ def export_checkpoint(
 ) -> tuple[ExportRecord, ...]:
     """Export; of several families each has a folder of its own in `output`, and one alone is `output` itself.
 
+    Args:
+        reference: A checkpoint folder, pruned or dense, or whatever else `load_model` takes.
+        output: Folder to create.
+        request: What to export.
+        n_threads: Threads of quantizers and of the parity run; torch's number by default.
+        force: Replace an existing output folder.
+        progress: Told about every step.
+
     Raises:
-        InputError: As the families' exports, or calibration text that cannot be read.
+        InputError: As the families' exports, or a model or calibration text that cannot be read.
         LimitError: Something is too far from the checkpoint. Nothing is left.
     """
-    refuse_existing(output, force=force, inputs=[checkpoint, *map(Path, request.calibration)])
+    refuse_existing(output, force=force, inputs=[Path(reference), *map(Path, request.calibration)])
     formats = request.formats
     if not formats:
         raise InputError("no format asked for", field="formats", allowed=", ".join(FAMILIES))
@@ -58,11 +67,44 @@ def export_checkpoint(
     for family in formats:
         FAMILIES[family].require()
     _check(rows, request)
-    guided = NO_TEXT not in request.calibration and any("calibration" in row.reads for row in rows)
+    if not Path(reference).is_dir():
+        request = replace(request, dense=request.dense or reference)
+    with _checkpoint(reference, output, request.seed, progress) as checkpoint:
+        return _export(checkpoint, output, request, rows, n_threads=n_threads, force=force, progress=progress)
+
+
+@contextmanager
+def _checkpoint(reference: str, output: Path, seed: int, progress: Progress) -> Iterator[Path]:
+    """The folder that is exported; of a model that is none a dense one, beside the output and only for as long."""
+    if Path(reference).is_dir():
+        yield Path(reference)
+        return
+    loaded = load_model(reference, progress=progress)
+    with scratch_directory(output) as scratch:
+        save_checkpoint(loaded, scratch / "model", seed=seed)
+        del loaded
+        yield scratch / "model"
+
+
+def _export(
+    checkpoint: Path,
+    output: Path,
+    request: ExportSettings,
+    rows: Sequence[ExportFormat],
+    *,
+    n_threads: int | None,
+    force: bool,
+    progress: Progress,
+) -> tuple[ExportRecord, ...]:
+    formats = request.formats
+    guided = NO_TEXT not in request.calibration and any(
+        "calibration" in row.reads and (request.calibration or row.needs_text) for row in rows
+    )
     options = ExportOptions(
         name=request.name,
         use_imatrix=request.imatrix,
         calibration=_calibration(checkpoint, request, progress) if guided else None,
+        gptq=request.gptq,
         mixed_bytes=request.mixed_bytes,
         opset=request.opset,
         ort=request.ort,

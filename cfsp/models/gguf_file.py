@@ -87,12 +87,14 @@ class GGUFTensor:
         shape: Outermost dimension first, as torch has it.
         kind: The gguf package's quantization type.
         data: (n_bytes,) uint8 view of the file.
+        offset: Where that begins in the file.
     """
 
     name: str
     shape: tuple[int, ...]
     kind: Any
     data: np.ndarray[Any, np.dtype[np.uint8]]
+    offset: int
 
     def dequantize(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The values, (shape) float32, in memory of their own."""
@@ -244,4 +246,5 @@ def _tensor(
         raise ValueError(f"tensor {name} of shape {shape} is not made of whole {kind.name} blocks")
     cursor.at = start + offset
     count = math.prod(shape) // block * block_bytes
-    return GGUFTensor(name, shape, kind, np.frombuffer(cursor.content, np.uint8, count, cursor.take(count)))
+    place = cursor.take(count)
+    return GGUFTensor(name, shape, kind, np.frombuffer(cursor.content, np.uint8, count, place), place)

@@ -147,11 +147,27 @@ class TensorSpec:
         padded[tuple(slice(n) for n in values.shape)] = values
         return padded
 
+    def split(self, values: FloatArray) -> dict[str, FloatArray]:
+        """What `build` would have to read to make a matrix: name of a source -> its values."""
+        if self.interleave_heads:
+            values = join_halves(values, self.interleave_heads)
+        ends = np.cumsum([shape[0] for _, shape in self.sources])
+        return {
+            name: values[end - rows : end, :columns]
+            for end, (name, (rows, columns)) in zip(ends, self.sources, strict=True)
+        }
+
 
 def interleave_halves(values: FloatArray, heads: int) -> FloatArray:
     """Rows of q or k, (heads * head_dim, ...): row i of a head's first half comes before row i of its second half."""
     halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
     return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def join_halves(values: FloatArray, heads: int) -> FloatArray:
+    """What `interleave_halves` was given."""
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def read_layout(checkpoint: Path) -> ChosenLayout:

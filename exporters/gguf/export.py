@@ -61,7 +61,7 @@ def export_gguf(
     check_input(checkpoint, output, force=settings.force)
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
-    imatrix = read_imatrix(checkpoint, rows, use=settings.use_imatrix)
+    imatrix = read_imatrix(checkpoint, rows, settings.calibration, use=settings.use_imatrix)
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings) as job:
         strings, records = 0, {}
         for file in write_files(
@@ -125,16 +125,21 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
 
 
 def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
-    """What the record says of types that were chosen for a size."""
+    """What the record says of types that were chosen for a size, and of numbers that were for a text."""
     ids = job.settings.calibration
-    if file.mixture is None or ids is None:
+    if ids is None or not (file.mixture or file.gptq_tensors):
         return {}
-    return {
+    text = {
+        "calibration_sha256": tokens_sha256(ids),
+        "calibration_tokens": ids.numel(),
+        "gptq_tensors": file.gptq_tensors,
+    }
+    if file.mixture is None:
+        return text
+    return text | {
         "budget_bytes": file.quant.budget_bytes,
         "chosen_types": file.mixture.types,
         "predicted_loss": file.mixture.loss,
-        "calibration_sha256": tokens_sha256(ids),
-        "calibration_tokens": ids.numel(),
     }
 
 

@@ -13,6 +13,7 @@ from exporters.gguf.imatrix import Imatrix, read_imatrix
 from exporters.gguf.llama_library import quantize
 from exporters.gguf.mixed import Mixture, TypeCosts, measure_types
 from exporters.gguf.quants import QUANTS, Quant, find_quant
+from exporters.gguf.rounding import round_for_text
 from exporters.gguf.writer import write_gguf
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.provenance import Provenance, read_provenance
@@ -29,12 +30,14 @@ class WrittenFile:
         quant: What it is.
         imatrix_tensors: Tensors that were quantized with the importance matrix.
         mixture: Where types were chosen for a size.
+        gptq_tensors: Matrices whose numbers were chosen for a text.
     """
 
     path: Path
     quant: Quant
     imatrix_tensors: int
     mixture: Mixture | None = None
+    gptq_tensors: int = 0
 
 
 def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -86,7 +89,14 @@ def write_files(
         if quant.budget_bytes is not None and settings.calibration is not None:
             if costs is None:
                 guide = imatrix if settings.use_imatrix else None
-                costs = measure_types(checkpoint, paths[BASE], settings.calibration, guide, progress=progress)
+                costs = measure_types(
+                    checkpoint,
+                    paths[BASE],
+                    settings.calibration,
+                    guide,
+                    gptq=settings.gptq,
+                    progress=progress,
+                )
             used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
         if quant.base_type in ("F32", "F16"):
             write_gguf(checkpoint, path, tokenizer, provenance, quant=quant.name, progress=progress)
@@ -95,7 +105,10 @@ def write_files(
             types = mixture.types if mixture else None
             quantize(paths[BASE], path, quant.ftype, n_threads=n_threads, imatrix=used, types=types)
             progress(f"quantizing {quant.name}", 1, 1)
-        yield WrittenFile(path, quant, len(used), mixture)
+        chosen = 0
+        if settings.gptq and "gptq" in quant.reads and settings.calibration is not None:
+            chosen = round_for_text(checkpoint, paths[BASE], path, settings.calibration, progress=progress)
+        yield WrittenFile(path, quant, len(used), mixture, chosen)
     if BASE not in quants:
         paths[BASE].unlink()
 
@@ -128,7 +141,7 @@ def draft_gguf(
         rows,
         load_tokenizer(checkpoint.resolve()),  # a bare name could be a built-in alias
         read_provenance(checkpoint, settings.name),
-        imatrix=read_imatrix(checkpoint, rows, use=settings.use_imatrix),
+        imatrix=read_imatrix(checkpoint, rows, settings.calibration, use=settings.use_imatrix),
         n_threads=settings.n_threads or 1,
         settings=settings,
     )

@@ -13,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments
+from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
+from cfsp.pruning.statistics import collect_input_moments
 from exporters.gguf.architecture import linear_inputs, read_layout
 from exporters.gguf.quants import Quant
 
@@ -21,22 +22,27 @@ Imatrix = Mapping[str, npt.NDArray[np.float32]]
 """Tensor name -> mean squared input per channel, (in_features in the file,)."""
 
 
-def read_imatrix(checkpoint: Path, quants: Sequence[Quant], *, use: bool = True) -> Imatrix:
-    """A checkpoint's input moments by the file's tensor names; empty where it has none, or no quantization uses them.
+def read_imatrix(
+    checkpoint: Path, quants: Sequence[Quant], input_ids: torch.Tensor | None = None, *, use: bool = True
+) -> Imatrix:
+    """A checkpoint's input moments by the file's tensor names, or else those of a text; empty where none are used.
 
     Padded channels get moment 0: their weights are zero.
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
         quants: What is written.
+        input_ids: Text to take them from where the checkpoint has none, (nsamples, seqlen).
         use: Whether those that can do without use it, too.
 
     Raises:
         InputError: A moment has another length than its layer has inputs, or is negative or not finite; or there is
             none, and a quantization cannot do without.
     """
-    used = use and any(quant.uses_imatrix for quant in quants) and is_pruned_checkpoint(checkpoint)
-    moments = load_input_moments(checkpoint) if used else None
+    used = use and any(quant.uses_imatrix for quant in quants)
+    moments = load_input_moments(checkpoint) if used and is_pruned_checkpoint(checkpoint) else None
+    if used and not moments and input_ids is not None:
+        moments = collect_input_moments(load_pruned(checkpoint, dtype=torch.float32), input_ids)
     if not moments:
         for quant in quants:
             if quant.needs_imatrix:
@@ -44,7 +50,8 @@ def read_imatrix(checkpoint: Path, quants: Sequence[Quant], *, use: bool = True)
                     "cannot be written without an importance matrix",
                     field="quant",
                     value=quant.name,
-                    allowed="a checkpoint with the input moments that prune leaves, without --no-imatrix",
+                    allowed="--calibration text, or a checkpoint with the input moments that prune leaves; "
+                    "and no --no-imatrix",
                 )
         return {}
     chosen = read_layout(checkpoint)

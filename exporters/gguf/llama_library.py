@@ -144,7 +144,12 @@ def quantize(
 
 
 def rounded(values: FloatArray, kind: str, importance: FloatArray | None) -> FloatArray:
-    """What a matrix is after it was stored in a type.
+    """What a matrix is after it was stored in a type; arguments as for `stored`."""
+    return dequantized(stored(values, kind, importance), kind)
+
+
+def stored(values: FloatArray, kind: str, importance: FloatArray | None) -> npt.NDArray[np.uint8]:
+    """A matrix in a type, (rows, bytes of a row).
 
     Args:
         values: (rows, in_features) float32; rows divide into the type's blocks.
@@ -158,12 +163,17 @@ def rounded(values: FloatArray, kind: str, importance: FloatArray | None) -> Flo
     rows, columns = values.shape
     values = np.ascontiguousarray(values, dtype=np.float32)
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
-    stored = np.empty((rows, columns // elements * size), dtype=np.uint8)
+    data = np.empty((rows, columns // elements * size), dtype=np.uint8)
     address = None if weights is None else weights.ctypes.data_as(_FLOATS)
-    _quantize_chunk()(
-        int(found), values.ctypes.data_as(_FLOATS), stored.ctypes.data, 0, rows, columns, address
-    )
-    return np.asarray(gguf.dequantize(stored, found), dtype=np.float32)
+    _quantize_chunk()(int(found), values.ctypes.data_as(_FLOATS), data.ctypes.data, 0, rows, columns, address)
+    return data
+
+
+def dequantized(data: npt.NDArray[np.uint8], kind: str) -> FloatArray:
+    """Values (rows, in_features) float32 of what is stored, (rows, bytes of a row), in a type of ggml's name."""
+    import gguf
+
+    return np.asarray(gguf.dequantize(data, gguf.GGMLQuantizationType[kind]), dtype=np.float32)
 
 
 @functools.cache

@@ -58,10 +58,14 @@ class Quant(ExportFormat):
         return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]][0])
 
     @property
+    def needs_text(self) -> bool:
+        """See ExportFormat."""
+        return not self.is_sized
+
+    @property
     def reads(self) -> frozenset[str]:
         """See ExportFormat."""
-        own = {"use_imatrix": self.uses_imatrix, "calibration": self.budget_bytes is not None}
-        return frozenset(name for name, read in own.items() if read)
+        return frozenset({"use_imatrix", "calibration", "gptq"} if self.uses_imatrix else ())
 
 
 _ROWS = (

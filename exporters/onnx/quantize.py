@@ -26,7 +26,7 @@ from exporters.onnx.layers import (
 )
 from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
 from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, packed_names
-from exporters.rounding.walk import Grams, round_blocks
+from exporters.rounding.walk import Grams, alike, round_blocks
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,10 @@ def _rounded_block(
     linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Grams
 ) -> dict[str, Rounded]:
     """Every Linear of a block; those of one format that read the same are rounded as one matrix."""
-    alike: dict[tuple[BlockFormat, int], list[str]] = {}
-    for name, form in forms.items():
-        alike.setdefault((form, id(grams.get(name, name))), []).append(name)
     found = {}
-    for (form, _), names in alike.items():
+    for names in alike(forms, grams):
         weights = [linears[name].weight.detach() for name in names]
-        whole, start = _rounded(torch.cat(weights), form, grams.get(names[0])), 0
+        whole, start = _rounded(torch.cat(weights), forms[names[0]], grams.get(names[0])), 0
         for name, weight in zip(names, weights, strict=True):
             found[name] = whole.rows(slice(start, start := start + len(weight)))
     return {name: found[name] for name in linears}

@@ -67,6 +67,11 @@ class Variant(ExportFormat):
         return self.form is not None and self.form.bits < INT8.bits
 
     @property
+    def needs_text(self) -> bool:
+        """See ExportFormat."""
+        return self.calibrated
+
+    @property
     def reads(self) -> frozenset[str]:
         """See ExportFormat."""
         own = {"calibration": self.calibrated, "mixed_bytes": self.mixed}

@@ -53,6 +53,14 @@ def round_blocks(
         return _head_gram(model, hidden)
 
 
+def alike(forms: Mapping[str, Any], grams: Grams) -> list[list[str]]:
+    """Names whose matrices can be rounded as one: those of one format that read the same."""
+    found: dict[tuple[Any, int], list[str]] = {}
+    for name, form in forms.items():
+        found.setdefault((form, id(grams.get(name, name))), []).append(name)
+    return list(found.values())
+
+
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
     """Attention's inputs (windows, seqlen, hidden_size), with the first token as large as its part in what comes out.
 

@@ -1,4 +1,4 @@
-"""`phoneready export`: a checkpoint as GGUF files and ONNX folders, each proven against the checkpoint."""
+"""`phoneready export`: a model as GGUF files and ONNX folders, each proven against the checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from cfsp.errors import InputError
 from cfsp.files import claim_output
 from cfsp.records import record_to_json
 from exporters.export_record import ExportManifest, ExportRecord
@@ -20,29 +19,31 @@ from phoneready.console import prepare_torch, show_progress, write_result
 
 def export(
     context: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face folder, pruned or dense.", metavar="DIR")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hugging Face folder, pruned or dense; or a hub id, a GGUF file, smollm2-135m.",
+            metavar="MODEL",
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.", show_default=False)],
     settings: ExportSettings,
     force: ForceOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint as GGUF files or ONNX folders, reopen each in its runtime and hold it against the checkpoint.
+    """Write a model as GGUF files or ONNX folders, reopen each in its runtime and hold it against the model.
 
     With both kinds the output has a folder for each. What is too far from the checkpoint fails the export: nothing
     is left, and the exit status is 1.
     """
     prepare_torch(threads)
-    from phoneready.exporting import export_checkpoint
+    from phoneready.exporting import export_model
 
-    if not checkpoint.is_dir():
-        raise InputError(f"{checkpoint} is not a folder; `phoneready prune MODEL -o DIR` makes one")
     if settings.onnx and not was_given(context, "quants"):
         settings = replace(settings, quants=())
     with claim_output(output), show_progress() as progress:
-        records = export_checkpoint(
-            checkpoint, output, settings, n_threads=threads, force=force, progress=progress
-        )
+        records = export_model(model, output, settings, n_threads=threads, force=force, progress=progress)
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 
 

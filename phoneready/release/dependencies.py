@@ -39,7 +39,12 @@ _EVALUATION = ("cfsp/evaluation", "phoneready/evaluation")
 _LOSSES = tuple(f"cfsp/evaluation/{name}.py" for name in ("language_model", "perplexity", "torch_model"))
 _EXPORTING = (
     *("exporters/checkpoint_reader.py", "exporters/job.py", "exporters/parity.py", "exporters/provenance.py"),
-    *("exporters/options.py", "cfsp/recovery/losses.py", "cfsp/evaluation/divergence.py"),
+    *(
+        "exporters/options.py",
+        "exporters/rounding",
+        "cfsp/recovery/losses.py",
+        "cfsp/evaluation/divergence.py",
+    ),
     *_LOSSES,
 )
 _BENCH = (

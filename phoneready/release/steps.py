@@ -257,6 +257,7 @@ class Steps:
         settings = ExportOptions(
             name=self._stem(role),
             use_imatrix=export.imatrix,
+            gptq=export.gptq,
             calibration=moment_windows(self._calibration_ids("dense" if role == DENSE else "prune")),
             # The dense model is there for comparison; it need not fit what the pruned one must.
             must_fit=role != DENSE,

@@ -15,7 +15,7 @@ from cfsp.settings import SEED, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
 from exporters.families import find_format, required_multiple
-from exporters.settings import ExportFormats, QuantizerSettings
+from exporters.settings import ExportFormats, QuantizerSettings, RoundingSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
@@ -104,7 +104,7 @@ class EvaluateConfig(JudgementSettings):
 
 
 @dataclass(frozen=True)
-class ExportConfig(QuantizerSettings, ExportFormats):
+class ExportConfig(RoundingSettings, QuantizerSettings, ExportFormats):
     """What is made, of the dense model too."""
 
     @property

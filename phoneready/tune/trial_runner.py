@@ -212,6 +212,7 @@ class TrialRunner:
         settings = ExportOptions(
             name=name,
             use_imatrix=config.export.imatrix,
+            gptq=config.export.gptq,
             calibration=moment_windows(self.side(side).calibration.input_ids) if guided else None,
             # As in a release: the dense model need not fit what the pruned one must.
             must_fit=role != DENSE,

@@ -248,7 +248,8 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int3"], "int4-b128"),
         (["--onnx", "int4", "--calibration", "missing.txt"], "missing.txt"),
         (["--onnx", "int4", "--calibration", "none", "--calibration", "self"], "stands alone"),
-        (["--onnx", "int8", "--calibration", "self"], "4-bit"),
+        (["--onnx", "int8", "--calibration", "self"], "few bits"),
+        (["--gguf", "Q8_0", "--calibration", "self"], "few bits"),
         (["--gguf", "Q4_0", "--onnx", "int2"], "int2"),
         (["--onnx", "int4-mixed", "--calibration", "none"], "wants text"),
         (["--onnx", "int4-mixed", "--mixed-size", "large"], "--mixed-size"),
@@ -267,6 +268,35 @@ def test_export_refuses_what_it_cannot_do(
     assert not list(tmp_path.iterdir())
 
 
-def test_export_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_wants_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(tmp_path / "missing"), "-o", str(tmp_path / "out")]) == 2
-    assert "not a folder" in capsys.readouterr().err
+    assert "no such model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    dense = str(tiny_folder(intermediate_size=256))
+    assert main(["export", dense, "-o", str(tmp_path / "out"), "--gguf", "f32", "--name", "m"]) == 0
+    source, text = tmp_path / "out" / "m-f32.gguf", tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    capsys.readouterr()
+    command = ["export", str(source), "--gguf", "Q6_K", "--json"]
+    sized = ["--calibration", str(text), "--nsamples", "4", "--seqlen", "32"]
+    records = {}
+    for name, more in {"text": sized, "off": [*sized, "--no-gptq"], "none": []}.items():
+        assert main([*command, "-o", str(tmp_path / name), *more]) == 0
+        (records[name],) = json.loads(capsys.readouterr().out)["exports"]
+        assert [file.name for file in (tmp_path / name).iterdir() if file.suffix == ".gguf"] == [
+            records[name]["file"]
+        ]
+    assert records["text"]["gptq_tensors"] > 0
+    assert records["text"]["calibration_tokens"] == 4 * 32
+    assert records["off"]["gptq_tensors"] == records["none"]["gptq_tensors"] == 0
+    # A model that nothing was measured of has the importance matrix of the text.
+    assert records["text"]["imatrix_tensors"] == records["off"]["imatrix_tensors"] > 0
+    assert records["none"]["imatrix_tensors"] == 0
+    assert len({record["sha256"] for record in records.values()}) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", *records}

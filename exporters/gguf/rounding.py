@@ -1,0 +1,162 @@
+"""The numbers of a written file, chosen for a text.
+
+llama.cpp's quantizer rounds each block of a row by itself. Here the file that it wrote keeps its types and layout, and
+where a type has a code for each number (`exporters.gguf.packing`) these codes, and scales that are free, are chosen
+anew by GPTQ and coordinate descent, for the inputs that the rounded layers before give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.gguf_file import GGUFTensor, read_gguf
+from cfsp.progress import Progress, no_progress
+from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.packing import PACKINGS, StoredMatrix
+from exporters.rounding.gptq import gptq_codes
+from exporters.rounding.refine import refine_codes
+from exporters.rounding.walk import Grams, alike, round_blocks
+
+_BLOCKS = "model.layers."
+_NOTHING = 1e-30
+
+
+def round_for_text(
+    checkpoint: Path,
+    base: Path,
+    path: Path,
+    input_ids: torch.Tensor,
+    *,
+    progress: Progress = no_progress,
+) -> int:
+    """Choose the numbers of a file anew, in place.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        base: The float32 file of it.
+        path: A file that llama.cpp has quantized from that one.
+        input_ids: Text to round for, (nsamples, seqlen).
+        progress: Told after each block.
+
+    Returns:
+        Matrices whose numbers were chosen.
+
+    Raises:
+        InputError: What the layers read is not finite.
+    """
+    model, chosen = load_pruned(checkpoint, dtype=torch.float32), read_layout(checkpoint)
+    specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
+    with path.open("r+b") as stream:
+        file = _File(stream, _tensors(base), _tensors(path))
+        of_block: dict[str, list[TensorSpec]] = {}
+        for spec in specs:
+            of_block.setdefault(_block_of(spec), []).append(spec)
+
+        def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
+            return file.round(of_block.get(f"{_BLOCKS}{index}.", ()), grams)
+
+        gram = round_blocks(model, input_ids, visit, progress=progress)
+        head = "model.embed_tokens" if chosen.config.tie_word_embeddings else "lm_head"
+        file.round([spec for spec in specs if _module(spec) == head], {head: gram})
+    return file.count
+
+
+def _tensors(path: Path) -> dict[str, GGUFTensor]:
+    return {tensor.name: tensor for tensor in read_gguf(path).tensors}
+
+
+def _block_of(spec: TensorSpec) -> str:
+    """`model.layers.N.`, or nothing."""
+    name = _module(spec)
+    return f"{_BLOCKS}{name.split('.')[2]}." if name.startswith(_BLOCKS) else ""
+
+
+def _module(spec: TensorSpec) -> str:
+    """The first module that a tensor is made of."""
+    return spec.sources[0][0].removesuffix(".weight")
+
+
+@dataclass
+class _File:
+    """A file whose numbers change.
+
+    Attributes:
+        stream: Of the file.
+        exact: Tensors of the float32 one.
+        stored: Its own, as they were.
+        count: Matrices that were changed.
+    """
+
+    stream: BinaryIO
+    exact: Mapping[str, GGUFTensor]
+    stored: Mapping[str, GGUFTensor]
+    count: int = 0
+
+    def round(self, specs: Iterable[TensorSpec], grams: Grams) -> dict[str, torch.Tensor]:
+        """Choose numbers of some tensors; module -> what its weight has become.
+
+        Args:
+            specs: The tensors.
+            grams: Of the inputs of their modules; those without are left as they are.
+        """
+        by_module = {_module(spec): spec for spec in specs if _module(spec) in grams}
+        kinds = {module: self.stored[spec.name].kind.name for module, spec in by_module.items()}
+        changed: dict[str, torch.Tensor] = {}
+        for modules in alike(kinds, grams):
+            tensors = [self.stored[by_module[module].name] for module in modules]
+            values = [tensor.dequantize() for tensor in tensors]
+            if kinds[modules[0]] in PACKINGS:
+                values = self._choose(tensors, grams[modules[0]])
+            for module, each in zip(modules, values, strict=True):
+                parts = by_module[module].split(each)
+                changed |= {
+                    name.removesuffix(".weight"): torch.from_numpy(np.ascontiguousarray(part))
+                    for name, part in parts.items()
+                }
+        return changed
+
+    def _choose(self, tensors: list[GGUFTensor], gram: torch.Tensor) -> list[np.ndarray]:
+        """Choose numbers of tensors that read the same; what each stands for then."""
+        weight = torch.from_numpy(np.concatenate([self.exact[t.name].dequantize() for t in tensors]))
+        rows = [tensor.shape[0] for tensor in tensors]
+        data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
+        padding = weight.shape[1] - len(gram)
+        found = choose_codes(
+            weight, StoredMatrix(tensors[0].kind.name, data), F.pad(gram, (0, padding, 0, padding))
+        )
+        ends = np.cumsum(rows)[:-1]
+        for tensor, part in zip(tensors, np.split(found.data, ends), strict=True):
+            self.stream.seek(tensor.offset)
+            self.stream.write(part.tobytes())
+            self.count += 1
+        return np.split(found.values(), ends)
+
+
+def choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
+    """A matrix of other numbers, and scales where they are free, that is closer to a weight for its inputs.
+
+    Args:
+        weight: (rows, columns) float32.
+        stored: As ggml has rounded it.
+        gram: X^T X / T of its inputs, (columns, columns).
+
+    Raises:
+        InputError: That is not finite.
+    """
+    grid = stored.packing.grid
+    scales, offsets = map(torch.from_numpy, stored.scales_and_offsets())
+    # A block of zeros: where its scale may be any it is 1, else whatever code it has stands for nothing.
+    scales = torch.where(scales == 0, 1.0 if grid.free_scales else _NOTHING, scales)
+    weight = weight - offsets.repeat_interleave(grid.block_size, 1)
+    codes = gptq_codes(weight, scales, grid, gram)
+    codes, scales = refine_codes(weight, codes, scales, grid, gram)
+    places = torch.searchsorted(torch.tensor(grid.codes), codes.T.contiguous()).to(torch.uint8)
+    return stored.with_codes(places.numpy(), scales.numpy() if grid.free_scales else None)
