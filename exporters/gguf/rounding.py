@@ -7,7 +7,7 @@ anew by GPTQ and coordinate descent, for the inputs that the rounded layers befo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,8 +25,8 @@ from exporters.rounding.gptq import gptq_codes
 from exporters.rounding.refine import refine_codes
 from exporters.rounding.walk import Grams, alike, round_blocks
 
-_BLOCKS = "model.layers."
 _NOTHING = 1e-30
+"""A scale for which every code stands for nothing."""
 
 
 def round_for_text(
@@ -53,35 +53,17 @@ def round_for_text(
         InputError: What the layers read is not finite.
     """
     model, chosen = load_pruned(checkpoint, dtype=torch.float32), read_layout(checkpoint)
-    specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
+    matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
+    specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
     with path.open("r+b") as stream:
-        file = _File(stream, _tensors(base), _tensors(path))
-        of_block: dict[str, list[TensorSpec]] = {}
-        for spec in specs:
-            of_block.setdefault(_block_of(spec), []).append(spec)
-
-        def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-            return file.round(of_block.get(f"{_BLOCKS}{index}.", ()), grams)
-
-        gram = round_blocks(model, input_ids, visit, progress=progress)
-        head = "model.embed_tokens" if chosen.config.tie_word_embeddings else "lm_head"
-        file.round([spec for spec in specs if _module(spec) == head], {head: gram})
+        file = _File(stream, specs, _tensors(base), _tensors(path))
+        gram = round_blocks(model, input_ids, lambda _, grams: file.round(grams), progress=progress)
+        file.round({"model.embed_tokens" if chosen.config.tie_word_embeddings else "lm_head": gram})
     return file.count
 
 
 def _tensors(path: Path) -> dict[str, GGUFTensor]:
     return {tensor.name: tensor for tensor in read_gguf(path).tensors}
-
-
-def _block_of(spec: TensorSpec) -> str:
-    """`model.layers.N.`, or nothing."""
-    name = _module(spec)
-    return f"{_BLOCKS}{name.split('.')[2]}." if name.startswith(_BLOCKS) else ""
-
-
-def _module(spec: TensorSpec) -> str:
-    """The first module that a tensor is made of."""
-    return spec.sources[0][0].removesuffix(".weight")
 
 
 @dataclass
@@ -90,33 +72,30 @@ class _File:
 
     Attributes:
         stream: Of the file.
+        specs: Its matrices, by the first module that each is made of.
         exact: Tensors of the float32 one.
         stored: Its own, as they were.
         count: Matrices that were changed.
     """
 
     stream: BinaryIO
+    specs: Mapping[str, TensorSpec]
     exact: Mapping[str, GGUFTensor]
     stored: Mapping[str, GGUFTensor]
     count: int = 0
 
-    def round(self, specs: Iterable[TensorSpec], grams: Grams) -> dict[str, torch.Tensor]:
-        """Choose numbers of some tensors; module -> what its weight has become.
-
-        Args:
-            specs: The tensors.
-            grams: Of the inputs of their modules; those without are left as they are.
-        """
-        by_module = {_module(spec): spec for spec in specs if _module(spec) in grams}
-        kinds = {module: self.stored[spec.name].kind.name for module, spec in by_module.items()}
+    def round(self, grams: Grams) -> dict[str, torch.Tensor]:
+        """Choose numbers of the matrices whose inputs are given; module -> what its weight has become."""
+        specs = {module: self.specs[module] for module in grams if module in self.specs}
+        kinds = {module: self.stored[spec.name].kind.name for module, spec in specs.items()}
         changed: dict[str, torch.Tensor] = {}
         for modules in alike(kinds, grams):
-            tensors = [self.stored[by_module[module].name] for module in modules]
+            tensors = [self.stored[specs[module].name] for module in modules]
             values = [tensor.dequantize() for tensor in tensors]
             if kinds[modules[0]] in PACKINGS:
                 values = self._choose(tensors, grams[modules[0]])
             for module, each in zip(modules, values, strict=True):
-                parts = by_module[module].split(each)
+                parts = specs[module].split(each)
                 changed |= {
                     name.removesuffix(".weight"): torch.from_numpy(np.ascontiguousarray(part))
                     for name, part in parts.items()
@@ -153,7 +132,7 @@ def choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor)
     """
     grid = stored.packing.grid
     scales, offsets = map(torch.from_numpy, stored.scales_and_offsets())
-    # A block of zeros: where its scale may be any it is 1, else whatever code it has stands for nothing.
+    # Of a block of zeros any scale will do, where it is free; else every code stands for nothing.
     scales = torch.where(scales == 0, 1.0 if grid.free_scales else _NOTHING, scales)
     weight = weight - offsets.repeat_interleave(grid.block_size, 1)
     codes = gptq_codes(weight, scales, grid, gram)
