@@ -89,14 +89,7 @@ def write_files(
         if quant.budget_bytes is not None and settings.calibration is not None:
             if costs is None:
                 guide = imatrix if settings.use_imatrix else None
-                costs = measure_types(
-                    checkpoint,
-                    paths[BASE],
-                    settings.calibration,
-                    guide,
-                    gptq=settings.gptq,
-                    progress=progress,
-                )
+                costs = measure_types(checkpoint, paths[BASE], settings.calibration, guide, progress=progress)
             used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
         if quant.base_type in ("F32", "F16"):
             write_gguf(checkpoint, path, tokenizer, provenance, quant=quant.name, progress=progress)

@@ -1,8 +1,7 @@
 """A type for each tensor, by what rounding it costs, so that the file has a size: `mixed:SIZE`.
 
 One backward pass over calibration text says what a change of each weight costs
-(`cfsp.pruning.gradients.collect_weight_moments`), and ggml's own rounding of some rows in every type says what changes;
-where numbers are chosen for the text, the inputs' correlation says how much of that remains.
+(`cfsp.pruning.gradients.collect_weight_moments`), and ggml's own rounding of some rows in every type says what changes.
 Loss and bytes of all tensors are then a knapsack with one choice a tensor, which dynamic programming solves.
 """
 
@@ -25,10 +24,7 @@ from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.imatrix import Imatrix
 from exporters.gguf.llama_library import FloatArray, rounded
-from exporters.gguf.packing import PACKINGS
 from exporters.gguf.size import padded
-from exporters.rounding.gptq import share_left
-from exporters.rounding.walk import Grams, round_blocks
 
 GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Of no use without an importance matrix."""
@@ -46,22 +42,16 @@ _STEPS = 2**16
 
 @dataclass(frozen=True)
 class _Part:
-    """Some rows of a module's weight, (n, columns of the file) float32, and what their changes cost.
-
-    Attributes:
-        left: Share of a type's cost that remains where its numbers are chosen with care.
-    """
+    """Some rows of a module's weight, (n, columns of the file) float32, and what their changes cost."""
 
     moments: WeightMoments
     rows: torch.Tensor
     values: FloatArray
-    left: float
 
     def cost(self, kind: str, importance: FloatArray | None) -> float:
         """Nats a token that a type costs, were all rows like these."""
         change = torch.from_numpy(rounded(self.values, kind, importance) - self.values)
-        cost = self.moments.cost(change[:, : len(self.moments.columns)], self.rows)
-        return cost * (self.left if kind in PACKINGS else 1.0)
+        return self.moments.cost(change[:, : len(self.moments.columns)], self.rows)
 
 
 @dataclass(frozen=True)
@@ -140,7 +130,6 @@ def measure_types(
     input_ids: torch.Tensor,
     imatrix: Imatrix | None,
     *,
-    gptq: bool = True,
     progress: Progress = no_progress,
 ) -> TypeCosts:
     """Round some rows of every tensor in every type, and predict what that costs.
@@ -150,7 +139,6 @@ def measure_types(
         base: The float32 file of it.
         input_ids: Calibration text, (nsamples, seqlen).
         imatrix: The checkpoint's, which goes before what the text's few windows say; None to use none at all.
-        gptq: Whether the file's numbers will be chosen for the text.
         progress: Told about every step.
     """
     chosen = read_layout(checkpoint)
@@ -159,7 +147,6 @@ def measure_types(
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
     names = [name for found in modules.values() for name in found]
     moments = collect_weight_moments(model, names, input_ids[:GRADIENT_WINDOWS], progress=progress)
-    left = _shares_left(model, input_ids[:GRADIENT_WINDOWS]) if gptq else {}
     weights: Imatrix = {}
     if imatrix is not None:
         weights = {spec.name: _importance(spec, moments[modules[spec.name][0]]) for spec in specs} | dict(
@@ -167,7 +154,7 @@ def measure_types(
         )
     options: dict[str, Sequence[Option]] = {}
     for done, spec in enumerate(specs, 1):
-        parts = [_part(model, spec, n, moments[n], left.get(n, 1.0)) for n in modules[spec.name]]
+        parts = [_part(model, spec, name, moments[name]) for name in modules[spec.name]]
         each = _options(spec, parts, weights.get(spec.name))
         options[spec.name] = sorted(each, key=lambda option: option.n_bytes)
         progress("measuring types", done, len(specs))
@@ -220,30 +207,13 @@ def _importance(spec: TensorSpec, moments: WeightMoments) -> FloatArray:
     return floored
 
 
-def _shares_left(model: Any, input_ids: torch.Tensor) -> dict[str, float]:
-    """Of every module that multiplies, see `_Part`; a table that is looked up has no inputs to make up with."""
-    shares: dict[int, float] = {}
-    found: dict[str, float] = {}
-
-    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-        shares.clear()
-        for name, gram in grams.items():
-            if id(gram) not in shares:
-                shares[id(gram)] = share_left(gram)
-            found[name] = shares[id(gram)]
-        return {}
-
-    found[_HEAD] = share_left(round_blocks(model, input_ids, visit))
-    return found
-
-
-def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments, left: float) -> _Part:
+def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _Part:
     """The rows of a module's weight that matter most, as wide as they are in the file."""
     weight = model.get_submodule(_TABLE if name == LOOKUP else name).weight.detach()
     count = min(_TABLE_ROWS if name in (_HEAD, LOOKUP) else _ROWS, len(weight))
     rows = moments.rows.topk(count).indices.sort().values
     values = weight[rows].numpy()
-    return _Part(moments, rows, np.pad(values, ((0, 0), (0, spec.shape[1] - values.shape[1]))), left)
+    return _Part(moments, rows, np.pad(values, ((0, 0), (0, spec.shape[1] - values.shape[1]))))
 
 
 def _options(spec: TensorSpec, parts: Sequence[_Part], importance: FloatArray | None) -> Iterator[Option]:

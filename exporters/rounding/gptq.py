@@ -36,8 +36,8 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
         InputError: H is not finite or cannot be inverted.
     """
     columns = weight.shape[1]
-    order, upper = _in_order(gram)
-    upper = upper.float()
+    order = gram.diagonal().argsort(descending=True)
+    upper = _upper_factor_of_inverse(gram.double()[order][:, order]).float()
     # A column after the other: what belongs to one lies side by side.
     left = weight.float()[:, order].T.contiguous()
     steps = scales.T[order // grid.block_size].contiguous()
@@ -56,23 +56,6 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
     return found
 
 
-def share_left(gram: torch.Tensor) -> float:
-    """Of what nearest numbers lose of a layer's output, the share that GPTQ leaves, were all steps alike.
-
-    An error e in column j is made up for but for e^2 / [H^-1]_jj of the columns from j on, which is e^2 / U_jj^2; the
-    nearest number loses e^2 H_jj. Both with the ridge.
-
-    Args:
-        gram: H, (columns, columns).
-
-    Raises:
-        InputError: H is not finite or cannot be inverted.
-    """
-    diagonal = gram.double().diagonal()
-    left = _in_order(gram)[1].diagonal().square().reciprocal().sum()
-    return float(left / ((1 + RIDGE) * diagonal.sum()).clamp_min(torch.finfo(torch.float64).tiny))
-
-
 def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The code nearest to each value, in its place."""
     uneven = _uneven_codes(grid.codes)
@@ -89,12 +72,6 @@ def _uneven_codes(codes: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor]
     if torch.equal(found, torch.arange(len(codes)) + found[0]):
         return None
     return found, (found[1:] + found[:-1]) / 2
-
-
-def _in_order(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns, those with the largest inputs first, and U of H in that order, float64."""
-    order = gram.diagonal().argsort(descending=True)
-    return order, _upper_factor_of_inverse(gram.double()[order][:, order])
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,6 @@ from exporters.gguf.files import draft_gguf
 from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.llama_library import rounded
 from exporters.gguf.mixed import Option, TypeCosts, measure_types, solve
-from exporters.gguf.packing import PACKINGS
 from exporters.gguf.quants import limits_of_bits
 from exporters.options import ExportOptions
 
@@ -126,21 +125,6 @@ def test_rounding_is_the_quantizers(make_checkpoint: MakeCheckpoint, tmp_path: P
         for name in ("blk.1.ffn_down.weight", "blk.2.attn_q.weight"):
             found = rounded(base[name].dequantize(), tensors[name].kind.name, imatrix[name])
             assert np.array_equal(found, tensors[name].dequantize()), (path.name, name)
-
-
-def test_choosing_numbers_leaves_a_share_of_what_types_cost_that_have_codes(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    base = draft_gguf(checkpoint, tmp_path, ["f32"], options())["f32"]
-    found = {gptq: measure_types(checkpoint, base, IDS, {}, gptq=gptq).options for gptq in (True, False)}
-    for name, options_ in found[False].items():
-        alone = {option.kind: option.loss for option in options_}
-        for option in found[True][name]:
-            looked_up = name == "token_embd.weight" and "output.weight" in found[True]
-            if option.kind in PACKINGS and not looked_up:
-                assert 0.02 * alone[option.kind] < option.loss < alone[option.kind], (name, option.kind)
-            else:
-                assert option.loss == pytest.approx(alone[option.kind], rel=1e-6)
 
 
 def test_predicted_loss_is_the_measured_divergence(make_checkpoint: MakeCheckpoint) -> None:
