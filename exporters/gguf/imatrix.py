@@ -66,7 +66,11 @@ def read_imatrix(
             )
         if chosen.padded_width and module.endswith("down_proj"):
             values = np.pad(values, (0, chosen.padded_width - len(values)))
-        # A channel that never fired in calibration must still count a little, or its weights become arbitrary.
-        floor = 1e-6 * float(values.mean()) or 1.0
-        result[chosen.name(module)] = np.maximum(values, floor).astype(np.float32)
+        result[chosen.name(module)] = floored(values)
     return result
+
+
+def floored(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Mean squared inputs as importances: one that never fired must still count, or its weights become arbitrary."""
+    least = 1e-6 * float(moments.mean()) or 1.0
+    return np.maximum(moments, least).astype(np.float32)

@@ -22,11 +22,12 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
 from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
 from exporters.gguf.fallbacks import block_of
-from exporters.gguf.imatrix import Imatrix
+from exporters.gguf.imatrix import Imatrix, floored
 from exporters.gguf.llama_library import FloatArray, rounded
+from exporters.gguf.packing import WHOLE_BLOCKS
 from exporters.gguf.size import padded
 
-GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
+GUIDED_TYPES = WHOLE_BLOCKS
 """Of no use without an importance matrix."""
 TYPES = (
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"),
@@ -203,8 +204,7 @@ def _modules(spec: TensorSpec, tied: bool) -> tuple[str, ...]:
 def _importance(spec: TensorSpec, moments: WeightMoments) -> FloatArray:
     values = moments.inputs.float().numpy()
     values = np.pad(values, (0, spec.shape[1] - len(values)))
-    floored: FloatArray = np.maximum(values, 1e-6 * float(values.mean()) or 1.0).astype(np.float32)
-    return floored
+    return floored(values)
 
 
 def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _Part:

@@ -1,7 +1,6 @@
 """How ggml's types store numbers: a code for each, beside the scales of its block.
 
-Types in which one code stands for several numbers (IQ3_S, IQ3_XXS, IQ2_S) are not here, nor is Q8_0, which loses
-nothing that choosing its codes with care could win back.
+Q8_0 is not here: it loses nothing that choosing its codes with care could win back.
 """
 
 from __future__ import annotations
@@ -91,11 +90,13 @@ PACKINGS: Mapping[str, Packing] = MappingProxyType(
     }
 )
 """ggml's name -> how it is stored."""
+WHOLE_BLOCKS = ("IQ3_S", "IQ3_XXS", "IQ2_S")
+"""Types in which one code stands for four or eight numbers: ggml alone can round a block of them."""
 
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in a type of `PACKINGS`.
+    """A matrix in one of ggml's types.
 
     Attributes:
         kind: ggml's name of it.
@@ -107,7 +108,7 @@ class StoredMatrix:
 
     @property
     def packing(self) -> Packing:
-        """How it is stored."""
+        """How it is stored, if it is one of `PACKINGS`."""
         return PACKINGS[self.kind]
 
     def values(self) -> FloatArray:

@@ -1,8 +1,9 @@
 """The numbers of a written file, chosen for a text.
 
 llama.cpp's quantizer rounds each block of a row by itself. Here the file that it wrote keeps its types and layout, and
-where a type has a code for each number (`exporters.gguf.packing`) these codes, and scales that are free, are chosen
-anew by GPTQ and coordinate descent, for the inputs that the rounded layers before give.
+its numbers are chosen anew, for the inputs that the rounded layers before give. Where a type has a code for each number
+(`exporters.gguf.packing`), GPTQ and coordinate descent choose these codes, and scales that are free; where one stands
+for several, ggml rounds block after block, each to make up for what those before have lost.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.progress import Progress, no_progress
 from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
-from exporters.gguf.packing import PACKINGS, StoredMatrix
-from exporters.rounding.gptq import gptq_codes
+from exporters.gguf.fallbacks import block_of
+from exporters.gguf.imatrix import floored
+from exporters.gguf.llama_library import dequantized
+from exporters.gguf.llama_library import stored as in_type
+from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
+from exporters.rounding.gptq import gptq_blocks, gptq_codes
 from exporters.rounding.refine import refine_codes
 from exporters.rounding.walk import Grams, alike, round_blocks
 
@@ -92,7 +97,7 @@ class _File:
         for modules in alike(kinds, grams):
             tensors = [self.stored[specs[module].name] for module in modules]
             values = [tensor.dequantize() for tensor in tensors]
-            if kinds[modules[0]] in PACKINGS:
+            if kinds[modules[0]] in (*PACKINGS, *WHOLE_BLOCKS):
                 values = self._choose(tensors, grams[modules[0]])
             for module, each in zip(modules, values, strict=True):
                 parts = specs[module].split(each)
@@ -108,7 +113,7 @@ class _File:
         rows = [tensor.shape[0] for tensor in tensors]
         data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
         padding = weight.shape[1] - len(gram)
-        found = choose_codes(
+        found = choose_numbers(
             weight, StoredMatrix(tensors[0].kind.name, data), F.pad(gram, (0, padding, 0, padding))
         )
         ends = np.cumsum(rows)[:-1]
@@ -119,17 +124,22 @@ class _File:
         return np.split(found.values(), ends)
 
 
-def choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
-    """A matrix of other numbers, and scales where they are free, that is closer to a weight for its inputs.
+def choose_numbers(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
+    """A matrix of the same type that is closer to a weight for its inputs.
 
     Args:
         weight: (rows, columns) float32.
-        stored: As ggml has rounded it.
+        stored: As ggml has rounded it; one of `PACKINGS` or `WHOLE_BLOCKS`.
         gram: X^T X / T of its inputs, (columns, columns).
 
     Raises:
         InputError: That is not finite.
     """
+    choose = _choose_codes if stored.kind in PACKINGS else _choose_blocks
+    return choose(weight, stored, gram)
+
+
+def _choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
     grid = stored.packing.grid
     scales, offsets = map(torch.from_numpy, stored.scales_and_offsets())
     # Of a block of zeros any scale will do, where it is free; else every code stands for nothing.
@@ -139,3 +149,16 @@ def choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor)
     codes, scales = refine_codes(weight, codes, scales, grid, gram)
     places = torch.searchsorted(torch.tensor(grid.codes), codes.T.contiguous()).to(torch.uint8)
     return stored.with_codes(places.numpy(), scales.numpy() if grid.free_scales else None)
+
+
+def _choose_blocks(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
+    elements, size = block_of(stored.kind)
+    data = stored.data.reshape(len(weight), -1, size).copy()
+    importance = floored(gram.diagonal().float().numpy()).reshape(-1, elements)
+
+    def rounded(block: int, values: torch.Tensor) -> torch.Tensor:
+        data[:, block] = in_type(values.numpy(), stored.kind, importance[block])
+        return torch.from_numpy(dequantized(data[:, block], stored.kind))
+
+    gptq_blocks(weight, gram, elements, rounded)
+    return StoredMatrix(stored.kind, data.reshape(stored.data.shape))

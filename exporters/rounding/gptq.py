@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -54,6 +55,38 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
     found = torch.empty_like(codes)
     found[order] = codes
     return found
+
+
+def gptq_blocks(
+    weight: torch.Tensor,
+    gram: torch.Tensor,
+    block_size: int,
+    rounded: Callable[[int, torch.Tensor], torch.Tensor],
+) -> None:
+    """GPTQ block after block, for formats in which a block's numbers cannot be chosen one by one.
+
+    What block B loses, E = (W_B - Q_B) U_BB^-1, is taken from the later columns as E U_B; the blocks with the largest
+    inputs go first. Inside a block nothing is made up for.
+
+    Args:
+        weight: W, (rows, columns) float32.
+        gram: H = X^T X / T of the layer's inputs, (columns, columns).
+        block_size: Neighbouring columns that are rounded at once; it divides their number.
+        rounded: (index of a block, what it is to hold (rows, block_size)) -> what it holds.
+
+    Raises:
+        InputError: H is not finite or cannot be inverted.
+    """
+    places = torch.arange(weight.shape[1]).view(-1, block_size)
+    blocks = gram.diagonal()[places].sum(1).argsort(descending=True)
+    order = places[blocks].flatten()
+    upper = _upper_factor_of_inverse(gram.double()[order][:, order]).float()
+    left = weight.float()[:, order]
+    for start, block in zip(range(0, len(order), block_size), blocks.tolist(), strict=True):
+        here, later = slice(start, start + block_size), slice(start + block_size, None)
+        lost = left[:, here] - rounded(block, left[:, here])
+        errors = torch.linalg.solve_triangular(upper[here, here], lost, upper=True, left=False)
+        left[:, later] -= errors @ upper[here, later]
 
 
 def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
