@@ -9,6 +9,7 @@ from cfsp.errors import InputError, MissingExtraError
 from cfsp.recovery.settings import check_settings
 from cfsp.settings import setting
 from cfsp.text.settings import CalibrationSettings
+from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
     JsonOption,
     ModelArgument,
@@ -25,6 +26,7 @@ from phoneready.settings.schema import CountedText, RecoverConfig
 def frontier(
     model: ModelArgument,
     settings: FrontierSettings,
+    rounding: RoundingSettings,
     counted: CountedText,
     calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
     training: Annotated[RecoverConfig, Renamed("Recovery: ", {"seqlen": "--training-seqlen"})],
@@ -49,7 +51,7 @@ def frontier(
     from phoneready.frontier.plot import render_frontier
     from phoneready.frontier.run import measure_frontier
     from phoneready.frontier.tables import format_frontier
-    from phoneready.settings.schema import ModelConfig, PruneConfig, ReleaseConfig
+    from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, ReleaseConfig
 
     prune = PruneConfig(
         calibration=calibration.calibration,
@@ -65,7 +67,8 @@ def frontier(
         raise InputError(
             "options of recovery say how to train, and nothing is trained", allowed="with --recover"
         )
-    config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover)
+    export = ExportConfig(gptq=rounding.gptq)
+    config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
         found = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
     try:

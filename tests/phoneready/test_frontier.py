@@ -67,6 +67,21 @@ def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_files_are_rounded_for_the_calibration_text_unless_that_is_turned_off(
+    tiny_folder: TinyPath, tmp_path: Path
+) -> None:
+    dense = tiny_folder(intermediate_size=256)
+    found = {}
+    for name, more in {"text": (), "off": ("--no-gptq",)}.items():
+        assert main(command(dense, tmp_path / name, "--quants", "Q4_0", "--no-speed", *more)) == 0
+        (found[name],) = read_record(Frontier, tmp_path / name / RESULT_FILE).points
+    assert found["text"].file_bytes == found["off"].file_bytes
+    for_text, off = found["text"].kl_mean, found["off"].kl_mean
+    assert for_text is not None
+    assert off is not None
+    assert for_text < 0.9 * off
+
+
 def test_every_combination_is_measured_on_the_same_text(measured: Path) -> None:
     found = read_record(Frontier, measured / RESULT_FILE)
     combinations = {(p.vocabulary, p.prune_ratio, p.quant) for p in found.points}
