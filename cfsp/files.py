@@ -142,7 +142,8 @@ def claim_output(path: Path) -> Iterator[None]:
         except filelock.Timeout as error:
             raise InputError(f"another run is writing {path}; wait for it, or choose another path") from error
     try:
-        remove_stale_temporaries(path.parent, path.name)
+        if lock.lock_counter == 1:  # else what is there may be this run's own
+            remove_stale_temporaries(path.parent, path.name)
         yield
     finally:
         if lock.lock_counter == 1:
@@ -208,14 +209,11 @@ def atomic_directory(path: Path, *, force: bool = False, own: bool = False) -> I
 
 @contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory beside a claimed `path` for as long as the block runs; what a killed run left there goes."""
-    name = f"{path.name}.scratch"
-    remove_stale_temporaries(path.parent, name)
-    with (
-        no_space_as_input_error(path),
-        tempfile.TemporaryDirectory(prefix=f".{name}{_MARK}", dir=path.parent) as scratch,
-    ):
-        yield Path(scratch)
+    """Yield a directory beside a claimed `path` for as long as the block runs; the next claim clears a killed run's."""
+    with no_space_as_input_error(path):
+        scratch = tempfile.TemporaryDirectory(prefix=f".{path.name}{_MARK}", dir=path.parent)
+    with scratch as name:
+        yield Path(name)
 
 
 def made_once(folder: Path, is_whole: Callable[[Path], bool], make: Callable[[Path], None]) -> Path:

@@ -142,7 +142,8 @@ class ExportRecord:
         warnings: What the user should know: fallbacks, padding, a shortened context.
         runtime: Name and version of the runtime that proved the file.
         ort_file: The same as an .ort file, where it was asked for.
-        calibration_sha256: Hash of the token ids that it was rounded for, or its types chosen by; None without.
+        calibration_sha256: Hash of the token ids that it was rounded for, its types chosen by, or its importance matrix
+            measured on; None without.
         calibration_tokens: Their number.
         gptq_tensors: Matrices of a GGUF file whose numbers were chosen for it by GPTQ.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.

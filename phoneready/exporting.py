@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import atomic_directory, refuse_existing, scratch_directory
+from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
-from cfsp.models.reference import load_model
+from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
@@ -49,7 +49,7 @@ def export_model(
 
     Args:
         reference: A checkpoint folder, pruned or dense, or whatever else `load_model` takes.
-        output: Folder to create.
+        output: Folder to create, which the caller has claimed.
         request: What to export.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
@@ -81,7 +81,8 @@ def _checkpoint(reference: str, output: Path, seed: int, progress: Progress) -> 
         return
     loaded = load_model(reference, progress=progress)
     with scratch_directory(output) as scratch:
-        save_checkpoint(loaded, scratch / "model", seed=seed)
+        with no_space_as_input_error(output):
+            save_checkpoint(loaded, scratch / "model", seed=seed)
         del loaded
         yield scratch / "model"
 
@@ -97,9 +98,7 @@ def _export(
     progress: Progress,
 ) -> tuple[ExportRecord, ...]:
     formats = request.formats
-    guided = NO_TEXT not in request.calibration and any(
-        "calibration" in row.reads and (request.calibration or row.needs_text) for row in rows
-    )
+    guided = NO_TEXT not in request.calibration and any(_reads_text(row, request) for row in rows)
     options = ExportOptions(
         name=request.name,
         use_imatrix=request.imatrix,
@@ -122,6 +121,12 @@ def _export(
             for family, names in formats.items()
             for record in FAMILIES[family].export(checkpoint, folder / family, names, inner)
         )
+
+
+def _reads_text(row: ExportFormat, request: ExportSettings) -> bool:
+    """Whether text makes a difference to a format, and there is some or it is worth sampling."""
+    rounds = "gptq" not in row.reads or request.gptq or request.imatrix
+    return row.needs_text or bool("calibration" in row.reads and request.calibration and rounds)
 
 
 def _within(folder: str, record: ExportRecord) -> ExportRecord:
@@ -159,4 +164,11 @@ def _calibration(checkpoint: Path, request: ExportSettings, progress: Progress) 
     if request.dense and plan and plan.vocabulary:
         trimmed = trimmed_tokenizer(loaded.tokenizer, plan.vocabulary.kept)
         ids = respelling(loaded.tokenizer, trimmed).windows(ids)
+    elif request.dense and load_tokenizer(checkpoint.resolve()).get_vocab() != loaded.tokenizer.get_vocab():
+        raise InputError(
+            "has another vocabulary than what is exported",
+            field="dense",
+            value=request.dense,
+            allowed="leave it out",
+        )
     return ids if request.windows is None else spread_windows(ids, request.windows)

@@ -18,7 +18,7 @@ from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.fallbacks import find_fallbacks
 from exporters.gguf.files import WrittenFile, find_rows, write_files
-from exporters.gguf.imatrix import read_imatrix
+from exporters.gguf.imatrix import read_imatrix, stored_moments
 from exporters.gguf.quants import QUANT_NAMES, limits_of_bits
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.job import Job, check_input, load_checkpoint, open_job, write_manifest
@@ -125,9 +125,10 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
 
 
 def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
-    """What the record says of types that were chosen for a size, and of numbers that were for a text."""
+    """What the record says of types that were chosen for a size, and of the text that a file was made for."""
     ids = job.settings.calibration
-    if ids is None or not (file.mixture or file.gptq_tensors):
+    weighted_by_text = file.imatrix_tensors and not stored_moments(job.checkpoint)
+    if ids is None or not (file.mixture or file.gptq_tensors or weighted_by_text):
         return {}
     text = {
         "calibration_sha256": tokens_sha256(ids),

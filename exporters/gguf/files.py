@@ -76,10 +76,12 @@ def write_files(
         provenance: The checkpoint's.
         imatrix: By `read_imatrix`.
         n_threads: Threads of the quantizer.
-        settings: The text that types are chosen by, whether they must fit, and who is told about every step.
+        settings: The text that types are chosen by and numbers for, whether the types must fit, and who is told about
+            every step.
 
     Raises:
-        InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it; or a size is too small.
+        InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it; a size is too small; or
+            what layers read of the text is not finite.
     """
     progress = settings.progress
     paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (BASE, *quants)}

@@ -40,7 +40,7 @@ def read_imatrix(
             none, and a quantization cannot do without.
     """
     used = use and any(quant.uses_imatrix for quant in quants)
-    moments = load_input_moments(checkpoint) if used and is_pruned_checkpoint(checkpoint) else None
+    moments = stored_moments(checkpoint) if used else None
     if used and not moments and input_ids is not None:
         moments = collect_input_moments(load_pruned(checkpoint, dtype=torch.float32), input_ids)
     if not moments:
@@ -68,6 +68,11 @@ def read_imatrix(
             values = np.pad(values, (0, chosen.padded_width - len(values)))
         result[chosen.name(module)] = floored(values)
     return result
+
+
+def stored_moments(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """What pruning has left of them; None for any other folder."""
+    return load_input_moments(checkpoint) if is_pruned_checkpoint(checkpoint) else None
 
 
 def floored(moments: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -24,10 +24,9 @@ from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.imatrix import Imatrix, floored
 from exporters.gguf.llama_library import FloatArray, rounded
-from exporters.gguf.packing import WHOLE_BLOCKS
 from exporters.gguf.size import padded
 
-GUIDED_TYPES = WHOLE_BLOCKS
+GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Of no use without an importance matrix."""
 TYPES = (
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_K", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"),

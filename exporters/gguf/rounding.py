@@ -30,8 +30,11 @@ from exporters.rounding.gptq import gptq_blocks, gptq_codes
 from exporters.rounding.refine import refine_codes
 from exporters.rounding.walk import Grams, alike, round_blocks
 
-_NOTHING = 1e-30
-"""A scale for which every code stands for nothing."""
+_NOTHING, _LEAST = 1e-30, 2.0**-24
+"""A scale for which every code stands for nothing, and the least that float16 holds."""
+_TABLE = "model.embed_tokens"
+_ROWS = 8192
+"""Of a matrix that are chosen at once: they do not depend on each other."""
 
 
 def round_for_text(
@@ -60,10 +63,20 @@ def round_for_text(
     model, chosen = load_pruned(checkpoint, dtype=torch.float32), read_layout(checkpoint)
     matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
+    tied, total = chosen.config.tie_word_embeddings, chosen.config.num_hidden_layers + 1
     with path.open("r+b") as stream:
         file = _File(stream, specs, _tensors(base), _tensors(path))
-        gram = round_blocks(model, input_ids, lambda _, grams: file.round(grams), progress=progress)
-        file.round({"model.embed_tokens" if chosen.config.tie_word_embeddings else "lm_head": gram})
+        if not tied:
+            table = file.stored[specs[_TABLE].name].dequantize()
+            model.get_input_embeddings().weight.data = torch.from_numpy(table.copy())
+        gram = round_blocks(
+            model,
+            input_ids,
+            lambda _, grams: file.round(grams),
+            progress=lambda _, done, all_of_them: progress(f"rounding {path.stem}", done, all_of_them),
+        )
+        file.round({_TABLE if tied else "lm_head": gram})
+        progress(f"rounding {path.stem}", total, total)
     return file.count
 
 
@@ -113,9 +126,11 @@ class _File:
         rows = [tensor.shape[0] for tensor in tensors]
         data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
         padding = weight.shape[1] - len(gram)
-        found = choose_numbers(
-            weight, StoredMatrix(tensors[0].kind.name, data), F.pad(gram, (0, padding, 0, padding))
-        )
+        gram = F.pad(gram, (0, padding, 0, padding))
+        parts = zip(torch.split(weight, _ROWS), np.split(data, range(_ROWS, len(data), _ROWS)), strict=True)
+        kind = tensors[0].kind.name
+        chosen = [choose_numbers(part, StoredMatrix(kind, stored), gram).data for part, stored in parts]
+        found = StoredMatrix(kind, np.concatenate(chosen))
         ends = np.cumsum(rows)[:-1]
         for tensor, part in zip(tensors, np.split(found.data, ends), strict=True):
             self.stream.seek(tensor.offset)
@@ -142,8 +157,8 @@ def choose_numbers(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tenso
 def _choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
     grid = stored.packing.grid
     scales, offsets = map(torch.from_numpy, stored.scales_and_offsets())
-    # Of a block of zeros any scale will do, where it is free; else every code stands for nothing.
-    scales = torch.where(scales == 0, 1.0 if grid.free_scales else _NOTHING, scales)
+    # A block of zeros: not every grid has a code for 0.
+    scales = torch.where(scales == 0, _LEAST if grid.free_scales else _NOTHING, scales)
     weight = weight - offsets.repeat_interleave(grid.block_size, 1)
     codes = gptq_codes(weight, scales, grid, gram)
     codes, scales = refine_codes(weight, codes, scales, grid, gram)

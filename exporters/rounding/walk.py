@@ -35,7 +35,7 @@ def round_blocks(
         model: A causal LM of the architecture table, float32; unchanged.
         input_ids: Text to round for, (nsamples, seqlen).
         visit: (index of a block, its inputs) -> module name -> what its weight has become; others stay.
-        progress: Told after each block, of one more than there are: the output matrix.
+        progress: Told after each block, of one more than there are; the output matrix is the caller's.
 
     Returns:
         X^T X / T of the output matrix's inputs.

@@ -44,7 +44,6 @@ from phoneready.frontier.record import Frontier, FrontierPoint, choose_by_speed
 from phoneready.frontier.search import Search
 from phoneready.frontier.settings import BASE_QUANT, FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
-from phoneready.release.dependencies import made_with
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.tune.run import study_key
 from phoneready.tune.space import Point
@@ -362,9 +361,7 @@ def _key(config: ReleaseConfig, folder: Path) -> str:
     """Hash of what figures depend on, beside what a point says itself and how it is trained."""
     # Another list of quantizations makes no other files.
     plain = config.model_copy(update={"export": replace(config.export, quants=("f32",)), "recover": None})
-    made = made_with("export", families=("gguf",))
-    text = json.dumps([study_key(plain, folder), made], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return study_key(plain, folder)
 
 
 def _digest(training: RecoverConfig | None) -> str:

@@ -17,6 +17,7 @@ from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_figure
 from phoneready.figures.metrics import metric_of
 from phoneready.recipe import load_baseline, release_stages
+from phoneready.release.dependencies import made_with
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
 from phoneready.settings.schema import SIZE, ReleaseConfig
@@ -282,7 +283,8 @@ def study_key(config: ReleaseConfig, folder: Path) -> str:
     }
     projected = [config.bench.n_ctx, devices]
     export = [config.export.imatrix, config.export.gptq, config.export.mixed_bytes]
-    text = json.dumps([kept, *export, *projected], sort_keys=True)
+    made = made_with("export", families=config.export.formats)
+    text = json.dumps([kept, *export, *projected, made], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

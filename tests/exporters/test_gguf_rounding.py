@@ -77,7 +77,7 @@ def test_chosen_numbers_lose_less_of_the_output_than_the_quantizers(kind: str) -
     found = choose_numbers(weight, first, gram)
     assert lost(found) < (0.5 if kind in PACKINGS else 0.8) * lost(first)
     assert found.data.shape == first.data.shape
-    assert np.abs(found.values()[5]).max() < 1e-5
+    assert np.abs(found.values()[5]).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "IQ4_NL", "Q4_K"])
@@ -89,15 +89,22 @@ def test_what_lies_on_its_grid_is_kept(kind: str) -> None:
     np.testing.assert_allclose(found.values(), exact, rtol=2e-3, atol=1e-3)
 
 
-def test_blocks_that_the_type_cannot_tell_from_zeros_stay_small() -> None:
-    weight = torch.from_numpy(matrix(8, 256))
-    weight[2, :32] = 1e-9
-    x = torch.randn(300, 256, generator=torch.Generator().manual_seed(0))
-    for kind in (*PACKINGS, *WHOLE_BLOCKS):
-        first = StoredMatrix(kind, stored(weight.numpy(), kind, np.ones(256, np.float32)))
-        values = choose_numbers(weight, first, x.T @ x / len(x)).values()
-        assert np.isfinite(values).all(), kind
-        assert np.abs(values[2, :32]).max() < 0.6, kind
+@pytest.mark.parametrize("kind", [*PACKINGS, *WHOLE_BLOCKS])
+@pytest.mark.parametrize("size", [0.0, 1e-7])
+def test_blocks_of_nothing_take_nothing_from_the_others(kind: str, size: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1024, 64, generator=generator) @ torch.randn(64, 512, generator=generator)
+    weight = 0.02 * torch.from_numpy(matrix(48, 512))
+    weight[:, 64:96] *= size
+    gram = x.T @ x / len(x)
+
+    def lost(found: StoredMatrix) -> float:
+        return float((x @ (torch.from_numpy(found.values()) - weight).T).square().mean())
+
+    first = StoredMatrix(kind, stored(weight.numpy(), kind, gram.diagonal().numpy()))
+    found = choose_numbers(weight, first, gram)
+    assert lost(found) < 0.8 * lost(first)
+    assert np.isfinite(found.values()).all()
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,30 @@ def test_export_wants_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not list(tmp_path.iterdir())
 
 
+def test_export_refuses_text_of_another_vocabulary(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    small, file = str(tmp_path / "small"), str(tmp_path / "file")
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+    assert main(["prune", model, "-o", small, "--prune-ratio", "0", "--vocabulary", "320", *sizes]) == 0
+    assert main(["export", small, "-o", file, "--gguf", "f32", "--name", "m"]) == 0
+    capsys.readouterr()
+    command = [
+        "export",
+        f"{file}/m-f32.gguf",
+        "-o",
+        str(tmp_path / "out"),
+        "--gguf",
+        "Q4_0",
+        "--dense",
+        model,
+    ]
+    assert main([*command, *sizes]) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "file"}
+
+
 def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +321,7 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     assert records["off"]["gptq_tensors"] == records["none"]["gptq_tensors"] == 0
     # A model that nothing was measured of has the importance matrix of the text.
     assert records["text"]["imatrix_tensors"] == records["off"]["imatrix_tensors"] > 0
-    assert records["none"]["imatrix_tensors"] == 0
+    assert records["off"]["calibration_tokens"] == 4 * 32
+    assert (records["none"]["imatrix_tensors"], records["none"]["calibration_tokens"]) == (0, 0)
     assert len({record["sha256"] for record in records.values()}) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", *records}
