@@ -127,8 +127,11 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
 def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
     """What the record says of types that were chosen for a size, and of the text that a file was made for."""
     ids = job.settings.calibration
-    weighted_by_text = file.imatrix_tensors and not stored_moments(job.checkpoint)
-    if ids is None or not (file.mixture or file.gptq_tensors or weighted_by_text):
+    if ids is None:
+        return {}
+    if not (file.mixture or file.gptq_tensors) and (
+        not file.imatrix_tensors or stored_moments(job.checkpoint)
+    ):
         return {}
     text = {
         "calibration_sha256": tokens_sha256(ids),
