@@ -1,4 +1,4 @@
-"""Bringing a rounded matrix closer to what it stands for: its scales and its codes, in turns."""
+"""Bringing a rounded matrix closer to what it stands for: its scales and its codes, block after block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from exporters.rounding.grid import Grid
 
 _ROUNDS = 4
 """On SmolLM2-135M, one takes a tenth of GPTQ's loss away, four an eighth, and more hardly anything."""
-_COLUMNS, _ROWS, _PRODUCTS = 64, 4096, 2**24
-"""What is multiplied at once, and how many products of blocks are held: rows do not depend on each other."""
-_SCALE_RIDGE = 1e-4
+_ROWS = 4096
+"""What is held at once: rows do not depend on each other."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -21,39 +20,38 @@ def refine_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower tr((W - Q) (H + RIDGE mean(diag H) I) (W - Q)^T), which GPTQ lowers in one pass, by coordinate descent.
 
-    In turns, all scales of a row become those of least squares, where the grid lets them, and each code, one column
-    after another, the one that is best beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
+    One block after another, several times: its scale becomes that of least squares, where the grid lets it, and then
+    each of its codes, in turn, the one that is best beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
 
     Args:
         weight: W, (rows, columns) float32, without the offsets of its blocks.
         codes: To start from, (columns, rows), as `gptq_codes` gives them.
-        scales: To start from, (rows, blocks) float32, exact in float16 where the grid leaves them free.
+        scales: To start from, (rows, blocks) float32, none of them 0, exact in float16 where the grid leaves them free.
         grid: What a block can hold.
         gram: H = X^T X / T of its inputs, (columns, columns).
 
     Returns:
         Codes (columns, rows) and scales (rows, blocks), float32.
     """
-    padding = scales.shape[1] * grid.block_size - weight.shape[1]
+    columns = weight.shape[1]
+    padding = scales.shape[1] * grid.block_size - columns
     h = gram.float().clone()
     h.diagonal().add_((RIDGE * h.diagonal().mean()).clamp_min(_TINY))
     h = F.pad(h, (0, padding, 0, padding))
-    done, n_rows = [], max(1, min(_ROWS, _PRODUCTS // scales.shape[1] ** 2))
-    for start in range(0, len(weight), n_rows):
-        rows = slice(start, start + n_rows)
+    done = []
+    for start in range(0, len(weight), _ROWS):
+        rows = slice(start, start + _ROWS)
         state = _Columns(
             h,
             F.pad(weight[rows].float(), (0, padding)).T.contiguous(),
             F.pad(codes[:, rows], (0, 0, 0, padding)),
             scales[rows].T.contiguous(),
             grid,
-            weight.shape[1],
         )
         for _ in range(_ROUNDS):
-            if grid.free_scales:
-                state.solve_scales()
-            state.choose_codes()
-        done.append((state.codes[: weight.shape[1]], state.scales.T))
+            for begin in range(0, columns, grid.block_size):
+                state.refine(slice(begin, min(begin + grid.block_size, columns)))
+        done.append((state.codes[:columns], state.scales.T))
     return torch.cat([found for found, _ in done], 1), torch.cat([found for _, found in done])
 
 
@@ -66,59 +64,44 @@ class _Columns:
     """
 
     def __init__(
-        self,
-        h: torch.Tensor,
-        weight: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        grid: Grid,
-        columns: int,
+        self, h: torch.Tensor, weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, grid: Grid
     ) -> None:
-        self._h, self._weight, self._grid, self._columns = h, weight, grid, columns
+        self._h, self._weight, self._grid = h, weight, grid
         self.codes, self.scales = codes, scales
+        self._lost = weight - codes * scales.repeat_interleave(grid.block_size, 0)
 
-    def solve_scales(self) -> None:
-        """Scales s of least squares: A s = r with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H w)_b, for every row.
-
-        Solved for what changes, so that the scale of a block of zeros stays.
-        """
-        (count, rows), size, codes = self.scales.shape, self._grid.block_size, self.codes
-        products = torch.empty(count, count, rows)
-        for b in range(count):
-            begin = b * size
-            reached = self._h[begin:, begin : begin + size] @ codes[begin : begin + size]
-            products[b, b:] = _sum_blocks(reached.mul_(codes[begin:]), size)
-            products[b + 1 :, b] = products[b, b + 1 :]
-        residual = _sum_blocks((self._h @ self._lost()).mul_(codes), size)
-        systems = products.permute(2, 0, 1).contiguous()
-        diagonal = systems.diagonal(dim1=1, dim2=2)
-        diagonal += (_SCALE_RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(_TINY)
-        solved = (self.scales + torch.linalg.solve(systems, residual.T).T).half().float()
-        self.scales = torch.where(solved == 0, self.scales, solved)
-
-    def choose_codes(self) -> None:
-        """Column j, beside the others as they are by then: the nearest to Q_j + E H_j / H_jj, E = W - Q being lost."""
-        size, h = self._grid.block_size, self._h
-        lost, diagonal = self._lost(), h.diagonal().tolist()
-        for start in range(0, self._columns, _COLUMNS):
-            stop = min(start + _COLUMNS, self._columns)
-            slopes = h[start:stop] @ lost
-            for j in range(start, stop):
-                scale, before = self.scales[j // size], self.codes[j]
-                after = torch.add(before, slopes[j - start] / scale, alpha=1 / diagonal[j])
-                round_to_codes_(after, self._grid)
-                change = (after - before).mul_(scale)
-                before.copy_(after)
-                lost[j] -= change
-                slopes[j + 1 - start :].addr_(h[j, j + 1 : stop], change, alpha=-1)
-
-    def _lost(self) -> torch.Tensor:
-        """E^T, (columns with padding, rows)."""
-        codes = self.codes.view(-1, self._grid.block_size, self.codes.shape[1])
-        found = torch.addcmul(self._weight.view_as(codes), codes, self.scales[:, None], value=-1)
-        return found.view_as(self.codes)
+    def refine(self, block: slice) -> None:
+        """Choose the scale and the codes of a block's columns anew, beside what the other blocks lose by now."""
+        scale, codes = self.scales[block.start // self._grid.block_size], self.codes[block]
+        inside, slopes = self._h[block, block], self._h[block] @ self._lost
+        if self._grid.free_scales:
+            _improve_scale_(scale, codes, slopes, inside)
+        diagonal = inside.diagonal()[:, None]
+        relative = inside / diagonal
+        # Column j's best number, in units of the scale, is q_j + ((H E)_j / s) / H_jj, E = W - Q being lost. What the
+        # columns before it hold by then counts: first all columns are as if those before held 0.
+        wanted = torch.addmm(slopes.div_(diagonal).div_(scale), relative.tril(-1), codes).add_(codes)
+        for j, effects in enumerate(relative.T):
+            chosen = round_to_codes_(wanted[j], self._grid)
+            wanted[j + 1 :].addr_(effects[j + 1 :], chosen, alpha=-1)
+        codes.copy_(wanted)
+        torch.addcmul(self._weight[block], codes, scale, value=-1, out=self._lost[block])
 
 
-def _sum_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
-    """(blocks * size, rows) -> (blocks, rows)."""
-    return values.view(-1, size, values.shape[1]).sum(1)
+def _improve_scale_(
+    scale: torch.Tensor, codes: torch.Tensor, slopes: torch.Tensor, inside: torch.Tensor
+) -> None:
+    """Move each row's scale of a block to s + q^T (H E) / q^T H q, in float16, and H E along with it.
+
+    Args:
+        scale: s, (rows,); one that would become 0 stays.
+        codes: q, (columns, rows).
+        slopes: H E of these columns, (columns, rows).
+        inside: H of these columns.
+    """
+    effects = inside @ codes
+    step = (codes * slopes).sum(0) / (codes * effects).sum(0).clamp_min(_TINY)
+    better = (scale + step).half().float()
+    better = torch.where(better == 0, scale, better)
+    slopes.addcmul_(effects, better - scale, value=-1)
+    scale.copy_(better)
