@@ -59,6 +59,12 @@ def model(tiny_folder: TinyPath) -> Path:
     return tiny_folder("llama")
 
 
+@pytest.fixture(scope="module")
+def wide_model(tiny_folder: TinyPath) -> Path:
+    """Sixteen units of 32 channels, too; no ratio leaves a row so short that llama.cpp's kernels read beyond it."""
+    return tiny_folder("llama", intermediate_size=256, num_hidden_layers=2)
+
+
 def write(folder: Path, model: Path, more: str) -> Path:
     path = folder / "release.toml"
     path.write_text(CONFIG.format(model=model) + more, encoding="utf-8")
@@ -87,11 +93,13 @@ def sizes(path: Path, folder: Path, model: Path) -> dict[float, int]:
     }
 
 
-def test_best_quality_within_a_size(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = write(tmp_path, model, "")
-    known = sizes(plain, tmp_path / "sizes", model)
+def test_best_quality_within_a_size(
+    wide_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = write(tmp_path, wide_model, "")
+    known = sizes(plain, tmp_path / "sizes", wide_model)
     limit = known[5 / 16]
-    path = write(tmp_path, model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=limit))
+    path = write(tmp_path, wide_model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=limit))
     output = tmp_path / "tuned"
     assert main(["tune", str(path), "-o", str(output), "--threads", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["chosen"] == 0
@@ -120,17 +128,19 @@ def test_best_quality_within_a_size(model: Path, tmp_path: Path, capsys: pytest.
     # Once more: everything is known already, even for another budget.
     again = search(path, output)
     assert (again.calibrations, again.trials, again.chosen) == (0, result.trials, 0)
-    wider = write(tmp_path, model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=best.file_bytes + 64))
+    wider = write(
+        tmp_path, wide_model, "[tune]\ntrials = 5\n" + SIZE_BUDGET.format(limit=best.file_bytes + 64)
+    )
     assert search(wider, output).trials[:4] == result.trials
 
     # A budget that wants what the trials do not know: they are made anew.
     relative = '[[budgets]]\nmetric = "file_bytes"\nat_most = 0.95\nrelative_to = "dense"\n'
-    held = search(write(tmp_path, model, "[tune]\ntrials = 5\n" + relative), output)
+    held = search(write(tmp_path, wide_model, "[tune]\ntrials = 5\n" + relative), output)
     assert held.trials
     assert not any(row.is_open for row in held.trials)
 
     with pytest.raises(LimitError):
-        search(write(tmp_path, model, SIZE_BUDGET.format(limit='"1 kB"')), output)
+        search(write(tmp_path, wide_model, SIZE_BUDGET.format(limit='"1 kB"')), output)
     assert not (output / RELEASE_FILE).exists()
 
 
@@ -215,11 +225,11 @@ def test_smallest_file_within_a_divergence(model: Path, tmp_path: Path) -> None:
     assert len(tried) == len(result.trials)
 
 
-def test_vocabularies_are_searched_beside_ratios(model: Path, tmp_path: Path) -> None:
-    known = sizes(write(tmp_path, model, ""), tmp_path / "sizes", model)
+def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Path) -> None:
+    known = sizes(write(tmp_path, wide_model, ""), tmp_path / "sizes", wide_model)
     more = "[tune]\nvocabularies = [0, 300]\ntrials = 6\n" + SIZE_BUDGET.format(limit=known[5 / 16])
     output = tmp_path / "tuned"
-    result = search(write(tmp_path, model, more), output)
+    result = search(write(tmp_path, wide_model, more), output)
     assert not result.failed
     assert result.calibrations == 2
     by_tokens = {size: [row for row in result.trials if row.vocabulary == size] for size in (0, 300)}
