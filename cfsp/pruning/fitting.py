@@ -21,7 +21,6 @@ from cfsp.models.architectures import model_shape
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
-from cfsp.pruning.axes.kv_groups import groups_of_share
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.token_order import TokenOrder
 from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens
@@ -128,7 +127,7 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     excess, reached = dense - budget.target, []
     while (choice := evidence.choose(excess)) is not None:
         chosen = {axis: found[choice.levels[axis]] for axis, found in removals.items()}
-        left = _left(loaded.model, chosen, settings.kv_groups)
+        left = _left(loaded.model, chosen, settings)
         if choice.ratio > evidence.ratios[0]:
             break
         widths = trials.plan.at_ratio(choice.ratio).shape.ffn_widths
@@ -155,24 +154,22 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     return Decision(budget, settings, evidence, choice, dense)
 
 
-def _left(model: Any, chosen: Mapping[str, Removal], share: float) -> ModelShape:
+def _left(model: Any, chosen: Mapping[str, Removal], settings: PruneSettings) -> ModelShape:
     """About what stays of a model, with as many parts fewer as were chosen: the plan will find which.
 
     Args:
         model: The dense model.
         chosen: Of each axis of parts.
-        share: Of the key-value groups of attentions that stay, where that is fixed; else 0.
+        settings: What of them is fixed; a share of groups is of attentions that stay.
     """
     shape = model_shape(model)
     gone: set[int] = set()
     going = {}
     for axis in ("blocks", "attentions", "kv_groups"):
-        parts, count = PARTS[axis].parts(shape), len(chosen[axis].removed)
-        if axis == "kv_groups" and share:
-            stay = [b.kv_groups for b in shape.blocks if b.kv_groups and b.origin not in gone]
-            count = groups_of_share(stay, share)
-        order = (*chosen[axis].removed, *PARTS[axis].candidates(model))
-        going[axis] = _of_other_blocks(order, count, gone, parts)
+        row, amount = PARTS[axis], getattr(settings, axis)
+        parts = row.parts(shape)
+        count = row.count(shape, gone, amount) if amount else len(chosen[axis].removed)
+        going[axis] = _of_other_blocks((*chosen[axis].removed, *row.candidates(model)), count, gone, parts)
         gone.update(part // parts for part in going[axis])
     for axis, removed in reversed(going.items()):
         shape = PARTS[axis].shape_without(shape, removed)
@@ -203,12 +200,10 @@ def _removals(
     trials: Trials, axis: str, settings: PruneSettings, budget: Budget, shape: ModelShape
 ) -> list[Removal]:
     """The choices that there are, of the fewest removals first: none, or the fixed number, where it is fixed."""
-    if amount := getattr(settings, axis):
-        if axis == "kv_groups":
-            amount = groups_of_share([b.kv_groups for b in shape.blocks if b.kv_groups], amount)
-        return trials.removals(axis, amount)
-    found = [Removal((), (), 0.0, 0)]
     row, model = PARTS[axis], trials.loaded.model
+    if amount := getattr(settings, axis):
+        return trials.removals(axis, row.count(shape, (), amount))
+    found = [Removal((), (), 0.0, 0)]
     if axis in budget.axes and (candidates := row.candidates(model)):
         try:
             budget.cost(row.shape_without(shape, candidates[-1:]), trials.loaded.tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.pruning.axes.attention import removable_attentions
-from cfsp.pruning.axes.kv_groups import group_left_out, kept_groups, removable_groups
+from cfsp.pruning.axes.kv_groups import group_left_out, groups_of_share, kept_groups, removable_groups
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
 from cfsp.pruning.budget import ChannelCurve
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
@@ -45,6 +45,7 @@ class PartsAxis:
         shape_without: The shape of a dense model without some.
         units: How many parts such a model has.
         parts: Most that a block of it has.
+        count: How many a fixed setting removes of such a model without some blocks (InputError: more than can go).
     """
 
     candidates: Callable[[Any], Sequence[int]]
@@ -53,6 +54,7 @@ class PartsAxis:
     shape_without: Callable[[ModelShape, Sequence[int]], ModelShape]
     units: Callable[[ModelShape], int]
     parts: Callable[[ModelShape], int] = lambda shape: 1
+    count: Callable[[ModelShape, Collection[int], float], int] = lambda shape, gone, amount: round(amount)
 
 
 PARTS: Mapping[str, PartsAxis] = MappingProxyType(
@@ -73,6 +75,9 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             ),
             lambda shape: sum(block.kv_groups or 0 for block in shape.blocks),
             lambda shape: shape.most_kv_groups,
+            lambda shape, gone, share: groups_of_share(
+                [b.kv_groups for b in shape.blocks if b.kv_groups and b.origin not in gone], share
+            ),
         ),
         "blocks": PartsAxis(
             lambda model: range(1, len(decoder_layers(model))),
