@@ -217,7 +217,7 @@ def test_a_curve_has_the_ratios_that_were_made(tiny_loaded: Any) -> None:
 
 def test_a_vocabulary_that_cannot_be_trimmed_is_left_alone(tiny_loaded: Any) -> None:
     dense = tiny_loaded()
-    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("a", -1.0)], 0))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece({"a": 0}, unk_token="a"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     target = 0.9 * parameters(dense.model)
     result = prune(replace(dense, tokenizer=tokenizer), target, axes=("vocabulary", "ffn"))

@@ -36,7 +36,7 @@ class VocabularyPlan:
         kept: Ids of the kept tokens, ascending; their places are the new ids.
         sources: References of the text that was counted.
         counted_tokens: Tokens of that text, as the dense model reads it.
-        growth: Tokens after trimming to tokens before, on that text.
+        growth: Tokens after trimming to tokens before, on that text, each spelled by itself, as BPE does.
         by_script: What stays of every script.
         by_count: What stays of rare and of common tokens.
         counts: How often the counted text has every token; what is left learns to spell the others by it.
