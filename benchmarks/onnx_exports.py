@@ -86,7 +86,7 @@ def export_one(
     checkpoint: Path, output: Path, name: str, calibration: tuple[str, ...] = ()
 ) -> tuple[ExportRecord, ...]:
     """Export in one format alone."""
-    quantized = name.startswith("int4")
+    quantized = name == Q4_0 or name.startswith("int4")
     request = ExportSettings(
         quants=(name,) if name == Q4_0 else (),
         onnx=() if name == Q4_0 else (name,),
