@@ -249,7 +249,7 @@ def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Pat
 
 def test_a_search_that_stopped_goes_on_as_if_it_had_not(tiny_folder: TinyPath, tmp_path: Path) -> None:
     # Of rows of one block, which half of 64 channels are, llama.cpp's AMX kernels compute something else every time.
-    model = tiny_folder(intermediate_size=256)
+    model = tiny_folder(intermediate_size=512, num_hidden_layers=2)
     budget = '[[budgets]]\nmetric = "projected_memory_bytes"\ndevices = ["pixel-8a"]\nat_most = "4 GiB"\n'
     text = CONFIG.replace("[bench]", '[bench]\ndevices = ["pixel-8a"]') + "[tune]\ntrials = {trials}\n"
     text += 'allocations = ["cfsp", "uniform"]\n' + budget
