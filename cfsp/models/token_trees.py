@@ -63,9 +63,6 @@ class _Model(Protocol):
     def last_step(self, text: str) -> tuple[tuple[int, ...], int | None]:
         """Ids of what a token is made of, none where nothing is; its rank, None where it is built on none of them."""
 
-    def cut(self, model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
-        """Leave tokenizer.json's model, in place, the tokens that have a new id."""
-
 
 def token_trees(tokenizer: Any) -> TokenTrees:
     """The trees of a transformers fast tokenizer.
@@ -76,7 +73,7 @@ def token_trees(tokenizer: Any) -> TokenTrees:
         InputError: Neither BPE nor Unigram.
     """
     state = _state(tokenizer)
-    model = _model(state)
+    model = _kind(state).read(state["model"])
     apart = model.apart | {added["id"] for added in state["added_tokens"]}
     parts: dict[int, tuple[int, ...]] = {}
     ranks: dict[int, int] = {}
@@ -126,8 +123,9 @@ class _Merges:
             pieces = _merge(pieces, best)
         return pieces
 
-    def cut(self, model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
-        """See `_Model`."""
+    @staticmethod
+    def cut(model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
+        """See `_Kind`."""
         known = {text: renumbered[index] for text, index in model["vocab"].items() if index in renumbered}
         model["vocab"] = known
         model["merges"] = [
@@ -174,22 +172,36 @@ class _Pieces:
         elif len(piece) == 1 and self._bytes:
             yield self._unknown, _bytes_of(piece)
 
-    def cut(self, model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
-        """See `_Model`."""
+    @staticmethod
+    def cut(model: dict[str, Any], renumbered: Mapping[int, int]) -> None:
+        """See `_Kind`."""
         model["vocab"] = [entry for index, entry in enumerate(model["vocab"]) if index in renumbered]
         if model.get("unk_id") is not None:
             model["unk_id"] = renumbered[model["unk_id"]]
 
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any]], _Model]] = MappingProxyType(
-    {"BPE": _Merges, "Unigram": _Pieces}
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of tokenizer.
+
+    Attributes:
+        read: tokenizer.json's model -> how it comes to tokens.
+        cut: Leaves tokenizer.json's model, in place, the tokens that have a new id.
+    """
+
+    read: Callable[[Mapping[str, Any]], _Model]
+    cut: Callable[[dict[str, Any], Mapping[int, int]], None]
+
+
+_KINDS: Mapping[str, _Kind] = MappingProxyType(
+    {"BPE": _Kind(_Merges, _Merges.cut), "Unigram": _Kind(_Pieces, _Pieces.cut)}
 )
 
 
-def _model(state: Mapping[str, Any]) -> _Model:
-    """The model of a tokenizer.json; raises InputError for another kind."""
+def _kind(state: Mapping[str, Any]) -> _Kind:
+    """Of a tokenizer.json; raises InputError for one that is not in the table."""
     what = "the vocabulary of this kind of tokenizer cannot be trimmed"
-    return look_up(_KINDS, str(state["model"].get("type")), what, field="tokenizer")(state["model"])
+    return look_up(_KINDS, str(state["model"].get("type")), what, field="tokenizer")
 
 
 def _byte_ids(model: Mapping[str, Any], vocab: Mapping[str, int]) -> frozenset[int]:
@@ -211,7 +223,7 @@ def trimmed_tokenizer(tokenizer: Any, kept: Sequence[int]) -> Any:
     """
     state = _state(tokenizer)
     renumbered = {old: new for new, old in enumerate(kept)}
-    _model(state).cut(state["model"], renumbered)
+    _kind(state).cut(state["model"], renumbered)
     for added in state["added_tokens"]:
         added["id"] = renumbered[added["id"]]
     _renumber_processor(state.get("post_processor") or {}, renumbered)
