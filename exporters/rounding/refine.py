@@ -1,4 +1,4 @@
-"""Bringing a rounded matrix closer to what it stands for: its scales and its codes, block after block."""
+"""Bringing a rounded matrix closer to what it stands for: its scales, and its codes block after block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from exporters.rounding.grid import Grid
 
 _ROUNDS = 4
 """On SmolLM2-135M, one takes a tenth of GPTQ's loss away, four an eighth, and more hardly anything."""
-_ROWS = 4096
-"""What is held at once: rows do not depend on each other."""
+_ROWS, _PRODUCTS = 4096, 2**24
+"""How many rows, and products of a row's blocks, are held at once: rows do not depend on each other."""
+_SCALE_RIDGE = 1e-4
+"""Relative to the mean of the diagonal of a row's system of scales."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -20,8 +22,9 @@ def refine_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lower tr((W - Q) (H + RIDGE mean(diag H) I) (W - Q)^T), which GPTQ lowers in one pass, by coordinate descent.
 
-    One block after another, several times: its scale becomes that of least squares, where the grid lets it, and then
-    each of its codes, in turn, the one that is best beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
+    All scales of a row become those of least squares first, where the grid lets them. Then one block after another,
+    several times: its scale alone becomes the best one, and after it each of its codes, in turn, the one that is best
+    beside all the others (QuantEase, Behdin et al., arXiv 2309.01885).
 
     Args:
         weight: W, (rows, columns) float32, without the offsets of its blocks.
@@ -38,9 +41,9 @@ def refine_codes(
     h = gram.float().clone()
     h.diagonal().add_((RIDGE * h.diagonal().mean()).clamp_min(_TINY))
     h = F.pad(h, (0, padding, 0, padding))
-    done = []
-    for start in range(0, len(weight), _ROWS):
-        rows = slice(start, start + _ROWS)
+    done, n_rows = [], max(1, min(_ROWS, _PRODUCTS // scales.shape[1] ** 2))
+    for start in range(0, len(weight), n_rows):
+        rows = slice(start, start + n_rows)
         state = _Columns(
             h,
             F.pad(weight[rows].float(), (0, padding)).T.contiguous(),
@@ -48,6 +51,8 @@ def refine_codes(
             scales[rows].T.contiguous(),
             grid,
         )
+        if grid.free_scales:
+            state.solve_scales()
         for _ in range(_ROUNDS):
             for begin in range(0, columns, grid.block_size):
                 state.refine(slice(begin, min(begin + grid.block_size, columns)))
@@ -68,7 +73,31 @@ class _Columns:
     ) -> None:
         self._h, self._weight, self._grid = h, weight, grid
         self.codes, self.scales = codes, scales
-        self._lost = weight - codes * scales.repeat_interleave(grid.block_size, 0)
+        self._lost = self._find_lost()
+
+    def _find_lost(self) -> torch.Tensor:
+        """E^T, (columns with padding, rows)."""
+        return self._weight - self.codes * self.scales.repeat_interleave(self._grid.block_size, 0)
+
+    def solve_scales(self) -> None:
+        """Move every row's scales by d of A d = r: A_bc = q_b^T H_bc q_c, and r_b = q_b^T (H E)_b of what is lost.
+
+        The scale of a block of zeros stays, and so does one that would become 0.
+        """
+        (count, rows), size = self.scales.shape, self._grid.block_size
+        systems = torch.empty(rows, count, count)
+        for b in range(count):
+            begin = b * size
+            reached = self._h[begin:, begin : begin + size] @ self.codes[begin : begin + size]
+            systems[:, b:, b] = _sum_blocks(reached.mul_(self.codes[begin:]), size).T
+        residual = _sum_blocks((self._h @ self._lost).mul_(self.codes), size)
+        diagonal = systems.diagonal(dim1=1, dim2=2)
+        diagonal += (_SCALE_RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(_TINY)
+        factors = torch.linalg.cholesky(systems)  # reads the lower half
+        self.scales = _exact(
+            self.scales + torch.cholesky_solve(residual.T[..., None], factors)[..., 0].T, self.scales
+        )
+        self._lost = self._find_lost()
 
     def refine(self, block: slice) -> None:
         """Choose the scale and the codes of a block's columns anew, beside what the other blocks lose by now."""
@@ -101,7 +130,17 @@ def _improve_scale_(
     """
     effects = inside @ codes
     step = (codes * slopes).sum(0) / (codes * effects).sum(0).clamp_min(_TINY)
-    better = (scale + step).half().float()
-    better = torch.where(better == 0, scale, better)
+    better = _exact(scale + step, scale)
     slopes.addcmul_(effects, better - scale, value=-1)
     scale.copy_(better)
+
+
+def _exact(scales: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Scales as float16 holds them, and those of before where it holds 0."""
+    found = scales.half().float()
+    return torch.where(found == 0, before, found)
+
+
+def _sum_blocks(values: torch.Tensor, size: int) -> torch.Tensor:
+    """(blocks * size, rows) -> (blocks, rows)."""
+    return values.view(-1, size, values.shape[1]).sum(1)

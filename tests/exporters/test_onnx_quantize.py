@@ -107,7 +107,7 @@ def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: Bl
     first = gptq(weight, gram, form)
     refined = refine(weight, gram, first)
 
-    def lost(rounded: Rounded, weight: torch.Tensor = weight) -> torch.Tensor:
+    def lost(rounded: Rounded) -> torch.Tensor:
         return (x @ (weight - rounded.dequantized()).T).square().mean(0)
 
     assert float(lost(refined).mean()) < 0.97 * float(lost(first).mean())
@@ -117,7 +117,7 @@ def test_refining_takes_loss_away_and_keeps_what_is_exact(columns: int, form: Bl
     assert refined.q.shape == first.q.shape
     exact, off = refined.dequantized(), replace(refined, scales=(refined.scales * 1.05).half())
     torch.testing.assert_close(refine(exact, gram, refined).dequantized(), exact, rtol=2e-3, atol=1e-4)
-    assert float(lost(refine(exact, gram, off), exact).mean()) < 0.1 * float(lost(off, exact).mean())
+    torch.testing.assert_close(refine(exact, gram, off).dequantized(), exact, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("least", [1e-7, 1e-9])
@@ -174,8 +174,7 @@ def test_layers_that_read_the_same_are_rounded_as_each_alone(tiny_model: Callabl
         (linear,) = (linear for name, linear in first.items() if name.endswith(part))
         alone = refine(linear.weight.detach(), gram, gptq(linear.weight.detach(), gram, INT4))
         (rounded,) = (one for name, one in found.items() if name.endswith(f"layers.0.self_attn.{part}"))
-        # A product of more rows has other last bits, and one code that they change changes later ones.
-        assert (rounded.q != alone.q).float().mean() < 0.03
+        assert (rounded.q != alone.q).float().mean() < 0.01
         assert rounded.q.shape == alone.q.shape
 
 
