@@ -35,6 +35,7 @@ from cfsp.models.reference import load_model
 from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportRecord, ParityReport
+from exporters.families import DEFAULT_FORMAT, FAMILIES, family_of
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
 from exporters.onnx.folder import find_graph
 from exporters.onnx.mixed import (
@@ -63,14 +64,13 @@ from runtime_bench.workload import BenchSettings
 VARIANTS = ("fp32", "int8", "int8-dynamic", "int4", "int4-mixed", "int4-b128")
 GENAI_PRECISIONS = ("fp32", "int8", "int4")
 GENAI = "onnxruntime-genai"
-Q4_0 = "Q4_0"
 
 
 def files(arguments: argparse.Namespace) -> None:
     """Every variant: size, share of Q4_0's, closeness to the checkpoint, seconds."""
     rows: list[tuple[ExportRecord, float]] = []
     with atomic_directory(arguments.output, force=arguments.force) as folder:
-        for name in (Q4_0, *arguments.variants):
+        for name in (DEFAULT_FORMAT, *arguments.variants):
             started = time.monotonic()
             (record,) = export_one(arguments.checkpoint, folder / name, name, tuple(arguments.calibration))
             rows.append((record, time.monotonic() - started))
@@ -86,12 +86,10 @@ def export_one(
     checkpoint: Path, output: Path, name: str, calibration: tuple[str, ...] = ()
 ) -> tuple[ExportRecord, ...]:
     """Export in one format alone."""
-    quantized = name == Q4_0 or name.startswith("int4")
-    request = ExportSettings(
-        quants=(name,) if name == Q4_0 else (),
-        onnx=() if name == Q4_0 else (name,),
-        calibration=calibration if quantized else (),
-    )
+    family = family_of(name)
+    formats: dict[str, Any] = {one.setting: (name,) if one is family else () for one in FAMILIES.values()}
+    text = calibration if "calibration" in family.find(name).reads else ()
+    request = ExportSettings(**formats, calibration=text)
     return export_model(str(checkpoint), output, request)
 
 
