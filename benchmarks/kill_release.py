@@ -7,14 +7,17 @@ there were as many kills as asked for. It fails where
 
     a stage that was finished runs again,
     a finished release has other files than the undisturbed one, or files with other contents (but for times), or
-    a temporary file or training's own checkpoints are left.
+    a temporary file, training's own checkpoints or a process are left.
 
-    python benchmarks/kill_release.py [--kills 50] [--seed 0] [--folder DIR] [--json FILE]
+    python benchmarks/kill_release.py [--kills 50] [--seed 0] [--threads 2] [--folder DIR] [--json FILE]
+
+With two threads, stages run beside each other in processes, which have to end by themselves when the run is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -25,9 +28,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISH = "publish"
@@ -121,11 +127,14 @@ class Run:
             time.sleep(0.005)
         return True
 
-    def kill(self) -> None:
-        """End it at once, with everything that it has started."""
+    def kill(self) -> list[psutil.Process]:
+        """End it at once; the processes of its stages that are still there half a minute later."""
+        started = psutil.Process(self.process.pid).children(recursive=True)
         os.killpg(self.process.pid, 9)
         self.process.wait()
+        left: list[psutil.Process] = psutil.wait_procs(started, timeout=30)[1]
         self.reader.join()
+        return left
 
 
 @dataclass
@@ -145,12 +154,22 @@ class Outcome:
     problems: list[str] = field(default_factory=list)
 
 
-def start(config: Path, folder: Path) -> Run:
+def start(config: Path, folder: Path, threads: int) -> Run:
     """Start a release in a process group of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"PHONEREADY_CACHE": str(config.parent / "cache"), "HF_HUB_OFFLINE": "1"}
     environment.pop("GITHUB_STEP_SUMMARY", None)
-    line = [sys.executable, "-m", "phoneready", "release", str(config), "-o", str(folder), "--threads", "1"]
+    line = [
+        sys.executable,
+        "-m",
+        "phoneready",
+        "release",
+        str(config),
+        "-o",
+        str(folder),
+        "--threads",
+        str(threads),
+    ]
     process = subprocess.Popen(
         line,
         stdout=subprocess.DEVNULL,
@@ -196,7 +215,11 @@ def finished_stages(folder: Path) -> set[str]:
 
 
 def kill_once(
-    config: Path, folder: Path, stages: dict[str, float], generator: random.Random, outcome: Outcome
+    restart: Callable[[], Run],
+    folder: Path,
+    stages: dict[str, float],
+    generator: random.Random,
+    outcome: Outcome,
 ) -> bool:
     """Start a run and kill it; True where it was through before."""
     done = finished_stages(folder)
@@ -204,7 +227,7 @@ def kill_once(
     # Mostly the next one, so that a release meets many kills; what comes later is reached in one go then.
     later = [*open_stages, PUBLISH]
     target = later[0] if generator.random() < NEXT else generator.choice(later)
-    run = start(config, folder)
+    run = restart()
     last = list(stages)[-1]
     reached = (
         run.wait_for(target, "running")
@@ -217,7 +240,7 @@ def kill_once(
     if through:
         finish(run, outcome.problems)
     else:
-        run.kill()
+        outcome.problems += [f"left running: {process.pid}" for process in run.kill()]
         running = [name for name, state in run.states().items() if state == "running"]
         outcome.kills += 1
         outcome.by_stage[running[-1] if running else PUBLISH] += 1
@@ -243,7 +266,7 @@ def compare(whole: Path, folder: Path) -> list[str]:
     return problems + [f"temporary: {path}" for path in left]
 
 
-def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0) -> Outcome:
+def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0, threads: int = 2) -> Outcome:
     """The whole experiment.
 
     Args:
@@ -251,21 +274,23 @@ def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0) -> O
         folder: Scratch.
         kills: How often.
         seed: Of the moments.
+        threads: Of a run.
     """
     outcome, generator = Outcome(), random.Random(seed)
-    whole = start(config, folder / "whole")
+    whole = start(config, folder / "whole", threads)
     finish(whole, outcome.problems)
     stages = durations(whole)
     while outcome.kills < kills and not outcome.problems:
         output = folder / f"round{outcome.rounds}"
+        restart = functools.partial(start, config, output, threads)
         through = False
         while outcome.kills < kills and not through and not outcome.problems:
             if finished_stages(output) == set(stages):
                 break
-            through = kill_once(config, output, stages, generator, outcome)
+            through = kill_once(restart, output, stages, generator, outcome)
         if not through:
             done = finished_stages(output)
-            last = start(config, output)
+            last = restart()
             finish(last, outcome.problems)
             before = {name for name, state in last.states().items() if state == "done before"}
             if before != done:
@@ -296,6 +321,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--folder", type=Path, help="scratch; a temporary folder by default")
     parser.add_argument("--json", type=Path, help="also write the result here")
     arguments = parser.parse_args()
@@ -304,7 +330,8 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         tiny_model(folder / "tiny-model")
         (folder / "release.toml").write_text(CONFIG, encoding="utf-8")
-        outcome = kill_and_restart(folder / "release.toml", folder, arguments.kills, arguments.seed)
+        config = folder / "release.toml"
+        outcome = kill_and_restart(config, folder, arguments.kills, arguments.seed, arguments.threads)
     found = vars(outcome) | {"seed": arguments.seed}
     print(f"{outcome.kills} kills, {outcome.rounds} releases finished in spite of them")
     for stage, count in outcome.by_stage.most_common():

@@ -18,7 +18,7 @@ def run() -> None:
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, _interrupt)
+                signal.signal(number, interrupt)
         problem = _problem()
         if problem is None:
             from phoneready.main import main
@@ -33,7 +33,8 @@ def run() -> None:
     sys.exit(status)
 
 
-def _interrupt(number: int, frame: object) -> None:
+def interrupt(number: int, frame: object) -> None:
+    """Handle a signal as Ctrl-C."""
     import signal
 
     signal.signal(number, signal.SIG_IGN)  # the second one must not interrupt the cleaning up

@@ -5,11 +5,13 @@
     evaluate       pruned against dense on text and chats, answers of both
     export-dense   GGUF files and ONNX folders of the dense model, each held against it
     export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
-    side-by-side   what all of them lose on the same windows of text
     answers        what the exports themselves answer, each in its own runtime
+    side-by-side-dense, side-by-side-pruned
+                   what they lose on the same windows of text
     bench-<target> all of them, in turns, for each target
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
+Neighbours that do not need each other run in two processes, each with half the threads.
 Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
 ONNX folders copied.
 """
@@ -23,6 +25,9 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from cfsp.errors import InputError, require_extra
 from cfsp.files import sha256_file, writable_place
@@ -39,6 +44,7 @@ from phoneready.figures.verdict import Verdicts
 from phoneready.history.entry import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
+from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
 from phoneready.release.dependencies import made_with
 from phoneready.release.live import last_times, rest_text, stage_figures
@@ -49,6 +55,9 @@ from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details
+
+_TIMES_THE_WEIGHTS = 6
+"""What a stage holds at most, by the bytes of the dense model's weights."""
 
 
 def run_release(
@@ -87,19 +96,26 @@ def run_release(
     baseline = load_baseline(config)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)
-        names, times = [stage.name for stage in stages], last_times(stages, folder)
+        left, times = [stage.name for stage in stages], last_times(stages, folder)
 
         def check(stage: str) -> None:
-            position = names.index(stage) + 1
-            rest = rest_text(names[position:], times)
-            told = (f"{position} of {len(names)}", stage_figures(folder, stage), rest)
+            left.remove(stage)
+            rest = rest_text(left, times)
+            told = (f"{len(stages) - len(left)} of {len(stages)}", stage_figures(folder, stage), rest)
             tell("; ".join(filter(None, told)))
             # As soon as the model is known: not after an hour of work.
             if stage == "dense" and baseline is not None and config.baseline is not None:
                 source = read_checkpoint_info(stage_folder(folder, stage) / "model").source
                 check_same_model(baseline, source.reference, source.sha256, config.baseline.file)
 
-        records = run_stages(stages, folder, show=show, progress=progress, check=check)
+        records = run_stages(
+            stages,
+            folder,
+            show=show,
+            progress=progress,
+            check=check,
+            processes=lambda: _processes(config, folder, threads),
+        )
         found = read_figures(config, folder)
         figures = collect_figures(config, folder, found)
         verdicts = write_verdicts(
@@ -109,6 +125,17 @@ def run_release(
         append_entry(folder, _history_entry(manifest, figures, verdicts, label))
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return manifest, verdicts
+
+
+def _processes(config: ReleaseConfig, folder: Path, threads: int | None) -> StageProcesses | None:
+    """Two, where there are threads and memory for both."""
+    threads = threads or torch.get_num_threads()
+    model = stage_folder(folder, "dense") / "model"
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    if threads < 2 or psutil.virtual_memory().total < 2 * _TIMES_THE_WEIGHTS * weights:
+        return None
+    plain = config.model_dump(mode="json")
+    return StageProcesses(2, "phoneready.stage_worker", plain, folder, threads // 2)
 
 
 def _check_place(config: ReleaseConfig, folder: Path) -> None:
@@ -186,25 +213,23 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     ]
     if c.recover is not None:
         stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
-    stages += [
-        Stage(
-            "evaluate",
-            _judged(c, steps) | made_with("evaluate", *tasks),
-            ("dense", steps.final),
-            steps.evaluate,
-        ),
-        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE)),
-        Stage("export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED)),
-        Stage("answers", asked | made_with("answers", families=families), exports, steps.answers),
-    ]
+
+    def beside(name: str, settings: dict[str, Any], after: tuple[str, ...], run: Callable[..., None]) -> None:
+        stages.append(Stage(name, settings, after, run, beside=True))
+
+    judged = _judged(c, steps)
+    beside("evaluate", judged | made_with("evaluate", *tasks), ("dense", steps.final), steps.evaluate)
+    beside("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE))
+    beside("export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED))
+    beside("answers", asked | made_with("answers", families=families), exports, steps.answers)
     if c.evaluate.text or c.evaluate.chats:
         measured = _measured_on(c) | made_with("side-by-side", families=families)
-        stages.append(Stage("side-by-side", measured, ("dense", steps.final, *exports), steps.side_by_side))
+        for role in (DENSE, PRUNED):
+            after = ("dense", steps.final, f"export-{role}")
+            beside(f"side-by-side-{role}", measured, after, functools.partial(steps.side_by_side, role))
     if c.evaluate.files:
-        judged = _judged(c, steps) | {"files": list(c.evaluate.files)}
-        judged |= made_with("evaluate-files", *tasks, families=families)
-        after = ("dense", "export-pruned")
-        stages.append(Stage("evaluate-files", judged, after, steps.evaluate_files))
+        judged |= {"files": list(c.evaluate.files)} | made_with("evaluate-files", *tasks, families=families)
+        beside("evaluate-files", judged, ("dense", "export-pruned"), steps.evaluate_files)
     stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
     return stages
 

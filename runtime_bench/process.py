@@ -90,7 +90,7 @@ def exchange(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment() | dict(environment or {}),
+                env=child_environment() | dict(environment or {}),
                 preexec_fn=before,
             )
         except OSError as error:
@@ -121,8 +121,8 @@ def kill_tree(pid: int) -> None:
                 one.kill()
 
 
-def _environment() -> dict[str, str]:
-    """The environment, with this package's folder importable whatever the working directory is.
+def child_environment() -> dict[str, str]:
+    """This environment, with this package's folder importable whatever the working directory is.
 
     Folders that Python searches anyway are not repeated: in PYTHONPATH they would come before the standard
     library.

@@ -58,6 +58,7 @@ ROOMS = {
         {"commands"},
         {"main"},
         {"__main__"},
+        {"stage_worker"},
     ),
 }
 """Rooms and files of each package in layers, the lowest first: each knows lower layers alone."""

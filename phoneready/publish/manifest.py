@@ -121,7 +121,7 @@ def make_manifest(
         kinds={"evaluation": "measured", "parity": "measured", "bench": "measured"},
         versions=dict(sorted(versions.items())),
         config=config.model_dump(mode="json"),
-        commands=single_commands(config, figures),
+        commands=single_commands(config, figures, {stage.name: stage.threads for stage in stages}),
         stages={stage.name: stage.key for stage in stages},
         seconds={stage.name: stage.seconds for stage in stages},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from cfsp.pruning.prune import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
@@ -15,14 +15,25 @@ from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
 
-def single_commands(config: ReleaseConfig, figures: ReleaseFigures) -> tuple[str, ...]:
-    """The commands, in order; the last one writes the release's model files, byte for byte."""
+def single_commands(
+    config: ReleaseConfig, figures: ReleaseFigures, threads: Mapping[str, int | None]
+) -> tuple[str, ...]:
+    """The commands, in order; the last one writes the release's model files, byte for byte.
+
+    Args:
+        config: Of the release.
+        figures: What its stages found.
+        threads: Stage -> threads that it had; None for as many as a command has by itself.
+    """
     found = [_prune(config, figures)]
     final = "checkpoint"
     if config.recover is not None:
         found.append(_recover(config, config.recover))
         final = "recovered"
-    found += [_judge(config, figures, final), _export(config, figures, final)]
+    found += [
+        [*_judge(config, figures, final), *_threads(threads["evaluate"])],
+        [*_export(config, figures, final), *_threads(threads["export-pruned"])],
+    ]
     return tuple(shlex.join(["phoneready", *map(str, words)]) for words in found)
 
 
@@ -63,6 +74,10 @@ def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> 
             windows=MOMENT_WINDOWS, dense=config.model.reference,
         )  # fmt: skip
     return ["export", checkpoint, "-o", "exports", *option_words(settings)]
+
+
+def _threads(count: int | None) -> list[object]:
+    return ["--threads", count] if count else []
 
 
 def _trust(config: ReleaseConfig) -> list[object]:

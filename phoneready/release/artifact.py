@@ -68,7 +68,7 @@ class FileLosses(MeasuredFile):
 
 @dataclass(frozen=True)
 class SideBySide:
-    """All exports on the same windows of text."""
+    """A model's exports on windows of text that are the same for the other's."""
 
     KIND: ClassVar[str] = "side-by-side"
     SCHEMA_VERSION: ClassVar[int] = 1

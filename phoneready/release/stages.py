@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, remove_stale_temporaries, writable_place
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
+from phoneready.release.beside import StageProcesses
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
@@ -38,6 +41,7 @@ class Stage:
         after: Names of the stages whose output it reads.
         run: Writes the output into the folder it is given.
         settled: Says of a finished output whether another run would give the same; one that would not is done again.
+        beside: Whether others may run beside it, which need not be so where times are what it measures.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Stage:
     after: tuple[str, ...]
     run: Callable[[Path, Progress], None]
     settled: Callable[[Path], bool] = lambda output: True
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class StageRecord:
         inputs: The stages before it and their keys.
         files: Path inside the folder to size in bytes.
         seconds: Time it took.
+        threads: Threads that it had; None where it ran in this process, with all that there were.
     """
 
     KIND: ClassVar[str] = "stage"
@@ -69,6 +75,7 @@ class StageRecord:
     inputs: dict[str, str]
     files: dict[str, int]
     seconds: float
+    threads: int | None = None
 
 
 def stage_folder(folder: Path, name: str) -> Path:
@@ -109,6 +116,7 @@ def run_stages(
     show: Callable[[str, str], None],
     progress: Callable[[], AbstractContextManager[Progress]],
     check: Callable[[str], None] = lambda name: None,
+    processes: Callable[[], StageProcesses | None] = lambda: None,
 ) -> dict[str, StageRecord]:
     """Run what is not done yet, in order.
 
@@ -116,26 +124,84 @@ def run_stages(
         stages: Each after the stages it names.
         folder: Claimed by `claim_folder`.
         show: Told a stage's name and state: `done before`, `running`, `finished in 12 s`.
-        progress: Opens the progress display of one stage.
+        progress: Opens the progress display of one stage, or of those that run beside each other.
         check: Told a stage's name when its output is there; it may raise to end the run.
+        processes: Asked where stages may run beside each other; None runs them here, one after the other.
 
     Returns:
         The record of every stage.
     """
     records: dict[str, StageRecord] = {}
-    for stage in stages:
-        inputs = {name: records[name].key for name in stage.after}
-        if _reason(stage, inputs, folder):
+
+    def done(stage: Stage, state: str) -> None:
+        records[stage.name] = read_record(StageRecord, stage_folder(folder, stage.name) / RECORD_FILE)
+        show(stage.name, state or f"finished in {records[stage.name].seconds:.0f} s")
+        check(stage.name)
+
+    for group in _groups(stages):
+        inputs = {stage.name: {name: records[name].key for name in stage.after} for stage in group}
+        to_do = [stage for stage in group if _reason(stage, inputs[stage.name], folder)]
+        for stage in group:
+            if stage not in to_do:
+                done(stage, "done before")
+        found = processes() if to_do and group[0].beside else None
+        if found is not None:
+            with progress() as report:
+                _run_beside(found, to_do, inputs, show, report, lambda stage: done(stage, ""))
+            continue
+        for stage in to_do:
             show(stage.name, "running")
             with progress() as report:
-                record = _run(stage, inputs, folder, report)
-            show(stage.name, f"finished in {record.seconds:.0f} s")
-        else:
-            record = read_record(StageRecord, stage_folder(folder, stage.name) / RECORD_FILE)
-            show(stage.name, "done before")
-        records[stage.name] = record
-        check(stage.name)
-    return records
+                run_stage(stage, inputs[stage.name], folder, report)
+            done(stage, "")
+    return {stage.name: records[stage.name] for stage in stages}
+
+
+def _groups(stages: Sequence[Stage]) -> Iterator[list[Stage]]:
+    """Neighbours that may run beside each other, as none needs another's output; all others alone."""
+    group: list[Stage] = []
+    for stage in stages:
+        together = stage.beside and all(one.beside and one.name not in stage.after for one in group)
+        if group and not together:
+            yield group
+            group = []
+        group.append(stage)
+    if group:
+        yield group
+
+
+def _run_beside(
+    processes: StageProcesses,
+    stages: Sequence[Stage],
+    inputs: Mapping[str, Mapping[str, str]],
+    show: Callable[[str, str], None],
+    progress: Progress,
+    done: Callable[[Stage], None],
+) -> None:
+    """Run stages beside each other; an error ends those that are still running."""
+    lock = threading.Lock()
+
+    def run(stage: Stage) -> Stage:
+        def told(description: str, so_far: int, total: int) -> None:
+            with lock:
+                progress(f"{stage.name}, {description}", so_far, total)
+
+        with lock:
+            show(stage.name, "running")
+        processes.run(stage.name, inputs[stage.name], told)
+        return stage
+
+    with ThreadPoolExecutor(processes.at_once) as pool:
+        running = [pool.submit(run, stage) for stage in stages]
+        try:
+            for future in as_completed(running):
+                stage = future.result()
+                with lock:
+                    done(stage)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            processes.stop()
+            raise
 
 
 def explain_stages(stages: Sequence[Stage], folder: Path) -> dict[str, str]:
@@ -194,21 +260,32 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key(stage: Stage, inputs: Mapping[str, str]) -> str:
     text = json.dumps(
-        [stage.name, stage.settings, inputs], sort_keys=True, ensure_ascii=True, allow_nan=False
+        [stage.name, stage.settings, dict(inputs)], sort_keys=True, ensure_ascii=True, allow_nan=False
     )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _run(stage: Stage, inputs: dict[str, str], folder: Path, progress: Progress) -> StageRecord:
+def run_stage(
+    stage: Stage, inputs: Mapping[str, str], folder: Path, progress: Progress, *, threads: int | None = None
+) -> None:
+    """Run a stage and leave its output and its record.
+
+    Args:
+        stage: It.
+        inputs: The stages before it and their keys.
+        folder: Claimed by `claim_folder`.
+        progress: Told about every step.
+        threads: What the record is to say.
+    """
     began = time.monotonic()
     with atomic_directory(stage_folder(folder, stage.name), own=True) as temporary:
         stage.run(temporary, progress)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
         seconds = round(time.monotonic() - began, 3)
-        record = StageRecord(stage.name, _key(stage, inputs), _plain(stage.settings), inputs, sizes, seconds)
+        key, settings = _key(stage, inputs), _plain(stage.settings)
+        record = StageRecord(stage.name, key, settings, dict(inputs), sizes, seconds, threads)
         write_record(temporary / RECORD_FILE, record)
-    return record
 
 
 def _size(path: Path) -> int | None:

@@ -79,7 +79,7 @@ at_most = "1 GB"
 """
 STAGES = (
     *("dense", "prune", "recover", "evaluate", "export-dense", "export-pruned", "answers"),
-    *("side-by-side", "evaluate-files", "bench-local"),
+    *("side-by-side-dense", "side-by-side-pruned", "evaluate-files", "bench-local"),
 )
 
 
@@ -432,7 +432,7 @@ def test_killed_again_and_again_it_ends_with_the_same_files(tiny_folder: TinyPat
     config = tmp_path / "release.toml"
     model = tiny_folder(intermediate_size=256)
     config.write_text(experiment.CONFIG.replace("tiny-model", str(model)), encoding="utf-8")
-    outcome = experiment.kill_and_restart(config, tmp_path, kills=3)
+    outcome = experiment.kill_and_restart(config, tmp_path, kills=3, threads=1)
     assert outcome.problems == []
     assert outcome.kills == 3
 

@@ -1,0 +1,166 @@
+"""Stages in processes beside each other: the same files, errors in one line, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cfsp.files import sha256_file
+
+TinyPath = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+[model]
+reference = "{model}"
+[prune]
+calibration = ["builtin:python-docs"]
+nsamples = 4
+seqlen = 64
+prune_ratio = 0.25
+[evaluate]
+text = ["{text}"]
+chats = []
+seqlen = 32
+max_windows = 2
+max_new_tokens = 2
+prompts = ["List three fruits."]
+[export]
+quants = ["Q8_0"]
+onnx = []
+[bench]
+n_prompt = [4]
+n_gen = []
+ttft = []
+n_threads = [1]
+repetitions = 1
+check_text = false
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def config(tiny_folder: TinyPath, tmp_path: Path) -> Callable[[str], Path]:
+    """`config(text)` writes a configuration that is judged on that text."""
+    model = tiny_folder(intermediate_size=256)
+
+    def write(text: str = "builtin:python-docs") -> Path:
+        path = tmp_path / "release.toml"
+        path.write_text(CONFIG.format(model=model, text=text), encoding="utf-8")
+        return path
+
+    return write
+
+
+def start(config: Path, output: Path, threads: int) -> subprocess.Popen[str]:
+    line = [
+        sys.executable,
+        "-m",
+        "phoneready",
+        "release",
+        str(config),
+        "-o",
+        str(output),
+        "--threads",
+        str(threads),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHONEREADY_CACHE": str(config.parent / "cache")}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def workers(parent: int) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.Process(parent).children()
+        if "phoneready.stage_worker" in process.cmdline()
+    ]
+
+
+def wait_for(found: Callable[[], Any], seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return value
+
+
+def test_two_at_once_leave_the_files_of_one_after_the_other(
+    config: Callable[[], Path], tmp_path: Path
+) -> None:
+    manifests, errors = {}, {}
+    for threads in (1, 2):
+        process = start(config(), tmp_path / str(threads), threads)
+        errors[threads] = process.communicate(timeout=800)[1]
+        assert process.returncode == 0, errors[threads]
+        text = (tmp_path / str(threads) / "manifest.json").read_text(encoding="utf-8")
+        manifests[threads] = json.loads(text)
+    for released in manifests[1]["files"]:
+        assert sha256_file(tmp_path / "2" / released["file"]) == released["sha256"]
+    assert manifests[1]["stages"] == manifests[2]["stages"]
+    lines = errors[2].splitlines()
+    states = [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith(" ")]
+    running = [name for name, state in states if state == "running"]
+    beside = running.index("export-dense")
+    assert states.index((running[beside], "running")) < min(
+        number for number, (name, state) in enumerate(states) if name == "evaluate" and "finished" in state
+    )
+    told = [line.split(";")[0].strip() for line in lines if line.startswith(" ")]
+    assert told == [f"{n} of {len(running)}" for n in range(1, len(running) + 1)]
+    # What a stage had goes into the command that repeats it.
+    assert "--threads" not in shlex.split(manifests[1]["commands"][-1])
+    assert manifests[2]["commands"][-1].endswith("--threads 1")
+
+
+def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
+    config: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short", encoding="utf-8")
+    process = start(config(str(text)), tmp_path / "out", 2)
+    errors = process.communicate(timeout=400)[1]
+    assert process.returncode == 2
+    (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
+    assert "short.txt" in line
+    assert "Traceback" not in errors
+    stages = [path.name for path in (tmp_path / "out" / "stages").iterdir()]
+    assert {"dense", "prune"} <= set(stages)
+    assert "evaluate" not in stages
+    assert not [name for name in stages if name.startswith(".")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_nobody_is_left_when_the_run_is_ended(
+    config: Callable[[], Path], tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(config(), tmp_path / "out", 2)
+    found = wait_for(lambda: workers(process.pid))
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGTERM else -number)
+    _, alive = psutil.wait_procs(found, timeout=60)
+    assert not alive
+    assert not list((tmp_path / "out" / "stages").glob(".*"))
+    if number == signal.SIGTERM:
+        assert errors.splitlines()[-1] == "error: interrupted"
+
+
+def test_a_process_that_is_killed_is_named(config: Callable[[], Path], tmp_path: Path) -> None:
+    process = start(config(), tmp_path / "out", 2)
+    wait_for(lambda: workers(process.pid))[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert (
+        "killed by SIGKILL, as the system does when memory runs out; --threads 1 runs one stage at a time"
+        in (errors.splitlines()[-1])
+    )
