@@ -26,7 +26,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cfsp.errors import InputError, require_extra
@@ -53,11 +52,12 @@ from phoneready.release.stages import Stage, claim_folder, explain_stages, run_s
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from runtime_bench.cgroup import usable_memory
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details
 
-_TIMES_THE_WEIGHTS = 6
-"""What a stage holds at most, by the bytes of the dense model's weights."""
+_TIMES_THE_WEIGHTS = 8
+"""What a stage holds at most, by the bytes of the dense model's weights; exports of SmolLM2-135M take 6.7."""
 
 
 def run_release(
@@ -89,6 +89,7 @@ def run_release(
             another model or schema.
         MissingExtraError: The configuration asks for something whose extra is not installed.
         LimitError: An exported file is too far from its checkpoint.
+        PhonereadyError: Any of these in a process of its own, with the same text and exit status; or it was killed.
     """
     _check_place(config, folder)
     check_extras(config)
@@ -115,6 +116,7 @@ def run_release(
             progress=progress,
             check=check,
             processes=lambda: _processes(config, folder, threads),
+            threads=threads,
         )
         found = read_figures(config, folder)
         figures = collect_figures(config, folder, found)
@@ -132,7 +134,7 @@ def _processes(config: ReleaseConfig, folder: Path, threads: int | None) -> Stag
     threads = threads or torch.get_num_threads()
     model = stage_folder(folder, "dense") / "model"
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-    if threads < 2 or psutil.virtual_memory().total < 2 * _TIMES_THE_WEIGHTS * weights:
+    if threads < 2 or usable_memory() < 2 * _TIMES_THE_WEIGHTS * weights:
         return None
     plain = config.model_dump(mode="json")
     return StageProcesses(2, "phoneready.stage_worker", plain, folder, threads // 2)

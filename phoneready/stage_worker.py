@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +24,7 @@ from cfsp.records import fields_from_json
 from phoneready.__main__ import interrupt
 from phoneready.console import prepare_torch
 from phoneready.recipe import release_stages
-from phoneready.release.beside import StageFailure, StageRequest
+from phoneready.release.beside import STOP_S, StageFailure, StageRequest
 from phoneready.release.stages import run_stage
 from phoneready.settings.schema import ReleaseConfig
 
@@ -64,7 +65,8 @@ def _failure(error: Exception) -> StageFailure:
     trace = "".join(traceback.format_exception(error))
     if isinstance(error, PhonereadyError):
         return StageFailure(str(error), exit_code=error.exit_code, trace=trace)
-    if isinstance(error, OSError) and error.errno is not None:
+    # A pipe that broke is none that the caller reads.
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
         filename = None if error.filename is None else str(error.filename)
         return StageFailure(error.strerror or str(error), errno=error.errno, filename=filename, trace=trace)
     return StageFailure(f"{type(error).__name__}: {error}", trace=trace)
@@ -78,6 +80,8 @@ def _end_with_caller() -> None:
     while os.read(0, 4096):  # not sys.stdin, which would be locked when the interpreter ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(STOP_S)  # inside a library no signal is handled
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -23,18 +23,18 @@ def single_commands(
     Args:
         config: Of the release.
         figures: What its stages found.
-        threads: Stage -> threads that it had; None for as many as a command has by itself.
+        threads: Stage -> threads that it had; without a number a command has as many as by itself.
     """
-    found = [_prune(config, figures)]
+    made: list[tuple[str, list[object]]] = [("prune", _prune(config, figures))]
     final = "checkpoint"
     if config.recover is not None:
-        found.append(_recover(config, config.recover))
+        made.append(("recover", _recover(config, config.recover)))
         final = "recovered"
-    found += [
-        [*_judge(config, figures, final), *_threads(threads["evaluate"])],
-        [*_export(config, figures, final), *_threads(threads["export-pruned"])],
-    ]
-    return tuple(shlex.join(["phoneready", *map(str, words)]) for words in found)
+    made += [("evaluate", _judge(config, figures, final)), ("export-pruned", _export(config, figures, final))]
+    return tuple(
+        shlex.join(["phoneready", *map(str, words), *map(str, _threads(threads.get(stage)))])
+        for stage, words in made
+    )
 
 
 def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Mapping
@@ -16,7 +18,7 @@ from cfsp.progress import Progress
 from cfsp.records import fields_from_json
 from runtime_bench.process import child_environment, exit_reason, kill_tree, python_module
 
-_STOP_S = 20.0
+STOP_S = 20.0
 """For clearing away what is half-written; then a process is killed."""
 
 
@@ -99,6 +101,8 @@ class StageProcesses:
 
         Raises:
             PhonereadyError: It failed, with the text and the exit status of its error; or its process was killed.
+            OSError: It could not read or write something.
+            RuntimeError: It failed as nobody expected.
         """
         request = StageRequest(dict(self._config), str(self._folder), stage, dict(inputs), self._threads)
         with self._lock:
@@ -116,10 +120,11 @@ class StageProcesses:
         with process:
             assert process.stdin is not None
             assert process.stdout is not None
-            # It stays open: where it ends, the process ends.
+            # It stays open: where it ends, the process ends. Not through a buffer, which could be left with something.
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
-                process.stdin.flush()
+                told = json.dumps(asdict(request)).encode() + b"\n"
+                while told:
+                    told = told[os.write(process.stdin.fileno(), told) :]
             failure = None
             for line in process.stdout:
                 message = json.loads(line)
@@ -132,8 +137,8 @@ class StageProcesses:
         if failure is not None:
             raise failure.error()
         if process.returncode:
-            reason = exit_reason(process.returncode, [])
-            raise PhonereadyError(f"{stage}: {reason}; --threads 1 runs one stage at a time")
+            hint = "; --threads 1 runs one stage at a time" if process.returncode == -signal.SIGKILL else ""
+            raise PhonereadyError(f"{stage}: {exit_reason(process.returncode, [])}{hint}")
 
     def stop(self) -> None:
         """End the processes that are left: they clear away what they have half-written."""
@@ -143,6 +148,6 @@ class StageProcesses:
             process.terminate()
         for process in list(self._running):
             try:
-                process.wait(_STOP_S)
+                process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)

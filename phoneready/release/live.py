@@ -37,7 +37,7 @@ def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
     """What the stages that are still to be run took, if all of them are known; else nothing.
 
     Args:
-        later: The stages that come after the one that is done.
+        later: The stages that are not done.
         times: As `last_times`.
     """
     taken = [times[name] for name in later if name in times]
@@ -46,7 +46,7 @@ def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
         return ""
     seconds = sum(known)
     spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-    return f"the rest took {spent} last time"
+    return f"the rest took {spent} of work last time"
 
 
 def stage_figures(folder: Path, name: str) -> str:

@@ -63,7 +63,7 @@ class StageRecord:
         inputs: The stages before it and their keys.
         files: Path inside the folder to size in bytes.
         seconds: Time it took.
-        threads: Threads that it had; None where it ran in this process, with all that there were.
+        threads: Threads that it was given; None where nobody said how many.
     """
 
     KIND: ClassVar[str] = "stage"
@@ -117,6 +117,7 @@ def run_stages(
     progress: Callable[[], AbstractContextManager[Progress]],
     check: Callable[[str], None] = lambda name: None,
     processes: Callable[[], StageProcesses | None] = lambda: None,
+    threads: int | None = None,
 ) -> dict[str, StageRecord]:
     """Run what is not done yet, in order.
 
@@ -127,6 +128,7 @@ def run_stages(
         progress: Opens the progress display of one stage, or of those that run beside each other.
         check: Told a stage's name when its output is there; it may raise to end the run.
         processes: Asked where stages may run beside each other; None runs them here, one after the other.
+        threads: What the records of stages that run here are to say.
 
     Returns:
         The record of every stage.
@@ -152,7 +154,7 @@ def run_stages(
         for stage in to_do:
             show(stage.name, "running")
             with progress() as report:
-                run_stage(stage, inputs[stage.name], folder, report)
+                run_stage(stage, inputs[stage.name], folder, report, threads=threads)
             done(stage, "")
     return {stage.name: records[stage.name] for stage in stages}
 
@@ -192,9 +194,8 @@ def _run_beside(
         return stage
 
     with ThreadPoolExecutor(processes.at_once) as pool:
-        running = [pool.submit(run, stage) for stage in stages]
         try:
-            for future in as_completed(running):
+            for future in as_completed([pool.submit(run, stage) for stage in stages]):
                 stage = future.result()
                 with lock:
                     done(stage)

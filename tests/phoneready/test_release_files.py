@@ -289,7 +289,8 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
         "evaluate": {"tasks": ["sciq"], "limit": 5, "metrics": ["m:f"]},
         "export": {"quants": ["Q8_0"], "onnx": ["int4"], "imatrix": False},
     }
-    found = single_commands(ReleaseConfig.model_validate(settings), figures)
+    threads = {"prune": 2, "evaluate": None, "export-pruned": 1}
+    found = single_commands(ReleaseConfig.model_validate(settings), figures, threads)
     group = typer.main.get_command(app)
     assert [shlex.split(line)[1] for line in found] == ["prune", "recover", "eval", "export"]
     for line in found:
@@ -297,9 +298,11 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
         assert program == "phoneready"
         group.commands[name].make_context(name, arguments)
     assert "my model" in shlex.split(found[0])
+    ends = ["--threads 2", None, None, "--threads 1"]
+    assert [line[-11:] if "--threads" in line else None for line in found] == ends
     assert shlex.split(found[2])[2] == "recovered"
     assert "recover" not in " ".join(
-        single_commands(ReleaseConfig.model_validate(settings | {"recover": None}), figures)
+        single_commands(ReleaseConfig.model_validate(settings | {"recover": None}), figures, {})
     )
 
 

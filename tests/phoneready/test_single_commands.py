@@ -83,7 +83,7 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
     assert [command[0] for command in commands] == ["prune", "recover", "eval", "export"]
     for command in commands:
         capsys.readouterr()
-        status = main([*command, "--threads", "1", "--json"])
+        status = main([*command, "--json"])
         # Training that gains nothing leaves what it began with, and says so by its status.
         assert status == 0 or (status == 1 and command[0] == "recover"), capsys.readouterr().err
         if command[0] == "eval":
