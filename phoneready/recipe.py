@@ -6,12 +6,11 @@
     export-dense   GGUF files and ONNX folders of the dense model, each held against it
     export-pruned  GGUF files and ONNX folders of the pruned model, each held against it
     answers        what the exports themselves answer, each in its own runtime
-    side-by-side-dense, side-by-side-pruned
-                   what they lose on the same windows of text
+    side-by-side   what all of them lose on the same windows of text
     bench-<target> all of them, in turns, for each target
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
-Neighbours that do not need each other run in two processes, each with half the threads.
+The evaluation and the exports run beside each other in two processes, each with half the threads.
 Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
 ONNX folders copied.
 """
@@ -216,22 +215,27 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     if c.recover is not None:
         stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
 
-    def beside(name: str, settings: dict[str, Any], after: tuple[str, ...], run: Callable[..., None]) -> None:
-        stages.append(Stage(name, settings, after, run, beside=True))
-
     judged = _judged(c, steps)
-    beside("evaluate", judged | made_with("evaluate", *tasks), ("dense", steps.final), steps.evaluate)
-    beside("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE))
-    beside("export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED))
-    beside("answers", asked | made_with("answers", families=families), exports, steps.answers)
+    stages += [
+        Stage(
+            "evaluate",
+            judged | made_with("evaluate", *tasks),
+            ("dense", steps.final),
+            steps.evaluate,
+            beside=True,
+        ),
+        Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE), beside=True),
+        Stage(
+            "export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED), beside=True
+        ),
+        Stage("answers", asked | made_with("answers", families=families), exports, steps.answers),
+    ]
     if c.evaluate.text or c.evaluate.chats:
         measured = _measured_on(c) | made_with("side-by-side", families=families)
-        for role in (DENSE, PRUNED):
-            after = ("dense", steps.final, f"export-{role}")
-            beside(f"side-by-side-{role}", measured, after, functools.partial(steps.side_by_side, role))
+        stages.append(Stage("side-by-side", measured, ("dense", steps.final, *exports), steps.side_by_side))
     if c.evaluate.files:
         judged |= {"files": list(c.evaluate.files)} | made_with("evaluate-files", *tasks, families=families)
-        beside("evaluate-files", judged, ("dense", "export-pruned"), steps.evaluate_files)
+        stages.append(Stage("evaluate-files", judged, ("dense", "export-pruned"), steps.evaluate_files))
     stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
     return stages
 

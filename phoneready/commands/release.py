@@ -59,17 +59,17 @@ def release(
         chosen = with_variants(chosen, onnx)
     if explain:
         reasons = explain_release(chosen, output, threads)
-        lines = [f"{name:<20} {why or 'done before'}" for name, why in reasons.items()]
+        lines = [f"{name:<14} {why or 'done before'}" for name, why in reasons.items()]
         write_result("\n".join(lines), reasons, as_json=json)
         return
     manifest, verdicts = run_release(
         chosen,
         output,
-        show=lambda name, state: note(f"{name:<20} {state}"),
+        show=lambda name, state: note(f"{name:<14} {state}"),
         progress=show_progress,
         threads=threads,
         label=label,
-        tell=lambda line: note(f"{'':<20} {line}"),
+        tell=lambda line: note(f"{'':<14} {line}"),
     )
     not_logged = _track(chosen, output, label)
     summary = _summary(read_figures(chosen, output), verdicts, output)

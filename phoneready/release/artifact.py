@@ -68,7 +68,7 @@ class FileLosses(MeasuredFile):
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A model's exports on windows of text that are the same for the other's."""
+    """All exports on the same windows of text."""
 
     KIND: ClassVar[str] = "side-by-side"
     SCHEMA_VERSION: ClassVar[int] = 1

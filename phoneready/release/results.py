@@ -76,15 +76,13 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         pruned=_exports(steps, PRUNED),
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
         bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
-        losses=_losses(steps) if config.evaluate.text or config.evaluate.chats else (),
+        losses=_losses(folder) if config.evaluate.text or config.evaluate.chats else (),
     )
 
 
-def _losses(steps: Steps) -> tuple[FileLosses, ...]:
-    # Older releases have one stage for both models.
-    files = sorted((steps.folder / "stages").glob(f"side-by-side*/{SIDE_BY_SIDE_FILE}"))
-    found = {one.file: one for file in files for one in read_record(SideBySide, file).files}
-    return tuple(found[artifact.name] for artifact in steps.artifacts() if artifact.name in found)
+def _losses(folder: Path) -> tuple[FileLosses, ...]:
+    file = stage_folder(folder, "side-by-side") / SIDE_BY_SIDE_FILE
+    return read_record(SideBySide, file).files if file.is_file() else ()
 
 
 def _exports(steps: Steps, role: str) -> tuple[ExportRecord, ...]:

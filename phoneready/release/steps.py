@@ -124,13 +124,9 @@ class Steps:
         """The checkpoint that a stage left."""
         return stage_folder(self.folder, stage) / "model"
 
-    def artifacts(self, *roles: str) -> list[Artifact]:
-        """What was exported, of all models or some: of each quantization and variant the dense one, then the pruned."""
-        return [
-            self.artifact(role, item)
-            for item in self.config.export.names
-            for role in roles or (DENSE, PRUNED)
-        ]
+    def artifacts(self) -> list[Artifact]:
+        """What was exported: of each quantization and variant the dense model, then the pruned one."""
+        return [self.artifact(role, item) for item in self.config.export.names for role in (DENSE, PRUNED)]
 
     def artifact(self, role: str, item: str) -> Artifact:
         """The dense or the pruned model in a quantization or variant."""
@@ -207,17 +203,18 @@ class Steps:
         dense, pruned = self._load("dense", progress), self._load(self.final, progress)
         self._judge(TorchLanguageModel(pruned), dense, "pruned", output / EVALUATION_FILE, progress)
 
-    def side_by_side(self, role: str, output: Path, progress: Progress) -> None:
-        """A model's exports, each in its own runtime, on windows that are the same for both models' exports."""
+    def side_by_side(self, output: Path, progress: Progress) -> None:
+        """All exports on the same windows, each in its own runtime; what one loses can be held against any other."""
         dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
         tokenizers = {DENSE: dense.tokenizer, PRUNED: load_tokenizer(pruned)}
         judged = self._judged_on
         cut = [JudgedText(kind, text_windows(one, dense, judged, progress)) for kind, one in judged.sources]
         texts = [shortened(text, *tokenizers.values()) for text in cut]
         found = []
-        for artifact in self.artifacts(role):
+        for artifact in self.artifacts():
+            tokenizer = tokenizers[artifact.role]
             losses = measure_file(
-                artifact.root, dense, tokenizers[role], texts, threads=self.threads, progress=progress
+                artifact.root, dense, tokenizer, texts, threads=self.threads, progress=progress
             )
             size = size_of(artifact.path)
             found.append(FileLosses(artifact.name, size, losses, artifact.role, artifact.item))

@@ -79,7 +79,7 @@ at_most = "1 GB"
 """
 STAGES = (
     *("dense", "prune", "recover", "evaluate", "export-dense", "export-pruned", "answers"),
-    *("side-by-side-dense", "side-by-side-pruned", "evaluate-files", "bench-local"),
+    *("side-by-side", "evaluate-files", "bench-local"),
 )
 
 

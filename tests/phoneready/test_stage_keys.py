@@ -27,8 +27,7 @@ CONFIG = ReleaseConfig.model_validate(
         "export": {"quants": ["Q4_0"], "onnx": ["int8"]},
     }
 )
-SIDE_BY_SIDE = ("side-by-side-dense", "side-by-side-pruned")
-EXPORTED = ("export-dense", "export-pruned", "answers", *SIDE_BY_SIDE, "evaluate-files", "bench-local")
+EXPORTED = ("export-dense", "export-pruned", "answers", "side-by-side", "evaluate-files", "bench-local")
 ALL = ("dense", "prune", "recover", "evaluate", *EXPORTED)
 
 
@@ -90,7 +89,7 @@ def test_a_new_version_runs_the_stages_that_use_the_package_and_what_comes_after
     [
         ("cfsp/recovery", {"recover"}),
         ("exporters/onnx", set(EXPORTED)),
-        ("cfsp/evaluation", {"evaluate", "answers", *SIDE_BY_SIDE, "evaluate-files"}),
+        ("cfsp/evaluation", {"evaluate", "answers", "side-by-side", "evaluate-files"}),
         ("runtime_bench/measuring", {"bench-local"}),
         ("phoneready/report", set()),
     ],
