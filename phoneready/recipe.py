@@ -204,22 +204,26 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     """The stages in order, with everything that their results depend on."""
     steps, c = Steps(config, folder, threads), config
     families = tuple(c.export.formats)
-    exported = dataclasses.asdict(c.export) | made_with("export", families=families)
-    asked = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
     exports = ("export-dense", "export-pruned")
-    tasks = ("tasks",) if c.evaluate.tasks else ()
     stages = [
-        Stage("dense", _dense(c, steps), (), steps.dense),
-        Stage("prune", _pruned(c), ("dense",), steps.prune),
+        Stage("dense", lambda: _dense(c, steps), (), steps.dense),
+        Stage("prune", lambda: _pruned(c), ("dense",), steps.prune),
     ]
     if c.recover is not None:
-        stages.append(Stage(RECOVERY_STAGE, _recovered(c.recover, c.seed), ("dense", "prune"), steps.recover))
+        recovered = functools.partial(_recovered, c.recover, c.seed)
+        stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
 
-    judged = _judged(c, steps)
+    def exported() -> dict[str, Any]:
+        return dataclasses.asdict(c.export) | made_with("export", families=families)
+
+    def asked() -> dict[str, Any]:
+        said = {"prompts": list(steps.prompts), "max_new_tokens": c.evaluate.max_new_tokens}
+        return said | made_with("answers", families=families)
+
     stages += [
         Stage(
             "evaluate",
-            judged | made_with("evaluate", *tasks),
+            lambda: _judged(c, steps, "evaluate"),
             ("dense", steps.final),
             steps.evaluate,
             beside=True,
@@ -228,13 +232,13 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         Stage(
             "export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED), beside=True
         ),
-        Stage("answers", asked | made_with("answers", families=families), exports, steps.answers),
+        Stage("answers", asked, exports, steps.answers),
     ]
     if c.evaluate.text or c.evaluate.chats:
-        measured = _measured_on(c) | made_with("side-by-side", families=families)
+        measured = functools.partial(_measured_on, c)
         stages.append(Stage("side-by-side", measured, ("dense", steps.final, *exports), steps.side_by_side))
     if c.evaluate.files:
-        judged |= {"files": list(c.evaluate.files)} | made_with("evaluate-files", *tasks, families=families)
+        judged = functools.partial(_files_judged, c, steps)
         stages.append(Stage("evaluate-files", judged, ("dense", "export-pruned"), steps.evaluate_files))
     stages += [_bench(c, steps, place, exports) for place in c.bench.targets]
     return stages
@@ -273,24 +277,33 @@ def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
 def _measured_on(config: ReleaseConfig) -> dict[str, Any]:
     evaluate = config.evaluate
     texts = {name: _identities(getattr(evaluate, name)) for name in ("text", "chats")}
-    return {"windows": [evaluate.seqlen, evaluate.max_windows]} | texts
+    windows = {"windows": [evaluate.seqlen, evaluate.max_windows]}
+    return windows | texts | made_with("side-by-side", families=config.export.formats)
 
 
-def _judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
+def _files_judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
+    judged = _judged(config, steps, "evaluate-files", families=config.export.formats)
+    return judged | {"files": list(config.evaluate.files)}
+
+
+def _judged(config: ReleaseConfig, steps: Steps, stage: str, families: Iterable[str] = ()) -> dict[str, Any]:
     evaluate = config.evaluate
     settings = _without(evaluate, "files", "task_data")
     settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats", "tasks")}
     if evaluate.task_data is not None:
         settings["task_data"] = _identity(str(evaluate.task_data))
     settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
-    return settings | {"prompts": list(steps.prompts)}
+    tasks = ("tasks",) if evaluate.tasks else ()
+    return settings | {"prompts": list(steps.prompts)} | made_with(stage, *tasks, families=families)
 
 
 def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
-    # Other places and devices change nothing here.
-    settings = _without(config.bench, "targets", "devices", "n_ctx")
-    settings |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
-    settings |= made_with("bench", families=config.export.formats)
+    def settings() -> dict[str, Any]:
+        # Other places and devices change nothing here.
+        shared = _without(config.bench, "targets", "devices", "n_ctx")
+        shared |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
+        return shared | made_with("bench", families=config.export.formats)
+
     return Stage(bench_stage(place), settings, exports, functools.partial(steps.bench, place), bench_settled)
 
 

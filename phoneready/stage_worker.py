@@ -62,14 +62,14 @@ def _run(request: StageRequest, answers: TextIO) -> None:
 
 
 def _failure(error: Exception) -> StageFailure:
-    trace = "".join(traceback.format_exception(error))
+    name, trace = type(error).__name__, "".join(traceback.format_exception(error))
     if isinstance(error, PhonereadyError):
-        return StageFailure(str(error), exit_code=error.exit_code, trace=trace)
+        return StageFailure(name, str(error), exit_code=error.exit_code, trace=trace)
     # A pipe that broke is none that the caller reads.
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BrokenPipeError):
-        filename = None if error.filename is None else str(error.filename)
-        return StageFailure(error.strerror or str(error), errno=error.errno, filename=filename, trace=trace)
-    return StageFailure(f"{type(error).__name__}: {error}", trace=trace)
+        filename, text = error.filename and str(error.filename), error.strerror or str(error)
+        return StageFailure(name, text, errno=error.errno, filename=filename, trace=trace)
+    return StageFailure(name, str(error), trace=trace)
 
 
 def _answer(answers: TextIO, message: Any) -> None:

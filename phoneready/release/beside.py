@@ -46,6 +46,7 @@ class StageFailure:
     """What such a process says where its stage has failed.
 
     Attributes:
+        kind: Name of the error's class.
         text: Of the error.
         exit_code: Of an error that was expected.
         errno: Of an OSError.
@@ -53,6 +54,7 @@ class StageFailure:
         trace: Where it was raised.
     """
 
+    kind: str
     text: str
     exit_code: int | None = None
     errno: int | None = None
@@ -72,7 +74,8 @@ class StageFailure:
             return expected
         if self.errno is not None:
             return OSError(self.errno, self.text, self.filename)
-        return RuntimeError(self.text)
+        unexpected: Exception = type(self.kind, (RuntimeError,), {})(self.text)
+        return unexpected
 
 
 class StageProcesses:
@@ -102,7 +105,7 @@ class StageProcesses:
         Raises:
             PhonereadyError: It failed, with the text and the exit status of its error; or its process was killed.
             OSError: It could not read or write something.
-            RuntimeError: It failed as nobody expected.
+            RuntimeError: It failed as nobody expected; the class carries the name of the error there.
         """
         request = StageRequest(dict(self._config), str(self._folder), stage, dict(inputs), self._threads)
         with self._lock:

@@ -8,6 +8,7 @@ any point and started again repeats no finished stage.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import threading
@@ -37,7 +38,8 @@ class Stage:
 
     Attributes:
         name: Its folder's name.
-        settings: What its result depends on, beside the stages before it; JSON.
+        describe: Gives what its result depends on, beside the stages before it. It may read whole files for their
+            hashes, and is asked once, by whoever needs `settings`.
         after: Names of the stages whose output it reads.
         run: Writes the output into the folder it is given.
         settled: Says of a finished output whether another run would give the same; one that would not is done again.
@@ -45,11 +47,17 @@ class Stage:
     """
 
     name: str
-    settings: Mapping[str, Any]
+    describe: Callable[[], Mapping[str, Any]]
     after: tuple[str, ...]
     run: Callable[[Path, Progress], None]
     settled: Callable[[Path], bool] = lambda output: True
     beside: bool = False
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What `describe` gives, through JSON, so that it equals what a record's file has."""
+        plain: dict[str, Any] = json.loads(json.dumps(dict(self.describe())))
+        return plain
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ def run_stages(
         The record of every stage.
     """
     records: dict[str, StageRecord] = {}
+    _ = [stage.settings for stage in stages]  # what cannot be described ends the run before any work
 
     def done(stage: Stage, state: str) -> None:
         records[stage.name] = read_record(StageRecord, stage_folder(folder, stage.name) / RECORD_FILE)
@@ -225,7 +234,7 @@ def _reason(stage: Stage, inputs: Mapping[str, str], folder: Path) -> str:
         record = read_record(StageRecord, output / RECORD_FILE)
     except InputError:
         return "its record cannot be read by this version"
-    changes = [_change(*difference) for difference in _differences(record.settings, _plain(stage.settings))]
+    changes = [_change(*difference) for difference in _differences(record.settings, stage.settings)]
     changes += [f"{name} has changed" for name in inputs if record.inputs.get(name) != inputs[name]]
     if changes:
         return "; ".join(changes)
@@ -253,12 +262,6 @@ def _change(place: tuple[str, ...], before: Any, now: Any) -> str:
     return f"{'.'.join(place)} was {' and is '.join(text if len(text) <= 80 else text[:77] + '...' for text in shown)}"
 
 
-def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Through JSON, so that they are equal to those of a record that was read back."""
-    plain: dict[str, Any] = json.loads(json.dumps(dict(settings)))
-    return plain
-
-
 def _key(stage: Stage, inputs: Mapping[str, str]) -> str:
     text = json.dumps(
         [stage.name, stage.settings, dict(inputs)], sort_keys=True, ensure_ascii=True, allow_nan=False
@@ -279,13 +282,13 @@ def run_stage(
         threads: What the record is to say.
     """
     began = time.monotonic()
+    key = _key(stage, inputs)  # before it runs: what is changed while it runs has changed the next time
     with atomic_directory(stage_folder(folder, stage.name), own=True) as temporary:
         stage.run(temporary, progress)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
         seconds = round(time.monotonic() - began, 3)
-        key, settings = _key(stage, inputs), _plain(stage.settings)
-        record = StageRecord(stage.name, key, settings, dict(inputs), sizes, seconds, threads)
+        record = StageRecord(stage.name, key, stage.settings, dict(inputs), sizes, seconds, threads)
         write_record(temporary / RECORD_FILE, record)
 
 

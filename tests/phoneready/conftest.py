@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from runtime_bench.devices.profile import load_profiles
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.workload import Workload
 
+ROOT = Path(__file__).resolve().parents[2]
 MakeReportInput = Callable[..., ReportInput]
 BLOCKS, DENSE_WIDTH = 6, 256
 
@@ -57,6 +61,23 @@ def browser() -> Iterator[Any]:
         chromium = session.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="session")
+def start_release() -> Callable[..., subprocess.Popen[str]]:
+    """`start_release(config, output, *options, threads=1)` starts `phoneready release`, its cache beside `config`."""
+
+    def start(config: Path, output: Path, *options: str, threads: int = 1) -> subprocess.Popen[str]:
+        line = [sys.executable, "-m", "phoneready", "release", str(config), "-o", str(output), *options]
+        return subprocess.Popen(
+            [*line, "--threads", str(threads)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PHONEREADY_CACHE": str(config.parent / "cache")},
+        )
+
+    return start
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from runtime_bench.records.jsonl import read_jsonl
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 TinyPath = Callable[..., Path]
+Start = Callable[..., subprocess.Popen[str]]
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 [model]
@@ -91,24 +92,6 @@ def write_config(folder: Path, model: Path, quants: str = "Q8_0") -> Path:
     return path
 
 
-def start(config: Path, output: Path, *extra: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["PHONEREADY_CACHE"] = str(config.parent / "cache")
-    line = [
-        sys.executable,
-        "-m",
-        "phoneready",
-        "release",
-        str(config),
-        "-o",
-        str(output),
-        "--threads",
-        "1",
-        *extra,
-    ]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def states(errors: str) -> dict[str, str]:
     """The last state shown of each stage."""
     shown = [line.split(maxsplit=1) for line in errors.splitlines() if line.split(maxsplit=1)[:1]]
@@ -120,11 +103,13 @@ def states(errors: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def released(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def released(
+    tiny_folder: TinyPath, start_release: Start, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """(configuration, release folder) of a finished release."""
     folder = tmp_path_factory.mktemp("release")
     config = write_config(folder, tiny_folder(intermediate_size=256))
-    process = start(config, folder / "out", "--json")
+    process = start_release(config, folder / "out", "--json")
     output, errors = process.communicate(timeout=800)
     assert process.returncode == 0, errors
     assert states(errors) == dict.fromkeys(STAGES, "finished")
@@ -254,10 +239,12 @@ def test_report_makes_both_reports_again_without_a_model(released: tuple[Path, P
 
 
 @pytest.mark.slow
-def test_a_second_run_repeats_nothing_and_writes_the_same(released: tuple[Path, Path]) -> None:
+def test_a_second_run_repeats_nothing_and_writes_the_same(
+    released: tuple[Path, Path], start_release: Start
+) -> None:
     config, folder = released
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    process = start(config, folder)
+    process = start_release(config, folder)
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 0, errors
     assert states(errors) == dict.fromkeys(STAGES, "done before")
@@ -385,12 +372,12 @@ def test_a_target_that_is_gone_is_a_failed_run_and_tried_again(
 
 
 @pytest.mark.slow
-def test_two_runs_on_one_folder(released: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_runs_on_one_folder(released: tuple[Path, Path], start_release: Start, tmp_path: Path) -> None:
     config = released[0]
-    first = start(config, tmp_path / "out")
+    first = start_release(config, tmp_path / "out")
     assert first.stderr is not None
     assert first.stderr.readline().startswith("dense")
-    second = start(config, tmp_path / "out")
+    second = start_release(config, tmp_path / "out")
     _, errors = second.communicate(timeout=300)
     assert second.returncode == 2
     assert errors.startswith("error: another run is using ")
@@ -438,13 +425,15 @@ def test_killed_again_and_again_it_ends_with_the_same_files(tiny_folder: TinyPat
 
 
 @pytest.mark.slow
-def test_a_failing_export_names_its_reason_and_leaves_no_file(tiny_folder: TinyPath, tmp_path: Path) -> None:
+def test_a_failing_export_names_its_reason_and_leaves_no_file(
+    tiny_folder: TinyPath, start_release: Start, tmp_path: Path
+) -> None:
     model = tiny_folder(intermediate_size=96)
     config = write_config(tmp_path, model)
     config.write_text(
         config.read_text().replace("prune_ratio = 0.25", "prune_ratio = 0.999"), encoding="utf-8"
     )
-    process = start(config, tmp_path / "out")
+    process = start_release(config, tmp_path / "out")
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 2, errors
     assert output == ""

@@ -14,6 +14,7 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
+from phoneready.release.beside import StageFailure
 from phoneready.release.stages import Stage, claim_folder, run_stages, stage_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def make(name, before):
             (output / "deep" / f"part{number}.txt").write_text(name * 1000)
             time.sleep(0.01)
         (output / "deep" / "data.txt").write_text(text)
-    return Stage(name, {"n": name}, before, run)
+    return Stage(name, lambda: {"n": name}, before, run)
 
 stages = [make("a", ()), make("b", ("a",)), make("c", ("a", "b"))]
 with claim_folder(folder):
@@ -49,7 +50,7 @@ def writing(name: str, after: tuple[str, ...] = (), **settings: object) -> Stage
     def run(output: Path, progress: Progress) -> None:
         (output / "data.txt").write_text(name)
 
-    return Stage(name, settings, after, run)
+    return Stage(name, lambda: settings, after, run)
 
 
 def states(stages: list[Stage], folder: Path) -> dict[str, str]:
@@ -82,6 +83,24 @@ def test_a_second_run_does_nothing_and_a_change_redoes_what_depends_on_it(tmp_pa
     assert set(states(pipeline(a=2, b=2), folder).values()) == {"finished"}
 
 
+def test_what_a_stage_depends_on_is_read_once_and_before_it_runs(tmp_path: Path) -> None:
+    source, read = tmp_path / "source.txt", []
+    source.write_text("one")
+
+    def describe() -> dict[str, str]:
+        read.append(source.read_text())
+        return {"source": read[-1]}
+
+    def change(output: Path, progress: Progress) -> None:
+        (output / "data.txt").write_text(source.read_text())
+        source.write_text("two")
+
+    folder = tmp_path / "out"
+    for state in ("finished", "finished", "done before"):
+        assert states([Stage("a", describe, (), change)], folder) == {"a": state}
+    assert read == ["one", "two", "two"]
+
+
 @pytest.mark.parametrize("damage", ["remove", "shorten", "record"])
 def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     stages = [writing("a", n=1)]
@@ -103,7 +122,7 @@ def test_a_failing_stage_leaves_nothing_and_keeps_what_was_done(tmp_path: Path) 
         raise InputError("no")
 
     with pytest.raises(InputError, match="no"):
-        states([writing("a"), Stage("b", {}, ("a",), fail)], tmp_path)
+        states([writing("a"), Stage("b", dict, ("a",), fail)], tmp_path)
     assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["a"]
     assert states([writing("a")], tmp_path) == {"a": "done before"}
 
@@ -165,3 +184,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_and_repeats_nothing(
     assert (last.returncode, errors) == (0, "")
     assert not {line.split()[0] for line in output.splitlines() if line.endswith("running")} & done
     assert tree(folder) == tree(tmp_path / "whole")
+
+
+def test_an_error_of_another_process_keeps_its_name() -> None:
+    error = StageFailure("KeyError", "'block'", trace="line 1").error()
+    assert (type(error).__name__, str(error), error.__notes__) == ("KeyError", "'block'", ["line 1"])

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ import pytest
 from cfsp.files import sha256_file
 
 TinyPath = Callable[..., Path]
-ROOT = Path(__file__).resolve().parents[2]
+Start = Callable[..., subprocess.Popen[str]]
 CONFIG = """
 [model]
 reference = "{model}"
@@ -64,22 +62,6 @@ def config(tiny_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def start(config: Path, output: Path, threads: int) -> subprocess.Popen[str]:
-    line = [
-        sys.executable,
-        "-m",
-        "phoneready",
-        "release",
-        str(config),
-        "-o",
-        str(output),
-        "--threads",
-        str(threads),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PHONEREADY_CACHE": str(config.parent / "cache")}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def workers(parent: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return [
@@ -99,11 +81,11 @@ def wait_for(found: Callable[[], Any], seconds: float = 120) -> Any:
 
 
 def test_two_at_once_leave_the_files_of_one_after_the_other(
-    config: Callable[..., Path], tmp_path: Path
+    config: Callable[..., Path], start_release: Start, tmp_path: Path
 ) -> None:
     manifests, errors = {}, {}
     for threads in (1, 2):
-        process = start(config(), tmp_path / str(threads), threads)
+        process = start_release(config(), tmp_path / str(threads), threads=threads)
         errors[threads] = process.communicate(timeout=800)[1]
         assert process.returncode == 0, errors[threads]
         text = (tmp_path / str(threads) / "manifest.json").read_text(encoding="utf-8")
@@ -127,11 +109,11 @@ def test_two_at_once_leave_the_files_of_one_after_the_other(
 
 
 def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
-    config: Callable[..., Path], tmp_path: Path
+    config: Callable[..., Path], start_release: Start, tmp_path: Path
 ) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short", encoding="utf-8")
-    process = start(config(str(text), onnx='"int8", "int8-dynamic"'), tmp_path / "out", 2)
+    process = start_release(config(str(text), onnx='"int8", "int8-dynamic"'), tmp_path / "out", threads=2)
     errors = process.communicate(timeout=400)[1]
     assert process.returncode == 2
     (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
@@ -143,9 +125,9 @@ def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nobody_is_left_when_the_run_is_ended(
-    config: Callable[..., Path], tmp_path: Path, number: signal.Signals
+    config: Callable[..., Path], start_release: Start, tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = start(config(onnx='"int8", "int8-dynamic"'), tmp_path / "out", 2)
+    process = start_release(config(onnx='"int8", "int8-dynamic"'), tmp_path / "out", threads=2)
     stages = tmp_path / "out" / "stages"
     wait_for(lambda: stages.is_dir() and list(stages.glob(".export-dense*")))
     found = workers(process.pid)
@@ -161,8 +143,10 @@ def test_nobody_is_left_when_the_run_is_ended(
         assert errors.splitlines()[-1] == "error: interrupted"
 
 
-def test_a_process_that_is_killed_is_named(config: Callable[..., Path], tmp_path: Path) -> None:
-    process = start(config(), tmp_path / "out", 2)
+def test_a_process_that_is_killed_is_named(
+    config: Callable[..., Path], start_release: Start, tmp_path: Path
+) -> None:
+    process = start_release(config(), tmp_path / "out", threads=2)
     wait_for(lambda: workers(process.pid))[0].kill()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
