@@ -65,7 +65,7 @@ class Sizes:
     _templates: dict[_Key, tuple[ChosenLayout, SizeTemplate]] = field(default_factory=dict)
 
     def file_bytes(self, item: str, shape: ModelShape, *, dense: bool = False) -> int:
-        """Size of the file with this shape, exact to one step of its alignment (32 bytes).
+        """Size of the file with this shape, exact to one step of its alignment (32 bytes), and what a long name takes.
 
         Args:
             item: Quantization.

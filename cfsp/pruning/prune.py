@@ -14,9 +14,9 @@ from cfsp.models.architectures import model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.attention import plan_attentions
-from cfsp.pruning.axes.blocks import plan_blocks
-from cfsp.pruning.axes.kv_groups import GroupRemoval, plan_kv_groups
+from cfsp.pruning.axes.attention import check_attentions, plan_attentions, removable_attentions
+from cfsp.pruning.axes.blocks import plan_blocks, removable_blocks
+from cfsp.pruning.axes.kv_groups import GroupRemoval, plan_kv_groups, removable_count
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.spelling import teach_spellings
 from cfsp.pruning.axes.token_order import Counts, TokenOrder
@@ -153,7 +153,7 @@ def plan_model(
         sources = tuple(counted) or calibration.sources
         vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources, order=order)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
-    depth, attention, groups = _removals(loaded.model, calibration, settings, progress)
+    depth, attention, groups = plan_removals(loaded.model, calibration, settings, progress)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
@@ -174,8 +174,8 @@ def _order(
     return None
 
 
-def _removals(
-    model: Any, calibration: Calibration, settings: PruneSettings, progress: Progress
+def plan_removals(
+    model: Any, calibration: Calibration, settings: PruneSettings, progress: Progress = no_progress
 ) -> tuple[Removal | None, Removal | None, GroupRemoval | None]:
     """Which blocks go, which of the others lose their attention, which groups the rest keeps; None where none goes."""
     windows = _probed(calibration)
@@ -190,6 +190,16 @@ def _removals(
             silent = frozenset(attention.removed if attention else ())
             groups = plan_kv_groups(model, windows, ratio, gone=gone, silent=silent, progress=progress)
     return depth, attention, groups
+
+
+def check_removals(model: Any, settings: PruneSettings) -> None:
+    """Raise InputError where the model has not so many blocks, attentions or groups; each is looked at alone."""
+    if settings.blocks:
+        removable_blocks(model, settings.blocks)
+    if settings.attentions:
+        check_attentions(removable_attentions(model, frozenset()), settings.attentions)
+    if settings.kv_groups:
+        removable_count(model, settings.kv_groups)
 
 
 def _probed(calibration: Calibration) -> torch.Tensor:

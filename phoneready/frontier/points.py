@@ -12,6 +12,7 @@ from exporters.provenance import file_stem
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.frontier.record import model_label
 from phoneready.frontier.settings import FrontierSettings
+from phoneready.settings.structures import Structures
 from phoneready.tune.space import Point, Recipe
 
 _TRAINED = "-recovered"
@@ -37,24 +38,24 @@ class Batch:
         """Of the checkpoint."""
         point = self.points[0]
         recipe = point.recipe
-        return f"{recipe.vocabulary}-{point.prune_ratio:g}-{recipe.align}{_TRAINED * recipe.recover}"
+        return f"{point.prune_ratio:g}-{recipe.align}{recipe.in_names}{_TRAINED * recipe.recover}"
 
 
 def role_of(point: Point) -> str:
     """`dense` where nothing goes, else `pruned`."""
-    return PRUNED if point.prune_ratio or point.recipe.vocabulary else DENSE
+    return DENSE if point.recipe.is_whole and not point.prune_ratio else PRUNED
 
 
 def point_label(point: Point) -> str:
     """A file that is to be made, for people."""
     recipe = point.recipe
-    return f"{model_label(recipe.vocabulary, point.prune_ratio, recipe.recover)} {recipe.item}"
+    return f"{model_label(recipe, point.prune_ratio, recipe.recover)} {recipe.item}"
 
 
 def point_name(point: Point) -> str:
     """What the record of a point is called."""
     recipe = point.recipe
-    name = f"{recipe.allocation}-{point.prune_ratio:g}-{recipe.vocabulary}-{recipe.align}-{recipe.item}"
+    name = f"{recipe.allocation}-{point.prune_ratio:g}{recipe.in_names}-{recipe.align}-{recipe.item}"
     return file_stem(name.replace(":", "-")) + _TRAINED * recipe.recover
 
 
@@ -65,32 +66,32 @@ def bits_of(item: str) -> float:
 
 
 def batches_of(settings: FrontierSettings, allocation: str) -> tuple[Batch, ...]:
-    """The dense model, then, unless they are searched over, every vocabulary with every ratio, the least pruned first.
+    """The dense model, then, unless they are searched over, all structures with every ratio, the least pruned first.
 
     Where no channels go, widths have no alignment; else each quantization has what it needs, and those that need the
     same share a checkpoint. Where recovery is asked for, each pruned one is followed by itself, trained.
     """
-    found: dict[tuple[int, float, bool, int], list[Point]] = {}
+    found: dict[tuple[Structures, float, bool, int], list[Point]] = {}
     combined = () if settings.trials else _combinations(settings)
-    for vocabulary, ratio, recover in dict.fromkeys(((0, 0.0, False), *combined)):
+    for gone, ratio, recover in dict.fromkeys(((Structures(), 0.0, False), *combined)):
         for item in settings.chosen_quants:
-            point = make_point(settings, allocation, item, ratio, vocabulary, recover)
-            found.setdefault((vocabulary, ratio, recover, point.recipe.align), []).append(point)
+            point = make_point(settings, allocation, item, ratio, gone, recover)
+            found.setdefault((gone, ratio, recover, point.recipe.align), []).append(point)
     return tuple(Batch(tuple(points)) for points in found.values())
 
 
 def make_point(
-    settings: FrontierSettings, allocation: str, item: str, ratio: float, vocabulary: int, recover: bool
+    settings: FrontierSettings, allocation: str, item: str, ratio: float, gone: Structures, recover: bool
 ) -> Point:
     """A file with the alignment that it needs; the dense model is never trained."""
     align = (settings.align or required_multiple((item,))) if ratio else 1
-    return Point(Recipe(item, allocation, align, recover and bool(ratio or vocabulary), vocabulary), ratio)
+    trained = recover and not (gone.is_whole and not ratio)
+    return Point(Recipe(item, allocation, align, trained, **gone.plain), ratio)
 
 
-def _combinations(settings: FrontierSettings) -> Iterator[tuple[int, float, bool]]:
-    # Without a vocabulary of their own first, then ever fewer tokens: one trimmed model is held at a time.
-    for vocabulary in sorted(set(settings.vocabularies), key=lambda size: (size > 0, -size)):
+def _combinations(settings: FrontierSettings) -> Iterator[tuple[Structures, float, bool]]:
+    for gone in settings.combined(Structures()):
         for ratio in sorted(set(settings.prune_ratios)):
-            yield vocabulary, ratio, False
-            if settings.recover and (vocabulary or ratio):
-                yield vocabulary, ratio, True
+            yield gone, ratio, False
+            if settings.recover and (ratio or not gone.is_whole):
+                yield gone, ratio, True

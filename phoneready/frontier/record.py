@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import NonNegativeInt
-
 from cfsp.errors import InputError
 from cfsp.evaluation.tasks import TaskResult
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.dominance import Best, Choice, Standing, best_of
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.settings.schema import RecoverConfig
+from phoneready.settings.structures import Structures
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,13 @@ class Speed:
 
 
 @dataclass(frozen=True)
-class FrontierPoint(MeasuredFile):
-    """A file and its figures; it may have been deleted.
+class FrontierPoint(MeasuredFile, Structures):
+    """A file and its figures; it may have been deleted. The structures are what went beside FFN channels.
 
     Attributes:
         quant: Quantization.
         prune_ratio: Share of FFN channels that was to go.
         removed: Share that went, after alignment.
-        vocabulary: Tokens that are kept; 0: all.
         allocation: As prune.allocation.
         align: Widths are multiples of it.
         expected_bytes: What its size was computed to be before it was made, where a size limited it.
@@ -73,7 +71,6 @@ class FrontierPoint(MeasuredFile):
     quant: str
     prune_ratio: Share
     removed: Share
-    vocabulary: NonNegativeInt
     allocation: str
     align: int
     expected_bytes: int | None
@@ -89,12 +86,12 @@ class FrontierPoint(MeasuredFile):
     @property
     def is_dense(self) -> bool:
         """Whether nothing was removed."""
-        return not self.prune_ratio and not self.vocabulary
+        return self.is_whole and not self.prune_ratio
 
     @property
     def model(self) -> str:
         """What was done to it, for people."""
-        return model_label(self.vocabulary, self.prune_ratio, self.recovered)
+        return model_label(self, self.prune_ratio, self.recovered)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -178,9 +175,9 @@ def choose_by_speed(points: Sequence[FrontierPoint], times: Iterable[float]) -> 
     return tuple(found)
 
 
-def model_label(vocabulary: int, prune_ratio: float, recovered: bool) -> str:
+def model_label(structures: Structures, prune_ratio: float, recovered: bool) -> str:
     """What was done to the dense model, for people."""
-    parts = [f"{vocabulary} tokens"] if vocabulary else []
+    parts = structures.words
     parts += [f"FFN -{100 * prune_ratio:g} %"] if prune_ratio else []
     parts += ["recovered"] if recovered else []
     return ", ".join(parts) or "dense"

@@ -45,6 +45,7 @@ from phoneready.frontier.search import Search
 from phoneready.frontier.settings import BASE_QUANT, FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.structures import Structures
 from phoneready.tune.run import study_key
 from phoneready.tune.space import Point
 from phoneready.tune.study import drop_torn_line
@@ -262,7 +263,7 @@ class _Run:
                 quant=recipe.item,
                 prune_ratio=point.prune_ratio,
                 removed=0.0 if role == DENSE else 1 - runner.plan(point).keep_ratio,
-                vocabulary=recipe.vocabulary,
+                **recipe.plain,
                 allocation=recipe.allocation,
                 align=recipe.align,
                 file_bytes=made.path.stat().st_size,
@@ -291,7 +292,7 @@ class _Run:
         path = self.runner.folder / f"dense-{BASE_QUANT}.gguf"
         if not path.is_file():
             allocation = self.runner.config.prune.allocation
-            point = make_point(self.settings, allocation, BASE_QUANT, ratio=0.0, vocabulary=0, recover=False)
+            point = make_point(self.settings, allocation, BASE_QUANT, 0.0, Structures(), recover=False)
             made = self.runner.export(point, DENSE).path
             fsync_file(made)
             made.replace(path)
@@ -384,8 +385,8 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
             allowed=f"up to {longest}",
         )
     _ = runner.calibration  # read, or written by the model, before anything is kept
-    for size in filter(None, settings.vocabularies):
-        runner.vocabulary(size)
+    for gone in settings.combined(Structures()):
+        runner.check(gone)
     return JudgedWindows(
         tuple(kind for kind, _ in judged.sources),
         tuple(source for _, source in judged.sources),

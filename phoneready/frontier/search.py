@@ -1,4 +1,4 @@
-"""Points that Optuna's sampler proposes, of ratio, vocabulary and quantization, in one study for all runs."""
+"""Points that Optuna's sampler proposes, of ratio, structures and quantization, in one study for all runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from phoneready.frontier.folder import STUDY_FILE, claim, is_alive
 from phoneready.frontier.points import make_point
 from phoneready.frontier.record import FrontierPoint
 from phoneready.frontier.settings import FrontierSettings
+from phoneready.settings.structures import STRUCTURES, Structures
 from phoneready.tune.space import Point
 from phoneready.tune.study import open_study
 
@@ -25,7 +26,7 @@ class Search:
         folder: Of the frontier.
         state: What is kept of these settings.
         worker: This run's name.
-        settings: Ends of the ratios, the vocabularies and quantizations to choose from, and how many files to measure.
+        settings: Ends of the ratios, the structures and quantizations to choose from, and how many files to measure.
         allocation: As prune.allocation.
         seed: Of the sampler.
 
@@ -79,7 +80,8 @@ class Search:
             trial.suggest_float(
                 "prune_ratio", min(ratios), max(ratios), step=_STEP if len(set(ratios)) > 1 else None
             )
-            trial.suggest_categorical("vocabulary", sorted(set(settings.vocabularies)))
+            for name, amounts in settings.choices(Structures()).items():
+                trial.suggest_categorical(name, amounts)
             trial.suggest_categorical("quant", list(settings.chosen_quants))
             if settings.recover:
                 trial.suggest_categorical("recover", [False, True])
@@ -87,8 +89,8 @@ class Search:
 
     def _point(self, params: dict[str, Any]) -> Point:
         ratio, item = round(float(params["prune_ratio"]), 6), str(params["quant"])
-        vocabulary, recover = int(params["vocabulary"]), bool(params.get("recover"))
-        return make_point(self._settings, self._allocation, item, ratio, vocabulary, recover)
+        gone = Structures(**{name: params[name] for name in STRUCTURES})
+        return make_point(self._settings, self._allocation, item, ratio, gone, bool(params.get("recover")))
 
 
 def _states() -> Any:

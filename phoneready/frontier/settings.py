@@ -10,6 +10,7 @@ from cfsp.settings import setting
 from cfsp.units import parse_bytes
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.settings import WindowSettings
+from phoneready.settings.structures import SearchedStructures
 
 BASE_QUANT = "Q4_0"
 """What speeds are relative to: the dense file in this quantization."""
@@ -28,7 +29,7 @@ def parse_sizes(text: str, field: str) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class FrontierSettings(TaskSettings, WindowSettings):
+class FrontierSettings(SearchedStructures, TaskSettings, WindowSettings):
     """Which files to measure on what, and where to stop."""
 
     quants: tuple[str, ...] = setting(
@@ -40,9 +41,6 @@ class FrontierSettings(TaskSettings, WindowSettings):
     )
     prune_ratios: tuple[float, ...] = setting(
         (0.0,), "Shares of FFN channels to remove; 0: none.", ge=0, lt=1, metavar="RATIO,..."
-    )
-    vocabularies: tuple[int, ...] = setting(
-        (0,), "Tokens to keep, each with every ratio; 0: all.", ge=0, le=2**24, metavar="N,..."
     )
     recover: bool = setting(
         False, "Measure every pruned model trained, too, as the options of recovery say.", option="--recover"

@@ -41,6 +41,7 @@ from phoneready.release.live import rows_so_far
 from phoneready.release.pruning_budget import budget_of
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.structures import Structures
 from runtime_bench.files import size_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
@@ -54,13 +55,6 @@ ANSWERS_FILE = "answers.json"
 BENCH_FILE = "bench.jsonl"
 RECOVERY_STAGE = "recover"
 _ANSWER_CONTEXT = 1024
-_IN_NAMES = {
-    "vocabulary": "-{}tokens",
-    "blocks": "-minus{}blocks",
-    "attentions": "-minus{}attentions",
-    "kv_groups": "-minus{}ofkvgroups",
-}
-"""Setting of [prune] to what names of files say of it, where it is set."""
 
 
 def bench_stage(place: str) -> str:
@@ -80,8 +74,9 @@ def model_stem(config: ReleaseConfig, source: str, role: str) -> str:
         return file_stem(f"{source}-{DENSE}")
     prune = config.prune
     much = prune.target.replace(" ", "") or (f"{100 * prune.prune_ratio:g}" if prune.prune_ratio else "")
-    gone = [form.format(getattr(prune, field)) for field, form in _IN_NAMES.items() if getattr(prune, field)]
-    how = "".join((much, *gone)).replace(".", "_") + ("-recovered" if config.recover else "")
+    how = f"{much}{Structures.of(prune).in_names}".replace(".", "_") + (
+        "-recovered" if config.recover else ""
+    )
     return file_stem(f"{source}-{PRUNED}{how}")
 
 

@@ -112,7 +112,6 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *(((name,), problem) for name, problem in alone.items() if problem),
         *_target(config),
         *_vocabulary_alone(config),
-        *_search_of_channels(config),
         *_unknown_files(config),
         *_repeated_texts(config),
         *_no_places(config),
@@ -205,12 +204,6 @@ def _vocabulary_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
             ("evaluate", "metrics"),
             f'{message}; leave out prune.vocabulary, "vocabulary" of target_axes and tune.vocabularies',
         )
-
-
-def _search_of_channels(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
-    for name in ("blocks", "attentions", "kv_groups"):
-        if config.tune and getattr(config.prune, name):
-            yield ("tune",), f"a search removes tokens and FFN channels alone: leave prune.{name} out"
 
 
 def _unknown_files(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

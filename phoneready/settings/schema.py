@@ -18,6 +18,7 @@ from exporters.families import find_format, required_multiple
 from exporters.settings import ExportFormats, QuantizerSettings, RoundingSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
+from phoneready.settings.structures import SearchedStructures
 from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
 from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
@@ -157,7 +158,7 @@ class BaselineConfig(Section):
 
 
 @dataclass(frozen=True)
-class TuneConfig(Settings):
+class TuneConfig(SearchedStructures):
     """What `phoneready tune` may vary; what is not listed stays as the other sections say."""
 
     goal: str = setting(
@@ -181,9 +182,6 @@ class TuneConfig(Settings):
         (), "As prune.allocation.", choices="cfsp.pruning.allocation:ALLOCATIONS"
     )
     aligns: tuple[int, ...] = setting((), "As prune.align; 0 means what the quantization needs.", ge=0)
-    vocabularies: tuple[int, ...] = setting(
-        (), "Tokens to keep, each with every ratio; 0: all. As prune.vocabulary when empty.", ge=0, le=2**24
-    )
     recover: tuple[bool, ...] = setting(
         (), "With recovery, without, or both; as [recover] is there or not when empty."
     )

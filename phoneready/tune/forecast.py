@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from phoneready.figures.metrics import METRICS, metric_of
+from phoneready.settings.structures import STRUCTURES
 from phoneready.tune.limits import BudgetCheck, Judged
 from phoneready.tune.predict import Observation, Prediction, Predictor, Prior
 from phoneready.tune.result import TrialRow
@@ -14,7 +15,9 @@ from phoneready.tune.space import Point
 
 _LEAST = 1e-6
 _CURVATURE_SD = 0.3
-_OFFSETS = MappingProxyType({"item": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5, "vocabulary": 0.7})
+_OFFSETS = MappingProxyType(
+    {"item": 0.7, "allocation": 0.2, "align": 0.1, "recover": 0.5} | dict.fromkeys(STRUCTURES, 0.7)
+)
 
 
 @dataclass(frozen=True)

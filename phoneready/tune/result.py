@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 from phoneready.console import format_bytes
 from phoneready.settings.release import beside
 from phoneready.settings.schema import SIZE, ReleaseConfig
+from phoneready.settings.structures import Structures
 from phoneready.tune.space import Point, Recipe, config_of
 from runtime_bench.presentation.table import Column, Table
 
 
 @dataclass(frozen=True)
-class TrialRow:
+class TrialRow(Structures):
     """A trial.
 
     Attributes:
@@ -34,7 +35,6 @@ class TrialRow:
         is_open: Whether noise leaves one open.
         missed: What it misses, for people.
         seconds: Time it took.
-        vocabulary: Tokens that are kept; 0: all.
     """
 
     number: int
@@ -52,12 +52,11 @@ class TrialRow:
     is_open: bool
     missed: str
     seconds: float
-    vocabulary: int = 0
 
     @property
     def point(self) -> Point:
         """What was made."""
-        recipe = Recipe(self.file, self.allocation, self.align, self.recover, self.vocabulary)
+        recipe = Recipe(self.file, self.allocation, self.align, self.recover, **self.plain)
         return Point(recipe, self.prune_ratio)
 
 
@@ -178,8 +177,8 @@ def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
     def verdict(row: TrialRow) -> str:
         return "chosen" if row.number == chosen else "meets" if row.meets else row.missed
 
-    def tokens(row: TrialRow) -> str:
-        return str(row.vocabulary or "all")
+    def gone(row: TrialRow) -> str:
+        return ", ".join(row.words) or "all"
 
     columns: list[Column[TrialRow]] = [
         Column("trial", lambda row: row.number),
@@ -187,7 +186,7 @@ def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
         Column("file", lambda row: row.file, right=True),
         Column("allocation", lambda row: row.allocation, right=True),
         Column("align", lambda row: row.align, right=True),
-        *([Column("tokens", tokens, right=True)] if any(row.vocabulary for row in rows) else []),
+        *([Column("structures", gone, right=True)] if any(not row.is_whole for row in rows) else []),
         Column("recovered", lambda row: "yes" if row.recover else "no", right=True),
         Column("size", lambda row: _megabytes(row.file_bytes), right=True),
         Column("KL", lambda row: f"{row.divergence:.4f}", right=True),

@@ -21,6 +21,7 @@ from phoneready.release.dependencies import made_with
 from phoneready.release.stages import claim_folder
 from phoneready.settings.release import check_sections
 from phoneready.settings.schema import SIZE, ReleaseConfig
+from phoneready.settings.structures import STRUCTURES
 from phoneready.tune.forecast import Forecast, MeasuredPoint
 from phoneready.tune.limits import Limits
 from phoneready.tune.result import (
@@ -85,8 +86,8 @@ def tune(
         if limits.baseline is not None and config.baseline is not None:
             source = runner.loaded.source
             check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
-        for size in {recipe.vocabulary for recipe in recipes} - {0}:
-            runner.vocabulary(size)
+        for recipe in recipes:
+            runner.check(recipe)
         search = _Search(Bench(runner, limits), recipes, Study(folder / STUDY_FILE, key))
         try:
             result, best = search.run(show)
@@ -177,7 +178,7 @@ class _Search:
             is_open=judged.is_open,
             missed=judged.describe(),
             seconds=measured.seconds,
-            vocabulary=recipe.vocabulary,
+            **recipe.plain,
         )
         return MeasuredPoint(row, judged)
 
@@ -266,7 +267,7 @@ def _check_goal(limits: Limits, recipes: Sequence[Recipe]) -> None:
 def study_key(config: ReleaseConfig, folder: Path) -> str:
     """Hash of what trials depend on; not of budgets, goal or range, with which the same trials serve again."""
     free = {
-        "prune": ("prune_ratio", "allocation", "align", "vocabulary"),
+        "prune": ("prune_ratio", "allocation", "align", *STRUCTURES),
         "dense": ("moments",),
         "evaluate": ("metrics",),
     }

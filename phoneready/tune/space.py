@@ -14,25 +14,24 @@ from phoneready.figures.budgets import BudgetConfig, select
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import ReleaseConfig, TuneConfig
+from phoneready.settings.structures import Structures
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """All of a point but its ratio.
+class Recipe(Structures):
+    """All of a point but its ratio; the structures are what goes beside the FFN channels.
 
     Attributes:
         item: Quantization or ONNX variant.
         allocation: As prune.allocation.
         align: Widths are multiples of it.
         recover: Whether the pruned model is trained.
-        vocabulary: Tokens that are kept; 0: all.
     """
 
     item: str
     allocation: str
     align: int
     recover: bool
-    vocabulary: int = 0
 
     @property
     def settings(self) -> Mapping[str, str]:
@@ -51,9 +50,8 @@ class Recipe:
 
     def describe(self) -> str:
         """For people."""
-        recovered = ", recovered" if self.recover else ""
-        tokens = f", {self.vocabulary} tokens" if self.vocabulary else ""
-        return f"{self.item}, {self.allocation}, widths in {self.align}{tokens}{recovered}"
+        parts = [self.item, self.allocation, f"widths in {self.align}", *self.words]
+        return ", ".join([*parts, *(["recovered"] if self.recover else [])])
 
 
 @dataclass(frozen=True)
@@ -81,10 +79,9 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
     items = tune.files or config.export.names
     allocations = tune.allocations or (config.prune.allocation,)
     found: Iterator[Recipe] = (
-        Recipe(item, allocation, align or _needed(item, config), trained, tokens)
-        # A vocabulary after the other: the model with fewer tokens, and its statistics, are there for one at a time.
-        for tokens, item, allocation, align, trained in itertools.product(
-            tune.vocabularies or (config.prune.vocabulary,),
+        Recipe(item, allocation, align or _needed(item, config), trained, **gone.plain)
+        for gone, item, allocation, align, trained in itertools.product(
+            tune.combined(Structures.of(config.prune)),
             items,
             allocations,
             tune.aligns or (config.prune.align,),
@@ -104,7 +101,7 @@ def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:
         prune_ratio=point.prune_ratio,
         allocation=recipe.allocation,
         align=recipe.align,
-        vocabulary=recipe.vocabulary,
+        **recipe.plain,
     )
     changed = {
         "prune": pruned,

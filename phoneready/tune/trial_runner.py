@@ -22,7 +22,14 @@ from cfsp.pruning.axes.token_order import Counts, TokenOrder
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
-from cfsp.pruning.prune import counts_of, moment_windows, statistics_for, trim
+from cfsp.pruning.prune import (
+    check_removals,
+    counts_of,
+    moment_windows,
+    plan_removals,
+    statistics_for,
+    trim,
+)
 from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
@@ -31,6 +38,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.structures import Structures
 from phoneready.sizes import Sizes
 from phoneready.tune.space import Point, Recipe, config_of
 
@@ -73,7 +81,7 @@ class TrialRunner:
     progress: Progress = no_progress
     calibrations: int = 0
     work: str = "work"
-    _plans: dict[tuple[str, int], PruningPlan] = field(default_factory=dict)
+    _plans: dict[tuple[str, Structures], PruningPlan] = field(default_factory=dict)
     _vocabularies: dict[int, VocabularyPlan] = field(default_factory=dict)
     _trimmed: dict[int, Side] = field(default_factory=dict)
     _bytes: dict[tuple[Point, str], int] = field(default_factory=dict)
@@ -108,7 +116,7 @@ class TrialRunner:
         Raises:
             InputError: Widths in multiples of the recipe's alignment cannot meet the ratio.
         """
-        base = self._base_plan(point.recipe.allocation, point.recipe.vocabulary)
+        base = self._base_plan(point.recipe)
         settings = replace(base.settings, align=point.recipe.align)
         return replace(base, settings=settings).at_ratio(point.prune_ratio)
 
@@ -142,6 +150,12 @@ class TrialRunner:
                 self.loaded, self._counts, size, sources=sources, order=self._order
             )
         return self._vocabularies[size]
+
+    def check(self, gone: Structures) -> None:
+        """Raise InputError where there is no such vocabulary, or not so much of something; nothing is measured."""
+        if gone.vocabulary:
+            self.vocabulary(gone.vocabulary)
+        check_removals(self.loaded.model, replace(self.config.prune.settings(1), **gone.plain))
 
     @functools.cached_property
     def _counts(self) -> Counts:
@@ -188,7 +202,7 @@ class TrialRunner:
             InputError: The ratio cannot be met.
         """
         recipe = point.recipe
-        key = f"{recipe.allocation}-{recipe.align}-{point.prune_ratio!r}-{recipe.vocabulary}"
+        key = f"{recipe.allocation}-{recipe.align}-{point.prune_ratio!r}{recipe.in_names}"
         pruned = self._once(f"pruned-{key}", lambda path: self._prune(point, path))
         if not recipe.recover:
             return pruned
@@ -232,19 +246,20 @@ class TrialRunner:
         """Delete everything but the plans."""
         shutil.rmtree(self._work, ignore_errors=True)
 
-    def _base_plan(self, allocation: str, vocabulary: int) -> PruningPlan:
-        key = (allocation, vocabulary)
+    def _base_plan(self, recipe: Recipe) -> PruningPlan:
+        key = (recipe.allocation, Structures.of(recipe))
         if key not in self._plans:
-            path = self.folder / "plans" / f"{allocation}{f'-v{vocabulary}' if vocabulary else ''}.json"
+            path = self.folder / "plans" / f"{recipe.allocation}{recipe.in_names}.json"
             if not path.is_file():
-                write_record(path, self._make_plan(allocation, vocabulary))
+                write_record(path, self._make_plan(recipe))
             self._plans[key] = read_record(PruningPlan, path)
         return self._plans[key]
 
-    def _make_plan(self, allocation: str, vocabulary: int) -> PruningPlan:
-        side, settings = self.side(vocabulary), self.config.prune.settings(1)
-        wanted = replace(settings, prune_ratio=0.0, allocation=allocation, vocabulary=vocabulary)
-        plan = make_plan(side.loaded, self._statistics(side), side.calibration, wanted)
+    def _make_plan(self, recipe: Recipe) -> PruningPlan:
+        side, settings = self.side(recipe.vocabulary), self.config.prune.settings(1)
+        wanted = replace(settings, prune_ratio=0.0, allocation=recipe.allocation, **recipe.plain)
+        removals = plan_removals(side.loaded.model, side.calibration, wanted, self.progress)
+        plan = make_plan(side.loaded, self._statistics(side), side.calibration, wanted, *removals)
         return replace(plan, vocabulary=side.vocabulary)
 
     def _statistics(self, side: Side) -> BlockStatistics:

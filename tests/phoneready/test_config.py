@@ -146,12 +146,6 @@ def test_every_error_stands_at_its_line() -> None:
     assert "at_least alone" in found[26]
 
 
-@pytest.mark.parametrize(("axis", "amount"), [("blocks", 1), ("attentions", 1), ("kv_groups", 0.5)])
-def test_a_search_takes_channels_alone(axis: str, amount: float) -> None:
-    with pytest.raises(InputError, match=rf"line 5: tune: .* leave prune\.{axis} out"):
-        parse_config(f'[model]\nreference = "x"\n[prune]\n{axis} = {amount}\n[tune]\n', where="release.toml")
-
-
 @pytest.mark.parametrize(
     ("more", "wrong"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -123,6 +124,53 @@ def test_figures_are_those_of_eval(model: Path, measured: Path, tmp_path: Path) 
             assert point.bits_per_byte == pytest.approx(text.bits_per_byte, rel=0.1)
             assert text.n_bytes is not None
             assert sum(point.texts[0].n_bytes) >= text.n_bytes
+
+
+def test_blocks_attentions_and_groups_go_alone_and_together(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Of rows of one block, which half of four heads of 16 are, llama.cpp's AMX kernels read beyond.
+    model = tiny_folder("llama", head_dim=32)
+    folder, saved = tmp_path / "out", tmp_path / "saved.json"
+    asked = "--quants Q8_0 --blocks 0,1 --attentions 0,1 --kv-groups 0,0.5 --max-size 1GB --no-speed --keep"
+    assert main(command(model, folder, *asked.split())) == 0
+    found = read_record(Frontier, folder / RESULT_FILE)
+    assert not found.failed
+    by_structures = {(p.blocks, p.attentions, p.kv_groups): p for p in found.points}
+    assert by_structures.keys() == set(itertools.product((0, 1), (0, 1), (0.0, 0.5)))
+    assert [gone for gone, p in by_structures.items() if p.is_dense] == [(0, 0, 0.0)]
+    for gone, point in by_structures.items():
+        assert abs(point.file_bytes - (point.expected_bytes or 0)) <= 128, "files say their names"
+        less = by_structures[0, *gone[1:]]
+        assert point is less or point.file_bytes < less.file_bytes
+    whole = by_structures[1, 1, 0.5]
+    assert whole.label == "-1 blocks, -1 attentions, KV groups -50 % Q8_0"
+    # As `prune` and `export` make it of the same text, but for the file's name.
+    pruned = [
+        "--blocks",
+        "1",
+        "--attentions",
+        "1",
+        "--kv-groups",
+        "0.5",
+        "--prune-ratio",
+        "0",
+        "--align",
+        "1",
+    ]
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--threads", "1"]
+    checkpoint = str(tmp_path / "pruned")
+    assert main(["prune", str(model), "-o", checkpoint, *pruned, *text]) == 0
+    assert (
+        main(["export", checkpoint, "-o", str(tmp_path / "files"), "--gguf", "Q8_0", "--threads", "1"]) == 0
+    )
+    (file,) = (tmp_path / "files").rglob("*.gguf")
+    judged = ("--text", "builtin:python-docs", "--seqlen", "64", "--windows", "4", "--no-prompts")
+    assert main(["eval", str(file), "--against", str(model), *judged, "--save", str(saved)]) == 0
+    (text_result,) = read_record(Evaluation, saved).texts
+    assert text_result.divergence is not None
+    assert whole.kl_mean == pytest.approx(text_result.divergence.kl_mean, abs=1e-5)
+    capsys.readouterr()
 
 
 def test_pruned_models_are_measured_trained_too(model: Path, measured: Path, tmp_path: Path) -> None:
@@ -337,6 +385,9 @@ def test_speed_is_added_to_what_is_known(model: Path, tmp_path: Path) -> None:
         (["--prune-ratios", "some"], "--prune-ratios: not understood"),
         (["--vocabularies", "3"], "vocabulary"),
         (["--vocabularies", "99999"], "vocabulary: out of range"),
+        (["--blocks", "0,9"], "blocks: the first block stays (got 9)"),
+        (["--attentions", "4"], "attentions: the first block's attention stays"),
+        (["--kv-groups", "0.9"], "kv_groups: each of the 4 blocks that attend keeps one"),
         (["--text", "/nowhere.txt"], "does not exist"),
         (["--text", "builtin:python-docs"], "two texts have this name"),
         (["--seqlen", "100000"], "seqlen"),
@@ -400,7 +451,7 @@ def point(
     nats = tuple(math.log(2) * each * n for each, n in zip(bits, BYTES, strict=False))
     sizes = BYTES[: len(bits)]
     text = MeasuredText("text", source, 64, "f" * 64, 63 * len(bits), sizes, nats, nats)
-    return FrontierPoint(f"{file}.gguf", size, (text,), file, ratio, ratio, 0, "cfsp", 32, None, None, 1.0)
+    return FrontierPoint(f"{file}.gguf", size, (text,), file, ratio, ratio, "cfsp", 32, None, None, 1.0)
 
 
 def result(*points: FrontierPoint, at: int = 100) -> Frontier:

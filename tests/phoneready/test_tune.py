@@ -239,12 +239,40 @@ def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Pat
     assert result.best is not None
     assert result.best.divergence == min(row.divergence for row in result.trials if row.meets)
     table = (output / TABLE_FILE).read_text(encoding="utf-8")
-    assert re.search(r"\| +300 \|", table)
+    assert re.search(r"\| +300 tokens \|", table)
     chosen = load_config(output / RELEASE_FILE)
     assert chosen.prune.vocabulary == result.best.vocabulary
     assert main(["release", str(output / RELEASE_FILE), "-o", str(tmp_path / "out"), "--threads", "1"]) == 0
     (file,) = (path for path in (tmp_path / "out").glob("*.gguf") if "dense" not in path.name)
     assert file.stat().st_size == result.best.file_bytes
+
+
+def test_blocks_and_groups_are_searched_beside_ratios(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_folder("llama", intermediate_size=256, num_hidden_layers=3, head_dim=32)
+    config = write(tmp_path, model, "")
+    config.write_text(
+        config.read_text().replace("seqlen = 64\n[eval", "seqlen = 64\nkv_groups = 0.34\n[eval")
+    )
+    limit = sizes(config, tmp_path / "sizes", model)[5 / 16]
+    config.write_text(config.read_text() + "[tune]\nblocks = [1, 0]\n" + SIZE_BUDGET.format(limit=limit))
+    output = tmp_path / "tuned"
+    result = search(config, output)
+    assert not result.failed
+    assert {(row.blocks, row.kv_groups) for row in result.trials} == {(0, 0.34), (1, 0.34)}
+    assert result.calibrations == 1
+    # A block takes more than the budget, so that no channel of the others has to go.
+    assert min(row.prune_ratio for row in result.trials if row.blocks and row.meets) == 0
+    assert min(row.prune_ratio for row in result.trials if not row.blocks and row.meets) < 5 / 16
+    assert re.search(r"\| +-1 blocks, KV groups -34 % \|", (output / TABLE_FILE).read_text(encoding="utf-8"))
+    best = result.best
+    assert best is not None
+    chosen = load_config(output / RELEASE_FILE)
+    assert (chosen.prune.blocks, chosen.prune.kv_groups) == (best.blocks, best.kv_groups)
+    assert main(["release", str(output / RELEASE_FILE), "-o", str(tmp_path / "out"), "--threads", "1"]) == 0
+    (file,) = (path for path in (tmp_path / "out").glob("*.gguf") if "dense" not in path.name)
+    assert file.stat().st_size == best.file_bytes
 
 
 def test_a_search_that_stopped_goes_on_as_if_it_had_not(tiny_folder: TinyPath, tmp_path: Path) -> None:
@@ -305,6 +333,7 @@ def test_a_budget_that_no_point_can_meet(
         ("[tune]\nmin_prune_ratio = 0.6\n", "min_prune_ratio is not below max_prune_ratio"),
         ("[tune]\nvocabularies = [0, 20]\n", "vocabulary: smaller than what has to stay"),
         ("[tune]\nvocabularies = [0, 900]\n", "vocabulary: out of range"),
+        ("[tune]\nblocks = [0, 4]\n", "blocks: the first block stays"),
         ('[tune]\nfiles = ["Q9"]\nallocations = ["best"]\n', "unknown.*Q9.*unknown.*best"),
     ],
 )

@@ -10,6 +10,7 @@ read how long the text is from the first block's keys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,13 @@ def plan_attentions(
         InputError: More attentions than can go.
     """
     candidates = removable_attentions(model, gone)
+    check_attentions(candidates, count)
+    probe = Probe(model, input_ids, attention_left_out, gone)
+    return probe.choose(candidates, count, progress=progress, what="attentions")
+
+
+def check_attentions(candidates: Sequence[int], count: int) -> None:
+    """Raise InputError where not so many of the candidates can go."""
     if not 0 < count <= len(candidates):
         raise InputError(
             "the first block's attention stays",
@@ -50,8 +58,6 @@ def plan_attentions(
             value=count,
             allowed=f"at most {len(candidates)}",
         )
-    probe = Probe(model, input_ids, attention_left_out, gone)
-    return probe.choose(candidates, count, progress=progress, what="attentions")
 
 
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:

@@ -34,12 +34,18 @@ def plan_blocks(
     Raises:
         InputError: More blocks than can go.
     """
+    candidates = removable_blocks(model, count)
+    return Probe(model, input_ids, block_left_out).choose(candidates, count, progress=progress, what="blocks")
+
+
+def removable_blocks(model: Any, count: int) -> range:
+    """Those of which so many may go, or InputError where there are not so many."""
     candidates = range(1, len(decoder_layers(model)))
     if not 0 < count <= len(candidates):
         raise InputError(
             "the first block stays", field="blocks", value=count, allowed=f"at most {len(candidates)}"
         )
-    return Probe(model, input_ids, block_left_out).choose(candidates, count, progress=progress, what="blocks")
+    return candidates
 
 
 def remove_blocks(model: Any, gone: frozenset[int]) -> None:

@@ -83,12 +83,17 @@ def plan_kv_groups(
         InputError: A ratio that removes no group, or more than can go.
     """
     parts = model_shape(model).most_kv_groups
-    held = [n for index, n in enumerate(_counts(model)) if n and index not in gone | silent]
-    count = groups_of_share(held, ratio)
+    count = removable_count(model, ratio, gone | silent)
     candidates = [part for part in removable_groups(model) if part // parts not in gone | silent]
     probe = Probe(model, input_ids, group_left_out, gone, silent, parts)
     removal = probe.choose(candidates, count, progress=progress, what="key-value groups")
     return kept_groups(model, removal, gone | silent)
+
+
+def removable_count(model: Any, ratio: float, without: frozenset[int] = frozenset()) -> int:
+    """How many groups a share is of the attentions of all blocks but some; raises as `groups_of_share`."""
+    held = [n for index, n in enumerate(_counts(model)) if n and index not in without]
+    return groups_of_share(held, ratio)
 
 
 def groups_of_share(counts: Sequence[int], ratio: float) -> int:
