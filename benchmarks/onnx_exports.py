@@ -46,8 +46,7 @@ from exporters.onnx.mixed import (
     stored_bytes,
     with_eight_bits,
 )
-from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.scale_tuning import tune
+from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.variants import INT4, INT8, BlockFormat
 from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of

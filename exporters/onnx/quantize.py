@@ -6,7 +6,7 @@ The model is run as far as it is quantized already: every layer is rounded for t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from exporters.onnx.layers import (
     StackedLinear,
 )
 from exporters.onnx.variants import HEAD, INT8, BlockFormat, FormatOf
-from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, packed_names
+from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, packed_names
+from exporters.rounding.scale_tuning import tune_scales
 from exporters.rounding.walk import Grams, alike, round_blocks
 
 
@@ -114,6 +115,18 @@ def quantize_linears(
     result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
     progress("quantizing", len(linears) + 1, len(linears) + 1)
     return result
+
+
+def tune(
+    model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> QuantizedModel:
+    """It with the scales and norms that `exporters.rounding.scale_tuning` finds on a text; arguments as there."""
+    stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
+    head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
+    table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
+    found = tune_scales(model, stored, head, table, input_ids, progress=progress)
+    scaled = {name: quantized.layers[name].scaled(rows) for name, rows in found.rows.items()}
+    return replace(quantized, layers={**quantized.layers, **scaled}, norms=found.norms)
 
 
 def _rounded_block(

@@ -18,8 +18,7 @@ from exporters.onnx.int8_rows import Int8Weights
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import choose_few, choose_mixture, quantized_model, with_eight_bits
 from exporters.onnx.portable import portable_graph
-from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.scale_tuning import tune
+from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.variants import Variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.scale_tuning import tune
+from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
 from exporters.onnx.variants import INT8
 from exporters.onnx.weights import HEAD_PARTS, Weights, decoder_of, weight_of
 

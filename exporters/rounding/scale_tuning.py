@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,24 +19,42 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from cfsp.models.architectures import block_linears
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
-from exporters.onnx.quantize import QuantizedModel
-from exporters.onnx.weights import HEAD_PARTS, is_tied
 
 _LEARNING_RATE, _WARM_UP = 1e-3, 4
 """Of Adam with one step a window."""
 
 
-def tune(
-    model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
-) -> QuantizedModel:
+@dataclass(frozen=True)
+class TunedScales:
+    """What training leaves.
+
+    Attributes:
+        rows: Module -> what the rows of its weight are multiplied by, (rows,).
+        norms: Parameter name -> the weight of a norm.
+    """
+
+    rows: Mapping[str, torch.Tensor]
+    norms: Mapping[str, torch.Tensor]
+
+
+def tune_scales(
+    model: Any,
+    stored: Mapping[str, torch.Tensor],
+    head: torch.Tensor,
+    table: torch.Tensor,
+    input_ids: torch.Tensor,
+    *,
+    progress: Progress = no_progress,
+) -> TunedScales:
     """Train the factors, one step a window; the output matrix stays, as a tied one is looked up too.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
-        quantized: It in few bits.
+        stored: Linear of the blocks -> its weight as it is stored (out_features, in_features); others stay.
+        head: The output matrix as it is stored, (vocab_size, hidden_size).
+        table: The token embedding likewise; the same where they are tied.
         input_ids: Text, (nsamples, seqlen).
         progress: Told after each window.
     """
@@ -45,10 +63,8 @@ def tune(
     given = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
     targets = [_last_hidden(decoder, given, window) for window in input_ids]
 
-    stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
-    head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     weights = given | {f"{name.removeprefix(prefix)}.weight": weight for name, weight in stored.items()}
-    weights |= {"embed_tokens.weight": head} if is_tied(model) else {}
+    weights |= {"embed_tokens.weight": table}
     norms = {name: weight for name, weight in given.items() if name.endswith("norm.weight")}
     of_rows = {name: torch.ones(len(weight), requires_grad=True) for name, weight in stored.items()}
     of_norms = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
@@ -64,10 +80,8 @@ def tune(
             _set_rate(optimizer, done, len(input_ids))
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
-    scaled = {name: quantized.layers[name].scaled(rows.detach()) for name, rows in of_rows.items()}
-    return replace(
-        quantized,
-        layers={**quantized.layers, **scaled},
+    return TunedScales(
+        rows={name: rows.detach() for name, rows in of_rows.items()},
         norms={f"{prefix}{name}": norm * of_norms[name].detach() for name, norm in norms.items()},
     )
 
@@ -96,10 +110,11 @@ def _last_hidden(
 
 @contextmanager
 def _scaled(model: Any, factors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let the rows of each Linear of the blocks be multiplied."""
+    """Let the rows of Linears of the blocks be multiplied."""
     with ExitStack() as stack:
-        for name, linear in (item for block in block_linears(model) for item in block.items()):
-            stack.callback(linear.register_forward_hook(partial(_scale_rows, factors[name])).remove)
+        for name, rows in factors.items():
+            linear = model.get_submodule(name)
+            stack.callback(linear.register_forward_hook(partial(_scale_rows, rows)).remove)
         yield
 
 
