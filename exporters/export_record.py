@@ -146,6 +146,7 @@ class ExportRecord:
             measured on; None without.
         calibration_tokens: Their number.
         gptq_tensors: Matrices of a GGUF file whose numbers were chosen for it by GPTQ.
+        tuned_tensors: Its matrices whose scales, and norms which, were trained on it.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
         chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
@@ -185,6 +186,7 @@ class ExportRecord:
     eight_bit_layers: tuple[str, ...] = ()
     chosen_types: dict[str, str] = field(default_factory=dict)
     predicted_loss: float | None = None
+    tuned_tensors: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class ExportOptions:
         calibration: Token ids (nsamples, seqlen) that weights of few bits are rounded for, nearest numbers without; or
             that types are chosen by.
         gptq: Round the matrices of GGUF files for that text; else llama.cpp's quantizer alone rounds them.
+        tune_scales: Train the scales and norms of GGUF files on it, too.
         mixed_bytes: Most that a mixture of bits may take; by default 1.1 times what GGUF's Q4_0 takes.
         must_fit: Refuse a GGUF file for a size that is too small; where not, the smallest is made.
         opset: Of ONNX's own operators, for runtimes that do not know new ones; 21 by default.
@@ -38,6 +39,7 @@ class ExportOptions:
     use_imatrix: bool = True
     calibration: torch.Tensor | None = None
     gptq: bool = True
+    tune_scales: bool = False
     mixed_bytes: int | None = None
     must_fit: bool = True
     opset: int | None = None

@@ -66,6 +66,11 @@ class RoundingSettings(Settings):
         option="--no-gptq",
         off="Round GGUF files by llama.cpp's quantizer alone.",
     )
+    tune_scales: bool = setting(
+        False,
+        "Train the scales and norms of GGUF files of up to 6 bits on that text, too: slower, and loses less.",
+        option="--tune-scales",
+    )
 
 
 @dataclass(frozen=True)

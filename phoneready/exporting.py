@@ -31,6 +31,7 @@ _REFUSALS: Mapping[str, tuple[str, str, str]] = {
     "calibration": ("calibration text is for files of few bits alone", "calibration", ""),
     "opset": ("only ONNX variants have an opset", "opset", "--onnx VARIANT,..."),
     "ort": ("only ONNX variants can be .ort files", "ort", "--onnx VARIANT,..."),
+    "tune_scales": ("scales are trained of GGUF files of few bits alone", "tune-scales", "--gguf Q4_0,..."),
     "mixed_bytes": ("a size is for mixtures of bits alone", "mixed-size", "--onnx int4-mixed"),
 }
 """Setting -> (what to say where nothing that is made reads it, its option, what would read it)."""
@@ -104,6 +105,7 @@ def _export(
         use_imatrix=request.imatrix,
         calibration=_calibration(checkpoint, request, progress) if guided else None,
         gptq=request.gptq,
+        tune_scales=request.tune_scales,
         mixed_bytes=request.mixed_bytes,
         opset=request.opset,
         ort=request.ort,
@@ -125,8 +127,9 @@ def _export(
 
 def _reads_text(row: ExportFormat, request: ExportSettings) -> bool:
     """Whether text makes a difference to a format, and there is some or it is worth sampling."""
-    rounds = "gptq" not in row.reads or request.gptq or request.imatrix
-    return row.needs_text or bool("calibration" in row.reads and request.calibration and rounds)
+    rounds = "gptq" not in row.reads or request.gptq or request.imatrix or request.tune_scales
+    wants = row.needs_text or (request.tune_scales and "tune_scales" in row.reads)
+    return wants or bool("calibration" in row.reads and request.calibration and rounds)
 
 
 def _within(folder: str, record: ExportRecord) -> ExportRecord:
@@ -144,6 +147,8 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
     mixed = [row.name for row in rows if "mixed_bytes" in row.reads or not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
+    if request.tune_scales and NO_TEXT in request.calibration:
+        raise InputError("scales are trained on text", field="calibration", value=NO_TEXT)
     if NO_TEXT in request.calibration and len(request.calibration) > 1:
         raise InputError("`none` stands alone", field="calibration", value=request.calibration)
 

@@ -13,7 +13,7 @@ of q and k (weights and biases) are interleaved; the others rotate halves, as Hu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -137,15 +137,17 @@ class TensorSpec:
         Raises:
             InputError: A source is missing, of another shape, or not finite.
         """
-        parts = [tensors.read(name, shape) for name, shape in self.sources]
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self.interleave_heads:
-            values = interleave_halves(values, self.interleave_heads)
+        values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
         if values.shape == self.shape:
             return np.ascontiguousarray(values)
         padded = np.zeros(self.shape, dtype=np.float32)
         padded[tuple(slice(n) for n in values.shape)] = values
         return padded
+
+    def stack(self, parts: Sequence[FloatArray]) -> FloatArray:
+        """Rows of the sources in the order of the file's; what it pads is missing."""
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return interleave_halves(values, self.interleave_heads) if self.interleave_heads else values
 
     def split(self, values: FloatArray) -> dict[str, FloatArray]:
         """What `build` would have to read to make a matrix: name of a source -> its values."""

@@ -129,7 +129,7 @@ def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
     ids = job.settings.calibration
     if ids is None:
         return {}
-    if not (file.mixture or file.gptq_tensors) and (
+    if not (file.mixture or file.gptq_tensors or file.tuned_tensors) and (
         not file.imatrix_tensors or stored_moments(job.checkpoint)
     ):
         return {}
@@ -137,6 +137,7 @@ def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
         "calibration_sha256": tokens_sha256(ids),
         "calibration_tokens": ids.numel(),
         "gptq_tensors": file.gptq_tensors,
+        "tuned_tensors": file.tuned_tensors,
     }
     if file.mixture is None:
         return text

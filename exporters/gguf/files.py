@@ -14,6 +14,7 @@ from exporters.gguf.llama_library import quantize
 from exporters.gguf.mixed import Mixture, TypeCosts, measure_types
 from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.rounding import round_for_text
+from exporters.gguf.tuning import tune_file
 from exporters.gguf.writer import write_gguf
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.provenance import Provenance, read_provenance
@@ -31,6 +32,7 @@ class WrittenFile:
         imatrix_tensors: Tensors that were quantized with the importance matrix.
         mixture: Where types were chosen for a size.
         gptq_tensors: Matrices whose numbers were chosen for a text.
+        tuned_tensors: Tensors whose scales, or which as norms, were trained on it.
     """
 
     path: Path
@@ -38,6 +40,7 @@ class WrittenFile:
     imatrix_tensors: int
     mixture: Mixture | None = None
     gptq_tensors: int = 0
+    tuned_tensors: int = 0
 
 
 def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -103,7 +106,10 @@ def write_files(
         chosen = 0
         if settings.gptq and "gptq" in quant.reads and settings.calibration is not None:
             chosen = round_for_text(checkpoint, paths[BASE], path, settings.calibration, progress=progress)
-        yield WrittenFile(path, quant, len(used), mixture, chosen)
+        tuned = 0
+        if settings.tune_scales and "tune_scales" in quant.reads and settings.calibration is not None:
+            tuned = tune_file(checkpoint, path, settings.calibration, progress=progress)
+        yield WrittenFile(path, quant, len(used), mixture, chosen, tuned)
     if BASE not in quants:
         paths[BASE].unlink()
 

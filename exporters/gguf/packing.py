@@ -92,6 +92,16 @@ PACKINGS: Mapping[str, Packing] = MappingProxyType(
 """ggml's name -> how it is stored."""
 WHOLE_BLOCKS = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Types in which one code stands for four or eight numbers: ggml alone can round a block of them."""
+SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        **dict.fromkeys(("F16", "Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS", *WHOLE_BLOCKS), (0,)),
+        **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+        "Q2_K": (80, 82),
+        "Q3_K": (108,),
+        "Q6_K": (208,),
+    }
+)
+"""ggml's name -> where float16 numbers are to which everything in the block is proportional."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,16 @@ class StoredMatrix:
         self.packing.write(blocks, codes.reshape(-1, elements))
         if scales is not None:
             blocks[:, :2] = scales.astype(np.float16).reshape(-1, 1).view(np.uint8)
+        return StoredMatrix(self.kind, blocks.reshape(self.data.shape))
+
+    def scaled(self, factors: FloatArray) -> StoredMatrix:
+        """The matrix whose rows are multiplied, (rows,), but for what float16 rounds; one of `SCALES`."""
+        _, size = block_of(self.kind)
+        blocks = self.data.reshape(len(factors), -1, size).copy()
+        for offset in SCALES[self.kind]:
+            place = blocks[:, :, offset : offset + 2]
+            scales = np.ascontiguousarray(place).view(np.float16) * factors[:, None, None]
+            place[:] = scales.astype(np.float16).view(np.uint8)
         return StoredMatrix(self.kind, blocks.reshape(self.data.shape))
 
     def _of_one_code(self, code: int) -> FloatArray:

@@ -65,7 +65,7 @@ class Quant(ExportFormat):
     @property
     def reads(self) -> frozenset[str]:
         """See ExportFormat."""
-        return frozenset({"use_imatrix", "calibration", "gptq"} if self.uses_imatrix else ())
+        return frozenset({"use_imatrix", "calibration", "gptq", "tune_scales"} if self.uses_imatrix else ())
 
 
 _ROWS = (

@@ -67,7 +67,7 @@ def frontier(
         raise InputError(
             "options of recovery say how to train, and nothing is trained", allowed="with --recover"
         )
-    export = ExportConfig(gptq=rounding.gptq)
+    export = ExportConfig(gptq=rounding.gptq, tune_scales=rounding.tune_scales)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
         found = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)

@@ -253,6 +253,7 @@ class Steps:
             name=self._stem(role),
             use_imatrix=export.imatrix,
             gptq=export.gptq,
+            tune_scales=export.tune_scales,
             calibration=moment_windows(self._calibration_ids("dense" if role == DENSE else "prune")),
             # The dense model is there for comparison; it need not fit what the pruned one must.
             must_fit=role != DENSE,

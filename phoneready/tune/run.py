@@ -283,7 +283,7 @@ def study_key(config: ReleaseConfig, folder: Path) -> str:
         name: find_profile(name, profiles).profile.model_dump(mode="json") for name in config.bench.devices
     }
     projected = [config.bench.n_ctx, devices]
-    export = [config.export.imatrix, config.export.gptq, config.export.mixed_bytes]
+    export = [config.export.imatrix, config.export.gptq, config.export.tune_scales, config.export.mixed_bytes]
     made = made_with("export", families=config.export.formats)
     text = json.dumps([kept, *export, *projected, made], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

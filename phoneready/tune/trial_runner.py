@@ -227,6 +227,7 @@ class TrialRunner:
             name=name,
             use_imatrix=config.export.imatrix,
             gptq=config.export.gptq,
+            tune_scales=config.export.tune_scales,
             calibration=moment_windows(self.side(side).calibration.input_ids) if guided else None,
             # As in a release: the dense model need not fit what the pruned one must.
             must_fit=role != DENSE,

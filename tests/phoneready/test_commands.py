@@ -254,6 +254,8 @@ def test_both_kinds_of_export_share_a_folder(
         (["--onnx", "int4-mixed", "--calibration", "none"], "wants text"),
         (["--onnx", "int4-mixed", "--mixed-size", "large"], "--mixed-size"),
         (["--onnx", "int4", "--mixed-size", "80M"], "int4-mixed"),
+        (["--onnx", "int4", "--tune-scales"], "scales are trained of GGUF files of few bits alone"),
+        (["--gguf", "Q4_0", "--tune-scales", "--calibration", "none"], "scales are trained on text"),
     ],
 )
 def test_export_refuses_what_it_cannot_do(
@@ -310,7 +312,8 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     command = ["export", str(source), "--gguf", "Q6_K", "--json"]
     sized = ["--calibration", str(text), "--nsamples", "4", "--seqlen", "32"]
     records = {}
-    for name, more in {"text": sized, "off": [*sized, "--no-gptq"], "none": []}.items():
+    ways = {"text": sized, "off": [*sized, "--no-gptq"], "tuned": [*sized, "--tune-scales"], "none": []}
+    for name, more in ways.items():
         assert main([*command, "-o", str(tmp_path / name), *more]) == 0
         (records[name],) = json.loads(capsys.readouterr().out)["exports"]
         assert [file.name for file in (tmp_path / name).iterdir() if file.suffix == ".gguf"] == [
@@ -323,5 +326,6 @@ def test_export_takes_a_model_that_is_no_folder_and_rounds_it_for_a_text(
     assert records["text"]["imatrix_tensors"] == records["off"]["imatrix_tensors"] > 0
     assert records["off"]["calibration_tokens"] == 4 * 32
     assert (records["none"]["imatrix_tensors"], records["none"]["calibration_tokens"]) == (0, 0)
-    assert len({record["sha256"] for record in records.values()}) == 3
+    assert [name for name, record in records.items() if record["tuned_tensors"]] == ["tuned"]
+    assert len({record["sha256"] for record in records.values()}) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", *records}

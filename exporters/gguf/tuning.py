@@ -1,0 +1,75 @@
+"""Scales and norms of a written file, trained on a text end to end (`exporters.rounding.scale_tuning`).
+
+The codes stay. What a row's numbers are proportional to, the float16 scales and minima of its blocks, is multiplied by
+one factor a row; norms are float32 in every file. So the file has as many bytes as before, and computes as fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cfsp.models.architectures import block_linears
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.gguf_file import GGUFTensor, read_gguf
+from cfsp.precision import products_in
+from cfsp.progress import Progress, no_progress
+from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.packing import SCALES, StoredMatrix
+from exporters.rounding.scale_tuning import TunedScales, tune_scales
+
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tune_file(
+    checkpoint: Path, path: Path, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> int:
+    """Train scales and norms of a file, in place.
+
+    Args:
+        checkpoint: Hugging Face folder, which the file is to compute what it computes.
+        path: A quantized file of it.
+        input_ids: Text, (nsamples, seqlen).
+        progress: Told after each window.
+
+    Returns:
+        Tensors that were changed.
+    """
+    model, specs = load_pruned(checkpoint, dtype=torch.float32), tensor_specs(read_layout(checkpoint))
+    tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+    stored: dict[str, torch.Tensor] = {}
+    for spec in specs:
+        if len(spec.shape) == 2 and tensors[spec.name].kind.name in SCALES:
+            parts = spec.split(tensors[spec.name].dequantize())
+            stored |= {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+    table = stored.get(_TABLE, model.get_input_embeddings().weight.detach())
+    tied = model.config.tie_word_embeddings
+    head = table if tied else stored.get(_HEAD, model.get_output_embeddings().weight.detach())
+    linears = [name for block in block_linears(model) for name in block if f"{name}.weight" in stored]
+    weights = {name: stored[f"{name}.weight"] for name in linears}
+    with products_in("auto"):
+        found = tune_scales(model, weights, head, table, input_ids, progress=progress)
+    changed = [tuned_tensor(spec, tensors[spec.name], found) for spec in specs]
+    with path.open("r+b") as stream:
+        for spec, data in zip(specs, changed, strict=True):
+            if data is not None:
+                stream.seek(tensors[spec.name].offset)
+                stream.write(data.tobytes())
+    return sum(data is not None for data in changed)
+
+
+def tuned_tensor(spec: TensorSpec, tensor: GGUFTensor, found: TunedScales) -> npt.NDArray[Any] | None:
+    """What a file's tensor becomes, as it is stored; None of one that stays."""
+    modules = [name.removesuffix(".weight") for name, _ in spec.sources]
+    if all(name in found.rows for name in modules):
+        factors = spec.stack([found.rows[name].numpy() for name in modules])
+        padded = np.ones(spec.shape[0], np.float32)
+        padded[: len(factors)] = factors
+        stored = StoredMatrix(tensor.kind.name, tensor.data.reshape(spec.shape[0], -1))
+        return stored.scaled(padded).data
+    norm = found.norms.get(spec.sources[0][0])
+    return None if norm is None else norm.numpy()
