@@ -23,6 +23,8 @@ from exporters.gguf.packing import SCALES, StoredMatrix
 from exporters.rounding.scale_tuning import TunedScales, tune_scales
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LEARNING_RATE = 3e-3
+"""Measured: of SmolLM2-135M in 3 bits 1e-3 leaves as much divergence, and more bits per byte."""
 
 
 def tune_file(
@@ -52,7 +54,7 @@ def tune_file(
     linears = [name for block in block_linears(model) for name in block if f"{name}.weight" in stored]
     weights = {name: stored[f"{name}.weight"] for name in linears}
     with products_in("auto"):
-        found = tune_scales(model, weights, head, table, input_ids, progress=progress)
+        found = tune_scales(model, weights, head, table, input_ids, _LEARNING_RATE, progress=progress)
     changed = [tuned_tensor(spec, tensors[spec.name], found) for spec in specs]
     with path.open("r+b") as stream:
         for spec, data in zip(specs, changed, strict=True):

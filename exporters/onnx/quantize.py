@@ -29,6 +29,9 @@ from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, pac
 from exporters.rounding.scale_tuning import tune_scales
 from exporters.rounding.walk import Grams, alike, round_blocks
 
+_LEARNING_RATE = 1e-3
+"""Of scales and norms."""
+
 
 @dataclass(frozen=True)
 class QuantizedModel(Weights):
@@ -124,7 +127,7 @@ def tune(
     stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
-    found = tune_scales(model, stored, head, table, input_ids, progress=progress)
+    found = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
     scaled = {name: quantized.layers[name].scaled(rows) for name, rows in found.rows.items()}
     return replace(quantized, layers={**quantized.layers, **scaled}, norms=found.norms)
 

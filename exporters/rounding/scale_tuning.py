@@ -22,8 +22,8 @@ from torch.func import functional_call
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
 
-_LEARNING_RATE, _WARM_UP = 1e-3, 4
-"""Of Adam with one step a window."""
+_WARM_UP = 4
+"""Steps in which the learning rate rises; there is one a window."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def tune_scales(
     head: torch.Tensor,
     table: torch.Tensor,
     input_ids: torch.Tensor,
+    learning_rate: float,
     *,
     progress: Progress = no_progress,
 ) -> TunedScales:
@@ -56,6 +57,7 @@ def tune_scales(
         head: The output matrix as it is stored, (vocab_size, hidden_size).
         table: The token embedding likewise; the same where they are tied.
         input_ids: Text, (nsamples, seqlen).
+        learning_rate: Adam's, at its peak.
         progress: Told after each window.
     """
     decoder, dense = model.get_decoder(), model.get_output_embeddings().weight.detach()
@@ -77,7 +79,7 @@ def tune_scales(
             optimizer.zero_grad()
             loss = head_loss(hidden, head, partial(_divergence, target, dense))
             torch.autograd.backward(loss / len(window))
-            _set_rate(optimizer, done, len(input_ids))
+            _set_rate(optimizer, learning_rate, done, len(input_ids))
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
     return TunedScales(
@@ -86,10 +88,10 @@ def tune_scales(
     )
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, done: int, steps: int) -> None:
+def _set_rate(optimizer: torch.optim.Optimizer, peak: float, done: int, steps: int) -> None:
     """Warm-up, then a line down to zero."""
     for group in optimizer.param_groups:
-        group["lr"] = _LEARNING_RATE * min(1, (done + 1) / _WARM_UP) * (1 - done / steps)
+        group["lr"] = peak * min(1, (done + 1) / _WARM_UP) * (1 - done / steps)
 
 
 def _divergence(
