@@ -250,7 +250,7 @@ def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Pat
 def test_blocks_and_groups_are_searched_beside_ratios(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_folder("llama", intermediate_size=256, num_hidden_layers=3, head_dim=32)
+    model = tiny_folder("llama", intermediate_size=512, num_hidden_layers=3, head_dim=32)
     config = write(tmp_path, model, "")
     config.write_text(
         config.read_text().replace("seqlen = 64\n[eval", "seqlen = 64\nkv_groups = 0.34\n[eval")
