@@ -23,8 +23,8 @@ from exporters.gguf.packing import SCALES, StoredMatrix
 from exporters.rounding.scale_tuning import TunedScales, tune_scales
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LEARNING_RATE = 3e-3
-"""Measured: of SmolLM2-135M in 3 bits 1e-3 leaves as much divergence, and more bits per byte."""
+_LEARNING_RATE = 2e-3
+"""Measured on SmolLM2-135M: at 1e-3 files of 3 bits keep more bits per byte, at 3e-3 those of 4 more divergence."""
 
 
 def tune_file(
