@@ -64,7 +64,7 @@ class RoundingSettings(Settings):
         True,
         "Round the matrices of GGUF files of up to 6 bits for the calibration text, by GPTQ.",
         option="--no-gptq",
-        off="Round GGUF files by llama.cpp's quantizer alone.",
+        off="Leave the numbers of GGUF files as llama.cpp's quantizer rounds them.",
     )
     tune_scales: bool = setting(
         False,
@@ -94,7 +94,7 @@ class ExportSettings(RoundingSettings, QuantizerSettings, ExportFormats):
         (),
         f"Text that files of few bits are rounded for, and mixtures chosen by: `self`, `none`, {TEXT_FORMS}.",
         metavar="REF",
-        shown="self for 4-bit ONNX variants and mixtures, else none",
+        shown="self for 4-bit ONNX variants, mixtures and trained scales, else none",
     )
     nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20)
     seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20)

@@ -127,7 +127,7 @@ def _export(
 
 def _reads_text(row: ExportFormat, request: ExportSettings) -> bool:
     """Whether text makes a difference to a format, and there is some or it is worth sampling."""
-    rounds = "gptq" not in row.reads or request.gptq or request.imatrix or request.tune_scales
+    rounds = "gptq" not in row.reads or request.gptq or request.imatrix
     wants = row.needs_text or (request.tune_scales and "tune_scales" in row.reads)
     return wants or bool("calibration" in row.reads and request.calibration and rounds)
 

@@ -138,8 +138,7 @@ def plan_model(
         InputError: Settings that do not fit the model, or a budget that nothing meets.
     """
     check_settings(settings)
-    if silent := model_shape(loaded.model).without_attention:
-        raise InputError("a model of which some blocks do not attend cannot be pruned again", value=silent)
+    check_removals(loaded.model, settings)
     decision = vocabulary = counts = order = None
     if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
         counts = counts_of(loaded, calibration, counted)
@@ -153,7 +152,7 @@ def plan_model(
         sources = tuple(counted) or calibration.sources
         vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources, order=order)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
-    depth, attention, groups = plan_removals(loaded.model, calibration, settings, progress)
+    depth, attention, groups = Removals(loaded.model, calibration, progress).of(settings)
     statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
@@ -174,30 +173,59 @@ def _order(
     return None
 
 
-def plan_removals(
-    model: Any, calibration: Calibration, settings: PruneSettings, progress: Progress = no_progress
-) -> tuple[Removal | None, Removal | None, GroupRemoval | None]:
-    """Which blocks go, which of the others lose their attention, which groups the rest keeps; None where none goes."""
-    windows = _probed(calibration)
-    depth = attention = groups = None
-    with products_in(settings.dtype):
-        if count := settings.blocks:
-            depth = plan_blocks(model, windows, count, progress=progress)
-        gone = frozenset(depth.removed if depth else ())
-        if count := settings.attentions:
-            attention = plan_attentions(model, windows, count, gone, progress=progress)
-        if ratio := settings.kv_groups:
-            silent = frozenset(attention.removed if attention else ())
-            groups = plan_kv_groups(model, windows, ratio, gone=gone, silent=silent, progress=progress)
-    return depth, attention, groups
+class Removals:
+    """Chooses which blocks go, which of the others lose their attention, and which groups the rest keeps.
+
+    What was found for some blocks, or for some attentions beside them, serves again.
+
+    Args:
+        model: The model, unchanged.
+        calibration: Windows, on some of which it is tried without each part.
+        progress: Told after each choice.
+    """
+
+    def __init__(self, model: Any, calibration: Calibration, progress: Progress = no_progress) -> None:
+        self._model, self._windows, self._progress = model, _probed(calibration), progress
+        self._depths: dict[int, Removal] = {}
+        self._attentions: dict[tuple[int, int], Removal] = {}
+        self._groups: dict[tuple[int, int, float], GroupRemoval] = {}
+
+    def of(self, settings: PruneSettings) -> tuple[Removal | None, Removal | None, GroupRemoval | None]:
+        """Those of some settings; None where none goes.
+
+        Raises:
+            InputError: More than there are.
+        """
+        model, windows, progress = self._model, self._windows, self._progress
+        blocks, attentions, share = settings.blocks, settings.attentions, settings.kv_groups
+        depth = attention = groups = None
+        with products_in(settings.dtype):
+            if blocks:
+                depth = self._depths.get(blocks) or plan_blocks(model, windows, blocks, progress=progress)
+                self._depths[blocks] = depth
+            gone = frozenset(depth.removed if depth else ())
+            if attentions:
+                known = self._attentions.get((blocks, attentions))
+                attention = known or plan_attentions(model, windows, attentions, gone, progress=progress)
+                self._attentions[blocks, attentions] = attention
+            if share:
+                silent = frozenset(attention.removed if attention else ())
+                groups = self._groups.get((blocks, attentions, share)) or plan_kv_groups(
+                    model, windows, share, gone=gone, silent=silent, progress=progress
+                )
+                self._groups[blocks, attentions, share] = groups
+        return depth, attention, groups
 
 
 def check_removals(model: Any, settings: PruneSettings) -> None:
-    """Raise InputError where the model has not so many blocks, attentions or groups; each is looked at alone."""
+    """Raise InputError where the model has not so many blocks, attentions or groups, or was cut so that none can go."""
+    if silent := model_shape(model).without_attention:
+        raise InputError("a model of which some blocks do not attend cannot be pruned again", value=silent)
     if settings.blocks:
         removable_blocks(model, settings.blocks)
     if settings.attentions:
-        check_attentions(removable_attentions(model, frozenset()), settings.attentions)
+        candidates = removable_attentions(model, frozenset())
+        check_attentions(candidates[settings.blocks :], settings.attentions)
     if settings.kv_groups:
         removable_count(model, settings.kv_groups)
 

@@ -116,7 +116,9 @@ def measure_frontier(
     check_folder(folder)
     state = folder / STATE / _key(config, folder)[:12]
     runner = TrialRunner(config, state, threads, progress)
-    # What cannot be used is found before anything is written; what a run has begun with can be.
+    # What cannot be used is found before anything is written; texts that a run has begun with can be.
+    for gone in settings.combined(Structures()):
+        runner.check(gone)
     windows = None if (state / WINDOWS_FILE).is_file() else _windows(runner, settings)
     with ExitStack() as stack:
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
@@ -385,8 +387,8 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
             allowed=f"up to {longest}",
         )
     _ = runner.calibration  # read, or written by the model, before anything is kept
-    for gone in settings.combined(Structures()):
-        runner.check(gone)
+    for size in filter(None, settings.vocabularies):
+        runner.vocabulary(size)
     return JudgedWindows(
         tuple(kind for kind, _ in judged.sources),
         tuple(source for _, source in judged.sources),

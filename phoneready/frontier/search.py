@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,10 @@ class Search:
     ) -> None:
         self._state, self._worker, self._settings = state, worker, settings
         self._allocation, self._seed = allocation, seed
-        self._study = open_study(folder / STUDY_FILE, state.name)
+        # Optuna lets no other lists into a study.
+        lists = json.dumps([settings.choices(Structures()), settings.chosen_quants])
+        name = f"{state.name}-{hashlib.sha256(lists.encode()).hexdigest()[:12]}"
+        self._study = open_study(folder / STUDY_FILE, name)
 
     def run(self, measure: Callable[[Point], FrontierPoint | None]) -> None:
         """Ask and measure until there are as many files as were asked for.

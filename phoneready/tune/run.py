@@ -88,6 +88,8 @@ def tune(
             check_same_model(limits.baseline, source.reference, source.sha256, config.baseline.file)
         for recipe in recipes:
             runner.check(recipe)
+        for size in {recipe.vocabulary for recipe in recipes} - {0}:
+            runner.vocabulary(size)
         search = _Search(Bench(runner, limits), recipes, Study(folder / STUDY_FILE, key))
         try:
             result, best = search.run(show)

@@ -13,7 +13,7 @@ import functools
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError, LimitError
 from phoneready.settings.schema import SIZE
@@ -167,14 +167,14 @@ class Searcher:
 
     def _judge_exact(self, point: Point) -> Judged:
         try:
-            figures = self._bench.exact_figures(point)
+            return self._bench.limits.judge(point, self._bench.exact_figures(point))
         except InputError as error:
             raise InputError(f"{point.describe()}: {error}") from error
-        return self._bench.limits.judge(point, figures)
 
     def _achievable(self, recipe: Recipe) -> tuple[Point, ...]:
         """The points whose widths differ, by ascending ratio: whole units of the alignment go."""
-        dense = self._bench.runner.dense_shape.ffn_widths
+        whole = self._bench.runner.plan(Point(replace(recipe, align=1), 0.0))
+        dense = [width for index, width in enumerate(whole.dense_widths) if index not in whole.gone]
         total, step = sum(dense), recipe.align
         if self._bench.limits.config.prune.uniform_width:
             step *= len(dense)

@@ -23,10 +23,10 @@ from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import (
+    Removals,
     check_removals,
     counts_of,
     moment_windows,
-    plan_removals,
     statistics_for,
     trim,
 )
@@ -60,6 +60,13 @@ class Side:
     vocabulary: VocabularyPlan | None = None
     statistics: BlockStatistics | None = None
     sizes: Sizes | None = None
+    _removals: Removals | None = None
+
+    def removals(self, progress: Progress) -> Removals:
+        """Chooses which blocks, attentions and groups go."""
+        if self._removals is None:
+            self._removals = Removals(self.loaded.model, self.calibration, progress)
+        return self._removals
 
 
 @dataclass
@@ -121,7 +128,7 @@ class TrialRunner:
         return replace(base, settings=settings).at_ratio(point.prune_ratio)
 
     def file_bytes(self, point: Point, role: str = PRUNED) -> int | None:
-        """Size of a GGUF file, exact to one step of its alignment; None of a format that has to be exported first."""
+        """Size of a GGUF file, as `Sizes` computes it; None of a format that has to be exported first."""
         recipe = point.recipe
         if not recipe.is_sized:
             return None
@@ -152,9 +159,7 @@ class TrialRunner:
         return self._vocabularies[size]
 
     def check(self, gone: Structures) -> None:
-        """Raise InputError where there is no such vocabulary, or not so much of something; nothing is measured."""
-        if gone.vocabulary:
-            self.vocabulary(gone.vocabulary)
+        """Raise InputError where the model has not so many blocks, attentions or groups."""
         check_removals(self.loaded.model, replace(self.config.prune.settings(1), **gone.plain))
 
     @functools.cached_property
@@ -259,7 +264,7 @@ class TrialRunner:
     def _make_plan(self, recipe: Recipe) -> PruningPlan:
         side, settings = self.side(recipe.vocabulary), self.config.prune.settings(1)
         wanted = replace(settings, prune_ratio=0.0, allocation=recipe.allocation, **recipe.plain)
-        removals = plan_removals(side.loaded.model, side.calibration, wanted, self.progress)
+        removals = side.removals(self.progress).of(wanted)
         plan = make_plan(side.loaded, self._statistics(side), side.calibration, wanted, *removals)
         return replace(plan, vocabulary=side.vocabulary)
 

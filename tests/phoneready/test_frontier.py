@@ -314,6 +314,9 @@ def test_runs_share_a_search(model: Path, tmp_path: Path) -> None:
     assert sum(point.is_dense for point in found.points) == 2
     assert len(found.points) == 6
     assert all(0.1 <= p.prune_ratio <= 0.5 for p in found.points if not p.is_dense)
+    # Other lists are another search in the same folder; what they ask for is looked at, though a run has begun.
+    assert main(command(model, folder, *space, "--trials", "1", "--blocks", "1,2", "--max-points", "2")) == 0
+    assert main(command(model, folder, *space, "--trials", "1", "--blocks", "9")) == 2
     # A run that goes on has one more to propose.
     assert main(command(model, folder, *space, "--trials", "5")) == 0
     after = point_files(folder)
