@@ -195,7 +195,8 @@ def test_a_long_error_is_shortened(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_ended_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; import phoneready.main as entry\n"
+        "import signal, sys, time; from pathlib import Path; import phoneready.main as entry\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, has it ignored\n"
         "from cfsp.files import atomic_directory; from phoneready.__main__ import run\n"
         "def main(arguments):\n"
         "    with atomic_directory(Path(arguments[0])) as folder:\n"
