@@ -146,7 +146,7 @@ class ExportRecord:
             measured on; None without.
         calibration_tokens: Their number.
         gptq_tensors: Matrices of a GGUF file whose numbers were chosen for it by GPTQ.
-        tuned_tensors: Its matrices whose scales, and norms which, were trained on it.
+        tuned_tensors: Tensors of it that training on that text changed: matrices in their scales, and norms.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
         chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.

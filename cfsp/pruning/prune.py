@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import decoder_layers, model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -185,10 +185,10 @@ class Removals:
     """
 
     def __init__(self, model: Any, calibration: Calibration, progress: Progress = no_progress) -> None:
-        self._model, self._windows, self._progress = model, _probed(calibration), progress
-        self._depths: dict[int, Removal] = {}
-        self._attentions: dict[tuple[int, int], Removal] = {}
-        self._groups: dict[tuple[int, int, float], GroupRemoval] = {}
+        windows = _probed(calibration)
+        self._depth = cache(partial(plan_blocks, model, windows, progress=progress))
+        self._attention = cache(partial(plan_attentions, model, windows, progress=progress))
+        self._groups = cache(partial(plan_kv_groups, model, windows, progress=progress))
 
     def of(self, settings: PruneSettings) -> tuple[Removal | None, Removal | None, GroupRemoval | None]:
         """Those of some settings; None where none goes.
@@ -196,37 +196,32 @@ class Removals:
         Raises:
             InputError: More than there are.
         """
-        model, windows, progress = self._model, self._windows, self._progress
-        blocks, attentions, share = settings.blocks, settings.attentions, settings.kv_groups
         depth = attention = groups = None
         with products_in(settings.dtype):
-            if blocks:
-                depth = self._depths.get(blocks) or plan_blocks(model, windows, blocks, progress=progress)
-                self._depths[blocks] = depth
+            if count := settings.blocks:
+                depth = self._depth(count)
             gone = frozenset(depth.removed if depth else ())
-            if attentions:
-                known = self._attentions.get((blocks, attentions))
-                attention = known or plan_attentions(model, windows, attentions, gone, progress=progress)
-                self._attentions[blocks, attentions] = attention
-            if share:
+            if count := settings.attentions:
+                attention = self._attention(count, gone)
+            if ratio := settings.kv_groups:
                 silent = frozenset(attention.removed if attention else ())
-                groups = self._groups.get((blocks, attentions, share)) or plan_kv_groups(
-                    model, windows, share, gone=gone, silent=silent, progress=progress
-                )
-                self._groups[blocks, attentions, share] = groups
+                groups = self._groups(ratio, gone=gone, silent=silent)
         return depth, attention, groups
 
 
 def check_removals(model: Any, settings: PruneSettings) -> None:
-    """Raise InputError where the model has not so many blocks, attentions or groups, or was cut so that none can go."""
+    """Raise InputError where the model has not so many blocks, attentions or groups, or was cut so that none can go.
+
+    Groups are counted where nothing else goes: how many a share is beside that, only the plan can say.
+    """
     if silent := model_shape(model).without_attention:
         raise InputError("a model of which some blocks do not attend cannot be pruned again", value=silent)
     if settings.blocks:
         removable_blocks(model, settings.blocks)
     if settings.attentions:
-        candidates = removable_attentions(model, frozenset())
-        check_attentions(candidates[settings.blocks :], settings.attentions)
-    if settings.kv_groups:
+        others = len(decoder_layers(model)) - settings.blocks - 1
+        check_attentions(removable_attentions(model, frozenset())[:others], settings.attentions)
+    if settings.kv_groups and not (settings.blocks or settings.attentions):
         removable_count(model, settings.kv_groups)
 
 

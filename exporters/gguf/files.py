@@ -32,7 +32,7 @@ class WrittenFile:
         imatrix_tensors: Tensors that were quantized with the importance matrix.
         mixture: Where types were chosen for a size.
         gptq_tensors: Matrices whose numbers were chosen for a text.
-        tuned_tensors: Tensors whose scales, or which as norms, were trained on it.
+        tuned_tensors: Tensors that training on it changed: matrices in their scales, and norms.
     """
 
     path: Path

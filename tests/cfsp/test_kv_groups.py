@@ -171,6 +171,14 @@ def test_what_cannot_go_is_refused(tiny_loaded: Any) -> None:
             prune(tiny_loaded(), replace(PLAIN, kv_groups=ratio))
 
 
+def test_a_share_is_of_the_groups_that_other_cuts_leave(tiny_loaded: Any) -> None:
+    # Of all eight groups it would be five, one more than can go; of the last block's two it is one.
+    plan = prune(tiny_loaded(), replace(PLAIN, kv_groups=0.57, blocks=3)).plan
+    assert groups_of(plan).removed == (1, 2)
+    with pytest.raises(InputError, match=r"0\.125 to 0\.5"):
+        prune(tiny_loaded(), replace(PLAIN, kv_groups=0.57))
+
+
 def test_a_plan_that_does_not_fit_is_refused(tiny_loaded: Any, tmp_path: Path) -> None:
     plan = prune(tiny_loaded(), PLAIN).plan
     groups = groups_of(plan)
