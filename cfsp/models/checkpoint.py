@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import safetensors.torch
@@ -23,7 +24,6 @@ from cfsp.files import atomic_directory, sha256_file, write_json
 from cfsp.models.architectures import model_shape
 from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
-from cfsp.models.remote_code import modeling_pruned
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
@@ -175,7 +175,14 @@ def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
 
 def per_layer_class(config: Any) -> Any:
     """The class in remote_code/ that builds this configuration's model with blocks that differ."""
-    return getattr(modeling_pruned, f"Pruned{model_class(config).__name__}")
+    return getattr(_modeling_pruned(), f"Pruned{model_class(config).__name__}")
+
+
+def _modeling_pruned() -> ModuleType:
+    """The file in remote_code/. It imports transformers' models: seconds, which reading a record does not take."""
+    from cfsp.models.remote_code import modeling_pruned
+
+    return modeling_pruned
 
 
 def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
@@ -190,7 +197,8 @@ def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
         model.generation_config = generation_config
     generation_config.to_json_file(folder / "generation_config.json")
     stored = portable_config(read_json(folder / "config.json"))
-    code = Path(modeling_pruned.__file__)
+    modeling_pruned = _modeling_pruned()
+    code = Path(str(modeling_pruned.__file__))
     (folder / code.name).unlink(missing_ok=True)
     for key in ("auto_map", "per_layer_config"):
         stored.pop(key, None)

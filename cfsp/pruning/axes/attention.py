@@ -18,7 +18,6 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers
-from cfsp.models.remote_code.modeling_pruned import NoAttention
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
@@ -70,4 +69,6 @@ def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
 
 def remove_attention(layer: Any) -> None:
     """Take a block's attention out, in place."""
+    from cfsp.models.remote_code.modeling_pruned import NoAttention
+
     layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
