@@ -183,9 +183,11 @@ def test_throttling_holds_for_the_thread_that_the_model_runs_on(file: Path, sett
     for throttling in (None, throttled):
         with open_page(settings, served_files(request)) as page:
             open_model(page, request, settings, throttling)
-            page.call("bench.greedy", PROMPT, 4)
+            # A first go compiles.
+            page.call("bench.greedy", PROMPT, 48)
             before = main_thread_seconds()
-            tokens = page.call("bench.greedy", PROMPT, 48)
+            for _ in range(6):
+                tokens = page.call("bench.greedy", PROMPT, 48)
             used.append(main_thread_seconds() - before)
     assert tokens[:16] == native_tokens(file, 16)
     # Eight times is what it is told; a model in a thread of its own would leave the main thread as idle as before.
