@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
-import sys
 from pathlib import Path
+from unittest import mock
+
+from phoneready.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
@@ -41,9 +44,10 @@ This page is generated from the help pages by `tools/command_line_docs.py`.
 
 def help_page(command: str) -> str:
     """The help page of a subcommand, or of `phoneready` itself for an empty name, 100 columns wide."""
-    line = [sys.executable, "-m", "phoneready", *command.split(), "--help"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100", "NO_COLOR": "1"}
-    return subprocess.run(line, capture_output=True, text=True, check=True, env=environment).stdout
+    page = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(page):
+        main([*command.split(), "--help"])
+    return page.getvalue()
 
 
 def document() -> str:

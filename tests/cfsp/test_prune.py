@@ -21,6 +21,7 @@ from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import collect_statistics
 from cfsp.records import read_record, write_record
+from cfsp.text import self_sampling
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import TokenWindows
 
@@ -284,6 +285,7 @@ def test_self_calibration_is_repeatable_and_seeded(
     tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draws = []
+    monkeypatch.setattr(self_sampling, "MAX_REPLY_TOKENS", 16)
     for cache, seed in (("a", 1), ("b", 1), ("c", 2)):
         monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / cache))
         dense = loaded(tiny_model, max_position_embeddings=1024)

@@ -143,6 +143,8 @@ def test_text_that_comes_with_the_package_is_not_sampled_again(
 ) -> None:
     loaded = as_loaded(tiny_model)
     monkeypatch.setattr(written, "FOLDER", tmp_path / "package")
+    monkeypatch.setattr(self_sampling, "MAX_REPLY_TOKENS", 16)
+    monkeypatch.setattr(self_sampling, "MAX_USER_TOKENS", 8)
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
     kept = torch.arange(64) % 300
     (tmp_path / "package").mkdir()

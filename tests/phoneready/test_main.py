@@ -78,12 +78,12 @@ def test_unusable_input_exits_2_with_one_line(arguments: tuple[str, ...]) -> Non
     assert result.stderr.count("\n") == 1
 
 
-def test_every_command_has_a_help_page() -> None:
+def test_every_command_has_a_help_page(capsys: pytest.CaptureFixture[str]) -> None:
     for name in entry.COMMANDS:
-        result = command(*name.split(), "--help")
-        assert result.returncode == 0, result.stderr
-        assert "--json" in result.stdout
-        assert "--debug" in result.stdout
+        assert entry.main([*name.split(), "--help"]) == 0
+        page = capsys.readouterr().out
+        assert "--json" in page
+        assert "--debug" in page
 
 
 def test_version_and_doctor_json() -> None:
