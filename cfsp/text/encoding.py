@@ -14,6 +14,8 @@ WHOLE = 2**21
 _PIECE = 2**20
 _OVERLAP = 2**12
 _AGREEING = 32
+_CHARACTERS = 8
+"""Of a text that are tokenized first for each token that is wanted; a token of English takes some four."""
 
 Token = tuple[int, int, int]
 """Id, and where in the text it begins and ends."""
@@ -39,19 +41,21 @@ def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[in
     Args:
         tokenizer: A transformers fast tokenizer.
         text: The text.
-        limit: A text of several pieces is left once this many tokens are there.
+        limit: The text is left once this many tokens are there, and a few more.
 
     Raises:
         InputError: As `encode`.
     """
-    if len(text) <= WHOLE:
+    size = _PIECE if limit is None else min(_PIECE, _CHARACTERS * limit + 2 * _OVERLAP)
+    if len(text) <= (WHOLE if limit is None else size):
         return array("q", encode(tokenizer, text))
     ids: array[int] = array("q")
     before: list[Token] = []
-    for start in range(0, len(text) - _OVERLAP, _PIECE - _OVERLAP):
-        if limit is not None and len(ids) + len(before) >= limit:
+    for start in range(0, len(text) - _OVERLAP, size - _OVERLAP):
+        # The last tokens before a cut may be others than the text's.
+        if limit is not None and len(ids) + len(before) >= limit + _AGREEING:
             break
-        piece = encode_in_place(tokenizer, text[start : start + _PIECE], start)
+        piece = encode_in_place(tokenizer, text[start : start + size], start)
         end, begin = _seam(before, piece, start) if before else (0, 0)
         ids.extend(token for token, *_ in before[:end])
         before = piece[begin:]

@@ -53,12 +53,15 @@ def test_pieces_give_the_tokens_of_the_whole(kind: str, seed: int, tiny_tokenize
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_no_more_pieces_are_tokenized_than_are_needed(tiny_tokenizer: Any) -> None:
-    text = _text(0)
-    whole = encode(tiny_tokenizer, text)
-    some = encode_long(tiny_tokenizer, text, limit=100)
-    assert 100 <= len(some) < len(whole) / 2
-    assert list(some[:100]) == whole[:100]
+@pytest.mark.parametrize("limit", [1, 37, 100, 1000, 10**6])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_no_more_pieces_are_tokenized_than_are_needed(kind: str, limit: int, tiny_tokenizer: Any) -> None:
+    tokenizer, text = tiny_tokenizer if kind == "byte-level" else _sentencepiece(), _text(0)
+    whole = encode(tokenizer, text)
+    some = list(encode_long(tokenizer, text, limit=limit))
+    assert some[:limit] == whole[:limit]
+    if limit <= 100:
+        assert limit <= len(some) < len(whole) / 2
 
 
 @pytest.mark.usefixtures("small_pieces")
