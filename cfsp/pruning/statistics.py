@@ -117,7 +117,7 @@ class _BlockSums:
         """Add X of one window; `x` is (..., intermediate_size)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.x_sum += x.sum(0, dtype=torch.float64)
-        self.x_square += torch.einsum("ti,ti->i", x, x).double()
+        self.x_square += torch.linalg.vecdot(x, x, dim=0).double()
         if self.gram is not None:
             self.gram.add(x)
 
@@ -190,7 +190,7 @@ def collect_input_moments(
 
     def add(name: str, x: torch.Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        total = torch.einsum("ti,ti->i", x, x).double()
+        total = torch.linalg.vecdot(x, x, dim=0).double()
         sums[name] = sums[name] + total if name in sums else total
 
     with torch.inference_mode(), ExitStack() as stack:

@@ -90,21 +90,24 @@ def gptq_blocks(
 
 
 def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The code nearest to each value, in its place."""
-    uneven = _uneven_codes(grid.codes)
-    if uneven is None:
+    """The code nearest to each value, in its place; the lower one of two that are as near, where they are uneven."""
+    if grid.codes[-1] - grid.codes[0] == len(grid.codes) - 1:
         return values.round_().clamp_(grid.codes[0], grid.codes[-1])
-    codes, middles = uneven
-    return values.copy_(codes[torch.bucketize(values, middles)])
+    nearest = _nearest_codes(grid.codes)
+    last = len(nearest) - 1
+    places = values.mul_(2).ceil_().sub_(2 * grid.codes[0]).clamp_(0, last).int()
+    return torch.index_select(nearest, 0, places, out=values)
 
 
 @functools.cache
-def _uneven_codes(codes: tuple[float, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The codes, and what lies in the middle of every two; None where they are whole numbers without a gap."""
+def _nearest_codes(codes: tuple[float, ...]) -> torch.Tensor:
+    """The code nearest to (n - 1/2, n] / 2 for each whole n from twice the least to twice the largest code.
+
+    Codes are whole numbers, so that what lies in the middle of two is a multiple of a half.
+    """
     found = torch.tensor(codes)
-    if torch.equal(found, torch.arange(len(codes)) + found[0]):
-        return None
-    return found, (found[1:] + found[:-1]) / 2
+    halves = torch.arange(2 * int(codes[0]), 2 * int(codes[-1]) + 1) / 2
+    return found[torch.bucketize(halves, (found[1:] + found[:-1]) / 2)]
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
