@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, starmap
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import PositiveFloat
 
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.perplexity import LogitsOf, bounded_exp, check_finite_sums, logits_of
+from cfsp.evaluation.perplexity import (
+    LogitsOf,
+    bounded_exp,
+    check_finite_sums,
+    few_rows,
+    logits_of,
+    summed_loss,
+)
 from cfsp.progress import Progress, no_progress
 from cfsp.text.respelling import Respelled, Respelling
 from cfsp.text.tokens import TokenWindows
@@ -110,7 +117,7 @@ def divergence_from_logits(
     """
     sums, predicted, nll_reference, nll_model = _Sums(), 0, 0.0, 0.0
     with torch.inference_mode():
-        for expected, actual, targets in pairs:
+        for expected, actual, targets in chain.from_iterable(starmap(few_rows, pairs)):
             log_p, log_q = sums.add(expected.float(), actual.float())
             nll_reference -= float(log_p.gather(-1, targets[:, None]).double().sum())
             nll_model -= float(log_q.gather(-1, targets[:, None]).double().sum())
@@ -147,21 +154,14 @@ def respelled_divergence(
         text = respelling.spell(window.tolist())
         ours = _Loss(text.ids, int((text.owners == 0).sum()))
         theirs = _Loss(window, 1)
-        left = _respelled(respelling, theirs.read(logits_of(reference)))
         right = _where_tokens_end(respelling, text, ours.read(logits_of(model)))
         with torch.inference_mode():
-            for _, expected, actual in _aligned(left, right):
-                sums.add(expected, actual)
+            for _, *both in _aligned(theirs.read(logits_of(reference)), right):
+                for expected, actual in few_rows(*both):
+                    sums.add(respelling.log_probabilities(expected.float()), actual.float())
         nll_reference, nll_model = nll_reference + theirs.nats, nll_model + ours.nats
         progress("measuring divergence", done, len(windows.ids))
     return sums.result(windows, nll_reference, nll_model, windows.ids[:, 1:].numel())
-
-
-def _respelled(
-    respelling: Respelling, pieces: Iterator[tuple[slice, torch.Tensor]]
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    for positions, logits in pieces:
-        yield positions, respelling.log_probabilities(logits.float())
 
 
 def _where_tokens_end(
@@ -170,7 +170,7 @@ def _where_tokens_end(
     for positions, logits in pieces:
         ended = logits[text.ends[positions.start - 1 : positions.stop - 1], : len(respelling.kept)]
         if len(ended):
-            yield positions, ended.float()
+            yield positions, ended
 
 
 @dataclass
@@ -224,9 +224,7 @@ class _Loss:
     def read(self, run: LogitsOf) -> Iterator[tuple[slice, torch.Tensor]]:
         for positions, logits in run(self.ids):
             known = max(0, self.context - positions.start)
-            self.nats += float(
-                F.cross_entropy(logits[known:].float(), self.ids[positions][known:], reduction="sum")
-            )
+            self.nats += summed_loss(logits[known:], self.ids[positions][known:])
             yield positions, logits
 
 

@@ -17,6 +17,9 @@ from cfsp.evaluation.torch_model import next_token_logits
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 
+_ROWS = 16
+"""Positions whose logits are worked on at once: a megabyte or a few, which stay in the processor's cache."""
+
 LogitsOf = Callable[[torch.Tensor], Iterator[tuple[slice, torch.Tensor]]]
 
 
@@ -98,11 +101,22 @@ def text_loss(
         for done, text in enumerate(texts, 1):
             for positions, logits in run(text.ids):
                 context = max(0, text.n_context - positions.start)
-                targets = text.ids[positions][context:]
-                total += float(F.cross_entropy(logits[context:], targets, reduction="sum"))
+                total += summed_loss(logits[context:], text.ids[positions][context:])
             progress("measuring perplexity", done, len(texts))
     check_finite_sums(total)
     return total
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum of -ln p of targets (n,) under logits (n, vocab_size), in nats."""
+    pieces = few_rows(logits, targets)
+    return sum(float(F.cross_entropy(some.float(), ids, reduction="sum")) for some, ids in pieces)
+
+
+def few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A few rows of each tensor at a time, until the first one's are over."""
+    for start in range(0, len(tensors[0]), _ROWS):
+        yield tuple(tensor[start : start + _ROWS] for tensor in tensors)
 
 
 def check_finite_sums(*sums: float) -> None:

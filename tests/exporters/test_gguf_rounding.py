@@ -24,6 +24,7 @@ from exporters.gguf.llama_library import stored
 from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.rounding import choose_numbers
 from exporters.options import ExportOptions
+from exporters.rounding.gptq import round_to_codes_
 
 MakeCheckpoint = Callable[..., Path]
 # Of few tokens, so that inputs depend on each other, as those of trained models do.
@@ -49,6 +50,16 @@ def test_codes_stand_where_ggml_reads_them(kind: str) -> None:
     scales, offsets = (part.repeat(grid.block_size, 1) for part in written.scales_and_offsets())
     expected = scales * np.array(grid.codes, dtype=np.float32)[codes] + offsets
     np.testing.assert_allclose(written.with_codes(codes).values(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_the_nearest_code_is_chosen(kind: str) -> None:
+    grid, codes = PACKINGS[kind].grid, torch.tensor(PACKINGS[kind].grid.codes)
+    middles, ends = (codes[1:] + codes[:-1]) / 2, torch.tensor([-torch.inf, -1e38, 1e38, torch.inf])
+    values = torch.cat([torch.linspace(codes[0] - 9.3, codes[-1] + 9.7, 9973), codes, middles, ends])
+    found = round_to_codes_(values.clone(), grid)
+    assert torch.isin(found, codes).all()
+    assert torch.equal((values - found).abs(), (values[:, None] - codes).abs().min(1).values)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, row in PACKINGS.items() if row.grid.free_scales])
