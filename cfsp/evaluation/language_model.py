@@ -97,6 +97,10 @@ class LanguageModel(Protocol):
         ...
 
 
+_ROWS = 64
+"""Of logits that are copied at once. Memory for many more is new to the process each time, which takes far longer."""
+
+
 def check_length(model: LanguageModel, needed: int, what: str) -> None:
     """Raise InputError where `what`, of `needed` tokens, is longer than the model's context."""
     if needed > model.context_length:
@@ -119,10 +123,10 @@ def predicting(
     """
     start = 1
     for piece in pieces:
-        count = min(len(piece), n_tokens - start)
-        if count:
-            yield slice(start, start + count), torch.from_numpy(piece[:count].copy())
-        start += count
+        for begin in range(0, min(len(piece), n_tokens - start), _ROWS):
+            rows = piece[begin : begin + _ROWS][: n_tokens - start]
+            yield slice(start, start + len(rows)), torch.from_numpy(rows.copy())
+            start += len(rows)
 
 
 def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:
