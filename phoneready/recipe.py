@@ -10,7 +10,7 @@
     bench-<target> all of them, in turns, for each target
 
 With [recover] a stage `recover` trains after `prune`, and with evaluate.files `evaluate-files` judges those exports.
-The evaluation and the exports run beside each other in two processes, each with half the threads.
+The two exports run beside each other in processes, each with half the threads.
 Report and manifest are written from what the stages left, in every run; GGUF files are linked into the folder,
 ONNX folders copied.
 """
@@ -221,13 +221,7 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         return said | made_with("answers", families=families)
 
     stages += [
-        Stage(
-            "evaluate",
-            lambda: _judged(c, steps, "evaluate"),
-            ("dense", steps.final),
-            steps.evaluate,
-            beside=True,
-        ),
+        Stage("evaluate", lambda: _judged(c, steps, "evaluate"), ("dense", steps.final), steps.evaluate),
         Stage("export-dense", exported, ("dense",), functools.partial(steps.export, DENSE), beside=True),
         Stage(
             "export-pruned", exported, (steps.final,), functools.partial(steps.export, PRUNED), beside=True

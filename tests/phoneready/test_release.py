@@ -418,21 +418,3 @@ def test_killed_again_and_again_it_ends_with_the_same_files(tiny_folder: TinyPat
     outcome = experiment.kill_and_restart(config, tmp_path, kills=2, threads=1)
     assert outcome.problems == []
     assert outcome.kills == 2
-
-
-@pytest.mark.slow
-def test_a_failing_export_names_its_reason_and_leaves_no_file(
-    tiny_folder: TinyPath, start_release: Start, tmp_path: Path
-) -> None:
-    model = tiny_folder(intermediate_size=96)
-    config = write_config(tmp_path, model)
-    config.write_text(
-        config.read_text().replace("prune_ratio = 0.25", "prune_ratio = 0.999"), encoding="utf-8"
-    )
-    process = start_release(config, tmp_path / "out")
-    output, errors = process.communicate(timeout=400)
-    assert process.returncode == 2, errors
-    assert output == ""
-    assert errors.splitlines()[-1].startswith("error: ")
-    assert not list((tmp_path / "out").glob("*.gguf"))
-    assert not list((tmp_path / "out").rglob(".*.tmp-*"))

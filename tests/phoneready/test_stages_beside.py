@@ -26,16 +26,16 @@ reference = "{model}"
 calibration = ["builtin:python-docs"]
 nsamples = 4
 seqlen = 64
-prune_ratio = 0.25
+{prune}
 [evaluate]
-text = ["{text}"]
+text = ["builtin:python-docs"]
 chats = []
 seqlen = 32
 max_windows = 2
 max_new_tokens = 2
 prompts = ["List three fruits."]
 [export]
-quants = ["Q8_0"]
+quants = ["{quant}"]
 onnx = [{onnx}]
 [bench]
 n_prompt = [4]
@@ -51,12 +51,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def config(tiny_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
-    """`config(text, onnx)` writes a configuration; with `onnx` exports take some seconds."""
+    """`config(prune, quant, onnx)` writes a configuration; with `onnx` exports take some seconds."""
     model = tiny_folder(intermediate_size=256)
 
-    def write(text: str = "builtin:python-docs", onnx: str = "") -> Path:
+    def write(prune: str = "prune_ratio = 0.25", quant: str = "Q8_0", onnx: str = "") -> Path:
         path = tmp_path / "release.toml"
-        path.write_text(CONFIG.format(model=model, text=text, onnx=onnx), encoding="utf-8")
+        text = CONFIG.format(model=model, prune=prune, quant=quant, onnx=onnx)
+        path.write_text(text, encoding="utf-8")
         return path
 
     return write
@@ -96,14 +97,15 @@ def test_two_at_once_leave_the_files_of_one_after_the_other(
     lines = errors[2].splitlines()
     states = [tuple(line.split(maxsplit=1)) for line in lines if line and not line.startswith(" ")]
     running = [name for name, state in states if state == "running"]
-    beside = running.index("export-dense")
-    assert states.index((running[beside], "running")) < min(
-        number for number, (name, state) in enumerate(states) if name == "evaluate" and "finished" in state
+    assert states.index(("export-pruned", "running")) < min(
+        number
+        for number, (name, state) in enumerate(states)
+        if name == "export-dense" and "finished" in state
     )
     told = [line.split(";")[0].strip() for line in lines if line.startswith(" ")]
     assert told == [f"{n} of {len(running)}" for n in range(1, len(running) + 1)]
     # What a stage had goes into the command that repeats it.
-    for threads, had in ((1, [1, 1, 1]), (2, [2, 1, 1])):
+    for threads, had in ((1, [1, 1, 1]), (2, [2, 2, 1])):
         commands = map(shlex.split, manifests[threads]["commands"])
         assert [command[-2:] for command in commands] == [["--threads", str(each)] for each in had]
 
@@ -111,16 +113,20 @@ def test_two_at_once_leave_the_files_of_one_after_the_other(
 def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
     config: Callable[..., Path], start_release: Start, tmp_path: Path
 ) -> None:
-    text = tmp_path / "short.txt"
-    text.write_text("too short", encoding="utf-8")
-    process = start_release(config(str(text), onnx='"int8", "int8-dynamic"'), tmp_path / "out", threads=2)
-    errors = process.communicate(timeout=400)[1]
+    # What the pruned model must fit into, the dense one need not.
+    little = config("prune_ratio = 0\nblocks = 1", "mixed:20kB", onnx='"int8", "int8-dynamic"')
+    process = start_release(little, tmp_path / "out", threads=2)
+    output, errors = process.communicate(timeout=400)
     assert process.returncode == 2
+    assert output == ""
     (line,) = (line for line in errors.splitlines() if line.startswith("error: "))
-    assert "short.txt" in line
+    assert "no types are small enough" in line
     assert "Traceback" not in errors
+    assert not list((tmp_path / "out").glob("*.gguf"))
     stages = [path.name for path in (tmp_path / "out" / "stages").iterdir()]
-    assert set(stages) == {"dense", "prune"}, "the exports went on, or left what they had half-written"
+    assert set(stages) == {"dense", "prune", "evaluate"}, (
+        "the other export went on, or one left what it had half-written"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
