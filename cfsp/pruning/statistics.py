@@ -117,7 +117,7 @@ class _BlockSums:
         """Add X of one window; `x` is (..., intermediate_size)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.x_sum += x.sum(0, dtype=torch.float64)
-        self.x_square += torch.linalg.vecdot(x, x, dim=0).double()
+        self.x_square += _sums_of_squares(x)
         if self.gram is not None:
             self.gram.add(x)
 
@@ -190,7 +190,7 @@ def collect_input_moments(
 
     def add(name: str, x: torch.Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        total = torch.linalg.vecdot(x, x, dim=0).double()
+        total = _sums_of_squares(x)
         sums[name] = sums[name] + total if name in sums else total
 
     with torch.inference_mode(), ExitStack() as stack:
@@ -201,3 +201,9 @@ def collect_input_moments(
             model.get_decoder()(input_ids=window[None], use_cache=False)
             progress("measuring activations", done, len(input_ids))
     return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
+
+
+def _sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Of (tokens, channels) float32 each channel's sum over the tokens, (channels,) float64."""
+    channels = x.T.contiguous()
+    return torch.bmm(channels[:, None, :], channels[:, :, None]).flatten().double()
