@@ -112,6 +112,7 @@ class _Search:
     recipes: tuple[Recipe, ...]
     study: Study
     failed: dict[Point, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.limits, self.settings = self.bench.limits, self.bench.limits.tune
@@ -119,6 +120,9 @@ class _Search:
 
     def run(self, show: Callable[[str], None]) -> tuple[TuneResult, Point | None]:
         """Try points until nothing better is expected, or the trials are spent; what was found, and the best point."""
+        self.left_out = self.searcher.leave_out()
+        for why in self.left_out:
+            show(f"left out: {why}")
         self.searcher.check_hope()
         tried = self._tried()
         while len(tried) + len(self.failed) < self.settings.trials:
@@ -208,7 +212,8 @@ class _Search:
         show(f"  {measured.file_bytes / 1e6:.2f} MB in {measured.seconds:.0f} s")
 
     def _failures(self) -> tuple[str, ...]:
-        return tuple(f"{point.describe()}: {why}" for point, why in self.failed.items())
+        failed = (f"{point.describe()}: {why}" for point, why in self.failed.items())
+        return (*self.left_out, *failed)
 
     def _result(self, tried: Sequence[MeasuredPoint], best: MeasuredPoint | None) -> TuneResult:
         rows = tuple(one.row for one in tried)

@@ -62,6 +62,23 @@ class Searcher:
         meeting = [one for one in tried if one.judged.meets]
         return min(meeting, key=self._objective, default=None)
 
+    def leave_out(self) -> tuple[str, ...]:
+        """Give up recipes whose files cannot be, such as those that llama.cpp has no architecture for; why, of each.
+
+        Raises:
+            InputError: None is left.
+        """
+        found: dict[Recipe, InputError] = {}
+        for recipe in self._recipes:
+            try:
+                self._exact(self._points(recipe)[0])
+            except InputError as error:
+                found[recipe] = error
+        if len(found) == len(self._recipes):
+            raise next(iter(found.values()))
+        self._recipes = [recipe for recipe in self._recipes if recipe not in found]
+        return tuple(map(str, found.values()))
+
     def check_hope(self) -> None:
         """Raise LimitError where no point can meet what widths settle: names the closest, and what it misses."""
         if any(self._feasible(recipe) for recipe in self._recipes):

@@ -275,6 +275,23 @@ def test_blocks_and_groups_are_searched_beside_ratios(
     assert file.stat().st_size == best.file_bytes
 
 
+def test_what_llama_cpp_cannot_hold_is_left_out(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no architecture for a qwen3 model of which some blocks do not attend."""
+    config = write(tmp_path, tiny_folder("qwen3", intermediate_size=256), "")
+    text = config.read_text(encoding="utf-8") + SIZE_BUDGET.format(limit=10**8)
+    config.write_text(text + "[tune]\ntrials = 2\nattentions = [0, 1]\n", encoding="utf-8")
+    result = search(config, tmp_path / "tuned")
+    assert {row.attentions for row in result.trials} == {0}
+    (why,) = result.failed
+    assert "1 attentions" in why
+    assert "llama.cpp" in why
+    config.write_text(text + "[tune]\nattentions = [1]\n", encoding="utf-8")
+    assert main(["tune", str(config), "-o", str(tmp_path / "none")]) == 2
+    assert "llama.cpp" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_search_that_stopped_goes_on_as_if_it_had_not(tiny_folder: TinyPath, tmp_path: Path) -> None:
     # Of rows of one block, which half of 64 channels are, llama.cpp's AMX kernels compute something else every time.
     model = tiny_folder(intermediate_size=512, num_hidden_layers=2)
