@@ -31,17 +31,16 @@ from cfsp.pruning.budget import Budget
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.fitting import decide
 from cfsp.pruning.gradients import collect_gradients
+from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, apply_plan, check_plan_fits, make_plan
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.statistics import BlockStatistics, collect_input_moments, collect_statistics
+from cfsp.pruning.statistics import BlockStatistics, collect_statistics
 from cfsp.pruning.trials import Trials
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
 from cfsp.text.respelling import respelling
 from cfsp.text.tokens import document_ids, load_documents, tokens_sha256
 
-MOMENT_WINDOWS = 16
-"""Windows behind the activation moments that quantizers use; more does not change what they choose."""
 SPELLING_WINDOWS = 16
 """Windows on which the dense model is looked at before it loses tokens."""
 GRADIENT_WINDOWS = 32
@@ -293,14 +292,3 @@ def statistics_for(
         windows = spread_windows(ids, GRADIENT_WINDOWS)
         gradients = collect_gradients(model, windows, seed=calibration.seed, progress=progress)
     return replace(statistics, gradients=gradients)
-
-
-def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
-    """The calibration windows that activation moments are measured on."""
-    return spread_windows(input_ids, MOMENT_WINDOWS)
-
-
-def spread_windows(input_ids: torch.Tensor, count: int) -> torch.Tensor:
-    """At most `count` of the windows, spread so that every source is among them."""
-    step = max(1, len(input_ids) // count)
-    return input_ids[::step][:count]

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,9 +22,10 @@ import torch
 import torch.nn.functional as F
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import block_linears, decoder_layers, feed_forward
+from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import ChannelGradients
+from cfsp.pruning.moments import sums_of_squares
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
 
 
@@ -117,7 +116,7 @@ class _BlockSums:
         """Add X of one window; `x` is (..., intermediate_size)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.x_sum += x.sum(0, dtype=torch.float64)
-        self.x_square += _sums_of_squares(x)
+        self.x_square += sums_of_squares(x)
         if self.gram is not None:
             self.gram.add(x)
 
@@ -171,39 +170,3 @@ def collect_statistics(
             progress("calibrating", index + 1, len(layers))
     values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
     return BlockStatistics(values, tuple(channels), grams, n_tokens)
-
-
-def collect_input_moments(
-    model: Any, input_ids: torch.Tensor, *, progress: Progress = no_progress
-) -> dict[str, torch.Tensor]:
-    """Mean squared input of every Linear inside the blocks.
-
-    Args:
-        model: A causal LM of the architecture table.
-        input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window.
-
-    Returns:
-        Module name -> (in_features,) float32; what llama.cpp calls an importance matrix.
-    """
-    sums: dict[str, torch.Tensor] = {}
-
-    def add(name: str, x: torch.Tensor) -> None:
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        total = _sums_of_squares(x)
-        sums[name] = sums[name] + total if name in sums else total
-
-    with torch.inference_mode(), ExitStack() as stack:
-        for linears in block_linears(model):
-            for name, linear in linears.items():
-                stack.enter_context(input_hook(linear, partial(add, name)))
-        for done, window in enumerate(input_ids, 1):
-            model.get_decoder()(input_ids=window[None], use_cache=False)
-            progress("measuring activations", done, len(input_ids))
-    return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
-
-
-def _sums_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Of (tokens, channels) float32 each channel's sum over the tokens, (channels,) float64."""
-    channels = x.T.contiguous()
-    return torch.bmm(channels[:, None, :], channels[:, :, None]).flatten().double()

@@ -19,8 +19,7 @@ from cfsp.files import claim_output, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.prune import moment_windows
-from cfsp.pruning.statistics import collect_input_moments
+from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.recovery.adapter import add_adapter, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs

@@ -14,7 +14,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
-from cfsp.pruning.statistics import collect_input_moments
+from cfsp.pruning.moments import collect_input_moments
 from exporters.gguf.architecture import linear_inputs, read_layout
 from exporters.gguf.quants import Quant
 

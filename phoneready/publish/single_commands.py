@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 
-from cfsp.pruning.prune import MOMENT_WINDOWS
+from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
 from exporters.families import find_format
 from exporters.settings import ExportSettings, QuantizerSettings

@@ -56,7 +56,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 "cfsp/text",
                 "cfsp/reading.py",
                 "cfsp/precision.py",
-                "cfsp/pruning/statistics.py",
+                *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
             ),
         ),
         "prune": Dependencies(rooms=("cfsp/pruning",)),

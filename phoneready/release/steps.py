@@ -21,8 +21,8 @@ from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
-from cfsp.pruning.prune import moment_windows, prune_model
-from cfsp.pruning.statistics import collect_input_moments
+from cfsp.pruning.moments import collect_input_moments, moment_windows
+from cfsp.pruning.prune import prune_model
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import tokens_sha256

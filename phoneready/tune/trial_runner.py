@@ -21,16 +21,16 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.token_order import Counts, TokenOrder
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import (
     Removals,
     check_removals,
     counts_of,
-    moment_windows,
     statistics_for,
     trim,
 )
-from cfsp.pruning.statistics import BlockStatistics, collect_input_moments
+from cfsp.pruning.statistics import BlockStatistics
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration, load_calibration
 from exporters.options import ExportOptions

@@ -7,7 +7,8 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
-from cfsp.pruning.statistics import collect_input_moments, collect_statistics
+from cfsp.pruning.moments import collect_input_moments
+from cfsp.pruning.statistics import collect_statistics
 
 TYPES = ["llama", "mistral", "qwen2", "qwen3"]
 

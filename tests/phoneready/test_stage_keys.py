@@ -121,7 +121,10 @@ def test_the_hash_of_code_is_that_of_its_files(tmp_path: Path, monkeypatch: pyte
 
 # What begins the work of a stage, and the stages before it.
 WORK = {
-    "dense": ((), ("cfsp.models.reference", "cfsp.models.checkpoint", "cfsp.text.calibration")),
+    "dense": (
+        (),
+        ("cfsp.models.reference", "cfsp.models.checkpoint", "cfsp.text.calibration", "cfsp.pruning.moments"),
+    ),
     "prune": (("dense",), ("cfsp.pruning.prune",)),
     "recover": (("dense", "prune"), ("cfsp.recovery.recover",)),
     "evaluate": (("dense", "prune"), ("phoneready.evaluation.run",)),

@@ -1,0 +1,63 @@
+"""Activation moments, which quantizers use: what llama.cpp calls an importance matrix."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+
+from cfsp.models.architectures import block_linears
+from cfsp.progress import Progress, no_progress
+from cfsp.pruning.streaming import input_hook
+
+MOMENT_WINDOWS = 16
+"""Windows behind the activation moments that quantizers use; more does not change what they choose."""
+
+
+def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
+    """The calibration windows that activation moments are measured on."""
+    return spread_windows(input_ids, MOMENT_WINDOWS)
+
+
+def spread_windows(input_ids: torch.Tensor, count: int) -> torch.Tensor:
+    """At most `count` of the windows, spread so that every source is among them."""
+    step = max(1, len(input_ids) // count)
+    return input_ids[::step][:count]
+
+
+def collect_input_moments(
+    model: Any, input_ids: torch.Tensor, *, progress: Progress = no_progress
+) -> dict[str, torch.Tensor]:
+    """Mean squared input of every Linear inside the blocks.
+
+    Args:
+        model: A causal LM of the architecture table.
+        input_ids: (nsamples, seqlen) int64.
+        progress: Told after each window.
+
+    Returns:
+        Module name -> (in_features,) float32; what llama.cpp calls an importance matrix.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, x: torch.Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        total = sums_of_squares(x)
+        sums[name] = sums[name] + total if name in sums else total
+
+    with torch.inference_mode(), ExitStack() as stack:
+        for linears in block_linears(model):
+            for name, linear in linears.items():
+                stack.enter_context(input_hook(linear, partial(add, name)))
+        for done, window in enumerate(input_ids, 1):
+            model.get_decoder()(input_ids=window[None], use_cache=False)
+            progress("measuring activations", done, len(input_ids))
+    return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
+
+
+def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Of (tokens, channels) float32 each channel's sum over the tokens, (channels,) float64."""
+    channels = x.T.contiguous()
+    return torch.bmm(channels[:, None, :], channels[:, :, None]).flatten().double()
