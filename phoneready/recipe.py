@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError, require_extra
+from cfsp.evaluation.tasks import tasks_sha256
 from cfsp.files import sha256_file, writable_place
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
@@ -283,7 +284,8 @@ def _files_judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 def _judged(config: ReleaseConfig, steps: Steps, stage: str, families: Iterable[str] = ()) -> dict[str, Any]:
     evaluate = config.evaluate
     settings = _without(evaluate, "files", "task_data")
-    settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats", "tasks")}
+    settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats")}
+    settings["tasks"] = [[name, tasks_sha256(name, evaluate.task_data)] for name in evaluate.tasks]
     if evaluate.task_data is not None:
         settings["task_data"] = _identity(str(evaluate.task_data))
     settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]

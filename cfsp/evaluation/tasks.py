@@ -26,11 +26,16 @@ from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.settings import TaskSettings
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
+from cfsp.reading import read_bytes
 from cfsp.settings import check_settings
+from cfsp.validation import check_kinds, kinds
 
 _SEED = 1234
 _BOOTSTRAP = 1000
 _SUFFIXES = (".yaml", ".yml")
+_MOST_BYTES = 2**20
+"""Of a task file."""
+_TASK = kinds(task=str, dataset_kwargs=dict[str, Any] | None)
 
 
 @dataclass(frozen=True)
@@ -179,18 +184,40 @@ def _task_files(name: str) -> list[Path]:
     return [path]
 
 
-def _read_task_file(file: Path, data: Path | None, cache: Path) -> tuple[dict[str, Any], str]:
+def tasks_sha256(name: str, data: Path | None) -> str:
+    """Hash of a task file, or a folder of them, with the data they name and what they may include; runs no code.
+
+    Empty for a name that lm-eval knows.
+
+    Raises:
+        InputError: A file that is no task, or whose data is missing.
+    """
+    files = _task_files(name)
+    if not files:
+        return ""
+    import_harness()
+    # Functions and included files lie beside a task file.
+    beside = {path for file in files for path in file.resolve().parent.glob("*.py")}
+    beside |= {path for file in files for path in file.resolve().parent.glob("*.y*ml")}
+    found = [_read_task_file(file, data, Path(), functions=False)[1] for file in files]
+    found += map(sha256_file, sorted(beside))
+    return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def _read_task_file(
+    file: Path, data: Path | None, cache: Path, *, functions: bool = True
+) -> tuple[dict[str, Any], str]:
     """The file's configuration with absolute data paths, and the hash of the file and its data."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
+    read_bytes(file, _MOST_BYTES)
     try:
-        config = load_yaml(file, resolve_func=True)
+        config = load_yaml(file, resolve_func=functions)
     except Exception as error:  # YAML's errors, and whatever a `!function` module raises when it is imported
         raise InputError(f"{file} cannot be read as a task file: {error}") from error
-    if not isinstance(config.get("task"), str):
-        raise InputError(
-            f"{file} is not a task file", field="task", value=config.get("task"), allowed="a name"
-        )
+    if not isinstance(config, dict) or "task" not in config:
+        raise InputError(f"{file} is not a task file", field="task", allowed="a name")
+    check_kinds(config, _TASK, str(file))
     digest = hashlib.sha256(sha256_file(file).encode())
     settings = dict(config.get("dataset_kwargs") or {})
     base = data or file.resolve().parent
@@ -212,8 +239,9 @@ def _absolute(value: Any, base: Path, file: Path, digest: Any) -> Any:
     path = base / str(value)
     if not path.exists():
         raise InputError(f"{file}: its data {path} does not exist; --task-data names the folder to look in")
-    if path.is_file():
-        digest.update(sha256_file(path).encode())
+    for part in [path] if path.is_file() else sorted(path.rglob("*")):
+        if part.is_file():
+            digest.update(sha256_file(part).encode())
     return str(path.resolve())
 
 

@@ -16,7 +16,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.harness import harness_model
 from cfsp.evaluation.language_model import Branches
-from cfsp.evaluation.tasks import TaskResult, TaskSettings, load_tasks, run_tasks
+from cfsp.evaluation.tasks import TaskResult, TaskSettings, load_tasks, run_tasks, tasks_sha256
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.source import LoadedModel, ModelSource
 
@@ -176,6 +176,10 @@ def test_task_files_need_no_network(data: Path) -> None:
         ("[1, 2]", "task file"),
         ("task: [", "task file"),
         ("dataset_path: json", "task"),
+        ("task: 5", "task"),
+        ("task: t\ndataset_kwargs: 5", "dataset_kwargs"),
+        ("task: t\ndataset_kwargs: text", "dataset_kwargs"),
+        ("task: t # " + "x" * 2**20, "1 MiB"),
         ("task: t\ndataset_path: json\ndataset_kwargs: {data_files: missing.jsonl}", "missing.jsonl"),
         (
             "task: t\ndataset_path: json\ndataset_kwargs: {data_files: {test: piqa_validation.jsonl}}\n"
@@ -195,6 +199,28 @@ def test_bad_task_files_are_named(content: str, reason: str, data: Path) -> None
     file.write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=reason), load_tasks(TaskSettings((str(file),))):
         pass
+
+
+def test_all_that_a_task_file_reads_is_in_its_hash(data: Path) -> None:
+    file = data / "own.yaml"
+    file.write_text(
+        "include: base.yml\ntask: own\nprocess_docs: !function own_module.raises\n"
+        "dataset_kwargs: {data_files: {test: piqa_validation.jsonl}, data_dir: more}\n",
+        encoding="utf-8",
+    )
+    parts = [data / name for name in ("base.yml", "own_module.py", "piqa_validation.jsonl", "more/a.txt")]
+    (data / "more").mkdir()
+    for part in (data / "base.yml", data / "own_module.py", data / "more/a.txt"):
+        part.write_text(
+            "dataset_path: json\n" if part.suffix == ".yml" else "raise OSError", encoding="utf-8"
+        )
+    found = [tasks_sha256(str(file), None)]
+    for part in (*parts, file):
+        part.write_text(part.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        found.append(tasks_sha256(str(file), None))
+    assert len(set(found)) == 6
+    assert tasks_sha256(str(file), None) == found[-1]
+    assert tasks_sha256("arc_easy", None) == ""
 
 
 @pytest.mark.parametrize("name", ["missing.yaml", "no_such_task_anywhere"])
