@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
+from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
-from cfsp.pruning.prune import spread_windows
 from cfsp.records import read_record
 from cfsp.text.calibration import load_calibration
 from cfsp.text.respelling import respelling
@@ -27,6 +29,7 @@ from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
 
 NO_TEXT = "none"
+_Load = Callable[[str | Path], LoadedModel]
 _REFUSALS: Mapping[str, tuple[str, str, str]] = {
     "calibration": ("calibration text is for files of few bits alone", "calibration", ""),
     "opset": ("only ONNX variants have an opset", "opset", "--onnx VARIANT,..."),
@@ -42,6 +45,7 @@ def export_model(
     output: Path,
     request: ExportSettings,
     *,
+    trust_remote_code: bool = False,
     n_threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
@@ -52,6 +56,7 @@ def export_model(
         reference: A checkpoint folder, pruned or dense, or whatever else `load_model` takes.
         output: Folder to create, which the caller has claimed.
         request: What to export.
+        trust_remote_code: Let transformers run code that a dense model brings along.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -70,17 +75,20 @@ def export_model(
     _check(rows, request)
     if not Path(reference).is_dir():
         request = replace(request, dense=request.dense or reference)
-    with _checkpoint(reference, output, request.seed, progress) as checkpoint:
-        return _export(checkpoint, output, request, rows, n_threads=n_threads, force=force, progress=progress)
+    load = partial(load_model, trust_remote_code=trust_remote_code, progress=progress)
+    with _checkpoint(reference, output, request.seed, load) as checkpoint:
+        return _export(
+            checkpoint, output, request, rows, load, n_threads=n_threads, force=force, progress=progress
+        )
 
 
 @contextmanager
-def _checkpoint(reference: str, output: Path, seed: int, progress: Progress) -> Iterator[Path]:
+def _checkpoint(reference: str, output: Path, seed: int, load: _Load) -> Iterator[Path]:
     """The folder that is exported; of a model that is none a dense one, beside the output and only for as long."""
     if Path(reference).is_dir():
         yield Path(reference)
         return
-    loaded = load_model(reference, progress=progress)
+    loaded = load(reference)
     with scratch_directory(output) as scratch:
         with no_space_as_input_error(output):
             save_checkpoint(loaded, scratch / "model", seed=seed)
@@ -93,6 +101,7 @@ def _export(
     output: Path,
     request: ExportSettings,
     rows: Sequence[ExportFormat],
+    load: _Load,
     *,
     n_threads: int | None,
     force: bool,
@@ -103,7 +112,7 @@ def _export(
     options = ExportOptions(
         name=request.name,
         use_imatrix=request.imatrix,
-        calibration=_calibration(checkpoint, request, progress) if guided else None,
+        calibration=_calibration(checkpoint, request, load, progress) if guided else None,
         gptq=request.gptq,
         tune_scales=request.tune_scales,
         mixed_bytes=request.mixed_bytes,
@@ -153,10 +162,10 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
         raise InputError("`none` stands alone", field="calibration", value=request.calibration)
 
 
-def _calibration(checkpoint: Path, request: ExportSettings, progress: Progress) -> torch.Tensor:
+def _calibration(checkpoint: Path, request: ExportSettings, load: _Load, progress: Progress) -> torch.Tensor:
     """Windows to round weights of few bits for."""
     # A bare name could be a built-in alias.
-    loaded = load_model(request.dense or checkpoint.resolve(), progress=progress)
+    loaded = load(request.dense or checkpoint.resolve())
     ids = load_calibration(
         request.calibration or (SELF,),
         loaded,

@@ -13,7 +13,13 @@ from cfsp.files import claim_output
 from cfsp.records import record_to_json
 from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
-from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, was_given
+from phoneready.commands.options import (
+    ForceOption,
+    JsonOption,
+    ThreadsOption,
+    TrustOption,
+    was_given,
+)
 from phoneready.console import prepare_torch, show_progress, write_result
 
 
@@ -28,6 +34,7 @@ def export(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to create.", show_default=False)],
     settings: ExportSettings,
+    trust_remote_code: TrustOption = False,
     force: ForceOption = False,
     threads: ThreadsOption = None,
     json: JsonOption = False,
@@ -43,7 +50,15 @@ def export(
     if settings.onnx and not was_given(context, "quants"):
         settings = replace(settings, quants=())
     with claim_output(output), show_progress() as progress:
-        records = export_model(model, output, settings, n_threads=threads, force=force, progress=progress)
+        records = export_model(
+            model,
+            output,
+            settings,
+            trust_remote_code=trust_remote_code,
+            n_threads=threads,
+            force=force,
+            progress=progress,
+        )
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 
 

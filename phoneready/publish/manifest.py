@@ -60,7 +60,7 @@ class ReleaseManifest:
         kinds: How each group of figures came about.
         versions: Packages and runtime.
         config: The configuration.
-        commands: Single commands that do the same; 4-bit ONNX variants are rounded for other windows of that text.
+        commands: Single commands that make the pruned files.
         stages: Name to key of each stage.
         seconds: Name to duration of each stage.
     """

@@ -73,7 +73,7 @@ def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> 
             settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
             windows=MOMENT_WINDOWS, dense=config.model.reference,
         )  # fmt: skip
-    return ["export", checkpoint, "-o", "exports", *option_words(settings)]
+    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_trust(config)]
 
 
 def _threads(count: int | None) -> list[object]:
