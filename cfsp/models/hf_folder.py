@@ -17,6 +17,8 @@ from cfsp.models.source import ModelSource
 from cfsp.models.weights import check_loading, quiet_transformers, safetensors_files, sha256_files
 from cfsp.reading import as_input_error, read_json_object
 
+_CARD_CHARACTERS = 2**16
+"""Of README.md, in which its front matter must end."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -98,7 +100,8 @@ def _model_card(folder: Path) -> dict[str, str]:
     file = folder / "README.md"
     if not file.is_file():
         return {}
-    head = re.match(r"---\n(.*?)\n---", file.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        head = re.match(r"---\n(.*?)\n---", stream.read(_CARD_CHARACTERS), re.DOTALL)
     pairs = re.findall(
         r"^(\w+):[ \t]*(?:\n[ \t]*-[ \t]*)?([^\s#][^\n]*)$", head[1] if head else "", re.MULTILINE
     )

@@ -157,7 +157,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
     """Trainer over a `Student`; trainable weights alone are saved, as safetensors.
 
-    It overrides three private methods, as Trainer has no public way to say what a checkpoint's weights are, when a
+    It overrides five private methods, as Trainer has no public way to say what a checkpoint's weights are, when a
     checkpoint is complete, and in which order examples come; a test holds the signatures that they must have.
     """
 

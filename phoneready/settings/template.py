@@ -16,6 +16,7 @@ from phoneready.settings.schema import (
     ExportConfig,
     PruneConfig,
     RecoverConfig,
+    TuneConfig,
 )
 
 _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
@@ -24,6 +25,7 @@ _SECTIONS: Mapping[str, tuple[type[Settings], str]] = {
     "evaluate": (EvaluateConfig, "The pruned model against the dense one."),
     "export": (ExportConfig, "What is made of both models."),
     "bench": (BenchConfig, "What is measured where. A size of 0 leaves a workload out."),
+    "tune": (TuneConfig, "What `phoneready tune` may vary to meet the budgets best. See docs/tune.md."),
 }
 _OF_ANY_MODEL: Mapping[str, Mapping[str, Any]] = {
     "prune": {"prune_ratio": 0.1},

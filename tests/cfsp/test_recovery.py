@@ -476,6 +476,8 @@ def test_sequences_count_what_is_learnt() -> None:
     [
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
         ("_get_train_sampler", ["self", "train_dataset"]),
     ],
 )

@@ -18,6 +18,7 @@ from phoneready.settings.schema import (
     ExportConfig,
     PruneConfig,
     RecoverConfig,
+    TuneConfig,
 )
 from phoneready.settings.template import demo_config_text, template_text
 from runtime_bench.devices.profile import built_in_folder, user_folder
@@ -232,7 +233,7 @@ def test_settings_can_be_overridden_with_toml_values() -> None:
 
 
 def _settings() -> list[Declared]:
-    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig)
+    kinds = (PruneConfig, RecoverConfig, EvaluateConfig, ExportConfig, BenchConfig, TuneConfig)
     return [row for kind in kinds for row in declared(kind)]
 
 
@@ -251,7 +252,7 @@ def test_init_writes_a_configuration_whose_comments_are_the_defaults(
     examples = {row.name for row in _settings() if row.default is None} | {"file"}
     shown = re.sub(rf"(?m)^#(?=\[?\w+( = |\]$))(?!({'|'.join(examples)}) )(?!\[baseline)", "", text)
     assert shown.count("\n#") < text.count("\n#")
-    changed = config.model_copy(update={"recover": RecoverConfig()})
+    changed = config.model_copy(update={"recover": RecoverConfig(), "tune": TuneConfig()})
     assert parse_config(shown, where="x") == changed
     assert {row.name for row in _settings()} <= set(re.findall(r"(?m)^#?(\w+) = ", text))
     capsys.readouterr()
