@@ -46,7 +46,9 @@ def help_page(command: str) -> str:
     """The help page of a subcommand, or of `phoneready` itself for an empty name, 100 columns wide."""
     page = io.StringIO()
     with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"), contextlib.redirect_stdout(page):
-        main([*command.split(), "--help"])
+        status = main([*command.split(), "--help"])
+    if status:
+        raise RuntimeError(f"phoneready {command} --help ended with {status}")
     return page.getvalue()
 
 

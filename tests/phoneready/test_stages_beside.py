@@ -123,6 +123,7 @@ def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
     assert "no types are small enough" in line
     assert "Traceback" not in errors
     assert not list((tmp_path / "out").glob("*.gguf"))
+    assert not list((tmp_path / "out").rglob(".*.tmp-*"))
     stages = [path.name for path in (tmp_path / "out" / "stages").iterdir()]
     assert set(stages) == {"dense", "prune", "evaluate"}, (
         "the other export went on, or one left what it had half-written"
