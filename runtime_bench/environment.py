@@ -9,7 +9,7 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,10 +47,13 @@ def cpu_model(cpuinfo: str | None = None) -> str | None:
     name = first.get("model name") or first.get("Hardware") or first.get("Model")
     if name:
         return name
+    return _arm_cores(pairs) or (platform.processor() or None if cpuinfo is None else None)
+
+
+def _arm_cores(pairs: Iterable[tuple[str, str]]) -> str:
     makers = [value for key, value in pairs if key == "CPU implementer"]
     parts = Counter(zip(makers, (value for key, value in pairs if key == "CPU part"), strict=False))
-    found = ", ".join(f"{count} x {maker}/{part}" for (maker, part), count in parts.items())
-    return found or (platform.processor() or None if cpuinfo is None else None)
+    return ", ".join(f"{count} x {maker}/{part}" for (maker, part), count in parts.items())
 
 
 def environment_of(

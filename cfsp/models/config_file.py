@@ -203,9 +203,14 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
     kinds_of_layers = settings.get("layer_types")
     if kinds_of_layers and layers and len(kinds_of_layers) != layers:
         yield f"layer_types has {len(kinds_of_layers)} entries for {layers} blocks"
+    yield from _ids_beyond(settings, settings.get("vocab_size"))
+
+
+def _ids_beyond(settings: Mapping[str, Any], vocabulary: int | None) -> Iterator[str]:
+    if vocabulary is None:
+        return
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         stated = settings.get(key)
         ids = stated if isinstance(stated, list) else [-1 if stated is None else stated]
-        vocabulary = settings.get("vocab_size")
-        if vocabulary is not None and max(ids, default=-1) >= vocabulary:
+        if max(ids, default=-1) >= vocabulary:
             yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"

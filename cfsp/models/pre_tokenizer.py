@@ -126,20 +126,19 @@ def _steps_of(state: Mapping[str, Any]) -> tuple[str, ...] | None:
     parts = _flat(state.get("pre_tokenizer") or {}, "pretokenizers")
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
-    steps: list[str] = []
-    for part in parts:
-        kind = part.get("type")
-        if kind == "Digits":
-            steps.append(_DIGIT if part["individual_digits"] else r"\p{N}+")
-        elif kind == "ByteLevel":
-            steps += [_GPT2] if part.get("use_regex", True) else []
-        elif (
-            kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING
-        ):
-            steps.append(part["pattern"]["Regex"])
-        else:
-            return None
-    return tuple(steps)
+    steps = [_steps_of_part(part) for part in parts]
+    return None if None in steps else tuple(step for some in steps for step in some or ())
+
+
+def _steps_of_part(part: Mapping[str, Any]) -> tuple[str, ...] | None:
+    kind = part.get("type")
+    if kind == "Digits":
+        return (_DIGIT if part["individual_digits"] else r"\p{N}+",)
+    if kind == "ByteLevel":
+        return (_GPT2,) if part.get("use_regex", True) else ()
+    if kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING:
+        return (part["pattern"]["Regex"],)
+    return None
 
 
 def _flat(part: Mapping[str, Any], children: str) -> list[Mapping[str, Any]]:

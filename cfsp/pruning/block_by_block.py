@@ -45,12 +45,7 @@ def prune_block_by_block(cut: Cut) -> None:
     if cut.input_ids is None:
         raise InputError("reconstruction block by block needs the calibration windows")
     layers = decoder_layers(cut.model)
-    changed = [
-        index
-        for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True))
-        if index not in cut.gone
-        and (len(kept) < feed_forward(cut.model, layer).width or index + 1 in cut.gone or index in cut.silent)
-    ]
+    changed = _blocks_to_solve(cut, layers)
     last = max((*changed, *cut.groups), default=-1)
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
@@ -72,6 +67,16 @@ def prune_block_by_block(cut: Cut) -> None:
                 pruned = [run_layer(layer, hidden, calls[index]) for hidden in pruned]
             dense = wanted
             cut.progress("pruning", index + 1, last + 1)
+
+
+def _blocks_to_solve(cut: Cut, layers: Sequence[nn.Module]) -> list[int]:
+    """Blocks that lose channels or their attention, or that stand before a block that goes."""
+    return [
+        index
+        for index, (layer, kept) in enumerate(zip(layers, cut.kept, strict=True))
+        if index not in cut.gone
+        and (len(kept) < feed_forward(cut.model, layer).width or index + 1 in cut.gone or index in cut.silent)
+    ]
 
 
 _Run = Callable[[torch.Tensor], torch.Tensor]

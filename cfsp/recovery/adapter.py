@@ -80,18 +80,20 @@ def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, 
             "importances must be finite and not negative", field="importance", value=tuple(importance)
         )
     count, total = len(importance), len(importance) * mean_rank
-    weights = list(importance) if sum(importance) > 0 else [1.0] * count
-    floored: set[int] = set()
-    while True:
-        free = [i for i in range(count) if i not in floored]
-        left, weight = total - len(floored), sum(weights[i] for i in free)
-        quotas = {i: left * weights[i] / weight for i in free}
-        below = {i for i, quota in quotas.items() if quota < 1}
-        if not below:
-            break
-        floored |= below
-    ranks = [1 if i in floored else int(quotas[i]) for i in range(count)]
+    quotas = _quotas(importance if sum(importance) > 0 else [1.0] * count, total)
+    ranks = [int(quotas.get(i, 1)) for i in range(count)]
     by_remainder = sorted(quotas, key=lambda i: (-(quotas[i] - int(quotas[i])), i))
     for i in by_remainder[: total - sum(ranks)]:
         ranks[i] += 1
     return tuple(ranks)
+
+
+def _quotas(weights: Sequence[float], total: int) -> dict[int, float]:
+    """Shares of a total in proportion to weights, of those whose share is one or more; the others have one each."""
+    free: Sequence[int] = range(len(weights))
+    while True:
+        left, weight = total - (len(weights) - len(free)), sum(weights[i] for i in free)
+        quotas = {i: left * weights[i] / weight for i in free}
+        if min(quotas.values(), default=1) >= 1:
+            return quotas
+        free = [i for i in free if quotas[i] >= 1]

@@ -221,11 +221,9 @@ def holds_blocks_of_unlike_heads(model_type: str, *, tied: bool) -> bool:
 
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside."""
-    biased = {
-        name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")
-    }
-    if biased - layout.biases:
-        return f"no bias on {', '.join(sorted(biased - layout.biases))}"
+    misplaced = _biased(stored) - layout.biases
+    if misplaced:
+        return f"no bias on {', '.join(sorted(misplaced))}"
     if config.shape.without_attention and not layout.attention_free:
         return "no blocks without attention, whole blocks can go"
     if not (config.shape.has_equal_heads or layout.per_layer_sizes):
@@ -238,6 +236,13 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
     if not layout.rope_factors and (config.rope_scaling or {}).get("rope_type") == "llama3":
         return "no llama3 rope scaling"
     return None
+
+
+def _biased(stored: frozenset[str]) -> set[str]:
+    """Names of the layers in blocks that have a bias."""
+    return {
+        name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")
+    }
 
 
 def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:

@@ -103,15 +103,22 @@ def write_files(
             types = mixture.types if mixture else None
             quantize(paths[BASE], path, quant.ftype, n_threads=n_threads, imatrix=used, types=types)
             progress(f"quantizing {quant.name}", 1, 1)
-        chosen = 0
-        if settings.gptq and "gptq" in quant.reads and settings.calibration is not None:
-            chosen = round_for_text(checkpoint, paths[BASE], path, settings.calibration, progress=progress)
-        tuned = 0
-        if settings.tune_scales and "tune_scales" in quant.reads and settings.calibration is not None:
-            tuned = tune_file(checkpoint, path, settings.calibration, progress=progress)
+        chosen, tuned = _fit_to_text(checkpoint, paths[BASE], path, quant, settings)
         yield WrittenFile(path, quant, len(used), mixture, chosen, tuned)
     if BASE not in quants:
         paths[BASE].unlink()
+
+
+def _fit_to_text(
+    checkpoint: Path, base: Path, path: Path, quant: Quant, settings: ExportOptions
+) -> tuple[int, int]:
+    """Choose a file's codes and train its scales, where that is asked for; how many tensors each was done for."""
+    text, chosen, tuned = settings.calibration, 0, 0
+    if text is not None and settings.gptq and "gptq" in quant.reads:
+        chosen = round_for_text(checkpoint, base, path, text, progress=settings.progress)
+    if text is not None and settings.tune_scales and "tune_scales" in quant.reads:
+        tuned = tune_file(checkpoint, path, text, progress=settings.progress)
+    return chosen, tuned
 
 
 def draft_gguf(

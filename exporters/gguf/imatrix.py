@@ -59,15 +59,20 @@ def read_imatrix(
     for module, in_features in linear_inputs(chosen.config).items():
         if module not in moments:
             continue
-        values = moments[module].detach().to(torch.float32).numpy()
-        if values.shape != (in_features,) or not np.isfinite(values).all() or (values < 0).any():
-            raise InputError(
-                "input moments do not belong to this checkpoint", field=module, value=tuple(values.shape)
-            )
+        values = _checked(module, moments[module], in_features)
         if chosen.padded_width and module.endswith("down_proj"):
             values = np.pad(values, (0, chosen.padded_width - len(values)))
         result[chosen.name(module)] = floored(values)
     return result
+
+
+def _checked(module: str, moments: torch.Tensor, in_features: int) -> npt.NDArray[np.float32]:
+    values = moments.detach().to(torch.float32).numpy()
+    if values.shape != (in_features,) or not np.isfinite(values).all() or (values < 0).any():
+        raise InputError(
+            "input moments do not belong to this checkpoint", field=module, value=tuple(values.shape)
+        )
+    return values
 
 
 def stored_moments(checkpoint: Path) -> dict[str, torch.Tensor] | None:

@@ -58,9 +58,7 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    different = vocabulary_difference(model, against) if against else None
-    if different and settings.metrics:
-        raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
+    different = _has_other_vocabulary(model, against, settings)
     metrics = {name: find_metric(name) for name in settings.metrics}
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
@@ -84,6 +82,15 @@ def evaluate(
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
     )
+
+
+def _has_other_vocabulary(
+    model: LanguageModel, against: LanguageModel | None, settings: EvaluationSettings
+) -> bool:
+    different = vocabulary_difference(model, against) if against else None
+    if different and settings.metrics:
+        raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
+    return different is not None
 
 
 def _texts(

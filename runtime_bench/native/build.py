@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -183,8 +183,13 @@ def _run(command: Sequence[str], step: str, progress: Progress) -> None:
             os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:
-        # The compiler's own words where there are some; CMake's first line about an error only says where it is.
-        found = [line for line in lines if "error: " in line] or [line for line in lines if "Error" in line]
-        telling = found or [line for line in lines if line]
-        reason = telling[0] if telling else "no output"
-        raise InputError(f"{step} failed with status {process.returncode}: {reason}")
+        raise InputError(f"{step} failed with status {process.returncode}: {_reason(lines)}")
+
+
+def _reason(lines: Iterable[str]) -> str:
+    """The compiler's own words where there are some; CMake's first line about an error only says where it is."""
+    for telling in ("error: ", "Error", ""):
+        for line in lines:
+            if line and telling in line:
+                return line
+    return "no output"
