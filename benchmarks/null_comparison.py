@@ -33,7 +33,7 @@ from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import VERDICTS, Comparison, compare_records
+from runtime_bench.records.compare import DEFAULTS, VERDICTS, Comparison, ComparisonSettings, compare_records
 from runtime_bench.records.jsonl import append_jsonl, read_jsonl
 from runtime_bench.targets import Local
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -113,7 +113,7 @@ def verdict_rows(
     found: dict[str, list[Comparison]] = {"the same file": [], f"{slower:.0%} slower": []}
     for base, *others in sessions:
         for rows, other in zip(found.values(), others, strict=True):
-            rows.append(compare_records(base, other, threshold=threshold))
+            rows.append(compare_records(base, other, ComparisonSettings(threshold=threshold)))
     return found
 
 
@@ -178,7 +178,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--slower", type=float, default=0.15, help="share of tokens that the slow file gets more"
     )
-    parser.add_argument("--threshold", type=float, default=0.03, help="as `phoneready compare` (0.03)")
+    parser.add_argument(
+        "--threshold", type=float, default=DEFAULTS.threshold, help="as of `phoneready compare`"
+    )
     parser.add_argument("--busy", type=int, default=0, help="processes of pure load beside it (0)")
     parser.add_argument(
         "--record", type=Path, help="append each session's records, and begin with those there"

@@ -12,18 +12,19 @@ from cfsp.errors import InputError, LimitError
 from cfsp.files import PAGE, refuse_existing, write_text
 from cfsp.records import read_record
 from cfsp.settings import setting
-from phoneready.commands.options import JsonOption, SeedOption
+from phoneready.commands.options import JsonOption
 from phoneready.console import note, quiet_libraries, write_result
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.compare import INCONCLUSIVE, TOO_NOISY, Comparison, by_model
+from runtime_bench.records.compare import INCONCLUSIVE, TOO_NOISY, Comparison, ComparisonSettings, by_model
 from runtime_bench.records.compare import compare as compare_models
 from runtime_bench.records.jsonl import read_jsonl
 
 
 def compare(
     base: Annotated[Path, typer.Argument(help="Records of the base, as `bench --record` writes them.")],
+    settings: ComparisonSettings,
     new: Annotated[
         list[Path] | None,
         typer.Argument(help="Records held against it.", show_default="the other models in BASE"),
@@ -31,8 +32,6 @@ def compare(
     base_model: str | None = setting(
         None, "Which model of BASE is the base: its file's name or path.", metavar="NAME", shown="the first"
     ),
-    threshold: float = setting(0.03, "Relative change that counts as a difference."),
-    confidence: float = setting(0.95, "Confidence of the interval."),
     output: str = setting(
         "md",
         "md, json or csv.",
@@ -52,7 +51,6 @@ def compare(
     quality: tuple[Path, ...] = setting(
         (), "Evaluation of a measured file, from `eval --save`.", metavar="FILE"
     ),
-    seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Compare benchmark records: ratio of speeds with an interval, memory, size, and a verdict a row.
@@ -66,11 +64,7 @@ def compare(
     if quality and plot is None:
         raise InputError("is for the plot", field="--quality", allowed="with --plot FILE.html")
     first, others = _sides(base, new or [], base_model)
-    rows = [
-        row
-        for other in others
-        for row in compare_models(first, other, threshold=threshold, confidence=confidence, seed=seed)
-    ]
+    rows = [row for other in others for row in compare_models(first, other, settings)]
     if plot is not None:
         refuse_existing(plot, force=True, like=PAGE)
         _write_plot(plot, [first, *others], quality)

@@ -12,9 +12,11 @@ from cfsp.records import record_to_json
 from cfsp.settings import setting
 from phoneready.commands.options import JsonOption
 from phoneready.console import write_result
+from phoneready.history.settings import HistorySettings
 
 
 def history(
+    settings: HistorySettings,
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -23,9 +25,6 @@ def history(
             show_default=".",
         ),
     ] = None,
-    threshold: float = setting(0.03, "Relative change that counts, however sure it is."),
-    false_alarms: float = setting(0.05, "Chance that a history in which nothing changed shows a change."),
-    last: int = setting(100, "Most runs to look at, the newest.", ge=1),
     gate: bool = setting(False, "Exit with 1 where a figure changed for the worse."),
     recent: int = setting(5, "With --gate: in how many of the newest runs.", ge=1),
     dense: bool = setting(False, "Show the dense model's figures, too."),
@@ -41,7 +40,7 @@ def history(
     from phoneready.history.tables import format_history
 
     entries = find_entries(paths or [Path()])
-    found = make_history(entries, threshold=threshold, false_alarms=false_alarms, last=last)
+    found = make_history(entries, settings)
     if plot is not None:
         from phoneready.history.plot import render_plot
 

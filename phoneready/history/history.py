@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from cfsp.errors import InputError, LimitError
+from cfsp.settings import check_settings
 from phoneready.figures.figure_set import DENSE
 from phoneready.figures.metrics import recorded_metric
 from phoneready.figures.verdict import format_figure
 from phoneready.history.changes import Change, exact_changes, sampled_changes
 from phoneready.history.entry import HISTORY_FILE, HistoryEntry, HistoryFigure, read_entries
+from phoneready.history.settings import DEFAULTS, HistorySettings
 
 _WORDS = {True: "worse", False: "better", None: "changed"}
 
@@ -170,38 +172,34 @@ def find_entries(paths: Sequence[Path]) -> list[HistoryEntry]:
     return runs
 
 
-def make_history(
-    entries: Sequence[HistoryEntry], *, threshold: float = 0.03, false_alarms: float = 0.05, last: int = 100
-) -> History:
+def make_history(entries: Sequence[HistoryEntry], settings: HistorySettings = DEFAULTS) -> History:
     """Put runs side by side and look for changes.
 
     Args:
         entries: By time.
-        threshold: Relative change that counts, however sure it is.
-        false_alarms: Chance that a history in which nothing changed, of whatever many series, shows an anomaly.
-        last: Most runs to look at, the newest.
+        settings: What counts; the chance of a false alarm is that of the whole history, of whatever many series.
 
     Raises:
         InputError: No runs, or a setting out of range.
     """
-    _check(threshold, false_alarms, last)
+    check_settings(settings)
     if not entries:
         raise InputError("there are no runs")
-    entries = entries[-last:]
+    entries = entries[-settings.last :]
     runs = _runs(entries)
     series = _series(entries)
     tested = sum(one.sampled for one in series)
     anomalies = [
         _anomaly(one, change, runs)
         for one in series
-        for change in _changes(one, threshold, false_alarms / max(tested, 1))
+        for change in _changes(one, settings.threshold, settings.false_alarms / max(tested, 1))
     ]
     dense = {(a.series, a.run) for a in anomalies if a.role == DENSE}
     marked = [replace(a, dense_too=a.role != DENSE and (a.series, a.run) in dense) for a in anomalies]
     return History(
         source=entries[-1].source,
-        threshold=threshold,
-        false_alarms=false_alarms,
+        threshold=settings.threshold,
+        false_alarms=settings.false_alarms,
         runs=runs,
         series=series,
         anomalies=tuple(sorted(marked, key=lambda a: (a.run, a.role == DENSE, a.series))),
@@ -223,16 +221,6 @@ def check_history(history: History, recent: int) -> None:
     if bad:
         told = "; ".join(f"{a.kind} of {a.series} since {a.name} (run {a.run}): {a.change}" for a in bad)
         raise LimitError(f"{len(bad)} changes for the worse in the last {recent} runs: {told}")
-
-
-def _check(threshold: float, false_alarms: float, last: int) -> None:
-    for field, value, holds, allowed in (
-        ("threshold", threshold, 0 <= threshold < 1, "0 <= threshold < 1"),
-        ("false_alarms", false_alarms, 0 < false_alarms < 1, "between 0 and 1"),
-        ("last", last, last >= 1, "1 or more"),
-    ):
-        if not holds:
-            raise InputError("out of range", field=field, value=value, allowed=allowed)
 
 
 def _runs(entries: Sequence[HistoryEntry]) -> tuple[Run, ...]:

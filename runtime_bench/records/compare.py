@@ -13,17 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
+from cfsp.settings import SEED, Settings, check_settings, setting
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
-from runtime_bench.records.summary import RatioInterval, ratio_interval
+from runtime_bench.records.summary import CONFIDENCE, RatioInterval, ratio_interval
 
 MIN_SAMPLES = 5
 """Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
 probability 1 - 2/2^5 = 0.94."""
-
-THRESHOLD = 0.03
-"""Relative change that counts as a difference."""
 
 WIDEST = 1.5
 """Upper end / lower end of an interval beyond which its ratio says nothing."""
@@ -50,6 +48,18 @@ _COMPARABLE = (
 
 _Row = tuple[str, str, str, str, int]
 """Kind, target, engine, test, threads."""
+
+
+@dataclass(frozen=True)
+class ComparisonSettings(Settings):
+    """What counts as a difference, and how sure its interval is."""
+
+    threshold: float = setting(0.03, "Relative change that counts as a difference.", ge=0, lt=1)
+    confidence: float = setting(CONFIDENCE, "Confidence of the interval.", ge=0.5, lt=1)
+    seed: int = setting(0, SEED)
+
+
+DEFAULTS = ComparisonSettings()
 
 
 @dataclass(frozen=True)
@@ -107,21 +117,14 @@ class Comparison:
 
 
 def compare(
-    base: Sequence[BenchRecord],
-    new: Sequence[BenchRecord],
-    *,
-    threshold: float = THRESHOLD,
-    confidence: float = 0.95,
-    seed: int = 0,
+    base: Sequence[BenchRecord], new: Sequence[BenchRecord], settings: ComparisonSettings = DEFAULTS
 ) -> list[Comparison]:
     """Compare row by row, in the order of `base`.
 
     Args:
         base: One record for each workload and thread count.
         new: Records of the same workloads and thread counts.
-        threshold: Relative change that counts as a difference.
-        confidence: Of the intervals.
-        seed: Of the bootstrap.
+        settings: What counts; their seed is the bootstrap's.
 
     Raises:
         InputError: A row without partner or with several, or rows that measure different things.
@@ -130,10 +133,7 @@ def compare(
     if not left or not right:
         raise InputError("nothing to compare: no records of the base or of the new file")
     _check_partners(left, right)
-    return [
-        compare_records(record, right[key], threshold=threshold, confidence=confidence, seed=seed)
-        for key, record in left.items()
-    ]
+    return [compare_records(record, right[key], settings) for key, record in left.items()]
 
 
 def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
@@ -145,12 +145,7 @@ def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
 
 
 def compare_records(
-    base: BenchRecord,
-    new: BenchRecord,
-    *,
-    threshold: float = THRESHOLD,
-    confidence: float = 0.95,
-    seed: int = 0,
+    base: BenchRecord, new: BenchRecord, settings: ComparisonSettings = DEFAULTS
 ) -> Comparison:
     """Compare two records of the same workload.
 
@@ -161,7 +156,7 @@ def compare_records(
     Raises:
         InputError: The records measure different things, or a setting is out of range.
     """
-    _check_settings(threshold, confidence)
+    check_settings(settings)
     _check_comparable(base, new)
     basis, paired = _basis(base, new), base.session == new.session and base.rounds == new.rounds
     times = [one.cpu_samples_ns if basis == "cpu" else one.samples_ns for one in (base, new)]
@@ -173,11 +168,11 @@ def compare_records(
             paired=paired,
             numerator_rounds=base.rounds,
             denominator_rounds=new.rounds,
-            confidence=confidence,
-            seed=seed,
+            confidence=settings.confidence,
+            seed=settings.seed,
         )
     noise = _noise(base, new, basis, interval)
-    verdict, reason = _outcome(_reason(base, new), noise, interval, threshold)
+    verdict, reason = _outcome(_reason(base, new), noise, interval, settings.threshold)
     shown = None if noise else interval
     # Longer than others by the record's fields, one a line.
     return Comparison(
@@ -195,8 +190,8 @@ def compare_records(
         ratio=shown.ratio if shown else None,
         low=shown.low if shown else None,
         high=shown.high if shown else None,
-        confidence=confidence,
-        threshold=threshold,
+        confidence=settings.confidence,
+        threshold=settings.threshold,
         paired=paired,
         basis=basis,
         verdict=verdict,
@@ -269,12 +264,6 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
 
 def _ratio(new: int | None, base: int | None) -> float | None:
     return new / base if new and base else None
-
-
-def _check_settings(threshold: float, confidence: float) -> None:
-    for name, value, least in (("threshold", threshold, 0), ("confidence", confidence, 0.5)):
-        if not least <= value < 1:
-            raise InputError("out of range", field=name, value=value, allowed=f"{least} <= {name} < 1")
 
 
 def _check_comparable(base: BenchRecord, new: BenchRecord) -> None:

@@ -18,6 +18,8 @@ from cfsp.errors import InputError
 _Floats = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 NORMAL_95 = 1.96
 """Standard errors to each side of a normal estimate that hold 95 %."""
+CONFIDENCE = 0.95
+"""Of an interval, unless more or less is asked for."""
 _DRAWN_AT_ONCE = 2**21
 
 
@@ -70,7 +72,7 @@ def ratio_interval(
     paired: bool,
     numerator_rounds: Sequence[int] | None = None,
     denominator_rounds: Sequence[int] | None = None,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     resamples: int = 4000,
     seed: int = 0,
 ) -> RatioInterval:

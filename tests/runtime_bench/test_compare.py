@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cfsp.errors import InputError
 from runtime_bench.presentation.comparison_table import comparison_table, format_comparison
-from runtime_bench.records.compare import compare, compare_records
+from runtime_bench.records.compare import ComparisonSettings, compare, compare_records
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.crowding import crowding
 from runtime_bench.workload import Workload
@@ -63,8 +63,8 @@ def test_a_change_within_the_threshold_is_no_difference_and_across_it_inconclusi
     base = make_record(samples_ns=(1000, 1001, 1002, 1003, 1004))
     near = make_record(samples_ns=(1010, 1011, 1012, 1013, 1014))
     wide = make_record(samples_ns=(900, 950, 1000, 1050, 1200))
-    assert compare_records(base, near, threshold=0.03).verdict == "no difference"
-    assert compare_records(base, near, threshold=0.005).verdict == "slower"
+    assert compare_records(base, near, ComparisonSettings(threshold=0.03)).verdict == "no difference"
+    assert compare_records(base, near, ComparisonSettings(threshold=0.005)).verdict == "slower"
     found = compare_records(base, wide)
     assert found.verdict == "inconclusive"
     assert "threshold" in str(found.reason)
@@ -128,7 +128,7 @@ def test_memory_and_size_ratios(make_record: Any) -> None:
 @pytest.mark.parametrize("setting", [{"threshold": -0.1}, {"threshold": 1.0}, {"confidence": 1.0}])
 def test_settings_out_of_range(make_record: Any, setting: dict[str, float]) -> None:
     with pytest.raises(InputError, match="out of range"):
-        compare_records(make_record(), make_record(), **setting)
+        compare_records(make_record(), make_record(), ComparisonSettings(**setting))
 
 
 def test_a_verdict_needs_as_many_processes_as_samples(make_record: Any) -> None:
