@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from cfsp.settings import Settings, setting
+from cfsp.settings import Setting, Settings, setting
 from cfsp.validation import WhereSet
+
+ALIGN = Setting("Widths are multiples of this.", ge=1)
+DEFAULT_ALIGN = 32
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PruneSettings(Settings):
     score: str = setting(
         "cfsp", "Importance of a channel inside its block.", choices="cfsp.pruning.scoring:SCORES"
     )
-    align: int = setting(32, "Widths are multiples of this.", ge=1)
+    align: int = setting(DEFAULT_ALIGN, ALIGN)
     uniform_width: bool = setting(False, "Give every block the same width.", option="--uniform")
     reconstruct: str = setting(
         "block-by-block",

@@ -12,13 +12,14 @@ from cfsp.errors import InputError
 from cfsp.settings import setting
 from phoneready.commands.options import (
     JsonOption,
+    NdkOption,
     RemoteFolderOption,
     SshConfigOption,
 )
 from phoneready.console import format_bytes, show_progress, write_result
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.devices.projection import project
+from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT, project
 from runtime_bench.native.build import build_runner as build
 from runtime_bench.native.build import read_build
 from runtime_bench.presentation.device_table import (
@@ -50,7 +51,7 @@ def show_device(
 
 def fit(
     file: Annotated[Path, typer.Argument(help="GGUF file.", metavar="FILE")],
-    context: int = setting(2048, "Tokens of the context.", ge=1, metavar="N", option="-c --context"),
+    context: int = setting(DEFAULT_CONTEXT, CONTEXT),
     device: tuple[str, ...] = setting((), "Devices, as A,B.", metavar="NAME,...", shown="all"),
     json: JsonOption = False,
 ) -> None:
@@ -78,7 +79,7 @@ def build_runner(
         "x86_64-linux, aarch64-linux, android-arm64, or native for this machine; docs/targets.md has all.",
         metavar="TARGET",
     ),
-    ndk: Path | None = setting(None, "Folder of the Android NDK, for Android's targets.", metavar="DIR"),
+    ndk: NdkOption = None,
     json: JsonOption = False,
 ) -> None:
     """Build the program that measures GGUF files on machines without Python; prints where it is.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing, write_text
-from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
@@ -35,14 +36,6 @@ _RECORD, _TABLE = record_head("evaluation", "evaluation_sweep"), re.compile(rb"\
 """How a file begins that --save and --csv may replace: one that they made."""
 
 
-_LIMITS = {option: f"{tolerance.default:g}" for option, tolerance in TOLERANCES.items()}
-"""Option of the gate -> its default."""
-
-
-def _limit(option: str, help: str) -> float | None:
-    return setting(None, f"Gate: {help}", ge=0, shown=_LIMITS[option])
-
-
 @dataclass(frozen=True)
 class QuestionOptions(Settings):
     """What to ask beside, or instead of, what the settings say."""
@@ -59,26 +52,32 @@ class QuestionOptions(Settings):
 
 @dataclass(frozen=True)
 class GateOptions(Settings):
-    """What the judgement is held against, and by how much it may be worse."""
+    """What the judgement is held against."""
 
     save: Path | None = setting(None, "Write the result to this file, as --baseline reads it.")
     baseline: Path | None = setting(
         None, "Compare with this earlier result; exit 1 where a figure got worse."
     )
-    max_perplexity_ratio: float | None = _limit("max_perplexity_ratio", "perplexity, times the baseline's.")
-    max_bits_ratio: float | None = setting(
-        None, "Gate: bits per byte, times the baseline's.", ge=0, shown=_LIMITS["max_bits_ratio"]
-    )
-    max_kl_increase: float | None = _limit("max_kl_increase", "mean KL divergence, in nats.")
-    max_top1_drop: float | None = _limit("max_top1_drop", "same-top-1 share.")
-    max_accuracy_drop: float | None = _limit("max_accuracy_drop", "each figure of a task.")
-    max_degenerate_increase: float | None = _limit("max_degenerate_increase", "share of degenerate answers.")
-    max_metric_change: float | None = _limit("max_metric_change", "own metrics that state a direction.")
+
+
+_TOLERANCES = make_dataclass(
+    "_TOLERANCES",
+    [
+        (name, float | None, setting(None, f"Gate: {row.help}", ge=0, shown=f"{row.default:g}"))
+        for name, row in TOLERANCES.items()
+    ],
+    bases=(Settings,),
+    frozen=True,
+)
+
+
+class Tolerances(_TOLERANCES):  # type: ignore[misc, valid-type]  # its fields are the rows of TOLERANCES
+    """By how much each figure may be worse than the baseline's."""
 
     @property
     def limits(self) -> dict[str, float]:
-        """The tolerances that were set."""
-        return {name: value for name in _LIMITS if (value := getattr(self, name)) is not None}
+        """Those that were set."""
+        return {name: value for name in TOLERANCES if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class SweepOptions(Settings):
     )
     csv: Path | None = setting(None, "Sweep: also write the table as CSV.")
     calibration_seed: int = setting(0, replace(SEED, help="Sweep: seed of calibration."))
-    align: int = setting(32, "Sweep: widths are multiples of this.", ge=1)
+    align: int = setting(DEFAULT_ALIGN, replace(ALIGN, help="Sweep: widths are multiples of this."))
 
 
 def evaluate(
@@ -102,6 +101,7 @@ def evaluate(
     settings: EvaluationSettings,
     questions: QuestionOptions,
     gate: GateOptions,
+    tolerances: Tolerances,
     sweep: SweepOptions,
     calibration: Annotated[CalibrationSettings, Renamed("Sweep: ", {"seqlen": "--calibration-seqlen"})],
     against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
@@ -118,7 +118,7 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    _check(settings, questions, gate, sweep, {"--against": against, "--runtime": runtime})
+    _check(settings, questions, gate, tolerances, sweep, {"--against": against, "--runtime": runtime})
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
             refuse_existing(path, force=True, like=like)
@@ -131,13 +131,14 @@ def evaluate(
     if sweep.ratios:
         _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
-        _evaluate(model, against, runtime, settings, opening, gate, as_json=json)
+        _evaluate(model, against, runtime, settings, opening, gate, tolerances.limits, as_json=json)
 
 
 def _check(
     settings: EvaluationSettings,
     questions: QuestionOptions,
     gate: GateOptions,
+    tolerances: Tolerances,
     sweep: SweepOptions,
     subject: dict[str, str | None],
 ) -> None:
@@ -150,7 +151,7 @@ def _check(
     together = [name for name, given in asked.items() if given]
     others = [name for name, given in (subject | {"--baseline": gate.baseline}).items() if given is not None]
     texts = settings.text or settings.chats
-    limit = min(gate.limits, default="").replace("_", "-")
+    limit = min(tolerances.limits, default="").replace("_", "-")
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
     wrong = (
         (sweep.csv and not sweep.ratios, "--csv is for sweeps: give --ratios too"),
@@ -189,6 +190,7 @@ def _evaluate(
     settings: EvaluationSettings,
     opening: OpenSettings,
     gate: GateOptions,
+    limits: Mapping[str, float],
     *,
     as_json: bool,
 ) -> None:
@@ -212,7 +214,7 @@ def _evaluate(
         write_record(gate.save, result)
     rows: tuple[GateRow, ...] = ()
     if earlier and gate.baseline:
-        rows = compare_with_baseline(result, earlier, gate.limits, where=gate.baseline)
+        rows = compare_with_baseline(result, earlier, limits, where=gate.baseline)
     payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
     write_result(_report(result, settings, rows), payload, as_json=as_json)
     check_gate(rows)

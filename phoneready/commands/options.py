@@ -35,6 +35,7 @@ SET: tuple[str, ...] = setting(
     (), "Override a setting. The value is TOML: prune.prune_ratio=0.3.", option="--set", metavar="KEY=VALUE"
 )
 _REMOTE = {row.name: row for row in declared(TargetOptions)}
+NdkOption = Annotated[Path | None, _REMOTE["ndk"].setting]
 RemoteFolderOption = Annotated[str | None, _REMOTE["remote_folder"].setting]
 SshConfigOption = Annotated[Path | None, _REMOTE["ssh_config"].setting]
 

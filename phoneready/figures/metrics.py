@@ -25,11 +25,13 @@ class Tolerance:
 
     Attributes:
         option: The option that sets it.
+        help: What it is of, in the option's help.
         default: The limit unless it is set.
         is_ratio: It limits now / baseline; else the difference between them.
     """
 
     option: str
+    help: str
     default: float
     is_ratio: bool = False
 
@@ -86,11 +88,12 @@ _ROWS = (
     Metric("tg", "generation", "generating N tokens", BENCH, "t/s", True, sized=True, sampled=True),
     Metric(
         "perplexity", "perplexity", "exp of the mean loss on a text", TEXT, best=0.0, slope=0.3,
-        tolerance=Tolerance("max_perplexity_ratio", 1.02, is_ratio=True),
+        tolerance=Tolerance("max_perplexity_ratio", "perplexity, times the baseline's.", 1.02, is_ratio=True),
     ),
     Metric(
         "bits_per_byte", "bits per byte", "loss on a text over its bytes, whatever the vocabulary", TEXT, "bits",
-        best=0.0, slope=0.3, tolerance=Tolerance("max_bits_ratio", 1.02, is_ratio=True),
+        best=0.0, slope=0.3,
+        tolerance=Tolerance("max_bits_ratio", "bits per byte, times the baseline's.", 1.02, is_ratio=True),
     ),
     Metric(
         "perplexity_ratio", "perplexity ratio", "perplexity over the dense model's on the same tokens", TEXT, "x",
@@ -98,7 +101,8 @@ _ROWS = (
     ),
     Metric(
         "kl_mean", "KL mean", "mean KL(dense || model) over tokens", TEXT, "nats",
-        against_dense=False, best=0.0, slope=1.2, tolerance=Tolerance("max_kl_increase", 0.01),
+        against_dense=False, best=0.0, slope=1.2,
+        tolerance=Tolerance("max_kl_increase", "mean KL divergence, in nats.", 0.01),
     ),
     Metric(
         "kl_p99_9", "KL p99.9", "99.9th percentile of KL(dense || model)", TEXT, "nats",
@@ -106,16 +110,16 @@ _ROWS = (
     ),
     Metric(
         "same_top1", "same top-1", "tokens for which both put the same one first", TEXT, "share", True,
-        against_dense=False, best=1.0, slope=0.7, tolerance=Tolerance("max_top1_drop", 0.01),
+        against_dense=False, best=1.0, slope=0.7, tolerance=Tolerance("max_top1_drop", "same-top-1 share.", 0.01),
     ),
     Metric(
         "accuracy", "accuracy", "share of right answers of a task", TASK, "share", True, best=1.0, slope=0.2,
-        tolerance=Tolerance("max_accuracy_drop", 0.02),
+        tolerance=Tolerance("max_accuracy_drop", "each figure of a task.", 0.02),
     ),
     Metric("mean_accuracy", "mean accuracy", "mean over all tasks", TASK, "share", True, best=1.0, slope=0.2),
     Metric(
         "degenerate", "degenerate answers", "answers that are empty, loop, echo or are no language", ANSWERS, "share",
-        best=0.0, slope=0.5, tolerance=Tolerance("max_degenerate_increase", 0.05),
+        best=0.0, slope=0.5, tolerance=Tolerance("max_degenerate_increase", "share of degenerate answers.", 0.05),
     ),
     Metric("projected_memory_bytes", "projected memory", "what a GGUF file would need there", PROJECTION, "bytes"),
     Metric("projected_pp", "projected prompt processing", "speed there, a band", PROJECTION, "t/s", True),
@@ -126,7 +130,8 @@ METRICS: Mapping[str, Metric] = MappingProxyType({row.name: row for row in _ROWS
 
 OWN_METRIC = Metric(
     "MODULE:FUNCTION", "own metric", "what evaluate.metrics names; it says its unit and direction itself", OWN,
-    higher_is_better=None, against_dense=False, slope=0.2, tolerance=Tolerance("max_metric_change", 0.02),
+    higher_is_better=None, against_dense=False, slope=0.2,
+    tolerance=Tolerance("max_metric_change", "own metrics that state a direction.", 0.02),
 )  # fmt: skip
 
 TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(

@@ -22,6 +22,7 @@ from phoneready.settings.structures import SearchedStructures
 from phoneready.settings.target import AXIS_SETTINGS, TargetSettings
 from runtime_bench.devices.model_facts import FACTS
 from runtime_bench.devices.profile import find_profile, load_profiles
+from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT
 from runtime_bench.targets.places import check_place
 from runtime_bench.workload import BenchSettings, SamplingSettings, workloads_of
 
@@ -135,7 +136,7 @@ class BenchConfig(SamplingSettings):
         "Quantizations and variants to measure; all when empty.",
         look_up=lambda name: find_format(name).name,
     )
-    n_ctx: int = setting(2048, "Tokens of the context in projections.", ge=1, le=2**24)
+    n_ctx: int = setting(DEFAULT_CONTEXT, replace(CONTEXT, help="Tokens of the context in projections."))
 
     def settings(self, seed: int) -> BenchSettings:
         """For runtime_bench."""

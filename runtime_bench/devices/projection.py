@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from cfsp.settings import Setting
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
@@ -30,6 +31,8 @@ CACHE_BYTES = 2
 """Of a number in the key-value cache: float16."""
 BATCH_TOKENS = 512
 """Tokens of a prompt that llama.cpp computes at once (n_ubatch)."""
+CONTEXT = Setting("Tokens of the context.", ge=1, le=2**24, metavar="N", option="-c --context")
+DEFAULT_CONTEXT = 2048
 _ARM_REPACKED = dict.fromkeys(("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"), 1.0)
 REPACKED: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {

@@ -43,7 +43,9 @@ class TargetOptions(Settings):
     runner: Path | None = setting(
         None, "Native program to measure GGUF files with on other machines.", shown="built here once"
     )
-    ndk: Path | None = setting(None, "Folder of the Android NDK, to build that program with.", metavar="DIR")
+    ndk: Path | None = setting(
+        None, "Folder of the Android NDK, to build the runner for Android with.", metavar="DIR"
+    )
     remote_folder: str | None = setting(
         None,
         "Where to put files on other machines: an absolute path.",
