@@ -14,6 +14,7 @@ from cfsp.settings import setting
 from exporters.onnx.folder import find_graph, is_onnx
 from phoneready.commands.options import JsonOption
 from phoneready.console import note, quiet_libraries, show_progress, write_result
+from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
 from runtime_bench.presentation.record_table import format_sweep, format_table
@@ -22,6 +23,7 @@ from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, by_model, compare
 from runtime_bench.records.jsonl import append_jsonl, check_appendable
 from runtime_bench.targets import Target
+from runtime_bench.targets.browser import BROWSER_ENGINES
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
 from runtime_bench.workload import BenchSettings
@@ -41,7 +43,7 @@ def bench(
     on: tuple[str, ...] = setting(("local",), f"Where: {_PLACES}; see docs/targets.md.", metavar="TARGET"),
     engine: str | None = setting(
         None,
-        "llama.cpp, onnxruntime or onnxruntime-genai; in a browser wllama or onnxruntime-web.",
+        f"{', '.join(ENGINES)}; in a browser {', '.join(BROWSER_ENGINES.values())}.",
         shown="by the file",
     ),
     output: str = setting(

@@ -15,6 +15,7 @@ from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
+from exporters.families import FAMILIES
 from phoneready.commands.options import (
     JsonOption,
     ModelArgument,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 _RECORD, _TABLE = record_head("evaluation", "evaluation_sweep"), re.compile(rb"\Aprune ratio,")
 """How a file begins that --save and --csv may replace: one that they made."""
+
+
+_RUNTIMES = ", ".join(family.runtime for family in FAMILIES.values())
+_CLAIMS = ", ".join(f"{family.runtime} for {family.title}" for family in FAMILIES.values())
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ def evaluate(
     against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
     runtime: str | None = setting(
         None,
-        "What runs MODEL: torch (a .gguf file is dequantized), llama.cpp or onnxruntime.",
-        shown="llama.cpp for .gguf files, onnxruntime for ONNX, else torch",
+        f"What runs MODEL: torch (a .gguf file is dequantized), {_RUNTIMES}.",
+        shown=f"{_CLAIMS}, else torch",
     ),
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,

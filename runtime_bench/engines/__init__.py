@@ -119,6 +119,7 @@ class EngineSpec:
         distribution: What it is called where it is installed from.
         suffix: Of the files it runs; the first engine for a suffix is the default.
         extra: Extra of phoneready that brings it; empty where none does.
+        far_packages: What its worker imports in the Python of another machine; empty where it runs on this one alone.
     """
 
     module: str
@@ -126,6 +127,7 @@ class EngineSpec:
     distribution: str
     suffix: str
     extra: str = ""
+    far_packages: tuple[str, ...] = ()
 
     def require(self) -> None:
         """Check that the engine can be used, without importing it.
@@ -148,12 +150,16 @@ _ENGINES = "runtime_bench.engines"
 ENGINES = MappingProxyType(
     {
         "llama.cpp": EngineSpec(f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", ".gguf", "gguf"),
-        "onnxruntime": EngineSpec(f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", ".onnx", "onnx"),
+        "onnxruntime": EngineSpec(
+            f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", ".onnx", "onnx",
+            ("onnxruntime", "numpy", "tokenizers"),
+        ),
         "onnxruntime-genai": EngineSpec(
-            f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", ".onnx", "onnx"
+            f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", ".onnx", "onnx",
+            ("onnxruntime_genai", "numpy"),
         ),
     }
-)
+)  # fmt: skip
 
 
 def engine_for(path: Path) -> str:

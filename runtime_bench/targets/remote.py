@@ -11,13 +11,12 @@ import threading
 import time
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
-from runtime_bench.engines import check_engine, engine_for
+from runtime_bench.engines import check_engine, engine_for, engine_spec
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exit_reason, result_from_json
 from runtime_bench.records.bench_record import Environment
@@ -38,13 +37,6 @@ from runtime_bench.worker import WorkerRequest, WorkerResult
 _GRACE_S = 30.0
 """What a connection may take, beside the run itself."""
 _PYTHON = "python3"
-_PACKAGES = MappingProxyType(
-    {
-        "onnxruntime": ("onnxruntime", "numpy", "tokenizers"),
-        "onnxruntime-genai": ("onnxruntime_genai", "numpy"),
-    }
-)
-"""What the worker imports in an engine."""
 _BUILDING = threading.Lock()
 _CANNOT_EXECUTE = 126
 """Status of a shell whose command is there but cannot be run."""
@@ -104,8 +96,7 @@ class Remote:
 
     def require(self, engine: str) -> None:
         """See `Target`. Whether the machine has the engine, a run finds out, so that other rows go on."""
-        check_engine(engine)
-        if engine not in (RUNNER_ENGINE, *_PACKAGES):
+        if not check_engine(engine).far_packages and engine != RUNNER_ENGINE:
             raise InputError("runs on no other machine", field="engine", value=engine, allowed="--on local")
 
     def environment(self) -> Environment:
@@ -216,7 +207,7 @@ def _python(remote: Remote, engine: str, link: _Connection) -> list[str]:
     """The worker that measures here, in a Python there."""
     if link.machine.abi:
         raise FarError(f"{engine} needs Python there, which Android does not have; measure a GGUF file")
-    reply = remote._shell.run(HAVE_PACKAGES, _PYTHON, *_PACKAGES[engine], timeout_s=ANSWER_S)
+    reply = remote._shell.run(HAVE_PACKAGES, _PYTHON, *engine_spec(engine).far_packages, timeout_s=ANSWER_S)
     if reply.status:
         raise FarError(f"{engine} needs Python there, and there is no {_PYTHON}")
     lacking = reply.text.strip().rpartition("\n")[2].split()
