@@ -168,12 +168,23 @@ def _read_jsonl(path: Path) -> list[Document]:
     return [_document_from_row(row, where) for where, row in read_json_lines(path, MAX_TEXT_BYTES)]
 
 
+_ROWS_AT_ONCE = 64
+"""A column may hold the same long text in a million rows, compressed to nothing."""
+
+
 def _read_parquet(path: Path) -> list[Document]:
     require_extra("pyarrow", "data")
     import pyarrow.parquet
 
-    with as_input_error(f"{path} cannot be read as parquet"):
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows, n_bytes = [], 0
+    with as_input_error(f"{path} cannot be read as parquet"), pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            n_bytes += batch.nbytes
+            if n_bytes > MAX_TEXT_BYTES:
+                raise InputError(
+                    f"{path} is too large", allowed=f"up to {MAX_TEXT_BYTES // 2**20} MiB of rows"
+                )
+            rows += batch.to_pylist()
     return [_document_from_row(row, f"{path}, row {n}") for n, row in enumerate(rows)]
 
 

@@ -39,7 +39,7 @@ class ReportInput:
         config: What was asked for.
         figures: What the stages found.
         versions: Packages and runtimes.
-        commands: The same, command by command.
+        commands: What makes the pruned files, command by command.
         seconds: Stage to its duration.
         projected: Name of a pruned file to what its projection onto devices needs.
         devices: Those devices.

@@ -46,6 +46,17 @@ def test_jsonl_and_parquet_hold_the_same_rows(tmp_path: Path) -> None:
     assert jsonl == load_documents(str(tmp_path / "a.parquet"))
 
 
+def test_parquet_is_read_no_further_than_text_may_be_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pyarrow.table({"text": ["a" * 2**12] * 2**12})
+    pyarrow.parquet.write_table(rows, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2**16
+    monkeypatch.setattr("cfsp.text.tokens.MAX_TEXT_BYTES", 2**20)
+    with pytest.raises(InputError, match=r"a.parquet is too large.*up to 1 MiB"):
+        load_documents(str(tmp_path / "a.parquet"))
+
+
 def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Path) -> None:
     loaded = as_loaded(tiny_model)
     path = write_rows(tmp_path / "c.jsonl", [{"messages": CHAT}] * 3)
