@@ -6,15 +6,17 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from cfsp.files import sha256_file
 from phoneready.main import main
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
-TinyPath = Callable[..., Path]
+TinyModel = Callable[..., tuple[Any, Any]]
 CONFIG = """
 seed = 3
 [model]
@@ -37,8 +39,6 @@ max_windows = 1
 max_new_tokens = 2
 prompts = ["List three fruits.", "What's 2+2?"]
 [export]
-quants = ["Q8_0"]
-onnx = ["int8"]
 {export}
 [bench]
 n_prompt = [4]
@@ -50,33 +50,41 @@ check_text = false
 """
 
 
+def sure_model(tiny_model: TinyModel, folder: Path) -> Path:
+    """A folder of a model of which four bits change little, as of a trained one: its blocks add little to a token."""
+    model, tokenizer = tiny_model(intermediate_size=256, num_hidden_layers=8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter *= 0.02
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("amount", "export"),
     [
-        ("prune_ratio = 0.25", ""),
+        ("prune_ratio = 0.25", 'quants = ["Q8_0"]\nonnx = ["int8"]'),
         (
             'target_size = "300kB"\nfor_quant = ["Q4_0"]\ntarget_axes = ["ffn", "blocks"]\nattentions = 1',
-            "imatrix = false",
+            'quants = ["Q4_0"]\nonnx = ["int4"]\nimatrix = false',
         ),
     ],
 )
 def test_the_commands_make_the_releases_model_files_byte_for_byte(
     amount: str,
     export: str,
-    tiny_folder: TinyPath,
+    tiny_model: TinyModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "release.toml"
-    config.write_text(
-        CONFIG.format(
-            model=tiny_folder(intermediate_size=256, num_hidden_layers=8), amount=amount, export=export
-        ),
-        encoding="utf-8",
-    )
+    model = sure_model(tiny_model, tmp_path / "model")
+    config.write_text(CONFIG.format(model=model, amount=amount, export=export), encoding="utf-8")
     assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
     commands = [shlex.split(line)[1:] for line in manifest["commands"]]
@@ -95,5 +103,6 @@ def test_the_commands_make_the_releases_model_files_byte_for_byte(
     assert sha256_file(tmp_path / "exports" / "gguf" / gguf) == sha256_file(tmp_path / "out" / gguf)
     graphs = sorted((tmp_path / "out" / onnx / "onnx").iterdir())
     assert len(graphs) == 3
+    (variant,) = (tmp_path / "exports" / "onnx").glob("int*")
     for graph in graphs:
-        assert sha256_file(tmp_path / "exports/onnx/int8/onnx" / graph.name) == sha256_file(graph)
+        assert sha256_file(variant / "onnx" / graph.name) == sha256_file(graph)
