@@ -48,10 +48,10 @@ def refuse_existing(
         InputError: It exists and may not be replaced; it is or holds an input, the home or the working directory, or a
             mount; it is a device, a pipe or a socket; it lies below a file; or no file system takes its name.
     """
-    found = writable_place(path)
-    if found is None:
+    status = writable_place(path)
+    if status is None:
         return
-    if stat.S_ISDIR(found.st_mode) != (like is None):
+    if stat.S_ISDIR(status.st_mode) != (like is None):
         raise InputError(f"cannot write {path}: it is a {'directory' if like else 'file'}")
     whole = path.resolve()
     for kept in inputs:
@@ -60,7 +60,7 @@ def refuse_existing(
     homes = (Path.cwd(), Path(os.path.expanduser("~")).resolve())  # noqa: PTH111  (that needs no passwd entry)
     if os.path.ismount(whole) or any(home.is_relative_to(whole) for home in homes):
         raise InputError(f"{path} cannot be replaced as a whole; choose a folder inside it")
-    if found.st_size == 0 if like else not any(path.iterdir()):
+    if status.st_size == 0 if like else not any(path.iterdir()):
         return
     if not force:
         raise InputError(f"{path} exists already; choose another path or pass --force")
@@ -78,8 +78,8 @@ def record_head(*kinds: str) -> re.Pattern[bytes]:
 
 def refuse_no_file(path: Path) -> None:
     """Raise InputError where no file can be at `path`, or what is there is none: a folder, a device, a pipe."""
-    found = writable_place(path)
-    if found and stat.S_ISDIR(found.st_mode):
+    status = writable_place(path)
+    if status and stat.S_ISDIR(status.st_mode):
         raise InputError(f"cannot write {path}: it is a directory")
 
 
@@ -99,7 +99,7 @@ def writable_place(path: Path) -> os.stat_result | None:
             (place.with_name(f".{path.name}{_MARK}12345678") if path.name else place).joinpath(
                 "x" * 64
             ).lstat()
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -107,9 +107,9 @@ def writable_place(path: Path) -> os.stat_result | None:
         raise InputError(f"cannot write {str(path)!r}: {reason}") from error
     # /dev/stdout and the like lead to whatever is open, a file perhaps; a rename would replace the link itself.
     special = place.is_relative_to("/proc") or (place.is_relative_to("/dev") and place.is_symlink())
-    if special or not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    if special or not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise InputError(f"cannot write {path}: it is a device, a pipe or a socket; name a file")
-    return found
+    return status
 
 
 def _begins(file: Path, pattern: re.Pattern[bytes]) -> bool:

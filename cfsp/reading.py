@@ -85,10 +85,10 @@ def read_json(path: Path) -> Any:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """As `read_json`, and the document has to be an object."""
-    found = read_json(path)
-    if not isinstance(found, dict):
+    document = read_json(path)
+    if not isinstance(document, dict):
         raise InputError(f"{path} is not a JSON object")
-    return found
+    return document
 
 
 def read_json_lines(path: Path, limit: int = MAX_FILE_BYTES) -> Iterator[tuple[str, dict[str, Any]]]:

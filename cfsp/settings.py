@@ -92,8 +92,8 @@ class Setting:
             return value if value is None else self._entry(value, field)
         if len(value) < self.least:
             raise InputError("empty", field=field, allowed="at least one")
-        found = _all([functools.partial(self._entry, entry, field) for entry in value])
-        return tuple(dict.fromkeys(found) if self.look_up else found)
+        entries = _all([functools.partial(self._entry, entry, field) for entry in value])
+        return tuple(dict.fromkeys(entries) if self.look_up else entries)
 
     def _entry(self, value: Any, field: str) -> Any:
         if self.look_up is not None:
@@ -142,8 +142,8 @@ def setting(default: T, help: str | Setting, **attributes: Any) -> T:
     """A field of a class of settings: its default, its help, and whatever else `Setting` has."""
     declaration = Setting(help, **attributes) if isinstance(help, str) else help
     field: Any = dataclasses.field(default=default, metadata={_DECLARED: declaration})
-    found: T = field
-    return found
+    typed: T = field
+    return typed
 
 
 _DECLARED = "setting"
@@ -183,18 +183,18 @@ def setting_in(hint: Any) -> Setting | None:
     """The Setting that an annotation, or the default of a parameter, carries."""
     if isinstance(hint, dataclasses.Field):
         return hint.metadata.get(_DECLARED)
-    found = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    return next((one for one in found if isinstance(one, Setting)), None)
+    metadata = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+    return next((one for one in metadata if isinstance(one, Setting)), None)
 
 
 def declared(settings: Any) -> tuple[Declared, ...]:
     """The fields of a dataclass that can be set, in order; those without a Setting are not for users."""
     hints = get_type_hints(settings, include_extras=True)
-    found = []
+    declarations = []
     for field in dataclasses.fields(settings):
         if (setting := setting_in(hints[field.name])) is not None:
-            found.append(Declared(field.name, get_args(hints[field.name])[0], field.default, setting))
-    return tuple(found)
+            declarations.append(Declared(field.name, get_args(hints[field.name])[0], field.default, setting))
+    return tuple(declarations)
 
 
 def check_settings(settings: Any) -> None:
@@ -236,17 +236,17 @@ def _value(row: Declared, value: Any, name: str) -> Any:
 
 def _all(checks: Iterable[Callable[[], Any]]) -> list[Any]:
     """What all checks give; or the complaints of all that fail, as one."""
-    found, problems = [], []
+    values, problems = [], []
     for check in checks:
         try:
-            found.append(check())
+            values.append(check())
         except InputError as error:
             problems.append(error)
     if len(problems) > 1:
         raise InputError("; ".join(map(str, problems)))
     if problems:
         raise problems[0]
-    return found
+    return values
 
 
 def _strict(schema: Any) -> Any:

@@ -135,8 +135,8 @@ def system_text(tokenizer: Any, prompt: str) -> str:
     """What a chat template says before the user's turn, without its special tokens; empty for a base model."""
     if not tokenizer.chat_template:
         return ""
-    before, found, _ = render_prompt(tokenizer, prompt).partition(prompt)
-    if not found:
+    before, separator, _ = render_prompt(tokenizer, prompt).partition(prompt)
+    if not separator:
         return ""
     for token in tokenizer.all_special_tokens:
         before = before.replace(token, "\n")

@@ -70,8 +70,8 @@ class _Requests:
         return encode(self.tokenizer, string, add_special_tokens=add_special_tokens)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
-        return found
+        likelihoods: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+        return likelihoods
 
     def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         pairs = [_cut(context, continuation, self.max_length) for _, context, continuation in requests]
@@ -85,9 +85,9 @@ class _Requests:
         for request in requests:
             ids = self.tok_encode(request.args[0])
             windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-            found = [make_disjoint_window(window) for window in windows]
-            pairs += [(tuple(context), tuple(targets)) for context, targets in found]
-            counts.append(len(found))
+            disjoint = [make_disjoint_window(window) for window in windows]
+            pairs += [(tuple(context), tuple(targets)) for context, targets in disjoint]
+            counts.append(len(disjoint))
         scores = iter(_score_pairs(self.model, pairs, self.progress))
         return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
 
@@ -147,8 +147,8 @@ def _score_pairs(
     done = 0
     for start in range(0, len(items), _ITEMS_AT_ONCE):
         part = items[start : start + _ITEMS_AT_ONCE]
-        for (_, indices), found in zip(part, model.score([item for item, _ in part]), strict=True):
-            for index, score in zip(indices, found, strict=True):
+        for (_, indices), item_scores in zip(part, model.score([item for item, _ in part]), strict=True):
+            for index, score in zip(indices, item_scores, strict=True):
                 scores[index] = score
             done += len(indices)
         progress("scoring choices", done, len(pairs))

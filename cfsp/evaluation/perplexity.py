@@ -48,8 +48,8 @@ def logits_of(model: LanguageModel | torch.nn.Module | Any) -> LogitsOf:
     """`next_token_logits` of a LanguageModel, or of a bare transformers causal LM."""
     if isinstance(model, torch.nn.Module):
         return partial(next_token_logits, model)
-    found: LogitsOf = model.next_token_logits
-    return found
+    method: LogitsOf = model.next_token_logits
+    return method
 
 
 def perplexity(

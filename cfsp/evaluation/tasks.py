@@ -124,14 +124,14 @@ def _load_all(settings: TaskSettings, cache: Path) -> TaskSet:
     origins: dict[str, tuple[str, str | None]] = {}
     with contextlib.nullcontext() if names else _offline():
         manager = harness.tasks.TaskManager(include_defaults=bool(names))
-        found: list[Any] = []
+        tasks: list[Any] = []
         for file in itertools.chain.from_iterable(files for _, files in given):
             config, digest = _read_task_file(file, settings.task_data, cache)
             origins[config["task"]] = (file.name, digest)
-            found += _load(manager, config, str(file))["tasks"].values()
+            tasks += _load(manager, config, str(file))["tasks"].values()
         for name in names:
-            found += _load(manager, name, name)["tasks"].values()
-        loaded = _all_in_one(manager, found)
+            tasks += _load(manager, name, name)["tasks"].values()
+        loaded = _all_in_one(manager, tasks)
         for name, task in loaded["tasks"].items():
             _prepare(name, task, settings)
     return TaskSet(loaded, origins, settings)
@@ -152,7 +152,7 @@ def run_tasks(
         random.seed(_SEED)
         torch.manual_seed(_SEED)
         try:
-            found = harness.evaluator.evaluate(
+            results = harness.evaluator.evaluate(
                 adapter,
                 tasks.loaded,
                 limit=tasks.settings.limit,
@@ -167,7 +167,7 @@ def run_tasks(
             ) from error
         finally:
             random.setstate(state)
-    return tuple(_result(name, found, tasks) for name in tasks.loaded["tasks"])
+    return tuple(_result(name, results, tasks) for name in tasks.loaded["tasks"])
 
 
 def _task_files(name: str) -> list[Path]:
@@ -199,9 +199,9 @@ def tasks_sha256(name: str, data: Path | None) -> str:
     # Functions and included files lie beside a task file.
     beside = {path for file in files for path in file.resolve().parent.glob("*.py")}
     beside |= {path for file in files for path in file.resolve().parent.glob("*.y*ml")}
-    found = [_read_task_file(file, data, Path(), functions=False)[1] for file in files]
-    found += map(sha256_file, sorted(beside))
-    return hashlib.sha256("".join(found).encode()).hexdigest()
+    digests = [_read_task_file(file, data, Path(), functions=False)[1] for file in files]
+    digests += map(sha256_file, sorted(beside))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _read_task_file(

@@ -76,8 +76,8 @@ class TorchLanguageModel:
         scores: list[list[Score]] = [[] for _ in items]
         order = sorted(range(len(items)), key=lambda i: items[i].n_tokens, reverse=True)
         for batch in _batches(order, [item.n_tokens for item in items]):
-            for index, found in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
-                scores[index] = found
+            for index, item_scores in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
+                scores[index] = item_scores
         return scores
 
     def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
@@ -176,6 +176,6 @@ class RememberedModel(TorchLanguageModel):
         """See `LanguageModel`."""
         key, model = window.numpy().tobytes(), self.loaded.model
         if key not in self._hidden:
-            found = model.get_decoder()(input_ids=window[None], use_cache=False)
-            self._hidden[key] = found.last_hidden_state[0]
+            output = model.get_decoder()(input_ids=window[None], use_cache=False)
+            self._hidden[key] = output.last_hidden_state[0]
         yield from logits_from_hidden(model, self._hidden[key])

@@ -226,8 +226,8 @@ def _save_license(source: ModelSource, folder: Path) -> None:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "transformers", "tokenizers", "safetensors")
-    found = {name: importlib.metadata.version(name) for name in packages}
-    return {"phoneready": tool_version(), "python": platform.python_version(), **found}
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"phoneready": tool_version(), "python": platform.python_version(), **versions}
 
 
 def _read_config(directory: Path) -> tuple[Any, Any]:

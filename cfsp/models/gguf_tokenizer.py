@@ -136,13 +136,13 @@ def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[Any]:
 
 
 def _special_tokens(file: GGUFFile, tokens: Sequence[str], kind: str) -> dict[str, str]:
-    found = {}
+    by_role = {}
     for role, key in _SPECIAL_KEYS.items():
         default = _SPM_DEFAULT_IDS.get(key) if kind == SENTENCEPIECE else None
         index = file.metadata.get(f"tokenizer.ggml.{key}_token_id", default)
         if index is not None and 0 <= index < len(tokens):
-            found[role] = tokens[index]
-    return found
+            by_role[role] = tokens[index]
+    return by_role
 
 
 def _add_post_processor(backend: Any, file: GGUFFile, special: Mapping[str, str], *, add_bos: bool) -> None:

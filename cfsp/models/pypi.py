@@ -35,9 +35,9 @@ def download_distribution(requirement: str, folder: Path, *options: str, pattern
     ]
     command += ["--no-deps", *options, "--dest", str(folder), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    found = next(folder.glob(pattern), None)
-    if result.returncode or found is None:
+    file = next(folder.glob(pattern), None)
+    if result.returncode or file is None:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if "ERROR" in line] or lines or ["pip failed"]
         raise DownloadError(errors[-1].strip())
-    return found
+    return file

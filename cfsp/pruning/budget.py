@@ -247,17 +247,17 @@ class Evidence:
             saved: What is saved, exactly; what no other axis has saved, FFN channels have.
             ratio: Share of the channels of blocks that stay that goes, exactly.
         """
-        found = {}
+        shares = {}
         for axis in _COUNTED:
             table, level = self.levels[axis], choice.levels[axis]
             gives, loss = float(table.saved[level]), float(table.losses[level])
-            found[axis] = AxisShare(axis, int(table.removed[level]), table.units, gives, loss)
-        gone = round(ratio * self.channels * (1 - found["blocks"].removed / found["blocks"].units))
-        rest = saved - sum(share.saved for share in found.values())
+            shares[axis] = AxisShare(axis, int(table.removed[level]), table.units, gives, loss)
+        gone = round(ratio * self.channels * (1 - shares["blocks"].removed / shares["blocks"].units))
+        rest = saved - sum(share.saved for share in shares.values())
         loss = float(self.curve.at(np.array(ratio)))
-        found["ffn"] = AxisShare("ffn", gone, self.channels, rest, loss)
+        shares["ffn"] = AxisShare("ffn", gone, self.channels, rest, loss)
         alone = {axis: self.choose(excess, axis) for axis in AXES}
-        return tuple(replace(found[axis], alone=only.loss if only else None) for axis, only in alone.items())
+        return tuple(replace(shares[axis], alone=only.loss if only else None) for axis, only in alone.items())
 
 
 def _sum(rows: Sequence[npt.NDArray[Any]]) -> Array:

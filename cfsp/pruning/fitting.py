@@ -121,12 +121,14 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
         budget = replace(budget, axes=())
     vocabulary = _Vocabulary(loaded, order, budget, settings.vocabulary)
     removals = {axis: _removals(trials, axis, settings, budget, shape) for axis in PARTS}
-    levels = {axis: _levels(axis, found, budget, shape, loaded.tokenizer) for axis, found in removals.items()}
+    levels = {
+        axis: _levels(axis, of_axis, budget, shape, loaded.tokenizer) for axis, of_axis in removals.items()
+    }
     levels["vocabulary"] = vocabulary.levels(shape)
     evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
     excess, reached = dense - budget.target, []
     while (choice := evidence.choose(excess)) is not None:
-        chosen = {axis: found[choice.levels[axis]] for axis, found in removals.items()}
+        chosen = {axis: of_axis[choice.levels[axis]] for axis, of_axis in removals.items()}
         left = _left(loaded.model, chosen, settings)
         if choice.ratio > evidence.ratios[0]:
             break
@@ -203,14 +205,14 @@ def _removals(
     row, model = PARTS[axis], trials.loaded.model
     if amount := getattr(settings, axis):
         return trials.removals(axis, row.count(shape, (), amount))
-    found = [Removal((), (), 0.0, 0)]
+    removals = [Removal((), (), 0.0, 0)]
     if axis in budget.axes and (candidates := row.candidates(model)):
         try:
             budget.cost(row.shape_without(shape, candidates[-1:]), trials.loaded.tokenizer)
         except InputError:
-            return found  # the format that is budgeted has no such models
-        found += trials.removals(axis, 0)
-    return found
+            return removals  # the format that is budgeted has no such models
+        removals += trials.removals(axis, 0)
+    return removals
 
 
 def _levels(

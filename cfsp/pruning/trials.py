@@ -158,23 +158,23 @@ class Trials:
         most = fixed or min(possible, int(row.units(shape) * _MOST_REMOVED))
         if most > possible:
             raise InputError("too many", field=axis, value=most, allowed=f"at most {possible}")
-        found: list[Removal] = []
+        removals: list[Removal] = []
         with products_in(self._settings.dtype):
             # In the order of what each costs alone: the plan chooses with more care.
             probe = Probe(model, self.probed, row.leave_out, parts=parts)
             counts = [fixed] if fixed else _counts(most, parts)
             for removal in probe.in_order(candidates, counts, progress=self.progress, what=axis):
-                found.append(removal)
+                removals.append(removal)
                 if removal.loss > _MOST_NATS:
                     break
-        if not found:
+        if not removals:
             return []
-        tried = found[len(found) // 2]
+        tried = removals[len(removals) // 2]
         plan = make_plan(
             self.loaded, self._statistics, self._fit, self._settings, **row.planned(model, tried)
         )
         left = self.loss(plan) / max(tried.loss, 1e-9)
-        return [replace(removal, loss=left * removal.loss) for removal in found]
+        return [replace(removal, loss=left * removal.loss) for removal in removals]
 
     def loss(self, plan: PruningPlan) -> float:
         """KL(dense || pruned), nats a token."""

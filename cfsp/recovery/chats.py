@@ -57,15 +57,15 @@ def answer_spans(
             continue
         before = render_chat(tokenizer, messages[:index], add_generation_prompt=True) if index else ""
         start = len(before)
-        found = text.find(answer, start) if text.startswith(before) else -1
-        if found < 0:
+        answer_start = text.find(answer, start) if text.startswith(before) else -1
+        if answer_start < 0:
             raise InputError(
                 "the model's chat template cannot be split at an answer: "
                 "it renders a chat's beginning differently when more follows, or changes the answer",
                 field="messages",
                 value=answer[:60],
             )
-        end = found + len(answer)
+        end = answer_start + len(answer)
         if text[end:].lstrip().startswith(end_of_turn):
             end = text.index(end_of_turn, end) + len(end_of_turn)
         spans.append((start, end))

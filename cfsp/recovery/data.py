@@ -277,8 +277,8 @@ def respelled(sequences: Sequences, respelling: Respelling) -> Sequences:
         learnt.append((targets.roll(1) != IGNORED)[text.owners[:size]])
         places.append(text.owners.where(text.ends, INSIDE)[:size])
     targets = _targets(torch.stack(ids), torch.stack(learnt))
-    found = _sequences(torch.stack(ids), targets, sequences.source)
-    return replace(found, teacher_ids=sequences.input_ids, teacher_places=torch.stack(places))
+    spelled = _sequences(torch.stack(ids), targets, sequences.source)
+    return replace(spelled, teacher_ids=sequences.input_ids, teacher_places=torch.stack(places))
 
 
 def _hold_out(sequences: Sequences, share: int) -> tuple[Sequences, Sequences]:

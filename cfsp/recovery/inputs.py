@@ -99,12 +99,12 @@ def _respelling(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:
     if ours == theirs and loaded.tokenizer.get_vocab() == dense.tokenizer.get_vocab():
         return None
     try:
-        found = respelling(dense.tokenizer, loaded.tokenizer)
+        spelling = respelling(dense.tokenizer, loaded.tokenizer)
     except InputError as error:
         raise _other_vocabulary(dense, ours, theirs) from error
-    if len(found.kept) != ours:
+    if len(spelling.kept) != ours:
         raise _other_vocabulary(dense, ours, theirs)
-    return found
+    return spelling
 
 
 def _other_vocabulary(dense: LoadedModel, ours: int, theirs: int) -> InputError:

@@ -68,9 +68,9 @@ class Teacher:
         targets: torch.Tensor,
         chunk: slice,
     ) -> torch.Tensor:
-        found = respelling.log_probabilities(self._logits(hidden[chunk]))
-        certain = torch.full_like(found, _IMPOSSIBLE).scatter_(1, targets[chunk, None], 0.0)
-        return torch.where(inside[chunk, None], certain, found)
+        log_probabilities = respelling.log_probabilities(self._logits(hidden[chunk]))
+        certain = torch.full_like(log_probabilities, _IMPOSSIBLE).scatter_(1, targets[chunk, None], 0.0)
+        return torch.where(inside[chunk, None], certain, log_probabilities)
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

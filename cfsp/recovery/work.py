@@ -140,8 +140,8 @@ class WorkFolder:
 
     def _checkpoints(self) -> dict[int, Path]:
         entries = self.path.iterdir() if self.path.is_dir() else iter(())
-        found = ((_CHECKPOINT.fullmatch(p.name), p) for p in entries if p.is_dir())
-        return {int(match[1]): p for match, p in found if match}
+        matches = ((_CHECKPOINT.fullmatch(p.name), p) for p in entries if p.is_dir())
+        return {int(match[1]): p for match, p in matches if match}
 
 
 @dataclass

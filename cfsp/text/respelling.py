@@ -50,8 +50,8 @@ class Respelling:
 
     def spell(self, ids: Sequence[int]) -> Respelled:
         """A text in the tokens that are left."""
-        found = [(new, place) for place, old in enumerate(ids) for new in self.spellings.get(old, ())]
-        numbers, owners = zip(*found, strict=True) if found else ((), ())
+        pairs = [(new, place) for place, old in enumerate(ids) for new in self.spellings.get(old, ())]
+        numbers, owners = zip(*pairs, strict=True) if pairs else ((), ())
         return Respelled(*(torch.tensor(column, dtype=torch.int64) for column in (numbers, owners)))
 
     def windows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -83,8 +83,8 @@ class Respelling:
         """
         p = logits.softmax(-1)
         kept, removed, first = (index.to(logits.device) for index in (self.kept, *self._firsts))
-        found = p[:, kept].index_add_(1, first, p[:, removed])
-        return found.clamp_min_(torch.finfo(found.dtype).tiny).log_()
+        probabilities = p[:, kept].index_add_(1, first, p[:, removed])
+        return probabilities.clamp_min_(torch.finfo(probabilities.dtype).tiny).log_()
 
     @cached_property
     def _firsts(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,19 +108,19 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
     except InputError as error:
         logger.warning("chat template cannot be rendered (%s); sampling as from a base model", error)
         return None
-    before, found, between = text.partition(_SENTINEL)
-    if not found or not before:
+    before, separator, between = text.partition(_SENTINEL)
+    if not separator or not before:
         return None
     return encode(tokenizer, before), encode(tokenizer, between)
 
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Hex SHA-256 over names, shapes and bytes of all parameters."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        found.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hasher.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        hasher.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def _fast_copy(loaded: LoadedModel) -> LoadedModel:

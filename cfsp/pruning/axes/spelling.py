@@ -107,8 +107,8 @@ def teach_spellings(
     if not plan.counts or len(plan.kept) == plan.dense_size:
         return
     if len(plan.counts) != plan.dense_size:
-        found, wanted = len(plan.counts), str(plan.dense_size)
-        raise InputError("not one count a row", field="vocabulary.counts", value=found, allowed=wanted)
+        n_counts, wanted = len(plan.counts), str(plan.dense_size)
+        raise InputError("not one count a row", field="vocabulary.counts", value=n_counts, allowed=wanted)
     spellings = _spellings(loaded, plan)
     states = _states(loaded.model, plan, windows, _prefixes(spellings), progress)
     weight = loaded.model.get_output_embeddings().weight

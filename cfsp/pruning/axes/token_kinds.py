@@ -86,10 +86,10 @@ def script_of(text: str) -> str:
 def _kinds(names: Mapping[int, str], counts: npt.NDArray[np.float64], kept: Sequence[int]) -> list[TokenKind]:
     """One of every name, in the order in which the names come."""
     stay, total = set(kept), max(float(counts.sum()), 1.0)
-    found = []
+    kinds = []
     for name in dict.fromkeys(names.values()):
         ids = [index for index, other in names.items() if other == name]
         left = [index for index in ids if index in stay]
         shares = (float(counts[chosen].sum()) / total if chosen else 0.0 for chosen in (ids, left))
-        found.append(TokenKind(name, len(ids), len(left), *shares))
-    return found
+        kinds.append(TokenKind(name, len(ids), len(left), *shares))
+    return kinds
