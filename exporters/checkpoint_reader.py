@@ -167,12 +167,12 @@ class CheckpointTensors:
         handle = self.handles.get(name)
         if handle is None:
             raise InputError(f"{self.folder} lacks the tensor {name}")
-        found = tuple(handle.get_slice(name).get_shape())
-        if found != shape:
+        stored_shape = tuple(handle.get_slice(name).get_shape())
+        if stored_shape != shape:
             raise InputError(
                 f"{self.folder}: weights disagree with config.json",
                 field=name,
-                value=found,
+                value=stored_shape,
                 allowed=str(shape),
             )
         tensor = handle.get_tensor(name)

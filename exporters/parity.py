@@ -125,20 +125,20 @@ def compare(
                 start = stop
             progress("parity", index + 1, len(windows.ids))
 
-    found = divergence_from_logits(pairs(), windows)
+    divergence = divergence_from_logits(pairs(), windows)
     return ParityReport(
-        n_tokens=found.n_tokens,
+        n_tokens=divergence.n_tokens,
         n_windows=len(windows.ids),
-        seqlen=found.seqlen,
+        seqlen=divergence.seqlen,
         text=f"{windows.source} ({windows.sha256[:12]})",
-        max_logit_diff=found.max_logit_difference,
-        kl_mean=found.kl_mean,
-        kl_median=found.kl_median,
-        kl_p99_9=found.kl_p99_9,
-        same_top1=found.same_top1,
-        ppl_checkpoint=found.reference_perplexity,
-        ppl_export=found.perplexity,
-        ppl_ratio=found.perplexity_ratio,
+        max_logit_diff=divergence.max_logit_difference,
+        kl_mean=divergence.kl_mean,
+        kl_median=divergence.kl_median,
+        kl_p99_9=divergence.kl_p99_9,
+        same_top1=divergence.same_top1,
+        ppl_checkpoint=divergence.reference_perplexity,
+        ppl_export=divergence.perplexity,
+        ppl_ratio=divergence.perplexity_ratio,
         limits=dict(limits),
     )
 

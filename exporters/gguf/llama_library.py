@@ -90,8 +90,8 @@ def runtime_version() -> str:
         MissingExtraError: llama-cpp-python is not installed.
         InputError: Its version is not one that this module was written for.
     """
-    found = library().llama_version().decode()
-    return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {found}"
+    version = library().llama_version().decode()
+    return f"{_DISTRIBUTION} {importlib.metadata.version(_DISTRIBUTION)}, llama.cpp {version}"
 
 
 def system_info() -> str:
@@ -158,14 +158,16 @@ def stored(values: FloatArray, kind: str, importance: FloatArray | None) -> npt.
     """
     import gguf
 
-    found = gguf.GGMLQuantizationType[kind]
-    elements, size = gguf.GGML_QUANT_SIZES[found]
+    ggml_type = gguf.GGMLQuantizationType[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[ggml_type]
     rows, columns = values.shape
     values = np.ascontiguousarray(values, dtype=np.float32)
     weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     data = np.empty((rows, columns // elements * size), dtype=np.uint8)
     address = None if weights is None else weights.ctypes.data_as(_FLOATS)
-    _quantize_chunk()(int(found), values.ctypes.data_as(_FLOATS), data.ctypes.data, 0, rows, columns, address)
+    _quantize_chunk()(
+        int(ggml_type), values.ctypes.data_as(_FLOATS), data.ctypes.data, 0, rows, columns, address
+    )
     return data
 
 

@@ -116,11 +116,11 @@ class TypeCosts:
                 value=budget_bytes,
                 allowed=f"{least} bytes or more",
             )
-        found = solve(self.options, max(budget_bytes, least) - self.rest_bytes)
+        chosen = solve(self.options, max(budget_bytes, least) - self.rest_bytes)
         return Mixture(
-            {name: option.kind for name, option in found.items()},
-            sum(option.loss for option in found.values()),
-            self.rest_bytes + sum(option.n_bytes for option in found.values()),
+            {name: option.kind for name, option in chosen.items()},
+            sum(option.loss for option in chosen.values()),
+            self.rest_bytes + sum(option.n_bytes for option in chosen.values()),
         )
 
 
@@ -145,7 +145,7 @@ def measure_types(
     specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
     model = load_pruned(checkpoint, dtype=torch.float32)
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
-    names = [name for found in modules.values() for name in found]
+    names = [name for of_tensor in modules.values() for name in of_tensor]
     moments = collect_weight_moments(model, names, input_ids[:GRADIENT_WINDOWS], progress=progress)
     weights: Imatrix = {}
     if imatrix is not None:
@@ -185,11 +185,11 @@ def solve(options: Mapping[str, Sequence[Option]], left_bytes: int) -> dict[str,
         pick = tried.argmin(0)
         best = tried[pick, np.arange(len(best))]
         picks.append((name, pick.astype(np.int8), steps))
-    place, found = len(best) - 1, {}
+    place, chosen = len(best) - 1, {}
     for name, pick, steps in reversed(picks):
-        found[name] = options[name][pick[place]]
+        chosen[name] = options[name][pick[place]]
         place -= steps[pick[place]]
-    return dict(reversed(found.items()))
+    return dict(reversed(chosen.items()))
 
 
 def _modules(spec: TensorSpec, tied: bool) -> tuple[str, ...]:

@@ -114,8 +114,8 @@ def find_quant(name: str) -> Quant:
     for row in QUANTS.values():
         if row.name.lower() == name.lower():
             return row
-    found = _MIXED.fullmatch(name)
-    if found and (size := parse_bytes(found[1], "mixed")):
+    match = _MIXED.fullmatch(name)
+    if match and (size := parse_bytes(match[1], "mixed")):
         unit, factor = next((unit, factor) for unit, factor in _UNITS if size % factor == 0)
         return Quant(f"mixed-{size // factor}{unit}", ParityLimits(), "Q4_K", budget_bytes=size)
     raise InputError("unknown quantization", field="quant", value=name, allowed=QUANT_NAMES)

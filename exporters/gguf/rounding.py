@@ -130,13 +130,13 @@ class _File:
         parts = zip(torch.split(weight, _ROWS), np.split(data, range(_ROWS, len(data), _ROWS)), strict=True)
         kind = tensors[0].kind.name
         chosen = [choose_numbers(part, StoredMatrix(kind, stored), gram).data for part, stored in parts]
-        found = StoredMatrix(kind, np.concatenate(chosen))
+        rounded = StoredMatrix(kind, np.concatenate(chosen))
         ends = np.cumsum(rows)[:-1]
-        for tensor, part in zip(tensors, np.split(found.data, ends), strict=True):
+        for tensor, part in zip(tensors, np.split(rounded.data, ends), strict=True):
             self.stream.seek(tensor.offset)
             self.stream.write(part.tobytes())
             self.count += 1
-        return np.split(found.values(), ends)
+        return np.split(rounded.values(), ends)
 
 
 def choose_numbers(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:

@@ -54,8 +54,8 @@ def tune_file(
     linears = [name for block in block_linears(model) for name in block if f"{name}.weight" in stored]
     weights = {name: stored[f"{name}.weight"] for name in linears}
     with products_in("auto"):
-        found = tune_scales(model, weights, head, table, input_ids, _LEARNING_RATE, progress=progress)
-    changed = [tuned_tensor(spec, tensors[spec.name], found) for spec in specs]
+        scales = tune_scales(model, weights, head, table, input_ids, _LEARNING_RATE, progress=progress)
+    changed = [tuned_tensor(spec, tensors[spec.name], scales) for spec in specs]
     with path.open("r+b") as stream:
         for spec, data in zip(specs, changed, strict=True):
             if data is not None:

@@ -42,9 +42,9 @@ def _widths(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
             "down_proj": (width, config.hidden_size),
         }
         for part, sizes in wanted.items():
-            found = _sizes(nodes.get(f"model.layers.{index}.mlp.{part}"))
-            if found != sizes:
-                yield f"block {index}'s {part} is {found}, not {sizes}"
+            stored = _sizes(nodes.get(f"model.layers.{index}.mlp.{part}"))
+            if stored != sizes:
+                yield f"block {index}'s {part} is {stored}, not {sizes}"
 
 
 def _sizes(node: ir.Node | None) -> tuple[int, int] | None:
@@ -71,9 +71,9 @@ def _embeddings(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
             by_row = node.op_type == "MatMulNBits" or "transB" in node.attributes
             heads |= _rows(node.inputs[1], 0 if by_row else 1)
     for what, sizes in (("the embedding", tables), ("the output matrix", heads)):
-        found = sum(sizes.values())
-        if found != config.vocab_size:
-            yield f"{what} has {found} rows for {config.vocab_size} tokens"
+        n_rows = sum(sizes.values())
+        if n_rows != config.vocab_size:
+            yield f"{what} has {n_rows} rows for {config.vocab_size} tokens"
     if config.tie_word_embeddings and tables.keys() != heads.keys():
         yield f"a tied embedding is stored twice: {', '.join(sorted(tables.keys() | heads.keys()))}"
     if not config.tie_word_embeddings and tables.keys() & heads.keys():

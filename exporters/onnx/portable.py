@@ -27,8 +27,8 @@ _SCOPES = re.compile(r"^/(.*)/[^/]+$")
 
 def require_optimum() -> None:
     """Raise MissingExtraError where optimum's exporter is not installed."""
-    found = importlib.util.find_spec("optimum")
-    if found is None or importlib.util.find_spec("optimum.exporters.onnx") is None:
+    spec = importlib.util.find_spec("optimum")
+    if spec is None or importlib.util.find_spec("optimum.exporters.onnx") is None:
         raise MissingExtraError("optimum-onnx", "portable")
 
 

@@ -127,22 +127,22 @@ def tune(
     stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
-    found = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
-    scaled = {name: quantized.layers[name].scaled(rows) for name, rows in found.rows.items()}
-    return replace(quantized, layers={**quantized.layers, **scaled}, norms=found.norms)
+    tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
+    scaled = {name: quantized.layers[name].scaled(rows) for name, rows in tuned.rows.items()}
+    return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
 
 
 def _rounded_block(
     linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Grams
 ) -> dict[str, Rounded]:
     """Every Linear of a block; those of one format that read the same are rounded as one matrix."""
-    found = {}
+    layers = {}
     for names in alike(forms, grams):
         weights = [linears[name].weight.detach() for name in names]
         whole, start = _rounded(torch.cat(weights), forms[names[0]], grams.get(names[0])), 0
         for name, weight in zip(names, weights, strict=True):
-            found[name] = whole.rows(slice(start, start := start + len(weight)))
-    return {name: found[name] for name in linears}
+            layers[name] = whole.rows(slice(start, start := start + len(weight)))
+    return {name: layers[name] for name in linears}
 
 
 def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None) -> Rounded:

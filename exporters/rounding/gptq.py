@@ -52,9 +52,9 @@ def gptq_codes(weight: torch.Tensor, scales: torch.Tensor, grid: Grid, gram: tor
             lost.div_(diagonal[j])
             left[j + 1 : stop].addr_(upper[j, j + 1 : stop], lost, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    found = torch.empty_like(codes)
-    found[order] = codes
-    return found
+    by_column = torch.empty_like(codes)
+    by_column[order] = codes
+    return by_column
 
 
 def gptq_blocks(
@@ -105,9 +105,9 @@ def _nearest_codes(codes: tuple[float, ...]) -> torch.Tensor:
 
     Codes are whole numbers, so that what lies in the middle of two is a multiple of a half.
     """
-    found = torch.tensor(codes)
+    values = torch.tensor(codes)
     halves = torch.arange(2 * int(codes[0]), 2 * int(codes[-1]) + 1) / 2
-    return found[torch.bucketize(halves, (found[1:] + found[:-1]) / 2)]
+    return values[torch.bucketize(halves, (values[1:] + values[:-1]) / 2)]
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:

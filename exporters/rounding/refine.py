@@ -57,7 +57,7 @@ def refine_codes(
             for begin in range(0, columns, grid.block_size):
                 state.refine(slice(begin, min(begin + grid.block_size, columns)))
         done.append((state.codes[:columns], state.scales.T))
-    return torch.cat([found for found, _ in done], 1), torch.cat([found for _, found in done])
+    return torch.cat([part for part, _ in done], 1), torch.cat([part for _, part in done])
 
 
 class _Columns:
@@ -145,8 +145,8 @@ def _improve_scale_(
 
 def _exact(scales: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Scales as float16 holds them, and those of before where it holds 0."""
-    found = scales.half().float()
-    return torch.where(found == 0, before, found)
+    rounded = scales.half().float()
+    return torch.where(rounded == 0, before, rounded)
 
 
 def _sum_blocks(values: torch.Tensor, size: int) -> torch.Tensor:

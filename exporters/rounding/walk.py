@@ -55,10 +55,10 @@ def round_blocks(
 
 def alike(forms: Mapping[str, Any], grams: Grams) -> list[list[str]]:
     """Names whose matrices can be rounded as one: those of one format that read the same."""
-    found: dict[tuple[Any, int], list[str]] = {}
+    groups: dict[tuple[Any, int], list[str]] = {}
     for name, form in forms.items():
-        found.setdefault((form, id(grams.get(name, name))), []).append(name)
-    return list(found.values())
+        groups.setdefault((form, id(grams.get(name, name))), []).append(name)
+    return list(groups.values())
 
 
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
