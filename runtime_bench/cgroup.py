@@ -78,11 +78,11 @@ def usable_memory() -> int:
     """Bytes that processes like this one may use together: the machine's memory, or what its groups are limited to."""
     import psutil
 
-    found = [int(psutil.virtual_memory().total)]
+    limits = [int(psutil.virtual_memory().total)]
     for version, folder in _candidates() if _OURS.exists() else ():
         with contextlib.suppress(OSError, ValueError):  # the root has no limit, and "max" is none
-            found.append(int((folder / _LIMIT[version]).read_text(encoding="ascii")))
-    return min(found)
+            limits.append(int((folder / _LIMIT[version]).read_text(encoding="ascii")))
+    return min(limits)
 
 
 @contextmanager

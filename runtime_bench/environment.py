@@ -94,14 +94,14 @@ def describe_environment() -> Environment:
     """This machine as it is now, before any engine has added its versions."""
     import psutil
 
-    found = environment_of(
+    environment = environment_of(
         {str(path): read_fact(str(path)) for pattern in FACT_FILES for path in Path("/").glob(pattern[1:])},
         cpus_usable=default_threads(),
         platform=platform.platform(),
         versions={"phoneready": tool_version(), "python": platform.python_version()},
     )
     return replace(
-        found,
+        environment,
         cpu_model=cpu_model(),
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         memory_bytes=int(psutil.virtual_memory().total),
@@ -110,12 +110,12 @@ def describe_environment() -> Environment:
 
 def _of_cores(files: Mapping[str, str], name: str) -> Iterator[str]:
     """A cpufreq file's text for each core that has it, in the order of the cores."""
-    found = {}
+    by_core = {}
     for path, text in files.items():
         match = re.fullmatch(rf"/sys/devices/system/cpu/cpu(\d+)/cpufreq/{name}", path)
         if match and text.strip():
-            found[int(match[1])] = text.strip()
-    return (found[core] for core in sorted(found))
+            by_core[int(match[1])] = text.strip()
+    return (by_core[core] for core in sorted(by_core))
 
 
 def _clocks(files: Mapping[str, str], name: str) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ def _clocks(files: Mapping[str, str], name: str) -> tuple[int, ...]:
 
 def _temperatures(files: Mapping[str, str]) -> dict[str, float]:
     """Thermal zones by their kind; several of a kind keep the hottest."""
-    found: dict[str, float] = {}
+    hottest: dict[str, float] = {}
     for path, text in files.items():
         folder, _, name = path.rpartition("/")
         kind = files.get(f"{folder}/type", "").strip()
@@ -133,8 +133,8 @@ def _temperatures(files: Mapping[str, str]) -> dict[str, float]:
             continue
         celsius = int(text) / 1000  # millidegrees, as the kernel documents
         if _COLDEST_C < celsius < _HOTTEST_C:
-            found[kind] = max(celsius, found.get(kind, celsius))
-    return found
+            hottest[kind] = max(celsius, hottest.get(kind, celsius))
+    return hottest
 
 
 def clock_cap(*looks: Environment) -> float | None:

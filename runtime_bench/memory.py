@@ -19,15 +19,15 @@ def peak_rss_bytes(pid: int | None = None) -> int | None:
     fallback, does not: a small program started by a large one begins with the large one's value, so it is only used
     where there is no /proc.
     """
-    found = _status_bytes("VmHWM", str(pid or "self"))
-    return found or (_maxrss_bytes() if pid is None else None)
+    peak = _status_bytes("VmHWM", str(pid or "self"))
+    return peak or (_maxrss_bytes() if pid is None else None)
 
 
 def current_rss_bytes() -> int | None:
     """Resident set size of this process now."""
-    found = _status_bytes("VmRSS")
-    if found is not None:
-        return found
+    resident = _status_bytes("VmRSS")
+    if resident is not None:
+        return resident
     import psutil
 
     return int(psutil.Process().memory_info().rss)

@@ -79,12 +79,12 @@ def find_chromium() -> str:
         if not os.access(named, os.X_OK):
             raise InputError("cannot be run", field=EXECUTABLE_VARIABLE, value=named)
         return named
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
-    if found is None:
+    executable = next(filter(None, map(shutil.which, _NAMES)), None)
+    if executable is None:
         raise InputError(
             "Chromium is not installed", allowed=f"{', '.join(_NAMES)} in PATH, or {EXECUTABLE_VARIABLE}=FILE"
         )
-    return found
+    return executable
 
 
 class Page:

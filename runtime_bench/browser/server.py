@@ -33,8 +33,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             return ""
         if not rest:
             return str(base) if base.is_file() else ""
-        found = (base / rest).resolve()
-        return str(found) if found.is_relative_to(base.resolve()) else ""
+        file = (base / rest).resolve()
+        return str(file) if file.is_relative_to(base.resolve()) else ""
 
     def list_directory(self, path: Any) -> None:
         """No listings."""

@@ -86,11 +86,11 @@ def _bytes(tensor: GGUFTensor) -> int:
 
 def _numbers(file: GGUFFile, name: str, default: int | None = None) -> list[int]:
     """A number of the header that is one for all blocks, or a list of one for each."""
-    found = file.hyperparameter(name, default)
-    values = list(found) if isinstance(found, (list, tuple)) else [found]
+    stored = file.hyperparameter(name, default)
+    values = list(stored) if isinstance(stored, (list, tuple)) else [stored]
     # Blocks without attention have no heads.
     if not all(isinstance(value, int) and value >= 0 for value in values) or not any(values):
-        raise InputError(f"{file.path} has no usable {file.architecture}.{name}", value=found)
+        raise InputError(f"{file.path} has no usable {file.architecture}.{name}", value=stored)
     return [int(value) for value in values]
 
 

@@ -163,7 +163,7 @@ def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
         InputError: The problems of all files that cannot be used.
     """
     folders = ((built_in_folder(), True), (own or user_folder(), False))
-    found: dict[str, KnownProfile] = {}
+    profiles: dict[str, KnownProfile] = {}
     problems = []
     for folder, built_in in folders:
         for file in sorted(folder.glob("*.toml")):
@@ -172,10 +172,10 @@ def load_profiles(own: Path | None = None) -> dict[str, KnownProfile]:
             except InputError as error:
                 problems.append(str(error))
                 continue
-            found[profile.id] = KnownProfile(profile, file, built_in)
+            profiles[profile.id] = KnownProfile(profile, file, built_in)
     if problems:
         raise InputError("; ".join(problems))
-    return dict(sorted(found.items()))
+    return dict(sorted(profiles.items()))
 
 
 def find_profile(name: str, profiles: Mapping[str, KnownProfile]) -> KnownProfile:

@@ -61,18 +61,18 @@ def run_matrix(
         return run_bench(files, settings, told, engine=engine, target=target, on_record=keep)
 
     remotes = [target for target in targets if isinstance(target, Remote)]
-    found: dict[int, list[BenchRecord]] = {}
+    by_target: dict[int, list[BenchRecord]] = {}
     if remotes:
         with ThreadPoolExecutor(len(remotes)) as pool:
             futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
             try:
-                found = {key: future.result() for key, future in futures.items()}
+                by_target = {key: future.result() for key, future in futures.items()}
             except BaseException:
                 # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it.
                 for remote in remotes:
                     remote.stop()
                 raise
     for target in targets:
-        if id(target) not in found:
-            found[id(target)] = measure(target)
-    return [record for target in targets for record in found[id(target)]]
+        if id(target) not in by_target:
+            by_target[id(target)] = measure(target)
+    return [record for target in targets for record in by_target[id(target)]]

@@ -107,25 +107,25 @@ def _continue_onnx(path: Path) -> list[str]:
 
 def _greedy(model: Any, prompt: list[int], stops: set[int]) -> list[int]:
     model.clear()
-    found: list[int] = []
+    written: list[int] = []
     tokens = prompt
-    while len(found) < NEW_TOKENS:
+    while len(written) < NEW_TOKENS:
         token = int(model.decode(tokens)[-1].argmax())
         if token in stops:
             break
-        found.append(token)
+        written.append(token)
         tokens = [token]
-    return found
+    return written
 
 
 def _stop_tokens(folder: Path) -> set[int]:
     """Where the folder's configs say that a text ends."""
-    found: set[int] = set()
+    stops: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             ends = read_json_object(folder / name).get("eos_token_id")
-            found |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
-    return found
+            stops |= {end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)}
+    return stops
 
 
 _WRITERS: MappingProxyType[str, Callable[[Path], list[str]]] = MappingProxyType(

@@ -58,17 +58,17 @@ def fetch_source(progress: Progress = no_progress) -> LlamaSource:
         progress(f"fetching the source of {_DISTRIBUTION}", 0, 1)
         _download(version, path)
         progress(f"fetching the source of {_DISTRIBUTION}", 1, 1)
-    found = sha256_file(path)
+    sha256 = sha256_file(path)
     pairs = (line.split() for line in _KNOWN.read_text(encoding="ascii").splitlines())
     known = {name: digest for digest, name in pairs}
-    if found not in (known.get(path.name), os.environ.get(ALLOWED)):
+    if sha256 not in (known.get(path.name), os.environ.get(ALLOWED)):
         raise InputError(
             f"{path} is not an archive that is known here",
             field="sha256",
-            value=found,
+            value=sha256,
             allowed=f"{', '.join(map(' '.join, known.items()))}, or what {ALLOWED} says",
         )
-    return LlamaSource(path, version, found)
+    return LlamaSource(path, version, sha256)
 
 
 def extract_llama(source: LlamaSource, folder: Path) -> Path:
@@ -85,17 +85,17 @@ def extract_llama(source: LlamaSource, folder: Path) -> Path:
             archive.extractall(folder, members, filter="data")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{source.path} cannot be unpacked: {error}") from error
-    found = folder / place
-    if not (found / "CMakeLists.txt").is_file():
+    llama_folder = folder / place
+    if not (llama_folder / "CMakeLists.txt").is_file():
         raise InputError(f"{source.path} carries no llama.cpp")
-    return found
+    return llama_folder
 
 
 def _download(version: str, destination: Path) -> None:
     requirement = f"{_DISTRIBUTION}=={version}"
     with tempfile.TemporaryDirectory(prefix="phoneready-") as scratch:
         try:
-            found = download_distribution(
+            archive = download_distribution(
                 requirement, Path(scratch), "--no-binary", _DISTRIBUTION, pattern="*.tar.gz"
             )
         except DownloadError as error:
@@ -103,4 +103,4 @@ def _download(version: str, destination: Path) -> None:
                 f"the source of {requirement} could not be fetched from PyPI by pip: {error}"
             ) from error
         with atomic_file(destination) as temporary:
-            shutil.copyfile(found, temporary)
+            shutil.copyfile(archive, temporary)

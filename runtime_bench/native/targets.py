@@ -72,8 +72,8 @@ def cpu_features(cpuinfo: str | None = None) -> frozenset[str]:
     """
     text = read_fact("/proc/cpuinfo") if cpuinfo is None else cpuinfo
     pairs = (line.partition(":") for line in text.splitlines())
-    found = next((value for key, _, value in pairs if key.strip() in ("flags", "Features")), "")
-    return frozenset(found.split())
+    flags = next((value for key, _, value in pairs if key.strip() in ("flags", "Features")), "")
+    return frozenset(flags.split())
 
 
 RUNNER_TARGETS: MappingProxyType[str, RunnerTarget] = MappingProxyType(

@@ -254,9 +254,9 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
             return f"{side} has {len(set(record.rounds))} {independent}, a verdict needs {MIN_SAMPLES}"
     if base.workload == "load":
         for side, record in (("base", base), ("new", new)):
-            wish, found = record.page_cache, record.page_cache_state
-            if wish in ("warm", "cold") and found not in (wish, "unknown"):
-                return f"{side} was to be loaded {wish}, and was {found}"
+            wish, state = record.page_cache, record.page_cache_state
+            if wish in ("warm", "cold") and state not in (wish, "unknown"):
+                return f"{side} was to be loaded {wish}, and was {state}"
         if base.page_cache_state != new.page_cache_state:
             return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
     return None

@@ -48,8 +48,8 @@ class BenchGroup:
     def find(self, file: str, test: str, threads: int) -> BenchRecord | None:
         """The last record of a file, a workload and a number of threads."""
         key = (file, test, threads)
-        found = [r for r in self.records if (r.model_filename, r.test, r.n_threads) == key]
-        return found[-1] if found else None
+        matching = [r for r in self.records if (r.model_filename, r.test, r.n_threads) == key]
+        return matching[-1] if matching else None
 
     def pairs(self, dense: str, pruned: str) -> list[tuple[BenchRecord, BenchRecord]]:
         """Records of two files that measure the same."""
@@ -65,14 +65,14 @@ class BenchGroup:
     def main_tests(self) -> list[tuple[str, int]]:
         """One workload of each sort, at the number of threads that is fastest for the first file."""
         first = [r for r in self.records if r.model_filename == self.files[0] and r.ok and r.median_ns]
-        found = []
+        tests = []
         for workload in _RATES:
             rows = [r for r in first if r.workload == workload]
             if rows:
                 alike = (r for r in rows if r.test == rows[-1].test)
                 best = min(alike, key=lambda r: r.median_ns or 0.0)
-                found.append((best.test, best.n_threads))
-        return found
+                tests.append((best.test, best.n_threads))
+        return tests
 
 
 def bench_groups(records: Sequence[BenchRecord]) -> list[BenchGroup]:

@@ -126,8 +126,8 @@ def _by_round(values: _Floats, rounds: Sequence[int] | None) -> _Floats:
 
 def _drawn_medians(table: _Floats, rows: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> _Floats:
     drawn = table[rows].reshape(len(rows), -1)
-    found: _Floats = np.nanmedian(drawn, axis=1) if np.isnan(table).any() else np.median(drawn, axis=1)
-    return found
+    medians: _Floats = np.nanmedian(drawn, axis=1) if np.isnan(table).any() else np.median(drawn, axis=1)
+    return medians
 
 
 def portions(total: int, most: int) -> list[int]:

@@ -59,12 +59,12 @@ class Browser(ThisMachine):
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""
-        found = BROWSER_ENGINES.get(path.suffix.lower())
-        if found is None:
+        engine = BROWSER_ENGINES.get(path.suffix.lower())
+        if engine is None:
             raise InputError(
                 "no page runs such a file", field="file", value=str(path), allowed=", ".join(BROWSER_ENGINES)
             )
-        return found
+        return engine
 
     def require(self, engine: str) -> None:
         """See `Target`; whether the browser can be had shows in each run's result."""
@@ -76,8 +76,8 @@ class Browser(ThisMachine):
 
     def environment(self) -> Environment:
         """See `Target`; a page that is slowed down has one thread."""
-        found = describe_environment()
-        return found if self.target_score is None else replace(found, cpus_usable=1)
+        environment = describe_environment()
+        return environment if self.target_score is None else replace(environment, cpus_usable=1)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`: a browser of its own for every measurement."""

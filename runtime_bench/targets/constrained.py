@@ -80,8 +80,8 @@ class Constrained(ThisMachine):
 
     def environment(self) -> Environment:
         """See `Target`."""
-        found = describe_environment()
-        return replace(found, cpus_usable=len(set(self.cores))) if self.cores else found
+        environment = describe_environment()
+        return replace(environment, cpus_usable=len(set(self.cores))) if self.cores else environment
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; the result says whether the model fits."""

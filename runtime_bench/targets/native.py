@@ -86,8 +86,10 @@ class QemuAarch64(Native):
         shown = subprocess.run([self.emulator, "--version"], capture_output=True, text=True, check=False)
         first = next(iter(shown.stdout.splitlines()), "")
         versions = {"phoneready": tool_version(), "qemu": first.partition(" version ")[2] or "unknown"}
-        found = environment_of({}, cpus_usable=default_threads(), platform="Linux-aarch64", versions=versions)
-        return replace(found, cpu_model="emulated by qemu-user")
+        environment = environment_of(
+            {}, cpus_usable=default_threads(), platform="Linux-aarch64", versions=versions
+        )
+        return replace(environment, cpu_model="emulated by qemu-user")
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`. The memory would be the emulator's: it stays unknown."""
@@ -101,7 +103,7 @@ def qemu_aarch64(progress: Progress = no_progress) -> QemuAarch64:
     Raises:
         InputError: No qemu-user, or the runner cannot be built.
     """
-    found = next(filter(None, map(shutil.which, EMULATORS)), None)
-    if found is None:
+    emulator = next(filter(None, map(shutil.which, EMULATORS)), None)
+    if emulator is None:
         raise InputError("qemu-aarch64 is not installed", field="on", allowed="Debian's package qemu-user")
-    return QemuAarch64(build_runner(EMULATED_RUNNER, progress=progress), found)
+    return QemuAarch64(build_runner(EMULATED_RUNNER, progress=progress), emulator)

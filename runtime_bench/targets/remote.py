@@ -183,10 +183,10 @@ class Remote:
                 raise
             except PhonereadyError as error:
                 link.programs[engine] = error
-        found = link.programs[engine]
-        if isinstance(found, PhonereadyError):
-            raise found
-        return found
+        program = link.programs[engine]
+        if isinstance(program, PhonereadyError):
+            raise program
+        return program
 
 
 def _native(remote: Remote, engine: str, link: _Connection) -> list[str]:
