@@ -118,12 +118,12 @@ def run_release(
             processes=lambda: _processes(config, folder, threads),
             threads=threads,
         )
-        found = read_figures(config, folder)
-        figures = collect_figures(config, folder, found)
+        recorded = read_figures(config, folder)
+        figures = collect_figures(config, folder, recorded)
         verdicts = write_verdicts(
             config.budgets, folder, figures, baseline, config.baseline.file if config.baseline else None
         )
-        manifest = publish(config, folder, found, list(records.values()))
+        manifest = publish(config, folder, recorded, list(records.values()))
         append_entry(folder, _history_entry(manifest, figures, verdicts, label))
         shutil.rmtree(Steps(config, folder, threads).recovery_work, ignore_errors=True)
         return manifest, verdicts

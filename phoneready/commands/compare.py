@@ -103,13 +103,13 @@ def _read(path: Path) -> list[BenchRecord]:
 
 
 def _find(name: str, models: dict[str, list[BenchRecord]], path: Path) -> str:
-    found = [file for file in models if name in (file, Path(file).name, Path(file).stem)]
-    if len(found) != 1:
-        what = "several models" if found else "no model"
+    files = [file for file in models if name in (file, Path(file).name, Path(file).stem)]
+    if len(files) != 1:
+        what = "several models" if files else "no model"
         raise InputError(
             f"{path} has {what} of that name", field="--base-model", value=name, allowed=", ".join(models)
         )
-    return found[0]
+    return files[0]
 
 
 def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[Path]) -> None:
@@ -117,9 +117,9 @@ def _write_plot(path: Path, models: list[list[BenchRecord]], quality: Sequence[P
     from phoneready.report.comparison_page import render_comparison
     from phoneready.report.model_points import point_groups, quality_of
 
-    found = quality_of([read_record(Evaluation, file) for file in quality])
-    groups = point_groups([record for records in models for record in records], found)
-    write_text(path, render_comparison(groups, found))
+    measured_quality = quality_of([read_record(Evaluation, file) for file in quality])
+    groups = point_groups([record for records in models for record in records], measured_quality)
+    write_text(path, render_comparison(groups, measured_quality))
     note(f"{path}: size against speed against quality")
 
 

@@ -63,12 +63,12 @@ def fit(
     if context > facts.context_length:
         allowed = f"up to {facts.context_length}"
         raise InputError("longer than the model's context", field="context", value=context, allowed=allowed)
-    found = [project(entry.profile, facts, context) for entry in chosen]
+    rows = [project(entry.profile, facts, context) for entry in chosen]
     payload = {"kind": "projected", "file": str(file), "context": context}
     write_result(
-        format_projections(found, context),
+        format_projections(rows, context),
         payload
-        | {"devices": [asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total} for row in found]},
+        | {"devices": [asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total} for row in rows]},
         as_json=json,
     )
 

@@ -104,10 +104,10 @@ def examine() -> list[Check]:
 
 
 def _check_python() -> Check:
-    found = f"{platform.python_version()} at {sys.executable}"
+    interpreter = f"{platform.python_version()} at {sys.executable}"
     if sys.version_info < OLDEST_PYTHON:
-        return Check("Python", "failed", found, "3.11 or newer is needed")
-    return Check("Python", "ok", found)
+        return Check("Python", "failed", interpreter, "3.11 or newer is needed")
+    return Check("Python", "ok", interpreter)
 
 
 def _check_package(name: str, without: str, hint: str) -> Check:
@@ -125,8 +125,8 @@ def _check_llama_library() -> Check:
     if result.returncode == 0:
         return Check(name, "ok", "loads")
     if result.returncode < 0:
-        found = f"ends by signal {-result.returncode} when loaded"
-        return Check(name, "missing", found, "it was compiled for another processor: build it here")
+        ending = f"ends by signal {-result.returncode} when loaded"
+        return Check(name, "missing", ending, "it was compiled for another processor: build it here")
     return Check(name, "missing", (result.stderr.strip().splitlines() or ["does not load"])[-1])
 
 
@@ -147,10 +147,10 @@ def _check_memory() -> Check:
     except ImportError:
         return Check("memory", "warning", "unknown")
     memory = psutil.virtual_memory()
-    found = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
+    free = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} free"
     if memory.available < DEMO_MEMORY_BYTES:
-        return Check("memory", "warning", found, f"the demo needs about {format_bytes(DEMO_MEMORY_BYTES)}")
-    return Check("memory", "ok", found)
+        return Check("memory", "warning", free, f"the demo needs about {format_bytes(DEMO_MEMORY_BYTES)}")
+    return Check("memory", "ok", free)
 
 
 def _check_cache() -> list[Check]:

@@ -70,10 +70,12 @@ def frontier(
     export = ExportConfig(gptq=rounding.gptq, tune_scales=rounding.tune_scales)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
-        found = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
+        record = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
     try:
-        write_text(output / PLOT_FILE, render_frontier(found))
+        write_text(output / PLOT_FILE, render_frontier(record))
     except MissingExtraError as error:
         note(f"no plot is written: {error}")
-    kept = f"\n{len(found.kept)} files in {output}; what others dominate is deleted unless --keep is given.\n"
-    write_result(format_frontier(found) + kept, record_to_json(found), as_json=json)
+    kept = (
+        f"\n{len(record.kept)} files in {output}; what others dominate is deleted unless --keep is given.\n"
+    )
+    write_result(format_frontier(record) + kept, record_to_json(record), as_json=json)

@@ -40,12 +40,12 @@ def history(
     from phoneready.history.tables import format_history
 
     entries = find_entries(paths or [Path()])
-    found = make_history(entries, settings)
+    record = make_history(entries, settings)
     if plot is not None:
         from phoneready.history.plot import render_plot
 
         refuse_existing(plot, force=True, like=PAGE)
-        write_text(plot, render_plot(found))
-    write_result(format_history(found, every=dense), record_to_json(found), as_json=json)
+        write_text(plot, render_plot(record))
+    write_result(format_history(record, every=dense), record_to_json(record), as_json=json)
     if gate:
-        check_history(found, recent)
+        check_history(record, recent)

@@ -118,10 +118,10 @@ def was_given(context: typer.Context, name: str) -> bool:
 
 def _group(parameter: inspect.Parameter, hint: Any) -> _Group | None:
     name, default = parameter.name, parameter.default
-    if (found := setting_in(default)) is not None:
-        return _Group(name, None, {name: Declared(name, hint, default.default, found)})
-    if (found := setting_in(hint)) is not None:
-        return _Group(name, None, {name: Declared(name, get_args(hint)[0], default, found)})
+    if (carried := setting_in(default)) is not None:
+        return _Group(name, None, {name: Declared(name, hint, default.default, carried)})
+    if (carried := setting_in(hint)) is not None:
+        return _Group(name, None, {name: Declared(name, get_args(hint)[0], default, carried)})
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     if not (isinstance(kind, type) and issubclass(kind, Settings)):
         return None

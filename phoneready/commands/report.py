@@ -32,8 +32,8 @@ def report(
     from phoneready.evaluation.sweep import Sweep
     from phoneready.publish.publish import PAGE_FILE, REPORT_FILE, rewrite_reports
 
-    found = None if sweep is None else read_record(Sweep, sweep)
-    rewrite_reports(folder, sweep=found)
+    sweep_record = None if sweep is None else read_record(Sweep, sweep)
+    rewrite_reports(folder, sweep=sweep_record)
     files = [folder / name for name in (PAGE_FILE, REPORT_FILE)]
     lines = [f"{file}: {file.stat().st_size / 1e6:.2f} MB" for file in files]
     write_result("\n".join(lines), {"files": [str(file) for file in files]}, as_json=json)

@@ -99,11 +99,11 @@ def standing(point: MeasuredFile, points: Iterable[MeasuredFile]) -> Standing:
     rivals = [one for one in points if one is not point and one.file_bytes <= point.file_bytes]
     beating, open_ = [], []
     for rival in rivals:
-        found = excess(rival, point)
-        strict = rival.file_bytes < point.file_bytes or found.bits < 0
-        if found.high is not None and found.high <= 0:
+        difference = excess(rival, point)
+        strict = rival.file_bytes < point.file_bytes or difference.bits < 0
+        if difference.high is not None and difference.high <= 0:
             beating += [rival] if strict else []
-        elif found.low is None or found.low <= 0:
+        elif difference.low is None or difference.low <= 0:
             open_.append(rival)
     for verdict, named in ((DOMINATED, beating), (UNDECIDED, open_)):
         if named:
@@ -126,19 +126,19 @@ def best_of(points: Iterable[MeasuredFile]) -> Best:
 
 def choose(points: Iterable[MeasuredFile], at_bytes: int) -> Choice:
     """The best file of a size or less, and the best dense one."""
-    found = best_of(point for point in points if point.file_bytes <= at_bytes)
-    return Choice(found.best, found.dense, found.excess, at_bytes)
+    best = best_of(point for point in points if point.file_bytes <= at_bytes)
+    return Choice(best.best, best.dense, best.excess, at_bytes)
 
 
 def telling_sizes(points: Sequence[MeasuredFile]) -> tuple[int, ...]:
     """Sizes of the dense files, and of smaller ones: of those at which one file is the best, the least."""
     sizes = sorted({point.file_bytes for point in points})
     dense = {point.file_bytes for point in points if point.is_dense}
-    found: dict[str | None, int] = {}
+    least_size_of: dict[str | None, int] = {}
     for size in sizes:
         if size in dense or size < min(dense, default=0):
-            found.setdefault(choose(points, size).best, size)
-    return tuple(sorted(found.values()))
+            least_size_of.setdefault(choose(points, size).best, size)
+    return tuple(sorted(least_size_of.values()))
 
 
 def _best(points: Sequence[MeasuredFile]) -> MeasuredFile | None:

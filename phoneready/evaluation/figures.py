@@ -76,17 +76,17 @@ def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iter
 
 
 def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
-    found = []
+    figures = []
     for task in tasks:
         scores = [score for score in task.metrics if score.higher_is_better]
         score = next((one for one in scores if one.name == "acc"), scores[0] if scores else None)
         if score is not None:
-            found.append(score_figure(item, role, subject, task, score))
-    yield from found
-    if found:
+            figures.append(score_figure(item, role, subject, task, score))
+    yield from figures
+    if figures:
         yield Figure(
             FigureKey("mean_accuracy", item), role, subject, "share",
-            sum(f.value or 0 for f in found) / len(found),
-            stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in found)) / len(found),
-            conditions={name: value for f in found for name, value in f.conditions.items()},
+            sum(f.value or 0 for f in figures) / len(figures),
+            stderr=math.sqrt(sum((f.stderr or 0) ** 2 for f in figures)) / len(figures),
+            conditions={name: value for f in figures for name, value in f.conditions.items()},
         )  # fmt: skip

@@ -49,16 +49,16 @@ class GateRow:
 
 def measures(evaluation: Evaluation) -> dict[str, Figure]:
     """Every figure of an evaluation that has a tolerance, by the name that people read."""
-    subject, found = evaluation.model.reference, {}
+    subject, by_name = evaluation.model.reference, {}
     for figure in evaluation_figures("", subject, evaluation):
         row = recorded_metric(figure.key.metric)
         if figure.role == PRUNED and row.tolerance is not None and row.source != TASK:
             title = row.title if row.name == figure.key.metric else figure.key.metric
-            found[f"{title}, {figure.key.on}" if figure.key.on else title] = figure
+            by_name[f"{title}, {figure.key.on}" if figure.key.on else title] = figure
     for task in evaluation.tasks:
         for score in task.metrics:
-            found[f"{task.task} {score.name}"] = score_figure("", PRUNED, subject, task, score)
-    return found
+            by_name[f"{task.task} {score.name}"] = score_figure("", PRUNED, subject, task, score)
+    return by_name
 
 
 def check_limits(limits: Mapping[str, float]) -> None:
@@ -165,12 +165,12 @@ def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:
         conditions["reference model"] = known or against.reference
     if evaluation.model.source_sha256 and other.model.source_sha256:
         conditions["hash of the dense model"] = evaluation.model.source_sha256
-    found = {}
+    figures = {}
     for name, figure in measures(evaluation).items():
         own = {}
         if figure.key.metric == "degenerate" and evaluation.degeneration is not None:
             own["max_new_tokens"] = str(evaluation.degeneration.max_new_tokens)
         if figure.higher_is_better is not None:
             own[f"higher_is_better of {name}"] = str(figure.higher_is_better)
-        found[name] = replace(figure, conditions=figure.conditions | conditions | own)
-    return found
+        figures[name] = replace(figure, conditions=figure.conditions | conditions | own)
+    return figures

@@ -31,9 +31,9 @@ def find_metric(reference: str) -> Metric:
     """
     module, colon, name = reference.rpartition(":")
     if not colon and (plugin := plugins.load_plugins(plugins.METRICS, METRICS).get(reference)):
-        found = plugin.load(object)
+        function = plugin.load(object)
     elif module and name.isidentifier():
-        found = _imported(module, name)
+        function = _imported(module, name)
     else:
         raise InputError(
             "not a metric",
@@ -41,9 +41,9 @@ def find_metric(reference: str) -> Metric:
             value=reference,
             allowed="FILE.py:function, module:function, or a plugin's name",
         )
-    if not callable(found):
+    if not callable(function):
         raise InputError("not a function", field="metric", value=reference)
-    metric: Metric = found
+    metric: Metric = function
     return metric
 
 
@@ -91,8 +91,8 @@ def _origin(module: str) -> str | None:
     parts = module.split(".")
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
-        found = (finder.find_spec(name, place) for finder in sys.meta_path)
-        if (spec := next(filter(None, found), None)) is None:
+        specs = (finder.find_spec(name, place) for finder in sys.meta_path)
+        if (spec := next(filter(None, specs), None)) is None:
             return None
         place = spec.submodule_search_locations
     return spec.origin if spec is not None and spec.has_location else None
@@ -138,11 +138,11 @@ def measure(
     figures = result if isinstance(result, Mapping) else {"": result}
     if not figures:
         raise InputError(f"metric {reference} returned no figures")
-    found = []
+    measured = []
     for key, value in figures.items():
         name, (unit, direction) = f"{reference}.{key}" if key else reference, _declared(metric, str(key))
-        found.append(MetricResult(name, _number(name, value), direction, unit))
-    return tuple(found)
+        measured.append(MetricResult(name, _number(name, value), direction, unit))
+    return tuple(measured)
 
 
 def _declared(metric: Metric, key: str) -> tuple[str, bool | None]:

@@ -103,8 +103,8 @@ def _texts(
     """The windows of all texts and chats, and what was measured on each."""
     windows = [text_windows(source, against or model, settings, progress) for _, source in settings.sources]
     results = [
-        judge(kind, model, against, found, progress)
-        for (kind, _), found in zip(settings.sources, windows, strict=True)
+        judge(kind, model, against, of_source, progress)
+        for (kind, _), of_source in zip(settings.sources, windows, strict=True)
     ]
     return windows, results
 
@@ -145,10 +145,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 def _prompt(row: Mapping[str, Any], where: str) -> str:
     turns = row.get("turns")
-    found = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
-    if not isinstance(found, str) or not found.strip():
+    prompt = row.get("prompt") or (turns[0] if isinstance(turns, list) and turns else None)
+    if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(f"{where}: no prompt", allowed="a text in `prompt`, or `turns` with one")
-    return found
+    return prompt
 
 
 def text_windows(
@@ -230,8 +230,8 @@ class _Said:
 
     @property
     def by_reason(self) -> dict[str, float]:
-        found = Counter(reason for reason in self.reasons if reason)
-        return {reason: count / len(self.reasons) for reason, count in sorted(found.items())}
+        counts = Counter(reason for reason in self.reasons if reason)
+        return {reason: count / len(self.reasons) for reason, count in sorted(counts.items())}
 
     @property
     def share(self) -> float:
@@ -252,7 +252,7 @@ def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degene
     if not settings.prompts:
         return None
     text = json.dumps(settings.prompts, ensure_ascii=False)
-    found = Degeneration(
+    degeneration = Degeneration(
         prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
         n_prompts=len(settings.prompts),
         max_new_tokens=settings.max_new_tokens,
@@ -261,11 +261,11 @@ def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degene
         reasons=said[0].reasons,
     )
     for dense in said[1:]:
-        found = replace(
-            found,
+        degeneration = replace(
+            degeneration,
             against_share=dense.share,
             against_by_reason=dense.by_reason,
             against_reasons=dense.reasons,
-            difference_points=100 * (found.share - dense.share),
+            difference_points=100 * (degeneration.share - dense.share),
         )
-    return found
+    return degeneration

@@ -120,12 +120,12 @@ def _other_tokens(
     spelling: Respelling, window: torch.Tensor, model: LanguageModel, dense: LanguageModel
 ) -> _WindowLoss:
     """All of the window's text, however many tokens that takes, as the file's own tokenizer cuts it."""
-    found = _loss(respelled_divergence(dense, model, TokenWindows(window[None], "", ""), spelling))
+    loss = _loss(respelled_divergence(dense, model, TokenWindows(window[None], "", ""), spelling))
     text = respelled(window, dense.tokenizer, model.tokenizer)
-    found = replace(found, n_tokens=len(text.ids) - text.n_context)
+    loss = replace(loss, n_tokens=len(text.ids) - text.n_context)
     if text.ids.equal(spelling.spell(window.tolist()).ids):
-        return found
-    return replace(found, nats=text_loss(model, [text]))
+        return loss
+    return replace(loss, nats=text_loss(model, [text]))
 
 
 def _same_tokens(window: torch.Tensor, model: LanguageModel, dense: LanguageModel) -> _WindowLoss:

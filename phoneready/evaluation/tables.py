@@ -88,8 +88,8 @@ def standing_column(files: Sequence[MeasuredFile], standings: Mapping[str, Stand
     labels = {one.file: one.label for one in files}
 
     def stands(one: MeasuredFile) -> str:
-        found = standings[one.file]
-        return f"{_RELATIONS[found.verdict]} {labels[found.by]}" if found.by else found.verdict
+        standing = standings[one.file]
+        return f"{_RELATIONS[standing.verdict]} {labels[standing.by]}" if standing.by else standing.verdict
 
     return Column("standing", stands)
 
@@ -121,8 +121,8 @@ def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> lis
 def format_answers(evaluation: Evaluation) -> str:
     """The answers of the reference model and the model below each other, question by question."""
     lines = []
-    found = evaluation.degeneration
-    reasons = (found.against_reasons, found.reasons) if found else ((), ())
+    degeneration = evaluation.degeneration
+    reasons = (degeneration.against_reasons, degeneration.reasons) if degeneration else ((), ())
     columns = [evaluation.against_answers, evaluation.answers]
     for index, prompt in enumerate(evaluation.prompts):
         lines.append(f"Q: {prompt}")
@@ -152,15 +152,17 @@ def _tasks(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str
 
 
 def _degeneration(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:
-    found = evaluation.degeneration
-    if found is None:
+    degeneration = evaluation.degeneration
+    if degeneration is None:
         return table_of_cells((), ())
     shares = [
-        (reason, found.by_reason.get(reason, 0.0), found.against_by_reason.get(reason, 0.0))
-        for reason in sorted({*found.by_reason, *found.against_by_reason})
+        (reason, degeneration.by_reason.get(reason, 0.0), degeneration.against_by_reason.get(reason, 0.0))
+        for reason in sorted({*degeneration.by_reason, *degeneration.against_by_reason})
     ]
-    shares.append((f"all, of {found.n_prompts} answers", found.share, found.against_share or 0.0))
-    if found.against_share is None:
+    shares.append(
+        (f"all, of {degeneration.n_prompts} answers", degeneration.share, degeneration.against_share or 0.0)
+    )
+    if degeneration.against_share is None:
         return table_of_cells(
             ("degenerate answers", names[1]), [(why, f"{ours:.1%}") for why, ours, _ in shares]
         )

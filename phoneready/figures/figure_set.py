@@ -98,18 +98,18 @@ def read_baseline(path: Path, wanted: Iterable[FigureKey]) -> FigureSet:
     Raises:
         InputError: No such file, another schema, a figure that it does not have, or one that no release can have.
     """
-    found = read_record(FigureSet, path)
-    for figure in found.figures:
+    baseline = read_record(FigureSet, path)
+    for figure in baseline.figures:
         values = [value for value in (figure.value, *figure.samples) if value is not None]
         if recorded_metric(figure.key.metric) is not OWN_METRIC and min(values, default=0) < 0:
             raise InputError(
                 f"{path}: no figure: {figure.key.describe()}", value=min(values), allowed="0 or more"
             )
-    known = found.by_key(PRUNED)
+    known = baseline.by_key(PRUNED)
     missing = [key.describe() for key in wanted if not any(same_figure(key, other) for other in known)]
     if missing:
         raise InputError(f"{path} has no {'; no '.join(dict.fromkeys(missing))}", field="baseline.file")
-    return found
+    return baseline
 
 
 def check_same_model(baseline: FigureSet, source: str, sha256: str | None, where: Path) -> None:

@@ -123,8 +123,8 @@ def _absolute(figure: Figure) -> _Estimate:
         return _Estimate(figure.value, figure.value, figure.value)
     if figure.n_independent < MIN_SAMPLES:
         return _Estimate(figure.value, reason=_too_few(figure))
-    found = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
-    return _Estimate(found.ratio, found.low, found.high)
+    interval = ratio_interval(figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds)
+    return _Estimate(interval.ratio, interval.low, interval.high)
 
 
 def _relative(budget: BudgetConfig, figure: Figure, reference: Figure) -> _Estimate:
@@ -149,16 +149,16 @@ def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
         if one.n_independent < MIN_SAMPLES or one.noise:
             return _Estimate(reason=_too_noisy(one) if one.noise else _too_few(one))
     paired = figure.paired is not None and figure.paired == reference.paired
-    found = ratio_interval(
+    interval = ratio_interval(
         figure.samples,
         reference.samples,
         paired=paired and figure.n_independent == reference.n_independent,
         numerator_rounds=figure.rounds,
         denominator_rounds=reference.rounds,
     )
-    if found.high > WIDEST * found.low:
+    if interval.high > WIDEST * interval.low:
         return _Estimate(reason=f"{TOO_NOISY}: the rounds differ too much")
-    return _Estimate(found.ratio, found.low, found.high)
+    return _Estimate(interval.ratio, interval.low, interval.high)
 
 
 def _of_values(

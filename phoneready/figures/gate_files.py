@@ -53,10 +53,10 @@ def write_verdicts(
     write_record(folder / FIGURES_FILE, figures)
     verdicts = judge_all(budgets, figures, baseline)
     where = baseline_file.name if baseline_file else None
-    found = Verdicts(worst_outcome(verdicts), figures.source, figures.source_sha256, where, verdicts)
-    write_record(folder / VERDICTS_FILE, found)
-    write_text(folder / JUNIT_FILE, junit_xml(found))
-    summary = summary_markdown(found)
+    record = Verdicts(worst_outcome(verdicts), figures.source, figures.source_sha256, where, verdicts)
+    write_record(folder / VERDICTS_FILE, record)
+    write_text(folder / JUNIT_FILE, junit_xml(record))
+    summary = summary_markdown(record)
     write_text(folder / SUMMARY_FILE, summary)
     step_summary = os.environ.get(STEP_SUMMARY)
     if step_summary:
@@ -65,7 +65,7 @@ def write_verdicts(
                 stream.write(summary + "\n")
         except OSError as error:  # hours of work are not lost for it
             logger.warning("the summary is not in %s: %s", step_summary, error.strerror)
-    return found
+    return record
 
 
 def check_verdicts(found: Verdicts, *, strict: bool) -> None:

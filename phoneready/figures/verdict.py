@@ -44,10 +44,10 @@ class BudgetVerdict:
 
     def figure(self) -> str:
         """The value for people, with its interval."""
-        found = format_figure(self.value, self.unit)
+        value = format_figure(self.value, self.unit)
         if self.low is None or self.high is None:
-            return found
-        return f"{found} ({format_figure(self.low, self.unit)} to {format_figure(self.high, self.unit)})"
+            return value
+        return f"{value} ({format_figure(self.low, self.unit)} to {format_figure(self.high, self.unit)})"
 
 
 @dataclass(frozen=True)

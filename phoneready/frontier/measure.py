@@ -24,7 +24,7 @@ def measure_speed(path: Path, base: Path, settings: BenchSettings, progress: Pro
     records = {r.model_filename: r for r in run_bench(list(dict.fromkeys((base, path))), settings, progress)}
     record, rival = records[str(path)], records[str(base)]
     middle, low, high = speed_span(record) if record.has_speed else (None, None, None)
-    found = compare_records(rival, record) if record.ok and rival.ok else None
+    comparison = compare_records(rival, record) if record.ok and rival.ok else None
     return Speed(
         record.test,
         record.n_threads,
@@ -33,8 +33,8 @@ def measure_speed(path: Path, base: Path, settings: BenchSettings, progress: Pro
         high,
         record.peak_rss_bytes,
         record.failure or rival.failure,
-        times=found.ratio if found else None,
-        times_low=found.low if found else None,
-        times_high=found.high if found else None,
+        times=comparison.ratio if comparison else None,
+        times_low=comparison.low if comparison else None,
+        times_high=comparison.high if comparison else None,
         in_turns=True,
     )

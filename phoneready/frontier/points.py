@@ -71,13 +71,13 @@ def batches_of(settings: FrontierSettings, allocation: str) -> tuple[Batch, ...]
     Where no channels go, widths have no alignment; else each quantization has what it needs, and those that need the
     same share a checkpoint. Where recovery is asked for, each pruned one is followed by itself, trained.
     """
-    found: dict[tuple[Structures, float, bool, int], list[Point]] = {}
+    batches: dict[tuple[Structures, float, bool, int], list[Point]] = {}
     combined = () if settings.trials else _combinations(settings)
     for gone, ratio, recover in dict.fromkeys(((Structures(), 0.0, False), *combined)):
         for item in settings.chosen_quants:
             point = make_point(settings, allocation, item, ratio, gone, recover)
-            found.setdefault((gone, ratio, recover, point.recipe.align), []).append(point)
-    return tuple(Batch(tuple(points)) for points in found.values())
+            batches.setdefault((gone, ratio, recover, point.recipe.align), []).append(point)
+    return tuple(Batch(tuple(points)) for points in batches.values())
 
 
 def make_point(

@@ -168,11 +168,11 @@ def choose_by_speed(points: Sequence[FrontierPoint], times: Iterable[float]) -> 
     """The best file that decodes so many times as fast as the dense Q4_0 file, by medians; empty without any speed."""
     if not any(point.times for point in points):
         return ()
-    found = []
+    choices = []
     for factor in times:
         best = best_of(point for point in points if (point.times or 0.0) >= factor)
-        found.append(SpeedChoice(best.best, best.dense, best.excess, factor))
-    return tuple(found)
+        choices.append(SpeedChoice(best.best, best.dense, best.excess, factor))
+    return tuple(choices)
 
 
 def model_label(structures: Structures, prune_ratio: float, recovered: bool) -> str:

@@ -243,14 +243,14 @@ class _Run:
     def _measure(self, point: Point, expected: int | None, show: Callable[[str], None]) -> None:
         show(f"{point_label(point)}{f', {megabytes(expected)} expected' if expected else ''}")
         try:
-            found = self._measured(point, expected)
+            file = self._measured(point, expected)
         except (InputError, LimitError) as error:
             self.failed[point] = str(error)
             show(f"  failed: {error}")
             return
-        write_record(self._record(point), found)
+        write_record(self._record(point), file)
         self._write()
-        show(f"  {megabytes(found.file_bytes)}, {found.bits_per_byte:.4f} bits a byte, {found.seconds:.0f} s")
+        show(f"  {megabytes(file.file_bytes)}, {file.bits_per_byte:.4f} bits a byte, {file.seconds:.0f} s")
 
     def _measured(self, point: Point, expected: int | None) -> FrontierPoint:
         """Make a file, measure it, and leave it in the folder until it is known to be dominated."""
@@ -341,7 +341,7 @@ class _Run:
             choices=tuple(choose(measured, size) for size in sorted(sizes)) if measured else (),
             left_out=tuple(f"{point_label(point)}: {why}" for point, why in self.left_out.items()),
             failed=tuple(f"{point_label(point)}: {why}" for point, why in self.failed.items()),
-            open=tuple(point_label(p) for p, found in known.items() if not found and p not in settled),
+            open=tuple(point_label(p) for p, file in known.items() if not file and p not in settled),
             kept=(),
             speed_choices=choose_by_speed(measured, self.settings.at_speed),
             recovery=config.recover,
@@ -377,7 +377,7 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
     """The windows of every text; vocabularies and calibration are looked at, too."""
     config, dense = runner.config, RememberedModel(runner.loaded)
     judged: EvaluationSettings = config.evaluate.settings(config.seed + 1, ())
-    found = [text_windows(source, dense, judged, runner.progress) for _, source in judged.sources]
+    windows = [text_windows(source, dense, judged, runner.progress) for _, source in judged.sources]
     longest = int(getattr(runner.loaded.model.config, "max_position_embeddings", None) or settings.seqlen)
     if settings.seqlen > longest:
         raise InputError(
@@ -392,6 +392,6 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
     return JudgedWindows(
         tuple(kind for kind, _ in judged.sources),
         tuple(source for _, source in judged.sources),
-        tuple(tuple(map(tuple, one.ids.tolist())) for one in found),
-        tuple(one.sha256 for one in found),
+        tuple(tuple(map(tuple, one.ids.tolist())) for one in windows),
+        tuple(one.sha256 for one in windows),
     )

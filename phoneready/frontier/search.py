@@ -53,11 +53,11 @@ class Search:
             measure: Gives None of what cannot be made.
         """
         while (trial := self._ask()) is not None:
-            found = measure(self._point(trial.params))
-            if found is None:
+            file = measure(self._point(trial.params))
+            if file is None:
                 self._study.tell(trial, state=_states().FAIL)
             else:
-                self._study.tell(trial, [float(found.file_bytes), found.bits_per_byte])
+                self._study.tell(trial, [float(file.file_bytes), file.bits_per_byte])
 
     def points(self) -> list[Point]:
         """What was proposed and measured, each once."""

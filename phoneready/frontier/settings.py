@@ -22,10 +22,10 @@ def parse_sizes(text: str, field: str) -> tuple[int, ...]:
     Raises:
         InputError: One of them is none; `field` is named.
     """
-    found = tuple(parse_bytes(part, field) for part in text.split(",") if part.strip())
-    if not found:
+    sizes = tuple(parse_bytes(part, field) for part in text.split(",") if part.strip())
+    if not sizes:
         raise InputError("empty", field=field, allowed="such as 70MB,80MB")
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(sizes))
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def exact_changes(values: Sequence[float], threshold: float) -> tuple[Change, ..
         values: One figure a run.
         threshold: Relative change that counts.
     """
-    found, level, since = [], 0, 0
+    changes, level, since = [], 0, 0
     for run in range(1, len(values)):
         if values[run] == values[level]:
             since = run
@@ -75,9 +75,9 @@ def exact_changes(values: Sequence[float], threshold: float) -> tuple[Change, ..
             continue
         sudden = abs(_ratio(values[run], values[run - 1]) - 1) > threshold / 2
         first = run if sudden else since + 1
-        found.append(Change(STEP if sudden else DRIFT, first, values[level], values[run], 0.0))
+        changes.append(Change(STEP if sudden else DRIFT, first, values[level], values[run], 0.0))
         level = since = run
-    return tuple(found)
+    return tuple(changes)
 
 
 def sampled_changes(
@@ -98,8 +98,8 @@ def sampled_changes(
     x = np.log(np.asarray(values, np.float64))
     known = [error for error in errors if error is not None]
     error = math.sqrt(sum(e * e for e in known) / len(known)) if known else None
-    found = list(_search(x, 0, error, threshold, false_alarms))
-    return tuple(sorted(found, key=lambda change: change.first))
+    changes = list(_search(x, 0, error, threshold, false_alarms))
+    return tuple(sorted(changes, key=lambda change: change.first))
 
 
 def _search(

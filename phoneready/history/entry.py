@@ -154,7 +154,7 @@ def _relative_error(figure: Figure, value: float) -> float | None:
         return None if figure.stderr is None else figure.stderr / value
     if figure.n_independent < _FEWEST:
         return None
-    found = ratio_interval(
+    interval = ratio_interval(
         figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds, resamples=_RESAMPLES
     )
-    return math.log(found.high / found.low) / (2 * NORMAL_95)
+    return math.log(interval.high / interval.low) / (2 * NORMAL_95)

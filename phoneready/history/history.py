@@ -156,12 +156,12 @@ def find_entries(paths: Sequence[Path]) -> list[HistoryEntry]:
     files: list[Path] = []
     for path in paths:
         inside = [path] if path.is_file() else [path / HISTORY_FILE, *sorted(path.glob(f"*/{HISTORY_FILE}"))]
-        found = [file for file in inside if file.is_file()]
-        if not found:
+        present = [file for file in inside if file.is_file()]
+        if not present:
             raise InputError(
                 f"{path} has no {HISTORY_FILE}", allowed="release folders, folders of those, or such files"
             )
-        files += found
+        files += present
     entries = {(e.time, e.id): e for file in dict.fromkeys(files) for e in read_entries(file)}
     runs = [entries[key] for key in sorted(entries)]
     models = {e.source_sha256 or e.source: e.source for e in runs}
@@ -244,12 +244,12 @@ def _differences(before: HistoryEntry | None, now: HistoryEntry) -> Iterable[str
 
 
 def _series(entries: Sequence[HistoryEntry]) -> tuple[Series, ...]:
-    found: dict[tuple[object, ...], list[tuple[int, HistoryFigure]]] = {}
+    rows_by_figure: dict[tuple[object, ...], list[tuple[int, HistoryFigure]]] = {}
     for number, entry in enumerate(entries, 1):
         for figure in entry.figures:
             conditions = tuple(sorted(figure.conditions.items()))
-            found.setdefault((figure.role, figure.key, conditions), []).append((number, figure))
-    return tuple(_one_series(rows) for rows in found.values())
+            rows_by_figure.setdefault((figure.role, figure.key, conditions), []).append((number, figure))
+    return tuple(_one_series(rows) for rows in rows_by_figure.values())
 
 
 def _one_series(rows: Sequence[tuple[int, HistoryFigure]]) -> Series:

@@ -96,13 +96,13 @@ def _model(figures: ReleaseFigures, manifest: ReleaseManifest, dense: dict[str, 
 
 
 def _metrics(figures: ReleaseFigures) -> list[dict[str, str]]:
-    found = []
+    metrics = []
     for text in figures.evaluation.texts:
         if d := text.divergence:
             where = f"{text.kind}, {text.n_tokens} tokens, sha256 {text.windows_sha256[:16]}"
             for name in ("perplexity", "perplexity_ratio", "kl_mean", "same_top1"):
-                found.append({"type": name, "value": f"{getattr(d, name):.6g}", "slice": where})
-    return found
+                metrics.append({"type": name, "value": f"{getattr(d, name):.6g}", "slice": where})
+    return metrics
 
 
 def _dense(figures: ReleaseFigures) -> dict[str, Any]:

@@ -60,11 +60,11 @@ def describe_files(folder: Path, names: Iterable[str], known: Mapping[str, str])
     for name in names:
         path = folder / name
         paths |= {path} if path.is_file() else {file for file in path.rglob("*") if file.is_file()}
-    found = []
+    contents = []
     for path in paths:
         name = path.relative_to(folder).as_posix()
-        found.append(Content(name, path.stat().st_size, known.get(name) or sha256_file(path)))
-    return tuple(sorted(found, key=lambda content: content.path))
+        contents.append(Content(name, path.stat().st_size, known.get(name) or sha256_file(path)))
+    return tuple(sorted(contents, key=lambda content: content.path))
 
 
 def write_sums(folder: Path, contents: Iterable[Content]) -> None:
@@ -88,15 +88,15 @@ def read_sums(folder: Path) -> dict[str, str]:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text") from error
-    found = {}
+    sums = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         if match is None or not is_inside(match[2]):
             raise InputError(f"{file}, line {number} is no hash and file of the folder")
-        found[match[2]] = match[1]
+        sums[match[2]] = match[1]
     if last:
         raise InputError(f"{file} does not end with a whole line")
-    return found
+    return sums
 
 
 def find_problems(folder: Path, contents: Iterable[Content]) -> list[Problem]:
@@ -110,14 +110,14 @@ def find_problems(folder: Path, contents: Iterable[Content]) -> list[Problem]:
         Changed, missing and further files, in order of their paths.
     """
     expected = {content.path: content for content in contents}
-    found = []
+    problems = []
     for path, content in expected.items():
         reason = "is no path inside a release" if not is_inside(path) else _reason(folder / path, content)
         if reason:
-            found.append(Problem(path, reason))
+            problems.append(Problem(path, reason))
     further = sorted(_present(folder) - set(expected))
-    found += [Problem(path, "is not of this release") for path in further]
-    return sorted(found, key=lambda problem: problem.path)
+    problems += [Problem(path, "is not of this release") for path in further]
+    return sorted(problems, key=lambda problem: problem.path)
 
 
 def _reason(path: Path, content: Content) -> str | None:
@@ -130,12 +130,12 @@ def _reason(path: Path, content: Content) -> str | None:
 
 
 def _present(folder: Path) -> set[str]:
-    found = set()
+    paths = set()
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
         if relative.parts[0] not in _KEPT_APART and (path.is_symlink() or not path.is_dir()):
-            found.add(relative.as_posix())
-    return found
+            paths.add(relative.as_posix())
+    return paths
 
 
 def is_inside(path: str) -> bool:

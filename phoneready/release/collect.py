@@ -33,17 +33,17 @@ def collect_figures(config: ReleaseConfig, folder: Path, release: ReleaseFigures
     sides = ((PRUNED, release.pruned), (DENSE, release.dense))
     exports = [(role, record) for role, records in sides for record in records]
     items = {record.file: (role, record.quant) for role, record in exports}
-    found = [size_figure(role, record.quant, record.file, record.file_bytes) for role, record in exports]
+    figures = [size_figure(role, record.quant, record.file, record.file_bytes) for role, record in exports]
     for place in config.bench.targets:
-        found += benchmark_figures(config, place, steps.bench_records(place), items)
+        figures += benchmark_figures(config, place, steps.bench_records(place), items)
     projected = config.bench.measured(config.export.projected) if config.bench.devices else ()
     for artifact in steps.artifacts():
         if artifact.item in projected:
             about = (artifact.role, artifact.item, artifact.name, artifact.facts)
-            found += projected_figures(config, *about)
+            figures += projected_figures(config, *about)
     for item, subject, evaluation in steps.evaluations():
-        found += evaluation_figures(item, subject, evaluation)
-    return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(found))
+        figures += evaluation_figures(item, subject, evaluation)
+    return FigureSet(release.source.reference, release.source.sha256, config.seed, tuple(figures))
 
 
 def size_figure(role: str, item: str, subject: str, n_bytes: int) -> Figure:
@@ -128,13 +128,13 @@ def projected_figures(
     profiles = load_profiles()
     context = min(config.bench.n_ctx, facts.context_length)
     for device in config.bench.devices:
-        found = project(find_profile(device, profiles).profile, facts, context)
-        why = "; ".join(found.assumptions)
-        memory = found.memory.total
+        projection = project(find_profile(device, profiles).profile, facts, context)
+        why = "; ".join(projection.assumptions)
+        memory = projection.memory.total
         bands = {
             "projected_memory_bytes": Band(memory, memory),
-            "projected_tg": found.decode,
-            "projected_pp": found.prefill,
+            "projected_tg": projection.decode,
+            "projected_pp": projection.prefill,
         }
         for metric, band in bands.items():
             figure = Figure(

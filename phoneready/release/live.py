@@ -24,13 +24,13 @@ from runtime_bench.records.jsonl import read_jsonl
 
 def last_times(stages: Sequence[Stage], folder: Path) -> dict[str, float | None]:
     """Of the stages that will run, how many seconds they took when they ran before; None where they never did."""
-    found: dict[str, float | None] = {}
+    seconds: dict[str, float | None] = {}
     for name in (name for name, why in explain_stages(stages, folder).items() if why):
         try:
-            found[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE).seconds
+            seconds[name] = read_record(StageRecord, stage_folder(folder, name) / RECORD_FILE).seconds
         except InputError:
-            found[name] = None
-    return found
+            seconds[name] = None
+    return seconds
 
 
 def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
@@ -51,8 +51,8 @@ def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
 
 def stage_figures(folder: Path, name: str) -> str:
     """The figures that a finished stage has found, in a few words; nothing where it has none."""
-    found = (describe for beginning, describe in _FIGURES.items() if name.startswith(beginning))
-    describe = next(found, None)
+    describers = (describe for beginning, describe in _FIGURES.items() if name.startswith(beginning))
+    describe = next(describers, None)
     return describe(stage_folder(folder, name)) if describe else ""
 
 

@@ -88,9 +88,9 @@ def _losses(folder: Path) -> tuple[FileLosses, ...]:
 def _exports(steps: Steps, role: str) -> tuple[ExportRecord, ...]:
     """The records of a model's exports, which call them as the release does."""
     folder = stage_folder(steps.folder, f"export-{role}")
-    found = [
+    records = [
         record
         for kind in steps.config.export.formats
         for record in read_record(ExportManifest, folder / kind / "export.json").exports
     ]
-    return tuple(replace(record, file=steps.artifact(role, record.quant).name) for record in found)
+    return tuple(replace(record, file=steps.artifact(role, record.quant).name) for record in records)

@@ -155,10 +155,10 @@ def run_stages(
         for stage in group:
             if stage not in to_do:
                 done(stage, "done before")
-        found = processes() if to_do and group[0].beside else None
-        if found is not None:
+        workers = processes() if to_do and group[0].beside else None
+        if workers is not None:
             with progress() as report:
-                _run_beside(found, to_do, inputs, show, report, lambda stage: done(stage, ""))
+                _run_beside(workers, to_do, inputs, show, report, lambda stage: done(stage, ""))
             continue
         for stage in to_do:
             show(stage.name, "running")

@@ -205,15 +205,15 @@ class Steps:
         judged = self._judged_on
         cut = [JudgedText(kind, text_windows(one, dense, judged, progress)) for kind, one in judged.sources]
         texts = [shortened(text, *tokenizers.values()) for text in cut]
-        found = []
+        files = []
         for artifact in self.artifacts():
             tokenizer = tokenizers[artifact.role]
             losses = measure_file(
                 artifact.root, dense, tokenizer, texts, threads=self.threads, progress=progress
             )
             size = size_of(artifact.path)
-            found.append(FileLosses(artifact.name, size, losses, artifact.role, artifact.item))
-        write_record(output / SIDE_BY_SIDE_FILE, SideBySide(tuple(found)))
+            files.append(FileLosses(artifact.name, size, losses, artifact.role, artifact.item))
+        write_record(output / SIDE_BY_SIDE_FILE, SideBySide(tuple(files)))
 
     def evaluate_files(self, output: Path, progress: Progress) -> None:
         """Exports of the pruned model in their own runtime, against the dense checkpoint."""
@@ -266,14 +266,14 @@ class Steps:
 
     def answers(self, output: Path, progress: Progress) -> None:
         """What the files answer in their own runtime."""
-        found: dict[str, tuple[str, ...]] = {}
+        answers: dict[str, tuple[str, ...]] = {}
         longest, artifacts = self.config.evaluate.max_new_tokens, self.artifacts()
         for artifact in artifacts:
             family, root = family_of(artifact.item), str(artifact.root)
             with contextlib.closing(family.open_model(root, _ANSWER_CONTEXT, self.threads)) as model:
-                found[artifact.name] = tuple(answer(model, self.prompts, max_new_tokens=longest))
-            progress("asking the files", len(found), len(artifacts))
-        write_record(output / ANSWERS_FILE, Answers(self.prompts, found))
+                answers[artifact.name] = tuple(answer(model, self.prompts, max_new_tokens=longest))
+            progress("asking the files", len(answers), len(artifacts))
+        write_record(output / ANSWERS_FILE, Answers(self.prompts, answers))
 
     def bench(self, place: str, output: Path, progress: Progress) -> None:
         """All of them in turns at a place; records name them without folders, as the release may move.

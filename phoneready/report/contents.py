@@ -116,15 +116,15 @@ def headline(figures: ReleaseFigures) -> str:
 
 def beaten(figures: ReleaseFigures) -> list[str]:
     """Of every pruned file that another one of the release dominates, which does: no larger, and surely no worse."""
-    found = []
+    sentences = []
     for pruned in (one for one in figures.losses if not one.is_dense):
         where = figures.standings[pruned.file]
         best = figures.losses_of(where.by)
         if where.verdict == DOMINATED and best is not None:
             sizes = f"{format_bytes(best.file_bytes)} against {format_bytes(pruned.file_bytes)}"
             losses = f"{best.bits_per_byte:.4f} bits a byte against {pruned.bits_per_byte:.4f}"
-            found.append(f"The {best.label} file dominates the {pruned.label} file: {sizes}, {losses}.")
-    return found
+            sentences.append(f"The {best.label} file dominates the {pruned.label} file: {sizes}, {losses}.")
+    return sentences
 
 
 def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
@@ -141,7 +141,7 @@ def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, 
     e, said = figures.evaluation, figures.answers.answers
     why = e.degeneration
     flags = (why.against_reasons if why else (), why.reasons if why else ())
-    found = []
+    questions = []
     for i, prompt in enumerate(figures.answers.prompts):
         sides: list[tuple[str | None, ...]] = []
         if i < len(e.answers) and i < len(e.against_answers):
@@ -149,5 +149,5 @@ def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, 
             sides.append(("checkpoint, in torch", e.against_answers[i], e.answers[i], *reasons))
         for dense, pruned in figures.pairs:
             sides.append((f"{dense.quant} file", said[dense.file][i], said[pruned.file][i], None, None))
-        found.append((prompt, sides))
-    return found
+        questions.append((prompt, sides))
+    return questions

@@ -84,23 +84,23 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
     diverge = all(text.divergence for text in texts) and len({_reference(e) for e in evaluations}) == 1
     values = [text.divergence.kl_mean if diverge and text.divergence else text.perplexity for text in texts]
     what = f"mean KL divergence from {_reference(evaluations[0])}, nats" if diverge else "perplexity"
-    found = _by_model(evaluations, values)
-    return Quality(f"{what}, on {Path(texts[0].source).name}", found)
+    by_model = _by_model(evaluations, values)
+    return Quality(f"{what}, on {Path(texts[0].source).name}", by_model)
 
 
 def _by_model(evaluations: Sequence[Evaluation], values: Sequence[float]) -> dict[str | None, float]:
     """The figure of every model by the hash of its file, of exports that are folders also by the path."""
-    found: dict[str | None, float] = {}
+    value_of: dict[str | None, float] = {}
     for evaluation, value in zip(evaluations, values, strict=True):
         model = evaluation.model
         if model.sha256 is None:
             raise InputError(f"the evaluation of {model.reference} has no hash of its file")
-        if model.sha256 in found:
+        if model.sha256 in value_of:
             raise InputError(f"several evaluations are of {model.reference}")
-        found[model.sha256] = value
+        value_of[model.sha256] = value
         if model.runtime in _RUNTIMES:
-            found[str(Path(model.reference).absolute())] = value
-    return found
+            value_of[str(Path(model.reference).absolute())] = value
+    return value_of
 
 
 def point_groups(records: Sequence[BenchRecord], quality: Quality | None) -> list[PointGroup]:

@@ -86,9 +86,9 @@ def _tiles(figures: ReleaseFigures, group: BenchGroup | None) -> list[tuple[str,
     if group:
         for test, threads in group.main_tests()[:1]:
             a, b = (group.find(record.file, test, threads) for record in (dense, pruned))
-            if a and b and usable(a) and usable(b) and (found := compare_records(a, b)).ratio:
-                speed = speeds_text(found)[1]
-                tiles.append((f"speed, {test}", speed, f"{found.ratio:.2f}", found.verdict))
+            if a and b and usable(a) and usable(b) and (comparison := compare_records(a, b)).ratio:
+                speed = speeds_text(comparison)[1]
+                tiles.append((f"speed, {test}", speed, f"{comparison.ratio:.2f}", comparison.verdict))
         before, now = (group.peak_rss_bytes(record.file) for record in (dense, pruned))
         if before and now:
             tiles.append(("peak memory", format_bytes(now), f"{now / before:.3f}", ""))
@@ -102,12 +102,12 @@ def _tiles(figures: ReleaseFigures, group: BenchGroup | None) -> list[tuple[str,
 def _projection_tables(report: ReportInput) -> list[tuple[str, int, Table[Row]]]:
     """One table a file, one row a device: (file, tokens of the context, table)."""
     header = ("device", "memory", "needs", "may have", "generation, t/s", "prompt, t/s")
-    found = []
+    tables = []
     for file, facts in report.projected.items():
         context = min(report.config.bench.n_ctx, facts.context_length)
         rows = [_row(device.name, project(device, facts, context)) for device in report.devices]
-        found.append((file, context, table_of_cells(header, rows)))
-    return found
+        tables.append((file, context, table_of_cells(header, rows)))
+    return tables
 
 
 def _row(device: str, p: Projection) -> Row:

@@ -72,8 +72,8 @@ def scatter(
 
 def marker(index: int, size: int, colour: str | None = None) -> dict[str, Any]:
     """The markers of the series of that number, unless in a colour of their own."""
-    found = colour or SERIES[index % len(SERIES)]
-    return {"color": found, "size": size, "symbol": SYMBOLS[index % len(SYMBOLS)]}
+    chosen = colour or SERIES[index % len(SERIES)]
+    return {"color": chosen, "size": size, "symbol": SYMBOLS[index % len(SYMBOLS)]}
 
 
 def error_bars(spans: Iterable[tuple[float, float, float]]) -> dict[str, Any]:

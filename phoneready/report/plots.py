@@ -34,14 +34,14 @@ from runtime_bench.records.groups import BenchGroup
 
 def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup], sweep: Sweep | None) -> list[Plot]:
     """The plots that there are figures for; each group of benchmark records has its own."""
-    found: list[Plot | None] = []
+    plots: list[Plot | None] = []
     for number, group in enumerate(groups):
-        found += [speed_plot(figures, group, number), ratio_plot(figures, group, number)]
-    found += [losses_plot(figures), quality_plot(figures, sweep)]
-    found += (
+        plots += [speed_plot(figures, group, number), ratio_plot(figures, group, number)]
+    plots += [losses_plot(figures), quality_plot(figures, sweep)]
+    plots += (
         [pattern_plot(figures.plan), allocation_plot(figures.plan)] if figures.plan.keep_ratio < 1 else []
     )
-    return [plot for plot in found if plot is not None]
+    return [plot for plot in plots if plot is not None]
 
 
 def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot | None:
@@ -57,7 +57,7 @@ def quality_plot(figures: ReleaseFigures, sweep: Sweep | None) -> Plot | None:
     if sweep:
         points = [(0.0, {}), *((p.removed, _ratios(p.evaluation)) for p in sweep.points)]
         for name in points[-1][1]:
-            series = [(x, found.get(name, 1.0)) for x, found in points]
+            series = [(x, ratios.get(name, 1.0)) for x, ratios in points]
             data.append(_line(f"sweep, {name}", series, len(data), dash="dot"))
     for name, ratio in _ratios(figures.evaluation).items():
         data.append(_line(f"checkpoint, {name}", [(0.0, 1.0), (removed, ratio)], len(data)))
@@ -106,18 +106,18 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
 
 def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot | None:
     """Speed of pruned over dense with intervals, one row a workload; None where nothing compares."""
-    found = [
+    compared = [
         (dense.quant, index, rows)
         for index, (dense, pruned) in enumerate(figures.pairs)
         if (rows := _comparisons(group.pairs(dense.file, pruned.file)))
     ]
-    if not found:
+    if not compared:
         return None
-    threshold = found[0][2][0].threshold
+    threshold = compared[0][2][0].threshold
     layout = plot_layout(xaxis="speed of pruned / dense", yaxis="")
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "automargin": True}
     layout["scattermode"] = "group"
-    ends = [end for _, _, rows in found for c in rows for end in (c.low or 1.0, c.high or 1.0)]
+    ends = [end for _, _, rows in compared for c in rows for end in (c.low or 1.0, c.high or 1.0)]
     # An interval of a few noisy samples may reach very far: it leaves the picture rather than shrink the others.
     low, high = max(min(*ends, 1 / (1 + threshold)), 0.4), min(max(*ends, 1 + threshold), 2.5)
     layout["xaxis"]["range"] = [low - 0.02, high + 0.02]
@@ -126,18 +126,20 @@ def ratio_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     band |= {"fillcolor": BAND, "line": {"width": 0}}
     layout["shapes"] = [shape | {"y0": 0, "y1": 1, "yref": "paper"} for shape in (band, one)]
     caption = (
-        f"{group.title}. Right of 1 is faster; lines are {found[0][2][0].confidence:.0%} intervals "
+        f"{group.title}. Right of 1 is faster; lines are {compared[0][2][0].confidence:.0%} intervals "
         f"of the ratio of medians. Inside the grey band, {threshold:.0%}, nothing is called a difference."
     )
     title = f"Speed, pruned over dense: {group.kind}, {group.target}"
-    height = 130 + max(len(rows) for _, _, rows in found) * (26 + 12 * len(found))
-    figure = {"data": [_intervals(*series) for series in found], "layout": layout}
+    height = 130 + max(len(rows) for _, _, rows in compared) * (26 + 12 * len(compared))
+    figure = {"data": [_intervals(*series) for series in compared], "layout": layout}
     return Plot(f"plot-ratio-{number}", title, caption, "figures", height, figure)
 
 
 def _comparisons(pairs: Sequence[tuple[BenchRecord, BenchRecord]]) -> list[Comparison]:
-    found = [compare_records(dense, pruned) for dense, pruned in pairs if usable(dense) and usable(pruned)]
-    return [c for c in found if c.ratio and c.low and c.high]
+    comparisons = [
+        compare_records(dense, pruned) for dense, pruned in pairs if usable(dense) and usable(pruned)
+    ]
+    return [c for c in comparisons if c.ratio and c.low and c.high]
 
 
 def usable(record: BenchRecord) -> bool:

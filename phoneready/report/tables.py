@@ -227,10 +227,10 @@ def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
     }
     rows: list[Row] = []
     for file in group.files:
-        found = [_speed_of(group, file, *key) for key in group.tests]
+        speeds = [_speed_of(group, file, *key) for key in group.tests]
         verdicts = {r.memory_verdict for r in group.records if r.model_filename == file and r.memory_verdict}
         memory = ", ".join([format_bytes(group.peak_rss_bytes(file)), *sorted(verdicts)])
-        rows.append((roles.get(file, file), *found, memory))
+        rows.append((roles.get(file, file), *speeds, memory))
     tests = [f"{test}, {threads} thr." for test, threads in group.tests]
     return table_of_cells(("file", *tests, "peak memory"), rows)
 
@@ -240,12 +240,12 @@ def record_table(group: BenchGroup) -> Table[Row]:
     rows: list[Row] = []
     for r in group.records:
         threads = f"{r.n_threads}"
-        found: Cell = speed_text(r) if r.ok else Mark("failed", "bad", r.failure or "no reason")
+        outcome: Cell = speed_text(r) if r.ok else Mark("failed", "bad", r.failure or "no reason")
         if r.void:
-            found = Mark("void", "bad", f"writes degenerate text: {r.degenerate}")
+            outcome = Mark("void", "bad", f"writes degenerate text: {r.degenerate}")
         memory = format_bytes(r.peak_rss_bytes) + (f", {r.memory_verdict}" if r.memory_verdict else "")
         spread = NOTHING if r.spread is None else f"{r.spread:.2f}"
-        rows.append((r.model_filename, r.test, threads, found, f"{len(r.samples_ns)}", spread, memory))
+        rows.append((r.model_filename, r.test, threads, outcome, f"{len(r.samples_ns)}", spread, memory))
     header = ("file", "test", "threads", "found", "samples", "p90 / p50", "peak memory")
     return table_of_cells(header, rows)
 

@@ -245,17 +245,17 @@ def beside(config: ReleaseConfig, folder: Path) -> ReleaseConfig:
     def resolve(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(resolve, value))
-        found = value is not None and (folder / value).exists()
-        return type(value)(str(folder / value)) if found else value
+        is_there = value is not None and (folder / value).exists()
+        return type(value)(str(folder / value)) if is_there else value
 
     changed: dict[str, Any] = {}
     for name, fields in _REFERENCES.items():
         section = getattr(config, name)
         if section is not None:
-            found = {field: resolve(getattr(section, field)) for field in fields}
+            resolved = {field: resolve(getattr(section, field)) for field in fields}
             plain = dataclasses.is_dataclass(section)
             changed[name] = (
-                dataclasses.replace(section, **found) if plain else section.model_copy(update=found)
+                dataclasses.replace(section, **resolved) if plain else section.model_copy(update=resolved)
             )
     return config.model_copy(update=changed)
 

@@ -109,12 +109,12 @@ class TargetSettings(Settings):
         """
         names = self.for_quant or tuple(made) or (DEFAULT_FORMAT,)
         gguf = FAMILIES["gguf"]
-        found = tuple(name for name in names if gguf.has(name) and gguf.find(name).is_sized)
-        if self.reads_files and not found:
+        sized = tuple(name for name in names if gguf.has(name) and gguf.find(name).is_sized)
+        if self.reads_files and not sized:
             raise InputError(
                 "no file of a size that follows from the shape",
                 field="target_size" if self.target_size else "target_speed",
                 value=", ".join(names),
                 allowed=f"one of {', '.join(gguf.formats)}",
             )
-        return found
+        return sized

@@ -18,7 +18,7 @@ def key_lines(text: str) -> dict[Location, int]:
     Statement by statement, each read by tomllib itself: what begins on a line goes on until it can be read alone.
     Keys inside inline tables stand at the line of their statement.
     """
-    found: dict[Location, int] = {}
+    line_of: dict[Location, int] = {}
     arrays: Counter[Location] = Counter()
     table: Location = ()
     for number, statement in _statements(text):
@@ -26,11 +26,11 @@ def key_lines(text: str) -> dict[Location, int]:
         if statement.lstrip().startswith("["):
             *_, header = _paths(parsed)
             table = _table(header, arrays, array=statement.lstrip().startswith("[["))
-            found.setdefault(table, number)
+            line_of.setdefault(table, number)
             parsed = {}
         for path in _paths(parsed):
-            found.setdefault((*table, *path), number)
-    return found
+            line_of.setdefault((*table, *path), number)
+    return line_of
 
 
 def nearest(location: Location, known: Mapping[Location, T]) -> T | None:

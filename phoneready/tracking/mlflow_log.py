@@ -94,9 +94,9 @@ def _log_figures(client: Any, run_id: str, manifest: ReleaseManifest, figures: F
 
 
 def _experiment(client: Any, tracking: TrackingConfig) -> str:
-    found = client.get_experiment_by_name(tracking.experiment)
-    if found is not None:
-        return str(found.experiment_id)
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is not None:
+        return str(experiment.experiment_id)
     kind, _, path = tracking.mlflow.partition(":///")
     place = None
     if kind == "sqlite":  # artifacts go beside the database, not into the working folder

@@ -86,8 +86,8 @@ class _Curve:
         self._scale, self._predictor = scale, Predictor(known, prior)
 
     def at(self, point: Point) -> Prediction:
-        found = self._predictor.predict(point.recipe.settings, self._scale.x(point.prune_ratio))
-        value, *ends = map(self._scale.back, found)
+        predicted = self._predictor.predict(point.recipe.settings, self._scale.x(point.prune_ratio))
+        value, *ends = map(self._scale.back, predicted)
         return Prediction(value, min(ends), max(ends))
 
 

@@ -133,13 +133,13 @@ class Limits:
         """
         wanted = self.wanted(point)
         known = [figure for figure in figures if any(same_figure(key, figure.key) for key in wanted)]
-        found = FigureSet(self.config.model.reference, None, self.config.seed, tuple(known))
+        figure_set = FigureSet(self.config.model.reference, None, self.config.seed, tuple(known))
         present = [figure.key for figure in known]
         return Judged(
             tuple(
                 BudgetCheck(budget, verdict)
                 for budget in config_of(self.config, point).budgets
                 if select(budget, present)
-                for verdict in judge_all([budget], found, self.baseline)
+                for verdict in judge_all([budget], figure_set, self.baseline)
             )
         )

@@ -124,11 +124,11 @@ class TuneResult:
 
 def pareto(rows: Sequence[TrialRow]) -> tuple[int, ...]:
     """Numbers of the rows that no other beats in size and quality both, by size."""
-    found: list[TrialRow] = []
+    unbeaten: list[TrialRow] = []
     for row in sorted(rows, key=lambda r: (r.file_bytes, r.divergence)):
-        if not found or row.divergence < found[-1].divergence:
-            found.append(row)
-    return tuple(row.number for row in found)
+        if not unbeaten or row.divergence < unbeaten[-1].divergence:
+            unbeaten.append(row)
+    return tuple(row.number for row in unbeaten)
 
 
 def release_toml(config: ReleaseConfig, point: Point) -> str:

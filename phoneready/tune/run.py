@@ -150,8 +150,8 @@ class _Search:
 
     def _tried(self) -> list[MeasuredPoint]:
         """Trials that say all that the budgets want to know."""
-        found = (self._judged(number, trial) for number, trial in enumerate(self.study.trials()))
-        return [one for one in found if one is not None]
+        judged = (self._judged(number, trial) for number, trial in enumerate(self.study.trials()))
+        return [one for one in judged if one is not None]
 
     def _judged(self, number: int, trial: Trial) -> MeasuredPoint | None:
         """A trial held against the budgets; None where they want what it has no figure of."""
@@ -191,12 +191,12 @@ class _Search:
     def _divergence(self, trial: Trial) -> float | None:
         """The goal: the mean over all texts of the mean KL divergence."""
         item = self.limits.objective_item(trial.point)
-        found = [
+        divergences = [
             figure.value
             for figure in trial.measured.figures.figures
             if figure.key.metric == "kl_mean" and figure.key.item == item and figure.value is not None
         ]
-        return sum(found) / len(found) if found else None
+        return sum(divergences) / len(divergences) if divergences else None
 
     def _try(self, candidate: Candidate, show: Callable[[str], None]) -> None:
         try:
@@ -236,23 +236,23 @@ class _Search:
         )
 
     def _pending(self, tried: Sequence[MeasuredPoint]) -> str | None:
-        found = self.searcher.next(tried, self.failed)
-        if found is None:
+        candidate = self.searcher.next(tried, self.failed)
+        if candidate is None:
             return None
-        expected = format_expected(found.expected)
-        return found.point.describe() + (f", expected KL {expected}" if expected else "")
+        expected = format_expected(candidate.expected)
+        return candidate.point.describe() + (f", expected KL {expected}" if expected else "")
 
     def _outlook(self, forecast: Forecast, recipe: Recipe) -> tuple[Outlook, ...]:
         low, high = max(self.settings.min_prune_ratio, 0.02), self.settings.max_prune_ratio
-        found = []
+        outlooks = []
         for step in range(_OUTLOOK):
             point = Point(recipe, round(low + (high - low) * (step + 0.5) / _OUTLOOK, 2))
             expected = forecast.divergence(point)
             if expected is not None:
                 size = self.bench.runner.file_bytes(point)
                 others = dict[str, tuple[float, float, float]](forecast.figures(point))
-                found.append(Outlook(point.prune_ratio, size, expected, others))
-        return tuple(found)
+                outlooks.append(Outlook(point.prune_ratio, size, expected, others))
+        return tuple(outlooks)
 
 
 def _check_goal(limits: Limits, recipes: Sequence[Recipe]) -> None:

@@ -68,16 +68,16 @@ class Searcher:
         Raises:
             InputError: None is left.
         """
-        found: dict[Recipe, InputError] = {}
+        refused: dict[Recipe, InputError] = {}
         for recipe in self._recipes:
             try:
                 self._exact(self._points(recipe)[0])
             except InputError as error:
-                found[recipe] = error
-        if len(found) == len(self._recipes):
-            raise next(iter(found.values()))
-        self._recipes = [recipe for recipe in self._recipes if recipe not in found]
-        return tuple(map(str, found.values()))
+                refused[recipe] = error
+        if len(refused) == len(self._recipes):
+            raise next(iter(refused.values()))
+        self._recipes = [recipe for recipe in self._recipes if recipe not in refused]
+        return tuple(map(str, refused.values()))
 
     def check_hope(self) -> None:
         """Raise LimitError where no point can meet what widths settle: names the closest, and what it misses."""
@@ -97,12 +97,12 @@ class Searcher:
         """
         forecast = Forecast(tried)
         candidates = (self._candidate(recipe, tried, forecast) for recipe in self._recipes)
-        found = [c for c in candidates if c is not None and c.point not in failed]
+        promising = [c for c in candidates if c is not None and c.point not in failed]
         best = self.best(tried)
         if best is not None:
             bar = self._objective(best) * (1 - self._tune.tolerance)
-            found = [c for c in found if c.optimistic < bar]
-        return min(found, key=lambda c: c.optimistic, default=None)
+            promising = [c for c in promising if c.optimistic < bar]
+        return min(promising, key=lambda c: c.optimistic, default=None)
 
     def least_known(self, tried: Sequence[MeasuredPoint], failed: Collection[Point]) -> Candidate | None:
         """Of the best recipe so far, the point farthest from all that are known; None where all are."""
@@ -199,14 +199,14 @@ class Searcher:
         ratios = [round(1 - kept * step / total, 6) for kept in range(units, 0, -1)]
         low, high = self._tune.min_prune_ratio, self._tune.max_prune_ratio
         least = len(dense) * recipe.align / total
-        found = tuple(Point(recipe, r) for r in ratios if low <= r <= high and 1 - r >= least)
-        if not found:
+        points = tuple(Point(recipe, r) for r in ratios if low <= r <= high and 1 - r >= least)
+        if not points:
             raise InputError(
                 f"widths in multiples of {recipe.align} reach no prune ratio from {low:g} to {high:g}",
                 field="tune.aligns",
                 value=recipe.align,
             )
-        return found
+        return points
 
 
 def _between(guess: int, low: int, high: int) -> int:

@@ -78,7 +78,7 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
         raise InputError("there is no [recover] that says how to train", field="tune.recover", value=True)
     items = tune.files or config.export.names
     allocations = tune.allocations or (config.prune.allocation,)
-    found: Iterator[Recipe] = (
+    recipes: Iterator[Recipe] = (
         Recipe(item, allocation, align or _needed(item, config), trained, **gone.plain)
         for gone, item, allocation, align, trained in itertools.product(
             tune.combined(Structures.of(config.prune)),
@@ -88,7 +88,7 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
             recover,
         )
     )
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(recipes))
 
 
 def config_of(config: ReleaseConfig, point: Point) -> ReleaseConfig:

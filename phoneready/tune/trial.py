@@ -88,13 +88,13 @@ class Bench:
         files = [file]
         if any(not metric_of(key.metric).is_quality for key in self.limits.wanted(point, "dense")):
             files.append(self._dense_file(point))
-        found = [
+        measured = [
             *self._sizes(point, files),
             *self._judgements(point, checkpoint, file),
             *self._benchmarks(point, files),
         ]
         source = self.runner.loaded.source
-        figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(found))
+        figures = FigureSet(source.reference, source.sha256, self.limits.config.seed, tuple(measured))
         seconds = round(time.monotonic() - began, 2)
         return Measured(1 - plan.keep_ratio, plan.shape, size_of(file.path), figures, seconds)
 
@@ -115,8 +115,8 @@ class Bench:
             with open_language_model(
                 reference, runtime_for(reference), opening, progress=self.runner.progress
             ) as model:
-                found = evaluate(model, self._dense, settings, progress=self.runner.progress)
-            yield from evaluation_figures(item, name, found)
+                evaluation = evaluate(model, self._dense, settings, progress=self.runner.progress)
+            yield from evaluation_figures(item, name, evaluation)
 
     @functools.cached_property
     def _dense(self) -> RememberedModel:

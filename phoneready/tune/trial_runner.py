@@ -165,9 +165,9 @@ class TrialRunner:
     @functools.cached_property
     def _counts(self) -> Counts:
         self.progress("counting tokens", 0, 1)
-        found = counts_of(self.loaded, self.calibration, self.config.prune.vocabulary_text)
+        counts = counts_of(self.loaded, self.calibration, self.config.prune.vocabulary_text)
         self.progress("counting tokens", 1, 1)
-        return found
+        return counts
 
     @functools.cached_property
     def _order(self) -> TokenOrder:
