@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfsp.errors import InputError
-from exporters.families import FAMILIES
+from exporters.onnx.family import ONNX
 from phoneready.evaluation.evaluation_record import Evaluation
 from runtime_bench.presentation.record_table import best_threads
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.notes import note_of
 
-_RUNTIMES = frozenset(family.runtime for family in FAMILIES.values())
-"""What runs exports: a checkpoint's folder may hold files that are others than it."""
 _RATES = ("tg", "pp", "ttft", "load")
 """Workloads in the order in which they say most about a chat on a phone."""
 
@@ -89,7 +87,7 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
 
 
 def _by_model(evaluations: Sequence[Evaluation], values: Sequence[float]) -> dict[str | None, float]:
-    """The figure of every model by the hash of its file, of exports that are folders also by the path."""
+    """The figure of every model by the hash of its file, of ONNX folders also by its path."""
     value_of: dict[str | None, float] = {}
     for evaluation, value in zip(evaluations, values, strict=True):
         model = evaluation.model
@@ -98,7 +96,7 @@ def _by_model(evaluations: Sequence[Evaluation], values: Sequence[float]) -> dic
         if model.sha256 in value_of:
             raise InputError(f"several evaluations are of {model.reference}")
         value_of[model.sha256] = value
-        if model.runtime in _RUNTIMES:
+        if model.runtime == ONNX.runtime:
             value_of[str(Path(model.reference).absolute())] = value
     return value_of
 
