@@ -14,9 +14,13 @@ import torch
 DTYPES = ("auto", "float32", "bfloat16")
 
 
-def fast_dtype() -> torch.dtype:
-    """bfloat16 where this CPU has matrix units for it (AMX), else float32: AVX512-BF16 alone is no faster."""
-    return torch.bfloat16 if _has_matrix_units() else torch.float32
+def fast_dtype(device_type: str = "cpu") -> torch.dtype:
+    """bfloat16 where a GPU knows it, or this CPU has matrix units for it (AMX), else float32.
+
+    AVX512-BF16 alone is no faster.
+    """
+    fast = torch.cuda.is_bf16_supported() if device_type == "cuda" else _has_matrix_units()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def _has_matrix_units() -> bool:
@@ -30,21 +34,25 @@ def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return fast_dtype()
+    return fast_dtype(device_type)
 
 
-def rounding_dtype(name: str) -> torch.dtype:
-    """What `products_in` rounds inputs to: without matrix units torch leaves float32 as it is, whatever the name."""
-    return torch.float32 if name == "float32" else fast_dtype()
+def rounding_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
+    """What `products_in` rounds inputs to: without matrix units torch leaves float32 as it is, whatever the name.
+
+    On a GPU that is TensorFloat-32, which has the range of float32 and three bits more than bfloat16, by whose name it
+    goes here.
+    """
+    return torch.float32 if name == "float32" else fast_dtype(device_type)
 
 
 @contextmanager
 def products_in(name: str) -> Iterator[None]:
-    """Matrix products of float32 tensors on the CPU take their inputs in `rounding_dtype` inside the context."""
+    """Matrix products of float32 tensors take their inputs in `rounding_dtype` inside the context."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if rounding_dtype(name) == torch.bfloat16 else "highest")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds = rounding_dtype(name, device_type) == torch.bfloat16
+    torch.set_float32_matmul_precision("medium" if rounds else "highest")
     try:
         yield
     finally:

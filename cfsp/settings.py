@@ -149,6 +149,11 @@ def setting(default: T, help: str | Setting, **attributes: Any) -> T:
 _DECLARED = "setting"
 SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 2, metavar="N")
 """NumPy takes 32 bits, and a release judges with the seed after its own."""
+DEVICES = r"auto|cpu|cuda(:\d{1,3})?"
+"""Names of devices, a whole one."""
+DEVICE = Setting(
+    "Where torch computes: auto (a GPU where there is one), cpu, cuda or cuda:N.", metavar="DEVICE"
+)
 THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
 
 

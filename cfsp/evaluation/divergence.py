@@ -119,6 +119,7 @@ def divergence_from_logits(
     with torch.inference_mode():
         for expected, actual, targets in chain.from_iterable(starmap(few_rows, pairs)):
             log_p, log_q = sums.add(expected.float(), actual.float())
+            targets = targets.to(log_p.device)
             nll_reference -= float(log_p.gather(-1, targets[:, None]).double().sum())
             nll_model -= float(log_q.gather(-1, targets[:, None]).double().sum())
             predicted += len(targets)
@@ -183,6 +184,7 @@ class _Sums:
 
     def add(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (n, vocab_size) float32 of both; returns their log-probabilities."""
+        actual = actual.to(expected.device)
         log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
         self.kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0))
         self.same += int((expected.argmax(-1) == actual.argmax(-1)).sum())

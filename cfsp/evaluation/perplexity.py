@@ -110,7 +110,8 @@ def text_loss(
 def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
     """Sum of -ln p of targets (n,) under logits (n, vocab_size), in nats."""
     pieces = few_rows(logits, targets)
-    return sum(float(F.cross_entropy(some.float(), ids, reduction="sum")) for some, ids in pieces)
+    losses = (F.cross_entropy(some.float(), ids.to(some.device), reduction="sum") for some, ids in pieces)
+    return sum(map(float, losses))
 
 
 def few_rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -28,7 +28,8 @@ def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice,
         (slice of target positions, logits (chunk, vocab_size) float32).
     """
     yield from logits_from_hidden(
-        model, model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[0]
+        model,
+        model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False).last_hidden_state[0],
     )
 
 
@@ -92,12 +93,15 @@ class TorchLanguageModel:
             ~allowed, torch.finfo(model.dtype).min
         )
         hidden = model.get_decoder()(
-            input_ids=ids, attention_mask=bias, position_ids=positions, use_cache=False
+            input_ids=ids.to(model.device),
+            attention_mask=bias.to(model.device),
+            position_ids=positions.to(model.device),
+            use_cache=False,
         ).last_hidden_state
         head = model.get_output_embeddings()
         for row, item in enumerate(items):
             start = len(item.context)
-            logits = head(hidden[row, start - 1 : item.n_tokens]).float().log_softmax(-1)
+            logits = head(hidden[row, start - 1 : item.n_tokens]).float().log_softmax(-1).cpu()
             yield list(branch_scores(item, logits))
 
     @torch.inference_mode()
@@ -176,6 +180,6 @@ class RememberedModel(TorchLanguageModel):
         """See `LanguageModel`."""
         key, model = window.numpy().tobytes(), self.loaded.model
         if key not in self._hidden:
-            output = model.get_decoder()(input_ids=window[None], use_cache=False)
+            output = model.get_decoder()(input_ids=window[None].to(model.device), use_cache=False)
             self._hidden[key] = output.last_hidden_state[0]
         yield from logits_from_hidden(model, self._hidden[key])

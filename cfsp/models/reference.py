@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
@@ -37,6 +38,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    device: torch.device = CPU,
     progress: Progress = no_progress,
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer.
@@ -45,6 +47,7 @@ def load_model(
         reference: See the module's docstring.
         dtype: The weights are cast to it.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        device: Where the model is put.
         progress: Told about downloads and loading.
 
     Raises:
@@ -72,7 +75,7 @@ def load_model(
         raise InputError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
         )
-    return LoadedModel(model, tokenizer, source)
+    return LoadedModel(model.to(device), tokenizer, source)
 
 
 def load_tokenizer(reference: str | Path) -> Any:

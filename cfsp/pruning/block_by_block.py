@@ -160,8 +160,9 @@ class _Columns:
     def __init__(self, linear: nn.Linear, kept: torch.Tensor) -> None:
         self.linear, self.kept = linear, kept
         self.columns = linear.weight[:, kept]
-        self.gram = GramSum(len(kept))
-        self.missing = torch.zeros(len(kept), linear.out_features, dtype=torch.float64)
+        device = linear.weight.device
+        self.gram = GramSum(len(kept), device)
+        self.missing = torch.zeros(len(kept), linear.out_features, dtype=torch.float64, device=device)
         self.n_tokens = 0
 
     def observe(self, x: torch.Tensor, given: torch.Tensor, *lacks: torch.Tensor) -> None:

@@ -33,7 +33,12 @@ def _from_one_pass(cut: Cut) -> None:
     if cut.statistics is None or cut.statistics.grams is None:
         raise InputError("reconstruction from one pass needs calibration statistics with Gram matrices")
     grams = cut.statistics.grams
-    _cut_blocks(cut, lambda index, weight, kept: reconstruct_down(weight, grams.get(index), kept, cut.ridge))
+    _cut_blocks(
+        cut,
+        lambda index, weight, kept: reconstruct_down(
+            weight, grams.get(index, weight.device), kept, cut.ridge
+        ),
+    )
 
 
 def _cut_blocks(cut: Cut, solve: _Solve) -> None:

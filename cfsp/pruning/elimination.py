@@ -34,7 +34,9 @@ class Elimination:
     def error_curve(self, n_segments: int) -> torch.Tensor:
         """(n_segments + 1,) error when 0, ..., all channels are kept, at evenly spaced widths."""
         left = torch.cat([self.cost.flip(0).cumsum(0).flip(0), self.cost.new_zeros(1)])
-        width = torch.linspace(0, len(self.cost), n_segments + 1, dtype=torch.float64)
+        width = torch.linspace(
+            0, len(self.cost), n_segments + 1, dtype=torch.float64, device=self.cost.device
+        )
         below = width.floor().long()
         above = (below + 1).clamp(max=len(self.cost))
         return left[below] + (left[above] - left[below]) * (width - below)
@@ -62,7 +64,7 @@ def eliminate_channels(
     if metric is not None:
         columns = _square_root(metric.double()) @ columns
     inverse = torch.cholesky_inverse(damped_cholesky(gram.double().clone(), ridge))
-    left = torch.arange(width)
+    left = torch.arange(width, device=columns.device)
     order, cost = [], []
     per_step = max(1, width // _STEPS)
     while len(left):

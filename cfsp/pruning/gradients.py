@@ -52,10 +52,10 @@ class _Sums:
 
     def __init__(self, ffn: FeedForward) -> None:
         self.ffn = ffn
+        zeros = partial(torch.zeros, dtype=torch.float64, device=ffn.down.weight.device)
         hidden_size = ffn.down.weight.shape[0]
-        self.output = torch.zeros(hidden_size, hidden_size, dtype=torch.float64)
-        self.taylor = torch.zeros(ffn.width, dtype=torch.float64)
-        self.fisher = torch.zeros(ffn.width, dtype=torch.float64)
+        self.output = zeros(hidden_size, hidden_size)
+        self.taylor, self.fisher = zeros(ffn.width), zeros(ffn.width)
 
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add one window's X, and its gradients at down_proj's output."""
@@ -193,7 +193,7 @@ def collect_weight_moments(
     def add_lookups(window: torch.Tensor, g: torch.Tensor) -> None:
         # The input is one-hot, so x_j^2 is the token's share, and rows and columns change places.
         squares = g.double().square()
-        rows = torch.zeros(model.config.vocab_size, dtype=torch.float64)
+        rows = g.new_zeros(model.config.vocab_size, dtype=torch.float64)
         keep(
             LOOKUP, WeightMoments(rows.index_add_(0, window, squares.sum(1)), squares.sum(0), squares.sum(0))
         )
@@ -214,9 +214,8 @@ def collect_weight_moments(
         strength, n_tokens = float(total.rows.sum()), input_ids.numel()
         if not math.isfinite(strength):
             raise InputError("gradients are not finite; check the weights and their dtype", field=name)
-        result[name] = WeightMoments(
-            total.rows / n_tokens, total.columns / max(strength, 1e-300), total.inputs / n_tokens
-        )
+        moments = (total.rows / n_tokens, total.columns / max(strength, 1e-300), total.inputs / n_tokens)
+        result[name] = WeightMoments(*(each.cpu() for each in moments))
     return result
 
 
@@ -232,14 +231,14 @@ def _run_backwards(
 
     `receive_embedded` is given each window (seqlen,) and the gradient at its embedded tokens, (seqlen, hidden_size).
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
     with torch.enable_grad(), ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         model.requires_grad_(False)
         for linear, receive in watched:
             stack.enter_context(gradient_hook(linear, receive))
-        for done, window in enumerate(input_ids, 1):
+        for done, window in enumerate(input_ids.to(model.device), 1):
             gradient = _backward(model, window, generator)
             if receive_embedded is not None:
                 receive_embedded(window, gradient)

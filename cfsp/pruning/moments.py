@@ -51,10 +51,10 @@ def collect_input_moments(
         for linears in block_linears(model):
             for name, linear in linears.items():
                 stack.enter_context(input_hook(linear, partial(add, name)))
-        for done, window in enumerate(input_ids, 1):
+        for done, window in enumerate(input_ids.to(model.device), 1):
             model.get_decoder()(input_ids=window[None], use_cache=False)
             progress("measuring activations", done, len(input_ids))
-    return {name: (total / input_ids.numel()).float() for name, total in sums.items()}
+    return {name: (total / input_ids.numel()).float().cpu() for name, total in sums.items()}
 
 
 def sums_of_squares(x: torch.Tensor) -> torch.Tensor:

@@ -231,6 +231,7 @@ def make_plan(
             evidence.loss_elimination.error_curve(_LOSS_SEGMENTS) if settings.needs_loss else torch.empty(0)
         )
         curves.append(tuple(losses.tolist()))
+    rounding = rounding_dtype(settings.dtype, model.device.type)
     gone = frozenset(depth.removed if depth else ())
     widths = _all_widths(importance, dense_widths, curves, gone, settings)
     blocks = [_block_plan(*block) for block in zip(scores, widths, importance.tolist(), curves, strict=True)]
@@ -242,7 +243,7 @@ def make_plan(
         calibration_sha256=calibration.sha256,
         calibration_tokens=statistics.n_tokens,
         seed=calibration.seed,
-        settings=replace(settings, dtype=str(rounding_dtype(settings.dtype)).removeprefix("torch.")),
+        settings=replace(settings, dtype=str(rounding).removeprefix("torch.")),
         dense_widths=dense_widths,
         blocks=tuple(blocks),
         depth=depth,

@@ -46,7 +46,7 @@ class ChannelEvidence:
         """H = X^T X / T, (m, m) float64; raises InputError where it was not collected."""
         if self.statistics.grams is None:
             raise InputError("this score needs Gram matrices, which were not collected")
-        return self.statistics.grams.get(self.block)
+        return self.statistics.grams.get(self.block, self.ffn.down.weight.device)
 
     @property
     def gradients(self) -> ChannelGradients:

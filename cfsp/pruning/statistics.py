@@ -60,11 +60,11 @@ class GramStore:
 
     def put(self, layer: int, gram: torch.Tensor) -> None:
         """Store one block's matrix (intermediate_size, intermediate_size)."""
-        safetensors.torch.save_file({"gram": gram.float()}, self._file(layer))
+        safetensors.torch.save_file({"gram": gram.float().cpu()}, self._file(layer))
 
-    def get(self, layer: int) -> torch.Tensor:
+    def get(self, layer: int, device: torch.device) -> torch.Tensor:
         """One block's matrix as float64."""
-        return safetensors.torch.load_file(self._file(layer))["gram"].double()
+        return safetensors.torch.load_file(self._file(layer))["gram"].to(device).double()
 
     def _file(self, layer: int) -> Path:
         return Path(self._folder.name, f"{layer}.safetensors")
@@ -106,11 +106,10 @@ COARSE_METRICS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 class _BlockSums:
     """Running sums of one block over windows."""
 
-    def __init__(self, width: int, with_gram: bool) -> None:
+    def __init__(self, width: int, with_gram: bool, device: torch.device) -> None:
         self.importance = dict.fromkeys(COARSE_METRICS, 0.0)
-        self.x_sum = torch.zeros(width, dtype=torch.float64)
-        self.x_square = torch.zeros(width, dtype=torch.float64)
-        self.gram = GramSum(width) if with_gram else None
+        self.x_sum, self.x_square = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2))
+        self.gram = GramSum(width, device) if with_gram else None
 
     def add_channels(self, x: torch.Tensor) -> None:
         """Add X of one window; `x` is (..., intermediate_size)."""
@@ -153,7 +152,7 @@ def collect_statistics(
         hidden, calls = enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
-            sums = _BlockSums(ffn.width, with_gram)
+            sums = _BlockSums(ffn.width, with_gram, model.device)
             with input_hook(ffn.down, sums.add_channels):
                 for window, h_in in enumerate(hidden):
                     hidden[window] = run_layer(layer, h_in, calls[index])

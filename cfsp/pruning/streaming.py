@@ -21,8 +21,8 @@ _GRAM_TILE = 384
 class GramSum:
     """Running X^T X of batches of X, in float64; only the upper tiles are multiplied, which is what costs."""
 
-    def __init__(self, width: int) -> None:
-        self._upper = torch.zeros(width, width, dtype=torch.float64)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         """Add one batch, (tokens, width) float32."""
@@ -70,7 +70,7 @@ def enter_blocks(
         for layer in layers:
             layer.forward = passes_on
             stack.callback(delattr, layer, "forward")
-        for window in torch.split(input_ids, 1):
+        for window in torch.split(input_ids.to(model.device), 1):
             record.clear()
             model.get_decoder()(input_ids=window, use_cache=False)
             hidden.append(record[0][0].clone())

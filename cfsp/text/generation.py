@@ -35,9 +35,12 @@ def generate(
     """
     pad = loaded.tokenizer.pad_token_id or 0  # any token will do: padding is masked
     longest, stops = max(map(len, prompts)), stop_ids(loaded)
+    device = loaded.model.device
     output = loaded.model.generate(
-        input_ids=torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts]),
-        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        input_ids=torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device),
+        attention_mask=torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device
+        ),
         max_new_tokens=max_new_tokens,
         repetition_penalty=1.0,
         pad_token_id=pad,

@@ -68,7 +68,7 @@ def sample_windows(
     written = read_written(origin, needed) if use_written else None
     if written is not None:
         return written.view(nsamples, seqlen)
-    path = _cache_path(origin, nsamples, seqlen)
+    path = _cache_path(origin, nsamples, seqlen, loaded.model.device.type)
     cached = _read_cached(path, nsamples, seqlen)
     if cached is not None:
         return cached
@@ -77,7 +77,9 @@ def sample_windows(
     def report(before: int, written: int) -> None:
         progress("sampling calibration text", min(before + written, needed), needed)
 
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    device = loaded.model.device
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), torch.inference_mode():
         torch.manual_seed(seed)
         sampler = _fast_copy(loaded)
         while len(stream) < needed:
@@ -119,13 +121,13 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     hasher = hashlib.sha256()
     for name, parameter in model.named_parameters():
         hasher.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        hasher.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
 def _fast_copy(loaded: LoadedModel) -> LoadedModel:
     """The model in the dtype that samples fastest; sampling does not need the precision, statistics do."""
-    dtype = fast_dtype()
+    dtype = fast_dtype(loaded.model.device.type)
     if loaded.model.dtype == dtype:
         return loaded
     # Parameters are replaced, tied ones by one; buffers keep their dtype, which rotary frequencies need.
@@ -161,7 +163,7 @@ def _continue(
         step = next(steps)
         if step % 16 == 0:
             report(step * len(prompts))
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     rows = generate(
         loaded,
@@ -188,8 +190,10 @@ def text_origin(loaded: LoadedModel, seed: int) -> dict[str, Any]:
     }
 
 
-def _cache_path(origin: Mapping[str, Any], nsamples: int, seqlen: int) -> Path:
-    key = {**origin, "dtype": str(fast_dtype()), "windows": [nsamples, seqlen]}
+def _cache_path(origin: Mapping[str, Any], nsamples: int, seqlen: int, device: str) -> Path:
+    key = {**origin, "dtype": str(fast_dtype(device)), "windows": [nsamples, seqlen]}
+    if device != "cpu":
+        key["device"] = device
     return cache_directory() / "self" / f"{digest(key)}.safetensors"
 
 

@@ -145,7 +145,8 @@ def _counts(model: Any) -> list[int]:
 def group_channels(attention: Any, size: int, groups: Sequence[int]) -> torch.Tensor:
     """Which of `size` numbers, all groups' after another, are those of some groups: (n,) int64."""
     count = attention.k_proj.out_features // attention.head_dim
-    return torch.arange(size).view(count, -1)[list(groups)].flatten()
+    every = torch.arange(size, device=attention.k_proj.weight.device)
+    return every.view(count, -1)[list(groups)].flatten()
 
 
 @contextmanager

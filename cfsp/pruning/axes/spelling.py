@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,8 +145,8 @@ def _continuing(weight: torch.Tensor, row: int, spellings: Spellings, states: St
     if not known:
         return []
     places = [states.places[prefix] for prefix, _ in known]
-    times = torch.tensor([n for _, n in known], dtype=torch.float64)
-    share = times / torch.tensor([spellings.stands[prefix] for prefix, _ in known], dtype=torch.float64)
+    times = states.mean.new_tensor([n for _, n in known])
+    share = times / states.mean.new_tensor([spellings.stands[prefix] for prefix, _ in known])
     h = states.after[:, places]
     now = h @ weight[row].double() - states.normalizers[:, places]
     gain = (_SHARE * (share.log() - now)).clamp_min(0)
@@ -199,7 +200,8 @@ def _spellings(loaded: LoadedModel, plan: VocabularyPlan) -> Spellings:
     continuations: dict[int, list[tuple[Prefix, float]]] = defaultdict(list)
     for (row, prefix), times in follows.items():
         continuations[row].append((prefix, times))
-    return Spellings(torch.from_numpy(expected), firsts, continuations, stands)
+    counts = torch.from_numpy(expected).to(loaded.model.device)
+    return Spellings(counts, firsts, continuations, stands)
 
 
 def _prefixes(spellings: Spellings) -> list[Prefix]:
@@ -217,10 +219,10 @@ def _states(
     """Run the dense model over windows, and over every prefix after the beginnings of some."""
     decoder, width = model.get_decoder(), model.config.hidden_size
     kept = model.get_output_embeddings().weight[torch.tensor(plan.kept)].float()
-    total, square, tokens = torch.zeros(width).double(), torch.zeros(width, width).double(), 0
-    after, normalizers = [torch.zeros(0, width).double()], [torch.zeros(0).double()]
+    zeros, tokens = partial(torch.zeros, dtype=torch.float64, device=model.device), 0
+    total, square, after, normalizers = zeros(width), zeros(width, width), [zeros(0, width)], [zeros(0)]
     with torch.inference_mode():
-        for window in windows[:, :_STATE_TOKENS]:
+        for window in windows[:, :_STATE_TOKENS].to(model.device):
             h = decoder(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
             total += h.sum(dim=0)
             square += h.T @ h
@@ -257,10 +259,12 @@ def _last_states(decoder: Any, beginning: Sequence[int], prefixes: Sequence[Pref
     places = [*range(start), *(start + n for prefix in prefixes for n in range(len(prefix)))]
     seen = ((owner == -1) | (owner == owner[:, None])).tril()
     lowest = torch.finfo(torch.float32).min
+    ids = [[*beginning, *(token for prefix in prefixes for token in prefix)]]
+    device = decoder.device
     h = decoder(
-        input_ids=torch.tensor([[*beginning, *(token for prefix in prefixes for token in prefix)]]),
-        attention_mask=torch.where(seen, 0.0, lowest)[None, None],
-        position_ids=torch.tensor([places]),
+        input_ids=torch.tensor(ids, device=device),
+        attention_mask=torch.where(seen, 0.0, lowest)[None, None].to(device),
+        position_ids=torch.tensor([places], device=device),
         use_cache=False,
     ).last_hidden_state[0]
     lengths = torch.tensor([len(prefix) for prefix in prefixes])
