@@ -30,6 +30,7 @@ class ExportOptions:
         ort: Also write <variant>/ort/<stem>.ort, one file for minimal builds of ONNX Runtime.
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by format's name, in place of the table's.
+        device: Where numbers of few bits are chosen, as torch writes it; files are proven on the CPU, where they run.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -46,6 +47,7 @@ class ExportOptions:
     ort: bool = False
     parity_windows: torch.Tensor | None = None
     limits: Mapping[str, ParityLimits] | None = None
+    device: str = "cpu"
     n_threads: int | None = None
     force: bool = False
     progress: Progress = no_progress

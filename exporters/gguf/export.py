@@ -61,7 +61,9 @@ def export_gguf(
     check_input(checkpoint, output, force=settings.force)
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
-    imatrix = read_imatrix(checkpoint, rows, settings.calibration, use=settings.use_imatrix)
+    imatrix = read_imatrix(
+        checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
+    )
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings) as job:
         strings, records = 0, {}
         for file in write_files(

@@ -94,7 +94,14 @@ def write_files(
         if quant.budget_bytes is not None and settings.calibration is not None:
             if costs is None:
                 guide = imatrix if settings.use_imatrix else None
-                costs = measure_types(checkpoint, paths[BASE], settings.calibration, guide, progress=progress)
+                costs = measure_types(
+                    checkpoint,
+                    paths[BASE],
+                    settings.calibration,
+                    guide,
+                    device=settings.device,
+                    progress=progress,
+                )
             used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
         if quant.base_type in ("F32", "F16"):
             write_gguf(checkpoint, path, tokenizer, provenance, quant=quant.name, progress=progress)
@@ -115,9 +122,11 @@ def _fit_to_text(
     """Choose a file's codes and train its scales, where that is asked for; how many tensors each was done for."""
     text, chosen, tuned = settings.calibration, 0, 0
     if text is not None and settings.gptq and "gptq" in quant.reads:
-        chosen = round_for_text(checkpoint, base, path, text, progress=settings.progress)
+        chosen = round_for_text(
+            checkpoint, base, path, text, device=settings.device, progress=settings.progress
+        )
     if text is not None and settings.tune_scales and "tune_scales" in quant.reads:
-        tuned = tune_file(checkpoint, path, text, progress=settings.progress)
+        tuned = tune_file(checkpoint, path, text, device=settings.device, progress=settings.progress)
     return chosen, tuned
 
 
@@ -149,7 +158,9 @@ def draft_gguf(
         rows,
         load_tokenizer(checkpoint.resolve()),  # a bare name could be a built-in alias
         read_provenance(checkpoint, settings.name),
-        imatrix=read_imatrix(checkpoint, rows, settings.calibration, use=settings.use_imatrix),
+        imatrix=read_imatrix(
+            checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
+        ),
         n_threads=settings.n_threads or 1,
         settings=settings,
     )

@@ -23,7 +23,12 @@ Imatrix = Mapping[str, npt.NDArray[np.float32]]
 
 
 def read_imatrix(
-    checkpoint: Path, quants: Sequence[Quant], input_ids: torch.Tensor | None = None, *, use: bool = True
+    checkpoint: Path,
+    quants: Sequence[Quant],
+    input_ids: torch.Tensor | None = None,
+    *,
+    use: bool = True,
+    device: str = "cpu",
 ) -> Imatrix:
     """A checkpoint's input moments by the file's tensor names, or else those of a text; empty where none are used.
 
@@ -34,6 +39,7 @@ def read_imatrix(
         quants: What is written.
         input_ids: Text to take them from where the checkpoint has none, (nsamples, seqlen).
         use: Whether those that can do without use it, too.
+        device: Where to measure them.
 
     Raises:
         InputError: A moment has another length than its layer has inputs, or is negative or not finite; or there is
@@ -42,7 +48,8 @@ def read_imatrix(
     used = use and any(quant.uses_imatrix for quant in quants)
     moments = stored_moments(checkpoint) if used else None
     if used and not moments and input_ids is not None:
-        moments = collect_input_moments(load_pruned(checkpoint, dtype=torch.float32), input_ids)
+        model = load_pruned(checkpoint, dtype=torch.float32).to(device)
+        moments = collect_input_moments(model, input_ids)
     if not moments:
         for quant in quants:
             if quant.needs_imatrix:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import load_pruned
 from cfsp.progress import Progress, no_progress
@@ -130,6 +131,7 @@ def measure_types(
     input_ids: torch.Tensor,
     imatrix: Imatrix | None,
     *,
+    device: str = "cpu",
     progress: Progress = no_progress,
 ) -> TypeCosts:
     """Round some rows of every tensor in every type, and predict what that costs.
@@ -139,6 +141,7 @@ def measure_types(
         base: The float32 file of it.
         input_ids: Calibration text, (nsamples, seqlen).
         imatrix: The checkpoint's, which goes before what the text's few windows say; None to use none at all.
+        device: Where gradients are computed.
         progress: Told about every step.
     """
     chosen = read_layout(checkpoint)
@@ -146,7 +149,8 @@ def measure_types(
     model = load_pruned(checkpoint, dtype=torch.float32)
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
     names = [name for of_tensor in modules.values() for name in of_tensor]
-    moments = collect_weight_moments(model, names, input_ids[:GRADIENT_WINDOWS], progress=progress)
+    with moved(model, device):
+        moments = collect_weight_moments(model, names, input_ids[:GRADIENT_WINDOWS], progress=progress)
     weights: Imatrix = {}
     if imatrix is not None:
         weights = {spec.name: _importance(spec, moments[modules[spec.name][0]]) for spec in specs} | dict(

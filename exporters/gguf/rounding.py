@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
@@ -43,6 +44,7 @@ def round_for_text(
     path: Path,
     input_ids: torch.Tensor,
     *,
+    device: str = "cpu",
     progress: Progress = no_progress,
 ) -> int:
     """Choose the numbers of a file anew, in place.
@@ -52,6 +54,7 @@ def round_for_text(
         base: The float32 file of it.
         path: A file that llama.cpp has quantized from that one.
         input_ids: Text to round for, (nsamples, seqlen).
+        device: Where to compute.
         progress: Told after each block.
 
     Returns:
@@ -60,7 +63,7 @@ def round_for_text(
     Raises:
         InputError: What the layers read is not finite.
     """
-    model, chosen = load_pruned(checkpoint, dtype=torch.float32), read_layout(checkpoint)
+    model, chosen = load_pruned(checkpoint, dtype=torch.float32).to(device), read_layout(checkpoint)
     matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
     tied, total = chosen.config.tie_word_embeddings, chosen.config.num_hidden_layers + 1
@@ -68,7 +71,8 @@ def round_for_text(
         file = _File(stream, specs, _tensors(base), _tensors(path))
         if not tied:
             table = file.stored[specs[_TABLE].name].dequantize()
-            model.get_input_embeddings().weight.data = torch.from_numpy(table.copy())
+            rows = torch.from_numpy(table.copy()).to(device)
+            model.get_input_embeddings().weight = nn.Parameter(rows, requires_grad=False)
         gram = round_blocks(
             model,
             input_ids,
@@ -122,7 +126,8 @@ class _File:
 
     def _choose(self, tensors: list[GGUFTensor], gram: torch.Tensor) -> list[np.ndarray]:
         """Choose numbers of tensors that read the same; what each stands for then."""
-        weight = torch.from_numpy(np.concatenate([self.exact[t.name].dequantize() for t in tensors]))
+        exact = np.concatenate([self.exact[tensor.name].dequantize() for tensor in tensors])
+        weight = torch.from_numpy(exact).to(gram.device)
         rows = [tensor.shape[0] for tensor in tensors]
         data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
         padding = weight.shape[1] - len(gram)
@@ -156,24 +161,24 @@ def choose_numbers(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tenso
 
 def _choose_codes(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
     grid = stored.packing.grid
-    scales, offsets = map(torch.from_numpy, stored.scales_and_offsets())
+    scales, offsets = (torch.from_numpy(each).to(weight.device) for each in stored.scales_and_offsets())
     # A block of zeros: not every grid has a code for 0.
     scales = torch.where(scales == 0, _LEAST if grid.free_scales else _NOTHING, scales)
     weight = weight - offsets.repeat_interleave(grid.block_size, 1)
     codes = gptq_codes(weight, scales, grid, gram)
     codes, scales = refine_codes(weight, codes, scales, grid, gram)
-    places = torch.searchsorted(torch.tensor(grid.codes), codes.T.contiguous()).to(torch.uint8)
-    return stored.with_codes(places.numpy(), scales.numpy() if grid.free_scales else None)
+    places = torch.searchsorted(codes.new_tensor(grid.codes), codes.T.contiguous()).to(torch.uint8)
+    return stored.with_codes(places.cpu().numpy(), scales.cpu().numpy() if grid.free_scales else None)
 
 
 def _choose_blocks(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:
     elements, size = block_of(stored.kind)
     data = stored.data.reshape(len(weight), -1, size).copy()
-    importance = floored(gram.diagonal().float().numpy()).reshape(-1, elements)
+    importance = floored(gram.diagonal().float().cpu().numpy()).reshape(-1, elements)
 
     def rounded(block: int, values: torch.Tensor) -> torch.Tensor:
-        data[:, block] = in_type(values.numpy(), stored.kind, importance[block])
-        return torch.from_numpy(dequantized(data[:, block], stored.kind))
+        data[:, block] = in_type(values.cpu().numpy(), stored.kind, importance[block])
+        return torch.from_numpy(dequantized(data[:, block], stored.kind)).to(values.device)
 
     gptq_blocks(weight, gram, elements, rounded)
     return StoredMatrix(stored.kind, data.reshape(stored.data.shape))

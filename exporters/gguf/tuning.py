@@ -28,7 +28,12 @@ _LEARNING_RATE = 2e-3
 
 
 def tune_file(
-    checkpoint: Path, path: Path, input_ids: torch.Tensor, *, progress: Progress = no_progress
+    checkpoint: Path,
+    path: Path,
+    input_ids: torch.Tensor,
+    *,
+    device: str = "cpu",
+    progress: Progress = no_progress,
 ) -> int:
     """Train scales and norms of a file, in place.
 
@@ -36,18 +41,22 @@ def tune_file(
         checkpoint: Hugging Face folder, which the file is to compute what it computes.
         path: A quantized file of it.
         input_ids: Text, (nsamples, seqlen).
+        device: Where to compute.
         progress: Told after each window.
 
     Returns:
         Tensors that were changed.
     """
-    model, specs = load_pruned(checkpoint, dtype=torch.float32), tensor_specs(read_layout(checkpoint))
+    model = load_pruned(checkpoint, dtype=torch.float32).to(device)
+    specs = tensor_specs(read_layout(checkpoint))
     tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     stored: dict[str, torch.Tensor] = {}
     for spec in specs:
         if len(spec.shape) == 2 and tensors[spec.name].kind.name in SCALES:
             parts = spec.split(tensors[spec.name].dequantize())
-            stored |= {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+            stored |= {
+                name: torch.from_numpy(np.ascontiguousarray(part)).to(device) for name, part in parts.items()
+            }
     table = stored.get(_TABLE, model.get_input_embeddings().weight.detach())
     tied = model.config.tie_word_embeddings
     head = table if tied else stored.get(_HEAD, model.get_output_embeddings().weight.detach())

@@ -65,6 +65,10 @@ class Rounded:
         """Some of its rows."""
         return replace(self, q=self.q[rows], scales=self.scales[rows])
 
+    def cpu(self) -> Rounded:
+        """It on the CPU."""
+        return replace(self, q=self.q.cpu(), scales=self.scales.cpu())
+
     def scaled(self, factors: torch.Tensor) -> Rounded:
         """Its rows times factors (rows,)."""
         return replace(self, scales=(self.scales.float() * factors[:, None]).half())
@@ -81,7 +85,7 @@ def round_to_nearest(
         importance: (columns,) mean squared inputs, by which an input's error counts; equal unless given.
     """
     blocks = _in_blocks(weight, form.block_size)
-    counts = torch.ones(weight.shape[1]) if importance is None else importance.float()
+    counts = weight.new_ones(weight.shape[1]) if importance is None else importance
     counts = _in_blocks(counts[None], form.block_size)[0]
     scales = torch.cat([_best_scales(rows, counts, form) for rows in torch.split(blocks, _ROWS)])
     return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)

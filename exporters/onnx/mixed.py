@@ -57,7 +57,7 @@ def quantized_model(
 
     changes = {name: change(name) for name in layers}
     losses = predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
-    return QuantizedModel(layers, losses)
+    return QuantizedModel({name: rounded.cpu() for name, rounded in layers.items()}, losses)
 
 
 def with_eight_bits(model: Any, quantized: QuantizedModel, names: Collection[str]) -> QuantizedModel:

@@ -124,7 +124,7 @@ def tune(
     model: Any, quantized: QuantizedModel, input_ids: torch.Tensor, *, progress: Progress = no_progress
 ) -> QuantizedModel:
     """It with the scales and norms that `exporters.rounding.scale_tuning` finds on a text; arguments as there."""
-    stored = {name: rounded.dequantized() for name, rounded in quantized.layers.items()}
+    stored = {name: rounded.dequantized().to(model.device) for name, rounded in quantized.layers.items()}
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
     tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from exporters.job import load_checkpoint
@@ -81,7 +82,8 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
     Raises:
         InputError: A size without text, or one that four bits do not fit.
     """
-    form, text, progress = variant.form, job.text_for(variant), job.common.progress
+    form, text = variant.form, job.text_for(variant)
+    progress, device = job.common.progress, job.common.settings.device
     if form is None:
         return Int8Weights() if variant.int8_rows else Weights(dtype=getattr(torch, variant.dtype)), ()
     if text is None:
@@ -91,13 +93,16 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
             quantize_linears(job.model, formats_without_text(form), None, progress=progress)
         ), ()
     if form not in job.quantized:
-        job.quantized[form] = quantized_model(job.model, form, text, progress=progress)
+        with moved(job.model, device):
+            job.quantized[form] = quantized_model(job.model, form, text, progress=progress)
     quantized, budget = job.quantized[form], job.budget_bytes(variant)
     if budget is None:
         names = choose_few(job.model, quantized)
     else:
         names = choose_mixture(quantized, _size_bytes(job, variant, quantized), budget)
-    return tune(job.model, with_eight_bits(job.model, quantized, names), text, progress=progress), names
+    mixture = with_eight_bits(job.model, quantized, names)
+    with moved(job.model, device):
+        return tune(job.model, mixture, text, progress=progress), names
 
 
 def _size_bytes(job: OnnxJob, variant: Variant, quantized: QuantizedModel) -> int:

@@ -77,7 +77,7 @@ def gptq_blocks(
     Raises:
         InputError: H is not finite or cannot be inverted.
     """
-    places = torch.arange(weight.shape[1]).view(-1, block_size)
+    places = torch.arange(weight.shape[1], device=weight.device).view(-1, block_size)
     blocks = gram.diagonal()[places].sum(1).argsort(descending=True)
     order = places[blocks].flatten()
     upper = _upper_factor_of_inverse(gram.double()[order][:, order]).float()
@@ -93,21 +93,21 @@ def round_to_codes_(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The code nearest to each value, in its place; the lower one of two that are as near, where they are uneven."""
     if grid.codes[-1] - grid.codes[0] == len(grid.codes) - 1:
         return values.round_().clamp_(grid.codes[0], grid.codes[-1])
-    nearest = _nearest_codes(grid.codes)
+    nearest = _nearest_codes(grid.codes, values.device)
     last = len(nearest) - 1
     places = values.mul_(2).ceil_().sub_(2 * grid.codes[0]).clamp_(0, last).int()
     return torch.index_select(nearest, 0, places, out=values)
 
 
 @functools.cache
-def _nearest_codes(codes: tuple[float, ...]) -> torch.Tensor:
+def _nearest_codes(codes: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """The code nearest to (n - 1/2, n] / 2 for each whole n from twice the least to twice the largest code.
 
     Codes are whole numbers, so that what lies in the middle of two is a multiple of a half.
     """
     values = torch.tensor(codes)
     halves = torch.arange(2 * int(codes[0]), 2 * int(codes[-1]) + 1) / 2
-    return values[torch.bucketize(halves, (values[1:] + values[:-1]) / 2)]
+    return values[torch.bucketize(halves, (values[1:] + values[:-1]) / 2)].to(device)
 
 
 def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
@@ -119,6 +119,6 @@ def _upper_factor_of_inverse(gram: torch.Tensor) -> torch.Tensor:
         InputError: H is not finite or cannot be inverted.
     """
     factor = damped_cholesky(gram.flip(0, 1), RIDGE)
-    identity = torch.eye(len(gram), dtype=gram.dtype)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse: torch.Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
     return inverse.flip(0, 1)

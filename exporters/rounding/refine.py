@@ -95,7 +95,7 @@ class _Columns:
     def _best_steps(self, rows: slice) -> torch.Tensor:
         """d (blocks, rows) of A d = r, with A_bc = q_b^T H_bc q_c and r_b = q_b^T (H E)_b; 0 where it cannot be had."""
         codes, size, count = self.codes[:, rows], self._grid.block_size, len(self.scales)
-        systems = torch.empty(codes.shape[1], count, count)
+        systems = codes.new_empty(codes.shape[1], count, count)
         for b in range(count):
             begin = b * size
             reached = self._h[begin:, begin : begin + size] @ codes[begin : begin + size]

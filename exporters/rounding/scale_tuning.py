@@ -63,12 +63,16 @@ def tune_scales(
     decoder, dense = model.get_decoder(), model.get_output_embeddings().weight.detach()
     prefix = next(f"{name}." for name, module in model.named_modules() if module is decoder)
     given = {name: parameter.detach() for name, parameter in decoder.named_parameters()}
+    input_ids = input_ids.to(dense.device)
     targets = [_last_hidden(decoder, given, window) for window in input_ids]
 
     weights = given | {f"{name.removeprefix(prefix)}.weight": weight for name, weight in stored.items()}
     weights |= {"embed_tokens.weight": table}
     norms = {name: weight for name, weight in given.items() if name.endswith("norm.weight")}
-    of_rows = {name: torch.ones(len(weight), requires_grad=True) for name, weight in stored.items()}
+    of_rows = {
+        name: torch.ones(len(weight), device=dense.device, requires_grad=True)
+        for name, weight in stored.items()
+    }
     of_norms = {name: torch.ones_like(norm, requires_grad=True) for name, norm in norms.items()}
     optimizer = torch.optim.Adam([*of_rows.values(), *of_norms.values()])
 
@@ -83,8 +87,8 @@ def tune_scales(
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
     return TunedScales(
-        rows={name: rows.detach() for name, rows in of_rows.items()},
-        norms={f"{prefix}{name}": norm * of_norms[name].detach() for name, norm in norms.items()},
+        rows={name: rows.detach().cpu() for name, rows in of_rows.items()},
+        norms={f"{prefix}{name}": (norm * of_norms[name].detach()).cpu() for name, norm in norms.items()},
     )
 
 

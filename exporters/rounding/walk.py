@@ -75,7 +75,7 @@ def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
 
 def _head_gram(model: Any, hidden: list[torch.Tensor]) -> torch.Tensor:
     """X^T X / T of the output matrix's inputs, from the last block's outputs."""
-    norm, total = model.get_decoder().norm, GramSum(hidden[0].shape[-1])
+    norm, total = model.get_decoder().norm, GramSum(hidden[0].shape[-1], hidden[0].device)
     for h in hidden:
         total.add(norm(h).flatten(0, -2).float())
     return total.total() / sum(h.shape[:-1].numel() for h in hidden)
@@ -99,7 +99,9 @@ def _input_grams(
         same_as[name] = first
         if first == name:
             counted = _with_attention_sink(x) if name.endswith(_ATTENTION) else x
-            sums.setdefault(name, GramSum(x.shape[-1])).add(counted.reshape(-1, x.shape[-1]).float())
+            sums.setdefault(name, GramSum(x.shape[-1], x.device)).add(
+                counted.reshape(-1, x.shape[-1]).float()
+            )
 
     with ExitStack() as stack:
         for name, linear in linears.items():
@@ -114,11 +116,11 @@ def _input_grams(
 @contextmanager
 def _replaced(linears: Mapping[str, nn.Linear], changed: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Let a block compute with what the runtime will compute with."""
-    weights = {name: linears[name].weight.data for name in changed}
+    weights = {name: linears[name].weight for name in changed}
     for name, weight in changed.items():
-        linears[name].weight.data = weight
+        linears[name].weight = nn.Parameter(weight.to(weights[name].device), requires_grad=False)
     try:
         yield
     finally:
         for name, weight in weights.items():
-            linears[name].weight.data = weight
+            linears[name].weight = weight

@@ -1,0 +1,85 @@
+"""Numbers of few bits that are chosen on a device: on one that is none the files are the CPU's, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from far_device import FAR, far_device
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from exporters.onnx.mixed import choose_few, quantized_model, with_eight_bits
+from exporters.onnx.quantize import QuantizedModel, tune
+from exporters.onnx.variants import INT4
+from exporters.options import ExportOptions
+
+MakeCheckpoint = Callable[..., Path]
+# Of few tokens, so that inputs depend on each other, as those of trained models do.
+IDS = torch.randint(0, 24, (4, 64), generator=torch.Generator().manual_seed(3))
+
+
+@contextmanager
+def computing(device: str) -> Iterator[None]:
+    """The same operations everywhere: devices have attention kernels of their own."""
+    with sdpa_kernel(SDPBackend.MATH), far_device() if device == FAR.type else nullcontext():
+        yield
+
+
+@pytest.mark.parametrize(
+    ("quant", "settings"),
+    [
+        ("Q4_0", {}),
+        ("IQ4_NL", {"tune_scales": True}),
+        ("Q6_K", {}),
+        ("Q3_K_M", {"use_imatrix": False}),
+        ("mixed:130kB", {}),
+    ],
+)
+def test_a_gguf_file(
+    quant: str, settings: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    from exporters.gguf.files import draft_gguf
+
+    checkpoint, written = make_checkpoint("llama"), []
+    for device in ("cpu", FAR.type):
+        folder = tmp_path / device
+        folder.mkdir()
+        options = ExportOptions(name="m", calibration=IDS, device=device, n_threads=1, **settings)
+        with computing(device):
+            files = draft_gguf(checkpoint, folder, [quant], options)
+        written += [path.read_bytes() for path in files.values()]
+    assert written[0] == written[1]
+
+
+def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
+    made = []
+    for device in ("cpu", FAR.type):
+        model = tiny_model()[0]
+        model.set_attn_implementation("eager")
+        with computing(device):
+            model.to(device)
+            model.tie_weights()
+            quantized = quantized_model(model, INT4, IDS)
+            model.to("cpu")
+            model.tie_weights()
+            mixture = with_eight_bits(model, quantized, choose_few(model, quantized))
+            model.to(device)
+            model.tie_weights()
+            made.append(tune(model, mixture, IDS))
+    here, there = made
+    assert_equal(here, there)
+
+
+def assert_equal(here: QuantizedModel, there: QuantizedModel) -> None:
+    assert here.losses == there.losses
+    for name, layer in here.layers.items():
+        assert torch.equal(layer.q, there.layers[name].q), name
+        assert torch.equal(layer.scales, there.layers[name].scales), name
+    assert here.norms is not None
+    for name, norm in here.norms.items():
+        assert torch.equal(norm, there.norms[name]), name
