@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
@@ -46,6 +47,7 @@ def export_model(
     request: ExportSettings,
     *,
     trust_remote_code: bool = False,
+    device: torch.device = CPU,
     n_threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
@@ -57,6 +59,7 @@ def export_model(
         output: Folder to create, which the caller has claimed.
         request: What to export.
         trust_remote_code: Let transformers run code that a dense model brings along.
+        device: Where torch computes.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -75,10 +78,18 @@ def export_model(
     _check(rows, request)
     if not Path(reference).is_dir():
         request = replace(request, dense=request.dense or reference)
-    load = partial(load_model, trust_remote_code=trust_remote_code, progress=progress)
+    load = partial(load_model, trust_remote_code=trust_remote_code, device=device, progress=progress)
     with _checkpoint(reference, output, request.seed, load) as checkpoint:
         return _export(
-            checkpoint, output, request, rows, load, n_threads=n_threads, force=force, progress=progress
+            checkpoint,
+            output,
+            request,
+            rows,
+            load,
+            device=str(device),
+            n_threads=n_threads,
+            force=force,
+            progress=progress,
         )
 
 
@@ -103,6 +114,7 @@ def _export(
     rows: Sequence[ExportFormat],
     load: _Load,
     *,
+    device: str,
     n_threads: int | None,
     force: bool,
     progress: Progress,
@@ -118,6 +130,7 @@ def _export(
         mixed_bytes=request.mixed_bytes,
         opset=request.opset,
         ort=request.ort,
+        device=device,
         n_threads=n_threads,
         force=force,
         progress=progress,

@@ -150,6 +150,8 @@ def main(arguments: Sequence[str]) -> int:
         # The boundary: whatever is left is a bug, or a usage error of typer's own family.
         if hasattr(error, "format_message"):
             return _fail_usage(error)
+        if (lacking := _lacks_memory(error)) is not None:
+            return _fail(lacking, PhonereadyError.exit_code, debug)
         return _fail_unexpected(error, debug)
 
 
@@ -168,6 +170,15 @@ def _fail(message: str, status: int, debug: bool) -> int:
     with suppress(OSError):  # a full disk behind stderr
         print(f"error: {line}", file=sys.stderr)
     return status
+
+
+def _lacks_memory(error: Exception) -> str | None:
+    """What to say of an error that is no bug but too little memory; torch's are known by name and by text."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the GPU has too little memory; fewer or shorter windows take less, --device cpu none"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return f"too little memory; a smaller model, or fewer or shorter windows, take less ({error})"
+    return None
 
 
 def _fail_unexpected(error: BaseException, debug: bool) -> int:

@@ -240,7 +240,9 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
 
 
 def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
-    source = config.model.model_dump(mode="json") | {"identity": _identity(config.model.reference)}
+    source = config.model.model_dump(mode="json", exclude={"device"}) | {
+        "identity": _identity(config.model.reference)
+    }
     return {
         "tool": tool_version(),
         "seed": config.seed,

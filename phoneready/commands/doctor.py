@@ -97,6 +97,7 @@ def examine() -> list[Check]:
         ),
         _check_llama_library(),
         _check_processor(),
+        _check_gpu(),
         _check_memory(),
         *_check_cache(),
         *_check_plugins(),
@@ -139,6 +140,17 @@ def _check_processor() -> Check:
     name = fields.get("model name") or platform.processor() or platform.machine()
     known = " ".join(feature for feature in FEATURES if feature in flags) or "unknown"
     return Check("processor", "ok", f"{name}, {usable} of {os.cpu_count()} cores usable; features: {known}")
+
+
+def _check_gpu() -> Check:
+    """The GPUs that `--device auto` and `cuda:N` name; nothing needs one."""
+    try:
+        import torch
+    except ImportError:
+        return Check("GPU", "ok", "unknown without torch")
+    every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    known = [f"cuda:{n} {gpu.name}, {format_bytes(gpu.total_memory)}" for n, gpu in enumerate(every)]
+    return Check("GPU", "ok", "; ".join(known) or "none that torch knows; everything runs on the processor")
 
 
 def _check_memory() -> Check:

@@ -17,6 +17,7 @@ from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
 from phoneready.commands.options import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     Renamed,
@@ -116,6 +117,7 @@ def evaluate(
         shown=f"{_CLAIMS}, else torch",
     ),
     trust_remote_code: TrustOption = False,
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -128,11 +130,12 @@ def evaluate(
         if path is not None:
             refuse_existing(path, force=True, like=like)
     prepare_torch(threads)
+    from cfsp.devices import find_device
     from phoneready.evaluation.models import OpenSettings
 
     settings = _settings(settings, questions)
     longest = settings.seqlen if settings.text or settings.chats else 1
-    opening = OpenSettings(longest, trust_remote_code, threads)
+    opening = OpenSettings(longest, trust_remote_code, threads, find_device(device))
     if sweep.ratios:
         _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
@@ -256,7 +259,12 @@ def _sweep(
     prune = PruneSettings(align=options.align)
     ratios = check_ratios(options.ratios, prune)
     with show_progress() as progress:
-        loaded = load_model(model, trust_remote_code=opening.trust_remote_code, progress=progress)
+        loaded = load_model(
+            model,
+            trust_remote_code=opening.trust_remote_code,
+            device=opening.device,
+            progress=progress,
+        )
         drawn = load_calibration(
             calibration.calibration,
             loaded,

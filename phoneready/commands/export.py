@@ -14,6 +14,7 @@ from cfsp.records import record_to_json
 from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
 from phoneready.commands.options import (
+    DeviceOption,
     ForceOption,
     JsonOption,
     ThreadsOption,
@@ -36,6 +37,7 @@ def export(
     settings: ExportSettings,
     trust_remote_code: TrustOption = False,
     force: ForceOption = False,
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -45,6 +47,7 @@ def export(
     is left, and the exit status is 1.
     """
     prepare_torch(threads)
+    from cfsp.devices import find_device
     from phoneready.exporting import export_model
 
     if settings.onnx and not was_given(context, "quants"):
@@ -55,6 +58,7 @@ def export(
             output,
             settings,
             trust_remote_code=trust_remote_code,
+            device=find_device(device),
             n_threads=threads,
             force=force,
             progress=progress,

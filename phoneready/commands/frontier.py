@@ -11,6 +11,7 @@ from cfsp.settings import setting
 from cfsp.text.settings import CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
+    DeviceOption,
     JsonOption,
     ModelArgument,
     Renamed,
@@ -35,6 +36,7 @@ def frontier(
     ),
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -59,7 +61,7 @@ def frontier(
         seqlen=calibration.seqlen,
         vocabulary_text=counted.vocabulary_text,
     )
-    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code)
+    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device)
     recover = training if settings.recover else None
     if recover:
         check_settings(recover.settings(seed))

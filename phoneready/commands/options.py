@@ -11,7 +11,17 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from cfsp.errors import InputError
-from cfsp.settings import SEED, THREADS, Declared, Settings, declared, setting, setting_in, settings_of
+from cfsp.settings import (
+    DEVICE,
+    SEED,
+    THREADS,
+    Declared,
+    Settings,
+    declared,
+    setting,
+    setting_in,
+    settings_of,
+)
 from runtime_bench.targets.table import TargetOptions
 
 MODEL_HELP = "smollm2-135m (built in), a Hugging Face folder, a .gguf file, or a hub id."
@@ -23,6 +33,7 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that a folder or hub model brings along.")
 ]
 SeedOption = Annotated[int, SEED]
+DeviceOption = Annotated[str, DEVICE]
 ThreadsOption = Annotated[int | None, THREADS]
 DEBUG = inspect.Parameter(
     "debug",

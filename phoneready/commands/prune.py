@@ -16,6 +16,7 @@ from cfsp.settings import setting
 from exporters.families import DEFAULT_FORMAT, required_multiple
 from exporters.settings import QuantizerSettings
 from phoneready.commands.options import (
+    DeviceOption,
     ForceOption,
     JsonOption,
     ModelArgument,
@@ -44,6 +45,7 @@ def prune(
     plan_only: Path | None = setting(None, "Write the plan to this file and change no model."),
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
+    device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -59,6 +61,7 @@ def prune(
         wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
     )
     prepare_torch(threads)
+    from cfsp.devices import find_device
     from cfsp.models.checkpoint import save_checkpoint
     from cfsp.models.reference import load_model
     from cfsp.pruning.prune import plan_model, prune_model
@@ -78,7 +81,9 @@ def prune(
         show_progress() as progress,
         TemporaryDirectory(prefix="phoneready-") as scratch,
     ):
-        loaded = load_model(model, trust_remote_code=trust_remote_code, progress=progress)
+        loaded = load_model(
+            model, trust_remote_code=trust_remote_code, device=find_device(device), progress=progress
+        )
         budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
         sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
+from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.evaluation.language_model import LanguageModel
@@ -23,11 +26,13 @@ class OpenSettings:
         seqlen: Longest window that will be run.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         threads: Threads outside torch; torch's number where None.
+        device: Where torch computes.
     """
 
     seqlen: int = 1024
     trust_remote_code: bool = False
     threads: int | None = None
+    device: torch.device = CPU
 
 
 _FAMILIES = {family.runtime: family for family in FAMILIES.values()}
@@ -61,7 +66,9 @@ def open_language_model(
     model: LanguageModel
     if runtime == _TORCH:
         code = settings.trust_remote_code
-        model = TorchLanguageModel(load_model(reference, trust_remote_code=code, progress=progress))
+        model = TorchLanguageModel(
+            load_model(reference, trust_remote_code=code, device=settings.device, progress=progress)
+        )
     else:
         _FAMILIES[runtime].check_claim(reference)
         n_tokens = max(settings.seqlen, MAX_CONTEXT)

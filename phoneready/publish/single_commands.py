@@ -47,19 +47,20 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
     if asked.reads_files:
         words += option_words(pick(QuantizerSettings, config.export))
-    return [*words, "--seed", config.seed, *_trust(config)]
+    return [*words, "--seed", config.seed, *_opened(config)]
 
 
 def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
     settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
     words = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
-    return [*words, *option_words(settings), "--seed", config.seed, *_trust(config)]
+    device = ["--device", "cpu"] if config.model.device == "cpu" else []
+    return [*words, *option_words(settings), "--seed", config.seed, *_trust(config), *device]
 
 
 def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
     settings = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
     words = ["eval", checkpoint, "--against", config.model.reference, *option_words(settings)]
-    words += _trust(config)
+    words += _opened(config)
     return words if settings.text or settings.chats else [*words, "--no-text"]
 
 
@@ -73,11 +74,16 @@ def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> 
             settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
             windows=MOMENT_WINDOWS, dense=config.model.reference,
         )  # fmt: skip
-    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_trust(config)]
+    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config)]
 
 
 def _threads(count: int | None) -> list[object]:
     return ["--threads", count] if count else []
+
+
+def _opened(config: ReleaseConfig) -> list[object]:
+    device = config.model.device
+    return [*_trust(config), *([] if device == "auto" else ["--device", device])]
 
 
 def _trust(config: ReleaseConfig) -> list[object]:

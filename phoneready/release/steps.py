@@ -12,6 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from cfsp.devices import find_device
 from cfsp.errors import PhonereadyError
 from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.language_model import LanguageModel
@@ -139,7 +140,12 @@ class Steps:
     def dense(self, output: Path, progress: Progress) -> None:
         """Load the model, draw its calibration windows, keep both."""
         model, prune = self.config.model, self.config.prune
-        loaded = load_model(model.reference, trust_remote_code=model.trust_remote_code, progress=progress)
+        loaded = load_model(
+            model.reference,
+            trust_remote_code=model.trust_remote_code,
+            device=find_device(model.device),
+            progress=progress,
+        )
         sizes = {"nsamples": prune.nsamples, "seqlen": prune.seqlen, "seed": self.config.seed}
         ids = load_calibration(prune.calibration, loaded, **sizes, progress=progress).input_ids
         _save_windows(ids, output)
@@ -189,6 +195,7 @@ class Steps:
             validation=settings.validation,
             teacher=str(self.checkpoint("dense")),
             work=self.recovery_work,
+            device="cpu" if self.config.model.device == "cpu" else "auto",
             force=True,
             progress=progress,
         )
@@ -258,6 +265,7 @@ class Steps:
             # The dense model is there for comparison; it need not fit what the pruned one must.
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else export.mixed_bytes,
+            device=str(find_device(self.config.model.device)),
             n_threads=self.threads,
             progress=progress,
         )
@@ -301,7 +309,8 @@ class Steps:
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         """A stage's checkpoint, with the origin of the model that it was made from."""
-        loaded = load_model(self.checkpoint(stage), progress=progress)
+        device = find_device(self.config.model.device)
+        loaded = load_model(self.checkpoint(stage), device=device, progress=progress)
         return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
 
     def _calibration_ids(self, stage: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pydantic
 
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training
-from cfsp.settings import SEED, Settings, pick, setting
+from cfsp.settings import DEVICES, SEED, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
 from exporters.families import find_format, required_multiple
@@ -34,6 +34,7 @@ class ModelConfig(Section):
 
     reference: str = pydantic.Field(min_length=1)
     trust_remote_code: bool = False
+    device: str = pydantic.Field("auto", pattern=f"^({DEVICES})$")
 
 
 @dataclass(frozen=True)

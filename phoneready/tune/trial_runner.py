@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cfsp.devices import find_device
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.reference import load_model
@@ -97,7 +98,12 @@ class TrialRunner:
     def loaded(self) -> LoadedModel:
         """The dense model."""
         model = self.config.model
-        return load_model(model.reference, trust_remote_code=model.trust_remote_code, progress=self.progress)
+        return load_model(
+            model.reference,
+            trust_remote_code=model.trust_remote_code,
+            device=find_device(model.device),
+            progress=self.progress,
+        )
 
     @functools.cached_property
     def calibration(self) -> Calibration:
@@ -237,6 +243,7 @@ class TrialRunner:
             # As in a release: the dense model need not fit what the pruned one must.
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else config.export.mixed_bytes,
+            device=str(self.loaded.model.device),
             n_threads=self._n_threads,
             progress=self.progress,
         )
@@ -314,6 +321,7 @@ class TrialRunner:
             data=how.data,
             validation=how.validation,
             teacher=str(self.dense_checkpoint),
+            device="cpu" if self.config.model.device == "cpu" else "auto",
             force=True,
             progress=self.progress,
         )

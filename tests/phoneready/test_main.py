@@ -91,7 +91,9 @@ def test_version_and_doctor_json() -> None:
     result = command("doctor", "--json")
     report = json.loads(result.stdout)
     assert result.returncode == (0 if report["ok"] else 1)
-    assert {"Python", "torch", "llama-cpp-python", "memory"} <= {check["name"] for check in report["checks"]}
+    assert {"Python", "torch", "llama-cpp-python", "GPU", "memory"} <= {
+        check["name"] for check in report["checks"]
+    }
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")

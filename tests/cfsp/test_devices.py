@@ -1,0 +1,195 @@
+"""Models on a device: what would run on a GPU runs on one that is none, and gives the CPU's bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from far_device import FarTensor, brought, far_device, send
+
+from cfsp.devices import find_device, moved
+from cfsp.errors import InputError
+from cfsp.evaluation.divergence import divergence, respelled_divergence
+from cfsp.evaluation.language_model import Branches
+from cfsp.evaluation.perplexity import perplexity
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.source import LoadedModel
+from cfsp.pruning.prune import PruneResult, prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.text.calibration import Calibration
+from cfsp.text.generation import generate
+from cfsp.text.respelling import respelling
+from cfsp.text.self_sampling import sample_windows
+from cfsp.text.tokens import TokenWindows
+from phoneready.main import main
+
+TinyLoaded = Callable[..., LoadedModel]
+IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(1))
+WINDOWS = TokenWindows(IDS, "random", "0" * 64)
+
+
+@pytest.fixture
+def eager(tiny_loaded: TinyLoaded) -> Callable[[], LoadedModel]:
+    """Models whose attention is the same operations everywhere."""
+
+    def make() -> LoadedModel:
+        loaded = tiny_loaded()
+        loaded.model.set_attn_implementation("eager")
+        return loaded
+
+    return make
+
+
+def pruned(loaded: LoadedModel, settings: PruneSettings) -> PruneResult:
+    return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), settings)
+
+
+def figures(result: Any) -> dict[str, float]:
+    return {name: value for name, value in asdict(result).items() if not isinstance(value, str)}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"reconstruct": "one-pass"},
+        {"reconstruct": "mean"},
+        {"score": "obs_loss", "allocation": "loss"},
+        {"score": "flap", "coarse_metric": "mse"},
+        {"kv_groups": 0.25, "attentions": 1, "blocks": 1, "vocabulary": 300},
+    ],
+)
+def test_a_model_is_pruned_where_it_is(how: dict[str, Any], eager: Callable[[], LoadedModel]) -> None:
+    settings = PruneSettings(prune_ratio=0.25, **how)
+    here = pruned(eager(), settings)
+    with far_device():
+        loaded = eager()
+        send(loaded.model)
+        there = pruned(loaded, settings)
+    assert there.plan.blocks == here.plan.blocks
+    weights = here.loaded.model.state_dict()
+    for name, tensor in there.loaded.model.state_dict().items():
+        assert isinstance(tensor, FarTensor), name
+        assert torch.equal(brought(tensor), weights[name]), name
+    for name, moments in there.input_moments.items():
+        assert torch.equal(moments, here.input_moments[name]), name
+
+
+def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_loaded: TinyLoaded) -> None:
+    items = [Branches((5, 6, 7), ((8, 9), (10,)))]
+
+    def judged(loaded: LoadedModel, other: LoadedModel) -> list[Any]:
+        model = TorchLanguageModel(loaded)
+        (scores,) = model.score(items)
+        return [
+            figures(perplexity(model, WINDOWS)),
+            figures(divergence(TorchLanguageModel(other), model, WINDOWS)),
+            figures(divergence(model, TorchLanguageModel(other), WINDOWS)),
+            *map(figures, scores),
+            {"ids": generate(loaded, [[5, 6], [7, 8, 9]], 4, do_sample=False)},
+        ]
+
+    other = tiny_loaded(seed=1)
+    here = judged(eager(), other)
+    with far_device():
+        loaded = eager()
+        send(loaded.model)
+        there = judged(loaded, other)
+    for one, same in zip(there, here, strict=True):
+        assert one == (same if "ids" in same else pytest.approx(same, rel=1e-5))
+
+
+def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(eager: Callable[[], LoadedModel]) -> None:
+    def judged(dense: LoadedModel, trimmed: LoadedModel) -> Any:
+        spelling = respelling(dense.tokenizer, trimmed.tokenizer)
+        return respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(trimmed), WINDOWS, spelling)
+
+    trimmed = pruned(eager(), PruneSettings(prune_ratio=0, vocabulary=300)).loaded
+    here = judged(eager(), trimmed)
+    with far_device():
+        dense = eager()
+        send(dense.model)
+        there = judged(dense, trimmed)
+    # Sums over a vocabulary differ in their last bit with where a tensor lies.
+    assert figures(there) == pytest.approx(figures(here), rel=1e-5)
+
+
+def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel]) -> None:
+    how: dict[str, Any] = {"nsamples": 2, "seqlen": 64, "seed": 5, "use_written": False}
+    here = sample_windows(eager(), **how)
+    with far_device():
+        loaded = eager()
+        send(loaded.model)
+        assert torch.equal(sample_windows(loaded, **how), here)
+
+
+def test_a_model_that_was_moved_comes_back(eager: Callable[[], LoadedModel]) -> None:
+    model = eager().model
+    with far_device() as device:
+        with moved(model, device):
+            assert model.device == device
+        assert model.device == torch.device("cpu")
+
+
+def test_devices_that_are_mixed_are_noticed() -> None:
+    with far_device() as device:
+        there = torch.ones(3).to(device)
+        with pytest.raises(RuntimeError, match="two devices"):
+            there + torch.ones(3)
+        with pytest.raises(RuntimeError, match="numpy"):
+            there.numpy()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "cuda:999", "CUDA", "cpu\n"])
+def test_devices_that_are_none(name: str) -> None:
+    with pytest.raises(InputError, match="device"):
+        find_device(name)
+
+
+def test_the_cpu_is_always_there() -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("fill", "said"),
+    [
+        (lambda: torch.zeros(2**50), "too little memory"),
+        (lambda: bytearray(2**62), "too little memory"),
+        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")), "--device cpu"),
+    ],
+)
+def test_too_little_memory_is_no_bug(
+    fill: Callable[[], Any],
+    said: str,
+    tmp_path: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def load(*args: Any, **options: Any) -> None:
+        list(fill())
+
+    monkeypatch.setattr("cfsp.models.reference.load_model", load)
+    assert main(["prune", "smollm2-135m", "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "export", "eval", "frontier"])
+def test_a_gpu_that_is_not_there_is_said_in_one_line(
+    command: str, tiny_folder: Callable[[], Any], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = [] if command == "eval" else ["-o", str(tmp_path / "out")]
+    model = str(tiny_folder())
+    capsys.readouterr()
+    assert main([command, model, *output, "--device", "cuda:99"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "device" in error
+    assert "cpu" in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
