@@ -34,6 +34,7 @@ from cfsp.files import atomic_directory
 from cfsp.models.reference import load_model
 from cfsp.text.calibration import load_calibration
 from cfsp.text.settings import SELF
+from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord, ParityReport
 from exporters.families import DEFAULT_FORMAT, FAMILIES, family_of
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
@@ -52,7 +53,7 @@ from exporters.onnx.weights import HEAD_PARTS, weight_of
 from exporters.parity import Reference, choose_windows, reference_of
 from exporters.parity import compare as compare_logits
 from exporters.settings import ExportSettings
-from phoneready.console import format_bytes, prepare_torch
+from phoneready.console import prepare_torch
 from phoneready.exporting import export_model
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of

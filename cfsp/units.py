@@ -17,6 +17,18 @@ _COUNTS: Mapping[str, int] = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b
 _MS: Mapping[str, float] = MappingProxyType({"ms": 1.0, "s": 1e3, "us": 1e-3})
 
 
+def format_bytes(count: float | None) -> str:
+    """A size in binary units, as `97.2 MiB`; a dash for what is unknown."""
+    if count is None:
+        return "-"
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
 def parse_bytes(text: str, field: str) -> int:
     """A size: `400M`, `400 MiB` and `1.5G` in powers of 1024, `80 MB` in powers of 1000, or bytes.
 

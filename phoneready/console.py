@@ -32,18 +32,6 @@ def note(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
-def format_bytes(count: float | None) -> str:
-    """A size in binary units, as `97.2 MiB`; a dash for what is unknown."""
-    if count is None:
-        return "-"
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
 @contextmanager
 def show_progress(stream: IO[str] | None = None) -> Iterator[Progress]:
     """Yield a `cfsp.progress.Progress` that draws bars on a terminal and writes spare lines elsewhere."""

@@ -30,6 +30,7 @@ import torch
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import tasks_sha256
 from cfsp.files import sha256_file, writable_place
+from cfsp.memory import usable_memory
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
@@ -52,7 +53,6 @@ from phoneready.release.stages import Stage, claim_folder, explain_stages, run_s
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
-from runtime_bench.cgroup import usable_memory
 from runtime_bench.environment import cpu_model
 from runtime_bench.targets.places import place_details
 

@@ -17,7 +17,7 @@ ROOMS = {
     "cfsp": (
         {"errors", "progress", "precision"},
         {"files", "reading", "validation", "units", "plugins", "settings"},
-        {"records", "devices"},
+        {"records", "devices", "memory"},
         {"models"},
         {"text"},
         {"evaluation"},

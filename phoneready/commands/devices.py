@@ -10,13 +10,14 @@ import typer
 
 from cfsp.errors import InputError
 from cfsp.settings import setting
+from cfsp.units import format_bytes
 from phoneready.commands.options import (
     JsonOption,
     NdkOption,
     RemoteFolderOption,
     SshConfigOption,
 )
-from phoneready.console import format_bytes, show_progress, write_result
+from phoneready.console import show_progress, write_result
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT, project

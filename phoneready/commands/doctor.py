@@ -16,8 +16,9 @@ import typer
 from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
 from cfsp.plugins import ENGINES, METRICS, TARGETS, find_plugins
+from cfsp.units import format_bytes
 from phoneready.commands.options import JsonOption
-from phoneready.console import format_bytes, write_result
+from phoneready.console import write_result
 from phoneready.release.dependencies import installed_version
 
 REQUIRED = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 
 VERDICTS_FILE = "verdicts.json"
 

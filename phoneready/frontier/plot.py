@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.settings import BASE_QUANT

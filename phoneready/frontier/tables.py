@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cfsp.recovery.settings import token_budget
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
 from phoneready.frontier.record import Frontier, FrontierPoint, SpeedChoice

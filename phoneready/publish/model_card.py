@@ -11,8 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
-from phoneready.console import format_bytes
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.assets import render_markdown

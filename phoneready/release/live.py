@@ -12,8 +12,8 @@ from cfsp.progress import Progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
+from cfsp.units import format_bytes
 from exporters.export_record import ExportManifest
-from phoneready.console import format_bytes
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, SideBySide
 from phoneready.release.stages import RECORD_FILE, Stage, StageRecord, explain_stages, stage_folder

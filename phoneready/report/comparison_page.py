@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.report.assets import KINDS, plots_page
 from phoneready.report.escape import plot_text
 from phoneready.report.model_points import ModelPoint, PointGroup, Quality

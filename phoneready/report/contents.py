@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.records import read_record
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.evaluation.sweep import Sweep
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, measured_on

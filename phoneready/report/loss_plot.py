@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.evaluation.measured_file import MeasuredFile
 from phoneready.figures import figure_set

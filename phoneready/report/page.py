@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.evaluation.tables import figure_tables
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, BudgetVerdict
 from phoneready.release.results import ReleaseFigures

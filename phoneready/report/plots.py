@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
-from phoneready.console import format_bytes
 from phoneready.evaluation.evaluation_record import Evaluation
 from phoneready.evaluation.sweep import Sweep
 from phoneready.release.results import ReleaseFigures

@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from cfsp.pruning.budget import AXES, UNITS
 from cfsp.pruning.plan import PruningPlan
+from cfsp.units import format_bytes
 from exporters.export_record import ExportRecord
-from phoneready.console import format_bytes
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.evaluation.tables import loss_columns, standing_column, text_table
 from phoneready.figures.metrics import METRICS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from phoneready.console import format_bytes
+from cfsp.units import format_bytes
 from phoneready.settings.release import beside
 from phoneready.settings.schema import SIZE, ReleaseConfig
 from phoneready.settings.structures import Structures

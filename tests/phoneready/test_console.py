@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from cfsp.units import format_bytes
 from phoneready import console
 from phoneready.commands.options import split_names
 from runtime_bench.presentation.table import table_of_cells
@@ -63,7 +64,7 @@ def test_bars_are_drawn_on_a_terminal() -> None:
     [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (92_871_040, "88.6 MiB")],
 )
 def test_format_bytes(count: int | None, shown: str) -> None:
-    assert console.format_bytes(count) == shown
+    assert format_bytes(count) == shown
 
 
 def test_rows_are_aligned_and_pipes_escaped() -> None:

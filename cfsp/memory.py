@@ -1,0 +1,56 @@
+"""Memory that this process may use.
+
+Linux's control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html, cgroup-v1/memory.html.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_MOUNTS = Path("/proc/self/mounts")
+_OURS = Path("/proc/self/cgroup")
+LIMIT_FILE = {1: "memory.limit_in_bytes", 2: "memory.max"}
+"""Where each version keeps the limit."""
+
+
+def usable_memory() -> int:
+    """Bytes that processes like this one may use together: the machine's memory, or what its groups are limited to."""
+    import psutil  # processes that only run a file must not load it
+
+    return min([int(psutil.virtual_memory().total), *(limit for _, _, limit in _limits())])
+
+
+def control_groups() -> Iterator[tuple[int, Path]]:
+    """(version, folder) of our own group and, in version 2, of those above it: only a group without processes of its
+    own, or the root, hands controllers on."""
+    mounts = [line.split() for line in _MOUNTS.read_text(encoding="utf-8").splitlines()]
+    for entry in _OURS.read_text(encoding="utf-8").splitlines():
+        _, controllers, path = entry.split(":", 2)
+        for _, mount, kind, options, *_ in mounts:
+            if kind == "cgroup" and "memory" in options.split(",") and "memory" in controllers.split(","):
+                yield 1, Path(mount + path)
+            elif kind == "cgroup2" and not controllers:
+                own = Path(mount + path)
+                for folder in (own, *own.parents):
+                    if folder.is_relative_to(mount) and lists_memory(folder / "cgroup.controllers"):
+                        yield 2, folder
+
+
+def lists_memory(file: Path) -> bool:
+    """Whether a group's list of controllers has that of memory."""
+    return file.exists() and "memory" in file.read_text(encoding="ascii").split()
+
+
+def read_table(file: Path) -> dict[str, int]:
+    """A group's file of names and numbers."""
+    lines = (line.split() for line in file.read_text(encoding="ascii").splitlines())
+    return {name: int(value) for name, value in lines}
+
+
+def _limits() -> Iterator[tuple[int, Path, int]]:
+    """(version, folder, limit in bytes) of groups that have one."""
+    for version, folder in control_groups() if _OURS.exists() else ():
+        with contextlib.suppress(OSError, ValueError):  # the root has no limit, and "max" is none
+            yield version, folder, int((folder / LIMIT_FILE[version]).read_text(encoding="ascii"))
