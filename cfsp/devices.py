@@ -6,15 +6,16 @@ brings to the CPU what goes into files and records.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.settings import DEVICES
+from cfsp.settings import DEVICE
+from cfsp.units import format_bytes
 
 CPU = torch.device("cpu")
 
@@ -23,20 +24,37 @@ def find_device(name: str) -> torch.device:
     """The device of a name.
 
     Raises:
-        InputError: An unknown name, or a GPU that is not there. Apple's MPS has no float64, which sums need.
+        InputError: An unknown name, or a GPU that is not there.
     """
+    DEVICE.checked(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if re.fullmatch(DEVICES, name) is None:
-        raise InputError("unknown", field="device", value=name, allowed="auto, cpu, cuda or cuda:N")
     kind, _, number = name.partition(":")
-    there = torch.cuda.device_count() if kind == "cuda" else 1
+    there = gpu_count() if kind == "cuda" else 1
     if int(number or 0) >= there:  # before torch sees it: it takes 256 for 0
         known = "cpu" if not there else f"cpu, cuda:0 to cuda:{there - 1}"
-        raise InputError(
-            "is not there, or torch was built without it", field="device", value=name, allowed=known
-        )
+        raise InputError("is not there, or torch cannot use it", field="device", value=name, allowed=known)
     return torch.device(name)
+
+
+def gpu_count() -> int:
+    """GPUs that torch can use; a driver may know more."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def placed(model: Any, device: torch.device) -> Any:
+    """A model of the CPU on a device.
+
+    Raises:
+        InputError: The device's memory does not hold it.
+    """
+    if device.type == "cuda":
+        needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        free, _ = torch.cuda.mem_get_info(device)
+        if needed > free:
+            sizes = f"{format_bytes(needed)} of the GPU's memory at least, and {format_bytes(free)} are free"
+            raise InputError(f"the model takes {sizes}", field="device", value=str(device), allowed="cpu")
+    return model.to(device)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""Memory that this process may use.
+"""Memory that is free, asked before a model is loaded and not when the system ends the process.
 
+What is asked for is a lower bound, so that nothing is refused that would have worked; more may be needed on the way.
 Linux's control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html, cgroup-v1/memory.html.
 """
 
@@ -9,10 +10,16 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from cfsp.errors import InputError
+from cfsp.units import format_bytes
+
 _MOUNTS = Path("/proc/self/mounts")
 _OURS = Path("/proc/self/cgroup")
 LIMIT_FILE = {1: "memory.limit_in_bytes", 2: "memory.max"}
 """Where each version keeps the limit."""
+_USED_FILE = {1: "memory.usage_in_bytes", 2: "memory.current"}
+_CACHED = {1: "total_inactive_file", 2: "inactive_file"}
+"""Of memory.stat: pages of files that nobody maps, which the system drops when it needs room."""
 
 
 def usable_memory() -> int:
@@ -20,6 +27,37 @@ def usable_memory() -> int:
     import psutil  # processes that only run a file must not load it
 
     return min([int(psutil.virtual_memory().total), *(limit for _, _, limit in _limits())])
+
+
+def free_memory() -> int:
+    """Bytes that this process could have now without others losing theirs."""
+    import psutil
+
+    free = [int(psutil.virtual_memory().available)]
+    for version, folder, limit in _limits():
+        with contextlib.suppress(OSError, ValueError):
+            used = int((folder / _USED_FILE[version]).read_text(encoding="ascii"))
+            free.append(limit - used + read_table(folder / "memory.stat").get(_CACHED[version], 0))
+    return max(0, min(free))
+
+
+def require_memory(n_bytes: int, what: str, less: str) -> None:
+    """Refuse what does not fit, before the system ends the process for it.
+
+    Args:
+        n_bytes: What it takes at least.
+        what: Takes it, in words.
+        less: Would take less.
+
+    Raises:
+        InputError: So much is not free.
+    """
+    free = free_memory()
+    if n_bytes > free:
+        raise InputError(
+            f"{what} takes {format_bytes(n_bytes)} of memory at least, and {format_bytes(free)} are free",
+            allowed=less,
+        )
 
 
 def control_groups() -> Iterator[tuple[int, Path]]:

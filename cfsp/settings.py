@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -149,11 +150,20 @@ def setting(default: T, help: str | Setting, **attributes: Any) -> T:
 _DECLARED = "setting"
 SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 2, metavar="N")
 """NumPy takes 32 bits, and a release judges with the seed after its own."""
-DEVICES = r"auto|cpu|cuda(:\d{1,3})?"
-"""Names of devices, a whole one."""
+
+
+def _device_name(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name) is None:
+        raise InputError("unknown", field="device", value=name, allowed="auto, cpu, cuda or cuda:N")
+    return name
+
+
 DEVICE = Setting(
-    "Where torch computes: auto (a GPU where there is one), cpu, cuda or cuda:N.", metavar="DEVICE"
+    "Where torch computes: auto (a GPU where there is one), cpu, cuda or cuda:N.",
+    look_up=_device_name,
+    metavar="DEVICE",
 )
+"""Apple's MPS is none: it has no float64, which sums need."""
 THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
 
 

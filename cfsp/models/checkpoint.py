@@ -28,6 +28,7 @@ from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
     check_finite,
+    check_memory,
     model_class,
     model_from_weights,
     quiet_transformers,
@@ -141,6 +142,7 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
     if not weights:
         raise InputError(f"{directory} has no tensors in its weight files")
     stored = next(iter(weights.values())).dtype
+    check_memory(sum(map(torch.numel, weights.values())), dtype or stored, str(directory))
     model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
     model.config.__dict__.pop("auto_map", None)
     check_finite(model, str(directory))

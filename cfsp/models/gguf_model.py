@@ -19,7 +19,7 @@ import transformers
 from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
-from cfsp.models.weights import model_class, model_from_weights
+from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
 
@@ -85,6 +85,7 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     config = config_from_gguf(file)
     names, weights = _transformers_names(file, config), {}
     both = _twice(file, config)
+    check_memory(sum(math.prod(tensor.shape) for tensor in file.tensors), dtype, str(file.path))
     for done, tensor in enumerate(file.tensors, 1):
         if tensor.name in both:
             weights[names[_EMBEDDING]] = torch.from_numpy(max(both.values(), key=_bits).dequantize()).to(

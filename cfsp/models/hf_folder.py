@@ -14,7 +14,14 @@ from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_checkpoint_info
 from cfsp.models.config_file import check_generation_config, check_tokenizer_files, read_model_config
 from cfsp.models.source import ModelSource
-from cfsp.models.weights import check_loading, quiet_transformers, safetensors_files, sha256_files
+from cfsp.models.weights import (
+    check_loading,
+    check_memory,
+    quiet_transformers,
+    safetensors_files,
+    sha256_files,
+    weight_count,
+)
 from cfsp.reading import as_input_error, read_json_object
 
 _CARD_CHARACTERS = 2**16
@@ -29,10 +36,11 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
         InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
     """
     settings = read_model_config(folder)
-    safetensors_files(folder)
+    files = safetensors_files(folder)
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
         return load_pruned(folder, dtype)
     check_generation_config(folder)
+    check_memory(weight_count(files), dtype, str(folder))
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cfsp.devices import CPU
+from cfsp.devices import CPU, placed
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
@@ -75,7 +75,7 @@ def load_model(
         raise InputError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
         )
-    return LoadedModel(model.to(device), tokenizer, source)
+    return LoadedModel(placed(model, device), tokenizer, source)
 
 
 def load_tokenizer(reference: str | Path) -> Any:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import huggingface_hub.utils
+import safetensors
 import safetensors.torch
 import torch
 import transformers
 from pydantic import Field
 
 from cfsp.errors import InputError
+from cfsp.memory import require_memory
 from cfsp.models.architectures import spec_for
 from cfsp.reading import as_input_error, read_json_object
 from cfsp.validation import check_kinds, kinds
@@ -80,6 +83,31 @@ def model_from_weights(
         )
     check_loading(report, where)
     return model.eval()
+
+
+def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
+    """Refuse a model that does not fit into memory.
+
+    Args:
+        n_weights: Its weights.
+        dtype: That they will have.
+        where: File or folder named in errors.
+
+    Raises:
+        InputError: So much is not free.
+    """
+    kind = str(dtype).removeprefix("torch.")
+    what = f"{where}: the model, {n_weights / 1e9:.2g} billion weights in {kind},"
+    require_memory(n_weights * dtype.itemsize, what, "a smaller model, or a machine with more memory")
+
+
+def weight_count(files: Iterable[Path]) -> int:
+    """Weights in safetensors files, by their heads; raises InputError for one that is damaged."""
+    total = 0
+    for file in files:
+        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
+            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+    return total
 
 
 def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cfsp.errors import InputError
+from cfsp.memory import require_memory
 
 _GRAM_TILE = 384
 
@@ -66,6 +67,10 @@ def enter_blocks(
         record.append((hidden_states, kwargs))
         return hidden_states
 
+    if model.device.type == "cpu" and len(input_ids) > 1:
+        n_bytes = input_ids.numel() * model.config.hidden_size * model.dtype.itemsize
+        what = f"hidden states of {len(input_ids)} windows of {input_ids.shape[1]} tokens"
+        require_memory(n_bytes, what, "fewer windows (--nsamples), or shorter ones (--seqlen)")
     with ExitStack() as stack:
         for layer in layers:
             layer.forward = passes_on
