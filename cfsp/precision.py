@@ -19,7 +19,11 @@ def fast_dtype(device_type: str = "cpu") -> torch.dtype:
 
     AVX512-BF16 alone is no faster.
     """
-    fast = torch.cuda.is_bf16_supported() if device_type == "cuda" else _has_matrix_units()
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device_type == "cuda"
+        else _has_matrix_units()
+    )
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -47,10 +51,9 @@ def rounding_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
 
 
 @contextmanager
-def products_in(name: str) -> Iterator[None]:
-    """Matrix products of float32 tensors take their inputs in `rounding_dtype` inside the context."""
+def products_in(name: str, device_type: str) -> Iterator[None]:
+    """Matrix products of float32 tensors on a device take their inputs in `rounding_dtype` inside the context."""
     before = torch.get_float32_matmul_precision()
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = rounding_dtype(name, device_type) == torch.bfloat16
     torch.set_float32_matmul_precision("medium" if rounds else "highest")
     try:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import CPU, find_device
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import tasks_sha256
 from cfsp.files import sha256_file, writable_place
@@ -130,8 +131,10 @@ def run_release(
 
 
 def _processes(config: ReleaseConfig, folder: Path, threads: int | None) -> StageProcesses | None:
-    """Two, where there are threads and memory for both."""
+    """Two, where there are threads and memory for both, and no GPU that they would have to share."""
     threads = threads or torch.get_num_threads()
+    if find_device(config.model.device) != CPU:
+        return None
     model = stage_folder(folder, "dense") / "model"
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     if threads < 2 or usable_memory() < 2 * _TIMES_THE_WEIGHTS * weights:

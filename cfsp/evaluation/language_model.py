@@ -75,7 +75,8 @@ class LanguageModel(Protocol):
         """Logits that predict tokens 1.. of a window (seqlen,) that nothing comes before.
 
         Yields:
-            (slice of target positions, logits (chunk, vocab_size) float32), in order; never all of them at once.
+            (slice of target positions, logits (chunk, vocab_size) float32), in order; never all of them at once. They
+            are where the runtime computes, which may be a GPU; the window is on the CPU.
         """
         ...
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import gpu_count
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.harness import harness_model, import_harness
 from cfsp.evaluation.language_model import LanguageModel
@@ -148,7 +149,8 @@ def run_tasks(
     harness = import_harness()
     adapter = harness_model(model, progress=progress)
     state = random.getstate()
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    # All generators are seeded, and what they were comes back.
+    with _quiet(), torch.random.fork_rng(devices=range(gpu_count())):
         random.seed(_SEED)
         torch.manual_seed(_SEED)
         try:

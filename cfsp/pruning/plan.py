@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 
+from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
 from cfsp.models.shape import ModelShape
@@ -93,6 +94,7 @@ class PruningPlan:
         attention: Which blocks lose their attention; None where none does.
         budget: What was to be met, and what each axis gives for it; None where the settings say how much goes.
         kv_groups: Which key-value groups are kept; None where all of an attention that stays are.
+        device: Kind of device that computed it; None for the CPU.
     """
 
     KIND: ClassVar[str] = "pruning_plan"
@@ -113,6 +115,7 @@ class PruningPlan:
     attention: Annotated[Removal | None, WhereSet] = None
     budget: Annotated[BudgetShares | None, WhereSet] = None
     kv_groups: Annotated[GroupRemoval | None, WhereSet] = None
+    device: Annotated[str | None, WhereSet] = None
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.dense_widths):
@@ -249,6 +252,7 @@ def make_plan(
         depth=depth,
         attention=attention,
         kv_groups=kv_groups,
+        device=None if model.device == CPU else model.device.type,
     )
 
 
@@ -311,7 +315,7 @@ def apply_plan(
         silent=plan.silent,
         groups=plan.narrowed,
     )
-    with products_in(plan.settings.dtype):
+    with products_in(plan.settings.dtype, model.device.type):
         RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
     for index in plan.silent:
         remove_attention(decoder_layers(model)[index])

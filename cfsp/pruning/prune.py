@@ -100,13 +100,13 @@ def prune_model(
         loaded, calibration = trim(loaded, calibration, plan.vocabulary, plan.settings, progress=progress)
         row = RECONSTRUCTIONS[plan.settings.reconstruct]
         if row.needs_statistics and not plan.keeps_blocks:
-            with products_in(plan.settings.dtype):
+            with products_in(plan.settings.dtype, loaded.model.device.type):
                 statistics = collect_statistics(
                     loaded.model, calibration.input_ids, with_gram=row.needs_gram, progress=progress
                 )
     ids = calibration.input_ids
     apply_plan(loaded.model, plan, statistics=statistics, input_ids=ids, progress=progress)
-    with products_in(plan.settings.dtype):
+    with products_in(plan.settings.dtype, loaded.model.device.type):
         windows = moment_windows(ids)
         moments = collect_input_moments(loaded.model, windows, progress=progress)
     return PruneResult(loaded, plan, calibration, moments)
@@ -184,7 +184,7 @@ class Removals:
     """
 
     def __init__(self, model: Any, calibration: Calibration, progress: Progress = no_progress) -> None:
-        windows = _probed(calibration)
+        windows, self._device_type = _probed(calibration), model.device.type
         self._depth = cache(partial(plan_blocks, model, windows, progress=progress))
         self._attention = cache(partial(plan_attentions, model, windows, progress=progress))
         self._groups = cache(partial(plan_kv_groups, model, windows, progress=progress))
@@ -196,7 +196,7 @@ class Removals:
             InputError: More than there are.
         """
         depth = attention = groups = None
-        with products_in(settings.dtype):
+        with products_in(settings.dtype, self._device_type):
             if count := settings.blocks:
                 depth = self._depth(count)
             gone = frozenset(depth.removed if depth else ())
@@ -258,7 +258,7 @@ def trim(
     if vocabulary is None:
         return loaded, calibration
     if settings.reconstruct != "none":
-        with products_in(settings.dtype):
+        with products_in(settings.dtype, loaded.model.device.type):
             windows = spread_windows(calibration.input_ids, SPELLING_WINDOWS)
             teach_spellings(loaded, vocabulary, windows, progress=progress)
     trimmed = cut_vocabulary(loaded, vocabulary)
@@ -285,7 +285,7 @@ def statistics_for(
     """
     with_gram = settings.plan_needs_gram if only_plan else settings.needs_gram
     ids = calibration.input_ids
-    with products_in(settings.dtype):
+    with products_in(settings.dtype, model.device.type):
         statistics = collect_statistics(model, ids, with_gram=with_gram, progress=progress)
         if not settings.needs_gradients:
             return statistics

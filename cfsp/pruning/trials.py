@@ -159,7 +159,7 @@ class Trials:
         if most > possible:
             raise InputError("too many", field=axis, value=most, allowed=f"at most {possible}")
         removals: list[Removal] = []
-        with products_in(self._settings.dtype):
+        with products_in(self._settings.dtype, model.device.type):
             # In the order of what each costs alone: the plan chooses with more care.
             probe = Probe(model, self.probed, row.leave_out, parts=parts)
             counts = [fixed] if fixed else _counts(most, parts)
@@ -187,7 +187,7 @@ class Trials:
             progress=self.progress,
         )
         total = 0.0
-        with torch.inference_mode(), products_in(plan.settings.dtype):
+        with torch.inference_mode(), products_in(plan.settings.dtype, pruned.device.type):
             for window in self._judged:
                 expected, actual = (
                     _log_probabilities(model, window) for model in (self.loaded.model, pruned)
@@ -205,6 +205,7 @@ def _counts(most: int, parts: int) -> list[int]:
 
 def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
     """At every other position; the output matrix costs as much as many blocks."""
-    hidden = model.get_decoder()(input_ids=window[None], use_cache=False).last_hidden_state[:, ::2]
+    ids = window[None].to(model.device)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, ::2]
     logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
     return logits.log_softmax(-1)

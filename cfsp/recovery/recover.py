@@ -261,7 +261,7 @@ def _write(
     model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
     count = min(len(run.mix), math.ceil(MOMENT_TOKENS / run.settings.seqlen))
     windows = torch.stack([run.mix[i]["input_ids"] for i in range(count)])
-    with products_in(run.settings.dtype):
+    with products_in(run.settings.dtype, model.device.type):
         moments = collect_input_moments(model, moment_windows(windows), progress=progress)
     save_checkpoint(
         replace(inputs.loaded, model=model),

@@ -175,6 +175,7 @@ def _continue(
         top_p=1.0,
         stopping_criteria=StoppingCriteriaList([stops_nothing]),
         cache_implementation="static",
+        disable_compile=True,  # which transformers does for such a cache on a GPU
     )
     return [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
 

@@ -168,6 +168,7 @@ def _read_jsonl(path: Path) -> list[Document]:
     return [_document_from_row(row, where) for where, row in read_json_lines(path, MAX_TEXT_BYTES)]
 
 
+_COLUMNS = ("text", "messages")
 _ROWS_AT_ONCE = 64
 """A column may hold the same long text in a million rows, compressed to nothing."""
 
@@ -178,7 +179,8 @@ def _read_parquet(path: Path) -> list[Document]:
 
     rows, n_bytes = [], 0
     with as_input_error(f"{path} cannot be read as parquet"), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+        columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
             n_bytes += batch.nbytes
             if n_bytes > MAX_TEXT_BYTES:
                 raise InputError(

@@ -62,7 +62,7 @@ def tune_file(
     head = table if tied else stored.get(_HEAD, model.get_output_embeddings().weight.detach())
     linears = [name for block in block_linears(model) for name in block if f"{name}.weight" in stored]
     weights = {name: stored[f"{name}.weight"] for name in linears}
-    with products_in("auto"):
+    with products_in("auto", model.device.type):
         scales = tune_scales(model, weights, head, table, input_ids, _LEARNING_RATE, progress=progress)
     changed = [tuned_tensor(spec, tensors[spec.name], scales) for spec in specs]
     with path.open("r+b") as stream:

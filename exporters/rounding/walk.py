@@ -44,10 +44,10 @@ def round_blocks(
     with torch.no_grad():
         hidden, calls = enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
-            with products_in("auto"):
+            with products_in("auto", model.device.type):
                 grams = _input_grams(linears[index], layer, hidden, calls[index])
             changed = visit(index, grams)
-            with products_in("auto"), _replaced(linears[index], changed):
+            with products_in("auto", model.device.type), _replaced(linears[index], changed):
                 hidden = [run_layer(layer, h, calls[index]) for h in hidden]
             progress("quantizing", index + 1, len(layers) + 1)
         return _head_gram(model, hidden)

@@ -147,10 +147,16 @@ def _check_gpu() -> Check:
     """The GPUs that `--device auto` and `cuda:N` name; nothing needs one."""
     try:
         import torch
+
+        from cfsp.devices import gpu_count
     except ImportError:
         return Check("GPU", "ok", "unknown without torch")
-    every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    every = [torch.cuda.get_device_properties(index) for index in range(gpu_count())]
     known = [f"cuda:{n} {gpu.name}, {format_bytes(gpu.total_memory)}" for n, gpu in enumerate(every)]
+    if not known and torch.cuda.device_count():
+        return Check(
+            "GPU", "warning", "there, but torch cannot use it", "its driver, or torch's CUDA version"
+        )
     return Check("GPU", "ok", "; ".join(known) or "none that torch knows; everything runs on the processor")
 
 

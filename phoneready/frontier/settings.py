@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfsp.errors import InputError
 from cfsp.evaluation.settings import TaskSettings
+from cfsp.pruning.settings import ALIGN
 from cfsp.settings import setting
 from cfsp.units import parse_bytes
 from exporters.gguf.family import GGUF
@@ -46,7 +47,13 @@ class FrontierSettings(SearchedStructures, TaskSettings, WindowSettings):
         False, "Measure every pruned model trained, too, as the options of recovery say.", option="--recover"
     )
     align: int = setting(
-        0, "Widths are multiples of this; 0: what each quantization needs.", ge=0, shown="by the quantization"
+        0,
+        replace(
+            ALIGN,
+            help=f"{ALIGN.help[:-1]}; 0: what each quantization needs.",
+            ge=0,
+            shown="by the quantization",
+        ),
     )
     at: tuple[int, ...] | None = setting(
         None,

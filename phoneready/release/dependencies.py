@@ -56,6 +56,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 "cfsp/text",
                 "cfsp/reading.py",
                 "cfsp/precision.py",
+                "cfsp/devices.py",
                 *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
             ),
         ),

@@ -151,7 +151,7 @@ class Steps:
         _save_windows(ids, output)
         moments = None
         if self.needs_moments:
-            with products_in(prune.dtype):
+            with products_in(prune.dtype, loaded.model.device.type):
                 moments = collect_input_moments(loaded.model, moment_windows(ids), progress=progress)
         save_checkpoint(loaded, output / "model", input_moments=moments, seed=self.config.seed)
 

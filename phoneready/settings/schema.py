@@ -9,9 +9,9 @@ from typing import Annotated
 
 import pydantic
 
-from cfsp.pruning.settings import PruneSettings
+from cfsp.pruning.settings import ALIGN, PruneSettings
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training
-from cfsp.settings import DEVICES, SEED, Settings, pick, setting
+from cfsp.settings import DEVICE, SEED, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.validation import Section
 from exporters.families import find_format, required_multiple
@@ -34,7 +34,7 @@ class ModelConfig(Section):
 
     reference: str = pydantic.Field(min_length=1)
     trust_remote_code: bool = False
-    device: str = pydantic.Field("auto", pattern=f"^({DEVICES})$")
+    device: Annotated[str, DEVICE] = "auto"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSetting
     """How to prune, and with what text."""
 
     align: int = setting(
-        0, "Widths are multiples of this; 0: what the quantizations need.", ge=0, shown="from --for-quant"
+        0,
+        replace(
+            ALIGN, help=f"{ALIGN.help[:-1]}; 0: what the quantizations need.", ge=0, shown="from --for-quant"
+        ),
     )
 
     def settings(self, align: int) -> PruneSettings:

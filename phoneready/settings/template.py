@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cfsp.settings import Settings, declared
+from cfsp.settings import DEVICE, Declared, Settings, declared
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
@@ -53,7 +53,9 @@ def template_text(model: str | None = None) -> str:
     sections = "\n".join(
         "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in _SECTIONS.items()
     )
-    text = _resource("template.toml").replace("[sections]\n", sections + "\n", 1)
+    device = "\n".join(_lines(Declared("device", str, "auto", DEVICE), {})) + "\n"
+    text = _resource("template.toml").replace("[device]\n", device, 1)
+    text = text.replace("[sections]\n", sections + "\n", 1)
     return text if model is None else text.replace('"smollm2-135m" ', f"{_toml(model)} ", 1)
 
 
@@ -62,16 +64,20 @@ def _section(name: str, stated: Mapping[str, Any] | None, kind: type[Settings], 
     yield f"# {about}"
     yield f"[{name}]" if stated is not None else f"#[{name}]"
     for row in declared(kind):
-        known = stated or {}
-        value = row.setting.example if row.default is None else row.default
-        line = f"{'' if row.name in known else '#'}{row.name} = {_toml(known.get(row.name, value))}"
-        without = f" Without: {row.setting.shown}." if row.setting.shown and row.default in (None, ()) else ""
-        text = row.setting.help + without
-        if len(line) < _COLUMN and _COLUMN + len(text) < _WIDTH:
-            yield f"{line:<{_COLUMN}}# {text}"
-        else:
-            yield from (f"# {part}" for part in textwrap.wrap(text, _WIDTH - 2))
-            yield line
+        yield from _lines(row, stated or {})
+
+
+def _lines(row: Declared, known: Mapping[str, Any]) -> Iterator[str]:
+    """Those of one setting: a comment where its value is not known."""
+    value = row.setting.example if row.default is None else row.default
+    line = f"{'' if row.name in known else '#'}{row.name} = {_toml(known.get(row.name, value))}"
+    without = f" Without: {row.setting.shown}." if row.setting.shown and row.default in (None, ()) else ""
+    text = row.setting.help + without
+    if len(line) < _COLUMN and _COLUMN + len(text) < _WIDTH:
+        yield f"{line:<{_COLUMN}}# {text}"
+    else:
+        yield from (f"# {part}" for part in textwrap.wrap(text, _WIDTH - 2))
+        yield line
 
 
 def _toml(value: Any) -> str:

@@ -106,7 +106,11 @@ class Bench:
                 yield from projected_figures(config, one.role, one.item, one.name, one.facts)
 
     def _judgements(self, point: Point, checkpoint: Path, file: Artifact) -> Iterator[Figure]:
-        opening = OpenSettings(self.limits.config.evaluate.seqlen, threads=self.runner.threads)
+        opening = OpenSettings(
+            self.limits.config.evaluate.seqlen,
+            threads=self.runner.threads,
+            device=self.runner.loaded.model.device,
+        )
         wanted = [key for key in self.limits.wanted(point) if metric_of(key.metric).is_quality]
         for item in dict.fromkeys((self.limits.objective_item(point), *(key.item for key in wanted))):
             settings = self._judgement_settings({key.metric for key in wanted if key.item == item})

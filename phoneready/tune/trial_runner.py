@@ -304,7 +304,7 @@ class TrialRunner:
         """A checkpoint, with what 4-bit types are rounded for, measured as a release measures it."""
         moments = None
         if self.config.export.imatrix:
-            with products_in(self.config.prune.dtype):
+            with products_in(self.config.prune.dtype, side.loaded.model.device.type):
                 windows = moment_windows(side.calibration.input_ids)
                 moments = collect_input_moments(side.loaded.model, windows, progress=self.progress)
         save_checkpoint(side.loaded, path, plan=plan, input_moments=moments, seed=self.config.seed)

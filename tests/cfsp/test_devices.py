@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -17,6 +17,8 @@ from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.source import LoadedModel
+from cfsp.pruning.budget import Budget
+from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
@@ -25,6 +27,7 @@ from cfsp.text.respelling import respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
+from phoneready.release.beside import StageFailure
 
 TinyLoaded = Callable[..., LoadedModel]
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(1))
@@ -43,8 +46,13 @@ def eager(tiny_loaded: TinyLoaded) -> Callable[[], LoadedModel]:
     return make
 
 
-def pruned(loaded: LoadedModel, settings: PruneSettings) -> PruneResult:
-    return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), settings)
+def pruned(loaded: LoadedModel, settings: PruneSettings, share: float | None = None) -> PruneResult:
+    budget = None
+    if share is not None:
+        weights = sum(parameter.numel() for parameter in loaded.model.parameters())
+        cost = count_parameters(loaded.model)
+        budget = Budget("target_parameters", share * weights, cost, "parameters")
+    return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), settings, budget=budget)
 
 
 def figures(result: Any) -> dict[str, float]:
@@ -60,16 +68,19 @@ def figures(result: Any) -> dict[str, float]:
         {"score": "obs_loss", "allocation": "loss"},
         {"score": "flap", "coarse_metric": "mse"},
         {"kv_groups": 0.25, "attentions": 1, "blocks": 1, "vocabulary": 300},
+        {"prune_ratio": 0, "align": 8, "share": 0.7},
     ],
 )
 def test_a_model_is_pruned_where_it_is(how: dict[str, Any], eager: Callable[[], LoadedModel]) -> None:
-    settings = PruneSettings(prune_ratio=0.25, **how)
-    here = pruned(eager(), settings)
+    share, given = how.get("share"), {name: value for name, value in how.items() if name != "share"}
+    settings = PruneSettings(**{"prune_ratio": 0.25, **given})
+    here = pruned(eager(), settings, share)
     with far_device():
         loaded = eager()
         send(loaded.model)
-        there = pruned(loaded, settings)
-    assert there.plan.blocks == here.plan.blocks
+        there = pruned(loaded, settings, share)
+    assert there.plan == replace(here.plan, device=there.plan.device)
+    assert (here.plan.device, there.plan.device) == (None, "meta")
     weights = here.loaded.model.state_dict()
     for name, tensor in there.loaded.model.state_dict().items():
         assert isinstance(tensor, FarTensor), name
@@ -143,7 +154,10 @@ def test_devices_that_are_mixed_are_noticed() -> None:
             there.numpy()
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "cuda:999", "CUDA", "cpu\n"])
+@pytest.mark.parametrize(
+    "name",
+    ["gpu", "cuda:x", "mps", "cuda:999", "cuda:01", "CUDA", "cpu\n", "cuda:\N{ARABIC-INDIC DIGIT ONE}"],
+)
 def test_devices_that_are_none(name: str) -> None:
     with pytest.raises(InputError, match="device"):
         find_device(name)
@@ -159,7 +173,8 @@ def test_the_cpu_is_always_there() -> None:
     [
         (lambda: torch.zeros(2**50), "too little memory"),
         (lambda: bytearray(2**62), "too little memory"),
-        (lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")), "--device cpu"),
+        (lambda: raised(StageFailure("MemoryError", "").error()), "too little memory"),
+        (lambda: raised(torch.OutOfMemoryError("CUDA out of memory")), "the device `cpu`"),
     ],
 )
 def test_too_little_memory_is_no_bug(
@@ -169,25 +184,32 @@ def test_too_little_memory_is_no_bug(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def load(*args: Any, **options: Any) -> None:
-        list(fill())
-
-    monkeypatch.setattr("cfsp.models.reference.load_model", load)
+    monkeypatch.setattr("cfsp.models.reference.load_model", lambda *args, **options: fill())
     assert main(["prune", "smollm2-135m", "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error
+    assert "()" not in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
+def raised(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
 @pytest.mark.parametrize("command", ["prune", "export", "eval", "frontier"])
 def test_a_gpu_that_is_not_there_is_said_in_one_line(
-    command: str, tiny_folder: Callable[[], Any], tmp_path: Any, capsys: pytest.CaptureFixture[str]
+    command: str,
+    device: str,
+    tiny_folder: Callable[[], Any],
+    tmp_path: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = [] if command == "eval" else ["-o", str(tmp_path / "out")]
     model = str(tiny_folder())
     capsys.readouterr()
-    assert main([command, model, *output, "--device", "cuda:99"]) == 2
+    assert main([command, model, *output, "--device", device]) == 2
     error = capsys.readouterr().err.strip()
     assert "device" in error
     assert "cpu" in error

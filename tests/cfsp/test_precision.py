@@ -20,9 +20,9 @@ def product() -> torch.Tensor:
 
 def test_only_inside_the_context_products_are_rounded() -> None:
     exact = product()
-    with products_in("float32"):
+    with products_in("float32", "cpu"):
         assert torch.equal(product(), exact)
-    with products_in("bfloat16"):
+    with products_in("bfloat16", "cpu"):
         rounded = product()
     assert torch.equal(product(), exact)
     error = float((rounded - exact).norm() / exact.norm())
@@ -35,7 +35,7 @@ def test_only_inside_the_context_products_are_rounded() -> None:
 
 def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(ZeroDivisionError), products_in("bfloat16"):
+    with pytest.raises(ZeroDivisionError), products_in("bfloat16", "cpu"):
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
 

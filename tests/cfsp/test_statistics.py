@@ -55,7 +55,7 @@ def test_block_by_block_equals_the_models_own_pass(tiny_model: Any, model_type: 
             statistics.channels[index].mean_square, x.square().mean(0), rtol=1e-4, atol=1e-6
         )
         assert statistics.grams is not None
-        gram = statistics.grams.get(index)
+        gram = statistics.grams.get(index, torch.device("cpu"))
         torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gram, gram.T)
         h_in, h_out = around[2 * index].double(), around[2 * index + 1].double()
@@ -77,7 +77,7 @@ def test_gram_of_a_width_above_one_tile(tiny_model: Any) -> None:
     x = inputs[0].reshape(-1, 800).double()
     grams = collect_statistics(model, ids).grams
     assert grams is not None
-    torch.testing.assert_close(grams.get(0), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grams.get(0, torch.device("cpu")), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_model_is_left_as_it_was(tiny_model: Any) -> None:

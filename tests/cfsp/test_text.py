@@ -55,6 +55,11 @@ def test_parquet_is_read_no_further_than_text_may_be_long(
     monkeypatch.setattr("cfsp.text.tokens.MAX_TEXT_BYTES", 2**20)
     with pytest.raises(InputError, match=r"a.parquet is too large.*up to 1 MiB"):
         load_documents(str(tmp_path / "a.parquet"))
+    # Other columns are not read, however large.
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a"], "bytes": [b"0" * 2**21]}), tmp_path / "b.parquet"
+    )
+    assert [document.text for document in load_documents(str(tmp_path / "b.parquet"))] == ["a"]
 
 
 def test_chats_are_rendered_in_the_models_template(tiny_model: Any, tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_a_copy_to_sample_from_has_the_blocks_of_the_model(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was built from the configuration, which does not say that blocks differ."""
-    monkeypatch.setattr(self_sampling, "fast_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(self_sampling, "fast_dtype", lambda device_type: torch.bfloat16)
     model, tokenizer = tiny_model()
     for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
         cut_channels(feed_forward(model, layer), torch.arange(width))

@@ -142,7 +142,7 @@ WORK = {
 NEUTRAL = (
     *(
         f"cfsp/{name}.py"
-        for name in ("__init__", "errors", "files", "plugins", "progress", "records", "units")
+        for name in ("__init__", "errors", "files", "memory", "plugins", "progress", "records", "units")
     ),
     *("cfsp/settings.py", "cfsp/validation.py"),
     *("exporters/__init__.py", "exporters/export_record.py", "exporters/family.py", "exporters/settings.py"),
