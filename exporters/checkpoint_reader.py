@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import rotated_blocks
 from cfsp.models.config_file import read_model_config, shape_from_config
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
@@ -26,6 +27,7 @@ class ModelConfig:
     Attributes:
         shape: Vocabulary and blocks, which differ in FFN widths, in key-value heads and in whether they attend.
         heads_per_group: Query heads that read one key-value head.
+        rotated: Whether each block rotates its queries and keys.
         sliding_window: Window of the blocks that have one; None where every block sees everything.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
@@ -39,6 +41,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
+    rotated: tuple[bool, ...]
     sliding_window: int | None
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
@@ -78,7 +81,8 @@ def read_config(folder: Path) -> ModelConfig:
     raw = read_model_config(folder)
     plain = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
     with as_input_error(f"{folder / 'config.json'} is not a valid config"):
-        config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain).to_dict()
+        read = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
+        config = read.to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
     require_supported(shape, str(folder / "config.json"))
     if config["hidden_act"] not in ("silu", "swish"):
@@ -99,6 +103,7 @@ def read_config(folder: Path) -> ModelConfig:
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
+        rotated=rotated_blocks(read),
         sliding_window=_sliding_window(config),
         rope_theta=theta,
         rope_scaling=scaling,

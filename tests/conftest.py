@@ -66,7 +66,13 @@ TinyPath = Callable[..., Path]
 MakeRecord = Callable[..., BenchRecord]
 
 
-_PRE_NAMES = {"llama": "smollm", "mistral": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2"}
+_PRE_NAMES = {
+    "llama": "smollm",
+    "mistral": "llama-bpe",
+    "qwen2": "qwen2",
+    "qwen3": "qwen2",
+    "smollm3": "llama-bpe",
+}
 
 
 def _train_tokenizer(model_type: str = "llama") -> Any:
@@ -195,7 +201,7 @@ _GGUF_NAMES = {
 def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
-    llama = config.model_type in ("llama", "mistral")
+    llama = config.model_type in ("llama", "mistral", "smollm3")
     for name, tensor in model.state_dict().items():
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)

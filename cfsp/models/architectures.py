@@ -31,6 +31,8 @@ class ArchitectureSpec:
         head_norms: Whether attention norms each head's query and key (q_norm, k_norm).
         bias_settings: Keys of the configuration that say whether there are biases -> a module of block 0 that has one
             if so, by llama.cpp's name.
+        rotated_setting: Key of the configuration that says of every block whether its queries and keys are rotated;
+            empty where all are.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
         gguf_interleaved: Whether rows of q and k are stored there with the rotary halves interleaved.
     """
@@ -44,6 +46,7 @@ class ArchitectureSpec:
     down: str = "down_proj"
     head_norms: bool = False
     bias_settings: Mapping[str, str] = field(default_factory=dict)
+    rotated_setting: str = ""
     gguf_name: str | None = None
     gguf_interleaved: bool = False
 
@@ -67,16 +70,24 @@ class FeedForward:
 
 
 _ATTENTION_BIAS = {"attention_bias": "attn_q"}
+_EVERY_BIAS = _ATTENTION_BIAS | {"mlp_bias": "ffn_up"}
 _ROWS = (
     ArchitectureSpec(
         "llama",
-        bias_settings=_ATTENTION_BIAS | {"mlp_bias": "ffn_up"},
+        bias_settings=_EVERY_BIAS,
         gguf_name="llama",
         gguf_interleaved=True,
     ),
     ArchitectureSpec("mistral"),
     ArchitectureSpec("qwen2", gguf_name="qwen2"),
     ArchitectureSpec("qwen3", head_norms=True, bias_settings=_ATTENTION_BIAS, gguf_name="qwen3"),
+    ArchitectureSpec(
+        "smollm3",
+        bias_settings=_EVERY_BIAS,
+        rotated_setting="no_rope_layers",  # 1 where there is a rope, for all its name
+        gguf_name="smollm3",
+        gguf_interleaved=True,
+    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 
@@ -89,6 +100,12 @@ def spec_for(config: Any) -> ArchitectureSpec:
     """
     model_type = str(getattr(config, "model_type", None))
     return look_up(ARCHITECTURES, model_type, "unsupported architecture", field="model_type")
+
+
+def rotated_blocks(config: Any) -> tuple[bool, ...]:
+    """Of every block of a transformers config, whether attention rotates its queries and keys."""
+    key = spec_for(config).rotated_setting
+    return tuple(map(bool, getattr(config, key))) if key else (True,) * config.num_hidden_layers
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -32,6 +32,8 @@ _Ids = TokenId | list[TokenId] | None
 _PadId = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Number = Positive | None
 
+PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
+"""Settings with an entry for each block."""
 _CONFIG = kinds(
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), Size),
     **dict.fromkeys(
@@ -47,6 +49,8 @@ _CONFIG = kinds(
     max_position_embeddings=ContextLength,
     sliding_window=ContextLength | None,
     max_window_layers=int | None,
+    no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
+    no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
     rms_norm_eps=Epsilon,
     hidden_act=str,
     rope_theta=_Number,
@@ -200,9 +204,10 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
     if heads and hidden and not settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
-    kinds_of_layers = settings.get("layer_types")
-    if kinds_of_layers and layers and len(kinds_of_layers) != layers:
-        yield f"layer_types has {len(kinds_of_layers)} entries for {layers} blocks"
+    for key in PER_BLOCK_LISTS:
+        entries = settings.get(key)
+        if entries is not None and layers and len(entries) != layers:
+            yield f"{key} has {len(entries)} entries for {layers} blocks"
     yield from _ids_beyond(settings, settings.get("vocab_size"))
 
 

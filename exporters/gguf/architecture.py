@@ -44,6 +44,7 @@ class Layout:
         free_head_dim: All heads together may be wider or narrower than hidden_size.
         untied: Has an output matrix of its own.
         attention_free: Takes blocks without attention.
+        unrotated_step: The last of each so many blocks does not rotate its queries and keys; 0: all do.
     """
 
     architecture: str
@@ -55,6 +56,11 @@ class Layout:
     free_head_dim: bool = True
     untied: bool = True
     attention_free: bool = False
+    unrotated_step: int = 0
+
+    def rotates(self, block: int) -> bool:
+        """Whether a block's queries and keys are rotated."""
+        return not self.unrotated_step or (block + 1) % self.unrotated_step != 0
 
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -66,12 +72,15 @@ _QWEN2 = Layout("qwen2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False)
 _QWEN3 = Layout("qwen3", biases=_ATTENTION - {"o_proj"})
 _OPENELM = Layout("openelm", per_layer_sizes=True, fused_qkv=True, untied=False)
 
+_SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj"}, unrotated_step=4)
+
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
         "llama": (_LLAMA, _DECI),
         "mistral": (_LLAMA, _DECI),
         "qwen2": (_QWEN2, _DECI),
         "qwen3": (_QWEN3, _OPENELM),
+        "smollm3": (_SMOLLM3,),
     }
 )
 
@@ -228,6 +237,9 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
         return "no blocks without attention, whole blocks can go"
     if not (config.shape.has_equal_heads or layout.per_layer_sizes):
         return "as many heads in every block"
+    if any(rotated != layout.rotates(block) for block, rotated in enumerate(config.rotated)):
+        step = layout.unrotated_step
+        return f"a rope in all blocks but each {step}th" if step else "a rope in every block"
     if not layout.untied and not config.tie_word_embeddings:
         return "tied embeddings only"
     widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.files import write_json
+from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import read_json
 from cfsp.text.generation import stop_tokens
@@ -67,8 +68,9 @@ def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     kept = {key: value for key, value in stored.items() if key != "per_layer_config"}
     if fewer:
         kept["num_key_value_heads"] = kv_heads
-    if kinds := kept.get("layer_types"):
-        kept["layer_types"] = [kind for index, kind in enumerate(kinds) if index not in silent]
+    for key in PER_BLOCK_LISTS:
+        if each := kept.get(key):
+            kept[key] = [entry for index, entry in enumerate(each) if index not in silent]
     return kept | {"num_hidden_layers": config.num_hidden_layers - len(silent)}
 
 

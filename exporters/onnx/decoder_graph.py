@@ -44,6 +44,7 @@ class Attention:
         q_norm: (head_dim,) norm of each head's query, or None.
         k_norm: (head_dim,) norm of each head's key, or None.
         o_proj: Attention's output.
+        rotated: Whether queries and keys are rotated.
     """
 
     num_key_value_heads: int
@@ -52,6 +53,7 @@ class Attention:
     o_proj: Layer
     q_norm: npt.NDArray[np.floating] | None = None
     k_norm: npt.NDArray[np.floating] | None = None
+    rotated: bool = True
 
 
 @dataclass(frozen=True)
@@ -225,12 +227,13 @@ class _Graph:
         past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
         present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, num_heads * s.head_dim])
-        rotary = [self.builder.constant(n, v) for n, v in (("cos_cache", s.cos), ("sin_cache", s.sin))]
+        caches = (("cos_cache", s.cos), ("sin_cache", s.sin)) if block.rotated else ()
+        rotary = [self.builder.constant(name, values) for name, values in caches]
         attributes = {
             "num_heads": num_heads,
             "kv_num_heads": kv_heads,
             "scale": s.head_dim**-0.5,
-            "do_rotary": 1,
+            "do_rotary": int(block.rotated),
             "rotary_interleaved": 0,
         }
         self.builder.tape.op_multi_out(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, spec_for
+from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, rotated_blocks, spec_for
 from exporters.onnx.decoder_graph import Attention, Block, Decoder
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
@@ -119,7 +119,8 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
         rms_norm_eps=float(config.rms_norm_eps),
         embedding=embedding,
         blocks=tuple(
-            _block(model, layer, f"{spec.layers}.{index}", weights) for index, layer in enumerate(layers)
+            _block(model, layer, f"{spec.layers}.{index}", weights, rotated)
+            for index, (layer, rotated) in enumerate(zip(layers, rotated_blocks(config), strict=True))
         ),
         final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
         head=embedding.as_head() if tied else _linear(HEAD, head, weights),
@@ -129,11 +130,11 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
     )
 
 
-def _block(model: Any, layer: nn.Module, name: str, weights: Weights) -> Block:
+def _block(model: Any, layer: nn.Module, name: str, weights: Weights, rotated: bool) -> Block:
     spec, ffn = spec_for(model.config), feed_forward(model, layer)
     attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
     return Block(
-        attention=_attention(model, attention, name, weights) if attention else None,
+        attention=_attention(model, attention, name, weights, rotated) if attention else None,
         post_norm=_norm(model, f"{name}.post_attention_layernorm", weights),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
@@ -141,7 +142,7 @@ def _block(model: Any, layer: nn.Module, name: str, weights: Weights) -> Block:
     )
 
 
-def _attention(model: Any, attention: Any, name: str, weights: Weights) -> Attention:
+def _attention(model: Any, attention: Any, name: str, weights: Weights, rotated: bool) -> Attention:
     spec = spec_for(model.config)
     prefix = f"{name}.{spec.attention}"
     parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
@@ -160,6 +161,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights) -> Atten
         q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,
         k_norm=_norm(model, f"{prefix}.k_norm", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
+        rotated=rotated,
     )
 
 

@@ -22,7 +22,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 

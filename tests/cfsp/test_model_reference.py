@@ -27,7 +27,7 @@ from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 def one_line_error(reference: Any, **kwargs: Any) -> str:
@@ -356,7 +356,7 @@ def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> Non
     (folder / "model.safetensors").write_bytes(b"never looked at")
     message = one_line_error(folder)
     assert "gpt2" in message
-    assert "llama, mistral, qwen2, qwen3" in message
+    assert "llama, mistral, qwen2, qwen3, smollm3" in message
 
 
 def test_quantized_folder_is_refused(tiny_folder: Any) -> None:
@@ -426,7 +426,7 @@ def test_gguf_of_another_architecture(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InputError, match=r"unsupported architecture.*llama, qwen2, qwen3"):
+    with pytest.raises(InputError, match=r"unsupported architecture.*llama, qwen2, qwen3, smollm3"):
         config_from_gguf(read_gguf(tmp_path / "other.gguf"))
     assert "\n" not in one_line_error(tmp_path / "other.gguf")
 

@@ -78,7 +78,7 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
-    for model_type in ("llama", "mistral", "qwen2", "qwen3"):
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
         for tied in (True, False):
             for kind, widths in WIDTHS.items():
                 model, tokenizer = tiny_model(model_type, tied)

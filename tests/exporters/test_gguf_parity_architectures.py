@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.gguf_file import read_gguf
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityReport
 from exporters.gguf import runtime
-from exporters.gguf.architecture import ChosenLayout
+from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.writer import write_gguf
 from exporters.parity import compare, reference_of
 from exporters.provenance import read_provenance
@@ -91,6 +92,9 @@ def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
         ("qwen3", False, None, "qwen3", None),
         ("qwen3", True, WIDTHS, "openelm", None),
         ("qwen3", False, WIDTHS, "qwen3", 128),
+        ("smollm3", True, None, "smollm3", None),
+        ("smollm3", False, None, "smollm3", None),
+        ("smollm3", True, WIDTHS, "smollm3", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -130,6 +134,9 @@ def test_logits_equal_the_models(
         ("llama", {"rope_parameters": YARN}, WIDTHS, "deci"),
         ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3}}, None, "qwen2"),
         ("qwen3", {"rope_parameters": YARN}, WIDTHS, "openelm"),
+        ("smollm3", {"num_key_value_heads": 1}, None, "smollm3"),
+        ("smollm3", {"head_dim": 32, "num_hidden_layers": 9}, None, "smollm3"),
+        ("smollm3", {"rope_parameters": YARN}, None, "smollm3"),
     ],
 )
 def test_heads_biases_and_rope(
@@ -144,6 +151,14 @@ def test_heads_biases_and_rope(
     path, chosen = write(model, tokenizer, tmp_path / "hf", widths)
     assert chosen.layout.architecture == architecture
     assert measure(model, path).max_logit_diff < 1e-3
+
+
+def test_blocks_that_llama_cpp_would_rotate_are_refused(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_model("smollm3", no_rope_layers=[1, 0, 1, 1])
+    with pytest.raises(InputError, match="smollm3: a rope in all blocks but each 4th"):
+        read_layout(save(model, tokenizer, tmp_path / "hf"))
 
 
 def test_greedy_text_is_the_models(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

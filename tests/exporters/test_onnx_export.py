@@ -88,6 +88,8 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("qwen2", {"tied": False}),
         ("qwen3", {}),
         ("qwen3", {"head_dim": 32}),
+        ("smollm3", {}),
+        ("smollm3", {"no_rope_layers": [0, 1, 0, 0]}),
     ],
 )
 def test_the_graph_computes_the_checkpoint(

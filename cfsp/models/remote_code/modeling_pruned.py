@@ -24,6 +24,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
+    SmolLM3ForCausalLM,
 )
 
 
@@ -158,3 +159,7 @@ class PrunedQwen2ForCausalLM(PerLayerWidths, Qwen2ForCausalLM):  # type: ignore[
 
 class PrunedQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):  # type: ignore[misc]
     """Qwen 3 with blocks of different widths."""
+
+
+class PrunedSmolLM3ForCausalLM(PerLayerWidths, SmolLM3ForCausalLM):  # type: ignore[misc]
+    """SmolLM 3 with blocks of different widths."""

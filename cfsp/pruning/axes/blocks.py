@@ -16,6 +16,7 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers
+from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, block_left_out
 
@@ -57,7 +58,7 @@ def remove_blocks(model: Any, gone: frozenset[int]) -> None:
     decoder.layers = nn.ModuleList([decoder.layers[index] for index in stay])
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        config.layer_types = [kinds[index] for index in stay]
+    for key in PER_BLOCK_LISTS:
+        if each := getattr(config, key, None):
+            setattr(config, key, [each[index] for index in stay])
     config.num_hidden_layers = len(stay)
