@@ -70,12 +70,7 @@ def prune(
 
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
-    ready = _read_plan(plan, settings.prune_ratio if was_given(context, "prune_ratio") else None)
-    references = settings.calibration
-    if ready and not was_given(context, "calibration"):
-        references = ready.calibration
-    if ready and was_given(context, "dtype"):
-        ready = replace(ready, settings=replace(ready.settings, dtype=settings.dtype))
+    ready, references = _given_plan(context, plan, settings)
     with (
         claim_output(wanted),
         show_progress() as progress,
@@ -189,6 +184,18 @@ def _with_target(context: typer.Context, settings: PruneConfig, quantizer: Quant
         raise InputError("the size of no file is asked for", field="--no-imatrix")
     settings.sized_formats(())
     return settings
+
+
+def _given_plan(
+    context: typer.Context, path: Path | None, settings: PruneConfig
+) -> tuple[PruningPlan | None, tuple[str, ...]]:
+    """A plan that was made before, and its calibration text unless another is given; else the settings' text alone."""
+    plan = _read_plan(path, settings.prune_ratio if was_given(context, "prune_ratio") else None)
+    if plan is None:
+        return None, settings.calibration
+    if was_given(context, "dtype"):
+        plan = replace(plan, settings=replace(plan.settings, dtype=settings.dtype))
+    return plan, settings.calibration if was_given(context, "calibration") else plan.calibration
 
 
 def _read_plan(path: Path | None, prune_ratio: float | None) -> PruningPlan | None:
