@@ -14,6 +14,7 @@ from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
+from cfsp.models.folds import is_folded
 from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
@@ -76,7 +77,7 @@ def export_model(
     for family in formats:
         FAMILIES[family].require()
     _check(rows, request)
-    if not Path(reference).is_dir():
+    if not _is_checkpoint(reference):
         request = replace(request, dense=request.dense or reference)
     load = partial(load_model, trust_remote_code=trust_remote_code, device=device, progress=progress)
     with _checkpoint(reference, output, request.seed, load) as checkpoint:
@@ -93,10 +94,15 @@ def export_model(
         )
 
 
+def _is_checkpoint(reference: str) -> bool:
+    """Whether exports read a folder as it is; a model that is loaded as one of another type is saved as that first."""
+    return Path(reference).is_dir() and not is_folded(Path(reference))
+
+
 @contextmanager
 def _checkpoint(reference: str, output: Path, seed: int, load: _Load) -> Iterator[Path]:
     """The folder that is exported; of a model that is none a dense one, beside the output and only for as long."""
-    if Path(reference).is_dir():
+    if _is_checkpoint(reference):
         yield Path(reference)
         return
     loaded = load(reference)

@@ -72,6 +72,7 @@ _PRE_NAMES = {
     "qwen2": "qwen2",
     "qwen3": "qwen2",
     "smollm3": "llama-bpe",
+    "granite": "smollm",
 }
 
 
@@ -201,7 +202,7 @@ _GGUF_NAMES = {
 def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
-    llama = config.model_type in ("llama", "mistral", "smollm3")
+    llama = config.model_type in ("llama", "mistral", "smollm3", "granite")
     for name, tensor in model.state_dict().items():
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)
@@ -246,6 +247,11 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     writer.add_rope_freq_base(50000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
     writer.add_file_type(0)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     special = set(tokenizer.all_special_tokens)

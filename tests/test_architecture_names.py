@@ -14,7 +14,10 @@ from cfsp.models.checkpoint import per_layer_class
 from exporters.gguf.architecture import LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ("cfsp/models/architectures.py", "cfsp/models/remote_code/", "exporters/gguf/architecture.py")
+ROWS = (
+    *("cfsp/models/architectures.py", "cfsp/models/folds.py", "cfsp/models/remote_code/"),
+    "exporters/gguf/architecture.py",
+)
 NAMES = {*ARCHITECTURES, *(layout.architecture for layouts in LAYOUTS.values() for layout in layouts)}
 CLASSES = re.compile(rf"(Pruned)?({'|'.join(ARCHITECTURES)})(ForCausalLM|Config|Model)", re.IGNORECASE)
 OTHERS = {

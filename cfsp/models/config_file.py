@@ -53,6 +53,9 @@ _CONFIG = kinds(
     no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
     rms_norm_eps=Epsilon,
     hidden_act=str,
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Number
+    ),
     rope_theta=_Number,
     bos_token_id=_Ids,
     eos_token_id=_Ids,
@@ -92,9 +95,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         InputError: Missing or malformed, an architecture that is not in the table, quantized weights, or values that
             are of the wrong kind, out of range, or do not fit together; all are named.
     """
-    from cfsp.models.architectures import (
-        ARCHITECTURES,  # brings torch, which readers of GGUF headers do without
-    )
+    # They bring torch, which readers of GGUF headers do without.
+    from cfsp.models.architectures import ARCHITECTURES
+    from cfsp.models.folds import FOLDS
 
     file = folder / "config.json"
     if not file.exists():
@@ -103,7 +106,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         )
     settings = read_json_object(file)
     model_type = str(settings.get("model_type"))
-    look_up(ARCHITECTURES, model_type, f"{file}: unsupported architecture", field="model_type")
+    look_up({**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type")
     check_kinds(settings, _CONFIG, str(file))
     for key in ("rope_parameters", "rope_scaling"):
         check_kinds(settings.get(key) or {}, _ROPE, f"{file}: {key}")

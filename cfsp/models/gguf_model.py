@@ -18,6 +18,7 @@ import transformers
 
 from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
+from cfsp.models.folds import FOLDS, Factors, check_factors, times
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
@@ -83,14 +84,13 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
     """
     config = config_from_gguf(file)
-    names, weights = _transformers_names(file, config), {}
+    names, weights, factors = _transformers_names(file, config), {}, _factors(file, config)
     both = _twice(file, config)
     check_memory(sum(math.prod(tensor.shape) for tensor in file.tensors), dtype, str(file.path))
     for done, tensor in enumerate(file.tensors, 1):
         if tensor.name in both:
-            weights[names[_EMBEDDING]] = torch.from_numpy(max(both.values(), key=_bits).dequantize()).to(
-                dtype
-            )
+            table = torch.from_numpy(max(both.values(), key=_bits).dequantize()).to(dtype)
+            weights[names[_EMBEDDING]] = times(names[_EMBEDDING], table, factors)
         elif tensor.name != _ROPE_FREQUENCIES:
             if tensor.name not in names:
                 raise InputError(
@@ -99,7 +99,7 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
             values = torch.from_numpy(tensor.dequantize()).to(dtype)
             if _row(file).gguf_interleaved:
                 values = _split_halves(tensor.name, values, config)
-            weights[names[tensor.name]] = values
+            weights[names[tensor.name]] = times(names[tensor.name], values, factors)
         progress("reading GGUF", done, len(file.tensors))
     model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
     ends = [
@@ -109,6 +109,18 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     model.generation_config.bos_token_id = config.bos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     return model
+
+
+def _factors(file: GGUFFile, config: Any) -> Factors:
+    """What weights of a model that is read as one of another type are multiplied by; nothing of any other."""
+    fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
+    if fold is None:
+        return {}
+    factors = fold.factors(
+        config.to_dict() | {name: file.hyperparameter(key) for name, key in fold.own.items()}
+    )
+    check_factors(factors, str(file.path))
+    return factors
 
 
 def tying_note(file: GGUFFile, config: Any) -> str | None:
@@ -185,6 +197,7 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
 
 def _row(file: GGUFFile) -> ArchitectureSpec:
     rows = {row.gguf_name: row for row in ARCHITECTURES.values() if row.gguf_name}
+    rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values()}
     message = f"{file.path}: unsupported architecture"
     return look_up(rows, file.architecture, message, field="general.architecture")
 

@@ -13,6 +13,7 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_checkpoint_info
 from cfsp.models.config_file import check_generation_config, check_tokenizer_files, read_model_config
+from cfsp.models.folds import FOLDS, folded
 from cfsp.models.source import ModelSource
 from cfsp.models.weights import (
     check_loading,
@@ -51,7 +52,7 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
             output_loading_info=True,
         )
     check_loading(report, str(folder))
-    return model.eval()
+    return folded(model, str(folder)) if settings["model_type"] in FOLDS else model.eval()
 
 
 def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
