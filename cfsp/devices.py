@@ -42,15 +42,17 @@ def gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def placed(model: Any, device: torch.device) -> Any:
+def placed(model: Any, device: torch.device | str) -> Any:
     """A model of the CPU on a device.
 
     Raises:
         InputError: The device's memory does not hold it.
     """
+    device = torch.device(device)
     if device.type == "cuda":
         needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        free, _ = torch.cuda.mem_get_info(device)
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if needed > free:
             sizes = f"{format_bytes(needed)} of the GPU's memory at least, and {format_bytes(free)} are free"
             raise InputError(f"the model takes {sizes}", field="device", value=str(device), allowed="cpu")
@@ -59,8 +61,8 @@ def placed(model: Any, device: torch.device) -> Any:
 
 @contextmanager
 def moved(model: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """Have a model of the CPU on a device while the context is open."""
-    model.to(device)
+    """Have a model of the CPU on a device while the context is open; raises InputError as `placed`."""
+    placed(model, device)
     try:
         yield
     finally:

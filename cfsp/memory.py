@@ -7,6 +7,7 @@ Linux's control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html, cgro
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +19,11 @@ _OURS = Path("/proc/self/cgroup")
 LIMIT_FILE = {1: "memory.limit_in_bytes", 2: "memory.max"}
 """Where each version keeps the limit."""
 _USED_FILE = {1: "memory.usage_in_bytes", 2: "memory.current"}
-_CACHED = {1: "total_inactive_file", 2: "inactive_file"}
-"""Of memory.stat: pages of files that nobody maps, which the system drops when it needs room."""
+_CACHED = {
+    1: ("total_active_file", "total_inactive_file"),
+    2: ("active_file", "inactive_file", "slab_reclaimable"),
+}
+"""Of memory.stat: what the system drops when it needs room."""
 
 
 def usable_memory() -> int:
@@ -30,14 +34,19 @@ def usable_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process could have now without others losing theirs."""
+    """Bytes that this process could have, swap included: more than that it cannot have."""
     import psutil
 
-    free = [int(psutil.virtual_memory().available)]
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    # Elsewhere what is available leaves out what the system would compress or move to a file that grows.
+    of_machine = memory.available if sys.platform == "linux" else memory.total
+    free = [int(of_machine + swap.free)]
     for version, folder, limit in _limits():
         with contextlib.suppress(OSError, ValueError):
             used = int((folder / _USED_FILE[version]).read_text(encoding="ascii"))
-            free.append(limit - used + read_table(folder / "memory.stat").get(_CACHED[version], 0))
+            stated = read_table(folder / "memory.stat")
+            cached = sum(stated.get(name, 0) for name in _CACHED[version])
+            free.append(int(limit - used + cached + swap.free))
     return max(0, min(free))
 
 

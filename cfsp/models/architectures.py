@@ -105,7 +105,8 @@ def spec_for(config: Any) -> ArchitectureSpec:
 def rotated_blocks(config: Any) -> tuple[bool, ...]:
     """Of every block of a transformers config, whether attention rotates its queries and keys."""
     key = spec_for(config).rotated_setting
-    return tuple(map(bool, getattr(config, key))) if key else (True,) * config.num_hidden_layers
+    count = config.num_hidden_layers
+    return tuple(map(bool, getattr(config, key)[:count])) if key else (True,) * count
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

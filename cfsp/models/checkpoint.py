@@ -27,6 +27,7 @@ from cfsp.models.folder_format import copy_notices, portable_config, save_tokeni
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
+    OUTPUT_MATRIX,
     check_finite,
     check_memory,
     model_class,
@@ -142,7 +143,9 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
     if not weights:
         raise InputError(f"{directory} has no tensors in its weight files")
     stored = next(iter(weights.values())).dtype
-    check_memory(sum(map(torch.numel, weights.values())), dtype or stored, str(directory))
+    tied = config.tie_word_embeddings
+    n_weights = sum(w.numel() for name, w in weights.items() if not tied or name != OUTPUT_MATRIX)
+    check_memory(n_weights, dtype or stored, str(directory))
     model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
     model.config.__dict__.pop("auto_map", None)
     check_finite(model, str(directory))

@@ -31,6 +31,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = TokenId | list[TokenId] | None
 _PadId = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Number = Positive | None
+_Factor = Annotated[float, Field(gt=1e-6, lt=1e6)]
 
 PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
 """Settings with an entry for each block."""
@@ -54,7 +55,7 @@ _CONFIG = kinds(
     rms_norm_eps=Epsilon,
     hidden_act=str,
     **dict.fromkeys(
-        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Number
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Factor
     ),
     rope_theta=_Number,
     bos_token_id=_Ids,
@@ -209,8 +210,10 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
     for key in PER_BLOCK_LISTS:
         entries = settings.get(key)
-        if entries is not None and layers and len(entries) != layers:
-            yield f"{key} has {len(entries)} entries for {layers} blocks"
+        count = layers if entries is None else len(entries)
+        # transformers reads no further in the second than there are blocks.
+        if layers and count != layers and (key == PER_BLOCK_LISTS[0] or count < layers):
+            yield f"{key} has {count} entries for {layers} blocks"
     yield from _ids_beyond(settings, settings.get("vocab_size"))
 
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.weights import model_from_weights
+from cfsp.models.weights import OUTPUT_MATRIX, model_from_weights
 from cfsp.reading import read_json_object
 
 Factors = Mapping[str, float]
@@ -35,7 +35,7 @@ class Fold:
     Attributes:
         target: That one.
         own: Settings that the other does not have -> where a GGUF file has them, behind the architecture's name.
-        factors: From all settings to the factors; one of its own may be None, which stands for what the other has.
+        factors: From all settings to the factors; one of its own may be 0 or None, which stands for what the other has.
         gguf_name: llama.cpp's architecture whose files are read as this model type.
     """
 
@@ -51,13 +51,11 @@ def _granite(settings: Mapping[str, Any]) -> Factors:
     )
     scores = settings["attention_multiplier"]
     head_dim = settings.get("head_dim") or settings["hidden_size"] // settings["num_attention_heads"]
-    last = (
-        {"norm": 1 / (embedding * scaling)} if settings["tie_word_embeddings"] else {"lm_head": 1 / scaling}
-    )
+    last = {"norm": 1 / embedding / scaling} if settings["tie_word_embeddings"] else {"lm_head": 1 / scaling}
     blocks = {
         "o_proj": residual,
         "down_proj": residual,
-        "q_proj": 1.0 if scores is None else scores * head_dim**0.5,
+        "q_proj": scores * head_dim**0.5 if scores else 1.0,
     }
     return {"embed_tokens": embedding} | last | blocks
 
@@ -82,7 +80,7 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
 def is_folded(folder: Path) -> bool:
     """Whether a folder's model is loaded as one of another type."""
     file = folder / "config.json"
-    return file.is_file() and read_json_object(file).get("model_type") in FOLDS
+    return file.is_file() and str(read_json_object(file).get("model_type")) in FOLDS
 
 
 def folded(model: Any, where: str) -> Any:
@@ -97,11 +95,12 @@ def folded(model: Any, where: str) -> Any:
     config = transformers.AutoConfig.for_model(fold.target, **kept)
     factors = fold.factors(settings)
     check_factors(factors, where)
+    tied = settings["tie_word_embeddings"]
     weights = {
-        name: times(name, tensor, factors)
-        for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight" or not settings["tie_word_embeddings"]
+        name: tensor for name, tensor in model.state_dict().items() if not tied or name != OUTPUT_MATRIX
     }
+    for name, tensor in weights.items():
+        times_(name, tensor, factors)
     made = model_from_weights(config, weights, dtype=model.dtype, where=where)
     made.generation_config = model.generation_config
     return made
@@ -110,10 +109,10 @@ def folded(model: Any, where: str) -> Any:
 _OF_THE_TYPE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
 
 
-def times(name: str, tensor: torch.Tensor, factors: Factors) -> torch.Tensor:
-    """A parameter, by its name, with its factor."""
-    factor = factors.get(name.split(".")[-2], 1.0)
-    return tensor if factor == 1.0 else tensor * factor
+def times_(name: str, tensor: torch.Tensor, factors: Factors) -> None:
+    """Multiply a parameter, by its name, in its place."""
+    with torch.no_grad():
+        tensor.mul_(factors.get(name.split(".")[-2], 1.0))
 
 
 def check_factors(factors: Factors, where: str) -> None:

@@ -63,6 +63,8 @@ _METADATA = kinds(
     **dict.fromkeys([f"tokenizer.ggml.add_{name}" for name in _SWITCHES], bool),
     **{"tokenizer.ggml.token_type": list[int], "tokenizer.ggml.scores": list[float]},
 )
+_Factor = Annotated[float, Field(ge=0, lt=1e6)]
+"""0 stands for none."""
 _HYPERPARAMETERS = kinds(
     **dict.fromkeys((*_SIZES, "rope.dimension_count"), Size),
     **dict.fromkeys(("feed_forward_length", "attention.head_count", "attention.head_count_kv"), _PerBlock),
@@ -73,7 +75,11 @@ _HYPERPARAMETERS = kinds(
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
         "rope.freq_base": Positive,
         "rope.scaling.type": str,
-        "rope.scaling.factor": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+        **dict.fromkeys(
+            ("rope.scaling.factor", "embedding_scale", "residual_scale", "attention.scale"), _Factor
+        ),
+        "logit_scale": Positive,
+        "rope.scaling.finetuned": bool,
     },
 )
 

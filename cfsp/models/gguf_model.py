@@ -18,7 +18,7 @@ import transformers
 
 from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
-from cfsp.models.folds import FOLDS, Factors, check_factors, times
+from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
@@ -86,11 +86,14 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     config = config_from_gguf(file)
     names, weights, factors = _transformers_names(file, config), {}, _factors(file, config)
     both = _twice(file, config)
-    check_memory(sum(math.prod(tensor.shape) for tensor in file.tensors), dtype, str(file.path))
+    left_out = (_ROPE_FREQUENCIES, *([_OUTPUT] if both else []))
+    n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
+    check_memory(n_weights, dtype, str(file.path))
     for done, tensor in enumerate(file.tensors, 1):
         if tensor.name in both:
-            table = torch.from_numpy(max(both.values(), key=_bits).dequantize()).to(dtype)
-            weights[names[_EMBEDDING]] = times(names[_EMBEDDING], table, factors)
+            weights[names[_EMBEDDING]] = torch.from_numpy(max(both.values(), key=_bits).dequantize()).to(
+                dtype
+            )
         elif tensor.name != _ROPE_FREQUENCIES:
             if tensor.name not in names:
                 raise InputError(
@@ -99,8 +102,10 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
             values = torch.from_numpy(tensor.dequantize()).to(dtype)
             if _row(file).gguf_interleaved:
                 values = _split_halves(tensor.name, values, config)
-            weights[names[tensor.name]] = times(names[tensor.name], values, factors)
+            weights[names[tensor.name]] = values
         progress("reading GGUF", done, len(file.tensors))
+    for name, values in weights.items() if factors else ():
+        times_(name, values, factors)
     model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
     ends = [
         i for i in (config.eos_token_id, file.metadata.get("tokenizer.ggml.eot_token_id")) if i is not None
@@ -116,6 +121,10 @@ def _factors(file: GGUFFile, config: Any) -> Factors:
     fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
     if fold is None:
         return {}
+    if file.hyperparameter("rope.scaling.finetuned") is False:
+        raise InputError(
+            f"{file.path}: unsupported", field="rope.scaling.finetuned", value=False, allowed="true"
+        )
     factors = fold.factors(
         config.to_dict() | {name: file.hyperparameter(key) for name, key in fold.own.items()}
     )

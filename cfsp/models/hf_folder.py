@@ -41,7 +41,7 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
         return load_pruned(folder, dtype)
     check_generation_config(folder)
-    check_memory(weight_count(files), dtype, str(folder))
+    check_memory(weight_count(files, tied=settings.get("tie_word_embeddings") is True), dtype, str(folder))
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

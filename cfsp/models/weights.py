@@ -28,6 +28,10 @@ _ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,240}\.safetensors
 _INDEX = kinds(weight_map=dict[str, _ShardName])
 
 
+OUTPUT_MATRIX = "lm_head.weight"
+"""A file may have it beside the embedding that it is."""
+
+
 def model_class(config: Any) -> Any:
     """transformers' own causal LM class for a configuration whose model type is in the architecture table."""
     spec_for(config)
@@ -101,12 +105,17 @@ def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
     require_memory(n_weights * dtype.itemsize, what, "a smaller model, or a machine with more memory")
 
 
-def weight_count(files: Iterable[Path]) -> int:
-    """Weights in safetensors files, by their heads; raises InputError for one that is damaged."""
+def weight_count(files: Iterable[Path], *, tied: bool) -> int:
+    """Weights in safetensors files, by their heads; of tied ones the output matrix counts for nothing.
+
+    Raises:
+        InputError: A file is damaged.
+    """
     total = 0
     for file in files:
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
-            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+            names = [name for name in handle.keys() if not tied or name != OUTPUT_MATRIX]  # noqa: SIM118
+            total += sum(math.prod(handle.get_slice(name).get_shape()) for name in names)
     return total
 
 

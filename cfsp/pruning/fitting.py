@@ -208,7 +208,8 @@ def _removals(
     removals = [Removal((), (), 0.0, 0)]
     if axis in budget.axes and (candidates := row.candidates(model)):
         try:
-            budget.cost(row.shape_without(shape, candidates[-1:]), trials.loaded.tokenizer)
+            # The first that may go: a format may care which blocks come after it.
+            budget.cost(row.shape_without(shape, candidates[:1]), trials.loaded.tokenizer)
         except InputError:
             return removals  # the format that is budgeted has no such models
         removals += trials.removals(axis, 0)

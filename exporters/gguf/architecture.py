@@ -228,13 +228,18 @@ def holds_blocks_of_unlike_heads(model_type: str, *, tied: bool) -> bool:
     return any(layout.per_layer_sizes and (tied or layout.untied) for layout in LAYOUTS.get(model_type, ()))
 
 
+def holds_fewer_blocks(model_type: str) -> bool:
+    """Whether some architecture of llama.cpp holds a model of this type from which any block went."""
+    return any(not layout.unrotated_step for layout in LAYOUTS.get(model_type, ()))
+
+
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside."""
     misplaced = _biased(stored) - layout.biases
     if misplaced:
         return f"no bias on {', '.join(sorted(misplaced))}"
     if config.shape.without_attention and not layout.attention_free:
-        return "no blocks without attention, whole blocks can go"
+        return "no blocks without attention" + ("" if layout.unrotated_step else ", whole blocks can go")
     if not (config.shape.has_equal_heads or layout.per_layer_sizes):
         return "as many heads in every block"
     if any(rotated != layout.rotates(block) for block, rotated in enumerate(config.rotated)):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cfsp.devices import placed
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
 from cfsp.pruning.moments import collect_input_moments
@@ -48,7 +49,7 @@ def read_imatrix(
     used = use and any(quant.uses_imatrix for quant in quants)
     moments = stored_moments(checkpoint) if used else None
     if used and not moments and input_ids is not None:
-        model = load_pruned(checkpoint, dtype=torch.float32).to(device)
+        model = placed(load_pruned(checkpoint, dtype=torch.float32), device)
         moments = collect_input_moments(model, input_ids)
     if not moments:
         for quant in quants:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cfsp.devices import placed
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.progress import Progress, no_progress
@@ -63,7 +64,7 @@ def round_for_text(
     Raises:
         InputError: What the layers read is not finite.
     """
-    model, chosen = load_pruned(checkpoint, dtype=torch.float32).to(device), read_layout(checkpoint)
+    model, chosen = placed(load_pruned(checkpoint, dtype=torch.float32), device), read_layout(checkpoint)
     matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
     tied, total = chosen.config.tie_word_embeddings, chosen.config.num_hidden_layers + 1

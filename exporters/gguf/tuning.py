@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cfsp.devices import placed
 from cfsp.models.architectures import block_linears
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
@@ -47,7 +48,7 @@ def tune_file(
     Returns:
         Tensors that were changed.
     """
-    model = load_pruned(checkpoint, dtype=torch.float32).to(device)
+    model = placed(load_pruned(checkpoint, dtype=torch.float32), device)
     specs = tensor_specs(read_layout(checkpoint))
     tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     stored: dict[str, torch.Tensor] = {}

@@ -12,7 +12,11 @@ from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.units import parse_bytes, parse_count
 from exporters.families import DEFAULT_FORMAT
-from exporters.gguf.architecture import holds_blocks_of_unlike_heads, holds_blocks_without_attention
+from exporters.gguf.architecture import (
+    holds_blocks_of_unlike_heads,
+    holds_blocks_without_attention,
+    holds_fewer_blocks,
+)
 from exporters.gguf.family import GGUF
 from phoneready.settings.schema import PruneConfig
 from phoneready.sizes import DecodeTimes, FileSizes, Sizes
@@ -60,6 +64,7 @@ def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> 
     files = settings.for_quant or tuple(made) or (DEFAULT_FORMAT,)
     config = loaded.model.config
     holds = {
+        "blocks": holds_fewer_blocks(config.model_type),
         "attentions": holds_blocks_without_attention(config.model_type),
         "kv_groups": holds_blocks_of_unlike_heads(config.model_type, tied=config.tie_word_embeddings),
     }

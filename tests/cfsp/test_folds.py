@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def saved(tiny_model: TinyModel, folder: Path, **overrides: Any) -> tuple[Path, 
         {"tied": False},
         {"attention_bias": True, "mlp_bias": True},
         {"num_key_value_heads": 1, "tied": False, "attention_bias": True},
+        {"head_dim": 32},
     ],
     ids=str,
 )
@@ -60,13 +62,26 @@ def test_a_folder_computes_the_same_as_a_llama(
 def test_a_pruned_one_is_a_checkpoint_like_any_other(
     tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "granite")
+    folder, expected = saved(tiny_model, tmp_path / "granite")
     sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
     line = ["prune", str(folder), "-o", str(tmp_path / "out"), "--prune-ratio", "0.25", "--vocabulary", "300"]
     assert main([*line, *sizes, "--threads", "1"]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
-    model = load_pruned(tmp_path / "out")
-    assert model(IDS[:, :4] % 300).logits.shape[-1] == 300
+    assert load_pruned(tmp_path / "out").model.layers[0].mlp.up_proj.out_features < 128
+    # With all channels and tokens it is the dense model.
+    whole = [
+        "prune",
+        str(folder),
+        "-o",
+        str(tmp_path / "whole"),
+        "--prune-ratio",
+        "0",
+        *sizes,
+        "--threads",
+        "1",
+    ]
+    assert main(whole) == 0, capsys.readouterr().err
+    torch.testing.assert_close(load_pruned(tmp_path / "whole")(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_dense_folder_is_exported_as_the_llama_that_it_is_loaded_as(
@@ -98,11 +113,23 @@ def test_a_gguf_file_computes_what_llama_cpp_computes(tiny_gguf: Any, tied: bool
     torch.testing.assert_close(loaded.model(IDS).logits[0], torch.cat(pieces), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, 1e9, "x"])
+@pytest.mark.parametrize("kind", [(6, float("nan")), (6, -1.0), (6, 1e30), (4, 6.0), (7, 6.0)], ids=str)
+@pytest.mark.parametrize("key", ["embedding_scale", "residual_scale", "attention.scale", "logit_scale"])
+def test_factors_that_no_file_has(tiny_gguf: Any, key: str, kind: tuple[int, float]) -> None:
+    file = tiny_gguf("granite", **OWN)
+    content, name = bytearray(file.read_bytes()), f"granite.{key}".encode()
+    place = content.index(name) + len(name)  # the value's type, and the value
+    content[place : place + 8] = struct.pack("<If", *kind)
+    file.write_bytes(content)
+    with pytest.raises(InputError):
+        load_model(file)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e9, 1e-300, None, "x"])
 def test_factors_that_no_model_has(tiny_model: TinyModel, tmp_path: Path, value: Any) -> None:
     folder, _ = saved(tiny_model, tmp_path / "granite")
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {"residual_multiplier": value}
     file.write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(InputError, match=r"residual_multiplier|o_proj would be multiplied"):
+    with pytest.raises(InputError, match="residual_multiplier"):
         load_model(folder)

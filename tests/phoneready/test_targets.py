@@ -91,6 +91,21 @@ def test_what_a_file_cannot_say_is_not_removed(
     assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= 125_000
 
 
+@pytest.mark.parametrize("target", ["--target-size", "--target-parameters"])
+def test_blocks_stay_where_a_file_cannot_do_without_them(
+    target: str, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp's smollm3 rotates in all blocks but each fourth: no other may take that place."""
+    model, much = (
+        str(tiny_folder("smollm3")),
+        {"--target-size": "125kB", "--target-parameters": "120k"}[target],
+    )
+    asked = [target, much, "--for", "Q8_0", "--target-axes", "blocks,attentions,ffn"]
+    plan = pruned(model, tmp_path / "out", capsys, *asked)
+    assert not {"depth", "attention"} & plan.keys()
+    assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") > 0
+
+
 def test_no_channels_make_up_for_what_attentions_save_too_little(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
