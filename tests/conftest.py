@@ -184,6 +184,24 @@ def tiny_folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory)
     return make
 
 
+@pytest.fixture(scope="session")
+def sure_folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyPath:
+    """As `tiny_folder`, of a model of which few bits change little: its blocks add little to a token."""
+
+    def make(*args: Any, **overrides: Any) -> Path:
+        model, tokenizer = tiny_model(*args, **overrides)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter *= 0.02
+        folder = tmp_path_factory.mktemp("hf") / "tiny-model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
 _GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",

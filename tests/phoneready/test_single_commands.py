@@ -6,17 +6,15 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from cfsp.files import sha256_file
 from phoneready.main import main
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
-TinyModel = Callable[..., tuple[Any, Any]]
+TinyPath = Callable[..., Path]
 CONFIG = """
 seed = 3
 [model]
@@ -50,18 +48,6 @@ check_text = false
 """
 
 
-def sure_model(tiny_model: TinyModel, folder: Path) -> Path:
-    """A folder of a model of which four bits change little, as of a trained one: its blocks add little to a token."""
-    model, tokenizer = tiny_model(intermediate_size=256, num_hidden_layers=8)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter *= 0.02
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("amount", "export"),
@@ -76,14 +62,14 @@ def sure_model(tiny_model: TinyModel, folder: Path) -> Path:
 def test_the_commands_make_the_releases_model_files_byte_for_byte(
     amount: str,
     export: str,
-    tiny_model: TinyModel,
+    sure_folder: TinyPath,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "release.toml"
-    model = sure_model(tiny_model, tmp_path / "model")
+    model = sure_folder(intermediate_size=256, num_hidden_layers=8)
     config.write_text(CONFIG.format(model=model, amount=amount, export=export), encoding="utf-8")
     assert main(["release", str(config), "-o", "out", "--threads", "1"]) == 0, capsys.readouterr().err
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))

@@ -50,9 +50,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def config(tiny_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
+def config(sure_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
     """`config(prune, quant, onnx)` writes a configuration; with `onnx` exports take some seconds."""
-    model = tiny_folder(intermediate_size=256)
+    model = sure_folder(intermediate_size=256)
 
     def write(prune: str = "prune_ratio = 0.25", quant: str = "Q8_0", onnx: str = "") -> Path:
         path = tmp_path / "release.toml"
