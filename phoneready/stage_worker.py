@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from cfsp.errors import PhonereadyError
 from cfsp.reading import parse_json
 from cfsp.records import fields_from_json
-from phoneready.__main__ import interrupt
+from phoneready.__main__ import interrupt, raise_again
 from phoneready.console import prepare_torch
 from phoneready.recipe import release_stages
 from phoneready.release.beside import STOP_S, StageFailure, StageRequest
@@ -32,6 +32,7 @@ from phoneready.settings.schema import ReleaseConfig
 def main() -> int:
     """Run the stage that standard input asks for; the status is 1 where it has failed."""
     signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = raise_again
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)  # what a library prints is no answer
     with open(0, "rb", buffering=0, closefd=False) as told:

@@ -97,6 +97,33 @@ def test_version_and_doctor_json() -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_an_interrupt_in_a_callback_from_c_is_not_lost(name: str) -> None:
+    """ctypes drops what is raised there, and the signal that is ignored from then on could not end the process."""
+    code = f"""
+import ctypes, os, signal, sys, time
+import phoneready.__main__ as entry, phoneready.main
+
+def busy(arguments):
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    callback = kind(lambda a, b: os.kill(os.getpid(), signal.{name}) or 0)
+    ctypes.CDLL(None).qsort((ctypes.c_int * 2)(), 2, 4, callback)
+    print("went on", flush=True)
+    time.sleep(60)
+
+phoneready.main.main = busy
+entry.run()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=40, check=False
+    )
+    assert result.stdout == "went on\n"
+    assert result.returncode == 130
+    assert result.stderr == "error: interrupted\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 def test_interrupting_a_command_exits_130() -> None:
     code = "import phoneready.main as m, time, sys; "
     code += "m.app = lambda *a, **k: (print('up', flush=True), time.sleep(60)); "
