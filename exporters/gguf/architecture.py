@@ -234,25 +234,30 @@ def holds_fewer_blocks(model_type: str) -> bool:
 
 
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
-    """Why a layout cannot hold the model, its widths aside."""
-    misplaced = _biased(stored) - layout.biases
-    if misplaced:
-        return f"no bias on {', '.join(sorted(misplaced))}"
-    if config.shape.without_attention and not layout.attention_free:
-        return "no blocks without attention" + ("" if layout.unrotated_step else ", whole blocks can go")
-    if not (config.shape.has_equal_heads or layout.per_layer_sizes):
-        return "as many heads in every block"
-    if any(rotated != layout.rotates(block) for block, rotated in enumerate(config.rotated)):
-        step = layout.unrotated_step
-        return f"a rope in all blocks but each {step}th" if step else "a rope in every block"
-    if not layout.untied and not config.tie_word_embeddings:
-        return "tied embeddings only"
+    """Why a layout cannot hold the model, its widths aside; of several reasons the first."""
+    misplaced, step = _biased(stored) - layout.biases, layout.unrotated_step
     widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
-    if not layout.free_head_dim and widths != {config.hidden_size}:
-        return "head_dim must be hidden_size / num_attention_heads"
-    if not layout.rope_factors and (config.rope_scaling or {}).get("rope_type") == "llama3":
-        return "no llama3 rope scaling"
-    return None
+    rotated = tuple(map(layout.rotates, range(len(config.rotated))))
+    rope = (config.rope_scaling or {}).get("rope_type")
+    obstacles = (
+        (misplaced, f"no bias on {', '.join(sorted(misplaced))}"),
+        (
+            config.shape.without_attention and not layout.attention_free,
+            "no blocks without attention" + ("" if step else ", whole blocks can go"),
+        ),
+        (not (config.shape.has_equal_heads or layout.per_layer_sizes), "as many heads in every block"),
+        (
+            config.rotated != rotated,
+            f"a rope in all blocks but each {step}th" if step else "a rope in every block",
+        ),
+        (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
+        (
+            not layout.free_head_dim and widths != {config.hidden_size},
+            "head_dim must be hidden_size / num_attention_heads",
+        ),
+        (not layout.rope_factors and rope == "llama3", "no llama3 rope scaling"),
+    )
+    return next((reason for is_there, reason in obstacles if is_there), None)
 
 
 def _biased(stored: frozenset[str]) -> set[str]:
