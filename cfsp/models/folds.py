@@ -24,6 +24,8 @@ from cfsp.errors import InputError
 from cfsp.models.weights import OUTPUT_MATRIX, model_from_weights
 from cfsp.reading import read_json_object
 
+_OF_THE_TYPE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
+"""Settings that say which type it is, or were made for it."""
 Factors = Mapping[str, float]
 """Last part of a module's name -> what its weight and bias are multiplied by."""
 
@@ -106,13 +108,12 @@ def folded(model: Any, where: str) -> Any:
     return made
 
 
-_OF_THE_TYPE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
-
-
 def times_(name: str, tensor: torch.Tensor, factors: Factors) -> None:
-    """Multiply a parameter, by its name, in its place."""
-    with torch.no_grad():
-        tensor.mul_(factors.get(name.split(".")[-2], 1.0))
+    """Multiply a parameter, by its name, in its place; one without a factor is left alone."""
+    factor = factors.get(name.split(".")[-2])
+    if factor is not None:
+        with torch.no_grad():
+            tensor.mul_(factor)
 
 
 def check_factors(factors: Factors, where: str) -> None:

@@ -83,7 +83,7 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     Raises:
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
     """
-    config = config_from_gguf(file)
+    config, row = config_from_gguf(file), _row(file)
     names, weights, factors = _transformers_names(file, config), {}, _factors(file, config)
     both = _twice(file, config)
     left_out = (_ROPE_FREQUENCIES, *([_OUTPUT] if both else []))
@@ -100,11 +100,11 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
                     f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
                 )
             values = torch.from_numpy(tensor.dequantize()).to(dtype)
-            if _row(file).gguf_interleaved:
+            if row.gguf_interleaved:
                 values = _split_halves(tensor.name, values, config)
             weights[names[tensor.name]] = values
         progress("reading GGUF", done, len(file.tensors))
-    for name, values in weights.items() if factors else ():
+    for name, values in weights.items():
         times_(name, values, factors)
     model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
     ends = [
