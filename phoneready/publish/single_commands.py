@@ -52,9 +52,9 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
 
 def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
     settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
-    words = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
-    device = ["--device", "cpu"] if config.model.device == "cpu" else []
-    return [*words, *option_words(settings), "--seed", config.seed, *_trust(config), *device]
+    words: list[object] = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
+    words += [*option_words(settings), "--seed", config.seed]
+    return [*words, *_opened(config, config.model.recovery_device)]
 
 
 def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
@@ -81,13 +81,11 @@ def _threads(count: int | None) -> list[object]:
     return ["--threads", count] if count else []
 
 
-def _opened(config: ReleaseConfig) -> list[object]:
-    device = config.model.device
-    return [*_trust(config), *([] if device == "auto" else ["--device", device])]
-
-
-def _trust(config: ReleaseConfig) -> list[object]:
-    return ["--trust-remote-code"] if config.model.trust_remote_code else []
+def _opened(config: ReleaseConfig, device: str | None = None) -> list[object]:
+    """How a model is opened: with code of its own, on a device that is not the command's default."""
+    device = device or config.model.device
+    trust = ["--trust-remote-code"] if config.model.trust_remote_code else []
+    return [*trust, *([] if device == "auto" else ["--device", device])]
 
 
 def option_words(settings: object, without: Collection[str] = ()) -> Iterable[object]:

@@ -195,7 +195,7 @@ class Steps:
             validation=settings.validation,
             teacher=str(self.checkpoint("dense")),
             work=self.recovery_work,
-            device="cpu" if self.config.model.device == "cpu" else "auto",
+            device=self.config.model.recovery_device,
             force=True,
             progress=progress,
         )

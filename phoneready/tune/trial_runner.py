@@ -321,7 +321,7 @@ class TrialRunner:
             data=how.data,
             validation=how.validation,
             teacher=str(self.dense_checkpoint),
-            device="cpu" if self.config.model.device == "cpu" else "auto",
+            device=self.config.model.recovery_device,
             force=True,
             progress=self.progress,
         )
