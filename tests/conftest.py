@@ -170,16 +170,19 @@ def tiny_loaded() -> Callable[..., LoadedModel]:
     return make
 
 
+def _saved(model: Any, tokenizer: Any, factory: pytest.TempPathFactory) -> Path:
+    folder = factory.mktemp("hf") / "tiny-model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> TinyPath:
     """Factory with `tiny_model`'s arguments -> a fresh Hugging Face folder with model and tokenizer."""
 
     def make(*args: Any, **overrides: Any) -> Path:
-        model, tokenizer = tiny_model(*args, **overrides)
-        folder = tmp_path_factory.mktemp("hf") / "tiny-model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
+        return _saved(*tiny_model(*args, **overrides), tmp_path_factory)
 
     return make
 
@@ -194,10 +197,7 @@ def sure_folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory)
             for name, parameter in model.named_parameters():
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     parameter *= 0.02
-        folder = tmp_path_factory.mktemp("hf") / "tiny-model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
+        return _saved(model, tokenizer, tmp_path_factory)
 
     return make
 
