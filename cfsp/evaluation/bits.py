@@ -16,7 +16,7 @@ import torch
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import Scored, bounded_exp, text_loss
 from cfsp.progress import Progress, no_progress
-from cfsp.text.encoding import encode
+from cfsp.text.encoding import encode, start_token
 from cfsp.text.tokens import TokenWindows
 
 
@@ -85,8 +85,16 @@ def _loss(model: LanguageModel, texts: Sequence[Scored], n_bytes: int, progress:
 
 
 def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
-    """The text of a window (seqlen,) in the tokens of another tokenizer; what its first token says is context."""
-    head = encode(other, _text(window[:1], tokenizer))
+    """The text of a window (seqlen,) in the tokens of another tokenizer; what its first token says is context.
+
+    A start token says nothing: the other tokenizer's takes its place, or, where it has none, what parts its texts.
+    """
+    first = int(window[0])
+    if first == start_token(tokenizer):
+        starts = (start_token(other), other.eos_token_id, other.bos_token_id)
+        head = [token for token in starts if token is not None][:1]
+    else:
+        head = encode(other, _text(window[:1], tokenizer))
     rest = encode(other, _text(window[1:], tokenizer))
     return Scored(torch.tensor([*head, *rest]), max(len(head), 1))
 

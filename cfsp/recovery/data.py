@@ -21,7 +21,7 @@ from cfsp.recovery.settings import RecoverySettings, labels_whole_chats, token_b
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
-from cfsp.text.tokens import document_ids, load_documents, shuffled, tokens_sha256
+from cfsp.text.tokens import document_ids, load_documents, shuffled, started, tokens_sha256
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
@@ -176,6 +176,7 @@ class _Reader:
         ids, learnt = _pack_chats(chats, seqlen, self.tokenizer)
         count = len(stream) // seqlen
         text = torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen)
+        text = started(text, self.tokenizer)
         ids = torch.cat([ids, text])
         targets = _targets(ids, torch.cat([learnt, torch.ones_like(text, dtype=torch.bool)]))
         useful = (targets != IGNORED).any(dim=1)
@@ -196,6 +197,7 @@ class _Reader:
         count = max(2, self.settings.self_tokens // seqlen)
         count = count if wanted is None else min(count, max(2, wanted))
         ids = sample_windows(self.dense, nsamples=count, seqlen=seqlen, seed=seed, progress=self.progress)
+        ids = started(ids, self.tokenizer)
         return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF)
 
     def _tokens(self, reference: str, limit: int | None, seed: int) -> tuple[list[LabelledTokens], list[int]]:

@@ -16,7 +16,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
-from cfsp.text.tokens import join_documents, load_documents, shuffled, tokens_sha256
+from cfsp.text.tokens import join_documents, load_documents, shuffled, started, tokens_sha256
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def load_calibration(
             windows = sample_windows(loaded, nsamples=share, seqlen=seqlen, seed=seed, progress=progress)
         else:
             windows = _draw_windows(reference, loaded, share, seqlen, seed)
-        parts.append(windows)
+        parts.append(started(windows, loaded.tokenizer))
     ids = torch.cat(parts)
     return Calibration(ids, tuple(references), seed, tokens_sha256(ids))
 

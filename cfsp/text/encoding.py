@@ -32,6 +32,12 @@ def encode(tokenizer: Any, text: str, *, add_special_tokens: bool = False) -> li
     return list(encoded["input_ids"])
 
 
+def start_token(tokenizer: Any) -> int | None:
+    """The start token that a tokenizer puts before any text, None where it puts nothing there."""
+    plain, whole = (encode(tokenizer, "a", add_special_tokens=added) for added in (False, True))
+    return tokenizer.bos_token_id if whole[:1] == [tokenizer.bos_token_id] and whole != plain else None
+
+
 def encode_long(tokenizer: Any, text: str, limit: int | None = None) -> array[int]:
     """Token ids of a text of any length, without special tokens.
 

@@ -17,6 +17,7 @@ from typing import Any
 from cfsp.errors import InputError, LimitError
 from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
 from cfsp.models.token_trees import merge_pairs
+from cfsp.text.encoding import start_token
 from exporters.gguf import runtime
 from exporters.gguf.tokenizer_strings import CHECK_STRINGS
 
@@ -174,7 +175,7 @@ def _added_around(tokenizer: Any) -> tuple[bool, bool]:
     """
     plain = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a", add_special_tokens=True)
-    starts = full[: 1 if full[:1] == [tokenizer.bos_token_id] and full != plain else 0]
+    starts = [] if start_token(tokenizer) is None else full[:1]
     ends = full[len(starts) + len(plain) :]
     if full != [*starts, *plain, *ends] or ends not in ([], [tokenizer.eos_token_id]):
         raise InputError(f"the tokenizer adds tokens that a GGUF file cannot describe: {full} around {plain}")

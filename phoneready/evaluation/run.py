@@ -28,7 +28,7 @@ from cfsp.settings import check_settings
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
-from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
+from cfsp.text.tokens import TokenWindows, started, token_windows, tokens_sha256
 from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
@@ -175,6 +175,7 @@ def text_windows(
         seed=settings.seed,
         progress=progress,
     )
+    ids = started(ids, reference.tokenizer)
     return TokenWindows(ids, SELF, tokens_sha256(ids))
 
 

@@ -7,9 +7,11 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 
 from cfsp.errors import InputError
+from cfsp.evaluation.bits import respelled
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
@@ -91,6 +93,41 @@ def test_windows_are_cut_in_order_from_one_tokenization(tiny_model: Any, tmp_pat
     stream = loaded.tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     windows = token_windows(str(path), loaded.tokenizer, seqlen=10, max_windows=2, skip_windows=1)
     assert windows.ids.tolist() == [stream[10:20], stream[20:30]]
+
+
+def starting(tokenizer: Any) -> Any:
+    """A tokenizer that puts its start token before a text."""
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[bos, "$A"], special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def test_windows_begin_with_the_start_token_of_a_tokenizer_that_puts_one_there(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    plain, started = as_loaded(tiny_model), as_loaded(tiny_model)
+    starting(started.tokenizer)
+    path = tmp_path / "a.txt"
+    path.write_text("The quick brown fox. " * 40, encoding="utf-8")
+    bos = started.tokenizer.bos_token_id
+    cut = [token_windows(str(path), one.tokenizer, seqlen=10, max_windows=2).ids for one in (plain, started)]
+    drawn = [load_calibration([str(path)], one, nsamples=3, seqlen=16).input_ids for one in (plain, started)]
+    for without, windows in (cut, drawn):
+        assert not (without == bos).any()
+        assert (windows[:, 0] == bos).all()
+        assert torch.equal(windows[:, 1:], without[:, 1:])
+
+
+def test_a_start_token_is_the_other_vocabularys_or_what_parts_its_texts(tiny_model: Any) -> None:
+    _, plain = tiny_model()
+    started = starting(tiny_model()[1])
+    window = torch.tensor([started.bos_token_id, *started("The fox", add_special_tokens=False)["input_ids"]])
+    assert respelled(window, started, started).ids.tolist() == window.tolist()
+    other = respelled(window, started, plain)
+    assert other.ids.tolist() == [plain.eos_token_id, *window[1:].tolist()]
+    assert other.n_context == 1
 
 
 def test_builtin_text_is_there_without_download(tiny_model: Any) -> None:
