@@ -34,6 +34,7 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.token_kinds import scripts_of
 from cfsp.pruning.axes.token_order import expected_counts
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, spelled
 
@@ -44,6 +45,8 @@ _SHARE = 0.8
 """a: text says more about what comes next than the beginnings do."""
 _MOST_FOLDED = 2.0
 """Nats that a first part gains at the most."""
+_RARE = 0.01
+"""Times in the text up to which a removed token is not spelled: another language's, say."""
 _EVENTS = 512
 """Events of a row, the most frequent ones."""
 _PREFIXES = 16384
@@ -182,15 +185,17 @@ def _least_squares(
 
 def _spellings(loaded: LoadedModel, plan: VocabularyPlan) -> Spellings:
     trees = token_trees(loaded.tokenizer)
-    expected = expected_counts(trees, np.asarray(plan.counts, dtype=np.float64))
+    counted = np.asarray(plan.counts, dtype=np.float64)
+    expected = expected_counts(trees, counted, scripts_of(loaded.tokenizer))
     kept = set(plan.kept)
     gone = set(trees.parts) - kept
+    common = sorted(index for index in gone if expected[index] > _RARE)
     firsts: dict[int, list[int]] = defaultdict(list)
     stands: dict[Prefix, float] = defaultdict(float)
     follows: dict[tuple[int, Prefix], float] = defaultdict(float)
     for index in kept:
         stands[index,] += expected[index]
-    for index in sorted(gone):
+    for index in common:
         parts = spelled(index, gone, trees)
         firsts[parts[0]].append(index)
         for end in range(1, len(parts)):

@@ -49,11 +49,8 @@ def kinds_by_script(
         kept: Ids that stay.
     """
     special = set(tokenizer.all_special_ids)
-    ids = sorted(tokenizer.get_vocab().values())
-    words = tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
     scripts = {
-        index: _SPECIAL if index in special else script_of(text)
-        for index, text in zip(ids, words, strict=True)
+        index: _SPECIAL if index in special else script for index, script in scripts_of(tokenizer).items()
     }
     plain = {_SPECIAL, _DIGITS, _SIGNS, _PARTS}
     sizes = Counter(name for name in scripts.values() if name not in plain)
@@ -70,6 +67,13 @@ def kinds_by_count(
     bins = {index: int(np.searchsorted(lowest, np.ceil(counts[index]), side="right")) - 1 for index in ids}
     rarest_first = sorted(bins, key=lambda index: bins[index])
     return tuple(_kinds({index: _BINS[bins[index]][1] for index in rarest_first}, counts, kept))
+
+
+def scripts_of(tokenizer: Any) -> dict[int, str]:
+    """The script of every token, in the order of their ids."""
+    ids = sorted(tokenizer.get_vocab().values())
+    words = tokenizer.batch_decode([[index] for index in ids], clean_up_tokenization_spaces=False)
+    return {index: script_of(text) for index, text in zip(ids, words, strict=True)}
 
 
 def script_of(text: str) -> str:

@@ -14,7 +14,7 @@ which is how often the tokenizer's own training text had them.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,10 +28,13 @@ _SPLIT_NATS = 6.0
 """What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
 _LEFT = 0.6
 """Share of these nats that held-out texts of several kinds lose, where rows have learned to spell (spelling.py)."""
-_PRIOR_SHARE = 0.05
-"""Weight of what the ranks say beside what the text says."""
-_PRIOR_TOKENS = 0.25
-"""And the least that it weighs, in tokens of text for each token that there is: a short text says little of most."""
+_UNSEEN = 3.0
+"""What is expected of tokens that the text does not have, over Good and Turing's estimate: other text is not quite of
+the same kind."""
+_LEAST = 1e-6
+"""Share of all text that is expected of any script at the least: no token is worth nothing."""
+_ONCE = 1.5
+"""Of texts that are weighed to count alike, what is less was seen once."""
 _PRIOR_RANK = 1000.0
 """Zipf's law with an offset: the share of the token that merging learned as the r-th is as 1 / (r + this)."""
 
@@ -50,39 +53,54 @@ class TokenOrder:
     losses: npt.NDArray[np.float64]
 
 
-def order_tokens(trees: TokenTrees, counts: Counts, required: frozenset[int]) -> TokenOrder:
+def order_tokens(trees: TokenTrees, expected: Counts, required: frozenset[int]) -> TokenOrder:
     """Take away one leaf after the other.
 
     Args:
         trees: What tokens are built of.
-        counts: How often the text has every token.
+        expected: How often text has every token, of `expected_counts`.
         required: Ids that stay.
     """
-    remover = _Remover(trees, counts, required)
+    remover = _Remover(trees, expected, required)
     total = float(remover.needed.sum())
     steps = list(remover.steps())
     losses = _LEFT * np.cumsum([0.0, *(cost for _, cost in steps)]) / total
     return TokenOrder(tuple(index for index, _ in steps), losses)
 
 
-def expected_counts(trees: TokenTrees, counts: Counts) -> Counts:
-    """How often text like the counted one has every token: the counts, and a little of what the ranks say."""
+def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str]) -> Counts:
+    """How often text like the counted one has every token: the counts, and a little of what is known without them.
+
+    Tokens that a text does not have are in all about as frequent in other text of its kind as those that it has once
+    (Good 1953, who names Turing): that many of each script's, so that English says nothing of Bengali. They go to its
+    tokens by their ranks.
+
+    Args:
+        trees: What tokens are built of.
+        counts: How often the text has every token.
+        scripts: Of every id.
+    """
     prior = np.zeros(len(counts))
+    of_script: dict[str, list[int]] = {}
     for index, rank in trees.ranks.items():
         prior[index] = 1 / (rank + _PRIOR_RANK)
-    weight = max(_PRIOR_SHARE * float(counts.sum()), _PRIOR_TOKENS * len(trees.ranks))
-    prior *= weight / max(float(prior.sum()), 1e-300)
+        of_script.setdefault(scripts[index], []).append(index)
+    least = _LEAST * max(float(counts.sum()), 1.0)
+    for ids in of_script.values():
+        seen = counts[ids]
+        unseen = max(_UNSEEN * float(seen[seen < _ONCE].sum()), least)
+        prior[ids] *= unseen / float(prior[ids].sum())
     return np.asarray(counts + prior, dtype=np.float64)
 
 
 class _Remover:
-    def __init__(self, trees: TokenTrees, counts: Counts, required: frozenset[int]) -> None:
+    def __init__(self, trees: TokenTrees, expected: Counts, required: frozenset[int]) -> None:
         self._trees = trees
         self._required = required
         self._users = {part: len(users) for part, users in trees.built_on.items()}
         # What a token says is what it said before any was removed; how often it is needed grows with its users' end.
-        self.needed = expected_counts(trees, counts)
-        known = np.maximum(self.needed, 1e-9 * max(float(counts.sum()), 1.0))
+        self.needed = expected.copy()
+        known = np.maximum(self.needed, 1e-9 * max(float(expected.sum()), 1.0))
         self._nats = -np.log(known / known.sum())
         self._best = self._nats.copy()
         for index in sorted(trees.ranks, key=lambda token: trees.ranks[token]):

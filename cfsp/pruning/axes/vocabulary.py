@@ -19,8 +19,8 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
-from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script
-from cfsp.pruning.axes.token_order import Counts, TokenOrder, order_tokens
+from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script, scripts_of
+from cfsp.pruning.axes.token_order import Counts, TokenOrder, expected_counts, order_tokens
 from cfsp.text.templates import render_chat
 
 _ID_SETTINGS = ("suppress_tokens", "begin_suppress_tokens")
@@ -119,7 +119,9 @@ def check_vocabulary(size: int, tokens: int, least: int) -> None:
 
 def token_order(loaded: LoadedModel, counts: Counts) -> TokenOrder:
     """In which order the model's tokens go; raises InputError for a tokenizer that cannot be trimmed."""
-    return order_tokens(token_trees(loaded.tokenizer), counts, required_tokens(loaded))
+    trees = token_trees(loaded.tokenizer)
+    expected = expected_counts(trees, counts, scripts_of(loaded.tokenizer))
+    return order_tokens(trees, expected, required_tokens(loaded))
 
 
 def kept_tokens(tokenizer: Any, gone: Collection[int]) -> tuple[int, ...]:
@@ -214,7 +216,7 @@ def _cut_rows(model: Any, kept: torch.Tensor) -> None:
         head.weight = embedding.weight
     embedding.num_embeddings = head.out_features = len(kept)
     embedding.padding_idx = None
-    for holder in (model, model.base_model, model.config):
+    for holder in (model, model.get_decoder(), model.config):
         holder.vocab_size = len(kept)
 
 
