@@ -6,18 +6,31 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.errors import InputError
-from cfsp.models.architectures import rotated_blocks
+from cfsp.errors import InputError, look_up
+from cfsp.models.architectures import (
+    ARCHITECTURES,
+    FULL,
+    WINDOWED,
+    ArchitectureSpec,
+    rotated_blocks,
+    windows_of_blocks,
+)
 from cfsp.models.config_file import read_model_config, shape_from_config
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
+
+ACTIVATIONS: Mapping[str, str] = MappingProxyType(
+    {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+)
+"""transformers' name of an activation -> the function: x sigmoid(x), or GELU in its approximation by tanh."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +41,12 @@ class ModelConfig:
         shape: Vocabulary and blocks, which differ in FFN widths, in key-value heads and in whether they attend.
         heads_per_group: Query heads that read one key-value head.
         rotated: Whether each block rotates its queries and keys.
-        sliding_window: Window of the blocks that have one; None where every block sees everything.
+        windows: Of each block, how many tokens attention sees, itself included; None where all.
+        activation: Of the FFN, a name in ACTIVATIONS.
+        score_scale: What attention's scores are multiplied by.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
+        window_rope_theta: The base in blocks with a window, where their rope is a plain one of their own.
     """
 
     model_type: str
@@ -42,9 +58,17 @@ class ModelConfig:
     rms_norm_eps: float
     tie_word_embeddings: bool
     rotated: tuple[bool, ...]
-    sliding_window: int | None
+    windows: tuple[int | None, ...]
+    activation: str
+    score_scale: float
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
+    window_rope_theta: float | None = None
+
+    @property
+    def spec(self) -> ArchitectureSpec:
+        """The architecture table's row."""
+        return ARCHITECTURES[self.model_type]
 
     @property
     def vocab_size(self) -> int:
@@ -62,12 +86,9 @@ class ModelConfig:
         return tuple(block.kv_groups or 0 for block in self.shape.blocks)
 
     @property
-    def context_length(self) -> int:
-        """Longest context for which a runtime without a sliding window computes what the checkpoint computes.
-
-        As long as the context is not longer than the window, the window makes no difference.
-        """
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+    def narrowest(self) -> int | None:
+        """The narrowest window of a block; None where every block sees everything."""
+        return min((window for window in self.windows if window), default=None)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -85,48 +106,58 @@ def read_config(folder: Path) -> ModelConfig:
         config = read.to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
     require_supported(shape, str(folder / "config.json"))
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise InputError(
-            "exported graphs of this model type compute silu alone",
-            field="hidden_act",
-            value=config["hidden_act"],
-            allowed="silu",
-        )
-    theta, scaling = _rope(config)
+    spec = ARCHITECTURES[config["model_type"]]
+    message = "no exported graph computes this activation"
+    activation = look_up(ACTIVATIONS, config[spec.activation_setting], message, field=spec.activation_setting)
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    theta, scaling = _rope(config, FULL)
     return ModelConfig(
         model_type=config["model_type"],
         shape=shape,
         hidden_size=config["hidden_size"],
         heads_per_group=config["num_attention_heads"]
         // (config.get("num_key_value_heads") or config["num_attention_heads"]),
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        head_dim=head_dim,
         max_position_embeddings=config["max_position_embeddings"],
         rms_norm_eps=config["rms_norm_eps"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         rotated=rotated_blocks(read),
-        sliding_window=_sliding_window(config),
+        windows=windows_of_blocks(read),
+        activation=activation,
+        score_scale=(config[spec.scale_setting] if spec.scale_setting else head_dim) ** -0.5,
         rope_theta=theta,
         rope_scaling=scaling,
+        window_rope_theta=_window_theta(config, spec.window_rope_setting),
     )
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling."""
+def _rope(config: Mapping[str, Any], kind_of_block: str) -> tuple[float, Mapping[str, Any] | None]:
+    """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
+
+    Where blocks of unlike kinds have unlike ropes, those of one kind are read.
+    """
     merged = {"rope_theta": config.get("rope_theta")}
     for key in ("rope_scaling", "rope_parameters"):
-        merged |= {k: v for k, v in (config.get(key) or {}).items() if v is not None}
+        stated = config.get(key) or {}
+        merged |= {k: v for k, v in stated.get(kind_of_block, stated).items() if v is not None}
     kind = merged.get("rope_type") or merged.get("type") or "default"
     scaling = None if kind == "default" else merged | {"rope_type": kind}
     return float(merged["rope_theta"] or 10000.0), scaling
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    if not config.get("use_sliding_window", True) or not config.get("sliding_window"):
+def _window_theta(config: Mapping[str, Any], setting: str) -> float | None:
+    """The base in blocks with a window, under either release's name; None of a model type whose blocks are alike."""
+    if not setting:
         return None
-    kinds = config.get("layer_types")
-    if kinds and "sliding_attention" not in kinds:
-        return None
-    return int(config["sliding_window"])
+    if config.get(setting):
+        return float(config[setting])
+    theta, scaling = _rope(config, WINDOWED)
+    if scaling is not None:
+        kind = scaling["rope_type"]
+        raise InputError(
+            "a scaled rope in blocks with a window", field="rope_type", value=kind, allowed="default"
+        )
+    return theta
 
 
 @contextmanager

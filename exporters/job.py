@@ -36,6 +36,7 @@ class Job:
         folder: Where files are written; it becomes the output folder at the end.
         settings: How to export.
         config: The checkpoint's.
+        context_length: Longest context for which the files hold the model.
         provenance: The checkpoint's.
         tokenizer: The checkpoint's.
         reference: The checkpoint's logits, to hold files against.
@@ -45,6 +46,7 @@ class Job:
     folder: Path
     settings: ExportOptions
     config: ModelConfig
+    context_length: int
     provenance: Provenance
     tokenizer: Any
     reference: Reference
@@ -83,7 +85,7 @@ class Job:
             quant=row.name,
             sha256=sha256_file(path),
             shape=self.config.shape,
-            context_length=self.config.context_length,
+            context_length=self.context_length,
             source_model=self.provenance.source_model,
             source_sha256=self.provenance.source_sha256,
             checkpoint_sha256=self.provenance.checkpoint_sha256,
@@ -110,7 +112,9 @@ def load_checkpoint(checkpoint: Path) -> Any:
 
 
 @contextmanager
-def open_job(checkpoint: Path, output: Path, model: Any, settings: ExportOptions) -> Iterator[Job]:
+def open_job(
+    checkpoint: Path, output: Path, model: Any, settings: ExportOptions, context_length: int | None = None
+) -> Iterator[Job]:
     """Run the checkpoint on the parity text, and make the output folder, which appears when the block ends well.
 
     Args:
@@ -118,18 +122,20 @@ def open_job(checkpoint: Path, output: Path, model: Any, settings: ExportOptions
         output: Folder to create.
         model: `load_checkpoint`'s; it is let go.
         settings: The rest.
+        context_length: Longest context for which the format holds the model; None where that is the model's own.
 
     Raises:
         InputError: Unusable windows.
     """
     config = read_config(checkpoint)
+    context_length = context_length or config.max_position_embeddings
     provenance = read_provenance(checkpoint, settings.name)
     tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
-    windows = choose_windows(tokenizer, config.context_length, settings.parity_windows)
+    windows = choose_windows(tokenizer, context_length, config.narrowest, settings.parity_windows)
     reference = reference_of(model, windows, progress=settings.progress)
     del model
     with atomic_directory(output, force=settings.force) as folder:
-        yield Job(checkpoint, folder, settings, config, provenance, tokenizer, reference)
+        yield Job(checkpoint, folder, settings, config, context_length, provenance, tokenizer, reference)
 
 
 def write_manifest(job: Job, records: Sequence[ExportRecord]) -> tuple[ExportRecord, ...]:

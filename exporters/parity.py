@@ -44,20 +44,29 @@ class Reference:
     head: torch.Tensor
 
 
-def choose_windows(tokenizer: Any, context_length: int, given: torch.Tensor | None = None) -> TokenWindows:
+def choose_windows(
+    tokenizer: Any, context_length: int, narrowest: int | None = None, given: torch.Tensor | None = None
+) -> TokenWindows:
     """The text to compare on: what is given, or windows of built-in English prose.
+
+    Where attention sees a window alone, the text is twice as long, as far as that is no more text in all.
 
     Args:
         tokenizer: The checkpoint's.
         context_length: Longest window that the exported file can run.
+        narrowest: Fewest tokens that a block's attention sees; None where all see all.
         given: Token ids (n_windows, seqlen).
 
     Raises:
         InputError: Given windows are longer than the context.
     """
     if given is None:
-        seqlen = min(_SEQLEN, context_length)
-        return token_windows(BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=_WINDOWS)
+        tokens = _WINDOWS * _SEQLEN
+        beyond = 2 * narrowest if narrowest and 2 * narrowest <= tokens else 0
+        seqlen = min(max(_SEQLEN, beyond), context_length)
+        return token_windows(
+            BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=min(_WINDOWS, tokens // seqlen)
+        )
     if given.ndim == 2 and given.shape[1] > context_length:
         raise InputError(
             "windows are longer than the file's context",

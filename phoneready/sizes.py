@@ -95,7 +95,7 @@ class Sizes:
             hidden_size=config.hidden_size,
             ffn_width=max(shape.ffn_widths),
             vocab_size=config.vocab_size,
-            context_length=config.context_length,
+            context_length=layout.context_length,
         )
 
     def _template(self, item: str, shape: ModelShape, dense: bool) -> tuple[ChosenLayout, SizeTemplate]:
@@ -138,7 +138,7 @@ class Sizes:
         for index, count in groups.items():
             layer = decoder_layers(model)[index]
             if count == 0:
-                remove_attention(layer)
+                remove_attention(model, layer)
             elif count != known[index].kv_groups:
                 cut_groups(attention_of(model, layer), range(count))
         remove_blocks(model, frozenset(range(len(known))) - groups.keys())

@@ -73,6 +73,7 @@ _PRE_NAMES = {
     "qwen3": "qwen2",
     "smollm3": "llama-bpe",
     "granite": "smollm",
+    "gemma3_text": "smollm",
 }
 
 
@@ -143,6 +144,9 @@ def make_tiny_model(
     }
     if model_type == "mistral":
         settings["sliding_window"] = None
+    if model_type == "gemma3_text":
+        settings |= {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0}
+        settings["query_pre_attn_scalar"] = overrides.get("head_dim", settings["head_dim"])
     config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
     model = transformers.AutoModelForCausalLM.from_config(config)
     _randomize(model, seed)
@@ -215,13 +219,22 @@ _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_GEMMA_NAMES = _GGUF_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 
 
 def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
     llama = config.model_type in ("llama", "mistral", "smollm3", "granite")
+    gemma = config.model_type == "gemma3_text"
+    names = _GEMMA_NAMES if gemma else _GGUF_NAMES
     for name, tensor in model.state_dict().items():
+        if gemma and name.endswith("norm.weight"):
+            tensor = tensor + 1
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)
             module, kind = rest.rsplit(".", 1)
@@ -229,7 +242,7 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
                 halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
-            yield f"blk.{block}.{_GGUF_NAMES[module]}.{kind}", tensor
+            yield f"blk.{block}.{names[module]}.{kind}", tensor
         elif name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 yield "output.weight", tensor
@@ -245,7 +258,8 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
     """A float32 GGUF of a tiny model, and `extra` tensors, written with the gguf package alone."""
     config = model.config
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    known = {"mistral": "llama", "gemma3_text": "gemma3"}
+    architecture = known.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny Model")
     writer.add_license("apache-2.0")
@@ -270,6 +284,10 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_rope_freq_base_swa(700.0)
     writer.add_file_type(0)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     special = set(tokenizer.all_special_tokens)

@@ -33,6 +33,16 @@ class ArchitectureSpec:
             if so, by llama.cpp's name.
         rotated_setting: Key of the configuration that says of every block whether its queries and keys are rotated;
             empty where all are.
+        ffn_norm: Of a block, the norm before the MLP.
+        added_norms: Of a block, the norms of what attention and what the MLP add, between these and the residual sum;
+            empty where there are none.
+        norm_offset: What a norm adds to its weight before it multiplies.
+        scaled_embedding: Whether embeddings are multiplied by sqrt(hidden_size).
+        activation_setting: Key of the configuration that names the MLP's activation.
+        window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone; empty
+            where they have the others'.
+        scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
+            where s is head_dim.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
         gguf_interleaved: Whether rows of q and k are stored there with the rotary halves interleaved.
     """
@@ -47,6 +57,13 @@ class ArchitectureSpec:
     head_norms: bool = False
     bias_settings: Mapping[str, str] = field(default_factory=dict)
     rotated_setting: str = ""
+    ffn_norm: str = "post_attention_layernorm"
+    added_norms: tuple[str, ...] = ()
+    norm_offset: float = 0.0
+    scaled_embedding: bool = False
+    activation_setting: str = "hidden_act"
+    window_rope_setting: str = ""
+    scale_setting: str = ""
     gguf_name: str | None = None
     gguf_interleaved: bool = False
 
@@ -69,6 +86,8 @@ class FeedForward:
         return int(self.down.weight.shape[1])
 
 
+FULL, WINDOWED = "full_attention", "sliding_attention"
+"""What transformers' `layer_types` call a block that sees everything before it, and one that sees a window alone."""
 _ATTENTION_BIAS = {"attention_bias": "attn_q"}
 _EVERY_BIAS = _ATTENTION_BIAS | {"mlp_bias": "ffn_up"}
 _ROWS = (
@@ -87,6 +106,19 @@ _ROWS = (
         rotated_setting="no_rope_layers",  # 1 where there is a rope, for all its name
         gguf_name="smollm3",
         gguf_interleaved=True,
+    ),
+    ArchitectureSpec(
+        "gemma3_text",
+        head_norms=True,
+        bias_settings=_ATTENTION_BIAS,
+        ffn_norm="pre_feedforward_layernorm",
+        added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        norm_offset=1.0,
+        scaled_embedding=True,
+        activation_setting="hidden_activation",
+        window_rope_setting="rope_local_base_freq",
+        scale_setting="query_pre_attn_scalar",
+        gguf_name="gemma3",
     ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
@@ -109,6 +141,15 @@ def rotated_blocks(config: Any) -> tuple[bool, ...]:
     return tuple(map(bool, getattr(config, key)[:count])) if key else (True,) * count
 
 
+def windows_of_blocks(config: Any) -> tuple[int | None, ...]:
+    """Of every block of a transformers config, how many tokens attention sees, itself included; None where all."""
+    window, count = getattr(config, "sliding_window", None), int(config.num_hidden_layers)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return (None,) * count
+    kinds = getattr(config, "layer_types", None) or (WINDOWED,) * count
+    return tuple(int(window) if kind == WINDOWED else None for kind in kinds)
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder blocks of a causal LM, first to last."""
     return list(model.get_submodule(spec_for(model.config).layers).children())
@@ -128,6 +169,17 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     spec = spec_for(model.config)
     mlp = layer.get_submodule(spec.mlp)
     return FeedForward(mlp, *(_linear(mlp, name) for name in (spec.gate, spec.up, spec.down)))
+
+
+def attention_norms(model: nn.Module) -> tuple[str, ...]:
+    """Names of a block's norms that are attention's: before it, and of what it adds where there is one."""
+    return ("input_layernorm", *spec_for(model.config).added_norms[:1])
+
+
+def added_norms(model: nn.Module, layer: nn.Module) -> tuple[Any, Any]:
+    """The norms of what a block's attention and its MLP add; None where it is added as it is."""
+    names = spec_for(model.config).added_norms
+    return tuple(map(layer.get_submodule, names)) if names else (None, None)  # type: ignore[return-value]
 
 
 def attention_of(model: nn.Module, layer: nn.Module) -> Any:

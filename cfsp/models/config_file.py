@@ -53,7 +53,11 @@ _CONFIG = kinds(
     no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
     no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
     rms_norm_eps=Epsilon,
-    hidden_act=str,
+    **dict.fromkeys(("hidden_act", "hidden_activation"), str),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
+    use_bidirectional_attention=Literal[False] | None,
+    **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
+    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), Annotated[int, Field(ge=1)]),
     **dict.fromkeys(
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Factor
     ),
@@ -110,7 +114,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     look_up({**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type")
     check_kinds(settings, _CONFIG, str(file))
     for key in ("rope_parameters", "rope_scaling"):
-        check_kinds(settings.get(key) or {}, _ROPE, f"{file}: {key}")
+        for part in _ropes(settings.get(key) or {}):
+            check_kinds(part, _ROPE, f"{file}: {key}")
     if problems := "; ".join(_contradictions(settings)):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
@@ -198,6 +203,12 @@ def _check_normalizer(normalizer: Any, where: str) -> None:
                 table[4 + size :].decode("utf-8")
     if growth > _MOST_GROWTH:
         raise InputError(f"{where}: the normalizer makes a text up to {growth} times as long")
+
+
+def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Rope parameters: those of all blocks, or where kinds of blocks have their own, one of each kind."""
+    kinds_of_blocks: list[Mapping[str, Any]] = [part for part in stated.values() if isinstance(part, dict)]
+    return kinds_of_blocks or [stated]
 
 
 def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:

@@ -31,14 +31,19 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     """A config.json's content with the rotary settings in both spellings.
 
     transformers 5 writes `rope_parameters` alone; version 4 reads `rope_theta` and `rope_scaling` and would
-    silently take its defaults.
+    silently take its defaults. Of blocks that see a window alone it reads a base of their own.
     """
+    # It brings torch, which readers of notices do without.
+    from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED
+
     rope = stored.get("rope_parameters")
     if not isinstance(rope, dict):
         return dict(stored)
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", None)
     portable = dict(stored)
+    if isinstance(of_windows := rope.get(WINDOWED), dict):
+        portable[ARCHITECTURES[stored["model_type"]].window_rope_setting] = of_windows["rope_theta"]
+    rope = dict(rope.get(FULL, rope))
+    theta = rope.pop("rope_theta", None)
     if theta is not None:
         portable["rope_theta"] = theta
     portable["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None

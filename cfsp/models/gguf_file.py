@@ -73,7 +73,10 @@ _HYPERPARAMETERS = kinds(
         "context_length": ContextLength,
         "attention.layer_norm_rms_epsilon": Epsilon,
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
+        "attention.sliding_window_pattern": Annotated[int, Field(ge=0, lt=2**16)] | list[bool | int],
+        "final_logit_softcapping": Annotated[float, Field(ge=0, le=0)],
         "rope.freq_base": Positive,
+        "rope.freq_base_swa": Positive,
         "rope.scaling.type": str,
         **dict.fromkeys(
             ("rope.scaling.factor", "embedding_scale", "residual_scale", "attention.scale"), _Factor

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError, look_up
-from cfsp.models.architectures import ARCHITECTURES, ArchitectureSpec
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.weights import check_memory, model_class, model_from_weights
@@ -72,6 +72,10 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         **_rope_settings(file),
         **_special_ids(file),
     }
+    if row.window_rope_setting:
+        settings |= _window_settings(file, row, settings["num_hidden_layers"])
+    if row.scale_setting:
+        settings[row.scale_setting] = settings["head_dim"]
     _check_shapes(file, shapes, settings)
     settings["tie_word_embeddings"] = _OUTPUT not in shapes or _is_stored_twice(file)
     return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
@@ -102,6 +106,8 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
             values = torch.from_numpy(tensor.dequantize()).to(dtype)
             if row.gguf_interleaved:
                 values = _split_halves(tensor.name, values, config)
+            if row.norm_offset and tensor.name.endswith("norm.weight"):
+                values -= row.norm_offset
             weights[names[tensor.name]] = values
         progress("reading GGUF", done, len(file.tensors))
     for name, values in weights.items():
@@ -237,6 +243,26 @@ def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
     if heads is None or len(values) % (2 * heads):  # misshapen ones are told of by name later
         return values
     return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> dict[str, Any]:
+    """In which blocks attention sees a window alone, how wide it is, and the base of the rope there.
+
+    A file that says nothing of single blocks has the step that transformers takes for granted, too.
+    """
+    window = file.hyperparameter("attention.sliding_window", 0)
+    if not window:
+        return {"sliding_window": None, "layer_types": [FULL] * n_blocks}
+    settings = {
+        "sliding_window": window,
+        row.window_rope_setting: _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0)),
+    }
+    pattern = file.hyperparameter("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        settings["layer_types"] = [WINDOWED if windowed else FULL for windowed in pattern[:n_blocks]]
+    elif pattern is not None:
+        settings["sliding_window_pattern"] = pattern
+    return settings
 
 
 def _rope_settings(file: GGUFFile) -> dict[str, Any]:

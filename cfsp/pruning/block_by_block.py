@@ -9,7 +9,8 @@ stream has h*. down_proj is solved for
 so that, beside doing the removed channels' work, it takes back a share c of the error that earlier blocks left in
 the residual stream. Where whole blocks after l go, h and h* are taken after these, and down_proj does what they would
 have added as well. Where the block loses its attention, h is what it would give with it. Where it loses some key-value
-groups, o_proj is solved before that, for what it gave with all. c = 0 only follows the pruned stream. c = 1 aims at the
+groups, o_proj is solved before that, for what it gave with all. Where what an FFN adds goes through a norm first, what
+it lacks goes back through that (`_Norm`). c = 0 only follows the pruned stream. c = 1 aims at the
 dense stream itself, which fits the calibration text too closely: an error cannot be told from what the block itself
 should say about such text.
 """
@@ -18,18 +19,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_of, decoder_layers, feed_forward
+from cfsp.models.architectures import (
+    added_norms,
+    attention_of,
+    decoder_layers,
+    feed_forward,
+    spec_for,
+)
 from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.axes.removal import attention_left_out
 from cfsp.pruning.reconstruction import solve_change
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
 from cfsp.pruning.surgery import Cut, cut_channels, cut_groups
+
+_DAMPING = 0.01
+"""Share of the mean square of a norm's gains that is added to each."""
 
 
 def prune_block_by_block(cut: Cut) -> None:
@@ -120,7 +131,8 @@ def _prune_block(
     """
     layer = decoder_layers(cut.model)[index]
     ffn, kept, silent = feed_forward(cut.model, layer), cut.kept[index], index in cut.silent
-    solver, rests = _Columns(ffn.down, kept), []
+    norm = _Norm.of(cut.model, added_norms(cut.model, layer)[1])
+    solver, rests = _Columns(ffn.down, kept, norm), []
     seen: dict[str, torch.Tensor] = {}
     for hidden, target in zip(pruned, wanted, strict=True):
         whole = run_layer(layer, hidden, arguments) if silent else None
@@ -132,9 +144,9 @@ def _prune_block(
             output = run_layer(layer, hidden, arguments)
         whole = after(output if whole is None else whole)
         solver.observe(seen["x"], seen["given"], whole - output, cut.correction * (target - whole))
-        rests.append((output - seen["given"], seen["ffn_input"]))
+        rests.append((output - norm(seen["given"]), seen["ffn_input"]))
     cut_channels(ffn, kept, solver.solve(cut.ridge))
-    return [rest + ffn.module(ffn_input) for rest, ffn_input in rests]
+    return [rest + norm(ffn.module(ffn_input)) for rest, ffn_input in rests]
 
 
 def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], arguments: dict[str, Any]) -> None:
@@ -142,11 +154,52 @@ def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], argum
     layer = decoder_layers(cut.model)[index]
     attention = attention_of(cut.model, layer)
     o_proj = attention.o_proj
-    solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]))
+    norm = _Norm.of(cut.model, added_norms(cut.model, layer)[0])
+    solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]), norm)
     with output_hook(o_proj, solver.observe):
         for hidden in pruned:
             run_layer(layer, hidden, arguments)
     cut_groups(attention, cut.groups[index], solver.solve(cut.ridge))
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """What is between a Linear's output y and the residual sum: N(y) = g r(y) y, or nothing.
+
+    r(y) = 1 / sqrt(mean(y^2) + epsilon) sees all of y, g is a number for each channel. N is blind to the size of y, so
+    of all y' that give N(y) + e the one of y's size is meant, y + e / (g r(y)), and an error d of y' counts as r(y) d.
+
+    Attributes:
+        module: The norm; None for nothing.
+        gain: g, (hidden_size,).
+        epsilon: Of the mean.
+    """
+
+    module: nn.Module | None
+    gain: torch.Tensor
+    epsilon: float
+
+    @classmethod
+    def of(cls, model: Any, module: Any) -> _Norm:
+        """A norm of one of `model`'s blocks, None for nothing."""
+        gain = torch.ones(()) if module is None else module.weight + spec_for(model.config).norm_offset
+        return cls(module, gain, float(model.config.rms_norm_eps))
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual sum."""
+        added: torch.Tensor = y if self.module is None else self.module(y)
+        return added
+
+    def counts(self, y: torch.Tensor) -> torch.Tensor | None:
+        """r(y), (..., 1); None where it is 1."""
+        return None if self.module is None else (y.square().mean(-1, keepdim=True) + self.epsilon).rsqrt()
+
+    def before(self, lack: torch.Tensor) -> torch.Tensor:
+        """e / g, damped where g is next to nothing and all that it could do is to change the size of y."""
+        if self.module is None:
+            return lack
+        square = self.gain.square()
+        return lack * (self.gain / (square + _DAMPING * square.mean()))
 
 
 class _Columns:
@@ -155,10 +208,11 @@ class _Columns:
     Args:
         linear: As it still is.
         kept: (n_kept,) int64 input channels, ascending.
+        norm: What its output goes through.
     """
 
-    def __init__(self, linear: nn.Linear, kept: torch.Tensor) -> None:
-        self.linear, self.kept = linear, kept
+    def __init__(self, linear: nn.Linear, kept: torch.Tensor, norm: _Norm) -> None:
+        self.linear, self.kept, self.norm = linear, kept, norm
         self.columns = linear.weight[:, kept]
         device = linear.weight.device
         self.gram = GramSum(len(kept), device)
@@ -171,13 +225,16 @@ class _Columns:
         Args:
             x: The Linear's input, (1, seqlen, in_features).
             given: Its output, (1, seqlen, out_features).
-            lacks: What the output should have beside that, as `given`.
+            lacks: What should come out of the norm beside what does, as `given`.
         """
         kept_x = x[..., self.kept]
         # The bias, where there is one, is in both terms and cancels.
         missing = given - nn.functional.linear(kept_x, self.columns, self.linear.bias)
+        counts = self.norm.counts(given)
+        if counts is not None:
+            kept_x, missing = kept_x * counts, missing * counts
         for more in lacks:
-            missing = missing + more
+            missing = missing + self.norm.before(more)
         kept_x = kept_x.reshape(-1, len(self.kept)).float()
         self.gram.add(kept_x)
         self.missing += kept_x.T @ missing.reshape(len(kept_x), -1).float()

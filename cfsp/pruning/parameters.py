@@ -6,10 +6,12 @@ from typing import Any
 
 from cfsp.models.architectures import (
     FeedForward,
+    attention_norms,
     attention_of,
     decoder_layers,
     feed_forward,
     model_shape,
+    spec_for,
 )
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.pruning.budget import Cost
@@ -21,7 +23,8 @@ def count_parameters(model: Any) -> Cost:
     ffns = [feed_forward(model, layer) for layer in layers]
     channel = [_of_channel(ffn) for ffn in ffns]
     rest = [_count(layer) - each * ffn.width for layer, each, ffn in zip(layers, channel, ffns, strict=True)]
-    attention = [_count(layer.self_attn) + _count(layer.input_layernorm) for layer in layers]
+    parts = (spec_for(model.config).attention, *attention_norms(model))
+    attention = [sum(_count(layer.get_submodule(part)) for part in parts) for layer in layers]
     group = [_of_group(attention_of(model, layer)) for layer in layers]
     dense = model_shape(model)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -318,7 +318,7 @@ def apply_plan(
     with products_in(plan.settings.dtype, model.device.type):
         RECONSTRUCTIONS[plan.settings.reconstruct].function(cut)
     for index in plan.silent:
-        remove_attention(decoder_layers(model)[index])
+        remove_attention(model, decoder_layers(model)[index])
     remove_blocks(model, plan.gone)
     set_config_shape(model)
 

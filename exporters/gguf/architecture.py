@@ -13,6 +13,7 @@ of q and k (weights and biases) are interleaved; the others rotate halves, as Hu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.gguf_file import tensor_names
 from cfsp.models.shape import BlockShape, ModelShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, open_tensors, read_config
+from exporters.export_record import ParityLimits
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -45,6 +46,10 @@ class Layout:
         untied: Has an output matrix of its own.
         attention_free: Takes blocks without attention.
         unrotated_step: The last of each so many blocks does not rotate its queries and keys; 0: all do.
+        activation: Of the FFN, as `ModelConfig` names it.
+        full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
+            whether it has; 0: it takes none.
+        exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
     """
 
     architecture: str
@@ -57,6 +62,9 @@ class Layout:
     untied: bool = True
     attention_free: bool = False
     unrotated_step: int = 0
+    activation: str = "silu"
+    full_step: int = 0
+    exact_limits: ParityLimits | None = None
 
     def rotates(self, block: int) -> bool:
         """Whether a block's queries and keys are rotated."""
@@ -73,6 +81,9 @@ _QWEN3 = Layout("qwen3", biases=_ATTENTION - {"o_proj"})
 _OPENELM = Layout("openelm", per_layer_sizes=True, fused_qkv=True, untied=False)
 
 _SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj"}, unrotated_step=4)
+# ggml looks GELU up in a table of float16: a number that falls to the other side of a step is off by 0.05 %.
+_GELU_TABLE = ParityLimits(max_logit_diff=0.5, kl_mean=1e-4, same_top1=0.99)
+_GEMMA3 = Layout("gemma3", activation="gelu_tanh", full_step=6, exact_limits=_GELU_TABLE)
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
@@ -81,6 +92,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "qwen2": (_QWEN2, _DECI),
         "qwen3": (_QWEN3, _OPENELM),
         "smollm3": (_SMOLLM3,),
+        "gemma3_text": (_GEMMA3,),
     }
 )
 
@@ -110,6 +122,16 @@ class ChosenLayout:
         widths = self.config.shape.ffn_widths
         return widths if self.padded_width is None else (self.padded_width,) * len(widths)
 
+    @property
+    def context_length(self) -> int:
+        """Longest context for which llama.cpp computes what the checkpoint computes.
+
+        As long as the context is not longer than a window, the window makes no difference.
+        """
+        config = self.config
+        cut = None if self.layout.full_step else config.narrowest
+        return min(config.max_position_embeddings, cut or config.max_position_embeddings)
+
     def name(self, module: str) -> str:
         """llama.cpp's name of the weight that a module's is stored in."""
         if self.layout.fused_qkv and module.endswith(_QKV):
@@ -133,12 +155,14 @@ class TensorSpec:
         shape: In the file, outermost dimension first; where the sources are smaller, zeros are added.
         sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
         interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
+        offset: What is added to every number.
     """
 
     name: str
     shape: tuple[int, ...]
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     interleave_heads: int = 0
+    offset: float = 0.0
 
     def build(self, tensors: CheckpointTensors) -> FloatArray:
         """Read the sources and make the tensor, float32.
@@ -147,6 +171,8 @@ class TensorSpec:
             InputError: A source is missing, of another shape, or not finite.
         """
         values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
+        if self.offset:
+            values = values + np.float32(self.offset)
         if values.shape == self.shape:
             return np.ascontiguousarray(values)
         padded = np.zeros(self.shape, dtype=np.float32)
@@ -256,6 +282,11 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
             "head_dim must be hidden_size / num_attention_heads",
         ),
         (not layout.rope_factors and rope == "llama3", "no llama3 rope scaling"),
+        (config.activation != layout.activation, f"{layout.activation} as activation"),
+        (
+            not math.isclose(config.score_scale, config.head_dim**-0.5),
+            "attention's scores times 1 / sqrt(head_dim)",
+        ),
     )
     return next((reason for is_there, reason in obstacles if is_there), None)
 
@@ -278,7 +309,7 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     specs = [_plain("model.embed_tokens", embedding, chosen)]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(chosen, block)
-    specs.append(_plain("model.norm", (config.hidden_size,), chosen))
+    specs.append(_plain("model.norm", (config.hidden_size,), chosen, config.spec.norm_offset))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if not config.tie_word_embeddings:
         specs.append(_plain("lm_head", embedding, chosen))
@@ -291,8 +322,8 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     return specs
 
 
-def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout) -> TensorSpec:
-    return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),))
+def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout, offset: float = 0.0) -> TensorSpec:
+    return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),), offset=offset)
 
 
 def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
@@ -309,7 +340,8 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
         target = chosen.name(source)
-        yield TensorSpec(target, stored, ((f"{source}.weight", shape),), interleave)
+        offset = config.spec.norm_offset if module.endswith("norm") else 0.0
+        yield TensorSpec(target, stored, ((f"{source}.weight", shape),), interleave, offset)
         if f"{source}.bias" in chosen.stored:
             bias = target.removesuffix("weight") + "bias"
             yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
@@ -317,7 +349,7 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
 
 def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
-    hidden, width = config.hidden_size, block.ffn_width
+    hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
     kv = (block.kv_groups or 0) * config.head_dim
     q = kv * config.heads_per_group
     shapes: dict[str, tuple[int, ...]] = {
@@ -326,12 +358,12 @@ def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
-        "post_attention_layernorm": (hidden,),
+        **dict.fromkeys((*spec.added_norms, spec.ffn_norm), (hidden,)),
         "mlp.gate_proj": (width, hidden),
         "mlp.up_proj": (width, hidden),
         "mlp.down_proj": (hidden, width),
     }
-    if ARCHITECTURES[config.model_type].head_norms:
+    if spec.head_norms:
         shapes |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
     if not block.has_attention:
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_OF_ATTENTION)}

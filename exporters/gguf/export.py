@@ -64,7 +64,7 @@ def export_gguf(
     imatrix = read_imatrix(
         checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
     )
-    with open_job(checkpoint, output, load_checkpoint(checkpoint), settings) as job:
+    with open_job(checkpoint, output, load_checkpoint(checkpoint), settings, chosen.context_length) as job:
         strings, records = 0, {}
         for file in write_files(
             checkpoint,
@@ -88,6 +88,8 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
         LimitError: It is too far from the checkpoint.
     """
     path, quant, row = file.path, file.quant, file.quant
+    if quant.base_type == "F32" and chosen.layout.exact_limits is not None:
+        row = replace(quant, limits=chosen.layout.exact_limits)
     tensors = read_gguf(path).tensors
     if file.mixture is not None:
         matrices = [tensor for tensor in tensors if tensor.name in file.mixture.types]
@@ -160,10 +162,10 @@ def _warnings(
             f"FFN is padded with zeros to {chosen.padded_width} channels, which is exact but saves nothing; "
             "prune to a uniform width"
         )
-    if config.sliding_window and config.sliding_window < config.max_position_embeddings:
+    if chosen.context_length < config.max_position_embeddings:
         yield (
             "llama.cpp has no sliding window for this model: context_length is cut to the window, "
-            f"{config.sliding_window}"
+            f"{chosen.context_length}"
         )
     for fallback in fallbacks:
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cfsp.records import tool_version
+from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
@@ -48,7 +49,7 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     config, widths = chosen.config, chosen.widths
     count = config.num_hidden_layers
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.context_length)
+    writer.add_context_length(chosen.context_length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(count)
     writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_sizes else widths[0])
@@ -60,8 +61,25 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if chosen.layout.full_step:
+        _add_windows(writer, config, chosen.layout.full_step)
     for key, value in rope_metadata(config).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{writer.arch}.{key}", value)
     writer.add_string("phoneready.model_type", config.model_type)
     writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))
+
+
+def _add_windows(writer: Any, config: ModelConfig, full_step: int) -> None:
+    """How many tokens attention sees, in which blocks, and the base of the rope there; nothing where it sees all.
+
+    Which blocks is left out where it is what llama.cpp takes for granted: old releases know nothing else.
+    """
+    if config.narrowest is None:
+        return
+    writer.add_sliding_window(config.narrowest)
+    windowed = [window is not None for window in config.windows]
+    if windowed != [(block + 1) % full_step != 0 for block in range(len(windowed))]:
+        writer.add_sliding_window_pattern(windowed)
+    if config.window_rope_theta is not None:
+        writer.add_rope_freq_base_swa(config.window_rope_theta)

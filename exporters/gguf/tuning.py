@@ -84,4 +84,4 @@ def tuned_tensor(spec: TensorSpec, tensor: GGUFTensor, found: TunedScales) -> np
         stored = StoredMatrix(tensor.kind.name, tensor.data.reshape(spec.shape[0], -1))
         return stored.scaled(padded).data
     norm = found.norms.get(spec.sources[0][0])
-    return None if norm is None else norm.numpy()
+    return None if norm is None else norm.numpy() + np.float32(spec.offset)

@@ -44,7 +44,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
     if variant.portable:
         return
     ends = sorted(stop_tokens(job.model.generation_config, tokenizer))
-    context_length = job.common.config.context_length
+    context_length = job.common.context_length
     genai = _genai_config(variant, job.model.config, ends, context_length)
     kv_heads = max(job.common.config.kv_heads)
     genai["model"]["decoder"] |= {

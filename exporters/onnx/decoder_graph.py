@@ -8,8 +8,8 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
     x += down_proj(silu(gate_proj(h)) * up_proj(h))
 
 with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
-without attention. The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still
-to be added).
+without attention. In some families what is added goes through a norm of its own, and silu is another function. The
+residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
 input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value. N counts the blocks that attend:
@@ -18,8 +18,9 @@ consumers want caches from 0 on without a gap, and take num_hidden_layers for ho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,26 @@ from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
 OPSET = 21
 
 
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """A rotary embedding, which blocks share: cos and sin of position * frequency, times a scale.
+
+    The graph says how its tables come about, and a runtime computes them when it loads the file: of 32,768 positions
+    and heads of 256 numbers they would take 32 MiB in it.
+
+    Attributes:
+        name: Goes before the names of its tables.
+        frequencies: (head_dim / 2,) float32.
+        scale: Of both tables.
+        positions: Rows of a table.
+    """
+
+    name: str
+    frequencies: npt.NDArray[np.float32]
+    scale: float
+    positions: int
+
+
 @dataclass(frozen=True)
 class Attention:
     """A block's attention, with the norm before it.
@@ -44,16 +65,22 @@ class Attention:
         q_norm: (head_dim,) norm of each head's query, or None.
         k_norm: (head_dim,) norm of each head's key, or None.
         o_proj: Attention's output.
-        rotated: Whether queries and keys are rotated.
+        rope: What rotates queries and keys; None where nothing does.
+        scale: What scores are multiplied by.
+        window: How many tokens are seen, the one that looks included; None where all.
+        output_norm: (hidden_size,) norm of o_proj's output, or None.
     """
 
     num_key_value_heads: int
     input_norm: npt.NDArray[np.floating]
     qkv: tuple[Layer, ...]
     o_proj: Layer
+    scale: float
+    rope: Rope | None
+    window: int | None = None
+    output_norm: npt.NDArray[np.floating] | None = None
     q_norm: npt.NDArray[np.floating] | None = None
     k_norm: npt.NDArray[np.floating] | None = None
-    rotated: bool = True
 
 
 @dataclass(frozen=True)
@@ -62,17 +89,19 @@ class Block:
 
     Attributes:
         attention: None in a block that does not attend.
-        post_norm: (hidden_size,).
+        ffn_norm: (hidden_size,) norm before the FFN.
         gate_proj: FFN, to this block's width.
         up_proj: FFN, to this block's width.
         down_proj: FFN, back to hidden_size.
+        output_norm: (hidden_size,) norm of down_proj's output, or None.
     """
 
     attention: Attention | None
-    post_norm: npt.NDArray[np.floating]
+    ffn_norm: npt.NDArray[np.floating]
     gate_proj: Layer
     up_proj: Layer
     down_proj: Layer
+    output_norm: npt.NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,30 +110,27 @@ class Decoder:
 
     Attributes:
         heads_per_group: Query heads that read one key-value head.
+        head_dim: Numbers of a head.
         rms_norm_eps: Of all norms.
         embedding: The token embedding.
         blocks: First to last.
         final_norm: (hidden_size,).
         head: The output matrix; the embedding's own where they are tied.
-        cos: (positions, head_dim / 2) of the rotary embedding.
-        sin: The same.
+        activation: Of the FFNs, a name in ACTIVATIONS.
+        embedding_scale: What embeddings are multiplied by.
         dtype: Of everything computed between the ends; logits are float32 always.
     """
 
     heads_per_group: int
+    head_dim: int
     rms_norm_eps: float
     embedding: Embedding
     blocks: tuple[Block, ...]
     final_norm: npt.NDArray[np.floating]
     head: Layer
-    cos: npt.NDArray[np.floating]
-    sin: npt.NDArray[np.floating]
+    activation: str = "silu"
+    embedding_scale: float = 1.0
     dtype: ir.DataType = ir.DataType.FLOAT
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers of a head."""
-        return 2 * int(self.cos.shape[1])
 
 
 def build_decoder(
@@ -128,7 +154,7 @@ def build_decoder(
         InputError: The opset lacks an operator.
     """
     graph = _Graph(decoder, GraphBuilder(stored))
-    x = decoder.embedding.look_up(graph.builder, graph.input_ids, "model.embed_tokens")
+    x = graph.embed()
     added: ir.Value | None = None
     for index, block in enumerate(decoder.blocks):
         x, added = graph.block(index, block, x, added)
@@ -152,6 +178,26 @@ def build_decoder(
     )
 
 
+def _range(count: int) -> dict[str, int]:
+    """What Range takes to count from 0."""
+    return {"start": 0, "limit": count, "step": 1}
+
+
+def _silu(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """x * sigmoid(alpha x) with alpha = 1."""
+    return builder.op("QuickGelu", [x], name, alpha=1.0, domain=CONTRIB)
+
+
+def _gelu_tanh(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    return builder.op("FastGelu", [x], name, domain=CONTRIB)
+
+
+ACTIVATIONS: Mapping[str, Callable[[GraphBuilder, ir.Value, str], ir.Value]] = MappingProxyType(
+    {"silu": _silu, "gelu_tanh": _gelu_tanh}
+)
+"""Of an FFN, as `exporters.checkpoint_reader` names them."""
+
+
 class _Graph:
     """The graph while it is written."""
 
@@ -163,6 +209,15 @@ class _Graph:
         self.outputs: list[ir.Value] = []
         self.seqlens_k, self.total = self._lengths(mask)
 
+    def embed(self) -> ir.Value:
+        """Embeddings of the tokens, scaled."""
+        name, scale = "model.embed_tokens", self.decoder.embedding_scale
+        x = self.decoder.embedding.look_up(self.builder, self.input_ids, name)
+        if scale == 1:
+            return x
+        factor = self.builder.constant("embedding_scale", np.array(scale, dtype=self.dtype.numpy()))
+        return self.builder.op("Mul", [x, factor], f"{name}.scaled", shape=x.shape)
+
     def block(
         self, index: int, block: Block, x: ir.Value, added: ir.Value | None
     ) -> tuple[ir.Value, ir.Value]:
@@ -172,8 +227,13 @@ class _Graph:
             hidden, x = self.add_norm(x, added, block.attention.input_norm, f"{prefix}.input_layernorm")
             attended = self._attention(prefix, block.attention, hidden)
             added = block.attention.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
-        hidden, x = self.add_norm(x, added, block.post_norm, f"{prefix}.post_attention_layernorm")
-        return x, self._feed_forward(block, hidden, f"{prefix}.mlp")
+            added = self._output_norm(added, block.attention.output_norm, f"{prefix}.self_attn.output_norm")
+        hidden, x = self.add_norm(x, added, block.ffn_norm, f"{prefix}.post_attention_layernorm")
+        added = self._feed_forward(block, hidden, f"{prefix}.mlp")
+        return x, self._output_norm(added, block.output_norm, f"{prefix}.mlp.output_norm")
+
+    def _output_norm(self, x: ir.Value, weight: npt.NDArray[np.floating] | None, name: str) -> ir.Value:
+        return x if weight is None else self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
 
     def add_norm(
         self, x: ir.Value, added: ir.Value | None, weight: npt.NDArray[np.floating], name: str
@@ -227,15 +287,17 @@ class _Graph:
         past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
         present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, num_heads * s.head_dim])
-        caches = (("cos_cache", s.cos), ("sin_cache", s.sin)) if block.rotated else ()
-        rotary = [self.builder.constant(name, values) for name, values in caches]
-        attributes = {
+        rope = block.rope
+        rotary = [self._rotary(rope, function) for function in ("Cos", "Sin")] if rope else []
+        attributes: dict[str, int | float] = {
             "num_heads": num_heads,
             "kv_num_heads": kv_heads,
-            "scale": s.head_dim**-0.5,
-            "do_rotary": int(block.rotated),
+            "scale": block.scale,
+            "do_rotary": int(rope is not None),
             "rotary_interleaved": 0,
         }
+        if block.window is not None:
+            attributes["local_window_size"] = block.window
         self.builder.tape.op_multi_out(
             "GroupQueryAttention",
             [query, key, value, *past, self.seqlens_k, self.total, *rotary],
@@ -247,6 +309,22 @@ class _Graph:
         self.inputs += past
         self.outputs += present
         return attended
+
+    def _rotary(self, rope: Rope, function: str) -> ir.Value:
+        """A table of a rope, (positions, head_dim / 2)."""
+        b, prefix = self.builder, f"{rope.name}rope"
+        ends = [b.constant(f"{prefix}.{name}", np.float32(n)) for name, n in _range(rope.positions).items()]
+        rows = b.op("Range", ends, f"{prefix}.positions", shape=[rope.positions])
+        column = b.op(
+            "Unsqueeze", [rows, b.constant("last_axis", [-1])], f"{prefix}.column", shape=[rope.positions, 1]
+        )
+        frequencies = b.constant(f"{prefix}.frequencies", rope.frequencies)
+        shape = [rope.positions, len(rope.frequencies)]
+        angles = b.op("Mul", [column, frequencies], f"{prefix}.angles", shape=shape)
+        name = f"{rope.name}{function.lower()}_cache"
+        table = b.op(function, [angles], f"{name}.plain")
+        table = b.op("Mul", [table, b.constant(f"{prefix}.scale", np.float32(rope.scale))], f"{name}.scaled")
+        return table if self.dtype == ir.DataType.FLOAT else b.cast(table, name, self.dtype)
 
     def _caches(self, prefix: str, kv_heads: int, length: str) -> list[ir.Value]:
         """A block's keys and values."""
@@ -282,8 +360,7 @@ class _Graph:
         b = self.builder
         gate = block.gate_proj.apply(b, hidden, f"{name}.gate_proj")
         up = block.up_proj.apply(b, hidden, f"{name}.up_proj")
-        # x * sigmoid(alpha x) with alpha = 1 is silu.
-        act = b.op("QuickGelu", [gate], f"{name}.act", alpha=1.0, domain=CONTRIB)
+        act = ACTIVATIONS[self.decoder.activation](b, gate, f"{name}.act")
         product = b.op("Mul", [act, up], f"{name}.product")
         return block.down_proj.apply(b, product, f"{name}.down_proj")
 

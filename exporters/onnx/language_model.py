@@ -49,7 +49,7 @@ class OnnxLanguageModel:
         self.name = reference
         self.tokenizer = load_tokenizer(folder)
         self.sha256: str | None = sha256_file(path)
-        self.context_length = min(n_ctx, read_config(folder).context_length)
+        self.context_length = min(n_ctx, read_config(folder).max_position_embeddings)
         threads = n_threads or torch.get_num_threads()
         self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH)
         if self._model.last_logits:

@@ -80,13 +80,13 @@ def _opened(job: Job, path: Path) -> closing[OnnxModel]:
 
 
 def _tensor_types(path: Path) -> dict[str, int]:
-    """Stored type -> number of weights' tensors; scales, rotary tables, single numbers and sizes are left out."""
+    """Stored type -> number of weights' tensors; scales, ropes' frequencies, single numbers and sizes are left out."""
     counts: Counter[str] = Counter()
     for name, value in ir.load(path).graph.initializers.items():
         tensor = value.const_value
         if tensor is None or value.dtype == ir.DataType.INT64 or tensor.size == 1:
             continue
-        if name.endswith((".scale", "_cache")):
+        if name.endswith((".scale", ".frequencies")):
             continue
         packed = tensor.dtype == ir.DataType.UINT8
         counts[f"int{name.rpartition('.q')[2]}" if packed else tensor.dtype.name.lower()] += 1

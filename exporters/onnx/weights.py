@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,18 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, rotated_blocks, spec_for
-from exporters.onnx.decoder_graph import Attention, Block, Decoder
+from cfsp.models.architectures import (
+    FULL,
+    WINDOWED,
+    attention_of,
+    decoder_layers,
+    feed_forward,
+    rotated_blocks,
+    spec_for,
+    windows_of_blocks,
+)
+from exporters.checkpoint_reader import ACTIVATIONS
+from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
@@ -24,6 +34,7 @@ _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 HEAD_PARTS = (f"{HEAD}.frequent", f"{HEAD}.rest")
 """The output matrix's first rows and all others: tokenizers number tokens as they learn them, common ones first."""
 _FREQUENT_SHARE, _ROWS_ALIGN = 16, 32
+_ROPE_NAMES = {FULL: "", WINDOWED: "window_"}
 
 
 def head_parts(vocab_size: int) -> dict[str, slice]:
@@ -109,40 +120,67 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
     Raises:
         InputError: A rope that the graph cannot compute.
     """
-    config, decoder = model.config, model.get_decoder()
-    layers, spec = decoder_layers(model), spec_for(config)
+    config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
     head, tied = model.get_output_embeddings(), is_tied(model)
     embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
-    cos, sin = _rotary(decoder.rotary_emb, int(config.max_position_embeddings))
     return Decoder(
         heads_per_group=config.num_attention_heads // config.num_key_value_heads,
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         rms_norm_eps=float(config.rms_norm_eps),
         embedding=embedding,
         blocks=tuple(
-            _block(model, layer, f"{spec.layers}.{index}", weights, rotated)
-            for index, (layer, rotated) in enumerate(zip(layers, rotated_blocks(config), strict=True))
+            _block(model, layer, f"{spec.layers}.{index}", weights, positions)
+            for index, (layer, positions) in enumerate(zip(layers, _positions(model, weights), strict=True))
         ),
         final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
         head=embedding.as_head() if tied else _linear(HEAD, head, weights),
-        cos=weights.array(cos),
-        sin=weights.array(sin),
+        activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
+        embedding_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
         dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
     )
 
 
-def _block(model: Any, layer: nn.Module, name: str, weights: Weights, rotated: bool) -> Block:
+@dataclass(frozen=True)
+class _Positions:
+    """How a block's attention knows where tokens stand: the rope, None for none, and the window, None for all."""
+
+    rope: Rope | None
+    window: int | None
+
+
+def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
+    """Of every block; those that see a window alone may have a rope of their own."""
+    config, rotary = model.config, model.get_decoder()
+    made: dict[str, Rope] = {}
+    own = bool(spec_for(config).window_rope_setting)
+    for rotated, window in zip(rotated_blocks(config), windows_of_blocks(config), strict=True):
+        kind = WINDOWED if own and window is not None else FULL
+        if rotated and kind not in made:
+            frequencies, scale = _rotary(rotary, kind)
+            made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, int(config.max_position_embeddings))
+        yield _Positions(made[kind] if rotated else None, window)
+
+
+def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions) -> Block:
     spec, ffn = spec_for(model.config), feed_forward(model, layer)
     attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
     return Block(
-        attention=_attention(model, attention, name, weights, rotated) if attention else None,
-        post_norm=_norm(model, f"{name}.post_attention_layernorm", weights),
+        attention=_attention(model, attention, name, weights, positions) if attention else None,
+        ffn_norm=_norm(model, f"{name}.{spec.ffn_norm}", weights),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
         down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
+        output_norm=_added_norm(model, name, 1, weights),
     )
 
 
-def _attention(model: Any, attention: Any, name: str, weights: Weights, rotated: bool) -> Attention:
+def _added_norm(model: Any, block: str, which: int, weights: Weights) -> FloatArray | None:
+    """Of what attention (0) or the FFN (1) adds; None where it is added as it is."""
+    names = spec_for(model.config).added_norms
+    return _norm(model, f"{block}.{names[which]}", weights) if names else None
+
+
+def _attention(model: Any, attention: Any, name: str, weights: Weights, positions: _Positions) -> Attention:
     spec = spec_for(model.config)
     prefix = f"{name}.{spec.attention}"
     parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
@@ -161,7 +199,10 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, rotated:
         q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,
         k_norm=_norm(model, f"{prefix}.k_norm", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
-        rotated=rotated,
+        output_norm=_added_norm(model, name, 0, weights),
+        scale=float(attention.scaling),
+        rope=positions.rope,
+        window=positions.window,
     )
 
 
@@ -170,22 +211,34 @@ def _linear(name: str, linear: Any, weights: Weights) -> Layer:
 
 
 def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
-    parameter = f"{name}.weight"
-    return weights.array(weights.norms.get(parameter, model.get_parameter(parameter)))
+    parameter, offset = f"{name}.weight", spec_for(model.config).norm_offset
+    weight = weights.norms.get(parameter, model.get_parameter(parameter))
+    return weights.array(weight + offset if offset else weight)
 
 
-def _rotary(rotary: Any, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (positions, head_dim / 2), from the model's own frequencies and scale.
+def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
+    """The model's own frequencies (head_dim / 2,), and its scale of cos and sin.
+
+    Where kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two.
+
+    Args:
+        decoder: The model's.
+        kind: Of the blocks.
 
     Raises:
         InputError: Frequencies that change with the length of the text.
     """
-    if rotary.rope_type in ("dynamic", "longrope"):
+    local = getattr(decoder, "rotary_emb_local", None)
+    rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
+    apart = isinstance(rotary.rope_type, dict)
+    rope_type = rotary.rope_type[kind] if apart else rotary.rope_type
+    if rope_type in ("dynamic", "longrope"):
         raise InputError(
             "a rope whose frequencies change with the text's length is not supported by the fused graph",
             field="rope_type",
-            value=rotary.rope_type,
+            value=rope_type,
             allowed="default, linear, llama3, yarn",
         )
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * rotary.inv_freq.float()[None]
-    return angles.cos() * rotary.attention_scaling, angles.sin() * rotary.attention_scaling
+    prefix = f"{kind}_" if apart else ""
+    frequencies, scale = (getattr(rotary, f"{prefix}{name}") for name in ("inv_freq", "attention_scaling"))
+    return frequencies.float().numpy(), float(scale)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from cfsp.models.architectures import spec_for
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
 
@@ -69,6 +70,11 @@ def tune_scales(
     weights = given | {f"{name.removeprefix(prefix)}.weight": weight for name, weight in stored.items()}
     weights |= {"embed_tokens.weight": table}
     norms = {name: weight for name, weight in given.items() if name.endswith("norm.weight")}
+    offset = spec_for(model.config).norm_offset
+
+    def scaled_norm(weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        return (weight + offset) * factors - offset if offset else weight * factors
+
     of_rows = {
         name: torch.ones(len(weight), device=dense.device, requires_grad=True)
         for name, weight in stored.items()
@@ -78,7 +84,7 @@ def tune_scales(
 
     with _scaled(model, of_rows), torch.enable_grad():
         for done, (window, target) in enumerate(zip(input_ids, targets, strict=True)):
-            tuned = {name: norm * of_norms[name] for name, norm in norms.items()}
+            tuned = {name: scaled_norm(norm, of_norms[name]) for name, norm in norms.items()}
             hidden = _last_hidden(decoder, weights | tuned, window)
             optimizer.zero_grad()
             loss = head_loss(hidden, head, partial(_divergence, target, dense))
@@ -88,7 +94,10 @@ def tune_scales(
             progress("tuning scales", done + 1, len(input_ids))
     return TunedScales(
         rows={name: rows.detach().cpu() for name, rows in of_rows.items()},
-        norms={f"{prefix}{name}": (norm * of_norms[name].detach()).cpu() for name, norm in norms.items()},
+        norms={
+            f"{prefix}{name}": scaled_norm(norm, of_norms[name].detach()).cpu()
+            for name, norm in norms.items()
+        },
     )
 
 

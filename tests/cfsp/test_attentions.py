@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import attention_norms, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.attention import removable_attentions
@@ -22,7 +22,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 
@@ -58,7 +58,8 @@ def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     removed = sum(p.numel() for p in dense.parameters()) - sum(
         p.numel() for p in pruned.loaded.model.parameters()
     )
-    of_attention = (decoder_layers(dense)[1].self_attn, decoder_layers(dense)[1].input_layernorm)
+    block = decoder_layers(dense)[1]
+    of_attention = (block.self_attn, *map(block.get_submodule, attention_norms(dense)))
     assert removed == 2 * sum(p.numel() for module in of_attention for p in module.parameters())
 
 

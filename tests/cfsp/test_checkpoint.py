@@ -64,7 +64,7 @@ def auto_load(folder: Path, *, trust: bool) -> Any:
 
 @pytest.mark.parametrize("widths", [DIFFERENT, UNIFORM, (32, 128, 128, 128)])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"])
 def test_round_trip(
     model_type: str, tied: bool, widths: tuple[int, ...], tiny_model: Any, tmp_path: Path
 ) -> None:

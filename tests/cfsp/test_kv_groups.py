@@ -24,7 +24,7 @@ from cfsp.records import read_record, record_to_json
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 PLAIN = PruneSettings(prune_ratio=0, kv_groups=0.4, align=8, reconstruct="none", dtype="float32")
 
 

@@ -27,7 +27,7 @@ from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
 def one_line_error(reference: Any, **kwargs: Any) -> str:

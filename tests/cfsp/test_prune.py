@@ -25,7 +25,7 @@ from cfsp.text import self_sampling
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import TokenWindows
 
-TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 
 
 def loaded(tiny_model: Any, model_type: str = "llama", **overrides: Any) -> LoadedModel:

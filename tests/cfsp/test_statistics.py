@@ -10,7 +10,7 @@ from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.pruning.moments import collect_input_moments
 from cfsp.pruning.statistics import collect_statistics
 
-TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 
 
 def windows(model: Any, count: int = 5, seqlen: int = 24) -> torch.Tensor:

@@ -78,14 +78,14 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3"):
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"):
         for tied in (True, False):
             for kind, widths in WIDTHS.items():
                 model, tokenizer = tiny_model(model_type, tied)
                 for layer, width in zip(decoder_layers(model), widths, strict=True):
                     cut_channels(feed_forward(model, layer), torch.arange(width))
                 if kind == "different" and not tied:
-                    remove_attention(decoder_layers(model)[2])
+                    remove_attention(model, decoder_layers(model)[2])
                     cut_groups(decoder_layers(model)[1].self_attn, (1,))
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")

@@ -94,6 +94,6 @@ def test_genai_generates_what_the_graph_generates(graphs: tuple[Path, Path]) -> 
 
 def test_optimum_is_refused(tiny_model: Any) -> None:
     model, _ = tiny_model()
-    remove_attention(decoder_layers(model)[2])
+    remove_attention(model, decoder_layers(model)[2])
     with pytest.raises(InputError, match="optimum gives every block a cache"):
         portable_graph(model, name="tiny")

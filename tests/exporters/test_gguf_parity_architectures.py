@@ -78,6 +78,18 @@ def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
         return compare(reference_of(model, TokenWindows(windows, "random", "")), opened.iter_logits, {})
 
 
+def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
+    """Logits within 0.001, or where ggml looks the activation up in float16, predictions that cannot be told apart."""
+    if chosen.layout.exact_limits is None:
+        assert report.max_logit_diff < 1e-3
+        assert report.same_top1 == 1.0
+        assert report.ppl_ratio == pytest.approx(1.0, abs=1e-4)
+    else:
+        assert report.max_logit_diff < 0.1
+        assert report.kl_mean < 2e-5
+        assert report.same_top1 > 0.98
+
+
 @pytest.mark.parametrize(
     ("model_type", "tied", "widths", "architecture", "padded"),
     [
@@ -95,6 +107,9 @@ def measure(model: Any, path: Path, length: int = 200) -> ParityReport:
         ("smollm3", True, None, "smollm3", None),
         ("smollm3", False, None, "smollm3", None),
         ("smollm3", True, WIDTHS, "smollm3", 128),
+        ("gemma3_text", True, None, "gemma3", None),
+        ("gemma3_text", False, None, "gemma3", None),
+        ("gemma3_text", True, WIDTHS, "gemma3", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -110,10 +125,7 @@ def test_logits_equal_the_models(
     path, chosen = write(model, tokenizer, tmp_path / "hf", widths)
     assert chosen.layout.architecture == architecture
     assert chosen.padded_width == padded
-    report = measure(model, path)
-    assert report.max_logit_diff < 1e-3
-    assert report.same_top1 == 1.0
-    assert report.ppl_ratio == pytest.approx(1.0, abs=1e-4)
+    assert_same(measure(model, path), chosen)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,10 @@ def test_logits_equal_the_models(
         ("smollm3", {"num_key_value_heads": 1}, None, "smollm3"),
         ("smollm3", {"head_dim": 32, "num_hidden_layers": 9}, None, "smollm3"),
         ("smollm3", {"rope_parameters": YARN}, None, "smollm3"),
+        ("gemma3_text", {"num_key_value_heads": 1, "head_dim": 32}, None, "gemma3"),
+        ("gemma3_text", {"sliding_window_pattern": 6, "num_hidden_layers": 7}, None, "gemma3"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 4}, None, "gemma3"),
+        ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, None, "gemma3"),
     ],
 )
 def test_heads_biases_and_rope(
@@ -150,7 +166,7 @@ def test_heads_biases_and_rope(
     model, tokenizer = tiny_model(model_type, **overrides)
     path, chosen = write(model, tokenizer, tmp_path / "hf", widths)
     assert chosen.layout.architecture == architecture
-    assert measure(model, path).max_logit_diff < 1e-3
+    assert_same(measure(model, path), chosen)
 
 
 def test_blocks_that_llama_cpp_would_rotate_are_refused(

@@ -24,7 +24,7 @@ NAMED = ExportOptions(name="template")
 LOOSE = {name: ParityLimits(kl_mean=10.0) for name in QUANTS if name not in ("f32", "f16")}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("moments", [True, False])
 def test_sizes_of_other_widths_are_exact(
     model_type: str, moments: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path

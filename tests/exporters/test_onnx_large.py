@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cfsp.errors import InputError
-from exporters.onnx.decoder_graph import Attention, Block, Decoder, build_decoder
+from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope, build_decoder
 from exporters.onnx.layers import FloatEmbedding, FloatLinear
 from exporters.onnx.ort_format import write_ort
 from exporters.onnx.writer import save_graph
@@ -35,29 +35,30 @@ def decoder(vocab_size: int) -> Decoder:
     table = np.zeros((vocab_size, HIDDEN), dtype=np.float32)
     table[:ROWS], table[-ROWS:] = floats(ROWS, HIDDEN), floats(ROWS, HIDDEN)
     embedding = FloatEmbedding(table)
-    angles = floats(POSITIONS, HEAD_DIM // 2)
+    rope = Rope("", np.abs(floats(HEAD_DIM // 2)), 1.0, POSITIONS)
     attention = Attention(
         num_key_value_heads=HEADS,
         input_norm=1 + floats(HIDDEN),
         qkv=(linear(3 * HEADS * HEAD_DIM, HIDDEN),),
         o_proj=linear(HIDDEN, HEADS * HEAD_DIM),
+        scale=HEAD_DIM**-0.5,
+        rope=rope,
     )
     block = Block(
         attention=attention,
-        post_norm=1 + floats(HIDDEN),
+        ffn_norm=1 + floats(HIDDEN),
         gate_proj=linear(WIDTH, HIDDEN),
         up_proj=linear(WIDTH, HIDDEN),
         down_proj=linear(HIDDEN, WIDTH),
     )
     return Decoder(
         heads_per_group=1,
+        head_dim=HEAD_DIM,
         rms_norm_eps=1e-5,
         embedding=embedding,
         blocks=(block,),
         final_norm=1 + floats(HIDDEN),
         head=embedding.as_head(),
-        cos=np.cos(angles),
-        sin=np.sin(angles),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Gemma3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     Qwen2ForCausalLM,
@@ -97,9 +98,18 @@ def with_kv_heads(attention: Any, config: Any, kv_heads: int) -> Any:
 class NoAttention(nn.Module):
     """In the place of a block's attention: it adds nothing."""
 
+    is_sliding = False  # asked by blocks of transformers 4 that choose a rope by it
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """(zeros, no attention weights)."""
         return torch.zeros_like(hidden_states), None
+
+
+def leave_out_attention(layer: Any, norms: Sequence[str]) -> None:
+    """Take a block's attention out, and the norms before and after it."""
+    layer.self_attn = NoAttention()
+    for name in norms:
+        setattr(layer, name, nn.Identity())
 
 
 class PerLayerWidths:
@@ -111,6 +121,8 @@ class PerLayerWidths:
 
     # Makes transformers store this file, and name it in config.json, whenever the model is saved.
     _auto_class = "AutoModelForCausalLM"
+    _of_attention: tuple[str, ...] = ("input_layernorm",)
+    """What else of a block has nothing to do where it does not attend."""
     model: Any
     config: Any
 
@@ -122,7 +134,7 @@ class PerLayerWidths:
             if widths[index] != max(widths):
                 layer.mlp = type(layer.mlp)(uniform_config(self.config, widths[index]))
             if index in without:
-                layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
+                leave_out_attention(layer, self._of_attention)
             elif kv_heads[index] != self.config.num_key_value_heads:
                 layer.self_attn = with_kv_heads(layer.self_attn, self.config, kv_heads[index])
 
@@ -163,3 +175,9 @@ class PrunedQwen3ForCausalLM(PerLayerWidths, Qwen3ForCausalLM):  # type: ignore[
 
 class PrunedSmolLM3ForCausalLM(PerLayerWidths, SmolLM3ForCausalLM):  # type: ignore[misc]
     """SmolLM 3 with blocks of different widths."""
+
+
+class PrunedGemma3ForCausalLM(PerLayerWidths, Gemma3ForCausalLM):  # type: ignore[misc]
+    """Gemma 3 with blocks of different widths."""
+
+    _of_attention = ("input_layernorm", "post_attention_layernorm")

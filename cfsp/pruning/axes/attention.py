@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import attention_norms, decoder_layers
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
@@ -67,8 +67,8 @@ def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
     return [index for index in stay if index not in firsts.values()]
 
 
-def remove_attention(layer: Any) -> None:
-    """Take a block's attention out, in place."""
-    from cfsp.models.remote_code.modeling_pruned import NoAttention
+def remove_attention(model: nn.Module, layer: nn.Module) -> None:
+    """Take the attention of one of `model`'s blocks out, in place."""
+    from cfsp.models.remote_code.modeling_pruned import leave_out_attention
 
-    layer.self_attn, layer.input_layernorm = NoAttention(), nn.Identity()
+    leave_out_attention(layer, attention_norms(model))
