@@ -249,8 +249,8 @@ def holds_blocks_without_attention(model_type: str) -> bool:
     return any(layout.attention_free for layout in LAYOUTS.get(model_type, ()))
 
 
-def holds_blocks_of_unlike_heads(model_type: str, *, tied: bool) -> bool:
-    """Whether some architecture of llama.cpp holds a model of this type whose blocks have unlike heads."""
+def holds_unlike_blocks(model_type: str, *, tied: bool) -> bool:
+    """Whether some architecture of llama.cpp holds a model of this type whose blocks have unlike widths and heads."""
     return any(layout.per_layer_sizes and (tied or layout.untied) for layout in LAYOUTS.get(model_type, ()))
 
 

@@ -1,25 +1,31 @@
-"""The budget that settings with a target ask for."""
+"""What settings ask for, of this model and these files: the budget of a target, and widths that a file can have."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
+from cfsp.pruning.settings import PruneSettings
 from cfsp.units import parse_bytes, parse_count
 from exporters.families import DEFAULT_FORMAT
 from exporters.gguf.architecture import (
-    holds_blocks_of_unlike_heads,
     holds_blocks_without_attention,
     holds_fewer_blocks,
+    holds_unlike_blocks,
 )
 from exporters.gguf.family import GGUF
 from phoneready.settings.schema import PruneConfig
 from phoneready.sizes import DecodeTimes, FileSizes, Sizes
+
+_log = logging.getLogger(__name__)
 
 
 def budget_of(
@@ -61,12 +67,42 @@ def budget_of(
 
 def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> tuple[str, ...]:
     """What may be removed: where GGUF files are made, only what they can do without."""
-    files = settings.for_quant or tuple(made) or (DEFAULT_FORMAT,)
     config = loaded.model.config
     holds = {
         "blocks": holds_fewer_blocks(config.model_type),
         "attentions": holds_blocks_without_attention(config.model_type),
-        "kv_groups": holds_blocks_of_unlike_heads(config.model_type, tied=config.tie_word_embeddings),
+        "kv_groups": holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings),
     }
-    in_gguf = any(map(GGUF.has, files))
+    in_gguf = any(map(GGUF.has, _files(settings, made)))
     return tuple(axis for axis in settings.target_axes if holds.get(axis, True) or not in_gguf)
+
+
+def _files(settings: PruneConfig, made: Collection[str]) -> Collection[str]:
+    return settings.for_quant or made or (DEFAULT_FORMAT,)
+
+
+def fitting_settings(
+    settings: PruneConfig, plain: PruneSettings, model: Any, made: Collection[str] = ()
+) -> PruneSettings:
+    """Settings of which the files that are made save something; see `with_fitting_widths`.
+
+    Args:
+        settings: As the user gives them.
+        plain: What they say of pruning.
+        model: The dense one.
+        made: Formats that are exported, where the settings name none.
+    """
+    fitting = with_fitting_widths(plain, model, _files(settings, made))
+    if fitting != plain and (plain.prune_ratio or settings.target):
+        _log.warning(
+            "llama.cpp has no architecture for a %s model with a width for each block: all get the same (--uniform)",
+            model.config.model_type,
+        )
+    return fitting
+
+
+def with_fitting_widths(settings: PruneSettings, model: Any, files: Collection[str]) -> PruneSettings:
+    """The same width for every block, where some of the files are GGUF and llama.cpp would pad others."""
+    config = model.config
+    held = holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings)
+    return settings if held or not any(map(GGUF.has, files)) else replace(settings, uniform_width=True)

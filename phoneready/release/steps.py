@@ -39,7 +39,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, FileLosses, SideBySide
 from phoneready.release.live import rows_so_far
-from phoneready.release.pruning_budget import budget_of
+from phoneready.release.pruning_budget import budget_of, fitting_settings
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.structures import Structures
@@ -161,7 +161,8 @@ class Steps:
         ids = self._calibration_ids("dense")
         wanted, seed = self.config.prune, self.config.seed
         calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
-        settings, export = self.config.prune_settings(), self.config.export
+        export = self.config.export
+        settings = fitting_settings(wanted, self.config.prune_settings(), loaded.model, export.names)
         with tempfile.TemporaryDirectory(prefix="phoneready-sizes-") as scratch:
             budget = budget_of(
                 wanted, loaded, Path(scratch), made=export.names, use_imatrix=export.imatrix, seed=seed

@@ -193,7 +193,7 @@ class Searcher:
         whole = self._bench.runner.plan(Point(replace(recipe, align=1), 0.0))
         dense = [width for index, width in enumerate(whole.dense_widths) if index not in whole.gone]
         total, step = sum(dense), recipe.align
-        if self._bench.limits.config.prune.uniform_width:
+        if whole.settings.uniform_width:
             step *= len(dense)
         units = sum(width // recipe.align for width in dense) * recipe.align // step
         ratios = [round(1 - kept * step / total, 6) for kept in range(units, 0, -1)]

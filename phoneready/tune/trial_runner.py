@@ -37,6 +37,7 @@ from cfsp.text.calibration import Calibration, load_calibration
 from exporters.options import ExportOptions
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
+from phoneready.release.pruning_budget import with_fitting_widths
 from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.structures import Structures
@@ -131,6 +132,7 @@ class TrialRunner:
         """
         base = self._base_plan(point.recipe)
         settings = replace(base.settings, align=point.recipe.align)
+        settings = with_fitting_widths(settings, self.loaded.model, (point.recipe.item,))
         return replace(base, settings=settings).at_ratio(point.prune_ratio)
 
     def file_bytes(self, point: Point, role: str = PRUNED) -> int | None:

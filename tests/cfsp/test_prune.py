@@ -12,8 +12,9 @@ import torch
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
-from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import added_norms, decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.block_by_block import _Columns, _Norm
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.plan import PruningPlan, apply_plan
 from cfsp.pruning.prune import prune_model
@@ -90,10 +91,11 @@ def test_reconstruction_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(solved, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any) -> None:
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any, model_type: str) -> None:
     kls = {}
     for name in RECONSTRUCTIONS:
-        dense, pruned = loaded(tiny_model), loaded(tiny_model)
+        dense, pruned = loaded(tiny_model, model_type), loaded(tiny_model, model_type)
         data = calibration(dense.model, 32)
         settings = PruneSettings(prune_ratio=0.3, align=1, reconstruct=name)
         prune_model(pruned, data, settings)
@@ -102,6 +104,27 @@ def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any)
     assert kls["mean"] < kls["none"]
     assert kls["one-pass"] < 0.9 * kls["none"]
     assert kls["block-by-block"] < kls["one-pass"]
+
+
+def test_what_a_block_lacks_goes_back_through_the_norm_after_its_ffn(tiny_model: Any) -> None:
+    """All channels stay; another weight's outputs, behind the norm, are what should come out."""
+    model, _ = tiny_model("gemma3_text")
+    layer = decoder_layers(model)[0]
+    down, module = feed_forward(model, layer).down, added_norms(model, layer)[1]
+    norm = _Norm.of(model, module)
+    generator = torch.Generator().manual_seed(3)
+    x = (
+        torch.randn(1, 600, down.in_features, generator=generator)
+        * torch.rand(600, 1, generator=generator)
+        * 9
+    )
+    other = down.weight + 0.3 * down.weight.std() * torch.randn(down.weight.shape, generator=generator)
+    solver = _Columns(down, torch.arange(down.in_features), norm)
+    with torch.no_grad():
+        given, wanted = down(x), norm(x @ other.T)
+        solver.observe(x, given, wanted - norm(given))
+        left = (norm(x @ solver.solve(1e-6).T) - wanted).square().mean()
+        assert left < 0.03 * (norm(given) - wanted).square().mean()
 
 
 @pytest.mark.parametrize("name", RECONSTRUCTIONS)

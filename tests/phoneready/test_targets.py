@@ -106,6 +106,26 @@ def test_blocks_stay_where_a_file_cannot_do_without_them(
     assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") > 0
 
 
+@pytest.mark.parametrize(
+    ("more", "alike"), [([], True), (["--for", "Q8_0,int4"], True), (["--for", "int4"], False)]
+)
+def test_blocks_are_as_wide_as_each_other_where_llama_cpp_would_pad_them(
+    more: list[str],
+    alike: bool,
+    tiny_folder: TinyPath,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, asked = str(tiny_folder("gemma3_text")), ["--prune-ratio", "0.25", "--align", "8", *more]
+    status = main(["prune", model, "-o", str(tmp_path / "out"), *SMALL, *asked, "--json"])
+    captured = capsys.readouterr()
+    assert status == 0
+    assert ("all get the same (--uniform)" in caplog.text) == alike
+    widths = {block["width"] for block in json.loads(captured.out)["blocks"]}
+    assert (len(widths) == 1) == alike
+
+
 def test_no_channels_make_up_for_what_attentions_save_too_little(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
