@@ -45,8 +45,8 @@ ROOMS = {
         {"measuring", "presentation"},
     ),
     "phoneready": (
-        {"console"},
-        {"figures"},
+        {"console", "checks"},
+        {"figures", "model_checks"},
         {"evaluation", "exporting", "sizes"},
         {"settings"},
         {"release"},

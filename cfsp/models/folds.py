@@ -85,6 +85,16 @@ def is_folded(folder: Path) -> bool:
     return file.is_file() and str(read_json_object(file).get("model_type")) in FOLDS
 
 
+def folded_config(config: Any) -> Any:
+    """The configuration of the other type; a configuration of any type that is none in FOLDS is returned."""
+    fold = FOLDS.get(config.model_type)
+    if fold is None:
+        return config
+    left_out = (*fold.own, *_OF_THE_TYPE)
+    kept = {key: value for key, value in config.to_dict().items() if key not in left_out}
+    return transformers.AutoConfig.for_model(fold.target, **kept)
+
+
 def folded(model: Any, where: str) -> Any:
     """A model of the other type that computes what this one does, in eval mode; this one is of no more use.
 
@@ -93,8 +103,7 @@ def folded(model: Any, where: str) -> Any:
         where: File or folder named in errors.
     """
     fold, settings = FOLDS[model.config.model_type], model.config.to_dict()
-    kept = {key: value for key, value in settings.items() if key not in (*fold.own, *_OF_THE_TYPE)}
-    config = transformers.AutoConfig.for_model(fold.target, **kept)
+    config = folded_config(model.config)
     factors = fold.factors(settings)
     check_factors(factors, where)
     tied = settings["tie_word_embeddings"]

@@ -78,6 +78,15 @@ def load_model(
     return LoadedModel(placed(model, device), tokenizer, source)
 
 
+def find_model(reference: str | Path, *, progress: Progress = no_progress) -> ModelSource:
+    """Find, or fetch, what a reference stands for, and read none of it; its path is a GGUF file or a folder.
+
+    Raises:
+        InputError: The reference leads nowhere.
+    """
+    return _locate(reference, progress=progress)
+
+
 def load_tokenizer(reference: str | Path) -> Any:
     """Load only the tokenizer of a reference.
 

@@ -216,6 +216,17 @@ def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
     return weights.array(weight + offset if offset else weight)
 
 
+def check_rope(rope_type: str) -> None:
+    """Raise InputError for a rope that the graph cannot compute."""
+    if rope_type in ("dynamic", "longrope"):
+        raise InputError(
+            "a rope whose frequencies change with the text's length is not supported by the fused graph",
+            field="rope_type",
+            value=rope_type,
+            allowed="default, linear, llama3, yarn",
+        )
+
+
 def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     """The model's own frequencies (head_dim / 2,), and its scale of cos and sin.
 
@@ -232,13 +243,7 @@ def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
     apart = isinstance(rotary.rope_type, dict)
     rope_type = rotary.rope_type[kind] if apart else rotary.rope_type
-    if rope_type in ("dynamic", "longrope"):
-        raise InputError(
-            "a rope whose frequencies change with the text's length is not supported by the fused graph",
-            field="rope_type",
-            value=rope_type,
-            allowed="default, linear, llama3, yarn",
-        )
+    check_rope(rope_type)
     prefix = f"{kind}_" if apart else ""
     frequencies, scale = (getattr(rotary, f"{prefix}{name}") for name in ("inv_freq", "attention_scaling"))
     return frequencies.float().numpy(), float(scale)

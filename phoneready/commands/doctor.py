@@ -7,9 +7,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,8 @@ from cfsp.errors import InputError
 from cfsp.models.builtin import cache_directory
 from cfsp.plugins import ENGINES, METRICS, TARGETS, find_plugins
 from cfsp.units import format_bytes
-from phoneready.commands.options import JsonOption
+from phoneready.checks import Check
+from phoneready.commands.options import MODEL_HELP, JsonOption
 from phoneready.console import write_result
 from phoneready.release.dependencies import installed_version
 
@@ -47,29 +48,26 @@ DEMO_MEMORY_BYTES = 3 * 2**30
 _STATES = {"ok": "ok", "missing": "MISSING", "warning": "note", "failed": "FAILED"}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the examination.
-
-    Attributes:
-        name: What was looked at.
-        state: `ok`, `warning`, `missing` (an optional part) or `failed` (nothing works without it).
-        found: What was found.
-        hint: What to do about it.
-    """
-
-    name: str
-    state: str
-    found: str
-    hint: str = ""
-
-
-def doctor(json: JsonOption = False) -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help=f"Of this model, what it can become: {MODEL_HELP}", metavar="MODEL", show_default=False
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
     """Examine Python, packages, processor, memory, disk and cache; say what is missing and how to get it.
 
+    With MODEL: what can be removed of it, which files hold it, and what stands in the way. Its weights are not read.
     The exit status is 1 when something that every command needs is missing, else 0.
     """
-    checks = examine()
+    if model is not None:
+        from phoneready.model_checks import examine_model
+
+        checks = examine_model(model)
+    else:
+        checks = examine()
     width = max(len(check.name) for check in checks)
     lines = [
         f"{check.name.ljust(width)}  {_STATES[check.state].ljust(7)}  {check.found}"
@@ -82,7 +80,7 @@ def doctor(json: JsonOption = False) -> None:
     if missing and not failed:
         verdict += f", without {', '.join(missing)}"
     payload: dict[str, Any] = {"ok": not failed, "checks": [asdict(check) for check in checks]}
-    write_result("\n".join([*lines, "", verdict]), payload, as_json=json)
+    write_result("\n".join(lines if model else [*lines, "", verdict]), payload, as_json=json)
     if failed:
         raise typer.Exit(1)
 

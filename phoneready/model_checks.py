@@ -1,0 +1,217 @@
+"""What a model can become: which parts of it can go, which files hold it, and what stands in the way.
+
+Weights are not read. What a file can hold is asked of what would write it, for the shape that the model would have.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from cfsp.errors import InputError, PhonereadyError
+from cfsp.models.config_file import read_model_config
+from cfsp.models.folds import folded_config, is_folded
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.reference import find_model, load_tokenizer
+from cfsp.models.shape import BlockShape, ModelShape
+from cfsp.models.token_trees import token_trees
+from cfsp.models.weights import model_class
+from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
+from exporters.gguf.architecture import choose_layout
+from exporters.gguf.rope import rope_metadata
+from exporters.onnx.portable import require_optimum
+from exporters.onnx.weights import check_rope
+from phoneready.checks import Check
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is known of a model without its weights.
+
+    Attributes:
+        config: Of its exports.
+        stored: Names of its tensors.
+        tokenizer: A fast tokenizer.
+    """
+
+    config: ModelConfig
+    stored: frozenset[str]
+    tokenizer: Any
+
+    def in_gguf(self, config: ModelConfig | None = None) -> str:
+        """Which of llama.cpp's architectures holds a model of this type.
+
+        Raises:
+            InputError: None does.
+        """
+        chosen = choose_layout(config or self.config, self.stored)
+        rope_metadata(chosen.config)
+        if chosen.padded_width is not None:
+            raise InputError(f"llama.cpp's {chosen.layout.architecture} takes one width for all blocks")
+        return chosen.layout.architecture
+
+
+def examine_model(reference: str) -> list[Check]:
+    """All checks of a model, in the order shown.
+
+    Raises:
+        InputError: The reference leads nowhere, or to no model of a known type.
+    """
+    model = _read(reference)
+    return [_describe(model), *(_check(name, find, model) for name, find in _CHECKS.items())]
+
+
+def _read(reference: str) -> _Model:
+    path = Path(find_model(reference).path or "")
+    config, stored = _config(path)
+    return _Model(config, stored, load_tokenizer(reference))
+
+
+def _config(path: Path) -> tuple[ModelConfig, frozenset[str]]:
+    """What a folder, or a GGUF file as a folder, says of exports; names of its tensors."""
+    if path.is_dir():
+        read_model_config(path)
+    if path.is_dir() and not is_folded(path):
+        with open_tensors(path) as tensors:
+            return read_config(path), frozenset(tensors.handles)
+    config = (
+        folded_config(transformers.AutoConfig.from_pretrained(path, local_files_only=True))
+        if path.is_dir()
+        else config_from_gguf(read_gguf(path))
+    )
+    with torch.device("meta"):
+        names = frozenset(model_class(config)(config).state_dict())
+    with tempfile.TemporaryDirectory(prefix="phoneready-config-") as folder:
+        config.save_pretrained(folder)
+        return read_config(Path(folder)), names
+
+
+def _describe(model: _Model) -> Check:
+    config = model.config
+    parts = [
+        f"{config.model_type}: {config.num_hidden_layers} blocks of {config.hidden_size}",
+        f"FFNs of {_range(config.shape.ffn_widths)}",
+        f"{_range(config.kv_heads)} key-value heads, each read by {config.heads_per_group}",
+        f"{config.vocab_size} tokens",
+        f"context {config.max_position_embeddings}",
+    ]
+    if config.narrowest is not None:
+        windowed = sum(window is not None for window in config.windows)
+        parts.append(f"a window of {config.narrowest} in {windowed} blocks")
+    return Check("model", "ok", ", ".join(parts))
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _check(name: str, find: Callable[[_Model], str], model: _Model) -> Check:
+    try:
+        return Check(name, "ok", find(model))
+    except PhonereadyError as error:
+        return Check(name, "warning", str(error))
+
+
+def _vocabulary(model: _Model) -> str:
+    trees = token_trees(model.tokenizer)
+    return f"{len(trees.parts)} of {len(model.tokenizer)} tokens can go (--vocabulary)"
+
+
+def _of_blocks(model: _Model, blocks: Sequence[BlockShape], kept: Sequence[int], option: str) -> str:
+    """What holds the model with these blocks; ONNX graphs hold all."""
+    config = model.config
+    left = replace(
+        config,
+        shape=ModelShape(config.vocab_size, tuple(blocks)),
+        rotated=tuple(config.rotated[index] for index in kept),
+        windows=tuple(config.windows[index] for index in kept),
+    )
+    try:
+        return f"GGUF as {model.in_gguf(left)}, ONNX ({option})"
+    except InputError as error:
+        raise InputError(f"ONNX alone ({option}): {error}") from error
+
+
+def _changed(model: _Model, option: str, **own: Any) -> str:
+    """Where the last block, which may lose anything, is another."""
+    *others, last = model.config.shape.blocks
+    return _of_blocks(model, [*others, replace(last, **own)], range(len(others) + 1), option)
+
+
+def _channels(model: _Model) -> str:
+    *others, last = model.config.shape.blocks
+    shape = ModelShape(
+        model.config.vocab_size, (*others, replace(last, ffn_width=max(1, last.ffn_width // 2)))
+    )
+    chosen = choose_layout(replace(model.config, shape=shape), model.stored)
+    if chosen.padded_width is not None:
+        raise InputError(
+            "GGUF with one width for all blocks (--uniform, chosen where it is needed), ONNX with any"
+        )
+    return f"GGUF as {chosen.layout.architecture}, ONNX (--prune-ratio)"
+
+
+def _groups(model: _Model) -> str:
+    if max(model.config.kv_heads) < 2:
+        raise InputError("each block has one key-value head, and it stays")
+    return _changed(model, "--kv-groups", kv_groups=1)
+
+
+def _attentions(model: _Model) -> str:
+    if model.config.num_hidden_layers < 2:
+        raise InputError("the first block's attention stays")
+    return _changed(model, "--attentions", kv_groups=0, has_attention=False)
+
+
+def _blocks(model: _Model) -> str:
+    blocks = model.config.shape.blocks
+    if len(blocks) < 2:
+        raise InputError("one block stays")
+    kept = [index for index in range(len(blocks)) if index != len(blocks) // 2]
+    return _of_blocks(model, [blocks[index] for index in kept], kept, "--blocks")
+
+
+def _gguf(model: _Model) -> str:
+    chosen = choose_layout(model.config, model.stored)
+    name = model.in_gguf()
+    cut = chosen.context_length < model.config.max_position_embeddings
+    return name + (f", with a context of {chosen.context_length}: it has no windows" if cut else "")
+
+
+def _onnx(model: _Model) -> str:
+    check_rope((model.config.rope_scaling or {}).get("rope_type", "default"))
+    return "fused graphs; all variants but portable"
+
+
+def _portable(model: _Model) -> str:
+    if set(model.config.kv_heads) != {max(model.config.kv_heads)}:
+        raise InputError("optimum gives every block a cache of the same heads")
+    require_optimum()
+    return "by optimum"
+
+
+def _chats(model: _Model) -> str:
+    if not model.tokenizer.chat_template:
+        raise InputError("no chat template: chats cannot be read, answers are continuations")
+    return "a chat template"
+
+
+_CHECKS: dict[str, Callable[[_Model], str]] = {
+    "remove: FFN channels": _channels,
+    "remove: vocabulary": _vocabulary,
+    "remove: key-value groups": _groups,
+    "remove: attentions": _attentions,
+    "remove: blocks": _blocks,
+    "GGUF": _gguf,
+    "ONNX": _onnx,
+    "ONNX, portable": _portable,
+    "chats": _chats,
+}

@@ -1,0 +1,99 @@
+"""`phoneready doctor MODEL`: what it says is what pruning and exports do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+
+
+def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, str]]:
+    assert main(["doctor", str(model), "--json"]) == 0
+    return {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        (
+            "llama",
+            {
+                "remove: FFN channels": ("ok", "deci"),
+                "remove: attentions": ("ok", "deci"),
+                "remove: blocks": ("ok", "llama"),
+                "remove: key-value groups": ("ok", "deci"),
+                "remove: vocabulary": ("ok", "of 384 tokens"),
+                "GGUF": ("ok", "llama"),
+                "chats": ("ok", "template"),
+            },
+        ),
+        ("granite", {"model": ("ok", "llama: 4 blocks"), "remove: attentions": ("ok", "deci")}),
+        (
+            "smollm3",
+            {
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: attentions": ("warning", "ONNX alone"),
+                "remove: blocks": ("warning", "a rope in all blocks but each 4th"),
+            },
+        ),
+        (
+            "gemma3_text",
+            {
+                "model": ("ok", "a window of 24 in 2 blocks"),
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: key-value groups": ("warning", "as many heads in every block"),
+                "remove: blocks": ("ok", "gemma3"),
+            },
+        ),
+    ],
+)
+def test_what_a_folder_can_become(
+    model_type: str,
+    expected: dict[str, tuple[str, str]],
+    tiny_folder: TinyPath,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checks = examined(tiny_folder(model_type), capsys)
+    for name, (state, part) in expected.items():
+        assert (checks[name]["state"], part in checks[name]["found"]) == (state, True), checks[name]
+
+
+def test_a_gguf_file_and_a_folder_of_one_model_can_become_the_same(
+    tiny_folder: TinyPath, tiny_gguf: TinyPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert examined(tiny_gguf("gemma3_text"), capsys) == examined(tiny_folder("gemma3_text"), capsys)
+
+
+def test_what_stands_in_the_way_of_a_file(tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    checks = examined(tiny_folder("llama", rope_parameters=rope), capsys)
+    assert checks["GGUF"]["state"] == checks["ONNX"]["state"] == "warning"
+    assert "dynamic" in checks["GGUF"]["found"]
+    assert "dynamic" in checks["ONNX"]["found"]
+
+
+def test_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(tmp_path / "none.gguf")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}', encoding="utf-8")
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "gemma3_text" in capsys.readouterr().err
+
+
+def test_the_model_itself_needs_no_weights(
+    tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    assert examined(tiny_folder("granite"), capsys)["GGUF"]["found"] == "llama"
