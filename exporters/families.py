@@ -37,6 +37,11 @@ def find_format(name: str) -> ExportFormat:
     return family_of(name).find(name)
 
 
+def makes_gguf(names: Iterable[str]) -> bool:
+    """Whether some of the formats are GGUF; where none is named, one is made."""
+    return any(map(GGUF.has, tuple(names) or (DEFAULT_FORMAT,)))
+
+
 def required_multiple(names: Iterable[str]) -> int:
     """Smallest width unit with which no FFN matrix in these formats falls back to a larger type."""
     return math.lcm(*(find_format(name).width_multiple for name in names))

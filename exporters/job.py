@@ -56,6 +56,12 @@ class Job:
         """Threads of quantizers and of the parity run."""
         return self.settings.n_threads or torch.get_num_threads()
 
+    def unproven_window(self) -> Iterator[str]:
+        """What to say where the text of the proof ends inside the window that some blocks see."""
+        narrowest, seqlen = self.config.narrowest, self.reference.windows.ids.shape[1]
+        if narrowest is not None and seqlen <= narrowest < self.context_length:
+            yield f"the proof's text, {seqlen} tokens a window, does not go beyond what attention sees, {narrowest}"
+
     @property
     def progress(self) -> Progress:
         """Told about every step."""

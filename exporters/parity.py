@@ -94,12 +94,10 @@ def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_p
     head = model.get_output_embeddings().weight.detach()
     if int(ids.min()) < 0 or int(ids.max()) >= head.shape[0]:
         raise InputError("token ids outside the vocabulary", field="parity_windows", value=int(ids.max()))
-    states = []
+    states, decoder = [], model.get_decoder()
     with torch.inference_mode():
         for done, window in enumerate(ids, start=1):
-            states.append(
-                model.base_model(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
-            )
+            states.append(decoder(input_ids=window[None], use_cache=False).last_hidden_state[0].float())
             progress("parity: checkpoint", done, len(ids))
     return Reference(windows, torch.stack(states), head.float())
 

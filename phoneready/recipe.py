@@ -36,7 +36,7 @@ from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
-from exporters.families import FAMILIES
+from exporters.families import FAMILIES, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
@@ -265,7 +265,8 @@ def _pruned(config: ReleaseConfig) -> dict[str, Any]:
         asked = [prune.target_size, prune.target_parameters, prune.target_speed]
         target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
         target |= made_with("target", *(("export",) if formats else ()), families=("gguf",))
-    return dataclasses.asdict(config.prune_settings()) | counted | target | made_with("prune")
+    files = {"in_gguf": makes_gguf((*prune.for_quant, *config.export.names))}
+    return dataclasses.asdict(config.prune_settings()) | counted | target | files | made_with("prune")
 
 
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def respelled(window: torch.Tensor, tokenizer: Any, other: Any) -> Scored:
         starts = (start_token(other), other.eos_token_id, other.bos_token_id)
         head = [token for token in starts if token is not None][:1]
     else:
-        head = encode(other, _text(window[:1], tokenizer))
+        start = start_token(other)
+        head = [*([] if start is None else [start]), *encode(other, _text(window[:1], tokenizer))]
     rest = encode(other, _text(window[1:], tokenizer))
     return Scored(torch.tensor([*head, *rest]), max(len(head), 1))
 

@@ -111,8 +111,14 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         )
     settings = read_json_object(file)
     model_type = str(settings.get("model_type"))
-    look_up({**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type")
+    row = look_up(
+        {**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type"
+    )
     check_kinds(settings, _CONFIG, str(file))
+    if getattr(row, "window_rope_setting", "") and settings.get("sliding_window", 1) is None:
+        raise InputError(
+            f"{file}: transformers needs one for {model_type}", field="sliding_window", value=None
+        )
     for key in ("rope_parameters", "rope_scaling"):
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")

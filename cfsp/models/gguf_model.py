@@ -28,6 +28,7 @@ from cfsp.reading import as_input_error
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _LLAMA3_FACTORS = (8.0, 32.0)
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+_BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
 """Relative error of weights in a type of b bits: this, times 2^-b; measured on normal numbers, 8 % for Q4_0."""
 _LEAST_DIFFERENCE, _MOST_DIFFERENCE, _CHUNK_ROWS = 0.005, 0.5, 4096
@@ -75,7 +76,9 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     if row.window_rope_setting:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
     if row.scale_setting:
-        settings[row.scale_setting] = settings["head_dim"]
+        # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
+        largest = settings["num_hidden_layers"] == _BLOCKS_OF_27B
+        settings[row.scale_setting] = hidden // heads if largest else settings["head_dim"]
     _check_shapes(file, shapes, settings)
     settings["tie_word_embeddings"] = _OUTPUT not in shapes or _is_stored_twice(file)
     return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
@@ -252,13 +255,20 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     """
     window = file.hyperparameter("attention.sliding_window", 0)
     if not window:
-        return {"sliding_window": None, "layer_types": [FULL] * n_blocks}
+        return {"layer_types": [FULL] * n_blocks}
     settings = {
         "sliding_window": window,
         row.window_rope_setting: _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0)),
     }
     pattern = file.hyperparameter("attention.sliding_window_pattern")
+    if pattern == 0:
+        pattern = [True] * n_blocks
     if isinstance(pattern, list):
+        if len(pattern) < n_blocks:
+            key = "attention.sliding_window_pattern"
+            raise InputError(
+                f"{file.path}: not one for each block", field=key, value=len(pattern), allowed=str(n_blocks)
+            )
         settings["layer_types"] = [WINDOWED if windowed else FULL for windowed in pattern[:n_blocks]]
     elif pattern is not None:
         settings["sliding_window_pattern"] = pattern

@@ -57,6 +57,7 @@ def enter_blocks(
         Each window's hidden states before the first block, (1, seqlen, hidden_size); every block's keyword arguments.
     """
     hidden: list[torch.Tensor] = []
+    in_tuple = _returns_tuple(model, layers, input_ids)
     record: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def passes_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +66,7 @@ def enter_blocks(
                 "the decoder passes block arguments by position; this architecture is unsupported"
             )
         record.append((hidden_states, kwargs))
-        return hidden_states
+        return (hidden_states,) if in_tuple else hidden_states
 
     if model.device.type == "cpu" and len(input_ids) > 1:
         n_bytes = input_ids.numel() * model.config.hidden_size * model.dtype.itemsize
@@ -80,6 +81,23 @@ def enter_blocks(
             model.get_decoder()(input_ids=window, use_cache=False)
             hidden.append(record[0][0].clone())
     return hidden, [arguments for _, arguments in record]
+
+
+_IN_TUPLES: dict[type[nn.Module], bool] = {}
+"""Kind of block -> whether it returns its hidden states in a tuple, as transformers 4's Gemma 3 does."""
+
+
+def _returns_tuple(model: Any, layers: Sequence[nn.Module], input_ids: torch.Tensor) -> bool:
+    """Whether the decoder expects its blocks to return tuples; of each kind of block one is asked."""
+    kind = type(layers[0])
+    if kind not in _IN_TUPLES:
+
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            _IN_TUPLES[kind] = isinstance(output, tuple)
+
+        with layers[0].register_forward_hook(look):
+            model.get_decoder()(input_ids=input_ids[:1, :2].to(model.device), use_cache=False)
+    return _IN_TUPLES[kind]
 
 
 def output_hook(linear: nn.Linear, receive: Callable[[torch.Tensor, torch.Tensor], None]) -> RemovableHandle:

@@ -167,6 +167,7 @@ def _warnings(
             "llama.cpp has no sliding window for this model: context_length is cut to the window, "
             f"{chosen.context_length}"
         )
+    yield from job.unproven_window()
     for fallback in fallbacks:
         yield (
             f"stored as {fallback.actual} instead of {fallback.asked}, for rows of {fallback.row_length}: "

@@ -228,7 +228,7 @@ class _Graph:
             attended = self._attention(prefix, block.attention, hidden)
             added = block.attention.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
             added = self._output_norm(added, block.attention.output_norm, f"{prefix}.self_attn.output_norm")
-        hidden, x = self.add_norm(x, added, block.ffn_norm, f"{prefix}.post_attention_layernorm")
+        hidden, x = self.add_norm(x, added, block.ffn_norm, f"{prefix}.ffn_norm")
         added = self._feed_forward(block, hidden, f"{prefix}.mlp")
         return x, self._output_norm(added, block.output_norm, f"{prefix}.mlp.output_norm")
 

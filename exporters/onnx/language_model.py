@@ -22,7 +22,7 @@ from cfsp.models.checkpoint import read_generation_config
 from cfsp.models.reference import load_tokenizer
 from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import read_config
-from exporters.onnx.folder import GRAPHS, find_graph, folder_of
+from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
 from exporters.onnx.runtime import open_model
 
 _BATCH = 256
@@ -49,7 +49,7 @@ class OnnxLanguageModel:
         self.name = reference
         self.tokenizer = load_tokenizer(folder)
         self.sha256: str | None = sha256_file(path)
-        self.context_length = min(n_ctx, read_config(folder).max_position_embeddings)
+        self.context_length = min(n_ctx, told_context(folder, read_config(folder).max_position_embeddings))
         threads = n_threads or torch.get_num_threads()
         self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH)
         if self._model.last_logits:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
-from exporters.families import find_format
+from exporters.families import find_format, makes_gguf
 from exporters.settings import ExportSettings, QuantizerSettings
 from phoneready.release.results import ReleaseFigures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
@@ -39,7 +39,9 @@ def single_commands(
 
 def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     asked = config.prune
-    formats = asked.sized_formats(config.export.names) if asked.reads_files else asked.for_quant
+    # Without a name one of GGUF is meant.
+    named = asked.for_quant or (() if makes_gguf(config.export.names) else config.export.names)
+    formats = asked.sized_formats(config.export.names) if asked.reads_files else named
     settings = dataclasses.replace(asked, align=figures.plan.settings.align, for_quant=formats)
     # What is said twice is fixed; what the target decides must not be.
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}

@@ -60,8 +60,10 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
             ),
         ),
-        "prune": Dependencies(rooms=("cfsp/pruning",)),
-        "target": Dependencies(rooms=("phoneready/sizes.py", "phoneready/release/pruning_budget.py")),
+        "prune": Dependencies(
+            rooms=("cfsp/pruning", "exporters/gguf/architecture.py", "phoneready/release/pruning_budget.py")
+        ),
+        "target": Dependencies(rooms=("phoneready/sizes.py",)),
         "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery", *_LOSSES)),
         "evaluate": Dependencies(rooms=_EVALUATION),
         "tasks": Dependencies(("lm_eval",)),

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
+from cfsp.models.architectures import model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.settings import PruneSettings
 from cfsp.units import parse_bytes, parse_count
-from exporters.families import DEFAULT_FORMAT
+from exporters.families import makes_gguf
 from exporters.gguf.architecture import (
     holds_blocks_without_attention,
     holds_fewer_blocks,
     holds_unlike_blocks,
 )
-from exporters.gguf.family import GGUF
 from phoneready.settings.schema import PruneConfig
 from phoneready.sizes import DecodeTimes, FileSizes, Sizes
 
@@ -73,12 +73,8 @@ def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> 
         "attentions": holds_blocks_without_attention(config.model_type),
         "kv_groups": holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings),
     }
-    in_gguf = any(map(GGUF.has, _files(settings, made)))
+    in_gguf = makes_gguf((*settings.for_quant, *made))
     return tuple(axis for axis in settings.target_axes if holds.get(axis, True) or not in_gguf)
-
-
-def _files(settings: PruneConfig, made: Collection[str]) -> Collection[str]:
-    return settings.for_quant or made or (DEFAULT_FORMAT,)
 
 
 def fitting_settings(
@@ -90,9 +86,9 @@ def fitting_settings(
         settings: As the user gives them.
         plain: What they say of pruning.
         model: The dense one.
-        made: Formats that are exported, where the settings name none.
+        made: Formats that are exported.
     """
-    fitting = with_fitting_widths(plain, model, _files(settings, made))
+    fitting = with_fitting_widths(plain, model, (*settings.for_quant, *made))
     if fitting != plain and (plain.prune_ratio or settings.target):
         _log.warning(
             "llama.cpp has no architecture for a %s model with a width for each block: all get the same (--uniform)",
@@ -102,7 +98,12 @@ def fitting_settings(
 
 
 def with_fitting_widths(settings: PruneSettings, model: Any, files: Collection[str]) -> PruneSettings:
-    """The same width for every block, where some of the files are GGUF and llama.cpp would pad others."""
-    config = model.config
+    """The same width for every block, where some of the files are GGUF and llama.cpp would pad others.
+
+    Blocks that are unlike already stay so.
+    """
+    config, widths = model.config, set(model_shape(model).ffn_widths)
     held = holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings)
-    return settings if held or not any(map(GGUF.has, files)) else replace(settings, uniform_width=True)
+    if held or len(widths) > 1 or not makes_gguf(files):
+        return settings
+    return replace(settings, uniform_width=True)

@@ -132,7 +132,8 @@ class TrialRunner:
         """
         base = self._base_plan(point.recipe)
         settings = replace(base.settings, align=point.recipe.align)
-        settings = with_fitting_widths(settings, self.loaded.model, (point.recipe.item,))
+        files = (*self.config.prune.for_quant, point.recipe.item)
+        settings = with_fitting_widths(settings, self.loaded.model, files)
         return replace(base, settings=settings).at_ratio(point.prune_ratio)
 
     def file_bytes(self, point: Point, role: str = PRUNED) -> int | None:

@@ -128,6 +128,9 @@ def test_a_start_token_is_the_other_vocabularys_or_what_parts_its_texts(tiny_mod
     other = respelled(window, started, plain)
     assert other.ids.tolist() == [plain.eos_token_id, *window[1:].tolist()]
     assert other.n_context == 1
+    back = respelled(window[1:], plain, started)
+    assert back.ids.tolist() == window.tolist()
+    assert back.n_context == 2
 
 
 def test_builtin_text_is_there_without_download(tiny_model: Any) -> None:

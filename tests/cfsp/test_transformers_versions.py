@@ -42,6 +42,19 @@ from pathlib import Path
 import torch, transformers
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
+from cfsp.pruning.moments import collect_input_moments
+from cfsp.text.tokens import TokenWindows
+from exporters.onnx.weights import Weights, decoder_of
+from exporters.parity import reference_of
+
+def read(model, ids):
+    "What pruning and exports read of a model."
+    ropes = [block.attention.rope for block in decoder_of(model, Weights()).blocks if block.attention]
+    return {
+        "moments": [float(values.sum()) for values in collect_input_moments(model, ids).values()],
+        "states": float(reference_of(model, TokenWindows(ids, "", "")).hidden.square().mean()),
+        "ropes": [float(rope.frequencies.sum()) if rope else 0.0 for rope in ropes],
+    }
 
 source, target = map(Path, sys.argv[1:3])
 ids, text = torch.arange(60).view(2, 30), json.loads(sys.argv[3])
@@ -60,12 +73,21 @@ for folder in sorted(source.iterdir()):
         "logits": auto(ids).logits.tolist(),
         "equal": torch.equal(auto(ids).logits, own(ids).logits) and torch.equal(auto(ids).logits, again(ids).logits),
         "answer": auto.generate(ids[:1], max_new_tokens=6, do_sample=False, attention_mask=mask)[0].tolist(),
+        "read": read(own, ids),
         "tokens": tokenizer(text)["input_ids"],
         "special": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
         "chat_template": tokenizer.chat_template,
     }
 print(json.dumps(report))
 """
+
+
+def read_here(model: Any) -> dict[str, Any]:
+    """What the script reads there."""
+    known: dict[str, Any] = {}
+    exec(SCRIPT.partition("source, target")[0], known)
+    read: dict[str, Any] = known["read"](model, IDS)
+    return read
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +148,8 @@ def test_the_other_version_loads_what_is_written_here(
         mask = torch.ones_like(IDS[:1])
         answer = loaded.model.generate(IDS[:1], max_new_tokens=6, do_sample=False, attention_mask=mask)
         assert found["answer"] == answer[0].tolist(), name
+        for what, values in read_here(loaded.model).items():
+            assert found["read"][what] == pytest.approx(values, rel=1e-4), (name, what)
         tokenizer = loaded.tokenizer
         assert found["tokens"] == tokenizer(TEXT)["input_ids"], name
         assert found["special"] == [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]

@@ -15,6 +15,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.reference import load_model
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityReport
 from exporters.gguf import runtime
@@ -167,6 +168,22 @@ def test_heads_biases_and_rope(
     path, chosen = write(model, tokenizer, tmp_path / "hf", widths)
     assert chosen.layout.architecture == architecture
     assert_same(measure(model, path), chosen)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [["full_attention"] * 4, ["sliding_attention"] * 4, ["full_attention"] + ["sliding_attention"] * 3],
+)
+def test_a_file_says_which_blocks_have_a_window(
+    tiny_model: Callable[..., Any], tmp_path: Path, kinds: list[str]
+) -> None:
+    """And comes back as it was: reading what llama.cpp reads gives the model."""
+    model, tokenizer = tiny_model("gemma3_text", layer_types=kinds)
+    path, _ = write(model, tokenizer, tmp_path / "hf")
+    again = load_model(path).model
+    assert again.config.layer_types == kinds
+    ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_blocks_that_llama_cpp_would_rotate_are_refused(

@@ -104,7 +104,7 @@ def test_the_graph_computes_the_checkpoint(
     assert record.parity.same_top1 == 1
     assert record.shape.ffn_widths == WIDTHS
     model = load_pruned(checkpoint)
-    # Each weight once; rotary tables and sizes of reshapes are no weights.
+    # Each weight once; frequencies of ropes and sizes of reshapes are no weights.
     assert record.n_params == sum(p.numel() for p in model.parameters())
     graph = opened(tmp_path / "out", "fp32")
     ids = WINDOWS[0].numpy()
@@ -363,14 +363,6 @@ def test_a_graph_whose_ends_are_one_is_no_untied_models(pruned: Path, exported: 
         check_graph(graph, replace(config, tie_word_embeddings=not config.tie_word_embeddings))
     with pytest.raises(LimitError, match=f"the embedding has {config.vocab_size} rows"):
         check_graph(graph, replace(config, shape=replace(config.shape, vocab_size=config.vocab_size + 1)))
-
-
-def test_sizes_that_coincide_are_no_second_embedding(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    """The rotary tables have a row a position, and may be as long as the vocabulary."""
-    checkpoint = make_checkpoint(
-        "llama", vocab_size=512, max_position_embeddings=512, widths=(96, 64, 128, 40)
-    )
-    export(checkpoint, tmp_path / "out", "fp32", "int8")
 
 
 def test_what_ends_a_text_is_told_to_genai(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

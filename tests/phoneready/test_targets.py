@@ -126,6 +126,15 @@ def test_blocks_are_as_wide_as_each_other_where_llama_cpp_would_pad_them(
     assert (len(widths) == 1) == alike
 
 
+def test_blocks_that_are_unlike_already_stay_so(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--prune-ratio", "0.25", "--align", "8"]
+    pruned(str(tiny_folder("gemma3_text")), tmp_path / "unlike", capsys, *asked, "--for", "int4")
+    again = pruned(str(tmp_path / "unlike"), tmp_path / "again", capsys, *asked)
+    assert len({block["width"] for block in again["blocks"]}) > 1
+
+
 def test_no_channels_make_up_for_what_attentions_save_too_little(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

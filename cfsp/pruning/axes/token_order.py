@@ -7,7 +7,7 @@ Removed are leaves of the token trees alone, so that all other tokens come about
 where p are the shares that tokens have of the text in the dense model's segmentation, and `split` is what any split
 costs a model, however well known the parts are: it reads a word in a way in which it has not met it. A part that never
 stands alone is one that the model has hardly ever read; where its own parts say the same for less, these are meant, as
-it will be removed next. Tokens that the text does not have are ordered by when merging learned them, the last first,
+it will be removed next. Of a script's tokens that the text does not have, those go first that merging learned last,
 which is how often the tokenizer's own training text had them.
 """
 
