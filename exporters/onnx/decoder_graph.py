@@ -178,11 +178,6 @@ def build_decoder(
     )
 
 
-def _range(count: int) -> dict[str, int]:
-    """What Range takes to count from 0."""
-    return {"start": 0, "limit": count, "step": 1}
-
-
 def _silu(builder: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     """x * sigmoid(alpha x) with alpha = 1."""
     return builder.op("QuickGelu", [x], name, alpha=1.0, domain=CONTRIB)
@@ -313,7 +308,8 @@ class _Graph:
     def _rotary(self, rope: Rope, function: str) -> ir.Value:
         """A table of a rope, (positions, head_dim / 2)."""
         b, prefix = self.builder, f"{rope.name}rope"
-        ends = [b.constant(f"{prefix}.{name}", np.float32(n)) for name, n in _range(rope.positions).items()]
+        counted = {"start": 0, "limit": rope.positions, "step": 1}
+        ends = [b.constant(f"{prefix}.{name}", np.float32(number)) for name, number in counted.items()]
         rows = b.op("Range", ends, f"{prefix}.positions", shape=[rope.positions])
         column = b.op(
             "Unsqueeze", [rows, b.constant("last_axis", [-1])], f"{prefix}.column", shape=[rope.positions, 1]

@@ -150,13 +150,13 @@ class _Positions:
 
 def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
     """Of every block; those that see a window alone may have a rope of their own."""
-    config, rotary = model.config, model.get_decoder()
+    config, decoder = model.config, model.get_decoder()
     made: dict[str, Rope] = {}
     own = bool(spec_for(config).window_rope_setting)
     for rotated, window in zip(rotated_blocks(config), windows_of_blocks(config), strict=True):
         kind = WINDOWED if own and window is not None else FULL
         if rotated and kind not in made:
-            frequencies, scale = _rotary(rotary, kind)
+            frequencies, scale = _rotary(decoder, kind)
             made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, int(config.max_position_embeddings))
         yield _Positions(made[kind] if rotated else None, window)
 

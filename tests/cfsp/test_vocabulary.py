@@ -277,14 +277,17 @@ def test_channels_are_judged_by_the_tokens_that_stay(tiny_model: Any) -> None:
 
 
 def test_what_text_does_not_have_is_expected_as_often_as_it_has_rare_tokens_of_its_script() -> None:
-    """Of four tokens a script Latin's are seen twice, once and never; of the other script none is."""
+    """Of four tokens a script one of Latin's is seen once and two never; of the other script none is."""
     trees = TokenTrees(8, {}, {}, {index: index for index in range(8)})
     scripts = {index: "Latin" if index < 4 else "Bengali" for index in range(8)}
-    counts = np.array([2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    counts = np.array([90.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     more = expected_counts(trees, counts, scripts) - counts
     assert more[:4].sum() == pytest.approx(3.0)
     assert (np.diff(more[:4]) < 0).all()
-    assert 0 < more[4:].sum() < 1e-5
+    assert 0 < more[4:].sum() < 1e-3
+    short = expected_counts(trees, counts / 10, scripts) - counts / 10
+    assert short.sum() == pytest.approx(2.0)
+    assert (np.diff(short) < 0).all()
 
 
 def test_texts_count_alike_however_long() -> None:

@@ -28,6 +28,8 @@ _SPLIT_NATS = 6.0
 """What a split costs at the least; measured are 4 to 8 nats for each further token of a text."""
 _LEFT = 0.6
 """Share of these nats that held-out texts of several kinds lose, where rows have learned to spell (spelling.py)."""
+_SHORT, _SHORT_PRIOR = 5.0, 0.25
+"""Tokens of text for each token that there is, below which a text is short; what is expected of each beside it then."""
 _UNSEEN = 3.0
 """What is expected of tokens that the text does not have, over Good and Turing's estimate: other text is not quite of
 the same kind."""
@@ -73,7 +75,7 @@ def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str
 
     Tokens that a text does not have are in all about as frequent in other text of its kind as those that it has once
     (Good 1953, who names Turing): that many of each script's, so that English says nothing of Bengali. They go to its
-    tokens by their ranks.
+    tokens by their ranks. A short text says little even of that: there a part of a token is expected of each, by rank.
 
     Args:
         trees: What tokens are built of.
@@ -85,6 +87,9 @@ def expected_counts(trees: TokenTrees, counts: Counts, scripts: Mapping[int, str
     for index, rank in trees.ranks.items():
         prior[index] = 1 / (rank + _PRIOR_RANK)
         of_script.setdefault(scripts[index], []).append(index)
+    if counts.sum() < _SHORT * len(trees.ranks):
+        prior *= _SHORT_PRIOR * len(trees.ranks) / float(prior.sum())
+        return np.asarray(counts + prior, dtype=np.float64)
     least = _LEAST * max(float(counts.sum()), 1.0)
     for ids in of_script.values():
         seen = counts[ids]
