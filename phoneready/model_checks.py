@@ -24,7 +24,7 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
-from exporters.gguf.architecture import choose_layout
+from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
 from exporters.onnx.portable import require_optimum
 from exporters.onnx.weights import check_rope
@@ -45,8 +45,8 @@ class _Model:
     stored: frozenset[str]
     tokenizer: Any
 
-    def in_gguf(self, config: ModelConfig | None = None) -> str:
-        """Which of llama.cpp's architectures holds a model of this type.
+    def in_gguf(self, config: ModelConfig | None = None) -> ChosenLayout:
+        """What of llama.cpp holds it, or a model of its type with another configuration.
 
         Raises:
             InputError: None does.
@@ -55,7 +55,7 @@ class _Model:
         rope_metadata(chosen.config)
         if chosen.padded_width is not None:
             raise InputError(f"llama.cpp's {chosen.layout.architecture} takes one width for all blocks")
-        return chosen.layout.architecture
+        return chosen
 
 
 def examine_model(reference: str) -> list[Check]:
@@ -135,22 +135,25 @@ def _of_blocks(model: _Model, blocks: Sequence[BlockShape], kept: Sequence[int],
         windows=tuple(config.windows[index] for index in kept),
     )
     try:
-        return f"GGUF as {model.in_gguf(left)}, ONNX ({option})"
+        return f"GGUF as {model.in_gguf(left).layout.architecture}, ONNX ({option})"
     except InputError as error:
         raise InputError(f"ONNX alone ({option}): {error}") from error
 
 
-def _changed(model: _Model, option: str, **own: Any) -> str:
-    """Where the last block, which may lose anything, is another."""
+def _with_last(model: _Model, **own: Any) -> tuple[BlockShape, ...]:
+    """The blocks, of which the last, which may lose anything, is another."""
     *others, last = model.config.shape.blocks
-    return _of_blocks(model, [*others, replace(last, **own)], range(len(others) + 1), option)
+    return (*others, replace(last, **own))
+
+
+def _changed(model: _Model, option: str, **own: Any) -> str:
+    blocks = _with_last(model, **own)
+    return _of_blocks(model, blocks, range(len(blocks)), option)
 
 
 def _channels(model: _Model) -> str:
-    *others, last = model.config.shape.blocks
-    shape = ModelShape(
-        model.config.vocab_size, (*others, replace(last, ffn_width=max(1, last.ffn_width // 2)))
-    )
+    width = max(1, model.config.shape.ffn_widths[-1] // 2)
+    shape = ModelShape(model.config.vocab_size, _with_last(model, ffn_width=width))
     chosen = choose_layout(replace(model.config, shape=shape), model.stored)
     if chosen.padded_width is not None:
         raise InputError(
@@ -180,10 +183,10 @@ def _blocks(model: _Model) -> str:
 
 
 def _gguf(model: _Model) -> str:
-    chosen = choose_layout(model.config, model.stored)
-    name = model.in_gguf()
+    chosen = model.in_gguf()
     cut = chosen.context_length < model.config.max_position_embeddings
-    return name + (f", with a context of {chosen.context_length}: it has no windows" if cut else "")
+    context = f", with a context of {chosen.context_length}: it has no windows" if cut else ""
+    return chosen.layout.architecture + context
 
 
 def _onnx(model: _Model) -> str:
