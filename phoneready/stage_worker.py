@@ -1,4 +1,4 @@
-"""`python -m phoneready.stage_worker`: one stage of a release, as `phoneready.release.beside` asks for it.
+"""`python -m phoneready.stage_worker STAGE`: one stage of a release, as `phoneready.release.beside` asks for it.
 
 The first line of standard input is the request; when standard input ends, whoever asked is gone, and so is this. Lines
 of standard output are JSON: [description, done, total], or an object that says why the stage has failed.
@@ -41,7 +41,7 @@ def main() -> int:
         )
     threading.Thread(target=_end_with_caller, daemon=True).start()
     try:
-        _run(request, answers)
+        _run(sys.argv[1], request, answers)
     except KeyboardInterrupt:
         return 1
     except Exception as error:
@@ -51,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def _run(request: StageRequest, answers: TextIO) -> None:
+def _run(stage: str, request: StageRequest, answers: TextIO) -> None:
     prepare_torch(request.threads)
     config, folder = ReleaseConfig.model_validate(request.config), Path(request.folder)
     stages = {stage.name: stage for stage in release_stages(config, folder, request.threads)}
@@ -59,7 +59,7 @@ def _run(request: StageRequest, answers: TextIO) -> None:
     def progress(description: str, done: int, total: int) -> None:
         _answer(answers, [description, done, total])
 
-    run_stage(stages[request.stage], request.inputs, folder, progress, threads=request.threads)
+    run_stage(stages[stage], request.inputs, folder, progress, threads=request.threads)
 
 
 def _failure(error: Exception) -> StageFailure:

@@ -24,19 +24,17 @@ STOP_S = 20.0
 
 @dataclass(frozen=True)
 class StageRequest:
-    """What such a process is told.
+    """What such a process is told, beside the stage's name, which its command line shows.
 
     Attributes:
         config: The configuration, as JSON has it.
         folder: The release folder, which the caller has claimed.
-        stage: Name of the stage.
         inputs: Stages before it and their keys.
         threads: Threads of everything in it.
     """
 
     config: dict[str, Any]
     folder: str
-    stage: str
     inputs: dict[str, str]
     threads: int
 
@@ -107,13 +105,13 @@ class StageProcesses:
             OSError: It could not read or write something.
             RuntimeError: It failed as nobody expected; the class carries the name of the error there.
         """
-        request = StageRequest(dict(self._config), str(self._folder), stage, dict(inputs), self._threads)
+        request = StageRequest(dict(self._config), str(self._folder), dict(inputs), self._threads)
         with self._lock:
             if self._stopped:
                 raise PhonereadyError(f"{stage}: stopped")
             # In a group of its own: Ctrl-C is for this process, which then ends that one.
             process = subprocess.Popen(
-                self._command,
+                [*self._command, stage],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=self._environment,

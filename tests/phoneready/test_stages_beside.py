@@ -63,12 +63,14 @@ def config(sure_folder: TinyPath, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def workers(parent: int) -> list[psutil.Process]:
+def workers(parent: int, stage: str = "") -> list[psutil.Process]:
+    """Of one stage, or of all."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return [
             process
             for process in psutil.Process(parent).children()
-            if "phoneready.stage_worker" in process.cmdline()
+            if process.cmdline()[-2:-1] == ["phoneready.stage_worker"]
+            and stage in ("", process.cmdline()[-1])
         ]
     return []
 
@@ -116,6 +118,12 @@ def test_an_error_of_one_ends_the_others_and_the_run_in_one_line(
     # What the pruned model must fit into, the dense one need not.
     little = config("prune_ratio = 0\nblocks = 1", "mixed:20kB", onnx='"int8", "int8-dynamic"')
     process = start_release(little, tmp_path / "out", threads=2)
+    (failing,) = wait_for(lambda: workers(process.pid, "export-pruned"))
+    (other,) = wait_for(lambda: workers(process.pid, "export-dense"))
+    wait_for(lambda: list((tmp_path / "out" / "stages").glob(".export-dense*")))
+    other.suspend()  # held in the middle of its work, which could be done first
+    failing.wait(timeout=400)
+    other.resume()
     output, errors = process.communicate(timeout=400)
     assert process.returncode == 2
     assert output == ""
