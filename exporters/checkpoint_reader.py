@@ -23,6 +23,7 @@ from cfsp.models.architectures import (
     windows_of_blocks,
 )
 from cfsp.models.config_file import read_model_config, shape_from_config
+from cfsp.models.rope import stated_rope, steady_context
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
@@ -86,6 +87,11 @@ class ModelConfig:
         return tuple(block.kv_groups or 0 for block in self.shape.blocks)
 
     @property
+    def steady_context(self) -> int:
+        """Longest context in which the rope's frequencies stay what they are; `longrope` has others beyond one."""
+        return steady_context(self.rope_scaling or {}, self.max_position_embeddings)
+
+    @property
     def narrowest(self) -> int | None:
         """The narrowest window of a block; None where every block sees everything."""
         return min((window for window in self.windows if window), default=None)
@@ -132,17 +138,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _rope(config: Mapping[str, Any], kind_of_block: str) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
-
-    Where blocks of unlike kinds have unlike ropes, those of one kind are read.
-    """
-    merged = {"rope_theta": config.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        stated = config.get(key) or {}
-        merged |= {k: v for k, v in stated.get(kind_of_block, stated).items() if v is not None}
-    kind = merged.get("rope_type") or merged.get("type") or "default"
-    scaling = None if kind == "default" else merged | {"rope_type": kind}
-    return float(merged["rope_theta"] or 10000.0), scaling
+    """Base and scaling of blocks of a kind."""
+    rope = stated_rope(config, kind_of_block)
+    return float(rope["rope_theta"]), None if rope["rope_type"] == "default" else rope
 
 
 def _window_theta(config: Mapping[str, Any], setting: str) -> float | None:

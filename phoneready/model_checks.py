@@ -191,7 +191,10 @@ def _gguf(model: _Model) -> str:
 
 def _onnx(model: _Model) -> str:
     check_rope((model.config.rope_scaling or {}).get("rope_type", "default"))
-    return "fused graphs; all variants but portable"
+    config = model.config
+    cut = config.steady_context < config.max_position_embeddings
+    context = f", with a context of {config.steady_context}: its rope changes beyond it" if cut else ""
+    return f"fused graphs; all variants but portable{context}"
 
 
 def _portable(model: _Model) -> str:

@@ -83,6 +83,10 @@ _PRE_NAMES = {
     "qwen3": "qwen2",
     "smollm3": "llama-bpe",
     "granite": "smollm",
+    "granitemoehybrid": "llama-bpe",
+    "ernie4_5": "smollm",
+    "phi3": "gpt-4o",
+    "ministral3": "tekken",
     "gemma3_text": "smollm",
 }
 

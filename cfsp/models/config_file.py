@@ -31,6 +31,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 _Ids = TokenId | list[TokenId] | None
 _PadId = Annotated[int, Field(ge=-1, lt=2**31)] | None
 _Number = Positive | None
+_Share = Annotated[float, Field(gt=0, le=1)]
 _Factor = Annotated[float, Field(gt=1e-6, lt=1e6)]
 
 PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
@@ -38,7 +39,7 @@ PER_BLOCK_LISTS = ("layer_types", "no_rope_layers")
 _CONFIG = kinds(
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), Size),
     **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"),
+        ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_bias", "use_sliding_window"),
         bool | None,
     ),
     **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict[str, Any] | None),
@@ -61,6 +62,11 @@ _CONFIG = kinds(
     **dict.fromkeys(
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Factor
     ),
+    shared_intermediate_size=Size,
+    num_local_experts=Annotated[int, Field(ge=0)] | None,
+    position_embedding_type=str | None,
+    original_max_position_embeddings=ContextLength | None,
+    partial_rotary_factor=_Share | None,
     rope_theta=_Number,
     bos_token_id=_Ids,
     eos_token_id=_Ids,
@@ -75,7 +81,9 @@ _PER_BLOCK_KINDS = kinds(
 _ROPE = kinds(
     **dict.fromkeys(("rope_type", "type"), str | None),
     **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _Number),
-    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "partial_rotary_factor"), _Number),
+    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _Number),
+    **dict.fromkeys(("short_factor", "long_factor"), list[Positive] | None),
+    partial_rotary_factor=_Share | None,
     original_max_position_embeddings=ContextLength | None,
 )
 _GENERATION = kinds(bos_token_id=_Ids, eos_token_id=_Ids, pad_token_id=_PadId)
@@ -102,7 +110,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     # They bring torch, which readers of GGUF headers do without.
     from cfsp.models.architectures import ARCHITECTURES
-    from cfsp.models.folds import FOLDS
+    from cfsp.models.folds import FOLDS, require_foldable
 
     file = folder / "config.json"
     if not file.exists():
@@ -115,6 +123,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         {**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type"
     )
     check_kinds(settings, _CONFIG, str(file))
+    require_foldable(settings, str(file))
     if getattr(row, "window_rope_setting", "") and settings.get("sliding_window", 1) is None:
         raise InputError(
             f"{file}: transformers needs one for {model_type}", field="sliding_window", value=None
@@ -231,7 +240,24 @@ def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
         # transformers reads no further in the second than there are blocks.
         if layers and count != layers and (key == PER_BLOCK_LISTS[0] or count < layers):
             yield f"{key} has {count} entries for {layers} blocks"
+    for key in ("rope_parameters", "rope_scaling"):
+        yield from _misshapen_rope(settings, settings.get(key) or {})
     yield from _ids_beyond(settings, settings.get("vocab_size"))
+
+
+def _misshapen_rope(settings: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
+    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
+    if not heads or not hidden:
+        return
+    head_dim = settings.get("head_dim") or hidden // heads
+    share = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
+    turned = int(head_dim * share)
+    if turned < 2 or turned % 2:
+        yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
+    for key in ("short_factor", "long_factor"):
+        stated = rope.get(key)
+        if stated is not None and len(stated) != turned // 2:
+            yield f"{key} has {len(stated)} entries for {turned // 2} frequencies"
 
 
 def _ids_beyond(settings: Mapping[str, Any], vocabulary: int | None) -> Iterator[str]:

@@ -20,6 +20,7 @@ from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
+from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error
@@ -128,14 +129,14 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
 def _factors(file: GGUFFile, config: Any) -> Factors:
     """What weights of a model that is read as one of another type are multiplied by; nothing of any other."""
     fold = next((fold for fold in FOLDS.values() if fold.gguf_name == file.architecture), None)
-    if fold is None:
+    if fold is None or not fold.gguf_keys:
         return {}
     if file.hyperparameter("rope.scaling.finetuned") is False:
         raise InputError(
             f"{file.path}: unsupported", field="rope.scaling.finetuned", value=False, allowed="true"
         )
     factors = fold.factors(
-        config.to_dict() | {name: file.hyperparameter(key) for name, key in fold.own.items()}
+        config.to_dict() | {name: file.hyperparameter(key) for name, key in fold.gguf_keys.items()}
     )
     check_factors(factors, str(file.path))
     return factors
@@ -215,7 +216,7 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
 
 def _row(file: GGUFFile) -> ArchitectureSpec:
     rows = {row.gguf_name: row for row in ARCHITECTURES.values() if row.gguf_name}
-    rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values()}
+    rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
     message = f"{file.path}: unsupported architecture"
     return look_up(rows, file.architecture, message, field="general.architecture")
 
@@ -243,9 +244,7 @@ def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(
         name.split(".")[-2]
     )
-    if heads is None or len(values) % (2 * heads):  # misshapen ones are told of by name later
-        return values
-    return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    return values if heads is None else split_pairs(values, heads)
 
 
 def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> dict[str, Any]:

@@ -30,6 +30,15 @@ _QWEN35 = (
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_NOT_LOWER, _NOT_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE, _SYMBOLS_AND_LINES = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT4O = (
+    rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+{_CONTRACTIONS}?|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}|{_SYMBOLS_AND_LINES}"
+)
+_TEKKEN = (
+    rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*|\p{{N}}|{_SYMBOLS_AND_LINES}"
+)
 # (behavior, invert) of splits that throw nothing away.
 _KEEPING = (("Isolated", False), ("Removed", True))
 _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
@@ -74,6 +83,8 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
         "qwen2": _LIKE_QWEN2,
         **dict.fromkeys(("deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "solar-open"), _LIKE_QWEN2),
         "qwen35": PreTokenizer((_QWEN35,)),
+        **dict.fromkeys(("gpt-4o", "llama4"), PreTokenizer((_GPT4O,))),
+        "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
         "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, _DIGIT)),
         "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
         "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),

@@ -27,6 +27,7 @@ from cfsp.models.gguf_file import tensor_names
 from cfsp.models.shape import BlockShape, ModelShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, open_tensors, read_config
 from exporters.export_record import ParityLimits
+from exporters.gguf.rope import BY_FREQUENCY
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -41,7 +42,7 @@ class Layout:
         interleaved_rope: Rotates neighbouring pairs: rows of q and k are interleaved.
         fused_qkv: Stores q, k and v as one matrix, and head counts as arrays.
         biases: Linear layers of a block that may have a bias.
-        rope_factors: Reads rope_freqs.weight (llama3's rope scaling).
+        rope_factors: Reads divisors of single frequencies (llama3's and longrope's scaling).
         free_head_dim: All heads together may be wider or narrower than hidden_size.
         untied: Has an output matrix of its own.
         attention_free: Takes blocks without attention.
@@ -281,7 +282,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
             not layout.free_head_dim and widths != {config.hidden_size},
             "head_dim must be hidden_size / num_attention_heads",
         ),
-        (not layout.rope_factors and rope == "llama3", "no llama3 rope scaling"),
+        (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
             not math.isclose(config.score_scale, config.head_dim**-0.5),

@@ -1,4 +1,4 @@
-"""Rotary position embedding in llama.cpp's terms: metadata keys, and the factors of llama3's scaling.
+"""Rotary position embedding in llama.cpp's terms: metadata keys, and the factors of single frequencies.
 
 llama.cpp rotates by position / freq_factor * freq_base^(-2i/d) * freq_scale. Hugging Face's models rotate by
 position * inv_freq, so a scaling that changes single frequencies is written as freq_factor = plain / scaled inv_freq.
@@ -15,10 +15,15 @@ import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_model import llama3_divisors
+from cfsp.models.rope import long_magnitude, yarn_magnitude
 from exporters.checkpoint_reader import ModelConfig
 
 Keys = dict[str, float | int | str]
 """Metadata without the architecture's prefix."""
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Those of every text; those of a context that is longer than the original one, and of one that is not."""
+BY_FREQUENCY = ("llama3", "longrope")
+"""Scalings that are written as such tensors."""
 # llama.cpp's constants, which deci, llama, openelm, qwen2 and qwen3 do not read from the file.
 _YARN_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
@@ -53,8 +58,6 @@ def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> Keys:
             raise InputError(
                 "llama.cpp has this constant built in", field=key, value=scaling[key], allowed=str(fixed)
             )
-    if scaling.get("mscale") or scaling.get("mscale_all_dim"):
-        raise InputError("yarn with mscale is not supported for this architecture", field="mscale")
     if scaling.get("truncate", True) is not True:
         raise InputError(
             "llama.cpp truncates yarn's correction range", field="truncate", value=False, allowed="true"
@@ -67,22 +70,35 @@ def _yarn(scaling: Mapping[str, Any], config: ModelConfig) -> Keys:
             scaling.get("original_max_position_embeddings") or config.max_position_embeddings
         ),
     }
-    if scaling.get("attention_factor") is not None:
-        # llama.cpp multiplies the magnitude that yarn derives from the factor.
-        keys["rope.scaling.attn_factor"] = float(scaling["attention_factor"]) / (0.1 * math.log(factor) + 1.0)
-    return keys
+    # llama.cpp multiplies the magnitude that yarn derives from the factor.
+    magnitude = yarn_magnitude(scaling) / (0.1 * math.log(factor) + 1.0)
+    return keys if math.isclose(magnitude, 1.0) else keys | {"rope.scaling.attn_factor": magnitude}
+
+
+def _longrope(scaling: Mapping[str, Any], config: ModelConfig) -> Keys:
+    return {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": config.steady_context,
+        "rope.scaling.attn_factor": long_magnitude(scaling, config.max_position_embeddings),
+    }
 
 
 _SCALINGS: Mapping[str, Callable[[Mapping[str, Any], ModelConfig], Keys]] = {
     "linear": _linear,
     "yarn": _yarn,
-    "llama3": lambda *_: {},  # no key says it: see rope_factors
+    "longrope": _longrope,
+    "llama3": lambda *_: {},  # no key says it: see rope_tensors
 }
 
 
-def rope_factors(config: ModelConfig) -> npt.NDArray[np.float32] | None:
-    """The tensor rope_freqs.weight, (head_dim / 2,) float32; None where the model needs none."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling["rope_type"] != "llama3":
-        return None
-    return llama3_divisors(config.rope_theta, config.head_dim, scaling)
+def rope_tensors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
+    """Divisors of the frequencies, (head_dim / 2,) float32, by the tensor's name; none where the model needs none."""
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "llama3":
+        return {ROPE_TENSORS[0]: llama3_divisors(config.rope_theta, config.head_dim, scaling)}
+    if scaling.get("rope_type") == "longrope":
+        lists = (scaling["long_factor"], scaling["short_factor"])
+        return {
+            name: np.array(values, np.float32) for name, values in zip(ROPE_TENSORS[1:], lists, strict=True)
+        }
+    return {}

@@ -15,6 +15,7 @@ from cfsp.models.gguf_file import read_gguf
 from exporters.gguf.architecture import ChosenLayout, tensor_specs
 from exporters.gguf.fallbacks import asked_type, block_of, stored_type
 from exporters.gguf.quants import find_quant
+from exporters.gguf.rope import ROPE_TENSORS
 
 _ALIGNMENT = 32
 
@@ -78,8 +79,8 @@ def size_template(path: Path, quant: str) -> SizeTemplate:
         InputError: No GGUF file, or an unknown quantization.
     """
     row, file = find_quant(quant), read_gguf(path)
-    # The tensor that is made of the config counts as overhead: no width changes it.
-    tensors = [tensor for tensor in file.tensors if tensor.name != "rope_freqs.weight"]
+    # Tensors that are made of the config count as overhead: no width changes them.
+    tensors = [tensor for tensor in file.tensors if tensor.name not in ROPE_TENSORS]
     types = {t.name: asked_type(str(t.kind.name), t.shape, row) for t in tensors}
     data = sum(padded(int(tensor.data.nbytes)) for tensor in tensors)
     return SizeTemplate(file.architecture, path.stat().st_size - data, types)

@@ -15,7 +15,7 @@ from exporters.checkpoint_reader import CheckpointTensors, open_tensors
 from exporters.gguf.architecture import ChosenLayout, TensorSpec, read_layout, tensor_specs
 from exporters.gguf.metadata import add_general, add_hyperparameters
 from exporters.gguf.quants import find_quant
-from exporters.gguf.rope import rope_factors
+from exporters.gguf.rope import rope_tensors
 from exporters.gguf.tokenizer_metadata import add_tokenizer
 from exporters.provenance import Provenance
 
@@ -48,22 +48,22 @@ def write_gguf(
     import gguf
 
     row, chosen = find_quant(quant), read_layout(checkpoint)
-    half, specs, factors = row.base_type == "F16", tensor_specs(chosen), rope_factors(chosen.config)
+    half, specs, factors = row.base_type == "F16", tensor_specs(chosen), rope_tensors(chosen.config)
     writer = gguf.GGUFWriter(path, chosen.layout.architecture)
     try:
         add_general(writer, provenance, row.ftype)
         add_hyperparameters(writer, chosen)
         add_tokenizer(writer, tokenizer, chosen.config.vocab_size)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for name, values in factors.items():
+            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
         for spec in specs:
             dtype = _dtype(spec, half)
             writer.add_tensor_info(spec.name, spec.shape, dtype, math.prod(spec.shape) * dtype.itemsize)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
+        for values in factors.values():
+            writer.write_tensor_data(values)
         with open_tensors(checkpoint) as tensors:
             for done, spec in enumerate(specs, start=1):
                 writer.write_tensor_data(_stored(spec, tensors, half))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.errors import InputError
+from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportRecord
 from exporters.job import check_input, load_checkpoint, open_job, write_manifest
 from exporters.onnx.companions import write_companions
@@ -58,7 +59,7 @@ def export_onnx(
     if any(row.portable for row in rows):
         require_optimum()
     model = load_checkpoint(checkpoint)
-    with open_job(checkpoint, output, model, settings) as common:
+    with open_job(checkpoint, output, model, settings, read_config(checkpoint).steady_context) as common:
         job = OnnxJob(common, model)
         # That the graph computes the checkpoint shows on the float32 one alone.
         base = VARIANTS["fp32"]

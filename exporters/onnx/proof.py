@@ -67,8 +67,14 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
 def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
     if variant.calibrated and job.text_for(variant) is None:
         yield f"{variant.name} is rounded to the nearest numbers, without text"
-    yield from job.common.unproven_window()
-    if not job.common.config.shape.has_equal_heads:
+    common = job.common
+    if common.context_length < common.config.max_position_embeddings:
+        yield (
+            "the rope has other frequencies in longer texts, which no graph has: context_length is cut to "
+            f"{common.context_length}"
+        )
+    yield from common.unproven_window()
+    if not common.config.shape.has_equal_heads:
         yield (
             "blocks differ in key-value heads, and optimum's ORTModelForCausalLM takes one number for all: it cannot "
             "run this graph; ONNX Runtime, GenAI and transformers.js can"

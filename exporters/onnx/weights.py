@@ -23,6 +23,7 @@ from cfsp.models.architectures import (
     spec_for,
     windows_of_blocks,
 )
+from cfsp.models.rope import stated_rope, steady_context
 from exporters.checkpoint_reader import ACTIVATIONS
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
@@ -151,13 +152,14 @@ class _Positions:
 def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
     """Of every block; those that see a window alone may have a rope of their own."""
     config, decoder = model.config, model.get_decoder()
+    positions = steady_context(stated_rope(config.to_dict(), FULL), int(config.max_position_embeddings))
     made: dict[str, Rope] = {}
     own = bool(spec_for(config).window_rope_setting)
     for rotated, window in zip(rotated_blocks(config), windows_of_blocks(config), strict=True):
         kind = WINDOWED if own and window is not None else FULL
         if rotated and kind not in made:
             frequencies, scale = _rotary(decoder, kind)
-            made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, int(config.max_position_embeddings))
+            made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, positions)
         yield _Positions(made[kind] if rotated else None, window)
 
 
@@ -218,17 +220,17 @@ def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
 
 def check_rope(rope_type: str) -> None:
     """Raise InputError for a rope that the graph cannot compute."""
-    if rope_type in ("dynamic", "longrope"):
+    if rope_type == "dynamic":
         raise InputError(
             "a rope whose frequencies change with the text's length is not supported by the fused graph",
             field="rope_type",
             value=rope_type,
-            allowed="default, linear, llama3, yarn",
+            allowed="default, linear, llama3, longrope, yarn",
         )
 
 
 def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
-    """The model's own frequencies (head_dim / 2,), and its scale of cos and sin.
+    """The model's own frequencies (head_dim / 2,), and its scale of cos and sin; of a longrope those of short texts.
 
     Where kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two.
 
@@ -245,5 +247,7 @@ def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     rope_type = rotary.rope_type[kind] if apart else rotary.rope_type
     check_rope(rope_type)
     prefix = f"{kind}_" if apart else ""
-    frequencies, scale = (getattr(rotary, f"{prefix}{name}") for name in ("inv_freq", "attention_scaling"))
+    # The others are those of the longest text that the model has read.
+    names = ("original_inv_freq", "attention_scaling")
+    frequencies, scale = (getattr(rotary, f"{prefix}{name}") for name in names)
     return frequencies.float().numpy(), float(scale)

@@ -1,4 +1,4 @@
-"""Granite as a Llama: weights that hold its factors compute what it computes."""
+"""Model types that are loaded as another one: it computes what they compute."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_pruned
+from cfsp.models.folds import FOLDS
 from cfsp.models.reference import load_model
+from cfsp.records import read_record
+from exporters.export_record import ExportManifest
 from phoneready.main import main
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -26,9 +31,72 @@ OWN = {
 IDS = torch.randint(0, 380, (2, 48), generator=torch.Generator().manual_seed(2))
 
 
-def saved(tiny_model: TinyModel, folder: Path, **overrides: Any) -> tuple[Path, torch.Tensor]:
-    """A folder of a Granite, and its logits."""
-    model, tokenizer = tiny_model("granite", **{**OWN, **overrides})
+LONG = torch.randint(0, 380, (1, 300), generator=torch.Generator().manual_seed(3))
+"""Longer than what the scaled ropes below were first made for."""
+GRANITE4 = {
+    **OWN,
+    "num_local_experts": 0,
+    "layer_types": ["attention"] * 4,
+    "position_embedding_type": "rope",
+    "shared_intermediate_size": 128,
+}
+LONGROPE = {
+    "partial_rotary_factor": 0.75,
+    "max_position_embeddings": 2048,
+    "original_max_position_embeddings": 256,
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 9.0],
+    },
+}
+MINISTRAL = {
+    "max_position_embeddings": 2048,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 8.0,
+        "original_max_position_embeddings": 256,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.5,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("granite", OWN),
+    ("granite", {**OWN, "tied": False}),
+    ("granite", {**OWN, "attention_bias": True, "mlp_bias": True}),
+    ("granite", {**OWN, "num_key_value_heads": 1, "tied": False, "attention_bias": True}),
+    ("granite", {**OWN, "head_dim": 32}),
+    ("granitemoehybrid", GRANITE4),
+    ("granitemoehybrid", {**GRANITE4, "tied": False, "attention_bias": True}),
+    ("ernie4_5", {}),
+    ("ernie4_5", {"tied": False, "use_bias": True, "head_dim": 32}),
+    ("phi3", {"num_key_value_heads": 1, "tied": False}),
+    ("phi3", {"sliding_window": 24}),
+    ("phi3", {"partial_rotary_factor": 0.5}),
+    ("phi3", LONGROPE),
+    ("ministral3", MINISTRAL),
+]
+each_model = pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        pytest.param(
+            *model, marks=pytest.mark.skipif(model[0] not in CONFIG_MAPPING, reason="transformers 4")
+        )
+        for model in MODELS
+    ],
+    ids=str,
+)
+
+
+def saved(
+    tiny_model: TinyModel, folder: Path, model_type: str = "granite", **overrides: Any
+) -> tuple[Path, torch.Tensor]:
+    """A folder of a model, and its logits."""
+    model, tokenizer = tiny_model(model_type, **overrides)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with torch.inference_mode():
@@ -36,33 +104,102 @@ def saved(tiny_model: TinyModel, folder: Path, **overrides: Any) -> tuple[Path, 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"tied": False},
-        {"attention_bias": True, "mlp_bias": True},
-        {"num_key_value_heads": 1, "tied": False, "attention_bias": True},
-        {"head_dim": 32},
-    ],
-    ids=str,
-)
-def test_a_folder_computes_the_same_as_a_llama(
-    tiny_model: TinyModel, tmp_path: Path, overrides: dict[str, Any]
+@each_model
+def test_a_folder_computes_the_same_as_the_other_type(
+    tiny_model: TinyModel, tmp_path: Path, model_type: str, overrides: dict[str, Any]
 ) -> None:
-    folder, expected = saved(tiny_model, tmp_path / "granite", **overrides)
+    folder, expected = saved(tiny_model, tmp_path / "folder", model_type, **overrides)
     loaded = load_model(folder)
-    assert loaded.model.config.model_type == "llama"
+    assert loaded.model.config.model_type == FOLDS[model_type].target
     tied = loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight
     assert tied == overrides.get("tied", True)
     torch.testing.assert_close(loaded.model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
+def test_texts_beyond_the_context_that_a_rope_was_made_for(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, tokenizer = tiny_model("phi3", **LONGROPE)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    expected, loaded = model(LONG).logits, load_model(tmp_path).model
+    torch.testing.assert_close(loaded(LONG).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(loaded(LONG[:, :200]).logits, expected[:, :200], atol=1e-2)
+    torch.testing.assert_close(
+        loaded(LONG[:, :200]).logits, model(LONG[:, :200]).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_pruned_phi_becomes_files(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    folder, _ = saved(tiny_model, tmp_path / "folder", "phi3", **LONGROPE)
+    pruned, out = tmp_path / "pruned", tmp_path / "out"
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+    assert main(["prune", str(folder), "-o", str(pruned), "--prune-ratio", "0.25", *text]) == 0
+    assert len(set(model_shape(load_pruned(pruned)).ffn_widths)) > 1
+    line = ["export", str(pruned), "-o", str(out), "--gguf", "f32", "--onnx", "fp32", "--threads", "1"]
+    assert main(line) == 0, capsys.readouterr().err  # both are proven to compute the checkpoint
+    contexts = {}
+    for family in ("gguf", "onnx"):
+        (record,) = read_record(ExportManifest, out / family / "export.json").exports
+        contexts[family] = record.context_length, len(record.warnings)
+    assert contexts == {"gguf": (2048, 0), "onnx": (256, 1)}
+
+
+@pytest.mark.skipif("ministral3" not in CONFIG_MAPPING, reason="transformers 4")
+def test_a_ministral_has_the_context_in_which_it_is_a_mistral(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "folder", "ministral3", **MINISTRAL)
+    assert load_model(folder).model.config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_local_experts": 4}, "granitemoehybrid models with experts are not supported"),
+        ({"layer_types": ["attention", "mamba", "attention", "mamba"]}, "blocks with a Mamba layer"),
+        ({"position_embedding_type": "nope"}, "attention without a rope"),
+    ],
+)
+def test_models_that_are_none_of_the_other_type(
+    tiny_model: TinyModel, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "folder", "granitemoehybrid", **GRANITE4)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) | change
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"short_factor": [1.0] * 5}, "short_factor has 5 entries for 6 frequencies"),
+        ({"long_factor": [0.0] * 6}, "long_factor"),
+        ({"partial_rotary_factor": 0.05}, "no even number"),
+        ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
+    ],
+)
+def test_ropes_that_no_model_has(
+    tiny_model: TinyModel, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "folder", "phi3", **LONGROPE)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    key = "rope_parameters" if "rope_parameters" in settings else "rope_scaling"
+    settings[key] |= change
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        load_model(folder)
+
+
+@torch.inference_mode()
 def test_a_pruned_one_is_a_checkpoint_like_any_other(
     tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, expected = saved(tiny_model, tmp_path / "granite")
+    folder, expected = saved(tiny_model, tmp_path / "granite", **OWN)
     sizes = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
     line = ["prune", str(folder), "-o", str(tmp_path / "out"), "--prune-ratio", "0.25", "--vocabulary", "300"]
     assert main([*line, *sizes, "--threads", "1"]) == 0, capsys.readouterr().err
@@ -84,28 +221,38 @@ def test_a_pruned_one_is_a_checkpoint_like_any_other(
     torch.testing.assert_close(load_pruned(tmp_path / "whole")(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_dense_folder_is_exported_as_the_llama_that_it_is_loaded_as(
-    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@each_model
+def test_a_dense_folder_is_exported_as_what_it_is_loaded_as(
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model_type: str,
+    overrides: dict[str, Any],
 ) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     from exporters.gguf import runtime
 
-    folder, expected = saved(tiny_model, tmp_path / "granite")
+    folder, expected = saved(tiny_model, tmp_path / "folder", model_type, **overrides)
     line = ["export", str(folder), "-o", str(tmp_path / "out"), "--gguf", "f32", "--threads", "1"]
     assert main(line) == 0, capsys.readouterr().err
     (file,) = (tmp_path / "out").glob("*.gguf")
+    # A window that llama.cpp has not makes no difference within it.
+    ids = IDS[0, : overrides.get("sliding_window")]
     with runtime.open_model(file, n_ctx=64, n_batch=64, kv_f32=True) as opened:
-        logits = torch.cat([torch.from_numpy(piece.copy()) for piece in opened.iter_logits(IDS[0].numpy())])
-    torch.testing.assert_close(logits, expected[0], rtol=1e-3, atol=1e-3)
+        logits = torch.cat([torch.from_numpy(piece.copy()) for piece in opened.iter_logits(ids.numpy())])
+    torch.testing.assert_close(logits, expected[0, : len(ids)], rtol=1e-3, atol=1e-3)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_gguf_file_computes_what_llama_cpp_computes(tiny_gguf: Any, tied: bool) -> None:
+@pytest.mark.parametrize(("model_type", "own"), [("granite", OWN), ("ernie4_5", {})], ids=str)
+def test_a_gguf_file_computes_what_llama_cpp_computes(
+    tiny_gguf: Any, model_type: str, own: dict[str, Any], tied: bool
+) -> None:
     pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
     from exporters.gguf import runtime
 
-    file = tiny_gguf("granite", tied, **OWN)
+    file = tiny_gguf(model_type, tied, **own)
     with runtime.open_model(file, n_ctx=64, n_batch=64, kv_f32=True) as opened:
         pieces = [torch.from_numpy(piece.copy()) for piece in opened.iter_logits(IDS[0].numpy())]
     loaded = load_model(file)
@@ -127,7 +274,7 @@ def test_factors_that_no_file_has(tiny_gguf: Any, key: str, kind: tuple[int, flo
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 1e9, 1e-300, None, "x"])
 def test_factors_that_no_model_has(tiny_model: TinyModel, tmp_path: Path, value: Any) -> None:
-    folder, _ = saved(tiny_model, tmp_path / "granite")
+    folder, _ = saved(tiny_model, tmp_path / "granite", **OWN)
     file = folder / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {"residual_multiplier": value}
     file.write_text(json.dumps(settings), encoding="utf-8")

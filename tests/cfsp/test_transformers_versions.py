@@ -22,6 +22,7 @@ import cfsp
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
+from cfsp.models.rope import partial_rope
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.attention import remove_attention
 from cfsp.pruning.surgery import cut_channels, cut_groups
@@ -34,6 +35,27 @@ OTHER = 9 - HERE
 IDS = torch.arange(60).view(2, 30)
 TEXT = "It's 12 o'clock,\n\n and <|im_start|> the capital of France is Paris."
 WIDTHS = {"different": (96, 64, 128, 32), "uniform": (64, 64, 64, 64)}
+SCALED_ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {
+        **partial_rope(
+            {
+                "rope_type": "longrope",
+                "rope_theta": 50000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 24,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 3.0, 4.0, 6.0, 9.0],
+            },
+            head_dim=16,
+            context=192,
+        ),
+        "max_position_embeddings": 192,
+    },
+    "yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.1},
+        "max_position_embeddings": 64,
+    },
+}
 
 # Runs under the other version: arguments are a folder of checkpoints, and one to write re-saved copies to.
 SCRIPT = """
@@ -111,6 +133,10 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                     cut_groups(decoder_layers(model)[1].self_attn, (1,))
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")
+    for kind, scaled in SCALED_ROPES.items():
+        model, tokenizer = tiny_model("mistral", **scaled)
+        loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
+        save_checkpoint(loaded, folder / f"mistral-{kind}")
     return folder
 
 

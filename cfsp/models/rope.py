@@ -1,0 +1,139 @@
+"""Rotary position embeddings: what a configuration says of them, and one order of rows, or one rope, as another.
+
+Llama's rope turns rows i and i + d / 2 of a head of d rows by position / (f_i theta^(2i/d)), where the divisors f_i
+are 1 unless the rope is scaled. Other ropes are this one for rows in another order, and with other divisors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+Rope = Mapping[str, Any]
+"""`rope_type`, `rope_theta`, and what the type asks for."""
+_STILL = 1e20
+"""Divisor of a frequency at which nothing turns: float32 has no angle so small that it changes a number."""
+
+
+def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[str, Any]:
+    """Base and scaling, from transformers 5's rope_parameters or transformers 4's rope_theta and rope_scaling.
+
+    Args:
+        settings: Of a configuration, with defaults filled in.
+        kind_of_block: Whose rope, where blocks of unlike kinds have unlike ones.
+    """
+    outside = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    merged = {key: settings[key] for key in outside if settings.get(key) is not None}
+    for key in ("rope_scaling", "rope_parameters"):
+        stated = settings.get(key) or {}
+        merged |= {k: v for k, v in stated.get(kind_of_block, stated).items() if v is not None}
+    kind = merged.get("rope_type") or merged.get("type") or "default"
+    return {"rope_theta": 10000.0} | merged | {"rope_type": kind}
+
+
+def split_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k, (heads * d, ...), in Llama's order: rows 2i and 2i + 1 of a head become i and i + d / 2.
+
+    Rows that do not fit so many heads are returned as they are; misshapen ones are told of by name later.
+    """
+    if len(rows) % (2 * heads):
+        return rows
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def partial_rope(rope: Rope, head_dim: int, context: int) -> dict[str, Any]:
+    """Settings of a Llama's rope that turns the first r of a head's d rows as Phi-3's does, and the others not at all.
+
+    With the rows in the order of `partial_rows` the divisors are f_i theta^(2i/r - 2i/d) for i < r / 2, and without end
+    for the others. transformers' `longrope` takes divisors one by one: a list for short texts, and one for long ones.
+
+    Args:
+        rope: `stated_rope`'s.
+        head_dim: d.
+        context: max_position_embeddings.
+    """
+    turned, theta = _turned(rope, head_dim), float(rope["rope_theta"])
+    if rope["rope_type"] == "default" and turned == head_dim:
+        return {"rope_theta": theta, "rope_scaling": None}
+    lists = {}
+    for name in ("short_factor", "long_factor"):
+        divisors = rope.get(name) or [1.0] * (turned // 2)
+        steps = [2 * i / turned - 2 * i / head_dim for i in range(turned // 2)]
+        still = [_STILL] * ((head_dim - turned) // 2)
+        lists[name] = [f * theta**step for f, step in zip(divisors, steps, strict=True)] + still
+    original = _original(rope, context)
+    scaling = {
+        "rope_type": "longrope",
+        **lists,
+        "factor": max(context / original, 1.0),
+        "attention_factor": long_magnitude(rope, context),
+        "original_max_position_embeddings": original,
+    }
+    # transformers 4 looks for it outside.
+    return {"rope_theta": theta, "rope_scaling": scaling, "original_max_position_embeddings": original}
+
+
+def partial_rows(rows: torch.Tensor, heads: int, rope: Rope, context: int) -> torch.Tensor:
+    """Rows of q or k, (heads * d, ...), in the order for `partial_rope`: of each half of a head, first those that turn.
+
+    Cos and sin are multiplied by a magnitude, which is 1 for rows that do not turn: they are divided by it.
+    """
+    head_dim = len(rows) // heads
+    turned, half = _turned(rope, head_dim), head_dim // 2
+    if turned == head_dim or len(rows) % heads:
+        return rows
+    still = half - turned // 2
+    by_head = rows.reshape(heads, head_dim, *rows.shape[1:])
+    first, second, rest = torch.split(by_head, [turned // 2, turned // 2, 2 * still], dim=1)
+    rest = rest / long_magnitude(rope, context)
+    return torch.cat([first, rest[:, :still], second, rest[:, still:]], dim=1).reshape(rows.shape)
+
+
+def long_magnitude(rope: Rope, context: int) -> float:
+    """What cos and sin of a `longrope` are multiplied by: sqrt(1 + ln(s) / ln(L)), s = context / L, unless stated.
+
+    L is the context that the model was first trained for (arXiv 2402.13753).
+    """
+    if rope["rope_type"] == "default":
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = _original(rope, context)
+    factor = float(rope.get("factor") or context / original)
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def steady_context(rope: Rope, context: int) -> int:
+    """Longest context in which a rope's frequencies stay what they are; a `longrope` has others for longer texts.
+
+    Args:
+        rope: `stated_rope`'s.
+        context: max_position_embeddings.
+    """
+    return min(_original(rope, context), context) if rope.get("rope_type") == "longrope" else context
+
+
+def yarn_magnitude(rope: Rope) -> float:
+    """What cos and sin of a `yarn` are multiplied by: m(1), or m(a) / m(b), with m(x) = 0.1 x ln(factor) + 1.
+
+    a and b are `mscale` and `mscale_all_dim`, where both are stated (arXiv 2309.00071, and DeepSeek's after it).
+    """
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    logarithm = math.log(max(float(rope["factor"]), 1.0))
+    one, other = (rope.get(name) for name in ("mscale", "mscale_all_dim"))
+    if one and other:
+        return (0.1 * float(one) * logarithm + 1.0) / (0.1 * float(other) * logarithm + 1.0)
+    return 0.1 * logarithm + 1.0
+
+
+def _original(rope: Rope, context: int) -> int:
+    return int(rope.get("original_max_position_embeddings") or context)
+
+
+def _turned(rope: Rope, head_dim: int) -> int:
+    """Rows of a head that turn."""
+    return int(head_dim * float(rope.get("partial_rotary_factor") or 1.0))
