@@ -221,9 +221,14 @@ def _check_normalizer(normalizer: Any, where: str) -> None:
 
 
 def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rope parameters: those of all blocks, or where kinds of blocks have their own, one of each kind."""
-    kinds_of_blocks: list[Mapping[str, Any]] = [part for part in stated.values() if isinstance(part, dict)]
-    return kinds_of_blocks or [stated]
+    """Rope parameters: what is said of all blocks, and what of each kind (`full_attention`, `sliding_attention`)."""
+    of_kinds = [
+        name for name, part in stated.items() if name.endswith("_attention") and isinstance(part, dict)
+    ]
+    return [
+        {name: part for name, part in stated.items() if name not in of_kinds},
+        *(stated[name] for name in of_kinds),
+    ]
 
 
 def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:

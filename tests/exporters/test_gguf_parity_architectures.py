@@ -243,10 +243,10 @@ def test_half_precision_keeps_vectors_in_float32(tiny_model: Callable[..., Any],
 
 def test_rope_factors_follow_transformers(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
     from exporters.checkpoint_reader import read_config
-    from exporters.gguf.rope import rope_factors
+    from exporters.gguf.rope import rope_tensors
 
     model, tokenizer = tiny_model("llama", rope_parameters=LLAMA3)
-    factors = rope_factors(read_config(save(model, tokenizer, tmp_path / "hf")))
+    factors = rope_tensors(read_config(save(model, tokenizer, tmp_path / "hf")))
     plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
-    assert factors is not None
-    np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
+    expected = model.model.rotary_emb.inv_freq.numpy()
+    np.testing.assert_allclose(plain / factors["rope_freqs.weight"], expected, rtol=1e-5)
