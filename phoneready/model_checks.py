@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.models.config_file import read_model_config
@@ -21,6 +20,7 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import find_model, load_tokenizer
 from cfsp.models.shape import BlockShape, ModelShape
+from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
@@ -77,12 +77,12 @@ def _read(reference: str) -> _Model:
 def _config(path: Path) -> tuple[ModelConfig, frozenset[str]]:
     """What a folder, or a GGUF file as a folder, says of exports; names of its tensors."""
     if path.is_dir():
-        read_model_config(path)
+        settings = read_model_config(path)
     if path.is_dir() and not is_folded(path):
         with open_tensors(path) as tensors:
             return read_config(path), frozenset(tensors.handles)
     config = (
-        folded_config(transformers.AutoConfig.from_pretrained(path, local_files_only=True))
+        folded_config(config_from_settings(settings, str(path)))
         if path.is_dir()
         else config_from_gguf(read_gguf(path))
     )

@@ -15,7 +15,8 @@ from exporters.gguf.architecture import LAYOUTS
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (
-    *("cfsp/models/architectures.py", "cfsp/models/folds.py", "cfsp/models/remote_code/"),
+    *("cfsp/models/architectures.py", "cfsp/models/folds.py", "cfsp/models/text_settings.py"),
+    "cfsp/models/remote_code/",
     "exporters/gguf/architecture.py",
 )
 NAMES = {*ARCHITECTURES, *(layout.architecture for layouts in LAYOUTS.values() for layout in layouts)}

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from cfsp.errors import InputError, look_up
 from cfsp.models.shape import BlockShape, ModelShape
+from cfsp.models.text_settings import text_settings
 from cfsp.reading import as_input_error, parse_json, read_bytes, read_json_object
 from cfsp.validation import Kinds, check_kinds, kinds
 
@@ -102,7 +103,7 @@ _MOST_GROWTH = 100
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, all keys that matter to us of sound kind and size.
+    """config.json of a folder, or what it says of the text part, all keys that matter to us of sound kind and size.
 
     Raises:
         InputError: Missing or malformed, an architecture that is not in the table, quantized weights, or values that
@@ -117,7 +118,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"
         )
-    settings = read_json_object(file)
+    settings = text_settings(read_json_object(file), str(file))
     model_type = str(settings.get("model_type"))
     row = look_up(
         {**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type"

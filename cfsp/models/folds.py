@@ -26,12 +26,14 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models.rope import partial_rope, partial_rows, split_pairs, stated_rope, yarn_magnitude
+from cfsp.models.text_settings import TEXT_PARTS
 from cfsp.models.weights import OUTPUT_MATRIX, model_from_weights
 from cfsp.reading import read_json_object
 
 _OF_THE_TYPE = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map")
 """Settings that say which type it is, or were made for it."""
 _ROPE = ("rope_parameters", "rope_scaling", "rope_theta")
+_YARN = ("rope_type", "factor", "beta_fast", "beta_slow", "truncate")
 Settings = Mapping[str, Any]
 Factors = Mapping[str, float]
 """Last part of a module's name -> what its weight and bias are multiplied by."""
@@ -135,13 +137,17 @@ def _split(name: str, module: str, tensor: torch.Tensor, parts: Mapping[str, int
 
 def _ministral3_settings(settings: Settings) -> Settings:
     rope, context = stated_rope(settings), settings["max_position_embeddings"]
-    exact = min(int(rope.get("original_max_position_embeddings") or context), context)
+    original = int(rope.get("original_max_position_embeddings") or context)
     scaling = None
     if rope["rope_type"] == "yarn":
-        kept = {key: rope[key] for key in ("rope_type", "factor", "beta_fast", "beta_slow") if rope.get(key)}
-        scaling = {**kept, "attention_factor": yarn_magnitude(rope)}
+        kept = {key: rope[key] for key in _YARN if rope.get(key) is not None}
+        scaling = {
+            **kept,
+            "attention_factor": yarn_magnitude(rope),
+            "original_max_position_embeddings": original,
+        }
     return {
-        "max_position_embeddings": exact,
+        "max_position_embeddings": min(original, context),
         "rope_theta": rope["rope_theta"],
         "rope_scaling": scaling,
     }
@@ -178,9 +184,9 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
 
 
 def is_folded(folder: Path) -> bool:
-    """Whether a folder's model is loaded as one of another type."""
+    """Whether a folder's model is loaded as one of another type, or a part of what it holds."""
     file = folder / "config.json"
-    return file.is_file() and str(read_json_object(file).get("model_type")) in FOLDS
+    return file.is_file() and str(read_json_object(file).get("model_type")) in {*FOLDS, *TEXT_PARTS}
 
 
 def require_foldable(settings: Settings, where: str) -> None:

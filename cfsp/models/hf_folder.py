@@ -15,6 +15,7 @@ from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_check
 from cfsp.models.config_file import check_generation_config, check_tokenizer_files, read_model_config
 from cfsp.models.folds import FOLDS, folded
 from cfsp.models.source import ModelSource
+from cfsp.models.text_part import is_text_part, load_text_part
 from cfsp.models.weights import (
     check_loading,
     check_memory,
@@ -40,6 +41,9 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     files = safetensors_files(folder)
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
         return load_pruned(folder, dtype)
+    if is_text_part(folder):
+        model = load_text_part(folder, settings, dtype=dtype)
+        return folded(model, str(folder)) if settings["model_type"] in FOLDS else model
     check_generation_config(folder)
     check_memory(weight_count(files, tied=settings.get("tie_word_embeddings") is True), dtype, str(folder))
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
@@ -82,6 +86,10 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
         raise InputError(
             f"the tokenizer in {folder} has no fast form", allowed="a folder with tokenizer.json"
         )
+    template = folder / "chat_template.json"
+    if tokenizer.chat_template is None and template.is_file():
+        # Where a folder has other parts, this is what prepares all of them.
+        tokenizer.chat_template = read_json_object(template).get("chat_template")
     # The general class would add token_type_ids, which none of the supported models takes.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer

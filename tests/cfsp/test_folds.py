@@ -78,6 +78,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"sliding_window": 24}),
     ("phi3", {"partial_rotary_factor": 0.5}),
     ("phi3", LONGROPE),
+    ("ministral3", {}),
     ("ministral3", MINISTRAL),
 ]
 each_model = pytest.mark.parametrize(

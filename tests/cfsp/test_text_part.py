@@ -1,0 +1,139 @@
+"""Folders that can see as well: the text part alone is loaded, pruned and exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from cfsp.errors import InputError
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.reference import load_model
+from phoneready.main import main
+
+TinyModel = Callable[..., tuple[Any, Any]]
+IDS = torch.randint(10, 380, (2, 40), generator=torch.Generator().manual_seed(5))
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PARTS = {
+    "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "mistral3": ("ministral3", {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 16}}),
+}
+each_type = pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                PARTS[name][0] not in transformers.CONFIG_MAPPING, reason="transformers 4"
+            ),
+        )
+        for name in PARTS
+    ],
+)
+
+
+def saved(tiny_model: TinyModel, folder: Path, model_type: str) -> tuple[Path, torch.Tensor]:
+    """A folder of a model with eyes, and what it says of a text."""
+    text_type, others = PARTS[model_type]
+    text, tokenizer = tiny_model(text_type)
+    config = transformers.AutoConfig.for_model(model_type, text_config=text.config.to_dict(), **others)
+    whole = transformers.AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    whole.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.inference_mode():
+        return folder, whole(input_ids=IDS).logits
+
+
+@torch.inference_mode()
+@each_type
+def test_the_text_part_says_what_the_whole_says_of_a_text(
+    tiny_model: TinyModel, tmp_path: Path, model_type: str
+) -> None:
+    folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
+    loaded = load_model(folder).model
+    assert loaded.config.model_type == {"gemma3": "gemma3_text", "mistral3": "mistral"}[model_type]
+    assert not any("vision" in name for name, _ in loaded.named_parameters())
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+@each_type
+def test_it_is_pruned_and_exported(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+    for share, out in (("0", "dense"), ("0.25", "pruned")):
+        line = ["prune", str(folder), "-o", str(tmp_path / out), "--prune-ratio", share, *text]
+        assert main(line) == 0, capsys.readouterr().err
+    torch.testing.assert_close(load_pruned(tmp_path / "dense")(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    for reference in (folder, tmp_path / "pruned"):
+        out = tmp_path / f"{reference.name}-files"
+        line = ["export", str(reference), "-o", str(out), "--gguf", "f32", "--threads", "1"]
+        assert main(line) == 0, capsys.readouterr().err
+        assert list(out.glob("*.gguf"))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert main(["doctor", str(folder)]) == 0
+    assert {"gemma3": "gemma3_text:", "mistral3": "mistral:"}[model_type] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_config": None}, "nothing is said of the text model"),
+        ({"text_config": {"model_type": "mixtral"}}, "unsupported architecture"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "holds quantized weights"),
+    ],
+)
+def test_what_cannot_be_taken(
+    tiny_model: TinyModel, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(InputError, match=said):
+        load_model(folder)
+
+
+def test_a_missing_tensor_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
+    import safetensors.torch
+
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    (name,) = (name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    del tensors[name]
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(InputError, match=r"missing tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder)
+    safetensors.torch.save_file({"vision_tower.a": torch.zeros(2)}, file)
+    with pytest.raises(InputError, match="holds no weights of a gemma3_text model"):
+        load_model(folder)
+
+
+def test_a_template_that_stands_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert load_model(folder).tokenizer.chat_template is None
+    (folder / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}', encoding="utf-8")
+    assert load_model(folder).tokenizer.chat_template == "{{ messages }}"
