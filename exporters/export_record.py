@@ -133,6 +133,8 @@ class ExportRecord:
         context_length: Longest context for which the file is the checkpoint's model.
         tokenizer_strings: Strings on which the file's tokenization was found equal to the checkpoint's; 0 for ONNX,
             whose folders have the checkpoint's own tokenizer.
+        chats: Conversations that the file's runtime (of an ONNX folder GenAI) reads as the checkpoint's tokenizer does,
+            token by token; those that it reads otherwise are among the warnings.
         source_model: Name of the dense model.
         source_sha256: Hash of the dense model's weights.
         checkpoint_sha256: Hash of the checkpoint's weights.
@@ -178,6 +180,7 @@ class ExportRecord:
     imatrix_tensors: int = 0
     padded_width: int | None = None
     tokenizer_strings: int = 0
+    chats: tuple[str, ...] = ()
     ort_file: str | None = None
     calibration_sha256: str | None = None
     calibration_tokens: int = 0

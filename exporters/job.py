@@ -18,6 +18,7 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.reference import load_tokenizer
 from cfsp.progress import Progress
 from cfsp.records import write_record
+from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import ModelConfig, read_config
 from exporters.export_record import ExportFormat, ExportManifest, ExportRecord, ParityReport
 from exporters.options import ExportOptions
@@ -39,6 +40,7 @@ class Job:
         context_length: Longest context for which the files hold the model.
         provenance: The checkpoint's.
         tokenizer: The checkpoint's.
+        stops: Tokens at which its texts end.
         reference: The checkpoint's logits, to hold files against.
     """
 
@@ -49,6 +51,7 @@ class Job:
     context_length: int
     provenance: Provenance
     tokenizer: Any
+    stops: frozenset[int]
     reference: Reference
 
     @property
@@ -138,10 +141,13 @@ def open_job(
     provenance = read_provenance(checkpoint, settings.name)
     tokenizer = load_tokenizer(checkpoint.resolve())  # a bare name could be a built-in alias
     windows = choose_windows(tokenizer, context_length, config.narrowest, settings.parity_windows)
+    stops = frozenset(stop_tokens(model.generation_config, tokenizer))
     reference = reference_of(model, windows, progress=settings.progress)
     del model
     with atomic_directory(output, force=settings.force) as folder:
-        yield Job(checkpoint, folder, settings, config, context_length, provenance, tokenizer, reference)
+        yield Job(
+            checkpoint, folder, settings, config, context_length, provenance, tokenizer, stops, reference
+        )
 
 
 def write_manifest(job: Job, records: Sequence[ExportRecord]) -> tuple[ExportRecord, ...]:

@@ -23,6 +23,7 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
+from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
@@ -207,7 +208,12 @@ def _portable(model: _Model) -> str:
 def _chats(model: _Model) -> str:
     if not model.tokenizer.chat_template:
         raise InputError("no chat template: chats cannot be read, answers are continuations")
-    return "a chat template"
+    texts, end = rendered(model.tokenizer), turn_end(model.tokenizer)
+    refused = [one.name for one in CONVERSATIONS if one.name not in texts]
+    tools = "and shows tools" if shows_tools(texts) else "and knows no tools"
+    without = f"; refuses a chat with {', '.join(refused)}" if refused else ""
+    ends = "no token of its own" if end is None else model.tokenizer.convert_ids_to_tokens(end)
+    return f"a chat template that ends an answer with {ends} {tools}{without}"
 
 
 _CHECKS: dict[str, Callable[[_Model], str]] = {

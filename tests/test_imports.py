@@ -28,7 +28,7 @@ ROOMS = {
         {"export_record", "provenance"},
         {"options"},
         {"family"},
-        {"checkpoint_reader", "parity"},
+        {"checkpoint_reader", "parity", "chats"},
         {"job", "rounding"},
         {"gguf", "onnx"},
         {"families"},

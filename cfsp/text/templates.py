@@ -20,7 +20,7 @@ _MOST_CHARACTERS = 2**28
 
 
 def render_chat(
-    tokenizer: Any, messages: Iterable[Mapping[str, str]], *, what: str = "a chat", **options: Any
+    tokenizer: Any, messages: Iterable[Mapping[str, Any]], *, what: str = "a chat", **options: Any
 ) -> str:
     """A chat's text in the model's own template; `options` are the template's, such as add_generation_prompt.
 

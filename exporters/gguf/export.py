@@ -12,7 +12,9 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
+from cfsp.text.conversations import Conversation
 from cfsp.text.tokens import tokens_sha256
+from exporters.chats import ReadChats, read_chats
 from exporters.export_record import ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
@@ -65,7 +67,7 @@ def export_gguf(
         checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
     )
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings, chosen.context_length) as job:
-        strings, records = 0, {}
+        strings, records, chats = 0, {}, ReadChats()
         for file in write_files(
             checkpoint,
             job.folder,
@@ -76,12 +78,24 @@ def export_gguf(
             n_threads=job.n_threads,
             settings=settings,
         ):
-            strings = strings or check_tokenizer(file.path, job.tokenizer)
-            records[file.quant] = _prove(job, file, chosen, strings)
+            if not strings:
+                strings = check_tokenizer(file.path, job.tokenizer)
+                chats = _read_chats(job, file.path)
+            records[file.quant] = _prove(job, file, chosen, strings, chats)
         return write_manifest(job, [records[row] for row in rows])
 
 
-def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> ExportRecord:
+def _read_chats(job: Job, path: Path) -> ReadChats:
+    """What llama.cpp makes of chats that are rendered by the template."""
+    with runtime.open_model(path, vocab_only=True) as model:
+
+        def read(_: Conversation, text: str) -> list[int]:
+            return model.tokenize(text)
+
+        return read_chats("llama.cpp", job.tokenizer, job.stops, read, model.is_end_of_generation)
+
+
+def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chats: ReadChats) -> ExportRecord:
     """Reopen a file, compare it with the checkpoint, and describe it.
 
     Raises:
@@ -106,7 +120,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
         parity = job.compare(row, model.iter_logits)
     check_limits(parity, path.name)
     fallbacks = find_fallbacks(tensors, quant) if file.mixture is None else ()
-    warnings = tuple(_warnings(job, file, chosen, fallbacks))
+    warnings = (*_warnings(job, file, chosen, fallbacks), *chats.warnings)
     for warning in warnings:
         _log.warning("%s: %s", path.name, warning)
     return job.record(
@@ -122,6 +136,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int) -> E
         imatrix_tensors=file.imatrix_tensors,
         padded_width=chosen.padded_width,
         tokenizer_strings=strings,
+        chats=chats.equal,
         warnings=warnings,
         runtime=llama_library.runtime_version(),
         **_choice(job, file),

@@ -17,9 +17,10 @@ from typing import Any
 from cfsp.errors import InputError, LimitError
 from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
 from cfsp.models.token_trees import merge_pairs
+from cfsp.text.conversations import turn_end
 from cfsp.text.encoding import start_token
 from exporters.gguf import runtime
-from exporters.gguf.tokenizer_strings import CHECK_STRINGS
+from exporters.gguf.tokenizer_strings import check_strings
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -53,6 +54,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
+    end = turn_end(tokenizer)
+    if end is not None and end != tokenizer.eos_token_id:
+        writer.add_eot_token_id(end)
     starts, ends = _added_around(tokenizer)
     writer.add_add_bos_token(starts)
     writer.add_add_eos_token(ends)
@@ -77,7 +81,7 @@ def tokenizer_bytes(tokenizer: Any, vocab_size: int) -> int:
         return path.stat().st_size
 
 
-def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_STRINGS) -> int:
+def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] | None = None) -> int:
     """Hold llama.cpp's token ids of a file against the tokenizer's.
 
     llama.cpp does not normalize text. Where the tokenizer does (Qwen's, to NFC), the strings are compared in NFC.
@@ -85,7 +89,7 @@ def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_S
     Args:
         path: GGUF file.
         tokenizer: PreTrainedTokenizerFast.
-        strings: Texts to compare, with and without the start and end tokens.
+        strings: Texts to compare, with and without the start and end tokens; `check_strings`' unless given.
 
     Returns:
         Number of strings compared.
@@ -94,7 +98,7 @@ def check_tokenizer(path: Path, tokenizer: Any, strings: Sequence[str] = CHECK_S
         LimitError: They differ; the message has the first string and both lists of ids.
     """
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
-    texts = [*strings, f"{bos}a{eos}b", f"{eos}\n{bos}"]
+    texts = [*(check_strings() if strings is None else strings), f"{bos}a{eos}b", f"{eos}\n{bos}"]
     if normalizes_to_nfc(tokenizer):
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     with runtime.open_model(path, vocab_only=True) as model:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
+from cfsp.text.settings import BUILTIN_TEXT
+from cfsp.text.tokens import load_documents
+
+_LINES = 240
 CHECK_STRINGS = (
     "",
     " ",
@@ -72,3 +78,10 @@ CHECK_STRINGS = (
     "tab\tseparated\tvalues\t1\t2",
     "ALLCAPS123abc",
 )
+
+
+def check_strings() -> tuple[str, ...]:
+    """CHECK_STRINGS, and 240 different lines of English prose."""
+    text = "\n".join(document.text or "" for document in load_documents(BUILTIN_TEXT))
+    lines = dict.fromkeys(line for line in text.splitlines() if line.strip())
+    return (*CHECK_STRINGS, *islice(lines, _LINES))

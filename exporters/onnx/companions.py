@@ -18,9 +18,9 @@ from cfsp.files import write_json
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import read_json
-from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
+from exporters.onnx.genai_chats import settle_template
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.variants import Variant
 
@@ -43,7 +43,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
     write_json(folder / "config.json", _config(stored, variant))
     if variant.portable:
         return
-    ends = sorted(stop_tokens(job.model.generation_config, tokenizer))
+    ends = sorted(job.common.stops)
     context_length = job.common.context_length
     genai = _genai_config(variant, job.model.config, ends, context_length)
     kv_heads = max(job.common.config.kv_heads)
@@ -53,6 +53,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
         "num_key_value_heads": kv_heads,
     }
     write_json(folder / GENAI_CONFIG, genai)
+    settle_template(job.common, folder)
 
 
 def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

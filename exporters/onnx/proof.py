@@ -14,6 +14,7 @@ from cfsp.errors import LimitError
 from exporters.export_record import ExportRecord
 from exporters.job import Job
 from exporters.onnx.checks import check_graph
+from exporters.onnx.genai_chats import genai_chats
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import Variant
@@ -44,7 +45,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         if not difference <= _SAME_LOGITS:
             raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
-    text = job.text_for(variant)
+    text, chats = job.text_for(variant), genai_chats(common, common.folder / variant.name)
     return common.record(
         path,
         variant,
@@ -54,7 +55,8 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         file_bytes=written.size_bytes,
         n_params=sum(parameter.numel() for parameter in job.model.parameters()),
         tensor_types=_tensor_types(path),
-        warnings=tuple(_warnings(job, variant)),
+        warnings=(*_warnings(job, variant), *chats.warnings),
+        chats=chats.equal,
         runtime=runtime_version(),
         ort_file=str(ort.relative_to(common.folder)) if ort else None,
         calibration_sha256=job.text_sha256(variant),

@@ -84,5 +84,6 @@ def _proofs(records: Sequence[ExportRecord]) -> list[str]:
         parity, strings = first.parity, first.tokenizer_strings
         where = f"{parity.text}, {parity.n_windows} windows of {parity.seqlen} tokens"
         equal = f"; tokenization equal on {strings} strings" if strings else ""
-        lines.append(f"Held against the checkpoint in {first.runtime}, on {where}{equal}.")
+        chats = f"; {len(first.chats)} chats read token by token" if first.chats else ""
+        lines.append(f"Held against the checkpoint in {first.runtime}, on {where}{equal}{chats}.")
     return lines

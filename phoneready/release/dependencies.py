@@ -38,7 +38,10 @@ class Dependencies:
 _EVALUATION = ("cfsp/evaluation", "phoneready/evaluation")
 _LOSSES = tuple(f"cfsp/evaluation/{name}.py" for name in ("language_model", "perplexity", "torch_model"))
 _EXPORTING = (
-    *(f"exporters/{name}.py" for name in ("checkpoint_reader", "job", "options", "parity", "provenance")),
+    *(
+        f"exporters/{name}.py"
+        for name in ("chats", "checkpoint_reader", "job", "options", "parity", "provenance")
+    ),
     *("exporters/rounding", "cfsp/recovery/losses.py", "cfsp/evaluation/divergence.py"),
     *(f"cfsp/pruning/{name}.py" for name in ("gradients", "reconstruction", "statistics", "streaming")),
     *_LOSSES,

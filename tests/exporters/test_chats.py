@@ -1,0 +1,244 @@
+"""Chats in every runtime: rendered and split as the checkpoint's tokenizer does it, and ended where it ends them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.files import made_once
+from cfsp.models.builtin import cache_directory
+from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered, turn_end
+from cfsp.text.encoding import encode
+from exporters.chats import read_chats
+from exporters.export_record import ExportRecord
+from exporters.gguf.export import export_gguf
+from exporters.onnx.chat_whitespace import explicit_whitespace
+from exporters.onnx.export import export_onnx
+from runtime_bench.native.source import fetch_source
+
+TinyModel = Callable[..., tuple[Any, Any]]
+HERE = Path(__file__).parent
+ENGINE = ("jinja/lexer.cpp", "jinja/parser.cpp", "jinja/runtime.cpp", "jinja/string.cpp", "jinja/value.cpp")
+FAMILIES = (
+    "HuggingFaceTB-SmolLM3-3B",
+    "Qwen-Qwen2.5-7B-Instruct",
+    "Qwen-Qwen3-0.6B",
+    "google-gemma-2-2b-it",
+    "ibm-granite-granite-3.3-2B-Instruct",
+    "ibm-granite-granite-4.0",
+    "meta-llama-Llama-3.2-3B-Instruct",
+    "microsoft-Phi-3.5-mini-instruct",
+    "mistralai-Ministral-3-14B-Reasoning-2512",
+    "mistralai-Mistral-Nemo-Instruct-2407",
+)
+"""Chat templates of families that are supported, which llama.cpp's source carries."""
+ON_LINES = """{# A comment
+   on lines of its own. #}
+{% set name = "Tiny" %}
+    {% for message in messages %}
+        {% if message.role == "user" %}
+{{ "<|im_start|>user " + message.content }}<|im_end|>
+        {%- else -%}
+<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>
+        {% endif %}
+    {% endfor %}
+    {# Another. #}
+{% if add_generation_prompt %}<|im_start|>{{ name }}:{% endif %}"""
+"""Blocks and comments on lines of their own, as many templates have them."""
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Real chat templates by name."""
+    try:
+        source = fetch_source()
+    except InputError as error:
+        pytest.skip(f"llama.cpp's source cannot be had: {error}")
+    with tarfile.open(source.path) as archive:
+        found = {
+            Path(member.name).stem: archive.extractfile(member).read().decode("utf-8")  # type: ignore[union-attr]
+            for member in archive
+            if "/llama.cpp/models/templates/" in member.name and member.name.endswith(".jinja")
+        }
+    return {name: found[name] for name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def llama_jinja() -> Iterator[Callable[[str, dict[str, Any]], dict[str, str]]]:
+    """`llama_jinja(template, context)` renders with llama.cpp's own Jinja, which is compiled once."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no compiler")
+    try:
+        source = fetch_source()
+    except InputError as error:
+        pytest.skip(f"llama.cpp's source cannot be had: {error}")
+    program = HERE / "llama_jinja.cpp"
+    key = hashlib.sha256(program.read_bytes() + source.sha256.encode()).hexdigest()[:16]
+
+    def make(place: Path) -> None:
+        with tarfile.open(source.path) as archive:
+            wanted = ("/llama.cpp/common/", "/llama.cpp/vendor/nlohmann/", "/llama.cpp/ggml/include/")
+            members = [member for member in archive if any(part in member.name for part in wanted)]
+            archive.extractall(place, members, filter="data")
+        (llama,) = place.glob("*/vendor/llama.cpp")
+        files = [llama / "common" / name for name in (*ENGINE, "jinja/caps.cpp", "json.cpp", "unicode.cpp")]
+        includes = [f"-I{llama / name}" for name in ("common", "vendor", "ggml/include")]
+        line = [compiler, "-std=c++17", "-O1", "-DNDEBUG", *includes, program, *files, "-o", place / "jinja"]
+        subprocess.run(["nice", *line], check=True)
+        shutil.rmtree(llama.parent.parent)
+
+    folder = made_once(
+        cache_directory() / "test-tools" / f"jinja-{key}", lambda made: (made / "jinja").is_file(), make
+    )
+    with subprocess.Popen(
+        [folder / "jinja"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def render(template: str, context: dict[str, Any]) -> dict[str, str]:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps({"template": template, "context": context}) + "\n")
+            process.stdin.flush()
+            answer: dict[str, str] = json.loads(process.stdout.readline())
+            return answer
+
+        yield render
+        process.stdin.close()
+
+
+def saved(model: Any, tokenizer: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def context_of(conversation: Conversation, tokenizer: Any) -> dict[str, Any]:
+    tools = {"tools": list(conversation.tools)} if conversation.tools else {}
+    return {
+        "messages": list(conversation.messages),
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "add_generation_prompt": conversation.to_be_answered,
+        **tools,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_renders_what_transformers_renders(
+    templates: dict[str, str],
+    llama_jinja: Callable[[str, dict[str, Any]], dict[str, str]],
+    tiny_tokenizer: Any,
+    name: str,
+) -> None:
+    texts = rendered(tiny_tokenizer, template=templates[name])
+    assert len(texts) > 5
+    for conversation in CONVERSATIONS:
+        if conversation.name in texts:
+            answer = llama_jinja(templates[name], context_of(conversation, tiny_tokenizer))
+            assert answer == {"text": texts[conversation.name]}, conversation.name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_white_space_that_is_written_out_is_the_same(
+    templates: dict[str, str], tiny_tokenizer: Any, name: str
+) -> None:
+    explicit = explicit_whitespace(templates[name])
+    assert rendered(tiny_tokenizer, template=explicit) == rendered(tiny_tokenizer, template=templates[name])
+
+
+def test_both_families_say_which_chats_they_read(tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
+    folder = saved(*tiny_model(), tmp_path / "tiny")
+    names = tuple(conversation.name for conversation in CONVERSATIONS)
+    for record in exported(folder, tmp_path):
+        assert record.chats == names
+        assert not record.warnings
+
+
+def exported(folder: Path, output: Path) -> Sequence[ExportRecord]:
+    return (
+        *export_gguf(folder, output / "gguf", ["f32"]),
+        *export_onnx(folder, output / "onnx", ["fp32"]),
+    )
+
+
+def test_a_template_of_lines_is_read_by_genai(tiny_model: TinyModel, tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
+    model, tokenizer = tiny_model()
+    tokenizer.chat_template = ON_LINES
+    (record,) = export_onnx(saved(model, tokenizer, tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
+    assert len(record.chats) == len(CONVERSATIONS)
+    reader = genai.Tokenizer(str(tmp_path / "onnx/fp32"))
+    messages = json.dumps([{"role": "user", "content": "List three fruits."}])
+    expected = rendered(tokenizer)["a question"]
+    assert reader.apply_chat_template(messages) == expected
+    assert (
+        reader.apply_chat_template(messages, template_str=ON_LINES) != expected
+    )  # else nothing was to be done
+
+
+def test_what_a_runtime_reads_otherwise_is_told(tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
+    model, tokenizer = tiny_model()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content | replace('a', 'o') | title }}<|im_end|>{% endfor %}"
+        "{{ tools | tojson(separators=(',', ':')) if tools }}"
+    )
+    (record,) = export_onnx(saved(model, tokenizer, tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
+    told = [warning for warning in record.warnings if warning.startswith("GenAI reads a chat with")]
+    assert len(told) == len(CONVERSATIONS) - len(record.chats) > 0
+
+
+def test_answers_that_end_where_generation_does_not(tiny_model: TinyModel, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    model, tokenizer = tiny_model()
+    tokenizer.eos_token = "<|endoftext|>"
+    model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+    assert tokenizer.convert_ids_to_tokens(turn_end(tokenizer)) == "<|im_end|>"
+    gguf, onnx = exported(saved(model, tokenizer, tmp_path / "tiny"), tmp_path)
+    said = "the chat template ends an answer with <|im_end|>, at which generation does not stop"
+    assert gguf.warnings == (said,)  # it is the file's end of a turn, so llama.cpp stops there
+    assert onnx.warnings == (f"{said}, nor does GenAI",)
+
+
+def test_differences_are_named_by_their_place(tiny_tokenizer: Any) -> None:
+    ids = {name: encode(tiny_tokenizer, text) for name, text in rendered(tiny_tokenizer).items()}
+
+    def read(conversation: Conversation, _: str) -> list[int]:
+        if conversation.name == "tools":
+            raise ValueError("no tools here")
+        whole = ids[conversation.name]
+        return whole[:-1] if conversation.name == "a question" else whole
+
+    found = read_chats("It", tiny_tokenizer, {0, 2}, read, lambda token: token == 2)
+    assert len(found.equal) == len(CONVERSATIONS) - 2
+    question, tools, stop = found.warnings
+    assert question.startswith(
+        f"It reads a chat with a question otherwise: from token {len(ids['a question']) - 1} on"
+    )
+    assert tools.endswith("otherwise: no tools here")
+    assert stop == "It does not stop at <|endoftext|>, where the checkpoint's texts end"
+
+
+def test_no_template_no_chats(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    import copy
+
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    assert rendered(plain) == {}
+    assert turn_end(plain) is None
