@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import subprocess
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_jinja import Render, llama_jinja, real_templates
 
 from cfsp.errors import InputError
-from cfsp.files import made_once
-from cfsp.models.builtin import cache_directory
 from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered, turn_end
 from cfsp.text.encoding import encode
 from exporters.chats import read_chats
@@ -23,11 +18,8 @@ from exporters.export_record import ExportRecord
 from exporters.gguf.export import export_gguf
 from exporters.onnx.chat_whitespace import explicit_whitespace
 from exporters.onnx.export import export_onnx
-from runtime_bench.native.source import fetch_source
 
 TinyModel = Callable[..., tuple[Any, Any]]
-HERE = Path(__file__).parent
-ENGINE = ("jinja/lexer.cpp", "jinja/parser.cpp", "jinja/runtime.cpp", "jinja/string.cpp", "jinja/value.cpp")
 FAMILIES = (
     "HuggingFaceTB-SmolLM3-3B",
     "Qwen-Qwen2.5-7B-Instruct",
@@ -57,65 +49,23 @@ ON_LINES = """{# A comment
 
 
 @pytest.fixture(scope="module")
-def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def templates() -> dict[str, str]:
     """Real chat templates by name."""
     try:
-        source = fetch_source()
+        found = real_templates()
     except InputError as error:
         pytest.skip(f"llama.cpp's source cannot be had: {error}")
-    with tarfile.open(source.path) as archive:
-        found = {
-            Path(member.name).stem: archive.extractfile(member).read().decode("utf-8")  # type: ignore[union-attr]
-            for member in archive
-            if "/llama.cpp/models/templates/" in member.name and member.name.endswith(".jinja")
-        }
     return {name: found[name] for name in FAMILIES}
 
 
 @pytest.fixture(scope="module")
-def llama_jinja() -> Iterator[Callable[[str, dict[str, Any]], dict[str, str]]]:
-    """`llama_jinja(template, context)` renders with llama.cpp's own Jinja, which is compiled once."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no compiler")
+def render() -> Iterator[Render]:
+    """llama.cpp's own Jinja."""
     try:
-        source = fetch_source()
+        with llama_jinja() as rendering:
+            yield rendering
     except InputError as error:
-        pytest.skip(f"llama.cpp's source cannot be had: {error}")
-    program = HERE / "llama_jinja.cpp"
-    key = hashlib.sha256(program.read_bytes() + source.sha256.encode()).hexdigest()[:16]
-
-    def make(place: Path) -> None:
-        with tarfile.open(source.path) as archive:
-            wanted = ("/llama.cpp/common/", "/llama.cpp/vendor/nlohmann/", "/llama.cpp/ggml/include/")
-            members = [member for member in archive if any(part in member.name for part in wanted)]
-            archive.extractall(place, members, filter="data")
-        (llama,) = place.glob("*/vendor/llama.cpp")
-        files = [llama / "common" / name for name in (*ENGINE, "jinja/caps.cpp", "json.cpp", "unicode.cpp")]
-        includes = [f"-I{llama / name}" for name in ("common", "vendor", "ggml/include")]
-        line = [compiler, "-std=c++17", "-O1", "-DNDEBUG", *includes, program, *files, "-o", place / "jinja"]
-        subprocess.run(["nice", *line], check=True)
-        shutil.rmtree(llama.parent.parent)
-
-    folder = made_once(
-        cache_directory() / "test-tools" / f"jinja-{key}", lambda made: (made / "jinja").is_file(), make
-    )
-    with subprocess.Popen(
-        [folder / "jinja"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def render(template: str, context: dict[str, Any]) -> dict[str, str]:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps({"template": template, "context": context}) + "\n")
-            process.stdin.flush()
-            answer: dict[str, str] = json.loads(process.stdout.readline())
-            return answer
-
-        yield render
-        process.stdin.close()
+        pytest.skip(f"llama.cpp's Jinja cannot be built here: {error}")
 
 
 def saved(model: Any, tokenizer: Any, folder: Path) -> Path:
@@ -139,7 +89,7 @@ def context_of(conversation: Conversation, tokenizer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_renders_what_transformers_renders(
     templates: dict[str, str],
-    llama_jinja: Callable[[str, dict[str, Any]], dict[str, str]],
+    render: Render,
     tiny_tokenizer: Any,
     name: str,
 ) -> None:
@@ -147,7 +97,7 @@ def test_llama_cpp_renders_what_transformers_renders(
     assert len(texts) > 5
     for conversation in CONVERSATIONS:
         if conversation.name in texts:
-            answer = llama_jinja(templates[name], context_of(conversation, tiny_tokenizer))
+            answer = render(templates[name], context_of(conversation, tiny_tokenizer))
             assert answer == {"text": texts[conversation.name]}, conversation.name
 
 
