@@ -94,6 +94,7 @@ class PruningPlan:
         attention: Which blocks lose their attention; None where none does.
         budget: What was to be met, and what each axis gives for it; None where the settings say how much goes.
         kv_groups: Which key-value groups are kept; None where all of an attention that stays are.
+        silent_before: Blocks of the model it was made for that did not attend.
         device: Kind of device that computed it; None for the CPU.
     """
 
@@ -115,6 +116,7 @@ class PruningPlan:
     attention: Annotated[Removal | None, WhereSet] = None
     budget: Annotated[BudgetShares | None, WhereSet] = None
     kv_groups: Annotated[GroupRemoval | None, WhereSet] = None
+    silent_before: Annotated[tuple[int, ...], WhereSet] = ()
     device: Annotated[str | None, WhereSet] = None
 
     def __post_init__(self) -> None:
@@ -131,7 +133,7 @@ class PruningPlan:
     @property
     def dense_shape(self) -> ModelShape:
         """What the plan says of the model it was made for; of what it leaves alone, nothing."""
-        shape = ModelShape.of_ffn_widths(self.dense_widths)
+        shape = ModelShape.of_ffn_widths(self.dense_widths).without(attentions=self.silent_before)
         return shape.with_kv_groups(list(map(len, self.kv_groups.losses))) if self.kv_groups else shape
 
     @property
@@ -252,6 +254,7 @@ def make_plan(
         depth=depth,
         attention=attention,
         kv_groups=kv_groups,
+        silent_before=model_shape(model).without_attention,
         device=None if model.device == CPU else model.device.type,
     )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import decoder_layers
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -213,8 +213,6 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
 
     Groups are counted where nothing else goes: how many a share is beside that, only the plan can say.
     """
-    if silent := model_shape(model).without_attention:
-        raise InputError("a model of which some blocks do not attend cannot be pruned again", value=silent)
     if settings.blocks:
         removable_blocks(model, settings.blocks)
     if settings.attentions:

@@ -21,6 +21,7 @@ from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_or
 from cfsp.pruning.budget import AXES, Budget, ChannelCurve, Evidence, Levels
 from cfsp.pruning.fitting import _of_other_blocks
 from cfsp.pruning.parameters import count_parameters
+from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import PruneResult, prune_model, statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.trials import Trials
@@ -274,7 +275,36 @@ def test_what_parts_alone_cannot_reach_is_refused_with_more_than_was_asked(tiny_
             assert result.plan.keep_ratio == 1
 
 
-def test_a_model_with_blocks_that_do_not_attend_is_not_pruned_again(tiny_loaded: Any) -> None:
-    once = prune_model(tiny_loaded(), calibration(), replace(SETTINGS, attentions=1)).loaded
-    with pytest.raises(InputError, match="some blocks do not attend cannot be pruned again"):
-        prune_model(once, calibration(), replace(SETTINGS, prune_ratio=0.25))
+@pytest.mark.parametrize(
+    "again",
+    [
+        {"vocabulary": 320},
+        {"prune_ratio": 0.25},
+        {"blocks": 2},
+        {"attentions": 1},
+        {"kv_groups": 0.2},
+        {"prune_ratio": 0.25, "blocks": 1, "attentions": 1, "kv_groups": 0.2, "vocabulary": 320},
+    ],
+    ids=str,
+)
+def test_a_model_with_blocks_that_do_not_attend_is_pruned_again(
+    tiny_loaded: Any, again: dict[str, Any]
+) -> None:
+    once = prune_model(
+        tiny_loaded(num_hidden_layers=6), calibration(), replace(SETTINGS, attentions=2)
+    ).loaded
+    before = model_shape(once.model)
+    result = prune_model(once, calibration(), replace(SETTINGS, **again))
+    shape = model_shape(result.loaded.model)
+    assert result.plan.shape.agrees_with(shape)
+    assert len(shape.blocks) == 6 - again.get("blocks", 0)
+    kept = [before.blocks[block.origin].has_attention for block in result.plan.shape.blocks]
+    assert sum(kept) - sum(block.has_attention for block in shape.blocks) == again.get("attentions", 0)
+    plan = record_from_json(PruningPlan, record_to_json(result.plan), where="plan")
+    assert plan == result.plan
+
+
+def test_no_more_attentions_go_than_there_are(tiny_loaded: Any) -> None:
+    once = prune_model(tiny_loaded(), calibration(), replace(SETTINGS, attentions=2)).loaded
+    with pytest.raises(InputError, match="attentions"):
+        prune_model(once, calibration(), replace(SETTINGS, attentions=2))

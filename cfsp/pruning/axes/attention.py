@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_norms, decoder_layers
+from cfsp.models.architectures import attention_norms, attention_of, decoder_layers
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
@@ -60,8 +60,9 @@ def check_attentions(candidates: Sequence[int], count: int) -> None:
 
 
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
-    """Blocks that can do without attention: all that stay but the first of each kind."""
-    stay = [index for index in range(len(decoder_layers(model))) if index not in gone]
+    """Blocks that can do without their attention: all that stay and have one, but the first of each kind."""
+    layers = enumerate(decoder_layers(model))
+    stay = [index for index, layer in layers if index not in gone and attention_of(model, layer)]
     kinds = getattr(model.config, "layer_types", None) or [""] * (max(stay) + 1)
     firsts = {kinds[index]: index for index in reversed(stay)}
     return [index for index in stay if index not in firsts.values()]
