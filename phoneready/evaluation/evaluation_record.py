@@ -40,7 +40,7 @@ class TextResult:
         kind: `text` or `chats`.
         source: The reference.
         seqlen: Tokens in a window.
-        n_tokens: Predicted tokens.
+        n_tokens: Predicted tokens; the reference model's where there is a divergence.
         windows_sha256: Hash of the token ids.
         perplexity: Of the model.
         divergence: From the reference model, where there is one of the same vocabulary, or of a larger one that has
@@ -48,6 +48,8 @@ class TextResult:
         n_bytes: Bytes of text that the predicted tokens spell.
         bits_per_byte: Of the model, which figures of other vocabularies may be compared with.
         against_bits_per_byte: The reference model's, on the same bytes.
+        tokens_per_byte: Tokens that the model's tokenizer needs for a byte of these.
+        against_tokens_per_byte: The reference model's.
     """
 
     kind: str
@@ -60,6 +62,8 @@ class TextResult:
     n_bytes: int | None = None
     bits_per_byte: float | None = None
     against_bits_per_byte: float | None = None
+    tokens_per_byte: float | None = None
+    against_tokens_per_byte: float | None = None
 
 
 @dataclass(frozen=True)

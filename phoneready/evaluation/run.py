@@ -15,7 +15,7 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.evaluation.answers import answer
-from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes
+from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes, tokens_per_byte
 from cfsp.evaluation.degeneration import degenerate, system_text
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
@@ -199,14 +199,32 @@ def _judge(
 
     if against is None:
         alone = perplexity(model, windows, progress=progress)
-        own = bits(alone.perplexity, alone.n_scored)
-        return TextResult(*text, alone.n_scored, windows.sha256, alone.perplexity, None, n_bytes, own)
+        return TextResult(
+            *text,
+            alone.n_scored,
+            windows.sha256,
+            alone.perplexity,
+            n_bytes=n_bytes,
+            bits_per_byte=bits(alone.perplexity, alone.n_scored),
+            tokens_per_byte=tokens_per_byte(alone.n_scored, n_bytes),
+        )
     if spelling is not None:
         both = respelled_divergence(against, model, windows, spelling, progress=progress)
     else:
         both = divergence(against, model, windows, progress=progress)
-    each = (bits(one, both.n_tokens) for one in (both.perplexity, both.reference_perplexity))
-    return TextResult(*text, both.n_tokens, windows.sha256, both.perplexity, both, n_bytes, *each)
+    n_own = spelling.n_predicted(windows.ids) if spelling else both.n_tokens
+    return TextResult(
+        *text,
+        both.n_tokens,
+        windows.sha256,
+        both.perplexity,
+        both,
+        n_bytes=n_bytes,
+        bits_per_byte=bits(both.perplexity, both.n_tokens),
+        against_bits_per_byte=bits(both.reference_perplexity, both.n_tokens),
+        tokens_per_byte=tokens_per_byte(n_own, n_bytes),
+        against_tokens_per_byte=tokens_per_byte(both.n_tokens, n_bytes),
+    )
 
 
 def _judge_apart(
@@ -216,12 +234,22 @@ def _judge_apart(
     windows: TokenWindows,
     progress: Progress,
 ) -> TextResult:
-    """Beside a model of other tokens, of which only bits per byte can be compared."""
+    """Beside a model of other tokens, of which only bits and tokens per byte can be compared."""
     assert against is not None
     theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
-    lost = (ours.n_bytes, ours.bits_per_byte, theirs.bits_per_byte)
-    text = (kind, windows.source, windows.ids.shape[1])
-    return TextResult(*text, ours.n_tokens, windows.sha256, ours.perplexity, None, *lost)
+    return TextResult(
+        kind,
+        windows.source,
+        windows.ids.shape[1],
+        ours.n_tokens,
+        windows.sha256,
+        ours.perplexity,
+        n_bytes=ours.n_bytes,
+        bits_per_byte=ours.bits_per_byte,
+        against_bits_per_byte=theirs.bits_per_byte,
+        tokens_per_byte=ours.tokens_per_byte,
+        against_tokens_per_byte=theirs.tokens_per_byte,
+    )
 
 
 @dataclass(frozen=True)

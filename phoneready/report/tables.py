@@ -102,10 +102,12 @@ def comparison_table(
 ) -> Table[Row]:
     """One quantization: both files, their ratio, and what the samples allow to say."""
     rows = [_ratio_row(METRICS["file_bytes"].title, dense.file_bytes, pruned.file_bytes, format_bytes)]
-    losses = [figures.losses_of(record.file) for record in (dense, pruned)]
-    before, now = (one.bits_per_byte if one else None for one in losses)
+    before, now = (figures.losses_of(record.file) for record in (dense, pruned))
     if before and now:
-        rows.append(_ratio_row(f"{METRICS['bits_per_byte'].title} of the file", before, now, "{:.4f}".format))
+        for metric in ("bits_per_byte", "tokens_per_byte"):
+            sides = getattr(before, metric), getattr(now, metric)
+            if metric == "bits_per_byte" or len({*sides}) > 1:
+                rows.append(_ratio_row(f"{METRICS[metric].title} of the file", *sides, "{:.4f}".format))
     return table_of_cells(COMPARED, [*rows, *bench_rows(group, dense.file, pruned.file)])
 
 

@@ -263,7 +263,8 @@ def _check_goal(limits: Limits, recipes: Sequence[Recipe]) -> None:
         return
     for recipe in recipes:
         keys = limits.wanted(Point(recipe, limits.tune.max_prune_ratio))
-        if not any(metric_of(key.metric).is_quality for key in keys):
+        metrics = [metric_of(key.metric) for key in keys]
+        if not any(metric.is_quality and not metric.fixed for metric in metrics):
             raise InputError(
                 f"without a budget for the quality of {recipe.item} the smallest file is the worst one",
                 field="budgets",

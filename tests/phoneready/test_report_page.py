@@ -24,7 +24,7 @@ from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import render_report, verdict_table
 from phoneready.report.page import render_page
 from phoneready.report.plots import make_plots
-from phoneready.report.tables import Mark, comparison_table, width_table
+from phoneready.report.tables import Mark, comparison_table, losses_table, width_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.groups import bench_groups
@@ -383,6 +383,19 @@ def test_files_are_compared_by_bits_per_byte(make_report_input: MakeReportInput)
     row = comparison_table(report.figures, None, *pair).rows[1]
     assert row == ("bits per byte of the file", "0.9000", "1.0000", "1.111")
     assert len(comparison_table(replace(report.figures, losses=()), None, *pair).rows) == 1
+
+
+def test_tokens_per_byte_stand_there_where_vocabularies_differ(make_report_input: MakeReportInput) -> None:
+    figures = make_report_input("Tiny").figures
+    assert "tokens/byte" not in losses_table(figures).markdown()
+    losses = tuple(
+        one if one.is_dense else replace(one, texts=(replace(one.texts[0], n_tokens=147),))
+        for one in figures.losses
+    )
+    figures = replace(figures, losses=losses)
+    row = comparison_table(figures, None, *figures.pairs[0]).rows[2]
+    assert row == ("tokens per byte of the file", "0.3000", "0.3500", "1.167")
+    assert "tokens/byte" in losses_table(figures).markdown()
 
 
 def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportInput) -> None:

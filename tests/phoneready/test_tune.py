@@ -404,3 +404,26 @@ def test_a_baseline_of_another_model_is_refused_before_any_trial(model: Path, tm
     with pytest.raises(InputError, match="of another model: another model"):
         search(path, tmp_path / "tuned")
     assert not (tmp_path / "tuned" / STUDY_FILE).exists()
+
+
+def test_a_vocabulary_that_needs_too_many_tokens_is_given_up(wide_model: Path, tmp_path: Path) -> None:
+    """No ratio changes how many tokens a text takes, so one trial settles it."""
+    more = """
+[tune]
+goal = "size"
+vocabularies = [0, 300]
+min_prune_ratio = 0.25
+[[budgets]]
+metric = "kl_mean"
+at_most = 100
+[[budgets]]
+metric = "tokens_per_byte"
+files = ["checkpoint"]
+relative_to = "dense"
+at_most = 1.0
+"""
+    result = search(write(tmp_path, wide_model, more), tmp_path / "tuned")
+    assert [row.meets for row in result.trials if row.vocabulary == 300] == [False]
+    assert result.best is not None
+    assert result.best.prune_ratio == 0.5
+    assert result.best.others["tokens_per_byte, text builtin:python-docs"] == 1.0
