@@ -240,6 +240,12 @@ def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Pat
     assert result.best.divergence == min(row.divergence for row in result.trials if row.meets)
     table = (output / TABLE_FILE).read_text(encoding="utf-8")
     assert re.search(r"\| +300 tokens \|", table)
+    assert "bits/byte, x dense" in table
+    assert f"bits per byte {result.best.bits_ratio:.4f} x dense" in table
+    assert all(row.bits_ratio is not None and 0.5 < row.bits_ratio < 2 for row in result.trials)
+    for one in result.outlook:
+        assert one.bits_ratio is not None
+        assert one.bits_ratio[1] <= one.bits_ratio[0] <= one.bits_ratio[2]
     chosen = load_config(output / RELEASE_FILE)
     assert chosen.prune.vocabulary == result.best.vocabulary
     assert main(["release", str(output / RELEASE_FILE), "-o", str(tmp_path / "out"), "--threads", "1"]) == 0
