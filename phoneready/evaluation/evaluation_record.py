@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, PositiveInt
 
 from cfsp.evaluation.divergence import Divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.tasks import TaskResult
-from cfsp.validation import Seed, Share
+from cfsp.validation import Seed, Share, WhereSet
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,22 @@ class ModelIdentity:
     runtime: str = "torch"
     sha256: str | None = None
     source_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Vocabularies:
+    """Two that differ, so that predictions are not compared token by token.
+
+    Attributes:
+        tokens: Size of the model's.
+        against_tokens: Size of the reference model's.
+        is_part: Whether all of the model's tokens are among the reference's: divergence is then taken over them, where
+            tokens of the reference end; else it is not.
+    """
+
+    tokens: PositiveInt
+    against_tokens: PositiveInt
+    is_part: bool
 
 
 @dataclass(frozen=True)
@@ -128,6 +144,7 @@ class Evaluation:
         tasks: Results of tasks.
         against_tasks: The reference model's, in the same order.
         metrics: Own metrics.
+        vocabularies: Of both, where they differ.
     """
 
     KIND: ClassVar[str] = "evaluation"
@@ -144,6 +161,7 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     against_tasks: tuple[TaskResult, ...] = ()
     metrics: tuple[MetricResult, ...] = ()
+    vocabularies: Annotated[Vocabularies | None, WhereSet] = None
 
 
 def text_name(kind: str, reference: str) -> str:

@@ -33,6 +33,7 @@ from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
     TextResult,
+    Vocabularies,
     identity_of,
     repeated_text,
 )
@@ -58,13 +59,15 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    different = _has_other_vocabulary(model, against, settings)
+    other = against if _has_other_vocabulary(model, against, settings) else None
+    spelling = _spelling(model, other) if other else None
     metrics = {name: find_metric(name) for name in settings.metrics}
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        judge = _judge_of(model, against if different else None)
+        apart = other is not None and spelling is None
+        judge = _judge_apart if apart else partial(_judge, spelling=spelling)
         windows, texts = _texts(model, against, settings, judge, progress)
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
@@ -81,6 +84,7 @@ def evaluate(
         tasks=done[0],
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
+        vocabularies=Vocabularies(_size(model), _size(other), spelling is not None) if other else None,
     )
 
 
@@ -109,14 +113,16 @@ def _texts(
     return windows, results
 
 
-def _judge_of(model: LanguageModel, other: LanguageModel | None) -> _Judge:
-    """How texts are judged; `other` is the reference where its vocabulary differs, perhaps only by being larger."""
-    if other is None:
-        return partial(_judge, spelling=None)
+def _spelling(model: LanguageModel, other: LanguageModel) -> Respelling | None:
+    """From the vocabulary of a reference to the model's; None where the model's is no part of it."""
     try:
-        return partial(_judge, spelling=respelling(other.tokenizer, model.tokenizer))
+        return respelling(other.tokenizer, model.tokenizer)
     except InputError:
-        return _judge_apart
+        return None
+
+
+def _size(model: LanguageModel) -> int:
+    return len(model.tokenizer.get_vocab())
 
 
 def check_texts(settings: EvaluationSettings) -> None:

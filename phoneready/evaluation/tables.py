@@ -72,6 +72,24 @@ def _divergence(field: str, form: str, title: str | None = None) -> Column[TextR
     return Column(title, lambda text: format(getattr(text.divergence, field), form), right=True)
 
 
+def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> str:
+    """What is compared where the vocabularies differ, for people; "" where they do not."""
+    both = evaluation.vocabularies
+    if both is None or not evaluation.texts:
+        return ""
+    reference, model = names
+    if not both.is_part:
+        return (
+            f"Perplexities, KL and same top-1 are not compared: the vocabularies of the {model} ({both.tokens} tokens) "
+            f"and the {reference} ({both.against_tokens} tokens) differ. Bits per byte compare the two."
+        )
+    return (
+        f"KL and same top-1 are taken where tokens of the {reference} end, over the {both.tokens} of its "
+        f"{both.against_tokens} tokens that the {model} has; perplexities are a token of the {reference}'s. "
+        "Bits per byte are of the whole text."
+    )
+
+
 _TOKENS: Column[Any] = Column("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}", right=True)
 
 

@@ -132,6 +132,7 @@ def quality_table(evaluation: Evaluation) -> Table[TextResult]:
 
 
 SIDES = ("dense", "pruned")
+MODELS = ("dense model", "pruned one")
 
 
 _PROOF: tuple[Column[ExportRecord], ...] = (

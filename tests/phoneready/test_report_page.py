@@ -19,6 +19,7 @@ from cfsp.pruning.axes.token_kinds import TokenKind
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.budget import AxisShare, BudgetShares
 from cfsp.records import write_record
+from phoneready.evaluation.evaluation_record import Vocabularies
 from phoneready.report.contents import ReportInput, beaten, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import render_report, verdict_table
@@ -396,6 +397,16 @@ def test_tokens_per_byte_stand_there_where_vocabularies_differ(make_report_input
     row = comparison_table(figures, None, *figures.pairs[0]).rows[2]
     assert row == ("tokens per byte of the file", "0.3000", "0.3500", "1.167")
     assert "tokens/byte" in losses_table(figures).markdown()
+
+
+def test_it_says_which_tokens_a_divergence_is_over(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    evaluation = replace(report.figures.evaluation, vocabularies=Vocabularies(300, 384, is_part=True))
+    trimmed = replace(report, figures=replace(report.figures, evaluation=evaluation))
+    note = "over the 300 of its 384 tokens that the pruned one has"
+    for render in (render_page, render_report):
+        assert note in render(trimmed)
+        assert note not in render(report)
 
 
 def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportInput) -> None:
