@@ -1,7 +1,8 @@
-"""Bits per byte: the one figure of loss on a text that models of different vocabularies can be compared by.
+"""Bits and tokens per byte: loss on a text, and length, of models of different vocabularies.
 
 A tokenizer that cuts a text into more tokens predicts each of them more easily, so perplexity a token says nothing of
-two vocabularies; nats of the whole text over its bytes do.
+two vocabularies; nats of the whole text over its bytes do. What each token costs in time and context, that many tokens
+a byte cost of the text.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ class TextLoss:
         return bits_per_byte(self.nats, self.n_bytes)
 
     @property
+    def tokens_per_byte(self) -> float:
+        """Tokens that the text takes over its bytes."""
+        return tokens_per_byte(self.n_tokens, self.n_bytes)
+
+    @property
     def perplexity(self) -> float:
         """exp of the mean loss a token."""
         return bounded_exp(self.nats / self.n_tokens)
@@ -48,6 +54,11 @@ class TextLoss:
 def bits_per_byte(nats: float, n_bytes: int) -> float:
     """nats / (ln 2 * n_bytes)."""
     return nats / (math.log(2) * max(n_bytes, 1))
+
+
+def tokens_per_byte(n_tokens: int, n_bytes: int) -> float:
+    """n_tokens / n_bytes."""
+    return n_tokens / max(n_bytes, 1)
 
 
 def predicted_bytes(ids: torch.Tensor, tokenizer: Any) -> int:

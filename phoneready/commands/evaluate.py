@@ -230,12 +230,13 @@ def _evaluate(
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
     from phoneready.evaluation.gate import gate_table
-    from phoneready.evaluation.tables import figure_tables, format_answers, text_table
+    from phoneready.evaluation.tables import figure_tables, format_answers, text_table, vocabulary_note
 
     parts = []
     if result.texts:
         parts += [text_table(result).markdown()]
         parts += [f"Windows of {settings.seqlen} tokens, each without context before it.\n"]
+        parts += [f"{note}\n"] if (note := vocabulary_note(result)) else []
     parts += [table.markdown() for table in figure_tables(result)]
     parts += [format_answers(result)]
     parts += [gate_table(rows).markdown()]

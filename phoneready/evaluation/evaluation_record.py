@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import PositiveFloat
+from pydantic import PositiveFloat, PositiveInt
 
 from cfsp.evaluation.divergence import Divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.tasks import TaskResult
-from cfsp.validation import Seed, Share
+from cfsp.validation import Seed, Share, WhereSet
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,22 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class Vocabularies:
+    """Two that differ, so that predictions are not compared token by token.
+
+    Attributes:
+        tokens: Size of the model's.
+        against_tokens: Size of the reference model's.
+        is_part: Whether all of the model's tokens are among the reference's: divergence is then taken over them, where
+            tokens of the reference end; else it is not.
+    """
+
+    tokens: PositiveInt
+    against_tokens: PositiveInt
+    is_part: bool
+
+
+@dataclass(frozen=True)
 class TextResult:
     """Figures on one text.
 
@@ -40,7 +56,7 @@ class TextResult:
         kind: `text` or `chats`.
         source: The reference.
         seqlen: Tokens in a window.
-        n_tokens: Predicted tokens.
+        n_tokens: Predicted tokens; the reference model's where there is a divergence.
         windows_sha256: Hash of the token ids.
         perplexity: Of the model.
         divergence: From the reference model, where there is one of the same vocabulary, or of a larger one that has
@@ -48,6 +64,8 @@ class TextResult:
         n_bytes: Bytes of text that the predicted tokens spell.
         bits_per_byte: Of the model, which figures of other vocabularies may be compared with.
         against_bits_per_byte: The reference model's, on the same bytes.
+        tokens_per_byte: Tokens that the model's tokenizer needs for a byte of these.
+        against_tokens_per_byte: The reference model's.
     """
 
     kind: str
@@ -60,6 +78,8 @@ class TextResult:
     n_bytes: int | None = None
     bits_per_byte: float | None = None
     against_bits_per_byte: float | None = None
+    tokens_per_byte: float | None = None
+    against_tokens_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +144,7 @@ class Evaluation:
         tasks: Results of tasks.
         against_tasks: The reference model's, in the same order.
         metrics: Own metrics.
+        vocabularies: Of both, where they differ.
     """
 
     KIND: ClassVar[str] = "evaluation"
@@ -140,6 +161,7 @@ class Evaluation:
     tasks: tuple[TaskResult, ...] = ()
     against_tasks: tuple[TaskResult, ...] = ()
     metrics: tuple[MetricResult, ...] = ()
+    vocabularies: Annotated[Vocabularies | None, WhereSet] = None
 
 
 def text_name(kind: str, reference: str) -> str:

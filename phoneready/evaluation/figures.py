@@ -59,12 +59,13 @@ def _tokens(text: TextResult) -> dict[str, str]:
 def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iterator[Figure]:
     name, conditions, d = text_name(text.kind, text.source), _tokens(text), text.divergence
     values = {"perplexity": text.perplexity}
-    bits = FigureKey("bits_per_byte", item, on=name)
-    if text.bits_per_byte is not None:
-        values["bits_per_byte"] = text.bits_per_byte
-    if text.against_bits_per_byte is not None:
-        value = text.against_bits_per_byte
-        yield Figure(bits, DENSE, dense, metric_of("bits_per_byte").unit, value, conditions=conditions)
+    for metric in ("bits_per_byte", "tokens_per_byte"):
+        own, theirs = getattr(text, metric), getattr(text, f"against_{metric}")
+        if own is not None:
+            values[metric] = own
+        if theirs is not None:
+            key, unit = FigureKey(metric, item, on=name), metric_of(metric).unit
+            yield Figure(key, DENSE, dense, unit, theirs, conditions=conditions)
     if d is not None:
         relative = ("perplexity_ratio", "kl_mean", "kl_p99_9", "same_top1")
         values |= {metric: getattr(d, metric) for metric in relative}

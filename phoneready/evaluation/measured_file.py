@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import NonNegativeFloat, PositiveInt
 
+from cfsp.evaluation.bits import tokens_per_byte
 from cfsp.validation import Share
 from phoneready.evaluation.evaluation_record import text_name
 
@@ -80,6 +81,11 @@ class MeasuredFile:
     def bits_per_byte(self) -> float:
         """Of all texts together."""
         return _bits(self.texts)
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens that the file needs for a byte of all texts together."""
+        return tokens_per_byte(sum(text.n_tokens for text in self.texts), _n_bytes(self.texts))
 
     @property
     def dense_bits_per_byte(self) -> float:

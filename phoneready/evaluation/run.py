@@ -15,7 +15,7 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.evaluation.answers import answer
-from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes
+from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes, tokens_per_byte
 from cfsp.evaluation.degeneration import degenerate, system_text
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
@@ -33,6 +33,7 @@ from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
     TextResult,
+    Vocabularies,
     identity_of,
     repeated_text,
 )
@@ -58,13 +59,15 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    different = _has_other_vocabulary(model, against, settings)
+    other = against if _has_other_vocabulary(model, against, settings) else None
+    spelling = _spelling(model, other) if other else None
     metrics = {name: find_metric(name) for name in settings.metrics}
     both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        judge = _judge_of(model, against if different else None)
+        apart = other is not None and spelling is None
+        judge = _judge_apart if apart else partial(_judge, spelling=spelling)
         windows, texts = _texts(model, against, settings, judge, progress)
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
@@ -81,6 +84,7 @@ def evaluate(
         tasks=done[0],
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
+        vocabularies=Vocabularies(_size(model), _size(other), spelling is not None) if other else None,
     )
 
 
@@ -109,14 +113,16 @@ def _texts(
     return windows, results
 
 
-def _judge_of(model: LanguageModel, other: LanguageModel | None) -> _Judge:
-    """How texts are judged; `other` is the reference where its vocabulary differs, perhaps only by being larger."""
-    if other is None:
-        return partial(_judge, spelling=None)
+def _spelling(model: LanguageModel, other: LanguageModel) -> Respelling | None:
+    """From the vocabulary of a reference to the model's; None where the model's is no part of it."""
     try:
-        return partial(_judge, spelling=respelling(other.tokenizer, model.tokenizer))
+        return respelling(other.tokenizer, model.tokenizer)
     except InputError:
-        return _judge_apart
+        return None
+
+
+def _size(model: LanguageModel) -> int:
+    return len(model.tokenizer.get_vocab())
 
 
 def check_texts(settings: EvaluationSettings) -> None:
@@ -199,14 +205,32 @@ def _judge(
 
     if against is None:
         alone = perplexity(model, windows, progress=progress)
-        own = bits(alone.perplexity, alone.n_scored)
-        return TextResult(*text, alone.n_scored, windows.sha256, alone.perplexity, None, n_bytes, own)
+        return TextResult(
+            *text,
+            alone.n_scored,
+            windows.sha256,
+            alone.perplexity,
+            n_bytes=n_bytes,
+            bits_per_byte=bits(alone.perplexity, alone.n_scored),
+            tokens_per_byte=tokens_per_byte(alone.n_scored, n_bytes),
+        )
     if spelling is not None:
         both = respelled_divergence(against, model, windows, spelling, progress=progress)
     else:
         both = divergence(against, model, windows, progress=progress)
-    each = (bits(one, both.n_tokens) for one in (both.perplexity, both.reference_perplexity))
-    return TextResult(*text, both.n_tokens, windows.sha256, both.perplexity, both, n_bytes, *each)
+    n_own = spelling.n_predicted(windows.ids) if spelling else both.n_tokens
+    return TextResult(
+        *text,
+        both.n_tokens,
+        windows.sha256,
+        both.perplexity,
+        both,
+        n_bytes=n_bytes,
+        bits_per_byte=bits(both.perplexity, both.n_tokens),
+        against_bits_per_byte=bits(both.reference_perplexity, both.n_tokens),
+        tokens_per_byte=tokens_per_byte(n_own, n_bytes),
+        against_tokens_per_byte=tokens_per_byte(both.n_tokens, n_bytes),
+    )
 
 
 def _judge_apart(
@@ -216,12 +240,22 @@ def _judge_apart(
     windows: TokenWindows,
     progress: Progress,
 ) -> TextResult:
-    """Beside a model of other tokens, of which only bits per byte can be compared."""
+    """Beside a model of other tokens, of which only bits and tokens per byte can be compared."""
     assert against is not None
     theirs, ours = losses_on_shared_text(against, model, windows, progress=progress)
-    lost = (ours.n_bytes, ours.bits_per_byte, theirs.bits_per_byte)
-    text = (kind, windows.source, windows.ids.shape[1])
-    return TextResult(*text, ours.n_tokens, windows.sha256, ours.perplexity, None, *lost)
+    return TextResult(
+        kind,
+        windows.source,
+        windows.ids.shape[1],
+        ours.n_tokens,
+        windows.sha256,
+        ours.perplexity,
+        n_bytes=ours.n_bytes,
+        bits_per_byte=ours.bits_per_byte,
+        against_bits_per_byte=theirs.bits_per_byte,
+        tokens_per_byte=ours.tokens_per_byte,
+        against_tokens_per_byte=theirs.tokens_per_byte,
+    )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def _named(text: TextResult) -> str:
 def text_table(
     evaluation: Evaluation, names: tuple[str, str] = NAMES, called: Callable[[TextResult], str] = _named
 ) -> Table[TextResult]:
-    """The figures on text; `names` are of the reference model and the model."""
+    """The figures on text; `names` are of the reference model and the model.
+
+    The reference's tokens a byte stand there where its tokenizer is another one.
+    """
     columns: list[Column[TextResult]] = [
         Column("measured on", called),
         Column("tokens", lambda text: f"{text.n_tokens}", right=True),
@@ -48,15 +51,19 @@ def text_table(
         own = f"{names[1]}'s"
         columns.append(_divergence("reference_perplexity", ".3f", f"perplexity, {names[0]}'s"))
     columns.append(Column(own, lambda text: f"{text.perplexity:.3f}", right=True))
-    for title, field in (("bits/byte", "bits_per_byte"), (f"{names[0]}'s", "against_bits_per_byte")):
+    per_byte = {"bits/byte": "bits_per_byte", f"{names[0]}'s": "against_bits_per_byte"}
+    per_byte["tokens/byte"] = "tokens_per_byte"
+    if any(text.tokens_per_byte != text.against_tokens_per_byte for text in evaluation.texts):
+        per_byte[f"tokens/byte, {names[0]}'s"] = "against_tokens_per_byte"
+    for title, field in per_byte.items():
         if evaluation.texts and all(getattr(text, field) is not None for text in evaluation.texts):
-            columns.append(Column(title, _bits(field), right=True))
+            columns.append(Column(title, _number(field), right=True))
     if own != "perplexity":
         columns += [_divergence(field, form) for field, form in _DIVERGENCE.items()]
     return Table(columns, evaluation.texts)
 
 
-def _bits(field: str) -> Callable[[TextResult], str]:
+def _number(field: str) -> Callable[[TextResult], str]:
     return lambda text: f"{getattr(text, field):.4f}"
 
 
@@ -65,8 +72,29 @@ def _divergence(field: str, form: str, title: str | None = None) -> Column[TextR
     return Column(title, lambda text: format(getattr(text.divergence, field), form), right=True)
 
 
+def vocabulary_note(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> str:
+    """What is compared where the vocabularies differ, for people; "" where they do not."""
+    both = evaluation.vocabularies
+    if both is None or not evaluation.texts:
+        return ""
+    reference, model = names
+    if not both.is_part:
+        return (
+            f"Perplexities, KL and same top-1 are not compared: the vocabularies of the {model} ({both.tokens} tokens) "
+            f"and the {reference} ({both.against_tokens} tokens) differ. Bits per byte compare the two."
+        )
+    return (
+        f"KL and same top-1 are taken where tokens of the {reference} end, over the {both.tokens} of its "
+        f"{both.against_tokens} tokens that the {model} has; perplexities are a token of the {reference}'s. "
+        "Bits per byte are of the whole text."
+    )
+
+
+_TOKENS: Column[Any] = Column("tokens/byte", lambda one: f"{one.tokens_per_byte:.4f}", right=True)
+
+
 def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
-    """What files lose, of all texts and of each where there are several."""
+    """What files lose, of all texts and of each where there are several; tokens a byte where vocabularies differ."""
     texts = files[0].texts if files else ()
     return [
         Column("bits/byte", lambda one: f"{one.bits_per_byte:.4f}", right=True),
@@ -76,6 +104,7 @@ def loss_columns(files: Sequence[MeasuredFile]) -> list[Column[Any]]:
             lambda one: f"{one.bits_per_byte / one.dense_bits_per_byte - 1:+.2%}",
             right=True,
         ),
+        *([_TOKENS] if len({one.tokens_per_byte for one in files}) > 1 else []),
         Column("KL", lambda one: None if one.kl_mean is None else f"{one.kl_mean:.4f}", right=True),
         Column(
             "same top-1", lambda one: None if one.same_top1 is None else f"{one.same_top1:.1%}", right=True

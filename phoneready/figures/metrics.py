@@ -53,6 +53,7 @@ class Metric:
         best: The figure of a perfect model; pruning moves figures away from it. None of what pruning improves.
         slope: Expected d log(distance from best) / d log(share removed).
         tolerance: In `eval --baseline`; None of what is not held against a baseline there.
+        fixed: It is the tokenizer's: no channel, block or group that goes changes it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Metric:
     best: float | None = None
     slope: float = 0.0
     tolerance: Tolerance | None = None
+    fixed: bool = False
 
     @property
     def is_quality(self) -> bool:
@@ -94,6 +96,11 @@ _ROWS = (
         "bits_per_byte", "bits per byte", "loss on a text over its bytes, whatever the vocabulary", TEXT, "bits",
         best=0.0, slope=0.3,
         tolerance=Tolerance("max_bits_ratio", "bits per byte, times the baseline's.", 1.02, is_ratio=True),
+    ),
+    Metric(
+        "tokens_per_byte", "tokens per byte", "tokens of its tokenizer over a text's bytes: its time and context",
+        TEXT, "tokens", fixed=True,
+        tolerance=Tolerance("max_tokens_ratio", "tokens per byte, times the baseline's.", 1.02, is_ratio=True),
     ),
     Metric(
         "perplexity_ratio", "perplexity ratio", "perplexity over the dense model's on the same tokens", TEXT, "x",

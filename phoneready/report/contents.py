@@ -11,10 +11,11 @@ from cfsp.records import read_record
 from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.evaluation.sweep import Sweep
-from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, measured_on
+from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, measured_on, vocabulary_note
 from phoneready.figures.verdict import VERDICTS_FILE, Verdicts
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.tables import (
+    MODELS,
     budget_said,
     budget_table,
     losses_table,
@@ -81,6 +82,7 @@ def contents(report: ReportInput) -> dict[str, Any]:
         "measured_on": measured_on(figures.losses) if figures.losses else "",
         "standings": WHAT_STANDINGS_MEAN,
         "quality": quality_table(figures.evaluation),
+        "quality_note": vocabulary_note(figures.evaluation, MODELS),
         "widths": width_table(figures.plan),
         "vocabulary": vocabulary_table(figures.plan),
         "budget": budget_table(figures.plan),

@@ -38,9 +38,8 @@ def make_plots(figures: ReleaseFigures, groups: Sequence[BenchGroup], sweep: Swe
     for number, group in enumerate(groups):
         plots += [speed_plot(figures, group, number), ratio_plot(figures, group, number)]
     plots += [losses_plot(figures), quality_plot(figures, sweep)]
-    plots += (
-        [pattern_plot(figures.plan), allocation_plot(figures.plan)] if figures.plan.keep_ratio < 1 else []
-    )
+    plots += [] if figures.plan.keeps_blocks else [pattern_plot(figures.plan)]
+    plots += [allocation_plot(figures.plan)] if figures.plan.keep_ratio < 1 else []
     return [plot for plot in plots if plot is not None]
 
 

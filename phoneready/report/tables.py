@@ -17,6 +17,7 @@ from phoneready.figures.metrics import METRICS
 from phoneready.figures.verdict import OUTCOMES, BudgetVerdict
 from phoneready.release.artifact import FileLosses
 from phoneready.release.results import ReleaseFigures
+from phoneready.report.block_parts import block_parts, loses_attention
 from runtime_bench.presentation.comparison_table import speeds_text
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
@@ -102,10 +103,12 @@ def comparison_table(
 ) -> Table[Row]:
     """One quantization: both files, their ratio, and what the samples allow to say."""
     rows = [_ratio_row(METRICS["file_bytes"].title, dense.file_bytes, pruned.file_bytes, format_bytes)]
-    losses = [figures.losses_of(record.file) for record in (dense, pruned)]
-    before, now = (one.bits_per_byte if one else None for one in losses)
+    before, now = (figures.losses_of(record.file) for record in (dense, pruned))
     if before and now:
-        rows.append(_ratio_row(f"{METRICS['bits_per_byte'].title} of the file", before, now, "{:.4f}".format))
+        for metric in ("bits_per_byte", "tokens_per_byte"):
+            sides = getattr(before, metric), getattr(now, metric)
+            if metric == "bits_per_byte" or len({*sides}) > 1:
+                rows.append(_ratio_row(f"{METRICS[metric].title} of the file", *sides, "{:.4f}".format))
     return table_of_cells(COMPARED, [*rows, *bench_rows(group, dense.file, pruned.file)])
 
 
@@ -130,6 +133,7 @@ def quality_table(evaluation: Evaluation) -> Table[TextResult]:
 
 
 SIDES = ("dense", "pruned")
+MODELS = ("dense model", "pruned one")
 
 
 _PROOF: tuple[Column[ExportRecord], ...] = (
@@ -155,19 +159,18 @@ def proof_table(records: Sequence[ExportRecord]) -> Table[ExportRecord]:
 
 
 def width_table(plan: PruningPlan) -> Table[Row]:
-    """Every block's width and importance; its key-value groups, where some go."""
-    rows: list[Row] = [
-        (str(i), str(dense), str(block.width), f"{block.width / dense:.3f}", f"{block.importance:.4f}")
-        for i, (dense, block) in enumerate(zip(plan.dense_shape.ffn_widths, plan.blocks, strict=True))
-    ]
-    header: tuple[str, ...] = ("block", "dense", "kept", "share", "importance")
-    if groups := plan.kv_groups:
-        counts = [
-            f"{len(kept)} of {len(losses)}" for kept, losses in zip(groups.kept, groups.losses, strict=True)
-        ]
-        rows = [(*row, count) for row, count in zip(rows, counts, strict=True)]
-        header = (*header, "KV groups kept")
-    return table_of_cells(header, rows, words=0)
+    """Every block's width and importance; what is left of its attention, or that it goes, where any does."""
+    parts = block_parts(plan)
+    columns = {
+        "block": [str(index) for index in range(len(parts))],
+        "dense": [str(part.dense_width) for part in parts],
+        "kept": [str(part.width) for part in parts],
+        "share": [f"{part.share:.3f}" for part in parts],
+        "importance": [f"{block.importance:.4f}" for block in plan.blocks],
+    }
+    if plan.gone or loses_attention(plan):
+        columns["attention"] = [part.attention for part in parts]
+    return table_of_cells(tuple(columns), list(zip(*columns.values(), strict=True)), words=0)
 
 
 def vocabulary_table(plan: PruningPlan) -> Table[Row] | None:

@@ -101,6 +101,8 @@ class Forecast:
     def __init__(self, tried: Sequence[MeasuredPoint]) -> None:
         divergence = _Scale(METRICS["kl_mean"].slope)
         self._divergence = _Curve(divergence, [(one, one.row.divergence) for one in tried]) if tried else None
+        ratios = [(one, one.row.bits_ratio) for one in tried if one.row.bits_ratio is not None]
+        self._bits_ratio = _Curve(_Scale(METRICS["bits_per_byte"].slope), ratios) if ratios else None
         checks: dict[str, BudgetCheck] = {}
         measured: dict[str, list[tuple[MeasuredPoint, float]]] = {}
         for one in tried:
@@ -113,6 +115,10 @@ class Forecast:
     def divergence(self, point: Point) -> Prediction | None:
         """The goal's KL divergence at a point, in nats."""
         return self._divergence.at(point) if self._divergence else None
+
+    def bits_ratio(self, point: Point) -> Prediction | None:
+        """Bits per byte at a point, over the dense model's."""
+        return self._bits_ratio.at(point) if self._bits_ratio else None
 
     def figures(self, point: Point) -> dict[str, Prediction]:
         """What budgets limit and had to be measured, by the names that people read, in the figures' units."""

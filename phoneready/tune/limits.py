@@ -87,6 +87,11 @@ class Judged:
         """How far it is from meeting the budget that it misses most, relative to it; 0 where it meets all."""
         return max((one.excess(one.verdict.value) for one in self.missed), default=0.0)
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it misses a budget on what is the same at every ratio."""
+        return any(metric_of(one.budget.metric).fixed for one in self.missed)
+
     def misses(self, *, quality: bool) -> bool:
         """Whether it misses a budget of a quality, or one of a cost."""
         return any(one.is_quality == quality for one in self.missed)

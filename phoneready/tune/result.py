@@ -14,6 +14,12 @@ from phoneready.settings.structures import Structures
 from phoneready.tune.space import Point, Recipe, config_of
 from runtime_bench.presentation.table import Column, Table
 
+_BITS = "bits/byte, x dense"
+WHAT_BITS_SAY = (
+    "KL of fewer tokens than the dense model's is of those that are left, where dense tokens end; bits per byte are of "
+    "the whole text, over the dense model's."
+)
+
 
 @dataclass(frozen=True)
 class TrialRow(Structures):
@@ -35,6 +41,8 @@ class TrialRow(Structures):
         is_open: Whether noise leaves one open.
         missed: What it misses, for people.
         seconds: Time it took.
+        bits_ratio: Bits per byte over the dense model's on the same text, mean over the texts; None in results of
+            versions that did not measure it.
     """
 
     number: int
@@ -52,6 +60,7 @@ class TrialRow(Structures):
     is_open: bool
     missed: str
     seconds: float
+    bits_ratio: float | None = None
 
     @property
     def point(self) -> Point:
@@ -69,12 +78,14 @@ class Outlook:
         file_bytes: Size of its file; None of a format that has to be exported first.
         divergence: Expected: middle, low, high.
         others: The same of other measured figures that budgets limit, by name.
+        bits_ratio: The same of bits per byte over the dense model's.
     """
 
     prune_ratio: float
     file_bytes: int | None
     divergence: tuple[float, float, float]
     others: dict[str, tuple[float, float, float]]
+    bits_ratio: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,7 @@ def format_result(result: TuneResult) -> str:
     head = f"Goal: {goal} with {'; '.join(result.budgets) or 'no budget'}."
     parts = [head, "", "Size against quality, best of both:", "", _table(on_front, result.chosen)]
     parts += ["Other points that were tried:", "", _table(others, result.chosen)] if others else []
+    parts += [WHAT_BITS_SAY, ""] if any(row.vocabulary for row in result.trials) else []
     parts += ["Could not be made:", *(f"- {text}" for text in result.failed), ""] if result.failed else []
     if result.outlook and best is not None:
         recipe = best.point.recipe.describe()
@@ -166,9 +178,10 @@ def format_result(result: TuneResult) -> str:
 
 
 def _chosen(best: TrialRow) -> str:
+    bits = "" if best.bits_ratio is None else f", bits per byte {best.bits_ratio:.4f} x dense"
     return (
         f"Chosen: {best.point.describe()}, {format_bytes(best.file_bytes)} "
-        f"({best.file_bytes / 1e6:.2f} MB), KL {best.divergence:.4f}"
+        f"({best.file_bytes / 1e6:.2f} MB), KL {best.divergence:.4f}{bits}"
         f"{'; noise leaves a budget open' if best.is_open else ''}."
     )
 
@@ -191,6 +204,7 @@ def _table(rows: Sequence[TrialRow], chosen: int | None) -> str:
         Column("size", lambda row: _megabytes(row.file_bytes), right=True),
         Column("KL", lambda row: f"{row.divergence:.4f}", right=True),
         Column("expected", lambda row: format_expected(row.expected), right=True),
+        Column(_BITS, lambda row: None if row.bits_ratio is None else f"{row.bits_ratio:.4f}", right=True),
         *(_other(name, "{:.4g}".format) for name in _names(rows)),
         Column("budgets", verdict, right=True),
     ]
@@ -202,6 +216,7 @@ def _outlook_table(rows: Sequence[Outlook]) -> str:
         Column("prune ratio", lambda row: f"{row.prune_ratio:.4f}"),
         Column("size", lambda row: _megabytes(row.file_bytes), right=True),
         Column("KL", lambda row: format_expected(row.divergence), right=True),
+        Column(_BITS, lambda row: format_expected(row.bits_ratio), right=True),
         *(_other(name, lambda value: format_expected(value, ".4g")) for name in _names(rows)),
     ]
     return Table(columns, rows).markdown()

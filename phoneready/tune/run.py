@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import write_text
@@ -184,19 +185,30 @@ class _Search:
             is_open=judged.is_open,
             missed=judged.describe(),
             seconds=measured.seconds,
+            bits_ratio=self._bits_ratio(trial),
             **recipe.plain,
         )
         return MeasuredPoint(row, judged)
 
     def _divergence(self, trial: Trial) -> float | None:
         """The goal: the mean over all texts of the mean KL divergence."""
+        divergences = self._of_texts(trial, "kl_mean", PRUNED)
+        return fmean(divergences.values()) if divergences else None
+
+    def _bits_ratio(self, trial: Trial) -> float | None:
+        """The mean over all texts of bits per byte over the dense model's, which any vocabulary has."""
+        ours, dense = (self._of_texts(trial, "bits_per_byte", role) for role in (PRUNED, DENSE))
+        ratios = [value / dense[text] for text, value in ours.items() if text in dense]
+        return fmean(ratios) if ratios else None
+
+    def _of_texts(self, trial: Trial, metric: str, role: str) -> dict[str | None, float]:
+        """A figure of what the goal is of, by text."""
         item = self.limits.objective_item(trial.point)
-        divergences = [
-            figure.value
-            for figure in trial.measured.figures.figures
-            if figure.key.metric == "kl_mean" and figure.key.item == item and figure.value is not None
-        ]
-        return sum(divergences) / len(divergences) if divergences else None
+        return {
+            key.on: figure.value
+            for key, figure in trial.measured.figures.by_key(role).items()
+            if key.metric == metric and key.item == item and figure.value is not None
+        }
 
     def _try(self, candidate: Candidate, show: Callable[[str], None]) -> None:
         try:
@@ -251,7 +263,9 @@ class _Search:
             if expected is not None:
                 size = self.bench.runner.file_bytes(point)
                 others = dict[str, tuple[float, float, float]](forecast.figures(point))
-                outlooks.append(Outlook(point.prune_ratio, size, expected, others))
+                outlooks.append(
+                    Outlook(point.prune_ratio, size, expected, others, forecast.bits_ratio(point))
+                )
         return tuple(outlooks)
 
 
@@ -263,7 +277,8 @@ def _check_goal(limits: Limits, recipes: Sequence[Recipe]) -> None:
         return
     for recipe in recipes:
         keys = limits.wanted(Point(recipe, limits.tune.max_prune_ratio))
-        if not any(metric_of(key.metric).is_quality for key in keys):
+        metrics = [metric_of(key.metric) for key in keys]
+        if not any(metric.is_quality and not metric.fixed for metric in metrics):
             raise InputError(
                 f"without a budget for the quality of {recipe.item} the smallest file is the worst one",
                 field="budgets",

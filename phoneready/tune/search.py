@@ -136,6 +136,11 @@ class Searcher:
         points, feasible = self._points(recipe), self._feasible(recipe)
         if not feasible:
             return None
+        same = [
+            one for one in tried if (one.row.file, one.row.vocabulary) == (recipe.item, recipe.vocabulary)
+        ]
+        if any(one.judged.is_hopeless for one in same):
+            return None
         known = {points.index(one.point): one.judged for one in tried if one.point in points}
         chosen = self._smallest if self._tune.goal == SIZE else self._best_quality
         index = chosen(points, len(points) - len(feasible), known, forecast)

@@ -208,7 +208,7 @@ def test_the_gate_passes_what_is_as_good(
 ) -> None:
     result = evaluate(capsys, other, "--against", model, *SIZES, "--baseline", baseline)
     rows = {row["metric"]: row for row in result["gate"]}
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert all(row["ok"] for row in rows.values())
     assert rows["perplexity, text builtin:python-docs"]["change"] == pytest.approx(1)
     assert rows["KL mean, text builtin:python-docs"]["allowed"] == 0.01
@@ -438,6 +438,8 @@ def test_bits_per_byte_are_the_loss_over_the_bytes(model: str, capsys: pytest.Ca
     bits = math.log2(found["perplexity"]) * found["n_tokens"] / found["n_bytes"]
     assert found["bits_per_byte"] == pytest.approx(bits)
     assert found["against_bits_per_byte"] == pytest.approx(bits)
+    lengths = {found["tokens_per_byte"], found["against_tokens_per_byte"]}
+    assert lengths == {found["n_tokens"] / found["n_bytes"]}
 
 
 def test_models_of_two_vocabularies_are_judged_on_the_same_text(
@@ -455,10 +457,14 @@ def test_models_of_two_vocabularies_are_judged_on_the_same_text(
     assert plain.get_output_embeddings().weight.shape[0] == len(
         transformers.AutoTokenizer.from_pretrained(trimmed)
     )
-    found = evaluate(capsys, trimmed, "--against", model, *TEXT)["texts"][0]
+    judged = evaluate(capsys, trimmed, "--against", model, *TEXT)
+    assert judged["vocabularies"] == {"tokens": 300, "against_tokens": 384, "is_part": True}
+    found = judged["texts"][0]
     dense = evaluate(capsys, model, *TEXT)["texts"][0]
     assert found["n_bytes"] <= dense["n_bytes"], "a window ends where the other has enough tokens"
     assert found["against_bits_per_byte"] == pytest.approx(dense["bits_per_byte"], rel=0.1)
+    assert found["against_tokens_per_byte"] == found["n_tokens"] / found["n_bytes"]
+    assert found["tokens_per_byte"] > found["against_tokens_per_byte"], "what is gone is spelled in parts"
     lost = found["divergence"]
     assert lost["kl_mean"] > 0
     assert lost["perplexity_ratio"] == pytest.approx(
@@ -469,9 +475,23 @@ def test_models_of_two_vocabularies_are_judged_on_the_same_text(
             / lost["n_tokens"]
         )
     )
-    other = evaluate(capsys, model, "--against", trimmed, *TEXT)["texts"][0]
+    judged = evaluate(capsys, model, "--against", trimmed, *TEXT)
+    assert judged["vocabularies"] == {"tokens": 384, "against_tokens": 300, "is_part": False}
+    other = judged["texts"][0]
     assert other["divergence"] is None, "the reference lacks tokens of the model"
     assert other["bits_per_byte"] == pytest.approx(dense["bits_per_byte"], rel=0.1)
+    assert other["tokens_per_byte"] == pytest.approx(found["against_tokens_per_byte"], rel=0.1)
+    assert other["against_tokens_per_byte"] == pytest.approx(found["tokens_per_byte"], rel=0.1)
+    notes = {
+        (trimmed, model): "over the 300 of its 384 tokens that the model has",
+        (model, trimmed): "KL and same top-1 are not compared",
+        (model, model): "Windows of",
+    }
+    for (one, against), note in notes.items():
+        assert main(["eval", one, "--against", against, *TEXT]) == 0
+        printed = capsys.readouterr().out
+        assert note in printed
+        assert ("same top-1 are" in printed) == (one != against)
     own = [str(tmp_path / "own.py") + ":count"]
     (tmp_path / "own.py").write_text(
         "def count(model, tokenizer, windows):\n    return 1.0\n", encoding="utf-8"

@@ -19,12 +19,13 @@ from cfsp.pruning.axes.token_kinds import TokenKind
 from cfsp.pruning.axes.vocabulary import VocabularyPlan
 from cfsp.pruning.budget import AxisShare, BudgetShares
 from cfsp.records import write_record
+from phoneready.evaluation.evaluation_record import Vocabularies
 from phoneready.report.contents import ReportInput, beaten, bench_notes, read_verdicts
 from phoneready.report.escape import plot_text, script_json, spelled_out
 from phoneready.report.markdown import render_report, verdict_table
 from phoneready.report.page import render_page
 from phoneready.report.plots import make_plots
-from phoneready.report.tables import Mark, comparison_table, width_table
+from phoneready.report.tables import Mark, comparison_table, losses_table, width_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.groups import bench_groups
@@ -385,6 +386,29 @@ def test_files_are_compared_by_bits_per_byte(make_report_input: MakeReportInput)
     assert len(comparison_table(replace(report.figures, losses=()), None, *pair).rows) == 1
 
 
+def test_tokens_per_byte_stand_there_where_vocabularies_differ(make_report_input: MakeReportInput) -> None:
+    figures = make_report_input("Tiny").figures
+    assert "tokens/byte" not in losses_table(figures).markdown()
+    losses = tuple(
+        one if one.is_dense else replace(one, texts=(replace(one.texts[0], n_tokens=147),))
+        for one in figures.losses
+    )
+    figures = replace(figures, losses=losses)
+    row = comparison_table(figures, None, *figures.pairs[0]).rows[2]
+    assert row == ("tokens per byte of the file", "0.3000", "0.3500", "1.167")
+    assert "tokens/byte" in losses_table(figures).markdown()
+
+
+def test_it_says_which_tokens_a_divergence_is_over(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    evaluation = replace(report.figures.evaluation, vocabularies=Vocabularies(300, 384, is_part=True))
+    trimmed = replace(report, figures=replace(report.figures, evaluation=evaluation))
+    note = "over the 300 of its 384 tokens that the pruned one has"
+    for render in (render_page, render_report):
+        assert note in render(trimmed)
+        assert note not in render(report)
+
+
 def test_what_is_kept_of_the_vocabulary_is_shown(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
     kept = VocabularyPlan(
@@ -443,8 +467,41 @@ def test_key_value_groups_that_stay_are_told(make_report_input: MakeReportInput)
     plan = replace(plan, kv_groups=groups)
     text = render_page(replace(report, figures=replace(report.figures, plan=plan)))
     assert f"1 of {2 * len(plan.blocks)} key-value groups removed" in text
-    assert "KV groups kept" in text
-    assert [row[-1] for row in width_table(plan).rows[:2]] == ["1 of 2", "2 of 2"]
+    assert [row[-1] for row in width_table(plan).rows[:2]] == ["1 of 2 KV groups", "2 of 2 KV groups"]
+
+
+def test_what_is_left_of_every_block_is_shown(make_report_input: MakeReportInput) -> None:
+    report = make_report_input("Tiny")
+    plan = report.figures.plan
+    n, whole = len(plan.blocks), [replace(block, width=len(block.ranking)) for block in plan.blocks]
+    losses = tuple(0.1 for _ in range(n))
+    kept = ((0, 1), (), (1,), (), *((0, 1) for _ in range(n - 4)))
+    plan = replace(
+        plan,
+        blocks=tuple(replace(block, width=0) if i == 1 else block for i, block in enumerate(whole)),
+        depth=Removal((1,), losses, 0.1, 64),
+        attention=Removal((3,), losses, 0.1, 64),
+        kv_groups=GroupRemoval(kept, ((0.1, 0.1),) * n, 0.1, 64),
+    )
+    assert plan.keep_ratio == 1, "no channel of a block that stays went"
+    words = ["2 of 2 KV groups", "block removed", "1 of 2 KV groups", "no attention"]
+    assert [row[-1] for row in width_table(plan).rows[:4]] == words
+    pruned = replace(report, figures=replace(report.figures, plan=plan))
+    assert all(word in render_report(pruned) for word in words)
+    plots = {plot.id: plot for plot in make_plots(pruned.figures, [], None)}
+    assert "plot-allocation" not in plots
+    plot = plots["plot-pattern"]
+    heat, ffn, attention, importance = plot.figure["data"]
+    assert set(heat["z"][1]) == {None}
+    assert [row[0] for row in ffn["z"][:2]] == [1, None]
+    assert [row[0] for row in attention["z"][:4]] == [1, None, 0.5, 0]
+    assert [row[0] for row in attention["text"][:4]] == ["2/2", "", "1/2", "none"]
+    assert len(importance["z"]) == n
+    assert [(one["text"], one["y"]) for one in plot.figure["layout"]["annotations"]] == [("removed", 1)]
+    assert "block that is removed" in plot.caption
+    untouched = replace(plan, blocks=tuple(whole), depth=None, attention=None, kv_groups=None)
+    assert "plot-pattern" not in {p.id for p in make_plots(replace(report.figures, plan=untouched), [], None)}
+    assert width_table(untouched).rows[0][-1] == f"{untouched.blocks[0].importance:.4f}"
 
 
 def test_the_page_is_well_formed(make_report_input: MakeReportInput) -> None:

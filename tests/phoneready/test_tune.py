@@ -240,6 +240,12 @@ def test_vocabularies_are_searched_beside_ratios(wide_model: Path, tmp_path: Pat
     assert result.best.divergence == min(row.divergence for row in result.trials if row.meets)
     table = (output / TABLE_FILE).read_text(encoding="utf-8")
     assert re.search(r"\| +300 tokens \|", table)
+    assert "bits/byte, x dense" in table
+    assert f"bits per byte {result.best.bits_ratio:.4f} x dense" in table
+    assert all(row.bits_ratio is not None and 0.5 < row.bits_ratio < 2 for row in result.trials)
+    for one in result.outlook:
+        assert one.bits_ratio is not None
+        assert one.bits_ratio[1] <= one.bits_ratio[0] <= one.bits_ratio[2]
     chosen = load_config(output / RELEASE_FILE)
     assert chosen.prune.vocabulary == result.best.vocabulary
     assert main(["release", str(output / RELEASE_FILE), "-o", str(tmp_path / "out"), "--threads", "1"]) == 0
@@ -404,3 +410,26 @@ def test_a_baseline_of_another_model_is_refused_before_any_trial(model: Path, tm
     with pytest.raises(InputError, match="of another model: another model"):
         search(path, tmp_path / "tuned")
     assert not (tmp_path / "tuned" / STUDY_FILE).exists()
+
+
+def test_a_vocabulary_that_needs_too_many_tokens_is_given_up(wide_model: Path, tmp_path: Path) -> None:
+    """No ratio changes how many tokens a text takes, so one trial settles it."""
+    more = """
+[tune]
+goal = "size"
+vocabularies = [0, 300]
+min_prune_ratio = 0.25
+[[budgets]]
+metric = "kl_mean"
+at_most = 100
+[[budgets]]
+metric = "tokens_per_byte"
+files = ["checkpoint"]
+relative_to = "dense"
+at_most = 1.0
+"""
+    result = search(write(tmp_path, wide_model, more), tmp_path / "tuned")
+    assert [row.meets for row in result.trials if row.vocabulary == 300] == [False]
+    assert result.best is not None
+    assert result.best.prune_ratio == 0.5
+    assert result.best.others["tokens_per_byte, text builtin:python-docs"] == 1.0
