@@ -106,14 +106,19 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """config.json of a folder, or what it says of the text part, all keys that matter to us of sound kind and size.
 
     Raises:
-        InputError: Missing or malformed, an architecture that is not in the table, quantized weights, or values that
-            are of the wrong kind, out of range, or do not fit together; all are named.
+        InputError: Missing or malformed, an adapter beside it, an architecture that is not in the table, quantized
+            weights, or values that are of the wrong kind, out of range, or do not fit together; all are named.
     """
     # They bring torch, which readers of GGUF headers do without.
     from cfsp.models.architectures import ARCHITECTURES
     from cfsp.models.folds import FOLDS, require_foldable
 
     file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} holds an adapter, which fits the whole model alone",
+            allowed="a model with the adapter merged into its weights (peft: merge_and_unload)",
+        )
     if not file.exists():
         raise InputError(
             f"{folder} has no config.json", allowed="a Hugging Face model folder, or a .gguf file"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import decoder_layers, model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -137,6 +137,7 @@ def plan_model(
         InputError: Settings that do not fit the model, or a budget that nothing meets.
     """
     check_settings(settings)
+    settings = with_counts(loaded.model, settings)
     check_removals(loaded.model, settings)
     decision = vocabulary = counts = order = None
     if settings.vocabulary or (budget is not None and "vocabulary" in budget.axes):
@@ -197,15 +198,33 @@ class Removals:
         """
         depth = attention = groups = None
         with products_in(settings.dtype, self._device_type):
-            if count := settings.blocks:
+            if count := int(settings.blocks):
                 depth = self._depth(count)
             gone = frozenset(depth.removed if depth else ())
-            if count := settings.attentions:
+            if count := int(settings.attentions):
                 attention = self._attention(count, gone)
             if ratio := settings.kv_groups:
                 silent = frozenset(attention.removed if attention else ())
                 groups = self._groups(ratio, gone=gone, silent=silent)
         return depth, attention, groups
+
+
+def with_counts(model: Any, settings: PruneSettings) -> PruneSettings:
+    """Settings that say how many blocks and attentions go, where they say which share; of attentions of those left.
+
+    Raises:
+        InputError: Above 1 and no whole number.
+    """
+    shape = model_shape(model)
+    blocks = _count(settings.blocks, len(shape.blocks), "blocks")
+    attending = len(shape.blocks) - len(shape.without_attention) - blocks
+    return replace(settings, blocks=blocks, attentions=_count(settings.attentions, attending, "attentions"))
+
+
+def _count(amount: float, of: int, field: str) -> int:
+    if amount >= 1 and amount != int(amount):
+        raise InputError("neither a number nor a share", field=field, value=amount)
+    return int(amount) if amount >= 1 else round(amount * of)
 
 
 def check_removals(model: Any, settings: PruneSettings) -> None:
@@ -214,10 +233,10 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
     Groups are counted where nothing else goes: how many a share is beside that, only the plan can say.
     """
     if settings.blocks:
-        removable_blocks(model, settings.blocks)
+        removable_blocks(model, int(settings.blocks))
     if settings.attentions:
-        others = len(decoder_layers(model)) - settings.blocks - 1
-        check_attentions(removable_attentions(model, frozenset())[:others], settings.attentions)
+        others = len(decoder_layers(model)) - int(settings.blocks) - 1
+        check_attentions(removable_attentions(model, frozenset())[:others], int(settings.attentions))
     if settings.kv_groups and not (settings.blocks or settings.attentions):
         removable_count(model, settings.kv_groups)
 

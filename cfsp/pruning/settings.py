@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
+from cfsp.errors import InputError
 from cfsp.settings import Setting, Settings, setting
 from cfsp.validation import WhereSet
 
 ALIGN = Setting("Widths are multiples of this.", ge=1)
 DEFAULT_ALIGN = 32
+
+
+def parse_amount(text: str, field: str) -> int | float:
+    """A number of parts, or a share of them below 1.
+
+    Raises:
+        InputError: Neither.
+    """
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        share = float(text)
+        if 0 < share < 1:
+            return share
+    raise InputError("neither a number nor a share", field=field, value=text, allowed="such as 2, or 0.1")
 
 
 @dataclass(frozen=True)
@@ -58,11 +75,21 @@ class PruneSettings(Settings):
     vocabulary: Annotated[int, WhereSet] = setting(
         0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24
     )
-    blocks: Annotated[int, WhereSet] = setting(
-        0, "Whole decoder blocks to remove; 0 removes none.", ge=0, le=512
+    blocks: Annotated[int | float, WhereSet] = setting(
+        0,
+        "Whole decoder blocks to remove: how many, or a share below 1; 0 removes none.",
+        ge=0,
+        le=512,
+        parse=parse_amount,
+        metavar="N|SHARE",
     )
-    attentions: Annotated[int, WhereSet] = setting(
-        0, "Attentions to remove from blocks that stay; 0 removes none.", ge=0, le=512
+    attentions: Annotated[int | float, WhereSet] = setting(
+        0,
+        "Attentions to remove from blocks that stay: how many, or a share below 1; 0 removes none.",
+        ge=0,
+        le=512,
+        parse=parse_amount,
+        metavar="N|SHARE",
     )
     kv_groups: Annotated[float, WhereSet] = setting(
         0.0,

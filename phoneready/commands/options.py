@@ -183,7 +183,7 @@ def _read(row: Declared, given: Any) -> Any:
     """The value of a setting from what typer read."""
     wanted, option = row.setting, row.options[-1]
     if wanted.parse is not None:
-        return None if given is None else wanted.parse(given, option)
+        return row.default if given is None else wanted.parse(given, option)
     if _is_tuple(row):
         kind = get_args(row.kind)[0]
         if not wanted.splits:

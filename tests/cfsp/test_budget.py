@@ -304,6 +304,22 @@ def test_a_model_with_blocks_that_do_not_attend_is_pruned_again(
     assert plan == result.plan
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.34, 2), (0.2, 1), (2, 2), (0, 0)])
+def test_blocks_and_attentions_go_by_number_or_share(tiny_loaded: Any, share: float, count: int) -> None:
+    for field in ("blocks", "attentions"):
+        model = tiny_loaded(num_hidden_layers=6)
+        result = prune_model(model, calibration(), replace(SETTINGS, **{field: share}))
+        plan = result.plan
+        assert len(plan.gone if field == "blocks" else plan.silent) == count
+        assert getattr(plan.settings, field) == count
+        assert isinstance(getattr(plan.settings, field), int)
+
+
+def test_what_is_neither_a_number_nor_a_share(tiny_loaded: Any) -> None:
+    with pytest.raises(InputError, match="neither a number nor a share"):
+        prune_model(tiny_loaded(), calibration(), replace(SETTINGS, blocks=1.5))
+
+
 def test_no_more_attentions_go_than_there_are(tiny_loaded: Any) -> None:
     once = prune_model(tiny_loaded(), calibration(), replace(SETTINGS, attentions=2)).loaded
     with pytest.raises(InputError, match="attentions"):

@@ -359,6 +359,15 @@ def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> Non
     assert "llama, mistral, qwen2, qwen3, smollm3" in message
 
 
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_is_no_model(tiny_folder: Any, beside: bool) -> None:
+    folder = tiny_folder()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+    if not beside:
+        (folder / "config.json").unlink()
+    assert "holds an adapter" in one_line_error(folder)
+
+
 def test_quantized_folder_is_refused(tiny_folder: Any) -> None:
     folder = tiny_folder()
     config = json.loads((folder / "config.json").read_text())
