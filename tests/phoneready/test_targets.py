@@ -268,7 +268,7 @@ def test_prune_says_what_each_axis_gives(
         ),
         (
             ["--target-size", "2kB", "--target-axes", "ffn", "--for", "Q8_0", *SMALL],
-            "target_size: 0.00 MB is less than any combination of what may be removed takes; allowed: about 0.",
+            "target_size: 0.002 MB is less than any combination of what may be removed takes; allowed: about 0.",
         ),
     ],
 )
