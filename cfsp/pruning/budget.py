@@ -140,6 +140,11 @@ class Levels:
         """An axis that is left alone."""
         return cls(units, np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
 
+    @property
+    def unit(self) -> float:
+        """What one saves, where all save alike."""
+        return float(self.saved[-1] / max(self.removed[-1], 1))
+
     def at(self, removed: int | npt.NDArray[np.int64]) -> tuple[Any, Any]:
         """What is saved and lost without so many units: between two levels, and none, a straight line."""
         known = np.concatenate([[0], self.removed])
@@ -240,6 +245,17 @@ class Evidence:
         lost = losses + self.curve.at(ratio)
         most = np.where(np.isfinite(lost), saved + ratio * stay, -np.inf)
         return self._choice(int(most.argmax()), ratio, lost)
+
+    def with_removed(self, removed: Mapping[str, int], excess: float) -> Choice:
+        """So many units of every axis but FFN channels, and as many of these as are missing then.
+
+        Args:
+            removed: Axis -> units that go.
+            excess: What is to be saved.
+        """
+        missing = excess - sum(self.levels[axis].at(removed[axis])[0] for axis in _COUNTED)
+        ratio = float(np.clip(missing / max(self._stay(removed["blocks"]), _SLACK), *self.ratios))
+        return Choice(removed, ratio, self.loss(removed, ratio))
 
     def loss(self, removed: Mapping[str, int], ratio: float) -> float:
         """Predicted without so many units of every axis but FFN channels, and this share of those."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     channels = _channels(trials, settings, budget, shape, dense)
     evidence = Evidence(levels, *channels, going=parts.together(levels))
     allocation = _Allocation(budget, evidence, trials.plan, parts, vocabulary, dense)
-    fit = allocation.least()
+    fit = allocation.with_returned(allocation.least())
     size = vocabulary.sizes[fit.level]
     settings = replace(
         settings,
@@ -210,6 +211,38 @@ class _Allocation:
             raise unreachable(self.budget, fit.cost)
         return fit
 
+    def with_returned(self, fit: _Fit) -> _Fit:
+        """Without what goes for nothing: units come back, the dearest first, while the budget is met.
+
+        Parts go whole and may save more than was missing. Channels or tokens that take the place of one that comes
+        back are predicted to lose no more than it.
+        """
+        excess = self.dense - self.budget.target
+        while self.budget.target - fit.cost >= self._step(fit):
+            removed = (_with_one_back(fit.choice, axis) for axis in self._returnable(fit))
+            fits = (self._fit(self.evidence.with_removed(one, excess)) for one in removed)
+            better = (one for one in fits if one.cost <= self.budget.target and one.loss <= fit.loss)
+            if (returned := next(better, None)) is None:
+                break
+            fit = returned
+        return fit
+
+    def _step(self, fit: _Fit) -> float:
+        """What the least unit takes that may come back or be cut."""
+        steps = [self.evidence.levels[axis].unit for axis in self._returnable(fit)]
+        if "ffn" in self.budget.axes:
+            steps.append(self.whole.settings.align * self.evidence.channel_saves)
+        return min(steps, default=math.inf)
+
+    def _returnable(self, fit: _Fit) -> list[str]:
+        """Axes of which a part may come back, first those whose last costs most."""
+        last = {}
+        for axis in PARTS:
+            table, removed = self.evidence.levels[axis], fit.choice.removed[axis]
+            if removed > table.removed[0] and self.parts.going(_with_one_back(fit.choice, axis)):
+                last[axis] = table.at(removed)[1] - table.at(removed - 1)[1]
+        return sorted(last, key=lambda axis: -last[axis])
+
     def _fit(self, choice: Choice) -> _Fit:
         """A combination with as many tokens, where no channels go, and as many channels as fit."""
         vocabulary, low = self.vocabulary, self.evidence.ratios[0]
@@ -222,6 +255,11 @@ class _Allocation:
         removed = {**choice.removed, "vocabulary": vocabulary.tokens - vocabulary.sizes[level]}
         loss = self.evidence.loss(removed, _ratio(plan))
         return _Fit(replace(choice, removed=removed), level, plan, vocabulary.cost(level, plan.shape), loss)
+
+
+def _with_one_back(choice: Choice, axis: str) -> Mapping[str, int]:
+    """What is removed but for one unit of an axis."""
+    return {**choice.removed, axis: choice.removed[axis] - 1}
 
 
 class _Parts:
