@@ -231,7 +231,9 @@ class _Allocation:
         """What the least unit takes that may come back or be cut."""
         steps = [self.evidence.levels[axis].unit for axis in self._returnable(fit)]
         if "ffn" in self.budget.axes:
-            steps.append(self.whole.settings.align * self.evidence.channel_saves)
+            settings, blocks = self.whole.settings, len(fit.plan.shape.blocks)
+            unit = settings.align * (blocks if settings.uniform_width else 1)
+            steps.append(unit * self.evidence.channel_saves)
         return min(steps, default=math.inf)
 
     def _returnable(self, fit: _Fit) -> list[str]:
