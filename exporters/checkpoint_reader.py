@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -95,6 +95,23 @@ class ModelConfig:
     def narrowest(self) -> int | None:
         """The narrowest window of a block; None where every block sees everything."""
         return min((window for window in self.windows if window), default=None)
+
+    def with_shape(self, shape: ModelShape) -> ModelConfig:
+        """The same model with other blocks, of which each says by its origin which of these it was.
+
+        Key-value heads and tokens of which the shape says nothing are as they are.
+        """
+        was = [self.shape.blocks[block.origin] for block in shape.blocks]
+        blocks = (
+            replace(block, kv_groups=old.kv_groups) if block.kv_groups is None else block
+            for block, old in zip(shape.blocks, was, strict=True)
+        )
+        return replace(
+            self,
+            shape=ModelShape(shape.vocab_size or self.vocab_size, tuple(blocks)),
+            rotated=tuple(self.rotated[block.origin] for block in shape.blocks),
+            windows=tuple(self.windows[block.origin] for block in shape.blocks),
+        )
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -126,15 +126,10 @@ def _vocabulary(model: _Model) -> str:
     return f"{len(trees.parts)} of {len(model.tokenizer)} tokens can go (--vocabulary)"
 
 
-def _of_blocks(model: _Model, blocks: Sequence[BlockShape], kept: Sequence[int], option: str) -> str:
+def _of_blocks(model: _Model, blocks: Sequence[BlockShape], option: str) -> str:
     """What holds the model with these blocks; ONNX graphs hold all."""
     config = model.config
-    left = replace(
-        config,
-        shape=ModelShape(config.vocab_size, tuple(blocks)),
-        rotated=tuple(config.rotated[index] for index in kept),
-        windows=tuple(config.windows[index] for index in kept),
-    )
+    left = config.with_shape(ModelShape(config.vocab_size, tuple(blocks)))
     try:
         return f"GGUF as {model.in_gguf(left).layout.architecture}, ONNX ({option})"
     except InputError as error:
@@ -148,8 +143,7 @@ def _with_last(model: _Model, **own: Any) -> tuple[BlockShape, ...]:
 
 
 def _changed(model: _Model, option: str, **own: Any) -> str:
-    blocks = _with_last(model, **own)
-    return _of_blocks(model, blocks, range(len(blocks)), option)
+    return _of_blocks(model, _with_last(model, **own), option)
 
 
 def _channels(model: _Model) -> str:
@@ -179,8 +173,8 @@ def _blocks(model: _Model) -> str:
     blocks = model.config.shape.blocks
     if len(blocks) < 2:
         raise InputError("one block stays")
-    kept = [index for index in range(len(blocks)) if index != len(blocks) // 2]
-    return _of_blocks(model, [blocks[index] for index in kept], kept, "--blocks")
+    middle = len(blocks) // 2
+    return _of_blocks(model, (*blocks[:middle], *blocks[middle + 1 :]), "--blocks")
 
 
 def _gguf(model: _Model) -> str:
@@ -200,7 +194,7 @@ def _onnx(model: _Model) -> str:
 
 def _portable(model: _Model) -> str:
     if set(model.config.kv_heads) != {max(model.config.kv_heads)}:
-        raise InputError("optimum gives every block a cache of the same heads")
+        raise InputError("optimum gives every block a cache of the same heads; all other variants hold it")
     require_optimum()
     return "by optimum"
 

@@ -9,8 +9,9 @@ taken.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -139,6 +140,17 @@ class Levels:
         """An axis that is left alone."""
         return cls(units, np.zeros(1, np.int64), np.zeros(1), np.zeros(1))
 
+    @property
+    def unit(self) -> float:
+        """What one saves, where all save alike."""
+        return float(self.saved[-1] / max(self.removed[-1], 1))
+
+    def at(self, removed: int | npt.NDArray[np.int64]) -> tuple[Any, Any]:
+        """What is saved and lost without so many units: between two levels, and none, a straight line."""
+        known = np.concatenate([[0], self.removed])
+        saved, losses = (np.concatenate([[0.0], row]) for row in (self.saved, self.losses))
+        return np.interp(removed, known, saved), np.interp(removed, known, losses)
+
 
 @dataclass(frozen=True)
 class ChannelCurve:
@@ -171,12 +183,12 @@ class Choice:
     """A combination.
 
     Attributes:
-        levels: Axis -> level, of all but FFN channels.
+        removed: Axis -> units that go, of all but FFN channels.
         ratio: Share of the FFN channels of the blocks that stay.
         loss: Predicted, nats a token.
     """
 
-    levels: Mapping[str, int]
+    removed: Mapping[str, int]
     ratio: float
     loss: float
 
@@ -191,6 +203,9 @@ class Evidence:
         channels: Of the dense model.
         channel_saves: What a model takes less without one channel.
         ratios: Least and largest share of channels that may go.
+        going: Axis of parts -> how many go where levels of attentions, groups and blocks come together,
+            (n_attentions, n_groups, n_blocks): a block takes its attention along. Below 0 where there is no such
+            model; as many as the level has where an axis is not named.
     """
 
     levels: Mapping[str, Levels]
@@ -198,6 +213,7 @@ class Evidence:
     channels: int
     channel_saves: float
     ratios: tuple[float, float]
+    going: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
 
     def choose(self, excess: float, alone: str | None = None) -> Choice | None:
         """The combination of the least loss that saves at least so much; None where none does.
@@ -208,35 +224,73 @@ class Evidence:
             excess: What is to be saved.
             alone: An axis that alone may give more than the least.
         """
-        tables = [self.levels[axis] for axis in _COUNTED]
-        cut = [slice(None if alone in (None, axis) else 1) for axis in _COUNTED]
-        saved = [table.saved[part] for table, part in zip(tables, cut, strict=True)]
-        losses = [table.losses[part] for table, part in zip(tables, cut, strict=True)]
-        stay = self._stay[cut[-1]]
+        cut = tuple(slice(None if alone in (None, axis) else 1) for axis in _COUNTED)
+        stay, saved, losses = (table[cut] for table in self._tables)
         low, high = self.ratios if alone in (None, "ffn") else self.ratios[:1] * 2
-        missing = excess - _sum(saved)
+        missing = excess - saved
         ratio = np.clip(missing / np.maximum(stay, _SLACK), low, high)
-        lost = _sum(losses) + self.curve.at(ratio)
+        lost = losses + self.curve.at(ratio)
         lost[missing > high * stay + _SLACK * max(abs(excess), 1.0)] = np.inf
         if not np.isfinite(least := float(lost.min())):
             return None
-        used = _sum([np.arange(len(part)) > 0 for part in saved]) + (ratio > low)
+        used = _sum([np.arange(length) > 0 for length in saved.shape]) + (ratio > low)
         ranked = np.where(lost <= _AS_GOOD * least, used + lost / (_AS_GOOD * least or 1.0), np.inf)
-        best = np.unravel_index(int(ranked.argmin()), lost.shape)
-        levels = {axis: int(level) for axis, level in zip(_COUNTED, best, strict=True)}
-        return Choice(levels, float(ratio[best]), float(lost[best]))
+        return self._choice(int(ranked.argmin()), ratio, lost)
 
     @property
-    def most(self) -> float:
-        """All that can be saved."""
-        depth = self.levels["blocks"].saved + self.ratios[1] * self._stay
-        return float(depth.max() + sum(self.levels[axis].saved.max() for axis in _COUNTED[:-1]))
+    def largest(self) -> Choice:
+        """The combination that saves most."""
+        stay, saved, losses = self._tables
+        ratio = np.full_like(saved, self.ratios[1])
+        lost = losses + self.curve.at(ratio)
+        most = np.where(np.isfinite(lost), saved + ratio * stay, -np.inf)
+        return self._choice(int(most.argmax()), ratio, lost)
 
-    @property
-    def _stay(self) -> Array:
-        """What all channels take that stay with the blocks at every level."""
-        blocks = self.levels["blocks"]
-        return np.asarray(self.channels * self.channel_saves * (1 - blocks.removed / blocks.units))
+    def with_removed(self, removed: Mapping[str, int], excess: float) -> Choice:
+        """So many units of every axis but FFN channels, and as many of these as are missing then.
+
+        Args:
+            removed: Axis -> units that go.
+            excess: What is to be saved.
+        """
+        missing = excess - sum(self.levels[axis].at(removed[axis])[0] for axis in _COUNTED)
+        ratio = float(np.clip(missing / max(self._stay(removed["blocks"]), _SLACK), *self.ratios))
+        return Choice(removed, ratio, self.loss(removed, ratio))
+
+    def loss(self, removed: Mapping[str, int], ratio: float) -> float:
+        """Predicted without so many units of every axis but FFN channels, and this share of those."""
+        parts = sum(self.levels[axis].at(removed[axis])[1] for axis in _COUNTED)
+        return float(parts + self.curve.at(np.array(ratio)))
+
+    def _choice(self, place: int, ratio: Array, lost: Array) -> Choice:
+        at = tuple(int(level) for level in np.unravel_index(place, lost.shape))
+        tokens = int(self.levels["vocabulary"].removed[at[0]])
+        parts = {axis: int(count[at[1:]]) for axis, count in self._counts.items()}
+        return Choice({"vocabulary": tokens, **parts}, float(ratio[at]), float(lost[at]))
+
+    def _stay(self, blocks: int) -> float:
+        """What all channels take that stay with the blocks when some are gone."""
+        return self.channels * self.channel_saves * (1 - blocks / self.levels["blocks"].units)
+
+    @functools.cached_property
+    def _counts(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Axis of parts -> how many go, (n_attentions, n_groups, n_blocks)."""
+        parts = _COUNTED[1:]
+        of_levels = np.meshgrid(*(self.levels[axis].removed for axis in parts), indexing="ij")
+        return {axis: self.going.get(axis, own) for axis, own in zip(parts, of_levels, strict=True)}
+
+    @functools.cached_property
+    def _tables(self) -> tuple[Array, Array, Array]:
+        """What the channels take that stay, what is saved without them and the loss, of every combination."""
+        given = {axis: self.levels[axis].at(count) for axis, count in self._counts.items()}
+        saved, losses = (sum(kind) for kind in zip(*given.values(), strict=True))
+        impossible = np.any([count < 0 for count in self._counts.values()], axis=0)
+        tokens, blocks = self.levels["vocabulary"], self.levels["blocks"]
+        return (
+            np.array([[[[self._stay(count) for count in blocks.removed]]]]),
+            _sum([tokens.saved, np.asarray(saved)]),
+            _sum([tokens.losses, np.where(impossible, np.inf, losses)]),
+        )
 
     def shares(self, choice: Choice, excess: float, saved: float, ratio: float) -> tuple[AxisShare, ...]:
         """What each axis gives.
@@ -249,9 +303,8 @@ class Evidence:
         """
         shares = {}
         for axis in _COUNTED:
-            table, level = self.levels[axis], choice.levels[axis]
-            gives, loss = float(table.saved[level]), float(table.losses[level])
-            shares[axis] = AxisShare(axis, int(table.removed[level]), table.units, gives, loss)
+            table, removed = self.levels[axis], choice.removed[axis]
+            shares[axis] = AxisShare(axis, removed, table.units, *map(float, table.at(removed)))
         gone = round(ratio * self.channels * (1 - shares["blocks"].removed / shares["blocks"].units))
         rest = saved - sum(share.saved for share in shares.values())
         loss = float(self.curve.at(np.array(ratio)))
@@ -267,7 +320,6 @@ def _sum(rows: Sequence[npt.NDArray[Any]]) -> Array:
 
 def unreachable(budget: Budget, smallest: float) -> InputError:
     """A budget that nothing meets."""
-    show = UNITS[budget.unit]
     if budget.unit == "decode":
         return InputError(
             "faster than any combination of what may be removed",
@@ -275,8 +327,9 @@ def unreachable(budget: Budget, smallest: float) -> InputError:
             value=round(1 / budget.target, 6),
             allowed=f"about {int(100 / smallest) / 100:g} or less",
         )
+    name = {"bytes": "MB", "parameters": "M parameters"}[budget.unit]
     return InputError(
-        f"{show(budget.target)} is less than any combination of what may be removed takes",
+        f"{budget.target / 1e6:.7g} {name} is less than any combination of what may be removed takes",
         field=budget.name,
-        allowed=f"about {show(smallest)} or more",
+        allowed=f"about {math.ceil(smallest) / 1e6:.15g} {name} or more",
     )

@@ -9,12 +9,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
@@ -35,6 +39,8 @@ TOKEN_STEP = 32
 """A vocabulary keeps a multiple of this."""
 _LEAST_MORE = 1e-4
 """Share of the dense model by which a choice that saved too little is made to save more."""
+_IN_TURN = ("blocks", "attentions", "kv_groups")
+"""Axes of parts, in the order in which what goes is chosen."""
 _KNOTS = 5
 """Vocabularies whose cost is computed exactly; between them it is interpolated."""
 
@@ -68,38 +74,44 @@ class Decision:
             InputError: It cannot be met.
         """
         budget = self.budget
-        plan = self._widest(plan, tokenizer)
+        plan = _widest(plan, budget, lambda shape: budget.cost(shape, tokenizer))
         reached = budget.cost(plan.shape, tokenizer)
+        if reached > budget.target:
+            raise unreachable(budget, reached)
         excess = self.dense - budget.target
-        stay = sum(plan.dense_widths[block.origin] for block in plan.shape.blocks)
-        ratio = 1 - sum(plan.shape.ffn_widths) / stay
-        axes = self.evidence.shares(self.choice, excess, self.dense - reached, ratio)
+        axes = self.evidence.shares(self.choice, excess, self.dense - reached, _ratio(plan))
         # A share of groups is of attentions that stay.
         groups = plan.kv_groups.removed[0] if plan.kv_groups else 0
         axes = tuple(replace(one, removed=groups) if one.axis == "kv_groups" else one for one in axes)
         shares = BudgetShares(budget.name, budget.unit, budget.target, self.dense, reached, axes)
         return replace(plan, budget=shares)
 
-    def _widest(self, plan: PruningPlan, tokenizer: Any) -> PruningPlan:
-        """Where the ratio is fixed that of the plan is tried first; else none, then ever more units."""
-        budget, align = self.budget, plan.settings.align
-        fixed = "ffn" not in budget.axes
-        first = plan if fixed else plan.at_ratio(0.0)
-        if budget.cost(first.shape, tokenizer) <= budget.target:
-            return first
-        dense = [plan.dense_widths[block.origin] for block in plan.shape.blocks]
-        units, total = sum(width // align for width in dense), sum(dense)
-        least = plan.settings.prune_ratio if fixed else 0.0
-        tried = range(max(0, int(units - (1 - least) * total / align)), units - len(dense) + 1)
 
-        def cut(units_gone: int) -> PruningPlan:
-            return plan.at_ratio(max(0.0, 1 - (units - units_gone) * align / total))
+def _widest(plan: PruningPlan, budget: Budget, cost: Callable[[ModelShape], float]) -> PruningPlan:
+    """The plan with as many channels as fit, or as few as there can be where none do.
 
-        place = _first(tried, lambda gone: budget.cost(cut(gone).shape, tokenizer) <= budget.target)
-        if place is None:
-            smallest = cut(tried[-1]) if tried else first
-            raise unreachable(budget, budget.cost(smallest.shape, tokenizer))
-        return cut(place)
+    Where the ratio is fixed that of the plan is tried first; else none, then ever more units.
+    """
+    align, fixed = plan.settings.align, "ffn" not in budget.axes
+    first = plan if fixed else plan.at_ratio(0.0)
+    if cost(first.shape) <= budget.target:
+        return first
+    dense = [plan.dense_widths[block.origin] for block in plan.shape.blocks]
+    units, total = sum(width // align for width in dense), sum(dense)
+    least = plan.settings.prune_ratio if fixed else 0.0
+    tried = range(max(0, int(units - (1 - least) * total / align)), units - len(dense) + 1)
+
+    def cut(units_gone: int) -> PruningPlan:
+        return plan.at_ratio(max(0.0, 1 - (units - units_gone) * align / total))
+
+    place = _first(tried, lambda gone: cost(cut(gone).shape) <= budget.target)
+    return cut(tried[-1] if place is None else place) if tried else first
+
+
+def _ratio(plan: PruningPlan) -> float:
+    """Share of the channels of blocks that stay that goes."""
+    stay = sum(plan.dense_widths[block.origin] for block in plan.shape.blocks)
+    return 1 - sum(plan.shape.ffn_widths) / stay
 
 
 def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, budget: Budget) -> Decision:
@@ -125,57 +137,196 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
         axis: _levels(axis, of_axis, budget, shape, loaded.tokenizer) for axis, of_axis in removals.items()
     }
     levels["vocabulary"] = vocabulary.levels(shape)
-    evidence = Evidence(levels, *_channels(trials, settings, budget, shape, dense))
-    excess, reached = dense - budget.target, []
-    while (choice := evidence.choose(excess)) is not None:
-        chosen = {axis: of_axis[choice.levels[axis]] for axis, of_axis in removals.items()}
-        left = _left(loaded.model, chosen, settings)
-        if choice.ratio > evidence.ratios[0]:
-            break
-        widths = trials.plan.at_ratio(choice.ratio).shape.ffn_widths
-        narrow = left.with_ffn_widths([widths[block.origin] for block in left.blocks])
-        level = vocabulary.fit(choice.levels["vocabulary"], narrow)
-        choice = replace(choice, levels={**choice.levels, "vocabulary": level})
-        reached.append(vocabulary.cost(level, narrow))
-        over = reached[-1] - budget.target
-        if over <= 0 or "ffn" in budget.axes:
-            break
-        # Parts save a little less than was thought, and no channels may make up for that.
-        excess += max(over, _LEAST_MORE * dense)
-    else:
-        raise unreachable(budget, min(reached, default=dense - evidence.most))
-    size = vocabulary.sizes[choice.levels["vocabulary"]]
+    parts = _Parts(loaded.model, {axis: of_axis[-1] for axis, of_axis in removals.items()}, settings)
+    channels = _channels(trials, settings, budget, shape, dense)
+    evidence = Evidence(levels, *channels, going=parts.together(levels))
+    allocation = _Allocation(budget, evidence, trials.plan, parts, vocabulary, dense)
+    fit = allocation.with_returned(allocation.least())
+    size = vocabulary.sizes[fit.level]
     settings = replace(
         settings,
-        prune_ratio=choice.ratio,
+        prune_ratio=fit.plan.settings.prune_ratio,
         vocabulary=0 if size == vocabulary.tokens and not settings.vocabulary else size,
-        blocks=len(chosen["blocks"].removed),
-        attentions=len(chosen["attentions"].removed),
-        kv_groups=settings.kv_groups or _share_of_groups(shape, left),
+        blocks=len(fit.plan.gone),
+        attentions=len(fit.plan.silent),
+        kv_groups=settings.kv_groups or (fit.plan.kv_groups.share if fit.plan.kv_groups else 0.0),
     )
-    return Decision(budget, settings, evidence, choice, dense)
+    return Decision(budget, settings, evidence, fit.choice, dense)
 
 
-def _left(model: Any, chosen: Mapping[str, Removal], settings: PruneSettings) -> ModelShape:
-    """About what stays of a model, with as many parts fewer as were chosen: the plan will find which.
+@dataclass(frozen=True)
+class _Fit:
+    """A combination with the tokens and channels that fit beside its parts.
+
+    Attributes:
+        choice: The combination, of as many tokens as fit.
+        level: Of the vocabulary.
+        plan: About what the plan will be.
+        cost: What the model takes.
+        loss: Predicted for as many channels as fit.
+    """
+
+    choice: Choice
+    level: int
+    plan: PruningPlan
+    cost: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Allocation:
+    """Fits combinations to a budget.
+
+    Attributes:
+        budget: What to meet.
+        evidence: What is known of all axes.
+        whole: The plan by which nothing goes.
+        parts: Which parts go.
+        vocabulary: The sizes that it may have.
+        dense: What the dense model takes.
+    """
+
+    budget: Budget
+    evidence: Evidence
+    whole: PruningPlan
+    parts: _Parts
+    vocabulary: _Vocabulary
+    dense: float
+
+    def least(self) -> _Fit:
+        """The combination of the least predicted loss that meets the budget.
+
+        Raises:
+            InputError: None does.
+        """
+        excess = self.dense - self.budget.target
+        while choice := self.evidence.choose(excess):
+            fit = self._fit(choice)
+            if fit.cost <= self.budget.target:
+                return fit
+            # Parts save a little less than was thought, and no channels may make up for that.
+            excess += max(fit.cost - self.budget.target, _LEAST_MORE * self.dense)
+        fit = self._fit(self.evidence.largest)
+        if fit.cost > self.budget.target:
+            raise unreachable(self.budget, fit.cost)
+        return fit
+
+    def with_returned(self, fit: _Fit) -> _Fit:
+        """Without what goes for nothing: units come back, the dearest first, while the budget is met.
+
+        Parts go whole and may save more than was missing. Channels or tokens that take the place of one that comes
+        back are predicted to lose no more than it.
+        """
+        excess = self.dense - self.budget.target
+        while self.budget.target - fit.cost >= self._step(fit):
+            removed = (_with_one_back(fit.choice, axis) for axis in self._returnable(fit))
+            fits = (self._fit(self.evidence.with_removed(one, excess)) for one in removed)
+            better = (one for one in fits if one.cost <= self.budget.target and one.loss <= fit.loss)
+            if (returned := next(better, None)) is None:
+                break
+            fit = returned
+        return fit
+
+    def _step(self, fit: _Fit) -> float:
+        """What the least unit takes that may come back or be cut."""
+        steps = [self.evidence.levels[axis].unit for axis in self._returnable(fit)]
+        if "ffn" in self.budget.axes:
+            settings, blocks = self.whole.settings, len(fit.plan.shape.blocks)
+            unit = settings.align * (blocks if settings.uniform_width else 1)
+            steps.append(unit * self.evidence.channel_saves)
+        return min(steps, default=math.inf)
+
+    def _returnable(self, fit: _Fit) -> list[str]:
+        """Axes of which a part may come back, first those whose last costs most."""
+        last = {}
+        for axis in PARTS:
+            table, removed = self.evidence.levels[axis], fit.choice.removed[axis]
+            if removed > table.removed[0] and self.parts.going(_with_one_back(fit.choice, axis)):
+                last[axis] = table.at(removed)[1] - table.at(removed - 1)[1]
+        return sorted(last, key=lambda axis: -last[axis])
+
+    def _fit(self, choice: Choice) -> _Fit:
+        """A combination with as many tokens, where no channels go, and as many channels as fit."""
+        vocabulary, low = self.vocabulary, self.evidence.ratios[0]
+        level = vocabulary.level(choice.removed["vocabulary"])
+        plan = self.parts.without(self.whole.at_ratio(low), choice.removed)
+        if choice.ratio <= low:
+            level = vocabulary.fit(level, plan.shape)
+        if "ffn" in self.budget.axes:
+            plan = _widest(plan, self.budget, lambda shape: vocabulary.cost(level, shape))
+        removed = {**choice.removed, "vocabulary": vocabulary.tokens - vocabulary.sizes[level]}
+        loss = self.evidence.loss(removed, _ratio(plan))
+        return _Fit(replace(choice, removed=removed), level, plan, vocabulary.cost(level, plan.shape), loss)
+
+
+def _with_one_back(choice: Choice, axis: str) -> Mapping[str, int]:
+    """What is removed but for one unit of an axis."""
+    return {**choice.removed, axis: choice.removed[axis] - 1}
+
+
+class _Parts:
+    """About which blocks, attentions and groups go: the plan will find which.
 
     Args:
         model: The dense model.
-        chosen: Of each axis of parts.
+        alone: Axis -> a removal, for what each part costs alone.
         settings: What of them is fixed; a share of groups is of attentions that stay.
     """
-    shape = model_shape(model)
-    gone: set[int] = set()
-    going = {}
-    for axis in ("blocks", "attentions", "kv_groups"):
-        row, amount = PARTS[axis], getattr(settings, axis)
-        parts = row.parts(shape)
-        count = row.count(shape, gone, amount) if amount else len(chosen[axis].removed)
-        going[axis] = _of_other_blocks((*chosen[axis].removed, *row.candidates(model)), count, gone, parts)
-        gone.update(part // parts for part in going[axis])
-    for axis, removed in reversed(going.items()):
-        shape = PARTS[axis].shape_without(shape, removed)
-    return shape
+
+    def __init__(self, model: Any, alone: Mapping[str, Removal], settings: PruneSettings) -> None:
+        self._model, self._alone, self._settings = model, alone, settings
+        self._shape = model_shape(model)
+        self._order = functools.cache(self._cheapest_first)
+
+    def together(self, levels: Mapping[str, Levels]) -> dict[str, npt.NDArray[np.int64]]:
+        """Of the levels of every axis how many go together, as `Evidence` has it."""
+        rows = [levels[axis].removed.tolist() for axis in PARTS]
+        every = [self.going(dict(zip(PARTS, counts, strict=True))) for counts in itertools.product(*rows)]
+        size = list(map(len, rows))
+        return {
+            axis: np.array([len(going[axis]) if going else -1 for going in every]).reshape(size)
+            for axis in PARTS
+        }
+
+    def going(self, removed: Mapping[str, int]) -> dict[str, list[int]] | None:
+        """Which go of so many, fewer where others leave no more; None where fewer than are fixed can go."""
+        gone: set[int] = set()
+        going: dict[str, list[int]] = {}
+        for axis in _IN_TURN:
+            row, amount = PARTS[axis], getattr(self._settings, axis)
+            try:
+                count = row.count(self._shape, gone, amount) if amount else removed[axis]
+            except InputError:
+                return None
+            parts = row.parts(self._shape)
+            going[axis] = _of_other_blocks(self._order(axis, frozenset(gone)), count, gone, parts)
+            if amount and len(going[axis]) < count:
+                return None
+            gone.update(part // parts for part in going[axis])
+        return going
+
+    def without(self, plan: PruningPlan, removed: Mapping[str, int]) -> PruningPlan:
+        """A plan by which no parts go, with so many fewer.
+
+        Raises:
+            InputError: Fewer than are fixed can go.
+        """
+        going = self.going(removed)
+        if going is None:
+            raise InputError("fewer parts than are fixed can go", value=dict(removed))
+        gone: set[int] = set()
+        for axis in _IN_TURN:
+            if going[axis]:
+                removal = replace(self._alone[axis], removed=tuple(sorted(going[axis])))
+                plan = replace(plan, **PARTS[axis].planned(self._model, removal, gone))
+            gone.update(going[axis])
+        return plan
+
+    def _cheapest_first(self, axis: str, gone: frozenset[int]) -> list[int]:
+        """Parts that may go beside blocks that do."""
+        losses = self._alone[axis].losses
+        candidates = PARTS[axis].candidates(self._model, gone) if losses else ()
+        return sorted(candidates, key=lambda part: (losses[part], part))
 
 
 def _of_other_blocks(order: Iterable[int], count: int, gone: Collection[int], parts: int = 1) -> list[int]:
@@ -191,13 +342,6 @@ def _of_other_blocks(order: Iterable[int], count: int, gone: Collection[int], pa
     return going
 
 
-def _share_of_groups(dense: ModelShape, left: ModelShape) -> float:
-    """Of the key-value groups of attentions that stay, the share that goes."""
-    attending = [block for block in left.blocks if block.has_attention]
-    total = sum(dense.blocks[block.origin].kv_groups or 0 for block in attending)
-    return 1 - sum(block.kv_groups or 0 for block in attending) / total
-
-
 def _removals(
     trials: Trials, axis: str, settings: PruneSettings, budget: Budget, shape: ModelShape
 ) -> list[Removal]:
@@ -206,7 +350,7 @@ def _removals(
     if amount := getattr(settings, axis):
         return trials.removals(axis, row.count(shape, (), amount))
     removals = [Removal((), (), 0.0, 0)]
-    if axis in budget.axes and (candidates := row.candidates(model)):
+    if axis in budget.axes and (candidates := row.candidates(model, frozenset())):
         try:
             # The first that may go: a format may care which blocks come after it.
             budget.cost(row.shape_without(shape, candidates[:1]), trials.loaded.tokenizer)
@@ -261,6 +405,11 @@ class _Vocabulary:
             check_vocabulary(fixed, self.tokens, least)
         free = [size for size in range(least, self.tokens) if size % TOKEN_STEP == 0]
         self.sizes = [fixed] if fixed else [self.tokens, *reversed(free)]
+        self._trimmed = functools.cache(self._of_size)
+
+    def level(self, removed: int) -> int:
+        """That at which so many tokens go."""
+        return self.sizes.index(self.tokens - removed)
 
     def levels(self, shape: ModelShape) -> Levels:
         """What ever smaller ones save a model of this shape, and cost it."""
@@ -286,8 +435,12 @@ class _Vocabulary:
         size = self.sizes[level]
         if self._order is None or size == self.tokens:
             return self._budget.cost(shape, self._tokenizer)
-        kept = kept_tokens(self._tokenizer, set(self._order.removed[: self.tokens - size]))
-        return self._budget.cost(replace(shape, vocab_size=size), trimmed_tokenizer(self._tokenizer, kept))
+        return self._budget.cost(replace(shape, vocab_size=size), self._trimmed(size))
+
+    def _of_size(self, size: int) -> Any:
+        """The tokenizer of so many tokens."""
+        removed = self._order.removed[: self.tokens - size] if self._order else ()
+        return trimmed_tokenizer(self._tokenizer, kept_tokens(self._tokenizer, set(removed)))
 
 
 def _first(places: range, holds: Callable[[int], bool]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
@@ -74,6 +75,7 @@ def prune_model(
     plan: PruningPlan | None = None,
     counted: Sequence[str] = (),
     budget: Budget | None = None,
+    check: Callable[[ModelShape], None] | None = None,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Prune `loaded.model` in place: the vocabulary first, as channels are judged by the tokens that stay.
@@ -85,6 +87,7 @@ def prune_model(
         plan: A plan to apply instead of making one.
         counted: References of the text whose tokens decide the vocabulary; the calibration windows where none.
         budget: What the pruned model may take, where that decides how much goes.
+        check: Raises for a shape that will not do, before the model is pruned to it.
         progress: Told about each step.
 
     Raises:
@@ -92,11 +95,15 @@ def prune_model(
     """
     statistics = None
     if plan is None:
-        planned = plan_model(loaded, calibration, settings, counted=counted, budget=budget, progress=progress)
+        planned = plan_model(
+            loaded, calibration, settings, counted=counted, budget=budget, check=check, progress=progress
+        )
         loaded, calibration, statistics, plan = planned
     else:
         check_plan_fits(loaded.model, plan)
         check_settings(plan.settings)
+        if check is not None:
+            check(plan.shape)
         loaded, calibration = trim(loaded, calibration, plan.vocabulary, plan.settings, progress=progress)
         row = RECONSTRUCTIONS[plan.settings.reconstruct]
         if row.needs_statistics and not plan.keeps_blocks:
@@ -128,6 +135,7 @@ def plan_model(
     *,
     counted: Sequence[str] = (),
     budget: Budget | None = None,
+    check: Callable[[ModelShape], None] | None = None,
     only_plan: bool = False,
     progress: Progress = no_progress,
 ) -> Planned:
@@ -158,6 +166,8 @@ def plan_model(
     plan = replace(plan, vocabulary=vocabulary)
     if decision is not None:
         plan = decision.finish(plan, loaded.tokenizer)
+    if check is not None:
+        check(plan.shape)
     return Planned(loaded, calibration, statistics, plan)
 
 

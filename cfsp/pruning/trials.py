@@ -39,18 +39,18 @@ class PartsAxis:
     """An axis of parts that go whole, numbered as a `Probe` does.
 
     Attributes:
-        candidates: Parts of a model that may go.
+        candidates: Parts of a model that may go beside some blocks.
         leave_out: Context in which a block lacks one.
-        planned: What `make_plan` is told of a removal.
+        planned: What `make_plan` is told of a removal beside blocks and attentions that go.
         shape_without: The shape of a dense model without some.
         units: How many parts such a model has.
         parts: Most that a block of it has.
         count: How many a fixed setting removes of such a model without some blocks (InputError: more than can go).
     """
 
-    candidates: Callable[[Any], Sequence[int]]
+    candidates: Callable[[Any, frozenset[int]], Sequence[int]]
     leave_out: Callable[[Any, int], AbstractContextManager[None]]
-    planned: Callable[[Any, Removal], Mapping[str, Any]]
+    planned: Callable[[Any, Removal, Collection[int]], Mapping[str, Any]]
     shape_without: Callable[[ModelShape, Sequence[int]], ModelShape]
     units: Callable[[ModelShape], int]
     parts: Callable[[ModelShape], int] = lambda shape: 1
@@ -60,16 +60,16 @@ class PartsAxis:
 PARTS: Mapping[str, PartsAxis] = MappingProxyType(
     {
         "attentions": PartsAxis(
-            lambda model: removable_attentions(model, frozenset()),
+            removable_attentions,
             attention_left_out,
-            lambda model, removal: {"attention": removal},
+            lambda model, removal, gone: {"attention": removal},
             lambda shape, removed: shape.without(attentions=removed),
             lambda shape: sum(block.has_attention for block in shape.blocks),
         ),
         "kv_groups": PartsAxis(
-            removable_groups,
+            lambda model, gone: removable_groups(model),
             group_left_out,
-            lambda model, removal: {"kv_groups": kept_groups(model, removal)},
+            lambda model, removal, gone: {"kv_groups": kept_groups(model, removal, gone)},
             lambda shape, removed: shape.without_groups(
                 Counter(part // shape.most_kv_groups for part in removed)
             ),
@@ -80,9 +80,9 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             ),
         ),
         "blocks": PartsAxis(
-            lambda model: range(1, len(decoder_layers(model))),
+            lambda model, gone: range(1, len(decoder_layers(model))),
             block_left_out,
-            lambda model, removal: {"depth": removal},
+            lambda model, removal, gone: {"depth": removal},
             lambda shape, removed: shape.without(blocks=removed),
             lambda shape: len(shape.blocks),
         ),
@@ -152,7 +152,7 @@ class Trials:
         """
         model, row = self.loaded.model, PARTS[axis]
         shape = model_shape(model)
-        candidates, parts = row.candidates(model), row.parts(shape)
+        candidates, parts = row.candidates(model, frozenset()), row.parts(shape)
         # Of several parts a block keeps one.
         possible = len(candidates) - (len({part // parts for part in candidates}) if parts > 1 else 0)
         most = fixed or min(possible, int(row.units(shape) * _MOST_REMOVED))
@@ -171,7 +171,7 @@ class Trials:
             return []
         tried = removals[len(removals) // 2]
         plan = make_plan(
-            self.loaded, self._statistics, self._fit, self._settings, **row.planned(model, tried)
+            self.loaded, self._statistics, self._fit, self._settings, **row.planned(model, tried, ())
         )
         left = self.loss(plan) / max(tried.loss, 1e-9)
         return [replace(removal, loss=left * removal.loss) for removal in removals]

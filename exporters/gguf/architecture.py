@@ -266,16 +266,26 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
     widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
     rotated = tuple(map(layout.rotates, range(len(config.rotated))))
     rope = (config.rope_scaling or {}).get("rope_type")
+    instead = (
+        "channels and tokens can go (--prune-ratio, --vocabulary)"
+        if step
+        else "whole blocks can go (--blocks)"
+    )
     obstacles = (
         (misplaced, f"no bias on {', '.join(sorted(misplaced))}"),
         (
             config.shape.without_attention and not layout.attention_free,
-            "no blocks without attention" + ("" if step else ", whole blocks can go"),
+            f"no blocks without attention, {instead}",
         ),
-        (not (config.shape.has_equal_heads or layout.per_layer_sizes), "as many heads in every block"),
+        (
+            not (config.shape.has_equal_heads or layout.per_layer_sizes),
+            f"as many heads in every block, {instead}",
+        ),
         (
             config.rotated != rotated,
-            f"a rope in all blocks but each {step}th" if step else "a rope in every block",
+            f"a rope in all blocks but each {step}th, as where all blocks stay"
+            if step
+            else "a rope in every block",
         ),
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
         (

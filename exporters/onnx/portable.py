@@ -50,7 +50,7 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
             "optimum gives every block a cache of the same heads, and key-value heads are missing",
             field="portable",
             value=", ".join(map(str, heads)),
-            allowed="the other variants, or a model without whole blocks",
+            allowed="the other variants, or whole blocks that go (--blocks)",
         )
     require_optimum()
     from optimum.exporters.onnx import onnx_export_from_model

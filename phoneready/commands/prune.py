@@ -66,7 +66,7 @@ def prune(
     from cfsp.models.reference import load_model
     from cfsp.pruning.prune import plan_model, prune_model
     from cfsp.text.calibration import load_calibration
-    from phoneready.release.pruning_budget import budget_of, fitting_settings
+    from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
@@ -80,10 +80,11 @@ def prune(
             model, trust_remote_code=trust_remote_code, device=find_device(device), progress=progress
         )
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
+        check = shape_check(settings, chosen, loaded.model)
         budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
         sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)
-        asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget}
+        asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
         if plan_only:
             result = plan_model(loaded, drawn, chosen, **asked, only_plan=True, progress=progress).plan
             write_record(plan_only, result)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
+from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.settings import PruneSettings
 from cfsp.units import parse_bytes, parse_count
+from exporters.checkpoint_reader import read_config
 from exporters.families import makes_gguf
 from exporters.gguf.architecture import (
+    choose_layout,
     holds_blocks_without_attention,
     holds_fewer_blocks,
     holds_unlike_blocks,
@@ -95,6 +100,39 @@ def fitting_settings(
             model.config.model_type,
         )
     return fitting
+
+
+def shape_check(
+    settings: PruneConfig, plain: PruneSettings, model: Any, made: Collection[str] = ()
+) -> Callable[[ModelShape], None]:
+    """What refuses a plan of which a GGUF file was said to be made and llama.cpp has no architecture.
+
+    Args:
+        settings: As the user gives them.
+        plain: What they say of pruning.
+        model: The dense one.
+        made: Formats that are exported.
+
+    Raises:
+        InputError: At once, where any plan of these settings would be refused.
+    """
+    files = (*settings.for_quant, *made)
+    if not (files and makes_gguf(files)):
+        return lambda shape: None
+    with TemporaryDirectory(prefix="phoneready-config-") as folder:
+        model.config.save_pretrained(folder)
+        config = read_config(Path(folder)).with_shape(model_shape(model))
+    stored = frozenset(model.state_dict())
+
+    def check(shape: ModelShape) -> None:
+        try:
+            choose_layout(config.with_shape(shape), stored)
+        except InputError as error:
+            raise InputError(f"what is left is not for the file that is to be made of it: {error}") from error
+
+    if plain.attentions:
+        check(config.shape.without(attentions=[len(config.shape.blocks) - 1]))
+    return check
 
 
 def with_fitting_widths(settings: PruneSettings, model: Any, files: Collection[str]) -> PruneSettings:

@@ -39,7 +39,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.figures.metrics import CHECKPOINT
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, FileLosses, SideBySide
 from phoneready.release.live import rows_so_far
-from phoneready.release.pruning_budget import budget_of, fitting_settings
+from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.structures import Structures
@@ -163,6 +163,7 @@ class Steps:
         calibration = Calibration(ids, wanted.calibration, seed, tokens_sha256(ids))
         export = self.config.export
         settings = fitting_settings(wanted, self.config.prune_settings(), loaded.model, export.names)
+        check = shape_check(wanted, settings, loaded.model, export.names)
         with tempfile.TemporaryDirectory(prefix="phoneready-sizes-") as scratch:
             budget = budget_of(
                 wanted, loaded, Path(scratch), made=export.names, use_imatrix=export.imatrix, seed=seed
@@ -173,6 +174,7 @@ class Steps:
                 settings,
                 counted=wanted.vocabulary_text,
                 budget=budget,
+                check=check,
                 progress=progress,
             )
         _save_windows(result.calibration.input_ids, output)

@@ -87,9 +87,22 @@ def test_the_combination_of_the_least_loss_is_found() -> None:
         for axis in (*tables, "ffn"):
             alone = evidence.choose(excess, axis)
             assert alone is None or alone.loss >= best - 1e-9
-            assert alone is None or all(level == 0 for name, level in alone.levels.items() if name != axis)
-    assert evidence.choose(evidence.most + 1) is None
-    assert evidence.choose(evidence.most - 1e-6) is not None
+            assert alone is None or all(gone == 0 for name, gone in alone.removed.items() if name != axis)
+    depth = tables["blocks"].saved + 0.9 * 0.5 * 100 * (1 - np.arange(3) / 8)
+    most = depth.max() + sum(table.saved[-1] for axis, table in tables.items() if axis != "blocks")
+    assert evidence.choose(most + 1) is None
+    assert evidence.choose(most - 1e-6) is not None
+    assert evidence.largest.removed == {
+        axis: int(depth.argmax() if axis == "blocks" else table.removed[-1]) for axis, table in tables.items()
+    }
+    # Only one group goes beside attentions, and with three of these there is no model.
+    together = np.array(np.broadcast_to(np.arange(5)[:, None], (4, 5, 3)))
+    together[1:] = np.minimum(together[1:], 1)
+    together[-1] = -1
+    fewer = replace(evidence, going={"kv_groups": together}).largest.removed
+    assert fewer["attentions"] < 3
+    assert fewer["kv_groups"] == (1 if fewer["attentions"] else 4)
+    assert replace(evidence, going={"kv_groups": together}).choose(most - 1e-6) is None
 
 
 def test_of_combinations_as_good_the_one_of_the_fewest_axes_is_taken() -> None:
@@ -100,7 +113,7 @@ def test_of_combinations_as_good_the_one_of_the_fewest_axes_is_taken() -> None:
         curve = ChannelCurve((0.1, 0.5), (loss, 2.0))
         choice = Evidence(tables, curve, 100, 1.0, (0.0, 0.9)).choose(60.0)
         assert choice is not None
-        assert tokens.removed[choice.levels["vocabulary"]] == gone
+        assert choice.removed["vocabulary"] == gone
         assert choice.ratio == pytest.approx(0.6 - gone / 100)
     choice = Evidence(tables, curve, 100, 1.0, (0.0, 0.9)).choose(-5.0)
     assert choice is not None
@@ -181,14 +194,14 @@ def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any, ti
 
 
 def test_key_value_groups_alone_meet_a_budget(tiny_loaded: Any) -> None:
-    """Ever twice as many are tried, and a third of the 16, 5, at most."""
-    for wanted, removed in ((3, 4), (5, 5)):
+    """Ever twice as many are tried, and a third of the 16, 5, at most; what is too many comes back."""
+    for wanted in (3, 5):
         dense = tiny_loaded(num_key_value_heads=4)
         whole, cost = model_shape(dense.model), count_parameters(dense.model)
         target = cost(whole.without_groups({1: 3, 2: wanted - 3}), dense.tokenizer)
         result = prune(dense, target, axes=("kv_groups",))
         assert result.plan.kv_groups is not None
-        assert result.plan.kv_groups.removed == (removed, 16)
+        assert result.plan.kv_groups.removed == (wanted, 16)
         assert result.plan.keep_ratio == 1
         assert parameters(result.loaded.model) <= target
     dense = tiny_loaded(num_key_value_heads=4)
@@ -200,11 +213,50 @@ def test_key_value_groups_alone_meet_a_budget(tiny_loaded: Any) -> None:
 def test_a_budget_that_nothing_meets_is_refused_with_the_least(
     tiny_loaded: Any, axes: tuple[str, ...]
 ) -> None:
-    with pytest.raises(InputError, match=r"target_parameters: 0\.00 M .* about (\S+) M parameters") as caught:
+    with pytest.raises(InputError, match=r"target_parameters: 0\.001 M .* about (\S+) M") as caught:
         prune(tiny_loaded(), 1000.0, axes=axes)
-    least = float(str(caught.value).split("about ")[1].split()[0]) * 1e6
-    result = prune(tiny_loaded(), least + 5000, axes=axes)
-    assert parameters(result.loaded.model) <= least + 5000
+    least = smallest_of(caught.value)
+    assert parameters(prune(tiny_loaded(), least, axes=axes).loaded.model) == least
+    with pytest.raises(InputError) as caught:
+        prune(tiny_loaded(), least - 1, axes=axes)
+    assert smallest_of(caught.value) == least
+
+
+@pytest.mark.parametrize("axes", [tuple(AXES), ("attentions", "kv_groups", "blocks")])
+def test_every_budget_from_the_smallest_on_is_met(tiny_loaded: Any, axes: tuple[str, ...]) -> None:
+    """Blocks that go take attentions and groups along, so that not all that axes save adds up."""
+    shape = {"num_hidden_layers": 6, "num_key_value_heads": 4}
+    with pytest.raises(InputError) as caught:
+        prune(tiny_loaded(**shape), 1000.0, axes=axes)
+    least = smallest_of(caught.value)
+    for more in (0, 1000, 6000, 11000, 20000):
+        dense = tiny_loaded(**shape)
+        assert parameters(prune(dense, least + more, axes=axes).loaded.model) <= least + more
+
+
+def test_no_part_goes_for_nothing(tiny_loaded: Any) -> None:
+    shape = {"num_hidden_layers": 6, "num_key_value_heads": 4}
+    dense = tiny_loaded(**shape)
+    whole, cost = model_shape(dense.model), count_parameters(dense.model)
+    for share in (0.97, 0.93, 0.85):
+        target = share * parameters(dense.model)
+        plan = prune(tiny_loaded(**shape), target, axes=("attentions", "kv_groups", "blocks")).plan
+        assert plan.budget is not None
+        rest = target - plan.budget.reached
+        assert rest >= 0
+        takes = {
+            "kv_groups": whole.without_groups({1: 1}),
+            "attentions": whole.without(attentions=[1]),
+            "blocks": whole.without(blocks=[1]),
+        }
+        for axis in plan.budget.axes:
+            if axis.removed and axis.axis in takes:
+                assert rest < plan.budget.dense - cost(takes[axis.axis], dense.tokenizer)
+
+
+def smallest_of(error: InputError) -> int:
+    """Parameters that a refusal says are enough."""
+    return round(float(str(error).split("about ")[1].split()[0]) * 1e6)
 
 
 def test_a_curve_has_the_ratios_that_were_made(tiny_loaded: Any) -> None:
@@ -269,7 +321,7 @@ def test_what_parts_alone_cannot_reach_is_refused_with_more_than_was_asked(tiny_
         except InputError as error:
             said = str(error)
         if result is None:
-            assert float(said.split("about ")[1].split()[0]) * 1e6 >= target - 5000, said
+            assert float(said.split("about ")[1].split()[0]) * 1e6 > target, said
         else:
             assert parameters(result.loaded.model) <= target
             assert result.plan.keep_ratio == 1

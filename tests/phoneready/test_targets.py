@@ -42,6 +42,36 @@ def pruned(model: str, output: Path, capsys: pytest.CaptureFixture[str], *more: 
 
 
 @pytest.mark.parametrize(
+    ("model_type", "asked", "reason"),
+    [
+        (
+            "smollm3",
+            ["--attentions", "1"],
+            "smollm3: no blocks without attention, channels and tokens can go (--prune-ratio, --vocabulary)",
+        ),
+        (
+            "gemma3_text",
+            ["--kv-groups", "0.3", "--prune-ratio", "0"],
+            "gemma3: as many heads in every block, whole blocks can go (--blocks)",
+        ),
+    ],
+)
+def test_a_plan_that_its_file_cannot_hold_is_refused(
+    model_type: str,
+    asked: list[str],
+    reason: str,
+    tiny_folder: TinyPath,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(tiny_folder(model_type))
+    assert main(["prune", folder, "-o", str(tmp_path / "out"), *SMALL, *asked, "--for", "Q4_0"]) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    pruned(folder, tmp_path / "out", capsys, *asked)
+
+
+@pytest.mark.parametrize(
     ("quant", "share", "more"),
     [
         ("Q4_0", 0.75, ["--target-axes", "vocabulary,ffn"]),
@@ -268,7 +298,7 @@ def test_prune_says_what_each_axis_gives(
         ),
         (
             ["--target-size", "2kB", "--target-axes", "ffn", "--for", "Q8_0", *SMALL],
-            "target_size: 0.00 MB is less than any combination of what may be removed takes; allowed: about 0.",
+            "target_size: 0.002 MB is less than any combination of what may be removed takes; allowed: about 0.",
         ),
     ],
 )

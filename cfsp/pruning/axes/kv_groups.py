@@ -59,6 +59,12 @@ class GroupRemoval:
         total = sum(len(losses) for kept, losses in zip(self.kept, self.losses, strict=True) if kept)
         return total - sum(map(len, self.kept)), total
 
+    @property
+    def share(self) -> float:
+        """Of those groups, that of the ones that go."""
+        removed, total = self.removed
+        return 1 - (total - removed) / total
+
 
 def plan_kv_groups(
     model: Any,
