@@ -48,7 +48,7 @@ def read_chats(
     for conversation in CONVERSATIONS:
         if (text := texts.get(conversation.name)) is None:
             continue
-        difference = _difference(tokenizer, encode(tokenizer, text), partial(read, conversation, text))
+        difference = _difference(tokenizer, text, partial(read, conversation, text))
         if difference is None:
             equal.append(conversation.name)
         else:
@@ -56,12 +56,12 @@ def read_chats(
     return ReadChats(tuple(equal), (*warnings, *_ends(runtime, tokenizer, stops, ends)))
 
 
-def _difference(tokenizer: Any, ours: Sequence[int], read: Callable[[], Sequence[int]]) -> str | None:
+def _difference(tokenizer: Any, text: str, read: Callable[[], Sequence[int]]) -> str | None:
     try:
-        theirs = list(read())
+        ours, theirs = encode(tokenizer, text), list(read())
     except Exception as error:  # each runtime has its own errors for a template that it cannot run
         return one_line(error, 160)
-    if theirs == list(ours):
+    if theirs == ours:
         return None
     place = next((n for n, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), None)
     place = min(len(ours), len(theirs)) if place is None else place
@@ -72,8 +72,8 @@ def _difference(tokenizer: Any, ours: Sequence[int], read: Callable[[], Sequence
 def _ends(runtime: str, tokenizer: Any, stops: Collection[int], ends: Callable[[int], bool]) -> Iterator[str]:
     missed = sorted(token for token in stops if not ends(token))
     if missed:
-        names = tokenizer.convert_ids_to_tokens(missed)
-        yield f"{runtime} does not stop at {', '.join(names)}, where the checkpoint's texts end"
+        names = ", ".join(tokenizer.convert_ids_to_tokens(token) or f"token {token}" for token in missed)
+        yield f"{runtime} does not stop at {names}, where the checkpoint's texts end"
     end = turn_end(tokenizer)
     if end is not None and end not in stops:
         name = tokenizer.convert_ids_to_tokens(end)

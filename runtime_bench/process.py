@@ -6,15 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import site
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from cfsp.child_process import child_environment, python_module
 from cfsp.errors import InputError
 from cfsp.reading import parse_json
 from runtime_bench.records.contention import contention_since, core_times
@@ -28,11 +26,6 @@ _TELLING = ("GGML_ASSERT", "terminate called", "what():", "Error")
 
 class ProcessFailed(Exception):  # noqa: N818  (it says what the process did)
     """A process gave no result; the text is the reason, one line."""
-
-
-def python_module(name: str) -> list[str]:
-    """The command that runs a module in a Python like this one."""
-    return [sys.executable, "-P", "-m", name]
 
 
 def run_worker(
@@ -119,20 +112,6 @@ def kill_tree(pid: int) -> None:
         for one in (process, *process.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
-
-
-def child_environment() -> dict[str, str]:
-    """This environment, with this package's folder importable whatever the working directory is.
-
-    Folders that Python searches anyway are not repeated: in PYTHONPATH they would come before the standard
-    library.
-    """
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = dict(os.environ)
-    if root not in (*site.getsitepackages(), site.getusersitepackages()):
-        known = environment.get("PYTHONPATH")
-        environment["PYTHONPATH"] = os.pathsep.join([root, known] if known else [root])
-    return environment
 
 
 def last_lines(stream: IO[bytes]) -> list[str]:

@@ -173,7 +173,9 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
         ),
         "ernie4_5": Fold(
             "llama",
-            settings=lambda settings: dict.fromkeys(("attention_bias", "mlp_bias"), settings["use_bias"]),
+            settings=lambda settings: dict.fromkeys(
+                ("attention_bias", "mlp_bias"), bool(settings["use_bias"])
+            ),
             tensors=_ernie_tensors,
             gguf_name="ernie4_5",
         ),

@@ -12,7 +12,12 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_checkpoint_info
-from cfsp.models.config_file import check_generation_config, check_tokenizer_files, read_model_config
+from cfsp.models.config_file import (
+    check_generation_config,
+    check_tokenizer_files,
+    read_chat_template,
+    read_model_config,
+)
 from cfsp.models.folds import FOLDS, folded
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
@@ -89,7 +94,7 @@ def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> A
     template = folder / "chat_template.json"
     if tokenizer.chat_template is None and template.is_file():
         # Where a folder has other parts, this is what prepares all of them.
-        tokenizer.chat_template = read_json_object(template).get("chat_template")
+        tokenizer.chat_template = read_chat_template(template)
     # The general class would add token_type_ids, which none of the supported models takes.
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer

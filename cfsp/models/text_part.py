@@ -16,7 +16,14 @@ import transformers
 from cfsp.errors import InputError
 from cfsp.models.config_file import check_generation_config
 from cfsp.models.text_settings import TEXT_PARTS
-from cfsp.models.weights import OUTPUT_MATRIX, check_memory, model_from_weights, safetensors_files
+from cfsp.models.weights import (
+    OUTPUT_MATRIX,
+    check_memory,
+    model_from_weights,
+    quiet_transformers,
+    safetensors_files,
+    weight_count,
+)
 from cfsp.reading import as_input_error, read_json_object
 
 
@@ -47,20 +54,24 @@ def load_text_part(folder: Path, settings: Mapping[str, Any], *, dtype: torch.dt
 
     config = config_from_settings(settings, str(folder))
     weights: dict[str, torch.Tensor] = {}
-    prefixes = TEXT_PARTS[str(read_json_object(folder / "config.json")["model_type"])]
-    for file in safetensors_files(folder):
+    prefixes = TEXT_PARTS[str(read_json_object(folder / "config.json")["model_type"])].prefixes
+    files = safetensors_files(folder)
+    check_memory(weight_count(files, tied=bool(config.tie_word_embeddings)), dtype, str(folder))
+    for file in files:
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
             names = {name: _text_name(name, prefixes) for name in handle.keys()}  # noqa: SIM118
-            weights |= {ours: handle.get_tensor(name) for name, ours in names.items() if ours is not None}
+            weights |= {ours: handle.get_tensor(name).to(dtype) for name, ours in names.items() if ours}
+    if settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
+        config.tie_word_embeddings = True
     if config.tie_word_embeddings:
         weights.pop(OUTPUT_MATRIX, None)
     if not weights:
         raise InputError(f"{folder} holds no weights of a {settings['model_type']} model")
-    check_memory(sum(tensor.numel() for tensor in weights.values()), dtype, str(folder))
     builder = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model = model_from_weights(config, weights, dtype=dtype, where=str(folder), cls=builder)
     if check_generation_config(folder):
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        with quiet_transformers(), as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,8 +18,25 @@ _PREFIXES = MappingProxyType(
         "lm_head.": "lm_head.",
     }
 )
-TEXT_PARTS: Mapping[str, Mapping[str, str]] = MappingProxyType({"gemma3": _PREFIXES, "mistral3": _PREFIXES})
-"""Model type of a folder -> how names of its text model's tensors begin, and how that model's own do."""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """The text model of a kind of folder.
+
+    Attributes:
+        model_type: What it is where config.json does not say.
+        prefixes: How names of its tensors begin in the folder -> how that model's own do.
+    """
+
+    model_type: str
+    prefixes: Mapping[str, str] = field(default_factory=lambda: _PREFIXES)
+
+
+TEXT_PARTS: Mapping[str, TextPart] = MappingProxyType(
+    {"gemma3": TextPart("gemma3_text"), "mistral3": TextPart("mistral")}
+)
+"""By the model type of the folder."""
 _OF_THE_WHOLE = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
     *("dtype", "torch_dtype", "quantization_config"),
@@ -36,11 +54,13 @@ def text_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         InputError: It says nothing of the text model.
     """
-    if str(settings.get("model_type")) not in TEXT_PARTS:
+    part = TEXT_PARTS.get(str(settings.get("model_type")))
+    if part is None:
         return dict(settings)
     own = settings.get("text_config")
-    if not isinstance(own, dict) or "model_type" not in own:
+    if not isinstance(own, dict):
         raise InputError(
             f"{where}: nothing is said of the text model", field="text_config", value=type(own).__name__
         )
-    return {key: settings[key] for key in _OF_THE_WHOLE if settings.get(key) is not None} | own
+    of_the_whole = {key: settings[key] for key in _OF_THE_WHOLE if settings.get(key) is not None}
+    return {"model_type": part.model_type} | of_the_whole | own

@@ -234,7 +234,10 @@ def with_counts(model: Any, settings: PruneSettings) -> PruneSettings:
 def _count(amount: float, of: int, field: str) -> int:
     if amount >= 1 and amount != int(amount):
         raise InputError("neither a number nor a share", field=field, value=amount)
-    return int(amount) if amount >= 1 else round(amount * of)
+    count = int(amount) if amount >= 1 else round(amount * of)
+    if amount and not count:
+        raise InputError(f"less than one of {of}", field=field, value=amount)
+    return count
 
 
 def check_removals(model: Any, settings: PruneSettings) -> None:

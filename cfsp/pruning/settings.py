@@ -82,6 +82,7 @@ class PruneSettings(Settings):
         le=512,
         parse=parse_amount,
         metavar="N|SHARE",
+        shown="0",
     )
     attentions: Annotated[int | float, WhereSet] = setting(
         0,
@@ -90,6 +91,7 @@ class PruneSettings(Settings):
         le=512,
         parse=parse_amount,
         metavar="N|SHARE",
+        shown="0",
     )
     kv_groups: Annotated[float, WhereSet] = setting(
         0.0,

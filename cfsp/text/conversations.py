@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +123,13 @@ def shows_tools(texts: Mapping[str, str]) -> bool:
 def turn_end(tokenizer: Any) -> int | None:
     """The special token with which a template ends an answer; None where it ends none, or ends it otherwise."""
     text = rendered(tokenizer, [Conversation("", _said("a", _ANSWER), to_be_answered=False)]).get("", "")
-    special = set(tokenizer.added_tokens_decoder)
-    behind = encode(tokenizer, text.rpartition(_ANSWER)[2])
-    return next((token for token in behind if token in special), None)
+    _, shown, behind = text.rpartition(_ANSWER)
+    others = (tokenizer.unk_token_id, tokenizer.bos_token_id)
+    special = {
+        token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if added.special and (token == tokenizer.eos_token_id or token not in others)
+    }
+    with suppress(InputError):  # no token for what stands there
+        return next((token for token in encode(tokenizer, behind if shown else "") if token in special), None)
+    return None

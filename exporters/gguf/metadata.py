@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
+from cfsp.errors import InputError
 from cfsp.records import tool_version
 from exporters.checkpoint_reader import ModelConfig
 from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
+
+_TOKENS_OF_PHI3 = ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+
+def check_name(name: str, tokens: Container[str]) -> None:
+    """Raise InputError for a name at which llama.cpp looks for tokens that a model lacks, and fails."""
+    lacked = [token for token in _TOKENS_OF_PHI3 if token not in tokens]
+    if lacked and any(part in name.lower() for part in ("phi3", "phi-3")):
+        raise InputError(
+            f"llama.cpp takes a model of this name for Phi-3, whose tokens {', '.join(lacked)} it lacks",
+            field="name",
+            value=name,
+            allowed="another one (--name)",
+        )
 
 
 def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:

@@ -13,7 +13,7 @@ from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import CheckpointTensors, open_tensors
 from exporters.gguf.architecture import ChosenLayout, TensorSpec, read_layout, tensor_specs
-from exporters.gguf.metadata import add_general, add_hyperparameters
+from exporters.gguf.metadata import add_general, add_hyperparameters, check_name
 from exporters.gguf.quants import find_quant
 from exporters.gguf.rope import rope_tensors
 from exporters.gguf.tokenizer_metadata import add_tokenizer
@@ -49,6 +49,7 @@ def write_gguf(
 
     row, chosen = find_quant(quant), read_layout(checkpoint)
     half, specs, factors = row.base_type == "F16", tensor_specs(chosen), rope_tensors(chosen.config)
+    check_name(provenance.name, tokenizer.get_vocab())
     writer = gguf.GGUFWriter(path, chosen.layout.architecture)
     try:
         add_general(writer, provenance, row.ftype)

@@ -9,26 +9,38 @@ from __future__ import annotations
 import re
 
 _TAG = re.compile(r"\{%.*?%\}|\{#.*?#\}|\{\{.*?\}\}", re.DOTALL)
-_KEPT = "-+"
-"""What stands inside a tag's ends where it says itself what goes around it."""
+_RAW = re.compile(r"\{%[-+]?\s*raw\b")
+_LINE_BREAK = r"{{ '\n' }}"
+"""One that is shown behind a block, where it would be taken away."""
 
 
-def explicit_whitespace(template: str) -> str:
-    """A template that renders as the given one does with `trim_blocks` and `lstrip_blocks`, without comments."""
-    tags = _TAG.findall(template)
-    between = _TAG.split(template)
+def explicit_whitespace(template: str) -> str | None:
+    """A template that renders, with and without `trim_blocks` and `lstrip_blocks`, as the given one does with both.
+
+    None where there is none to be had this way: white space would be left that is taken away with them, or a part of
+    the template is shown as it is.
+    """
+    explicit = _write_out(template)
+    return None if _RAW.search(template) or _write_out(explicit) != explicit else explicit
+
+
+def _write_out(template: str) -> str:
+    tags, between = _TAG.findall(template), _TAG.split(template)
     shown = list(between)
     for index, tag in enumerate(tags):
-        if tag.startswith("{{"):
-            continue
-        before, after = between[index], between[index + 1]
-        line = before.rpartition("\n")[2]
-        if tag[2] not in _KEPT and not line.strip(" \t") and (index == 0 or "\n" in before):
+        block, (start, end) = not tag.startswith("{{"), (tag[2], tag[-3])
+        line = between[index].rpartition("\n")[2]
+        if start == "-":
+            shown[index] = shown[index].rstrip()
+        elif block and start != "+" and not line.strip(" \t") and (index == 0 or "\n" in between[index]):
             shown[index] = shown[index].removesuffix(line)
-        if tag[-3] not in _KEPT and after.startswith("\n"):
+        if end == "-":
+            shown[index + 1] = shown[index + 1].lstrip()
+        elif block and end != "+":
             shown[index + 1] = shown[index + 1].removeprefix("\n")
         if tag.startswith("{#"):
             tags[index] = ""
-            shown[index] = shown[index].rstrip() if tag[2] == "-" else shown[index]
-            shown[index + 1] = shown[index + 1].lstrip() if tag[-3] == "-" else shown[index + 1]
+    for index, tag in enumerate(tags):
+        if tag.startswith("{%") and tag[-3] not in "-+" and shown[index + 1].startswith("\n"):
+            shown[index + 1] = _LINE_BREAK + shown[index + 1].removeprefix("\n")
     return "".join(part for pair in zip(shown, [*tags, ""], strict=True) for part in pair)

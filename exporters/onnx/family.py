@@ -34,5 +34,5 @@ ONNX = ExportFamily(
     claims=is_onnx,
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",
-    packages=("onnx", "onnx-ir", "onnxruntime", "optimum-onnx"),
+    packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "optimum-onnx"),
 )

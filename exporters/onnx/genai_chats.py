@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
+from cfsp.child_process import child_environment, python_module
+from cfsp.errors import InputError
 from cfsp.files import write_json, write_text
-from cfsp.reading import read_json
-from cfsp.text.conversations import Conversation, rendered
+from cfsp.reading import one_line, read_json
+from cfsp.text.conversations import CONVERSATIONS, Conversation, rendered
 from exporters.chats import ReadChats, read_chats
 from exporters.job import Job
 from exporters.onnx.chat_whitespace import explicit_whitespace
 from exporters.onnx.folder import GENAI_CONFIG
+
+_SECONDS = 300.0
 
 
 def write_template(folder: Path, template: str) -> None:
@@ -35,11 +41,9 @@ def settle_template(job: Job, folder: Path) -> None:
     template, tokenizer = job.tokenizer.chat_template, job.tokenizer
     if not isinstance(template, str):
         return
-    before = genai_chats(job, folder)
+    before, texts = genai_chats(job, folder), rendered(tokenizer)
     explicit = explicit_whitespace(template)
-    if len(before.equal) == len(rendered(tokenizer)) or rendered(tokenizer, template=explicit) != rendered(
-        tokenizer
-    ):
+    if explicit is None or len(before.equal) == len(texts) or rendered(tokenizer, template=explicit) != texts:
         return
     write_template(folder, explicit)
     if len(genai_chats(job, folder).equal) <= len(before.equal):
@@ -50,19 +54,37 @@ def genai_chats(job: Job, folder: Path) -> ReadChats:
     """Of a variant's folder; nothing of one that is not for GenAI, and where GenAI is not installed."""
     if not (folder / GENAI_CONFIG).is_file() or importlib.util.find_spec("onnxruntime_genai") is None:
         return ReadChats()
-    import onnxruntime_genai
-
-    tokenizer = onnxruntime_genai.Tokenizer(str(folder))
+    found = _ask(folder)
+    if "error" in found:
+        return ReadChats(
+            warnings=(f"GenAI cannot read the folder's tokenizer: {one_line(found['error'], 160)}",)
+        )
+    answers = dict(zip((one.name for one in CONVERSATIONS), found["read"], strict=True))
 
     def read(conversation: Conversation, _: str) -> list[int]:
-        tools = json.dumps(list(conversation.tools)) if conversation.tools else None
-        text = tokenizer.apply_chat_template(
-            json.dumps(list(conversation.messages)),
-            tools=tools,
-            add_generation_prompt=conversation.to_be_answered,
-        )
-        ids: list[int] = tokenizer.encode(text).tolist()
+        answer = answers[conversation.name]
+        if "error" in answer:
+            raise InputError(answer["error"])
+        ids: list[int] = answer["ids"]
         return ids
 
-    stops = set(tokenizer.eos_token_ids)
-    return read_chats("GenAI", job.tokenizer, job.stops, read, stops.__contains__)
+    return read_chats("GenAI", job.tokenizer, job.stops, read, set(found["stops"]).__contains__)
+
+
+def _ask(folder: Path) -> dict[str, Any]:
+    """What `genai_worker` says."""
+    request = json.dumps([[list(c.messages), list(c.tools) or None, c.to_be_answered] for c in CONVERSATIONS])
+    result = subprocess.run(
+        [*python_module("exporters.onnx.genai_worker"), str(folder)],
+        input=request,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=child_environment(),
+        timeout=_SECONDS,
+    )
+    lines = result.stdout.splitlines()
+    if result.returncode or not lines:
+        return {"error": f"it ended with status {result.returncode}"}
+    answer: dict[str, Any] = json.loads(lines[-1])
+    return answer

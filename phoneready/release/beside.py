@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cfsp.child_process import child_environment, python_module
 from cfsp.errors import PhonereadyError
 from cfsp.progress import Progress
 from cfsp.records import fields_from_json
-from runtime_bench.process import child_environment, exit_reason, kill_tree, python_module
+from runtime_bench.process import exit_reason, kill_tree
 
 STOP_S = 20.0
 """For clearing away what is half-written; then a process is killed."""

@@ -42,7 +42,12 @@ _EXPORTING = (
         f"exporters/{name}.py"
         for name in ("chats", "checkpoint_reader", "job", "options", "parity", "provenance")
     ),
-    *("exporters/rounding", "cfsp/recovery/losses.py", "cfsp/evaluation/divergence.py"),
+    *(
+        "exporters/rounding",
+        "cfsp/child_process.py",
+        "cfsp/recovery/losses.py",
+        "cfsp/evaluation/divergence.py",
+    ),
     *(f"cfsp/pruning/{name}.py" for name in ("gradients", "reconstruction", "statistics", "streaming")),
     *_LOSSES,
 )
@@ -74,7 +79,9 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
         "answers": Dependencies(rooms=("cfsp/evaluation",), families=True),
         "side-by-side": Dependencies(rooms=_EVALUATION, families=True),
         "evaluate-files": Dependencies(rooms=_EVALUATION, families=True),
-        "bench": Dependencies(rooms=tuple(f"runtime_bench/{name}" for name in _BENCH), families=True),
+        "bench": Dependencies(
+            rooms=("cfsp/child_process.py", *(f"runtime_bench/{name}" for name in _BENCH)), families=True
+        ),
     }
 )
 """By what a stage does; `tasks` is what `evaluate` and `evaluate-files` need more where there are some."""

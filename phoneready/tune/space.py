@@ -70,12 +70,15 @@ def recipes_of(config: ReleaseConfig) -> tuple[Recipe, ...]:
     """Everything that [tune] lets vary, combined.
 
     Raises:
-        InputError: Recovery is to be tried and the configuration does not say how.
+        InputError: Recovery is to be tried and the configuration does not say how; or a share of blocks or attentions.
     """
     tune = config.tune or TuneConfig()
     recover = tune.recover or (config.recover is not None,)
     if any(recover) and config.recover is None:
         raise InputError("there is no [recover] that says how to train", field="tune.recover", value=True)
+    for name in ("blocks", "attentions"):
+        if 0 < (share := getattr(config.prune, name)) < 1:
+            raise InputError("tune takes a number, no share", field=f"prune.{name}", value=share)
     items = tune.files or config.export.names
     allocations = tune.allocations or (config.prune.allocation,)
     recipes: Iterator[Recipe] = (

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from cfsp.child_process import python_module
 from cfsp.evaluation.degeneration import degenerate
 from cfsp.reading import read_json_object
-from runtime_bench.process import ProcessFailed, exchange, python_module, read_answer
+from runtime_bench.process import ProcessFailed, exchange, read_answer
 from runtime_bench.worker import serve
 
 BEGINNINGS = (

@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from cfsp.child_process import python_module
 from cfsp.errors import InputError, PhonereadyError, require_extra
 from runtime_bench.browser.chromium import PageSettings, find_chromium
 from runtime_bench.browser.packages import fetch_packages
 from runtime_bench.devices.profile import DeviceProfile
 from runtime_bench.environment import describe_environment
-from runtime_bench.process import measure_in, python_module
+from runtime_bench.process import measure_in
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.targets import ThisMachine

@@ -367,6 +367,11 @@ def test_blocks_and_attentions_go_by_number_or_share(tiny_loaded: Any, share: fl
         assert isinstance(getattr(plan.settings, field), int)
 
 
+def test_a_share_of_less_than_one_is_refused(tiny_loaded: Any) -> None:
+    with pytest.raises(InputError, match="less than one of 4"):
+        prune_model(tiny_loaded(), calibration(), replace(SETTINGS, blocks=0.1))
+
+
 def test_what_is_neither_a_number_nor_a_share(tiny_loaded: Any) -> None:
     with pytest.raises(InputError, match="neither a number nor a share"):
         prune_model(tiny_loaded(), calibration(), replace(SETTINGS, blocks=1.5))

@@ -72,7 +72,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("granite", {**OWN, "head_dim": 32}),
     ("granitemoehybrid", GRANITE4),
     ("granitemoehybrid", {**GRANITE4, "tied": False, "attention_bias": True}),
-    ("ernie4_5", {}),
+    ("ernie4_5", {"use_bias": None}),
     ("ernie4_5", {"tied": False, "use_bias": True, "head_dim": 32}),
     ("phi3", {"num_key_value_heads": 1, "tied": False}),
     ("phi3", {"sliding_window": 24}),
@@ -147,6 +147,17 @@ def test_a_pruned_phi_becomes_files(
         (record,) = read_record(ExportManifest, out / family / "export.json").exports
         contexts[family] = record.context_length, len(record.warnings)
     assert contexts == {"gguf": (2048, 0), "onnx": (256, 1)}
+
+
+def test_a_name_at_which_llama_cpp_fails(
+    tiny_model: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "my-Phi-3-tuned", "llama")
+    line = ["export", str(folder), "-o", str(tmp_path / "out"), "--gguf", "f32", "--threads", "1"]
+    assert main(line) == 2
+    assert "llama.cpp takes a model of this name for Phi-3" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*line, "--name", "tuned"]) == 0
 
 
 @pytest.mark.skipif("ministral3" not in CONFIG_MAPPING, reason="transformers 4")

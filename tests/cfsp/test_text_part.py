@@ -112,6 +112,30 @@ def test_what_cannot_be_taken(
         load_model(folder)
 
 
+@torch.inference_mode()
+@each_type
+def test_what_config_leaves_to_defaults(tiny_model: TinyModel, tmp_path: Path, model_type: str) -> None:
+    folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
+    file = folder / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    for part in (settings, settings["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    if model_type == "gemma3":
+        del settings["text_config"]["model_type"]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    torch.testing.assert_close(load_model(folder).model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": -5}, {"cache_implementation": "nonsense"}])
+def test_generation_settings_that_cannot_be_used(
+    tiny_model: TinyModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
+    (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(InputError, match="generation_config"):
+        load_model(folder)
+
+
 def test_a_missing_tensor_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
     import safetensors.torch
 
@@ -137,3 +161,6 @@ def test_a_template_that_stands_alone(tiny_model: TinyModel, tmp_path: Path) -> 
     assert load_model(folder).tokenizer.chat_template is None
     (folder / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}', encoding="utf-8")
     assert load_model(folder).tokenizer.chat_template == "{{ messages }}"
+    (folder / "chat_template.json").write_text('{"chat_template": 5}', encoding="utf-8")
+    with pytest.raises(InputError, match="chat_template"):
+        load_model(folder)

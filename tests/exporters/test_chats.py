@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
+import tokenizers
+import transformers
 from llama_jinja import Render, llama_jinja, real_templates
 
 from cfsp.errors import InputError
@@ -106,7 +110,77 @@ def test_white_space_that_is_written_out_is_the_same(
     templates: dict[str, str], tiny_tokenizer: Any, name: str
 ) -> None:
     explicit = explicit_whitespace(templates[name])
-    assert rendered(tiny_tokenizer, template=explicit) == rendered(tiny_tokenizer, template=templates[name])
+    assert explicit is None or rendered(tiny_tokenizer, template=explicit) == rendered(
+        tiny_tokenizer, template=templates[name]
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "mended"),
+    [
+        (ON_LINES, True),
+        ("{% if x %}\nA{% endif %}", True),
+        ("  {% if x %}\n  A\n  {% endif %}\nB", True),
+        ("{%- if x %}\nA\n{%- endif -%}\nB", True),
+        ("A {# c #}\nB\n  {#- d -#}  \nC", True),
+        ("{%+ if x +%}\n A{% endif %}{{ '{%' }}", True),
+        ("{% if x %}\n\nA{% endif %}", True),
+        ("{% if x %}\n\n  {%- endif %}\n\n{# c #}\n\nB", True),
+        ("{% if x -%}\n\n  A\n\n  {%- endif %}\n\n B", True),
+        ("A\n{# c #}  {% if x %}B{% endif %}", False),
+        ("{% raw %}\n{% if %}\n{% endraw %}", False),
+    ],
+)
+def test_white_space_no_longer_depends_on_how_jinja_trims(template: str, mended: bool) -> None:
+    explicit = explicit_whitespace(template)
+    assert (explicit is not None) == mended
+    if explicit is not None:
+        messages = [{"role": "user", "content": " a\n"}, {"role": "assistant", "content": "b"}]
+        context = {"x": True, "messages": messages, "add_generation_prompt": True}
+        trimming = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+        plain = jinja2.Environment(autoescape=False)
+        expected = trimming.from_string(template).render(context)
+        assert trimming.from_string(explicit).render(context) == expected
+        assert plain.from_string(explicit).render(context) == expected
+
+
+@pytest.mark.parametrize("kind", ["named", "wordlevel"])
+def test_what_genai_cannot_open_is_a_warning(tiny_model: TinyModel, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="the onnx extra is not installed")
+    model, tokenizer = tiny_model()
+    if kind == "named":
+        tokenizer.chat_template = dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
+    else:
+        backend = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]")
+        )
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+        tokenizer.chat_template = "{{ messages[0].content }}"
+    (record,) = export_onnx(saved(model, tokenizer, tmp_path / "tiny"), tmp_path / "onnx", ["fp32"])
+    assert record.chats == ()
+    assert any(
+        warning.startswith("GenAI cannot read the folder's tokenizer: ") for warning in record.warnings
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<|im_start|>{% for part in m.content if part is mapping %}{{ part.text }}{% endfor %}"
+        "<|im_end|>{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}<|plain|>{% endfor %}",
+        "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}",
+        "{{ raise_exception('no chats') }}",
+    ],
+    ids=["parts", "no answers", "no special token", "the unknown token", "refused"],
+)
+def test_what_ends_no_answer(tiny_tokenizer: Any, template: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens([tokenizers.AddedToken("<|plain|>", special=False)])
+    tokenizer.chat_template = template
+    assert turn_end(tokenizer) is None
 
 
 def test_both_families_say_which_chats_they_read(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -175,19 +249,17 @@ def test_differences_are_named_by_their_place(tiny_tokenizer: Any) -> None:
         whole = ids[conversation.name]
         return whole[:-1] if conversation.name == "a question" else whole
 
-    found = read_chats("It", tiny_tokenizer, {0, 2}, read, lambda token: token == 2)
+    found = read_chats("It", tiny_tokenizer, {0, 2, 450}, read, lambda token: token == 2)
     assert len(found.equal) == len(CONVERSATIONS) - 2
     question, tools, stop = found.warnings
     assert question.startswith(
         f"It reads a chat with a question otherwise: from token {len(ids['a question']) - 1} on"
     )
     assert tools.endswith("otherwise: no tools here")
-    assert stop == "It does not stop at <|endoftext|>, where the checkpoint's texts end"
+    assert stop == "It does not stop at <|endoftext|>, token 450, where the checkpoint's texts end"
 
 
 def test_no_template_no_chats(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    import copy
-
     plain = copy.deepcopy(tiny_tokenizer)
     plain.chat_template = None
     assert rendered(plain) == {}

@@ -60,7 +60,7 @@ def run_again(folder: Path) -> dict[str, str]:
         ("peft", ("recover",)),
         ("accelerate", ("recover",)),
         ("torch", ("dense",)),
-        ("onnxruntime-genai", ()),
+        ("onnxruntime-genai", EXPORTED),
         ("plotly", ()),
     ],
 )
