@@ -408,7 +408,7 @@ def test_scalings_that_llama_cpp_lacks_are_refused(make_checkpoint: MakeCheckpoi
     checkpoint = make_checkpoint(
         "llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     )
-    with pytest.raises(InputError, match=r"dynamic.*linear, yarn, llama3"):
+    with pytest.raises(InputError, match=r"dynamic.*linear, yarn, longrope, llama3"):
         export(checkpoint, tmp_path / "out", "f32")
 
 
