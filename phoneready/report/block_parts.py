@@ -51,10 +51,10 @@ def block_parts(plan: PruningPlan) -> tuple[BlockParts, ...]:
     """Every block of the dense model, in order."""
     without, removal = plan.gone | plan.silent, plan.kv_groups
     parts = []
-    for index, (dense, block) in enumerate(zip(plan.dense_widths, plan.blocks, strict=True)):
+    for index, (dense, block) in enumerate(zip(plan.dense_shape.blocks, plan.blocks, strict=True)):
         groups = (len(removal.kept[index]), len(removal.losses[index])) if removal else None
-        attends = index not in without and groups != (0, 0)
-        parts.append(BlockParts(dense, block.width, index in plan.gone, attends, groups))
+        attends = dense.has_attention and index not in without
+        parts.append(BlockParts(dense.ffn_width, block.width, index in plan.gone, attends, groups))
     return tuple(parts)
 
 

@@ -470,6 +470,13 @@ def test_key_value_groups_that_stay_are_told(make_report_input: MakeReportInput)
     assert [row[-1] for row in width_table(plan).rows[:2]] == ["1 of 2 KV groups", "2 of 2 KV groups"]
 
 
+def test_a_block_that_did_not_attend_before_is_not_said_to(make_report_input: MakeReportInput) -> None:
+    plan = make_report_input("Tiny").figures.plan
+    losses = (0.1,) * len(plan.blocks)
+    plan = replace(plan, attention=Removal((1,), losses, 0.1, 64), silent_before=(2,))
+    assert [row[-1] for row in width_table(plan).rows[:3]] == ["whole", "no attention", "no attention"]
+
+
 def test_what_is_left_of_every_block_is_shown(make_report_input: MakeReportInput) -> None:
     report = make_report_input("Tiny")
     plan = report.figures.plan
