@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from cfsp.errors import InputError
 from cfsp.settings import Setting, Settings, setting
@@ -27,6 +27,19 @@ def parse_amount(text: str, field: str) -> int | float:
         if 0 < share < 1:
             return share
     raise InputError("neither a number nor a share", field=field, value=text, allowed="such as 2, or 0.1")
+
+
+def _amount(what: str) -> Any:
+    """The setting of how many parts go."""
+    return setting(
+        0,
+        f"{what}: how many, or a share below 1; 0 removes none.",
+        ge=0,
+        le=512,
+        parse=parse_amount,
+        metavar="N|SHARE",
+        shown="0",
+    )
 
 
 @dataclass(frozen=True)
@@ -75,24 +88,8 @@ class PruneSettings(Settings):
     vocabulary: Annotated[int, WhereSet] = setting(
         0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24
     )
-    blocks: Annotated[int | float, WhereSet] = setting(
-        0,
-        "Whole decoder blocks to remove: how many, or a share below 1; 0 removes none.",
-        ge=0,
-        le=512,
-        parse=parse_amount,
-        metavar="N|SHARE",
-        shown="0",
-    )
-    attentions: Annotated[int | float, WhereSet] = setting(
-        0,
-        "Attentions to remove from blocks that stay: how many, or a share below 1; 0 removes none.",
-        ge=0,
-        le=512,
-        parse=parse_amount,
-        metavar="N|SHARE",
-        shown="0",
-    )
+    blocks: Annotated[int | float, WhereSet] = _amount("Whole decoder blocks to remove")
+    attentions: Annotated[int | float, WhereSet] = _amount("Attentions to remove from blocks that stay")
     kv_groups: Annotated[float, WhereSet] = setting(
         0.0,
         "Share of key-value groups (a key-value head with its query heads) to remove, of attentions that stay; "

@@ -18,9 +18,10 @@ from cfsp.files import write_json
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.models.folder_format import copy_notices, save_tokenizer
 from cfsp.reading import read_json
+from exporters.chats import ReadChats
 from exporters.checkpoint_reader import ModelConfig
 from exporters.onnx.folder import GENAI_CONFIG, GRAPHS
-from exporters.onnx.genai_chats import settle_template
+from exporters.onnx.genai_chats import settled_chats
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.variants import Variant
 
@@ -28,8 +29,8 @@ from exporters.onnx.variants import Variant
 _DROPPED = ("auto_map", "torch_dtype", "dtype", "quantization_config")
 
 
-def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
-    """Write all of a variant's folder, which exists, but the graphs."""
+def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
+    """Write all of a variant's folder, which exists, but the graphs; returns what GenAI makes of chats with it."""
     checkpoint, tokenizer = job.common.checkpoint, job.common.tokenizer
     save_tokenizer(tokenizer, folder)
     if tokenizer.chat_template:
@@ -42,7 +43,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
     stored = _with_caches(read_json(checkpoint / "config.json"), job.common.config)
     write_json(folder / "config.json", _config(stored, variant))
     if variant.portable:
-        return
+        return ReadChats()
     ends = sorted(job.common.stops)
     context_length = job.common.context_length
     genai = _genai_config(variant, job.model.config, ends, context_length)
@@ -53,7 +54,7 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> None:
         "num_key_value_heads": kv_heads,
     }
     write_json(folder / GENAI_CONFIG, genai)
-    settle_template(job.common, folder)
+    return settled_chats(job.common, folder)
 
 
 def _with_caches(stored: dict[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _export(job: OnnxJob, variant: Variant) -> ExportRecord:
     folder = common.folder / variant.name
     (folder / GRAPHS).mkdir(parents=True)
     written = write_graphs(job, variant, folder / GRAPHS)
-    write_companions(job, variant, folder)
+    chats = write_companions(job, variant, folder)
     ort = write_ort(written.last or written.every, folder / "ort") if common.settings.ort else None
     common.progress(f"writing {variant.name}", 1, 1)
-    return prove(job, variant, written, ort)
+    return prove(job, variant, written, ort, chats)

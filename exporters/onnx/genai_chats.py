@@ -33,25 +33,27 @@ def write_template(folder: Path, template: str) -> None:
     write_text(folder / "chat_template.jinja", template)
 
 
-def settle_template(job: Job, folder: Path) -> None:
-    """Write a template's white space out, in a variant's folder, where GenAI then reads more chats as they should be.
+def settled_chats(job: Job, folder: Path) -> ReadChats:
+    """What GenAI makes of chats with a variant's folder, with its template's white space written out where that helps.
 
-    What transformers makes of it stays the same.
+    What transformers makes of the template stays the same.
     """
-    template, tokenizer = job.tokenizer.chat_template, job.tokenizer
+    template, tokenizer, before = job.tokenizer.chat_template, job.tokenizer, _genai_chats(job, folder)
     if not isinstance(template, str):
-        return
-    before, texts = genai_chats(job, folder), rendered(tokenizer)
-    explicit = explicit_whitespace(template)
+        return before
+    texts, explicit = rendered(tokenizer), explicit_whitespace(template)
     if explicit is None or len(before.equal) == len(texts) or rendered(tokenizer, template=explicit) != texts:
-        return
+        return before
     write_template(folder, explicit)
-    if len(genai_chats(job, folder).equal) <= len(before.equal):
-        write_template(folder, template)
+    after = _genai_chats(job, folder)
+    if len(after.equal) > len(before.equal):
+        return after
+    write_template(folder, template)
+    return before
 
 
-def genai_chats(job: Job, folder: Path) -> ReadChats:
-    """Of a variant's folder; nothing of one that is not for GenAI, and where GenAI is not installed."""
+def _genai_chats(job: Job, folder: Path) -> ReadChats:
+    """Of a folder as it is; nothing of one that is not for GenAI, and where GenAI is not installed."""
     if not (folder / GENAI_CONFIG).is_file() or importlib.util.find_spec("onnxruntime_genai") is None:
         return ReadChats()
     found = _ask(folder)

@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import LimitError
+from exporters.chats import ReadChats
 from exporters.export_record import ExportRecord
 from exporters.job import Job
 from exporters.onnx.checks import check_graph
-from exporters.onnx.genai_chats import genai_chats
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from exporters.onnx.variants import Variant
@@ -25,7 +25,9 @@ _SAME_LOGITS = 1e-2
 """Most that the two graphs of a variant may differ; their output matrix multiplies batches of other sizes."""
 
 
-def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | None) -> ExportRecord:
+def prove(
+    job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | None, chats: ReadChats
+) -> ExportRecord:
     """Compare the graph with the checkpoint, others of its weights with it, and describe it.
 
     Raises:
@@ -45,7 +47,7 @@ def prove(job: OnnxJob, variant: Variant, written: WrittenGraphs, ort: Path | No
         if not difference <= _SAME_LOGITS:
             raise LimitError(f"{other.name} differs from {path.name} by {difference:.4g} in a logit")
     check_limits(parity, f"{variant.name} ({path.name})")
-    text, chats = job.text_for(variant), genai_chats(common, common.folder / variant.name)
+    text = job.text_for(variant)
     return common.record(
         path,
         variant,
