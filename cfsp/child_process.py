@@ -13,6 +13,27 @@ def python_module(name: str) -> list[str]:
     return [sys.executable, "-P", "-m", name]
 
 
+_WAITING, _OURS = "OMP_WAIT_POLICY", "PHONEREADY_OMP_WAIT_POLICY"
+
+
+def wait_passively() -> None:
+    """Let threads of this process, and of those it starts, sleep while they wait for each other.
+
+    OpenMP's threads look all the time, which costs them nothing on an idle machine, and four times the time where
+    something else wants one of two cores. What the user has set stays. It holds for libraries that are loaded later.
+    """
+    if _WAITING not in os.environ:
+        os.environ.update({_WAITING: "passive", _OURS: "1"})
+
+
+def measured_environment() -> dict[str, str]:
+    """`child_environment` for what is measured, whose threads wait as they do for others."""
+    environment = child_environment()
+    if environment.pop(_OURS, None):
+        del environment[_WAITING]
+    return environment
+
+
 def child_environment() -> dict[str, str]:
     """This environment, with this package's folder importable whatever the working directory is.
 

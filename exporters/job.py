@@ -116,8 +116,8 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
 
 
 def load_checkpoint(checkpoint: Path) -> Any:
-    """The model as float32."""
-    return load_pruned(checkpoint, dtype=torch.float32)
+    """The model as float32, whose weights may stay in files."""
+    return load_pruned(checkpoint, dtype=torch.float32, may_stream=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.divergence import divergence_from_logits
+from cfsp.models.block_pass import last_hidden_states
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows, token_windows, tokens_sha256
@@ -24,6 +25,7 @@ from exporters.export_record import ParityReport
 FloatArray = npt.NDArray[np.float32]
 
 _SEQLEN, _WINDOWS = 512, 4
+_HEAD_ROWS = 16384
 
 # Metrics that must not fall below their limit; all others must not exceed it.
 _LOWER_BOUNDS = frozenset({"same_top1"})
@@ -36,7 +38,7 @@ class Reference:
     Attributes:
         windows: The text, (n_windows, seqlen).
         hidden: Last hidden states, after the final norm, (n_windows, seqlen, hidden_size) float32.
-        head: Output matrix (vocab_size, hidden_size) float32.
+        head: Output matrix (vocab_size, hidden_size), float32 or what holds the same numbers in fewer bytes.
     """
 
     windows: TokenWindows
@@ -83,7 +85,7 @@ def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_p
     Args:
         model: Model in eval mode, float32.
         windows: The text, (n_windows, seqlen).
-        progress: Told after every window.
+        progress: Told after every block.
 
     Raises:
         InputError: No windows, windows of fewer than 2 tokens, or ids outside the vocabulary.
@@ -94,12 +96,9 @@ def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_p
     head = model.get_output_embeddings().weight.detach()
     if int(ids.min()) < 0 or int(ids.max()) >= head.shape[0]:
         raise InputError("token ids outside the vocabulary", field="parity_windows", value=int(ids.max()))
-    states, decoder = [], model.get_decoder()
     with torch.inference_mode():
-        for done, window in enumerate(ids, start=1):
-            states.append(decoder(input_ids=window[None], use_cache=False).last_hidden_state[0].float())
-            progress("parity: checkpoint", done, len(ids))
-    return Reference(windows, torch.stack(states), head.float())
+        states = last_hidden_states(model, ids, "parity: checkpoint", progress=progress)
+    return Reference(windows, torch.cat(states).float(), head)
 
 
 def compare(
@@ -127,7 +126,7 @@ def compare(
             start = 0
             for piece in run(window.numpy().astype(np.int32)):
                 stop = start + len(piece)
-                ours = reference.hidden[index, start:stop] @ reference.head.T
+                ours = _logits(reference.hidden[index, start:stop], reference.head)
                 yield ours, torch.from_numpy(piece), window[start + 1 : stop + 1]
                 start = stop
             progress("parity", index + 1, len(windows.ids))
@@ -148,6 +147,13 @@ def compare(
         ppl_ratio=divergence.perplexity_ratio,
         limits=dict(limits),
     )
+
+
+def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Logits (n, vocab_size) float32; a matrix of fewer bytes becomes float32 a few rows at a time."""
+    if head.dtype == torch.float32:
+        return hidden @ head.T
+    return torch.cat([hidden @ rows.float().T for rows in torch.split(head, _HEAD_ROWS)], 1)
 
 
 def check_limits(report: ParityReport, what: str) -> None:

@@ -22,8 +22,10 @@ def run() -> None:
                 signal.signal(number, interrupt)
         problem = _problem()
         if problem is None:
+            from cfsp.child_process import wait_passively
             from phoneready.main import main
 
+            wait_passively()
             status = main(sys.argv[1:])
         else:
             print(f"error: {problem}", file=sys.stderr)

@@ -79,7 +79,9 @@ def export_model(
     _check(rows, request)
     if not _is_checkpoint(reference):
         request = replace(request, dense=request.dense or reference)
-    load = partial(load_model, trust_remote_code=trust_remote_code, device=device, progress=progress)
+    load = partial(
+        load_model, trust_remote_code=trust_remote_code, device=device, may_stream=True, progress=progress
+    )
     with _checkpoint(reference, output, request.seed, load) as checkpoint:
         return _export(
             checkpoint,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import shutil
@@ -16,6 +15,7 @@ import torch
 
 from cfsp.models.architectures import attention_of, block_linears, decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.attention import remove_attention
@@ -120,7 +120,7 @@ class Sizes:
     @functools.cached_property
     def small(self) -> Any:
         """The model with the first few channels of each block, as it was when sizes were first asked for."""
-        model = copy.deepcopy(self.loaded.model)
+        model = copied(self.loaded.model)
         _narrow(model, [min(_TEMPLATE_WIDTH, width) for width in model_shape(model).ffn_widths])
         return model
 
@@ -133,7 +133,7 @@ class Sizes:
         }
 
     def _save(self, folder: Path, uniform: bool, groups: Mapping[int, int], dense: bool) -> None:
-        model = copy.deepcopy(self.small)
+        model = copied(self.small)
         known = model_shape(model).blocks
         for index, count in groups.items():
             layer = decoder_layers(model)[index]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import IO, Any, TypeVar
 
-from cfsp.child_process import child_environment, python_module
+from cfsp.child_process import measured_environment, python_module
 from cfsp.errors import InputError
 from cfsp.reading import parse_json
 from runtime_bench.records.contention import contention_since, core_times
@@ -83,7 +83,7 @@ def exchange(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=child_environment() | dict(environment or {}),
+                env=measured_environment() | dict(environment or {}),
                 preexec_fn=before,
             )
         except OSError as error:

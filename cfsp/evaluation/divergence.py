@@ -73,7 +73,7 @@ def divergence(
     Both are LanguageModels or transformers causal LMs. Where one predicts more tokens than the other (padding of
     the embedding), only the tokens of both count.
     """
-    run_reference, run_model = logits_of(reference), logits_of(model)
+    run_reference, run_model = (logits_of(each, list(windows.ids)) for each in (reference, model))
 
     def pairs() -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         for done, window in enumerate(windows.ids, 1):
@@ -151,13 +151,15 @@ def respelled_divergence(
         LimitError: Logits that are not finite.
     """
     sums, nll_reference, nll_model = _Sums(), 0.0, 0.0
-    for done, window in enumerate(windows.ids, 1):
-        text = respelling.spell(window.tolist())
+    texts = [respelling.spell(window.tolist()) for window in windows.ids]
+    run_model = logits_of(model, [text.ids for text in texts])
+    run_reference = logits_of(reference, list(windows.ids))
+    for done, (window, text) in enumerate(zip(windows.ids, texts, strict=True), 1):
         ours = _Loss(text.ids, int((text.owners == 0).sum()))
         theirs = _Loss(window, 1)
-        right = _where_tokens_end(respelling, text, ours.read(logits_of(model)))
+        right = _where_tokens_end(respelling, text, ours.read(run_model))
         with torch.inference_mode():
-            for _, *both in _aligned(theirs.read(logits_of(reference)), right):
+            for _, *both in _aligned(theirs.read(run_reference), right):
                 for expected, actual in few_rows(*both):
                     sums.add(respelling.log_probabilities(expected.float()), actual.float())
         nll_reference, nll_model = nll_reference + theirs.nats, nll_model + ours.nats

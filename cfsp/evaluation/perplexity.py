@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from cfsp.errors import LimitError
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.torch_model import next_token_logits
+from cfsp.evaluation.torch_model import BlocksAhead, bare_model, next_token_logits
+from cfsp.models.paging import is_paged
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
 
@@ -44,8 +45,16 @@ class Perplexity:
     windows_sha256: str
 
 
-def logits_of(model: LanguageModel | torch.nn.Module | Any) -> LogitsOf:
-    """`next_token_logits` of a LanguageModel, or of a bare transformers causal LM."""
+def logits_of(model: LanguageModel | torch.nn.Module | Any, windows: Sequence[torch.Tensor]) -> LogitsOf:
+    """`next_token_logits` of a LanguageModel, or of a bare transformers causal LM.
+
+    Args:
+        model: Either.
+        windows: What it will be asked for, in turn, each (n,) int64.
+    """
+    bare = model if isinstance(model, torch.nn.Module) else bare_model(model)
+    if bare is not None and is_paged(bare):
+        return BlocksAhead(bare, windows)
     if isinstance(model, torch.nn.Module):
         return partial(next_token_logits, model)
     method: LogitsOf = model.next_token_logits
@@ -96,7 +105,7 @@ def text_loss(
         LimitError: The model gives logits that are not finite.
     """
     total = 0.0
-    run = logits_of(model)
+    run = logits_of(model, [text.ids for text in texts])
     with torch.inference_mode():
         for done, text in enumerate(texts, 1):
             for positions, logits in run(text.ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
+from cfsp.models.block_pass import last_hidden_states
+from cfsp.models.paging import at_hand, computing_dtype
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import generate, stop_ids
 
 _CHUNK = 256
 _BATCH_TOKENS = 2048
 _GENERATION_BATCH = 32
+_TOKENS_AHEAD = 2**14
 
 
 def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -40,6 +44,47 @@ def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
         yield slice(start + 1, stop + 1), head(hidden[start:stop]).float()
+
+
+class BlocksAhead:
+    """`next_token_logits` of a paged model for windows that are asked for in turn.
+
+    Each block is read once for as many windows as there is room for, and not once for each.
+
+    Args:
+        model: A causal LM of the architecture table.
+        windows: What will be asked for, each (n,) int64.
+    """
+
+    def __init__(self, model: Any, windows: Sequence[torch.Tensor]) -> None:
+        self._model, self._left = model, deque(windows)
+        self._ready: deque[tuple[torch.Tensor, torch.Tensor]] = deque()
+
+    @torch.inference_mode()
+    def __call__(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """See `next_token_logits`."""
+        if not self._ready:
+            self._run()
+        asked, hidden = self._ready.popleft() if self._ready else (None, None)
+        if asked is None or hidden is None or not torch.equal(asked, window):
+            yield from next_token_logits(self._model, window)
+            return
+        with at_hand(self._model.get_output_embeddings()):
+            yield from logits_from_hidden(self._model, hidden)
+
+    def _run(self) -> None:
+        """Run the next windows through the decoder."""
+        windows: list[torch.Tensor] = []
+        while self._left and sum(map(len, windows)) < _TOKENS_AHEAD:
+            windows.append(self._left.popleft())
+        by_length: dict[int, list[torch.Tensor]] = {}
+        for window in windows:
+            by_length.setdefault(len(window), []).append(window)
+        states = {
+            length: iter(last_hidden_states(self._model, torch.stack(alike), "running blocks"))
+            for length, alike in by_length.items()
+        }
+        self._ready.extend((window, next(states[len(window)])[0]) for window in windows)
 
 
 class TorchLanguageModel:
@@ -89,9 +134,8 @@ class TorchLanguageModel:
         for row, item in enumerate(items):
             _lay_out(item, ids[row], positions[row], allowed[row, 0])
         model = self.loaded.model
-        bias = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(
-            ~allowed, torch.finfo(model.dtype).min
-        )
+        dtype = computing_dtype(model)
+        bias = torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
         hidden = model.get_decoder()(
             input_ids=ids.to(model.device),
             attention_mask=bias.to(model.device),
@@ -129,6 +173,11 @@ class TorchLanguageModel:
             return ids
         beginnings = (ids[:end] for end in range(1, len(ids) + 1))
         return next(start for start in beginnings if contains_any(self.tokenizer, start, stop_strings))
+
+
+def bare_model(model: Any) -> Any:
+    """The transformers model of a `TorchLanguageModel`; None of any other."""
+    return model.loaded.model if type(model) is TorchLanguageModel else None
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:

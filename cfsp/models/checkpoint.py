@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +24,7 @@ from cfsp.files import atomic_directory, sha256_file, write_json
 from cfsp.models.architectures import model_shape
 from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
+from cfsp.models.paging import can_page, let_go, paged_model
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
@@ -32,9 +33,9 @@ from cfsp.models.weights import (
     check_memory,
     model_class,
     model_from_weights,
-    quiet_transformers,
     read_safetensors,
     safetensors_files,
+    save_weights,
     sha256_files,
 )
 from cfsp.reading import as_input_error, read_json
@@ -102,8 +103,9 @@ def save_checkpoint(
         raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
     shape = shape if planned is None else shape.with_origins(planned)
     check_finite(loaded.model, loaded.source.name)
+    dtype = loaded.stored_dtype or loaded.model.dtype
     with atomic_directory(directory, force=force) as folder:
-        _save_model(loaded.model, folder, shape)
+        _save_model(loaded.model, folder, shape, dtype)
         save_tokenizer(loaded.tokenizer, folder)
         _save_license(loaded.source, folder)
         if plan is not None:
@@ -118,7 +120,7 @@ def save_checkpoint(
             shape=shape,
             plan_sha256=sha256_file(folder / PLAN_FILE) if plan is not None else None,
             weights_sha256=sha256_files(safetensors_files(folder)),
-            dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             versions=_versions(),
             seed=seed,
         )
@@ -126,32 +128,43 @@ def save_checkpoint(
     return info
 
 
-def load_pruned(directory: Path, dtype: torch.dtype | None = None) -> Any:
+def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, may_stream: bool = False) -> Any:
     """Load a checkpoint's model in eval mode, without running code from the folder.
 
     Args:
         directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
         dtype: Cast the weights to it; None keeps what is stored.
+        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
 
     Raises:
         InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
     """
     config, cls = _read_config(directory)
-    weights: dict[str, torch.Tensor] = {}
-    for file in safetensors_files(directory):
-        weights |= read_safetensors(file)
-    if not weights:
-        raise InputError(f"{directory} has no tensors in its weight files")
-    stored = next(iter(weights.values())).dtype
-    tied = config.tie_word_embeddings
-    n_weights = sum(w.numel() for name, w in weights.items() if not tied or name != OUTPUT_MATRIX)
-    check_memory(n_weights, dtype or stored, str(directory))
-    model = model_from_weights(config, weights, dtype=dtype or stored, where=str(directory), cls=cls)
+    files, tied = safetensors_files(directory), config.tie_word_embeddings
+    if may_stream and can_page(files, tied=tied):
+        model = paged_model(config, files, where=str(directory), cls=cls)
+    else:
+        model = _in_memory(config, cls, files, dtype, str(directory))
     model.config.__dict__.pop("auto_map", None)
     check_finite(model, str(directory))
+    let_go(model)
     _check_records(directory, model_shape(model))
     model.generation_config = read_generation_config(directory) or model.generation_config
     return model
+
+
+def _in_memory(config: Any, cls: Any, files: Sequence[Path], dtype: torch.dtype | None, where: str) -> Any:
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        weights |= read_safetensors(file)
+    if not weights:
+        raise InputError(f"{where} has no tensors in its weight files")
+    dtype = dtype or next(iter(weights.values())).dtype
+    tied = config.tie_word_embeddings
+    check_memory(
+        sum(w.numel() for name, w in weights.items() if not tied or name != OUTPUT_MATRIX), dtype, where
+    )
+    return model_from_weights(config, weights, dtype=dtype, where=where, cls=cls)
 
 
 def is_pruned_checkpoint(directory: Path) -> bool:
@@ -190,17 +203,13 @@ def _modeling_pruned() -> ModuleType:
     return modeling_pruned
 
 
-def _save_model(model: Any, folder: Path, shape: ModelShape) -> None:
+def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
     native = model_class(model.config)
-    generation_config = model.generation_config
-    # transformers refuses to save generation settings that contradict each other, which published models have.
-    model.generation_config = transformers.GenerationConfig()
-    try:
-        with quiet_transformers():
-            native.save_pretrained(model, folder)
-    finally:
-        model.generation_config = generation_config
-    generation_config.to_json_file(folder / "generation_config.json")
+    save_weights(model, folder, dtype)
+    model.config.architectures, model.config.dtype = [native.__name__], str(dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    # Not `save_pretrained`: published models have settings that contradict each other, which it refuses.
+    model.generation_config.to_json_file(folder / "generation_config.json")
     stored = portable_config(read_json(folder / "config.json"))
     modeling_pruned = _modeling_pruned()
     code = Path(str(modeling_pruned.__file__))

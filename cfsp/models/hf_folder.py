@@ -11,7 +11,13 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.checkpoint import is_pruned_checkpoint, load_pruned, read_checkpoint_info
+from cfsp.models.architectures import ARCHITECTURES
+from cfsp.models.checkpoint import (
+    is_pruned_checkpoint,
+    load_pruned,
+    read_checkpoint_info,
+    read_generation_config,
+)
 from cfsp.models.config_file import (
     check_generation_config,
     check_tokenizer_files,
@@ -19,6 +25,7 @@ from cfsp.models.config_file import (
     read_model_config,
 )
 from cfsp.models.folds import FOLDS, folded
+from cfsp.models.paging import can_page, paged_model
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
 from cfsp.models.weights import (
@@ -36,8 +43,16 @@ _CARD_CHARACTERS = 2**16
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def load_folder(
+    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, may_stream: bool = False
+) -> Any:
     """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
+
+    Args:
+        folder: With config.json and safetensors.
+        dtype: The weights are cast to it.
+        trust_remote_code: Let transformers run code that the folder brings along.
+        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
 
     Raises:
         InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
@@ -45,12 +60,19 @@ def load_folder(folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = F
     settings = read_model_config(folder)
     files = safetensors_files(folder)
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
-        return load_pruned(folder, dtype)
+        return load_pruned(folder, dtype, may_stream=may_stream)
     if is_text_part(folder):
         model = load_text_part(folder, settings, dtype=dtype)
         return folded(model, str(folder)) if settings["model_type"] in FOLDS else model
     check_generation_config(folder)
-    check_memory(weight_count(files, tied=settings.get("tie_word_embeddings") is True), dtype, str(folder))
+    tied = settings.get("tie_word_embeddings") is True
+    if may_stream and settings["model_type"] in ARCHITECTURES and can_page(files, tied=tied):
+        with as_input_error(f"{folder / 'config.json'} cannot be used"):
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = paged_model(config, files, where=str(folder))
+        model.generation_config = read_generation_config(folder) or model.generation_config
+        return model
+    check_memory(weight_count(files, tied=tied), dtype, str(folder))
     with quiet_transformers(), as_input_error(f"{folder} cannot be loaded"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,

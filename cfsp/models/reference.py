@@ -21,13 +21,15 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
+from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.hf_folder import folder_source, load_folder, load_folder_tokenizer
 from cfsp.models.hub import fetch_hub_model, hub_reference
+from cfsp.models.paging import let_go
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.models.weights import check_finite
+from cfsp.models.weights import check_finite, safetensors_files, uniform_dtype
 from cfsp.progress import Progress, no_progress
 
 _log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
+    may_stream: bool = False,
     progress: Progress = no_progress,
 ) -> LoadedModel:
     """Load a causal LM and its tokenizer.
@@ -48,13 +51,14 @@ def load_model(
         dtype: The weights are cast to it.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         device: Where the model is put.
+        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
         progress: Told about downloads and loading.
 
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
     source = _locate(reference, progress=progress, code=trust_remote_code)
-    path = Path(source.path or "")
+    path, stored = Path(source.path or ""), None
     if path.is_file():
         file = read_gguf(path)
         tokenizer = tokenizer_from_gguf(file)
@@ -66,16 +70,20 @@ def load_model(
         progress(f"loading {source.name}", 0, 1)
         read_model_config(path)
         tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
-        model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        may_stream = may_stream and device == CPU
+        model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code, may_stream=may_stream)
         source = folder_source(path, source)
+        # What is folded into the weights of another type would be rounded.
+        stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
         progress(f"loading {source.name}", 1, 1)
     check_finite(model, str(path))
+    let_go(model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
         )
-    return LoadedModel(placed(model, device), tokenizer, source)
+    return LoadedModel(placed(model, device), tokenizer, source, stored)
 
 
 def find_model(reference: str | Path, *, progress: Progress = no_progress) -> ModelSource:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -37,8 +39,16 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A causal LM in eval mode, its tokenizer (a transformers fast tokenizer) and its origin."""
+    """A causal LM and where it came from.
+
+    Attributes:
+        model: In eval mode.
+        tokenizer: A transformers fast tokenizer.
+        source: Its origin.
+        stored_dtype: In which its weights are stored, there and in what is made of it; None where that is the model's.
+    """
 
     model: Any
     tokenizer: Any
     source: ModelSource
+    stored_dtype: torch.dtype | None = None

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import huggingface_hub
 import huggingface_hub.utils
 import safetensors
 import safetensors.torch
@@ -17,6 +18,7 @@ import transformers
 from pydantic import Field
 
 from cfsp.errors import InputError
+from cfsp.files import write_json
 from cfsp.memory import require_memory
 from cfsp.models.architectures import spec_for
 from cfsp.reading import as_input_error, read_json_object
@@ -30,6 +32,10 @@ _INDEX = kinds(weight_map=dict[str, _ShardName])
 
 OUTPUT_MATRIX = "lm_head.weight"
 """A file may have it beside the embedding that it is."""
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_PIECE = 2**24
+"""Numbers that are looked at at once."""
+_SHARD_BYTES = 10**9
 
 
 def model_class(config: Any) -> Any:
@@ -105,6 +111,19 @@ def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
     require_memory(n_weights * dtype.itemsize, what, "a smaller model, or a machine with more memory")
 
 
+def uniform_dtype(files: Iterable[Path]) -> torch.dtype | None:
+    """In which all tensors of safetensors files are stored; None where they differ, or are no plain numbers.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    kinds = set()
+    for file in files:
+        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as opened:
+            kinds |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    return _DTYPES.get(kinds.pop()) if len(kinds) == 1 else None
+
+
 def weight_count(files: Iterable[Path], *, tied: bool) -> int:
     """Weights in safetensors files, by their heads; of tied ones the output matrix counts for nothing.
 
@@ -137,8 +156,32 @@ def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:
 def check_finite(model: Any, where: str) -> None:
     """Raise InputError where a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not _is_finite(parameter.detach()):
             raise InputError(f"{where}: the weights of {name} are not all finite (NaN or infinity)")
+
+
+def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model's parameters in a dtype, each once, in shards as Hugging Face names them; at most one is held.
+
+    Raises:
+        InputError: A number is too large for the dtype.
+    """
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
+    split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=_SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
+        for name, tensor in shard.items():
+            if not _is_finite(tensor):
+                raise InputError(f"values too large for {str(dtype).removeprefix('torch.')}", field=name)
+        safetensors.torch.save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX_FILE, index)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _PIECE))
 
 
 def safetensors_files(folder: Path) -> list[Path]:

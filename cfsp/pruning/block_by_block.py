@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -33,10 +34,12 @@ from cfsp.models.architectures import (
     feed_forward,
     spec_for,
 )
+from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.paging import at_hand
 from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.axes.removal import attention_left_out
 from cfsp.pruning.reconstruction import solve_change
-from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, output_hook, run_layer
+from cfsp.pruning.streaming import GramSum, input_hook, output_hook
 from cfsp.pruning.surgery import Cut, cut_channels, cut_groups
 
 _DAMPING = 0.01
@@ -63,20 +66,20 @@ def prune_block_by_block(cut: Cut) -> None:
         dense, calls = enter_blocks(cut.model, layers, cut.input_ids)
         pruned = dense
         for index in (index for index in range(last + 1) if index not in cut.gone):
-            layer = layers[index]
-            after = _blocks_after(layers, calls, index, cut.gone)
-            wanted = list(dense) if pruned is dense else dense
-            for window, hidden in enumerate(dense):
-                wanted[window] = after(run_layer(layer, hidden, calls[index]))
-            if index in cut.groups:
-                _prune_attention(cut, index, pruned, calls[index])
-            if index in changed:
-                pruned = _prune_block(cut, index, pruned, wanted, calls[index], after)
-            elif pruned is dense and index not in cut.groups:
-                pruned = wanted
-            else:
-                pruned = [run_layer(layer, hidden, calls[index]) for hidden in pruned]
-            dense = wanted
+            with at_hand(layers[index], *_blocks_going_after(layers, index, cut.gone)):
+                after = _blocks_after(layers, calls, index, cut.gone)
+                wanted = list(dense) if pruned is dense else dense
+                for window, hidden in enumerate(dense):
+                    wanted[window] = after(run_layer(layers[index], hidden, calls[index]))
+                if index in cut.groups:
+                    _prune_attention(cut, index, pruned, calls[index])
+                if index in changed:
+                    pruned = _prune_block(cut, index, pruned, wanted, calls[index], after)
+                elif pruned is dense and index not in cut.groups:
+                    pruned = wanted
+                else:
+                    pruned = [run_layer(layers[index], hidden, calls[index]) for hidden in pruned]
+                dense = wanted
             cut.progress("pruning", index + 1, last + 1)
 
 
@@ -93,16 +96,20 @@ def _blocks_to_solve(cut: Cut, layers: Sequence[nn.Module]) -> list[int]:
 _Run = Callable[[torch.Tensor], torch.Tensor]
 
 
+def _blocks_going_after(layers: Sequence[nn.Module], index: int, gone: frozenset[int]) -> list[nn.Module]:
+    """The blocks directly after a block that go."""
+    return [layers[later] for later in takewhile(gone.__contains__, range(index + 1, len(layers)))]
+
+
 def _blocks_after(
     layers: Sequence[nn.Module], calls: Sequence[dict[str, Any]], index: int, gone: frozenset[int]
 ) -> _Run:
     """What the blocks that go directly after a block make of hidden states; the same states where none do."""
+    going = _blocks_going_after(layers, index, gone)
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
-        for later in range(index + 1, len(layers)):
-            if later not in gone:
-                break
-            hidden = run_layer(layers[later], hidden, calls[later])
+        for later, arguments in zip(going, calls[index + 1 :], strict=False):
+            hidden = run_layer(later, hidden, arguments)
         return hidden
 
     return run
@@ -242,5 +249,5 @@ class _Columns:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The kept weights, (out_features, n_kept)."""
-        change = solve_change(self.gram.total() / self.n_tokens, self.missing / self.n_tokens, ridge)
+        change = solve_change(self.gram.mean(self.n_tokens), self.missing.div_(self.n_tokens), ridge)
         return (self.columns.double() + change).to(self.columns.dtype)

@@ -9,6 +9,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import attention_of, decoder_layers, feed_forward
+from cfsp.models.paging import at_hand
 from cfsp.pruning.block_by_block import prune_block_by_block
 from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.pruning.rows import Row
@@ -45,10 +46,11 @@ def _cut_blocks(cut: Cut, solve: _Solve) -> None:
     with torch.no_grad():
         for index, layer in enumerate(decoder_layers(cut.model)):
             ffn, kept = feed_forward(cut.model, layer), cut.kept[index]
-            if index in cut.groups:
-                cut_groups(attention_of(cut.model, layer), cut.groups[index])
-            if len(kept) < ffn.width:
-                cut_channels(ffn, kept, solve(index, ffn.down.weight, kept))
+            with at_hand(layer):
+                if index in cut.groups:
+                    cut_groups(attention_of(cut.model, layer), cut.groups[index])
+                if len(kept) < ffn.width:
+                    cut_channels(ffn, kept, solve(index, ffn.down.weight, kept))
             cut.progress("pruning", index + 1, len(cut.kept))
 
 

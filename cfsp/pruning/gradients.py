@@ -12,7 +12,7 @@ intermediate_size) its weight, g_t (hidden_size,) the gradient at down_proj's ou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,8 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
+from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
+from cfsp.models.paging import at_hand, is_paged
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 
@@ -238,27 +240,70 @@ def _run_backwards(
         model.requires_grad_(False)
         for linear, receive in watched:
             stack.enter_context(gradient_hook(linear, receive))
-        for done, window in enumerate(input_ids.to(model.device), 1):
-            gradient = _backward(model, window, generator)
+        run = _backwards_by_blocks if is_paged(model) else _backwards_by_windows
+        for window, gradient in run(model, input_ids.to(model.device), generator, progress):
             if receive_embedded is not None:
                 receive_embedded(window, gradient)
-            progress("measuring gradients", done, len(input_ids))
 
 
-def _backward(model: Any, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Backward pass of one window (seqlen,); the gradient at its embedded tokens, (seqlen, hidden_size).
+_WHAT = "measuring gradients"
+_Embedded = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Each window (seqlen,) and the gradient at its embedded tokens, (seqlen, hidden_size)."""
 
-    The head runs in chunks, so that seqlen x vocab_size is never held.
+
+def _backwards_by_windows(
+    model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
+) -> _Embedded:
+    for done, window in enumerate(input_ids, 1):
+        embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
+        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        yield window, _pulled_back(hidden, _head_gradient(model, hidden, generator), embedded)[0]
+        progress(_WHAT, done, len(input_ids))
+
+
+def _backwards_by_blocks(
+    model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
+) -> _Embedded:
+    """The same numbers with one block in memory: it is run again when its gradients are due."""
+    layers, norm = decoder_layers(model), model.get_decoder().norm
+    before = StoredStates()
+    with torch.no_grad():
+        states, calls = enter_blocks(model, layers, input_ids)
+        for index, layer in enumerate(layers):
+            before.put(index, states)
+            with at_hand(layer):
+                states = [run_layer(layer, state, calls[index]) for state in states]
+            progress(_WHAT, index + 1, 2 * len(layers))
+    gradients = []
+    with at_hand(model.get_output_embeddings()):
+        for state in states:
+            normed = norm(state.requires_grad_())
+            gradients.append(_pulled_back(normed, _head_gradient(model, normed, generator), state))
+    for index, layer in reversed(list(enumerate(layers))):
+        with at_hand(layer):
+            for window, state in enumerate(before.take(index)):
+                output = run_layer(layer, state.requires_grad_(), calls[index])
+                gradients[window] = _pulled_back(output, gradients[window], state)
+        progress(_WHAT, 2 * len(layers) - index, 2 * len(layers))
+    yield from zip(input_ids, (gradient[0] for gradient in gradients), strict=True)
+
+
+def _pulled_back(output: torch.Tensor, gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient at what an output was made from, from that at the output."""
+    torch.autograd.backward(output, gradient)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The gradient at the output matrix's inputs (1, seqlen, hidden_size), for labels that are drawn.
+
+    The matrix multiplies in chunks, so that seqlen x vocab_size is never held.
     """
-    embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
-    hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
-    head = model.get_output_embeddings()
-    # The head's part ends at a copy of the hidden states, whose gradient then starts the blocks' part.
-    ending = hidden[0].detach().requires_grad_()
-    for chunk in ending.split(_HEAD_CHUNK):
+    head, ending = model.get_output_embeddings(), hidden[0].detach().requires_grad_()
+    for chunk in torch.split(ending, _HEAD_CHUNK):
         logits = head(chunk).float()
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
-    torch.autograd.backward(hidden, ending.grad[None])
-    gradient: torch.Tensor = embedded.grad[0]
-    return gradient
+    assert ending.grad is not None
+    return ending.grad[None]

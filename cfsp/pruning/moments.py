@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from cfsp.models.architectures import block_linears
+from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.paging import at_hand
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import input_hook
 
@@ -35,7 +37,7 @@ def collect_input_moments(
     Args:
         model: A causal LM of the architecture table.
         input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window.
+        progress: Told after each block.
 
     Returns:
         Module name -> (in_features,) float32; what llama.cpp calls an importance matrix.
@@ -47,13 +49,15 @@ def collect_input_moments(
         total = sums_of_squares(x)
         sums[name] = sums[name] + total if name in sums else total
 
-    with torch.inference_mode(), ExitStack() as stack:
-        for linears in block_linears(model):
-            for name, linear in linears.items():
-                stack.enter_context(input_hook(linear, partial(add, name)))
-        for done, window in enumerate(input_ids.to(model.device), 1):
-            model.get_decoder()(input_ids=window[None], use_cache=False)
-            progress("measuring activations", done, len(input_ids))
+    layers, linears = decoder_layers(model), block_linears(model)
+    with torch.inference_mode():
+        hidden, calls = enter_blocks(model, layers, input_ids)
+        for index, layer in enumerate(layers):
+            with at_hand(layer), ExitStack() as stack:
+                for name, linear in linears[index].items():
+                    stack.enter_context(input_hook(linear, partial(add, name)))
+                hidden = [run_layer(layer, state, calls[index]) for state in hidden]
+            progress("measuring activations", index + 1, len(layers))
     return {name: (total / input_ids.numel()).float().cpu() for name, total in sums.items()}
 
 

@@ -15,6 +15,7 @@ import torch
 from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape, spec_for
+from cfsp.models.paging import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in, rounding_dtype
@@ -231,10 +232,13 @@ def make_plan(
     scores, curves = [], []
     for index, layer in enumerate(decoder_layers(model)):
         evidence = ChannelEvidence(feed_forward(model, layer), statistics, index)
-        scores.append(score_channels(settings.score, evidence))
-        losses = (
-            evidence.loss_elimination.error_curve(_LOSS_SEGMENTS) if settings.needs_loss else torch.empty(0)
-        )
+        with at_hand(layer):
+            scores.append(score_channels(settings.score, evidence))
+            losses = (
+                evidence.loss_elimination.error_curve(_LOSS_SEGMENTS)
+                if settings.needs_loss
+                else torch.empty(0)
+            )
         curves.append(tuple(losses.tolist()))
     rounding = rounding_dtype(settings.dtype, model.device.type)
     gone = frozenset(depth.removed if depth else ())

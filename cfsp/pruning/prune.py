@@ -11,6 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.paging import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
@@ -287,11 +288,13 @@ def trim(
     """
     if vocabulary is None:
         return loaded, calibration
-    if settings.reconstruct != "none":
-        with products_in(settings.dtype, loaded.model.device.type):
-            windows = spread_windows(calibration.input_ids, SPELLING_WINDOWS)
-            teach_spellings(loaded, vocabulary, windows, progress=progress)
-    trimmed = cut_vocabulary(loaded, vocabulary)
+    model = loaded.model
+    with at_hand(model.get_input_embeddings(), model.get_output_embeddings()):
+        if settings.reconstruct != "none":
+            with products_in(settings.dtype, model.device.type):
+                windows = spread_windows(calibration.input_ids, SPELLING_WINDOWS)
+                teach_spellings(loaded, vocabulary, windows, progress=progress)
+        trimmed = cut_vocabulary(loaded, vocabulary)
     ids = respelling(loaded.tokenizer, trimmed.tokenizer).windows(calibration.input_ids)
     return trimmed, replace(calibration, input_ids=ids, sha256=tokens_sha256(ids))
 

@@ -11,7 +11,7 @@ from cfsp.errors import InputError
 
 
 def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, which is changed in place.
+    """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, in H's place.
 
     Raises:
         InputError: `ridge` is not positive, or the matrix is not finite or still singular.
@@ -22,8 +22,8 @@ def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info) != 0:
         raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
-    result: torch.Tensor = factor
-    return result
+    # Large ones are gigabytes, of which each that is held counts.
+    return gram.copy_(factor)
 
 
 def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.paging import at_hand
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import ChannelGradients
 from cfsp.pruning.moments import sums_of_squares
-from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
+from cfsp.pruning.streaming import GramSum, input_hook
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def collect_statistics(
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram, model.device)
-            with input_hook(ffn.down, sums.add_channels):
+            with at_hand(layer), input_hook(ffn.down, sums.add_channels):
                 for window, h_in in enumerate(hidden):
                     hidden[window] = run_layer(layer, h_in, calls[index])
                     sums.add_block(h_in, hidden[window])
@@ -165,7 +167,7 @@ def collect_statistics(
                 )
             channels.append(ChannelStatistics(sums.x_sum / n_tokens, sums.x_square / n_tokens))
             if grams is not None and sums.gram is not None:
-                grams.put(index, sums.gram.total() / n_tokens)
+                grams.put(index, sums.gram.mean(n_tokens))
             progress("calibrating", index + 1, len(layers))
     values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
     return BlockStatistics(values, tuple(channels), grams, n_tokens)

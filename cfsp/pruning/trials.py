@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
@@ -178,7 +178,7 @@ class Trials:
 
     def loss(self, plan: PruningPlan) -> float:
         """KL(dense || pruned), nats a token."""
-        pruned = copy.deepcopy(self.loaded.model)
+        pruned = copied(self.loaded.model)
         apply_plan(
             pruned,
             plan,

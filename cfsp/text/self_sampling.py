@@ -25,6 +25,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_file
 from cfsp.models.builtin import cache_directory
+from cfsp.models.paging import NEVER, VARIABLE, is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
@@ -72,6 +73,13 @@ def sample_windows(
     cached = _read_cached(path, nsamples, seqlen)
     if cached is not None:
         return cached
+    if is_paged(loaded.model):
+        raise InputError(
+            "every token that a model writes reads all of its weights, which stay in files",
+            field="calibration",
+            value="self",
+            allowed=f"a text, or {VARIABLE}={NEVER}",
+        )
     stream: list[int] = []
 
     def report(before: int, written: int) -> None:

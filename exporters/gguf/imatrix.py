@@ -49,7 +49,7 @@ def read_imatrix(
     used = use and any(quant.uses_imatrix for quant in quants)
     moments = stored_moments(checkpoint) if used else None
     if used and not moments and input_ids is not None:
-        model = placed(load_pruned(checkpoint, dtype=torch.float32), device)
+        model = placed(load_pruned(checkpoint, torch.float32, may_stream=device == "cpu"), device)
         moments = collect_input_moments(model, input_ids)
     if not moments:
         for quant in quants:

@@ -64,7 +64,8 @@ def round_for_text(
     Raises:
         InputError: What the layers read is not finite.
     """
-    model, chosen = placed(load_pruned(checkpoint, dtype=torch.float32), device), read_layout(checkpoint)
+    model = placed(load_pruned(checkpoint, torch.float32, may_stream=device == "cpu"), device)
+    chosen = read_layout(checkpoint)
     matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
     tied, total = chosen.config.tie_word_embeddings, chosen.config.num_hidden_layers + 1

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.paging import at_hand
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
+from cfsp.pruning.streaming import GramSum, input_hook
 
 Grams = Mapping[str, torch.Tensor]
 """Module name -> X^T X / T of its input; those that read the same tensor share one."""
@@ -44,11 +46,12 @@ def round_blocks(
     with torch.no_grad():
         hidden, calls = enter_blocks(model, layers, input_ids)
         for index, layer in enumerate(layers):
-            with products_in("auto", model.device.type):
-                grams = _input_grams(linears[index], layer, hidden, calls[index])
-            changed = visit(index, grams)
-            with products_in("auto", model.device.type), _replaced(linears[index], changed):
-                hidden = [run_layer(layer, h, calls[index]) for h in hidden]
+            with at_hand(layer):
+                with products_in("auto", model.device.type):
+                    grams = _input_grams(linears[index], layer, hidden, calls[index])
+                changed = visit(index, grams)
+                with products_in("auto", model.device.type), _replaced(linears[index], changed):
+                    hidden = [run_layer(layer, h, calls[index]) for h in hidden]
             progress("quantizing", index + 1, len(layers) + 1)
         return _head_gram(model, hidden)
 
@@ -78,7 +81,7 @@ def _head_gram(model: Any, hidden: list[torch.Tensor]) -> torch.Tensor:
     norm, total = model.get_decoder().norm, GramSum(hidden[0].shape[-1], hidden[0].device)
     for h in hidden:
         total.add(norm(h).flatten(0, -2).float())
-    return total.total() / sum(h.shape[:-1].numel() for h in hidden)
+    return total.mean(sum(h.shape[:-1].numel() for h in hidden))
 
 
 def _input_grams(
@@ -109,7 +112,7 @@ def _input_grams(
         for h in hidden:
             seen.clear()
             run_layer(layer, h, arguments)
-    totals = {name: total.total() / n_tokens for name, total in sums.items()}
+    totals = {name: total.mean(n_tokens) for name, total in sums.items()}
     return {name: totals[first] for name, first in same_as.items()}
 
 

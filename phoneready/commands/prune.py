@@ -77,7 +77,11 @@ def prune(
         TemporaryDirectory(prefix="phoneready-") as scratch,
     ):
         loaded = load_model(
-            model, trust_remote_code=trust_remote_code, device=find_device(device), progress=progress
+            model,
+            trust_remote_code=trust_remote_code,
+            device=find_device(device),
+            may_stream=True,
+            progress=progress,
         )
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
         check = shape_check(settings, chosen, loaded.model)

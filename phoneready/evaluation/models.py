@@ -67,7 +67,13 @@ def open_language_model(
     if runtime == _TORCH:
         code = settings.trust_remote_code
         model = TorchLanguageModel(
-            load_model(reference, trust_remote_code=code, device=settings.device, progress=progress)
+            load_model(
+                reference,
+                trust_remote_code=code,
+                device=settings.device,
+                may_stream=True,
+                progress=progress,
+            )
         )
     else:
         _FAMILIES[runtime].check_claim(reference)

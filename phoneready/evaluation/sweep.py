@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from cfsp.errors import InputError
 from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.paging import copied
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import apply_plan, make_plan
@@ -103,7 +103,7 @@ def sweep(
     measured = statistics_for(loaded.model, calibration, prune, progress=progress)
     for ratio in ratios:
         plan = make_plan(loaded, measured, calibration, replace(prune, prune_ratio=ratio))
-        model = copy.deepcopy(loaded.model)
+        model = copied(loaded.model)
         apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
         pruned = TorchLanguageModel(replace(loaded, model=model))
         judged = evaluate(pruned, dense, judge, progress=progress)

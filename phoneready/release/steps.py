@@ -144,6 +144,7 @@ class Steps:
             model.reference,
             trust_remote_code=model.trust_remote_code,
             device=find_device(model.device),
+            may_stream=True,
             progress=progress,
         )
         sizes = {"nsamples": prune.nsamples, "seqlen": prune.seqlen, "seed": self.config.seed}
@@ -313,7 +314,7 @@ class Steps:
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         """A stage's checkpoint, with the origin of the model that it was made from."""
         device = find_device(self.config.model.device)
-        loaded = load_model(self.checkpoint(stage), device=device, progress=progress)
+        loaded = load_model(self.checkpoint(stage), device=device, may_stream=True, progress=progress)
         return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
 
     def _calibration_ids(self, stage: str) -> torch.Tensor:

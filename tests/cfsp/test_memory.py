@@ -15,12 +15,11 @@ import torch
 
 from cfsp import memory
 from cfsp.errors import InputError
+from cfsp.models.block_pass import enter_blocks
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import safetensors_files, weight_count
-from cfsp.pruning.moments import collect_input_moments
-from cfsp.pruning.streaming import enter_blocks
 from phoneready.main import main
 from runtime_bench.cgroup import find_parent, limited_group
 
@@ -98,4 +97,3 @@ def test_windows_whose_hidden_states_do_not_fit(tiny_model: Any, monkeypatch: py
     little(monkeypatch, 4 * 64 * ids.numel() - 1)
     with pytest.raises(InputError, match=r"8 windows of 16 tokens takes .*fewer windows"):
         enter_blocks(model, list(model.model.layers), ids)
-    collect_input_moments(model, ids)  # one window at a time

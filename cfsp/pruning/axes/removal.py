@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from cfsp.models.architectures import decoder_layers
+from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.streaming import enter_blocks, run_layer
 
 _EVERY = 4
 """Logits are compared at every fourth position: the output matrix costs as much as many blocks."""

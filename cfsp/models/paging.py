@@ -1,0 +1,321 @@
+"""Models whose weights stay in files: a module's are in memory, as float32, only while something computes with them.
+
+A block is a page, and so is every module outside the blocks that has weights of its own: the embedding, the last norm,
+the output matrix. Their parameters are mapped files, read when they are looked at. When a module is called, or
+`at_hand`, they are float32 tensors in memory; afterwards they are mapped anew, which lets what was read go, and what
+was changed meanwhile is written to a scratch file, in as few bytes as hold it exactly. So a model is never in memory
+whole, and everything that runs it block after block computes the same bits as with a model that is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from cfsp.errors import InputError
+from cfsp.memory import free_memory
+from cfsp.models.architectures import decoder_layers
+from cfsp.models.weights import model_from_weights, uniform_dtype, weight_count
+from cfsp.reading import as_input_error
+
+VARIABLE = "PHONEREADY_STREAM"
+"""The environment's word on when weights stay in files."""
+ALWAYS, NEVER, AUTO = "always", "never", "auto"
+_SHARE = 0.5
+"""Of free memory, which a model may take before its weights stay in files."""
+_NARROW = (torch.bfloat16, torch.float16)
+_PIECE = 2**24
+
+
+def stays_in_files(n_bytes: int) -> bool:
+    """Whether a model that would take so much memory is read block by block instead.
+
+    Raises:
+        InputError: The environment asks for something that is not known.
+    """
+    asked = os.environ.get(VARIABLE) or AUTO
+    if asked not in (ALWAYS, NEVER, AUTO):
+        allowed = ", ".join((AUTO, ALWAYS, NEVER))
+        raise InputError("unknown", field=VARIABLE, value=asked, allowed=allowed)
+    return asked == ALWAYS or (asked == AUTO and n_bytes > _SHARE * free_memory())
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a tensor is: the name that it has in a safetensors file."""
+
+    file: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class _Handed:
+    """A parameter as it was put into a module.
+
+    Attributes:
+        home: Where its values are; None where in memory alone.
+        parameter: The object.
+        version: torch's count of what was done to it in place.
+    """
+
+    home: Home | None
+    parameter: nn.Parameter
+    version: int
+
+    def is_untouched(self, parameter: nn.Parameter) -> bool:
+        """Whether a module's parameter is still this one, with the values that it had."""
+        return parameter is self.parameter and parameter._version == self.version
+
+
+class _Scratch:
+    """Files for what was changed, deleted with the last page that has them."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-weights-")
+        self._count = 0
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Home]:
+        """Store tensors, one that has two names once; name -> where it is now."""
+        if not tensors:
+            return {}
+        self._count += 1
+        file = Path(self._folder.name, f"{self._count}.safetensors")
+        first = {id(tensor): name for name, tensor in tensors.items()}
+        stored = {name: _narrowed(tensors[name].detach()) for name in first.values()}
+        safetensors.torch.save_file(stored, file)
+        return {name: Home(file, first[id(tensor)]) for name, tensor in tensors.items()}
+
+
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in the fewest bytes that hold it exactly."""
+    for dtype in _NARROW:
+        narrow = tensor.to(dtype)
+        if torch.equal(narrow.to(tensor.dtype), tensor):
+            return narrow.contiguous()
+    return tensor.contiguous()
+
+
+class _Page:
+    """Modules whose weights come and go together.
+
+    Args:
+        modules: One, or two that share a parameter.
+        homes: id of a parameter -> where it is.
+        scratch: For what is changed.
+    """
+
+    def __init__(self, modules: tuple[nn.Module, ...], homes: Mapping[int, Home], scratch: _Scratch) -> None:
+        # Not the modules themselves: the page lives as long as they do, not the other way round.
+        self._modules, self._scratch, self._users = tuple(map(ref, modules)), scratch, 0
+        self._handed: dict[str, _Handed] = {}
+        for name, (owner, key) in self._places().items():
+            parameter = owner._parameters[key]
+            self._handed[name] = _Handed(homes.get(id(parameter)), parameter, parameter._version)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Its modules that are still there."""
+        return tuple(module for known in self._modules if (module := known()) is not None)
+
+    def of_copies(self, modules: tuple[nn.Module, ...]) -> _Page:
+        """The page of copies of its modules, which share their parameters."""
+        homes, places = self._homes(), self._places()
+        known = {id(owner._parameters[key]): homes[name] for name, (owner, key) in places.items()}
+        return _Page(modules, {number: home for number, home in known.items() if home}, self._scratch)
+
+    def take(self) -> None:
+        """Have the weights in memory, as float32."""
+        self._users += 1
+        if self._users == 1:
+            self._replace(self._homes(), lambda _, parameter: parameter.detach().float())
+            # What was mapped goes with the parameters that were there.
+
+    def give_back(self) -> None:
+        """Let them go, unless someone else has them still."""
+        self._users -= 1
+        if not self._users:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Map every parameter anew; those that were changed, from a file that is written now."""
+        homes, places = self._homes(), self._places()
+        changed = {name: place for name, place in places.items() if homes[name] is None}
+        homes |= self._scratch.write({name: owner._parameters[key] for name, (owner, key) in changed.items()})
+        with ExitStack() as stack:
+            files: dict[Path, Any] = {}
+
+            def mapped(home: Home | None, _: nn.Parameter) -> torch.Tensor:
+                assert home is not None
+                if home.file not in files:
+                    files[home.file] = stack.enter_context(safetensors.safe_open(home.file, "pt"))
+                tensor: torch.Tensor = files[home.file].get_tensor(home.name)
+                return tensor
+
+            self._replace(homes, mapped)
+
+    def _homes(self) -> dict[str, Home | None]:
+        """Where each parameter is; None of one that was changed since it was handed out."""
+        homes: dict[str, Home | None] = {}
+        for name, (owner, key) in self._places().items():
+            handed = self._handed.get(name)
+            untouched = handed is not None and handed.is_untouched(owner._parameters[key])
+            homes[name] = handed.home if handed is not None and untouched else None
+        return homes
+
+    def _replace(
+        self,
+        homes: Mapping[str, Home | None],
+        make: Callable[[Home | None, nn.Parameter], torch.Tensor],
+    ) -> None:
+        """Put other parameters in the place of all, one for those that are one."""
+        made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # what was there keeps its id for as long
+        self._handed = {}
+        # Weights made in inference mode could not say whether they were changed.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, (owner, key) in self._places().items():
+                before = owner._parameters[key]
+                if id(before) not in made:
+                    after = nn.Parameter(make(homes[name], before), requires_grad=before.requires_grad)
+                    made[id(before)] = before, after
+                owner._parameters[key] = after = made[id(before)][1]
+                self._handed[name] = _Handed(homes[name], after, after._version)
+
+    def _places(self) -> dict[str, tuple[Any, str]]:
+        """Name of a parameter -> the module that has it, and its name there; of one in two places, both."""
+        return {
+            f"{number}.{prefix}.{key}": (owner, key)
+            for number, module in enumerate(self.modules)
+            for prefix, owner in module.named_modules()
+            for key, parameter in owner._parameters.items()
+            if parameter is not None
+        }
+
+
+_PAGES: WeakKeyDictionary[nn.Module, _Page] = WeakKeyDictionary()
+
+
+def is_paged(model: Any) -> bool:
+    """Whether a model's weights stay in files."""
+    return any(layer in _PAGES for layer in decoder_layers(model))
+
+
+def computing_dtype(model: Any) -> torch.dtype:
+    """Of a model's hidden states."""
+    dtype: torch.dtype = torch.float32 if is_paged(model) else model.dtype
+    return dtype
+
+
+@contextmanager
+def at_hand(*modules: nn.Module) -> Iterator[None]:
+    """Have modules' weights in memory while the context is open, and not only for the time of a call.
+
+    Nothing is to be done for a model that is in memory whole.
+    """
+    pages = [page for module in modules if (page := _PAGES.get(module)) is not None]
+    with ExitStack() as stack:
+        for page in pages:
+            page.take()
+            stack.callback(page.give_back)
+        yield
+
+
+def let_go(model: nn.Module) -> None:
+    """Let what was read of a paged model's weights go, where it was read outside `at_hand`."""
+    for page in _pages_of(model):
+        page.let_go()
+
+
+def copied(model: Any) -> Any:
+    """A deep copy of a model; one that is paged shares the files, and what was not changed in them."""
+    if not is_paged(model):
+        return copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    twins = dict(zip(model.modules(), twin.modules(), strict=True))
+    for page in _pages_of(model):
+        _register(page.of_copies(tuple(twins[module] for module in page.modules)))
+    return twin
+
+
+def can_page(files: Sequence[Path], *, tied: bool) -> bool:
+    """Whether weight files are to be read block by block: they would take too much memory, and are of one dtype.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    n_bytes = weight_count(files, tied=tied) * torch.float32.itemsize
+    return stays_in_files(n_bytes) and uniform_dtype(files) is not None
+
+
+def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = None) -> Any:
+    """A model in eval mode whose weights stay in files.
+
+    Args:
+        config: transformers configuration.
+        files: safetensors files, which hold all of its weights in one dtype.
+        where: Folder named in errors.
+        cls: Model class; transformers' own for the configuration unless given.
+
+    Raises:
+        InputError: A file is damaged, or tensors are missing, unknown, or of the wrong shape.
+    """
+    weights, homes = {}, {}
+    for file in files:
+        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                weights[name], homes[name] = opened.get_tensor(name), Home(file.resolve(), name)
+    dtype = next(iter(weights.values())).dtype
+    return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes)
+
+
+def _paged(model: Any, homes: Mapping[str, Home]) -> Any:
+    """Have the weights of a model, all of them mapped, come and go page by page."""
+    scratch, layers = _Scratch(), list(decoder_layers(model))
+    named = model.named_parameters(remove_duplicate=False)
+    known = {id(parameter): homes[name] for name, parameter in named if name in homes}
+    ends = tuple(dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())))
+    inside = {id(module) for layer in layers for module in layer.modules()} | set(map(id, ends))
+    others = [module for module in model.modules() if id(module) not in inside and module._parameters]
+    is_tied = len({id(end.weight) for end in ends}) == 1
+    for modules in (*([ends] if is_tied else zip(ends)), *zip((*layers, *others))):
+        _register(_Page(modules, known, scratch))
+        for module in modules:
+            module.register_forward_pre_hook(_before)
+            module.register_forward_hook(_after, always_call=True)
+    return model
+
+
+def _register(page: _Page) -> None:
+    for module in page.modules:
+        _PAGES[module] = page
+
+
+def _pages_of(model: nn.Module) -> list[_Page]:
+    pages = (page for module in model.modules() if (page := _PAGES.get(module)))
+    return list({id(page): page for page in pages}.values())
+
+
+def _before(module: nn.Module, _: Any) -> None:
+    if _computes(module):
+        _PAGES[module].take()
+
+
+def _after(module: nn.Module, _: Any, __: Any) -> None:
+    if _computes(module):
+        _PAGES[module].give_back()
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether a call reads weights: not where the module's forward is short-circuited."""
+    return "forward" not in vars(module)

@@ -1,0 +1,239 @@
+"""Models whose weights stay in files: the same bytes come out, and one block is in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cfsp.errors import InputError
+from cfsp.evaluation.divergence import divergence
+from cfsp.evaluation.perplexity import perplexity
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.architectures import decoder_layers
+from cfsp.models.block_pass import last_hidden_states
+from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.paging import VARIABLE, at_hand, copied, is_paged
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.pruning.gradients import collect_gradients, collect_weight_moments
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.text.calibration import load_calibration
+from cfsp.text.tokens import TokenWindows
+from phoneready.main import main
+
+TinyModel = Callable[..., tuple[Any, Any]]
+MakeFolder = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tiny_model: TinyModel, tmp_path: Path) -> MakeFolder:
+    """Factory of a model stored in bfloat16."""
+
+    def make(*args: Any, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Path:
+        loaded = LoadedModel(*tiny_model(*args, **overrides), ModelSource("tiny", "folder", "tiny"), dtype)
+        save_checkpoint(loaded, tmp_path / "model", force=True)
+        return tmp_path / "model"
+
+    return make
+
+
+def load(folder: Path, stream: str, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    monkeypatch.setenv(VARIABLE, stream)
+    loaded = load_model(folder, may_stream=True)
+    assert is_paged(loaded.model) == (stream == "always")
+    return loaded
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def in_memory(model: Any) -> int:
+    """Blocks that are at hand."""
+    return sum(next(layer.parameters()).dtype == torch.float32 for layer in decoder_layers(model))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"score": "obs_loss", "allocation": "loss"},
+        {"reconstruct": "one-pass"},
+        {"reconstruct": "mean"},
+        {"reconstruct": "none"},
+        {"vocabulary": 300},
+        {"blocks": 1, "kv_groups": 0.5},
+        {"attentions": 1},
+    ],
+)
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_pruning_gives_the_same_bytes(
+    asked: dict[str, Any],
+    model_type: str,
+    folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, dense = {}, folder(model_type)
+    for stream in ("never", "always"):
+        loaded = load(dense, stream, monkeypatch)
+        calibration = load_calibration(("builtin:python-docs",), loaded, nsamples=3, seqlen=24)
+        result = prune_model(loaded, calibration, PruneSettings(prune_ratio=0.25, align=8, **asked))
+        save_checkpoint(
+            result.loaded, tmp_path / stream, plan=result.plan, input_moments=result.input_moments
+        )
+        made[stream] = files_of(tmp_path / stream)
+    assert made["never"] == made["always"]
+    stored = load_pruned(tmp_path / "always")
+    assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
+
+
+def test_one_block_is_in_memory_at_a_time(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = load(folder(), "always", monkeypatch).model, []
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_hook(lambda *_: seen.append(in_memory(model)))
+    with torch.no_grad():
+        last_hidden_states(model, torch.arange(40).view(2, 20), "looking")
+        model(torch.arange(20)[None])
+    assert seen == [1] * (3 * len(decoder_layers(model)))
+    assert in_memory(model) == 0
+
+
+def test_what_is_changed_stays(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder(tied=True), "always", monkeypatch).model
+    first, ends = decoder_layers(model)[0], (model.get_input_embeddings(), model.get_output_embeddings())
+    before = first.mlp.up_proj.weight.detach().float()
+    with at_hand(first, ends[0]), torch.no_grad():
+        first.mlp.up_proj.weight.add_(1 / 3)  # no number of 16 bits
+        first.mlp.down_proj.weight = nn.Parameter(torch.ones(64, 4))
+        ends[0].weight[5] += 1 / 3
+    expected = ends[0].weight[5].clone()
+    for _ in range(2):
+        with at_hand(first, ends[1]):
+            assert torch.equal(first.mlp.up_proj.weight, before + 1 / 3)
+            assert torch.equal(ends[1].weight[5], expected)
+        assert first.mlp.up_proj.weight.dtype == torch.float32
+        assert first.mlp.down_proj.weight.dtype == torch.bfloat16  # holds ones
+        assert ends[0].weight is ends[1].weight
+
+
+def test_what_is_changed_in_place_between_calls_stays(
+    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder(), "always", monkeypatch).model
+    first = decoder_layers(model)[0]
+    with torch.no_grad():
+        first.mlp.up_proj.weight.zero_()
+    with at_hand(first):
+        pass
+    assert not first.mlp.up_proj.weight.any()
+
+
+def test_a_copy_shares_the_files_and_nothing_else(
+    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder(), "always", monkeypatch).model
+    twin = copied(model)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(twin(ids).logits, expected)
+        with at_hand(decoder_layers(twin)[1]):
+            decoder_layers(twin)[1].mlp.up_proj.weight.zero_()
+        assert not torch.equal(twin(ids).logits, expected)
+        del twin
+        assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_gradients_and_figures_are_those_of_a_model_in_memory(
+    model_type: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, ids = folder(model_type, tied=False), torch.randint(0, 300, (3, 30))
+    windows = TokenWindows(ids, "random", "0")
+    results = []
+    for stream in ("never", "always"):
+        loaded = load(dense, stream, monkeypatch)
+        model, pruned = loaded.model, copied(loaded.model)
+        with at_hand(decoder_layers(pruned)[0]), torch.no_grad():
+            decoder_layers(pruned)[0].mlp.up_proj.weight.mul_(0.5)
+        judged = TorchLanguageModel(LoadedModel(pruned, loaded.tokenizer, loaded.source))
+        gradients = collect_gradients(model, ids)
+        moments = collect_weight_moments(model, ["model.layers.1.self_attn.q_proj", "lookup"], ids)
+        results.append(
+            [
+                *(getattr(block, name) for block in gradients for name in ("output", "taylor", "fisher")),
+                *(one.columns for one in moments.values()),
+                divergence(loaded.model, judged, windows),
+                perplexity(judged, windows),
+            ]
+        )
+    for here, there in zip(*results, strict=True):
+        assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
+
+
+def test_what_no_dtype_of_16_bits_holds_is_stored_as_it_is(
+    folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (torch.float32, torch.float16):
+        dense = folder(dtype=dtype)
+        loaded = load(dense, "always", monkeypatch)
+        assert loaded.stored_dtype == dtype
+        save_checkpoint(loaded, tmp_path / "again", force=True)
+        assert files_of(tmp_path / "again")["model.safetensors"] == files_of(dense)["model.safetensors"]
+
+
+def test_numbers_too_large_for_the_dtype_are_refused(folder: MakeFolder, tmp_path: Path) -> None:
+    loaded = load_model(folder(dtype=torch.float16))
+    with torch.no_grad():
+        decoder_layers(loaded.model)[0].mlp.up_proj.weight[0, 0] = 1e5
+    with pytest.raises(InputError, match="too large for float16"):
+        save_checkpoint(loaded, tmp_path / "too-large")
+    assert not (tmp_path / "too-large").exists()
+
+
+def test_the_commands_read_block_by_block(
+    folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense, figures = str(folder()), []
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "3", "--seqlen", "24"]
+    for stream in ("never", "always"):
+        monkeypatch.setenv(VARIABLE, stream)
+        out = str(tmp_path / stream)
+        assert main(["prune", dense, "-o", out, *text]) == 0
+        capsys.readouterr()
+        judge = ["--seqlen", "32", "--windows", "3", "--text", "builtin:python-docs"]
+        assert main(["eval", out, "--against", dense, *judge, "--json"]) == 0
+        figures.append(capsys.readouterr().out.replace(out, ""))
+    assert figures[0] == figures[1]
+    assert files_of(tmp_path / "never") == files_of(tmp_path / "always")
+
+
+def test_bad_input_is_told_in_a_line(
+    folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = folder()
+    for stream, words in (("sometimes", VARIABLE), ("always", "which stay in files (got 'self')")):
+        monkeypatch.setenv(VARIABLE, stream)
+        assert (
+            main(
+                ["prune", str(dense), "-o", str(tmp_path / "out"), "--calibration", "self", "--seqlen", "32"]
+            )
+            == 2
+        )
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    (dense / "model.safetensors").write_bytes((dense / "model.safetensors").read_bytes()[:-100])
+    assert main(["prune", str(dense), "-o", str(tmp_path / "out")]) == 2
+    assert "damaged or cut short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
