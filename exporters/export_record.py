@@ -97,6 +97,28 @@ class ParityReport:
 
 
 @dataclass(frozen=True)
+class BlockProof:
+    """Blocks of a model that is too large to run whole as float32, each run in the file's runtime on what enters it.
+
+    What comes out of a block goes through a norm that every channel passes alike, and is multiplied with what entered
+    it: of these products the largest difference from the checkpoint's counts, relative to the position's largest.
+
+    Attributes:
+        n_blocks: All of the model's.
+        n_tokens: Positions, of one window.
+        text: Where the text came from.
+        max_difference: The largest of any block.
+        limit: The bound that it was held to.
+    """
+
+    n_blocks: int
+    n_tokens: int
+    text: str
+    max_difference: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class TensorFallback:
     """Tensors that the quantizer stored in another type than asked, because their rows do not divide into blocks.
 
@@ -153,6 +175,8 @@ class ExportRecord:
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
         chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
         predicted_loss: Divergence that those types were expected to cost, nats a token.
+        blocks: The proof of the blocks that the file is quantized from, where they are too many to run as one; None
+            where the float32 file was.
     """
 
     KIND: ClassVar[str] = "export"
@@ -190,6 +214,7 @@ class ExportRecord:
     chosen_types: dict[str, str] = field(default_factory=dict)
     predicted_loss: float | None = None
     tuned_tensors: int = 0
+    blocks: BlockProof | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.memory import free_memory
 from cfsp.models.architectures import decoder_layers
-from cfsp.models.weights import model_from_weights, uniform_dtype, weight_count
+from cfsp.models.config_file import read_model_config
+from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
 from cfsp.reading import as_input_error
 
 VARIABLE = "PHONEREADY_STREAM"
@@ -256,6 +257,16 @@ def can_page(files: Sequence[Path], *, tied: bool) -> bool:
     """
     n_bytes = weight_count(files, tied=tied) * torch.float32.itemsize
     return stays_in_files(n_bytes) and uniform_dtype(files) is not None
+
+
+def reads_by_blocks(folder: Path) -> bool:
+    """Whether `load_pruned` leaves the weights of a folder in its files.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    tied = read_model_config(folder).get("tie_word_embeddings") is True
+    return can_page(safetensors_files(folder), tied=tied)
 
 
 def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = None) -> Any:

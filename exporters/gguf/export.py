@@ -12,16 +12,18 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.paging import reads_by_blocks
 from cfsp.text.conversations import Conversation
 from cfsp.text.tokens import tokens_sha256
 from exporters.chats import ReadChats, read_chats
-from exporters.export_record import ExportRecord, TensorFallback
+from exporters.export_record import BlockProof, ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.fallbacks import find_fallbacks
 from exporters.gguf.files import WrittenFile, find_rows, write_files
 from exporters.gguf.imatrix import read_imatrix, stored_moments
 from exporters.gguf.quants import QUANT_NAMES, limits_of_bits
+from exporters.gguf.slices import prove_blocks
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.job import Job, check_input, load_checkpoint, open_job, write_manifest
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
@@ -41,7 +43,8 @@ def export_gguf(
     """Write output/<name>-<quant>.gguf for every quant, and output/export.json (an ExportManifest).
 
     The float32 file is always written and proven first, as everything is quantized from it; it is kept only where it
-    is asked for.
+    is asked for. Of a model that is read block by block it is one in the model's own 16 bits, and the proof is one of
+    every block as float32 (`exporters.gguf.slices`).
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
@@ -67,7 +70,8 @@ def export_gguf(
         checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
     )
     with open_job(checkpoint, output, load_checkpoint(checkpoint), settings, chosen.context_length) as job:
-        strings, records, chats = 0, {}, ReadChats()
+        strings, records, chats, blocks = 0, {}, ReadChats(), None
+        in_slices = reads_by_blocks(checkpoint)
         for file in write_files(
             checkpoint,
             job.folder,
@@ -81,8 +85,22 @@ def export_gguf(
             if not strings:
                 strings = check_tokenizer(file.path, job.tokenizer)
                 chats = _read_chats(job, file.path)
-            records[file.quant] = _prove(job, file, chosen, strings, chats)
+                blocks = _prove_blocks(job, chosen) if in_slices else None
+            if file.quant in rows or not in_slices:
+                records[file.quant] = replace(_prove(job, file, chosen, strings, chats), blocks=blocks)
         return write_manifest(job, [records[row] for row in rows])
+
+
+def _prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
+    return prove_blocks(
+        job.checkpoint,
+        load_checkpoint(job.checkpoint),
+        chosen,
+        job.reference.windows,
+        job.folder,
+        n_threads=job.n_threads,
+        progress=job.progress,
+    )
 
 
 def _read_chats(job: Job, path: Path) -> ReadChats:
@@ -183,6 +201,8 @@ def _warnings(
             f"{chosen.context_length}"
         )
     yield from job.unproven_window()
+    if file.untrained:
+        yield "scales were not trained: that takes all of the model in memory, which is read block by block"
     for fallback in fallbacks:
         yield (
             f"stored as {fallback.actual} instead of {fallback.asked}, for rows of {fallback.row_length}: "

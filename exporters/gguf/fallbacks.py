@@ -37,7 +37,7 @@ def asked_type(actual: str, shape: tuple[int, ...], quant: Quant) -> str:
 
     Of several that are stored alike it is the quantization's own, of which most tensors are.
     """
-    if len(shape) < 2 or quant.base_type in ("F32", "F16") or actual == quant.base_type:
+    if len(shape) < 2 or quant.is_plain or actual == quant.base_type:
         return actual
     if shape[-1] % _SMALL_BLOCK and actual in ("F16", "F32"):
         return quant.base_type

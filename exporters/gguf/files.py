@@ -1,14 +1,18 @@
-"""A checkpoint in several quantizations: the float32 file, and what is made of it."""
+"""A checkpoint in several quantizations: an unquantized file, and what is made of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cfsp.errors import InputError
+from cfsp.models.paging import reads_by_blocks
 from cfsp.models.reference import load_tokenizer
+from cfsp.models.weights import safetensors_files, uniform_dtype
 from exporters.gguf.imatrix import Imatrix, read_imatrix
 from exporters.gguf.llama_library import quantize
 from exporters.gguf.mixed import Mixture, TypeCosts, measure_types
@@ -19,7 +23,8 @@ from exporters.gguf.writer import write_gguf
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.provenance import Provenance, read_provenance
 
-BASE = QUANTS["f32"]
+_EXACT = {torch.bfloat16: QUANTS["bf16"], torch.float16: QUANTS["f16"]}
+"""Of weights in a dtype, a file that holds the same numbers in as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class WrittenFile:
         mixture: Where types were chosen for a size.
         gptq_tensors: Matrices whose numbers were chosen for a text.
         tuned_tensors: Tensors that training on it changed: matrices in their scales, and norms.
+        untrained: Whether that was asked for and not done: it takes all of the model in memory.
     """
 
     path: Path
@@ -41,6 +47,7 @@ class WrittenFile:
     mixture: Mixture | None = None
     gptq_tensors: int = 0
     tuned_tensors: int = 0
+    untrained: bool = False
 
 
 def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -56,6 +63,12 @@ def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
     return rows
 
 
+def base_of(checkpoint: Path) -> Quant:
+    """What files are quantized from: float32, or of a model that is read block by block what holds it exactly."""
+    dtype = uniform_dtype(safetensors_files(checkpoint)) if reads_by_blocks(checkpoint) else None
+    return _EXACT.get(dtype, QUANTS["f32"]) if dtype else QUANTS["f32"]
+
+
 def write_files(
     checkpoint: Path,
     folder: Path,
@@ -67,9 +80,9 @@ def write_files(
     n_threads: int,
     settings: ExportOptions = DEFAULT_OPTIONS,
 ) -> Iterator[WrittenFile]:
-    """Write folder/<name>-<quant>.gguf: the float32 one, of which others are quantized, then each that is asked for.
+    """Write folder/<name>-<quant>.gguf: one that others are quantized from, then each that is asked for.
 
-    The float32 file is deleted at the end where it is not asked for.
+    The first is deleted at the end where it is not asked for.
 
     Args:
         checkpoint: Hugging Face folder.
@@ -87,7 +100,8 @@ def write_files(
             what layers read of the text is not finite.
     """
     progress = settings.progress
-    paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (BASE, *quants)}
+    base = base_of(checkpoint)
+    paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (base, *quants)}
     costs: TypeCosts | None = None
     for quant, path in paths.items():
         used, mixture = imatrix if quant.uses_imatrix else {}, None
@@ -96,38 +110,39 @@ def write_files(
                 guide = imatrix if settings.use_imatrix else None
                 costs = measure_types(
                     checkpoint,
-                    paths[BASE],
+                    paths[base],
                     settings.calibration,
                     guide,
                     device=settings.device,
                     progress=progress,
                 )
             used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
-        if quant.base_type in ("F32", "F16"):
+        if quant.is_plain:
             write_gguf(checkpoint, path, tokenizer, provenance, quant=quant.name, progress=progress)
         else:
             progress(f"quantizing {quant.name}", 0, 1)
             types = mixture.types if mixture else None
-            quantize(paths[BASE], path, quant.ftype, n_threads=n_threads, imatrix=used, types=types)
+            quantize(paths[base], path, quant.ftype, n_threads=n_threads, imatrix=used, types=types)
             progress(f"quantizing {quant.name}", 1, 1)
-        chosen, tuned = _fit_to_text(checkpoint, paths[BASE], path, quant, settings)
-        yield WrittenFile(path, quant, len(used), mixture, chosen, tuned)
-    if BASE not in quants:
-        paths[BASE].unlink()
+        yield _fit_to_text(checkpoint, paths[base], WrittenFile(path, quant, len(used), mixture), settings)
+    if base not in quants:
+        paths[base].unlink()
 
 
-def _fit_to_text(
-    checkpoint: Path, base: Path, path: Path, quant: Quant, settings: ExportOptions
-) -> tuple[int, int]:
-    """Choose a file's codes and train its scales, where that is asked for; how many tensors each was done for."""
-    text, chosen, tuned = settings.calibration, 0, 0
-    if text is not None and settings.gptq and "gptq" in quant.reads:
-        chosen = round_for_text(
-            checkpoint, base, path, text, device=settings.device, progress=settings.progress
-        )
-    if text is not None and settings.tune_scales and "tune_scales" in quant.reads:
-        tuned = tune_file(checkpoint, path, text, device=settings.device, progress=settings.progress)
-    return chosen, tuned
+def _fit_to_text(checkpoint: Path, base: Path, file: WrittenFile, settings: ExportOptions) -> WrittenFile:
+    """Choose a file's codes and train its scales, where that is asked for."""
+    text, quant, where = settings.calibration, file.quant, {"device": settings.device}
+    if text is None:
+        return file
+    if settings.gptq and "gptq" in quant.reads:
+        chosen = round_for_text(checkpoint, base, file.path, text, **where, progress=settings.progress)
+        file = replace(file, gptq_tensors=chosen)
+    if not (settings.tune_scales and "tune_scales" in quant.reads):
+        return file
+    if reads_by_blocks(checkpoint):
+        return replace(file, untrained=True)
+    tuned = tune_file(checkpoint, file.path, text, **where, progress=settings.progress)
+    return replace(file, tuned_tensors=tuned)
 
 
 def draft_gguf(

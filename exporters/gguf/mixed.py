@@ -19,6 +19,7 @@ import torch
 from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import load_pruned
+from cfsp.models.gguf_file import read_gguf
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
 from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
@@ -138,7 +139,7 @@ def measure_types(
 
     Args:
         checkpoint: Hugging Face folder.
-        base: The float32 file of it.
+        base: The unquantized file of it.
         input_ids: Calibration text, (nsamples, seqlen).
         imatrix: The checkpoint's, which goes before what the text's few windows say; None to use none at all.
         device: Where gradients are computed.
@@ -146,7 +147,7 @@ def measure_types(
     """
     chosen = read_layout(checkpoint)
     specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
-    model = load_pruned(checkpoint, dtype=torch.float32)
+    model = load_pruned(checkpoint, torch.float32, may_stream=device == "cpu")
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
     names = [name for of_tensor in modules.values() for name in of_tensor]
     with moved(model, device):
@@ -162,7 +163,9 @@ def measure_types(
         each = _options(spec, parts, weights.get(spec.name))
         options[spec.name] = sorted(each, key=lambda option: option.n_bytes)
         progress("measuring types", done, len(specs))
-    rest = base.stat().st_size - sum(padded(4 * math.prod(spec.shape)) for spec in specs)
+    matrices = {spec.name for spec in specs}
+    stored = [len(tensor.data) for tensor in read_gguf(base).tensors if tensor.name in matrices]
+    rest = base.stat().st_size - sum(map(padded, stored))
     return TypeCosts(options, weights, rest)
 
 
@@ -215,7 +218,7 @@ def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _P
     weight = model.get_submodule(_TABLE if name == LOOKUP else name).weight.detach()
     count = min(_TABLE_ROWS if name in (_HEAD, LOOKUP) else _ROWS, len(weight))
     rows = moments.rows.topk(count).indices.sort().values
-    values = weight[rows].numpy()
+    values = weight[rows].float().numpy()
     return _Part(moments, rows, np.pad(values, ((0, 0), (0, spec.shape[1] - values.shape[1]))))
 
 

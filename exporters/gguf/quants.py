@@ -14,7 +14,7 @@ from exporters.export_record import ExportFormat, ParityLimits
 
 @dataclass(frozen=True)
 class Quant(ExportFormat):
-    """One way to store the weights; its name is llama-quantize's, in lower case for the two unquantized ones.
+    """One way to store the weights; its name is llama-quantize's, in lower case for the unquantized ones.
 
     Attributes:
         base_type: ggml type of most matrices.
@@ -36,6 +36,11 @@ class Quant(ExportFormat):
         prefix = "ALL" if self.base_type == "F32" else "MOSTLY"
         name = self.name if self.budget_bytes is None else "Q4_K_M"
         return int(gguf.LlamaFileType[f"{prefix}_{name.upper()}"])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is not quantized: a file of it is written, and others are made from it."""
+        return self.base_type in ("F32", "F16", "BF16")
 
     @property
     def bits(self) -> float:
@@ -71,6 +76,7 @@ class Quant(ExportFormat):
 _ROWS = (
     Quant("f32", ParityLimits(max_logit_diff=1e-3), "F32", uses_imatrix=False),
     Quant("f16", ParityLimits(kl_mean=1e-3, same_top1=0.97, ppl_ratio=1.01), "F16", uses_imatrix=False),
+    Quant("bf16", ParityLimits(kl_mean=1e-2, same_top1=0.9, ppl_ratio=1.02), "BF16", uses_imatrix=False),
     Quant("Q8_0", ParityLimits(kl_mean=0.05, same_top1=0.85, ppl_ratio=1.1), "Q8_0", uses_imatrix=False),
     Quant("Q6_K", ParityLimits(kl_mean=0.1, same_top1=0.80, ppl_ratio=1.15), "Q6_K"),
     Quant("Q5_K_M", ParityLimits(kl_mean=0.2, same_top1=0.70, ppl_ratio=1.3), "Q5_K"),

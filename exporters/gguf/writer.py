@@ -1,23 +1,69 @@
-"""A checkpoint folder as one unquantized GGUF file, written tensor by tensor."""
+"""Unquantized GGUF files, written tensor by tensor."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
-from exporters.checkpoint_reader import CheckpointTensors, open_tensors
-from exporters.gguf.architecture import ChosenLayout, TensorSpec, read_layout, tensor_specs
+from exporters.checkpoint_reader import open_tensors
+from exporters.gguf.architecture import ChosenLayout, FloatArray, read_layout, tensor_specs
 from exporters.gguf.metadata import add_general, add_hyperparameters, check_name
 from exporters.gguf.quants import find_quant
 from exporters.gguf.rope import rope_tensors
 from exporters.gguf.tokenizer_metadata import add_tokenizer
 from exporters.provenance import Provenance
+
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor that is stored unquantized.
+
+    Attributes:
+        name: llama.cpp's.
+        shape: Outermost dimension first.
+        kind: F32, F16 or BF16.
+        values: Gives it, float32; called when it is written, so that one is in memory.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    values: Callable[[], FloatArray]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """numpy's, of its elements; it has none for bfloat16, whose bits are those of whole numbers."""
+        return np.dtype(_DTYPES[self.kind])
+
+    @property
+    def n_bytes(self) -> int:
+        """In the file, padding aside."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def stored(self) -> npt.NDArray[Any]:
+        """What the file gets.
+
+        Raises:
+            InputError: A number is too large for float16.
+        """
+        values = self.values()
+        if self.kind == "BF16":
+            return torch.from_numpy(values).to(torch.bfloat16).view(torch.uint16).numpy()
+        if self.kind == "F16" and values.size and float(np.abs(values).max()) > float(np.finfo("f2").max):
+            raise InputError("values too large for float16; export f32 or a quantized type", field=self.name)
+        return values.astype(self.dtype)
 
 
 def write_gguf(
@@ -36,7 +82,7 @@ def write_gguf(
         path: File to write.
         tokenizer: The checkpoint's PreTrainedTokenizerFast.
         provenance: Goes into the metadata.
-        quant: "f32", or "f16": matrices in float16, vectors in float32.
+        quant: "f32", or "f16" or "bf16": matrices in that, vectors in float32.
         progress: Told after every tensor.
 
     Returns:
@@ -45,42 +91,69 @@ def write_gguf(
     Raises:
         InputError: The checkpoint is unusable, or llama.cpp has no architecture for it.
     """
-    import gguf
-
     row, chosen = find_quant(quant), read_layout(checkpoint)
-    half, specs, factors = row.base_type == "F16", tensor_specs(chosen), rope_tensors(chosen.config)
     check_name(provenance.name, tokenizer.get_vocab())
-    writer = gguf.GGUFWriter(path, chosen.layout.architecture)
-    try:
+
+    def add_metadata(writer: Any) -> None:
         add_general(writer, provenance, row.ftype)
         add_hyperparameters(writer, chosen)
         add_tokenizer(writer, tokenizer, chosen.config.vocab_size)
-        for name, values in factors.items():
-            writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
-        for spec in specs:
-            dtype = _dtype(spec, half)
-            writer.add_tensor_info(spec.name, spec.shape, dtype, math.prod(spec.shape) * dtype.itemsize)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for values in factors.values():
-            writer.write_tensor_data(values)
-        with open_tensors(checkpoint) as tensors:
-            for done, spec in enumerate(specs, start=1):
-                writer.write_tensor_data(_stored(spec, tensors, half))
-                progress(f"writing {quant}", done, len(specs))
-    finally:
-        writer.close()
+
+    with open_tensors(checkpoint) as opened:
+        tensors = [
+            PlainTensor(
+                spec.name,
+                spec.shape,
+                row.base_type if len(spec.shape) == 2 else "F32",
+                partial(spec.build, opened),
+            )
+            for spec in tensor_specs(chosen)
+        ]
+        tensors = [*plain_rope_tensors(chosen), *tensors]
+        write_tensors(
+            path, chosen.layout.architecture, add_metadata, tensors, f"writing {quant}", progress=progress
+        )
     return chosen
 
 
-def _dtype(spec: TensorSpec, half: bool) -> np.dtype[Any]:
-    return np.dtype(np.float16 if half and len(spec.shape) == 2 else np.float32)
+def plain_rope_tensors(chosen: ChosenLayout) -> Iterator[PlainTensor]:
+    """The divisors of rotary frequencies that llama.cpp reads from tensors."""
+    for name, values in rope_tensors(chosen.config).items():
+        yield PlainTensor(name, values.shape, "F32", partial(np.asarray, values))
 
 
-def _stored(spec: TensorSpec, tensors: CheckpointTensors, half: bool) -> npt.NDArray[Any]:
-    values = spec.build(tensors)
-    dtype = _dtype(spec, half)
-    if dtype == np.float16 and values.size and float(np.abs(values).max()) > float(np.finfo(np.float16).max):
-        raise InputError("values too large for float16; export f32 or a quantized type", field=spec.name)
-    return values.astype(dtype)
+def write_tensors(
+    path: Path,
+    architecture: str,
+    add_metadata: Callable[[Any], None],
+    tensors: Sequence[PlainTensor],
+    what: str,
+    *,
+    progress: Progress = no_progress,
+) -> None:
+    """Write a file.
+
+    Args:
+        path: File to write.
+        architecture: llama.cpp's name of it.
+        add_metadata: Is given a gguf.GGUFWriter.
+        tensors: In the order of the file.
+        what: Is written, in words.
+        progress: Told after every tensor.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    try:
+        add_metadata(writer)
+        for tensor in tensors:
+            kind = gguf.GGMLQuantizationType[tensor.kind]
+            writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.n_bytes, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, tensor in enumerate(tensors, start=1):
+            writer.write_tensor_data(tensor.stored())
+            progress(what, done, len(tensors))
+    finally:
+        writer.close()

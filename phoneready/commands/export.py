@@ -86,4 +86,9 @@ def _proofs(records: Sequence[ExportRecord]) -> list[str]:
         equal = f"; tokenization equal on {strings} strings" if strings else ""
         chats = f"; {len(first.chats)} chats read token by token" if first.chats else ""
         lines.append(f"Held against the checkpoint in {first.runtime}, on {where}{equal}{chats}.")
+        if first.blocks:
+            lines.append(
+                f"Quantized from {first.blocks.n_blocks} blocks that were held against the checkpoint one by one, as "
+                f"float32: {first.blocks.max_difference:.1e} of the largest logit at most."
+            )
     return lines

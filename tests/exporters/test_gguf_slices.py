@@ -1,0 +1,125 @@
+"""Blocks of a model that is too large to run whole as float32, each proven on what really enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.errors import LimitError
+from cfsp.models.checkpoint import load_pruned, save_checkpoint
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.paging import VARIABLE
+from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.text.tokens import TokenWindows
+from exporters.export_record import BlockProof, ExportRecord
+from exporters.gguf import export_gguf
+from exporters.gguf.architecture import ChosenLayout, read_layout
+from exporters.gguf.slices import prove_blocks
+from exporters.options import ExportOptions
+
+pytest.importorskip("llama_cpp")
+
+MakeCheckpoint = Callable[..., Path]
+IDS = torch.randint(0, 384, (2, 100), generator=torch.Generator().manual_seed(3))
+WIDTHS = (96, 128, 64, 96)
+
+
+def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -> BlockProof:
+    windows = TokenWindows(IDS, "given", "0" * 64)
+    model = load_pruned(checkpoint, torch.float32, may_stream=True)
+    return prove_blocks(checkpoint, model, chosen or read_layout(checkpoint), windows, scratch, n_threads=1)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "widths": WIDTHS, "silent": (2,), "tied": False},
+        {"model_type": "llama", "silent": (1, 2, 3)},
+        {"model_type": "mistral", "widths": WIDTHS},
+        {"model_type": "qwen2", "tied": False},
+        {"model_type": "qwen3"},
+        {"model_type": "qwen3", "widths": WIDTHS},
+        {"model_type": "smollm3", "num_hidden_layers": 6},
+        {"model_type": "gemma3_text", "num_hidden_layers": 8},
+    ],
+)
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_every_architectures_blocks_compute_the_same(
+    asked: dict[str, Any],
+    stream: str,
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, stream)
+    found = proof(make_checkpoint(**asked), tmp_path)
+    assert found.n_tokens == 100
+    assert 0 < found.max_difference < found.limit
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", [{"rope_theta": 1e5}, {"rms_norm_eps": 1e-2}])
+def test_what_llama_cpp_computes_otherwise_is_caught(
+    setting: dict[str, float], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint()
+    chosen = read_layout(checkpoint)
+    with pytest.raises(LimitError, match="block 0 is too far"):
+        proof(checkpoint, tmp_path, replace(chosen, config=replace(chosen.config, **setting)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def half(tiny_model: Callable[..., Any], tmp_path: Path) -> Path:
+    """A model stored in bfloat16."""
+    loaded = LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny"), torch.bfloat16)
+    save_checkpoint(loaded, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_files_are_the_same_and_say_how_they_were_proven(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, tuple[ExportRecord, ...]] = {}
+    quants = ("Q8_0", "bf16", "mixed:200kB", "Q4_0")
+    options = ExportOptions(calibration=IDS, parity_windows=IDS, must_fit=False)
+    for stream in ("never", "always"):
+        monkeypatch.setenv(VARIABLE, stream)
+        made[stream] = export_gguf(half, tmp_path / stream, quants, replace(options, tune_scales=False))
+    for whole, sliced in zip(made["never"], made["always"], strict=True):
+        assert whole.blocks is None
+        assert sliced.blocks is not None
+        assert sliced.blocks.n_blocks == 4
+        assert whole.sha256 == sliced.sha256
+        assert whole.parity.kl_mean == pytest.approx(sliced.parity.kl_mean, rel=1e-3, abs=1e-7)
+    assert {path.name for path in (tmp_path / "always").iterdir()} == {
+        *(record.file for record in made["always"]),
+        "export.json",
+    }
+    tensors = read_gguf(tmp_path / "always" / made["always"][1].file).tensors
+    assert {tensor.kind.name for tensor in tensors if len(tensor.shape) == 2} == {"BF16"}
+
+
+def test_scales_are_not_trained_where_that_takes_the_whole_model(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "always")
+    options = ExportOptions(calibration=IDS, parity_windows=IDS, tune_scales=True)
+    (record,) = export_gguf(half, tmp_path / "out", ("Q4_0",), options)
+    assert record.gptq_tensors
+    assert not record.tuned_tensors
+    assert any("scales were not trained" in warning for warning in record.warnings)
+
+
+def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "always")
+    monkeypatch.setattr("exporters.gguf.slices._LARGEST", 1e9)
+    with pytest.raises(LimitError, match=r"block 0 is too far .* above 1e-12"):
+        export_gguf(half, tmp_path / "out", ("Q8_0",), ExportOptions(parity_windows=IDS))
+    assert not (tmp_path / "out").exists()
