@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
+from cfsp.files import no_space_as_input_error
 from cfsp.memory import require_memory
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.paging import at_hand, computing_dtype
@@ -27,7 +28,8 @@ class StoredStates:
 
     def put(self, depth: int, states: Sequence[torch.Tensor]) -> None:
         """Store each window's, (1, seqlen, hidden_size)."""
-        safetensors.torch.save_file({str(n): state for n, state in enumerate(states)}, self._file(depth))
+        with no_space_as_input_error(self._file(depth)):
+            safetensors.torch.save_file({str(n): state for n, state in enumerate(states)}, self._file(depth))
 
     def take(self, depth: int) -> list[torch.Tensor]:
         """Each window's, which are not stored any more."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,11 +26,13 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
+from cfsp.files import no_space_as_input_error
 from cfsp.memory import free_memory
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.config_file import read_model_config
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
 from cfsp.reading import as_input_error
+from cfsp.units import format_bytes
 
 VARIABLE = "PHONEREADY_STREAM"
 """The environment's word on when weights stay in files."""
@@ -95,7 +98,8 @@ class _Scratch:
         file = Path(self._folder.name, f"{self._count}.safetensors")
         first = {id(tensor): name for name, tensor in tensors.items()}
         stored = {name: _narrowed(tensors[name].detach()) for name in first.values()}
-        safetensors.torch.save_file(stored, file)
+        with no_space_as_input_error(file):
+            safetensors.torch.save_file(stored, file)
         return {name: Home(file, first[id(tensor)]) for name, tensor in tensors.items()}
 
 
@@ -247,6 +251,25 @@ def copied(model: Any) -> Any:
     for page in _pages_of(model):
         _register(page.of_copies(tuple(twins[module] for module in page.modules)))
     return twin
+
+
+def check_scratch(model: Any) -> None:
+    """Refuse to change a paged model where the folder for temporary files has no room for all of its weights.
+
+    Raises:
+        InputError: So much is not free there.
+    """
+    if not is_paged(model):
+        return
+    needed = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"what is changed of the model takes up to {format_bytes(needed)} in {folder}, and "
+            f"{format_bytes(free)} are free",
+            allowed="another folder (TMPDIR)",
+        )
 
 
 def can_page(files: Sequence[Path], *, tied: bool) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, model_shape
-from cfsp.models.paging import at_hand
+from cfsp.models.paging import at_hand, check_scratch
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
@@ -94,6 +94,7 @@ def prune_model(
     Raises:
         InputError: Settings or a plan that do not fit the model.
     """
+    check_scratch(loaded.model)
     statistics = None
     if plan is None:
         planned = plan_model(

@@ -69,7 +69,9 @@ def export_gguf(
     imatrix = read_imatrix(
         checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
     )
-    with open_job(checkpoint, output, load_checkpoint(checkpoint), settings, chosen.context_length) as job:
+    with open_job(
+        checkpoint, output, load_checkpoint(checkpoint, may_stream=True), settings, chosen.context_length
+    ) as job:
         strings, records, chats, blocks = 0, {}, ReadChats(), None
         in_slices = reads_by_blocks(checkpoint)
         for file in write_files(
@@ -94,7 +96,7 @@ def export_gguf(
 def _prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
     return prove_blocks(
         job.checkpoint,
-        load_checkpoint(job.checkpoint),
+        load_checkpoint(job.checkpoint, may_stream=True),
         chosen,
         job.reference.windows,
         job.folder,

@@ -237,3 +237,31 @@ def test_bad_input_is_told_in_a_line(
     assert main(["prune", str(dense), "-o", str(tmp_path / "out")]) == 2
     assert "damaged or cut short" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scratch_disk_without_room_is_refused_before_anything_is_written(
+    folder: MakeFolder,
+    tmp_path: Path,
+    small_disk: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dense = folder()
+    monkeypatch.setenv(VARIABLE, "always")
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk("200k")))
+    command = ["prune", str(dense), "-o", str(tmp_path / "out"), "--calibration", "builtin:python-docs"]
+    assert main([*command, "--nsamples", "3", "--seqlen", "24"]) == 2
+    assert "another folder (TMPDIR)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_becomes_full_is_told_in_a_line(
+    folder: MakeFolder, small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = small_disk("64k")
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    first = decoder_layers(load(folder(), "always", monkeypatch).model)[0]
+    with pytest.raises(InputError, match="no space left to write"), at_hand(first), torch.no_grad():
+        first.mlp.up_proj.weight.add_(1 / 3)
+        first.mlp.gate_proj.weight.add_(1 / 3)
+        first.mlp.down_proj.weight.add_(1 / 3)
