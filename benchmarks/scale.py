@@ -3,8 +3,10 @@
 Writes the model in bfloat16, a block at a time, then prunes and exports it with the command line; each stage is a
 process of its own, whose peak memory (RSS) and processor time the system tells.
 
-    python benchmarks/scale.py llama-3.2-1b -o DIR [--stream always] [--ratio 0.2] [--nsamples 8] [--seqlen 512]
-        [--formats Q4_0 int4] [--calibration builtin:python-docs] [--export-calibration none] [--json FILE]
+    python benchmarks/scale.py llama-3.2-1b -o DIR [--blocks N] [--stream always] [--ratio 0.2] [--nsamples 8]
+        [--seqlen 512] [--formats Q4_0] [--calibration builtin:python-docs] [--export-calibration none] [--json FILE]
+
+With fewer blocks than the shape has, memory is that of all of them, as one is in memory at a time.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ def main() -> None:
     )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--blocks", type=int, help="of the shape's, the first ones alone")
     parser.add_argument("--stream", default="always")
     parser.add_argument("--ratio", type=float, default=0.2)
     parser.add_argument("--nsamples", type=int, default=8)
@@ -103,7 +106,9 @@ def main() -> None:
     arguments = parser.parse_args()
     dense = arguments.output / "dense"
     if not dense.exists():
-        write_model(SHAPES[arguments.shape], dense)
+        shape = SHAPES[arguments.shape]
+        count = arguments.blocks or shape["num_hidden_layers"]
+        write_model(shape | {"num_hidden_layers": count}, dense)
     stages = [run(name, command, arguments.stream) for name, command in commands(arguments, dense)]
     columns: list[Column[Stage]] = [
         Column("stage", lambda stage: stage.name),

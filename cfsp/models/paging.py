@@ -13,7 +13,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +58,41 @@ def stays_in_files(n_bytes: int) -> bool:
 
 @dataclass(frozen=True)
 class Home:
-    """Where a tensor is: the name that it has in a safetensors file."""
+    """Where a tensor is.
+
+    Attributes:
+        file: A safetensors file.
+        name: In it.
+        stamp: The file's, which another one in its place does not have.
+    """
 
     file: Path
     name: str
+    stamp: tuple[int, ...]
+
+    @classmethod
+    def of(cls, file: Path, names: Iterable[str]) -> dict[str, Home]:
+        """Of names in a file."""
+        stamp = _stamp(file)
+        return {name: cls(file, name, stamp) for name in names}
+
+    def open(self) -> Any:
+        """The file, to be used as a context manager.
+
+        Raises:
+            InputError: It is not the one that was there, or not there any more.
+        """
+        if _stamp(self.file) != self.stamp:
+            raise InputError(f"{self.file} was changed while it was read")
+        return safetensors.safe_open(self.file, "pt")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -100,7 +131,8 @@ class _Scratch:
         stored = {name: _narrowed(tensors[name].detach()) for name in first.values()}
         with no_space_as_input_error(file):
             safetensors.torch.save_file(stored, file)
-        return {name: Home(file, first[id(tensor)]) for name, tensor in tensors.items()}
+        homes = Home.of(file, stored)
+        return {name: homes[first[id(tensor)]] for name, tensor in tensors.items()}
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
@@ -164,7 +196,7 @@ class _Page:
             def mapped(home: Home | None, _: nn.Parameter) -> torch.Tensor:
                 assert home is not None
                 if home.file not in files:
-                    files[home.file] = stack.enter_context(safetensors.safe_open(home.file, "pt"))
+                    files[home.file] = stack.enter_context(home.open())
                 tensor: torch.Tensor = files[home.file].get_tensor(home.name)
                 return tensor
 
@@ -304,11 +336,12 @@ def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = No
     Raises:
         InputError: A file is damaged, or tensors are missing, unknown, or of the wrong shape.
     """
-    weights, homes = {}, {}
-    for file in files:
+    weights: dict[str, torch.Tensor] = {}
+    homes: dict[str, Home] = {}
+    for file in map(Path.resolve, files):
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                weights[name], homes[name] = opened.get_tensor(name), Home(file.resolve(), name)
+            inside = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        weights, homes = weights | inside, homes | Home.of(file, inside)
     dtype = next(iter(weights.values())).dtype
     return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes)
 

@@ -261,7 +261,26 @@ def test_a_disk_that_becomes_full_is_told_in_a_line(
     disk = small_disk("64k")
     monkeypatch.setattr("tempfile.tempdir", str(disk))
     first = decoder_layers(load(folder(), "always", monkeypatch).model)[0]
-    with pytest.raises(InputError, match="no space left to write"), at_hand(first), torch.no_grad():
-        first.mlp.up_proj.weight.add_(1 / 3)
-        first.mlp.gate_proj.weight.add_(1 / 3)
-        first.mlp.down_proj.weight.add_(1 / 3)
+    with pytest.raises(InputError, match="no space left to write"), at_hand(first):
+        _add_a_third(first)
+
+
+def _add_a_third(layer: nn.Module) -> None:
+    """Numbers that take 32 bits."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1 / 3)
+
+
+@pytest.mark.parametrize("goes", [False, True])
+def test_a_folder_that_changes_while_it_is_read_is_told(
+    goes: bool, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = folder()
+    model, file = load(dense, "always", monkeypatch).model, dense / "model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if not goes:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match="changed while it was read"), at_hand(decoder_layers(model)[0]):
+        pass

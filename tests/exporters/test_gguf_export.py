@@ -340,7 +340,7 @@ def test_existing_output(pruned: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_quant_names_the_known_ones(pruned: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Q3_K_XXL.*f32, f16, Q8_0"):
+    with pytest.raises(InputError, match=r"Q3_K_XXL.*f32, f16, bf16, Q8_0"):
         export(pruned, tmp_path / "out", "Q3_K_XXL")
     with pytest.raises(InputError, match="no quantization"):
         export(pruned, tmp_path / "out")
