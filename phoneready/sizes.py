@@ -171,7 +171,7 @@ class FileSizes:
 
     sizes: Sizes
     items: Sequence[str]
-    _tokens: dict[int, int] = field(default_factory=dict)
+    _tokens: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
         """Of a model with this shape and tokenizer."""
@@ -180,10 +180,10 @@ class FileSizes:
         return max(self.sizes.file_bytes(item, shape) for item in self.items) + more + _NAMES_BYTES
 
     def _vocabulary(self, tokenizer: Any, shape: ModelShape) -> int:
-        tokens = len(tokenizer)
-        if tokens not in self._tokens:
-            self._tokens[tokens] = tokenizer_bytes(tokenizer, max(tokens, shape.vocab_size or 0))
-        return self._tokens[tokens]
+        tokens, rows = len(tokenizer), shape.vocab_size or 0
+        if (tokens, rows) not in self._tokens:
+            self._tokens[tokens, rows] = tokenizer_bytes(tokenizer, max(tokens, rows))
+        return self._tokens[tokens, rows]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Settings that meet a budget: what every axis costs is measured or predicted, and a combination is chosen.
 
-- Tokens: nats on the counted text, as they are put in order (axes/token_order.py). No forward pass.
+- Tokens: nats on the counted text, as they are put in order (axes/token_order.py). No forward pass. Rows that no token
+  has cost nothing and go before anything else.
 - FFN channels: copies of the model are pruned at some ratios and made up for as the settings say; the divergence from
   the dense model is measured on calibration windows that the repair has not seen.
 - Attentions, key-value groups and blocks: the divergence without them (axes/removal.py), times what of it is left in
@@ -27,7 +28,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.pruning.axes.removal import Removal
 from cfsp.pruning.axes.token_order import TokenOrder
-from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens
+from cfsp.pruning.axes.vocabulary import check_vocabulary, kept_tokens, padding_rows
 from cfsp.pruning.budget import Budget, BudgetShares, ChannelCurve, Choice, Evidence, Levels, unreachable
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.settings import PruneSettings
@@ -131,7 +132,8 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     dense = budget.cost(shape, loaded.tokenizer)
     if dense <= budget.target:
         budget = replace(budget, axes=())
-    vocabulary = _Vocabulary(loaded, order, budget, settings.vocabulary)
+    trims = settings.vocabulary or "vocabulary" in budget.axes
+    vocabulary = _Vocabulary(loaded, order if trims else None, budget, settings.vocabulary)
     removals = {axis: _removals(trials, axis, settings, budget, shape) for axis in PARTS}
     levels = {
         axis: _levels(axis, of_axis, budget, shape, loaded.tokenizer) for axis, of_axis in removals.items()
@@ -146,7 +148,7 @@ def decide(trials: Trials, order: TokenOrder | None, settings: PruneSettings, bu
     settings = replace(
         settings,
         prune_ratio=fit.plan.settings.prune_ratio,
-        vocabulary=0 if size == vocabulary.tokens and not settings.vocabulary else size,
+        vocabulary=0 if size == vocabulary.rows and not settings.vocabulary else size,
         blocks=len(fit.plan.gone),
         attentions=len(fit.plan.silent),
         kv_groups=settings.kv_groups or (fit.plan.kv_groups.share if fit.plan.kv_groups else 0.0),
@@ -254,7 +256,7 @@ class _Allocation:
             level = vocabulary.fit(level, plan.shape)
         if "ffn" in self.budget.axes:
             plan = _widest(plan, self.budget, lambda shape: vocabulary.cost(level, shape))
-        removed = {**choice.removed, "vocabulary": vocabulary.tokens - vocabulary.sizes[level]}
+        removed = {**choice.removed, "vocabulary": vocabulary.rows - vocabulary.sizes[level]}
         loss = self.evidence.loss(removed, _ratio(plan))
         return _Fit(replace(choice, removed=removed), level, plan, vocabulary.cost(level, plan.shape), loss)
 
@@ -392,35 +394,46 @@ def _channels(
 class _Vocabulary:
     """The sizes that a vocabulary may have for a budget.
 
+    Args:
+        loaded: The dense model.
+        order: In which order tokens go; None where none may.
+        budget: What to meet.
+        fixed: Size that is asked for; 0 for none.
+
     Attributes:
-        tokens: Of the dense model's tokenizer.
-        sizes: What may be kept, the most first.
+        rows: Of the dense model's embedding.
+        sizes: Rows that may be kept, the most first: all tokens, without the rows that none has but for those that
+            fill up the last step.
     """
 
     def __init__(self, loaded: LoadedModel, order: TokenOrder | None, budget: Budget, fixed: int) -> None:
         self._tokenizer, self._order, self._budget = loaded.tokenizer, order, budget
-        self.tokens = len(loaded.tokenizer)
-        least = self.tokens - (len(order.removed) if order else 0)
+        self._tokens = tokens = len(loaded.tokenizer)
+        self.rows = max(tokens, len(loaded.model.get_input_embeddings().weight))
+        self.sizes, self._trimmed = [self.rows], functools.cache(self._of_size)
+        if order is None:
+            return
+        least, spare = tokens - len(order.removed), len(padding_rows(loaded.tokenizer, self.rows))
         if fixed:
-            check_vocabulary(fixed, self.tokens, least)
-        free = [size for size in range(least, self.tokens) if size % TOKEN_STEP == 0]
-        self.sizes = [fixed] if fixed else [self.tokens, *reversed(free)]
-        self._trimmed = functools.cache(self._of_size)
+            check_vocabulary(fixed, tokens + spare, least)
+        free = [size for size in range(least, tokens) if size % TOKEN_STEP == 0]
+        self.sizes = [fixed] if fixed else [tokens + min(spare, -tokens % TOKEN_STEP), *reversed(free)]
 
     def level(self, removed: int) -> int:
-        """That at which so many tokens go."""
-        return self.sizes.index(self.tokens - removed)
+        """That at which so many rows go."""
+        return self.sizes.index(self.rows - removed)
 
     def levels(self, shape: ModelShape) -> Levels:
         """What ever smaller ones save a model of this shape, and cost it."""
         if self._order is None:
-            return Levels.nothing(self.tokens)
-        removed = self.tokens - np.array(self.sizes)
+            return Levels.nothing(self.rows)
+        removed = self.rows - np.array(self.sizes)
         knots = np.unique(np.linspace(0, len(removed) - 1, _KNOTS).round().astype(int))
         dense = self._budget.cost(shape, self._tokenizer)
         saved = [dense - self.cost(int(place), shape) for place in knots]
         every = np.interp(np.arange(len(removed)), knots, saved)
-        return Levels(self.tokens, removed, every, self._order.losses[removed])
+        gone = np.maximum(self._tokens - np.array(self.sizes), 0)
+        return Levels(self.rows, removed, every, self._order.losses[gone])
 
     def fit(self, level: int, shape: ModelShape) -> int:
         """The level of the most tokens with which a model of this shape keeps to the budget, near a level."""
@@ -433,13 +446,13 @@ class _Vocabulary:
     def cost(self, level: int, shape: ModelShape) -> float:
         """What a model of this shape takes with the tokens of a level."""
         size = self.sizes[level]
-        if self._order is None or size == self.tokens:
+        if self._order is None or size == self.rows:
             return self._budget.cost(shape, self._tokenizer)
         return self._budget.cost(replace(shape, vocab_size=size), self._trimmed(size))
 
     def _of_size(self, size: int) -> Any:
         """The tokenizer of so many tokens."""
-        removed = self._order.removed[: self.tokens - size] if self._order else ()
+        removed = self._order.removed[: max(0, self._tokens - size)] if self._order else ()
         return trimmed_tokenizer(self._tokenizer, kept_tokens(self._tokenizer, set(removed)))
 
 

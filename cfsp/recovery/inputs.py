@@ -102,7 +102,7 @@ def _respelling(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:
         spelling = respelling(dense.tokenizer, loaded.tokenizer)
     except InputError as error:
         raise _other_vocabulary(dense, ours, theirs) from error
-    if len(spelling.kept) != ours:
+    if len(spelling.kept) > ours:
         raise _other_vocabulary(dense, ours, theirs)
     return spelling
 

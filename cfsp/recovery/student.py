@@ -149,7 +149,11 @@ class Student(nn.Module):
             if next_weight:
                 terms.append((next_weight, next_token_loss(logits, targets[chunk])))
             if predictions is not None:
-                terms.append((distill_weight, distillation_loss(logits, predictions(chunk), temperature)))
+                expected = predictions(chunk)
+                # What no token has is not said.
+                beyond = logits.shape[-1] - expected.shape[-1]
+                expected = F.pad(expected, (0, beyond), value=_IMPOSSIBLE) if beyond else expected
+                terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
             return _weighted(terms)
 
         return loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from cfsp.evaluation.tasks import TaskMetric
 from cfsp.recovery.settings import token_budget
 from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
@@ -41,7 +42,7 @@ def frontier_table(found: Frontier) -> Table[FrontierPoint]:
             Column(f"over dense {BASE_QUANT}", _times, right=True),
             Column("peak memory", _memory, right=True),
         ]
-    columns += [_accuracy(task, metric) for task, metric in _accuracies(found)]
+    columns += [_accuracy(task, metric) for task, metric in accuracies(found)]
     standings = {one.file: one for one in found.standings}
     return Table([*columns, standing_column(found.points, standings)], found.points)
 
@@ -59,16 +60,22 @@ def conditions(found: Frontier) -> str:
     return f"{measured_on(found.points)}{decoded}{_asked(found)}{_trained(found)} {WHAT_STANDINGS_MEAN}"
 
 
-def _accuracies(found: Frontier) -> list[tuple[str, str]]:
+def accuracies(found: Frontier) -> list[tuple[str, str]]:
     """(task, the first of its figures) of all tasks that any file did."""
     pairs = ((t.task, t.metrics[0].name) for point in found.points for t in point.tasks if t.metrics)
     return list(dict.fromkeys(pairs))
 
 
+def accuracy(point: FrontierPoint, task: str, metric: str) -> TaskMetric | None:
+    """A file's figure of a task; None where it did not do it."""
+    figures = (m for t in point.tasks if t.task == task for m in t.metrics if m.name == metric)
+    return next(figures, None)
+
+
 def _accuracy(task: str, metric: str) -> Column[Any]:
     def cell(point: FrontierPoint) -> str | None:
-        figures = (m for t in point.tasks if t.task == task for m in t.metrics if m.name == metric)
-        return next((f"{one.value:.3f}" + _error(one.stderr) for one in figures), None)
+        one = accuracy(point, task, metric)
+        return None if one is None else f"{one.value:.3f}" + _error(one.stderr)
 
     return Column(f"{task} {metric}", cell, right=True)
 

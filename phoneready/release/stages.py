@@ -11,11 +11,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,6 +31,8 @@ from phoneready.release.beside import StageProcesses
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
+_TRIES = 10
+"""At a lock whose folder comes and goes."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,67 @@ def stage_folder(folder: Path, name: str) -> Path:
 def claim_folder(folder: Path) -> Iterator[None]:
     """Make `folder` the output of this run alone, and clear away what a killed run left in it.
 
+    Where an error ends the block before anything is in the folder, it is as it was before: not there, or empty.
+
     Raises:
         InputError: It holds something that no release made, another run is using it, or it cannot be written.
     """
-    writable_place(folder)
-    lock = folder / LOCK_FILE
-    if folder.exists() and (not folder.is_dir() or (not lock.exists() and any(folder.iterdir()))):
+    status, lock = writable_place(folder), folder / LOCK_FILE
+    there = _content(folder) if status and stat.S_ISDIR(status.st_mode) else set()
+    if (status and not stat.S_ISDIR(status.st_mode)) or (there and LOCK_FILE not in there):
         raise InputError(f"{folder} exists and is not a release folder; choose another one with -o")
+    places = (folder / "stages", lock, folder, *folder.absolute().parents)
+    made = [place for place in places if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(lock, timeout=0):
+        with _locked(lock):
             remove_stale_temporaries(folder)
             if (folder / "stages").is_dir():
                 remove_stale_temporaries(folder / "stages")
-            yield
+            try:
+                yield
+            except BaseException:
+                _remove_unused(made)
+                raise
     except filelock.Timeout as error:
         raise InputError(
             f"another run is using {folder}; wait for it, or choose another one with -o"
         ) from error
     except (PermissionError, NotADirectoryError) as error:
         raise InputError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+
+
+def _content(folder: Path) -> set[str]:
+    """Names of what is in a folder; of none where it has been taken away."""
+    with suppress(FileNotFoundError):
+        return {place.name for place in folder.iterdir()}
+    return set()
+
+
+def _locked(path: Path) -> AbstractContextManager[Any]:
+    """A lock that is held, in a folder that is made when missing; raises filelock.Timeout where another run has it."""
+
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return filelock.FileLock(path, timeout=0).acquire()
+        except (FileNotFoundError, FileExistsError):  # another run has failed just now: its folder is gone
+            if tries == _TRIES:
+                raise
+
+
+def _remove_unused(made: Sequence[Path]) -> None:
+    """Remove what claiming a folder has made, innermost first, up to what holds something else.
+
+    The lock is held, and filelock takes none whose file is gone: who waits for this one makes the folder anew.
+    """
+    with suppress(OSError):
+        for place in made:
+            if place.is_dir():
+                place.rmdir()
+            elif _content(place.parent) == {place.name}:
+                place.unlink()
 
 
 def run_stages(

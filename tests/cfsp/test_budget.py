@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Collection
 from dataclasses import replace
@@ -17,7 +18,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import model_shape
 from cfsp.models.source import LoadedModel
 from cfsp.progress import no_progress
-from cfsp.pruning.axes.vocabulary import count_tokens, plan_vocabulary, token_order
+from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary, token_order
 from cfsp.pruning.budget import AXES, Budget, ChannelCurve, Evidence, Levels
 from cfsp.pruning.fitting import _of_other_blocks
 from cfsp.pruning.parameters import count_parameters
@@ -182,14 +183,46 @@ def test_what_is_fixed_stays_so(tiny_loaded: Any) -> None:
     assert plan.vocabulary is not None
 
 
-def test_a_budget_that_the_dense_model_meets_removes_nothing(tiny_model: Any, tiny_loaded: Any) -> None:
+@pytest.mark.parametrize("tokens", [384, 370])
+def test_rows_that_no_token_has_go_first(tiny_loaded: Any, tokens: int) -> None:
+    """Of 450 rows the first 384 stay, a multiple of the step, whatever little is asked; then it is as ever."""
     dense = tiny_loaded()
+    dense = cut_vocabulary(dense, plan_vocabulary(dense, count_tokens(IDS.tolist(), 384), tokens, sources=()))
+    dense.model.resize_token_embeddings(450, mean_resizing=False)
+    calibrated = replace(calibration(), input_ids=IDS % tokens)
+    cost, whole = count_parameters(dense.model), copy.deepcopy(dense)
+    for less in (1, 66 * 64):
+        budget = Budget("target_parameters", parameters(whole.model) - less, cost, "parameters")
+        result = prune_model(copy.deepcopy(whole), calibrated, SETTINGS, budget=budget)
+        assert result.plan.vocabulary is not None
+        assert result.plan.vocabulary.kept == tuple(range(384))
+        assert result.plan.keeps_blocks
+        assert result.plan.budget is not None
+        assert result.plan.budget.loss == 0
+        assert {one.axis: one.removed for one in result.plan.budget.axes if one.removed} == {"vocabulary": 66}
+        assert result.loaded.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+        ids = IDS[:1] % tokens
+        assert torch.equal(result.loaded.model(ids).logits, whole.model(ids).logits[..., :384])
+    budget = Budget("target_parameters", 0.7 * parameters(whole.model), cost, "parameters")
+    result = prune_model(copy.deepcopy(whole), calibrated, SETTINGS, budget=budget)
+    assert result.plan.vocabulary is not None
+    assert len(result.plan.vocabulary.kept) <= 384
+    assert parameters(result.loaded.model) <= budget.target
+    kept = prune_model(whole, calibrated, SETTINGS, budget=replace(budget, axes=("ffn",)))
+    assert kept.plan.vocabulary is None
+
+
+@pytest.mark.parametrize("rows", [384, 450])
+def test_a_budget_that_the_dense_model_meets_removes_nothing(
+    tiny_model: Any, tiny_loaded: Any, rows: int
+) -> None:
+    dense = tiny_loaded(vocab_size=rows)
     result = prune(dense, parameters(dense.model))
     assert result.plan.keeps_blocks
     assert result.plan.vocabulary is None
     assert result.plan.budget is not None
     assert result.plan.budget.loss == 0
-    for name, value in tiny_model()[0].state_dict().items():
+    for name, value in tiny_model(vocab_size=rows)[0].state_dict().items():
         assert torch.equal(result.loaded.model.state_dict()[name], value)
 
 

@@ -27,12 +27,13 @@ from cfsp.pruning.surgery import cut_channels
 from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
 from cfsp.recovery.chats import answer_spans, labelled_chat
 from cfsp.recovery.data import IGNORED, INSIDE, Sequences, TrainingMix, load_recovery_data, respelled
+from cfsp.recovery.inputs import _respelling
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recovery_record import RunState, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate, learning_rate_share
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
-from cfsp.text.respelling import Respelling, respelling
+from cfsp.text.respelling import Respelling
 from cfsp.text.tokens import Document
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -300,12 +301,15 @@ def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> 
     )
 
 
-def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: TinyModel) -> None:
+@pytest.mark.parametrize("rows", [300, 320])
+def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: TinyModel, rows: int) -> None:
     dense, student = (LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")) for _ in range(2))
     counts = count_tokens([dense.tokenizer("The quick brown fox.")["input_ids"]], len(dense.tokenizer))
     plan = plan_vocabulary(student, counts, 300, sources=())
     student = cut_vocabulary(student, plan)
-    spelling = respelling(dense.tokenizer, student.tokenizer)
+    student.model.resize_token_embeddings(rows, mean_resizing=False)
+    spelling = _respelling(student, dense)
+    assert spelling is not None
     text = "The quick brown fox jumps over the lazy dog; it was never seen again."
     sequences = load_sequences(text, dense, spelling)
     found = Student(
@@ -328,7 +332,7 @@ def test_a_teacher_of_more_tokens_teaches_what_the_student_can_say(tiny_model: T
         p = torch.zeros(300, dtype=torch.float64)
         for old, parts in spelling.spellings.items():
             p[parts[0]] += theirs[place, old]
-        expected += float((p * (p.log() - ours[position])).sum())
+        expected += float((p * (p.log() - ours[position, :300])).sum())
     assert inside > 5
     assert count == len(sequences.targets[0]) - 1
     assert objective == pytest.approx(expected, rel=1e-4)

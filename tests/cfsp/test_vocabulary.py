@@ -25,6 +25,7 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import TokenTrees, token_trees
+from cfsp.pruning.axes.spelling import teach_spellings
 from cfsp.pruning.axes.token_kinds import script_of
 from cfsp.pruning.axes.token_order import expected_counts
 from cfsp.pruning.axes.vocabulary import (
@@ -354,6 +355,23 @@ def test_sizes_that_cannot_be(tiny_model: Any, size: int, message: str) -> None:
     dense = loaded(*tiny_model())
     with pytest.raises(InputError, match=message):
         plan_vocabulary(dense, counted(dense.tokenizer, TEXTS), size, sources=())
+
+
+def test_rows_that_no_token_has_are_kept_where_more_are_asked_for_than_there_are_tokens(
+    tiny_model: Any,
+) -> None:
+    dense = loaded(*tiny_model(vocab_size=450))
+    counts = count_tokens([ids(dense.tokenizer, text) for text in TEXTS], 450)
+    plan = plan_vocabulary(dense, counts, 390, sources=())
+    assert plan.kept == tuple(range(390))
+    before = {name: weight.clone() for name, weight in dense.model.state_dict().items()}
+    teach_spellings(dense, plan, torch.zeros(0, 8, dtype=torch.int64))
+    small = cut_vocabulary(dense, plan)
+    assert small.tokenizer.get_vocab() == dense.tokenizer.get_vocab()
+    for name, weight in small.model.state_dict().items():
+        assert torch.equal(weight, before[name][:390] if len(before[name]) == 450 else before[name]), name
+    with pytest.raises(InputError, match=r"out of range.*1 to 450"):
+        plan_vocabulary(loaded(*tiny_model(vocab_size=450)), counts, 451, sources=())
 
 
 @functools.cache

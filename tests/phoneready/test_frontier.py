@@ -21,6 +21,7 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
+from cfsp.evaluation.tasks import TaskMetric, TaskResult
 from cfsp.records import read_record, record_from_json, record_to_json
 from phoneready.evaluation.dominance import (
     DOMINATED,
@@ -572,6 +573,55 @@ def test_the_best_file_of_a_speed() -> None:
     assert "1.20 (1.20 to 1.20)" in text
     assert "too noisy to tell" in text
     assert choose_by_speed((noisy, points[-1]), (1.2,)) == ()
+
+
+def test_the_page_has_a_plot_of_everything_that_was_measured() -> None:
+    pytest.importorskip("plotly", reason="the report extra is not installed")
+    windows = [1.0, 1.1, 0.9, 1.0, 1.05]
+    dense, beaten, fewer = (
+        point("d", 70, windows),
+        point("b", 90, [2 * x for x in windows]),
+        point("f", 60, windows),
+    )
+    fewer = replace(fewer, vocabulary=300, prune_ratio=0.1)
+
+    def with_figures(file: FrontierPoint, number: int) -> FrontierPoint:
+        """KL of 0.1 and more, 1 MiB and more, an accuracy of 0.5 and more; nothing of the first can be told."""
+        right = TaskMetric("acc", 0.5 + number / 10, 0.02 * number or None, higher_is_better=True)
+        task = TaskResult("odd<task", "1", "lm_eval", None, 10, None, 0, (right,))
+        speed = Speed(
+            "tg64", 1, 100.0, 90.0, 110.0, number * 2**20 or None, None, 1.0, 0.9, 1.1, in_turns=True
+        )
+        texts = tuple(replace(text, kl_mean=0.1 * number) for text in file.texts)
+        return replace(file, texts=texts, speed=speed, tasks=(task,))
+
+    found = result(*(with_figures(file, number) for number, file in enumerate((dense, beaten, fewer))))
+    page = render_frontier(found)
+    plots = json.loads(page.split('id="specs">')[1].split("</script>")[0])["plots"]
+    assert list(plots) == ["plot-size", "plot-speed", "plot-memory", "plot-kl", "plot-task-0"]
+
+    def places(name: str) -> dict[str, tuple[float, float, str]]:
+        """A file's (x, y, symbol)."""
+        return {
+            text: (x, y, symbol)
+            for trace in plots[name]["data"]
+            for text, x, y, symbol in zip(
+                trace["text"], trace["x"], trace["y"], trace["marker"]["symbol"], strict=True
+            )
+        }
+
+    assert places("plot-memory").keys() == {"b", "f"}
+    assert places("plot-memory")["b"] == (1.0, beaten.bits_per_byte, "circle-open")
+    assert places("plot-kl").keys() == {"d", "b"}, "the KL of fewer tokens is another one"
+    assert places("plot-kl")["d"][1] == 0
+    assert {name: place[1] for name, place in places("plot-task-0").items()} == {"d": 0.5, "b": 0.6, "f": 0.7}
+    assert [trace["error_y"]["array"] for trace in plots["plot-task-0"]["data"]] == [[0, 0.02], [0.04]]
+    assert plots["plot-task-0"]["layout"]["yaxis"]["title"]["text"] == "odd&lt;task acc"
+    assert "odd<task" not in page
+    assert "Higher is better" in page
+    few = result(point("d", 70, windows))
+    shown = json.loads(render_frontier(few).split('id="specs">')[1].split("</script>")[0])["plots"]
+    assert list(shown) == ["plot-size"]
 
 
 def test_names_of_others_are_no_markup() -> None:

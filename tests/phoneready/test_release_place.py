@@ -31,3 +31,27 @@ def test_a_loop_of_links_is_no_place(
     config.write_text(f"model.reference = '{tiny_folder()}'\n")  # type: ignore[operator]
     assert main(["release", str(config), "-o", str(loop), *more]) == 2
     assert str(loop) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        'model.reference = "missing"',
+        'model.reference = "{model}"\n[prune]\ncalibration = ["missing.txt"]',
+        'model.reference = "{model}"\n[prune]\nprune_ratio = 2',
+        'model.reference = "{model}"\n[prune]\ntarget_size = "-1"',
+        'model.reference = "{model}"\n[prune]\nseqlen = 100000',
+    ],
+)
+def test_what_cannot_be_used_leaves_nothing_behind(
+    wrong: str, exists: bool, tiny_folder: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, output = tmp_path / "release.toml", tmp_path / "above" / "out"
+    config.write_text(wrong.replace("{model}", str(tiny_folder())))  # type: ignore[operator]
+    if exists:
+        output.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["release", str(config), "-o", str(output)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert sorted(tmp_path.rglob("*")) == before

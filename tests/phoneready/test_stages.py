@@ -7,7 +7,8 @@ import random
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from phoneready.release.beside import StageFailure
-from phoneready.release.stages import Stage, claim_folder, run_stages, stage_folder
+from phoneready.release.stages import LOCK_FILE, Stage, claim_folder, run_stages, stage_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,6 +137,54 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write"), claim_folder(tmp_path / "mine.txt" / "below"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("before", ["nothing", "folder", "mark", "release"])
+def test_an_error_before_anything_was_done_leaves_a_folder_as_it_was(tmp_path: Path, before: str) -> None:
+    def fail(output: Path, progress: Progress) -> None:
+        (output / "half.txt").write_text("half")
+        raise InputError("no")
+
+    folder = tmp_path / "above" / "out"
+    if before != "nothing":
+        folder.mkdir(parents=True)
+    if before == "mark":
+        (folder / LOCK_FILE).touch()
+    if before == "release":
+        states([writing("a")], folder)
+    left = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="no"):
+        states([Stage("b", dict, (), fail)], folder)
+    assert sorted(tmp_path.rglob("*")) == left
+
+
+def test_what_others_have_put_there_stays_with_the_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with suppress(InputError), claim_folder(folder):
+        (folder / "mine.txt").write_text("precious")
+        raise InputError("no")
+    assert sorted(path.name for path in folder.iterdir()) == [LOCK_FILE, "mine.txt"]
+
+
+def test_who_waits_for_the_lock_of_a_run_that_fails_has_the_folder_alone(tmp_path: Path) -> None:
+    """Many begin at once and fail: of those whose lock's file is gone none believes to hold it."""
+    folder, inside, overlaps = tmp_path / "out", [0], []
+
+    def run() -> None:
+        for _ in range(100):
+            with suppress(InputError), claim_folder(folder):
+                inside[0] += 1
+                overlaps.append(inside[0] > 1 or not (folder / LOCK_FILE).is_file())
+                time.sleep(0)
+                inside[0] -= 1
+                raise InputError("no")
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(run) for _ in range(4)]:
+            future.result()
+    assert overlaps
+    assert not any(overlaps)
+    assert {path.name for path in tmp_path.rglob("*")} <= {"out", LOCK_FILE}
 
 
 def run_pipeline(folder: Path) -> subprocess.Popen[str]:

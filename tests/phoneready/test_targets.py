@@ -109,6 +109,21 @@ def test_the_file_is_as_large_as_was_asked(
     )
 
 
+def test_rows_that_no_token_has_go_from_the_file_first(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """66 of 450, each a row of 64 and the name that llama.cpp has for it."""
+    model = str(tiny_folder(vocab_size=450))
+    whole = pruned(model, tmp_path / "dense", capsys, "--target-size", "1G", "--for", "Q8_0")["budget"]
+    asked = ["--target-size", str(int(whole["dense"]) - 1), "--for", "Q8_0"]
+    budget = pruned(model, tmp_path / "out", capsys, *asked)["budget"]
+    gone = {one["axis"]: one["removed"] for one in budget["axes"] if one["removed"]}
+    assert gone == {"vocabulary": 66}
+    assert whole["dense"] - budget["reached"] > 66 * 64 * 34 / 32 + 66 * len("[PAD384]")
+    size = size_of(tmp_path / "out", "Q8_0", tmp_path / "files")
+    assert budget["reached"] - size in range(0, 192)
+
+
 def test_what_a_file_cannot_say_is_not_removed(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,8 @@ def teach_spellings(
         n_counts, wanted = len(plan.counts), str(plan.dense_size)
         raise InputError("not one count a row", field="vocabulary.counts", value=n_counts, allowed=wanted)
     spellings = _spellings(loaded, plan)
+    if not spellings.firsts:
+        return
     states = _states(loaded.model, plan, windows, _prefixes(spellings), progress)
     weight = loaded.model.get_output_embeddings().weight
     expected = spellings.expected / spellings.expected.sum()

@@ -33,7 +33,8 @@ class VocabularyPlan:
 
     Attributes:
         dense_size: Rows of the dense model's embedding.
-        kept: Ids of the kept tokens, ascending; their places are the new ids.
+        kept: Ids of the kept tokens, ascending; their places are the new ids. Where more rows are kept than there are
+            tokens, then those of rows that none has.
         sources: References of the text that was counted.
         counted_tokens: Tokens of that text, as the dense model reads it.
         growth: Tokens after trimming to tokens before, on that text, each spelled by itself, as BPE does.
@@ -68,7 +69,7 @@ def plan_vocabulary(
     Args:
         loaded: The dense model.
         counts: How often the text has every token.
-        size: Tokens to keep.
+        size: Tokens to keep; of rows that no token has, as many as it is more than there are tokens.
         sources: References of the text, for the record.
         order: In which order tokens go by these counts, where that is known already.
 
@@ -79,9 +80,10 @@ def plan_vocabulary(
     rows = int(loaded.model.get_input_embeddings().weight.shape[0])
     tokens = len(loaded.tokenizer)
     removed = (order or token_order(loaded, counts)).removed
-    check_vocabulary(size, tokens, tokens - len(removed))
-    gone = set(removed[: tokens - size])
-    kept = kept_tokens(loaded.tokenizer, gone)
+    padding = padding_rows(loaded.tokenizer, rows)
+    check_vocabulary(size, tokens + len(padding), tokens - len(removed))
+    gone = set(removed[: max(0, tokens - size)])
+    kept = (*kept_tokens(loaded.tokenizer, gone), *padding[: max(0, size - tokens)])
     before = float(counts.sum())
     after = float(
         sum(counts[index] * len(spelled(index, gone, trees)) for index in np.flatnonzero(counts).tolist())
@@ -98,16 +100,16 @@ def plan_vocabulary(
     )
 
 
-def check_vocabulary(size: int, tokens: int, least: int) -> None:
+def check_vocabulary(size: int, most: int, least: int) -> None:
     """Raise InputError for a number of tokens that no vocabulary can keep.
 
     Args:
         size: Tokens to keep.
-        tokens: That there are.
+        most: That there are, and rows behind them.
         least: That have to stay.
     """
-    if not 0 < size <= tokens:
-        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {tokens}")
+    if not 0 < size <= most:
+        raise InputError("out of range", field="vocabulary", value=size, allowed=f"1 to {most}")
     if size < least:
         raise InputError(
             "smaller than what has to stay: bytes, special tokens and what the chat template writes",
@@ -127,6 +129,11 @@ def token_order(loaded: LoadedModel, counts: Counts) -> TokenOrder:
 def kept_tokens(tokenizer: Any, gone: Collection[int]) -> tuple[int, ...]:
     """Ids of a tokenizer without those that go, ascending."""
     return tuple(index for index in sorted(tokenizer.get_vocab().values()) if index not in gone)
+
+
+def padding_rows(tokenizer: Any, rows: int) -> range:
+    """Rows of an embedding of so many that no token has, behind all those that one has."""
+    return range(max(tokenizer.get_vocab().values()) + 1, rows)
 
 
 def count_tokens(ids: Iterable[Sequence[int]], size: int) -> Counts:
