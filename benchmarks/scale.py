@@ -68,6 +68,8 @@ _COMMON: dict[str, Any] = {
     "rope_theta": 500000.0,
 }
 _SPREAD = 0.02
+_QUIET = ("o_proj.weight", "down_proj.weight")
+"""Of blocks that add little to a token: with others, few bits would change every prediction of a random model."""
 
 
 @dataclass(frozen=True)
@@ -167,16 +169,17 @@ def write_model(shape: dict[str, Any], folder: Path) -> None:
     places: dict[str, str] = {}
     for number, inside in enumerate(shards.values(), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _random(names[name], generator) for name in inside}
+        tensors = {name: _random(name, names[name], generator) for name in inside}
         safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(inside, file)
     write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": places})
 
 
-def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.empty(shape).normal_(0, _SPREAD, generator=generator).to(torch.bfloat16)
+    spread = _SPREAD**2 if name.endswith(_QUIET) else _SPREAD
+    return torch.empty(shape).normal_(0, spread, generator=generator).to(torch.bfloat16)
 
 
 if __name__ == "__main__":
