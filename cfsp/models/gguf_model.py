@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
+from cfsp.models.paging import paged_copy, stays_in_files
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
@@ -85,38 +86,29 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
 
 
-def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = no_progress) -> Any:
+def model_from_gguf(
+    file: GGUFFile, *, dtype: torch.dtype, may_stream: bool = False, progress: Progress = no_progress
+) -> Any:
     """The model of a GGUF file, dequantized, in eval mode.
+
+    Args:
+        file: The file.
+        dtype: The weights are cast to it.
+        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
+        progress: Told after each tensor.
 
     Raises:
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
     """
-    config, row = config_from_gguf(file), _row(file)
-    names, weights, factors = _transformers_names(file, config), {}, _factors(file, config)
-    both = _twice(file, config)
-    left_out = (_ROPE_FREQUENCIES, *([_OUTPUT] if both else []))
+    config, where = config_from_gguf(file), str(file.path)
+    left_out = (_ROPE_FREQUENCIES, *([_OUTPUT] if _twice(file, config) else []))
     n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
-    check_memory(n_weights, dtype, str(file.path))
-    for done, tensor in enumerate(file.tensors, 1):
-        if tensor.name in both:
-            weights[names[_EMBEDDING]] = torch.from_numpy(max(both.values(), key=_bits).dequantize()).to(
-                dtype
-            )
-        elif tensor.name != _ROPE_FREQUENCIES:
-            if tensor.name not in names:
-                raise InputError(
-                    f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
-                )
-            values = torch.from_numpy(tensor.dequantize()).to(dtype)
-            if row.gguf_interleaved:
-                values = _split_halves(tensor.name, values, config)
-            if row.norm_offset and tensor.name.endswith("norm.weight"):
-                values -= row.norm_offset
-            weights[names[tensor.name]] = values
-        progress("reading GGUF", done, len(file.tensors))
-    for name, values in weights.items():
-        times_(name, values, factors)
-    model = model_from_weights(config, weights, dtype=dtype, where=str(file.path))
+    if may_stream and stays_in_files(n_weights * torch.float32.itemsize):
+        model = paged_copy(config, _weights(file, config, torch.float32, progress), n_weights, where=where)
+    else:
+        check_memory(n_weights, dtype, where)
+        weights = dict(_weights(file, config, dtype, progress))
+        model = model_from_weights(config, weights, dtype=dtype, where=where)
     ends = [
         i for i in (config.eos_token_id, file.metadata.get("tokenizer.ggml.eot_token_id")) if i is not None
     ]
@@ -124,6 +116,34 @@ def model_from_gguf(file: GGUFFile, *, dtype: torch.dtype, progress: Progress = 
     model.generation_config.bos_token_id = config.bos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     return model
+
+
+def _weights(
+    file: GGUFFile, config: Any, dtype: torch.dtype, progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters by transformers' names, dequantized one after the other; of what is stored twice, one.
+
+    Raises:
+        InputError: A tensor is unknown.
+    """
+    row, names, factors = _row(file), _transformers_names(file, config), _factors(file, config)
+    both = _twice(file, config)
+    for done, tensor in enumerate(file.tensors, 1):
+        progress("reading GGUF", done, len(file.tensors))
+        if tensor.name == _ROPE_FREQUENCIES or (both and tensor.name == _OUTPUT):
+            continue
+        if tensor.name not in names:
+            raise InputError(
+                f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
+            )
+        stored = max(both.values(), key=_bits) if tensor.name in both else tensor
+        values = torch.from_numpy(stored.dequantize()).to(dtype)
+        if row.gguf_interleaved:
+            values = _split_halves(tensor.name, values, config)
+        if row.norm_offset and tensor.name.endswith("norm.weight"):
+            values -= row.norm_offset
+        times_(names[tensor.name], values, factors)
+        yield names[tensor.name], values
 
 
 def _factors(file: GGUFFile, config: Any) -> Factors:

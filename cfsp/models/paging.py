@@ -121,14 +121,21 @@ class _Scratch:
         self._folder = tempfile.TemporaryDirectory(prefix="phoneready-weights-")
         self._count = 0
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Home]:
-        """Store tensors, one that has two names once; name -> where it is now."""
+    def write(self, tensors: Mapping[str, torch.Tensor], *, narrowed: bool = True) -> dict[str, Home]:
+        """Store tensors, one that has two names once; name -> where it is now.
+
+        Args:
+            tensors: By name.
+            narrowed: Whether in the fewest bytes that hold them exactly.
+        """
         if not tensors:
             return {}
         self._count += 1
         file = Path(self._folder.name, f"{self._count}.safetensors")
         first = {id(tensor): name for name, tensor in tensors.items()}
-        stored = {name: _narrowed(tensors[name].detach()) for name in first.values()}
+        stored = {name: tensors[name].detach() for name in first.values()}
+        if narrowed:
+            stored = {name: _narrowed(tensor) for name, tensor in stored.items()}
         with no_space_as_input_error(file):
             safetensors.torch.save_file(stored, file)
         homes = Home.of(file, stored)
@@ -291,14 +298,16 @@ def check_scratch(model: Any) -> None:
     Raises:
         InputError: So much is not free there.
     """
-    if not is_paged(model):
-        return
-    needed = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    if is_paged(model):
+        _require_scratch(sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()))
+
+
+def _require_scratch(needed: int) -> None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"what is changed of the model takes up to {format_bytes(needed)} in {folder}, and "
+            f"weights that stay in files take up to {format_bytes(needed)} in {folder}, and "
             f"{format_bytes(free)} are free",
             allowed="another folder (TMPDIR)",
         )
@@ -343,12 +352,38 @@ def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = No
             inside = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         weights, homes = weights | inside, homes | Home.of(file, inside)
     dtype = next(iter(weights.values())).dtype
-    return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes)
+    return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes, _Scratch())
 
 
-def _paged(model: Any, homes: Mapping[str, Home]) -> Any:
+def paged_copy(
+    config: Any, weights: Iterable[tuple[str, torch.Tensor]], n_weights: int, *, where: str
+) -> Any:
+    """A model in eval mode whose weights are in scratch files, one for each as it comes.
+
+    Args:
+        config: transformers configuration.
+        weights: Parameter names and tensors, float32; no two are in memory.
+        n_weights: All numbers in them.
+        where: File named in errors.
+
+    Raises:
+        InputError: No room for them; or they are missing, unknown, or of the wrong shape.
+    """
+    _require_scratch(n_weights * torch.float32.itemsize)
+    scratch = _Scratch()
+    homes: dict[str, Home] = {}
+    for name, tensor in weights:
+        homes |= scratch.write({name: tensor}, narrowed=False)
+    mapped = {}
+    for name, home in homes.items():
+        with home.open() as opened:
+            mapped[name] = opened.get_tensor(name)
+    return _paged(model_from_weights(config, mapped, dtype=torch.float32, where=where), homes, scratch)
+
+
+def _paged(model: Any, homes: Mapping[str, Home], scratch: _Scratch) -> Any:
     """Have the weights of a model, all of them mapped, come and go page by page."""
-    scratch, layers = _Scratch(), list(decoder_layers(model))
+    layers = list(decoder_layers(model))
     named = model.named_parameters(remove_duplicate=False)
     known = {id(parameter): homes[name] for name, parameter in named if name in homes}
     ends = tuple(dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())))

@@ -57,12 +57,13 @@ def load_model(
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
+    may_stream = may_stream and device == CPU
     source = _locate(reference, progress=progress, code=trust_remote_code)
     path, stored = Path(source.path or ""), None
     if path.is_file():
         file = read_gguf(path)
         tokenizer = tokenizer_from_gguf(file)
-        model = model_from_gguf(file, dtype=dtype, progress=progress)
+        model = model_from_gguf(file, dtype=dtype, may_stream=may_stream, progress=progress)
         source = replace(_complete_from_gguf(source, file), tied=tying_note(file, model.config))
         if source.tied:
             _log.warning("%s: %s", path, source.tied)
@@ -70,7 +71,6 @@ def load_model(
         progress(f"loading {source.name}", 0, 1)
         read_model_config(path)
         tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
-        may_stream = may_stream and device == CPU
         model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code, may_stream=may_stream)
         source = folder_source(path, source)
         # What is folded into the weights of another type would be rounded.

@@ -284,3 +284,22 @@ def test_a_folder_that_changes_while_it_is_read_is_told(
         file.write_bytes(content)
     with pytest.raises(InputError, match="changed while it was read"), at_hand(decoder_layers(model)[0]):
         pass
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "granite"])
+def test_gguf_files_are_read_block_by_block_too(
+    model_type: str,
+    tiny_model: TinyModel,
+    write_gguf: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_gguf(tmp_path / "dense.gguf", *tiny_model(model_type))
+    made = []
+    for stream in ("never", "always"):
+        loaded = load(tmp_path / "dense.gguf", stream, monkeypatch)
+        calibration = load_calibration(("builtin:python-docs",), loaded, nsamples=3, seqlen=24)
+        result = prune_model(loaded, calibration, PruneSettings(prune_ratio=0.25, align=8, vocabulary=300))
+        save_checkpoint(result.loaded, tmp_path / stream, plan=result.plan)
+        made.append(files_of(tmp_path / stream))
+    assert made[0] == made[1]
