@@ -38,9 +38,10 @@ def refine_codes(
     """
     columns = weight.shape[1]
     padding = scales.shape[1] * grid.block_size - columns
-    h = gram.float().clone()
-    h.diagonal().add_((RIDGE * h.diagonal().mean()).clamp_min(_TINY))
-    h = F.pad(h, (0, padding, 0, padding))
+    h = gram.new_zeros(columns + padding, columns + padding, dtype=torch.float32)
+    h[:columns, :columns] = gram
+    diagonal = h.diagonal()[:columns]
+    diagonal += (RIDGE * diagonal.mean()).clamp_min(_TINY)
     done = []
     for start in range(0, len(weight), _ROWS):
         rows = slice(start, start + _ROWS)
