@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cfsp.models.architectures import block_linears, decoder_layers
-from cfsp.precision import products_in
+from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import GramSum, enter_blocks, input_hook, run_layer
 
@@ -52,7 +52,7 @@ def round_blocks(
         for index, layer in enumerate(layers):
             groups = _read_together(linears[index], layer, hidden[:1], calls[index])
             with (
-                products_in("auto", model.device.type),
+                bulk_products(model.device.type),
                 _rounded_when_read(linears[index], groups, partial(visit, index)),
             ):
                 hidden = run_layer(layer, hidden, calls[index])
@@ -115,7 +115,7 @@ def _rounded_when_read(
 
     def round_group(names: tuple[str, ...], x: torch.Tensor) -> None:
         gram = _input_gram(x, attention=names[0].endswith(_ATTENTION))
-        with products_in("float32", x.device.type):
+        with exact_products(x.device.type):
             changed = visit(dict.fromkeys(names, gram))
         for name, weight in changed.items():
             linears[name].weight = nn.Parameter(weight.to(weights[name].device), requires_grad=False)

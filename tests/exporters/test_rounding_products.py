@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from exporters.onnx.block_quantize import gptq, refine
+from exporters.onnx.variants import INT4
 from exporters.rounding.triangular import invert_lower_
 
 
@@ -17,3 +19,29 @@ def test_a_triangular_matrix_is_inverted_in_its_place(size: int) -> None:
     assert invert_lower_(inverse) is inverse
     assert torch.equal(inverse, inverse.tril())
     torch.testing.assert_close(inverse @ matrix, torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("columns", [256, 200])
+def test_a_wide_matrix_loses_hardly_more_in_coarser_products(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, columns, generator=generator)
+    x = torch.randn(512, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+    gram = (x.T @ x / len(x)).double()
+
+    def lost() -> float:
+        rounded = refine(weight, gram, gptq(weight, gram, INT4))
+        return float((x @ (weight - rounded.dequantized()).T).square().mean())
+
+    exact, asked = lost(), []
+
+    def coarse(device_type: str) -> torch.dtype:
+        asked.append(device_type)
+        return torch.bfloat16
+
+    monkeypatch.setattr("exporters.rounding.gptq._EXACT_COLUMNS", columns - 1)
+    monkeypatch.setattr("exporters.rounding.refine._WIDE", columns - 1)
+    monkeypatch.setattr("exporters.rounding.refine.bulk_dtype", coarse)
+    assert lost() == pytest.approx(exact, rel=0.03)
+    assert asked == ["cpu"]

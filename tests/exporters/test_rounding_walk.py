@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cfsp.models.architectures import block_linears
+from cfsp.precision import exact_products
 from cfsp.pruning.streaming import input_hook
 from exporters.rounding.walk import Grams, round_blocks
 
@@ -23,9 +24,10 @@ def changed(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
 def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
-    tiny_model: Callable[..., Any], model_type: str
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
     """Those of its own block, too: the inputs are those of a run of the model as it is in the end."""
+    monkeypatch.setattr("exporters.rounding.walk.bulk_products", exact_products)
     model = tiny_model(model_type)[0]
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
     given = {name: linear.weight.detach().clone() for name, linear in linears.items()}
