@@ -21,6 +21,8 @@ _WIDE = 4096
 """Columns beyond which H and H's products with errors and codes are in bfloat16, where a processor multiplies that
 faster. The errors that come of what is chosen stay exact: of 4096 x 14336 numbers (benchmarks/rounding.py) float32
 and bfloat16 lose 0.000862 of the output's mean square."""
+_TOGETHER = 8
+"""Blocks whose products in bfloat16 are made at once: each product copies all errors into another order first."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -59,8 +61,7 @@ def refine_codes(
         if grid.free_scales:
             state.solve_scales()
         for _ in range(_ROUNDS):
-            for begin in range(0, columns, grid.block_size):
-                state.refine(slice(begin, min(begin + grid.block_size, columns)))
+            state.refine(columns)
         done.append((state.codes[:columns], state.scales.T))
     return torch.cat([part for part, _ in done], 1), torch.cat([part for _, part in done])
 
@@ -93,6 +94,11 @@ class _Damped:
             block[: own.stop - start, : own.stop - start] = gram[own, own]
             block.diagonal()[: own.stop - start] = diagonal[own]
         return cls(whole, inside)
+
+    @property
+    def together(self) -> int:
+        """Blocks whose products with errors are made at once; what the first ones change is added to the others'."""
+        return 1 if self.whole.dtype == torch.float32 else _TOGETHER
 
     def times(self, rows: slice, columns: slice, values: torch.Tensor) -> torch.Tensor:
         """A part of it times values (columns, n), float32."""
@@ -151,12 +157,33 @@ class _Columns:
         steps = torch.cholesky_solve(residual.T[..., None], factors)[..., 0]
         return torch.where(failed[:, None] == 0, steps, 0.0).T
 
-    def refine(self, block: slice) -> None:
-        """Choose the scale and the codes of a block's columns anew, beside what the other blocks lose by now."""
+    def refine(self, columns: int) -> None:
+        """One round over all blocks of so many columns."""
+        size = self._grid.block_size
+        step = size * self._h.together
+        for begin in range(0, columns, step):
+            end = min(begin + step, columns)
+            slopes = self._h.times(slice(begin, end), slice(None), self._lost)
+            for start in range(begin, end, size):
+                block = slice(start, min(start + size, end))
+                lost, is_last = self._lost[block], block.stop == end
+                before = lost if is_last else lost.clone()
+                self._refine_block(block, slopes[start - begin : block.stop - begin])
+                if not is_last:
+                    slopes[block.stop - begin :] += self._h.times(
+                        slice(block.stop, end), block, lost - before
+                    )
+
+    def _refine_block(self, block: slice, slopes: torch.Tensor) -> None:
+        """Choose the scale and the codes of a block's columns anew, beside what the other blocks lose by now.
+
+        Args:
+            block: Its columns.
+            slopes: H E of them, (columns, rows); they are changed.
+        """
         scale, codes = self.scales[block.start // self._grid.block_size], self.codes[block]
         size = block.stop - block.start
         inside = self._h.inside[block.start // self._grid.block_size, :size, :size]
-        slopes = self._h.times(block, slice(None), self._lost)
         if self._grid.free_scales:
             _improve_scale_(scale, codes, slopes, inside)
         diagonal = inside.diagonal()[:, None]
