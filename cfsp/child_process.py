@@ -30,7 +30,7 @@ def measured_environment() -> dict[str, str]:
     """`child_environment` for what is measured, whose threads wait as they do for others."""
     environment = child_environment()
     if environment.pop(_OURS, None):
-        del environment[_WAITING]
+        environment.pop(_WAITING, None)
     return environment
 
 

@@ -316,6 +316,14 @@ _NO_SPACE = re.compile(
 )
 
 
+def large_temporary() -> Path:
+    """The folder for temporary files that may be as large as a model: $TMPDIR, or /var/tmp, as /tmp may be memory."""
+    for folder in filter(None, (os.environ.get("TMPDIR"), "/var/tmp")):
+        if os.access(folder, os.W_OK | os.X_OK):
+            return Path(folder)
+    return Path(tempfile.gettempdir())
+
+
 @contextmanager
 def no_space_as_input_error(path: Path) -> Iterator[None]:
     """Turn a full disk, or one that may not be written to, into an InputError that names `path`."""

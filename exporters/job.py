@@ -115,9 +115,9 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
 
 
-def load_checkpoint(checkpoint: Path, *, may_stream: bool = False) -> Any:
+def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:
     """The model as float32; see `load_pruned`."""
-    return load_pruned(checkpoint, dtype=torch.float32, may_stream=may_stream)
+    return load_pruned(checkpoint, dtype=torch.float32, by_blocks=by_blocks)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class ExportOptions:
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by format's name, in place of the table's.
         device: Where numbers of few bits are chosen, as torch writes it; files are proven on the CPU, where they run.
+        by_blocks: Whether the model's weights stay in their files; decided by each export, once.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -48,6 +49,7 @@ class ExportOptions:
     parity_windows: torch.Tensor | None = None
     limits: Mapping[str, ParityLimits] | None = None
     device: str = "cpu"
+    by_blocks: bool = False
     n_threads: int | None = None
     force: bool = False
     progress: Progress = no_progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
 from cfsp.models.block_pass import last_hidden_states
-from cfsp.models.paging import at_hand, computing_dtype
+from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import generate, stop_ids
 
+_log = logging.getLogger(__name__)
 _CHUNK = 256
 _BATCH_TOKENS = 2048
 _GENERATION_BATCH = 32
@@ -154,6 +156,8 @@ class TorchLanguageModel:
     ) -> list[list[int]]:
         """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
         check_length(self, max(map(len, prompts), default=0), "a prompt")
+        if is_paged(self.loaded.model):
+            _log.warning("%s: every token that is written reads all weights, which stay in files", self.name)
         stops = stop_ids(self.loaded)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}

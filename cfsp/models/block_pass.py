@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.files import no_space_as_input_error
+from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.memory import require_memory
 from cfsp.models.architectures import decoder_layers
-from cfsp.models.paging import at_hand, computing_dtype
+from cfsp.models.paging import at_hand, computing_dtype, weightless
 from cfsp.progress import Progress, no_progress
 
 
@@ -24,7 +24,7 @@ class StoredStates:
     """Hidden states of windows at several depths, in files."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-states-")
+        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-states-", dir=large_temporary())
 
     def put(self, depth: int, states: Sequence[torch.Tensor]) -> None:
         """Store each window's, (1, seqlen, hidden_size)."""
@@ -78,7 +78,7 @@ def enter_blocks(
         require_memory(n_bytes, what, "fewer windows (--nsamples), or shorter ones (--seqlen)")
     with ExitStack() as stack:
         for layer in layers:
-            layer.forward = passes_on
+            layer.forward = weightless(passes_on)
             stack.callback(delattr, layer, "forward")
         stack.enter_context(at_hand(model.get_input_embeddings()))
         for window in torch.split(input_ids.to(model.device), 1):

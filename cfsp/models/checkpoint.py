@@ -24,7 +24,7 @@ from cfsp.files import atomic_directory, sha256_file, write_json
 from cfsp.models.architectures import model_shape
 from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
-from cfsp.models.paging import can_page, let_go, paged_model
+from cfsp.models.paging import let_go, paged_model
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
@@ -37,6 +37,7 @@ from cfsp.models.weights import (
     safetensors_files,
     save_weights,
     sha256_files,
+    storable_dtype,
 )
 from cfsp.reading import as_input_error, read_json
 from cfsp.records import Record, read_record, tool_version, write_record
@@ -103,7 +104,7 @@ def save_checkpoint(
         raise InputError("the plan's widths are not the model's", field="plan", value=planned.ffn_widths)
     shape = shape if planned is None else shape.with_origins(planned)
     check_finite(loaded.model, loaded.source.name)
-    dtype = loaded.stored_dtype or loaded.model.dtype
+    dtype = storable_dtype(loaded.model, loaded.stored_dtype or loaded.model.dtype)
     with atomic_directory(directory, force=force) as folder:
         _save_model(loaded.model, folder, shape, dtype)
         save_tokenizer(loaded.tokenizer, folder)
@@ -112,6 +113,7 @@ def save_checkpoint(
             write_record(folder / PLAN_FILE, plan)
         for name, record in (extra_records or {}).items():
             write_record(folder / name, record)
+        let_go(loaded.model)
         if input_moments is not None:
             moments = {name: values.float().contiguous() for name, values in input_moments.items()}
             safetensors.torch.save_file(moments, folder / _MOMENTS_FILE)
@@ -128,20 +130,20 @@ def save_checkpoint(
     return info
 
 
-def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, may_stream: bool = False) -> Any:
+def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks: bool = False) -> Any:
     """Load a checkpoint's model in eval mode, without running code from the folder.
 
     Args:
         directory: A folder written by `save_checkpoint`, or by `save_pretrained` of a model loaded from one.
         dtype: Cast the weights to it; None keeps what is stored.
-        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
+        by_blocks: Whether its weights, of one dtype, stay in their files; see `cfsp.models.paging`.
 
     Raises:
         InputError: Not a checkpoint, damaged, or its shape, plan and weights disagree.
     """
     config, cls = _read_config(directory)
-    files, tied = safetensors_files(directory), config.tie_word_embeddings
-    if may_stream and can_page(files, tied=tied):
+    files = safetensors_files(directory)
+    if by_blocks:
         model = paged_model(config, files, where=str(directory), cls=cls)
     else:
         model = _in_memory(config, cls, files, dtype, str(directory))

@@ -25,7 +25,7 @@ from cfsp.models.config_file import (
     read_model_config,
 )
 from cfsp.models.folds import FOLDS, folded
-from cfsp.models.paging import can_page, paged_model
+from cfsp.models.paging import paged_model, reads_by_blocks
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
 from cfsp.models.weights import (
@@ -60,13 +60,13 @@ def load_folder(
     settings = read_model_config(folder)
     files = safetensors_files(folder)
     if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
-        return load_pruned(folder, dtype, may_stream=may_stream)
+        return load_pruned(folder, dtype, by_blocks=may_stream and reads_by_blocks(folder))
     if is_text_part(folder):
         model = load_text_part(folder, settings, dtype=dtype)
         return folded(model, str(folder)) if settings["model_type"] in FOLDS else model
     check_generation_config(folder)
     tied = settings.get("tie_word_embeddings") is True
-    if may_stream and settings["model_type"] in ARCHITECTURES and can_page(files, tied=tied):
+    if may_stream and settings["model_type"] in ARCHITECTURES and reads_by_blocks(folder):
         with as_input_error(f"{folder / 'config.json'} cannot be used"):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = paged_model(config, files, where=str(folder))

@@ -10,6 +10,7 @@ whole, and everything that runs it block after block computes the same bits as w
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import shutil
 import tempfile
@@ -17,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary, ref
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, finalize, ref
 
 import safetensors
 import safetensors.torch
@@ -26,10 +27,9 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.files import no_space_as_input_error
+from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.memory import free_memory
-from cfsp.models.architectures import decoder_layers
-from cfsp.models.config_file import read_model_config
+from cfsp.models.architectures import decoder_layers, spec_for
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
 from cfsp.reading import as_input_error
 from cfsp.units import format_bytes
@@ -40,7 +40,6 @@ ALWAYS, NEVER, AUTO = "always", "never", "auto"
 _SHARE = 0.5
 """Of free memory, which a model may take before its weights stay in files."""
 _NARROW = (torch.bfloat16, torch.float16)
-_PIECE = 2**24
 
 
 def stays_in_files(n_bytes: int) -> bool:
@@ -56,6 +55,14 @@ def stays_in_files(n_bytes: int) -> bool:
     return asked == ALWAYS or (asked == AUTO and n_bytes > _SHARE * free_memory())
 
 
+class _Owner:
+    """Deletes a scratch file once nothing in it is anybody's home."""
+
+    def __init__(self, file: Path, folder: tempfile.TemporaryDirectory[str]) -> None:
+        self.folder = folder  # deleted with the last file of it
+        finalize(self, file.unlink, missing_ok=True)
+
+
 @dataclass(frozen=True)
 class Home:
     """Where a tensor is.
@@ -64,17 +71,19 @@ class Home:
         file: A safetensors file.
         name: In it.
         stamp: The file's, which another one in its place does not have.
+        owner: Of a scratch file.
     """
 
     file: Path
     name: str
     stamp: tuple[int, ...]
+    owner: _Owner | None = None
 
     @classmethod
-    def of(cls, file: Path, names: Iterable[str]) -> dict[str, Home]:
+    def of(cls, file: Path, names: Iterable[str], owner: _Owner | None = None) -> dict[str, Home]:
         """Of names in a file."""
         stamp = _stamp(file)
-        return {name: cls(file, name, stamp) for name in names}
+        return {name: cls(file, name, stamp, owner) for name in names}
 
     def open(self) -> Any:
         """The file, to be used as a context manager.
@@ -115,10 +124,10 @@ class _Handed:
 
 
 class _Scratch:
-    """Files for what was changed, deleted with the last page that has them."""
+    """Files for what was changed, each deleted with the last page that has it."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-weights-")
+        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-weights-", dir=large_temporary())
         self._count = 0
 
     def write(self, tensors: Mapping[str, torch.Tensor], *, narrowed: bool = True) -> dict[str, Home]:
@@ -138,7 +147,7 @@ class _Scratch:
             stored = {name: _narrowed(tensor) for name, tensor in stored.items()}
         with no_space_as_input_error(file):
             safetensors.torch.save_file(stored, file)
-        homes = Home.of(file, stored)
+        homes = Home.of(file, stored, _Owner(file, self._folder))
         return {name: homes[first[id(tensor)]] for name, tensor in tensors.items()}
 
 
@@ -163,6 +172,7 @@ class _Page:
     def __init__(self, modules: tuple[nn.Module, ...], homes: Mapping[int, Home], scratch: _Scratch) -> None:
         # Not the modules themselves: the page lives as long as they do, not the other way round.
         self._modules, self._scratch, self._users = tuple(map(ref, modules)), scratch, 0
+        self.calls = 0
         self._handed: dict[str, _Handed] = {}
         for name, (owner, key) in self._places().items():
             parameter = owner._parameters[key]
@@ -175,16 +185,17 @@ class _Page:
 
     def of_copies(self, modules: tuple[nn.Module, ...]) -> _Page:
         """The page of copies of its modules, which share their parameters."""
+        if self._users:
+            raise RuntimeError("a model whose weights are at hand is not copied: they would be shared")
         homes, places = self._homes(), self._places()
         known = {id(owner._parameters[key]): homes[name] for name, (owner, key) in places.items()}
         return _Page(modules, {number: home for number, home in known.items() if home}, self._scratch)
 
     def take(self) -> None:
-        """Have the weights in memory, as float32."""
-        self._users += 1
-        if self._users == 1:
+        """Have the weights in memory, as float32; what was mapped goes with the parameters that were there."""
+        if not self._users:
             self._replace(self._homes(), lambda _, parameter: parameter.detach().float())
-            # What was mapped goes with the parameters that were there.
+        self._users += 1
 
     def give_back(self) -> None:
         """Let them go, unless someone else has them still."""
@@ -247,6 +258,7 @@ class _Page:
         }
 
 
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
 _PAGES: WeakKeyDictionary[nn.Module, _Page] = WeakKeyDictionary()
 
 
@@ -285,6 +297,7 @@ def copied(model: Any) -> Any:
     """A deep copy of a model; one that is paged shares the files, and what was not changed in them."""
     if not is_paged(model):
         return copy.deepcopy(model)
+    gc.collect()  # what the last copy has changed, which is not needed any more, goes from the disk
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     twins = dict(zip(model.modules(), twin.modules(), strict=True))
     for page in _pages_of(model):
@@ -299,38 +312,38 @@ def check_scratch(model: Any) -> None:
         InputError: So much is not free there.
     """
     if is_paged(model):
-        _require_scratch(sum(parameter.numel() * parameter.itemsize for parameter in model.parameters()))
+        # What is changed may take four bytes, whatever it was stored in.
+        require_scratch(sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize)
 
 
-def _require_scratch(needed: int) -> None:
-    folder = tempfile.gettempdir()
+def require_scratch(needed: int) -> None:
+    """Refuse what does not fit the folder for large temporary files.
+
+    Args:
+        needed: Bytes.
+
+    Raises:
+        InputError: So much is not free there.
+    """
+    folder = large_temporary()
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
-            f"weights that stay in files take up to {format_bytes(needed)} in {folder}, and "
+            f"reading a model block by block takes up to {format_bytes(needed)} in {folder}, and "
             f"{format_bytes(free)} are free",
             allowed="another folder (TMPDIR)",
         )
 
 
-def can_page(files: Sequence[Path], *, tied: bool) -> bool:
-    """Whether weight files are to be read block by block: they would take too much memory, and are of one dtype.
-
-    Raises:
-        InputError: A file is damaged.
-    """
-    n_bytes = weight_count(files, tied=tied) * torch.float32.itemsize
-    return stays_in_files(n_bytes) and uniform_dtype(files) is not None
-
-
 def reads_by_blocks(folder: Path) -> bool:
-    """Whether `load_pruned` leaves the weights of a folder in its files.
+    """Whether the weights of a folder are to stay in its files: they would take too much memory, and are of one dtype.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: A file is missing or damaged.
     """
-    tied = read_model_config(folder).get("tie_word_embeddings") is True
-    return can_page(safetensors_files(folder), tied=tied)
+    files = safetensors_files(folder)
+    n_bytes = weight_count(files, tied=False) * torch.float32.itemsize
+    return stays_in_files(n_bytes) and uniform_dtype(files) is not None
 
 
 def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = None) -> Any:
@@ -369,7 +382,7 @@ def paged_copy(
     Raises:
         InputError: No room for them; or they are missing, unknown, or of the wrong shape.
     """
-    _require_scratch(n_weights * torch.float32.itemsize)
+    require_scratch(n_weights * torch.float32.itemsize)
     scratch = _Scratch()
     homes: dict[str, Home] = {}
     for name, tensor in weights:
@@ -384,8 +397,11 @@ def paged_copy(
 def _paged(model: Any, homes: Mapping[str, Home], scratch: _Scratch) -> Any:
     """Have the weights of a model, all of them mapped, come and go page by page."""
     layers = list(decoder_layers(model))
-    named = model.named_parameters(remove_duplicate=False)
-    known = {id(parameter): homes[name] for name, parameter in named if name in homes}
+    known: dict[int, Home] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in homes:  # of one with two names the first is the embedding, which is what both are
+            known.setdefault(id(parameter), homes[name])
+    _widen_buffers(model)
     ends = tuple(dict.fromkeys((model.get_input_embeddings(), model.get_output_embeddings())))
     inside = {id(module) for layer in layers for module in layer.modules()} | set(map(id, ends))
     others = [module for module in model.modules() if id(module) not in inside and module._parameters]
@@ -396,6 +412,20 @@ def _paged(model: Any, homes: Mapping[str, Home], scratch: _Scratch) -> Any:
             module.register_forward_pre_hook(_before)
             module.register_forward_hook(_after, always_call=True)
     return model
+
+
+def _widen_buffers(model: Any) -> None:
+    """Make what is computed from the configuration what it is in float32: transformers made it in the weights' dtype.
+
+    Raises:
+        InputError: Something that is not known.
+    """
+    embedding = model.get_input_embeddings()
+    if spec_for(model.config).scaled_embedding:
+        embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.dtype != torch.float32:
+            raise InputError("a model with this buffer cannot stay in files", field=name, value=buffer.dtype)
 
 
 def _register(page: _Page) -> None:
@@ -409,15 +439,23 @@ def _pages_of(model: nn.Module) -> list[_Page]:
 
 
 def _before(module: nn.Module, _: Any) -> None:
-    if _computes(module):
-        _PAGES[module].take()
+    page = _PAGES.get(module)
+    if page is not None and not getattr(vars(module).get("forward"), _MARK, False):
+        page.take()
+        page.calls += 1
 
 
 def _after(module: nn.Module, _: Any, __: Any) -> None:
-    if _computes(module):
-        _PAGES[module].give_back()
+    page = _PAGES.get(module)
+    if page is not None and page.calls:  # torch calls it, too, where something before us has failed
+        page.calls -= 1
+        page.give_back()
 
 
-def _computes(module: nn.Module) -> bool:
-    """Whether a call reads weights: not where the module's forward is short-circuited."""
-    return "forward" not in vars(module)
+_MARK = "reads_no_weights"
+
+
+def weightless(forward: _Forward) -> _Forward:
+    """Say of a function that takes the place of a module's `forward` that it reads none of its weights."""
+    setattr(forward, _MARK, True)
+    return forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from cfsp.models.architectures import spec_for
 from cfsp.reading import as_input_error, read_json_object
 from cfsp.validation import check_kinds, kinds
 
+_log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]{1,240}\.safetensors$")]
@@ -156,32 +158,37 @@ def check_loading(report: Mapping[str, Iterable[Any]], where: str) -> None:
 def check_finite(model: Any, where: str) -> None:
     """Raise InputError where a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():
-        if not _is_finite(parameter.detach()):
+        if not all(bool(torch.isfinite(piece).all()) for piece in _pieces(parameter)):
             raise InputError(f"{where}: the weights of {name} are not all finite (NaN or infinity)")
 
 
-def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model's parameters in a dtype, each once, in shards as Hugging Face names them; at most one is held.
+def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 where that is float16 and a number of the model is too large for it."""
+    if dtype == torch.float16:
+        largest = torch.finfo(dtype).max
+        for name, parameter in model.named_parameters():
+            if any(bool((piece.abs() > largest).any()) for piece in _pieces(parameter)):
+                _log.warning("%s has a number too large for float16: the weights are stored in float32", name)
+                return torch.float32
+    return dtype
 
-    Raises:
-        InputError: A number is too large for the dtype.
-    """
+
+def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write a model's parameters in a dtype, each once, in shards as Hugging Face names them; at most one is held."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=_SHARD_BYTES)
     for file, names in split.filename_to_tensors.items():
         shard = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
-        for name, tensor in shard.items():
-            if not _is_finite(tensor):
-                raise InputError(f"values too large for {str(dtype).removeprefix('torch.')}", field=name)
         safetensors.torch.save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX_FILE, index)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _PIECE))
+def _pieces(parameter: torch.Tensor) -> Iterable[torch.Tensor]:
+    """All numbers, some at a time."""
+    return torch.split(parameter.detach().flatten(), _PIECE)
 
 
 def safetensors_files(folder: Path) -> list[Path]:

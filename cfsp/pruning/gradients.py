@@ -25,7 +25,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
-from cfsp.models.paging import at_hand, is_paged
+from cfsp.models.paging import at_hand, is_paged, require_scratch
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 
@@ -76,7 +76,7 @@ def collect_gradients(
         model: A causal LM of the architecture table, in eval mode; unchanged, and no parameter gets a gradient.
         input_ids: (nsamples, seqlen) int64.
         seed: Of the drawn labels.
-        progress: Told after each window.
+        progress: Told after each window, or block.
 
     Raises:
         InputError: A gradient is not finite.
@@ -124,7 +124,7 @@ def predict_divergence(
         model: A causal LM of the architecture table, in eval mode; unchanged.
         changes: By any name.
         input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window.
+        progress: Told after each window, or block.
 
     Returns:
         Name -> nats a token.
@@ -181,7 +181,7 @@ def collect_weight_moments(
         model: A causal LM of the architecture table, in eval mode; unchanged.
         names: Of Linears, and `LOOKUP`: the token embedding as what looks a token up.
         input_ids: (nsamples, seqlen) int64.
-        progress: Told after each window.
+        progress: Told after each window, or block.
 
     Raises:
         InputError: A gradient is not finite.
@@ -235,8 +235,8 @@ def _run_backwards(
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     with torch.enable_grad(), ExitStack() as stack:
-        for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        # By name: a page that comes back has other parameters, and what was there is let go.
+        stack.callback(_set_training, model, {n: p.requires_grad for n, p in model.named_parameters()})
         model.requires_grad_(False)
         for linear, receive in watched:
             stack.enter_context(gradient_hook(linear, receive))
@@ -244,6 +244,11 @@ def _run_backwards(
         for window, gradient in run(model, input_ids.to(model.device), generator, progress):
             if receive_embedded is not None:
                 receive_embedded(window, gradient)
+
+
+def _set_training(model: nn.Module, trained: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
 
 
 _WHAT = "measuring gradients"
@@ -266,6 +271,7 @@ def _backwards_by_blocks(
 ) -> _Embedded:
     """The same numbers with one block in memory: it is run again when its gradients are due."""
     layers, norm = decoder_layers(model), model.get_decoder().norm
+    require_scratch(input_ids.numel() * model.config.hidden_size * torch.float32.itemsize * len(layers))
     before = StoredStates()
     with torch.no_grad():
         states, calls = enter_blocks(model, layers, input_ids)

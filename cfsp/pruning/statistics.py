@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from cfsp.errors import InputError
+from cfsp.files import large_temporary
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
@@ -58,7 +59,7 @@ class GramStore:
     """Gram matrices X^T X / T of each block, float32, kept in files so that memory holds one at a time."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-gram-")
+        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-gram-", dir=large_temporary())
 
     def put(self, layer: int, gram: torch.Tensor) -> None:
         """Store one block's matrix (intermediate_size, intermediate_size)."""

@@ -24,8 +24,9 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_file
+from cfsp.memory import require_memory
 from cfsp.models.builtin import cache_directory
-from cfsp.models.paging import NEVER, VARIABLE, is_paged
+from cfsp.models.paging import computing_dtype, is_paged, let_go
 from cfsp.models.source import LoadedModel
 from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
@@ -69,17 +70,20 @@ def sample_windows(
     written = read_written(origin, needed) if use_written else None
     if written is not None:
         return written.view(nsamples, seqlen)
-    path = _cache_path(origin, nsamples, seqlen, loaded.model.device.type)
-    cached = _read_cached(path, nsamples, seqlen)
-    if cached is not None:
-        return cached
+    dtype = _sampling_dtype(loaded)
+    path = _cache_path(origin, nsamples, seqlen, loaded.model.device.type, dtype)
+    usual = _cache_path(
+        origin, nsamples, seqlen, loaded.model.device.type, fast_dtype(loaded.model.device.type)
+    )
+    for place in (usual, path):
+        cached = _read_cached(place, nsamples, seqlen)
+        if cached is not None:
+            return cached
     if is_paged(loaded.model):
-        raise InputError(
-            "every token that a model writes reads all of its weights, which stay in files",
-            field="calibration",
-            value="self",
-            allowed=f"a text, or {VARIABLE}={NEVER}",
-        )
+        # Every token that it writes reads all of its weights.
+        what = "writing calibration text (`self`)"
+        n_bytes = dtype.itemsize * sum(parameter.numel() for parameter in loaded.model.parameters())
+        require_memory(n_bytes, what, "other calibration text (--calibration)")
     stream: list[int] = []
 
     def report(before: int, written: int) -> None:
@@ -89,7 +93,7 @@ def sample_windows(
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), torch.inference_mode():
         torch.manual_seed(seed)
-        sampler = _fast_copy(loaded)
+        sampler = _copy_in(loaded, dtype)
         while len(stream) < needed:
             samples = _sample_batch(sampler, partial(report, len(stream)))
             if not any(samples):
@@ -128,15 +132,21 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     """Hex SHA-256 over names, shapes and bytes of all parameters."""
     hasher = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        hasher.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        hasher.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        values = parameter.detach().to(computing_dtype(model)).cpu().contiguous()
+        hasher.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        hasher.update(values.view(torch.uint8).numpy().data)
+    let_go(model)
     return hasher.hexdigest()
 
 
-def _fast_copy(loaded: LoadedModel) -> LoadedModel:
-    """The model in the dtype that samples fastest; sampling does not need the precision, statistics do."""
-    dtype = fast_dtype(loaded.model.device.type)
-    if loaded.model.dtype == dtype:
+def _sampling_dtype(loaded: LoadedModel) -> torch.dtype:
+    """That which samples fastest, as sampling does not need the precision, or of a large model the smallest."""
+    return torch.bfloat16 if is_paged(loaded.model) else fast_dtype(loaded.model.device.type)
+
+
+def _copy_in(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
+    """The model in memory, in a dtype."""
+    if loaded.model.dtype == dtype and not is_paged(loaded.model):
         return loaded
     # Parameters are replaced, tied ones by one; buffers keep their dtype, which rotary frequencies need.
     rounded = {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in loaded.model.parameters()}
@@ -199,8 +209,10 @@ def text_origin(loaded: LoadedModel, seed: int) -> dict[str, Any]:
     }
 
 
-def _cache_path(origin: Mapping[str, Any], nsamples: int, seqlen: int, device: str) -> Path:
-    key = {**origin, "dtype": str(fast_dtype(device)), "windows": [nsamples, seqlen]}
+def _cache_path(
+    origin: Mapping[str, Any], nsamples: int, seqlen: int, device: str, dtype: torch.dtype
+) -> Path:
+    key = {**origin, "dtype": str(dtype), "windows": [nsamples, seqlen]}
     if device != "cpu":
         key["device"] = device
     return cache_directory() / "self" / f"{digest(key)}.safetensors"

@@ -64,16 +64,27 @@ def export_gguf(
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
+    settings = replace(
+        settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint)
+    )  # once: free memory comes and goes
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
     imatrix = read_imatrix(
-        checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
+        checkpoint,
+        rows,
+        settings.calibration,
+        use=settings.use_imatrix,
+        device=settings.device,
+        by_blocks=settings.by_blocks,
     )
     with open_job(
-        checkpoint, output, load_checkpoint(checkpoint, may_stream=True), settings, chosen.context_length
+        checkpoint,
+        output,
+        load_checkpoint(checkpoint, by_blocks=settings.by_blocks),
+        settings,
+        chosen.context_length,
     ) as job:
         strings, records, chats, blocks = 0, {}, ReadChats(), None
-        in_slices = reads_by_blocks(checkpoint)
         for file in write_files(
             checkpoint,
             job.folder,
@@ -87,8 +98,8 @@ def export_gguf(
             if not strings:
                 strings = check_tokenizer(file.path, job.tokenizer)
                 chats = _read_chats(job, file.path)
-                blocks = _prove_blocks(job, chosen) if in_slices else None
-            if file.quant in rows or not in_slices:
+                blocks = _prove_blocks(job, chosen) if settings.by_blocks else None
+            if file.quant in rows or not settings.by_blocks:
                 records[file.quant] = replace(_prove(job, file, chosen, strings, chats), blocks=blocks)
         return write_manifest(job, [records[row] for row in rows])
 
@@ -96,7 +107,7 @@ def export_gguf(
 def _prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
     return prove_blocks(
         job.checkpoint,
-        load_checkpoint(job.checkpoint, may_stream=True),
+        load_checkpoint(job.checkpoint, by_blocks=True),
         chosen,
         job.reference.windows,
         job.folder,

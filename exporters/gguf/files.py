@@ -63,9 +63,9 @@ def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
     return rows
 
 
-def base_of(checkpoint: Path) -> Quant:
+def base_of(checkpoint: Path, *, by_blocks: bool) -> Quant:
     """What files are quantized from: float32, or of a model that is read block by block what holds it exactly."""
-    dtype = uniform_dtype(safetensors_files(checkpoint)) if reads_by_blocks(checkpoint) else None
+    dtype = uniform_dtype(safetensors_files(checkpoint)) if by_blocks else None
     return _EXACT.get(dtype, QUANTS["f32"]) if dtype else QUANTS["f32"]
 
 
@@ -100,7 +100,7 @@ def write_files(
             what layers read of the text is not finite.
     """
     progress = settings.progress
-    base = base_of(checkpoint)
+    base = base_of(checkpoint, by_blocks=settings.by_blocks)
     paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (base, *quants)}
     costs: TypeCosts | None = None
     for quant, path in paths.items():
@@ -114,6 +114,7 @@ def write_files(
                     settings.calibration,
                     guide,
                     device=settings.device,
+                    by_blocks=settings.by_blocks,
                     progress=progress,
                 )
             used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
@@ -131,17 +132,25 @@ def write_files(
 
 def _fit_to_text(checkpoint: Path, base: Path, file: WrittenFile, settings: ExportOptions) -> WrittenFile:
     """Choose a file's codes and train its scales, where that is asked for."""
-    text, quant, where = settings.calibration, file.quant, {"device": settings.device}
+    text, quant, progress = settings.calibration, file.quant, settings.progress
     if text is None:
         return file
     if settings.gptq and "gptq" in quant.reads:
-        chosen = round_for_text(checkpoint, base, file.path, text, **where, progress=settings.progress)
+        chosen = round_for_text(
+            checkpoint,
+            base,
+            file.path,
+            text,
+            device=settings.device,
+            by_blocks=settings.by_blocks,
+            progress=progress,
+        )
         file = replace(file, gptq_tensors=chosen)
     if not (settings.tune_scales and "tune_scales" in quant.reads):
         return file
-    if reads_by_blocks(checkpoint):
+    if settings.by_blocks:
         return replace(file, untrained=True)
-    tuned = tune_file(checkpoint, file.path, text, **where, progress=settings.progress)
+    tuned = tune_file(checkpoint, file.path, text, device=settings.device, progress=progress)
     return replace(file, tuned_tensors=tuned)
 
 
@@ -167,6 +176,7 @@ def draft_gguf(
         MissingExtraError: llama-cpp-python is not installed.
     """
     rows = find_rows(quants, settings)
+    settings = replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
     written = write_files(
         checkpoint,
         folder,
@@ -174,7 +184,12 @@ def draft_gguf(
         load_tokenizer(checkpoint.resolve()),  # a bare name could be a built-in alias
         read_provenance(checkpoint, settings.name),
         imatrix=read_imatrix(
-            checkpoint, rows, settings.calibration, use=settings.use_imatrix, device=settings.device
+            checkpoint,
+            rows,
+            settings.calibration,
+            use=settings.use_imatrix,
+            device=settings.device,
+            by_blocks=settings.by_blocks,
         ),
         n_threads=settings.n_threads or 1,
         settings=settings,

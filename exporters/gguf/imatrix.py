@@ -30,6 +30,7 @@ def read_imatrix(
     *,
     use: bool = True,
     device: str = "cpu",
+    by_blocks: bool = False,
 ) -> Imatrix:
     """A checkpoint's input moments by the file's tensor names, or else those of a text; empty where none are used.
 
@@ -41,6 +42,7 @@ def read_imatrix(
         input_ids: Text to take them from where the checkpoint has none, (nsamples, seqlen).
         use: Whether those that can do without use it, too.
         device: Where to measure them.
+        by_blocks: Whether the model's weights stay in their files.
 
     Raises:
         InputError: A moment has another length than its layer has inputs, or is negative or not finite; or there is
@@ -49,7 +51,7 @@ def read_imatrix(
     used = use and any(quant.uses_imatrix for quant in quants)
     moments = stored_moments(checkpoint) if used else None
     if used and not moments and input_ids is not None:
-        model = placed(load_pruned(checkpoint, torch.float32, may_stream=device == "cpu"), device)
+        model = placed(load_pruned(checkpoint, torch.float32, by_blocks=by_blocks), device)
         moments = collect_input_moments(model, input_ids)
     if not moments:
         for quant in quants:

@@ -133,6 +133,7 @@ def measure_types(
     imatrix: Imatrix | None,
     *,
     device: str = "cpu",
+    by_blocks: bool = False,
     progress: Progress = no_progress,
 ) -> TypeCosts:
     """Round some rows of every tensor in every type, and predict what that costs.
@@ -143,11 +144,12 @@ def measure_types(
         input_ids: Calibration text, (nsamples, seqlen).
         imatrix: The checkpoint's, which goes before what the text's few windows say; None to use none at all.
         device: Where gradients are computed.
+        by_blocks: Whether the model's weights stay in their files.
         progress: Told about every step.
     """
     chosen = read_layout(checkpoint)
     specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
-    model = load_pruned(checkpoint, torch.float32, may_stream=device == "cpu")
+    model = load_pruned(checkpoint, torch.float32, by_blocks=by_blocks)
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
     names = [name for of_tensor in modules.values() for name in of_tensor]
     with moved(model, device):

@@ -46,6 +46,7 @@ def round_for_text(
     input_ids: torch.Tensor,
     *,
     device: str = "cpu",
+    by_blocks: bool = False,
     progress: Progress = no_progress,
 ) -> int:
     """Choose the numbers of a file anew, in place.
@@ -56,6 +57,7 @@ def round_for_text(
         path: A file that llama.cpp has quantized from that one.
         input_ids: Text to round for, (nsamples, seqlen).
         device: Where to compute.
+        by_blocks: Whether the model's weights stay in their files.
         progress: Told after each block.
 
     Returns:
@@ -64,7 +66,7 @@ def round_for_text(
     Raises:
         InputError: What the layers read is not finite.
     """
-    model = placed(load_pruned(checkpoint, torch.float32, may_stream=device == "cpu"), device)
+    model = placed(load_pruned(checkpoint, torch.float32, by_blocks=by_blocks), device)
     chosen = read_layout(checkpoint)
     matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
@@ -97,7 +99,7 @@ class _File:
     Attributes:
         stream: Of the file.
         specs: Its matrices, by the first module that each is made of.
-        exact: Tensors of the float32 one.
+        exact: Tensors of the one that it was quantized from.
         stored: Its own, as they were.
         count: Matrices that were changed.
     """

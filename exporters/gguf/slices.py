@@ -2,8 +2,8 @@
 
 A slice is a GGUF file of a few blocks with the architecture and the settings of the whole. Its vocabulary are the
 positions of a text, its embedding the hidden states that enter there: token t is position t. Its last norm is a plain
-one, and its output matrix the embedding again, so that its logits are the products of what comes out of the blocks at
-one position with what entered at every other.
+one, that of the last blocks the model's; its output matrix is the embedding again, so that its logits are the products
+of what comes out of the blocks at one position with what entered at every other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cfsp.errors import LimitError
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import decoder_layers, spec_for
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.models.shape import ModelShape
@@ -46,16 +46,18 @@ class _Slice:
         blocks: Their numbers in the model.
         entering: Hidden states before them, (tokens, hidden_size) float32.
         leaving: Behind them.
+        gain: What the norm behind them multiplies with, (hidden_size,).
     """
 
     blocks: range
     entering: torch.Tensor
     leaving: torch.Tensor
+    gain: torch.Tensor
 
     def logits(self, epsilon: float) -> torch.Tensor:
         """What llama.cpp should compute, (tokens, tokens)."""
         normed = self.leaving * (self.leaving.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        return normed @ self.entering.T
+        return (normed * self.gain) @ self.entering.T
 
 
 def prove_blocks(
@@ -111,7 +113,10 @@ def _slices(model: Any, ids: torch.Tensor, chosen: ChosenLayout) -> Iterator[_Sl
             for block in blocks:
                 with at_hand(layers[block]):
                     hidden = run_layer(layers[block], hidden, calls[block])
-            yield _Slice(blocks, entering.float(), hidden[0].float())
+            gain = torch.ones(hidden.shape[-1])
+            if blocks.stop == len(layers):
+                gain = model.get_decoder().norm.weight.float() + spec_for(model.config).norm_offset
+            yield _Slice(blocks, entering.float(), hidden[0].float(), gain)
 
 
 def _runs(chosen: ChosenLayout) -> list[range]:
@@ -151,7 +156,7 @@ def _write(checkpoint: Path, path: Path, chosen: ChosenLayout, part: _Slice) -> 
                 if (place := _place(spec.name, part.blocks)) is not None
                 for number, rest in [place]
             ),
-            _plain("output_norm.weight", np.ones(config.hidden_size, np.float32)),
+            _plain("output_norm.weight", part.gain.numpy()),
             *([] if factor == 1 else [_plain("output.weight", entering.numpy())]),
         ]
         write_tensors(path, chosen.layout.architecture, add_metadata, tensors, "writing a block")

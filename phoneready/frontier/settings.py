@@ -38,7 +38,7 @@ class FrontierSettings(SearchedStructures, TaskSettings, WindowSettings):
         f"Quantizations of every model: {', '.join(GGUF.names)}.",
         look_up=lambda name: GGUF.find(name).name,
         metavar="QUANT,...",
-        shown="all but f32 and f16",
+        shown="all that round",
     )
     prune_ratios: tuple[float, ...] = setting(
         (0.0,), "Shares of FFN channels to remove; 0: none.", ge=0, lt=1, metavar="RATIO,..."

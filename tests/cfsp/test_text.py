@@ -243,9 +243,7 @@ def test_a_copy_to_sample_from_has_the_blocks_of_the_model(
     model, tokenizer = tiny_model()
     for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
         cut_channels(feed_forward(model, layer), torch.arange(width))
-    fast = self_sampling._fast_copy(
-        LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
-    ).model
+    fast = self_sampling._copy_in(LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))).model
     assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in fast.buffers()} == {torch.float32}
     assert fast.lm_head.weight is fast.model.embed_tokens.weight

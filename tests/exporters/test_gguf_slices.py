@@ -13,7 +13,7 @@ import torch
 from cfsp.errors import LimitError
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.paging import VARIABLE
+from cfsp.models.paging import VARIABLE, reads_by_blocks
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import BlockProof, ExportRecord
@@ -31,7 +31,7 @@ WIDTHS = (96, 128, 64, 96)
 
 def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -> BlockProof:
     windows = TokenWindows(IDS, "given", "0" * 64)
-    model = load_pruned(checkpoint, torch.float32, may_stream=True)
+    model = load_pruned(checkpoint, torch.float32, by_blocks=reads_by_blocks(checkpoint))
     return prove_blocks(checkpoint, model, chosen or read_layout(checkpoint), windows, scratch, n_threads=1)
 
 
@@ -46,7 +46,7 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
         {"model_type": "qwen3"},
         {"model_type": "qwen3", "widths": WIDTHS},
         {"model_type": "smollm3", "num_hidden_layers": 6},
-        {"model_type": "gemma3_text", "num_hidden_layers": 8},
+        {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 96},
     ],
 )
 @pytest.mark.parametrize("stream", ["always", "never"])
@@ -123,3 +123,15 @@ def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(LimitError, match=r"block 0 is too far .* above 1e-12"):
         export_gguf(half, tmp_path / "out", ("Q8_0",), ExportOptions(parity_windows=IDS))
     assert not (tmp_path / "out").exists()
+
+
+def test_how_a_model_is_read_is_decided_once(
+    half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([False])
+    for module in ("files", "export"):
+        monkeypatch.setattr(f"exporters.gguf.{module}.reads_by_blocks", lambda _: next(answers, True))
+    options = ExportOptions(calibration=IDS, parity_windows=IDS, tune_scales=True)
+    (record,) = export_gguf(half, tmp_path / "out", ("Q4_0",), options)
+    assert record.blocks is None
+    assert record.tuned_tensors

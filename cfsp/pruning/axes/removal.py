@@ -18,6 +18,7 @@ from torch import nn
 
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.paging import weightless
 from cfsp.progress import Progress, no_progress
 
 _EVERY = 4
@@ -173,7 +174,7 @@ def attention_left_out(layer: Any, part: int = 0) -> AbstractContextManager[None
 
 @contextmanager
 def _computing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward
+    module.forward = weightless(forward)
     try:
         yield
     finally:
