@@ -264,6 +264,7 @@ def _sweep(
             model,
             trust_remote_code=opening.trust_remote_code,
             device=opening.device,
+            may_stream=True,
             progress=progress,
         )
         drawn = load_calibration(

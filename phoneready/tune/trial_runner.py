@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,6 @@ import torch
 from cfsp.devices import find_device
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.paging import copied
 from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -189,7 +189,7 @@ class TrialRunner:
         if vocabulary not in self._trimmed:
             self._trimmed.clear()
             kept = self.vocabulary(vocabulary)
-            twin = replace(self.loaded, model=copied(self.loaded.model))
+            twin = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
             settings = self.config.prune.settings(1)
             left = trim(twin, self.calibration, kept, settings, progress=self.progress)
             self._trimmed[vocabulary] = Side(*left, kept)
@@ -292,7 +292,7 @@ class TrialRunner:
 
     def _prune(self, point: Point, path: Path) -> None:
         plan, side = self.plan(point), self.side(point.recipe.vocabulary)
-        model = copied(side.loaded.model)
+        model = copy.deepcopy(side.loaded.model)
         needs = RECONSTRUCTIONS[plan.settings.reconstruct].needs_statistics
         apply_plan(
             model,
