@@ -12,34 +12,29 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, finalize, ref
+from weakref import WeakKeyDictionary, ref
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.memory import free_memory
 from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.homes import Home, Scratch, require_scratch
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
 from cfsp.reading import as_input_error
-from cfsp.units import format_bytes
 
 VARIABLE = "PHONEREADY_STREAM"
 """The environment's word on when weights stay in files."""
 ALWAYS, NEVER, AUTO = "always", "never", "auto"
 _SHARE = 0.5
 """Of free memory, which a model may take before its weights stay in files."""
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 def stays_in_files(n_bytes: int) -> bool:
@@ -53,55 +48,6 @@ def stays_in_files(n_bytes: int) -> bool:
         allowed = ", ".join((AUTO, ALWAYS, NEVER))
         raise InputError("unknown", field=VARIABLE, value=asked, allowed=allowed)
     return asked == ALWAYS or (asked == AUTO and n_bytes > _SHARE * free_memory())
-
-
-class _Owner:
-    """Deletes a scratch file once nothing in it is anybody's home."""
-
-    def __init__(self, file: Path, folder: tempfile.TemporaryDirectory[str]) -> None:
-        self.folder = folder  # deleted with the last file of it
-        finalize(self, file.unlink, missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Home:
-    """Where a tensor is.
-
-    Attributes:
-        file: A safetensors file.
-        name: In it.
-        stamp: The file's, which another one in its place does not have.
-        owner: Of a scratch file.
-    """
-
-    file: Path
-    name: str
-    stamp: tuple[int, ...]
-    owner: _Owner | None = None
-
-    @classmethod
-    def of(cls, file: Path, names: Iterable[str], owner: _Owner | None = None) -> dict[str, Home]:
-        """Of names in a file."""
-        stamp = _stamp(file)
-        return {name: cls(file, name, stamp, owner) for name in names}
-
-    def open(self) -> Any:
-        """The file, to be used as a context manager.
-
-        Raises:
-            InputError: It is not the one that was there, or not there any more.
-        """
-        if _stamp(self.file) != self.stamp:
-            raise InputError(f"{self.file} was changed while it was read")
-        return safetensors.safe_open(self.file, "pt")
-
-
-def _stamp(file: Path) -> tuple[int, ...]:
-    try:
-        found = file.stat()
-    except FileNotFoundError:
-        return ()
-    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -123,43 +69,6 @@ class _Handed:
         return parameter is self.parameter and parameter._version == self.version
 
 
-class _Scratch:
-    """Files for what was changed, each deleted with the last page that has it."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-weights-", dir=large_temporary())
-        self._count = 0
-
-    def write(self, tensors: Mapping[str, torch.Tensor], *, narrowed: bool = True) -> dict[str, Home]:
-        """Store tensors, one that has two names once; name -> where it is now.
-
-        Args:
-            tensors: By name.
-            narrowed: Whether in the fewest bytes that hold them exactly.
-        """
-        if not tensors:
-            return {}
-        self._count += 1
-        file = Path(self._folder.name, f"{self._count}.safetensors")
-        first = {id(tensor): name for name, tensor in tensors.items()}
-        stored = {name: tensors[name].detach() for name in first.values()}
-        if narrowed:
-            stored = {name: _narrowed(tensor) for name, tensor in stored.items()}
-        with no_space_as_input_error(file):
-            safetensors.torch.save_file(stored, file)
-        homes = Home.of(file, stored, _Owner(file, self._folder))
-        return {name: homes[first[id(tensor)]] for name, tensor in tensors.items()}
-
-
-def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in the fewest bytes that hold it exactly."""
-    for dtype in _NARROW:
-        narrow = tensor.to(dtype)
-        if torch.equal(narrow.to(tensor.dtype), tensor):
-            return narrow.contiguous()
-    return tensor.contiguous()
-
-
 class _Page:
     """Modules whose weights come and go together.
 
@@ -169,7 +78,7 @@ class _Page:
         scratch: For what is changed.
     """
 
-    def __init__(self, modules: tuple[nn.Module, ...], homes: Mapping[int, Home], scratch: _Scratch) -> None:
+    def __init__(self, modules: tuple[nn.Module, ...], homes: Mapping[int, Home], scratch: Scratch) -> None:
         # Not the modules themselves: the page lives as long as they do, not the other way round.
         self._modules, self._scratch, self._users = tuple(map(ref, modules)), scratch, 0
         self.calls = 0
@@ -316,25 +225,6 @@ def check_scratch(model: Any) -> None:
         require_scratch(sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize)
 
 
-def require_scratch(needed: int) -> None:
-    """Refuse what does not fit the folder for large temporary files.
-
-    Args:
-        needed: Bytes.
-
-    Raises:
-        InputError: So much is not free there.
-    """
-    folder = large_temporary()
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"reading a model block by block takes up to {format_bytes(needed)} in {folder}, and "
-            f"{format_bytes(free)} are free",
-            allowed="another folder (TMPDIR)",
-        )
-
-
 def reads_by_blocks(folder: Path) -> bool:
     """Whether the weights of a folder are to stay in its files: they would take too much memory, and are of one dtype.
 
@@ -365,7 +255,7 @@ def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = No
             inside = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         weights, homes = weights | inside, homes | Home.of(file, inside)
     dtype = next(iter(weights.values())).dtype
-    return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes, _Scratch())
+    return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes, Scratch())
 
 
 def paged_copy(
@@ -383,7 +273,7 @@ def paged_copy(
         InputError: No room for them; or they are missing, unknown, or of the wrong shape.
     """
     require_scratch(n_weights * torch.float32.itemsize)
-    scratch = _Scratch()
+    scratch = Scratch()
     homes: dict[str, Home] = {}
     for name, tensor in weights:
         homes |= scratch.write({name: tensor}, narrowed=False)
@@ -394,7 +284,7 @@ def paged_copy(
     return _paged(model_from_weights(config, mapped, dtype=torch.float32, where=where), homes, scratch)
 
 
-def _paged(model: Any, homes: Mapping[str, Home], scratch: _Scratch) -> Any:
+def _paged(model: Any, homes: Mapping[str, Home], scratch: Scratch) -> Any:
     """Have the weights of a model, all of them mapped, come and go page by page."""
     layers = list(decoder_layers(model))
     known: dict[int, Home] = {}

@@ -25,7 +25,8 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
-from cfsp.models.paging import at_hand, is_paged, require_scratch
+from cfsp.models.homes import require_scratch
+from cfsp.models.paging import at_hand, is_paged
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 
