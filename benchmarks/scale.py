@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -165,19 +166,21 @@ def write_model(shape: dict[str, Any], folder: Path) -> None:
     for name in names:
         parts = name.split(".")
         shards.setdefault(parts[2] if parts[1] == "layers" else parts[-2], []).append(name)
-    generator = torch.Generator().manual_seed(0)
     places: dict[str, str] = {}
     for number, inside in enumerate(shards.values(), 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _random(name, names[name], generator) for name in inside}
+        tensors = {name: _random(name, names[name]) for name in inside}
         safetensors.torch.save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(inside, file)
     write_json(folder / INDEX_FILE, {"metadata": {}, "weight_map": places})
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def _random(name: str, shape: torch.Size) -> torch.Tensor:
+    """A tensor that its name decides; an output matrix is the embedding once more, which predicts the token before."""
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
+    seed = zlib.crc32(name.replace("lm_head", "model.embed_tokens").encode())
+    generator = torch.Generator().manual_seed(seed)
     spread = _SPREAD**2 if name.endswith(_QUIET) else _SPREAD
     return torch.empty(shape).normal_(0, spread, generator=generator).to(torch.bfloat16)
 
