@@ -39,6 +39,7 @@ from cfsp.models.weights import (
     sha256_files,
     storable_dtype,
 )
+from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error, read_json
 from cfsp.records import Record, read_record, tool_version, write_record
 from cfsp.validation import Seed
@@ -83,6 +84,7 @@ def save_checkpoint(
     extra_records: Mapping[str, Record] | None = None,
     seed: int = 0,
     force: bool = False,
+    progress: Progress = no_progress,
 ) -> CheckpointInfo:
     """Write a model, pruned or dense, with its tokenizer, licence and provenance, atomically.
 
@@ -94,6 +96,7 @@ def save_checkpoint(
         extra_records: File name to a record that is stored beside the others.
         seed: Stored in the info.
         force: Replace an existing folder.
+        progress: Told of each shard.
 
     Raises:
         InputError: The folder exists, or cannot be written; the weights are not finite; the plan is another model's.
@@ -106,7 +109,7 @@ def save_checkpoint(
     check_finite(loaded.model, loaded.source.name)
     dtype = storable_dtype(loaded.model, loaded.stored_dtype or loaded.model.dtype)
     with atomic_directory(directory, force=force) as folder:
-        _save_model(loaded.model, folder, shape, dtype)
+        _save_model(loaded.model, folder, shape, dtype, progress)
         save_tokenizer(loaded.tokenizer, folder)
         _save_license(loaded.source, folder)
         if plan is not None:
@@ -205,9 +208,9 @@ def _modeling_pruned() -> ModuleType:
     return modeling_pruned
 
 
-def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype) -> None:
+def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype, progress: Progress) -> None:
     native = model_class(model.config)
-    save_weights(model, folder, dtype)
+    save_weights(model, folder, dtype, progress=progress)
     model.config.architectures, model.config.dtype = [native.__name__], str(dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     # Not `save_pretrained`: published models have settings that contradict each other, which it refuses.

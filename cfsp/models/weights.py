@@ -22,6 +22,7 @@ from cfsp.errors import InputError
 from cfsp.files import write_json
 from cfsp.memory import require_memory
 from cfsp.models.architectures import spec_for
+from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error, read_json_object
 from cfsp.validation import check_kinds, kinds
 
@@ -173,14 +174,16 @@ def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def save_weights(model: Any, folder: Path, dtype: torch.dtype) -> None:
+def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Progress = no_progress) -> None:
     """Write a model's parameters in a dtype, each once, in shards as Hugging Face names them; at most one is held."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=_SHARD_BYTES)
-    for file, names in split.filename_to_tensors.items():
+    for done, (file, names) in enumerate(split.filename_to_tensors.items()):
+        progress("writing weights", done, len(split.filename_to_tensors))
         shard = {name: parameters[name].to("cpu", dtype).contiguous() for name in names}
         safetensors.torch.save_file(shard, folder / file, metadata={"format": "pt"})
+    progress("writing weights", len(split.filename_to_tensors), len(split.filename_to_tensors))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX_FILE, index)

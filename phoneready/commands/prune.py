@@ -95,7 +95,15 @@ def prune(
         else:
             made = prune_model(loaded, drawn, chosen, plan=ready, **asked, progress=progress)
             result, moments = made.plan, made.input_moments
-            save_checkpoint(made.loaded, wanted, plan=result, input_moments=moments, seed=seed, force=force)
+            save_checkpoint(
+                made.loaded,
+                wanted,
+                plan=result,
+                input_moments=moments,
+                seed=seed,
+                force=force,
+                progress=progress,
+            )
     write_result(format_plan(result, wanted), _summary(result), as_json=json)
 
 
