@@ -235,15 +235,13 @@ def test_the_built_in_model_wrote_the_text_that_comes_with_the_package(smollm2_g
             assert loss < 4 < loaded.model(shuffled, labels=shuffled).loss - 2
 
 
-def test_a_copy_to_sample_from_has_the_blocks_of_the_model(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_to_sample_from_has_the_blocks_of_the_model(tiny_model: Any) -> None:
     """It was built from the configuration, which does not say that blocks differ."""
-    monkeypatch.setattr(self_sampling, "fast_dtype", lambda device_type: torch.bfloat16)
     model, tokenizer = tiny_model()
     for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
         cut_channels(feed_forward(model, layer), torch.arange(width))
-    fast = self_sampling._copy_in(LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))).model
+    loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
+    fast = self_sampling._copy_in(loaded, torch.bfloat16).model
     assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in fast.buffers()} == {torch.float32}
     assert fast.lm_head.weight is fast.model.embed_tokens.weight
