@@ -12,7 +12,6 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.paging import reads_by_blocks
 from cfsp.text.conversations import Conversation
 from cfsp.text.tokens import tokens_sha256
 from exporters.chats import ReadChats, read_chats
@@ -20,8 +19,8 @@ from exporters.export_record import BlockProof, ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.fallbacks import find_fallbacks
-from exporters.gguf.files import WrittenFile, find_rows, write_files
-from exporters.gguf.imatrix import read_imatrix, stored_moments
+from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, settled, write_files
+from exporters.gguf.imatrix import stored_moments
 from exporters.gguf.quants import QUANT_NAMES, limits_of_bits
 from exporters.gguf.slices import prove_blocks
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
@@ -64,19 +63,10 @@ def export_gguf(
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
-    settings = replace(
-        settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint)
-    )  # once: free memory comes and goes
+    settings = settled(checkpoint, settings)
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
-    imatrix = read_imatrix(
-        checkpoint,
-        rows,
-        settings.calibration,
-        use=settings.use_imatrix,
-        device=settings.device,
-        by_blocks=settings.by_blocks,
-    )
+    imatrix = imatrix_for(checkpoint, rows, settings)
     with open_job(
         checkpoint,
         output,

@@ -63,6 +63,23 @@ def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
     return rows
 
 
+def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
+    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes."""
+    return replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
+
+
+def imatrix_for(checkpoint: Path, quants: Sequence[Quant], settings: ExportOptions) -> Imatrix:
+    """The importance matrix of an export; raises InputError as `read_imatrix`."""
+    return read_imatrix(
+        checkpoint,
+        quants,
+        settings.calibration,
+        use=settings.use_imatrix,
+        device=settings.device,
+        by_blocks=settings.by_blocks,
+    )
+
+
 def base_of(checkpoint: Path, *, by_blocks: bool) -> Quant:
     """What files are quantized from: float32, or of a model that is read block by block what holds it exactly."""
     dtype = uniform_dtype(safetensors_files(checkpoint)) if by_blocks else None
@@ -176,21 +193,14 @@ def draft_gguf(
         MissingExtraError: llama-cpp-python is not installed.
     """
     rows = find_rows(quants, settings)
-    settings = replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
+    settings = settled(checkpoint, settings)
     written = write_files(
         checkpoint,
         folder,
         rows,
         load_tokenizer(checkpoint.resolve()),  # a bare name could be a built-in alias
         read_provenance(checkpoint, settings.name),
-        imatrix=read_imatrix(
-            checkpoint,
-            rows,
-            settings.calibration,
-            use=settings.use_imatrix,
-            device=settings.device,
-            by_blocks=settings.by_blocks,
-        ),
+        imatrix=imatrix_for(checkpoint, rows, settings),
         n_threads=settings.n_threads or 1,
         settings=settings,
     )

@@ -129,8 +129,7 @@ def test_how_a_model_is_read_is_decided_once(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False])
-    for module in ("files", "export"):
-        monkeypatch.setattr(f"exporters.gguf.{module}.reads_by_blocks", lambda _: next(answers, True))
+    monkeypatch.setattr("exporters.gguf.files.reads_by_blocks", lambda _: next(answers, True))
     options = ExportOptions(calibration=IDS, parity_windows=IDS, tune_scales=True)
     (record,) = export_gguf(half, tmp_path / "out", ("Q4_0",), options)
     assert record.blocks is None
