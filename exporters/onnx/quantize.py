@@ -101,8 +101,9 @@ def quantize_linears(
     result: dict[str, Rounded] = {}
 
     def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-        forms = {name: format_of(name, index, len(linears)) for name in linears[index]}
-        block = _rounded_block(linears[index], forms, grams)
+        layers = {name: linears[index][name] for name in grams or linears[index]}
+        forms = {name: format_of(name, index, len(linears)) for name in layers}
+        block = _rounded_layers(layers, forms, grams)
         result.update(block)
         return {name: rounded.dequantized() for name, rounded in block.items()}
 
@@ -132,10 +133,10 @@ def tune(
     return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
 
 
-def _rounded_block(
+def _rounded_layers(
     linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Grams
 ) -> dict[str, Rounded]:
-    """Every Linear of a block; those of one format that read the same are rounded as one matrix."""
+    """Linears of a block; those of one format that read the same are rounded as one matrix."""
     layers = {}
     for names in alike(forms, grams):
         weights = [linears[name].weight.detach() for name in names]

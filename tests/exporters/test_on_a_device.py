@@ -17,6 +17,8 @@ from exporters.onnx.quantize import QuantizedModel, tune
 from exporters.onnx.variants import INT4
 from exporters.options import ExportOptions
 
+pytestmark = pytest.mark.usefixtures("no_avx512_bf16")  # a device that is not there has none
+
 MakeCheckpoint = Callable[..., Path]
 # Of few tokens, so that inputs depend on each other, as those of trained models do.
 IDS = torch.randint(0, 24, (4, 64), generator=torch.Generator().manual_seed(3))

@@ -161,6 +161,7 @@ def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
         done.append(j)
 
 
+@pytest.mark.usefixtures("no_avx512_bf16")
 def test_layers_that_read_the_same_are_rounded_as_each_alone(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()[0]
     ids = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(3))
