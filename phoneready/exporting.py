@@ -22,13 +22,13 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from cfsp.text.calibration import load_calibration
 from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
+from phoneready.text import load_calibration
 
 NO_TEXT = "none"
 _Load = Callable[[str | Path], LoadedModel]

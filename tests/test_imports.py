@@ -45,7 +45,7 @@ ROOMS = {
         {"measuring", "presentation"},
     ),
     "phoneready": (
-        {"console", "checks"},
+        {"console", "checks", "text"},
         {"figures", "model_checks"},
         {"evaluation", "exporting", "sizes"},
         {"settings"},

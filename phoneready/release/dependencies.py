@@ -66,6 +66,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 "cfsp/precision.py",
                 "cfsp/devices.py",
                 *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
+                *("phoneready/text.py", "exporters/gguf/sampling.py"),
             ),
         ),
         "prune": Dependencies(
