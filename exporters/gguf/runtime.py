@@ -126,6 +126,12 @@ class LlamaModel:
         """Forget all decoded tokens: the next one is at position 0."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let a sequence hold what another one holds, in place of what it held."""
+        memory = self._lib.llama_get_memory(self._context)
+        self._lib.llama_memory_seq_rm(memory, target, -1, -1)
+        self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
         """Run tokens after those decoded so far, and wait until they are done: what llama-bench times.
 
@@ -243,7 +249,8 @@ def open_model(
         vocab_only: Load no weights and make no context: enough to tokenize.
         n_seq: Sequences in the context.
         shared: Whether they may have tokens in common, and each as many as it likes of the context; else each has its
-            part, n_ctx / n_seq tokens, and attends to no other's, which is several times as fast for many.
+            part, n_ctx / n_seq tokens, and attends to no other's: several times as fast for many, if those of a batch
+            follow each other without a gap.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).

@@ -85,7 +85,10 @@ def _add(report: Report, before: int, written: int) -> None:
 
 
 class _Texts:
-    """Texts that are continued beside each other."""
+    """Texts that are continued beside each other, each in a sequence of the context.
+
+    llama.cpp runs sequences together where their numbers follow each other: `_growing` has the text in each of them.
+    """
 
     def __init__(
         self,
@@ -96,37 +99,59 @@ class _Texts:
     ) -> None:
         self._texts = [list(text) for text in texts]
         self._drawn, self._stops, self._most = drawn, stops, max_new_tokens
+        self._growing = list(range(len(texts)))
 
     def written_by(self, model: LlamaModel, report: Report) -> list[list[int]]:
         """The texts when each has ended, or is as long as it may be."""
-        model.clear()
-        entries = [
-            Entry(token, place, (index,), wanted=place == len(text) - 1)
-            for index, text in enumerate(self._texts)
-            for place, token in enumerate(text)
-        ]
+        entries = self._after_beginning(model)
         for step in range(1, self._most + 1):
-            entries = self._grow(model, entries)
-            if not entries:
+            tokens = self._drawn_after(model, entries)
+            for text, token in zip(self._growing, tokens, strict=True):
+                self._texts[text].append(token)
+            for place in reversed([i for i, token in enumerate(tokens) if token in self._stops]):
+                self._end(model, place)
+            if not self._growing:
                 break
+            entries = [
+                Entry(self._texts[text][-1], len(self._texts[text]) - 1, (place,), wanted=True)
+                for place, text in enumerate(self._growing)
+            ]
             if step % _STEPS == 0:
                 report(step * len(self._texts))
         return self._texts
 
-    def _grow(self, model: LlamaModel, entries: Sequence[Entry]) -> list[Entry]:
-        """Run tokens, and add one to each text that wants it; the added ones of texts that have not ended."""
-        growing = [entry.sequences[0] for entry in entries if entry.wanted]
+    def _after_beginning(self, model: LlamaModel) -> list[Entry]:
+        """Run the tokens that all texts begin with once; the others, of which the last ones are wanted."""
+        model.clear()
+        first, last = min(self._texts), max(self._texts)
+        pairs = enumerate(zip(first, last, strict=False))
+        common = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+        common = min(common, min(map(len, self._texts)) - 1)
+        if common:
+            model.decode(first[:common])
+            for place in range(1, len(self._texts)):
+                model.copy_sequence(0, place)
+        return [
+            Entry(token, position, (place,), wanted=position == len(text) - 1)
+            for place, text in enumerate(self._texts)
+            for position, token in enumerate(text)
+            if position >= common
+        ]
+
+    def _drawn_after(self, model: LlamaModel, entries: Sequence[Entry]) -> list[int]:
+        """Run tokens, and draw one for each text that grows."""
         tokens: list[int] = []
         for logits in model.iter_entries(entries):
-            some = growing[len(tokens) : len(tokens) + len(logits)]
-            tokens += drawn_tokens(logits, [self._drawn[index].random() for index in some])
-        for index, token in zip(growing, tokens, strict=True):
-            self._texts[index].append(token)
-        return [
-            Entry(token, len(self._texts[index]) - 1, (index,), wanted=True)
-            for index, token in zip(growing, tokens, strict=True)
-            if token not in self._stops
-        ]
+            some = self._growing[len(tokens) : len(tokens) + len(logits)]
+            tokens += drawn_tokens(logits, [self._drawn[text].random() for text in some])
+        return tokens
+
+    def _end(self, model: LlamaModel, place: int) -> None:
+        """Put the last sequence's text in the place of one that has ended."""
+        last = self._growing.pop()
+        if place < len(self._growing):
+            model.copy_sequence(len(self._growing), place)
+            self._growing[place] = last
 
 
 def drawn_tokens(logits: FloatArray, uniform: Sequence[float]) -> list[int]:
