@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from exporters.onnx.variants import BlockFormat
@@ -46,10 +44,9 @@ class Rounded:
         """The matrix that the runtime computes with, (rows, columns) float32."""
         return values_of(self.q, self.scales.float(), self.form).flatten(1)[:, : self.columns]
 
-    def packed(self) -> npt.NDArray[np.uint8]:
+    def packed(self) -> torch.Tensor:
         """q as MatMulNBits reads it, (rows, blocks, block_size * bits / 8); of two 4-bit numbers the first is low."""
-        q = self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
-        return np.ascontiguousarray(q.numpy())
+        return self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
 
     def codes(self) -> torch.Tensor:
         """Those of the grid, (columns, rows) float32."""

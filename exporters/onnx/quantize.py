@@ -52,9 +52,9 @@ class QuantizedModel(Weights):
         names = packed_names(name)
         parts = [self.layers[part] for part in names]
         if len(parts) == 1 or self.packs(names):
-            return NBitsLinear(joined(parts), None if bias is None else bias.numpy())
+            return NBitsLinear(joined(parts), bias)
         sizes = [len(part.q) for part in parts]
-        biases = [None] * len(parts) if bias is None else [b.numpy() for b in torch.split(bias, sizes)]
+        biases = [None] * len(parts) if bias is None else torch.split(bias, sizes)
         return StackedLinear(tuple(map(NBitsLinear, parts, biases)))
 
     def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
