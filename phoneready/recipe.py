@@ -36,7 +36,7 @@ from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
-from exporters.families import FAMILIES, makes_gguf
+from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
@@ -264,7 +264,8 @@ def _pruned(config: ReleaseConfig) -> dict[str, Any]:
         formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
         asked = [prune.target_size, prune.target_parameters, prune.target_speed]
         target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
-        target |= made_with("target", *(("export",) if formats else ()), families=("gguf",))
+        families = {family_of(name).name for name in formats}
+        target |= made_with("target", *(("export",) if formats else ()), families=sorted(families))
     files = {"in_gguf": makes_gguf((*prune.for_quant, *config.export.names))}
     return dataclasses.asdict(config.prune_settings()) | counted | target | files | made_with("prune")
 

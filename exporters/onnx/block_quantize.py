@@ -9,6 +9,7 @@ which is ONNX Runtime's symmetric MatMulNBits without stored zero points.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -80,12 +81,24 @@ def round_to_nearest(
         weight: (rows, columns) float32.
         form: How to store it.
         importance: (columns,) mean squared inputs, by which an input's error counts; equal unless given.
+
+    Of a weight on torch's meta device the result is nowhere either.
     """
+    if weight.is_meta:
+        return _nowhere(*weight.shape, form)
     blocks = _in_blocks(weight, form.block_size)
     counts = weight.new_ones(weight.shape[1]) if importance is None else importance
     counts = _in_blocks(counts[None], form.block_size)[0]
     scales = torch.cat([_best_scales(rows, counts, form) for rows in torch.split(blocks, _ROWS)])
     return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)
+
+
+@functools.cache
+def _nowhere(rows: int, columns: int, form: BlockFormat) -> Rounded:
+    """A rounded matrix on torch's meta device, its rows all one that is really rounded."""
+    row = round_to_nearest(torch.zeros(1, columns), form)
+    q, scales = (part.to("meta").expand(rows, *part.shape[1:]) for part in (row.q, row.scales))
+    return replace(row, q=q, scales=scales)
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:

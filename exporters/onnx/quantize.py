@@ -100,18 +100,21 @@ def quantize_linears(
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
 
-    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
+    def store(index: int, grams: Grams) -> dict[str, Rounded]:
         forms = {name: format_of(name, index, len(linears)) for name in linears[index]}
         block = _rounded_block(linears[index], forms, grams)
         result.update(block)
-        return {name: rounded.dequantized() for name, rounded in block.items()}
+        return block
+
+    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
+        return {name: rounded.dequantized() for name, rounded in store(index, grams).items()}
 
     gram = None
     if input_ids is not None:
         gram = round_blocks(model, input_ids, visit, progress=progress)
     else:
         for index in range(len(linears)):
-            visit(index, {})
+            store(index, {})
             progress("quantizing", index + 1, len(linears) + 1)
     head = format_of(HEAD, len(linears), len(linears))
     stored = _rounded(model.get_output_embeddings().weight.detach(), head, gram)

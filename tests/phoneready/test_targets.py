@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
+from exporters.export_record import ParityLimits
 from exporters.gguf.files import draft_gguf
+from exporters.onnx import export_onnx
+from exporters.options import ExportOptions
 from phoneready.main import main
 from phoneready.settings.release import parse_config
 
@@ -107,6 +112,64 @@ def test_the_file_is_as_large_as_was_asked(
     assert sum(axis["saved"] for axis in plan["budget"]["axes"]) == pytest.approx(
         plan["budget"]["dense"] - plan["budget"]["reached"]
     )
+
+
+def onnx_size(checkpoint: Path, variant: str, folder: Path) -> int:
+    """Of an export that is rounded for text where the variant is."""
+    windows = torch.randint(0, 200, (2, 96), generator=torch.Generator().manual_seed(0))
+    options = ExportOptions(
+        limits={variant: ParityLimits()}, parity_windows=windows, calibration=windows, n_threads=1
+    )
+    (record,) = export_onnx(checkpoint, folder, [variant], options)
+    return record.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("variant", "share", "more", "step"),
+    [
+        # A channel is a row of gate and of up, and a column of down, of 64 numbers each.
+        ("fp32", 0.7, ["--target-axes", "ffn"], 3 * 64 * 4),
+        ("fp16", 0.6, [], 32 * 64 * 2),
+        # The first of 32 channels takes a block of each row of down, too.
+        ("int8", 0.75, ["--target-axes", "vocabulary,ffn"], 64 * 34 + 2 * 68),
+        ("int8", 0.99, ["--prune-ratio", "0", "--target-axes", "vocabulary"], 32 * 68),
+        ("int8", 0.7, ["--vocabulary", "320", "--attentions", "1", "--blocks", "1"], 64 * 34 + 2 * 68),
+        ("int8-dynamic", 0.7, ["--kv-groups", "0.25", "--target-axes", "ffn"], 3 * 64 + 8),
+        # Three hundredths more are left for layers that text may give eight bits.
+        ("int4", 0.75, ["--target-axes", "vocabulary,ffn"], 64 * 18 + 2 * 36 + 12_000),
+    ],
+)
+def test_a_graph_and_its_weights_are_as_large_as_was_asked(
+    variant: str,
+    share: float,
+    more: list[str],
+    step: int,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["--for", variant, "--target-size"]
+    dense = pruned(model, tmp_path / "dense", capsys, *asked, "1G")["budget"]["dense"]
+    known = onnx_size(tmp_path / "dense", variant, tmp_path / "dense-files")
+    target = round(share * known)
+    plan = pruned(model, tmp_path / "out", capsys, *asked, str(target), *more)
+    size = onnx_size(tmp_path / "out", variant, tmp_path / "files")
+    assert plan["settings"]["align"] == 1
+    assert target - step - 192 < size <= target
+    exact = 192 if variant != "int4" else 12_000
+    assert plan["budget"]["reached"] - size in range(exact)
+    assert dense - known in range(exact)
+
+
+def test_of_several_files_each_fits(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--target-size", "330kB", "--for", "Q8_0,int8", "--target-axes", "vocabulary,ffn"]
+    plan = pruned(model, tmp_path / "out", capsys, *asked)
+    sizes = [
+        size_of(tmp_path / "out", "Q8_0", tmp_path / "gguf"),
+        onnx_size(tmp_path / "out", "int8", tmp_path / "onnx"),
+    ]
+    assert max(sizes) <= 330_000
+    assert plan["budget"]["reached"] - max(sizes) in range(192)
 
 
 def test_rows_that_no_token_has_go_from_the_file_first(
@@ -289,7 +352,19 @@ def test_prune_says_what_each_axis_gives(
             ["--target-size", "1MB", "--target-axes", "ffn", "--prune-ratio", "0.1"],
             "nothing is left that the target may remove",
         ),
-        (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
+        (
+            ["--target-size", "1MB", "--for", "portable,int4-mixed"],
+            "IQ2_M, fp32, fp16, int8, int4, int4-b128, int8-",
+        ),
+        (["--target-speed", "2", "--for", "int4"], "IQ2_M\n"),
+        (
+            ["--target-size", "1MB", "--for", "int3"],
+            "unknown quantization or variant (got 'int3'); allowed: f32",
+        ),
+        (
+            ["--target-size", "2kB", "--for", "int4", *SMALL],
+            "target_size: 0.002 MB is less than any combination of what may be removed takes; allowed: about 0.",
+        ),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
         (["--no-imatrix"], "--no-imatrix: the size of no file is asked for"),

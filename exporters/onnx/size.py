@@ -1,0 +1,43 @@
+"""The size of a variant's files of any shape: what is exported of a model of that shape whose weights are nowhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporters.onnx.graph_file import Labels, size_of
+from exporters.onnx.mixed import with_room_for_few
+from exporters.onnx.quantize import QuantizedModel, quantize_linears
+from exporters.onnx.variants import Variant, find_variant, formats_without_text
+from exporters.onnx.weights import Weights, decoder_of
+from exporters.onnx.writer import weights_without_blocks
+from exporters.provenance import SOME_HASH, Provenance
+
+
+def largest_size(model: Any, variant: str, origin: Provenance) -> int:
+    """Most bytes that the graph with all logits and its weights take, which is what `ExportRecord.file_bytes` says.
+
+    It is the size to the byte, but where text chooses which layers get eight bits: then as much is added as these may
+    take.
+
+    Args:
+        model: A causal LM of the architecture table; its weights are not looked at and may be on torch's meta device.
+        variant: One whose size follows from the shape.
+        origin: As the checkpoint will say.
+
+    Raises:
+        InputError: Unknown variant, or a model that the graph cannot compute.
+    """
+    row = find_variant(variant)
+    weights, room = _weights(model, row)
+    labels = Labels.of(row, origin, SOME_HASH if row.calibrated else None)
+    return size_of(decoder_of(model, weights), labels) + room
+
+
+def _weights(model: Any, variant: Variant) -> tuple[Weights, int]:
+    """How they are stored before text chooses, and what its choice may add, in bytes."""
+    form = variant.form
+    if form is None:
+        return weights_without_blocks(variant), 0
+    if variant.calibrated:
+        return with_room_for_few(QuantizedModel(quantize_linears(model, lambda *_: form, None)))
+    return QuantizedModel(quantize_linears(model, formats_without_text(form), None)), 0
