@@ -68,7 +68,9 @@ def budget_of(
         target = 1 / settings.target_speed
         return Budget("target_speed", target, DecodeTimes(sizes, items), "decode", settings.target_axes)
     target = parse_bytes(settings.target_size or "", "target_size")
-    return Budget("target_size", target, file_sizes(sizes, items), "bytes", settings.target_axes)
+    # Of the files that are drafted it shows what they can do without.
+    axes = settings.target_axes if drafted else _axes(settings, loaded, made)
+    return Budget("target_size", target, file_sizes(sizes, items), "bytes", axes)
 
 
 def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> tuple[str, ...]:

@@ -21,7 +21,9 @@ from exporters.gguf.files import draft_gguf
 from exporters.onnx import export_onnx
 from exporters.options import ExportOptions
 from phoneready.main import main
+from phoneready.release.pruning_budget import budget_of
 from phoneready.settings.release import parse_config
+from phoneready.settings.schema import PruneConfig
 
 TinyPath = Callable[..., Path]
 SMALL = ["--calibration", "builtin:python-docs", "--nsamples", "3", "--seqlen", "32"]
@@ -197,6 +199,23 @@ def test_what_a_file_cannot_say_is_not_removed(
     assert "attention" not in plan
     assert plan["budget"]["dense"] > 140_000
     assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= 125_000
+
+
+@pytest.mark.parametrize(
+    ("made", "goes"),
+    [
+        (("int8",), {"vocabulary", "ffn", "attentions", "kv_groups", "blocks"}),
+        (("Q8_0",), {"vocabulary", "ffn"}),
+    ],
+)
+def test_what_a_file_beside_the_sized_one_cannot_say_is_not_removed(
+    made: tuple[str, ...], goes: set[str], tiny_loaded: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = PruneConfig(target_size="400kB", for_quant=("int8",))
+    budget = budget_of(settings, tiny_loaded("smollm3"), tmp_path, made=made)
+    assert budget is not None
+    assert set(budget.axes) == goes
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", ["--target-size", "--target-parameters"])
