@@ -63,7 +63,7 @@ class TargetSettings(Settings):
     )
     target_speed: float | None = setting(
         None,
-        "The same for decode of the GGUF file, so many times as fast as the dense one's by the bytes that a token reads.",
+        "The same for decode of the GGUF file, so many times as fast as the dense one's, by the bytes a token reads.",
         gt=1,
         le=1000,
         metavar="FACTOR",
