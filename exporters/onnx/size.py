@@ -20,7 +20,7 @@ def largest_size(model: Any, variant: str, origin: Provenance) -> int:
     take.
 
     Args:
-        model: A causal LM of the architecture table; its weights are not looked at and may be on torch's meta device.
+        model: A causal LM of the architecture table, or its outline (`cfsp.pruning.outline`), which has no numbers.
         variant: One whose size follows from the shape.
         origin: As the checkpoint will say.
 
