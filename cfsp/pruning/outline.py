@@ -17,12 +17,12 @@ from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
 
 
 def outline(model: Any) -> Any:
-    """A copy of a model whose parameters, float32, are on torch's meta device: they have shapes and no numbers."""
+    """A copy of a model, on the CPU, whose parameters, float32, are on torch's meta device: shapes without numbers."""
     nowhere = {
         id(parameter): nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, nowhere)
+    return copy.deepcopy(model, nowhere | {id(buffer): buffer.cpu() for buffer in model.buffers()})
 
 
 def cut_to_shape(model: Any, shape: ModelShape) -> None:
