@@ -50,9 +50,8 @@ class ExportFamily:
         extra: Extra of phoneready that brings them.
         packages: Distributions whose version changes what an export makes or its runtime computes.
         draft: Writes the same files into a folder, not proven, where their size follows from the shape of the model
-            alone and is seen of such files; None where only an export shows it.
-        largest_size: (model, format, origin) -> most bytes of the files of a model whose weights may be nowhere, where
-            they follow from its shape; None where that takes files.
+            alone; None where only an export shows it, or where `largest_size` does without files.
+        largest_size: (outline of a model, format, origin) -> most bytes of its files, where they follow from its shape.
         for_size: A further format, `NAME:SIZE`, whose row is made for the size; None where there is none.
     """
 

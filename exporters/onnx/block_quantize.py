@@ -81,11 +81,7 @@ def round_to_nearest(
         weight: (rows, columns) float32.
         form: How to store it.
         importance: (columns,) mean squared inputs, by which an input's error counts; equal unless given.
-
-    Of a weight on torch's meta device the result is nowhere either.
     """
-    if weight.is_meta:
-        return _nowhere(*weight.shape, form)
     blocks = _in_blocks(weight, form.block_size)
     counts = weight.new_ones(weight.shape[1]) if importance is None else importance
     counts = _in_blocks(counts[None], form.block_size)[0]
@@ -93,12 +89,17 @@ def round_to_nearest(
     return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)
 
 
-@functools.cache
-def _nowhere(rows: int, columns: int, form: BlockFormat) -> Rounded:
-    """A rounded matrix on torch's meta device, its rows all one that is really rounded."""
-    row = round_to_nearest(torch.zeros(1, columns), form)
+def round_nowhere(weight: torch.Tensor, form: BlockFormat) -> Rounded:
+    """What `round_to_nearest` makes of a weight on torch's meta device: there, too, and without its arithmetic."""
+    rows, columns = weight.shape
+    row = _rounded_row(columns, form)
     q, scales = (part.to("meta").expand(rows, *part.shape[1:]) for part in (row.q, row.scales))
     return replace(row, q=q, scales=scales)
+
+
+@functools.cache
+def _rounded_row(columns: int, form: BlockFormat) -> Rounded:
+    return round_to_nearest(torch.zeros(1, columns), form)
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:

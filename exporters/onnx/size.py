@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporters.onnx.block_quantize import round_nowhere
 from exporters.onnx.graph_file import Labels, size_of
 from exporters.onnx.mixed import with_room_for_few
 from exporters.onnx.quantize import QuantizedModel, quantize_linears
-from exporters.onnx.variants import Variant, find_variant, formats_without_text
+from exporters.onnx.variants import FormatOf, Variant, find_variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
 from exporters.onnx.writer import weights_without_blocks
 from exporters.provenance import SOME_HASH, Provenance
@@ -20,7 +21,7 @@ def largest_size(model: Any, variant: str, origin: Provenance) -> int:
     take.
 
     Args:
-        model: A causal LM of the architecture table, or its outline (`cfsp.pruning.outline`), which has no numbers.
+        model: Outline of a causal LM of the architecture table (`cfsp.pruning.outline`), which has no numbers.
         variant: One whose size follows from the shape.
         origin: As the checkpoint will say.
 
@@ -39,5 +40,10 @@ def _weights(model: Any, variant: Variant) -> tuple[Weights, int]:
     if form is None:
         return weights_without_blocks(variant), 0
     if variant.calibrated:
-        return with_room_for_few(QuantizedModel(quantize_linears(model, lambda *_: form, None)))
-    return QuantizedModel(quantize_linears(model, formats_without_text(form), None)), 0
+        return with_room_for_few(_quantized(model, lambda *_: form))
+    return _quantized(model, formats_without_text(form)), 0
+
+
+def _quantized(model: Any, format_of: FormatOf) -> QuantizedModel:
+    layers = quantize_linears(model, format_of, None, nearest=round_nowhere)
+    return QuantizedModel(layers, nearest=round_nowhere)

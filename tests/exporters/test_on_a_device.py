@@ -66,7 +66,8 @@ def test_the_size_of_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
         with computing(device):
             model.to(device)
             model.tie_weights()
-            sizes.append(largest_size(outline(model), "int8", Provenance("m", "m")))
+        # Without numbers nothing is computed there.
+        sizes.append(largest_size(outline(model), "int8", Provenance("m", "m")))
     assert sizes[0] == sizes[1]
 
 
