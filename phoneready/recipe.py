@@ -260,14 +260,15 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     counted = {"vocabulary_text": _identities(config.prune.vocabulary_text)}
     prune, target = config.prune, {}
+    made = made_with("prune")
     if prune.target:
         formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
         asked = [prune.target_size, prune.target_parameters, prune.target_speed]
         target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
-        families = {family_of(name).name for name in formats}
-        target |= made_with("target", *(("export",) if formats else ()), families=sorted(families))
+        kinds = ("prune", "target", *(("export",) if formats else ()))
+        made = made_with(*kinds, families={family_of(name).name for name in formats})
     files = {"in_gguf": makes_gguf((*prune.for_quant, *config.export.names))}
-    return dataclasses.asdict(config.prune_settings()) | counted | target | files | made_with("prune")
+    return dataclasses.asdict(config.prune_settings()) | counted | target | files | made
 
 
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:

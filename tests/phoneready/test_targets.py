@@ -174,6 +174,15 @@ def test_of_several_files_each_fits(model: str, tmp_path: Path, capsys: pytest.C
     assert plan["budget"]["reached"] - max(sizes) in range(192)
 
 
+def test_a_model_that_stays_in_files_gets_the_same_plan(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--target-size", "400kB", "--for", "int8", "--target-axes", "vocabulary,ffn"]
+    whole = pruned(model, tmp_path / "whole", capsys, *asked)
+    monkeypatch.setenv("PHONEREADY_STREAM", "always")
+    assert pruned(model, tmp_path / "paged", capsys, *asked)["budget"] == whole["budget"]
+
+
 def test_rows_that_no_token_has_go_from_the_file_first(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,6 +445,21 @@ def test_what_a_configuration_states_is_fixed() -> None:
     assert config.prune.target_axes == ("vocabulary", "attentions", "kv_groups", "blocks")
     assert config.prune.prune_ratio == 0.2
     assert parse_config(MODEL, where="x").prune.prune_ratio == 0.2
+
+
+@pytest.mark.parametrize(
+    ("asked", "sized"),
+    [
+        ('target_size = "60MB"', ("Q4_0", "int8")),
+        ('target_size = "60MB"\nfor_quant = ["int4"]', ("int4",)),
+        ("target_speed = 1.5", ("Q4_0",)),
+    ],
+)
+def test_a_release_is_sized_by_all_that_it_makes_unless_it_says_of_what(
+    asked: str, sized: tuple[str, ...]
+) -> None:
+    config = parse_config(MODEL + f'{asked}\n[export]\nonnx = ["int8", "portable"]\n', where="x")
+    assert config.prune.sized_formats(config.export.names) == sized
 
 
 @pytest.mark.parametrize(
