@@ -174,7 +174,7 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
         given = getattr(request, setting) not in (None, False, ())
         if given and not any(setting in row.reads for row in rows):
             raise InputError(refusal, field=option, allowed=allowed)
-    mixed = [row.name for row in rows if "mixed_bytes" in row.reads or not row.is_sized]
+    mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
     if request.tune_scales and NO_TEXT in request.calibration:

@@ -29,8 +29,6 @@ from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
 
-FloatArray = npt.NDArray[np.floating]
-
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 HEAD_PARTS = (f"{HEAD}.frequent", f"{HEAD}.rest")
 """The output matrix's first rows and all others: tokenizers number tokens as they learn them, common ones first."""
@@ -64,7 +62,7 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
 def is_tied(model: Any) -> bool:
     """Whether the token embedding is the output matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return bool(embedding.weight.data_ptr() == head.weight.data_ptr())
+    return embedding.weight is head.weight
 
 
 def packed_names(name: str) -> tuple[str, ...]:
@@ -95,20 +93,19 @@ class Weights:
             weight: W (out_features, in_features) float32.
             bias: b (out_features,), or None.
         """
-        return FloatLinear(self.array(weight), None if bias is None else self.array(bias))
+        return FloatLinear(self.stored(weight), None if bias is None else self.stored(bias))
 
     def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
         """The token embedding (vocab_size, hidden_size) float32; a tied one is the output matrix, too."""
-        return FloatEmbedding(self.array(table))
+        return FloatEmbedding(self.stored(table))
 
     def packs(self, names: Sequence[str]) -> bool:
         """Whether q, k and v, or the output matrix's parts, are one layer, which is faster."""
         return True
 
-    def array(self, tensor: torch.Tensor) -> FloatArray:
-        """Numbers of what is computed."""
-        values: FloatArray = tensor.detach().to(self.dtype).numpy()
-        return values
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It in the dtype of what is computed."""
+        return tensor.detach().to(self.dtype)
 
 
 def decoder_of(model: Any, weights: Weights) -> Decoder:
@@ -176,7 +173,7 @@ def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions:
     )
 
 
-def _added_norm(model: Any, block: str, which: int, weights: Weights) -> FloatArray | None:
+def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.Tensor | None:
     """Of what attention (0) or the FFN (1) adds; None where it is added as it is."""
     names = spec_for(model.config).added_norms
     return _norm(model, f"{block}.{names[which]}", weights) if names else None
@@ -212,10 +209,10 @@ def _linear(name: str, linear: Any, weights: Weights) -> Layer:
     return weights.layer(name, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
-def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
+def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     parameter, offset = f"{name}.weight", spec_for(model.config).norm_offset
     weight = weights.norms.get(parameter, model.get_parameter(parameter))
-    return weights.array(weight + offset if offset else weight)
+    return weights.stored(weight + offset if offset else weight)
 
 
 def check_rope(rope_type: str) -> None:

@@ -207,7 +207,7 @@ def test_important_inputs_decide_the_scale() -> None:
 
 def test_packed_bytes_hold_the_low_number_first() -> None:
     rounded = round_to_nearest(weights(2, 32), INT4)
-    data = torch.from_numpy(rounded.packed())
+    data = rounded.packed()
     assert torch.equal(data & 15, rounded.q[..., 0::2])
     assert torch.equal(data >> 4, rounded.q[..., 1::2])
     both = joined([rounded, rounded])
