@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import block_linears
+from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.paging import at_hand
 from cfsp.progress import Progress, no_progress
 from exporters.onnx.block_quantize import Rounded, gptq, joined, refine, round_to_nearest
 from exporters.onnx.layers import (
@@ -119,11 +120,14 @@ def quantize_linears(
     if input_ids is not None:
         gram = round_blocks(model, input_ids, visit, progress=progress)
     else:
-        for index in range(len(linears)):
-            store(index, {})
+        for index, layer in enumerate(decoder_layers(model)):
+            with at_hand(layer):
+                store(index, {})
             progress("quantizing", index + 1, len(linears) + 1)
     head = format_of(HEAD, len(linears), len(linears))
-    stored = _rounded(model.get_output_embeddings().weight.detach(), head, gram, nearest)
+    output = model.get_output_embeddings()
+    with at_hand(output):
+        stored = _rounded(output.weight.detach(), head, gram, nearest)
     result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
     progress("quantizing", len(linears) + 1, len(linears) + 1)
     return result

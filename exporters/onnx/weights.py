@@ -23,6 +23,7 @@ from cfsp.models.architectures import (
     spec_for,
     windows_of_blocks,
 )
+from cfsp.models.paging import at_hand
 from cfsp.models.rope import stated_rope, steady_context
 from exporters.checkpoint_reader import ACTIVATIONS
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
@@ -118,23 +119,51 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
     Raises:
         InputError: A rope that the graph cannot compute.
     """
+    spec, tied = spec_for(model.config), is_tied(model)
+    with at_hand(model.get_input_embeddings(), model.get_output_embeddings()):
+        embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
+        head = embedding.as_head() if tied else _linear(HEAD, model.get_output_embeddings(), weights)
+    return _decoder(
+        model,
+        weights,
+        range(len(decoder_layers(model))),
+        embedding=embedding,
+        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
+        head=head,
+        embedding_scale=model.config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
+    )
+
+
+def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor) -> Decoder:
+    """A block of a causal LM as a decoder of its own, float32: see `exporters.slices`.
+
+    Args:
+        model: A causal LM of the architecture table.
+        block: Its number.
+        entering: Hidden states before it, (tokens, hidden_size).
+        gain: Of the norm behind it, (hidden_size,).
+    """
+    table = FloatEmbedding(entering)
+    blocks = range(block, block + 1)
+    return _decoder(model, Weights(), blocks, embedding=table, final_norm=gain, head=table.as_head())
+
+
+def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
+    """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
-    head, tied = model.get_output_embeddings(), is_tied(model)
-    embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
+    positions = list(_positions(model, weights))
+    made = []
+    for index in blocks:
+        with at_hand(layers[index]):
+            made.append(_block(model, layers[index], f"{spec.layers}.{index}", weights, positions[index]))
     return Decoder(
         heads_per_group=config.num_attention_heads // config.num_key_value_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         rms_norm_eps=float(config.rms_norm_eps),
-        embedding=embedding,
-        blocks=tuple(
-            _block(model, layer, f"{spec.layers}.{index}", weights, positions)
-            for index, (layer, positions) in enumerate(zip(layers, _positions(model, weights), strict=True))
-        ),
-        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
-        head=embedding.as_head() if tied else _linear(HEAD, head, weights),
+        blocks=tuple(made),
         activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
-        embedding_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
         dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
+        **ends,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from cfsp.devices import moved
 from cfsp.errors import InputError
+from cfsp.models.paging import is_paged
 from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size
 from exporters.onnx.int8_rows import Int8Weights
@@ -98,6 +99,8 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
         apart = decoder_of(job.model, replace(quantized, apart=True))
         names = choose_mixture(quantized, size_of(apart, job.labels(variant), job.common.folder), budget)
     mixture = with_eight_bits(job.model, quantized, names)
+    if is_paged(job.model):
+        return mixture, names
     with moved(job.model, device):
         return tune(job.model, mixture, text, progress=progress), names
 
