@@ -29,7 +29,7 @@ ROOMS = {
         {"options"},
         {"family"},
         {"checkpoint_reader", "parity", "chats"},
-        {"job", "rounding"},
+        {"job", "rounding", "slices"},
         {"gguf", "onnx"},
         {"families"},
         {"settings"},

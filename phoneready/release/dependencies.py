@@ -40,7 +40,7 @@ _LOSSES = tuple(f"cfsp/evaluation/{name}.py" for name in ("language_model", "per
 _EXPORTING = (
     *(
         f"exporters/{name}.py"
-        for name in ("chats", "checkpoint_reader", "job", "options", "parity", "provenance")
+        for name in ("chats", "checkpoint_reader", "job", "options", "parity", "provenance", "slices")
     ),
     *(
         "exporters/rounding",
