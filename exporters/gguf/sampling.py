@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cfsp.errors import InputError
-from cfsp.files import large_temporary
+from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import stop_ids
@@ -38,15 +38,16 @@ def _origin(_: LoadedModel) -> dict[str, str]:
 
 @contextmanager
 def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
-    """Raises InputError where the model is on another device, or no GGUF file holds it."""
+    """Raises InputError where the model is on another device, no GGUF file holds it, or no disk its copies."""
     if loaded.model.device.type != "cpu":
         raise InputError("llama.cpp writes on the CPU", value=loaded.model.device.type)
     runtime_version()
     with tempfile.TemporaryDirectory(prefix="phoneready-", dir=large_temporary()) as name:
         folder = Path(name)
-        save_checkpoint(loaded, folder / "model")
         settings = ExportOptions(name="model", n_threads=torch.get_num_threads())
-        path = draft_gguf(folder / "model", folder, [_QUANT], settings)[_QUANT]
+        with no_space_as_input_error(folder):
+            save_checkpoint(loaded, folder / "model")
+            path = draft_gguf(folder / "model", folder, [_QUANT], settings)[_QUANT]
         yield partial(_continue, path, stop_ids(loaded), np.random.SeedSequence(seed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,23 @@ def test_a_model_on_another_device_writes_where_it_is(
         assert torch.equal(sample_windows(loaded, writers=(LLAMA_CPP, TRANSFORMERS), **asked), here)
         with pytest.raises(InputError, match="writes on the CPU"):
             sample_windows(loaded, writers=(LLAMA_CPP,), **{**asked, "seed": 2})
+
+
+def test_transformers_writes_where_no_disk_holds_a_copy(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    asked: dict[str, Any] = {"nsamples": 2, "seqlen": 64, "seed": 1, "use_written": False}
+    loaded = tiny_loaded()
+    expected = sample_windows(loaded, **asked)
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(sampling, "draft_gguf", full)
+    assert torch.equal(sample_windows(loaded, writers=(LLAMA_CPP, TRANSFORMERS), **asked), expected)
+    with pytest.raises(InputError, match="no space left"):
+        sample_windows(loaded, writers=(LLAMA_CPP,), **{**asked, "seed": 2})
 
 
 def test_numbers_draw_tokens_by_their_probabilities() -> None:
