@@ -30,8 +30,10 @@ from phoneready.settings.schema import PruneConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
 if TYPE_CHECKING:
+    from cfsp.progress import Progress
     from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
+    from cfsp.pruning.prune import PruneResult
 
 
 def prune(
@@ -62,7 +64,6 @@ def prune(
     )
     prepare_torch(threads)
     from cfsp.devices import find_device
-    from cfsp.models.checkpoint import save_checkpoint
     from cfsp.models.reference import load_model
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
@@ -94,17 +95,23 @@ def prune(
             write_record(plan_only, result)
         else:
             made = prune_model(loaded, drawn, chosen, plan=ready, **asked, progress=progress)
-            result, moments = made.plan, made.input_moments
-            save_checkpoint(
-                made.loaded,
-                wanted,
-                plan=result,
-                input_moments=moments,
-                seed=seed,
-                force=force,
-                progress=progress,
-            )
+            result = made.plan
+            _save(made, wanted, seed=seed, force=force, progress=progress)
     write_result(format_plan(result, wanted), _summary(result), as_json=json)
+
+
+def _save(made: PruneResult, output: Path, *, seed: int, force: bool, progress: Progress) -> None:
+    from cfsp.models.checkpoint import save_checkpoint
+
+    save_checkpoint(
+        made.loaded,
+        output,
+        plan=made.plan,
+        input_moments=made.input_moments,
+        seed=seed,
+        force=force,
+        progress=progress,
+    )
 
 
 def format_plan(plan: PruningPlan, destination: Path) -> str:
