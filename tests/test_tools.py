@@ -16,14 +16,18 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="make and POSIX locks")
 
 
-@pytest.fixture(scope="module")
-def llama_wheel() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("llama_wheel", ROOT / "tools" / "llama_wheel.py")
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def llama_wheel() -> ModuleType:
+    return tool("llama_wheel")
 
 
 def test_wheels_are_kept_apart_by_processor_and_options(
@@ -87,3 +91,15 @@ def test_a_python_is_found_or_the_error_says_how_to_name_one() -> None:
     missing = subprocess.run([script, "no-such-python"], capture_output=True, text=True, check=False)
     assert missing.returncode == 1
     assert "make PYTHON=" in missing.stderr
+
+
+def test_the_patch_for_llama_cpp_fits_the_source_that_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    from runtime_bench.native.source import extract_llama, fetch_source
+
+    source = extract_llama(fetch_source(), tmp_path)
+    tool("upstream_patch").apply(source)
+    for name in ("llama", "qwen3", "gemma3"):
+        assert (
+            "const int64_t n_ff = hparams.n_ff(i);" in (source / "src" / "models" / f"{name}.cpp").read_text()
+        )
