@@ -150,7 +150,7 @@ def read_config(folder: Path) -> ModelConfig:
         score_scale=(config[spec.scale_setting] if spec.scale_setting else head_dim) ** -0.5,
         rope_theta=theta,
         rope_scaling=scaling,
-        window_rope_theta=_window_theta(config, spec.window_rope_setting),
+        window_rope_theta=_window_theta(config, spec),
     )
 
 
@@ -160,12 +160,14 @@ def _rope(config: Mapping[str, Any], kind_of_block: str) -> tuple[float, Mapping
     return float(rope["rope_theta"]), None if rope["rope_type"] == "default" else rope
 
 
-def _window_theta(config: Mapping[str, Any], setting: str) -> float | None:
+def _window_theta(config: Mapping[str, Any], spec: ArchitectureSpec) -> float | None:
     """The base in blocks with a window, under either release's name; None of a model type whose blocks are alike."""
-    if not setting:
+    if not spec.has_window_rope:
         return None
-    if config.get(setting):
-        return float(config[setting])
+    if config.get(spec.window_rope_setting):
+        return float(config[spec.window_rope_setting])
+    if WINDOWED not in (config.get("rope_parameters") or {}):
+        return _rope(config, FULL)[0]
     theta, scaling = _rope(config, WINDOWED)
     if scaling is not None:
         kind = scaling["rope_type"]

@@ -23,6 +23,7 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
+from cfsp.pruning.axes.kv_groups import NORMED_TOGETHER
 from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
@@ -158,6 +159,8 @@ def _channels(model: _Model) -> str:
 
 
 def _groups(model: _Model) -> str:
+    if not model.config.spec.cuts_heads:
+        raise InputError(NORMED_TOGETHER)
     if max(model.config.kv_heads) < 2:
         raise InputError("each block has one key-value head, and it stays")
     return _changed(model, "--kv-groups", kv_groups=1)

@@ -30,8 +30,10 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED
 from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from cfsp.models.rope import stated_rope
 from cfsp.models.source import LoadedModel, ModelSource
 from runtime_bench.records.bench_record import BenchRecord, Environment
 from runtime_bench.workload import Workload
@@ -89,6 +91,12 @@ _PRE_NAMES = {
     "ministral3": "tekken",
     "gemma3_text": "smollm",
 }
+
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0},
+}
+"""What tiny models of a type are said to have beside what all have."""
 
 
 def _train_tokenizer(model_type: str = "llama") -> Any:
@@ -156,10 +164,8 @@ def make_tiny_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if model_type == "mistral":
-        settings["sliding_window"] = None
+    settings |= _OF_TYPE.get(model_type, {})
     if model_type == "gemma3_text":
-        settings |= {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0}
         settings["query_pre_attn_scalar"] = overrides.get("head_dim", settings["head_dim"])
     config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -233,22 +239,24 @@ _GGUF_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-_GEMMA_NAMES = _GGUF_NAMES | {
+_ADDED_NORMS = _GGUF_NAMES | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
 
 
 def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
-    llama = config.model_type in ("llama", "mistral", "smollm3", "granite")
-    gemma = config.model_type == "gemma3_text"
-    names = _GEMMA_NAMES if gemma else _GGUF_NAMES
+    row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
+    llama = config.model_type in _INTERLEAVED
+    names = _ADDED_NORMS if row.added_norms else _GGUF_NAMES
     for name, tensor in model.state_dict().items():
-        if gemma and name.endswith("norm.weight"):
-            tensor = tensor + 1
+        if name.endswith("norm.weight"):
+            tensor = tensor + row.norm_offset
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)
             module, kind = rest.rsplit(".", 1)
@@ -272,9 +280,8 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
     """A float32 GGUF of a tiny model, and `extra` tensors, written with the gguf package alone."""
     config = model.config
-    known = {"mistral": "llama", "gemma3_text": "gemma3"}
-    architecture = known.get(config.model_type, config.model_type)
-    writer = gguf.GGUFWriter(path, architecture)
+    row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
+    writer = gguf.GGUFWriter(path, _GGUF_ARCHITECTURES.get(config.model_type, config.model_type))
     writer.add_name("Tiny Model")
     writer.add_license("apache-2.0")
     writer.add_block_count(config.num_hidden_layers)
@@ -290,7 +297,7 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(50000.0)
+    writer.add_rope_freq_base(stated_rope(config.to_dict(), FULL)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "granite":
@@ -298,10 +305,11 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if config.model_type == "gemma3_text":
+    if row.has_window_rope:
         writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(700.0)
+        writer.add_sliding_window_pattern([kind == WINDOWED for kind in config.layer_types])
+    if row.window_rope_setting:
+        writer.add_rope_freq_base_swa(stated_rope(config.to_dict(), WINDOWED)["rope_theta"])
     writer.add_file_type(0)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     special = set(tokenizer.all_special_tokens)

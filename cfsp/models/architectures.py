@@ -17,6 +17,21 @@ from cfsp.models.shape import BlockShape, ModelShape
 
 
 @dataclass(frozen=True)
+class HeadNorms:
+    """Norms of queries and keys, inside attention.
+
+    Attributes:
+        query: Of attention, the queries' norm.
+        key: Of attention, the keys' norm.
+        joint: Whether one norm sees the numbers of all heads together, (heads * head_dim,), in place of each head's.
+    """
+
+    query: str = "q_norm"
+    key: str = "k_norm"
+    joint: bool = False
+
+
+@dataclass(frozen=True)
 class ArchitectureSpec:
     """A model type: its modules, and the GGUF files that hold such models.
 
@@ -28,19 +43,21 @@ class ArchitectureSpec:
         gate: Projection of the MLP.
         up: Projection of the MLP.
         down: Projection of the MLP.
-        head_norms: Whether attention norms each head's query and key (q_norm, k_norm).
+        head_norms: How attention norms queries and keys; None where it does not.
         bias_settings: Keys of the configuration that say whether there are biases -> a module of block 0 that has one
             if so, by llama.cpp's name.
         rotated_setting: Key of the configuration that says of every block whether its queries and keys are rotated;
             empty where all are.
-        ffn_norm: Of a block, the norm before the MLP.
+        attention_norm: Of a block, the norm before attention; empty where it reads the residual sum as it is.
+        ffn_norm: Of a block, the norm before the MLP; empty likewise.
         added_norms: Of a block, the norms of what attention and what the MLP add, between these and the residual sum;
             empty where there are none.
         norm_offset: What a norm adds to its weight before it multiplies.
         scaled_embedding: Whether embeddings are multiplied by sqrt(hidden_size).
         activation_setting: Key of the configuration that names the MLP's activation.
-        window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone; empty
-            where they have the others'.
+        window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone, where
+            they have a plain rope of their own base; empty in any other model.
+        plain_window_rope: Whether they have a plain rope of the others' base, whatever scales that of the others.
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
@@ -54,18 +71,35 @@ class ArchitectureSpec:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
-    head_norms: bool = False
+    head_norms: HeadNorms | None = None
     bias_settings: Mapping[str, str] = field(default_factory=dict)
     rotated_setting: str = ""
+    attention_norm: str = "input_layernorm"
     ffn_norm: str = "post_attention_layernorm"
     added_norms: tuple[str, ...] = ()
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     activation_setting: str = "hidden_act"
     window_rope_setting: str = ""
+    plain_window_rope: bool = False
     scale_setting: str = ""
     gguf_name: str | None = None
     gguf_interleaved: bool = False
+
+    @property
+    def has_window_rope(self) -> bool:
+        """Whether blocks that see a window alone may have another rope than those that see everything."""
+        return bool(self.window_rope_setting) or self.plain_window_rope
+
+    @property
+    def attention_norms(self) -> tuple[str, ...]:
+        """Names of a block's norms that are attention's: before it, and of what it adds, where there are such."""
+        return tuple(filter(None, (self.attention_norm, *self.added_norms[:1])))
+
+    @property
+    def cuts_heads(self) -> bool:
+        """Whether heads can go: not where a norm sees all of them, which then counts what stays as something else."""
+        return self.head_norms is None or not self.head_norms.joint
 
 
 @dataclass(frozen=True)
@@ -99,7 +133,7 @@ _ROWS = (
     ),
     ArchitectureSpec("mistral"),
     ArchitectureSpec("qwen2", gguf_name="qwen2"),
-    ArchitectureSpec("qwen3", head_norms=True, bias_settings=_ATTENTION_BIAS, gguf_name="qwen3"),
+    ArchitectureSpec("qwen3", head_norms=HeadNorms(), bias_settings=_ATTENTION_BIAS, gguf_name="qwen3"),
     ArchitectureSpec(
         "smollm3",
         bias_settings=_EVERY_BIAS,
@@ -109,7 +143,7 @@ _ROWS = (
     ),
     ArchitectureSpec(
         "gemma3_text",
-        head_norms=True,
+        head_norms=HeadNorms(),
         bias_settings=_ATTENTION_BIAS,
         ffn_norm="pre_feedforward_layernorm",
         added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -169,11 +203,6 @@ def feed_forward(model: nn.Module, layer: nn.Module) -> FeedForward:
     spec = spec_for(model.config)
     mlp = layer.get_submodule(spec.mlp)
     return FeedForward(mlp, *(_linear(mlp, name) for name in (spec.gate, spec.up, spec.down)))
-
-
-def attention_norms(model: nn.Module) -> tuple[str, ...]:
-    """Names of a block's norms that are attention's: before it, and of what it adds where there is one."""
-    return ("input_layernorm", *spec_for(model.config).added_norms[:1])
 
 
 def added_norms(model: nn.Module, layer: nn.Module) -> tuple[Any, Any]:

@@ -130,7 +130,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     )
     check_kinds(settings, _CONFIG, str(file))
     require_foldable(settings, str(file))
-    if getattr(row, "window_rope_setting", "") and settings.get("sliding_window", 1) is None:
+    if getattr(row, "has_window_rope", False) and settings.get("sliding_window", 1) is None:
         raise InputError(
             f"{file}: transformers needs one for {model_type}", field="sliding_window", value=None
         )

@@ -75,7 +75,7 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         **_rope_settings(file),
         **_special_ids(file),
     }
-    if row.window_rope_setting:
+    if row.has_window_rope:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
     if row.scale_setting:
         # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
@@ -235,7 +235,11 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
 
 
 def _row(file: GGUFFile) -> ArchitectureSpec:
-    rows = {row.gguf_name: row for row in ARCHITECTURES.values() if row.gguf_name}
+    """The model type of a file; of two that one architecture of llama.cpp holds, by whether it has windows."""
+    windowed, rows = bool(file.hyperparameter("attention.sliding_window")), {}
+    for row in ARCHITECTURES.values():
+        if row.gguf_name and (row.gguf_name not in rows or row.has_window_rope == windowed):
+            rows[row.gguf_name] = row
     rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
     message = f"{file.path}: unsupported architecture"
     return look_up(rows, file.architecture, message, field="general.architecture")
@@ -275,10 +279,9 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     window = file.hyperparameter("attention.sliding_window", 0)
     if not window:
         return {"layer_types": [FULL] * n_blocks}
-    settings = {
-        "sliding_window": window,
-        row.window_rope_setting: _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0)),
-    }
+    settings = {"sliding_window": window}
+    if key := row.window_rope_setting:
+        settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
     pattern = file.hyperparameter("attention.sliding_window_pattern")
     if pattern == 0:
         pattern = [True] * n_blocks

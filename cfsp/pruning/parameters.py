@@ -6,7 +6,6 @@ from typing import Any
 
 from cfsp.models.architectures import (
     FeedForward,
-    attention_norms,
     attention_of,
     decoder_layers,
     feed_forward,
@@ -23,7 +22,7 @@ def count_parameters(model: Any) -> Cost:
     ffns = [feed_forward(model, layer) for layer in layers]
     channel = [_of_channel(ffn) for ffn in ffns]
     rest = [_count(layer) - each * ffn.width for layer, each, ffn in zip(layers, channel, ffns, strict=True)]
-    parts = (spec_for(model.config).attention, *attention_norms(model))
+    parts = (spec_for(model.config).attention, *spec_for(model.config).attention_norms)
     attention = [sum(_count(layer.get_submodule(part)) for part in parts) for layer in layers]
     group = [_of_group(attention_of(model, layer)) for layer in layers]
     dense = model_shape(model)

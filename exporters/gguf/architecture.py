@@ -48,6 +48,8 @@ class Layout:
         attention_free: Takes blocks without attention.
         unrotated_step: The last of each so many blocks does not rotate its queries and keys; 0: all do.
         activation: Of the FFN, as `ModelConfig` names it.
+        tied: Takes a model whose output matrix is its embedding.
+        window_base: Where it takes a window, reads a base of the rope for blocks that have one.
         full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
             whether it has; 0: it takes none.
         exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
@@ -61,9 +63,11 @@ class Layout:
     rope_factors: bool = False
     free_head_dim: bool = True
     untied: bool = True
+    tied: bool = True
     attention_free: bool = False
     unrotated_step: int = 0
     activation: str = "silu"
+    window_base: bool = False
     full_step: int = 0
     exact_limits: ParityLimits | None = None
 
@@ -84,7 +88,7 @@ _OPENELM = Layout("openelm", per_layer_sizes=True, fused_qkv=True, untied=False)
 _SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj"}, unrotated_step=4)
 # ggml looks GELU up in a table of float16: a number that falls to the other side of a step is off by 0.05 %.
 _GELU_TABLE = ParityLimits(max_logit_diff=0.5, kl_mean=1e-4, same_top1=0.99)
-_GEMMA3 = Layout("gemma3", activation="gelu_tanh", full_step=6, exact_limits=_GELU_TABLE)
+_GEMMA3 = Layout("gemma3", activation="gelu_tanh", window_base=True, full_step=6, exact_limits=_GELU_TABLE)
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
@@ -97,7 +101,6 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     }
 )
 
-_OF_ATTENTION = ("input_layernorm", "self_attn.")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -288,6 +291,11 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
             else "a rope in every block",
         ),
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
+        (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
+        (
+            config.window_rope_theta not in (None, config.rope_theta) and not layout.window_base,
+            "one base of the rope in all blocks",
+        ),
         (
             not layout.free_head_dim and widths != {config.hidden_size},
             "head_dim must be hidden_size / num_attention_heads",
@@ -364,20 +372,26 @@ def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int
     kv = (block.kv_groups or 0) * config.head_dim
     q = kv * config.heads_per_group
     shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
+        **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         "self_attn.o_proj": (hidden, q),
-        **dict.fromkeys((*spec.added_norms, spec.ffn_norm), (hidden,)),
+        **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
         "mlp.gate_proj": (width, hidden),
         "mlp.up_proj": (width, hidden),
         "mlp.down_proj": (hidden, width),
     }
-    if spec.head_norms:
-        shapes |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
+    if norms := spec.head_norms:
+        sizes = (
+            {norms.query: q, norms.key: kv}
+            if norms.joint
+            else dict.fromkeys((norms.query, norms.key), config.head_dim)
+        )
+        shapes |= {f"self_attn.{name}": (size,) for name, size in sizes.items()}
     if not block.has_attention:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_OF_ATTENTION)}
+        gone = (*spec.attention_norms, "self_attn.")
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
     return shapes
 
 

@@ -157,7 +157,7 @@ def _write(checkpoint: Path, path: Path, chosen: ChosenLayout, part: _Slice) -> 
                 for number, rest in [place]
             ),
             _plain("output_norm.weight", part.gain.numpy()),
-            *([] if factor == 1 else [_plain("output.weight", entering.numpy())]),
+            *([] if factor == 1 and chosen.layout.tied else [_plain("output.weight", entering.numpy())]),
         ]
         write_tensors(path, chosen.layout.architecture, add_metadata, tensors, "writing a block")
 

@@ -8,8 +8,9 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
     x += down_proj(silu(gate_proj(h)) * up_proj(h))
 
 with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
-without attention. In some families what is added goes through a norm of its own, and silu is another function. The
-residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
+without attention. In some families what is added goes through a norm of its own, in place of h or beside it, and silu
+is another function. The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is
+still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
 input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value. N counts the blocks that attend:
@@ -60,10 +61,10 @@ class Attention:
 
     Attributes:
         num_key_value_heads: Its key-value heads, each with as many query heads as in every block.
-        input_norm: (hidden_size,).
+        input_norm: (hidden_size,) norm before it; None where it reads the residual sum as it is.
         qkv: One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
-        q_norm: (head_dim,) norm of each head's query, or None.
-        k_norm: (head_dim,) norm of each head's key, or None.
+        q_norm: (head_dim,) norm of each head's query, (all heads' numbers,) one norm of them together, or None.
+        k_norm: The same of keys.
         o_proj: Attention's output.
         rope: What rotates queries and keys; None where nothing does.
         scale: What scores are multiplied by.
@@ -72,7 +73,7 @@ class Attention:
     """
 
     num_key_value_heads: int
-    input_norm: npt.NDArray[np.floating]
+    input_norm: npt.NDArray[np.floating] | None
     qkv: tuple[Layer, ...]
     o_proj: Layer
     scale: float
@@ -89,7 +90,7 @@ class Block:
 
     Attributes:
         attention: None in a block that does not attend.
-        ffn_norm: (hidden_size,) norm before the FFN.
+        ffn_norm: (hidden_size,) norm before the FFN; None where it reads the residual sum as it is.
         gate_proj: FFN, to this block's width.
         up_proj: FFN, to this block's width.
         down_proj: FFN, back to hidden_size.
@@ -97,7 +98,7 @@ class Block:
     """
 
     attention: Attention | None
-    ffn_norm: npt.NDArray[np.floating]
+    ffn_norm: npt.NDArray[np.floating] | None
     gate_proj: Layer
     up_proj: Layer
     down_proj: Layer
@@ -231,9 +232,12 @@ class _Graph:
         return x if weight is None else self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
 
     def add_norm(
-        self, x: ir.Value, added: ir.Value | None, weight: npt.NDArray[np.floating], name: str
+        self, x: ir.Value, added: ir.Value | None, weight: npt.NDArray[np.floating] | None, name: str
     ) -> tuple[ir.Value, ir.Value]:
-        """(norm of x + added, x + added)."""
+        """(norm of x + added, x + added); the sum twice without a norm."""
+        if weight is None:
+            total = x if added is None else self.builder.op("Add", [x, added], f"{name}.sum", shape=x.shape)
+            return total, total
         gamma = self.builder.constant(f"{name}.weight", weight)
         if added is None:
             return self._norm(x, gamma, name), x
@@ -346,6 +350,8 @@ class _Graph:
 
     def _head_norm(self, x: ir.Value, weight: npt.NDArray[np.floating], heads: int, name: str) -> ir.Value:
         b, size = self.builder, self.decoder.head_dim
+        if len(weight) == heads * size:
+            return self._norm(x, b.constant(f"{name}.weight", weight), name)
         apart = b.constant(f"{heads}_heads", [0, 0, heads, size])
         together = b.constant("joined_heads", [0, 0, -1])
         split = b.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))

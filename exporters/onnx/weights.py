@@ -154,7 +154,7 @@ def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
     config, decoder = model.config, model.get_decoder()
     positions = steady_context(stated_rope(config.to_dict(), FULL), int(config.max_position_embeddings))
     made: dict[str, Rope] = {}
-    own = bool(spec_for(config).window_rope_setting)
+    own = spec_for(config).has_window_rope
     for rotated, window in zip(rotated_blocks(config), windows_of_blocks(config), strict=True):
         kind = WINDOWED if own and window is not None else FULL
         if rotated and kind not in made:
@@ -168,12 +168,17 @@ def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions:
     attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
     return Block(
         attention=_attention(model, attention, name, weights, positions) if attention else None,
-        ffn_norm=_norm(model, f"{name}.{spec.ffn_norm}", weights),
+        ffn_norm=_norm_before(model, name, spec.ffn_norm, weights),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
         down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
         output_norm=_added_norm(model, name, 1, weights),
     )
+
+
+def _norm_before(model: Any, block: str, norm: str, weights: Weights) -> FloatArray | None:
+    """Of what attention or the FFN reads; None where that is the residual sum as it is."""
+    return _norm(model, f"{block}.{norm}", weights) if norm else None
 
 
 def _added_norm(model: Any, block: str, which: int, weights: Weights) -> FloatArray | None:
@@ -186,7 +191,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
     spec = spec_for(model.config)
     prefix = f"{name}.{spec.attention}"
     parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
-    if not spec.head_norms and weights.packs(list(parts)):
+    if spec.head_norms is None and weights.packs(list(parts)):
         weight = torch.cat([part.weight.detach() for part in parts.values()])
         biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
         qkv: tuple[Layer, ...] = (
@@ -196,10 +201,10 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
         qkv = tuple(_linear(part, module, weights) for part, module in parts.items())
     return Attention(
         num_key_value_heads=attention.k_proj.out_features // attention.head_dim,
-        input_norm=_norm(model, f"{name}.input_layernorm", weights),
+        input_norm=_norm_before(model, name, spec.attention_norm, weights),
         qkv=qkv,
-        q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,
-        k_norm=_norm(model, f"{prefix}.k_norm", weights) if spec.head_norms else None,
+        q_norm=_norm(model, f"{prefix}.{spec.head_norms.query}", weights) if spec.head_norms else None,
+        k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
         output_norm=_added_norm(model, name, 0, weights),
         scale=float(attention.scaling),
@@ -232,7 +237,8 @@ def check_rope(rope_type: str) -> None:
 def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     """The model's own frequencies (head_dim / 2,), and its scale of cos and sin; of a longrope those of short texts.
 
-    Where kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two.
+    Where kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two, which are
+    called in one of two ways.
 
     Args:
         decoder: The model's.
@@ -242,7 +248,10 @@ def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
         InputError: Frequencies that change with the length of the text.
     """
     local = getattr(decoder, "rotary_emb_local", None)
-    rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
+    if hasattr(decoder, "rotary_embs"):
+        rotary = decoder.rotary_embs[kind]
+    else:
+        rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
     apart = isinstance(rotary.rope_type, dict)
     rope_type = rotary.rope_type[kind] if apart else rotary.rope_type
     check_rope(rope_type)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_norms, decoder_layers, model_shape
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape, spec_for
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.attention import removable_attentions
@@ -22,7 +22,6 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 
@@ -35,7 +34,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @torch.inference_mode()
 def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     tiny_model: Any, tiny_loaded: Any, model_type: str
@@ -59,7 +58,7 @@ def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
         p.numel() for p in pruned.loaded.model.parameters()
     )
     block = decoder_layers(dense)[1]
-    of_attention = (block.self_attn, *map(block.get_submodule, attention_norms(dense)))
+    of_attention = (block.self_attn, *map(block.get_submodule, spec_for(dense.config).attention_norms))
     assert removed == 2 * sum(p.numel() for module in of_attention for p in module.parameters())
 
 
@@ -72,7 +71,7 @@ def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> N
     assert found[1] < 0.9 * found[0]
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_checkpoint_loads_with_and_without_us(tiny_loaded: Any, tmp_path: Path, model_type: str) -> None:
     settings = replace(PLAIN, attentions=1, blocks=1, prune_ratio=0.25 if model_type == "llama" else 0)
     result = prune(tiny_loaded(model_type), settings)

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.axes.kv_groups import GroupRemoval
@@ -24,7 +24,7 @@ from cfsp.records import read_record, record_to_json
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
+FAMILIES = [name for name, row in ARCHITECTURES.items() if row.cuts_heads]
 PLAIN = PruneSettings(prune_ratio=0, kv_groups=0.4, align=8, reconstruct="none", dtype="float32")
 
 

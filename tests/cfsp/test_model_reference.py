@@ -20,6 +20,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models import builtin
+from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.gguf_file import read_gguf
@@ -27,7 +28,6 @@ from cfsp.models.gguf_model import config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
 def one_line_error(reference: Any, **kwargs: Any) -> str:
@@ -38,7 +38,7 @@ def one_line_error(reference: Any, **kwargs: Any) -> str:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_gguf_file_gives_the_model_it_was_written_from(
     model_type: str, tied: bool, tiny_model: Any, tiny_gguf: Any
 ) -> None:
@@ -78,7 +78,7 @@ def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
     assert "rope_freqs.weight" in one_line_error(path)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_folder: Any) -> None:
     original, tokenizer = tiny_model(model_type)
     folder = tiny_folder(model_type)

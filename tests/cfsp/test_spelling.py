@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
 from cfsp.pruning.axes.spelling import _last_states, _least_squares, _runs, teach_spellings
@@ -85,7 +86,7 @@ def test_counts_of_another_vocabulary_are_refused(dense: LoadedModel) -> None:
         teach_spellings(dense, replace(plan, counts=plan.counts[1:]), drawn(dense))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_prefixes_run_together_do_not_see_each_other(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     beginning, prefixes = [5, 9, 11], [(3,), (8,), (3, 4), (200, 100, 17)]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_norms, attention_of, decoder_layers
+from cfsp.models.architectures import attention_of, decoder_layers, spec_for
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
@@ -72,4 +72,4 @@ def remove_attention(model: nn.Module, layer: nn.Module) -> None:
     """Take the attention of one of `model`'s blocks out, in place."""
     from cfsp.models.remote_code.modeling_pruned import leave_out_attention
 
-    leave_out_attention(layer, attention_norms(model))
+    leave_out_attention(layer, spec_for(model.config).attention_norms)
