@@ -90,11 +90,15 @@ _PRE_NAMES = {
     "phi3": "gpt-4o",
     "ministral3": "tekken",
     "gemma3_text": "smollm",
+    "olmo2": "dbrx",
+    "olmo3": "dbrx",
 }
 
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0},
+    # transformers 5 takes no other base of blocks with a window from a configuration of transformers 4.
+    "olmo3": {"sliding_window": 24, "rope_theta": 500000.0},
 }
 """What tiny models of a type are said to have beside what all have."""
 
@@ -244,7 +248,7 @@ _ADDED_NORMS = _GGUF_NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-_GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
 _INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
 
 

@@ -6,7 +6,7 @@ One frozen row a model type, keyed by `config.model_type`; docs/extending.md say
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -124,6 +124,15 @@ FULL, WINDOWED = "full_attention", "sliding_attention"
 """What transformers' `layer_types` call a block that sees everything before it, and one that sees a window alone."""
 _ATTENTION_BIAS = {"attention_bias": "attn_q"}
 _EVERY_BIAS = _ATTENTION_BIAS | {"mlp_bias": "ffn_up"}
+_OLMO2 = ArchitectureSpec(
+    "olmo2",
+    head_norms=HeadNorms(joint=True),
+    bias_settings=_ATTENTION_BIAS,
+    attention_norm="",
+    ffn_norm="",
+    added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+    gguf_name="olmo2",
+)
 _ROWS = (
     ArchitectureSpec(
         "llama",
@@ -154,6 +163,8 @@ _ROWS = (
         scale_setting="query_pre_attn_scalar",
         gguf_name="gemma3",
     ),
+    _OLMO2,
+    replace(_OLMO2, model_type="olmo3", plain_window_rope=True),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 

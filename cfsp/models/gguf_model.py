@@ -282,6 +282,9 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     settings = {"sliding_window": window}
     if key := row.window_rope_setting:
         settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
+    else:  # transformers 5 would take the family's own base for these blocks
+        plain = {"rope_type": "default", "rope_theta": _rope_settings(file)["rope_theta"]}
+        settings["rope_parameters"] = {FULL: dict(plain), WINDOWED: dict(plain)}
     pattern = file.hyperparameter("attention.sliding_window_pattern")
     if pattern == 0:
         pattern = [True] * n_blocks

@@ -89,6 +89,7 @@ _SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj
 # ggml looks GELU up in a table of float16: a number that falls to the other side of a step is off by 0.05 %.
 _GELU_TABLE = ParityLimits(max_logit_diff=0.5, kl_mean=1e-4, same_top1=0.99)
 _GEMMA3 = Layout("gemma3", activation="gelu_tanh", window_base=True, full_step=6, exact_limits=_GELU_TABLE)
+_OLMO2 = Layout("olmo2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False, tied=False, full_step=4)
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
@@ -98,6 +99,8 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "qwen3": (_QWEN3, _OPENELM),
         "smollm3": (_SMOLLM3,),
         "gemma3_text": (_GEMMA3,),
+        "olmo2": (_OLMO2,),
+        "olmo3": (_OLMO2,),
     }
 )
 

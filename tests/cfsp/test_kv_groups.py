@@ -67,6 +67,13 @@ def test_without_refit_groups_add_nothing_and_the_rest_is_as_it_was(
             assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
 
 
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+def test_no_group_goes_where_one_norm_sees_all_heads(tiny_loaded: Any, model_type: str) -> None:
+    for settings in (PLAIN, replace(PLAIN, attentions=1)):
+        with pytest.raises(InputError, match=rf"{model_type}: one norm sees all heads"):
+            prune(tiny_loaded(model_type), settings)
+
+
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> None:
     expected = tiny_model()[0](IDS).logits
     found = []

@@ -111,6 +111,10 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("gemma3_text", True, None, "gemma3", None),
         ("gemma3_text", False, None, "gemma3", None),
         ("gemma3_text", True, WIDTHS, "gemma3", 128),
+        ("olmo2", False, None, "olmo2", None),
+        ("olmo2", False, WIDTHS, "olmo2", 128),
+        ("olmo3", False, None, "olmo2", None),
+        ("olmo3", False, WIDTHS, "olmo2", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -154,6 +158,16 @@ def test_logits_equal_the_models(
         ("gemma3_text", {"sliding_window_pattern": 6, "num_hidden_layers": 7}, None, "gemma3"),
         ("gemma3_text", {"layer_types": ["full_attention"] * 4}, None, "gemma3"),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, None, "gemma3"),
+        ("olmo2", {"tied": False, "num_key_value_heads": 1}, None, "olmo2"),
+        ("olmo2", {"tied": False, "rope_parameters": YARN}, None, "olmo2"),
+        ("olmo3", {"tied": False, "num_key_value_heads": 4, "num_hidden_layers": 9}, None, "olmo2"),
+        ("olmo3", {"tied": False, "layer_types": ["full_attention"] * 4}, None, "olmo2"),
+        (
+            "olmo3",
+            {"tied": False, "rope_scaling": {"factor": 4.0, **YARN, "rope_theta": 500000.0}},
+            None,
+            "olmo2",
+        ),
     ],
 )
 def test_heads_biases_and_rope(
@@ -194,9 +208,19 @@ def test_blocks_that_llama_cpp_would_rotate_are_refused(
         read_layout(save(model, tokenizer, tmp_path / "hf"))
 
 
-def test_greedy_text_is_the_models(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    model, tokenizer = tiny_model("llama")
-    path, _ = write(model, tokenizer, tmp_path / "hf", WIDTHS)
+@pytest.mark.parametrize(
+    ("model_type", "tied", "widths"),
+    [("llama", True, WIDTHS), ("olmo2", False, None), ("olmo3", False, None)],
+)
+def test_greedy_text_is_the_models(
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+    model_type: str,
+    tied: bool,
+    widths: tuple[int, ...] | None,
+) -> None:
+    model, tokenizer = tiny_model(model_type, tied)
+    path, _ = write(model, tokenizer, tmp_path / "hf", widths)
     prompt = tokenizer.encode("The quick brown")
     expected = list(prompt)
     with torch.inference_mode():

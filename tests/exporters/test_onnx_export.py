@@ -50,6 +50,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500000.0}
+
 
 def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> tuple[ExportRecord, ...]:
     settings = {"limits": LOOSE, "parity_windows": WINDOWS, "n_threads": 1} | settings
@@ -93,6 +95,10 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gemma3_text", {}),
         ("gemma3_text", {"query_pre_attn_scalar": 40, "sliding_window_pattern": 3}),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("olmo2", {}),
+        ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+        ("olmo3", {}),
+        ("olmo3", {"rope_scaling": YARN, "tied": False}),
     ],
 )
 def test_the_graph_computes_the_checkpoint(

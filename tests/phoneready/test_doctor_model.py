@@ -54,6 +54,16 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "remove: blocks": ("ok", "gemma3"),
             },
         ),
+        (
+            "olmo3",
+            {
+                "model": ("ok", "a window of 24 in 3 blocks"),
+                "remove: FFN channels": ("warning", "untied embeddings only"),
+                "remove: key-value groups": ("warning", "one norm sees all heads"),
+                "GGUF": ("warning", "untied embeddings only"),
+                "ONNX": ("ok", "fused graphs"),
+            },
+        ),
     ],
 )
 def test_what_a_folder_can_become(

@@ -23,6 +23,8 @@ from transformers import (
     Gemma3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     SmolLM3ForCausalLM,
@@ -98,7 +100,8 @@ def with_kv_heads(attention: Any, config: Any, kv_heads: int) -> Any:
 class NoAttention(nn.Module):
     """In the place of a block's attention: it adds nothing."""
 
-    is_sliding = False  # asked by blocks of transformers 4 that choose a rope by it
+    # Asked by blocks and models of transformers 4 that choose a rope and a mask by it.
+    is_sliding, attention_type = False, "full_attention"
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """(zeros, no attention weights)."""
@@ -181,3 +184,15 @@ class PrunedGemma3ForCausalLM(PerLayerWidths, Gemma3ForCausalLM):  # type: ignor
     """Gemma 3 with blocks of different widths."""
 
     _of_attention = ("input_layernorm", "post_attention_layernorm")
+
+
+class PrunedOlmo2ForCausalLM(PerLayerWidths, Olmo2ForCausalLM):  # type: ignore[misc]
+    """OLMo 2 with blocks of different widths."""
+
+    _of_attention = ("post_attention_layernorm",)
+
+
+class PrunedOlmo3ForCausalLM(PerLayerWidths, Olmo3ForCausalLM):  # type: ignore[misc]
+    """OLMo 3 with blocks of different widths."""
+
+    _of_attention = ("post_attention_layernorm",)
