@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, windows_of_blocks
 from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 from cfsp.models.rope import stated_rope
@@ -92,6 +92,7 @@ _PRE_NAMES = {
     "gemma3_text": "smollm",
     "olmo2": "dbrx",
     "olmo3": "dbrx",
+    "exaone4": "gpt-2",
 }
 
 _OF_TYPE: dict[str, dict[str, Any]] = {
@@ -169,6 +170,10 @@ def make_tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     settings |= _OF_TYPE.get(model_type, {})
+    if model_type == "exaone4":
+        # Without windows transformers wants to be told of every block.
+        blocks = overrides.get("num_hidden_layers", settings["num_hidden_layers"])
+        settings |= {"sliding_window": None, "layer_types": [FULL] * blocks}
     if model_type == "gemma3_text":
         settings["query_pre_attn_scalar"] = overrides.get("head_dim", settings["head_dim"])
     config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
@@ -309,7 +314,7 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if row.has_window_rope:
+    if any(windows_of_blocks(config)) and row.has_windows:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == WINDOWED for kind in config.layer_types])
     if row.window_rope_setting:

@@ -48,6 +48,7 @@ class ArchitectureSpec:
             if so, by llama.cpp's name.
         rotated_setting: Key of the configuration that says of every block whether its queries and keys are rotated;
             empty where all are.
+        rotates_windowed: Whether a model that has a window rotates in blocks that see it alone, and in no others.
         attention_norm: Of a block, the norm before attention; empty where it reads the residual sum as it is.
         ffn_norm: Of a block, the norm before the MLP; empty likewise.
         added_norms: Of a block, the norms of what attention and what the MLP add, between these and the residual sum;
@@ -74,6 +75,7 @@ class ArchitectureSpec:
     head_norms: HeadNorms | None = None
     bias_settings: Mapping[str, str] = field(default_factory=dict)
     rotated_setting: str = ""
+    rotates_windowed: bool = False
     attention_norm: str = "input_layernorm"
     ffn_norm: str = "post_attention_layernorm"
     added_norms: tuple[str, ...] = ()
@@ -90,6 +92,11 @@ class ArchitectureSpec:
     def has_window_rope(self) -> bool:
         """Whether blocks that see a window alone may have another rope than those that see everything."""
         return bool(self.window_rope_setting) or self.plain_window_rope
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether a GGUF file of such a model says which blocks see a window alone."""
+        return self.has_window_rope or self.rotates_windowed
 
     @property
     def attention_norms(self) -> tuple[str, ...]:
@@ -165,6 +172,15 @@ _ROWS = (
     ),
     _OLMO2,
     replace(_OLMO2, model_type="olmo3", plain_window_rope=True),
+    ArchitectureSpec(
+        "exaone4",
+        head_norms=HeadNorms(),
+        rotates_windowed=True,
+        attention_norm="",
+        ffn_norm="",
+        added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        gguf_name="exaone4",
+    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 
@@ -181,8 +197,10 @@ def spec_for(config: Any) -> ArchitectureSpec:
 
 def rotated_blocks(config: Any) -> tuple[bool, ...]:
     """Of every block of a transformers config, whether attention rotates its queries and keys."""
-    key = spec_for(config).rotated_setting
-    count = config.num_hidden_layers
+    spec, count = spec_for(config), config.num_hidden_layers
+    if spec.rotates_windowed and config.sliding_window is not None:
+        return tuple(window is not None for window in windows_of_blocks(config))
+    key = spec.rotated_setting
     return tuple(map(bool, getattr(config, key)[:count])) if key else (True,) * count
 
 

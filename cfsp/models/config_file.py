@@ -59,7 +59,8 @@ _CONFIG = kinds(
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
     use_bidirectional_attention=Literal[False] | None,
     **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
-    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), Annotated[int, Field(ge=1)]),
+    sliding_window_pattern=Annotated[int, Field(ge=0)] | str | None,
+    _sliding_window_pattern=Annotated[int, Field(ge=1)],
     **dict.fromkeys(
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Factor
     ),

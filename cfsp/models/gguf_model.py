@@ -28,7 +28,7 @@ from cfsp.reading import as_input_error
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
-_LLAMA3_FACTORS = (8.0, 32.0)
+_LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
@@ -75,7 +75,7 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         **_rope_settings(file),
         **_special_ids(file),
     }
-    if row.has_window_rope:
+    if row.has_windows:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
     if row.scale_setting:
         # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
@@ -238,7 +238,7 @@ def _row(file: GGUFFile) -> ArchitectureSpec:
     """The model type of a file; of two that one architecture of llama.cpp holds, by whether it has windows."""
     windowed, rows = bool(file.hyperparameter("attention.sliding_window")), {}
     for row in ARCHITECTURES.values():
-        if row.gguf_name and (row.gguf_name not in rows or row.has_window_rope == windowed):
+        if row.gguf_name and (row.gguf_name not in rows or row.has_windows == windowed):
             rows[row.gguf_name] = row
     rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
     message = f"{file.path}: unsupported architecture"
@@ -278,11 +278,11 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     """
     window = file.hyperparameter("attention.sliding_window", 0)
     if not window:
-        return {"layer_types": [FULL] * n_blocks}
+        return {"layer_types": [FULL] * n_blocks} | ({"sliding_window": None} if row.rotates_windowed else {})
     settings = {"sliding_window": window}
     if key := row.window_rope_setting:
         settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
-    else:  # transformers 5 would take the family's own base for these blocks
+    elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
         plain = {"rope_type": "default", "rope_theta": _rope_settings(file)["rope_theta"]}
         settings["rope_parameters"] = {FULL: dict(plain), WINDOWED: dict(plain)}
     pattern = file.hyperparameter("attention.sliding_window_pattern")

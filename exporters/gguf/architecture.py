@@ -47,11 +47,13 @@ class Layout:
         untied: Has an output matrix of its own.
         attention_free: Takes blocks without attention.
         unrotated_step: The last of each so many blocks does not rotate its queries and keys; 0: all do.
+        rotates_windowed: Rotates them in blocks that see a window alone, where there are such, and in no others.
         activation: Of the FFN, as `ModelConfig` names it.
         tied: Takes a model whose output matrix is its embedding.
         window_base: Where it takes a window, reads a base of the rope for blocks that have one.
         full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
             whether it has; 0: it takes none.
+        windowed_depth: Takes a window in models of so many blocks, which all have one, and in no others; 0: in any.
         exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
     """
 
@@ -66,14 +68,19 @@ class Layout:
     tied: bool = True
     attention_free: bool = False
     unrotated_step: int = 0
+    rotates_windowed: bool = False
     activation: str = "silu"
     window_base: bool = False
     full_step: int = 0
+    windowed_depth: int = 0
     exact_limits: ParityLimits | None = None
 
-    def rotates(self, block: int) -> bool:
-        """Whether a block's queries and keys are rotated."""
-        return not self.unrotated_step or (block + 1) % self.unrotated_step != 0
+    def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
+        """Whether each block's queries and keys are rotated, of blocks that see so many tokens (None: all)."""
+        if self.rotates_windowed and any(windows):
+            return tuple(window is not None for window in windows)
+        step = self.unrotated_step
+        return tuple(not step or (block + 1) % step != 0 for block in range(len(windows)))
 
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -90,6 +97,14 @@ _SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj
 _GELU_TABLE = ParityLimits(max_logit_diff=0.5, kl_mean=1e-4, same_top1=0.99)
 _GEMMA3 = Layout("gemma3", activation="gelu_tanh", window_base=True, full_step=6, exact_limits=_GELU_TABLE)
 _OLMO2 = Layout("olmo2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False, tied=False, full_step=4)
+_EXAONE4 = Layout(
+    "exaone4",
+    rope_factors=True,
+    free_head_dim=False,
+    rotates_windowed=True,
+    full_step=4,
+    windowed_depth=64,
+)
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
@@ -101,6 +116,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "gemma3_text": (_GEMMA3,),
         "olmo2": (_OLMO2,),
         "olmo3": (_OLMO2,),
+        "exaone4": (_EXAONE4,),
     }
 )
 
@@ -261,23 +277,38 @@ def holds_unlike_blocks(model_type: str, *, tied: bool) -> bool:
     return any(layout.per_layer_sizes and (tied or layout.untied) for layout in LAYOUTS.get(model_type, ()))
 
 
-def holds_fewer_blocks(model_type: str) -> bool:
-    """Whether some architecture of llama.cpp holds a model of this type from which any block went."""
-    return any(not layout.unrotated_step for layout in LAYOUTS.get(model_type, ()))
+def holds_fewer_blocks(model_type: str, *, windowed: bool) -> bool:
+    """Whether some architecture of llama.cpp holds a model of this type, with windows or without, less any block."""
+    return any(
+        not layout.unrotated_step and not (windowed and layout.windowed_depth)
+        for layout in LAYOUTS.get(model_type, ())
+    )
+
+
+_Obstacles = tuple[tuple[object, str], ...]
+"""Whether something stands in the way, and what."""
 
 
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside; of several reasons the first."""
-    misplaced, step = _biased(stored) - layout.biases, layout.unrotated_step
-    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
-    rotated = tuple(map(layout.rotates, range(len(config.rotated))))
-    rope = (config.rope_scaling or {}).get("rope_type")
+    obstacles = (
+        *_obstacles_of_blocks(layout, config, stored),
+        *_obstacles_of_positions(layout, config),
+        *_obstacles_of_numbers(layout, config),
+    )
+    return next((reason for is_there, reason in obstacles if is_there), None)
+
+
+def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> _Obstacles:
+    """What blocks have and lack."""
+    misplaced = _biased(stored) - layout.biases
+    stay = layout.unrotated_step or (layout.windowed_depth and config.narrowest)
     instead = (
         "channels and tokens can go (--prune-ratio, --vocabulary)"
-        if step
+        if stay
         else "whole blocks can go (--blocks)"
     )
-    obstacles = (
+    return (
         (misplaced, f"no bias on {', '.join(sorted(misplaced))}"),
         (
             config.shape.without_attention and not layout.attention_free,
@@ -287,30 +318,48 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
             f"as many heads in every block, {instead}",
         ),
+    )
+
+
+def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
+    """Windows and ropes."""
+    step, depth = layout.unrotated_step, layout.windowed_depth
+    rope = (config.rope_scaling or {}).get("rope_type")
+    return (
         (
-            config.rotated != rotated,
+            depth and (config.num_hidden_layers == depth) != (config.narrowest is not None),
+            f"windows in models of {depth} blocks and in no others",
+        ),
+        (
+            config.rotated != layout.rotated(config.windows),
             f"a rope in all blocks but each {step}th, as where all blocks stay"
             if step
             else "a rope in every block",
         ),
-        (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
-        (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
         (
             config.window_rope_theta not in (None, config.rope_theta) and not layout.window_base,
             "one base of the rope in all blocks",
         ),
+        (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
+    )
+
+
+def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
+    """Sizes, and what is computed from them."""
+    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
+    return (
+        (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
+        (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
         (
             not layout.free_head_dim and widths != {config.hidden_size},
             "head_dim must be hidden_size / num_attention_heads",
         ),
-        (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
             not math.isclose(config.score_scale, config.head_dim**-0.5),
             "attention's scores times 1 / sqrt(head_dim)",
         ),
     )
-    return next((reason for is_there, reason in obstacles if is_there), None)
 
 
 def _biased(stored: frozenset[str]) -> set[str]:

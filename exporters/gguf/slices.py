@@ -125,7 +125,10 @@ def _runs(chosen: ChosenLayout) -> list[range]:
     llama.cpp makes no context without.
     """
     layout, kv_heads = chosen.layout, chosen.config.kv_heads
-    step = math.lcm(layout.unrotated_step or 1, layout.full_step or 1)
+    windowed = chosen.config.narrowest is not None
+    step = math.lcm(
+        layout.unrotated_step or 1, layout.full_step or 1, (windowed and layout.windowed_depth) or 1
+    )
     runs: list[range] = []
     for start in range(0, len(kv_heads), step):
         stop = min(start + step, len(kv_heads))

@@ -57,12 +57,13 @@ def test_gguf_file_gives_the_model_it_was_written_from(
     assert len(loaded.source.sha256 or "") == 64
 
 
+@pytest.mark.parametrize("factor", [8.0, 16.0, 32.0])
 def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
-    tmp_path: Path, tiny_model: Any, write_gguf: Any
+    tmp_path: Path, tiny_model: Any, write_gguf: Any, factor: float
 ) -> None:
     scaling = {
         "rope_type": "llama3",
-        "factor": 32.0,
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,

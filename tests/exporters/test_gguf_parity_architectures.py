@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, feed_forward
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_model
 from cfsp.text.tokens import TokenWindows
@@ -34,6 +34,8 @@ LLAMA3 = {
     "rope_theta": 10000.0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+DEEP_KINDS = ([WINDOWED] * 3 + [FULL]) * 16
+DEEP = {"num_hidden_layers": 64, "sliding_window": 24, "intermediate_size": 32}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
@@ -115,6 +117,9 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("olmo2", False, WIDTHS, "olmo2", 128),
         ("olmo3", False, None, "olmo2", None),
         ("olmo3", False, WIDTHS, "olmo2", 128),
+        ("exaone4", True, None, "exaone4", None),
+        ("exaone4", False, None, "exaone4", None),
+        ("exaone4", True, WIDTHS, "exaone4", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -164,10 +169,13 @@ def test_logits_equal_the_models(
         ("olmo3", {"tied": False, "layer_types": ["full_attention"] * 4}, None, "olmo2"),
         (
             "olmo3",
-            {"tied": False, "rope_scaling": {"factor": 4.0, **YARN, "rope_theta": 500000.0}},
+            {"tied": False, "rope_scaling": YARN | {"rope_theta": 500000.0}},
             None,
             "olmo2",
         ),
+        ("exaone4", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}, None, "exaone4"),
+        ("exaone4", DEEP | {"layer_types": DEEP_KINDS}, None, "exaone4"),
+        ("exaone4", DEEP | {"layer_types": DEEP_KINDS[1:] + DEEP_KINDS[:1]}, None, "exaone4"),
     ],
 )
 def test_heads_biases_and_rope(
@@ -209,8 +217,35 @@ def test_blocks_that_llama_cpp_would_rotate_are_refused(
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        {"sliding_window": 24, "layer_types": DEEP_KINDS[:4]},
+        {"num_hidden_layers": 64},
+        DEEP | {"layer_types": [FULL] * 64},
+    ],
+)
+def test_windows_that_llama_cpp_would_forget_or_invent_are_refused(
+    tiny_model: Callable[..., Any], tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    """It has them in models of 64 blocks, whatever the file says."""
+    model, tokenizer = tiny_model("exaone4", **overrides)
+    with pytest.raises(InputError, match="exaone4: windows in models of 64 blocks and in no others"):
+        read_layout(save(model, tokenizer, tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("kinds", [DEEP_KINDS[:4], [FULL, FULL, WINDOWED, FULL]])
+def test_a_gguf_file_with_windows_rotates_as_its_model_does(
+    tiny_model: Callable[..., Any], tiny_gguf: Callable[..., Path], kinds: list[str]
+) -> None:
+    model, _ = tiny_model("exaone4", sliding_window=24, layer_types=kinds)
+    again = load_model(tiny_gguf("exaone4", sliding_window=24, layer_types=kinds)).model
+    ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
     ("model_type", "tied", "widths"),
-    [("llama", True, WIDTHS), ("olmo2", False, None), ("olmo3", False, None)],
+    [("llama", True, WIDTHS), ("olmo2", False, None), ("olmo3", False, None), ("exaone4", True, None)],
 )
 def test_greedy_text_is_the_models(
     tiny_model: Callable[..., Any],

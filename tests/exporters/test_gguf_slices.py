@@ -49,6 +49,7 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
         {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 96},
         {"model_type": "olmo2", "tied": False},
         {"model_type": "olmo3", "tied": False, "num_hidden_layers": 6},
+        {"model_type": "exaone4"},
     ],
 )
 @pytest.mark.parametrize("stream", ["always", "never"])

@@ -21,6 +21,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.evaluation.language_model import Branches
+from cfsp.models.architectures import FULL, WINDOWED
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
@@ -99,6 +100,8 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
         ("olmo3", {}),
         ("olmo3", {"rope_scaling": YARN, "tied": False}),
+        ("exaone4", {}),
+        ("exaone4", {"sliding_window": 24, "layer_types": [FULL, WINDOWED, WINDOWED, FULL], "head_dim": 32}),
     ],
 )
 def test_the_graph_computes_the_checkpoint(

@@ -64,6 +64,15 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "ONNX": ("ok", "fused graphs"),
             },
         ),
+        (
+            "exaone4",
+            {
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: attentions": ("warning", "ONNX alone"),
+                "remove: blocks": ("ok", "exaone4"),
+                "GGUF": ("ok", "exaone4"),
+            },
+        ),
     ],
 )
 def test_what_a_folder_can_become(

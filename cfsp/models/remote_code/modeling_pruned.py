@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Exaone4ForCausalLM,
     Gemma3ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -194,5 +195,11 @@ class PrunedOlmo2ForCausalLM(PerLayerWidths, Olmo2ForCausalLM):  # type: ignore[
 
 class PrunedOlmo3ForCausalLM(PerLayerWidths, Olmo3ForCausalLM):  # type: ignore[misc]
     """OLMo 3 with blocks of different widths."""
+
+    _of_attention = ("post_attention_layernorm",)
+
+
+class PrunedExaone4ForCausalLM(PerLayerWidths, Exaone4ForCausalLM):  # type: ignore[misc]
+    """EXAONE 4 with blocks of different widths."""
 
     _of_attention = ("post_attention_layernorm",)
