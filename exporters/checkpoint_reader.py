@@ -23,7 +23,7 @@ from cfsp.models.architectures import (
     windows_of_blocks,
 )
 from cfsp.models.config_file import read_model_config, shape_from_config
-from cfsp.models.rope import stated_rope, steady_context
+from cfsp.models.rope import alpha_rope, stated_rope, steady_context
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
@@ -132,8 +132,8 @@ def read_config(folder: Path) -> ModelConfig:
     spec = ARCHITECTURES[config["model_type"]]
     message = "no exported graph computes this activation"
     activation = look_up(ACTIVATIONS, config[spec.activation_setting], message, field=spec.activation_setting)
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    theta, scaling = _rope(config, FULL)
+    head_dim = _head_dim(config)
+    rope = rope_of(config, FULL)
     return ModelConfig(
         model_type=config["model_type"],
         shape=shape,
@@ -148,16 +148,26 @@ def read_config(folder: Path) -> ModelConfig:
         windows=windows_of_blocks(read),
         activation=activation,
         score_scale=(config[spec.scale_setting] if spec.scale_setting else head_dim) ** -0.5,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
     )
 
 
-def _rope(config: Mapping[str, Any], kind_of_block: str) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling of blocks of a kind."""
+def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
+    """What blocks of a kind are rotated by: `rope_type`, `rope_theta`, and what the type asks for.
+
+    Args:
+        config: Keys of a configuration, with defaults filled in.
+        kind_of_block: `full_attention` or `sliding_attention`.
+    """
     rope = stated_rope(config, kind_of_block)
-    return float(rope["rope_theta"]), None if rope["rope_type"] == "default" else rope
+    is_alpha = ARCHITECTURES[config["model_type"]].alpha_rope
+    return alpha_rope(rope, _head_dim(config)) if is_alpha else rope
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def _window_theta(config: Mapping[str, Any], spec: ArchitectureSpec) -> float | None:
@@ -167,14 +177,13 @@ def _window_theta(config: Mapping[str, Any], spec: ArchitectureSpec) -> float | 
     if config.get(spec.window_rope_setting):
         return float(config[spec.window_rope_setting])
     if WINDOWED not in (config.get("rope_parameters") or {}):
-        return _rope(config, FULL)[0]
-    theta, scaling = _rope(config, WINDOWED)
-    if scaling is not None:
-        kind = scaling["rope_type"]
+        return float(rope_of(config, FULL)["rope_theta"])
+    rope = rope_of(config, WINDOWED)
+    if (kind := rope["rope_type"]) != "default":
         raise InputError(
             "a scaled rope in blocks with a window", field="rope_type", value=kind, allowed="default"
         )
-    return theta
+    return float(rope["rope_theta"])
 
 
 @contextmanager

@@ -24,11 +24,13 @@ class HeadNorms:
         query: Of attention, the queries' norm.
         key: Of attention, the keys' norm.
         joint: Whether one norm sees the numbers of all heads together, (heads * head_dim,), in place of each head's.
+        after_rope: Whether they are normed after they are rotated.
     """
 
     query: str = "q_norm"
     key: str = "k_norm"
     joint: bool = False
+    after_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class ArchitectureSpec:
         window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone, where
             they have a plain rope of their own base; empty in any other model.
         plain_window_rope: Whether they have a plain rope of the others' base, whatever scales that of the others.
+        alpha_rope: Whether a `dynamic` rope with an alpha is a plain one of another base.
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
@@ -84,6 +87,7 @@ class ArchitectureSpec:
     activation_setting: str = "hidden_act"
     window_rope_setting: str = ""
     plain_window_rope: bool = False
+    alpha_rope: bool = False
     scale_setting: str = ""
     gguf_name: str | None = None
     gguf_interleaved: bool = False

@@ -82,7 +82,7 @@ _PER_BLOCK_KINDS = kinds(
 )
 _ROPE = kinds(
     **dict.fromkeys(("rope_type", "type"), str | None),
-    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _Number),
+    **dict.fromkeys(("rope_theta", "alpha", "factor", "low_freq_factor", "high_freq_factor"), _Number),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _Number),
     **dict.fromkeys(("short_factor", "long_factor"), list[Positive] | None),
     partial_rotary_factor=_Share | None,

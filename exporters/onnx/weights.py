@@ -23,8 +23,8 @@ from cfsp.models.architectures import (
     spec_for,
     windows_of_blocks,
 )
-from cfsp.models.rope import stated_rope, steady_context
-from exporters.checkpoint_reader import ACTIVATIONS
+from cfsp.models.rope import steady_context
+from exporters.checkpoint_reader import ACTIVATIONS, rope_of
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
@@ -152,12 +152,14 @@ class _Positions:
 def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
     """Of every block; those that see a window alone may have a rope of their own."""
     config, decoder = model.config, model.get_decoder()
-    positions = steady_context(stated_rope(config.to_dict(), FULL), int(config.max_position_embeddings))
+    settings = config.to_dict()
+    positions = steady_context(rope_of(settings, FULL), int(config.max_position_embeddings))
     made: dict[str, Rope] = {}
     own = spec_for(config).has_window_rope
     for rotated, window in zip(rotated_blocks(config), windows_of_blocks(config), strict=True):
         kind = WINDOWED if own and window is not None else FULL
         if rotated and kind not in made:
+            check_rope(rope_of(settings, kind)["rope_type"])
             frequencies, scale = _rotary(decoder, kind)
             made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, positions)
         yield _Positions(made[kind] if rotated else None, window)
@@ -206,6 +208,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
         q_norm=_norm(model, f"{prefix}.{spec.head_norms.query}", weights) if spec.head_norms else None,
         k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
+        normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
         output_norm=_added_norm(model, name, 0, weights),
         scale=float(attention.scaling),
         rope=positions.rope,
@@ -243,9 +246,6 @@ def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     Args:
         decoder: The model's.
         kind: Of the blocks.
-
-    Raises:
-        InputError: Frequencies that change with the length of the text.
     """
     local = getattr(decoder, "rotary_emb_local", None)
     if hasattr(decoder, "rotary_embs"):
@@ -253,8 +253,6 @@ def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     else:
         rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
     apart = isinstance(rotary.rope_type, dict)
-    rope_type = rotary.rope_type[kind] if apart else rotary.rope_type
-    check_rope(rope_type)
     prefix = f"{kind}_" if apart else ""
     # The others are those of the longest text that the model has read.
     names = ("original_inv_freq", "attention_scaling")
