@@ -93,6 +93,7 @@ _PRE_NAMES = {
     "olmo2": "dbrx",
     "olmo3": "dbrx",
     "exaone4": "gpt-2",
+    "hunyuan_v1_dense": "hunyuan-dense",
 }
 
 _OF_TYPE: dict[str, dict[str, Any]] = {
@@ -242,6 +243,8 @@ _GGUF_NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -253,7 +256,12 @@ _ADDED_NORMS = _GGUF_NAMES | {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
-_GGUF_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
+_GGUF_ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "hunyuan_v1_dense": "hunyuan-dense",
+}
 _INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
 
 

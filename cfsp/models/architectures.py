@@ -185,6 +185,13 @@ _ROWS = (
         added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
         gguf_name="exaone4",
     ),
+    ArchitectureSpec(
+        "hunyuan_v1_dense",
+        head_norms=HeadNorms("query_layernorm", "key_layernorm", after_rope=True),
+        bias_settings=_ATTENTION_BIAS,
+        alpha_rope=True,
+        gguf_name="hunyuan-dense",
+    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 

@@ -55,6 +55,15 @@ SCALED_ROPES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.1},
         "max_position_embeddings": 64,
     },
+    "yarn-without-windows": {
+        "model_type": "olmo3",
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.1},
+        "max_position_embeddings": 64,
+    },
+    "alpha": {
+        "model_type": "hunyuan_v1_dense",
+        "rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    },
 }
 
 # Runs under the other version: arguments are a folder of checkpoints, and one to write re-saved copies to.
@@ -135,9 +144,9 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")
     for kind, scaled in SCALED_ROPES.items():
-        model, tokenizer = tiny_model("mistral", **scaled)
+        model, tokenizer = tiny_model(**{"model_type": "mistral"} | scaled)
         loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
-        save_checkpoint(loaded, folder / f"mistral-{kind}")
+        save_checkpoint(loaded, folder / f"scaled-{kind}")
     return folder
 
 

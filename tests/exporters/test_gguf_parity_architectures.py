@@ -36,6 +36,7 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 DEEP_KINDS = ([WINDOWED] * 3 + [FULL]) * 16
 DEEP = {"num_hidden_layers": 64, "sliding_window": 24, "intermediate_size": 32}
+ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
@@ -120,6 +121,9 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("exaone4", True, None, "exaone4", None),
         ("exaone4", False, None, "exaone4", None),
         ("exaone4", True, WIDTHS, "exaone4", 128),
+        ("hunyuan_v1_dense", True, None, "hunyuan-dense", None),
+        ("hunyuan_v1_dense", False, None, "hunyuan-dense", None),
+        ("hunyuan_v1_dense", True, WIDTHS, "hunyuan-dense", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -175,6 +179,8 @@ def test_logits_equal_the_models(
         ),
         ("exaone4", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}, None, "exaone4"),
         ("exaone4", DEEP | {"layer_types": DEEP_KINDS}, None, "exaone4"),
+        ("hunyuan_v1_dense", {"head_dim": 32, "num_key_value_heads": 1}, None, "hunyuan-dense"),
+        ("hunyuan_v1_dense", {"rope_parameters": ALPHA}, None, "hunyuan-dense"),
         ("exaone4", DEEP | {"layer_types": DEEP_KINDS[1:] + DEEP_KINDS[:1]}, None, "exaone4"),
     ],
 )
@@ -245,7 +251,13 @@ def test_a_gguf_file_with_windows_rotates_as_its_model_does(
 
 @pytest.mark.parametrize(
     ("model_type", "tied", "widths"),
-    [("llama", True, WIDTHS), ("olmo2", False, None), ("olmo3", False, None), ("exaone4", True, None)],
+    [
+        ("llama", True, WIDTHS),
+        ("olmo2", False, None),
+        ("olmo3", False, None),
+        ("exaone4", True, None),
+        ("hunyuan_v1_dense", True, None),
+    ],
 )
 def test_greedy_text_is_the_models(
     tiny_model: Callable[..., Any],

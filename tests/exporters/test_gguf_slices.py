@@ -50,6 +50,7 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
         {"model_type": "olmo2", "tied": False},
         {"model_type": "olmo3", "tied": False, "num_hidden_layers": 6},
         {"model_type": "exaone4"},
+        {"model_type": "hunyuan_v1_dense"},
     ],
 )
 @pytest.mark.parametrize("stream", ["always", "never"])

@@ -73,6 +73,15 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "GGUF": ("ok", "exaone4"),
             },
         ),
+        (
+            "hunyuan_v1_dense",
+            {
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: key-value groups": ("warning", "as many heads in every block"),
+                "remove: blocks": ("ok", "hunyuan-dense"),
+                "GGUF": ("ok", "hunyuan-dense"),
+            },
+        ),
     ],
 )
 def test_what_a_folder_can_become(

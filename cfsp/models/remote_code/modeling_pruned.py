@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (
     Exaone4ForCausalLM,
     Gemma3ForCausalLM,
+    HunYuanDenseV1ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     Olmo2ForCausalLM,
@@ -203,3 +204,7 @@ class PrunedExaone4ForCausalLM(PerLayerWidths, Exaone4ForCausalLM):  # type: ign
     """EXAONE 4 with blocks of different widths."""
 
     _of_attention = ("post_attention_layernorm",)
+
+
+class PrunedHunYuanDenseV1ForCausalLM(PerLayerWidths, HunYuanDenseV1ForCausalLM):  # type: ignore[misc]
+    """Hunyuan's dense models with blocks of different widths."""
