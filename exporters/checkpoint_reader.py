@@ -19,6 +19,7 @@ from cfsp.models.architectures import (
     FULL,
     WINDOWED,
     ArchitectureSpec,
+    convolving_blocks,
     rotated_blocks,
     windows_of_blocks,
 )
@@ -47,6 +48,7 @@ class ModelConfig:
         score_scale: What attention's scores are multiplied by.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
+        convolution_length: Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
         window_rope_theta: The base in blocks with a window, where their rope is a plain one of their own.
     """
 
@@ -65,6 +67,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     window_rope_theta: float | None = None
+    convolution_length: int = 0
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -128,10 +131,11 @@ def read_config(folder: Path) -> ModelConfig:
         read = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
         config = read.to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
-    require_supported(shape, str(folder / "config.json"))
+    require_supported(shape, str(folder / "config.json"), convolving_blocks(config))
     spec = ARCHITECTURES[config["model_type"]]
     message = "no exported graph computes this activation"
-    activation = look_up(ACTIVATIONS, config[spec.activation_setting], message, field=spec.activation_setting)
+    stated = config.get(spec.activation_setting, "silu")
+    activation = look_up(ACTIVATIONS, stated, message, field=spec.activation_setting)
     head_dim = _head_dim(config)
     rope = rope_of(config, FULL)
     return ModelConfig(
@@ -142,7 +146,7 @@ def read_config(folder: Path) -> ModelConfig:
         // (config.get("num_key_value_heads") or config["num_attention_heads"]),
         head_dim=head_dim,
         max_position_embeddings=config["max_position_embeddings"],
-        rms_norm_eps=config["rms_norm_eps"],
+        rms_norm_eps=config[spec.epsilon_setting],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         rotated=rotated_blocks(read),
         windows=windows_of_blocks(read),
@@ -151,6 +155,7 @@ def read_config(folder: Path) -> ModelConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
+        convolution_length=config["conv_L_cache"] if spec.convolution else 0,
     )
 
 

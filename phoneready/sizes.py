@@ -137,9 +137,11 @@ class Sizes:
         known = model_shape(model).blocks
         for index, count in groups.items():
             layer = decoder_layers(model)[index]
+            if count == known[index].kv_groups:
+                continue
             if count == 0:
                 remove_attention(model, layer)
-            elif count != known[index].kv_groups:
+            else:
                 cut_groups(attention_of(model, layer), range(count))
         remove_blocks(model, frozenset(range(len(known))) - groups.keys())
         widths = list(model_shape(model).ffn_widths)

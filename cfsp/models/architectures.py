@@ -41,6 +41,9 @@ class ArchitectureSpec:
         model_type: transformers' name.
         layers: Module of the decoder blocks.
         attention: Of a block, its attention.
+        output: Of attention, its output matrix.
+        convolution: Of a block that does not attend, the module that mixes neighbouring tokens in its place, and what
+            `layer_types` calls such a block; empty where all blocks attend.
         mlp: Of a block, its gated MLP.
         gate: Projection of the MLP.
         up: Projection of the MLP.
@@ -55,9 +58,11 @@ class ArchitectureSpec:
         ffn_norm: Of a block, the norm before the MLP; empty likewise.
         added_norms: Of a block, the norms of what attention and what the MLP add, between these and the residual sum;
             empty where there are none.
+        last_norm: Of the decoder, the norm behind the blocks.
+        epsilon_setting: Key of the configuration with what norms add to the mean of squares.
         norm_offset: What a norm adds to its weight before it multiplies.
         scaled_embedding: Whether embeddings are multiplied by sqrt(hidden_size).
-        activation_setting: Key of the configuration that names the MLP's activation.
+        activation_setting: Key of the configuration that names the MLP's activation; empty where it is SiLU always.
         window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone, where
             they have a plain rope of their own base; empty in any other model.
         plain_window_rope: Whether they have a plain rope of the others' base, whatever scales that of the others.
@@ -65,12 +70,16 @@ class ArchitectureSpec:
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
+        gguf_settings: Settings of the configuration that no model has otherwise -> where a GGUF file has them, behind
+            the architecture's name; or what they are in every file.
         gguf_interleaved: Whether rows of q and k are stored there with the rotary halves interleaved.
     """
 
     model_type: str
     layers: str = "model.layers"
     attention: str = "self_attn"
+    output: str = "o_proj"
+    convolution: str = ""
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -82,6 +91,8 @@ class ArchitectureSpec:
     attention_norm: str = "input_layernorm"
     ffn_norm: str = "post_attention_layernorm"
     added_norms: tuple[str, ...] = ()
+    last_norm: str = "norm"
+    epsilon_setting: str = "rms_norm_eps"
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     activation_setting: str = "hidden_act"
@@ -90,6 +101,7 @@ class ArchitectureSpec:
     alpha_rope: bool = False
     scale_setting: str = ""
     gguf_name: str | None = None
+    gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)
     gguf_interleaved: bool = False
 
     @property
@@ -108,9 +120,14 @@ class ArchitectureSpec:
         return tuple(filter(None, (self.attention_norm, *self.added_norms[:1])))
 
     @property
+    def sees_neighbours(self) -> bool:
+        """Whether a token sees what stands before it in its row whatever the attention mask says."""
+        return bool(self.convolution)
+
+    @property
     def cuts_heads(self) -> bool:
         """Whether heads can go: not where a norm sees all of them, which then counts what stays as something else."""
-        return self.head_norms is None or not self.head_norms.joint
+        return not self.convolution and (self.head_norms is None or not self.head_norms.joint)
 
 
 @dataclass(frozen=True)
@@ -253,17 +270,36 @@ def added_norms(model: nn.Module, layer: nn.Module) -> tuple[Any, Any]:
 
 def attention_of(model: nn.Module, layer: nn.Module) -> Any:
     """The attention of one of `model`'s decoder blocks; None in a block that has none."""
-    attention = layer.get_submodule(spec_for(model.config).attention)
+    attention = getattr(layer, spec_for(model.config).attention, None)
     return attention if hasattr(attention, "k_proj") else None
+
+
+def last_norm(model: Any) -> Any:
+    """The norm behind the blocks, whose output the output matrix reads."""
+    return model.get_decoder().get_submodule(spec_for(model.config).last_norm)
+
+
+def norm_epsilon(config: Any) -> float:
+    """What norms of a transformers config add to the mean of squares."""
+    return float(getattr(config, spec_for(config).epsilon_setting))
+
+
+def convolving_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
+    """Blocks that mix neighbouring tokens in place of attention, of settings with defaults filled in."""
+    row = ARCHITECTURES.get(settings.get("model_type", ""))
+    kind, kinds = row.convolution if row else "", settings.get("layer_types") or ()
+    return frozenset(index for index, one in enumerate(kinds) if kind and one == kind)
 
 
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
     blocks = []
+    mixer = spec_for(model.config).convolution
     for index, layer in enumerate(decoder_layers(model)):
         attention, width = attention_of(model, layer), feed_forward(model, layer).width
         kv_groups = attention.k_proj.out_features // attention.head_dim if attention else 0
-        blocks.append(BlockShape(index, width, kv_groups, has_attention=attention is not None))
+        mixes = attention is not None or (mixer != "" and hasattr(layer, mixer))
+        blocks.append(BlockShape(index, width, kv_groups, has_attention=mixes))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 
 

@@ -19,7 +19,7 @@ import transformers
 from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
-from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
+from cfsp.models.gguf_file import CONVOLUTION, GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.paging import paged_copy, stays_in_files
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
@@ -56,21 +56,19 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
-    for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
-        if isinstance(file.hyperparameter(key), list):
-            raise InputError(
-                f"{file.path} has a {key} for each block; use the checkpoint it was exported from"
-            )
+    mixing = _mixing_settings(file, row, heads)
+    for key in ("feed_forward_length", "attention.head_count"):
+        _check_one(file, key, file.hyperparameter(key))
     settings: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
         "intermediate_size": file.require(f"{file.architecture}.feed_forward_length"),
         "num_hidden_layers": file.require(f"{file.architecture}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.hyperparameter("attention.head_count_kv", heads),
+        **mixing,
         "head_dim": file.hyperparameter("attention.key_length", hidden // heads),
         "max_position_embeddings": file.hyperparameter("context_length", 2048),
-        "rms_norm_eps": _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
+        row.epsilon_setting: _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
         "torch_dtype": "float32",
         **_rope_settings(file),
         **_special_ids(file),
@@ -84,6 +82,32 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     _check_shapes(file, shapes, settings)
     settings["tie_word_embeddings"] = _OUTPUT not in shapes or _is_stored_twice(file)
     return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
+
+
+def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[str, Any]:
+    """Key-value heads, and where a convolution can take attention's place, in which blocks it does.
+
+    Raises:
+        InputError: Attentions differ between blocks.
+    """
+    key, n_blocks = "attention.head_count_kv", file.require(f"{file.architecture}.block_count")
+    settings: dict[str, Any] = {}
+    kv_heads = file.hyperparameter(key, heads)
+    if row.convolution and isinstance(kv_heads, list):
+        if len(kv_heads) != n_blocks or not any(kv_heads) or file.hyperparameter("attention.sliding_window"):
+            raise InputError(f"{file.path}: no {row.model_type} model has these", field=key, value=kv_heads)
+        settings["layer_types"] = [FULL if n else row.convolution for n in kv_heads]
+        counts = set(kv_heads) - {0}
+        kv_heads = counts.pop() if len(counts) == 1 else kv_heads
+    _check_one(file, key, kv_heads)
+    for name, where in row.gguf_settings.items():
+        settings[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
+    return {"num_key_value_heads": kv_heads} | settings
+
+
+def _check_one(file: GGUFFile, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        raise InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
 
 
 def model_from_gguf(
@@ -142,6 +166,8 @@ def _weights(
             values = _split_halves(tensor.name, values, config)
         if row.norm_offset and tensor.name.endswith("norm.weight"):
             values -= row.norm_offset
+        if tensor.name.endswith(CONVOLUTION):
+            values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
         yield names[tensor.name], values
 
@@ -217,11 +243,12 @@ def _bits(tensor: GGUFTensor) -> int:
 def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
     """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
     hidden, width, head_dim = settings["hidden_size"], settings["intermediate_size"], settings["head_dim"]
-    last = settings["num_hidden_layers"] - 1
+    last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
+    first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
     expected = {
         "token_embd.weight": (settings["vocab_size"], hidden),
-        "blk.0.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
-        "blk.0.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
+        f"blk.{first}.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
+        f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
         f"blk.{last}.ffn_up.weight": (width, hidden),
     }
     for name, shape in expected.items():

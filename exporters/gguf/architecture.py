@@ -181,6 +181,7 @@ class TensorSpec:
         sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
         interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
         offset: What is added to every number.
+        is_plain: Stored in float32 always.
     """
 
     name: str
@@ -188,6 +189,12 @@ class TensorSpec:
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     interleave_heads: int = 0
     offset: float = 0.0
+    is_plain: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is stored in the bits that are asked for."""
+        return len(self.shape) == 2 and not self.is_plain
 
     def build(self, tensors: CheckpointTensors) -> FloatArray:
         """Read the sources and make the tensor, float32.
@@ -198,8 +205,8 @@ class TensorSpec:
         values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
         if self.offset:
             values = values + np.float32(self.offset)
-        if values.shape == self.shape:
-            return np.ascontiguousarray(values)
+        if values.shape == self.shape or self.is_plain:
+            return np.ascontiguousarray(values.reshape(self.shape))
         padded = np.zeros(self.shape, dtype=np.float32)
         padded[tuple(slice(n) for n in values.shape)] = values
         return padded
@@ -317,6 +324,10 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
             f"no blocks without attention, {instead}",
         ),
         (
+            config.convolution_length and all(config.kv_heads),
+            "a convolution in some block, without which llama.cpp ends the process",
+        ),
+        (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
             f"as many heads in every block, {instead}",
         ),
@@ -382,7 +393,8 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     specs = [_plain("model.embed_tokens", embedding, chosen)]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(chosen, block)
-    specs.append(_plain("model.norm", (config.hidden_size,), chosen, config.spec.norm_offset))
+    last_norm = f"model.{config.spec.last_norm}"
+    specs.append(_plain(last_norm, (config.hidden_size,), chosen, config.spec.norm_offset))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if not config.tie_word_embeddings:
         specs.append(_plain("lm_head", embedding, chosen))
@@ -409,6 +421,8 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
         rows = sum(shape[0] for _, shape in sources)
         yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}"), (rows, config.hidden_size), sources)
+    if config.shape.blocks[block].convolves:
+        yield _kernels(chosen, f"{prefix}.{config.spec.convolution}.conv")
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -420,23 +434,36 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
             yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
 
 
+def _kernels(chosen: ChosenLayout, module: str) -> TensorSpec:
+    """Of a convolution: as torch has them, (hidden_size, 1, length), and as llama.cpp does, (hidden_size, length)."""
+    rows, length = chosen.config.hidden_size, chosen.config.convolution_length
+    sources = ((f"{module}.weight", (rows, 1, length)),)
+    return TensorSpec(chosen.name(module), (rows, length), sources, is_plain=True)
+
+
 def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
     hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
     kv = (block.kv_groups or 0) * config.head_dim
     q = kv * config.heads_per_group
-    shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
+    mixing: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
-        "mlp.gate_proj": (width, hidden),
-        "mlp.up_proj": (width, hidden),
-        "mlp.down_proj": (hidden, width),
+        f"self_attn.{spec.output}": (hidden, q),
     }
-    if norms := spec.head_norms:
+    if block.convolves:
+        mixer = spec.convolution
+        mixing = {f"{mixer}.in_proj": (3 * hidden, hidden), f"{mixer}.out_proj": (hidden, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
+        **mixing,
+        **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
+        f"{spec.mlp}.{spec.gate}": (width, hidden),
+        f"{spec.mlp}.{spec.up}": (width, hidden),
+        f"{spec.mlp}.{spec.down}": (hidden, width),
+    }
+    if (norms := spec.head_norms) and not block.convolves:
         sizes = (
             {norms.query: q, norms.key: kv}
             if norms.joint

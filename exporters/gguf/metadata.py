@@ -72,7 +72,10 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     kv_heads = config.kv_heads
     heads = [n * config.heads_per_group for n in kv_heads]
     one = not chosen.layout.fused_qkv and len(set(kv_heads)) == 1
-    writer.add_head_count(heads[0] if one else heads)
+    if config.convolution_length:
+        writer.add_shortconv_l_cache(config.convolution_length)
+    # Where a convolution takes attention's place, numbers of key-value heads say in which blocks.
+    writer.add_head_count(max(heads) if one or config.convolution_length else heads)
     writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)

@@ -19,6 +19,7 @@ from exporters.onnx.portable import require_optimum
 from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
+from exporters.onnx.weights import check_convolutions
 from exporters.onnx.writer import write_graphs
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 
@@ -58,8 +59,10 @@ def export_onnx(
         raise InputError("out of range", field="opset", value=settings.opset, allowed=known)
     if any(row.portable for row in rows):
         require_optimum()
+    config = read_config(checkpoint)
+    check_convolutions(config.convolution_length)
     model = load_checkpoint(checkpoint)
-    with open_job(checkpoint, output, model, settings, read_config(checkpoint).steady_context) as common:
+    with open_job(checkpoint, output, model, settings, config.steady_context) as common:
         job = OnnxJob(common, model)
         # That the graph computes the checkpoint shows on the float32 one alone.
         base = VARIANTS["fp32"]

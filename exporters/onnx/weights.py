@@ -19,6 +19,7 @@ from cfsp.models.architectures import (
     attention_of,
     decoder_layers,
     feed_forward,
+    norm_epsilon,
     rotated_blocks,
     spec_for,
     windows_of_blocks,
@@ -119,21 +120,22 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
         weights: How they are stored.
 
     Raises:
-        InputError: A rope that the graph cannot compute.
+        InputError: A rope, or blocks, that the graph cannot compute.
     """
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
+    check_convolutions(config.conv_L_cache if spec.convolution else 0)
     head, tied = model.get_output_embeddings(), is_tied(model)
     embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
     return Decoder(
         heads_per_group=config.num_attention_heads // config.num_key_value_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        rms_norm_eps=float(config.rms_norm_eps),
+        rms_norm_eps=norm_epsilon(config),
         embedding=embedding,
         blocks=tuple(
             _block(model, layer, f"{spec.layers}.{index}", weights, positions)
             for index, (layer, positions) in enumerate(zip(layers, _positions(model, weights), strict=True))
         ),
-        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
+        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.{spec.last_norm}", weights),
         head=embedding.as_head() if tied else _linear(HEAD, head, weights),
         activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
         embedding_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
@@ -224,6 +226,18 @@ def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
     parameter, offset = f"{name}.weight", spec_for(model.config).norm_offset
     weight = weights.norms.get(parameter, model.get_parameter(parameter))
     return weights.array(weight + offset if offset else weight)
+
+
+def check_convolutions(length: int) -> None:
+    """Raise InputError for a model in which a convolution of some length takes attention's place in some blocks."""
+    if length:
+        raise InputError(
+            "no graph is written yet of blocks with a short convolution, which want a cache of their own beside keys "
+            "and values",
+            field="conv_L_cache",
+            value=length,
+            allowed="GGUF",
+        )
 
 
 def check_rope(rope_type: str) -> None:

@@ -117,6 +117,13 @@ def leave_out_attention(layer: Any, norms: Sequence[str]) -> None:
         setattr(layer, name, nn.Identity())
 
 
+def kv_heads_of(attention: Any, otherwise: int) -> int:
+    """Key-value heads of a block's attention; `otherwise` in a block that never had one."""
+    if isinstance(attention, NoAttention):
+        return 0
+    return otherwise if attention is None else attention.k_proj.weight.shape[0] // attention.head_dim
+
+
 class PerLayerWidths:
     """Builds each block's FFN and attention as large as the configuration says, or none; saves what it has.
 
@@ -128,6 +135,8 @@ class PerLayerWidths:
     _auto_class = "AutoModelForCausalLM"
     _of_attention: tuple[str, ...] = ("input_layernorm",)
     """What else of a block has nothing to do where it does not attend."""
+    _ffn: tuple[str, str] = ("mlp", "down_proj")
+    """Of a block its FFN, and of that the last matrix."""
     model: Any
     config: Any
 
@@ -137,7 +146,8 @@ class PerLayerWidths:
         super().__init__(uniform_config(config, max(widths)), *args, **kwargs)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):
             if widths[index] != max(widths):
-                layer.mlp = type(layer.mlp)(uniform_config(self.config, widths[index]))
+                mlp = getattr(layer, self._ffn[0])
+                setattr(layer, self._ffn[0], type(mlp)(uniform_config(self.config, widths[index])))
             if index in without:
                 leave_out_attention(layer, self._of_attention)
             elif kv_heads[index] != self.config.num_key_value_heads:
@@ -145,13 +155,13 @@ class PerLayerWidths:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, with what differs in config.json and this file beside the weights."""
-        widths = [layer.mlp.down_proj.weight.shape[1] for layer in self.model.layers]
-        attentions = [layer.self_attn for layer in self.model.layers]
-        kv_heads = [
-            0 if isinstance(one, NoAttention) else one.k_proj.weight.shape[0] // one.head_dim
-            for one in attentions
-        ]
+        ffn, down = self._ffn
+        widths = [getattr(getattr(layer, ffn), down).weight.shape[1] for layer in self.model.layers]
         uniform = self.config
+        kv_heads = [
+            kv_heads_of(getattr(layer, "self_attn", None), uniform.num_key_value_heads)
+            for layer in self.model.layers
+        ]
         stored = uniform_config(uniform, max(widths))
         if len(set(widths)) > 1 or set(kv_heads) != {uniform.num_key_value_heads}:
             stored.per_layer_config = per_layer_settings(widths, kv_heads, uniform.num_key_value_heads)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import model_shape, spec_for
+from cfsp.models.architectures import ArchitectureSpec, model_shape, spec_for
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.attention import ATTENTIONS_STAY
 from cfsp.pruning.axes.removal import Probe, Removal
 
-NORMED_TOGETHER = "one norm sees all heads of a block, and without some it would change the others"
+_NORMED_TOGETHER = "one norm sees all heads of a block, and without some it would change the others"
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,17 @@ def removable_count(model: Any, ratio: float, without: frozenset[int] = frozense
     Raises:
         InputError: As `groups_of_share`; or no group of such a model can go.
     """
-    if not spec_for(model.config).cuts_heads:
-        raise InputError(f"{model.config.model_type}: {NORMED_TOGETHER}", field="kv_groups", value=ratio)
+    if reason := groups_stay(spec_for(model.config)):
+        raise InputError(f"{model.config.model_type}: {reason}", field="kv_groups", value=ratio)
     held = [n for index, n in enumerate(_counts(model)) if n and index not in without]
     return groups_of_share(held, ratio)
+
+
+def groups_stay(spec: ArchitectureSpec) -> str | None:
+    """Why no group of a model type can go; None where some can."""
+    if spec.convolution:
+        return ATTENTIONS_STAY
+    return None if spec.cuts_heads else _NORMED_TOGETHER
 
 
 def groups_of_share(counts: Sequence[int], ratio: float) -> int:
