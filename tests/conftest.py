@@ -93,6 +93,7 @@ _PRE_NAMES = {
     "olmo2": "dbrx",
     "olmo3": "dbrx",
     "exaone4": "gpt-2",
+    "lfm2": "llama-bpe",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
 
@@ -171,6 +172,11 @@ def make_tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     settings |= _OF_TYPE.get(model_type, {})
+    if model_type == "lfm2":
+        settings |= {
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": (["conv", FULL] * 9)[: overrides.get("num_hidden_layers", 4)],
+        }
     if model_type == "exaone4":
         # Without windows transformers wants to be told of every block.
         blocks = overrides.get("num_hidden_layers", settings["num_hidden_layers"])
@@ -245,11 +251,27 @@ _GGUF_NAMES = {
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.query_layernorm": "attn_q_norm",
     "self_attn.key_layernorm": "attn_k_norm",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "self_attn.out_proj": "attn_output",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.out_proj": "shortconv.out_proj",
+    "conv.conv": "shortconv.conv",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
+}
+_GGUF_ENDS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "model.embedding_norm.weight": "token_embd_norm.weight",
 }
 _ADDED_NORMS = _GGUF_NAMES | {
     "post_attention_layernorm": "post_attention_norm",
@@ -281,17 +303,14 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
                 halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+            if module == "conv.conv":
+                tensor = tensor.squeeze(1)
             yield f"blk.{block}.{names[module]}.{kind}", tensor
         elif name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 yield "output.weight", tensor
         else:
-            yield (
-                {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[
-                    name
-                ],
-                tensor,
-            )
+            yield _GGUF_ENDS[name], tensor
 
 
 def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
@@ -306,7 +325,10 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if row.convolution:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        heads = [0 if kind == row.convolution else config.num_key_value_heads for kind in config.layer_types]
+    writer.add_head_count_kv(heads if row.convolution else config.num_key_value_heads)
     writer.add_key_length(
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
@@ -315,7 +337,7 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     )
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_rope_freq_base(stated_rope(config.to_dict(), FULL)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, row.epsilon_setting))
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)

@@ -209,6 +209,23 @@ _ROWS = (
         alpha_rope=True,
         gguf_name="hunyuan-dense",
     ),
+    ArchitectureSpec(
+        "lfm2",
+        output="out_proj",
+        convolution="conv",
+        mlp="feed_forward",
+        gate="w1",
+        up="w3",
+        down="w2",
+        head_norms=HeadNorms("q_layernorm", "k_layernorm"),
+        attention_norm="operator_norm",
+        ffn_norm="ffn_norm",
+        last_norm="embedding_norm",
+        epsilon_setting="norm_eps",
+        activation_setting="",
+        gguf_name="lfm2",
+        gguf_settings={"conv_L_cache": "shortconv.l_cache", "block_auto_adjust_ff_dim": False},
+    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 

@@ -155,6 +155,15 @@ def _ministral3_settings(settings: Settings) -> Settings:
     }
 
 
+def _lfm2_width(settings: Settings) -> int:
+    """What transformers makes of a width that it adjusts."""
+    width = int(2 * settings["intermediate_size"] / 3)
+    if settings["block_ffn_dim_multiplier"] is None:
+        return width
+    multiple = settings["block_multiple_of"]
+    return int(multiple * -(-int(settings["block_ffn_dim_multiplier"] * width) // multiple))
+
+
 _GRANITE_KEYS = MappingProxyType(
     {
         "embedding_multiplier": "embedding_scale",
@@ -183,6 +192,14 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
         ),
         "phi3": Fold("mistral", settings=_phi3_settings, tensors=_phi3_tensors),
         "ministral3": Fold("mistral", settings=_ministral3_settings),
+        "lfm2": Fold(
+            "lfm2",
+            applies=lambda settings: settings.get("block_auto_adjust_ff_dim", True),
+            settings=lambda settings: {
+                "intermediate_size": _lfm2_width(settings),
+                "block_auto_adjust_ff_dim": False,
+            },
+        ),
     }
 )
 

@@ -105,6 +105,7 @@ _EXAONE4 = Layout(
     full_step=4,
     windowed_depth=64,
 )
+_LFM2 = Layout("lfm2", free_head_dim=False)
 _HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
@@ -119,6 +120,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "olmo3": (_OLMO2,),
         "exaone4": (_EXAONE4,),
         "hunyuan_v1_dense": (_HUNYUAN,),
+        "lfm2": (_LFM2,),
     }
 )
 

@@ -15,13 +15,14 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape, spec_for
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.attention import removable_attentions
+from cfsp.pruning.axes.attention import ATTENTIONS_STAY, removable_attentions
 from cfsp.pruning.plan import apply_plan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
+FAMILIES = [name for name, row in ARCHITECTURES.items() if not row.convolution]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 
@@ -34,7 +35,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @torch.inference_mode()
 def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     tiny_model: Any, tiny_loaded: Any, model_type: str
@@ -62,6 +63,13 @@ def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
     assert removed == 2 * sum(p.numel() for module in of_attention for p in module.parameters())
 
 
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+def test_attentions_stay_where_convolutions_do_without(tiny_loaded: Any, model_type: str) -> None:
+    assert removable_attentions(tiny_loaded(model_type).model, frozenset()) == []
+    with pytest.raises(InputError, match=ATTENTIONS_STAY):
+        prune(tiny_loaded(model_type), PLAIN)
+
+
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> None:
     expected = tiny_model()[0](IDS).logits
     found = []
@@ -71,7 +79,7 @@ def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> N
     assert found[1] < 0.9 * found[0]
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_checkpoint_loads_with_and_without_us(tiny_loaded: Any, tmp_path: Path, model_type: str) -> None:
     settings = replace(PLAIN, attentions=1, blocks=1, prune_ratio=0.25 if model_type == "llama" else 0)
     result = prune(tiny_loaded(model_type), settings)

@@ -52,7 +52,7 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
-    dense = loaded(tiny_model, model_type)
+    dense, row = loaded(tiny_model, model_type), ARCHITECTURES[model_type]
     full = model_shape(dense.model).ffn_widths[0]
     result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
     assert result.plan.shape.ffn_widths == model_shape(dense.model).ffn_widths
@@ -61,7 +61,7 @@ def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_t
         assert len(block.kept) == block.width < full
         for linear in (ffn.gate, ffn.up, ffn.down):
             assert linear.weight.shape == (linear.out_features, linear.in_features)
-    moments = result.input_moments["model.layers.0.mlp.down_proj"]
+    moments = result.input_moments[f"model.layers.0.{row.mlp}.{row.down}"]
     assert len(moments) == result.plan.shape.ffn_widths[0]
 
 

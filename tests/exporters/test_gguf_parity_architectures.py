@@ -124,6 +124,9 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("hunyuan_v1_dense", True, None, "hunyuan-dense", None),
         ("hunyuan_v1_dense", False, None, "hunyuan-dense", None),
         ("hunyuan_v1_dense", True, WIDTHS, "hunyuan-dense", 128),
+        ("lfm2", True, None, "lfm2", None),
+        ("lfm2", False, None, "lfm2", None),
+        ("lfm2", True, WIDTHS, "lfm2", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -181,6 +184,8 @@ def test_logits_equal_the_models(
         ("exaone4", DEEP | {"layer_types": DEEP_KINDS}, None, "exaone4"),
         ("hunyuan_v1_dense", {"head_dim": 32, "num_key_value_heads": 1}, None, "hunyuan-dense"),
         ("hunyuan_v1_dense", {"rope_parameters": ALPHA}, None, "hunyuan-dense"),
+        ("lfm2", {"num_key_value_heads": 1, "conv_L_cache": 4}, None, "lfm2"),
+        ("lfm2", {"layer_types": [FULL, FULL, "conv", "conv"]}, None, "lfm2"),
         ("exaone4", DEEP | {"layer_types": DEEP_KINDS[1:] + DEEP_KINDS[:1]}, None, "exaone4"),
     ],
 )
@@ -257,6 +262,7 @@ def test_a_gguf_file_with_windows_rotates_as_its_model_does(
         ("olmo3", False, None),
         ("exaone4", True, None),
         ("hunyuan_v1_dense", True, None),
+        ("lfm2", True, None),
     ],
 )
 def test_greedy_text_is_the_models(

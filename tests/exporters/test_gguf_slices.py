@@ -51,6 +51,7 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
         {"model_type": "olmo3", "tied": False, "num_hidden_layers": 6},
         {"model_type": "exaone4"},
         {"model_type": "hunyuan_v1_dense"},
+        {"model_type": "lfm2", "num_hidden_layers": 6},
     ],
 )
 @pytest.mark.parametrize("stream", ["always", "never"])

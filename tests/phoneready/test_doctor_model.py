@@ -82,6 +82,18 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "GGUF": ("ok", "hunyuan-dense"),
             },
         ),
+        (
+            "lfm2",
+            {
+                "model": ("ok", "2 key-value heads, each read by 2 in 2 blocks, a short convolution in 2"),
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: key-value groups": ("warning", "few blocks attend"),
+                "remove: attentions": ("warning", "few blocks attend"),
+                "remove: blocks": ("ok", "GGUF as lfm2 (--blocks)"),
+                "GGUF": ("ok", "lfm2"),
+                "ONNX": ("warning", "no graph is written yet of blocks with a short convolution"),
+            },
+        ),
     ],
 )
 def test_what_a_folder_can_become(

@@ -23,6 +23,7 @@ from transformers import (
     Exaone4ForCausalLM,
     Gemma3ForCausalLM,
     HunYuanDenseV1ForCausalLM,
+    Lfm2ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     Olmo2ForCausalLM,
@@ -218,3 +219,9 @@ class PrunedExaone4ForCausalLM(PerLayerWidths, Exaone4ForCausalLM):  # type: ign
 
 class PrunedHunYuanDenseV1ForCausalLM(PerLayerWidths, HunYuanDenseV1ForCausalLM):  # type: ignore[misc]
     """Hunyuan's dense models with blocks of different widths."""
+
+
+class PrunedLfm2ForCausalLM(PerLayerWidths, Lfm2ForCausalLM):  # type: ignore[misc]
+    """LFM 2 with blocks of different widths."""
+
+    _ffn = ("feed_forward", "w2")
