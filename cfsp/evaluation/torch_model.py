@@ -132,7 +132,7 @@ class TorchLanguageModel:
         return scores
 
     def _apart(self, item: Branches) -> torch.Tensor:
-        """What `branch_scores` reads, from a row of its own for each continuation, padded at its end."""
+        """What `branch_scores` reads, from a row of its own for each continuation."""
         _check_branches(item)
         model, start = self.loaded.model, len(item.context)
         rows: list[torch.Tensor] = []

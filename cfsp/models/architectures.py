@@ -228,6 +228,25 @@ _ROWS = (
     ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
+_DELTA_NETS = "blocks with a gated delta net, and gated attention"
+_GEMMA_3N = "embeddings of each block's own, AltUp, and FFNs whose channels compete by their mean"
+_GEMMA_4 = (
+    "embeddings of each block's own, blocks that read another block's keys and values, and normed values"
+)
+LACKING: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen35"), _DELTA_NETS),
+        **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
+        **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_4),
+    }
+)
+"""Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""
+
+
+def unsupported(name: str) -> str:
+    """What is said of a model type, or an architecture of llama.cpp, that has no row."""
+    reason = LACKING.get(name)
+    return f"unsupported architecture, with {reason}" if reason else "unsupported architecture"
 
 
 def spec_for(config: Any) -> ArchitectureSpec:
@@ -237,7 +256,7 @@ def spec_for(config: Any) -> ArchitectureSpec:
         InputError: The model type is not in the table; the message names the known ones.
     """
     model_type = str(getattr(config, "model_type", None))
-    return look_up(ARCHITECTURES, model_type, "unsupported architecture", field="model_type")
+    return look_up(ARCHITECTURES, model_type, unsupported(model_type), field="model_type")
 
 
 def rotated_blocks(config: Any) -> tuple[bool, ...]:

@@ -116,7 +116,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             weights, or values that are of the wrong kind, out of range, or do not fit together; all are named.
     """
     # They bring torch, which readers of GGUF headers do without.
-    from cfsp.models.architectures import ARCHITECTURES
+    from cfsp.models.architectures import ARCHITECTURES, unsupported
     from cfsp.models.folds import FOLDS, require_foldable
 
     file = folder / "config.json"
@@ -132,7 +132,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     settings = text_settings(read_json_object(file), str(file))
     model_type = str(settings.get("model_type"))
     row = look_up(
-        {**FOLDS, **ARCHITECTURES}, model_type, f"{file}: unsupported architecture", field="model_type"
+        {**FOLDS, **ARCHITECTURES}, model_type, f"{file}: {unsupported(model_type)}", field="model_type"
     )
     check_kinds(settings, _CONFIG, str(file))
     require_foldable(settings, str(file))

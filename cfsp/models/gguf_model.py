@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError, look_up
-from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec, unsupported
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import CONVOLUTION, GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.paging import paged_copy, stays_in_files
@@ -268,7 +268,7 @@ def _row(file: GGUFFile) -> ArchitectureSpec:
         if row.gguf_name and (row.gguf_name not in rows or row.has_windows == windowed):
             rows[row.gguf_name] = row
     rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
-    message = f"{file.path}: unsupported architecture"
+    message = f"{file.path}: {unsupported(file.architecture)}"
     return look_up(rows, file.architecture, message, field="general.architecture")
 
 

@@ -360,6 +360,19 @@ def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> Non
     assert "llama, mistral, qwen2, qwen3, smollm3" in message
 
 
+@pytest.mark.parametrize(
+    ("model_type", "lacking"),
+    [("qwen3_5_text", "gated delta net"), ("gemma3n_text", "AltUp"), ("gemma4_text", "another block's keys")],
+)
+def test_what_stands_in_the_way_of_a_model_type_is_said(
+    tiny_folder: Any, model_type: str, lacking: str
+) -> None:
+    file = tiny_folder() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": model_type}))
+    assert "unsupported architecture, with" in (message := one_line_error(file.parent))
+    assert lacking in message
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_an_adapter_is_no_model(tiny_folder: Any, beside: bool) -> None:
     folder = tiny_folder()
