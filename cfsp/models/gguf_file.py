@@ -75,6 +75,8 @@ _HYPERPARAMETERS = kinds(
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
         "attention.sliding_window_pattern": Annotated[int, Field(ge=0, lt=2**16)] | list[bool | int],
         "final_logit_softcapping": Annotated[float, Field(ge=0, le=0)],
+        "rope.scaling.original_context_length": ContextLength,
+        "rope.scaling.attn_factor": Positive,
         "shortconv.l_cache": Annotated[int, Field(ge=2, le=2**10)],
         "rope.freq_base": Positive,
         "rope.freq_base_swa": Positive,

@@ -28,6 +28,8 @@ from cfsp.reading import as_input_error
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
+_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+"""What llama.cpp takes for granted."""
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
@@ -310,8 +312,9 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     if key := row.window_rope_setting:
         settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
     elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
-        plain = {"rope_type": "default", "rope_theta": _rope_settings(file)["rope_theta"]}
-        settings["rope_parameters"] = {FULL: dict(plain), WINDOWED: dict(plain)}
+        rope = _rope_settings(file)
+        plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: dict(plain)}
     pattern = file.hyperparameter("attention.sliding_window_pattern")
     if pattern == 0:
         pattern = [True] * n_blocks
@@ -330,12 +333,16 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
 def _rope_settings(file: GGUFFile) -> dict[str, Any]:
     """rope_theta and rope_scaling, which transformers 5 understands as well and renames.
 
-    Of the scaled kinds, Llama 3's is known: a file carries its frequency divisors in place of its settings.
+    Of the scaled kinds, yarn and Llama 3's are known: a file carries the latter's divisors of frequencies in place of
+    its settings.
     """
     theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
     kind = file.hyperparameter("rope.scaling.type", "none")
+    if kind == "yarn":
+        return {"rope_theta": theta, "rope_scaling": _yarn(file)}
     if kind != "none":
-        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed="none")
+        allowed = "none, yarn"
+        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed=allowed)
     stored = next((tensor for tensor in file.tensors if tensor.name == _ROPE_FREQUENCIES), None)
     if stored is None:
         return {"rope_theta": theta}
@@ -351,6 +358,29 @@ def _rope_settings(file: GGUFFile) -> dict[str, Any]:
         if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
             return {"rope_theta": theta, "rope_scaling": scaling}
     raise InputError(f"{file.path}: {_ROPE_FREQUENCIES} is not Llama 3's scaling, the only one supported")
+
+
+def _yarn(file: GGUFFile) -> dict[str, Any]:
+    """transformers' settings of a yarn.
+
+    Raises:
+        InputError: The file has constants of its own, or no factor above 1.
+    """
+    prefix = f"{file.architecture}.rope.scaling."
+    factor = _shortest(file.require(f"{prefix}factor"))
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    odd = {key: value for key, value in own.items() if key.startswith("yarn_") and value != _YARN.get(key)}
+    if odd or factor <= 1:
+        key, value = next(iter(odd.items()), ("factor", factor))
+        raise InputError(f"{file.path}: unsupported", field=f"rope.scaling.{key}", value=value)
+    # llama.cpp multiplies the magnitude that yarn derives from the factor.
+    magnitude = own.get("attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "attention_factor": magnitude,
+        "original_max_position_embeddings": file.require(f"{prefix}original_context_length"),
+    }
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> npt.NDArray[np.float32]:

@@ -23,8 +23,8 @@ from cfsp.models import builtin
 from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
-from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.gguf_file import GGUFFile, read_gguf
+from cfsp.models.gguf_model import _rope_settings, config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
@@ -77,6 +77,17 @@ def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
     assert torch.equal(load_model(path).model(IDS).logits, scaled(IDS).logits)
     write_gguf(path, scaled, tokenizer, {"rope_freqs.weight": np.linspace(1, 3, 8, dtype=np.float32)})
     assert "rope_freqs.weight" in one_line_error(path)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({"factor": 0.0}, "factor"), ({"factor": 4.0, "yarn_beta_fast": 16.0}, "yarn_beta_fast"), ({}, "lacks")],
+)
+def test_a_yarn_that_is_not_known_is_refused(own: dict[str, float], said: str) -> None:
+    keys = {f"llama.rope.scaling.{key}": value for key, value in own.items()}
+    keys |= {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"}
+    with pytest.raises(InputError, match=said):
+        _rope_settings(GGUFFile(Path("x.gguf"), keys, ()))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

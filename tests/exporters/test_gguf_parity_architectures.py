@@ -219,6 +219,24 @@ def test_a_file_says_which_blocks_have_a_window(
     torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {"rope_parameters": YARN}),
+        ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
+        ("olmo3", {"tied": False, "rope_scaling": YARN | {"rope_theta": 500000.0}}),
+    ],
+)
+def test_a_file_with_yarn_comes_back_as_it_was(
+    tiny_model: Callable[..., Any], tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model, tokenizer = tiny_model(model_type, **overrides)
+    path, _ = write(model, tokenizer, tmp_path / "hf")
+    again = load_model(path).model
+    ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_blocks_that_llama_cpp_would_rotate_are_refused(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
