@@ -27,10 +27,26 @@ def fast_dtype(device_type: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def bulk_dtype(device_type: str = "cpu") -> torch.dtype:
+    """bfloat16 where products of tensors that are bfloat16 are faster than float32's, which give bfloat16 then.
+
+    So they are with AVX512-BF16, too: torch rounds no float32 for it by itself, which is why `fast_dtype` says float32.
+    """
+    if device_type == "cpu" and _has_bfloat16_products():
+        return torch.bfloat16
+    return fast_dtype(device_type)
+
+
 def _has_matrix_units() -> bool:
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("amx_tile"))
     return torch.cpu._is_amx_tile_supported()  # torch before 2.10 says it in private alone
+
+
+def _has_bfloat16_products() -> bool:
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
@@ -60,3 +76,22 @@ def products_in(name: str, device_type: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def bulk_products(device_type: str) -> Iterator[None]:
+    """Matrix products of float32 tensors take their inputs in `bulk_dtype` inside the context.
+
+    For what is summed up over many tokens: with AVX512-BF16 alone what a product gives is rounded, too, which adds half
+    as much to the error again. Norms, rotations and the residual stream stay float32.
+    """
+    rounded = device_type == "cpu" and bulk_dtype(device_type) != fast_dtype(device_type)
+    with products_in("auto", device_type), torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+        yield
+
+
+@contextmanager
+def exact_products(device_type: str) -> Iterator[None]:
+    """Matrix products of float32 tensors are float32's inside the context, whatever holds around it."""
+    with products_in("float32", device_type), torch.autocast("cpu", enabled=False):
+        yield

@@ -45,7 +45,7 @@ class ExportFormat:
 
     @property
     def is_sized(self) -> bool:
-        """Whether a file's size follows from the shape of the model alone."""
+        """Whether a file's size follows from the shape of the model alone, or a bound that text keeps to."""
         return True
 
     @property

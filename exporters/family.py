@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import InputError, require_extra
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.options import ExportOptions
+
+if TYPE_CHECKING:
+    from exporters.provenance import Provenance  # not in the memory of a process that runs a file alone
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class ExportFamily:
         extra: Extra of phoneready that brings them.
         packages: Distributions whose version changes what an export makes or its runtime computes.
         draft: Writes the same files into a folder, not proven, where their size follows from the shape of the model
-            alone; None where only an export shows it.
+            alone; None where only an export shows it, or where `largest_size` does without files.
+        largest_size: (outline of a model, format, origin) -> most bytes of its files, where they follow from its shape.
         for_size: A further format, `NAME:SIZE`, whose row is made for the size; None where there is none.
     """
 
@@ -65,6 +69,7 @@ class ExportFamily:
     extra: str
     packages: tuple[str, ...]
     draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
+    largest_size: Callable[[Any, str, Provenance], int] | None = None
     for_size: str | None = None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
+from cfsp.models.paging import reads_by_blocks
 from cfsp.models.reference import load_tokenizer
 from cfsp.progress import Progress
 from cfsp.records import write_record
@@ -26,6 +27,8 @@ from exporters.parity import Reference, choose_windows, compare, reference_of
 from exporters.provenance import Provenance, read_provenance
 
 MANIFEST_FILE = "export.json"
+UNTRAINED = "scales were not trained: that takes all of the model in memory, which is read block by block"
+"""A warning."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
     refuse_existing(output, force=force, inputs=[checkpoint])
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"{checkpoint} is not a checkpoint folder (it has no config.json)")
+
+
+def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
+    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes."""
+    return replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
 
 
 def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:

@@ -9,6 +9,9 @@ from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, read_checkpoint_info
 from cfsp.models.weights import safetensors_files, sha256_files
 
+SOME_HASH = "0" * 64
+"""In place of one that is not known yet: as long as any."""
+
 
 @dataclass(frozen=True)
 class Provenance:

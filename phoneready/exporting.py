@@ -22,13 +22,13 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
-from cfsp.text.calibration import load_calibration
 from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
+from phoneready.text import load_calibration
 
 NO_TEXT = "none"
 _Load = Callable[[str | Path], LoadedModel]
@@ -174,7 +174,7 @@ def _check(rows: Sequence[ExportFormat], request: ExportSettings) -> None:
         given = getattr(request, setting) not in (None, False, ())
         if given and not any(setting in row.reads for row in rows):
             raise InputError(refusal, field=option, allowed=allowed)
-    mixed = [row.name for row in rows if "mixed_bytes" in row.reads or not row.is_sized]
+    mixed = [row.name for row in rows if row.needs_text and not row.is_sized]
     if mixed and NO_TEXT in request.calibration:
         raise InputError(f"{mixed[0]} wants text to choose layers by", field="calibration", value=NO_TEXT)
     if request.tune_scales and NO_TEXT in request.calibration:

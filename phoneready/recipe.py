@@ -36,7 +36,7 @@ from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
-from exporters.families import FAMILIES, makes_gguf
+from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
 from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet, check_same_model, read_baseline
@@ -260,13 +260,15 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     counted = {"vocabulary_text": _identities(config.prune.vocabulary_text)}
     prune, target = config.prune, {}
+    made = made_with("prune")
     if prune.target:
         formats = prune.sized_formats(config.export.names) if prune.reads_files else ()
         asked = [prune.target_size, prune.target_parameters, prune.target_speed]
         target = {"target": [*asked, prune.target_axes, formats, config.export.imatrix]}
-        target |= made_with("target", *(("export",) if formats else ()), families=("gguf",))
+        kinds = ("prune", "target", *(("export",) if formats else ()))
+        made = made_with(*kinds, families={family_of(name).name for name in formats})
     files = {"in_gguf": makes_gguf((*prune.for_quant, *config.export.names))}
-    return dataclasses.asdict(config.prune_settings()) | counted | target | files | made_with("prune")
+    return dataclasses.asdict(config.prune_settings()) | counted | target | files | made
 
 
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:

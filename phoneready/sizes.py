@@ -1,7 +1,8 @@
-"""Sizes of GGUF files that are not made, and what such files would need on a device."""
+"""Sizes of exported files that are not made, and what GGUF files would need on a device."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import shutil
@@ -13,22 +14,23 @@ from typing import Any
 
 import torch
 
-from cfsp.models.architectures import attention_of, block_linears, decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import block_linears, model_shape
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.attention import remove_attention
-from cfsp.pruning.axes.blocks import remove_blocks
 from cfsp.pruning.axes.removal import Removal
+from cfsp.pruning.budget import Cost
+from cfsp.pruning.outline import cut_to_shape, outline
 from cfsp.pruning.plan import BlockPlan, PruningPlan, ScoreSummary
 from cfsp.pruning.settings import PruneSettings
-from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
+from exporters.families import family_of
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.size import SizeTemplate, size_template
 from exporters.gguf.tokenizer_metadata import tokenizer_bytes
 from exporters.options import ExportOptions
+from exporters.provenance import SOME_HASH, Provenance, file_stem
 from runtime_bench.devices.model_facts import ModelFacts
 
 _TEMPLATE_WIDTH = 256
@@ -45,7 +47,7 @@ key-value groups."""
 
 @dataclass
 class Sizes:
-    """Computes sizes from one small file of every quantization and architecture, written when it is first needed.
+    """Computes sizes of GGUF files from a small one of every quantization and architecture, written when first needed.
 
     Args:
         loaded: The model before channels go: the dense one, or what is left of it with fewer tokens.
@@ -108,7 +110,7 @@ class Sizes:
             folder = self.folder / "template"
             shutil.rmtree(folder, ignore_errors=True)
             self._save(folder / "model", shape.is_uniform, groups, dense)
-            stem = f"{self.loaded.source.name}-{'dense' if dense else 'pruned12_3456'}"
+            stem = _stem(self.loaded.source.name, dense=dense)
             options = ExportOptions(name=stem, use_imatrix=self.use_imatrix, n_threads=self.n_threads)
             files = draft_gguf(folder / "model", folder, list(dict.fromkeys((item, *self.items))), options)
             for name, path in files.items():
@@ -121,7 +123,8 @@ class Sizes:
     def small(self) -> Any:
         """The model with the first few channels of each block, as it was when sizes were first asked for."""
         model = copied(self.loaded.model)
-        _narrow(model, [min(_TEMPLATE_WIDTH, width) for width in model_shape(model).ffn_widths])
+        shape = model_shape(model)
+        cut_to_shape(model, shape.with_ffn_widths([min(_TEMPLATE_WIDTH, w) for w in shape.ffn_widths]))
         return model
 
     def _groups(self, shape: ModelShape) -> dict[int, int]:
@@ -134,20 +137,11 @@ class Sizes:
 
     def _save(self, folder: Path, uniform: bool, groups: Mapping[int, int], dense: bool) -> None:
         model = copied(self.small)
-        known = model_shape(model).blocks
-        for index, count in groups.items():
-            layer = decoder_layers(model)[index]
-            if count == known[index].kv_groups:
-                continue
-            if count == 0:
-                remove_attention(model, layer)
-            else:
-                cut_groups(attention_of(model, layer), range(count))
-        remove_blocks(model, frozenset(range(len(known))) - groups.keys())
-        widths = list(model_shape(model).ffn_widths)
-        if not uniform:
-            widths[0] //= 2
-        _narrow(model, widths)
+        shape = model_shape(model)
+        shape = shape.without(blocks=set(range(len(shape.blocks))) - groups.keys())
+        shape = shape.with_kv_groups(list(groups.values()))
+        first, *widths = shape.ffn_widths
+        cut_to_shape(model, shape.with_ffn_widths([first if uniform else first // 2, *widths]))
         ones = {
             name: torch.ones(linear.in_features)
             for linears in block_linears(model)
@@ -163,7 +157,7 @@ class Sizes:
 
 
 @dataclass
-class FileSizes:
+class DraftedSizes:
     """Bytes of the largest of some GGUF files of a model: a `cfsp.pruning.budget.Cost`.
 
     Args:
@@ -186,6 +180,75 @@ class FileSizes:
         if (tokens, rows) not in self._tokens:
             self._tokens[tokens, rows] = tokenizer_bytes(tokenizer, max(tokens, rows))
         return self._tokens[tokens, rows]
+
+
+@dataclass
+class OutlinedSizes:
+    """Most bytes of the largest of some files whose size follows from the shape: a `cfsp.pruning.budget.Cost`.
+
+    Args:
+        sizes: Of the dense model.
+        items: Formats of families that compute it.
+    """
+
+    sizes: Sizes
+    items: Sequence[str]
+    _known: dict[ModelShape, int] = field(default_factory=dict)
+
+    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
+        """Of a model with this shape; what tokens are called lies in another file."""
+        if shape not in self._known:
+            model = copy.deepcopy(self._outline)
+            cut_to_shape(model, shape)
+            self._known[shape] = max(self._size(model, item) for item in self.items) + _NAMES_BYTES
+        return self._known[shape]
+
+    def _size(self, model: Any, item: str) -> int:
+        compute = family_of(item).largest_size
+        assert compute is not None  # what the items are chosen by
+        return compute(model, item, self._origin)
+
+    @functools.cached_property
+    def _outline(self) -> Any:
+        """Of the model as it was when sizes were first asked for."""
+        return outline(self.sizes.loaded.model)
+
+    @property
+    def _origin(self) -> Provenance:
+        """As long as what a checkpoint will say."""
+        source = self.sizes.loaded.source
+        return Provenance(
+            name=file_stem(_stem(source.name, dense=False)),
+            source_model=source.name,
+            source_sha256=SOME_HASH,
+            checkpoint_sha256=SOME_HASH,
+            plan_sha256=SOME_HASH,
+            license=source.license,
+        )
+
+
+@dataclass(frozen=True)
+class LargestOf:
+    """The most of several costs: a `cfsp.pruning.budget.Cost`."""
+
+    costs: tuple[Cost, ...]
+
+    def __call__(self, shape: ModelShape, tokenizer: Any) -> float:
+        """Of a model with this shape and tokenizer."""
+        return max(cost(shape, tokenizer) for cost in self.costs)
+
+
+def file_sizes(sizes: Sizes, items: Sequence[str]) -> Cost:
+    """Bytes of the largest of some exported files, of whatever family.
+
+    Args:
+        sizes: Of the dense model.
+        items: Formats of which the size follows from the shape.
+    """
+    outlined = [item for item in items if family_of(item).largest_size]
+    drafted = [item for item in items if item not in outlined]
+    kinds = ((DraftedSizes, drafted), (OutlinedSizes, outlined))
+    return LargestOf(tuple(kind(sizes, some) for kind, some in kinds if some))
 
 
 @dataclass(frozen=True)
@@ -213,12 +276,9 @@ class DecodeTimes:
         return {item: self.sizes.facts(item, shape).read_bytes for item in self.items}
 
 
-def _narrow(model: Any, widths: Sequence[int]) -> None:
-    """Keep the first channels of every block, in place."""
-    with torch.no_grad():
-        for layer, width in zip(decoder_layers(model), widths, strict=True):
-            cut_channels(feed_forward(model, layer), torch.arange(width))
-    set_config_shape(model)
+def _stem(name: str, *, dense: bool) -> str:
+    """A name as long as that of a release's file."""
+    return f"{name}-{'dense' if dense else 'pruned12_3456'}"
 
 
 def _some_plan(model: Any) -> PruningPlan:

@@ -29,7 +29,7 @@ ROOMS = {
         {"options"},
         {"family"},
         {"checkpoint_reader", "parity", "chats"},
-        {"job", "rounding"},
+        {"job", "rounding", "slices"},
         {"gguf", "onnx"},
         {"families"},
         {"settings"},
@@ -45,7 +45,7 @@ ROOMS = {
         {"measuring", "presentation"},
     ),
     "phoneready": (
-        {"console", "checks"},
+        {"console", "checks", "text"},
         {"figures", "model_checks"},
         {"evaluation", "exporting", "sizes"},
         {"settings"},

@@ -92,7 +92,9 @@ class ModelShape:
         blocks = zip(self.blocks, counts, strict=True)
         return replace(
             self,
-            blocks=tuple(replace(block, kv_groups=n, has_attention=n > 0) for block, n in blocks),
+            blocks=tuple(
+                replace(block, kv_groups=n, has_attention=n > 0 or block.convolves) for block, n in blocks
+            ),
         )
 
     def without(self, blocks: Collection[int] = (), attentions: Collection[int] = ()) -> ModelShape:

@@ -11,7 +11,7 @@ from cfsp.errors import InputError
 
 
 def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, in H's place.
+    """Lower Cholesky factor of H + ridge mean(diag H) I, for H (n, n) float64, in its place.
 
     Raises:
         InputError: `ridge` is not positive, or the matrix is not finite or still singular.
@@ -19,11 +19,11 @@ def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     if not ridge > 0:
         raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
-    factor, info = torch.linalg.cholesky_ex(gram)
+    info = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(gram, out=(gram, info))
     if int(info) != 0:
         raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
-    # Large ones are gigabytes, of which each that is held counts.
-    return gram.copy_(factor)
+    return gram
 
 
 def solve_change(gram: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -22,6 +22,7 @@ from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import document_ids, load_documents, shuffled, started, tokens_sha256
+from cfsp.text.writers import TRANSFORMERS, Writer
 
 IGNORED = -100
 """Target of a position where nothing is learnt, as torch and transformers have it."""
@@ -124,6 +125,7 @@ def load_recovery_data(
     *,
     dense: LoadedModel | None = None,
     respelling: Respelling | None = None,
+    writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> RecoveryData:
     """Read, label and pack training and validation data.
@@ -135,6 +137,7 @@ def load_recovery_data(
         settings: Sequence length, budget and seed.
         dense: The dense model, where a reference is `self`.
         respelling: How the model spells the teacher's tokens, where it has fewer.
+        writers: What may have the dense model write; the first that can does.
         progress: Told about reading and sampling.
 
     Raises:
@@ -146,7 +149,7 @@ def load_recovery_data(
     wanted = None
     if (tokens := token_budget(settings)) is not None:
         wanted = math.ceil(tokens / settings.seqlen / len(references)) + share
-    reader = _Reader(tokenizer, settings, dense, progress)
+    reader = _Reader(tokenizer, settings, dense, writers, progress)
     loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
     if validation:
         # A seed of its own: `self` as validation must not be the sequences that are trained on.
@@ -164,6 +167,7 @@ class _Reader:
     tokenizer: Any
     settings: RecoverySettings
     dense: LoadedModel | None
+    writers: Sequence[Writer]
     progress: Progress
 
     def read(self, reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
@@ -196,7 +200,14 @@ class _Reader:
         seqlen = self.settings.seqlen
         count = max(2, self.settings.self_tokens // seqlen)
         count = count if wanted is None else min(count, max(2, wanted))
-        ids = sample_windows(self.dense, nsamples=count, seqlen=seqlen, seed=seed, progress=self.progress)
+        ids = sample_windows(
+            self.dense,
+            nsamples=count,
+            seqlen=seqlen,
+            seed=seed,
+            writers=self.writers,
+            progress=self.progress,
+        )
         ids = started(ids, self.tokenizer)
         return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF)
 

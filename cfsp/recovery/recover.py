@@ -35,6 +35,7 @@ from cfsp.recovery.settings import (
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import Run, RunInputs, WorkFolder
 from cfsp.text.settings import SELF
+from cfsp.text.writers import TRANSFORMERS, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def recover(
     device: str = "auto",
     force: bool = False,
     trust_remote_code: bool = False,
+    writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> Recovered:
     """Train what pruning has cost back into a checkpoint, and write a new one.
@@ -86,6 +88,7 @@ def recover(
         device: A name in DEVICES; "auto" takes a GPU where there is one.
         force: Replace an existing output, and a work folder of other inputs.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        writers: What may have the dense model write, for `self`; the first that can does.
         progress: Told about every step.
 
     Raises:
@@ -115,7 +118,7 @@ def recover(
             progress=progress,
         )
         with arguments.main_process_first(local=False):
-            drawn = _read(data, validation, settings, inputs, progress)
+            drawn = _read(data, validation, settings, inputs, writers, progress)
         dtype = product_dtype(settings.dtype, arguments.device.type)
         sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
         tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size
@@ -169,6 +172,7 @@ def _read(
     validation: Sequence[str],
     settings: RecoverySettings,
     inputs: RecoveryInputs,
+    writers: Sequence[Writer],
     progress: Progress,
 ) -> RecoveryData:
     loaded, teacher = inputs.loaded, inputs.teacher
@@ -179,6 +183,7 @@ def _read(
         settings,
         dense=teacher,
         respelling=inputs.respelling,
+        writers=writers,
         progress=progress,
     )
 

@@ -17,6 +17,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import join_documents, load_documents, shuffled, started, tokens_sha256
+from cfsp.text.writers import TRANSFORMERS, Writer
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def load_calibration(
     nsamples: int = 128,
     seqlen: int = 1024,
     seed: int = 0,
+    writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> Calibration:
     """Draw `nsamples` windows of `seqlen` tokens, the same share from each reference.
@@ -58,6 +60,7 @@ def load_calibration(
         nsamples: Number of windows.
         seqlen: Tokens in a window.
         seed: Same seed and inputs give the same windows.
+        writers: What may have the model write, for `self`; the first that can does.
         progress: Told about sampling.
 
     Raises:
@@ -74,7 +77,9 @@ def load_calibration(
     for index, reference in enumerate(references):
         share = nsamples // len(references) + (index < nsamples % len(references))
         if reference == SELF:
-            windows = sample_windows(loaded, nsamples=share, seqlen=seqlen, seed=seed, progress=progress)
+            windows = sample_windows(
+                loaded, nsamples=share, seqlen=seqlen, seed=seed, writers=writers, progress=progress
+            )
         else:
             windows = _draw_windows(reference, loaded, share, seqlen, seed)
         parts.append(started(windows, loaded.tokenizer))

@@ -8,12 +8,10 @@ package.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import itertools
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,16 @@ import safetensors
 import safetensors.torch
 import torch
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import atomic_file
-from cfsp.memory import require_memory
 from cfsp.models.builtin import cache_directory
-from cfsp.models.paging import computing_dtype, is_paged, let_go
+from cfsp.models.paging import computing_dtype, let_go
 from cfsp.models.source import LoadedModel
-from cfsp.precision import fast_dtype
 from cfsp.progress import Progress, no_progress
 from cfsp.text.encoding import encode
-from cfsp.text.generation import generate, stop_ids
+from cfsp.text.generation import stop_ids
 from cfsp.text.templates import render_prompt
+from cfsp.text.writers import TRANSFORMERS, Continue, Report, Writer
 from cfsp.text.written import digest, read_written
 
 logger = logging.getLogger(__name__)
@@ -51,6 +48,7 @@ def sample_windows(
     seqlen: int,
     seed: int,
     use_written: bool = True,
+    writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> torch.Tensor:
     """Windows (nsamples, seqlen) of text that the model wrote; read from the package or the cache where they are there.
@@ -61,53 +59,66 @@ def sample_windows(
         seqlen: Tokens in each.
         seed: Of sampling.
         use_written: Whether a text that comes with the package will do.
+        writers: What may continue texts for it; the first that can does.
         progress: Told how much is written.
 
     Raises:
-        InputError: The model writes nothing (every sample ends at once).
+        InputError: The model writes nothing (every sample ends at once), or no writer can have it write.
     """
     needed, origin = nsamples * seqlen, text_origin(loaded, seed)
     written = read_written(origin, needed) if use_written else None
     if written is not None:
         return written.view(nsamples, seqlen)
-    dtype = _sampling_dtype(loaded)
-    path = _cache_path(origin, nsamples, seqlen, loaded.model.device.type, dtype)
-    usual = _cache_path(
-        origin, nsamples, seqlen, loaded.model.device.type, fast_dtype(loaded.model.device.type)
-    )
-    for place in (usual, path):
-        cached = _read_cached(place, nsamples, seqlen)
+    paths = {
+        writer: _cache_path({**origin, **writer.origin(loaded), "windows": [nsamples, seqlen]})
+        for writer in writers
+    }
+    for path in paths.values():
+        cached = _read_cached(path, nsamples, seqlen)
         if cached is not None:
             return cached
-    if is_paged(loaded.model):
-        # Every token that it writes reads all of its weights.
-        what = "writing calibration text (`self`)"
-        n_bytes = dtype.itemsize * sum(parameter.numel() for parameter in loaded.model.parameters())
-        require_memory(n_bytes, what, "other calibration text (--calibration)")
+    with _first_that_can(writers, loaded, seed) as (writer, continued):
+        windows = torch.tensor(_write(loaded, continued, needed, progress)).view(nsamples, seqlen)
+    try:
+        with atomic_file(paths[writer]) as temporary:
+            safetensors.torch.save_file({"input_ids": windows}, temporary)
+    except InputError as error:  # minutes of sampling are not lost for a cache
+        logger.warning("the sampled text is not kept for the next run: %s", error)
+    return windows
+
+
+@contextmanager
+def _first_that_can(
+    writers: Sequence[Writer], loaded: LoadedModel, seed: int
+) -> Iterator[tuple[Writer, Continue]]:
+    """The first writer that serves the model, opened; raises what the last one raises where none does."""
+    with ExitStack() as stack:
+        for place, writer in enumerate(writers, 1):
+            try:
+                continued = stack.enter_context(writer.opened(loaded, seed))
+                break
+            except PhonereadyError as error:
+                if place == len(writers):
+                    raise
+                logger.info("another way to sample is taken: %s", error)
+        yield writer, continued
+
+
+def _write(loaded: LoadedModel, continued: Continue, needed: int, progress: Progress) -> list[int]:
+    """So many tokens of texts, one after the other."""
     stream: list[int] = []
 
     def report(before: int, written: int) -> None:
         progress("sampling calibration text", min(before + written, needed), needed)
 
-    device = loaded.model.device
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus), torch.inference_mode():
-        torch.manual_seed(seed)
-        sampler = _copy_in(loaded, dtype)
-        while len(stream) < needed:
-            samples = _sample_batch(sampler, partial(report, len(stream)))
-            if not any(samples):
-                raise InputError("the model writes nothing when sampled; calibrate on text instead of `self`")
-            for ids in samples:
-                stream += ids
+    while len(stream) < needed:
+        samples = _sample_batch(loaded, continued, partial(report, len(stream)))
+        if not any(samples):
+            raise InputError("the model writes nothing when sampled; calibrate on text instead of `self`")
+        for ids in samples:
+            stream += ids
     report(needed, 0)
-    windows = torch.tensor(stream[:needed]).view(nsamples, seqlen)
-    try:
-        with atomic_file(path) as temporary:
-            safetensors.torch.save_file({"input_ids": windows}, temporary)
-    except InputError as error:  # minutes of sampling are not lost for a cache
-        logger.warning("the sampled text is not kept for the next run: %s", error)
-    return windows
+    return stream[:needed]
 
 
 def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
@@ -139,63 +150,19 @@ def model_fingerprint(model: torch.nn.Module) -> str:
     return hasher.hexdigest()
 
 
-def _sampling_dtype(loaded: LoadedModel) -> torch.dtype:
-    """That which samples fastest, as sampling does not need the precision, or of a large model the smallest."""
-    return torch.bfloat16 if is_paged(loaded.model) else fast_dtype(loaded.model.device.type)
-
-
-def _copy_in(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
-    """The model in memory, in a dtype."""
-    if loaded.model.dtype == dtype and not is_paged(loaded.model):
-        return loaded
-    # Parameters are replaced, tied ones by one; buffers keep their dtype, which rotary frequencies need.
-    rounded = {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in loaded.model.parameters()}
-    return replace(loaded, model=copy.deepcopy(loaded.model, rounded))
-
-
-def _sample_batch(loaded: LoadedModel, report: Callable[[int], None]) -> list[list[int]]:
+def _sample_batch(loaded: LoadedModel, continued: Continue, report: Report) -> list[list[int]]:
     frame = chat_frame(loaded.tokenizer)
     if frame is None:
         starts = (loaded.tokenizer.bos_token_id, loaded.tokenizer.eos_token_id)
         prompts = [[next((token for token in starts if token is not None), 0)]] * BATCH_SIZE
-        return _continue(loaded, prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
+        return continued(prompts, MAX_USER_TOKENS + MAX_REPLY_TOKENS, report)
     before, between = frame
-    asked = _continue(loaded, [before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)
+    asked = continued([before] * BATCH_SIZE, MAX_USER_TOKENS, lambda written: None)
     stops = stop_ids(loaded)
     prompts = [
         (ids[:-1] if ids[-1] in stops else ids) + between for ids in asked if len(ids) > len(before) + 1
     ]
-    return _continue(loaded, prompts, MAX_REPLY_TOKENS, report) if prompts else []
-
-
-def _continue(
-    loaded: LoadedModel, prompts: list[list[int]], max_new_tokens: int, report: Callable[[int], None]
-) -> list[list[int]]:
-    """Sample a continuation of each prompt; the result holds prompt and continuation up to the stop token."""
-    from transformers import StoppingCriteriaList
-
-    steps = itertools.count(1)
-
-    def stops_nothing(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Transformers calls it after each step, and ends the texts for which it says True."""
-        step = next(steps)
-        if step % 16 == 0:
-            report(step * len(prompts))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    rows = generate(
-        loaded,
-        prompts,
-        max_new_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        stopping_criteria=StoppingCriteriaList([stops_nothing]),
-        cache_implementation="static",
-        disable_compile=True,  # which transformers does for such a cache on a GPU
-    )
-    return [prompt + row for prompt, row in zip(prompts, rows, strict=True)]
+    return continued(prompts, MAX_REPLY_TOKENS, report) if prompts else []
 
 
 def text_origin(loaded: LoadedModel, seed: int) -> dict[str, Any]:
@@ -209,12 +176,7 @@ def text_origin(loaded: LoadedModel, seed: int) -> dict[str, Any]:
     }
 
 
-def _cache_path(
-    origin: Mapping[str, Any], nsamples: int, seqlen: int, device: str, dtype: torch.dtype
-) -> Path:
-    key = {**origin, "dtype": str(dtype), "windows": [nsamples, seqlen]}
-    if device != "cpu":
-        key["device"] = device
+def _cache_path(key: Mapping[str, Any]) -> Path:
     return cache_directory() / "self" / f"{digest(key)}.safetensors"
 
 

@@ -19,12 +19,12 @@ from exporters.export_record import BlockProof, ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.fallbacks import find_fallbacks
-from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, settled, write_files
+from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, write_files
 from exporters.gguf.imatrix import stored_moments
 from exporters.gguf.quants import QUANT_NAMES, limits_of_bits
 from exporters.gguf.slices import prove_blocks
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
-from exporters.job import Job, check_input, load_checkpoint, open_job, write_manifest
+from exporters.job import UNTRAINED, Job, check_input, load_checkpoint, open_job, settled, write_manifest
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.parity import check_limits
 
@@ -205,7 +205,7 @@ def _warnings(
         )
     yield from job.unproven_window()
     if file.untrained:
-        yield "scales were not trained: that takes all of the model in memory, which is read block by block"
+        yield UNTRAINED
     for fallback in fallbacks:
         yield (
             f"stored as {fallback.actual} instead of {fallback.asked}, for rows of {fallback.row_length}: "

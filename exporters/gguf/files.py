@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.paging import reads_by_blocks
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from exporters.gguf.imatrix import Imatrix, read_imatrix
@@ -20,6 +19,7 @@ from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.rounding import round_for_text
 from exporters.gguf.tuning import tune_file
 from exporters.gguf.writer import write_gguf
+from exporters.job import settled
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 from exporters.provenance import Provenance, read_provenance
 
@@ -61,11 +61,6 @@ def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
         if row.budget_bytes is not None and settings.calibration is None:
             raise InputError("wants text to choose types by", field="quant", value=row.name)
     return rows
-
-
-def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
-    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes."""
-    return replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
 
 
 def imatrix_for(checkpoint: Path, quants: Sequence[Quant], settings: ExportOptions) -> Imatrix:

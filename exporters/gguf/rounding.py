@@ -135,7 +135,8 @@ class _File:
         rows = [tensor.shape[0] for tensor in tensors]
         data = np.concatenate([t.data.reshape(n, -1) for t, n in zip(tensors, rows, strict=True)])
         padding = weight.shape[1] - len(gram)
-        gram = F.pad(gram, (0, padding, 0, padding))
+        if padding:
+            gram = F.pad(gram, (0, padding, 0, padding))
         parts = zip(torch.split(weight, _ROWS), np.split(data, range(_ROWS, len(data), _ROWS)), strict=True)
         kind = tensors[0].kind.name
         chosen = [choose_numbers(part, StoredMatrix(kind, stored), gram).data for part, stored in parts]

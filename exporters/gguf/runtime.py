@@ -126,6 +126,12 @@ class LlamaModel:
         """Forget all decoded tokens: the next one is at position 0."""
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
 
+    def copy_sequence(self, source: int, target: int) -> None:
+        """Let a sequence hold what another one holds, in place of what it held."""
+        memory = self._lib.llama_get_memory(self._context)
+        self._lib.llama_memory_seq_rm(memory, target, -1, -1)
+        self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> None:
         """Run tokens after those decoded so far, and wait until they are done: what llama-bench times.
 
@@ -228,6 +234,7 @@ def open_model(
     kv_f32: bool = False,
     vocab_only: bool = False,
     n_seq: int = 1,
+    shared: bool = True,
 ) -> LlamaModel:
     """Open a GGUF file.
 
@@ -240,7 +247,10 @@ def open_model(
         kv_f32: Keep keys and values in float32 instead of float16, and compute attention without the flash kernel,
             which rounds to float16: for parity, not for speed.
         vocab_only: Load no weights and make no context: enough to tokenize.
-        n_seq: Sequences that share the context.
+        n_seq: Sequences in the context.
+        shared: Whether they may have tokens in common, and each as many as it likes of the context; else each has its
+            part, n_ctx / n_seq tokens, and attends to no other's: several times as fast for many, if those of a batch
+            follow each other without a gap.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
@@ -260,7 +270,7 @@ def open_model(
     context = None
     if not vocab_only:
         context = lib.llama_init_from_model(
-            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, n_seq, kv_f32=kv_f32)
+            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, n_seq, kv_f32=kv_f32, shared=shared)
         )
         if not context:
             lib.llama_model_free(model)
@@ -271,13 +281,12 @@ def open_model(
 
 
 def _context_params(
-    n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, n_seq: int, *, kv_f32: bool
+    n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, n_seq: int, *, kv_f32: bool, shared: bool
 ) -> Any:
     params = library().llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_ubatch, n_batch, n_ctx)
     params.n_threads = params.n_threads_batch = n_threads
-    # One cache for all sequences: they may share tokens, and none has a fixed part of it.
-    params.n_seq_max, params.kv_unified = n_seq, n_seq > 1
+    params.n_seq_max, params.kv_unified = n_seq, n_seq > 1 and shared
     params.type_k = params.type_v = _GGML_F32 if kv_f32 else _GGML_F16
     params.no_perf = True
     if kv_f32:

@@ -1,27 +1,16 @@
-"""Proving a model that is too large to run whole as float32: its blocks, each in llama.cpp on what really enters it.
-
-A slice is a GGUF file of a few blocks with the architecture and the settings of the whole. Its vocabulary are the
-positions of a text, its embedding the hidden states that enter there: token t is position t. Its last norm is a plain
-one, that of the last blocks the model's; its output matrix is the embedding again, so that its logits are the products
-of what comes out of the blocks at one position with what entered at every other.
-"""
+"""A model's blocks as GGUF files of a few of them, each with the architecture and the settings of the whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from cfsp.errors import LimitError
-from cfsp.models.architectures import decoder_layers, last_norm, spec_for
-from cfsp.models.block_pass import enter_blocks, run_layer
-from cfsp.models.paging import at_hand
 from cfsp.models.shape import ModelShape
 from cfsp.progress import Progress, no_progress
 from cfsp.text.tokens import TokenWindows
@@ -32,32 +21,9 @@ from exporters.gguf.architecture import ChosenLayout, FloatArray, tensor_specs
 from exporters.gguf.metadata import add_hyperparameters
 from exporters.gguf.quants import QUANTS
 from exporters.gguf.writer import PlainTensor, plain_rope_tensors, write_tensors
+from exporters.slices import Slice, prove_slices
 
-_LARGEST = 10.0
-"""Of a language model's logits, so that a limit to their difference is one to a share of the largest."""
 _BATCH = 128
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """Some blocks, and what goes through them.
-
-    Attributes:
-        blocks: Their numbers in the model.
-        entering: Hidden states before them, (tokens, hidden_size) float32.
-        leaving: Behind them.
-        gain: What the norm behind them multiplies with, (hidden_size,).
-    """
-
-    blocks: range
-    entering: torch.Tensor
-    leaving: torch.Tensor
-    gain: torch.Tensor
-
-    def logits(self, epsilon: float) -> torch.Tensor:
-        """What llama.cpp should compute, (tokens, tokens)."""
-        normed = self.leaving * (self.leaving.square().mean(-1, keepdim=True) + epsilon).rsqrt()
-        return (normed * self.gain) @ self.entering.T
 
 
 def prove_blocks(
@@ -84,39 +50,31 @@ def prove_blocks(
     Raises:
         LimitError: A block gives something else in llama.cpp; the message says which.
     """
-    largest, total, ids = 0.0, chosen.config.num_hidden_layers, windows.ids[:1]
-    limit = ((chosen.layout.exact_limits or QUANTS["f32"].limits).max_logit_diff or 0.0) / _LARGEST
-    for part in _slices(model, ids, chosen):
-        path = scratch / f"blocks-{part.blocks.start}.gguf"
-        try:
-            _write(checkpoint, path, chosen, part)
-            difference = _difference(path, part, chosen, n_threads)
-        finally:
-            path.unlink(missing_ok=True)
-        if not difference <= limit:
-            raise LimitError(
-                f"block {part.blocks.start} is too far from the checkpoint in llama.cpp: {difference:.3g} of the "
-                f"largest logit, above {limit:g}"
-            )
-        largest = max(largest, difference)
-        progress("parity: blocks", part.blocks.stop, total)
-    return BlockProof(total, ids.numel(), f"{windows.source} ({windows.sha256[:12]})", largest, limit)
+    limits = chosen.layout.exact_limits or QUANTS["f32"].limits
+    return prove_slices(
+        model,
+        _runs(chosen),
+        windows,
+        partial(_logits, checkpoint, chosen, scratch, n_threads),
+        runtime="llama.cpp",
+        max_logit_diff=limits.max_logit_diff,
+        progress=progress,
+    )
 
 
-def _slices(model: Any, ids: torch.Tensor, chosen: ChosenLayout) -> Iterator[_Slice]:
-    """All blocks, few at a time."""
-    layers = decoder_layers(model)
-    with torch.inference_mode():
-        (hidden,), calls = enter_blocks(model, layers, ids)
-        for blocks in _runs(chosen):
-            entering = hidden[0]
-            for block in blocks:
-                with at_hand(layers[block]):
-                    hidden = run_layer(layers[block], hidden, calls[block])
-            gain = torch.ones(hidden.shape[-1])
-            if blocks.stop == len(layers):
-                gain = last_norm(model).weight.float() + spec_for(model.config).norm_offset
-            yield _Slice(blocks, entering.float(), hidden[0].float(), gain)
+def _logits(
+    checkpoint: Path, chosen: ChosenLayout, scratch: Path, n_threads: int, part: Slice
+) -> Iterator[FloatArray]:
+    """What llama.cpp makes of a slice, position by position."""
+    path, count = scratch / f"blocks-{part.blocks.start}.gguf", len(part.entering)
+    try:
+        _write(checkpoint, path, chosen, part)
+        with runtime.open_model(
+            path, n_ctx=count, n_threads=n_threads, n_batch=_BATCH, n_ubatch=_BATCH, kv_f32=True
+        ) as opened:
+            yield from opened.iter_logits(np.arange(count))
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _runs(chosen: ChosenLayout) -> list[range]:
@@ -143,7 +101,7 @@ def _runs(chosen: ChosenLayout) -> list[range]:
     return runs
 
 
-def _write(checkpoint: Path, path: Path, chosen: ChosenLayout, part: _Slice) -> None:
+def _write(checkpoint: Path, path: Path, chosen: ChosenLayout, part: Slice) -> None:
     config, entering = chosen.config, part.entering
     blocks = tuple(replace(config.shape.blocks[block], origin=block) for block in part.blocks)
     its = replace(chosen, config=config.with_shape(ModelShape(len(entering), blocks)))
@@ -178,17 +136,3 @@ def _place(name: str, blocks: range) -> tuple[int, str] | None:
     kind, _, rest = name.partition(".")
     number, _, rest = rest.partition(".")
     return (int(number) - blocks.start, rest) if kind == "blk" and int(number) in blocks else None
-
-
-def _difference(path: Path, part: _Slice, chosen: ChosenLayout, n_threads: int) -> float:
-    """The largest difference of a logit, relative to the largest of its position."""
-    expected, start, largest = part.logits(chosen.config.rms_norm_eps), 0, 0.0
-    with runtime.open_model(
-        path, n_ctx=len(expected), n_threads=n_threads, n_batch=_BATCH, n_ubatch=_BATCH, kv_f32=True
-    ) as opened:
-        for piece in opened.iter_logits(np.arange(len(expected))):
-            ours = expected[start : start + len(piece)]
-            difference = (torch.from_numpy(piece) - ours).abs().amax(1) / ours.abs().amax(1)
-            largest = max(largest, float(difference.max()))
-            start += len(piece)
-    return largest

@@ -1,11 +1,13 @@
 """Checkpoints to ONNX folders for ONNX Runtime and what is built on it.
 
-`export_onnx` is imported on first use: it brings torch, which must not count in the memory of a process that only
-runs a file (see runtime_bench.worker), and the `onnx` extra, without which it raises MissingExtraError.
+`export_onnx` and `largest_size` are imported on first use: they bring torch, which must not count in the memory of a
+process that only runs a file (see runtime_bench.worker), and the `onnx` extra, without which they raise
+MissingExtraError.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import MissingExtraError
@@ -13,19 +15,20 @@ from exporters.onnx.variants import VARIANTS, BlockFormat, Variant, find_variant
 
 if TYPE_CHECKING:
     from exporters.onnx.export import export_onnx
+    from exporters.onnx.size import largest_size
 
-__all__ = ["VARIANTS", "BlockFormat", "Variant", "export_onnx", "find_variant"]
+__all__ = ["VARIANTS", "BlockFormat", "Variant", "export_onnx", "find_variant", "largest_size"]
 
+_HEAVY = {"export_onnx": "export", "largest_size": "size"}
 _PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}
 
 
 def __getattr__(name: str) -> Any:
-    if name != "export_onnx":
+    if name not in _HEAVY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from exporters.onnx.export import export_onnx
+        return getattr(importlib.import_module(f"{__name__}.{_HEAVY[name]}"), name)
     except ModuleNotFoundError as error:
         if error.name not in _PACKAGES:
             raise
         raise MissingExtraError(_PACKAGES[error.name], "onnx") from None
-    return export_onnx

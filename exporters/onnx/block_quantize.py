@@ -9,11 +9,10 @@ which is ONNX Runtime's symmetric MatMulNBits without stored zero points.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from exporters.onnx.variants import BlockFormat
@@ -46,10 +45,9 @@ class Rounded:
         """The matrix that the runtime computes with, (rows, columns) float32."""
         return values_of(self.q, self.scales.float(), self.form).flatten(1)[:, : self.columns]
 
-    def packed(self) -> npt.NDArray[np.uint8]:
+    def packed(self) -> torch.Tensor:
         """q as MatMulNBits reads it, (rows, blocks, block_size * bits / 8); of two 4-bit numbers the first is low."""
-        q = self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
-        return np.ascontiguousarray(q.numpy())
+        return self.q if self.form.bits == 8 else self.q[..., 0::2] | (self.q[..., 1::2] << 4)
 
     def codes(self) -> torch.Tensor:
         """Those of the grid, (columns, rows) float32."""
@@ -89,6 +87,19 @@ def round_to_nearest(
     counts = _in_blocks(counts[None], form.block_size)[0]
     scales = torch.cat([_best_scales(rows, counts, form) for rows in torch.split(blocks, _ROWS)])
     return Rounded(levels(blocks, scales, form), scales.half(), weight.shape[1], form)
+
+
+def round_nowhere(weight: torch.Tensor, form: BlockFormat) -> Rounded:
+    """What `round_to_nearest` makes of a weight on torch's meta device: there, too, and without its arithmetic."""
+    rows, columns = weight.shape
+    row = _rounded_row(columns, form)
+    q, scales = (part.to("meta").expand(rows, *part.shape[1:]) for part in (row.q, row.scales))
+    return replace(row, q=q, scales=scales)
+
+
+@functools.cache
+def _rounded_row(columns: int, form: BlockFormat) -> Rounded:
+    return round_to_nearest(torch.zeros(1, columns), form)
 
 
 def gptq(weight: torch.Tensor, gram: torch.Tensor, form: BlockFormat) -> Rounded:

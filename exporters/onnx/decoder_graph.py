@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
+from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Embedding, Layer
 from exporters.onnx.operators import ir_version_for, require_operators
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
@@ -74,15 +74,15 @@ class Attention:
     """
 
     num_key_value_heads: int
-    input_norm: npt.NDArray[np.floating] | None
+    input_norm: Numbers | None
     qkv: tuple[Layer, ...]
     o_proj: Layer
     scale: float
     rope: Rope | None
     window: int | None = None
-    output_norm: npt.NDArray[np.floating] | None = None
-    q_norm: npt.NDArray[np.floating] | None = None
-    k_norm: npt.NDArray[np.floating] | None = None
+    output_norm: Numbers | None = None
+    q_norm: Numbers | None = None
+    k_norm: Numbers | None = None
     normed_after_rope: bool = False
 
 
@@ -100,11 +100,11 @@ class Block:
     """
 
     attention: Attention | None
-    ffn_norm: npt.NDArray[np.floating] | None
+    ffn_norm: Numbers | None
     gate_proj: Layer
     up_proj: Layer
     down_proj: Layer
-    output_norm: npt.NDArray[np.floating] | None = None
+    output_norm: Numbers | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Decoder:
     rms_norm_eps: float
     embedding: Embedding
     blocks: tuple[Block, ...]
-    final_norm: npt.NDArray[np.floating]
+    final_norm: Numbers
     head: Layer
     activation: str = "silu"
     embedding_scale: float = 1.0
@@ -230,11 +230,11 @@ class _Graph:
         added = self._feed_forward(block, hidden, f"{prefix}.mlp")
         return x, self._output_norm(added, block.output_norm, f"{prefix}.mlp.output_norm")
 
-    def _output_norm(self, x: ir.Value, weight: npt.NDArray[np.floating] | None, name: str) -> ir.Value:
+    def _output_norm(self, x: ir.Value, weight: Numbers | None, name: str) -> ir.Value:
         return x if weight is None else self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
 
     def add_norm(
-        self, x: ir.Value, added: ir.Value | None, weight: npt.NDArray[np.floating] | None, name: str
+        self, x: ir.Value, added: ir.Value | None, weight: Numbers | None, name: str
     ) -> tuple[ir.Value, ir.Value]:
         """(norm of x + added, x + added); the sum twice without a norm."""
         if weight is None:
@@ -375,7 +375,7 @@ class _Graph:
         steps = b.op("Range", ends, "steps", shape=["sequence_length"])
         return b.op("Add", [column, steps], "positions", shape=TOKENS)
 
-    def _head_norm(self, x: ir.Value, weight: npt.NDArray[np.floating], heads: int, name: str) -> ir.Value:
+    def _head_norm(self, x: ir.Value, weight: Numbers, heads: int, name: str) -> ir.Value:
         b, size = self.builder, self.decoder.head_dim
         if len(weight) == heads * size:
             return self._norm(x, b.constant(f"{name}.weight", weight), name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cfsp.errors import InputError
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportRecord
-from exporters.job import check_input, load_checkpoint, open_job, write_manifest
+from exporters.job import check_input, load_checkpoint, open_job, settled, write_manifest
 from exporters.onnx.companions import write_companions
 from exporters.onnx.folder import GRAPHS
 from exporters.onnx.job import OnnxJob
@@ -18,6 +19,7 @@ from exporters.onnx.ort_format import write_ort
 from exporters.onnx.portable import require_optimum
 from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
+from exporters.onnx.slices import prove_blocks
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.weights import check_convolutions
 from exporters.onnx.writer import write_graphs
@@ -33,6 +35,8 @@ def export_onnx(
     """Write output/<variant>/ for every variant, and output/export.json (an ExportManifest).
 
     The float32 variant is written and proven before all that are built like it, and kept only where it is asked for.
+    Where all are of few bits, a model that would take much of the memory is read block by block, and the proof is one
+    of every block as float32 (`exporters.onnx.slices`).
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
@@ -61,15 +65,17 @@ def export_onnx(
         require_optimum()
     config = read_config(checkpoint)
     check_convolutions(config.convolution_length)
-    model = load_checkpoint(checkpoint)
+    if all(row.form for row in rows):
+        settings = settled(checkpoint, settings)
+    model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)
     with open_job(checkpoint, output, model, settings, config.steady_context) as common:
         job = OnnxJob(common, model)
-        # That the graph computes the checkpoint shows on the float32 one alone.
-        base = VARIANTS["fp32"]
-        first = () if all(row.portable for row in rows) else (base,)
+        # That the graph computes the checkpoint shows on the float32 one alone, or on its blocks.
+        blocks = prove_blocks(job) if settings.by_blocks else None
+        first = () if blocks or all(row.portable for row in rows) else (VARIANTS["fp32"],)
         records = {}
         for row in dict.fromkeys((*first, *rows)):
-            records[row] = _export(job, row)
+            records[row] = replace(_export(job, row), blocks=blocks)
             if row not in rows:
                 shutil.rmtree(common.folder / row.name)
         return write_manifest(common, [records[row] for row in rows])

@@ -34,5 +34,6 @@ ONNX = ExportFamily(
     claims=is_onnx,
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",
+    largest_size=lambda *request: onnx.largest_size(*request),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "optimum-onnx"),
 )

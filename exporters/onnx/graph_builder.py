@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
 CONTRIB = "com.microsoft"
 """Domain of ONNX Runtime's own operators."""
 
 Dims = Iterable[int | str | ir.SymbolicDim | None]
+Numbers = npt.NDArray[Any] | torch.Tensor
+"""Of a weight."""
+
+
+class Unwritten(ir.LazyTensor):
+    """Zeros in place of numbers that there are not: they take no memory, and in a file they are a hole.
+
+    Args:
+        like: A tensor on torch's meta device.
+        name: Of the initializer.
+    """
+
+    def __init__(self, like: torch.Tensor, name: str) -> None:
+        shape, dtype = tuple(like.shape), torch.empty(0, dtype=like.dtype).numpy().dtype
+        super().__init__(
+            lambda: ir.tensor(np.zeros(shape, dtype), name=name),
+            ir.DataType.from_numpy(dtype),
+            ir.Shape(shape),
+            name=name,
+        )
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Take as much room as numbers would."""
+        file.seek(self.nbytes - 1, os.SEEK_CUR)
+        file.write(b"\0")
 
 
 class GraphBuilder:
@@ -54,15 +81,21 @@ class GraphBuilder:
             )
         return self._values[name]
 
-    def constant(self, name: str, value: npt.ArrayLike) -> ir.Value:
-        """An initializer; Python's integers become int64."""
+    def constant(self, name: str, value: npt.ArrayLike | torch.Tensor) -> ir.Value:
+        """An initializer; Python's integers become int64, and a tensor that is nowhere is `Unwritten`."""
         if name not in self._values:
             tensor = self._stored.get(name)
             if tensor is None:
-                tensor = ir.tensor(np.asarray(value, order="C"), name=name)
+                tensor = _tensor(name, value)
             self._values[name] = self.tape.initializer(tensor, name)
         return self._values[name]
 
     def cast(self, x: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
         """The numbers of x in another type."""
         return self.op("Cast", [x], name, dtype=dtype, to=dtype)
+
+
+def _tensor(name: str, value: npt.ArrayLike | torch.Tensor) -> ir.TensorProtocol:
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        return Unwritten(value, name)
+    return ir.tensor(np.asarray(value, order="C"), name=name)

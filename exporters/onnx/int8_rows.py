@@ -16,11 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from exporters.onnx.graph_builder import GraphBuilder
+from exporters.onnx.graph_builder import GraphBuilder, Numbers
 from exporters.onnx.layers import TABLE, TOKENS, add_bias
 from exporters.onnx.weights import Weights
 
@@ -36,8 +35,8 @@ class Int8Rows:
         scales: (rows,) float32.
     """
 
-    data: npt.NDArray[np.uint8]
-    scales: npt.NDArray[np.float32]
+    data: torch.Tensor
+    scales: torch.Tensor
 
 
 def round_rows(weight: torch.Tensor) -> Int8Rows:
@@ -45,7 +44,7 @@ def round_rows(weight: torch.Tensor) -> Int8Rows:
     largest = weight.detach().float().abs().amax(dim=1)
     scales = torch.where(largest > 0, largest / _LARGEST, torch.ones_like(largest))
     data = (weight.detach().float() / scales[:, None]).round().add(_ZERO).to(torch.uint8)
-    return Int8Rows(data.numpy(), scales.numpy())
+    return Int8Rows(data, scales)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Int8Linear:
     """
 
     weight: Int8Rows
-    bias: npt.NDArray[np.floating] | None = None
+    bias: Numbers | None = None
     table_name: str | None = None
 
     @property
@@ -117,7 +116,7 @@ class Int8Weights(Weights):
 
     def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Int8Linear:
         """See `Weights`."""
-        return Int8Linear(round_rows(weight), None if bias is None else bias.numpy())
+        return Int8Linear(round_rows(weight), bias)
 
     def embedding(self, table: torch.Tensor, *, tied: bool) -> Int8Embedding:
         """See `Weights`."""

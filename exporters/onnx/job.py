@@ -9,6 +9,7 @@ import torch
 
 from cfsp.text.tokens import tokens_sha256
 from exporters.job import Job
+from exporters.onnx.graph_file import Labels
 from exporters.onnx.mixed import default_budget
 from exporters.onnx.quantize import QuantizedModel
 from exporters.onnx.variants import BlockFormat, Variant
@@ -36,6 +37,11 @@ class OnnxJob:
         """Its hash."""
         text = self.text_for(variant)
         return None if text is None else tokens_sha256(text)
+
+    def labels(self, variant: Variant) -> Labels:
+        """What its graph says of itself."""
+        common = self.common
+        return Labels.of(variant, common.provenance, self.text_sha256(variant), common.settings.opset)
 
     def budget_bytes(self, variant: Variant) -> int | None:
         """Most that a mixture may take; None where it is not chosen for a size."""

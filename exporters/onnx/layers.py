@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from exporters.onnx.block_quantize import Rounded
-from exporters.onnx.graph_builder import CONTRIB, GraphBuilder
+from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
 
 TOKENS = ("batch_size", "sequence_length")
 """Leading dimensions of everything that is computed for each token."""
@@ -54,8 +52,8 @@ class FloatLinear:
         table_name: Of the embedding whose rows these are, multiplied as they are stored; else W^T is stored.
     """
 
-    weight: npt.NDArray[np.floating]
-    bias: npt.NDArray[np.floating] | None = None
+    weight: Numbers
+    bias: Numbers | None = None
     table_name: str | None = None
 
     @property
@@ -79,7 +77,7 @@ class FloatLinear:
 class FloatEmbedding:
     """A table of floats (vocab_size, hidden_size)."""
 
-    table: npt.NDArray[np.floating]
+    table: Numbers
 
     def look_up(self, builder: GraphBuilder, ids: ir.Value, name: str) -> ir.Value:
         """See `Embedding`."""
@@ -102,7 +100,7 @@ class NBitsLinear:
     """
 
     weight: Rounded
-    bias: npt.NDArray[np.floating] | None = None
+    bias: Numbers | None = None
     stored_name: str | None = None
 
     @property
@@ -232,19 +230,17 @@ class StackedEmbedding:
 
 def _stored(builder: GraphBuilder, matrix: Rounded, name: str) -> tuple[ir.Value, ir.Value]:
     """(numbers, scales in float32)."""
-    scales = builder.constant(f"{name}.scale", matrix.scales.numpy())
+    scales = builder.constant(f"{name}.scale", matrix.scales)
     data = builder.constant(f"{name}.q{matrix.form.bits}", matrix.packed())
     # The runtime computes it when it loads the file.
     return data, builder.cast(scales, f"{scales.name}.cast", ir.DataType.FLOAT)
 
 
-def product_name(name: str, bias: npt.NDArray[np.floating] | None) -> str:
+def product_name(name: str, bias: Numbers | None) -> str:
     """What a product is called, to which `add_bias` adds."""
     return name if bias is None else f"{name}.product"
 
 
-def add_bias(
-    builder: GraphBuilder, y: ir.Value, bias: npt.NDArray[np.floating] | None, name: str
-) -> ir.Value:
+def add_bias(builder: GraphBuilder, y: ir.Value, bias: Numbers | None, name: str) -> ir.Value:
     """y + b, called `name`; y itself where there is no bias."""
     return y if bias is None else builder.op("Add", [y, builder.constant(f"{name}.bias", bias)], name)

@@ -106,8 +106,19 @@ def choose_few(model: Any, quantized: QuantizedModel) -> tuple[str, ...]:
         apart = len(together) == 1 or bool(chosen & set(together)) or (normed and name not in HEAD_PARTS)
         return _price(quantized.layers[name]) + (0 if apart else _APART_BYTES)
 
-    left = int(_FEW * sum(map(stored_bytes, quantized.layers.values())))
-    return choose_eight_bits(quantized.losses, price, left)
+    return choose_eight_bits(quantized.losses, price, left_for_few(quantized))
+
+
+def left_for_few(quantized: QuantizedModel) -> int:
+    """What the few layers may cost, in bytes."""
+    return int(_FEW * sum(map(stored_bytes, quantized.layers.values())))
+
+
+def with_room_for_few(quantized: QuantizedModel) -> tuple[QuantizedModel, int]:
+    """The model that takes most before its few layers are chosen, and the bytes that these can take more."""
+    left = left_for_few(quantized)
+    digits = OFFSET_DIGITS * len(quantized.layers)
+    return replace(quantized, apart=left >= _APART_BYTES), left + digits
 
 
 def choose_eight_bits(

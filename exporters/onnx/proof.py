@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import LimitError
+from cfsp.models.paging import is_paged
 from exporters.chats import ReadChats
 from exporters.export_record import ExportRecord
-from exporters.job import Job
+from exporters.job import UNTRAINED, Job
 from exporters.onnx.checks import check_graph
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
@@ -71,6 +72,8 @@ def prove(
 def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
     if variant.calibrated and job.text_for(variant) is None:
         yield f"{variant.name} is rounded to the nearest numbers, without text"
+    if variant.calibrated and job.text_for(variant) is not None and is_paged(job.model):
+        yield UNTRAINED
     common = job.common
     if common.context_length < common.config.max_position_embeddings:
         yield (

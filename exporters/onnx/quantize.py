@@ -5,14 +5,15 @@ The model is run as far as it is quantized already: every layer is rounded for t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from cfsp.models.architectures import block_linears
+from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.paging import at_hand
 from cfsp.progress import Progress, no_progress
 from exporters.onnx.block_quantize import Rounded, gptq, joined, refine, round_to_nearest
 from exporters.onnx.layers import (
@@ -29,6 +30,7 @@ from exporters.onnx.weights import HEAD_PARTS, Weights, head_parts, is_tied, pac
 from exporters.rounding.scale_tuning import tune_scales
 from exporters.rounding.walk import Grams, alike, round_blocks
 
+Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
 _LEARNING_RATE = 1e-3
 """Of scales and norms."""
 
@@ -41,20 +43,22 @@ class QuantizedModel(Weights):
         layers: Every Linear of the blocks and the output matrix's parts, by `quantize_linears`.
         losses: The divergence that the few bits of each cost, alone; empty where text did not tell.
         apart: What could be one layer is several all the same.
+        nearest: Rounds what is no layer.
     """
 
     layers: Mapping[str, Rounded]
     losses: Mapping[str, float] = field(default_factory=dict)
     apart: bool = False
+    nearest: Nearest = round_to_nearest
 
     def layer(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
         """See `Weights`; the output matrix in one or in two."""
         names = packed_names(name)
         parts = [self.layers[part] for part in names]
         if len(parts) == 1 or self.packs(names):
-            return NBitsLinear(joined(parts), None if bias is None else bias.numpy())
+            return NBitsLinear(joined(parts), bias)
         sizes = [len(part.q) for part in parts]
-        biases = [None] * len(parts) if bias is None else [b.numpy() for b in torch.split(bias, sizes)]
+        biases = [None] * len(parts) if bias is None else torch.split(bias, sizes)
         return StackedLinear(tuple(map(NBitsLinear, parts, biases)))
 
     def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
@@ -64,7 +68,7 @@ class QuantizedModel(Weights):
         time.
         """
         if not tied:
-            return NBitsEmbedding(round_to_nearest(table, INT8))
+            return NBitsEmbedding(self.nearest(table, INT8))
         parts = [self.layers[name] for name in HEAD_PARTS]
         if self.packs(HEAD_PARTS):
             return NBitsEmbedding(joined(parts))
@@ -83,6 +87,7 @@ def quantize_linears(
     format_of: FormatOf,
     input_ids: torch.Tensor | None,
     *,
+    nearest: Nearest = round_to_nearest,
     progress: Progress = no_progress,
 ) -> dict[str, Rounded]:
     """Quantize every Linear of the blocks, and the output matrix.
@@ -91,6 +96,7 @@ def quantize_linears(
         model: A causal LM of the architecture table, float32; unchanged.
         format_of: How each is stored.
         input_ids: Text to quantize for, (nsamples, seqlen): GPTQ; None rounds to nearest.
+        nearest: Rounds what is not rounded for the text.
         progress: Told after each block, and after the output matrix.
 
     Returns:
@@ -100,21 +106,28 @@ def quantize_linears(
     linears = block_linears(model)
     result: dict[str, Rounded] = {}
 
-    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
-        forms = {name: format_of(name, index, len(linears)) for name in linears[index]}
-        block = _rounded_block(linears[index], forms, grams)
+    def store(index: int, grams: Grams) -> dict[str, Rounded]:
+        layers = {name: linears[index][name] for name in grams or linears[index]}
+        forms = {name: format_of(name, index, len(linears)) for name in layers}
+        block = _rounded_layers(layers, forms, grams, nearest)
         result.update(block)
-        return {name: rounded.dequantized() for name, rounded in block.items()}
+        return block
+
+    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
+        return {name: rounded.dequantized() for name, rounded in store(index, grams).items()}
 
     gram = None
     if input_ids is not None:
         gram = round_blocks(model, input_ids, visit, progress=progress)
     else:
-        for index in range(len(linears)):
-            visit(index, {})
+        for index, layer in enumerate(decoder_layers(model)):
+            with at_hand(layer):
+                store(index, {})
             progress("quantizing", index + 1, len(linears) + 1)
     head = format_of(HEAD, len(linears), len(linears))
-    stored = _rounded(model.get_output_embeddings().weight.detach(), head, gram)
+    output = model.get_output_embeddings()
+    with at_hand(output):
+        stored = _rounded(output.weight.detach(), head, gram, nearest)
     result |= {name: stored.rows(rows) for name, rows in head_parts(len(stored.q)).items()}
     progress("quantizing", len(linears) + 1, len(linears) + 1)
     return result
@@ -132,21 +145,21 @@ def tune(
     return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
 
 
-def _rounded_block(
-    linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Grams
+def _rounded_layers(
+    linears: Mapping[str, nn.Linear], forms: Mapping[str, BlockFormat], grams: Grams, nearest: Nearest
 ) -> dict[str, Rounded]:
-    """Every Linear of a block; those of one format that read the same are rounded as one matrix."""
+    """Linears of a block; those of one format that read the same are rounded as one matrix."""
     layers = {}
     for names in alike(forms, grams):
         weights = [linears[name].weight.detach() for name in names]
-        whole, start = _rounded(torch.cat(weights), forms[names[0]], grams.get(names[0])), 0
+        whole, start = _rounded(torch.cat(weights), forms[names[0]], grams.get(names[0]), nearest), 0
         for name, weight in zip(names, weights, strict=True):
             layers[name] = whole.rows(slice(start, start := start + len(weight)))
     return {name: layers[name] for name in linears}
 
 
-def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None) -> Rounded:
+def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None, nearest: Nearest) -> Rounded:
     # Eight bits lose nothing that compensation could win back.
     if gram is None or form.bits == 8:
-        return round_to_nearest(weight, form)
+        return nearest(weight, form)
     return refine(weight, gram, gptq(weight, gram, form))

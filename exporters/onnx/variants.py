@@ -67,6 +67,11 @@ class Variant(ExportFormat):
         return self.form is not None and self.form.bits < INT8.bits
 
     @property
+    def is_sized(self) -> bool:
+        """See ExportFormat: not of what optimum traces, nor of what is chosen for a size."""
+        return not (self.portable or self.mixed)
+
+    @property
     def needs_text(self) -> bool:
         """See ExportFormat."""
         return self.calibrated

@@ -24,13 +24,12 @@ from cfsp.models.architectures import (
     spec_for,
     windows_of_blocks,
 )
+from cfsp.models.paging import at_hand
 from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
-
-FloatArray = npt.NDArray[np.floating]
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
 HEAD_PARTS = (f"{HEAD}.frequent", f"{HEAD}.rest")
@@ -65,7 +64,7 @@ def weight_of(model: Any, name: str) -> torch.Tensor:
 def is_tied(model: Any) -> bool:
     """Whether the token embedding is the output matrix."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return bool(embedding.weight.data_ptr() == head.weight.data_ptr())
+    return embedding.weight is head.weight
 
 
 def packed_names(name: str) -> tuple[str, ...]:
@@ -96,20 +95,19 @@ class Weights:
             weight: W (out_features, in_features) float32.
             bias: b (out_features,), or None.
         """
-        return FloatLinear(self.array(weight), None if bias is None else self.array(bias))
+        return FloatLinear(self.stored(weight), None if bias is None else self.stored(bias))
 
     def embedding(self, table: torch.Tensor, *, tied: bool) -> Embedding:
         """The token embedding (vocab_size, hidden_size) float32; a tied one is the output matrix, too."""
-        return FloatEmbedding(self.array(table))
+        return FloatEmbedding(self.stored(table))
 
     def packs(self, names: Sequence[str]) -> bool:
         """Whether q, k and v, or the output matrix's parts, are one layer, which is faster."""
         return True
 
-    def array(self, tensor: torch.Tensor) -> FloatArray:
-        """Numbers of what is computed."""
-        values: FloatArray = tensor.detach().to(self.dtype).numpy()
-        return values
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """It in the dtype of what is computed."""
+        return tensor.detach().to(self.dtype)
 
 
 def decoder_of(model: Any, weights: Weights) -> Decoder:
@@ -122,24 +120,52 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
     Raises:
         InputError: A rope, or blocks, that the graph cannot compute.
     """
+    spec, tied = spec_for(model.config), is_tied(model)
+    with at_hand(model.get_input_embeddings(), model.get_output_embeddings()):
+        embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
+        head = embedding.as_head() if tied else _linear(HEAD, model.get_output_embeddings(), weights)
+    return _decoder(
+        model,
+        weights,
+        range(len(decoder_layers(model))),
+        embedding=embedding,
+        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.{spec.last_norm}", weights),
+        head=head,
+        embedding_scale=model.config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
+    )
+
+
+def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor) -> Decoder:
+    """A block of a causal LM as a decoder of its own, float32: see `exporters.slices`.
+
+    Args:
+        model: A causal LM of the architecture table.
+        block: Its number.
+        entering: Hidden states before it, (tokens, hidden_size).
+        gain: Of the norm behind it, (hidden_size,).
+    """
+    table = FloatEmbedding(entering)
+    blocks = range(block, block + 1)
+    return _decoder(model, Weights(), blocks, embedding=table, final_norm=gain, head=table.as_head())
+
+
+def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
+    """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
     check_convolutions(config.conv_L_cache if spec.convolution else 0)
-    head, tied = model.get_output_embeddings(), is_tied(model)
-    embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
+    positions = list(_positions(model, weights))
+    made = []
+    for index in blocks:
+        with at_hand(layers[index]):
+            made.append(_block(model, layers[index], f"{spec.layers}.{index}", weights, positions[index]))
     return Decoder(
         heads_per_group=config.num_attention_heads // config.num_key_value_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         rms_norm_eps=norm_epsilon(config),
-        embedding=embedding,
-        blocks=tuple(
-            _block(model, layer, f"{spec.layers}.{index}", weights, positions)
-            for index, (layer, positions) in enumerate(zip(layers, _positions(model, weights), strict=True))
-        ),
-        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.{spec.last_norm}", weights),
-        head=embedding.as_head() if tied else _linear(HEAD, head, weights),
+        blocks=tuple(made),
         activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
-        embedding_scale=config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
         dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
+        **ends,
     )
 
 
@@ -180,12 +206,12 @@ def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions:
     )
 
 
-def _norm_before(model: Any, block: str, norm: str, weights: Weights) -> FloatArray | None:
+def _norm_before(model: Any, block: str, norm: str, weights: Weights) -> torch.Tensor | None:
     """Of what attention or the FFN reads; None where that is the residual sum as it is."""
     return _norm(model, f"{block}.{norm}", weights) if norm else None
 
 
-def _added_norm(model: Any, block: str, which: int, weights: Weights) -> FloatArray | None:
+def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.Tensor | None:
     """Of what attention (0) or the FFN (1) adds; None where it is added as it is."""
     names = spec_for(model.config).added_norms
     return _norm(model, f"{block}.{names[which]}", weights) if names else None
@@ -222,10 +248,10 @@ def _linear(name: str, linear: Any, weights: Weights) -> Layer:
     return weights.layer(name, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
 
 
-def _norm(model: Any, name: str, weights: Weights) -> FloatArray:
+def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     parameter, offset = f"{name}.weight", spec_for(model.config).norm_offset
     weight = weights.norms.get(parameter, model.get_parameter(parameter))
-    return weights.array(weight + offset if offset else weight)
+    return weights.stored(weight + offset if offset else weight)
 
 
 def check_convolutions(length: int) -> None:

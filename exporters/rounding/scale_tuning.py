@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from cfsp.models.architectures import spec_for
+from cfsp.precision import bulk_products
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
 
@@ -88,7 +89,8 @@ def tune_scales(
             hidden = _last_hidden(decoder, weights | tuned, window)
             optimizer.zero_grad()
             loss = head_loss(hidden, head, partial(_divergence, target, dense))
-            torch.autograd.backward(loss / len(window))
+            with bulk_products(dense.device.type):
+                torch.autograd.backward(loss / len(window))
             _set_rate(optimizer, learning_rate, done, len(input_ids))
             optimizer.step()
             progress("tuning scales", done + 1, len(input_ids))
@@ -118,7 +120,10 @@ def _last_hidden(
     decoder: nn.Module, weights: Mapping[str, torch.Tensor], window: torch.Tensor
 ) -> torch.Tensor:
     """The output matrix's inputs (seqlen, hidden_size) for one window, with these weights in the decoder's place."""
-    output = functional_call(decoder, dict(weights), kwargs={"input_ids": window[None], "use_cache": False})
+    with bulk_products(window.device.type):
+        output = functional_call(
+            decoder, dict(weights), kwargs={"input_ids": window[None], "use_cache": False}
+        )
     hidden: torch.Tensor = output.last_hidden_state[0]
     return hidden
 

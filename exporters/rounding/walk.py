@@ -13,7 +13,7 @@ from torch import nn
 from cfsp.models.architectures import block_linears, decoder_layers, last_norm
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
-from cfsp.precision import products_in
+from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import GramSum, input_hook
 
@@ -31,12 +31,16 @@ def round_blocks(
     *,
     progress: Progress = no_progress,
 ) -> torch.Tensor:
-    """Let a caller round block after block, and run each as it is then.
+    """Let a caller round layer after layer, and run each as it is then.
+
+    A block is run once, with all windows beside each other: a layer is rounded when it is about to read, so that its
+    inputs are what the rounded ones before it give, those of its own block too.
 
     Args:
         model: A causal LM of the architecture table, float32; unchanged.
         input_ids: Text to round for, (nsamples, seqlen).
-        visit: (index of a block, its inputs) -> module name -> what its weight has become; others stay.
+        visit: (index of a block, inputs of those of its layers that read one tensor) -> module name -> what its weight
+            has become; others stay. It is called several times a block, in the order in which layers read.
         progress: Told after each block, of one more than there are; the output matrix is the caller's.
 
     Returns:
@@ -44,14 +48,17 @@ def round_blocks(
     """
     layers, linears = decoder_layers(model), block_linears(model)
     with torch.no_grad():
-        hidden, calls = enter_blocks(model, layers, input_ids)
+        windows, calls = enter_blocks(model, layers, input_ids)
+        hidden = torch.cat(windows)
+        del windows
         for index, layer in enumerate(layers):
             with at_hand(layer):
-                with products_in("auto", model.device.type):
-                    grams = _input_grams(linears[index], layer, hidden, calls[index])
-                changed = visit(index, grams)
-                with products_in("auto", model.device.type), _replaced(linears[index], changed):
-                    hidden = [run_layer(layer, h, calls[index]) for h in hidden]
+                groups = _read_together(linears[index], layer, hidden[:1], calls[index])
+                with (
+                    bulk_products(model.device.type),
+                    _rounded_when_read(linears[index], groups, partial(visit, index)),
+                ):
+                    hidden = run_layer(layer, hidden, calls[index])
             progress("quantizing", index + 1, len(layers) + 1)
         return _head_gram(model, hidden)
 
@@ -65,65 +72,71 @@ def alike(forms: Mapping[str, Any], grams: Grams) -> list[list[str]]:
 
 
 def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
-    """Attention's inputs (windows, seqlen, hidden_size), with the first token as large as its part in what comes out.
+    """Attention's inputs (seqlen, hidden_size), with the first token as large as its part in what comes out.
 
     Heads that have nothing to say attend to the first token (Xiao et al., arXiv 2309.17453), so an error in its key or
     value reaches every other token. Where it counts as one of hundreds, GPTQ moves the others' errors to it: on
     SmolLM2-135M in four bits, one v_proj then made 30 % of the whole divergence.
     """
     weighted = x.clone()
-    weighted[:, 0] *= max(1.0, _SINK_SHARE * x.shape[1]) ** 0.5
+    weighted[0] *= max(1.0, _SINK_SHARE * len(x)) ** 0.5
     return weighted
 
 
-def _head_gram(model: Any, hidden: list[torch.Tensor]) -> torch.Tensor:
+def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """X^T X / T of the output matrix's inputs, from the last block's outputs."""
-    norm, total = last_norm(model), GramSum(hidden[0].shape[-1], hidden[0].device)
-    for h in hidden:
-        total.add(norm(h).flatten(0, -2).float())
-    return total.mean(sum(h.shape[:-1].numel() for h in hidden))
+    norm, total = last_norm(model), GramSum(hidden.shape[-1], hidden.device)
+    for window in hidden:
+        total.add(norm(window).float())
+    return total.mean(hidden.shape[:-1].numel())
 
 
-def _input_grams(
-    linears: Mapping[str, nn.Linear],
-    layer: nn.Module,
-    hidden: list[torch.Tensor],
-    arguments: dict[str, Any],
-) -> dict[str, torch.Tensor]:
-    """Module name -> X^T X / T of its input; attention's, with the first token's weight."""
-    sums: dict[str, GramSum] = {}
-    seen: dict[int, tuple[str, torch.Tensor]] = {}  # holds the tensor, or its id could belong to another one
-    same_as: dict[str, str] = {}
-    n_tokens = sum(h.shape[0] * h.shape[1] for h in hidden)
+def _read_together(
+    linears: Mapping[str, nn.Linear], layer: nn.Module, window: torch.Tensor, arguments: dict[str, Any]
+) -> dict[str, tuple[str, ...]]:
+    """First of the layers that read one tensor -> all of them, as q, k and v do, or gate and up."""
+    read: dict[int, tuple[torch.Tensor, list[str]]] = {}  # holds it, or its id could belong to another one
 
     def add(name: str, x: torch.Tensor) -> None:
-        # q, k and v read the same tensor, as gate and up do: it is multiplied once.
-        first, _ = seen.setdefault(id(x), (name, x))
-        same_as[name] = first
-        if first == name:
-            counted = _with_attention_sink(x) if name.endswith(_ATTENTION) else x
-            sums.setdefault(name, GramSum(x.shape[-1], x.device)).add(
-                counted.reshape(-1, x.shape[-1]).float()
-            )
+        read.setdefault(id(x), (x, []))[1].append(name)
 
     with ExitStack() as stack:
         for name, linear in linears.items():
             stack.enter_context(input_hook(linear, partial(add, name)))
-        for h in hidden:
-            seen.clear()
-            run_layer(layer, h, arguments)
-    totals = {name: total.mean(n_tokens) for name, total in sums.items()}
-    return {name: totals[first] for name, first in same_as.items()}
+        run_layer(layer, window, arguments)
+    return {names[0]: tuple(names) for _, names in read.values()}
 
 
 @contextmanager
-def _replaced(linears: Mapping[str, nn.Linear], changed: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a block compute with what the runtime will compute with."""
-    weights = {name: linears[name].weight for name in changed}
-    for name, weight in changed.items():
-        linears[name].weight = nn.Parameter(weight.to(weights[name].device), requires_grad=False)
-    try:
-        yield
-    finally:
-        for name, weight in weights.items():
-            linears[name].weight = weight
+def _rounded_when_read(
+    linears: Mapping[str, nn.Linear],
+    groups: Mapping[str, tuple[str, ...]],
+    visit: Callable[[Grams], Mapping[str, torch.Tensor]],
+) -> Iterator[None]:
+    """Round each group when its first layer is about to read; its layers compute with what the runtime will have."""
+    weights = {name: linear.weight for name, linear in linears.items()}
+
+    def round_group(names: tuple[str, ...], x: torch.Tensor) -> None:
+        # A sum of rounded products need not be positive definite, beside channels that are a thousand times the others.
+        with exact_products(x.device.type):
+            gram = _input_gram(x, attention=names[0].endswith(_ATTENTION))
+            changed = visit(dict.fromkeys(names, gram))
+        for name, weight in changed.items():
+            linears[name].weight = nn.Parameter(weight.to(weights[name].device), requires_grad=False)
+
+    with ExitStack() as stack:
+        for first, names in groups.items():
+            stack.enter_context(input_hook(linears[first], partial(round_group, names)))
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                linears[name].weight = weight
+
+
+def _input_gram(x: torch.Tensor, *, attention: bool) -> torch.Tensor:
+    """X^T X / T of inputs (windows, seqlen, in_features); attention's, with the first token's weight."""
+    total = GramSum(x.shape[-1], x.device)
+    for window in x:
+        total.add((_with_attention_sink(window) if attention else window).float())
+    return total.mean(x.shape[:-1].numel())

@@ -207,6 +207,7 @@ def _evaluate(
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
     from phoneready.evaluation.models import open_language_model, runtime_for
     from phoneready.evaluation.run import evaluate as judge
+    from phoneready.text import WRITERS
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     chosen = runtime_for(model, runtime)
@@ -217,7 +218,7 @@ def _evaluate(
             # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
             other = runtime_for(against, "torch" if chosen == "torch" else None)
             dense = stack.enter_context(open_language_model(against, other, opening, progress=progress))
-        result = judge(judged, dense, settings, progress=progress)
+        result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
     if gate.save:
         write_record(gate.save, result)
     rows: tuple[GateRow, ...] = ()
@@ -254,8 +255,8 @@ def _sweep(
     as_json: bool,
 ) -> None:
     from cfsp.models.reference import load_model
-    from cfsp.text.calibration import load_calibration
     from phoneready.evaluation.sweep import check_ratios, sweep, sweep_table
+    from phoneready.text import WRITERS, load_calibration
 
     prune = PruneSettings(align=options.align)
     ratios = check_ratios(options.ratios, prune)
@@ -275,7 +276,7 @@ def _sweep(
             seed=options.calibration_seed,
             progress=progress,
         )
-        result = sweep(loaded, drawn, ratios, prune, settings, progress=progress)
+        result = sweep(loaded, drawn, ratios, prune, settings, writers=WRITERS, progress=progress)
     if save:
         write_record(save, result)
     if options.csv:

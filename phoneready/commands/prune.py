@@ -65,8 +65,8 @@ def prune(
     from cfsp.models.checkpoint import save_checkpoint
     from cfsp.models.reference import load_model
     from cfsp.pruning.prune import plan_model, prune_model
-    from cfsp.text.calibration import load_calibration
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
+    from phoneready.text import load_calibration
 
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
@@ -86,7 +86,7 @@ def prune(
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
         check = shape_check(settings, chosen, loaded.model)
         budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
-        sizes = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
+        sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
         if plan_only:

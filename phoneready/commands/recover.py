@@ -58,6 +58,7 @@ def recover(
         prepare_torch(threads)
         from cfsp.recovery.recover import check_outcome
         from cfsp.recovery.recover import recover as run_recovery
+        from phoneready.text import WRITERS
 
         with show_progress() as progress:
             result = run_recovery(
@@ -71,6 +72,7 @@ def recover(
                 device=device,
                 force=force,
                 trust_remote_code=trust_remote_code,
+                writers=WRITERS,
                 progress=progress,
             )
         if result.is_main:

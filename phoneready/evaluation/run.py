@@ -29,6 +29,7 @@ from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, started, token_windows, tokens_sha256
+from cfsp.text.writers import TRANSFORMERS, Writer
 from phoneready.evaluation.evaluation_record import (
     Degeneration,
     Evaluation,
@@ -48,9 +49,12 @@ def evaluate(
     against: LanguageModel | None,
     settings: EvaluationSettings,
     *,
+    writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Judge a model, against a reference model where one is given; token ids come from the reference's tokenizer.
+
+    `writers` are what may have the reference model write, where that is a text; the first that can does.
 
     Raises:
         InputError: A text that cannot be read or is too short, two of one name, tasks or metrics that cannot be used,
@@ -68,7 +72,14 @@ def evaluate(
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
         apart = other is not None and spelling is None
         judge = _judge_apart if apart else partial(_judge, spelling=spelling)
-        windows, texts = _texts(model, against, settings, judge, progress)
+        reference = against or model
+        windows = [
+            text_windows(source, reference, settings, progress, writers) for _, source in settings.sources
+        ]
+        texts = [
+            judge(kind, model, against, of_source, progress)
+            for (kind, _), of_source in zip(settings.sources, windows, strict=True)
+        ]
         done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
     said = [_answers(m, settings, progress) for m in both]
@@ -95,22 +106,6 @@ def _has_other_vocabulary(
     if different and settings.metrics:
         raise InputError(f"{different}; own metrics read the ids of one: leave out the metrics, or --against")
     return different is not None
-
-
-def _texts(
-    model: LanguageModel,
-    against: LanguageModel | None,
-    settings: EvaluationSettings,
-    judge: _Judge,
-    progress: Progress,
-) -> tuple[list[TokenWindows], list[TextResult]]:
-    """The windows of all texts and chats, and what was measured on each."""
-    windows = [text_windows(source, against or model, settings, progress) for _, source in settings.sources]
-    results = [
-        judge(kind, model, against, of_source, progress)
-        for (kind, _), of_source in zip(settings.sources, windows, strict=True)
-    ]
-    return windows, results
 
 
 def _spelling(model: LanguageModel, other: LanguageModel) -> Respelling | None:
@@ -158,7 +153,11 @@ def _prompt(row: Mapping[str, Any], where: str) -> str:
 
 
 def text_windows(
-    source: str, reference: LanguageModel, settings: EvaluationSettings, progress: Progress
+    source: str,
+    reference: LanguageModel,
+    settings: EvaluationSettings,
+    progress: Progress,
+    writers: Sequence[Writer],
 ) -> TokenWindows:
     """The windows of one text, or sampled from the reference model; token ids are the reference's.
 
@@ -179,6 +178,7 @@ def text_windows(
         nsamples=settings.max_windows,
         seqlen=settings.seqlen,
         seed=settings.seed,
+        writers=writers,
         progress=progress,
     )
     ids = started(ids, reference.tokenizer)

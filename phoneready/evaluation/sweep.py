@@ -16,6 +16,7 @@ from cfsp.pruning.prune import statistics_for
 from cfsp.pruning.settings import PruneSettings
 from cfsp.settings import check_settings
 from cfsp.text.calibration import Calibration
+from cfsp.text.writers import TRANSFORMERS, Writer
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, identity_of
 from phoneready.evaluation.gate import measures
 from phoneready.evaluation.run import evaluate
@@ -82,6 +83,7 @@ def sweep(
     prune: PruneSettings,
     judge: EvaluationSettings,
     *,
+    writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
 ) -> Sweep:
     """Prune a copy of the model at each ratio and judge it against the model itself.
@@ -92,6 +94,7 @@ def sweep(
         ratios: Shares of FFN channels to remove.
         prune: How; its ratio is not used.
         judge: What to judge on.
+        writers: What may have the dense model write, where that is a text.
         progress: Told about each step.
 
     Raises:
@@ -106,7 +109,7 @@ def sweep(
         model = copied(loaded.model)
         apply_plan(model, plan, statistics=measured, input_ids=calibration.input_ids, progress=progress)
         pruned = TorchLanguageModel(replace(loaded, model=model))
-        judged = evaluate(pruned, dense, judge, progress=progress)
+        judged = evaluate(pruned, dense, judge, writers=writers, progress=progress)
         named = ModelIdentity(f"{loaded.source.reference} pruned by {ratio:g}")
         points.append(SweepPoint(ratio, 1 - plan.keep_ratio, replace(judged, model=named)))
         progress("ratios", len(points), len(ratios))

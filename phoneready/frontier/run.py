@@ -46,6 +46,7 @@ from phoneready.frontier.settings import BASE_QUANT, FrontierSettings
 from phoneready.frontier.tables import format_frontier, megabytes
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.settings.structures import Structures
+from phoneready.text import WRITERS
 from phoneready.tune.run import study_key
 from phoneready.tune.space import Point
 from phoneready.tune.study import drop_torn_line
@@ -377,7 +378,7 @@ def _windows(runner: TrialRunner, settings: FrontierSettings) -> JudgedWindows:
     """The windows of every text; vocabularies and calibration are looked at, too."""
     config, dense = runner.config, RememberedModel(runner.loaded)
     judged: EvaluationSettings = config.evaluate.settings(config.seed + 1, ())
-    windows = [text_windows(source, dense, judged, runner.progress) for _, source in judged.sources]
+    windows = [text_windows(source, dense, judged, runner.progress, WRITERS) for _, source in judged.sources]
     longest = int(getattr(runner.loaded.model.config, "max_position_embeddings", None) or settings.seqlen)
     if settings.seqlen > longest:
         raise InputError(

@@ -40,7 +40,7 @@ _LOSSES = tuple(f"cfsp/evaluation/{name}.py" for name in ("language_model", "per
 _EXPORTING = (
     *(
         f"exporters/{name}.py"
-        for name in ("chats", "checkpoint_reader", "job", "options", "parity", "provenance")
+        for name in ("chats", "checkpoint_reader", "job", "options", "parity", "provenance", "slices")
     ),
     *(
         "exporters/rounding",
@@ -66,6 +66,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 "cfsp/precision.py",
                 "cfsp/devices.py",
                 *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
+                *("phoneready/text.py", "exporters/gguf/sampling.py"),
             ),
         ),
         "prune": Dependencies(

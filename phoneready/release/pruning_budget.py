@@ -20,7 +20,7 @@ from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.settings import PruneSettings
 from cfsp.units import parse_bytes, parse_count
 from exporters.checkpoint_reader import read_config
-from exporters.families import makes_gguf
+from exporters.families import BASE, makes_gguf
 from exporters.gguf.architecture import (
     choose_layout,
     holds_blocks_without_attention,
@@ -28,7 +28,7 @@ from exporters.gguf.architecture import (
     holds_unlike_blocks,
 )
 from phoneready.settings.schema import PruneConfig
-from phoneready.sizes import DecodeTimes, FileSizes, Sizes
+from phoneready.sizes import DecodeTimes, Sizes, file_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -62,12 +62,15 @@ def budget_of(
         cost = count_parameters(loaded.model)
         return Budget("target_parameters", target, cost, "parameters", _axes(settings, loaded, made))
     items = settings.sized_formats(made)
-    sizes = Sizes(loaded, folder, use_imatrix, seed, torch.get_num_threads(), items)
+    drafted = tuple(filter(BASE.has, items))
+    sizes = Sizes(loaded, folder, use_imatrix, seed, torch.get_num_threads(), drafted)
     if settings.target_speed is not None:
         target = 1 / settings.target_speed
         return Budget("target_speed", target, DecodeTimes(sizes, items), "decode", settings.target_axes)
     target = parse_bytes(settings.target_size or "", "target_size")
-    return Budget("target_size", target, FileSizes(sizes, items), "bytes", settings.target_axes)
+    # Of the files that are drafted it shows what they can do without.
+    axes = settings.target_axes if drafted else _axes(settings, loaded, made)
+    return Budget("target_size", target, file_sizes(sizes, items), "bytes", axes)
 
 
 def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> tuple[str, ...]:

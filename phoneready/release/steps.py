@@ -25,7 +25,7 @@ from cfsp.progress import Progress
 from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.pruning.prune import prune_model
 from cfsp.records import read_record, write_record
-from cfsp.text.calibration import Calibration, load_calibration
+from cfsp.text.calibration import Calibration
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, family_of, find_format
 from exporters.options import ExportOptions
@@ -43,6 +43,7 @@ from phoneready.release.pruning_budget import budget_of, fitting_settings, shape
 from phoneready.release.stages import stage_folder
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.structures import Structures
+from phoneready.text import WRITERS, load_calibration
 from runtime_bench.files import size_of
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import DOES_NOT_FIT, BenchRecord
@@ -147,8 +148,14 @@ class Steps:
             may_stream=True,
             progress=progress,
         )
-        sizes = {"nsamples": prune.nsamples, "seqlen": prune.seqlen, "seed": self.config.seed}
-        ids = load_calibration(prune.calibration, loaded, **sizes, progress=progress).input_ids
+        ids = load_calibration(
+            prune.calibration,
+            loaded,
+            nsamples=prune.nsamples,
+            seqlen=prune.seqlen,
+            seed=self.config.seed,
+            progress=progress,
+        ).input_ids
         _save_windows(ids, output)
         moments = None
         if self.needs_moments:
@@ -201,6 +208,7 @@ class Steps:
             work=self.recovery_work,
             device=self.config.model.recovery_device,
             force=True,
+            writers=WRITERS,
             progress=progress,
         )
 
@@ -214,7 +222,10 @@ class Steps:
         dense, pruned = RememberedModel(self._load("dense", progress)), self.checkpoint(self.final)
         tokenizers = {DENSE: dense.tokenizer, PRUNED: load_tokenizer(pruned)}
         judged = self._judged_on
-        cut = [JudgedText(kind, text_windows(one, dense, judged, progress)) for kind, one in judged.sources]
+        cut = [
+            JudgedText(kind, text_windows(one, dense, judged, progress, WRITERS))
+            for kind, one in judged.sources
+        ]
         texts = [shortened(text, *tokenizers.values()) for text in cut]
         files = []
         for artifact in self.artifacts():
@@ -252,7 +263,9 @@ class Steps:
     def _judge(
         self, model: LanguageModel, dense: LoadedModel, name: str, path: Path, progress: Progress
     ) -> None:
-        result = evaluate(model, TorchLanguageModel(dense), self._judged_on, progress=progress)
+        result = evaluate(
+            model, TorchLanguageModel(dense), self._judged_on, writers=WRITERS, progress=progress
+        )
         against = ModelIdentity(dense.source.reference, sha256=dense.source.sha256)
         named = ModelIdentity(name, result.model.runtime)
         write_record(path, dataclasses.replace(result, model=named, against=against))

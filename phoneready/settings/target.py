@@ -9,7 +9,7 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from cfsp.settings import Settings, setting
 from cfsp.units import parse_bytes, parse_count
-from exporters.families import DEFAULT_FORMAT, FAMILIES, find_format
+from exporters.families import BASE, DEFAULT_FORMAT, FAMILIES, find_format
 
 AXIS_SETTINGS = MappingProxyType(
     {
@@ -41,7 +41,7 @@ class TargetSettings(Settings):
 
     for_quant: tuple[str, ...] = setting(
         (),
-        "Quantizations the widths must fit, and whose files a target size or speed is of.",
+        "Quantizations and ONNX variants the widths must fit, and whose files a target size or speed is of.",
         option="--for --for-quant",
         look_up=lambda name: find_format(name).name,
         metavar="QUANT,...",
@@ -49,7 +49,7 @@ class TargetSettings(Settings):
     )
     target_size: str | None = setting(
         None,
-        "Remove what brings the GGUF file to this size at the least predicted loss.",
+        "Remove what brings the exported file to this size at the least predicted loss.",
         look_up=_size,
         metavar="SIZE",
         example="60MB",
@@ -63,7 +63,7 @@ class TargetSettings(Settings):
     )
     target_speed: float | None = setting(
         None,
-        "The same for decode that is so many times as fast as the dense model's, by the bytes that a token reads.",
+        "The same for decode of the GGUF file, so many times as fast as the dense one's, by the bytes a token reads.",
         gt=1,
         le=1000,
         metavar="FACTOR",
@@ -108,13 +108,15 @@ class TargetSettings(Settings):
             InputError: No file of them has a size that follows from the model's shape.
         """
         names = self.for_quant or tuple(made) or (DEFAULT_FORMAT,)
-        gguf = FAMILIES["gguf"]
-        sized = tuple(name for name in names if gguf.has(name) and gguf.find(name).is_sized)
+        # What a token reads of a file is known of GGUF alone.
+        families = FAMILIES.values() if self.target_size else (BASE,)
+        known = [row.name for family in families for row in family.formats.values() if row.is_sized]
+        sized = tuple(name for name in names if find_format(name).name in known)
         if self.reads_files and not sized:
             raise InputError(
                 "no file of a size that follows from the shape",
                 field="target_size" if self.target_size else "target_speed",
                 value=", ".join(names),
-                allowed=f"one of {', '.join(gguf.formats)}",
+                allowed=f"one of {', '.join(known)}",
             )
         return sized

@@ -20,6 +20,7 @@ from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
 from phoneready.figures.metrics import ANY_MEMBER, CHECKPOINT, TASK, FigureKey, metric_of, metrics_from
 from phoneready.release.artifact import Artifact
 from phoneready.release.collect import benchmark_figures, projected_figures, size_figure
+from phoneready.text import WRITERS
 from phoneready.tune.limits import Limits
 from phoneready.tune.space import Point, config_of
 from phoneready.tune.trial_runner import TrialRunner
@@ -119,7 +120,9 @@ class Bench:
             with open_language_model(
                 reference, runtime_for(reference), opening, progress=self.runner.progress
             ) as model:
-                evaluation = evaluate(model, self._dense, settings, progress=self.runner.progress)
+                evaluation = evaluate(
+                    model, self._dense, settings, writers=WRITERS, progress=self.runner.progress
+                )
             yield from evaluation_figures(item, name, evaluation)
 
     @functools.cached_property

@@ -33,7 +33,7 @@ from cfsp.pruning.prune import (
 )
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.records import read_record, write_record
-from cfsp.text.calibration import Calibration, load_calibration
+from cfsp.text.calibration import Calibration
 from exporters.options import ExportOptions
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
@@ -42,6 +42,7 @@ from phoneready.release.steps import model_stem
 from phoneready.settings.schema import ReleaseConfig
 from phoneready.settings.structures import Structures
 from phoneready.sizes import Sizes
+from phoneready.text import WRITERS, load_calibration
 from phoneready.tune.space import Point, Recipe, config_of
 
 
@@ -326,6 +327,7 @@ class TrialRunner:
             teacher=str(self.dense_checkpoint),
             device=self.config.model.recovery_device,
             force=True,
+            writers=WRITERS,
             progress=self.progress,
         )
 

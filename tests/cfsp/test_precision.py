@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.precision import fast_dtype, product_dtype, products_in, rounding_dtype
+from cfsp.precision import (
+    bulk_dtype,
+    bulk_products,
+    exact_products,
+    fast_dtype,
+    product_dtype,
+    products_in,
+    rounding_dtype,
+)
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
@@ -31,6 +39,22 @@ def test_only_inside_the_context_products_are_rounded() -> None:
         assert 2**-12 < error < 2**-8
     else:
         assert error == 0
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_products_in_bulk_are_rounded_and_exact_ones_inside_them_are_not(
+    monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: has)
+    exact = product()
+    with bulk_products("cpu"):
+        rounded = product()
+        with exact_products("cpu"):
+            assert torch.equal(product(), exact)
+    assert torch.equal(product(), exact)
+    error = float((rounded.float() - exact).norm() / exact.norm())
+    assert 2**-12 < error < 2**-7 if bulk_dtype() == torch.bfloat16 else error == 0
+    assert (bulk_dtype() == torch.bfloat16) == (has or fast_dtype() == torch.bfloat16)
 
 
 def test_an_error_inside_the_context_leaves_the_precision_as_it_was() -> None:

@@ -16,7 +16,7 @@ from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.surgery import cut_channels
-from cfsp.text import self_sampling, written
+from cfsp.text import self_sampling, writers, written
 from cfsp.text.calibration import load_calibration
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import BUILTIN_TEXT
@@ -241,7 +241,7 @@ def test_a_copy_to_sample_from_has_the_blocks_of_the_model(tiny_model: Any) -> N
     for layer, width in zip(decoder_layers(model), (96, 64, 128, 32), strict=True):
         cut_channels(feed_forward(model, layer), torch.arange(width))
     loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "folder", "tiny"))
-    fast = self_sampling._copy_in(loaded, torch.bfloat16).model
+    fast = writers._copy_in(loaded, torch.bfloat16).model
     assert {p.dtype for p in fast.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in fast.buffers()} == {torch.float32}
     assert fast.lm_head.weight is fast.model.embed_tokens.weight

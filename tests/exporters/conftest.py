@@ -73,6 +73,12 @@ def make_checkpoint(
     return make
 
 
+@pytest.fixture
+def no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let text be run as on a processor that torch rounds no products for: bit for bit what another one gives."""
+    monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ONNX variants that JavaScript's runtimes load; some blocks have fewer heads or none. Not to be changed."""

@@ -124,7 +124,7 @@ def test_scales_are_not_trained_where_that_takes_the_whole_model(
 
 def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "always")
-    monkeypatch.setattr("exporters.gguf.slices._LARGEST", 1e9)
+    monkeypatch.setattr("exporters.slices._LARGEST", 1e9)
     with pytest.raises(LimitError, match=r"block 0 is too far .* above 1e-12"):
         export_gguf(half, tmp_path / "out", ("Q8_0",), ExportOptions(parity_windows=IDS))
     assert not (tmp_path / "out").exists()
@@ -134,7 +134,7 @@ def test_how_a_model_is_read_is_decided_once(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([False])
-    monkeypatch.setattr("exporters.gguf.files.reads_by_blocks", lambda _: next(answers, True))
+    monkeypatch.setattr("exporters.job.reads_by_blocks", lambda _: next(answers, True))
     options = ExportOptions(calibration=IDS, parity_windows=IDS, tune_scales=True)
     (record,) = export_gguf(half, tmp_path / "out", ("Q4_0",), options)
     assert record.blocks is None

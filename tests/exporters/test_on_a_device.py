@@ -12,10 +12,15 @@ import torch
 from far_device import FAR, far_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cfsp.pruning.outline import outline
+from exporters.onnx import largest_size
 from exporters.onnx.mixed import choose_few, quantized_model, with_eight_bits
 from exporters.onnx.quantize import QuantizedModel, tune
 from exporters.onnx.variants import INT4
 from exporters.options import ExportOptions
+from exporters.provenance import Provenance
+
+pytestmark = pytest.mark.usefixtures("no_avx512_bf16")  # a device that is not there has none
 
 MakeCheckpoint = Callable[..., Path]
 # Of few tokens, so that inputs depend on each other, as those of trained models do.
@@ -54,6 +59,18 @@ def test_a_gguf_file(
             files = draft_gguf(checkpoint, folder, [quant], options)
         written += [path.read_bytes() for path in files.values()]
     assert written[0] == written[1]
+
+
+def test_the_size_of_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
+    sizes = []
+    for device in ("cpu", FAR.type):
+        model = tiny_model()[0]
+        with computing(device):
+            model.to(device)
+            model.tie_weights()
+        # Without numbers nothing is computed there.
+        sizes.append(largest_size(outline(model), "int8", Provenance("m", "m")))
+    assert sizes[0] == sizes[1]
 
 
 def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:

@@ -161,6 +161,7 @@ def test_gptq_makes_up_for_each_column_by_those_after_it(columns: int) -> None:
         done.append(j)
 
 
+@pytest.mark.usefixtures("no_avx512_bf16")
 def test_layers_that_read_the_same_are_rounded_as_each_alone(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model()[0]
     ids = torch.randint(0, 300, (4, 32), generator=torch.Generator().manual_seed(3))
@@ -206,7 +207,7 @@ def test_important_inputs_decide_the_scale() -> None:
 
 def test_packed_bytes_hold_the_low_number_first() -> None:
     rounded = round_to_nearest(weights(2, 32), INT4)
-    data = torch.from_numpy(rounded.packed())
+    data = rounded.packed()
     assert torch.equal(data & 15, rounded.q[..., 0::2])
     assert torch.equal(data >> 4, rounded.q[..., 1::2])
     both = joined([rounded, rounded])

@@ -203,3 +203,15 @@ def test_a_folder_of_the_version_before_says_why_it_runs_again(folder: Path, tmp
     reasons = explain_release(CONFIG, tmp_path)
     assert 'packages.onnxruntime was "1.23.0" and is null' in reasons["dense"]
     assert "code was null and is " in reasons["dense"]
+
+
+@pytest.mark.parametrize(("sized", "family"), [("int8", "onnx"), ("Q4_0", "gguf")])
+def test_a_target_depends_on_the_code_of_the_files_that_it_is_of(
+    sized: str, family: str, tmp_path: Path
+) -> None:
+    asked = {"target_size": "60MB", "for_quant": [sized]}
+    config = ReleaseConfig.model_validate({"model": {"reference": "smollm2-135m"}, "prune": asked})
+    stages = {stage.name: stage for stage in release_stages(config, tmp_path)}
+    code = stages["prune"].settings["code"]
+    assert {room for room in code if room in ("exporters/gguf", "exporters/onnx")} == {f"exporters/{family}"}
+    assert "phoneready/sizes.py" in code

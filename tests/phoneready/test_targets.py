@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
+from exporters.export_record import ParityLimits
 from exporters.gguf.files import draft_gguf
+from exporters.onnx import export_onnx
+from exporters.options import ExportOptions
 from phoneready.main import main
+from phoneready.release.pruning_budget import budget_of
 from phoneready.settings.release import parse_config
+from phoneready.settings.schema import PruneConfig
 
 TinyPath = Callable[..., Path]
 SMALL = ["--calibration", "builtin:python-docs", "--nsamples", "3", "--seqlen", "32"]
@@ -109,6 +116,73 @@ def test_the_file_is_as_large_as_was_asked(
     )
 
 
+def onnx_size(checkpoint: Path, variant: str, folder: Path) -> int:
+    """Of an export that is rounded for text where the variant is."""
+    windows = torch.randint(0, 200, (2, 96), generator=torch.Generator().manual_seed(0))
+    options = ExportOptions(
+        limits={variant: ParityLimits()}, parity_windows=windows, calibration=windows, n_threads=1
+    )
+    (record,) = export_onnx(checkpoint, folder, [variant], options)
+    return record.file_bytes
+
+
+@pytest.mark.parametrize(
+    ("variant", "share", "more", "step"),
+    [
+        # A channel is a row of gate and of up, and a column of down, of 64 numbers each.
+        ("fp32", 0.7, ["--target-axes", "ffn"], 3 * 64 * 4),
+        ("fp16", 0.6, [], 32 * 64 * 2),
+        # The first of 32 channels takes a block of each row of down, too.
+        ("int8", 0.75, ["--target-axes", "vocabulary,ffn"], 64 * 34 + 2 * 68),
+        ("int8", 0.99, ["--prune-ratio", "0", "--target-axes", "vocabulary"], 32 * 68),
+        ("int8", 0.7, ["--vocabulary", "320", "--attentions", "1", "--blocks", "1"], 64 * 34 + 2 * 68),
+        ("int8-dynamic", 0.7, ["--kv-groups", "0.25", "--target-axes", "ffn"], 3 * 64 + 8),
+        # Three hundredths more are left for layers that text may give eight bits.
+        ("int4", 0.75, ["--target-axes", "vocabulary,ffn"], 64 * 18 + 2 * 36 + 12_000),
+    ],
+)
+def test_a_graph_and_its_weights_are_as_large_as_was_asked(
+    variant: str,
+    share: float,
+    more: list[str],
+    step: int,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["--for", variant, "--target-size"]
+    dense = pruned(model, tmp_path / "dense", capsys, *asked, "1G")["budget"]["dense"]
+    known = onnx_size(tmp_path / "dense", variant, tmp_path / "dense-files")
+    target = round(share * known)
+    plan = pruned(model, tmp_path / "out", capsys, *asked, str(target), *more)
+    size = onnx_size(tmp_path / "out", variant, tmp_path / "files")
+    assert plan["settings"]["align"] == 1
+    assert target - step - 192 < size <= target
+    exact = 192 if variant != "int4" else 12_000
+    assert plan["budget"]["reached"] - size in range(exact)
+    assert dense - known in range(exact)
+
+
+def test_of_several_files_each_fits(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--target-size", "330kB", "--for", "Q8_0,int8", "--target-axes", "vocabulary,ffn"]
+    plan = pruned(model, tmp_path / "out", capsys, *asked)
+    sizes = [
+        size_of(tmp_path / "out", "Q8_0", tmp_path / "gguf"),
+        onnx_size(tmp_path / "out", "int8", tmp_path / "onnx"),
+    ]
+    assert max(sizes) <= 330_000
+    assert plan["budget"]["reached"] - max(sizes) in range(192)
+
+
+def test_a_model_that_stays_in_files_gets_the_same_plan(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["--target-size", "400kB", "--for", "int8", "--target-axes", "vocabulary,ffn"]
+    whole = pruned(model, tmp_path / "whole", capsys, *asked)
+    monkeypatch.setenv("PHONEREADY_STREAM", "always")
+    assert pruned(model, tmp_path / "paged", capsys, *asked)["budget"] == whole["budget"]
+
+
 def test_rows_that_no_token_has_go_from_the_file_first(
     tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +208,23 @@ def test_what_a_file_cannot_say_is_not_removed(
     assert "attention" not in plan
     assert plan["budget"]["dense"] > 140_000
     assert size_of(tmp_path / "out", "Q8_0", tmp_path / "files") <= 125_000
+
+
+@pytest.mark.parametrize(
+    ("made", "goes"),
+    [
+        (("int8",), {"vocabulary", "ffn", "attentions", "kv_groups", "blocks"}),
+        (("Q8_0",), {"vocabulary", "ffn"}),
+    ],
+)
+def test_what_a_file_beside_the_sized_one_cannot_say_is_not_removed(
+    made: tuple[str, ...], goes: set[str], tiny_loaded: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = PruneConfig(target_size="400kB", for_quant=("int8",))
+    budget = budget_of(settings, tiny_loaded("smollm3"), tmp_path, made=made)
+    assert budget is not None
+    assert set(budget.axes) == goes
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", ["--target-size", "--target-parameters"])
@@ -289,7 +380,19 @@ def test_prune_says_what_each_axis_gives(
             ["--target-size", "1MB", "--target-axes", "ffn", "--prune-ratio", "0.1"],
             "nothing is left that the target may remove",
         ),
-        (["--target-size", "1MB", "--for", "int4"], "target_size: no file of a size that follows"),
+        (
+            ["--target-size", "1MB", "--for", "portable,int4-mixed"],
+            "IQ2_M, fp32, fp16, int8, int4, int4-b128, int8-",
+        ),
+        (["--target-speed", "2", "--for", "int4"], "IQ2_M\n"),
+        (
+            ["--target-size", "1MB", "--for", "int3"],
+            "unknown quantization or variant (got 'int3'); allowed: f32",
+        ),
+        (
+            ["--target-size", "2kB", "--for", "int4", *SMALL],
+            "target_size: 0.002 MB is less than any combination of what may be removed takes; allowed: about 0.",
+        ),
         (["--target-size", "1MB", "--for", "mixed:1MB"], "target_size: no file of a size that follows"),
         (["--target-size", "1MB", "--plan", "plan.json"], "--plan applies a plan"),
         (["--no-imatrix"], "--no-imatrix: the size of no file is asked for"),
@@ -342,6 +445,21 @@ def test_what_a_configuration_states_is_fixed() -> None:
     assert config.prune.target_axes == ("vocabulary", "attentions", "kv_groups", "blocks")
     assert config.prune.prune_ratio == 0.2
     assert parse_config(MODEL, where="x").prune.prune_ratio == 0.2
+
+
+@pytest.mark.parametrize(
+    ("asked", "sized"),
+    [
+        ('target_size = "60MB"', ("Q4_0", "int8")),
+        ('target_size = "60MB"\nfor_quant = ["int4"]', ("int4",)),
+        ("target_speed = 1.5", ("Q4_0",)),
+    ],
+)
+def test_a_release_is_sized_by_all_that_it_makes_unless_it_says_of_what(
+    asked: str, sized: tuple[str, ...]
+) -> None:
+    config = parse_config(MODEL + f'{asked}\n[export]\nonnx = ["int8", "portable"]\n', where="x")
+    assert config.prune.sized_formats(config.export.names) == sized
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def cut_vocabulary(loaded: LoadedModel, plan: VocabularyPlan) -> LoadedModel:
         )
     kept = torch.tensor(plan.kept)
     tokenizer = trimmed_tokenizer(loaded.tokenizer, plan.kept)
-    _cut_rows(model, kept)
+    cut_rows(model, kept)
     renumbered = {old: new for new, old in enumerate(plan.kept)}
     for config in _configs(model):
         for name, ids in list(_named_ids(config)):
@@ -212,7 +212,7 @@ def spelled(index: int, gone: Collection[int], trees: TokenTrees) -> list[int]:
     return [part for piece in trees.parts.get(index, ()) for part in spelled(piece, gone, trees)]
 
 
-def _cut_rows(model: Any, kept: torch.Tensor) -> None:
+def cut_rows(model: Any, kept: torch.Tensor) -> None:
     """Keep rows of the embedding and of the output matrix; tied ones stay one tensor."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight

@@ -1,0 +1,49 @@
+"""Models of another shape, for what follows from the shape alone: the first of everything is kept."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfsp.models.architectures import attention_of, decoder_layers, feed_forward, model_shape
+from cfsp.models.shape import ModelShape
+from cfsp.pruning.axes.attention import remove_attention
+from cfsp.pruning.axes.blocks import remove_blocks
+from cfsp.pruning.axes.vocabulary import cut_rows
+from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
+
+
+def outline(model: Any) -> Any:
+    """A copy of a model, on the CPU, whose parameters, float32, are on torch's meta device: shapes without numbers."""
+    nowhere = {
+        id(parameter): nn.Parameter(torch.empty(parameter.shape, device="meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, nowhere | {id(buffer): buffer.cpu() for buffer in model.buffers()})
+
+
+def cut_to_shape(model: Any, shape: ModelShape) -> None:
+    """Give a model a shape, in place.
+
+    Args:
+        model: A causal LM of the architecture table.
+        shape: Of it with less of anything; of each block its origin says which of the model's it is, and what the shape
+            does not say stays.
+    """
+    known, layers = model_shape(model), decoder_layers(model)
+    with torch.no_grad():
+        if shape.vocab_size not in (None, known.vocab_size):
+            cut_rows(model, torch.arange(shape.vocab_size))
+        for block in shape.blocks:
+            layer, was = layers[block.origin], known.blocks[block.origin]
+            if block.ffn_width != was.ffn_width:
+                cut_channels(feed_forward(model, layer), torch.arange(block.ffn_width))
+            if was.has_attention and not block.has_attention:
+                remove_attention(model, layer)
+            elif block.kv_groups not in (None, was.kv_groups):
+                cut_groups(attention_of(model, layer), range(block.kv_groups))
+    remove_blocks(model, frozenset(range(len(layers))) - {block.origin for block in shape.blocks})
+    set_config_shape(model)

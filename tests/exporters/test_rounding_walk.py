@@ -1,0 +1,87 @@
+"""The walk over a model's blocks: what each layer is rounded for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from cfsp.models.architectures import block_linears
+from cfsp.precision import exact_products
+from cfsp.pruning.streaming import input_hook
+from exporters.rounding.walk import Grams, round_blocks
+
+IDS = torch.randint(0, 300, (3, 32), generator=torch.Generator().manual_seed(3))
+
+
+def changed(weight: torch.Tensor) -> torch.Tensor:
+    return weight.sign() * weight.abs().mean()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    """Those of its own block, too: the inputs are those of a run of the model as it is in the end."""
+    monkeypatch.setattr("exporters.rounding.walk.bulk_products", exact_products)
+    model = tiny_model(model_type)[0]
+    linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
+    given = {name: linear.weight.detach().clone() for name, linear in linears.items()}
+    seen: dict[str, torch.Tensor] = {}
+    together: list[set[str]] = []
+
+    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
+        seen.update(grams)
+        together.append({name.rpartition(".")[2] for name in grams})
+        assert all(name in block_linears(model)[index] for name in grams)
+        return {name: changed(given[name]) for name in grams}
+
+    head = round_blocks(model, IDS, visit)
+    kinds = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    assert together == kinds * model.config.num_hidden_layers
+    assert all(torch.equal(linear.weight, given[name]) for name, linear in linears.items())
+
+    inputs: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), ExitStack() as stack:
+        for name, linear in linears.items():
+            linear.weight.copy_(changed(given[name]))
+            stack.enter_context(input_hook(linear, partial(inputs.__setitem__, name)))
+        last = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
+    for name, x in (*inputs.items(), ("head", last)):
+        if not name.endswith(("q_proj", "k_proj", "v_proj")):  # the first token counts more there
+            flat = x.flatten(0, -2).double()
+            found = head if name == "head" else seen[name]
+            torch.testing.assert_close(found, flat.T @ flat / len(flat), rtol=1e-3, atol=1e-4)
+
+
+def test_inputs_are_summed_exactly_where_the_model_runs_in_rounded_products(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums rounded to bfloat16 are not positive definite beside massive channels, and GPTQ cannot solve them."""
+    monkeypatch.setattr("exporters.rounding.walk.bulk_products", _autocast)
+    model = tiny_model("llama")[0]
+    read: dict[str, torch.Tensor] = {}
+
+    def visit(index: int, grams: Grams) -> dict[str, torch.Tensor]:
+        for name, gram in grams.items():
+            if name.endswith(("o_proj", "gate_proj", "down_proj")):
+                x = read[name].double().flatten(0, -2)
+                torch.testing.assert_close(gram, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+                checked.add(name.rpartition(".")[2])
+        return {}
+
+    checked: set[str] = set()
+    with ExitStack() as stack:
+        for block in block_linears(model):
+            for name, linear in block.items():
+                stack.enter_context(input_hook(linear, partial(read.__setitem__, name)))
+        round_blocks(model, IDS, visit)
+    assert checked == {"o_proj", "gate_proj", "down_proj"}
+
+
+def _autocast(device_type: str) -> torch.autocast:
+    return torch.autocast(device_type, torch.bfloat16)
