@@ -19,11 +19,12 @@ from cfsp.models.architectures import (
     FULL,
     WINDOWED,
     ArchitectureSpec,
+    convolving_blocks,
     rotated_blocks,
     windows_of_blocks,
 )
 from cfsp.models.config_file import read_model_config, shape_from_config
-from cfsp.models.rope import stated_rope, steady_context
+from cfsp.models.rope import alpha_rope, stated_rope, steady_context
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
@@ -47,6 +48,7 @@ class ModelConfig:
         score_scale: What attention's scores are multiplied by.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
+        convolution_length: Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
         window_rope_theta: The base in blocks with a window, where their rope is a plain one of their own.
     """
 
@@ -65,6 +67,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: Mapping[str, Any] | None
     window_rope_theta: float | None = None
+    convolution_length: int = 0
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -128,12 +131,13 @@ def read_config(folder: Path) -> ModelConfig:
         read = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
         config = read.to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
-    require_supported(shape, str(folder / "config.json"))
+    require_supported(shape, str(folder / "config.json"), convolving_blocks(config))
     spec = ARCHITECTURES[config["model_type"]]
     message = "no exported graph computes this activation"
-    activation = look_up(ACTIVATIONS, config[spec.activation_setting], message, field=spec.activation_setting)
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    theta, scaling = _rope(config, FULL)
+    stated = config.get(spec.activation_setting, "silu")
+    activation = look_up(ACTIVATIONS, stated, message, field=spec.activation_setting)
+    head_dim = _head_dim(config)
+    rope = rope_of(config, FULL)
     return ModelConfig(
         model_type=config["model_type"],
         shape=shape,
@@ -142,37 +146,49 @@ def read_config(folder: Path) -> ModelConfig:
         // (config.get("num_key_value_heads") or config["num_attention_heads"]),
         head_dim=head_dim,
         max_position_embeddings=config["max_position_embeddings"],
-        rms_norm_eps=config["rms_norm_eps"],
+        rms_norm_eps=config[spec.epsilon_setting],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         rotated=rotated_blocks(read),
         windows=windows_of_blocks(read),
         activation=activation,
         score_scale=(config[spec.scale_setting] if spec.scale_setting else head_dim) ** -0.5,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        window_rope_theta=_window_theta(config, spec.window_rope_setting),
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=None if rope["rope_type"] == "default" else rope,
+        window_rope_theta=_window_theta(config, spec),
+        convolution_length=config["conv_L_cache"] if spec.convolution else 0,
     )
 
 
-def _rope(config: Mapping[str, Any], kind_of_block: str) -> tuple[float, Mapping[str, Any] | None]:
-    """Base and scaling of blocks of a kind."""
+def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:
+    """What blocks of a kind are rotated by: `rope_type`, `rope_theta`, and what the type asks for.
+
+    Args:
+        config: Keys of a configuration, with defaults filled in.
+        kind_of_block: `full_attention` or `sliding_attention`.
+    """
     rope = stated_rope(config, kind_of_block)
-    return float(rope["rope_theta"]), None if rope["rope_type"] == "default" else rope
+    is_alpha = ARCHITECTURES[config["model_type"]].alpha_rope
+    return alpha_rope(rope, _head_dim(config)) if is_alpha else rope
 
 
-def _window_theta(config: Mapping[str, Any], setting: str) -> float | None:
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _window_theta(config: Mapping[str, Any], spec: ArchitectureSpec) -> float | None:
     """The base in blocks with a window, under either release's name; None of a model type whose blocks are alike."""
-    if not setting:
+    if not spec.has_window_rope:
         return None
-    if config.get(setting):
-        return float(config[setting])
-    theta, scaling = _rope(config, WINDOWED)
-    if scaling is not None:
-        kind = scaling["rope_type"]
+    if config.get(spec.window_rope_setting):
+        return float(config[spec.window_rope_setting])
+    if WINDOWED not in (config.get("rope_parameters") or {}):
+        return float(rope_of(config, FULL)["rope_theta"])
+    rope = rope_of(config, WINDOWED)
+    if (kind := rope["rope_type"]) != "default":
         raise InputError(
             "a scaled rope in blocks with a window", field="rope_type", value=kind, allowed="default"
         )
-    return theta
+    return float(rope["rope_theta"])
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from cfsp.errors import LimitError
-from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.architectures import decoder_layers, last_norm, norm_epsilon, spec_for
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.progress import Progress, no_progress
@@ -77,7 +77,7 @@ def prove_slices(
     largest, total, ids = 0.0, len(decoder_layers(model)), windows.ids[:1]
     limit = (max_logit_diff or 0.0) / _LARGEST
     for part in _slices(model, ids, runs):
-        difference = _difference(part.logits(model.config.rms_norm_eps), run(part))
+        difference = _difference(part.logits(norm_epsilon(model.config)), run(part))
         if not difference <= limit:
             raise LimitError(
                 f"block {part.blocks.start} is too far from the checkpoint in {runtime}: {difference:.3g} of the "
@@ -100,7 +100,7 @@ def _slices(model: Any, ids: torch.Tensor, runs: Sequence[range]) -> Iterator[Sl
                     hidden = run_layer(layers[block], hidden, calls[block])
             gain = torch.ones(hidden.shape[-1])
             if blocks.stop == len(layers):
-                gain = model.get_decoder().norm.weight.float() + spec_for(model.config).norm_offset
+                gain = last_norm(model).weight.float() + spec_for(model.config).norm_offset
             yield Slice(blocks, entering.float(), hidden[0].float(), gain)
 
 

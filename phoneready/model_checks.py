@@ -23,12 +23,14 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
+from cfsp.pruning.axes.attention import ATTENTIONS_STAY
+from cfsp.pruning.axes.kv_groups import groups_stay
 from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
 from exporters.onnx.portable import require_optimum
-from exporters.onnx.weights import check_rope
+from exporters.onnx.weights import check_convolutions, check_rope
 from phoneready.checks import Check
 
 
@@ -99,7 +101,7 @@ def _describe(model: _Model) -> Check:
     parts = [
         f"{config.model_type}: {config.num_hidden_layers} blocks of {config.hidden_size}",
         f"FFNs of {_range(config.shape.ffn_widths)}",
-        f"{_range(config.kv_heads)} key-value heads, each read by {config.heads_per_group}",
+        _heads(config),
         f"{config.vocab_size} tokens",
         f"context {config.max_position_embeddings}",
     ]
@@ -107,6 +109,14 @@ def _describe(model: _Model) -> Check:
         windowed = sum(window is not None for window in config.windows)
         parts.append(f"a window of {config.narrowest} in {windowed} blocks")
     return Check("model", "ok", ", ".join(parts))
+
+
+def _heads(config: ModelConfig) -> str:
+    attending = [n for n in config.kv_heads if n]
+    convolved = sum(block.convolves for block in config.shape.blocks)
+    heads = attending if convolved else config.kv_heads
+    where = f" in {len(attending)} blocks, a short convolution in {convolved}" if convolved else ""
+    return f"{_range(heads)} key-value heads, each read by {config.heads_per_group}{where}"
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -127,13 +137,15 @@ def _vocabulary(model: _Model) -> str:
 
 
 def _of_blocks(model: _Model, blocks: Sequence[BlockShape], option: str) -> str:
-    """What holds the model with these blocks; ONNX graphs hold all."""
+    """What holds the model with these blocks; ONNX graphs hold all, but of few model types none."""
     config = model.config
     left = config.with_shape(ModelShape(config.vocab_size, tuple(blocks)))
     try:
-        return f"GGUF as {model.in_gguf(left).layout.architecture}, ONNX ({option})"
+        held = f"GGUF as {model.in_gguf(left).layout.architecture}"
+        return f"{held} ({option})" if config.convolution_length else f"{held}, ONNX ({option})"
     except InputError as error:
-        raise InputError(f"ONNX alone ({option}): {error}") from error
+        alone = "" if config.convolution_length else f"ONNX alone ({option}): "
+        raise InputError(f"{alone}{error}") from error
 
 
 def _with_last(model: _Model, **own: Any) -> tuple[BlockShape, ...]:
@@ -151,19 +163,22 @@ def _channels(model: _Model) -> str:
     shape = ModelShape(model.config.vocab_size, _with_last(model, ffn_width=width))
     chosen = choose_layout(replace(model.config, shape=shape), model.stored)
     if chosen.padded_width is not None:
-        raise InputError(
-            "GGUF with one width for all blocks (--uniform, chosen where it is needed), ONNX with any"
-        )
+        others = "" if model.config.convolution_length else ", ONNX with any"
+        raise InputError(f"GGUF with one width for all blocks (--uniform, chosen where it is needed){others}")
     return f"GGUF as {chosen.layout.architecture}, ONNX (--prune-ratio)"
 
 
 def _groups(model: _Model) -> str:
+    if reason := groups_stay(model.config.spec):
+        raise InputError(reason)
     if max(model.config.kv_heads) < 2:
         raise InputError("each block has one key-value head, and it stays")
     return _changed(model, "--kv-groups", kv_groups=1)
 
 
 def _attentions(model: _Model) -> str:
+    if model.config.spec.convolution:
+        raise InputError(ATTENTIONS_STAY)
     if model.config.num_hidden_layers < 2:
         raise InputError("the first block's attention stays")
     return _changed(model, "--attentions", kv_groups=0, has_attention=False)
@@ -185,6 +200,7 @@ def _gguf(model: _Model) -> str:
 
 
 def _onnx(model: _Model) -> str:
+    check_convolutions(model.config.convolution_length)
     check_rope((model.config.rope_scaling or {}).get("rope_type", "default"))
     config = model.config
     cut = config.steady_context < config.max_position_embeddings
@@ -193,6 +209,7 @@ def _onnx(model: _Model) -> str:
 
 
 def _portable(model: _Model) -> str:
+    check_convolutions(model.config.convolution_length)
     if set(model.config.kv_heads) != {max(model.config.kv_heads)}:
         raise InputError("optimum gives every block a cache of the same heads; all other variants hold it")
     require_optimum()

@@ -30,8 +30,10 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, windows_of_blocks
 from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
+from cfsp.models.rope import stated_rope
 from cfsp.models.source import LoadedModel, ModelSource
 from runtime_bench.records.bench_record import BenchRecord, Environment
 from runtime_bench.workload import Workload
@@ -88,7 +90,20 @@ _PRE_NAMES = {
     "phi3": "gpt-4o",
     "ministral3": "tekken",
     "gemma3_text": "smollm",
+    "olmo2": "dbrx",
+    "olmo3": "dbrx",
+    "exaone4": "gpt-2",
+    "lfm2": "llama-bpe",
+    "hunyuan_v1_dense": "hunyuan-dense",
 }
+
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0},
+    # transformers 5 takes no other base of blocks with a window from a configuration of transformers 4.
+    "olmo3": {"sliding_window": 24, "rope_theta": 500000.0},
+}
+"""What tiny models of a type are said to have beside what all have."""
 
 
 def _train_tokenizer(model_type: str = "llama") -> Any:
@@ -156,10 +171,17 @@ def make_tiny_model(
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if model_type == "mistral":
-        settings["sliding_window"] = None
+    settings |= _OF_TYPE.get(model_type, {})
+    if model_type == "lfm2":
+        settings |= {
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": (["conv", FULL] * 9)[: overrides.get("num_hidden_layers", 4)],
+        }
+    if model_type == "exaone4":
+        # Without windows transformers wants to be told of every block.
+        blocks = overrides.get("num_hidden_layers", settings["num_hidden_layers"])
+        settings |= {"sliding_window": None, "layer_types": [FULL] * blocks}
     if model_type == "gemma3_text":
-        settings |= {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0}
         settings["query_pre_attn_scalar"] = overrides.get("head_dim", settings["head_dim"])
     config = transformers.AutoConfig.for_model(model_type, **(settings | overrides))
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -227,28 +249,53 @@ _GGUF_NAMES = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.query_layernorm": "attn_q_norm",
+    "self_attn.key_layernorm": "attn_k_norm",
+    "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm",
+    "self_attn.out_proj": "attn_output",
+    "conv.in_proj": "shortconv.in_proj",
+    "conv.out_proj": "shortconv.out_proj",
+    "conv.conv": "shortconv.conv",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "operator_norm": "attn_norm",
+    "ffn_norm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
-_GEMMA_NAMES = _GGUF_NAMES | {
+_GGUF_ENDS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "model.embedding_norm.weight": "token_embd_norm.weight",
+}
+_ADDED_NORMS = _GGUF_NAMES | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_GGUF_ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "hunyuan_v1_dense": "hunyuan-dense",
+}
+_INTERLEAVED = ("llama", "mistral", "smollm3", "granite")
 
 
 def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """llama.cpp's names and layout; the llama architecture interleaves the rotary halves of q and k."""
     config = model.config
-    llama = config.model_type in ("llama", "mistral", "smollm3", "granite")
-    gemma = config.model_type == "gemma3_text"
-    names = _GEMMA_NAMES if gemma else _GGUF_NAMES
+    row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
+    llama = config.model_type in _INTERLEAVED
+    names = _ADDED_NORMS if row.added_norms else _GGUF_NAMES
     for name, tensor in model.state_dict().items():
-        if gemma and name.endswith("norm.weight"):
-            tensor = tensor + 1
+        if name.endswith("norm.weight"):
+            tensor = tensor + row.norm_offset
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)
             module, kind = rest.rsplit(".", 1)
@@ -256,25 +303,21 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
                 halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
                 tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
+            if module == "conv.conv":
+                tensor = tensor.squeeze(1)
             yield f"blk.{block}.{names[module]}.{kind}", tensor
         elif name == "lm_head.weight":
             if not config.tie_word_embeddings:
                 yield "output.weight", tensor
         else:
-            yield (
-                {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[
-                    name
-                ],
-                tensor,
-            )
+            yield _GGUF_ENDS[name], tensor
 
 
 def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any] | None = None) -> None:
     """A float32 GGUF of a tiny model, and `extra` tensors, written with the gguf package alone."""
     config = model.config
-    known = {"mistral": "llama", "gemma3_text": "gemma3"}
-    architecture = known.get(config.model_type, config.model_type)
-    writer = gguf.GGUFWriter(path, architecture)
+    row = ARCHITECTURES.get(config.model_type, ARCHITECTURES["llama"])
+    writer = gguf.GGUFWriter(path, _GGUF_ARCHITECTURES.get(config.model_type, config.model_type))
     writer.add_name("Tiny Model")
     writer.add_license("apache-2.0")
     writer.add_block_count(config.num_hidden_layers)
@@ -282,7 +325,10 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    if row.convolution:
+        writer.add_shortconv_l_cache(config.conv_L_cache)
+        heads = [0 if kind == row.convolution else config.num_key_value_heads for kind in config.layer_types]
+    writer.add_head_count_kv(heads if row.convolution else config.num_key_value_heads)
     writer.add_key_length(
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
@@ -290,18 +336,19 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(50000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(stated_rope(config.to_dict(), FULL)["rope_theta"])
+    writer.add_layer_norm_rms_eps(getattr(config, row.epsilon_setting))
     writer.add_vocab_size(config.vocab_size)
     if config.model_type == "granite":
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_logit_scale(config.logits_scaling)
-    if config.model_type == "gemma3_text":
+    if any(windows_of_blocks(config)) and row.has_windows:
         writer.add_sliding_window(config.sliding_window)
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-        writer.add_rope_freq_base_swa(700.0)
+        writer.add_sliding_window_pattern([kind == WINDOWED for kind in config.layer_types])
+    if row.window_rope_setting:
+        writer.add_rope_freq_base_swa(stated_rope(config.to_dict(), WINDOWED)["rope_theta"])
     writer.add_file_type(0)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     special = set(tokenizer.all_special_tokens)

@@ -24,6 +24,9 @@ CLASSES = re.compile(rf"(Pruned)?({'|'.join(ARCHITECTURES)})(ForCausalLM|Config|
 OTHERS = {
     ("cfsp/models/pre_tokenizer.py", "llama"): "a kind of tokenizer in GGUF files",
     ("cfsp/models/pre_tokenizer.py", "qwen2"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/pre_tokenizer.py", "exaone4"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/pre_tokenizer.py", "hunyuan-dense"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/pre_tokenizer.py", "lfm2"): "a pre-tokenizer in GGUF files",
     ("exporters/onnx/companions.py", "llama"): "what GenAI calls every decoder of these graphs",
     ("runtime_bench/native/build.py", "llama"): "llama.cpp, the program",
 }

@@ -11,6 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
+from cfsp.models.architectures import spec_for
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
@@ -121,12 +122,26 @@ class TorchLanguageModel:
     @torch.inference_mode()
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; items of similar length share a batch."""
+        if spec_for(self.loaded.model.config).sees_neighbours:
+            return [list(branch_scores(item, self._apart(item))) for item in items]
         scores: list[list[Score]] = [[] for _ in items]
         order = sorted(range(len(items)), key=lambda i: items[i].n_tokens, reverse=True)
         for batch in _batches(order, [item.n_tokens for item in items]):
             for index, item_scores in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
                 scores[index] = item_scores
         return scores
+
+    def _apart(self, item: Branches) -> torch.Tensor:
+        """What `branch_scores` reads, from a row of its own for each continuation."""
+        _check_branches(item)
+        model, start = self.loaded.model, len(item.context)
+        rows: list[torch.Tensor] = []
+        for continuation in item.continuations:
+            ids = torch.tensor([[*item.context, *continuation[:-1]]], device=model.device)
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 :]
+            rows.append(hidden[1 if rows else 0 :])
+        logits: torch.Tensor = model.get_output_embeddings()(torch.cat(rows)).float()
+        return logits.log_softmax(-1).cpu()
 
     def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
         width = max(item.n_tokens for item in items)
@@ -196,11 +211,15 @@ def _batches(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]
         yield batch
 
 
+def _check_branches(item: Branches) -> None:
+    if not item.context or not all(item.continuations):
+        raise InputError("a context and a continuation need at least one token each")
+
+
 def _lay_out(item: Branches, ids: torch.Tensor, positions: torch.Tensor, allowed: torch.Tensor) -> None:
     """Fill one row (width,) and its attention (width, width): the context, then each continuation but its end."""
+    _check_branches(item)
     start = len(item.context)
-    if not start or not all(item.continuations):
-        raise InputError("a context and a continuation need at least one token each")
     ids[:start] = torch.tensor(item.context)
     positions[:start] = torch.arange(start)
     allowed[:start, :start] = torch.ones(start, start, dtype=torch.bool).tril()

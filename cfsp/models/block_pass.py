@@ -15,7 +15,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.memory import require_memory
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import decoder_layers, last_norm
 from cfsp.models.paging import at_hand, computing_dtype, weightless
 from cfsp.progress import Progress, no_progress
 
@@ -108,7 +108,7 @@ def last_hidden_states(
             for window, state in enumerate(hidden):
                 hidden[window] = run_layer(layer, state, calls[index])
         progress(what, index + 1, len(layers))
-    norm = model.get_decoder().norm
+    norm = last_norm(model)
     return [norm(state) for state in hidden]
 
 

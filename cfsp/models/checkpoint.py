@@ -21,7 +21,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, sha256_file, write_json
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import convolving_blocks, model_shape
 from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.paging import let_go, paged_model
@@ -223,8 +223,9 @@ def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype,
         stored.pop(key, None)
     widths = shape.ffn_widths
     stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
-    kv_heads, most = [block.kv_groups or 0 for block in shape.blocks], model.config.num_key_value_heads
-    if not shape.is_uniform or kv_heads[0] != most:
+    most = model.config.num_key_value_heads
+    kv_heads = [most if block.convolves else block.kv_groups or 0 for block in shape.blocks]
+    if not shape.is_uniform or set(kv_heads) != {most}:
         shutil.copyfile(code, folder / code.name)
         stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{per_layer_class(model.config).__name__}"}
         stored["per_layer_config"] = modeling_pruned.per_layer_settings(widths, kv_heads, most)
@@ -258,8 +259,8 @@ def _read_config(directory: Path) -> tuple[Any, Any]:
             **{k: v for k, v in settings.items() if k != "per_layer_config"}
         )
         shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
-        require_supported(shape, str(file))
-        own = not shape.is_uniform or shape.blocks[0].kv_groups != plain.num_key_value_heads
+        require_supported(shape, str(file), convolving_blocks(plain.to_dict()))
+        own = not shape.is_uniform or shape.most_kv_groups != plain.num_key_value_heads
         config = transformers.AutoConfig.for_model(**settings)
         return config, per_layer_class(plain) if own else model_class(plain)
 

@@ -54,12 +54,18 @@ _CONFIG = kinds(
     max_window_layers=int | None,
     no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
     no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
-    rms_norm_eps=Epsilon,
+    **dict.fromkeys(("rms_norm_eps", "norm_eps"), Epsilon),
+    conv_L_cache=Annotated[int, Field(ge=2, le=2**10)],
+    **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"), bool),
+    **dict.fromkeys(("block_ff_dim", "block_multiple_of"), Size),
+    block_ffn_dim_multiplier=_Number,
+    full_attn_idxs=list[int] | None,
     **dict.fromkeys(("hidden_act", "hidden_activation"), str),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
     use_bidirectional_attention=Literal[False] | None,
     **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
-    **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), Annotated[int, Field(ge=1)]),
+    sliding_window_pattern=Annotated[int, Field(ge=0)] | str | None,
+    _sliding_window_pattern=Annotated[int, Field(ge=1)],
     **dict.fromkeys(
         ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"), _Factor
     ),
@@ -81,7 +87,7 @@ _PER_BLOCK_KINDS = kinds(
 )
 _ROPE = kinds(
     **dict.fromkeys(("rope_type", "type"), str | None),
-    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _Number),
+    **dict.fromkeys(("rope_theta", "alpha", "factor", "low_freq_factor", "high_freq_factor"), _Number),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _Number),
     **dict.fromkeys(("short_factor", "long_factor"), list[Positive] | None),
     partial_rotary_factor=_Share | None,
@@ -110,7 +116,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             weights, or values that are of the wrong kind, out of range, or do not fit together; all are named.
     """
     # They bring torch, which readers of GGUF headers do without.
-    from cfsp.models.architectures import ARCHITECTURES
+    from cfsp.models.architectures import ARCHITECTURES, unsupported
     from cfsp.models.folds import FOLDS, require_foldable
 
     file = folder / "config.json"
@@ -126,18 +132,18 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     settings = text_settings(read_json_object(file), str(file))
     model_type = str(settings.get("model_type"))
     row = look_up(
-        {**ARCHITECTURES, **FOLDS}, model_type, f"{file}: unsupported architecture", field="model_type"
+        {**FOLDS, **ARCHITECTURES}, model_type, f"{file}: {unsupported(model_type)}", field="model_type"
     )
     check_kinds(settings, _CONFIG, str(file))
     require_foldable(settings, str(file))
-    if getattr(row, "window_rope_setting", "") and settings.get("sliding_window", 1) is None:
+    if getattr(row, "has_window_rope", False) and settings.get("sliding_window", 1) is None:
         raise InputError(
             f"{file}: transformers needs one for {model_type}", field="sliding_window", value=None
         )
     for key in ("rope_parameters", "rope_scaling"):
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")
-    if problems := "; ".join(_contradictions(settings)):
+    if problems := "; ".join(_contradictions(settings, getattr(row, "convolution", ""))):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method")
@@ -195,6 +201,9 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
             f"{where}: per_layer_config names blocks that do not exist: num_hidden_layers is {count}"
         )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    from cfsp.models.architectures import convolving_blocks
+
+    convolving = convolving_blocks(config)
     plain = {"intermediate_size": config["intermediate_size"], "num_key_value_heads": heads}
     blocks = []
     for index in range(count):
@@ -209,6 +218,7 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
             )
         check_kinds(own, _PER_BLOCK_KINDS, f"{where}: malformed per_layer_config: block {index}")
         block = BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()})
+        block = replace(block, kv_groups=0) if index in convolving else block
         blocks.append(replace(block, kv_groups=0, has_attention=False) if "skip" in own else block)
     return ModelShape(config["vocab_size"], tuple(blocks))
 
@@ -245,14 +255,16 @@ def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _contradictions(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What values say of each other that cannot be."""
+def _contradictions(settings: Mapping[str, Any], convolution: str) -> Iterator[str]:
+    """What values say of each other that cannot be, in a model type with this kind of block that does not attend."""
     heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
     kv_heads, layers = settings.get("num_key_value_heads") or heads, settings.get("num_hidden_layers")
     if heads and kv_heads and heads % kv_heads:
         yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
     if heads and hidden and not settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
+    if convolution and set(settings.get("layer_types") or ()) == {convolution}:
+        yield "no block attends (layer_types)"
     for key in PER_BLOCK_LISTS:
         entries = settings.get(key)
         count = layers if entries is None else len(entries)

@@ -31,7 +31,10 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     """A config.json's content with the rotary settings in both spellings.
 
     transformers 5 writes `rope_parameters` alone; version 4 reads `rope_theta` and `rope_scaling` and would
-    silently take its defaults. Of blocks that see a window alone it reads a base of their own.
+    silently take its defaults. Of blocks that see a window alone it reads a base of their own, in some model types.
+
+    Raises:
+        InputError: They have one where version 4 reads none.
     """
     # It brings torch, which readers of notices do without.
     from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED
@@ -40,10 +43,18 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         return dict(stored)
     portable = dict(stored)
-    if isinstance(of_windows := rope.get(WINDOWED), dict):
-        portable[ARCHITECTURES[stored["model_type"]].window_rope_setting] = of_windows["rope_theta"]
-    rope = dict(rope.get(FULL, rope))
+    of_windows, rope = rope.get(WINDOWED), dict(rope.get(FULL, rope))
     theta = rope.pop("rope_theta", None)
+    if isinstance(of_windows, dict):
+        setting, base = ARCHITECTURES[stored["model_type"]].window_rope_setting, of_windows["rope_theta"]
+        if not setting and base != theta:
+            raise InputError(
+                "transformers 4 has one base for all blocks",
+                field="rope_theta",
+                value=base,
+                allowed=str(theta),
+            )
+        portable |= {setting: base} if setting else {}
     if theta is not None:
         portable["rope_theta"] = theta
     portable["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None

@@ -45,7 +45,7 @@ class Fold:
     """A model type that is loaded as another one.
 
     Attributes:
-        target: That one.
+        target: That one; the same, of a model whose settings can be said in a way that has one meaning.
         factors: From all settings to the factors; those of `gguf_keys` may be 0 or None, which stands for what the
             other has.
         settings: From all settings to those of the other type that do not have the same name and meaning in both.
@@ -53,6 +53,7 @@ class Fold:
         obstacle: From all settings to why such a model is none of the other type; None where it is.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where none are.
         gguf_keys: Settings of the factors -> where a GGUF file has them, behind the architecture's name.
+        applies: From all settings to whether such a model is loaded as the other one at all.
     """
 
     target: str
@@ -62,6 +63,7 @@ class Fold:
     obstacle: Callable[[Settings], str | None] = lambda _: None
     gguf_name: str | None = None
     gguf_keys: Mapping[str, str] = field(default_factory=dict)
+    applies: Callable[[Settings], bool] = lambda _: True
 
 
 def _granite(settings: Settings) -> Factors:
@@ -153,6 +155,15 @@ def _ministral3_settings(settings: Settings) -> Settings:
     }
 
 
+def _lfm2_width(settings: Settings) -> int:
+    """What transformers makes of a width that it adjusts."""
+    width = int(2 * settings["intermediate_size"] / 3)
+    if settings["block_ffn_dim_multiplier"] is None:
+        return width
+    multiple = settings["block_multiple_of"]
+    return int(multiple * -(-int(settings["block_ffn_dim_multiplier"] * width) // multiple))
+
+
 _GRANITE_KEYS = MappingProxyType(
     {
         "embedding_multiplier": "embedding_scale",
@@ -181,6 +192,14 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
         ),
         "phi3": Fold("mistral", settings=_phi3_settings, tensors=_phi3_tensors),
         "ministral3": Fold("mistral", settings=_ministral3_settings),
+        "lfm2": Fold(
+            "lfm2",
+            applies=lambda settings: settings.get("block_auto_adjust_ff_dim", True),
+            settings=lambda settings: {
+                "intermediate_size": _lfm2_width(settings),
+                "block_auto_adjust_ff_dim": False,
+            },
+        ),
     }
 )
 
@@ -188,7 +207,14 @@ FOLDS: Mapping[str, Fold] = MappingProxyType(
 def is_folded(folder: Path) -> bool:
     """Whether a folder's model is loaded as one of another type, or a part of what it holds."""
     file = folder / "config.json"
-    return file.is_file() and str(read_json_object(file).get("model_type")) in {*FOLDS, *TEXT_PARTS}
+    settings = read_json_object(file) if file.is_file() else {}
+    return str(settings.get("model_type")) in TEXT_PARTS or fold_of(settings) is not None
+
+
+def fold_of(settings: Settings) -> Fold | None:
+    """How a model of these settings is loaded as another one; None of one that is loaded as it is."""
+    fold = FOLDS.get(str(settings.get("model_type")))
+    return fold if fold is not None and fold.applies(settings) else None
 
 
 def require_foldable(settings: Settings, where: str) -> None:
@@ -198,7 +224,7 @@ def require_foldable(settings: Settings, where: str) -> None:
         settings: Of config.json.
         where: File named in the error.
     """
-    fold = FOLDS.get(settings["model_type"])
+    fold = fold_of(settings)
     if fold is not None and (obstacle := fold.obstacle(settings)):
         raise InputError(
             f"{where}: {settings['model_type']} models with {obstacle} are not supported",
@@ -208,10 +234,10 @@ def require_foldable(settings: Settings, where: str) -> None:
 
 def folded_config(config: Any) -> Any:
     """The configuration of the other type; a configuration of any type that is none in FOLDS is returned."""
-    fold = FOLDS.get(config.model_type)
+    settings = config.to_dict()
+    fold = fold_of(settings)
     if fold is None:
         return config
-    settings = config.to_dict()
     changed = fold.settings(settings)
     known = transformers.CONFIG_MAPPING[fold.target]().to_dict().keys() - {*_OF_THE_TYPE}
     if not changed.keys().isdisjoint(_ROPE):

@@ -75,6 +75,9 @@ _HYPERPARAMETERS = kinds(
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
         "attention.sliding_window_pattern": Annotated[int, Field(ge=0, lt=2**16)] | list[bool | int],
         "final_logit_softcapping": Annotated[float, Field(ge=0, le=0)],
+        "rope.scaling.original_context_length": ContextLength,
+        "rope.scaling.attn_factor": Positive,
+        "shortconv.l_cache": Annotated[int, Field(ge=2, le=2**10)],
         "rope.freq_base": Positive,
         "rope.freq_base_swa": Positive,
         "rope.scaling.type": str,
@@ -85,6 +88,9 @@ _HYPERPARAMETERS = kinds(
         "rope.scaling.finetuned": bool,
     },
 )
+
+CONVOLUTION = "shortconv.conv.weight"
+"""How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 import transformers
 
 from cfsp.errors import InputError, look_up
-from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec, unsupported
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
-from cfsp.models.gguf_file import GGUFFile, GGUFTensor, tensor_names
+from cfsp.models.gguf_file import CONVOLUTION, GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.paging import paged_copy, stays_in_files
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
@@ -28,7 +28,9 @@ from cfsp.reading import as_input_error
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
-_LLAMA3_FACTORS = (8.0, 32.0)
+_YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
+"""What llama.cpp takes for granted."""
+_LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
 _ROUNDING = 1.3
@@ -56,26 +58,24 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
-    for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
-        if isinstance(file.hyperparameter(key), list):
-            raise InputError(
-                f"{file.path} has a {key} for each block; use the checkpoint it was exported from"
-            )
+    mixing = _mixing_settings(file, row, heads)
+    for key in ("feed_forward_length", "attention.head_count"):
+        _check_one(file, key, file.hyperparameter(key))
     settings: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
         "intermediate_size": file.require(f"{file.architecture}.feed_forward_length"),
         "num_hidden_layers": file.require(f"{file.architecture}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.hyperparameter("attention.head_count_kv", heads),
+        **mixing,
         "head_dim": file.hyperparameter("attention.key_length", hidden // heads),
         "max_position_embeddings": file.hyperparameter("context_length", 2048),
-        "rms_norm_eps": _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
+        row.epsilon_setting: _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
         "torch_dtype": "float32",
         **_rope_settings(file),
         **_special_ids(file),
     }
-    if row.window_rope_setting:
+    if row.has_windows:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
     if row.scale_setting:
         # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
@@ -84,6 +84,32 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     _check_shapes(file, shapes, settings)
     settings["tie_word_embeddings"] = _OUTPUT not in shapes or _is_stored_twice(file)
     return settings | {key: f"blk.0.{name}.bias" in shapes for key, name in row.bias_settings.items()}
+
+
+def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[str, Any]:
+    """Key-value heads, and where a convolution can take attention's place, in which blocks it does.
+
+    Raises:
+        InputError: Attentions differ between blocks.
+    """
+    key, n_blocks = "attention.head_count_kv", file.require(f"{file.architecture}.block_count")
+    settings: dict[str, Any] = {}
+    kv_heads = file.hyperparameter(key, heads)
+    if row.convolution and isinstance(kv_heads, list):
+        if len(kv_heads) != n_blocks or not any(kv_heads) or file.hyperparameter("attention.sliding_window"):
+            raise InputError(f"{file.path}: no {row.model_type} model has these", field=key, value=kv_heads)
+        settings["layer_types"] = [FULL if n else row.convolution for n in kv_heads]
+        counts = set(kv_heads) - {0}
+        kv_heads = counts.pop() if len(counts) == 1 else kv_heads
+    _check_one(file, key, kv_heads)
+    for name, where in row.gguf_settings.items():
+        settings[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
+    return {"num_key_value_heads": kv_heads} | settings
+
+
+def _check_one(file: GGUFFile, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        raise InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
 
 
 def model_from_gguf(
@@ -142,6 +168,8 @@ def _weights(
             values = _split_halves(tensor.name, values, config)
         if row.norm_offset and tensor.name.endswith("norm.weight"):
             values -= row.norm_offset
+        if tensor.name.endswith(CONVOLUTION):
+            values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
         yield names[tensor.name], values
 
@@ -217,11 +245,12 @@ def _bits(tensor: GGUFTensor) -> int:
 def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
     """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
     hidden, width, head_dim = settings["hidden_size"], settings["intermediate_size"], settings["head_dim"]
-    last = settings["num_hidden_layers"] - 1
+    last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
+    first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
     expected = {
         "token_embd.weight": (settings["vocab_size"], hidden),
-        "blk.0.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
-        "blk.0.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
+        f"blk.{first}.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
+        f"blk.{first}.attn_k.weight": (settings["num_key_value_heads"] * head_dim, hidden),
         f"blk.{last}.ffn_up.weight": (width, hidden),
     }
     for name, shape in expected.items():
@@ -235,9 +264,13 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
 
 
 def _row(file: GGUFFile) -> ArchitectureSpec:
-    rows = {row.gguf_name: row for row in ARCHITECTURES.values() if row.gguf_name}
+    """The model type of a file; of two that one architecture of llama.cpp holds, by whether it has windows."""
+    windowed, rows = bool(file.hyperparameter("attention.sliding_window")), {}
+    for row in ARCHITECTURES.values():
+        if row.gguf_name and (row.gguf_name not in rows or row.has_windows == windowed):
+            rows[row.gguf_name] = row
     rows |= {fold.gguf_name: ARCHITECTURES[fold.target] for fold in FOLDS.values() if fold.gguf_name}
-    message = f"{file.path}: unsupported architecture"
+    message = f"{file.path}: {unsupported(file.architecture)}"
     return look_up(rows, file.architecture, message, field="general.architecture")
 
 
@@ -274,11 +307,14 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     """
     window = file.hyperparameter("attention.sliding_window", 0)
     if not window:
-        return {"layer_types": [FULL] * n_blocks}
-    settings = {
-        "sliding_window": window,
-        row.window_rope_setting: _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0)),
-    }
+        return {"layer_types": [FULL] * n_blocks} | ({"sliding_window": None} if row.rotates_windowed else {})
+    settings = {"sliding_window": window}
+    if key := row.window_rope_setting:
+        settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
+    elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
+        rope = _rope_settings(file)
+        plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: dict(plain)}
     pattern = file.hyperparameter("attention.sliding_window_pattern")
     if pattern == 0:
         pattern = [True] * n_blocks
@@ -297,12 +333,16 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
 def _rope_settings(file: GGUFFile) -> dict[str, Any]:
     """rope_theta and rope_scaling, which transformers 5 understands as well and renames.
 
-    Of the scaled kinds, Llama 3's is known: a file carries its frequency divisors in place of its settings.
+    Of the scaled kinds, yarn and Llama 3's are known: a file carries the latter's divisors of frequencies in place of
+    its settings.
     """
     theta = _shortest(file.hyperparameter("rope.freq_base", 10000.0))
     kind = file.hyperparameter("rope.scaling.type", "none")
+    if kind == "yarn":
+        return {"rope_theta": theta, "rope_scaling": _yarn(file)}
     if kind != "none":
-        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed="none")
+        allowed = "none, yarn"
+        raise InputError(f"{file.path}: unsupported", field="rope.scaling.type", value=kind, allowed=allowed)
     stored = next((tensor for tensor in file.tensors if tensor.name == _ROPE_FREQUENCIES), None)
     if stored is None:
         return {"rope_theta": theta}
@@ -318,6 +358,29 @@ def _rope_settings(file: GGUFFile) -> dict[str, Any]:
         if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
             return {"rope_theta": theta, "rope_scaling": scaling}
     raise InputError(f"{file.path}: {_ROPE_FREQUENCIES} is not Llama 3's scaling, the only one supported")
+
+
+def _yarn(file: GGUFFile) -> dict[str, Any]:
+    """transformers' settings of a yarn.
+
+    Raises:
+        InputError: The file has constants of its own, or no factor above 1.
+    """
+    prefix = f"{file.architecture}.rope.scaling."
+    factor = _shortest(file.require(f"{prefix}factor"))
+    own = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    odd = {key: value for key, value in own.items() if key.startswith("yarn_") and value != _YARN.get(key)}
+    if odd or factor <= 1:
+        key, value = next(iter(odd.items()), ("factor", factor))
+        raise InputError(f"{file.path}: unsupported", field=f"rope.scaling.{key}", value=value)
+    # llama.cpp multiplies the magnitude that yarn derives from the factor.
+    magnitude = own.get("attn_factor", 1.0) * (0.1 * math.log(factor) + 1.0)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "attention_factor": magnitude,
+        "original_max_position_embeddings": file.require(f"{prefix}original_context_length"),
+    }
 
 
 def llama3_divisors(theta: float, head_dim: int, scaling: Mapping[str, Any]) -> npt.NDArray[np.float32]:

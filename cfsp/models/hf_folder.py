@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.checkpoint import (
     is_pruned_checkpoint,
     load_pruned,
@@ -24,7 +23,7 @@ from cfsp.models.config_file import (
     read_chat_template,
     read_model_config,
 )
-from cfsp.models.folds import FOLDS, folded
+from cfsp.models.folds import fold_of, folded
 from cfsp.models.paging import paged_model, reads_by_blocks
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
@@ -63,10 +62,10 @@ def load_folder(
         return load_pruned(folder, dtype, by_blocks=may_stream and reads_by_blocks(folder))
     if is_text_part(folder):
         model = load_text_part(folder, settings, dtype=dtype)
-        return folded(model, str(folder)) if settings["model_type"] in FOLDS else model
+        return folded(model, str(folder)) if fold_of(settings) else model
     check_generation_config(folder)
     tied = settings.get("tie_word_embeddings") is True
-    if may_stream and settings["model_type"] in ARCHITECTURES and reads_by_blocks(folder):
+    if may_stream and not fold_of(settings) and reads_by_blocks(folder):
         with as_input_error(f"{folder / 'config.json'} cannot be used"):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = paged_model(config, files, where=str(folder))
@@ -83,7 +82,7 @@ def load_folder(
             output_loading_info=True,
         )
     check_loading(report, str(folder))
-    return folded(model, str(folder)) if settings["model_type"] in FOLDS else model.eval()
+    return folded(model, str(folder)) if fold_of(settings) else model.eval()
 
 
 def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -39,9 +39,12 @@ _GPT4O = (
 _TEKKEN = (
     rf"{_BEFORE}{_NOT_LOWER}*{_NOT_UPPER}+|{_BEFORE}{_NOT_LOWER}+{_NOT_UPPER}*|\p{{N}}|{_SYMBOLS_AND_LINES}"
 )
+_MARKED_WORD = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+_HUNYUAN = rf"{_MARKED_WORD}| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # (behavior, invert) of splits that throw nothing away.
 _KEEPING = (("Isolated", False), ("Removed", True))
 _CHINESE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_CHINESE_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = MappingProxyType(
         **dict.fromkeys(("gpt-4o", "llama4"), PreTokenizer((_GPT4O,))),
         "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
         "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE, _DIGIT)),
+        "hunyuan-dense": PreTokenizer((r"\p{N}{1,3}", _CHINESE_AND_KANA, _HUNYUAN)),
         "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
         "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     }
@@ -148,7 +152,8 @@ def _steps_of_part(part: Mapping[str, Any]) -> tuple[str, ...] | None:
     if kind == "ByteLevel":
         return (_GPT2,) if part.get("use_regex", True) else ()
     if kind == "Split" and "Regex" in part["pattern"] and (part["behavior"], part["invert"]) in _KEEPING:
-        return (part["pattern"]["Regex"],)
+        # Some files have line ends themselves in the place of their escapes.
+        return (part["pattern"]["Regex"].replace("\r", r"\r").replace("\n", r"\n"),)
     return None
 
 

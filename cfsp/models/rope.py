@@ -34,6 +34,20 @@ def stated_rope(settings: Mapping[str, Any], kind_of_block: str = "") -> dict[st
     return {"rope_theta": 10000.0} | merged | {"rope_type": kind}
 
 
+def alpha_rope(rope: Rope, head_dim: int) -> Rope:
+    """A `dynamic` rope with an alpha as what it is, a plain one of base theta alpha^(d / (d - 2)); others as they are.
+
+    Args:
+        rope: `stated_rope`'s, of a model type that computes such ropes.
+        head_dim: d.
+    """
+    alpha = rope.get("alpha")
+    if rope["rope_type"] != "dynamic" or not alpha:
+        return rope
+    theta = float(rope["rope_theta"]) * float(alpha) ** (head_dim / (head_dim - 2))
+    return {"rope_type": "default", "rope_theta": theta}
+
+
 def split_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of q or k, (heads * d, ...), in Llama's order: rows 2i and 2i + 1 of a head become i and i + d / 2.
 

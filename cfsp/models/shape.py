@@ -21,8 +21,8 @@ class BlockShape:
         origin: Which block of the dense model it was.
         ffn_width: Channels of its FFN (intermediate_size).
         kv_groups: Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0
-            without attention; None where a record does not say.
-        has_attention: Whether it attends.
+            without attention, and where a convolution takes its place; None where a record does not say.
+        has_attention: Whether it attends, or has such a convolution.
         has_ffn: Whether it has an FFN.
     """
 
@@ -31,6 +31,11 @@ class BlockShape:
     kv_groups: int | None = None
     has_attention: bool = True
     has_ffn: bool = True
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it mixes neighbouring tokens by a convolution in place of attention."""
+        return self.has_attention and self.kv_groups == 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ class ModelShape:
     @property
     def has_equal_heads(self) -> bool:
         """Whether all blocks that attend have as many key-value groups."""
-        return len({block.kv_groups for block in self.blocks if block.has_attention}) <= 1
+        attending = (block for block in self.blocks if block.has_attention and not block.convolves)
+        return len({block.kv_groups for block in attending}) <= 1
 
     @property
     def most_kv_groups(self) -> int:
@@ -72,8 +78,9 @@ class ModelShape:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all blocks are alike, so that one value for all describes them."""
-        return len({replace(block, origin=0) for block in self.blocks}) <= 1
+        """Whether all blocks are alike, so that one value for all describes them; convolutions are known elsewhere."""
+        kinds = {(block.ffn_width, block.has_attention, block.has_ffn) for block in self.blocks}
+        return len(kinds) <= 1 and self.has_equal_heads
 
     def with_ffn_widths(self, widths: Sequence[int]) -> ModelShape:
         """The same model with other FFN widths, one a block."""
@@ -85,7 +92,9 @@ class ModelShape:
         blocks = zip(self.blocks, counts, strict=True)
         return replace(
             self,
-            blocks=tuple(replace(block, kv_groups=n, has_attention=n > 0) for block, n in blocks),
+            blocks=tuple(
+                replace(block, kv_groups=n, has_attention=n > 0 or block.convolves) for block, n in blocks
+            ),
         )
 
     def without(self, blocks: Collection[int] = (), attentions: Collection[int] = ()) -> ModelShape:
@@ -125,15 +134,21 @@ class ModelShape:
         return replace(known, blocks=tuple(blocks)).with_origins(whole) == whole
 
 
-def require_supported(shape: ModelShape, where: str) -> None:
+def require_supported(shape: ModelShape, where: str, convolving: Collection[int] = ()) -> None:
     """Raise InputError for a shape whose blocks differ in more than FFN widths, key-value groups and attention.
 
     No file format is written for such models yet, and a file of the wrong shape would be worse than none.
+
+    Args:
+        shape: Of a model.
+        where: File or folder named in the error.
+        convolving: Blocks in which a convolution takes attention's place, in the model's type.
     """
     if not shape.blocks or not shape.blocks[0].has_attention:
         raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")
     for index, block in enumerate(shape.blocks):
-        if not block.has_ffn or block.has_attention == (block.kv_groups == 0):
+        attends = block.kv_groups != 0
+        if not block.has_ffn or block.has_attention != (attends or index in convolving):
             raise InputError(
                 f"{where}: block {index} differs from the dense model's in more than its FFN width, its key-value "
                 "groups and its attention, which cannot be loaded or exported yet"

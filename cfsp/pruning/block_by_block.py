@@ -32,6 +32,7 @@ from cfsp.models.architectures import (
     attention_of,
     decoder_layers,
     feed_forward,
+    norm_epsilon,
     spec_for,
 )
 from cfsp.models.block_pass import enter_blocks, run_layer
@@ -190,7 +191,7 @@ class _Norm:
     def of(cls, model: Any, module: Any) -> _Norm:
         """A norm of one of `model`'s blocks, None for nothing."""
         gain = torch.ones(()) if module is None else module.weight + spec_for(model.config).norm_offset
-        return cls(module, gain, float(model.config.rms_norm_eps))
+        return cls(module, gain, norm_epsilon(model.config))
 
     def __call__(self, y: torch.Tensor) -> torch.Tensor:
         """What is added to the residual sum."""

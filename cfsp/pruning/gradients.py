@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward
+from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, last_norm
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
@@ -271,7 +271,7 @@ def _backwards_by_blocks(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
     """The same numbers with one block in memory: it is run again when its gradients are due."""
-    layers, norm = decoder_layers(model), model.get_decoder().norm
+    layers, norm = decoder_layers(model), last_norm(model)
     require_scratch(input_ids.numel() * model.config.hidden_size * torch.float32.itemsize * len(layers))
     before = StoredStates()
     with torch.no_grad():

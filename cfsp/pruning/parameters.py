@@ -6,7 +6,6 @@ from typing import Any
 
 from cfsp.models.architectures import (
     FeedForward,
-    attention_norms,
     attention_of,
     decoder_layers,
     feed_forward,
@@ -23,9 +22,12 @@ def count_parameters(model: Any) -> Cost:
     ffns = [feed_forward(model, layer) for layer in layers]
     channel = [_of_channel(ffn) for ffn in ffns]
     rest = [_count(layer) - each * ffn.width for layer, each, ffn in zip(layers, channel, ffns, strict=True)]
-    parts = (spec_for(model.config).attention, *attention_norms(model))
-    attention = [sum(_count(layer.get_submodule(part)) for part in parts) for layer in layers]
-    group = [_of_group(attention_of(model, layer)) for layer in layers]
+    parts = (spec_for(model.config).attention, *spec_for(model.config).attention_norms)
+    attention = [
+        sum(_count(layer.get_submodule(part)) for part in parts) if attention_of(model, layer) else 0
+        for layer in layers
+    ]
+    group = [_of_group(attention_of(model, layer), spec_for(model.config).output) for layer in layers]
     dense = model_shape(model)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     rows = len(ends[0].weight)
@@ -53,13 +55,13 @@ def _of_channel(ffn: FeedForward) -> int:
     return 2 * ffn.gate.in_features + ffn.down.out_features + biases
 
 
-def _of_group(attention: Any) -> int:
+def _of_group(attention: Any, output: str) -> int:
     """A key-value head's rows, its query heads' rows, and their columns of the output matrix."""
     if attention is None:
         return 0
     rows = sum(_count(linear) for linear in (attention.q_proj, attention.k_proj, attention.v_proj))
     groups: int = attention.k_proj.out_features // attention.head_dim
-    return (rows + int(attention.o_proj.weight.numel())) // groups
+    return (rows + int(attention.get_submodule(output).weight.numel())) // groups
 
 
 def _count(module: Any) -> int:

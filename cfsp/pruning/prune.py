@@ -10,13 +10,18 @@ from typing import Any, NamedTuple
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import decoder_layers, model_shape, spec_for
 from cfsp.models.paging import at_hand, check_scratch
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.attention import check_attentions, plan_attentions, removable_attentions
+from cfsp.pruning.axes.attention import (
+    ATTENTIONS_STAY,
+    check_attentions,
+    plan_attentions,
+    removable_attentions,
+)
 from cfsp.pruning.axes.blocks import plan_blocks, removable_blocks
 from cfsp.pruning.axes.kv_groups import GroupRemoval, plan_kv_groups, removable_count
 from cfsp.pruning.axes.removal import Removal
@@ -249,6 +254,8 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
     """
     if settings.blocks:
         removable_blocks(model, int(settings.blocks))
+    if settings.attentions and spec_for(model.config).convolution:
+        raise InputError(ATTENTIONS_STAY, field="attentions", value=settings.attentions, allowed="0")
     if settings.attentions:
         others = len(decoder_layers(model)) - int(settings.blocks) - 1
         check_attentions(removable_attentions(model, frozenset())[:others], int(settings.attentions))

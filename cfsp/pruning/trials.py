@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import model_shape
 from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
 from cfsp.pruning.axes.attention import removable_attentions
+from cfsp.pruning.axes.blocks import candidate_blocks
 from cfsp.pruning.axes.kv_groups import group_left_out, groups_of_share, kept_groups, removable_groups
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out, block_left_out
 from cfsp.pruning.budget import ChannelCurve
@@ -64,7 +65,7 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             attention_left_out,
             lambda model, removal, gone: {"attention": removal},
             lambda shape, removed: shape.without(attentions=removed),
-            lambda shape: sum(block.has_attention for block in shape.blocks),
+            lambda shape: sum(block.has_attention and not block.convolves for block in shape.blocks),
         ),
         "kv_groups": PartsAxis(
             lambda model, gone: removable_groups(model),
@@ -80,7 +81,7 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             ),
         ),
         "blocks": PartsAxis(
-            lambda model, gone: range(1, len(decoder_layers(model))),
+            lambda model, gone: candidate_blocks(model),
             block_left_out,
             lambda model, removal, gone: {"depth": removal},
             lambda shape, removed: shape.without(blocks=removed),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from cfsp.models.architectures import spec_for
 from cfsp.models.source import LoadedModel
 
 
@@ -33,6 +34,9 @@ def generate(
         max_new_tokens: Most tokens of a continuation.
         options: Further ones of transformers' `generate`.
     """
+    if len(set(map(len, prompts))) > 1 and spec_for(loaded.model.config).sees_neighbours:
+        # Tokens would see the padding before them in some releases of transformers.
+        return [generate(loaded, [prompt], max_new_tokens, **options)[0] for prompt in prompts]
     pad = loaded.tokenizer.pad_token_id or 0  # any token will do: padding is masked
     longest, stops = max(map(len, prompts)), stop_ids(loaded)
     device = loaded.model.device

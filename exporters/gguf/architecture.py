@@ -47,9 +47,13 @@ class Layout:
         untied: Has an output matrix of its own.
         attention_free: Takes blocks without attention.
         unrotated_step: The last of each so many blocks does not rotate its queries and keys; 0: all do.
+        rotates_windowed: Rotates them in blocks that see a window alone, where there are such, and in no others.
         activation: Of the FFN, as `ModelConfig` names it.
+        tied: Takes a model whose output matrix is its embedding.
+        window_base: Where it takes a window, reads a base of the rope for blocks that have one.
         full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
             whether it has; 0: it takes none.
+        windowed_depth: Takes a window in models of so many blocks, which all have one, and in no others; 0: in any.
         exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
     """
 
@@ -61,15 +65,22 @@ class Layout:
     rope_factors: bool = False
     free_head_dim: bool = True
     untied: bool = True
+    tied: bool = True
     attention_free: bool = False
     unrotated_step: int = 0
+    rotates_windowed: bool = False
     activation: str = "silu"
+    window_base: bool = False
     full_step: int = 0
+    windowed_depth: int = 0
     exact_limits: ParityLimits | None = None
 
-    def rotates(self, block: int) -> bool:
-        """Whether a block's queries and keys are rotated."""
-        return not self.unrotated_step or (block + 1) % self.unrotated_step != 0
+    def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
+        """Whether each block's queries and keys are rotated, of blocks that see so many tokens (None: all)."""
+        if self.rotates_windowed and any(windows):
+            return tuple(window is not None for window in windows)
+        step = self.unrotated_step
+        return tuple(not step or (block + 1) % step != 0 for block in range(len(windows)))
 
 
 _ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
@@ -84,7 +95,18 @@ _OPENELM = Layout("openelm", per_layer_sizes=True, fused_qkv=True, untied=False)
 _SMOLLM3 = Layout("smollm3", interleaved_rope=True, biases=_ATTENTION - {"o_proj"}, unrotated_step=4)
 # ggml looks GELU up in a table of float16: a number that falls to the other side of a step is off by 0.05 %.
 _GELU_TABLE = ParityLimits(max_logit_diff=0.5, kl_mean=1e-4, same_top1=0.99)
-_GEMMA3 = Layout("gemma3", activation="gelu_tanh", full_step=6, exact_limits=_GELU_TABLE)
+_GEMMA3 = Layout("gemma3", activation="gelu_tanh", window_base=True, full_step=6, exact_limits=_GELU_TABLE)
+_OLMO2 = Layout("olmo2", biases=_ATTENTION - {"o_proj"}, free_head_dim=False, tied=False, full_step=4)
+_EXAONE4 = Layout(
+    "exaone4",
+    rope_factors=True,
+    free_head_dim=False,
+    rotates_windowed=True,
+    full_step=4,
+    windowed_depth=64,
+)
+_LFM2 = Layout("lfm2", free_head_dim=False)
+_HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
     {
@@ -94,10 +116,14 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "qwen3": (_QWEN3, _OPENELM),
         "smollm3": (_SMOLLM3,),
         "gemma3_text": (_GEMMA3,),
+        "olmo2": (_OLMO2,),
+        "olmo3": (_OLMO2,),
+        "exaone4": (_EXAONE4,),
+        "hunyuan_v1_dense": (_HUNYUAN,),
+        "lfm2": (_LFM2,),
     }
 )
 
-_OF_ATTENTION = ("input_layernorm", "self_attn.")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -157,6 +183,7 @@ class TensorSpec:
         sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
         interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
         offset: What is added to every number.
+        is_plain: Stored in float32 always.
     """
 
     name: str
@@ -164,6 +191,12 @@ class TensorSpec:
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     interleave_heads: int = 0
     offset: float = 0.0
+    is_plain: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is stored in the bits that are asked for."""
+        return len(self.shape) == 2 and not self.is_plain
 
     def build(self, tensors: CheckpointTensors) -> FloatArray:
         """Read the sources and make the tensor, float32.
@@ -174,8 +207,8 @@ class TensorSpec:
         values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
         if self.offset:
             values = values + np.float32(self.offset)
-        if values.shape == self.shape:
-            return np.ascontiguousarray(values)
+        if values.shape == self.shape or self.is_plain:
+            return np.ascontiguousarray(values.reshape(self.shape))
         padded = np.zeros(self.shape, dtype=np.float32)
         padded[tuple(slice(n) for n in values.shape)] = values
         return padded
@@ -255,51 +288,93 @@ def holds_unlike_blocks(model_type: str, *, tied: bool) -> bool:
     return any(layout.per_layer_sizes and (tied or layout.untied) for layout in LAYOUTS.get(model_type, ()))
 
 
-def holds_fewer_blocks(model_type: str) -> bool:
-    """Whether some architecture of llama.cpp holds a model of this type from which any block went."""
-    return any(not layout.unrotated_step for layout in LAYOUTS.get(model_type, ()))
+def holds_fewer_blocks(model_type: str, *, windowed: bool) -> bool:
+    """Whether some architecture of llama.cpp holds a model of this type, with windows or without, less any block."""
+    return any(
+        not layout.unrotated_step and not (windowed and layout.windowed_depth)
+        for layout in LAYOUTS.get(model_type, ())
+    )
+
+
+_Obstacles = tuple[tuple[object, str], ...]
+"""Whether something stands in the way, and what."""
 
 
 def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> str | None:
     """Why a layout cannot hold the model, its widths aside; of several reasons the first."""
-    misplaced, step = _biased(stored) - layout.biases, layout.unrotated_step
-    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
-    rotated = tuple(map(layout.rotates, range(len(config.rotated))))
-    rope = (config.rope_scaling or {}).get("rope_type")
+    obstacles = (
+        *_obstacles_of_blocks(layout, config, stored),
+        *_obstacles_of_positions(layout, config),
+        *_obstacles_of_numbers(layout, config),
+    )
+    return next((reason for is_there, reason in obstacles if is_there), None)
+
+
+def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> _Obstacles:
+    """What blocks have and lack."""
+    misplaced = _biased(stored) - layout.biases
+    stay = layout.unrotated_step or (layout.windowed_depth and config.narrowest)
     instead = (
         "channels and tokens can go (--prune-ratio, --vocabulary)"
-        if step
+        if stay
         else "whole blocks can go (--blocks)"
     )
-    obstacles = (
+    return (
         (misplaced, f"no bias on {', '.join(sorted(misplaced))}"),
         (
             config.shape.without_attention and not layout.attention_free,
             f"no blocks without attention, {instead}",
         ),
         (
+            config.convolution_length and all(config.kv_heads),
+            "a convolution in some block, without which llama.cpp ends the process",
+        ),
+        (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
             f"as many heads in every block, {instead}",
         ),
+    )
+
+
+def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
+    """Windows and ropes."""
+    step, depth = layout.unrotated_step, layout.windowed_depth
+    rope = (config.rope_scaling or {}).get("rope_type")
+    return (
         (
-            config.rotated != rotated,
+            depth and (config.num_hidden_layers == depth) != (config.narrowest is not None),
+            f"windows in models of {depth} blocks and in no others",
+        ),
+        (
+            config.rotated != layout.rotated(config.windows),
             f"a rope in all blocks but each {step}th, as where all blocks stay"
             if step
             else "a rope in every block",
         ),
+        (
+            config.window_rope_theta not in (None, config.rope_theta) and not layout.window_base,
+            "one base of the rope in all blocks",
+        ),
+        (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
+    )
+
+
+def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
+    """Sizes, and what is computed from them."""
+    widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
+    return (
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
+        (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
         (
             not layout.free_head_dim and widths != {config.hidden_size},
             "head_dim must be hidden_size / num_attention_heads",
         ),
-        (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
             not math.isclose(config.score_scale, config.head_dim**-0.5),
             "attention's scores times 1 / sqrt(head_dim)",
         ),
     )
-    return next((reason for is_there, reason in obstacles if is_there), None)
 
 
 def _biased(stored: frozenset[str]) -> set[str]:
@@ -320,7 +395,8 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     specs = [_plain("model.embed_tokens", embedding, chosen)]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(chosen, block)
-    specs.append(_plain("model.norm", (config.hidden_size,), chosen, config.spec.norm_offset))
+    last_norm = f"model.{config.spec.last_norm}"
+    specs.append(_plain(last_norm, (config.hidden_size,), chosen, config.spec.norm_offset))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     if not config.tie_word_embeddings:
         specs.append(_plain("lm_head", embedding, chosen))
@@ -347,6 +423,8 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
         rows = sum(shape[0] for _, shape in sources)
         yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}"), (rows, config.hidden_size), sources)
+    if config.shape.blocks[block].convolves:
+        yield _kernels(chosen, f"{prefix}.{config.spec.convolution}.conv")
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -358,26 +436,45 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
             yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
 
 
+def _kernels(chosen: ChosenLayout, module: str) -> TensorSpec:
+    """Of a convolution: as torch has them, (hidden_size, 1, length), and as llama.cpp does, (hidden_size, length)."""
+    rows, length = chosen.config.hidden_size, chosen.config.convolution_length
+    sources = ((f"{module}.weight", (rows, 1, length)),)
+    return TensorSpec(chosen.name(module), (rows, length), sources, is_plain=True)
+
+
 def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
     hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
     kv = (block.kv_groups or 0) * config.head_dim
     q = kv * config.heads_per_group
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (hidden,),
+    mixing: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        **dict.fromkeys((*spec.added_norms, spec.ffn_norm), (hidden,)),
-        "mlp.gate_proj": (width, hidden),
-        "mlp.up_proj": (width, hidden),
-        "mlp.down_proj": (hidden, width),
+        f"self_attn.{spec.output}": (hidden, q),
     }
-    if spec.head_norms:
-        shapes |= {"self_attn.q_norm": (config.head_dim,), "self_attn.k_norm": (config.head_dim,)}
+    if block.convolves:
+        mixer = spec.convolution
+        mixing = {f"{mixer}.in_proj": (3 * hidden, hidden), f"{mixer}.out_proj": (hidden, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
+        **mixing,
+        **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
+        f"{spec.mlp}.{spec.gate}": (width, hidden),
+        f"{spec.mlp}.{spec.up}": (width, hidden),
+        f"{spec.mlp}.{spec.down}": (hidden, width),
+    }
+    if (norms := spec.head_norms) and not block.convolves:
+        sizes = (
+            {norms.query: q, norms.key: kv}
+            if norms.joint
+            else dict.fromkeys((norms.query, norms.key), config.head_dim)
+        )
+        shapes |= {f"self_attn.{name}": (size,) for name, size in sizes.items()}
     if not block.has_attention:
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(_OF_ATTENTION)}
+        gone = (*spec.attention_norms, "self_attn.")
+        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
     return shapes
 
 

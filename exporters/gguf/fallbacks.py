@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import gguf
 
-from cfsp.models.gguf_file import GGUFTensor
+from cfsp.models.gguf_file import CONVOLUTION, GGUFTensor
 from exporters.export_record import TensorFallback
 from exporters.gguf.quants import Quant
 
@@ -26,18 +26,18 @@ def find_fallbacks(tensors: Iterable[GGUFTensor], quant: Quant) -> tuple[TensorF
     groups: dict[tuple[str, str, int], list[str]] = defaultdict(list)
     for tensor in tensors:
         actual = tensor.kind.name
-        asked = asked_type(actual, tensor.shape, quant)
+        asked = asked_type(actual, tensor.shape, quant, tensor.name)
         if asked != actual:
             groups[asked, actual, tensor.shape[-1]].append(tensor.name)
     return tuple(TensorFallback(*key, tuple(names)) for key, names in sorted(groups.items()))
 
 
-def asked_type(actual: str, shape: tuple[int, ...], quant: Quant) -> str:
+def asked_type(actual: str, shape: tuple[int, ...], quant: Quant, name: str) -> str:
     """The type that a tensor would have been given, had its rows divided into blocks.
 
     Of several that are stored alike it is the quantization's own, of which most tensors are.
     """
-    if len(shape) < 2 or quant.is_plain or actual == quant.base_type:
+    if len(shape) < 2 or name.endswith(CONVOLUTION) or quant.is_plain or actual == quant.base_type:
         return actual
     if shape[-1] % _SMALL_BLOCK and actual in ("F16", "F32"):
         return quant.base_type

@@ -70,7 +70,7 @@ def read_imatrix(
         if module not in moments:
             continue
         values = _checked(module, moments[module], in_features)
-        if chosen.padded_width and module.endswith("down_proj"):
+        if chosen.padded_width and module.endswith(f".{chosen.config.spec.down}"):
             values = np.pad(values, (0, chosen.padded_width - len(values)))
         result[chosen.name(module)] = floored(values)
     return result

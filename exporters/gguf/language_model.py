@@ -17,7 +17,7 @@ from cfsp.evaluation.language_model import (
     predicting,
 )
 from cfsp.files import sha256_file
-from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_file import CONVOLUTION, read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from exporters.gguf import runtime
 from exporters.gguf.llama_batch import Entry
@@ -49,6 +49,8 @@ class GGUFLanguageModel:
         self.sha256: str | None = sha256_file(path)
         self.source_sha256: str | None = file.metadata.get("phoneready.source_sha256")
         self.context_length = min(n_ctx, trained)
+        # What such blocks keep of a text belongs to one sequence.
+        self._is_recurrent = any(tensor.name.endswith(CONVOLUTION) for tensor in file.tensors)
         self._model = runtime.open_model(
             path,
             n_ctx=self.context_length,
@@ -74,6 +76,9 @@ class GGUFLanguageModel:
 
     def _parts(self, item: Branches) -> Iterator[Branches]:
         """An item in parts that fit the sequences and the context."""
+        if self._is_recurrent:
+            yield from (Branches(item.context, (continuation,)) for continuation in item.continuations)
+            return
         lengths = [len(continuation) - 1 for continuation in item.continuations]
         for fit in self._fitting(lengths, len(item.context), "a context with its continuation"):
             yield Branches(item.context, item.continuations[fit])

@@ -8,7 +8,7 @@ from typing import Any
 from cfsp.errors import InputError
 from cfsp.records import tool_version
 from exporters.checkpoint_reader import ModelConfig
-from exporters.gguf.architecture import ChosenLayout
+from exporters.gguf.architecture import ChosenLayout, Layout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
 
@@ -72,13 +72,16 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     kv_heads = config.kv_heads
     heads = [n * config.heads_per_group for n in kv_heads]
     one = not chosen.layout.fused_qkv and len(set(kv_heads)) == 1
-    writer.add_head_count(heads[0] if one else heads)
+    if config.convolution_length:
+        writer.add_shortconv_l_cache(config.convolution_length)
+    # Where a convolution takes attention's place, numbers of key-value heads say in which blocks.
+    writer.add_head_count(max(heads) if one or config.convolution_length else heads)
     writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if chosen.layout.full_step:
-        _add_windows(writer, config, chosen.layout.full_step)
+        _add_windows(writer, config, chosen.layout)
     for key, value in rope_metadata(config).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{writer.arch}.{key}", value)
@@ -86,7 +89,7 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))
 
 
-def _add_windows(writer: Any, config: ModelConfig, full_step: int) -> None:
+def _add_windows(writer: Any, config: ModelConfig, layout: Layout) -> None:
     """How many tokens attention sees, in which blocks, and the base of the rope there; nothing where it sees all.
 
     Which blocks is left out where it is what llama.cpp takes for granted: old releases know nothing else.
@@ -95,7 +98,7 @@ def _add_windows(writer: Any, config: ModelConfig, full_step: int) -> None:
         return
     writer.add_sliding_window(config.narrowest)
     windowed = [window is not None for window in config.windows]
-    if windowed != [(block + 1) % full_step != 0 for block in range(len(windowed))]:
+    if windowed != [(block + 1) % layout.full_step != 0 for block in range(len(windowed))]:
         writer.add_sliding_window_pattern(windowed)
-    if config.window_rope_theta is not None:
+    if layout.window_base and config.window_rope_theta is not None:
         writer.add_rope_freq_base_swa(config.window_rope_theta)

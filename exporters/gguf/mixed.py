@@ -148,7 +148,7 @@ def measure_types(
         progress: Told about every step.
     """
     chosen = read_layout(checkpoint)
-    specs = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
+    specs = [spec for spec in tensor_specs(chosen) if spec.is_matrix]
     model = load_pruned(checkpoint, torch.float32, by_blocks=by_blocks)
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
     names = [name for of_tensor in modules.values() for name in of_tensor]

@@ -68,7 +68,7 @@ def round_for_text(
     """
     model = placed(load_pruned(checkpoint, torch.float32, by_blocks=by_blocks), device)
     chosen = read_layout(checkpoint)
-    matrices = [spec for spec in tensor_specs(chosen) if len(spec.shape) == 2]
+    matrices = [spec for spec in tensor_specs(chosen) if spec.is_matrix]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}
     tied, total = chosen.config.tie_word_embeddings, chosen.config.num_hidden_layers + 1
     with path.open("r+b") as stream:

@@ -81,7 +81,7 @@ def size_template(path: Path, quant: str) -> SizeTemplate:
     row, file = find_quant(quant), read_gguf(path)
     # Tensors that are made of the config count as overhead: no width changes them.
     tensors = [tensor for tensor in file.tensors if tensor.name not in ROPE_TENSORS]
-    types = {t.name: asked_type(str(t.kind.name), t.shape, row) for t in tensors}
+    types = {t.name: asked_type(str(t.kind.name), t.shape, row, t.name) for t in tensors}
     data = sum(padded(int(tensor.data.nbytes)) for tensor in tensors)
     return SizeTemplate(file.architecture, path.stat().st_size - data, types)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,14 +80,21 @@ def _logits(
 def _runs(chosen: ChosenLayout) -> list[range]:
     """As few blocks at a time as the architecture counts them by, and of each run one that attends.
 
-    llama.cpp makes no context without.
+    llama.cpp makes no context without, nor without a convolution where the architecture has any.
     """
     layout, kv_heads = chosen.layout, chosen.config.kv_heads
-    step = math.lcm(layout.unrotated_step or 1, layout.full_step or 1)
+    windowed = chosen.config.narrowest is not None
+    step = math.lcm(
+        layout.unrotated_step or 1, layout.full_step or 1, (windowed and layout.windowed_depth) or 1
+    )
+
+    def is_complete(heads: Sequence[int]) -> bool:
+        return any(heads) and not (chosen.config.convolution_length and all(heads))
+
     runs: list[range] = []
     for start in range(0, len(kv_heads), step):
         stop = min(start + step, len(kv_heads))
-        if runs and not (any(kv_heads[start:stop]) and any(kv_heads[runs[-1].start : start])):
+        if runs and not (is_complete(kv_heads[start:stop]) and is_complete(kv_heads[runs[-1].start : start])):
             runs[-1] = range(runs[-1].start, stop)
         else:
             runs.append(range(start, stop))
@@ -114,8 +121,8 @@ def _write(checkpoint: Path, path: Path, chosen: ChosenLayout, part: Slice) -> N
                 if (place := _place(spec.name, part.blocks)) is not None
                 for number, rest in [place]
             ),
-            _plain("output_norm.weight", part.gain.numpy()),
-            *([] if factor == 1 else [_plain("output.weight", entering.numpy())]),
+            _plain(chosen.name(f"model.{config.spec.last_norm}"), part.gain.numpy()),
+            *([] if factor == 1 and chosen.layout.tied else [_plain("output.weight", entering.numpy())]),
         ]
         write_tensors(path, chosen.layout.architecture, add_metadata, tensors, "writing a block")
 

@@ -53,7 +53,7 @@ def tune_file(
     tensors = {tensor.name: tensor for tensor in read_gguf(path).tensors}
     stored: dict[str, torch.Tensor] = {}
     for spec in specs:
-        if len(spec.shape) == 2 and tensors[spec.name].kind.name in SCALES:
+        if spec.is_matrix and tensors[spec.name].kind.name in SCALES:
             parts = spec.split(tensors[spec.name].dequantize())
             stored |= {
                 name: torch.from_numpy(np.ascontiguousarray(part)).to(device) for name, part in parts.items()

@@ -104,7 +104,7 @@ def write_gguf(
             PlainTensor(
                 spec.name,
                 spec.shape,
-                row.base_type if len(spec.shape) == 2 else "F32",
+                row.base_type if spec.is_matrix else "F32",
                 partial(spec.build, opened),
             )
             for spec in tensor_specs(chosen)

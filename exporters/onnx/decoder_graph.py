@@ -8,8 +8,9 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
     x += down_proj(silu(gate_proj(h)) * up_proj(h))
 
 with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
-without attention. In some families what is added goes through a norm of its own, and silu is another function. The
-residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
+without attention. In some families what is added goes through a norm of its own, in place of h or beside it, and silu
+is another function. The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is
+still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
 input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value. N counts the blocks that attend:
@@ -60,11 +61,12 @@ class Attention:
 
     Attributes:
         num_key_value_heads: Its key-value heads, each with as many query heads as in every block.
-        input_norm: (hidden_size,).
+        input_norm: (hidden_size,) norm before it; None where it reads the residual sum as it is.
         qkv: One layer with the rows of q, then k, then v; or the three, where heads are normed or stored unlike.
-        q_norm: (head_dim,) norm of each head's query, or None.
-        k_norm: (head_dim,) norm of each head's key, or None.
+        q_norm: (head_dim,) norm of each head's query, (all heads' numbers,) one norm of them together, or None.
+        k_norm: The same of keys.
         o_proj: Attention's output.
+        normed_after_rope: Whether queries and keys are normed after they are rotated.
         rope: What rotates queries and keys; None where nothing does.
         scale: What scores are multiplied by.
         window: How many tokens are seen, the one that looks included; None where all.
@@ -72,7 +74,7 @@ class Attention:
     """
 
     num_key_value_heads: int
-    input_norm: Numbers
+    input_norm: Numbers | None
     qkv: tuple[Layer, ...]
     o_proj: Layer
     scale: float
@@ -81,6 +83,7 @@ class Attention:
     output_norm: Numbers | None = None
     q_norm: Numbers | None = None
     k_norm: Numbers | None = None
+    normed_after_rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Block:
 
     Attributes:
         attention: None in a block that does not attend.
-        ffn_norm: (hidden_size,) norm before the FFN.
+        ffn_norm: (hidden_size,) norm before the FFN; None where it reads the residual sum as it is.
         gate_proj: FFN, to this block's width.
         up_proj: FFN, to this block's width.
         down_proj: FFN, back to hidden_size.
@@ -97,7 +100,7 @@ class Block:
     """
 
     attention: Attention | None
-    ffn_norm: Numbers
+    ffn_norm: Numbers | None
     gate_proj: Layer
     up_proj: Layer
     down_proj: Layer
@@ -202,7 +205,7 @@ class _Graph:
         mask = ir.val("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
         self.inputs = [self.input_ids, mask]
         self.outputs: list[ir.Value] = []
-        self.seqlens_k, self.total = self._lengths(mask)
+        self.n_tokens, self.seqlens_k, self.total = self._lengths(mask)
 
     def embed(self) -> ir.Value:
         """Embeddings of the tokens, scaled."""
@@ -231,9 +234,12 @@ class _Graph:
         return x if weight is None else self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
 
     def add_norm(
-        self, x: ir.Value, added: ir.Value | None, weight: Numbers, name: str
+        self, x: ir.Value, added: ir.Value | None, weight: Numbers | None, name: str
     ) -> tuple[ir.Value, ir.Value]:
-        """(norm of x + added, x + added)."""
+        """(norm of x + added, x + added); the sum twice without a norm."""
+        if weight is None:
+            total = x if added is None else self.builder.op("Add", [x, added], f"{name}.sum", shape=x.shape)
+            return total, total
         gamma = self.builder.constant(f"{name}.weight", weight)
         if added is None:
             return self._norm(x, gamma, name), x
@@ -263,15 +269,15 @@ class _Graph:
         logits.shape = ir.Shape(("batch_size", length, self.decoder.head.out_features))
         self.outputs.insert(0, logits)
 
-    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """What GroupQueryAttention wants to know: each sequence's last position, and the longest length."""
+    def _lengths(self, mask: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Each sequence's tokens, and as GroupQueryAttention wants it its last position, and the longest length."""
         int32, b = ir.DataType.INT32, self.builder
         one = b.constant("one", [1])
         count = b.op("ReduceSum", [mask, one], "n_tokens", keepdims=0, shape=["batch_size"])
         seqlens = b.cast(b.op("Sub", [count, one], "last_token"), "seqlens_k", int32)
         sizes = b.op("Shape", [mask], "mask_shape", shape=[2])
         length = b.op("Gather", [sizes, b.constant("mask_length_axis", 1)], "mask_length", axis=0, shape=[])
-        return seqlens, b.cast(length, "total_sequence_length", int32)
+        return count, seqlens, b.cast(length, "total_sequence_length", int32)
 
     def _attention(self, block_prefix: str, block: Attention, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
@@ -282,13 +288,12 @@ class _Graph:
         past = self._caches(f"past_key_values.{index}", kv_heads, "past_sequence_length")
         present = self._caches(f"present.{index}", kv_heads, "total_sequence_length")
         attended = ir.val(prefix, self.dtype, [*TOKENS, num_heads * s.head_dim])
-        rope = block.rope
-        rotary = [self._rotary(rope, function) for function in ("Cos", "Sin")] if rope else []
+        rotary = [] if block.normed_after_rope else self._tables(block.rope)
         attributes: dict[str, int | float] = {
             "num_heads": num_heads,
             "kv_num_heads": kv_heads,
             "scale": block.scale,
-            "do_rotary": int(rope is not None),
+            "do_rotary": int(bool(rotary)),
             "rotary_interleaved": 0,
         }
         if block.window is not None:
@@ -304,6 +309,10 @@ class _Graph:
         self.inputs += past
         self.outputs += present
         return attended
+
+    def _tables(self, rope: Rope | None) -> list[ir.Value]:
+        """Cosines and sines of a rope."""
+        return [self._rotary(rope, function) for function in ("Cos", "Sin")] if rope else []
 
     def _rotary(self, rope: Rope, function: str) -> ir.Value:
         """A table of a rope, (positions, head_dim / 2)."""
@@ -338,14 +347,38 @@ class _Graph:
         query, key, value = (
             layer.apply(b, hidden, f"{prefix}.{name}") for name, layer in zip(names, block.qkv, strict=True)
         )
+        if block.normed_after_rope and block.rope is not None:
+            query, key = (
+                b.op(
+                    "RotaryEmbedding", [x, self._positions(), *self._tables(block.rope)], name, domain=CONTRIB
+                )
+                for x, name in ((query, f"{prefix}.q_rotated"), (key, f"{prefix}.k_rotated"))
+            )
         if block.q_norm is not None and block.k_norm is not None:
             heads = kv_heads * self.decoder.heads_per_group
             query = self._head_norm(query, block.q_norm, heads, f"{prefix}.q_norm")
             key = self._head_norm(key, block.k_norm, kv_heads, f"{prefix}.k_norm")
         return query, key, value
 
+    def _positions(self) -> ir.Value:
+        """Where the tokens stand in their rows, (batch_size, sequence_length): from what is in the cache on."""
+        b = self.builder
+        sizes = b.op("Shape", [self.input_ids], "input_shape", shape=[2])
+        count = b.op("Gather", [sizes, b.constant("input_length_axis", 1)], "input_length", axis=0, shape=[])
+        before = b.op("Sub", [self.n_tokens, count], "tokens_before", shape=["batch_size"])
+        # A row that ends with padding has fewer tokens than there are in the first call.
+        start = b.op("Max", [before, b.constant("zero", [0])], "first_position", shape=["batch_size"])
+        column = b.op(
+            "Unsqueeze", [start, b.constant("last_axis", [-1])], "first_positions", shape=["batch_size", 1]
+        )
+        ends = [b.constant("range_start", 0), count, b.constant("range_step", 1)]
+        steps = b.op("Range", ends, "steps", shape=["sequence_length"])
+        return b.op("Add", [column, steps], "positions", shape=TOKENS)
+
     def _head_norm(self, x: ir.Value, weight: Numbers, heads: int, name: str) -> ir.Value:
         b, size = self.builder, self.decoder.head_dim
+        if len(weight) == heads * size:
+            return self._norm(x, b.constant(f"{name}.weight", weight), name)
         apart = b.constant(f"{heads}_heads", [0, 0, heads, size])
         together = b.constant("joined_heads", [0, 0, -1])
         split = b.op("Reshape", [x, apart], f"{name}.heads", shape=(*TOKENS, heads, size))

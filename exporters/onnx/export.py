@@ -21,6 +21,7 @@ from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
 from exporters.onnx.slices import prove_blocks
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
+from exporters.onnx.weights import check_convolutions
 from exporters.onnx.writer import write_graphs
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 
@@ -62,10 +63,12 @@ def export_onnx(
         raise InputError("out of range", field="opset", value=settings.opset, allowed=known)
     if any(row.portable for row in rows):
         require_optimum()
+    config = read_config(checkpoint)
+    check_convolutions(config.convolution_length)
     if all(row.form for row in rows):
         settings = settled(checkpoint, settings)
     model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)
-    with open_job(checkpoint, output, model, settings, read_config(checkpoint).steady_context) as common:
+    with open_job(checkpoint, output, model, settings, config.steady_context) as common:
         job = OnnxJob(common, model)
         # That the graph computes the checkpoint shows on the float32 one alone, or on its blocks.
         blocks = prove_blocks(job) if settings.by_blocks else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import block_linears
+from cfsp.models.architectures import block_linears, spec_for
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import WeightChange, predict_divergence
 from exporters.onnx.block_quantize import Rounded, round_to_nearest
@@ -99,7 +99,7 @@ def choose_few(model: Any, quantized: QuantizedModel) -> tuple[str, ...]:
         quantized: It in few bits.
     """
     # Where heads are normed, they are apart already.
-    normed = any(name.endswith("q_norm") for name, _ in model.named_modules())
+    normed = spec_for(model.config).head_norms is not None
 
     def price(name: str, chosen: AbstractSet[str]) -> int:
         together = group_of(name)

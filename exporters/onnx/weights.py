@@ -19,13 +19,14 @@ from cfsp.models.architectures import (
     attention_of,
     decoder_layers,
     feed_forward,
+    norm_epsilon,
     rotated_blocks,
     spec_for,
     windows_of_blocks,
 )
 from cfsp.models.paging import at_hand
-from cfsp.models.rope import stated_rope, steady_context
-from exporters.checkpoint_reader import ACTIVATIONS
+from cfsp.models.rope import steady_context
+from exporters.checkpoint_reader import ACTIVATIONS, rope_of
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
 from exporters.onnx.variants import HEAD
@@ -117,7 +118,7 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
         weights: How they are stored.
 
     Raises:
-        InputError: A rope that the graph cannot compute.
+        InputError: A rope, or blocks, that the graph cannot compute.
     """
     spec, tied = spec_for(model.config), is_tied(model)
     with at_hand(model.get_input_embeddings(), model.get_output_embeddings()):
@@ -128,7 +129,7 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
         weights,
         range(len(decoder_layers(model))),
         embedding=embedding,
-        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.norm", weights),
+        final_norm=_norm(model, f"{spec.layers.rpartition('.')[0]}.{spec.last_norm}", weights),
         head=head,
         embedding_scale=model.config.hidden_size**0.5 if spec.scaled_embedding else 1.0,
     )
@@ -151,6 +152,7 @@ def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor)
 def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
     """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
+    check_convolutions(config.conv_L_cache if spec.convolution else 0)
     positions = list(_positions(model, weights))
     made = []
     for index in blocks:
@@ -159,7 +161,7 @@ def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decode
     return Decoder(
         heads_per_group=config.num_attention_heads // config.num_key_value_heads,
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
-        rms_norm_eps=float(config.rms_norm_eps),
+        rms_norm_eps=norm_epsilon(config),
         blocks=tuple(made),
         activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
         dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
@@ -178,12 +180,14 @@ class _Positions:
 def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
     """Of every block; those that see a window alone may have a rope of their own."""
     config, decoder = model.config, model.get_decoder()
-    positions = steady_context(stated_rope(config.to_dict(), FULL), int(config.max_position_embeddings))
+    settings = config.to_dict()
+    positions = steady_context(rope_of(settings, FULL), int(config.max_position_embeddings))
     made: dict[str, Rope] = {}
-    own = bool(spec_for(config).window_rope_setting)
+    own = spec_for(config).has_window_rope
     for rotated, window in zip(rotated_blocks(config), windows_of_blocks(config), strict=True):
         kind = WINDOWED if own and window is not None else FULL
         if rotated and kind not in made:
+            check_rope(rope_of(settings, kind)["rope_type"])
             frequencies, scale = _rotary(decoder, kind)
             made[kind] = Rope(_ROPE_NAMES[kind], frequencies, scale, positions)
         yield _Positions(made[kind] if rotated else None, window)
@@ -194,12 +198,17 @@ def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions:
     attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
     return Block(
         attention=_attention(model, attention, name, weights, positions) if attention else None,
-        ffn_norm=_norm(model, f"{name}.{spec.ffn_norm}", weights),
+        ffn_norm=_norm_before(model, name, spec.ffn_norm, weights),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
         down_proj=_linear(f"{mlp}.{spec.down}", ffn.down, weights),
         output_norm=_added_norm(model, name, 1, weights),
     )
+
+
+def _norm_before(model: Any, block: str, norm: str, weights: Weights) -> torch.Tensor | None:
+    """Of what attention or the FFN reads; None where that is the residual sum as it is."""
+    return _norm(model, f"{block}.{norm}", weights) if norm else None
 
 
 def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.Tensor | None:
@@ -212,7 +221,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
     spec = spec_for(model.config)
     prefix = f"{name}.{spec.attention}"
     parts = {f"{prefix}.{part}": getattr(attention, part) for part in _PARTS}
-    if not spec.head_norms and weights.packs(list(parts)):
+    if spec.head_norms is None and weights.packs(list(parts)):
         weight = torch.cat([part.weight.detach() for part in parts.values()])
         biases = [part.bias.detach() for part in parts.values() if part.bias is not None]
         qkv: tuple[Layer, ...] = (
@@ -222,11 +231,12 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
         qkv = tuple(_linear(part, module, weights) for part, module in parts.items())
     return Attention(
         num_key_value_heads=attention.k_proj.out_features // attention.head_dim,
-        input_norm=_norm(model, f"{name}.input_layernorm", weights),
+        input_norm=_norm_before(model, name, spec.attention_norm, weights),
         qkv=qkv,
-        q_norm=_norm(model, f"{prefix}.q_norm", weights) if spec.head_norms else None,
-        k_norm=_norm(model, f"{prefix}.k_norm", weights) if spec.head_norms else None,
+        q_norm=_norm(model, f"{prefix}.{spec.head_norms.query}", weights) if spec.head_norms else None,
+        k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
         o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
+        normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
         output_norm=_added_norm(model, name, 0, weights),
         scale=float(attention.scaling),
         rope=positions.rope,
@@ -244,6 +254,18 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     return weights.stored(weight + offset if offset else weight)
 
 
+def check_convolutions(length: int) -> None:
+    """Raise InputError for a model in which a convolution of some length takes attention's place in some blocks."""
+    if length:
+        raise InputError(
+            "no graph is written yet of blocks with a short convolution, which want a cache of their own beside keys "
+            "and values",
+            field="conv_L_cache",
+            value=length,
+            allowed="GGUF",
+        )
+
+
 def check_rope(rope_type: str) -> None:
     """Raise InputError for a rope that the graph cannot compute."""
     if rope_type == "dynamic":
@@ -258,20 +280,19 @@ def check_rope(rope_type: str) -> None:
 def _rotary(decoder: Any, kind: str) -> tuple[npt.NDArray[np.float32], float]:
     """The model's own frequencies (head_dim / 2,), and its scale of cos and sin; of a longrope those of short texts.
 
-    Where kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two.
+    Where kinds of blocks have their own, transformers 5 has them in one module, and transformers 4 in two, which are
+    called in one of two ways.
 
     Args:
         decoder: The model's.
         kind: Of the blocks.
-
-    Raises:
-        InputError: Frequencies that change with the length of the text.
     """
     local = getattr(decoder, "rotary_emb_local", None)
-    rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
+    if hasattr(decoder, "rotary_embs"):
+        rotary = decoder.rotary_embs[kind]
+    else:
+        rotary = local if local is not None and kind == WINDOWED else decoder.rotary_emb
     apart = isinstance(rotary.rope_type, dict)
-    rope_type = rotary.rope_type[kind] if apart else rotary.rope_type
-    check_rope(rope_type)
     prefix = f"{kind}_" if apart else ""
     # The others are those of the longest text that the model has read.
     names = ("original_inv_freq", "attention_scaling")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.architectures import block_linears, decoder_layers, last_norm
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.precision import bulk_products, exact_products
@@ -85,7 +85,7 @@ def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
 
 def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """X^T X / T of the output matrix's inputs, from the last block's outputs."""
-    norm, total = model.get_decoder().norm, GramSum(hidden.shape[-1], hidden.device)
+    norm, total = last_norm(model), GramSum(hidden.shape[-1], hidden.device)
     for window in hidden:
         total.add(norm(window).float())
     return total.mean(hidden.shape[:-1].numel())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import model_shape, windows_of_blocks
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
@@ -77,7 +77,7 @@ def _axes(settings: PruneConfig, loaded: LoadedModel, made: Collection[str]) -> 
     """What may be removed: where GGUF files are made, only what they can do without."""
     config = loaded.model.config
     holds = {
-        "blocks": holds_fewer_blocks(config.model_type),
+        "blocks": holds_fewer_blocks(config.model_type, windowed=any(windows_of_blocks(config))),
         "attentions": holds_blocks_without_attention(config.model_type),
         "kv_groups": holds_unlike_blocks(config.model_type, tied=config.tie_word_embeddings),
     }

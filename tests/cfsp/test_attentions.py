@@ -12,17 +12,17 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_norms, decoder_layers, model_shape
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape, spec_for
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.attention import removable_attentions
+from cfsp.pruning.axes.attention import ATTENTIONS_STAY, removable_attentions
 from cfsp.pruning.plan import apply_plan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
+FAMILIES = [name for name, row in ARCHITECTURES.items() if not row.convolution]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 
@@ -59,8 +59,15 @@ def test_without_refit_attentions_add_nothing_and_the_rest_is_as_it_was(
         p.numel() for p in pruned.loaded.model.parameters()
     )
     block = decoder_layers(dense)[1]
-    of_attention = (block.self_attn, *map(block.get_submodule, attention_norms(dense)))
+    of_attention = (block.self_attn, *map(block.get_submodule, spec_for(dense.config).attention_norms))
     assert removed == 2 * sum(p.numel() for module in of_attention for p in module.parameters())
+
+
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+def test_attentions_stay_where_convolutions_do_without(tiny_loaded: Any, model_type: str) -> None:
+    assert removable_attentions(tiny_loaded(model_type).model, frozenset()) == []
+    with pytest.raises(InputError, match=ATTENTIONS_STAY):
+        prune(tiny_loaded(model_type), PLAIN)
 
 
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.blocks import plan_blocks
@@ -23,7 +23,6 @@ from cfsp.records import record_from_json, record_to_json
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 PLAIN = PruneSettings(prune_ratio=0, blocks=2, align=8, reconstruct="none", dtype="float32")
 
 
@@ -43,7 +42,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @torch.inference_mode()
 def test_without_refit_blocks_are_skipped_and_nothing_else(
     tiny_model: Any, tiny_loaded: Any, model_type: str
@@ -78,7 +77,7 @@ def test_the_block_that_does_nothing_goes_first(tiny_model: Any) -> None:
         assert plan.losses[index] == pytest.approx(measured, rel=1e-3)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any, model_type: str) -> None:
     expected = tiny_model(model_type)[0](IDS).logits
     found = []
@@ -122,7 +121,7 @@ def test_channels_go_from_the_blocks_that_stay(tiny_loaded: Any, reconstruct: st
     assert torch.equal(again.loaded.model(IDS).logits, result.loaded.model(IDS).logits)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_checkpoint_without_blocks_is_a_plain_folder(
     tiny_loaded: Any, tmp_path: Path, model_type: str
 ) -> None:

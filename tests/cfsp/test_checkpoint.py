@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, feed_forward, model_shape
 from cfsp.models.checkpoint import (
     CheckpointInfo,
     is_pruned_checkpoint,
@@ -64,7 +64,7 @@ def auto_load(folder: Path, *, trust: bool) -> Any:
 
 @pytest.mark.parametrize("widths", [DIFFERENT, UNIFORM, (32, 128, 128, 128)])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_round_trip(
     model_type: str, tied: bool, widths: tuple[int, ...], tiny_model: Any, tmp_path: Path
 ) -> None:

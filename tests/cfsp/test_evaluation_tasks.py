@@ -18,7 +18,7 @@ from cfsp.evaluation.harness import harness_model
 from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.tasks import TaskResult, TaskSettings, load_tasks, run_tasks, tasks_sha256
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.source import LoadedModel
 
 pytest.importorskip("lm_eval", reason="the eval extra is not installed")
 
@@ -35,8 +35,15 @@ PIQA = [
 
 
 @pytest.fixture
-def language_model(tiny_model: Callable[..., Any]) -> TorchLanguageModel:
-    return TorchLanguageModel(LoadedModel(*tiny_model(), ModelSource("tiny", "folder", "tiny")))
+def language_model(tiny_loaded: Callable[..., LoadedModel]) -> TorchLanguageModel:
+    return TorchLanguageModel(tiny_loaded())
+
+
+@pytest.fixture(params=["llama", "lfm2"])
+def each_language_model(
+    tiny_loaded: Callable[..., LoadedModel], request: pytest.FixtureRequest
+) -> TorchLanguageModel:
+    return TorchLanguageModel(tiny_loaded(request.param))
 
 
 @pytest.fixture
@@ -51,31 +58,38 @@ def run(model: Any, *tasks: str | Path, **settings: Any) -> tuple[TaskResult, ..
         return run_tasks(model, loaded)
 
 
-def test_a_shared_context_gives_the_scores_of_separate_sequences(language_model: TorchLanguageModel) -> None:
+def test_a_shared_context_gives_the_scores_of_separate_sequences(
+    each_language_model: TorchLanguageModel,
+) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(3, 380, (count,), generator=generator).tolist())
 
     items = [Branches(ids(n), (ids(3), ids(1), ids(7))) for n in (1, 5, 40)]
-    for item, scores in zip(items, language_model.score(items), strict=True):
+    for item, scores in zip(items, each_language_model.score(items), strict=True):
         for continuation, score in zip(item.continuations, scores, strict=True):
             full = torch.tensor([item.context + continuation])
             with torch.inference_mode():
-                rows = language_model.loaded.model(full).logits[0, len(item.context) - 1 : -1].log_softmax(-1)
+                rows = (
+                    each_language_model.loaded.model(full)
+                    .logits[0, len(item.context) - 1 : -1]
+                    .log_softmax(-1)
+                )
             expected = sum(float(row[token]) for row, token in zip(rows, continuation, strict=True))
             assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
             assert score.is_greedy == (rows.argmax(-1).tolist() == list(continuation))
 
 
-def test_batches_generate_what_single_prompts_do(language_model: TorchLanguageModel) -> None:
+def test_batches_generate_what_single_prompts_do(each_language_model: TorchLanguageModel) -> None:
     prompts = [
-        language_model.tokenizer(t)["input_ids"] for t in ("Once", "The quick brown fox jumps", "def add")
+        each_language_model.tokenizer(t)["input_ids"]
+        for t in ("Once", "The quick brown fox jumps", "def add")
     ]
-    together = language_model.generate(prompts, 12)
-    assert together == [language_model.generate([prompt], 12)[0] for prompt in prompts]
-    stop = language_model.tokenizer.decode(together[0][3:5])
-    (short,) = language_model.generate([prompts[0]], 12, stop_strings=[stop])
+    together = each_language_model.generate(prompts, 12)
+    assert together == [each_language_model.generate([prompt], 12)[0] for prompt in prompts]
+    stop = each_language_model.tokenizer.decode(together[0][3:5])
+    (short,) = each_language_model.generate([prompts[0]], 12, stop_strings=[stop])
     assert short == together[0][: len(short)]
     assert len(short) <= 5
 

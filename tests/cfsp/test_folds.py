@@ -80,6 +80,8 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("phi3", LONGROPE),
     ("ministral3", {}),
     ("ministral3", MINISTRAL),
+    ("lfm2", {"block_auto_adjust_ff_dim": True, "intermediate_size": 200, "block_multiple_of": 32}),
+    ("lfm2", {"block_auto_adjust_ff_dim": True, "block_ffn_dim_multiplier": 1.3, "tied": False}),
 ]
 each_model = pytest.mark.parametrize(
     ("model_type", "overrides"),

@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, model_shape
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel
-from cfsp.pruning.axes.kv_groups import GroupRemoval
+from cfsp.pruning.axes.kv_groups import GroupRemoval, groups_stay
 from cfsp.pruning.plan import PruningPlan, apply_plan
 from cfsp.pruning.prune import PruneResult, prune_model
 from cfsp.pruning.settings import PruneSettings
@@ -24,7 +24,7 @@ from cfsp.records import read_record, record_to_json
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
+FAMILIES = [name for name, row in ARCHITECTURES.items() if row.cuts_heads]
 PLAIN = PruneSettings(prune_ratio=0, kv_groups=0.4, align=8, reconstruct="none", dtype="float32")
 
 
@@ -65,6 +65,13 @@ def test_without_refit_groups_add_nothing_and_the_rest_is_as_it_was(
     for layer in decoder_layers(pruned.loaded.model):
         for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.o_proj):
             assert tuple(linear.weight.shape) == (linear.out_features, linear.in_features)
+
+
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+def test_no_group_goes_of_some_model_types(tiny_loaded: Any, model_type: str) -> None:
+    for settings in (PLAIN, replace(PLAIN, attentions=1)):
+        with pytest.raises(InputError, match=groups_stay(ARCHITECTURES[model_type])):
+            prune(tiny_loaded(model_type), settings)
 
 
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any) -> None:

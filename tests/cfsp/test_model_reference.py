@@ -20,14 +20,14 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models import builtin
+from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.builtin import BUILTIN_MODELS, BuiltinModel, cache_directory
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
-from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import config_from_gguf
+from cfsp.models.gguf_file import GGUFFile, read_gguf
+from cfsp.models.gguf_model import _rope_settings, config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
 IDS = torch.arange(60).view(2, 30)
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")
 
 
 def one_line_error(reference: Any, **kwargs: Any) -> str:
@@ -38,7 +38,7 @@ def one_line_error(reference: Any, **kwargs: Any) -> str:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_gguf_file_gives_the_model_it_was_written_from(
     model_type: str, tied: bool, tiny_model: Any, tiny_gguf: Any
 ) -> None:
@@ -57,12 +57,13 @@ def test_gguf_file_gives_the_model_it_was_written_from(
     assert len(loaded.source.sha256 or "") == 64
 
 
+@pytest.mark.parametrize("factor", [8.0, 16.0, 32.0])
 def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
-    tmp_path: Path, tiny_model: Any, write_gguf: Any
+    tmp_path: Path, tiny_model: Any, write_gguf: Any, factor: float
 ) -> None:
     scaling = {
         "rope_type": "llama3",
-        "factor": 32.0,
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
@@ -78,7 +79,18 @@ def test_llama_3_scaling_is_restored_from_its_frequency_divisors(
     assert "rope_freqs.weight" in one_line_error(path)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({"factor": 0.0}, "factor"), ({"factor": 4.0, "yarn_beta_fast": 16.0}, "yarn_beta_fast"), ({}, "lacks")],
+)
+def test_a_yarn_that_is_not_known_is_refused(own: dict[str, float], said: str) -> None:
+    keys = {f"llama.rope.scaling.{key}": value for key, value in own.items()}
+    keys |= {"general.architecture": "llama", "llama.rope.scaling.type": "yarn"}
+    with pytest.raises(InputError, match=said):
+        _rope_settings(GGUFFile(Path("x.gguf"), keys, ()))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_folder_gives_the_model_in_it(model_type: str, tiny_model: Any, tiny_folder: Any) -> None:
     original, tokenizer = tiny_model(model_type)
     folder = tiny_folder(model_type)
@@ -357,6 +369,19 @@ def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> Non
     message = one_line_error(folder)
     assert "gpt2" in message
     assert "llama, mistral, qwen2, qwen3, smollm3" in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "lacking"),
+    [("qwen3_5_text", "gated delta net"), ("gemma3n_text", "AltUp"), ("gemma4_text", "another block's keys")],
+)
+def test_what_stands_in_the_way_of_a_model_type_is_said(
+    tiny_folder: Any, model_type: str, lacking: str
+) -> None:
+    file = tiny_folder() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": model_type}))
+    assert "unsupported architecture, with" in (message := one_line_error(file.parent))
+    assert lacking in message
 
 
 @pytest.mark.parametrize("beside", [True, False])

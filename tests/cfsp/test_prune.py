@@ -12,7 +12,7 @@ import torch
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
-from cfsp.models.architectures import added_norms, decoder_layers, feed_forward, model_shape
+from cfsp.models.architectures import ARCHITECTURES, added_norms, decoder_layers, feed_forward, model_shape
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm
 from cfsp.pruning.cutting import RECONSTRUCTIONS
@@ -25,8 +25,6 @@ from cfsp.records import read_record, write_record
 from cfsp.text import self_sampling
 from cfsp.text.calibration import Calibration, load_calibration
 from cfsp.text.tokens import TokenWindows
-
-TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 
 
 def loaded(tiny_model: Any, model_type: str = "llama", **overrides: Any) -> LoadedModel:
@@ -42,7 +40,7 @@ def calibration(model: Any, count: int = 6, seqlen: int = 32) -> Calibration:
     return Calibration(ids, ("random",), 5, "0" * 64)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: str) -> None:
     dense = loaded(tiny_model, model_type)
     before = {name: p.clone() for name, p in dense.model.state_dict().items()}
@@ -52,9 +50,9 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
         assert torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
-    dense = loaded(tiny_model, model_type)
+    dense, row = loaded(tiny_model, model_type), ARCHITECTURES[model_type]
     full = model_shape(dense.model).ffn_widths[0]
     result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
     assert result.plan.shape.ffn_widths == model_shape(dense.model).ffn_widths
@@ -63,7 +61,7 @@ def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_t
         assert len(block.kept) == block.width < full
         for linear in (ffn.gate, ffn.up, ffn.down):
             assert linear.weight.shape == (linear.out_features, linear.in_features)
-    moments = result.input_moments["model.layers.0.mlp.down_proj"]
+    moments = result.input_moments[f"model.layers.0.{row.mlp}.{row.down}"]
     assert len(moments) == result.plan.shape.ffn_widths[0]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import ARCHITECTURES, model_shape
 from cfsp.models.config_file import shape_from_config
 from cfsp.models.shape import BlockShape, ModelShape, require_supported
 
@@ -82,7 +82,7 @@ def test_only_widths_and_groups_may_vary_yet(change: dict[str, Any]) -> None:
         require_supported(with_block(1, **change), "x")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_model_has_the_shape_that_its_config_states(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     assert model_shape(model) == shape_from_config(model.config.to_dict(), None, "x")

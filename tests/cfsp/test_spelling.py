@@ -9,9 +9,16 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import ARCHITECTURES
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.token_trees import token_trees
-from cfsp.pruning.axes.spelling import _last_states, _least_squares, _runs, teach_spellings
+from cfsp.pruning.axes.spelling import (
+    _last_states,
+    _last_states_apart,
+    _least_squares,
+    _runs,
+    teach_spellings,
+)
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, count_tokens, plan_vocabulary, spelled
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
@@ -85,12 +92,13 @@ def test_counts_of_another_vocabulary_are_refused(dense: LoadedModel) -> None:
         teach_spellings(dense, replace(plan, counts=plan.counts[1:]), drawn(dense))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_prefixes_run_together_do_not_see_each_other(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     beginning, prefixes = [5, 9, 11], [(3,), (8,), (3, 4), (200, 100, 17)]
     with torch.inference_mode():
-        together = _last_states(model.get_decoder(), beginning, prefixes)
+        of_prefixes = _last_states_apart if ARCHITECTURES[model_type].sees_neighbours else _last_states
+        together = of_prefixes(model.get_decoder(), beginning, prefixes)
         for prefix, state in zip(prefixes, together, strict=True):
             alone = model.get_decoder()(input_ids=torch.tensor([[*beginning, *prefix]])).last_hidden_state
             assert torch.allclose(state, alone[0, -1], atol=1e-5)

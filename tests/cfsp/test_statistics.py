@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, feed_forward
 from cfsp.pruning.moments import collect_input_moments
 from cfsp.pruning.statistics import collect_statistics
-
-TYPES = ["llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"]
 
 
 def windows(model: Any, count: int = 5, seqlen: int = 24) -> torch.Tensor:
@@ -41,7 +39,7 @@ def observed(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[to
     return inputs, around
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_block_by_block_equals_the_models_own_pass(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
     ids = windows(model)

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import cfsp
-from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, feed_forward
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.rope import partial_rope
@@ -55,6 +55,15 @@ SCALED_ROPES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.1},
         "max_position_embeddings": 64,
     },
+    "yarn-without-windows": {
+        "model_type": "olmo3",
+        "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.1},
+        "max_position_embeddings": 64,
+    },
+    "alpha": {
+        "model_type": "hunyuan_v1_dense",
+        "rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    },
 }
 
 # Runs under the other version: arguments are a folder of checkpoints, and one to write re-saved copies to.
@@ -62,6 +71,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch, transformers
+from cfsp.models.architectures import spec_for
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.pruning.moments import collect_input_moments
@@ -71,7 +81,8 @@ from exporters.parity import reference_of
 
 def read(model, ids):
     "What pruning and exports read of a model."
-    ropes = [block.attention.rope for block in decoder_of(model, Weights()).blocks if block.attention]
+    blocks = () if spec_for(model.config).convolution else decoder_of(model, Weights()).blocks
+    ropes = [block.attention.rope for block in blocks if block.attention]
     return {
         "moments": [float(values.sum()) for values in collect_input_moments(model, ids).values()],
         "states": float(reference_of(model, TokenWindows(ids, "", "")).hidden.square().mean()),
@@ -122,21 +133,23 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
-    for model_type in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text"):
+    for model_type, row in ARCHITECTURES.items():
         for tied in (True, False):
             for kind, widths in WIDTHS.items():
                 model, tokenizer = tiny_model(model_type, tied)
                 for layer, width in zip(decoder_layers(model), widths, strict=True):
                     cut_channels(feed_forward(model, layer), torch.arange(width))
                 if kind == "different" and not tied:
-                    remove_attention(model, decoder_layers(model)[2])
-                    cut_groups(decoder_layers(model)[1].self_attn, (1,))
+                    if not row.convolution:
+                        remove_attention(model, decoder_layers(model)[2])
+                    if row.cuts_heads:
+                        cut_groups(decoder_layers(model)[1].self_attn, (1,))
                 loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
                 save_checkpoint(loaded, folder / f"{model_type}-{'tied' if tied else 'untied'}-{kind}")
     for kind, scaled in SCALED_ROPES.items():
-        model, tokenizer = tiny_model("mistral", **scaled)
+        model, tokenizer = tiny_model(**{"model_type": "mistral"} | scaled)
         loaded = LoadedModel(model, tokenizer, ModelSource("tiny", "hub", "tiny"))
-        save_checkpoint(loaded, folder / f"mistral-{kind}")
+        save_checkpoint(loaded, folder / f"scaled-{kind}")
     return folder
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers, feed_forward
+from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, feed_forward
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_model
 from cfsp.text.tokens import TokenWindows
@@ -34,6 +34,9 @@ LLAMA3 = {
     "rope_theta": 10000.0,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+DEEP_KINDS = ([WINDOWED] * 3 + [FULL]) * 16
+DEEP = {"num_hidden_layers": 64, "sliding_window": 24, "intermediate_size": 32}
+ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
@@ -111,6 +114,19 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("gemma3_text", True, None, "gemma3", None),
         ("gemma3_text", False, None, "gemma3", None),
         ("gemma3_text", True, WIDTHS, "gemma3", 128),
+        ("olmo2", False, None, "olmo2", None),
+        ("olmo2", False, WIDTHS, "olmo2", 128),
+        ("olmo3", False, None, "olmo2", None),
+        ("olmo3", False, WIDTHS, "olmo2", 128),
+        ("exaone4", True, None, "exaone4", None),
+        ("exaone4", False, None, "exaone4", None),
+        ("exaone4", True, WIDTHS, "exaone4", 128),
+        ("hunyuan_v1_dense", True, None, "hunyuan-dense", None),
+        ("hunyuan_v1_dense", False, None, "hunyuan-dense", None),
+        ("hunyuan_v1_dense", True, WIDTHS, "hunyuan-dense", 128),
+        ("lfm2", True, None, "lfm2", None),
+        ("lfm2", False, None, "lfm2", None),
+        ("lfm2", True, WIDTHS, "lfm2", 128),
     ],
 )
 def test_logits_equal_the_models(
@@ -154,6 +170,23 @@ def test_logits_equal_the_models(
         ("gemma3_text", {"sliding_window_pattern": 6, "num_hidden_layers": 7}, None, "gemma3"),
         ("gemma3_text", {"layer_types": ["full_attention"] * 4}, None, "gemma3"),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, None, "gemma3"),
+        ("olmo2", {"tied": False, "num_key_value_heads": 1}, None, "olmo2"),
+        ("olmo2", {"tied": False, "rope_parameters": YARN}, None, "olmo2"),
+        ("olmo3", {"tied": False, "num_key_value_heads": 4, "num_hidden_layers": 9}, None, "olmo2"),
+        ("olmo3", {"tied": False, "layer_types": ["full_attention"] * 4}, None, "olmo2"),
+        (
+            "olmo3",
+            {"tied": False, "rope_scaling": YARN | {"rope_theta": 500000.0}},
+            None,
+            "olmo2",
+        ),
+        ("exaone4", {"num_key_value_heads": 1, "rope_parameters": LLAMA3}, None, "exaone4"),
+        ("exaone4", DEEP | {"layer_types": DEEP_KINDS}, None, "exaone4"),
+        ("hunyuan_v1_dense", {"head_dim": 32, "num_key_value_heads": 1}, None, "hunyuan-dense"),
+        ("hunyuan_v1_dense", {"rope_parameters": ALPHA}, None, "hunyuan-dense"),
+        ("lfm2", {"num_key_value_heads": 1, "conv_L_cache": 4}, None, "lfm2"),
+        ("lfm2", {"layer_types": [FULL, FULL, "conv", "conv"]}, None, "lfm2"),
+        ("exaone4", DEEP | {"layer_types": DEEP_KINDS[1:] + DEEP_KINDS[:1]}, None, "exaone4"),
     ],
 )
 def test_heads_biases_and_rope(
@@ -186,6 +219,24 @@ def test_a_file_says_which_blocks_have_a_window(
     torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {"rope_parameters": YARN}),
+        ("qwen2", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
+        ("olmo3", {"tied": False, "rope_scaling": YARN | {"rope_theta": 500000.0}}),
+    ],
+)
+def test_a_file_with_yarn_comes_back_as_it_was(
+    tiny_model: Callable[..., Any], tmp_path: Path, model_type: str, overrides: dict[str, Any]
+) -> None:
+    model, tokenizer = tiny_model(model_type, **overrides)
+    path, _ = write(model, tokenizer, tmp_path / "hf")
+    again = load_model(path).model
+    ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_blocks_that_llama_cpp_would_rotate_are_refused(
     tiny_model: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -194,9 +245,53 @@ def test_blocks_that_llama_cpp_would_rotate_are_refused(
         read_layout(save(model, tokenizer, tmp_path / "hf"))
 
 
-def test_greedy_text_is_the_models(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    model, tokenizer = tiny_model("llama")
-    path, _ = write(model, tokenizer, tmp_path / "hf", WIDTHS)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"sliding_window": 24, "layer_types": DEEP_KINDS[:4]},
+        {"num_hidden_layers": 64},
+        DEEP | {"layer_types": [FULL] * 64},
+    ],
+)
+def test_windows_that_llama_cpp_would_forget_or_invent_are_refused(
+    tiny_model: Callable[..., Any], tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    """It has them in models of 64 blocks, whatever the file says."""
+    model, tokenizer = tiny_model("exaone4", **overrides)
+    with pytest.raises(InputError, match="exaone4: windows in models of 64 blocks and in no others"):
+        read_layout(save(model, tokenizer, tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("kinds", [DEEP_KINDS[:4], [FULL, FULL, WINDOWED, FULL]])
+def test_a_gguf_file_with_windows_rotates_as_its_model_does(
+    tiny_model: Callable[..., Any], tiny_gguf: Callable[..., Path], kinds: list[str]
+) -> None:
+    model, _ = tiny_model("exaone4", sliding_window=24, layer_types=kinds)
+    again = load_model(tiny_gguf("exaone4", sliding_window=24, layer_types=kinds)).model
+    ids = torch.randint(0, 384, (1, 60), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied", "widths"),
+    [
+        ("llama", True, WIDTHS),
+        ("olmo2", False, None),
+        ("olmo3", False, None),
+        ("exaone4", True, None),
+        ("hunyuan_v1_dense", True, None),
+        ("lfm2", True, None),
+    ],
+)
+def test_greedy_text_is_the_models(
+    tiny_model: Callable[..., Any],
+    tmp_path: Path,
+    model_type: str,
+    tied: bool,
+    widths: tuple[int, ...] | None,
+) -> None:
+    model, tokenizer = tiny_model(model_type, tied)
+    path, _ = write(model, tokenizer, tmp_path / "hf", widths)
     prompt = tokenizer.encode("The quick brown")
     expected = list(prompt)
     with torch.inference_mode():

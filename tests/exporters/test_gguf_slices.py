@@ -47,6 +47,11 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
         {"model_type": "qwen3", "widths": WIDTHS},
         {"model_type": "smollm3", "num_hidden_layers": 6},
         {"model_type": "gemma3_text", "num_hidden_layers": 8, "hidden_size": 96},
+        {"model_type": "olmo2", "tied": False},
+        {"model_type": "olmo3", "tied": False, "num_hidden_layers": 6},
+        {"model_type": "exaone4"},
+        {"model_type": "hunyuan_v1_dense"},
+        {"model_type": "lfm2", "num_hidden_layers": 6},
     ],
 )
 @pytest.mark.parametrize("stream", ["always", "never"])

@@ -21,6 +21,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.evaluation.language_model import Branches
+from cfsp.models.architectures import FULL, WINDOWED
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.reference import load_tokenizer
 from cfsp.records import read_record
@@ -49,6 +50,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500000.0}
 
 
 def export(checkpoint: Path, output: Path, *variants: str, **settings: Any) -> tuple[ExportRecord, ...]:
@@ -93,6 +97,14 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("gemma3_text", {}),
         ("gemma3_text", {"query_pre_attn_scalar": 40, "sliding_window_pattern": 3}),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("olmo2", {}),
+        ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+        ("olmo3", {}),
+        ("olmo3", {"rope_scaling": YARN, "tied": False}),
+        ("exaone4", {}),
+        ("hunyuan_v1_dense", {}),
+        ("hunyuan_v1_dense", {"rope_parameters": ALPHA, "head_dim": 32, "attention_bias": True}),
+        ("exaone4", {"sliding_window": 24, "layer_types": [FULL, WINDOWED, WINDOWED, FULL], "head_dim": 32}),
     ],
 )
 def test_the_graph_computes_the_checkpoint(
@@ -171,6 +183,24 @@ def test_rows_of_a_batch_may_end_with_padding(pruned: Path, exported: Path) -> N
         ]
     np.testing.assert_allclose(logits[0], alone[0], atol=2e-4)
     np.testing.assert_allclose(logits[1, :7], alone[1], atol=2e-4)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "hunyuan_v1_dense"])
+def test_rows_of_unlike_lengths_go_on_where_each_ends(
+    model_type: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(model_type)
+    export(checkpoint, tmp_path / "out", "fp32")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "fp32" / "onnx" / "model.onnx")
+    model, lengths = load_pruned(checkpoint), (12, 7)
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+    _, cache = run_session(session, WINDOWS[:, :12].numpy(), mask.numpy(), {})
+    following = torch.stack([row[n : n + 1] for row, n in zip(WINDOWS, lengths, strict=True)])
+    mask = (torch.arange(13) < torch.tensor(lengths)[:, None] + 1).long()
+    logits, _ = run_session(session, following.numpy(), mask.numpy(), cache)
+    for row, n, found in zip(WINDOWS, lengths, logits, strict=True):
+        with torch.inference_mode():
+            np.testing.assert_allclose(found[0], model(input_ids=row[None, : n + 1]).logits[0, -1], atol=2e-4)
 
 
 def test_variants_store_what_they_say(pruned: Path, exported: Path) -> None:

@@ -54,6 +54,46 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "remove: blocks": ("ok", "gemma3"),
             },
         ),
+        (
+            "olmo3",
+            {
+                "model": ("ok", "a window of 24 in 3 blocks"),
+                "remove: FFN channels": ("warning", "untied embeddings only"),
+                "remove: key-value groups": ("warning", "one norm sees all heads"),
+                "GGUF": ("warning", "untied embeddings only"),
+                "ONNX": ("ok", "fused graphs"),
+            },
+        ),
+        (
+            "exaone4",
+            {
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: attentions": ("warning", "ONNX alone"),
+                "remove: blocks": ("ok", "exaone4"),
+                "GGUF": ("ok", "exaone4"),
+            },
+        ),
+        (
+            "hunyuan_v1_dense",
+            {
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: key-value groups": ("warning", "as many heads in every block"),
+                "remove: blocks": ("ok", "hunyuan-dense"),
+                "GGUF": ("ok", "hunyuan-dense"),
+            },
+        ),
+        (
+            "lfm2",
+            {
+                "model": ("ok", "2 key-value heads, each read by 2 in 2 blocks, a short convolution in 2"),
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: key-value groups": ("warning", "few blocks attend"),
+                "remove: attentions": ("warning", "few blocks attend"),
+                "remove: blocks": ("ok", "GGUF as lfm2 (--blocks)"),
+                "GGUF": ("ok", "lfm2"),
+                "ONNX": ("warning", "no graph is written yet of blocks with a short convolution"),
+            },
+        ),
     ],
 )
 def test_what_a_folder_can_become(

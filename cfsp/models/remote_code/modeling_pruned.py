@@ -20,9 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    Exaone4ForCausalLM,
     Gemma3ForCausalLM,
+    HunYuanDenseV1ForCausalLM,
+    Lfm2ForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    Olmo2ForCausalLM,
+    Olmo3ForCausalLM,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
     SmolLM3ForCausalLM,
@@ -98,7 +103,8 @@ def with_kv_heads(attention: Any, config: Any, kv_heads: int) -> Any:
 class NoAttention(nn.Module):
     """In the place of a block's attention: it adds nothing."""
 
-    is_sliding = False  # asked by blocks of transformers 4 that choose a rope by it
+    # Asked by blocks and models of transformers 4 that choose a rope and a mask by it.
+    is_sliding, attention_type = False, "full_attention"
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """(zeros, no attention weights)."""
@@ -112,6 +118,13 @@ def leave_out_attention(layer: Any, norms: Sequence[str]) -> None:
         setattr(layer, name, nn.Identity())
 
 
+def kv_heads_of(attention: Any, otherwise: int) -> int:
+    """Key-value heads of a block's attention; `otherwise` in a block that never had one."""
+    if isinstance(attention, NoAttention):
+        return 0
+    return otherwise if attention is None else attention.k_proj.weight.shape[0] // attention.head_dim
+
+
 class PerLayerWidths:
     """Builds each block's FFN and attention as large as the configuration says, or none; saves what it has.
 
@@ -123,6 +136,8 @@ class PerLayerWidths:
     _auto_class = "AutoModelForCausalLM"
     _of_attention: tuple[str, ...] = ("input_layernorm",)
     """What else of a block has nothing to do where it does not attend."""
+    _ffn: tuple[str, str] = ("mlp", "down_proj")
+    """Of a block its FFN, and of that the last matrix."""
     model: Any
     config: Any
 
@@ -132,7 +147,8 @@ class PerLayerWidths:
         super().__init__(uniform_config(config, max(widths)), *args, **kwargs)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):
             if widths[index] != max(widths):
-                layer.mlp = type(layer.mlp)(uniform_config(self.config, widths[index]))
+                mlp = getattr(layer, self._ffn[0])
+                setattr(layer, self._ffn[0], type(mlp)(uniform_config(self.config, widths[index])))
             if index in without:
                 leave_out_attention(layer, self._of_attention)
             elif kv_heads[index] != self.config.num_key_value_heads:
@@ -140,13 +156,13 @@ class PerLayerWidths:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers does it, with what differs in config.json and this file beside the weights."""
-        widths = [layer.mlp.down_proj.weight.shape[1] for layer in self.model.layers]
-        attentions = [layer.self_attn for layer in self.model.layers]
-        kv_heads = [
-            0 if isinstance(one, NoAttention) else one.k_proj.weight.shape[0] // one.head_dim
-            for one in attentions
-        ]
+        ffn, down = self._ffn
+        widths = [getattr(getattr(layer, ffn), down).weight.shape[1] for layer in self.model.layers]
         uniform = self.config
+        kv_heads = [
+            kv_heads_of(getattr(layer, "self_attn", None), uniform.num_key_value_heads)
+            for layer in self.model.layers
+        ]
         stored = uniform_config(uniform, max(widths))
         if len(set(widths)) > 1 or set(kv_heads) != {uniform.num_key_value_heads}:
             stored.per_layer_config = per_layer_settings(widths, kv_heads, uniform.num_key_value_heads)
@@ -181,3 +197,31 @@ class PrunedGemma3ForCausalLM(PerLayerWidths, Gemma3ForCausalLM):  # type: ignor
     """Gemma 3 with blocks of different widths."""
 
     _of_attention = ("input_layernorm", "post_attention_layernorm")
+
+
+class PrunedOlmo2ForCausalLM(PerLayerWidths, Olmo2ForCausalLM):  # type: ignore[misc]
+    """OLMo 2 with blocks of different widths."""
+
+    _of_attention = ("post_attention_layernorm",)
+
+
+class PrunedOlmo3ForCausalLM(PerLayerWidths, Olmo3ForCausalLM):  # type: ignore[misc]
+    """OLMo 3 with blocks of different widths."""
+
+    _of_attention = ("post_attention_layernorm",)
+
+
+class PrunedExaone4ForCausalLM(PerLayerWidths, Exaone4ForCausalLM):  # type: ignore[misc]
+    """EXAONE 4 with blocks of different widths."""
+
+    _of_attention = ("post_attention_layernorm",)
+
+
+class PrunedHunYuanDenseV1ForCausalLM(PerLayerWidths, HunYuanDenseV1ForCausalLM):  # type: ignore[misc]
+    """Hunyuan's dense models with blocks of different widths."""
+
+
+class PrunedLfm2ForCausalLM(PerLayerWidths, Lfm2ForCausalLM):  # type: ignore[misc]
+    """LFM 2 with blocks of different widths."""
+
+    _ffn = ("feed_forward", "w2")

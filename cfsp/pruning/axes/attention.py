@@ -17,9 +17,13 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_norms, attention_of, decoder_layers
+from cfsp.models.architectures import attention_of, decoder_layers, spec_for
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
+
+ATTENTIONS_STAY = (
+    "few blocks attend, as a convolution takes the place of attention in the others, and these stay"
+)
 
 
 def plan_attentions(
@@ -60,7 +64,12 @@ def check_attentions(candidates: Sequence[int], count: int) -> None:
 
 
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
-    """Blocks that can do without their attention: all that stay and have one, but the first of each kind."""
+    """Blocks that can do without their attention: all that stay and have one, but the first of each kind.
+
+    Where most blocks do without already, as a convolution takes its place, none can.
+    """
+    if spec_for(model.config).convolution:
+        return []
     layers = enumerate(decoder_layers(model))
     stay = [index for index, layer in layers if index not in gone and attention_of(model, layer)]
     kinds = getattr(model.config, "layer_types", None) or [""] * (max(stay) + 1)
@@ -72,4 +81,4 @@ def remove_attention(model: nn.Module, layer: nn.Module) -> None:
     """Take the attention of one of `model`'s blocks out, in place."""
     from cfsp.models.remote_code.modeling_pruned import leave_out_attention
 
-    leave_out_attention(layer, attention_norms(model))
+    leave_out_attention(layer, spec_for(model.config).attention_norms)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import attention_of, decoder_layers
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, block_left_out
@@ -39,9 +39,15 @@ def plan_blocks(
     return Probe(model, input_ids, block_left_out).choose(candidates, count, progress=progress, what="blocks")
 
 
-def removable_blocks(model: Any, count: int) -> range:
+def candidate_blocks(model: Any) -> list[int]:
+    """Blocks that may go: all but the first, and the first that attends, from which libraries tell a text's length."""
+    attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
+    return [index for index in range(1, len(attending)) if index != attending.index(True)]
+
+
+def removable_blocks(model: Any, count: int) -> list[int]:
     """Those of which so many may go, or InputError where there are not so many."""
-    candidates = range(1, len(decoder_layers(model)))
+    candidates = candidate_blocks(model)
     if not 0 < count <= len(candidates):
         raise InputError(
             "the first block stays", field="blocks", value=count, allowed=f"at most {len(candidates)}"
@@ -57,7 +63,9 @@ def remove_blocks(model: Any, gone: frozenset[int]) -> None:
     stay = [index for index in range(len(decoder.layers)) if index not in gone]
     decoder.layers = nn.ModuleList([decoder.layers[index] for index in stay])
     for index, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = index
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
     for key in PER_BLOCK_LISTS:
         if each := getattr(config, key, None):
             setattr(config, key, [each[index] for index in stay])

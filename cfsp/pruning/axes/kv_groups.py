@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import model_shape
+from cfsp.models.architectures import ArchitectureSpec, model_shape, spec_for
 from cfsp.progress import Progress, no_progress
+from cfsp.pruning.axes.attention import ATTENTIONS_STAY
 from cfsp.pruning.axes.removal import Probe, Removal
+
+_NORMED_TOGETHER = "one norm sees all heads of a block, and without some it would change the others"
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,22 @@ def plan_kv_groups(
 
 
 def removable_count(model: Any, ratio: float, without: frozenset[int] = frozenset()) -> int:
-    """How many groups a share is of the attentions of all blocks but some; raises as `groups_of_share`."""
+    """How many groups a share is of the attentions of all blocks but some.
+
+    Raises:
+        InputError: As `groups_of_share`; or no group of such a model can go.
+    """
+    if reason := groups_stay(spec_for(model.config)):
+        raise InputError(f"{model.config.model_type}: {reason}", field="kv_groups", value=ratio)
     held = [n for index, n in enumerate(_counts(model)) if n and index not in without]
     return groups_of_share(held, ratio)
+
+
+def groups_stay(spec: ArchitectureSpec) -> str | None:
+    """Why no group of a model type can go; None where some can."""
+    if spec.convolution:
+        return ATTENTIONS_STAY
+    return None if spec.cuts_heads else _NORMED_TOGETHER
 
 
 def groups_of_share(counts: Sequence[int], ratio: float) -> int:
@@ -139,7 +155,9 @@ def kept_groups(model: Any, removal: Removal, gone: Collection[int] = frozenset(
 
 
 def removable_groups(model: Any) -> list[int]:
-    """Groups of blocks that have several, numbered as a `Probe` does."""
+    """Groups of blocks that have several, numbered as a `Probe` does; none where one norm sees all heads."""
+    if not spec_for(model.config).cuts_heads:
+        return []
     parts = model_shape(model).most_kv_groups
     return [parts * index + g for index, n in enumerate(_counts(model)) if n > 1 for g in range(n)]
 

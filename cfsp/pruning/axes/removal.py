@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import decoder_layers, last_norm
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import weightless
 from cfsp.progress import Progress, no_progress
@@ -155,7 +155,7 @@ class Probe:
         return {part: max(total / len(self.input_ids), 0.0) for part, total in sums.items()}
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = self.model.get_decoder().norm(hidden[:, ::_EVERY])
+        normed = last_norm(self.model)(hidden[:, ::_EVERY])
         logits: torch.Tensor = self.model.get_output_embeddings()(normed).float()
         return logits.log_softmax(-1)
 

@@ -31,6 +31,7 @@ import torch
 from torch.nn import functional as F
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import spec_for
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
@@ -225,6 +226,7 @@ def _states(
 ) -> States:
     """Run the dense model over windows, and over every prefix after the beginnings of some."""
     decoder, width = model.get_decoder(), model.config.hidden_size
+    last_states = _last_states_apart if spec_for(model.config).sees_neighbours else _last_states
     kept = model.get_output_embeddings().weight[torch.tensor(plan.kept)].float()
     zeros, tokens = partial(torch.zeros, dtype=torch.float64, device=model.device), 0
     total, square, after, normalizers = zeros(width), zeros(width, width), [zeros(0, width)], [zeros(0)]
@@ -237,7 +239,7 @@ def _states(
         beginnings = windows[:: max(1, len(windows) // _BEGINNINGS)][:_BEGINNINGS, :_BEGINNING_TOKENS]
         for done, beginning in enumerate(beginnings.tolist(), 1):
             for run in _runs(prefixes):
-                h = _last_states(decoder, beginning, run)
+                h = last_states(decoder, beginning, run)
                 after.append(h.double())
                 normalizers.append((h @ kept.T).logsumexp(dim=1).double())
             progress("reading spellings", done, len(beginnings))
@@ -277,3 +279,16 @@ def _last_states(decoder: Any, beginning: Sequence[int], prefixes: Sequence[Pref
     lengths = torch.tensor([len(prefix) for prefix in prefixes])
     last: torch.Tensor = h[start + lengths.cumsum(0) - 1].float()
     return last
+
+
+def _last_states_apart(decoder: Any, beginning: Sequence[int], prefixes: Sequence[Prefix]) -> torch.Tensor:
+    """The same with a row for each prefix: rows that are as long are run together."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for place, prefix in enumerate(prefixes):
+        by_length[len(prefix)].append(place)
+    states: dict[int, torch.Tensor] = {}
+    for places in by_length.values():
+        ids = torch.tensor([[*beginning, *prefixes[place]] for place in places], device=decoder.device)
+        hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -1].float()
+        states |= dict(zip(places, hidden, strict=True))
+    return torch.stack([states[place] for place in range(len(prefixes))])

@@ -1,0 +1,125 @@
+"""Models of which most blocks have a short convolution in the place of attention (LFM 2)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from cfsp.evaluation.language_model import Branches
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.architectures import attention_of, decoder_layers
+from cfsp.models.gguf_file import CONVOLUTION, read_gguf
+from cfsp.models.reference import load_model
+from cfsp.pruning.axes.blocks import candidate_blocks
+from exporters.gguf.architecture import read_layout
+from exporters.gguf.files import draft_gguf
+from exporters.gguf.language_model import GGUFLanguageModel
+from exporters.onnx import export_onnx
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint that lost channels, tokens and blocks, and its GGUF files."""
+    folder = tmp_path_factory.mktemp("files")
+    dense = str(tiny_folder("lfm2", intermediate_size=192, num_hidden_layers=6))
+    removed = ["--prune-ratio", "0.25", "--vocabulary", "330", "--blocks", "2", "--for", "Q8_0"]
+    assert main(["prune", dense, "-o", str(folder / "pruned"), *removed, *TEXT]) == 0
+    made = ["--gguf", "f32,f16,Q8_0,Q4_K_M", "--threads", "1"]
+    assert main(["export", str(folder / "pruned"), "-o", str(folder / "gguf"), *made]) == 0
+    return folder / "pruned", folder / "gguf"
+
+
+def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -> None:
+    records = {one["quant"]: one for one in json.loads((files[1] / "export.json").read_text())["exports"]}
+    assert records["f32"]["parity"]["max_logit_diff"] < 1e-3
+    assert records["f32"]["parity"]["same_top1"] == 1
+    for record in records.values():
+        assert record["architecture"] == "lfm2"
+        assert not any(CONVOLUTION in name for one in record["fallbacks"] for name in one["tensors"])
+        kernels = [t for t in read_gguf(files[1] / record["file"]).tensors if t.name.endswith(CONVOLUTION)]
+        assert {tensor.kind.name for tensor in kernels} == {"F32"}
+
+
+def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None:
+    """Every continuation and every prompt by itself: tokens of a row see what stands before them."""
+    (path,) = files[1].glob("*f32.gguf")
+    ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
+    ids = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    items = [Branches(tuple(ids[:9]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
+    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    prompts = [ids[:5], ids[5:18], ids[18:21]]
+    assert ours.generate(prompts, 12) == theirs.generate(prompts, 12)
+    theirs.close()
+
+
+def test_a_gguf_file_is_a_source(files: tuple[Path, Path]) -> None:
+    (path,) = files[1].glob("*f32.gguf")
+    ids = torch.arange(60).view(2, 30)
+    assert torch.equal(load_model(path).model(ids).logits, load_model(files[0]).model(ids).logits)
+
+
+def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By channels, tokens and blocks; attentions and groups are no axes of such a model."""
+    dense, out = str(tiny_folder("lfm2", intermediate_size=192, num_hidden_layers=6)), tmp_path / "out"
+    assert (
+        main(["prune", dense, "-o", str(out), "--target-size", "280K", "--for", "Q8_0", *TEXT, "--json"]) == 0
+    )
+    budget = json.loads(capsys.readouterr().out)["budget"]
+    assert budget["dense"] > 280_000 > budget["reached"]
+    gone = {one["axis"] for one in budget["axes"] if one["removed"]}
+    assert gone <= {"vocabulary", "ffn", "blocks"}
+    (tmp_path / "files").mkdir()
+    assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 280_000
+
+
+def test_onnx_is_refused_in_a_line(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_folder("lfm2")
+    with pytest.raises(InputError, match="no graph is written yet of blocks with a short convolution"):
+        export_onnx(folder, tmp_path / "out", ["fp32"])
+    assert main(["export", str(folder), "-o", str(tmp_path / "out"), "--onnx", "int4"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_llama_cpp_is_given_no_file_without_a_convolution(tiny_folder: TinyPath) -> None:
+    """It would end the process."""
+    with pytest.raises(InputError, match="lfm2: a convolution in some block"):
+        read_layout(tiny_folder("lfm2", layer_types=["full_attention"] * 4))
+
+
+def test_a_block_that_attends_stays(tiny_loaded: Callable[..., Any]) -> None:
+    model = tiny_loaded("lfm2").model
+    attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
+    assert attending == [False, True, False, True]
+    assert candidate_blocks(model) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"layer_types": ["conv"] * 4}, "no block attends"),
+        ({"conv_L_cache": 1}, "conv_L_cache"),
+        ({"norm_eps": 0}, "norm_eps"),
+    ],
+)
+def test_folders_of_no_such_model(tiny_folder: TinyPath, settings: dict[str, Any], said: str) -> None:
+    file = tiny_folder("lfm2") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(InputError, match=said) as caught:
+        load_model(file.parent)
+    assert "\n" not in str(caught.value)
