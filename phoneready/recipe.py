@@ -36,6 +36,8 @@ from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
+from cfsp.text.settings import SELF
+from cfsp.text.written import digest
 from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
@@ -47,7 +49,7 @@ from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
-from phoneready.release.dependencies import made_with
+from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
 from phoneready.release.live import last_times, rest_text, stage_figures
 from phoneready.release.results import read_figures
 from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
@@ -321,6 +323,8 @@ def _identities(references: Iterable[str]) -> list[list[str]]:
 
 def _identity(reference: str) -> str:
     """What stands behind a reference now: a hash of its files, or "" where the reference itself says it all."""
+    if reference == SELF:
+        return digest(made_with("text", families=WRITERS_FAMILIES))
     if reference in BUILTIN_MODELS:
         return BUILTIN_MODELS[reference].sha256
     path = Path(reference)

@@ -20,7 +20,8 @@ def damped_cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
         raise InputError("out of range", field="ridge", value=ridge, allowed="above 0")
     gram.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(gram, out=(gram, info))
+    # LAPACK's order of columns: of the other one it would make a copy, as large as H.
+    torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, info))
     if int(info) != 0:
         raise InputError("the reconstruction cannot be solved; raise the ridge", field="ridge", value=ridge)
     return gram

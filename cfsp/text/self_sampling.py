@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,49 +58,44 @@ def sample_windows(
         seqlen: Tokens in each.
         seed: Of sampling.
         use_written: Whether a text that comes with the package will do.
-        writers: What may continue texts for it; the first that can does.
+        writers: What may continue texts for it; the first that can does, or has done.
         progress: Told how much is written.
 
     Raises:
         InputError: The model writes nothing (every sample ends at once), or no writer can have it write.
     """
-    needed, origin = nsamples * seqlen, text_origin(loaded, seed)
-    written = read_written(origin, needed) if use_written else None
+    origin = text_origin(loaded, seed)
+    written = read_written(origin, nsamples * seqlen) if use_written else None
     if written is not None:
         return written.view(nsamples, seqlen)
-    paths = {
-        writer: _cache_path({**origin, **writer.origin(loaded), "windows": [nsamples, seqlen]})
-        for writer in writers
-    }
-    for path in paths.values():
-        cached = _read_cached(path, nsamples, seqlen)
-        if cached is not None:
-            return cached
-    with _first_that_can(writers, loaded, seed) as (writer, continued):
-        windows = torch.tensor(_write(loaded, continued, needed, progress)).view(nsamples, seqlen)
+    for place, writer in enumerate(writers, 1):
+        try:
+            key = {**origin, **writer.origin(loaded), "windows": [nsamples, seqlen]}
+            return _windows_of(writer, loaded, key, progress)
+        except PhonereadyError as error:
+            if place == len(writers):
+                raise
+            logger.info("another way to sample is taken: %s", error)
+    raise InputError("nothing is there that could write", field="writers")
+
+
+def _windows_of(
+    writer: Writer, loaded: LoadedModel, key: Mapping[str, Any], progress: Progress
+) -> torch.Tensor:
+    """The windows that a key stands for, from the cache, or written and kept there."""
+    (nsamples, seqlen), path = key["windows"], _cache_path(key)
+    cached = _read_cached(path, nsamples, seqlen)
+    if cached is not None:
+        return cached
+    with writer.opened(loaded, key["seed"]) as continued:
+        stream = _write(loaded, continued, nsamples * seqlen, progress)
+    windows = torch.tensor(stream).view(nsamples, seqlen)
     try:
-        with atomic_file(paths[writer]) as temporary:
+        with atomic_file(path) as temporary:
             safetensors.torch.save_file({"input_ids": windows}, temporary)
     except InputError as error:  # minutes of sampling are not lost for a cache
         logger.warning("the sampled text is not kept for the next run: %s", error)
     return windows
-
-
-@contextmanager
-def _first_that_can(
-    writers: Sequence[Writer], loaded: LoadedModel, seed: int
-) -> Iterator[tuple[Writer, Continue]]:
-    """The first writer that serves the model, opened; raises what the last one raises where none does."""
-    with ExitStack() as stack:
-        for place, writer in enumerate(writers, 1):
-            try:
-                continued = stack.enter_context(writer.opened(loaded, seed))
-                break
-            except PhonereadyError as error:
-                if place == len(writers):
-                    raise
-                logger.info("another way to sample is taken: %s", error)
-        yield writer, continued
 
 
 def _write(loaded: LoadedModel, continued: Continue, needed: int, progress: Progress) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,12 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.memory import require_memory
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import stop_ids
 from cfsp.text.writers import Continue, Report, Writer
+from exporters.checkpoint_reader import read_config
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.llama_batch import Entry
 from exporters.gguf.llama_library import FloatArray, runtime_version
@@ -25,15 +27,15 @@ from exporters.options import ExportOptions
 
 _QUANT = "Q8_0"
 """The smallest copy whose texts are the model's own: four bits would write what four bits write."""
-_TEXTS, _CONTEXT = 64, 2**16
-"""Most texts at once, and most tokens that all of them may take: their keys and values are held in memory."""
+_TEXTS, _CACHE_BYTES = 64, 2**30
+"""Most texts at once, and what their keys and values may take in memory."""
 _BATCH = 512
 _STEPS = 16
 """Between two reports."""
 
 
 def _origin(_: LoadedModel) -> dict[str, str]:
-    return {"writer": f"llama.cpp {_QUANT}"}
+    return {"writer": f"{runtime_version()}, {_QUANT}"}
 
 
 @contextmanager
@@ -41,14 +43,16 @@ def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
     """Raises InputError where the model is on another device, no GGUF file holds it, or no disk its copies."""
     if loaded.model.device.type != "cpu":
         raise InputError("llama.cpp writes on the CPU", value=loaded.model.device.type)
-    runtime_version()
-    with tempfile.TemporaryDirectory(prefix="phoneready-", dir=large_temporary()) as name:
-        folder = Path(name)
-        settings = ExportOptions(name="model", n_threads=torch.get_num_threads())
-        with no_space_as_input_error(folder):
+    settings = ExportOptions(name="model", n_threads=torch.get_num_threads())
+    with ExitStack() as stack:
+        with no_space_as_input_error(large_temporary()):
+            scratch = tempfile.TemporaryDirectory(prefix="phoneready-", dir=large_temporary())
+            folder = Path(stack.enter_context(scratch))
             save_checkpoint(loaded, folder / "model")
             path = draft_gguf(folder / "model", folder, [_QUANT], settings)[_QUANT]
-        yield partial(_continue, path, stop_ids(loaded), np.random.SeedSequence(seed))
+        config = read_config(folder / "model")
+        token_bytes = 2 * torch.float16.itemsize * config.head_dim * sum(config.kv_heads)
+        yield partial(_continue, path, token_bytes, stop_ids(loaded), np.random.SeedSequence(seed))
 
 
 LLAMA_CPP = Writer(_origin, _opened)
@@ -56,6 +60,7 @@ LLAMA_CPP = Writer(_origin, _opened)
 
 def _continue(
     path: Path,
+    token_bytes: int,
     stops: set[int],
     seeds: np.random.SeedSequence,
     texts: Sequence[Sequence[int]],
@@ -63,7 +68,10 @@ def _continue(
     report: Report,
 ) -> list[list[int]]:
     longest = max(map(len, texts)) + max_new_tokens
-    together = max(1, min(_TEXTS, _CONTEXT // longest, len(texts)))
+    # Not by what is free: how many are written beside each other changes sums in their last bits.
+    together = max(1, min(_TEXTS, len(texts), _CACHE_BYTES // max(1, token_bytes * longest)))
+    need = together * longest * token_bytes
+    require_memory(need, "writing calibration text (`self`)", "other calibration text (--calibration)")
     drawn = [np.random.default_rng(seed) for seed in seeds.spawn(len(texts))]
     whole: list[list[int]] = []
     with open_model(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cfsp.errors import InputError
+from cfsp.memory import require_memory
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportRecord
 from exporters.job import check_input, load_checkpoint, open_job, settled, write_manifest
@@ -24,6 +25,9 @@ from exporters.onnx.variants import VARIANTS, Variant, find_variant
 from exporters.onnx.weights import check_convolutions
 from exporters.onnx.writer import write_graphs
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
+
+_BYTES_OF_A_WEIGHT = 1.5
+"""That are in memory for all layers at once, where few bits are written: one each, and how it is stored."""
 
 
 def export_onnx(
@@ -68,6 +72,9 @@ def export_onnx(
     if all(row.form for row in rows):
         settings = settled(checkpoint, settings)
     model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)
+    if settings.by_blocks:
+        n_bytes = int(_BYTES_OF_A_WEIGHT * sum(parameter.numel() for parameter in model.parameters()))
+        require_memory(n_bytes, "the numbers of all layers", "a GGUF file, or a machine with more memory")
     with open_job(checkpoint, output, model, settings, config.steady_context) as common:
         job = OnnxJob(common, model)
         # That the graph computes the checkpoint shows on the float32 one alone, or on its blocks.

@@ -55,6 +55,8 @@ _BENCH = (
     *("measuring", "engines", "targets", "native", "browser", "worker.py", "process.py", "workload.py"),
     *("cgroup.py", "memory.py", "environment.py", "files.py"),
 )
+WRITERS_FAMILIES = ("gguf",)
+"""Of the files through which a model writes the text `self`."""
 STAGES: Mapping[str, Dependencies] = MappingProxyType(
     {
         "dense": Dependencies(
@@ -66,9 +68,9 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 "cfsp/precision.py",
                 "cfsp/devices.py",
                 *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
-                *("phoneready/text.py", "exporters/gguf/sampling.py"),
             ),
         ),
+        "text": Dependencies(rooms=("phoneready/text.py", *_EXPORTING), families=True),
         "prune": Dependencies(
             rooms=("cfsp/pruning", "exporters/gguf/architecture.py", "phoneready/release/pruning_budget.py")
         ),
@@ -85,7 +87,8 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
         ),
     }
 )
-"""By what a stage does; `tasks` is what `evaluate` and `evaluate-files` need more where there are some."""
+"""By what a stage does; `tasks` is what `evaluate` and `evaluate-files` need more where there are some, and `text`
+is what writes the text `self`."""
 
 
 def made_with(*kinds: str, families: Iterable[str] = ()) -> dict[str, Any]:
