@@ -31,6 +31,8 @@ from exporters.rounding.scale_tuning import tune_scales
 from exporters.rounding.walk import Grams, alike, round_blocks
 
 Nearest = Callable[[torch.Tensor, BlockFormat], Rounded]
+_AT_ONCE = 2**26
+"""Numbers that are rounded together: rows do not depend on each other, and each number takes 20 bytes meanwhile."""
 _LEARNING_RATE = 1e-3
 """Of scales and norms."""
 
@@ -162,4 +164,5 @@ def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None,
     # Eight bits lose nothing that compensation could win back.
     if gram is None or form.bits == 8:
         return nearest(weight, form)
-    return refine(weight, gram, gptq(weight, gram, form))
+    parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
+    return joined([refine(part, gram, gptq(part, gram, form)) for part in parts])

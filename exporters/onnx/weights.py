@@ -121,9 +121,9 @@ def decoder_of(model: Any, weights: Weights) -> Decoder:
         InputError: A rope, or blocks, that the graph cannot compute.
     """
     spec, tied = spec_for(model.config), is_tied(model)
-    with at_hand(model.get_input_embeddings(), model.get_output_embeddings()):
+    with at_hand(*([] if tied else [model.get_input_embeddings()])):
         embedding = weights.embedding(model.get_input_embeddings().weight.detach(), tied=tied)
-        head = embedding.as_head() if tied else _linear(HEAD, model.get_output_embeddings(), weights)
+    head = embedding.as_head() if tied else _linear(HEAD, model.get_output_embeddings(), weights)
     return _decoder(
         model,
         weights,
