@@ -94,19 +94,32 @@ def collect_gradients(
     return result
 
 
+_ROWS = 8192
+"""Of a change that are in memory at once."""
+
+
 @dataclass(frozen=True)
 class WeightChange:
     """A change of a Linear's weight.
 
     Attributes:
         module: Name of the Linear.
-        matrix: Gives C (rows, in_features) float32; it is called for each window, so that not all have to be held.
+        matrix: Some rows -> those of C (rows, in_features) float32; it is called for each window, a few rows at a time,
+            so that not all have to be held.
         rows: Of the weight, to which C is added.
     """
 
     module: str
-    matrix: Callable[[], torch.Tensor]
+    matrix: Callable[[slice], torch.Tensor]
     rows: slice = field(default_factory=lambda: slice(None))
+
+    def slopes(self, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """g_t^T C x_t of every token t, for inputs (tokens, in_features) and gradients at the output (tokens, rows)."""
+        total, g = g.new_zeros(len(g)), g[:, self.rows]
+        for start in range(0, g.shape[1], _ROWS):
+            some = slice(start, min(start + _ROWS, g.shape[1]))
+            total += (g[:, some] * (x @ self.matrix(some).T)).sum(1)
+        return total
 
 
 def predict_divergence(
@@ -136,8 +149,7 @@ def predict_divergence(
     totals = dict.fromkeys(changes, 0.0)
 
     def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
-        delta = x @ changes[name].matrix().T
-        totals[name] += float((g[:, changes[name].rows] * delta).sum(1).square().sum())
+        totals[name] += float(changes[name].slopes(x, g).square().sum())
 
     watched = [(model.get_submodule(change.module), partial(add, name)) for name, change in changes.items()]
     _run_backwards(model, watched, input_ids, 0, progress)

@@ -50,8 +50,8 @@ def quantized_model(
     rows = head_parts(model.config.vocab_size)
 
     def change(name: str) -> WeightChange:
-        def matrix() -> torch.Tensor:
-            return layers[name].dequantized() - weight_of(model, name)
+        def matrix(some: slice) -> torch.Tensor:
+            return layers[name].rows(some).dequantized() - weight_of(model, name)[some]
 
         return WeightChange(HEAD, matrix, rows[name]) if name in rows else WeightChange(name, matrix)
 
