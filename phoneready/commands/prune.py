@@ -55,9 +55,7 @@ def prune(
 
     The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
     """
-    wanted = _output(output, plan, plan_only)
-    if plan is not None and settings.target:
-        raise InputError("--plan applies a plan; a target makes one: give one of the two")
+    wanted = _output(output, plan, plan_only, settings)
     inputs = [Path(name) for name in (model, plan, *settings.calibration, *settings.vocabulary_text) if name]
     refuse_existing(
         wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
@@ -187,12 +185,14 @@ def _summary(plan: PruningPlan) -> dict[str, Any]:
     return record | {"keep_ratio": plan.keep_ratio}
 
 
-def _output(output: Path | None, plan: Path | None, plan_only: Path | None) -> Path:
+def _output(output: Path | None, plan: Path | None, plan_only: Path | None, settings: PruneConfig) -> Path:
     """What is to be made: a checkpoint, or a plan alone."""
     if (wanted := output or plan_only) is None or (output and plan_only):
         raise InputError("give one of -o DIR (a pruned checkpoint) and --plan-only FILE (the plan alone)")
     if plan is not None and plan_only is not None:
         raise InputError("--plan applies a plan and --plan-only makes one: give one of the two")
+    if plan is not None and settings.target:
+        raise InputError("--plan applies a plan; a target makes one: give one of the two")
     return wanted
 
 
