@@ -54,13 +54,13 @@ def main() -> None:
     build_parser = commands.add_parser("build")
     build_parser.add_argument("-o", "--output", type=Path, required=True)
     check_parser = commands.add_parser("check")
-    check_parser.add_argument("library", type=Path, nargs="?")
+    check_parser.add_argument("folder", type=Path, nargs="?", help="of the libraries that were built")
     asked = parser.parse_args()
     if asked.command == "build":
         build(asked.output)
-    elif asked.library and "LLAMA_CPP_LIB_PATH" not in os.environ:
+    elif asked.folder and "LLAMA_CPP_LIB_PATH" not in os.environ:
         # llama-cpp-python reads it when it is imported.
-        environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(asked.library.resolve())}
+        environment = os.environ | {"LLAMA_CPP_LIB_PATH": str(asked.folder.resolve())}
         sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
     else:
         check()

@@ -20,6 +20,7 @@ from cfsp.text.generation import generate
 
 Report = Callable[[int], None]
 """Told now and then how many tokens were written since the call began."""
+STEPS_A_REPORT = 16
 Continue = Callable[[Sequence[Sequence[int]], int, Report], list[list[int]]]
 """(texts as token ids, most tokens that follow, report) -> each with what the model wrote after it, drawn from its own
 probabilities, the token that ends it included."""
@@ -38,6 +39,11 @@ class Writer:
 
     origin: Callable[[LoadedModel], dict[str, str]]
     opened: Callable[[LoadedModel, int], AbstractContextManager[Continue]]
+
+
+def require_room(n_bytes: int) -> None:
+    """Raise InputError where memory does not hold what writing takes at least."""
+    require_memory(n_bytes, "writing calibration text (`self`)", "other calibration text (--calibration)")
 
 
 def _origin(loaded: LoadedModel) -> dict[str, str]:
@@ -72,8 +78,7 @@ def _copy_in(loaded: LoadedModel, dtype: torch.dtype) -> LoadedModel:
         return loaded
     if is_paged(loaded.model):
         # Every token that it writes reads all of its weights.
-        n_bytes = dtype.itemsize * sum(parameter.numel() for parameter in loaded.model.parameters())
-        require_memory(n_bytes, "writing calibration text (`self`)", "other calibration text (--calibration)")
+        require_room(dtype.itemsize * sum(parameter.numel() for parameter in loaded.model.parameters()))
     # Parameters are replaced, tied ones by one; buffers keep their dtype, which rotary frequencies need.
     rounded = {id(p): torch.nn.Parameter(p.to(dtype), requires_grad=False) for p in loaded.model.parameters()}
     return replace(loaded, model=copy.deepcopy(loaded.model, rounded))
@@ -89,7 +94,7 @@ def _continue(
     def stops_nothing(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Transformers calls it after each step, and ends the texts for which it says True."""
         step = next(steps)
-        if step % 16 == 0:
+        if step % STEPS_A_REPORT == 0:
             report(step * len(texts))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 

@@ -13,11 +13,10 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import large_temporary, no_space_as_input_error
-from cfsp.memory import require_memory
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.text.generation import stop_ids
-from cfsp.text.writers import Continue, Report, Writer
+from cfsp.text.writers import STEPS_A_REPORT, Continue, Report, Writer, require_room
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.llama_batch import Entry
@@ -30,8 +29,6 @@ _QUANT = "Q8_0"
 _TEXTS, _CACHE_BYTES = 64, 2**30
 """Most texts at once, and what their keys and values may take in memory."""
 _BATCH = 512
-_STEPS = 16
-"""Between two reports."""
 
 
 def _origin(_: LoadedModel) -> dict[str, str]:
@@ -70,8 +67,7 @@ def _continue(
     longest = max(map(len, texts)) + max_new_tokens
     # Not by what is free: how many are written beside each other changes sums in their last bits.
     together = max(1, min(_TEXTS, len(texts), _CACHE_BYTES // max(1, token_bytes * longest)))
-    need = together * longest * token_bytes
-    require_memory(need, "writing calibration text (`self`)", "other calibration text (--calibration)")
+    require_room(together * longest * token_bytes)
     drawn = [np.random.default_rng(seed) for seed in seeds.spawn(len(texts))]
     whole: list[list[int]] = []
     with open_model(
@@ -125,7 +121,7 @@ class _Texts:
                 Entry(self._texts[text][-1], len(self._texts[text]) - 1, (place,), wanted=True)
                 for place, text in enumerate(self._growing)
             ]
-            if step % _STEPS == 0:
+            if step % STEPS_A_REPORT == 0:
                 report(step * len(self._texts))
         return self._texts
 

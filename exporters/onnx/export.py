@@ -61,12 +61,7 @@ def export_onnx(
     if not rows:
         raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
     check_input(checkpoint, output, force=settings.force)
-    runtime_version()
-    if settings.opset is not None and settings.opset not in OPSETS:
-        known = f"{OPSETS.start} to {OPSETS.stop - 1}"
-        raise InputError("out of range", field="opset", value=settings.opset, allowed=known)
-    if any(row.portable for row in rows):
-        require_optimum()
+    _check_tools(rows, settings.opset)
     config = read_config(checkpoint)
     check_convolutions(config.convolution_length)
     if all(row.form for row in rows):
@@ -86,6 +81,16 @@ def export_onnx(
             if row not in rows:
                 shutil.rmtree(common.folder / row.name)
         return write_manifest(common, [records[row] for row in rows])
+
+
+def _check_tools(rows: Sequence[Variant], opset: int | None) -> None:
+    """Raise MissingExtraError or InputError where what is installed cannot write or run the variants."""
+    runtime_version()
+    if opset is not None and opset not in OPSETS:
+        known = f"{OPSETS.start} to {OPSETS.stop - 1}"
+        raise InputError("out of range", field="opset", value=opset, allowed=known)
+    if any(row.portable for row in rows):
+        require_optimum()
 
 
 def _export(job: OnnxJob, variant: Variant) -> ExportRecord:

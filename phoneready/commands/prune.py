@@ -57,9 +57,8 @@ def prune(
     """
     wanted = _output(output, plan, plan_only, settings)
     inputs = [Path(name) for name in (model, plan, *settings.calibration, *settings.vocabulary_text) if name]
-    refuse_existing(
-        wanted, force=force, inputs=inputs, like=record_head("pruning_plan") if plan_only else None
-    )
+    like = record_head("pruning_plan") if plan_only else None
+    refuse_existing(wanted, force=force, inputs=inputs, like=like)
     prepare_torch(threads)
     from cfsp.devices import find_device
     from cfsp.models.reference import load_model
