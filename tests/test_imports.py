@@ -17,7 +17,7 @@ ROOMS = {
     "cfsp": (
         {"errors", "progress", "precision", "child_process"},
         {"files", "reading", "validation", "units", "plugins", "settings"},
-        {"records", "devices", "memory"},
+        {"records", "devices", "memory", "scratch"},
         {"models"},
         {"text"},
         {"evaluation"},

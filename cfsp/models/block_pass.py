@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -13,18 +12,19 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.files import no_space_as_input_error
 from cfsp.memory import require_memory
 from cfsp.models.architectures import decoder_layers, last_norm
 from cfsp.models.paging import at_hand, computing_dtype, weightless
 from cfsp.progress import Progress, no_progress
+from cfsp.scratch import LargeScratch
 
 
 class StoredStates:
     """Hidden states of windows at several depths, in files."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-states-", dir=large_temporary())
+        self._folder = LargeScratch("states")
 
     def put(self, depth: int, states: Sequence[torch.Tensor]) -> None:
         """Store each window's, (1, seqlen, hidden_size)."""
@@ -38,7 +38,7 @@ class StoredStates:
         return [states[str(window)] for window in range(len(states))]
 
     def _file(self, depth: int) -> Path:
-        return Path(self._folder.name, f"{depth}.safetensors")
+        return self._folder.path / f"{depth}.safetensors"
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
