@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -143,7 +143,8 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")
-    if problems := "; ".join(_contradictions(settings, getattr(row, "convolution", ""))):
+    stated = _Stated(settings, getattr(row, "convolution", ""))
+    if problems := "; ".join(problem for rule in _CONTRADICTIONS for problem in rule(stated)):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method")
@@ -255,47 +256,97 @@ def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _contradictions(settings: Mapping[str, Any], convolution: str) -> Iterator[str]:
-    """What values say of each other that cannot be, in a model type with this kind of block that does not attend."""
-    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
-    kv_heads, layers = settings.get("num_key_value_heads") or heads, settings.get("num_hidden_layers")
+@dataclass(frozen=True)
+class _Stated:
+    """What rules read of a configuration.
+
+    Attributes:
+        settings: All of it.
+        convolution: The kind of block that does not attend, of a model type that has one.
+    """
+
+    settings: Mapping[str, Any]
+    convolution: str
+
+    @property
+    def heads(self) -> int | None:
+        return self.settings.get("num_attention_heads")
+
+    @property
+    def hidden(self) -> int | None:
+        return self.settings.get("hidden_size")
+
+    @property
+    def layers(self) -> int | None:
+        return self.settings.get("num_hidden_layers")
+
+
+def _unequal_groups(stated: _Stated) -> Iterator[str]:
+    heads, kv_heads = stated.heads, stated.settings.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-    if heads and hidden and not settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
+
+
+def _odd_head_dim(stated: _Stated) -> Iterator[str]:
+    heads, hidden = stated.heads, stated.hidden
+    if heads and hidden and not stated.settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
-    if convolution and set(settings.get("layer_types") or ()) == {convolution}:
+
+
+def _no_attention(stated: _Stated) -> Iterator[str]:
+    if stated.convolution and set(stated.settings.get("layer_types") or ()) == {stated.convolution}:
         yield "no block attends (layer_types)"
+
+
+def _other_number_of_blocks(stated: _Stated) -> Iterator[str]:
+    if not (layers := stated.layers):
+        return
     for key in PER_BLOCK_LISTS:
-        entries = settings.get(key)
+        entries = stated.settings.get(key)
         count = layers if entries is None else len(entries)
         # transformers reads no further in the second than there are blocks.
-        if layers and count != layers and (key == PER_BLOCK_LISTS[0] or count < layers):
+        if count != layers and (key == PER_BLOCK_LISTS[0] or count < layers):
             yield f"{key} has {count} entries for {layers} blocks"
-    for key in ("rope_parameters", "rope_scaling"):
-        yield from _misshapen_rope(settings, settings.get(key) or {})
-    yield from _ids_beyond(settings, settings.get("vocab_size"))
 
 
-def _misshapen_rope(settings: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
-    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
+def _misshapen_rope(stated: _Stated) -> Iterator[str]:
+    heads, hidden = stated.heads, stated.hidden
     if not heads or not hidden:
         return
-    head_dim = settings.get("head_dim") or hidden // heads
-    share = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
-    turned = int(head_dim * share)
-    if turned < 2 or turned % 2:
-        yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
+    head_dim = stated.settings.get("head_dim") or hidden // heads
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = stated.settings.get(key) or {}
+        share = rope.get("partial_rotary_factor") or stated.settings.get("partial_rotary_factor") or 1.0
+        turned = int(head_dim * share)
+        if turned < 2 or turned % 2:
+            yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
+        yield from _unlike_factors(rope, turned)
+
+
+def _unlike_factors(rope: Mapping[str, Any], turned: int) -> Iterator[str]:
     for key in ("short_factor", "long_factor"):
-        stated = rope.get(key)
-        if stated is not None and len(stated) != turned // 2:
-            yield f"{key} has {len(stated)} entries for {turned // 2} frequencies"
+        factors = rope.get(key)
+        if factors is not None and len(factors) != turned // 2:
+            yield f"{key} has {len(factors)} entries for {turned // 2} frequencies"
 
 
-def _ids_beyond(settings: Mapping[str, Any], vocabulary: int | None) -> Iterator[str]:
+def _ids_beyond(stated: _Stated) -> Iterator[str]:
+    settings, vocabulary = stated.settings, stated.settings.get("vocab_size")
     if vocabulary is None:
         return
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        stated = settings.get(key)
-        ids = stated if isinstance(stated, list) else [-1 if stated is None else stated]
+        given = settings.get(key)
+        ids = given if isinstance(given, list) else [-1 if given is None else given]
         if max(ids, default=-1) >= vocabulary:
             yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"
+
+
+_CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
+    _unequal_groups,
+    _odd_head_dim,
+    _no_attention,
+    _other_number_of_blocks,
+    _misshapen_rope,
+    _ids_beyond,
+)
+"""What values say of each other that cannot be: one rule each."""
