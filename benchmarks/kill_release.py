@@ -294,8 +294,14 @@ def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0, thre
     return outcome
 
 
-def tiny_model(folder: Path, dtype: str = "float32") -> None:
-    """A random model of 4 small blocks, stored in a dtype of torch's, with the tokenizer of the tests."""
+def tiny_model(folder: Path, dtype: str = "float32", added: float = 1.0) -> None:
+    """A random model of 4 small blocks, with the tokenizer of the tests.
+
+    Args:
+        folder: Where it is saved.
+        dtype: In which.
+        added: What its blocks add to a token is multiplied by it: of less, few bits change less.
+    """
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "conftest.py")
@@ -304,6 +310,9 @@ def tiny_model(folder: Path, dtype: str = "float32") -> None:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model, tokenizer = module.make_tiny_model(intermediate_size=256)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data *= added
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

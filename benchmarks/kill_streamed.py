@@ -68,9 +68,11 @@ class Place:
         return set(self.output.parent.glob(".*.tmp-*"))
 
     def left(self) -> list[str]:
-        """All that lies beside the output, or in the folder for temporary files."""
+        """All that lies beside the output, and what is ours in the folder for temporary files."""
         there = [path for path in self.output.parent.glob("*") if path != self.output]
-        return sorted(str(path.relative_to(self.folder)) for path in (*there, *self.scratch.glob("*")))
+        return sorted(
+            str(path.relative_to(self.folder)) for path in (*there, *self.scratch.glob("*phoneready-*"))
+        )
 
 
 @dataclass
@@ -170,7 +172,7 @@ def main() -> int:
     problems = 0
     with tempfile.TemporaryDirectory(prefix="kill-streamed-") as scratch:
         folder = arguments.folder or Path(scratch)
-        tiny_model(folder / "tiny-model", "bfloat16")
+        tiny_model(folder / "tiny-model", "bfloat16", added=0.02)
         for name in arguments.only or COMMANDS:
             outcome = kill_and_repeat(name, folder / "tiny-model", folder, arguments.kills, arguments.each)
             print(f"{name}: {outcome.kills} kills, {outcome.finished} runs finished after them", flush=True)

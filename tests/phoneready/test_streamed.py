@@ -39,9 +39,9 @@ def experiment() -> Iterator[ModuleType]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["prune", "gguf", "onnx"])
 def test_killed_while_a_model_is_read_it_makes_the_same_bytes(
-    name: str, experiment: ModuleType, tiny_folder: TinyPath, tmp_path: Path
+    name: str, experiment: ModuleType, sure_folder: TinyPath, tmp_path: Path
 ) -> None:
-    outcome = experiment.kill_and_repeat(name, tiny_folder(), tmp_path, kills=2, each=2)
+    outcome = experiment.kill_and_repeat(name, sure_folder(), tmp_path, kills=2, each=2)
     assert outcome.problems == []
     assert (outcome.kills, outcome.finished) == (2, 1)
 
