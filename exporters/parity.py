@@ -24,7 +24,8 @@ from exporters.export_record import ParityReport
 
 FloatArray = npt.NDArray[np.float32]
 
-_SEQLEN, _WINDOWS = 512, 4
+PARITY_SEQLEN, PARITY_WINDOWS = 512, 4
+"""Of the text that files are held against the checkpoint on."""
 _HEAD_ROWS = 16384
 
 # Metrics that must not fall below their limit; all others must not exceed it.
@@ -63,11 +64,11 @@ def choose_windows(
         InputError: Given windows are longer than the context.
     """
     if given is None:
-        tokens = _WINDOWS * _SEQLEN
+        tokens = PARITY_WINDOWS * PARITY_SEQLEN
         beyond = 2 * narrowest if narrowest and 2 * narrowest <= tokens else 0
-        seqlen = min(max(_SEQLEN, beyond), context_length)
+        seqlen = min(max(PARITY_SEQLEN, beyond), context_length)
         return token_windows(
-            BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=min(_WINDOWS, tokens // seqlen)
+            BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=min(PARITY_WINDOWS, tokens // seqlen)
         )
     if given.ndim == 2 and given.shape[1] > context_length:
         raise InputError(

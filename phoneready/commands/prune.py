@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from cfsp.errors import InputError
 from cfsp.files import claim_output, record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
+from cfsp.scratch import LargeScratch
 from cfsp.settings import setting
 from exporters.families import DEFAULT_FORMAT, required_multiple
 from exporters.settings import QuantizerSettings
@@ -63,6 +63,8 @@ def prune(
     from cfsp.devices import find_device
     from cfsp.models.reference import load_model
     from cfsp.pruning.prune import plan_model, prune_model
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Pruning, Windows
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
     from phoneready.text import load_calibration
 
@@ -72,18 +74,21 @@ def prune(
     with (
         claim_output(wanted),
         show_progress() as progress,
-        TemporaryDirectory(prefix="phoneready-") as scratch,
+        LargeScratch("sizes") as scratch,
     ):
+        work = Pruning(ready.settings if ready else chosen, Windows(settings.nsamples, settings.seqlen))
+        machine = Machine(settings.dtype, find_device(device))
+        foretell("prune", (model,), work, output, text=references, machine=machine, progress=progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
-            device=find_device(device),
+            device=machine.device,
             may_stream=True,
             progress=progress,
         )
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
         check = shape_check(settings, chosen, loaded.model)
-        budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
+        budget = budget_of(settings, loaded, scratch.path, use_imatrix=quantizer.imatrix, seed=seed)
         sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         drawn = load_calibration(references, loaded, **sizes, progress=progress)
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}

@@ -58,9 +58,14 @@ def recover(
         prepare_torch(threads)
         from cfsp.recovery.recover import check_outcome
         from cfsp.recovery.recover import recover as run_recovery
+        from cfsp.recovery.settings import check_settings, token_budget
+        from phoneready.forecasts.said import foretell
         from phoneready.text import WRITERS
 
         with show_progress() as progress:
+            check_settings(settings)
+            if token_budget(settings) is not None and _is_first():
+                foretell("recover", (checkpoint,), settings, output, progress=progress)
             result = run_recovery(
                 checkpoint,
                 output,
@@ -99,12 +104,17 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
     return "\n".join(lines)
 
 
+def _is_first() -> bool:
+    """Of several processes on a machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def _one_voice() -> Iterator[None]:
     """Of several processes on a machine that fail alike, only the first says why."""
     try:
         yield
     except PhonereadyError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _is_first():
             raise
         raise typer.Exit(error.exit_code) from None
