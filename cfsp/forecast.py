@@ -46,6 +46,10 @@ _ENDS = MappingProxyType(
 """Name in a file -> which end of the model it is."""
 _TRIAL_S, _TRIALS, _TRIAL_OPERATIONS, _TRIAL_TOKENS = 0.1, 3, 5e8, 128
 """Of a timing; and most operations of one product in it, or rows of numbers."""
+_MOST_TOKENS = 1024
+"""More are multiplied no faster."""
+_SLOW_OPERATIONS, _SLOW_ELEMENTS = 2e9, 1e8
+"""A second, that any machine does."""
 _LIBRARIES = 600 * 2**20
 """Bytes that torch and transformers take before there is a model."""
 
@@ -219,6 +223,11 @@ class Work:
             max(self.scratch, other.scratch),
         )
 
+    def is_within(self, seconds: float) -> bool:
+        """Whether it takes no longer even on a slow machine, so that nothing need be timed."""
+        slowly = sum(self.products.values()) / _SLOW_OPERATIONS + self.elements / _SLOW_ELEMENTS
+        return self.seconds + slowly < seconds
+
     def times(self, count: int) -> Work:
         """It so many times; it leaves what one leaves."""
         products = {tokens: count * operations for tokens, operations in self.products.items()}
@@ -269,8 +278,9 @@ def product_speed(
 ) -> float:
     """Operations a second of a product of so many tokens with a matrix of a model, with torch's threads.
 
-    Of a large matrix some rows are taken.
+    Of a large matrix some rows are taken, and of many tokens a window.
     """
+    tokens = min(tokens, _MOST_TOKENS)
     rows, columns = max((shape for block in extent.blocks for shape in block), key=math.prod)
     rows = max(1, min(rows, int(_TRIAL_OPERATIONS / (2 * tokens * columns))))
     weight, x = (torch.ones(n, columns, device=device) for n in (rows, tokens))

@@ -72,7 +72,11 @@ def foretell(
     work = STAGES[stage](extents, asked)
     if machine.device != CPU:
         work = replace(work, least_memory=0)  # a GPU's, which is asked for when the model is put there
+    if output is None:
+        work = replace(work, disk=0)
     require_room(work, output, stage)
+    if work.is_within(LONG_S):
+        return
     forecast = foresee(work, extents[0], dtype=machine.dtype, device=machine.device)
     if forecast.seconds < LONG_S:
         return

@@ -18,7 +18,7 @@ from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import METHODS, Training, loss_weights, token_budget
 from exporters.export_record import ExportFormat
-from exporters.families import FAMILIES, family_of, find_format
+from exporters.families import family_of, find_format
 from exporters.parity import PARITY_SEQLEN, PARITY_WINDOWS
 
 _PASS, _STATISTICS, _MOMENTS, _RECONSTRUCTED, _BACKWARDS = 10.0, 14.0, 25.0, 40.0, 30.0
@@ -27,8 +27,6 @@ _LOGIT, _COMPARED_LOGIT = 5.0, 30.0
 """For each logit that is scored, and of two models' that are compared."""
 _LOADED, _WRITTEN, _QUANTIZED = 10.0, 10.0, 30.0
 """For each weight that is read, written, or quantized by itself."""
-_ROUNDED: Mapping[str, float] = MappingProxyType({"gguf": 220.0, "onnx": 360.0})
-"""For each weight that is rounded for a text, by family."""
 _ROUNDS = 7
 """Products of a weight with the Gram matrix of its inputs, while it is rounded for a text."""
 _FEW_BITS = 1.2
@@ -42,6 +40,29 @@ _READ_FASTER = 4.0
 _FLOATS, _TEXTS = 32.0, 64
 _AT_ONCE = 3
 """Tensors of an FFN's width that rounding holds for all tokens."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What is a family's own.
+
+    Attributes:
+        rounded: For each weight that is rounded for a text.
+        floats_stay: Whether the floats that its files are made of are there until all of them are.
+        floats_in_blocks: Whether floats of a model that is read block by block are a block's at a time.
+    """
+
+    rounded: float
+    floats_stay: bool
+    floats_in_blocks: bool
+
+
+_FAMILIES: Mapping[str, _Family] = MappingProxyType(
+    {
+        "gguf": _Family(220.0, floats_stay=True, floats_in_blocks=False),
+        "onnx": _Family(360.0, floats_stay=False, floats_in_blocks=True),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -190,11 +211,16 @@ def exporting(extents: Sequence[Extent], asked: Exporting) -> Work:
     if asked.is_saved:
         extent = replace(extent, stored_bytes=4)
         steps += [_saved(extent), _loaded(extent)]
-    rows = [find_format(name) for name in asked.names]
-    whole = {family_of(row.name).name for row in rows if row.bits == _FLOATS}
-    for name in dict.fromkeys(family_of(row.name).name for row in rows):
-        steps += [] if name in whole else [_floats(extent, name, asked)]
-    return _all([*steps, *(_file(extent, row, asked) for row in rows)])
+    saved = _all(steps)
+    most = least = 0
+    for name, rows in _by_family(asked.names).items():
+        floats = Work() if any(row.bits == _FLOATS for row in rows) else _floats(extent, name, asked)
+        files = _all(_file(extent, row, asked) for row in rows)
+        at_once = sum if _FAMILIES[name].floats_stay else max
+        most = max(most, saved.disk + at_once((floats.disk, files.disk)))
+        least = max(least, saved.least_disk + at_once((floats.least_disk, files.least_disk)))
+        saved = saved.then(replace(floats, disk=0, least_disk=0)).then(files)
+    return replace(saved, disk=most, least_disk=least)
 
 
 def judging(extents: Sequence[Extent], asked: Judging) -> Work:
@@ -210,7 +236,7 @@ def judging(extents: Sequence[Extent], asked: Judging) -> Work:
 
 
 def recovering(extents: Sequence[Extent], asked: Training) -> Work:
-    """Training passes of the student, and the teacher's where the loss reads it; of epochs only what one holds."""
+    """Training passes of the student, and the teacher's where the loss reads it, over a budget of tokens."""
     (extent,) = extents
     text = Windows(max(1, (token_budget(asked) or 0) // asked.seqlen), asked.seqlen)
     adapter, (_, distilled) = METHODS[asked.method].adapter, loss_weights(asked)
@@ -233,7 +259,8 @@ def surveying(extents: Sequence[Extent], asked: Surveying) -> Work:
         files = exporting((extent,), asked.exporting)
         one = _faster(_all([_passed(extent, asked.text), _headed(extent, asked.text, _COMPARED_LOGIT)]))
         steps += [files.times(count), one.times(count * len(asked.exporting.names))]
-    return _all(steps)
+    # Files that others dominate are deleted; one is made at a time.
+    return replace(_all(steps), least_disk=4 * dense.least_weights)
 
 
 STAGES: Mapping[str, Callable[[Sequence[Extent], Any], Work]] = MappingProxyType(
@@ -251,6 +278,14 @@ STAGES: Mapping[str, Callable[[Sequence[Extent], Any], Work]] = MappingProxyType
 
 def _all(steps: Iterable[Work]) -> Work:
     return functools.reduce(Work.then, steps, Work())
+
+
+def _by_family(names: Iterable[str]) -> dict[str, list[ExportFormat]]:
+    """Family -> rows of the formats that it makes."""
+    rows: dict[str, list[ExportFormat]] = {}
+    for name in names:
+        rows.setdefault(family_of(name).name, []).append(find_format(name))
+    return rows
 
 
 def _passed(extent: Extent, text: Windows, elements: float = _PASS, passes: float = 1.0) -> Work:
@@ -318,7 +353,7 @@ def _proven(extent: Extent, bits: float) -> Work:
 
 def _floats(extent: Extent, family: str, asked: Exporting) -> Work:
     """What a family's files are made of: float32; of a model in files in its own bits, or nothing but its blocks."""
-    if extent.by_blocks and FAMILIES[family].largest_size:
+    if extent.by_blocks and _FAMILIES[family].floats_in_blocks:
         return Work()
     n_bytes = (extent.stored_bytes if extent.by_blocks else 4) * extent.least_weights
     made = Work(elements=_WRITTEN * extent.n_weights, disk=n_bytes, least_disk=n_bytes)
@@ -348,7 +383,7 @@ def _rounded(extent: Extent, text: Windows, family: str) -> Work:
     held = 4 * _AT_ONCE * text.tokens * max(extent.widths)
     rounding = Work(
         {text.seqlen: operations},
-        _ROUNDED[family] * extent.n_weights,
+        _FAMILIES[family].rounded * extent.n_weights,
         memory=3 * extent.resident_bytes + held,
         least_memory=extent.least_resident_bytes + held,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from cfsp.devices import find_device
 from cfsp.pruning.moments import MOMENT_WINDOWS
+from cfsp.recovery.settings import Training, token_budget
 from phoneready.figures.figure_set import DENSE
 from phoneready.forecasts.said import Machine, foretell
 from phoneready.forecasts.stages import Drawing, Exporting, Judging, Pruning, Windows
@@ -27,12 +28,14 @@ class _Row:
     Attributes:
         work: A name in the table of forecasts.
         models: Stages whose checkpoints it reads, `final` for what is exported; none is the model itself.
-        asked: What the forecast reads of the configuration.
+        asked: What the forecast reads of the configuration; None where that does not say how much it is.
+        is_rounded: Whether products are in the dtype that pruning is told.
     """
 
     work: str
     models: tuple[str, ...]
     asked: Callable[[ReleaseConfig], Any]
+    is_rounded: bool = False
 
 
 def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callable[[str], None]) -> None:
@@ -48,17 +51,20 @@ def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callabl
         InputError: Memory, or a disk, has too little room.
     """
     row = _ROWS.get(name)
-    if row is None:
+    asked = row.asked(config) if row else None
+    if row is None or asked is None:
         return
     stages = [Steps(config, folder, None).final if model == _FINAL else model for model in row.models]
     models = [str(stage_folder(folder, stage) / "model") for stage in stages] or [config.model.reference]
     foretell(
         row.work,
         models,
-        row.asked(config),
+        asked,
         stage_folder(folder, name),
         text=() if stages else config.prune.calibration,
-        machine=Machine(config.prune.dtype, find_device(config.model.device)),
+        machine=Machine(
+            config.prune.dtype if row.is_rounded else "float32", find_device(config.model.device)
+        ),
         tell=tell,
     )
 
@@ -73,6 +79,11 @@ def _drawing(config: ReleaseConfig) -> Drawing:
 
 def _pruning(config: ReleaseConfig) -> Pruning:
     return Pruning(config.prune_settings(), _windows(config))
+
+
+def _recovering(config: ReleaseConfig) -> Training | None:
+    training = config.recover
+    return training if training and token_budget(training) else None
 
 
 def _exporting(config: ReleaseConfig) -> Exporting:
@@ -103,9 +114,9 @@ def _judged(config: ReleaseConfig, times: int, *, few_bits: bool, prompts: int |
 
 _ROWS: Mapping[str, _Row] = MappingProxyType(
     {
-        "dense": _Row("draw", (), _drawing),
-        "prune": _Row("prune", ("dense",), _pruning),
-        RECOVERY_STAGE: _Row("recover", ("prune",), lambda config: config.recover),
+        "dense": _Row("draw", (), _drawing, is_rounded=True),
+        "prune": _Row("prune", ("dense",), _pruning, is_rounded=True),
+        RECOVERY_STAGE: _Row("recover", ("prune",), _recovering),
         "evaluate": _Row("eval", (_FINAL, "dense"), _judging),
         f"export-{DENSE}": _Row("export", ("dense",), _exporting),
         "export-pruned": _Row("export", (_FINAL,), _exporting),

@@ -83,6 +83,13 @@ def test_work_of_stages_adds_up() -> None:
     assert first.times(3) == Work({8: 3e9}, elements=6.0, memory=5, disk=3, least_disk=2, scratch=7)
 
 
+def test_little_work_is_within_any_time() -> None:
+    assert Work({8: 1e6}, elements=1e4).is_within(1)
+    assert not Work({8: 1e12}).is_within(1)
+    assert not Work(elements=1e12).is_within(1)
+    assert not Work(seconds=2).is_within(1)
+
+
 def test_a_forecast_is_longer_for_more_work_and_names_what_it_takes(
     tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from cfsp.recovery.settings import Training
 from exporters.families import FAMILIES, find_format
 from phoneready.forecasts import said
 from phoneready.forecasts.stages import (
+    _FAMILIES,
     STAGES,
     Drawing,
     Exporting,
@@ -93,6 +94,21 @@ def test_every_format_has_a_size_no_larger_than_floats(name: str) -> None:
     assert work.least_disk <= work.disk <= 8.1 * SMALL.n_weights
     assert work.least_disk or not find_format(name).is_sized
     assert operations(STAGES["export"]([SMALL], replace(plain, is_proven=True))) > operations(work)
+
+
+def test_every_family_has_a_row() -> None:
+    assert set(_FAMILIES) == set(FAMILIES)
+
+
+def test_a_disk_need_not_hold_what_is_not_there_at_once() -> None:
+    """Floats that ONNX variants are proven by go before these are written; those of GGUF files stay."""
+    floats = 4 * SMALL.least_weights
+    gguf, onnx, both = (
+        STAGES["export"]([SMALL], Exporting(names, TEXT)).least_disk
+        for names in (("Q4_0",), ("int4",), ("Q4_0", "int4"))
+    )
+    assert onnx == floats < gguf
+    assert floats < both < 2 * floats
 
 
 def test_stages_of_a_release_are_those_that_there_are() -> None:
