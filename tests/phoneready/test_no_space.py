@@ -55,7 +55,7 @@ def test_a_disk_that_others_fill_while_a_command_runs(
     def filling() -> Iterator[Progress]:
         yield lambda description, done, total: _fill(disk) if description == "calibrating" else None
 
-    monkeypatch.setattr("phoneready.commands.prune.show_progress", filling)
+    monkeypatch.setattr("phoneready.commands.processes.show_progress", filling)
     capsys.readouterr()
     assert main(["prune", model, "-o", str(disk / "out"), *text]) == 2
     captured = capsys.readouterr()

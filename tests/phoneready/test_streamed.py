@@ -71,7 +71,8 @@ def test_a_folder_that_changes_under_a_command_ends_it_in_a_line(
         yield change
 
     monkeypatch.setenv("PHONEREADY_STREAM", "always")
-    monkeypatch.setattr(f"phoneready.commands.{command[0]}.show_progress", changing)
+    opens = {"prune": "processes"}.get(command[0], command[0])
+    monkeypatch.setattr(f"phoneready.commands.{opens}.show_progress", changing)
     capsys.readouterr()
     assert main([command[0], str(folder), "-o", str(tmp_path / "made" / "out"), *command[1:]]) == 2
     captured = capsys.readouterr()
