@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,10 +11,10 @@ import typer
 
 from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
-from cfsp.recovery.settings import RecoveryReferences, RecoverySettings
+from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, token_budget
 from cfsp.settings import setting
 from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, TrustOption
-from phoneready.commands.processes import note_once, one_voice
+from phoneready.commands.processes import one_voice
 from phoneready.console import prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
@@ -55,14 +56,9 @@ def recover(
         prepare_torch(threads)
         from cfsp.recovery.recover import check_outcome
         from cfsp.recovery.recover import recover as run_recovery
-        from cfsp.recovery.settings import check_settings, token_budget
-        from phoneready.forecasts.said import foretell
         from phoneready.text import WRITERS
 
         with show_progress() as progress:
-            check_settings(settings)
-            if token_budget(settings) is not None:
-                foretell("recover", (checkpoint,), settings, output, tell=note_once, progress=progress)
             result = run_recovery(
                 checkpoint,
                 output,
@@ -75,12 +71,21 @@ def recover(
                 force=force,
                 trust_remote_code=trust_remote_code,
                 writers=WRITERS,
+                before=partial(_foretell, checkpoint, output, settings),
                 progress=progress,
             )
         if result.is_main:
             text = format_recovery(result.record, output)
             write_result(text, record_to_json(result.record), as_json=json)
         check_outcome(result.record, output)
+
+
+def _foretell(checkpoint: str, output: Path, settings: RecoverySettings) -> None:
+    """How long epochs are is known on the way alone."""
+    from phoneready.forecasts.said import foretell
+
+    if token_budget(settings) is not None:
+        foretell("recover", (checkpoint,), settings, output)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:
