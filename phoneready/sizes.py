@@ -93,7 +93,7 @@ class Sizes:
             read_bytes=sum(t.n_bytes for t in read),
             n_multiplied=sum(math.prod(t.shape) for t in matrices),
             bytes_by_type=dict(by_type),
-            key_value_width=sum(config.kv_heads) * 2 * config.head_dim,
+            key_value_width=config.key_value_width,
             hidden_size=config.hidden_size,
             ffn_width=max(shape.ffn_widths),
             vocab_size=config.vocab_size,

@@ -90,6 +90,7 @@ _PRE_NAMES = {
     "phi3": "gpt-4o",
     "ministral3": "tekken",
     "gemma3_text": "smollm",
+    "gemma4_text": "smollm",
     "olmo2": "dbrx",
     "olmo3": "dbrx",
     "exaone4": "gpt-2",
@@ -100,6 +101,18 @@ _PRE_NAMES = {
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0},
+    "gemma4_text": {
+        "rope_parameters": {
+            WINDOWED: {"rope_type": "default", "rope_theta": 700.0},
+            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 50000.0},
+        },
+        "sliding_window": 24,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 32,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
+    },
     # transformers 5 takes no other base of blocks with a window from a configuration of transformers 4.
     "olmo3": {"sliding_window": 24, "rope_theta": 500000.0},
 }
@@ -143,6 +156,9 @@ def _randomize(model: Any, seed: int) -> None:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +188,12 @@ def make_tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     settings |= _OF_TYPE.get(model_type, {})
+    if model_type == "gemma4_text":
+        del settings["rope_theta"]
+        settings |= {
+            "vocab_size_per_layer_input": settings["vocab_size"],
+            "layer_types": ([WINDOWED, FULL] * 9)[: overrides.get("num_hidden_layers", 4)],
+        }
     if model_type == "lfm2":
         settings |= {
             "block_auto_adjust_ff_dim": False,

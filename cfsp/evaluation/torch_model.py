@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
-from cfsp.models.architectures import spec_for
+from cfsp.models.architectures import capped, logit_cap, spec_for
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
@@ -46,7 +46,7 @@ def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice
     last = len(hidden) - 1
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
-        yield slice(start + 1, stop + 1), head(hidden[start:stop]).float()
+        yield slice(start + 1, stop + 1), capped(head(hidden[start:stop]).float(), logit_cap(model.config))
 
 
 class BlocksAhead:
@@ -141,7 +141,7 @@ class TorchLanguageModel:
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 :]
             rows.append(hidden[1 if rows else 0 :])
         logits: torch.Tensor = model.get_output_embeddings()(torch.cat(rows)).float()
-        return logits.log_softmax(-1).cpu()
+        return capped(logits, logit_cap(model.config)).log_softmax(-1).cpu()
 
     def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
         width = max(item.n_tokens for item in items)
@@ -162,8 +162,8 @@ class TorchLanguageModel:
         head = model.get_output_embeddings()
         for row, item in enumerate(items):
             start = len(item.context)
-            logits = head(hidden[row, start - 1 : item.n_tokens]).float().log_softmax(-1).cpu()
-            yield list(branch_scores(item, logits))
+            logits = capped(head(hidden[row, start - 1 : item.n_tokens]).float(), logit_cap(model.config))
+            yield list(branch_scores(item, logits.log_softmax(-1).cpu()))
 
     @torch.inference_mode()
     def generate(

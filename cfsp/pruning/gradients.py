@@ -23,7 +23,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, last_norm
+from cfsp.models.architectures import (
+    FeedForward,
+    capped,
+    decoder_layers,
+    feed_forward,
+    last_norm,
+    logit_cap,
+)
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
@@ -273,10 +280,23 @@ def _backwards_by_windows(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
     for done, window in enumerate(input_ids, 1):
-        embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
-        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        embedded, hidden = _embedded_and_run(model, window[None])
         yield window, _pulled_back(hidden, _head_gradient(model, hidden, generator), embedded)[0]
         progress(_WHAT, done, len(input_ids))
+
+
+def _embedded_and_run(model: Any, window: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A window's embedded tokens, which want a gradient, and what the output matrix reads; (1, seqlen, hidden_size)."""
+    kept: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        kept.append(output.detach().requires_grad_())
+        return kept[0]
+
+    # Given embeddings alone, a decoder whose blocks get more of a token than that could not tell which it is.
+    with model.get_input_embeddings().register_forward_hook(keep):
+        hidden = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state
+    return kept[0], hidden
 
 
 def _backwards_by_blocks(
@@ -291,7 +311,7 @@ def _backwards_by_blocks(
         for index, layer in enumerate(layers):
             before.put(index, states)
             with at_hand(layer):
-                states = [run_layer(layer, state, calls[index]) for state in states]
+                states = [run_layer(layer, state, calls.of(index, n)) for n, state in enumerate(states)]
             progress(_WHAT, index + 1, 2 * len(layers))
     gradients = []
     with at_hand(model.get_output_embeddings()):
@@ -301,7 +321,7 @@ def _backwards_by_blocks(
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):
             for window, state in enumerate(before.take(index)):
-                output = run_layer(layer, state.requires_grad_(), calls[index])
+                output = run_layer(layer, state.requires_grad_(), calls.of(index, window))
                 gradients[window] = _pulled_back(output, gradients[window], state)
         progress(_WHAT, 2 * len(layers) - index, 2 * len(layers))
     yield from zip(input_ids, (gradient[0] for gradient in gradients), strict=True)
@@ -321,7 +341,7 @@ def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator)
     """
     head, ending = model.get_output_embeddings(), hidden[0].detach().requires_grad_()
     for chunk in torch.split(ending, _HEAD_CHUNK):
-        logits = head(chunk).float()
+        logits = capped(head(chunk).float(), logit_cap(model.config))
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
     assert ending.grad is not None

@@ -54,6 +54,13 @@ class Layout:
         full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
             whether it has; 0: it takes none.
         windowed_depth: Takes a window in models of so many blocks, which all have one, and in no others; 0: in any.
+        plain_scores: Multiplies attention's scores by 1, and not by 1 / sqrt(head_dim).
+        own_heads: Reads a head_dim of blocks with a window, and one of the others.
+        shares_keys: Lets the last blocks read keys and values of the last two before them: those with a window of the
+            first, which has one, and the others of the second, which has none.
+        needs_window: Ends the process over a file in which no block has a window.
+        takes_inputs: Gives every block more of a token than its hidden state, and multiplies its output by a number.
+        caps_logits: Reads c, where logits are c tanh(z / c).
         exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
     """
 
@@ -73,6 +80,12 @@ class Layout:
     window_base: bool = False
     full_step: int = 0
     windowed_depth: int = 0
+    plain_scores: bool = False
+    own_heads: bool = False
+    shares_keys: bool = False
+    needs_window: bool = False
+    takes_inputs: bool = False
+    caps_logits: bool = False
     exact_limits: ParityLimits | None = None
 
     def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
@@ -106,6 +119,21 @@ _EXAONE4 = Layout(
     windowed_depth=64,
 )
 _LFM2 = Layout("lfm2", free_head_dim=False)
+_GEMMA4 = Layout(
+    "gemma4",
+    per_layer_sizes=True,
+    rope_factors=True,
+    activation="gelu_tanh",
+    window_base=True,
+    full_step=1,
+    plain_scores=True,
+    own_heads=True,
+    shares_keys=True,
+    needs_window=True,
+    takes_inputs=True,
+    caps_logits=True,
+    exact_limits=_GELU_TABLE,
+)
 _HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
@@ -121,9 +149,12 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "exaone4": (_EXAONE4,),
         "hunyuan_v1_dense": (_HUNYUAN,),
         "lfm2": (_LFM2,),
+        "gemma4_text": (_GEMMA4,),
     }
 )
 
+_UNREAD = ("k_proj", "v_proj", "k_norm")
+"""Of the attention of a block that reads another block's keys and values; published files have them all the same."""
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
@@ -326,6 +357,11 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
             f"no blocks without attention, {instead}",
         ),
         (
+            config.sharing_blocks and not (layout.shares_keys and _shares_last_two(config)),
+            "keys and values for later blocks from the last two before them alone, the first of which has a window",
+        ),
+        (config.block_inputs and not layout.takes_inputs, "nothing of a token but its hidden state"),
+        (
             config.convolution_length and all(config.kv_heads),
             "a convolution in some block, without which llama.cpp ends the process",
         ),
@@ -355,6 +391,10 @@ def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
             config.window_rope_theta not in (None, config.rope_theta) and not layout.window_base,
             "one base of the rope in all blocks",
         ),
+        (
+            layout.needs_window and config.narrowest is None,
+            "a window in some block, without which llama.cpp ends the process",
+        ),
         (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
     )
 
@@ -362,6 +402,7 @@ def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
 def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
     """Sizes, and what is computed from them."""
     widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
+    scale = 1.0 if layout.plain_scores else config.head_dim**-0.5
     return (
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
         (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
@@ -371,10 +412,20 @@ def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
         ),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
-            not math.isclose(config.score_scale, config.head_dim**-0.5),
-            "attention's scores times 1 / sqrt(head_dim)",
+            not math.isclose(config.score_scale, scale),
+            "attention's scores as they are"
+            if layout.plain_scores
+            else "attention's scores times 1 / sqrt(head_dim)",
         ),
+        (len(set(config.head_dims)) > 1 and not layout.own_heads, "one head_dim in all blocks"),
+        (config.logit_cap and not layout.caps_logits, "logits without a cap"),
     )
+
+
+def _shares_last_two(config: ModelConfig) -> bool:
+    """Whether of the last two blocks with keys of their own the first has a window and the second none."""
+    own = config.windows[: config.num_hidden_layers - config.sharing_blocks]
+    return len(own) > 1 and own[-2] is not None and own[-1] is None
 
 
 def _biased(stored: frozenset[str]) -> set[str]:
@@ -392,12 +443,17 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     """
     config = chosen.config
     embedding = (config.vocab_size, config.hidden_size)
-    specs = [_plain("model.embed_tokens", embedding, chosen)]
+    specs = [_plain("model.embed_tokens", embedding, chosen), *_input_specs(chosen)]
     for block in range(config.num_hidden_layers):
         specs += _block_specs(chosen, block)
     last_norm = f"model.{config.spec.last_norm}"
     specs.append(_plain(last_norm, (config.hidden_size,), chosen, config.spec.norm_offset))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    ignored |= {
+        f"model.layers.{block}.{config.spec.attention}.{name}.weight"
+        for block in range(config.num_hidden_layers - config.sharing_blocks, config.num_hidden_layers)
+        for name in _UNREAD
+    }
     if not config.tie_word_embeddings:
         specs.append(_plain("lm_head", embedding, chosen))
     used = {name for spec in specs for name, _ in spec.sources}
@@ -409,21 +465,35 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     return specs
 
 
+def _input_specs(chosen: ChosenLayout) -> Iterator[TensorSpec]:
+    """What blocks get of a token beside its hidden state; llama.cpp quantizes of it the table alone."""
+    config, inputs = chosen.config, chosen.config.spec.block_inputs
+    if not inputs or not config.block_inputs:
+        return
+    numbers = config.num_hidden_layers * config.block_inputs
+    yield _plain(f"model.{inputs.table}", (config.vocab_size, numbers), chosen)
+    projection = _plain(f"model.{inputs.projection}", (numbers, config.hidden_size), chosen)
+    yield replace(projection, is_plain=True)
+    yield _plain(f"model.{inputs.norm}", (config.block_inputs,), chosen, config.spec.norm_offset)
+
+
 def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout, offset: float = 0.0) -> TensorSpec:
     return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),), offset=offset)
 
 
 def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     config, prefix = chosen.config, f"model.layers.{block}"
-    shapes = _block_shapes(config, config.shape.blocks[block])
-    in_file = _block_shapes(config, replace(config.shape.blocks[block], ffn_width=chosen.widths[block]))
+    shapes = _block_shapes(config, config.shape.blocks[block], config.head_dims[block])
+    in_file = _block_shapes(
+        config, replace(config.shape.blocks[block], ffn_width=chosen.widths[block]), config.head_dims[block]
+    )
     kv_heads = config.kv_heads[block]
     heads = {"self_attn.q_proj": kv_heads * config.heads_per_group, "self_attn.k_proj": kv_heads}
     if chosen.layout.fused_qkv:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
         rows = sum(shape[0] for _, shape in sources)
         yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}"), (rows, config.hidden_size), sources)
-    if config.shape.blocks[block].convolves:
+    if config.spec.convolution and config.shape.blocks[block].is_keyless:
         yield _kernels(chosen, f"{prefix}.{config.spec.convolution}.conv")
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
@@ -434,6 +504,9 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         if f"{source}.bias" in chosen.stored:
             bias = target.removesuffix("weight") + "bias"
             yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
+    if config.spec.scalar:
+        scalar = f"{prefix}.{config.spec.scalar}"
+        yield TensorSpec(chosen.name(scalar), (1,), ((scalar, (1,)),))
 
 
 def _kernels(chosen: ChosenLayout, module: str) -> TensorSpec:
@@ -443,39 +516,64 @@ def _kernels(chosen: ChosenLayout, module: str) -> TensorSpec:
     return TensorSpec(chosen.name(module), (rows, length), sources, is_plain=True)
 
 
-def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
+def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
     """Module inside a block -> shape of its weight."""
     hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
-    kv = (block.kv_groups or 0) * config.head_dim
-    q = kv * config.heads_per_group
-    mixing: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        f"self_attn.{spec.output}": (hidden, q),
-    }
-    if block.convolves:
-        mixer = spec.convolution
-        mixing = {f"{mixer}.in_proj": (3 * hidden, hidden), f"{mixer}.out_proj": (hidden, hidden)}
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
-        **mixing,
+        **_mixing_shapes(config, block, head_dim),
         **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
         f"{spec.mlp}.{spec.gate}": (width, hidden),
         f"{spec.mlp}.{spec.up}": (width, hidden),
         f"{spec.mlp}.{spec.down}": (hidden, width),
     }
-    if (norms := spec.head_norms) and not block.convolves:
-        sizes = (
-            {norms.query: q, norms.key: kv}
-            if norms.joint
-            else dict.fromkeys((norms.query, norms.key), config.head_dim)
-        )
-        shapes |= {f"self_attn.{name}": (size,) for name, size in sizes.items()}
+    shapes |= _head_norm_shapes(config, block, head_dim)
+    if spec.block_inputs and (size := config.block_inputs):
+        shapes |= {
+            spec.block_inputs.gate: (size, hidden),
+            spec.block_inputs.output: (hidden, size),
+            spec.block_inputs.output_norm: (hidden,),
+        }
     if not block.has_attention:
         gone = (*spec.attention_norms, "self_attn.")
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
     return shapes
+
+
+def _mixing_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """The same of the matrices that mix tokens: attention's, with keys of its own or without, or a convolution's."""
+    hidden, spec = config.hidden_size, config.spec
+    if block.is_keyless and spec.convolution:
+        mixer = spec.convolution
+        return {f"{mixer}.in_proj": (3 * hidden, hidden), f"{mixer}.out_proj": (hidden, hidden)}
+    groups = config.shape.most_kv_groups if block.is_keyless else block.kv_groups or 0
+    kv = groups * head_dim
+    q = kv * config.heads_per_group
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        f"self_attn.{spec.output}": (hidden, q),
+    }
+    return _read_alone(shapes) if block.is_keyless else shapes
+
+
+def _head_norm_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """The same of the norms of queries and keys."""
+    norms, kv = config.spec.head_norms, (block.kv_groups or 0) * head_dim
+    if norms is None or (block.is_keyless and config.spec.convolution):
+        return {}
+    query, key = (kv * config.heads_per_group, kv) if norms.joint else (head_dim, head_dim)
+    shapes: dict[str, tuple[int, ...]] = {
+        f"self_attn.{norms.query}": (query,),
+        f"self_attn.{norms.key}": (key,),
+    }
+    return _read_alone(shapes) if block.is_keyless else shapes
+
+
+def _read_alone(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """What of attention is read in a block that reads another block's keys and values."""
+    return {name: shape for name, shape in shapes.items() if not name.endswith(_UNREAD)}
 
 
 def linear_inputs(config: ModelConfig) -> dict[str, int]:
@@ -483,6 +581,6 @@ def linear_inputs(config: ModelConfig) -> dict[str, int]:
     return {
         f"model.layers.{block}.{module}": shape[1]
         for block, of_block in enumerate(config.shape.blocks)
-        for module, shape in _block_shapes(config, of_block).items()
+        for module, shape in _block_shapes(config, of_block, config.head_dims[block]).items()
         if len(shape) == 2
     }

@@ -59,7 +59,10 @@ def save(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | Non
     if widths:
         path = folder / "config.json"
         config = json.loads(path.read_text())
-        config["per_layer_config"] = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+        stated = config.get("per_layer_config", {})
+        config["per_layer_config"] = {
+            str(i): {**stated.get(str(i), {}), "intermediate_size": width} for i, width in enumerate(widths)
+        }
         path.write_text(json.dumps(config))
     return folder
 
