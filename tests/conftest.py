@@ -108,7 +108,7 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
         },
         "sliding_window": 24,
         "global_head_dim": 32,
-        "hidden_size_per_layer_input": 32,
+        "hidden_size_per_layer_input": 64,
         "num_kv_shared_layers": 2,
         "use_double_wide_mlp": True,
         "final_logit_softcapping": 30.0,

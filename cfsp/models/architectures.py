@@ -86,6 +86,7 @@ class ArchitectureSpec:
 
     Attributes:
         model_type: transformers' name.
+        release: The first major version of transformers that has it, of those that are supported.
         layers: Module of the decoder blocks.
         attention: Of a block, its attention.
         output: Of attention, its output matrix.
@@ -132,6 +133,7 @@ class ArchitectureSpec:
     """
 
     model_type: str
+    release: int = 4
     layers: str = "model.layers"
     attention: str = "self_attn"
     output: str = "o_proj"
@@ -302,6 +304,7 @@ _ROWS = (
     ),
     ArchitectureSpec(
         "gemma4_text",
+        release=5,
         head_norms=HeadNorms(),
         bias_settings=_ATTENTION_BIAS,
         ffn_norm="pre_feedforward_layernorm",

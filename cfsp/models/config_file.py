@@ -173,9 +173,11 @@ def _refuse(settings: Mapping[str, Any], row: Any, where: str) -> None:
         key = "final_logit_softcapping"
         raise InputError(f"{where}: unsupported in {model_type}", field=key, value=settings[key])
     if model_type not in transformers.CONFIG_MAPPING:
-        release = transformers.__version__
         raise InputError(
-            f"{where}: transformers {release} does not know it", field="model_type", value=model_type
+            f"{where}: transformers {transformers.__version__} does not know it",
+            field="model_type",
+            value=model_type,
+            allowed=f"transformers {getattr(row, 'release', '')}",
         )
 
 
@@ -201,7 +203,9 @@ def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, A
         raise InputError(f"{where}: malformed per_layer_config: {error}") from error
     plain = {key: value for key, value in settings.items() if key != "per_layer_config"}
     dense = {n: {key: own[key] for key in native if key in own} for n, own in stated.items()}
-    if native and "per_layer_config" in settings:  # without it transformers takes sizes of its own for granted
+    if (
+        native and "per_layer_config" in settings
+    ):  # without it transformers takes sizes of its own for granted
         plain["per_layer_config"] = {str(n): own for n, own in dense.items() if own}
     rest = {n: {key: own[key] for key in own if key not in native} for n, own in stated.items()}
     return plain, {n: own for n, own in rest.items() if own}

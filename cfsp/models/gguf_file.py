@@ -74,7 +74,7 @@ _HYPERPARAMETERS = kinds(
         "attention.layer_norm_rms_epsilon": Epsilon,
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
         "attention.sliding_window_pattern": Annotated[int, Field(ge=0, lt=2**16)] | list[bool | int],
-        "final_logit_softcapping": Annotated[float, Field(ge=0, le=0)],
+        "final_logit_softcapping": Annotated[float, Field(ge=0, allow_inf_nan=False)],
         "rope.scaling.original_context_length": ContextLength,
         "rope.scaling.attn_factor": Positive,
         "shortconv.l_cache": Annotated[int, Field(ge=2, le=2**10)],
@@ -91,6 +91,8 @@ _HYPERPARAMETERS = kinds(
 
 CONVOLUTION = "shortconv.conv.weight"
 """How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to."""
+UNQUANTIZED = (CONVOLUTION, "per_layer_model_proj.weight")
+"""How names of matrices end that its quantizer leaves as they are."""
 
 
 @dataclass(frozen=True)

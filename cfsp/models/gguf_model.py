@@ -58,6 +58,8 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
+    if (cap := file.hyperparameter("final_logit_softcapping")) and not row.cap_setting:
+        raise InputError(f"{file.path}: unsupported", field="final_logit_softcapping", value=cap, allowed="0")
     mixing = _mixing_settings(file, row, heads)
     for key in ("feed_forward_length", "attention.head_count"):
         _check_one(file, key, file.hyperparameter(key))
