@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
-from cfsp.models.architectures import capped, logit_cap, spec_for
+from cfsp.models.architectures import capped, logit_cap, spec_for, windows_of_blocks
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
@@ -122,14 +122,25 @@ class TorchLanguageModel:
     @torch.inference_mode()
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; items of similar length share a batch."""
-        if spec_for(self.loaded.model.config).sees_neighbours:
-            return [list(branch_scores(item, self._apart(item))) for item in items]
         scores: list[list[Score]] = [[] for _ in items]
-        order = sorted(range(len(items)), key=lambda i: items[i].n_tokens, reverse=True)
+        together = [index for index, item in enumerate(items) if self._fits_a_row(item)]
+        for index in sorted(set(range(len(items))) - set(together)):
+            scores[index] = list(branch_scores(items[index], self._apart(items[index])))
+        order = sorted(together, key=lambda i: items[i].n_tokens, reverse=True)
         for batch in _batches(order, [item.n_tokens for item in items]):
             for index, item_scores in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
                 scores[index] = item_scores
         return scores
+
+    def _fits_a_row(self, item: Branches) -> bool:
+        """Whether continuations beside each other see what they should.
+
+        The mask that parts them is every block's, so it knows no windows; and a convolution asks none.
+        """
+        config = self.loaded.model.config
+        longest = len(item.context) + max(map(len, item.continuations), default=0) - 1
+        narrowest = min((window for window in windows_of_blocks(config) if window), default=longest)
+        return longest <= narrowest and not spec_for(config).sees_neighbours
 
     def _apart(self, item: Branches) -> torch.Tensor:
         """What `branch_scores` reads, from a row of its own for each continuation."""

@@ -322,17 +322,21 @@ _ROWS = (
             "enable_moe_block": "experts beside the FFN",
             "attention_k_eq_v": "values that are the keys",
         },
+        gguf_name="gemma4",
+        gguf_settings={
+            "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+            "num_kv_shared_layers": "attention.shared_kv_layers",
+            "global_head_dim": "attention.key_length",
+        },
     ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 _DELTA_NETS = "blocks with a gated delta net, and gated attention"
 _GEMMA_3N = "embeddings of each block's own, AltUp, and FFNs whose channels compete by their mean"
-_GEMMA_4 = "files that are written here and not read: export the folder that they were made of"
 LACKING: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen35"), _DELTA_NETS),
         **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
-        "gemma4": _GEMMA_4,
     }
 )
 """Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""

@@ -208,7 +208,7 @@ def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, A
     ):  # without it transformers takes sizes of its own for granted
         plain["per_layer_config"] = {str(n): own for n, own in dense.items() if own}
     rest = {n: {key: own[key] for key in own if key not in native} for n, own in stated.items()}
-    return plain, {n: own for n, own in rest.items() if own}
+    return plain, {n: own for n, own in rest.items() if own or not stated[n]}
 
 
 def check_generation_config(folder: Path) -> bool:

@@ -55,7 +55,10 @@ _TEXTS = (
 )
 _IDS = ("bos", "eos", "eot", "unknown", "padding", "seperator")
 _SWITCHES = ("bos_token", "eos_token", "space_prefix")
-_SIZES = ("embedding_length", "vocab_size", "attention.key_length", "attention.value_length")
+_SIZES = (
+    *("embedding_length", "vocab_size", "attention.key_length", "attention.value_length"),
+    *("attention.key_length_swa", "attention.value_length_swa"),
+)
 _METADATA = kinds(
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), list[str]),
@@ -77,6 +80,10 @@ _HYPERPARAMETERS = kinds(
         "final_logit_softcapping": Annotated[float, Field(ge=0, allow_inf_nan=False)],
         "rope.scaling.original_context_length": ContextLength,
         "rope.scaling.attn_factor": Positive,
+        **dict.fromkeys(
+            ("embedding_length_per_layer_input", "attention.shared_kv_layers"),
+            Annotated[int, Field(ge=0, lt=2**16)],
+        ),
         "shortconv.l_cache": Annotated[int, Field(ge=2, le=2**10)],
         "rope.freq_base": Positive,
         "rope.freq_base_swa": Positive,

@@ -28,6 +28,7 @@ VISION = {
 }
 PARTS = {
     "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", {"vision_config": VISION | {"head_dim": 16, "num_key_value_heads": 2}}),
     "mistral3": ("ministral3", {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 16}}),
 }
 each_type = pytest.mark.parametrize(

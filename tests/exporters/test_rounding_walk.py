@@ -22,7 +22,7 @@ def changed(weight: torch.Tensor) -> torch.Tensor:
     return weight.sign() * weight.abs().mean()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gemma4_text"])
 def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
