@@ -179,7 +179,7 @@ def test_logits_equal_the_models(
         ("gemma4_text", {"num_key_value_heads": 1, "use_double_wide_mlp": False}, None, "gemma4"),
         ("gemma4_text", {"num_kv_shared_layers": 0, "head_dim": 32}, WIDTHS, "gemma4"),
         ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, None, "gemma4"),
-        ("gemma4_text", {"final_logit_softcapping": None, "sliding_window": 7}, None, "gemma4"),
+        ("gemma4_text", {"final_logit_softcapping": 12.0, "sliding_window": 7}, None, "gemma4"),
         ("olmo2", {"tied": False, "num_key_value_heads": 1}, None, "olmo2"),
         ("olmo2", {"tied": False, "rope_parameters": YARN}, None, "olmo2"),
         ("olmo3", {"tied": False, "num_key_value_heads": 4, "num_hidden_layers": 9}, None, "olmo2"),
