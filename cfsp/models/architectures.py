@@ -119,7 +119,8 @@ class ArchitectureSpec:
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
         plain_scores: Whether attention's scores are products of queries and keys as they are.
-        own_heads: Whether blocks that see everything may have another head_dim than those that see a window.
+        own_heads: Key of the configuration with head_dim in blocks that see everything, where that may be another than
+            in those that see a window; transformers says it of single blocks under `per_layer_config`, too.
         cap_setting: Key of the configuration with c, where logits z become c tanh(z / c); no c, or an empty key: they
             stay.
         scalar: Of a block, a number that its output is multiplied by; empty without.
@@ -159,7 +160,7 @@ class ArchitectureSpec:
     alpha_rope: bool = False
     scale_setting: str = ""
     plain_scores: bool = False
-    own_heads: bool = False
+    own_heads: str = ""
     cap_setting: str = ""
     scalar: str = ""
     block_inputs: BlockInputs | None = None
@@ -313,7 +314,7 @@ _ROWS = (
         activation_setting="hidden_activation",
         plain_window_rope=True,
         plain_scores=True,
-        own_heads=True,
+        own_heads="global_head_dim",
         cap_setting="final_logit_softcapping",
         scalar="layer_scalar",
         block_inputs=BlockInputs(),

@@ -138,13 +138,16 @@ def _width_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str
         own = {row.shared_keys.wide_setting: wide} if row.shared_keys else {}
         if stated_widths({**known, **own, "intermediate_size": widths[0]}) == tuple(widths):
             return {"intermediate_size": widths[0], **own}
-    _check_one(file, "feed_forward_length", stated)
-    raise AssertionError("one width is that of all blocks")
+    raise _each_block_has(file, "feed_forward_length")
 
 
 def _check_one(file: GGUFFile, key: str, value: Any) -> None:
     if isinstance(value, list):
-        raise InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
+        raise _each_block_has(file, key)
+
+
+def _each_block_has(file: GGUFFile, key: str) -> InputError:
+    return InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
 
 
 def model_from_gguf(
@@ -291,7 +294,7 @@ def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], setting
     last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
     first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
     if attending[first] == FULL:
-        head_dim = settings.get("global_head_dim", head_dim)
+        head_dim = settings.get(_row(file).own_heads, head_dim)
     width = stated_widths({"model_type": _row(file).model_type, **settings})[last]
     expected = {
         "token_embd.weight": (settings["vocab_size"], hidden),
