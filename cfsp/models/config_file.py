@@ -203,9 +203,8 @@ def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, A
         raise InputError(f"{where}: malformed per_layer_config: {error}") from error
     plain = {key: value for key, value in settings.items() if key != "per_layer_config"}
     dense = {n: {key: own[key] for key in native if key in own} for n, own in stated.items()}
-    if (
-        native and "per_layer_config" in settings
-    ):  # without it transformers takes sizes of its own for granted
+    if native and "per_layer_config" in settings:
+        # Without it transformers takes sizes of its own for granted.
         plain["per_layer_config"] = {str(n): own for n, own in dense.items() if own}
     rest = {n: {key: own[key] for key in own if key not in native} for n, own in stated.items()}
     return plain, {n: own for n, own in rest.items() if own or not stated[n]}

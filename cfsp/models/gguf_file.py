@@ -10,7 +10,7 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -98,6 +98,7 @@ _HYPERPARAMETERS = kinds(
 
 CONVOLUTION = "shortconv.conv.weight"
 """How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to."""
+_TABLE, _FURTHER_TABLE, _HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
 UNQUANTIZED = (CONVOLUTION, "per_layer_model_proj.weight")
 """How names of matrices end that its quantizer leaves as they are."""
 
@@ -166,6 +167,11 @@ class GGUFFile:
     def hyperparameter(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
+
+
+def looked_up_alone(names: Collection[str]) -> frozenset[str]:
+    """Of a file's tensors the tables of tokens that nothing is multiplied by; a tied embedding is none."""
+    return frozenset((_FURTHER_TABLE, _TABLE) if _HEAD in names else (_FURTHER_TABLE,))
 
 
 @functools.cache

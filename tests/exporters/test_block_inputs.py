@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.vocabulary import cut_rows
 from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
+from cfsp.pruning.parameters import count_parameters
 from cfsp.text.tokens import TokenWindows
+from exporters.checkpoint_reader import read_config
 from exporters.gguf import runtime
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
@@ -33,6 +36,7 @@ from exporters.onnx import export_onnx
 from exporters.parity import compare, reference_of
 from exporters.provenance import read_provenance
 from phoneready.main import main
+from runtime_bench.devices.model_facts import gguf_facts
 
 NAME = "gemma4_text"
 pytestmark = pytest.mark.skipif(NAME not in transformers.CONFIG_MAPPING, reason="transformers 4")
@@ -175,6 +179,23 @@ def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None
     prompts = [ids[:5], ids[5:18], ids[18:50]]
     assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
     theirs.close()
+
+
+def test_what_is_read_for_a_token_leaves_the_further_table_out(files: tuple[Path, Path]) -> None:
+    """And keys and values are kept of blocks that have their own, in heads of their sizes."""
+    (path,) = files[1].glob("*f32.gguf")
+    facts, model = gguf_facts(path), load_pruned(files[0])
+    table = token_tables(model)[1].weight
+    assert facts.weight_bytes - facts.read_bytes == table.numel() * table.itemsize
+    assert facts.key_value_width == read_config(files[0]).key_value_width == 2 * 2 * (2 * 16 + 2 * 32)
+
+
+def test_parameters_are_counted_of_every_table(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model(NAME)
+    cost, shape = count_parameters(model), model_shape(model)
+    for tokens in (384, 128):
+        cut_rows(model, torch.arange(tokens))
+        assert cost(replace(shape, vocab_size=tokens), None) == sum(p.numel() for p in model.parameters())
 
 
 def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
