@@ -68,8 +68,6 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
         raise InputError(
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
-    if (cap := file.hyperparameter("final_logit_softcapping")) and not row.cap_setting:
-        raise InputError(f"{file.path}: unsupported", field="final_logit_softcapping", value=cap, allowed="0")
     mixing = _mixing_settings(file, row, heads)
     _check_one(file, "attention.head_count", heads)
     settings: dict[str, Any] = {
@@ -90,12 +88,10 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
     settings |= _width_settings(file, row, settings)
     if row.has_windows:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
-    if row.block_inputs:
-        settings[row.block_inputs.rows_setting] = settings["vocab_size"]
-    if row.cap_setting:
-        cap = file.hyperparameter("final_logit_softcapping", 0.0)
-        settings[row.cap_setting] = _shortest(cap) if cap else None
-    if row.release > 4:  # it knows no other spelling than rope_parameters
+    settings |= _further_settings(file, row, settings)
+    if (
+        row.release > 4 and "rope_parameters" in settings
+    ):  # transformers 5 would keep what says the same again
         settings = {
             key: value for key, value in settings.items() if key not in ("rope_theta", "rope_scaling")
         }
@@ -127,6 +123,22 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     for name, where in row.gguf_settings.items():
         settings[name] = file.require(f"{file.architecture}.{where}") if isinstance(where, str) else where
     return {"num_key_value_heads": kv_heads} | settings
+
+
+def _further_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What caps logits, and the rows of a further table of tokens.
+
+    Raises:
+        InputError: A cap in a model type that has none, or no windows where blocks with one have their own heads.
+    """
+    cap, further = file.hyperparameter("final_logit_softcapping", 0.0), {}
+    if cap and not row.cap_setting:
+        raise InputError(f"{file.path}: unsupported", field="final_logit_softcapping", value=cap, allowed="0")
+    if row.own_heads and not settings.get("sliding_window"):
+        raise InputError(f"{file.path}: no {row.model_type} model does without", field="sliding_window")
+    if row.block_inputs:
+        further[row.block_inputs.rows_setting] = settings["vocab_size"]
+    return further | ({row.cap_setting: _shortest(cap) if cap else None} if row.cap_setting else {})
 
 
 def _width_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:

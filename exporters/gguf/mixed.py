@@ -23,11 +23,12 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
-from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.imatrix import Imatrix, floored
 from exporters.gguf.llama_library import FloatArray, rounded
 from exporters.gguf.size import padded
+from exporters.gguf.tensors import TensorSpec, tensor_specs
 
 GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Of no use without an importance matrix."""
