@@ -61,7 +61,14 @@ _CONFIG = kinds(
     block_ffn_dim_multiplier=_Number,
     full_attn_idxs=list[int] | None,
     **dict.fromkeys(("hidden_act", "hidden_activation"), str),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
+    final_logit_softcapping=_Number,
+    attn_logit_softcapping=None,
+    **dict.fromkeys(("global_head_dim", "num_global_key_value_heads"), Annotated[int, Field(ge=2)] | None),
+    **dict.fromkeys(
+        ("hidden_size_per_layer_input", "num_kv_shared_layers"), Annotated[int, Field(ge=0)] | None
+    ),
+    vocab_size_per_layer_input=Size,
+    **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "attention_k_eq_v"), bool | None),
     use_bidirectional_attention=Literal[False] | None,
     **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
     sliding_window_pattern=Annotated[int, Field(ge=0)] | str | None,
@@ -106,6 +113,8 @@ _TOKENIZER_SETTINGS: Mapping[str, Kinds] = MappingProxyType(
     {"tokenizer_config.json": _TOKENIZER, "special_tokens_map.json": _TOKENIZER, "added_tokens.json": {}}
 )
 _MOST_GROWTH = 100
+BlockSettings = Mapping[int, Mapping[str, Any]]
+"""Index of a block -> the settings in which it differs."""
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -143,13 +152,63 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")
-    stated = _Stated(settings, getattr(row, "convolution", ""))
+    _refuse(settings, row, str(file))
+    stated = _Stated(settings, row)
     if problems := "; ".join(problem for rule in _CONTRADICTIONS for problem in rule(stated)):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method")
         raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
     return settings
+
+
+def _refuse(settings: Mapping[str, Any], row: Any, where: str) -> None:
+    """Raise InputError for a model of a known type with something that its row has no place for."""
+    import transformers
+
+    model_type = settings["model_type"]
+    for key, reason in getattr(row, "refused", {}).items():
+        if settings.get(key):
+            raise InputError(f"{where}: unsupported, with {reason}", field=key, value=settings[key])
+    if settings.get("final_logit_softcapping") and not getattr(row, "cap_setting", ""):
+        key = "final_logit_softcapping"
+        raise InputError(f"{where}: unsupported in {model_type}", field=key, value=settings[key])
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise InputError(
+            f"{where}: transformers {transformers.__version__} does not know it",
+            field="model_type",
+            value=model_type,
+            allowed=f"transformers {getattr(row, 'release', '')}",
+        )
+
+
+def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], BlockSettings]:
+    """Settings that transformers builds a dense model by, and what is stated of single blocks besides.
+
+    Some model types have heads of unlike sizes, which transformers states under `per_layer_config`, too.
+
+    Args:
+        settings: Of config.json.
+        where: File named in errors.
+
+    Raises:
+        InputError: A malformed `per_layer_config`.
+    """
+    from cfsp.models.architectures import ARCHITECTURES
+
+    row = ARCHITECTURES.get(settings.get("model_type", ""))
+    native = ("head_dim",) if row and row.own_heads else ()
+    try:
+        stated = {int(n): dict(own) for n, own in (settings.get("per_layer_config") or {}).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
+    plain = {key: value for key, value in settings.items() if key != "per_layer_config"}
+    dense = {n: {key: own[key] for key in native if key in own} for n, own in stated.items()}
+    if native and "per_layer_config" in settings:
+        # Without it transformers takes sizes of its own for granted.
+        plain["per_layer_config"] = {str(n): own for n, own in dense.items() if own}
+    rest = {n: {key: own[key] for key in own if key not in native} for n, own in stated.items()}
+    return plain, {n: own for n, own in rest.items() if own or not stated[n]}
 
 
 def check_generation_config(folder: Path) -> bool:
@@ -181,34 +240,31 @@ def check_tokenizer_files(folder: Path) -> None:
             check_kinds(read_json_object(folder / name), expected, str(folder / name))
 
 
-def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> ModelShape:
+def shape_from_config(config: Mapping[str, Any], given: BlockSettings, where: str) -> ModelShape:
     """The shape that a config.json states.
 
     Args:
         config: Its keys, with Hugging Face's defaults filled in.
-        per_layer: Its `per_layer_config`: index of a block to the keys in which that block differs.
+        given: What it states of single blocks, by `dense_settings`.
         where: File named in errors.
 
     Raises:
-        InputError: A malformed `per_layer_config`, or one with a key that no block can have of its own.
+        InputError: A block that does not exist, or a key that no block can have of its own.
     """
     count = config["num_hidden_layers"]
-    try:
-        given = {int(index): dict(own) for index, own in (per_layer or {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
     if any(not 0 <= index < count for index in given):
         raise InputError(
             f"{where}: per_layer_config names blocks that do not exist: num_hidden_layers is {count}"
         )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    from cfsp.models.architectures import convolving_blocks
+    from cfsp.models.architectures import keyless_blocks, stated_widths
 
-    convolving = convolving_blocks(config)
-    plain = {"intermediate_size": config["intermediate_size"], "num_key_value_heads": heads}
-    blocks = []
-    for index in range(count):
-        own = {key: value for key, value in given.get(index, {}).items() if value != config.get(key)}
+    keyless, blocks = keyless_blocks(config), []
+    for index, width in enumerate(stated_widths(config)):
+        plain = {"intermediate_size": width, "num_key_value_heads": heads}
+        own = {
+            key: value for key, value in given.get(index, {}).items() if value != {**config, **plain}.get(key)
+        }
         unknown = sorted(own.keys() - _PER_BLOCK_KINDS.keys())
         if unknown:
             raise InputError(
@@ -219,7 +275,7 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
             )
         check_kinds(own, _PER_BLOCK_KINDS, f"{where}: malformed per_layer_config: block {index}")
         block = BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()})
-        block = replace(block, kv_groups=0) if index in convolving else block
+        block = replace(block, kv_groups=0) if index in keyless else block
         blocks.append(replace(block, kv_groups=0, has_attention=False) if "skip" in own else block)
     return ModelShape(config["vocab_size"], tuple(blocks))
 
@@ -262,11 +318,16 @@ class _Stated:
 
     Attributes:
         settings: All of it.
-        convolution: The kind of block that does not attend, of a model type that has one.
+        row: Of its model type.
     """
 
     settings: Mapping[str, Any]
-    convolution: str
+    row: Any
+
+    @property
+    def convolution(self) -> str:
+        """The kind of block that does not attend, of a model type that has one."""
+        return getattr(self.row, "convolution", "")
 
     @property
     def heads(self) -> int | None:
@@ -341,6 +402,22 @@ def _ids_beyond(stated: _Stated) -> Iterator[str]:
             yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"
 
 
+def _other_rows_of_inputs(stated: _Stated) -> Iterator[str]:
+    if (inputs := getattr(stated.row, "block_inputs", None)) is None:
+        return
+    tokens, rows = (stated.settings.get(key) for key in ("vocab_size", inputs.rows_setting))
+    if stated.settings.get(inputs.size_setting) != 0 and None not in (tokens, rows) and tokens != rows:
+        yield f"{inputs.rows_setting} {rows} is not vocab_size {tokens}"
+
+
+def _no_keys_to_read(stated: _Stated) -> Iterator[str]:
+    if (shared := getattr(stated.row, "shared_keys", None)) is None:
+        return
+    count, layers = stated.settings.get(shared.count_setting) or 0, stated.layers
+    if count and layers and count >= layers:
+        yield f"{shared.count_setting} {count} leaves none of {layers} blocks to read from"
+
+
 _CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
     _unequal_groups,
     _odd_head_dim,
@@ -348,5 +425,7 @@ _CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
     _other_number_of_blocks,
     _misshapen_rope,
     _ids_beyond,
+    _other_rows_of_inputs,
+    _no_keys_to_read,
 )
 """What values say of each other that cannot be: one rule each."""

@@ -167,7 +167,7 @@ def collect_statistics(
             sums = _BlockSums(ffn.width, with_gram, model.device)
             with at_hand(layer), input_hook(ffn.down, sums.add_channels):
                 for window, h_in in enumerate(hidden):
-                    hidden[window] = run_layer(layer, h_in, calls[index])
+                    hidden[window] = run_layer(layer, h_in, calls.of(index, window))
                     sums.add_block(h_in, hidden[window])
             sums.sum_up()
             for name, total in sums.importance.items():

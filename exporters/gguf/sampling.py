@@ -47,7 +47,7 @@ def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
             save_checkpoint(loaded, folder / "model")
             path = draft_gguf(folder / "model", folder, [_QUANT], settings)[_QUANT]
         config = read_config(folder / "model")
-        token_bytes = 2 * torch.float16.itemsize * config.head_dim * sum(config.kv_heads)
+        token_bytes = torch.float16.itemsize * config.key_value_width
         yield partial(_continue, path, token_bytes, stop_ids(loaded), np.random.SeedSequence(seed))
 
 

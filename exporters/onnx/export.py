@@ -22,7 +22,7 @@ from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
 from exporters.onnx.slices import prove_blocks
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
-from exporters.onnx.weights import check_convolutions
+from exporters.onnx.weights import check_blocks
 from exporters.onnx.writer import write_graphs
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 
@@ -63,7 +63,7 @@ def export_onnx(
     check_input(checkpoint, output, force=settings.force)
     _check_tools(rows, settings.opset)
     config = read_config(checkpoint)
-    check_convolutions(config.convolution_length)
+    check_blocks(config.spec)
     if all(row.form for row in rows):
         settings = settled(checkpoint, settings)
     model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)

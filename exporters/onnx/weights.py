@@ -16,6 +16,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import (
     FULL,
     WINDOWED,
+    ArchitectureSpec,
     attention_of,
     decoder_layers,
     feed_forward,
@@ -152,7 +153,7 @@ def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor)
 def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
     """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
-    check_convolutions(config.conv_L_cache if spec.convolution else 0)
+    check_blocks(spec)
     positions = list(_positions(model, weights))
     made = []
     for index in blocks:
@@ -254,14 +255,22 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     return weights.stored(weight + offset if offset else weight)
 
 
-def check_convolutions(length: int) -> None:
-    """Raise InputError for a model in which a convolution of some length takes attention's place in some blocks."""
-    if length:
+def unwritten(spec: ArchitectureSpec) -> str | None:
+    """What blocks of a model type may have of which no graph is written; None where that is nothing."""
+    if spec.convolution:
+        return "with a short convolution, which want a cache of their own beside keys and values"
+    if spec.shared_keys or spec.block_inputs:
+        return "that read another block's keys and values, or get more of a token than its hidden state"
+    return None
+
+
+def check_blocks(spec: ArchitectureSpec) -> None:
+    """Raise InputError for a model type whose blocks no graph computes."""
+    if reason := unwritten(spec):
         raise InputError(
-            "no graph is written yet of blocks with a short convolution, which want a cache of their own beside keys "
-            "and values",
-            field="conv_L_cache",
-            value=length,
+            f"no graph is written yet of blocks {reason}",
+            field="model_type",
+            value=spec.model_type,
             allowed="GGUF",
         )
 

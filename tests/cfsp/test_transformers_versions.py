@@ -134,6 +134,8 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
     for model_type, row in ARCHITECTURES.items():
+        if row.release > min(HERE, OTHER):
+            continue
         for tied in (True, False):
             for kind, widths in WIDTHS.items():
                 model, tokenizer = tiny_model(model_type, tied)
@@ -193,6 +195,21 @@ def test_the_other_version_loads_what_is_written_here(
         assert found["tokens"] == tokenizer(TEXT)["input_ids"], name
         assert found["special"] == [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         assert found["chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.skipif(min(HERE, OTHER) == HERE, reason="this version lacks them itself")
+@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.release > 4])
+def test_a_model_type_that_the_older_version_lacks_is_refused_in_a_line(
+    other_packages: Path, tiny_folder: Any, model_type: str
+) -> None:
+    root = str(Path(next(iter(cfsp.__path__))).parent)
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(other_packages), root])}
+    command = [sys.executable, "-m", "phoneready", "doctor", str(tiny_folder(model_type))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2
+    assert f"transformers {OTHER}." in result.stderr
+    assert "does not know it" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_this_version_loads_what_the_other_writes(
