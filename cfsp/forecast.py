@@ -25,7 +25,8 @@ from cfsp.files import large_temporary
 from cfsp.memory import require_memory
 from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.paging import reads_by_blocks, stays_in_files
+from cfsp.models.gguf_model import gguf_streams
+from cfsp.models.hf_folder import folder_streams
 from cfsp.models.text_part import text_names
 from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.precision import products_in
@@ -152,13 +153,12 @@ def read_extent(path: Path) -> Extent:
         InputError: Files are missing or damaged, or hold no decoder.
     """
     if path.is_file():
-        tensors = read_gguf(path).tensors
-        extent = _extent(((tensor.name, tensor.shape) for tensor in tensors), str(path))
-        return replace(extent, by_blocks=stays_in_files(4 * extent.n_weights))
+        file = read_gguf(path)
+        extent = _extent(((tensor.name, tensor.shape) for tensor in file.tensors), str(path))
+        return replace(extent, by_blocks=gguf_streams(file, extent.n_weights))
     extent = _extent(_folder_shapes(path), str(path))
     stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
-    in_files = not is_folded(path) and reads_by_blocks(path)
-    return replace(extent, stored_bytes=stored.itemsize if stored else 4, by_blocks=in_files)
+    return replace(extent, stored_bytes=stored.itemsize if stored else 4, by_blocks=folder_streams(path))
 
 
 def _folder_shapes(folder: Path) -> Iterator[tuple[str, _Shape]]:

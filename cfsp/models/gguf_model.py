@@ -179,7 +179,7 @@ def model_from_gguf(
     config, where = config_from_gguf(file), str(file.path)
     left_out = (*_unread(file, config), *([_OUTPUT] if _twice(file, config) else []))
     n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
-    if may_stream and not _row(file).own_arguments and stays_in_files(n_weights * torch.float32.itemsize):
+    if may_stream and gguf_streams(file, n_weights):
         model = paged_copy(config, _weights(file, config, torch.float32, progress), n_weights, where=where)
     else:
         check_memory(n_weights, dtype, where)
@@ -192,6 +192,15 @@ def model_from_gguf(
     model.generation_config.bos_token_id = config.bos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
     return model
+
+
+def gguf_streams(file: GGUFFile, n_weights: int) -> bool:
+    """Whether `model_from_gguf` leaves so many weights of a file in scratch files where it may.
+
+    Raises:
+        InputError: An unknown architecture.
+    """
+    return not _row(file).own_arguments and stays_in_files(n_weights * torch.float32.itemsize)
 
 
 def _weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from cfsp.models.config_file import (
     read_chat_template,
     read_model_config,
 )
-from cfsp.models.folds import fold_of, folded
+from cfsp.models.folds import fold_of, folded, is_folded
 from cfsp.models.paging import paged_model, reads_by_blocks
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
@@ -59,14 +60,15 @@ def load_folder(
     """
     settings = read_model_config(folder)
     files = safetensors_files(folder)
-    if is_pruned_checkpoint(folder) or dense_settings(settings, str(folder / "config.json"))[1]:
-        return load_pruned(folder, dtype, by_blocks=may_stream and reads_by_blocks(folder))
+    by_blocks = may_stream and folder_streams(folder)
+    if _has_own_shape(folder, settings):
+        return load_pruned(folder, dtype, by_blocks=by_blocks)
     if is_text_part(folder):
         model = load_text_part(folder, settings, dtype=dtype)
         return folded(model, str(folder)) if fold_of(settings) else model
     check_generation_config(folder)
     tied = settings.get("tie_word_embeddings") is True
-    if may_stream and not fold_of(settings) and reads_by_blocks(folder):
+    if by_blocks:
         with as_input_error(f"{folder / 'config.json'} cannot be used"):
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = paged_model(config, files, where=str(folder))
@@ -84,6 +86,21 @@ def load_folder(
         )
     check_loading(report, str(folder))
     return folded(model, str(folder)) if fold_of(settings) else model.eval()
+
+
+def folder_streams(folder: Path) -> bool:
+    """Whether `load_folder` leaves a folder's weights in its files where it may.
+
+    Raises:
+        InputError: The folder is incomplete, damaged, or of an unsupported kind.
+    """
+    settings = read_model_config(folder)
+    return (_has_own_shape(folder, settings) or not is_folded(folder)) and reads_by_blocks(folder)
+
+
+def _has_own_shape(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a folder is read as a pruned one: phoneready saved it, or its settings say so."""
+    return is_pruned_checkpoint(folder) or bool(dense_settings(settings, str(folder / "config.json"))[1])
 
 
 def load_folder_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

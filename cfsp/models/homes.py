@@ -107,6 +107,11 @@ def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def scratch_bytes(n_weights: int) -> int:
+    """Of weights that may be changed in scratch files: four bytes each, whatever they were stored in."""
+    return n_weights * torch.float32.itemsize
+
+
 def require_scratch(needed: int) -> None:
     """Refuse what does not fit the folder for large temporary files.
 

@@ -26,7 +26,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.memory import free_memory
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, spec_for
-from cfsp.models.homes import Home, Scratch, require_scratch
+from cfsp.models.homes import Home, Scratch, require_scratch, scratch_bytes
 from cfsp.models.text_settings import text_settings
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
 from cfsp.reading import as_input_error, read_json_object
@@ -222,8 +222,7 @@ def check_scratch(model: Any) -> None:
         InputError: So much is not free there.
     """
     if is_paged(model):
-        # What is changed may take four bytes, whatever it was stored in.
-        require_scratch(sum(parameter.numel() for parameter in model.parameters()) * torch.float32.itemsize)
+        require_scratch(scratch_bytes(sum(parameter.numel() for parameter in model.parameters())))
 
 
 def reads_by_blocks(folder: Path) -> bool:
@@ -278,7 +277,7 @@ def paged_copy(
     Raises:
         InputError: No room for them; or they are missing, unknown, or of the wrong shape.
     """
-    require_scratch(n_weights * torch.float32.itemsize)
+    require_scratch(scratch_bytes(n_weights))
     scratch = Scratch()
     homes: dict[str, Home] = {}
     for name, tensor in weights:

@@ -55,7 +55,7 @@ def round_blocks(
     layers, linears = decoder_layers(model), block_linears(model)
     if model.device.type == "cpu":
         widest = max(linear.in_features for block in linears for linear in block.values())
-        n_bytes = _AT_ONCE * input_ids.numel() * widest * torch.float32.itemsize
+        n_bytes = rounding_bytes(input_ids.numel(), widest)
         what = f"rounding for {len(input_ids)} windows of {input_ids.shape[1]} tokens"
         require_memory(n_bytes, what, "fewer windows (--nsamples, --windows), or shorter ones (--seqlen)")
     with torch.no_grad():
@@ -72,6 +72,11 @@ def round_blocks(
                     hidden = run_layer(layer, hidden, calls.of(index))
             progress("quantizing", index + 1, len(layers) + 1)
         return _head_gram(model, hidden)
+
+
+def rounding_bytes(tokens: int, widest: int) -> int:
+    """Of activations in memory at once where every layer is rounded for so many tokens; widest: most inputs of one."""
+    return _AT_ONCE * tokens * widest * torch.float32.itemsize
 
 
 def alike(forms: Mapping[str, Any], grams: Grams) -> list[list[str]]:

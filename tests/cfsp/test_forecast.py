@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work, foresee, product_speed, read_extent, require_room
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.paging import VARIABLE
+from cfsp.models.paging import VARIABLE, is_paged
+from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 
 TinyPath = Callable[..., Path]
@@ -57,6 +60,33 @@ def test_a_checkpoint_is_made_in_the_bits_of_its_model(
     in_files = read_extent(tmp_path / "model")
     assert in_files.by_blocks
     assert in_files.resident_bytes < whole / 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma4_text"])
+def test_weights_count_as_in_files_where_the_loader_leaves_them_there(
+    model_type: str,
+    kind: str,
+    tiny_folder: TinyPath,
+    tiny_gguf: TinyPath,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(VARIABLE, "always")
+    path = (tiny_folder if kind == "folder" else tiny_gguf)(model_type)
+    assert read_extent(path).by_blocks == is_paged(load_model(path, may_stream=True).model)
+
+
+def test_a_text_part_counts_as_in_memory(tiny_folder: TinyPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "always")
+    folder = tiny_folder("gemma3_text")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    whole = {"model_type": "gemma3", "text_config": config, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    named = {f"language_model.{name}": weight for name, weight in weights.items()}
+    safetensors.torch.save_file(named, folder / "model.safetensors")
+    assert not is_paged(load_model(folder, may_stream=True).model)
+    assert not read_extent(folder).by_blocks
 
 
 def test_a_narrowed_model_has_less_in_its_ffn_alone(tiny_folder: TinyPath) -> None:
