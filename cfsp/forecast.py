@@ -188,51 +188,77 @@ class Work:
     """What a stage takes.
 
     Attributes:
-        products: Tokens beside each other -> floating-point operations that take as long as a matrix product's.
-        elements: Numbers that go through something between the products.
+        products: Tokens beside each other -> floating-point operations taking as long as a matrix product's, by torch.
+        elements: Numbers that go through something between these products.
+        host_products: As `products`, of what the CPU computes whatever torch's device is: files in their own runtimes.
+        host_elements: As `elements`, of these, and of what is read, quantized or written.
         seconds: Of what is as fast on any machine, or nearly.
         memory: Bytes at its peak, libraries left out.
         least_memory: Without so many bytes it cannot be.
         disk: Bytes that it leaves, or has at once, where its output goes.
         least_disk: Of these, what is there at least.
         scratch: Bytes in the folder for large temporary files, at its peak.
+        is_most: Whether it is so much only where a text is as long as it may be.
     """
 
     products: Mapping[int, float] = field(default_factory=dict)
     elements: float = 0.0
+    host_products: Mapping[int, float] = field(default_factory=dict)
+    host_elements: float = 0.0
     seconds: float = 0.0
     memory: int = 0
     least_memory: int = 0
     disk: int = 0
     least_disk: int = 0
     scratch: int = 0
+    is_most: bool = False
 
     def then(self, other: Work) -> Work:
         """Both, one after the other: what is left on the disk adds up, what is held meanwhile does not."""
-        products = dict(self.products)
-        for tokens, operations in other.products.items():
-            products[tokens] = products.get(tokens, 0.0) + operations
         return Work(
-            products,
+            _added(self.products, other.products),
             self.elements + other.elements,
+            _added(self.host_products, other.host_products),
+            self.host_elements + other.host_elements,
             self.seconds + other.seconds,
             max(self.memory, other.memory),
             max(self.least_memory, other.least_memory),
             self.disk + other.disk,
             self.least_disk + other.least_disk,
             max(self.scratch, other.scratch),
+            self.is_most or other.is_most,
         )
+
+    def on_host(self, speed: float = 1.0) -> Work:
+        """It on the CPU, whatever torch's device is, with products so many times as fast as torch's of float32."""
+        products = _added(self.host_products, _times(1 / speed, self.products))
+        elements = self.host_elements + self.elements
+        return replace(self, products={}, elements=0.0, host_products=products, host_elements=elements)
 
     def is_within(self, seconds: float) -> bool:
         """Whether it takes no longer even on a slow machine, so that nothing need be timed."""
-        slowly = sum(self.products.values()) / _SLOW_OPERATIONS + self.elements / _SLOW_ELEMENTS
+        operations = sum((*self.products.values(), *self.host_products.values()))
+        slowly = operations / _SLOW_OPERATIONS + (self.elements + self.host_elements) / _SLOW_ELEMENTS
         return self.seconds + slowly < seconds
 
     def times(self, count: int) -> Work:
         """It so many times; it leaves what one leaves."""
-        products = {tokens: count * operations for tokens, operations in self.products.items()}
-        elements, seconds = count * self.elements, count * self.seconds
-        return replace(self, products=products, elements=elements, seconds=seconds)
+        return replace(
+            self,
+            products=_times(count, self.products),
+            elements=count * self.elements,
+            host_products=_times(count, self.host_products),
+            host_elements=count * self.host_elements,
+            seconds=count * self.seconds,
+        )
+
+
+def _added(first: Mapping[int, float], second: Mapping[int, float]) -> dict[int, float]:
+    return {key: first.get(key, 0.0) + second.get(key, 0.0) for key in {**first, **second}}
+
+
+def _times(factor: float, products: Mapping[int, float]) -> dict[int, float]:
+    return {tokens: factor * operations for tokens, operations in products.items()}
 
 
 @dataclass(frozen=True)
@@ -244,15 +270,20 @@ class Forecast:
         memory: Bytes at its peak, as a process that has loaded the libraries.
         disk: Bytes where its output goes.
         scratch: Bytes in the folder for large temporary files.
+        is_most: Whether a short text takes less.
     """
 
     seconds: float
     memory: int
     disk: int
     scratch: int
+    is_most: bool = False
 
     def __str__(self) -> str:
-        parts = [f"about {format_seconds(self.seconds)}", f"{format_bytes(self.memory)} of memory"]
+        parts = [
+            f"{'up to' if self.is_most else 'about'} {format_seconds(self.seconds)}",
+            f"{format_bytes(self.memory)} of memory",
+        ]
         parts += [f"{format_bytes(self.disk)} of disk"] if self.disk else []
         parts += [f"{format_bytes(self.scratch)} in {large_temporary()} meanwhile"] if self.scratch else []
         return ", ".join(parts)
@@ -264,13 +295,22 @@ def foresee(work: Work, extent: Extent, *, dtype: str = "float32", device: torch
     Args:
         work: It.
         extent: Of the model.
-        dtype: Of products, a name in `cfsp.precision.DTYPES`.
-        device: Where they are computed.
+        dtype: Of torch's products, a name in `cfsp.precision.DTYPES`.
+        device: Where torch computes them.
+
+    Raises:
+        RuntimeError: The device has no room for a product, or fails.
     """
-    seconds = work.seconds + work.elements / element_speed(extent, device=device)
-    for tokens, operations in work.products.items():
-        seconds += operations / product_speed(extent, tokens, dtype=dtype, device=device)
-    return Forecast(seconds, work.memory + _LIBRARIES, work.disk, work.scratch)
+    parts = (
+        (work.products, work.elements, dtype, device),
+        (work.host_products, work.host_elements, "float32", CPU),
+    )
+    seconds = work.seconds
+    for products, elements, rounded, where in parts:
+        seconds += elements / element_speed(extent, device=where) if elements else 0.0
+        for tokens, operations in products.items():
+            seconds += operations / product_speed(extent, tokens, dtype=rounded, device=where)
+    return Forecast(seconds, work.memory + _LIBRARIES, work.disk, work.scratch, work.is_most)
 
 
 def product_speed(
@@ -307,30 +347,30 @@ def _fastest_s(compute: Callable[[], torch.Tensor]) -> float:
     return min(times)
 
 
-def require_room(work: Work, output: Path | None, what: str) -> None:
+def require_room(work: Work, output: Path | None, what: str, less: str = "a smaller model") -> None:
     """Refuse what cannot fit, before anything is written.
 
     Args:
         work: Of a stage.
         output: What it writes; None where that is nothing.
         what: Does it, in words.
+        less: Would take less memory.
 
     Raises:
         InputError: Memory, the file system of the output, or that of scratch files has too little room.
     """
-    require_memory(work.least_memory, what, "less text (--nsamples, --seqlen), or a smaller model")
+    require_memory(work.least_memory, what, less)
     needs = [(large_temporary(), work.scratch, "another folder (TMPDIR)")]
     if output is not None:
         needs.insert(0, (output, work.least_disk, "another place (-o)"))
-    on_device: dict[int, int] = {}
-    for path, n_bytes, allowed in needs:
-        place = _existing(path)
-        device = place.stat().st_dev
-        on_device[device] = on_device.get(device, 0) + n_bytes
-        free = shutil.disk_usage(place).free
-        if n_bytes and on_device[device] > free:
+    for (
+        path,
+        n_bytes,
+        allowed,
+    ) in needs:  # each alone: what is in one need not be there with what is in the other
+        if n_bytes and n_bytes > (free := shutil.disk_usage(_existing(path)).free):
             raise InputError(
-                f"no space left to write {path}: {what} takes {format_bytes(on_device[device])} at least, and "
+                f"no space left to write {path}: {what} takes {format_bytes(n_bytes)} at least, and "
                 f"{format_bytes(free)} are free",
                 allowed=allowed,
             )

@@ -208,7 +208,8 @@ def _evaluate(
     from phoneready.evaluation.models import TORCH, open_language_model, runtime_for
     from phoneready.evaluation.run import evaluate as judge
     from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Judging, Windows
+    from phoneready.forecasts.stages import Judging
+    from phoneready.forecasts.texts import judged_windows
     from phoneready.text import WRITERS
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
@@ -217,9 +218,9 @@ def _evaluate(
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with show_progress() as progress, ExitStack() as stack:
         runtimes = tuple(filter(None, (chosen, other)))
-        text = Windows(len(settings.sources) * settings.max_windows, settings.seqlen)
         few_bits = tuple(name != TORCH for name in runtimes)
-        asked = Judging(text, len(settings.prompts), settings.max_new_tokens, few_bits)
+        answers = len(settings.prompts), settings.max_new_tokens
+        asked = Judging(judged_windows(settings), *answers, few_bits)
         models = tuple(filter(None, (model, against)))
         foretell("eval", models, asked, machine=Machine(device=opening.device), progress=progress)
         judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))

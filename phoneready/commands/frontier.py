@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.recovery.settings import check_settings
 from cfsp.settings import setting
-from cfsp.text.settings import CalibrationSettings
+from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
     DeviceOption,
@@ -52,9 +52,10 @@ def frontier(
     frontier.html with plots, and the files that no other dominates.
     """
     prepare_torch(threads)
+    from cfsp.devices import find_device
     from cfsp.files import write_text
     from cfsp.records import record_to_json
-    from phoneready.forecasts.said import foretell
+    from phoneready.forecasts.said import Machine, foretell
     from phoneready.frontier.folder import PLOT_FILE
     from phoneready.frontier.plot import render_frontier
     from phoneready.frontier.run import measure_frontier
@@ -78,7 +79,11 @@ def frontier(
     export = ExportConfig(gptq=rounding.gptq, tune_scales=rounding.tune_scales)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
-        foretell("frontier", (model,), _asked(config, settings), output, progress=progress)
+        machine = Machine(prune.dtype, find_device(device))
+        # What a run before has left is not made again.
+        made = None if output.exists() else output
+        asked_for = _asked(config, settings)
+        foretell("frontier", (model,), asked_for, made, machine=machine, progress=progress)
         record = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
     try:
         write_text(output / PLOT_FILE, render_frontier(record))
@@ -94,19 +99,21 @@ def _asked(config: ReleaseConfig, settings: FrontierSettings) -> Surveying:
     """What a forecast reads of it; a search tries as many files as it is given trials."""
     from cfsp.pruning.moments import MOMENT_WINDOWS
     from phoneready.forecasts.stages import Exporting, Pruning, Surveying, Windows
+    from phoneready.forecasts.texts import judged_windows
     from phoneready.frontier.points import batches_of
 
     prune, names = config.prune, settings.chosen_quants
+    judged = settings if settings.sources else replace(settings, text=(BUILTIN_TEXT,))
     text = Windows(prune.nsamples, prune.seqlen)
     ratio = sum(settings.prune_ratios) / max(1, len(settings.prune_ratios))
     made = Exporting(
         names, text.most(MOMENT_WINDOWS), config.export.gptq, config.export.tune_scales, is_proven=False
     )
     checkpoints = len(batches_of(settings, prune.allocation)) - 1 + settings.trials
-    texts = max(1, len(settings.text) + len(settings.chats))
     return Surveying(
         Pruning(replace(config.prune_settings(), prune_ratio=ratio), text),
         made,
-        Windows(texts * settings.max_windows, settings.seqlen),
+        judged_windows(judged),
         checkpoints,
+        is_sized=settings.max_size is not None,
     )

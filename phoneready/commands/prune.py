@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import PruneResult
     from cfsp.pruning.settings import PruneSettings
+    from phoneready.forecasts.stages import Pruning
 
 
 def prune(
@@ -79,7 +80,8 @@ def prune(
     ready, references = _given_plan(context, plan, settings)
     with shared_passes(wanted) as (writes, progress), LargeScratch("sizes") as scratch:
         where, how = find_device(device), ready.settings if ready else chosen
-        _foretell(model, output if writes else None, settings, how, references, where, progress)
+        asked_for = _asked(settings, how, ready, only_plan=plan_only is not None)
+        _foretell(model, output if writes else None, asked_for, references, where, progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
@@ -107,27 +109,35 @@ def prune(
             write_result(format_plan(result, wanted), _summary(result), as_json=json)
 
 
+def _asked(
+    settings: PruneConfig, chosen: PruneSettings, plan: PruningPlan | None, *, only_plan: bool
+) -> Pruning:
+    """What a forecast reads of it."""
+    from cfsp.processes import count
+    from phoneready.forecasts.stages import Pruning, Windows
+
+    shared = Windows(math.ceil(settings.nsamples / count()), settings.seqlen)
+    is_aimed = bool(settings.target or (plan and plan.budget))
+    return Pruning(chosen, shared, is_aimed=is_aimed, only_plan=only_plan)
+
+
 def _foretell(
     model: str,
     output: Path | None,
-    settings: PruneConfig,
-    chosen: PruneSettings,
+    asked: Pruning,
     text: Sequence[str],
     device: torch.device,
     progress: Progress,
 ) -> None:
-    from cfsp.processes import count
     from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Pruning, Windows
 
-    shared = Windows(math.ceil(settings.nsamples / count()), settings.seqlen)
     foretell(
         "prune",
         (model,),
-        Pruning(chosen, shared),
+        asked,
         output,
         text=text,
-        machine=Machine(settings.dtype, device),
+        machine=Machine(asked.settings.dtype, device),
         tell=note_once,
         progress=progress,
     )

@@ -71,7 +71,7 @@ def recover(
                 force=force,
                 trust_remote_code=trust_remote_code,
                 writers=WRITERS,
-                before=partial(_foretell, checkpoint, output, settings),
+                before=partial(_foretell, checkpoint, output, settings, device),
                 progress=progress,
             )
         if result.is_main:
@@ -80,12 +80,14 @@ def recover(
         check_outcome(result.record, output)
 
 
-def _foretell(checkpoint: str, output: Path, settings: RecoverySettings) -> None:
+def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device: str) -> None:
     """How long epochs are is known on the way alone."""
-    from phoneready.forecasts.said import foretell
+    from cfsp.devices import find_device
+    from phoneready.forecasts.said import Machine, foretell
 
     if token_budget(settings) is not None:
-        foretell("recover", (checkpoint,), settings, output)
+        machine = Machine(settings.dtype, find_device(device))
+        foretell("recover", (checkpoint,), settings, output, machine=machine)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from cfsp.devices import CPU
 from cfsp.errors import InputError
-from cfsp.forecast import LONG_S, Extent, foresee, read_extent, require_room
+from cfsp.forecast import LONG_S, Extent, Work, foresee, read_extent, require_room
 from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.reference import find_model
 from cfsp.progress import Progress, no_progress
@@ -48,7 +49,8 @@ def foretell(
 ) -> None:
     """Say what a stage will take, where that is long, and refuse what cannot fit; nothing is written yet.
 
-    Nothing is said where the heads of a model's files do not tell how large it is: what reads it says why.
+    Nothing is said where the heads of a model's files do not tell how large it is: what reads it says why. Nor is it
+    where the device does not multiply what is timed.
 
     Args:
         stage: A name in `STAGES`.
@@ -69,23 +71,32 @@ def foretell(
         extents = [_on(read_extent(path), machine) for path in paths]
     except InputError:
         return
-    work = STAGES[stage](extents, asked)
+    row = STAGES[stage]
+    work = row.work(extents, asked)
     if machine.device != CPU:
         work = replace(work, least_memory=0)  # a GPU's, which is asked for when the model is put there
     if output is None:
         work = replace(work, disk=0)
-    require_room(work, output, stage)
+    require_room(work, output, stage, row.less)
     if work.is_within(LONG_S):
         return
-    forecast = foresee(work, extents[0], dtype=machine.dtype, device=machine.device)
+    with suppress(RuntimeError, OSError):  # a full GPU, say: what cannot be timed is not spoken of
+        # What built-in models write comes with the package.
+        writes = SELF in text and (writer or models[0]) not in BUILTIN_MODELS
+        more = writing(extents[0], asked.text) if writes else None
+        if line := _line(work, more, extents[0], machine):
+            tell(line)
+
+
+def _line(work: Work, more: Work | None, extent: Extent, machine: Machine) -> str:
+    """What work will take, and what writing text before it; "" where that is short."""
+    forecast = foresee(work, extent, dtype=machine.dtype, device=machine.device)
     if forecast.seconds < LONG_S:
-        return
-    line = str(forecast)
-    # What built-in models write comes with the package.
-    if SELF in text and (writer or models[0]) not in BUILTIN_MODELS:
-        more = foresee(writing(extents[0], asked.text), extents[0])
-        line += f"; {format_seconds(more.seconds)} more where the text that it writes itself is not kept from before"
-    tell(line)
+        return ""
+    if more is None:
+        return str(forecast)
+    seconds = format_seconds(foresee(more, extent).seconds)
+    return f"{forecast}; {seconds} more where the text that it writes itself is not kept from before"
 
 
 def _on(extent: Extent, machine: Machine) -> Extent:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.forecast import Extent, Work
+from cfsp.models.homes import scratch_bytes
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS
 from cfsp.pruning.settings import PruneSettings
@@ -20,6 +21,7 @@ from cfsp.recovery.settings import METHODS, Training, loss_weights, token_budget
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format
 from exporters.parity import PARITY_SEQLEN, PARITY_WINDOWS
+from exporters.rounding.walk import rounding_bytes
 
 _PASS, _STATISTICS, _MOMENTS, _RECONSTRUCTED, _BACKWARDS = 10.0, 14.0, 25.0, 40.0, 30.0
 """For each number of a block's: in a plain pass, and in others with what they gather."""
@@ -37,9 +39,8 @@ _STEP_S = 3e-3
 """Of a step in which texts grow by a token, for each block, beside its products."""
 _READ_FASTER = 4.0
 """How much less of a file with few bits is read for a token."""
-_FLOATS, _TEXTS = 32.0, 64
-_AT_ONCE = 3
-"""Tensors of an FFN's width that rounding holds for all tokens."""
+_FLOATS, _FEW, _TEXTS = 32.0, 8.0, 64
+"""Bits of a weight in a file of floats, and at most in one of few bits; texts that are written beside each other."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,25 @@ class Pruning:
     Attributes:
         settings: What a target takes away is not known before, and counts as nothing.
         text: Calibration windows.
+        is_aimed: Whether a target says how much goes.
+        only_plan: Whether no model is changed.
     """
 
     settings: PruneSettings
     text: Windows
+    is_aimed: bool = False
+    only_plan: bool = False
+
+    @property
+    def cuts_ffn_alone(self) -> bool:
+        """Whether the prune ratio says how much goes."""
+        others = (
+            self.settings.blocks,
+            self.settings.attentions,
+            self.settings.kv_groups,
+            self.settings.vocabulary,
+        )
+        return not (self.is_aimed or any(others))
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,7 @@ class Judging:
     """What models are judged on, one or two beside each other.
 
     Attributes:
-        text: Windows of all texts.
+        text: Windows that all texts have at most.
         prompts: Questions.
         max_new_tokens: Of an answer.
         few_bits: Of each model, whether its runtime multiplies few bits.
@@ -169,20 +185,22 @@ class Surveying:
     Attributes:
         pruning: Of each pruned checkpoint.
         exporting: In which formats each checkpoint is made.
-        text: Windows that every file is measured on.
+        text: Windows that every file is measured on at most.
         checkpoints: Pruned ones.
+        is_sized: Whether files of the dense model may be too large to be made.
     """
 
     pruning: Pruning
     exporting: Exporting
     text: Windows
     checkpoints: int
+    is_sized: bool = False
 
 
 def drawing(extents: Sequence[Extent], asked: Drawing) -> Work:
     """The dense model as a checkpoint, with its activation moments."""
     (dense,) = extents
-    measured = [_passed(dense, asked.text.most(MOMENT_WINDOWS), _MOMENTS)] if asked.moments else []
+    measured = [_measured(dense, asked.text)] if asked.moments else []
     return _all([_loaded(dense), *measured, _saved(dense)])
 
 
@@ -190,18 +208,22 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     """Statistics, plan, cut and reconstruction, and the activation moments of what is left."""
     (dense,), settings, text = extents, asked.settings, asked.text
     kept = dense.narrowed(settings.prune_ratio)
-    steps = [_loaded(dense), _passed(dense, text, _STATISTICS), *_removals(dense, settings, text)]
-    steps += [_gathered(dense, text)] if settings.needs_gram else []
+    seen = _passed(dense, text, _STATISTICS, held=text.tokens if settings.prune_ratio else None)
+    steps = [_loaded(dense), seen, *_removals(dense, settings, text)]
+    needs_gram = settings.plan_needs_gram if asked.only_plan else settings.needs_gram
+    steps += [_gathered(dense, text)] if needs_gram else []
     if settings.needs_gradients:
-        seen = text.most(GRADIENT_WINDOWS)
-        steps += [_passed(dense, seen, _BACKWARDS, passes=3), _headed(dense, seen).times(2)]
+        some = text.most(GRADIENT_WINDOWS)
+        steps += [_passed(dense, some, _BACKWARDS, passes=3), _headed(dense, some).times(2)]
+    if asked.only_plan:
+        return _all(steps)
     if settings.reconstruct == "block-by-block" and settings.prune_ratio:
         held = dense.resident_bytes + 5 * dense.states_bytes(text.tokens)
         steps += [replace(_passed(dense, text, _RECONSTRUCTED, passes=2), memory=held)]
         steps += [replace(_gathered(kept, text), scratch=0)]
-    work = _all([*steps, _passed(kept, text.most(MOMENT_WINDOWS), _MOMENTS), _saved(kept)])
-    # What was changed of a model in files lies in scratch files, in as many bytes as it may take.
-    return replace(work, scratch=4 * dense.n_weights) if dense.by_blocks else work
+    work = _all([*steps, replace(_measured(kept, text), least_memory=0), _saved(kept)])
+    work = replace(work, least_disk=_least_kept(dense, settings) if asked.cuts_ffn_alone else 0)
+    return replace(work, scratch=scratch_bytes(dense.least_weights)) if dense.by_blocks else work
 
 
 def exporting(extents: Sequence[Extent], asked: Exporting) -> Work:
@@ -229,10 +251,11 @@ def judging(extents: Sequence[Extent], asked: Judging) -> Work:
     works = []
     for extent, few in zip(extents, asked.few_bits, strict=True):
         logits = _COMPARED_LOGIT / 2 if compared else _LOGIT
-        seen = _passed(extent, asked.text).then(_headed(extent, asked.text, logits))
+        seen = _all([_loaded(extent), _passed(extent, asked.text), _headed(extent, asked.text, logits)])
         said = _answered(extent, asked.prompts, asked.max_new_tokens, few_bits=few)
-        works.append(_all([_loaded(extent), _faster(seen) if few else seen, said]))
-    return replace(_all(works), memory=sum(work.memory for work in works))
+        works.append((_in_runtime(extent, seen, _FEW) if few else seen).then(said))
+    memory, least = (sum(getattr(work, name) for work in works) for name in ("memory", "least_memory"))
+    return replace(_all(works), memory=memory, least_memory=least, is_most=asked.text.count > 0)
 
 
 def recovering(extents: Sequence[Extent], asked: Training) -> Work:
@@ -241,13 +264,16 @@ def recovering(extents: Sequence[Extent], asked: Training) -> Work:
     text = Windows(max(1, (token_budget(asked) or 0) // asked.seqlen), asked.seqlen)
     adapter, (_, distilled) = METHODS[asked.method].adapter, loss_weights(asked)
     passes = (2 if adapter else 3) + bool(distilled)
+    at_once = asked.batch_size * asked.seqlen
     steps = [_loaded(extent), _passed(extent, text, passes * _PASS, passes)]
     steps += [_headed(extent, text).times(passes), _saved(extent)]
     # Weights, gradients and Adam's two moments of all that is trained; and the teacher.
     held = (1 + bool(distilled) + (0 if adapter else 3)) * extent.resident_bytes
-    held += len(extent.blocks) * extent.states_bytes(asked.batch_size * asked.seqlen) * 8
+    held += len(extent.blocks) * extent.states_bytes(at_once) * 8
     kept = Work(disk=0 if adapter else 12 * extent.n_weights)
-    return replace(_all([*steps, kept]), memory=held)
+    # The models themselves are in memory already where this is asked once they are read.
+    least = 0 if adapter else 12 * extent.least_weights
+    return replace(_all([*steps, kept]), memory=held, least_memory=least)
 
 
 def surveying(extents: Sequence[Extent], asked: Surveying) -> Work:
@@ -257,23 +283,39 @@ def surveying(extents: Sequence[Extent], asked: Surveying) -> Work:
     steps = [pruning(extents, asked.pruning).times(asked.checkpoints)] if asked.checkpoints else []
     for extent, count in ((dense, 1), (kept, asked.checkpoints)):
         files = exporting((extent,), asked.exporting)
-        one = _faster(_all([_passed(extent, asked.text), _headed(extent, asked.text, _COMPARED_LOGIT)]))
-        steps += [files.times(count), one.times(count * len(asked.exporting.names))]
-    # Files that others dominate are deleted; one is made at a time.
-    return replace(_all(steps), least_disk=4 * dense.least_weights)
+        one = _all([_passed(extent, asked.text), _headed(extent, asked.text, _COMPARED_LOGIT)])
+        one = _in_runtime(extent, one, _FEW).times(len(asked.exporting.names))
+        steps += [files.times(count), one.times(count)] if count else []
+    # Files are made one at a time, and what others dominate is deleted.
+    alone = [exporting(extents, replace(asked.exporting, names=(name,))) for name in asked.exporting.names]
+    least = 0 if asked.is_sized else min((work.least_disk for work in alone), default=0)
+    return replace(_all(steps), least_disk=least, is_most=True)
 
 
-STAGES: Mapping[str, Callable[[Sequence[Extent], Any], Work]] = MappingProxyType(
+@dataclass(frozen=True)
+class Stage:
+    """A row of `STAGES`.
+
+    Attributes:
+        work: What it takes, for the models that it reads and what is asked for.
+        less: What would take less memory, in words.
+    """
+
+    work: Callable[[Sequence[Extent], Any], Work]
+    less: str
+
+
+STAGES: Mapping[str, Stage] = MappingProxyType(
     {
-        "draw": drawing,
-        "prune": pruning,
-        "export": exporting,
-        "eval": judging,
-        "recover": recovering,
-        "frontier": surveying,
+        "draw": Stage(drawing, "less text (--nsamples, --seqlen), or a smaller model"),
+        "prune": Stage(pruning, "less text (--nsamples, --seqlen), or a smaller model"),
+        "export": Stage(exporting, "less text (--nsamples, --windows, --seqlen), or a smaller model"),
+        "eval": Stage(judging, "shorter windows (--seqlen), or a smaller model"),
+        "recover": Stage(recovering, "an adapter (--method lora), or a smaller model"),
+        "frontier": Stage(surveying, "less text (--nsamples, --calibration-seqlen), or a smaller model"),
     }
 )
-"""Stage -> its work, for the models that it reads and what is asked for."""
+"""Stage -> its forecast."""
 
 
 def _all(steps: Iterable[Work]) -> Work:
@@ -288,14 +330,35 @@ def _by_family(names: Iterable[str]) -> dict[str, list[ExportFormat]]:
     return rows
 
 
-def _passed(extent: Extent, text: Windows, elements: float = _PASS, passes: float = 1.0) -> Work:
-    """Text through all blocks."""
+def _passed(
+    extent: Extent,
+    text: Windows,
+    elements: float = _PASS,
+    passes: float = 1.0,
+    *,
+    held: int | None = None,
+) -> Work:
+    """Text through all blocks; held: tokens whose hidden states are in memory at once, by default a window's."""
+    states = extent.states_bytes(min(text.tokens, text.seqlen) if held is None else held)
     return Work(
         {text.seqlen: passes * extent.pass_operations(text.tokens, text.seqlen)},
         elements * extent.pass_elements(text.tokens),
-        memory=extent.resident_bytes + 2 * extent.states_bytes(text.tokens),
-        least_memory=extent.least_resident_bytes + extent.states_bytes(text.tokens),
+        memory=extent.resident_bytes + 2 * states,
+        least_memory=extent.least_resident_bytes + states,
     )
+
+
+def _measured(extent: Extent, text: Windows) -> Work:
+    """Activation moments."""
+    some = text.most(MOMENT_WINDOWS)
+    return _passed(extent, some, _MOMENTS, held=some.tokens)
+
+
+def _least_kept(dense: Extent, settings: PruneSettings) -> int:
+    """Bytes of a checkpoint without a share of the FFN channels, if blocks were nothing else; widths are rounded."""
+    rounded = settings.align / 2 * len(dense.widths) / sum(dense.widths)
+    share = max(0.0, 1 - settings.prune_ratio - rounded)
+    return dense.stored_bytes * int(share * dense.block_weights + dense.end_weights)
 
 
 def _headed(extent: Extent, text: Windows, elements: float = _LOGIT) -> Work:
@@ -307,13 +370,13 @@ def _headed(extent: Extent, text: Windows, elements: float = _LOGIT) -> Work:
 def _loaded(extent: Extent) -> Work:
     """A model that is read."""
     elements = _LOADED * extent.n_weights + _TOKENIZER * extent.vocab_size
-    return Work(elements=elements, memory=extent.resident_bytes)
+    return Work(host_elements=elements, memory=extent.resident_bytes)
 
 
 def _saved(extent: Extent) -> Work:
     """A checkpoint of a model."""
     n_bytes, least = (extent.stored_bytes * count for count in (extent.n_weights, extent.least_weights))
-    return Work(elements=_WRITTEN * extent.n_weights, disk=n_bytes, least_disk=least)
+    return Work(host_elements=_WRITTEN * extent.n_weights, disk=n_bytes, least_disk=least)
 
 
 def _gathered(extent: Extent, text: Windows) -> Work:
@@ -334,20 +397,20 @@ def _answered(extent: Extent, prompts: int, tokens: int, *, few_bits: bool = Fal
     """Answers: torch writes them beside each other, a file's own runtime one after the other."""
     operations = 2.0 * prompts * tokens * extent.n_weights
     if few_bits or not prompts:
-        return Work({1: operations / _READ_FASTER}) if prompts else Work()
+        return Work(host_products={1: operations / _READ_FASTER}) if prompts else Work()
     return Work({prompts: operations}, seconds=_STEP_S * tokens * len(extent.blocks))
 
 
-def _faster(work: Work) -> Work:
-    """It in a runtime that multiplies few bits."""
-    return replace(work, products={n: each / _FEW_BITS for n, each in work.products.items()})
+def _in_runtime(extent: Extent, work: Work, bits: float) -> Work:
+    """It in a file's own runtime, which computes on the CPU and maps the file into memory."""
+    there = work.on_host(1.0 if bits >= _FLOATS / 2 else _FEW_BITS)
+    return replace(there, memory=int(bits / 8 * extent.n_weights), least_memory=0)
 
 
 def _proven(extent: Extent, bits: float) -> Work:
     """A file that is run on the text of the proof, and compared."""
-    run = _all([_passed(extent, _PROOF), _headed(extent, _PROOF, 0.0)])
-    run = run if bits >= _FLOATS / 2 else _faster(run)
-    strings = Work(elements=_STRINGS * extent.vocab_size)
+    run = _in_runtime(extent, _all([_passed(extent, _PROOF), _headed(extent, _PROOF, 0.0)]), bits)
+    strings = Work(host_elements=_STRINGS * extent.vocab_size)
     return _all([run, _headed(extent, _PROOF, _COMPARED_LOGIT), strings])
 
 
@@ -356,7 +419,7 @@ def _floats(extent: Extent, family: str, asked: Exporting) -> Work:
     if extent.by_blocks and _FAMILIES[family].floats_in_blocks:
         return Work()
     n_bytes = (extent.stored_bytes if extent.by_blocks else 4) * extent.least_weights
-    made = Work(elements=_WRITTEN * extent.n_weights, disk=n_bytes, least_disk=n_bytes)
+    made = Work(host_elements=_WRITTEN * extent.n_weights, disk=n_bytes, least_disk=n_bytes)
     return made.then(_proven(extent, _FLOATS)) if asked.is_proven else made
 
 
@@ -365,7 +428,7 @@ def _file(extent: Extent, row: ExportFormat, asked: Exporting) -> Work:
     least = int(row.bits / 8 * extent.least_weights) if row.is_sized else 0
     n_bytes = int(row.bits / 8 * extent.n_weights)
     elements = (_WRITTEN if row.bits == _FLOATS else _QUANTIZED) * extent.n_weights
-    steps = [Work(elements=elements, disk=n_bytes, least_disk=least, memory=3 * extent.resident_bytes)]
+    steps = [Work(host_elements=elements, disk=n_bytes, least_disk=least, memory=3 * extent.resident_bytes)]
     if asked.text is not None and asked.rounds(row):
         steps += [_rounded(extent, asked.text, family_of(row.name).name)]
     if asked.text is not None and asked.trains(row) and not extent.by_blocks:
@@ -380,18 +443,18 @@ def _rounded(extent: Extent, text: Windows, family: str) -> Work:
     matrices += [(extent.vocab_size, extent.hidden_size)]
     operations = _ROUNDS * 2.0 * sum(rows * columns**2 for rows, columns in matrices)
     operations += text.tokens * sum({columns**2 for _, columns in matrices}) * 2.0 * len(extent.blocks)
-    held = 4 * _AT_ONCE * text.tokens * max(extent.widths)
+    held = rounding_bytes(text.tokens, max(extent.widths))
     rounding = Work(
         {text.seqlen: operations},
         _FAMILIES[family].rounded * extent.n_weights,
         memory=3 * extent.resident_bytes + held,
         least_memory=extent.least_resident_bytes + held,
     )
-    return _passed(extent, text).then(rounding)
+    return _passed(extent, text, held=text.tokens).then(rounding)
 
 
 def writing(extent: Extent, text: Windows) -> Work:
     """Text that a model writes itself, many texts beside each other."""
     steps = text.tokens // _TEXTS + 1
     operations = 2.0 * _TEXTS * steps * extent.n_weights
-    return _all([_loaded(extent), _saved(extent), _faster(Work({_TEXTS: operations}))])
+    return _all([_loaded(extent), _saved(extent), Work({_TEXTS: operations}).on_host(_FEW_BITS)])

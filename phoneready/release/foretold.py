@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +14,10 @@ from cfsp.recovery.settings import Training, token_budget
 from phoneready.figures.figure_set import DENSE
 from phoneready.forecasts.said import Machine, foretell
 from phoneready.forecasts.stages import Drawing, Exporting, Judging, Pruning, Windows
+from phoneready.forecasts.texts import judged_windows
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps
-from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.schema import ModelConfig, ReleaseConfig
 
 _FINAL = "final"
 
@@ -29,13 +30,15 @@ class _Row:
         work: A name in the table of forecasts.
         models: Stages whose checkpoints it reads, `final` for what is exported; none is the model itself.
         asked: What the forecast reads of the configuration; None where that does not say how much it is.
-        is_rounded: Whether products are in the dtype that pruning is told.
+        dtype: Of products.
+        device: Where torch is.
     """
 
     work: str
     models: tuple[str, ...]
     asked: Callable[[ReleaseConfig], Any]
-    is_rounded: bool = False
+    dtype: Callable[[ReleaseConfig], str] = lambda _: "float32"
+    device: Callable[[ModelConfig], str] = lambda model: model.device
 
 
 def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callable[[str], None]) -> None:
@@ -62,9 +65,7 @@ def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callabl
         asked,
         stage_folder(folder, name),
         text=() if stages else config.prune.calibration,
-        machine=Machine(
-            config.prune.dtype if row.is_rounded else "float32", find_device(config.model.device)
-        ),
+        machine=Machine(row.dtype(config), find_device(row.device(config.model))),
         tell=tell,
     )
 
@@ -73,12 +74,20 @@ def _windows(config: ReleaseConfig) -> Windows:
     return Windows(config.prune.nsamples, config.prune.seqlen)
 
 
+def _pruning_dtype(config: ReleaseConfig) -> str:
+    return config.prune.dtype
+
+
+def _recovery_dtype(config: ReleaseConfig) -> str:
+    return config.recover.dtype if config.recover else "float32"
+
+
 def _drawing(config: ReleaseConfig) -> Drawing:
     return Drawing(_windows(config), moments=Steps(config, Path(), None).needs_moments)
 
 
 def _pruning(config: ReleaseConfig) -> Pruning:
-    return Pruning(config.prune_settings(), _windows(config))
+    return Pruning(config.prune_settings(), _windows(config), is_aimed=bool(config.prune.target))
 
 
 def _recovering(config: ReleaseConfig) -> Training | None:
@@ -106,17 +115,19 @@ def _judging_all(config: ReleaseConfig) -> Judging:
 def _judged(config: ReleaseConfig, times: int, *, few_bits: bool, prompts: int | None = None) -> Judging:
     """So many files beside the dense model."""
     evaluate, asked = config.evaluate, len(Steps(config, Path(), None).prompts)
-    texts = len(evaluate.text) + len(evaluate.chats)
-    text = Windows(times * texts * evaluate.max_windows, evaluate.seqlen)
+    windows = judged_windows(evaluate.settings(0, ()))
+    text = replace(windows, count=times * windows.count)
     questions = times * (asked if prompts is None else prompts)
     return Judging(text, questions, evaluate.max_new_tokens, (few_bits, False))
 
 
 _ROWS: Mapping[str, _Row] = MappingProxyType(
     {
-        "dense": _Row("draw", (), _drawing, is_rounded=True),
-        "prune": _Row("prune", ("dense",), _pruning, is_rounded=True),
-        RECOVERY_STAGE: _Row("recover", ("prune",), _recovering),
+        "dense": _Row("draw", (), _drawing, _pruning_dtype),
+        "prune": _Row("prune", ("dense",), _pruning, _pruning_dtype),
+        RECOVERY_STAGE: _Row(
+            "recover", ("prune",), _recovering, _recovery_dtype, lambda model: model.recovery_device
+        ),
         "evaluate": _Row("eval", (_FINAL, "dense"), _judging),
         f"export-{DENSE}": _Row("export", ("dense",), _exporting),
         "export-pruned": _Row("export", (_FINAL,), _exporting),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,10 @@ def test_operations_follow_the_shapes(tiny_folder: TinyPath) -> None:
 def test_work_of_stages_adds_up() -> None:
     first = Work({8: 1e9}, elements=2.0, memory=5, disk=3, least_disk=2, scratch=7)
     both = first.then(Work({8: 1e9, 1: 5.0}, seconds=1.0, memory=4, disk=1, scratch=9))
+    assert first.then(first.on_host(2)) == replace(
+        first, host_products={8: 5e8}, host_elements=2.0, disk=6, least_disk=4
+    )
+    assert first.then(Work(is_most=True)).is_most
     assert both == Work(
         {8: 2e9, 1: 5.0}, elements=2.0, seconds=1.0, memory=5, disk=4, least_disk=2, scratch=9
     )
@@ -133,6 +138,18 @@ def test_a_forecast_is_longer_for_more_work_and_names_what_it_takes(
     assert said.startswith("about ")
     assert "1.0 GiB of disk, 512.0 MiB in " + str(tmp_path) in said
     assert "disk" not in str(little)
+    assert str(foresee(Work(is_most=True), extent)).startswith("up to ")
+
+
+def test_what_the_cpu_computes_is_timed_on_the_cpu(
+    tiny_folder: TinyPath,
+) -> None:
+    """Whatever torch's device is: on this one nothing can be timed."""
+    extent, nowhere = read_extent(tiny_folder()), torch.device("meta")
+    work = Work({64: 1e12}, elements=1e9)
+    assert foresee(work.on_host(), extent, device=nowhere).seconds > 0
+    with pytest.raises(RuntimeError):
+        foresee(work, extent, device=nowhere)
 
 
 def test_what_does_not_fit_a_disk_is_refused_with_what_is_free(
@@ -145,7 +162,8 @@ def test_what_does_not_fit_a_disk_is_refused_with_what_is_free(
         require_room(Work(least_disk=2**21), disk / "new" / "out", "prune")
     monkeypatch.setenv("TMPDIR", str(disk))
     with pytest.raises(InputError, match=r"1.4 MiB.*\(TMPDIR\)"):
-        require_room(Work(least_disk=700 * 2**10, scratch=700 * 2**10), disk / "out", "prune")
+        require_room(Work(scratch=1400 * 2**10), disk / "out", "prune")
+    require_room(Work(least_disk=700 * 2**10, scratch=700 * 2**10), disk / "out", "prune")
     assert not list(disk.iterdir())
 
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work
 from cfsp.pruning.settings import PruneSettings
-from cfsp.recovery.settings import Training
+from cfsp.recovery.settings import RecoverySettings, Training
 from exporters.families import FAMILIES, find_format
+from phoneready.commands import recover
+from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.forecasts import said
 from phoneready.forecasts.stages import (
     _FAMILIES,
@@ -23,11 +31,13 @@ from phoneready.forecasts.stages import (
     Surveying,
     Windows,
 )
+from phoneready.forecasts.texts import judged_windows
 from phoneready.main import main
 from phoneready.recipe import release_stages
 from phoneready.release.foretold import _ROWS
 from phoneready.settings.schema import ReleaseConfig
 
+GGUF_NAMES = ("f32", "f16", "bf16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "IQ4_XS")
 TinyPath = Callable[..., Path]
 SmallDisk = Callable[[str], Path]
 BLOCK = ((64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128))
@@ -46,14 +56,18 @@ ASKED = {
 
 
 def operations(work: Work) -> float:
-    return sum(work.products.values())
+    return sum((*work.products.values(), *work.host_products.values()))
+
+
+def elements(work: Work) -> float:
+    return work.elements + work.host_elements
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
-    small, large = (STAGES[stage]([extent], ASKED[stage]) for extent in (SMALL, LARGE))
+    small, large = (STAGES[stage].work([extent], ASKED[stage]) for extent in (SMALL, LARGE))
     assert operations(large) > operations(small)
-    assert large.elements > small.elements
+    assert elements(large) > elements(small)
     assert large.memory > small.memory
     assert large.disk > small.disk or stage == "eval"
 
@@ -76,13 +90,13 @@ def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
     ],
 )
 def test_what_is_asked_for_counts(stage: str, more: object) -> None:
-    usual, work = (STAGES[stage]([SMALL], asked) for asked in (ASKED[stage], more))
-    assert operations(work) + work.elements > operations(usual) + usual.elements
+    usual, work = (STAGES[stage].work([SMALL], asked) for asked in (ASKED[stage], more))
+    assert operations(work) + elements(work) > operations(usual) + elements(usual)
 
 
 def test_less_is_left_of_a_pruned_model_on_the_disk() -> None:
     light, heavy = (
-        STAGES["prune"]([SMALL], Pruning(PruneSettings(prune_ratio=ratio), TEXT)) for ratio in (0.2, 0.5)
+        STAGES["prune"].work([SMALL], Pruning(PruneSettings(prune_ratio=ratio), TEXT)) for ratio in (0.2, 0.5)
     )
     assert heavy.disk < light.disk
 
@@ -90,10 +104,66 @@ def test_less_is_left_of_a_pruned_model_on_the_disk() -> None:
 @pytest.mark.parametrize("name", [name for family in FAMILIES.values() for name in family.formats])
 def test_every_format_has_a_size_no_larger_than_floats(name: str) -> None:
     plain = Exporting((name,), is_proven=False)
-    work = STAGES["export"]([SMALL], plain)
+    work = STAGES["export"].work([SMALL], plain)
     assert work.least_disk <= work.disk <= 8.1 * SMALL.n_weights
     assert work.least_disk or not find_format(name).is_sized
-    assert operations(STAGES["export"]([SMALL], replace(plain, is_proven=True))) > operations(work)
+    assert operations(STAGES["export"].work([SMALL], replace(plain, is_proven=True))) > operations(work)
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("recover", Training(max_tokens=2**40, seqlen=64)),
+        ("eval", Judging(Windows(2**20, 64), 4, 16, (False,))),
+        ("eval", Judging(Windows(2**20, 64), 4, 16, (True,))),
+        ("frontier", replace(ASKED["frontier"], text=Windows(2**20, 64))),
+    ],
+)
+def test_text_that_is_never_in_memory_at_once_is_not_asked_for(stage: str, more: object) -> None:
+    usual, work = (STAGES[stage].work([SMALL], asked) for asked in (ASKED[stage], more))
+    assert work.least_memory <= usual.least_memory
+
+
+def test_a_file_in_its_own_runtime_need_not_fit_as_floats_and_is_run_on_the_cpu() -> None:
+    whole, file = (STAGES["eval"].work([SMALL], Judging(TEXT, 4, 16, (few,))) for few in (False, True))
+    assert whole.least_memory > 4 * SMALL.least_weights
+    assert not file.least_memory
+    assert whole.products
+    assert file.host_products
+    assert not file.products
+
+
+def test_a_frontier_asks_for_its_smallest_file_alone() -> None:
+    asked = Surveying(PRUNING, replace(EXPORTING, names=("Q4_0", "Q8_0")), TEXT, 2)
+    smallest = STAGES["export"].work([SMALL], replace(EXPORTING, names=("Q4_0",))).least_disk
+    assert STAGES["frontier"].work([SMALL], asked).least_disk == smallest
+    assert not STAGES["frontier"].work([SMALL], replace(asked, is_sized=True)).least_disk
+
+
+def test_training_of_all_weights_asks_for_what_that_adds() -> None:
+    adapter, full = (
+        STAGES["recover"].work([SMALL], Training(method=method, max_tokens=4096, seqlen=64))
+        for method in ("lora", "full")
+    )
+    assert not adapter.least_memory
+    assert full.least_memory == 12 * SMALL.least_weights < full.memory
+
+
+@pytest.mark.parametrize("stage", sorted(set(STAGES) - {"draw"}))
+def test_options_that_would_take_less_memory_are_the_commands(
+    stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([stage, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in re.findall(r"--[\w-]+", STAGES[stage].less))
+
+
+@pytest.mark.parametrize(("suffix", "count"), [(".txt", 4), (".jsonl", 1024)])
+def test_a_text_has_no_more_windows_than_its_bytes_make(suffix: str, count: int, tmp_path: Path) -> None:
+    (tmp_path / f"text{suffix}").write_text("a" * 300, encoding="utf-8")
+    asked = EvaluationSettings(text=(str(tmp_path / f"text{suffix}"),), seqlen=64, max_windows=1024)
+    assert judged_windows(asked) == Windows(count, 64)
+    assert judged_windows(replace(asked, max_windows=3)) == Windows(3, 64)
 
 
 def test_every_family_has_a_row() -> None:
@@ -104,7 +174,7 @@ def test_a_disk_need_not_hold_what_is_not_there_at_once() -> None:
     """Floats that ONNX variants are proven by go before these are written; those of GGUF files stay."""
     floats = 4 * SMALL.least_weights
     gguf, onnx, both = (
-        STAGES["export"]([SMALL], Exporting(names, TEXT)).least_disk
+        STAGES["export"].work([SMALL], Exporting(names, TEXT)).least_disk
         for names in (("Q4_0",), ("int4",), ("Q4_0", "int4"))
     )
     assert onnx == floats < gguf
@@ -120,7 +190,7 @@ def test_stages_of_a_release_are_those_that_there_are() -> None:
     assert {row.work for row in _ROWS.values()} <= set(STAGES)
     for row in _ROWS.values():
         extents = [SMALL] * max(1, len(row.models))
-        assert operations(STAGES[row.work](extents, row.asked(config))) > 0
+        assert operations(STAGES[row.work].work(extents, row.asked(config))) > 0
 
 
 @pytest.mark.parametrize(
@@ -146,7 +216,7 @@ def test_a_long_stage_is_announced_in_a_line_and_a_short_one_is_not(
         assert main([line[0], model, *line[1:]]) == 0
         told = [line for line in capsys.readouterr().err.splitlines() if " of memory" in line]
         assert len(told) == number
-        assert all(line.startswith("about ") for line in told)
+        assert all(line.startswith("up to " if command[0] == "eval" else "about ") for line in told)
 
 
 @pytest.mark.parametrize("command", [["prune"], ["export", "--gguf", "Q4_0"]])
@@ -167,3 +237,136 @@ def test_a_disk_that_cannot_hold_the_output_is_refused_before_the_model_is_read(
     assert error.endswith("are free; allowed: another place (-o)\n")
     assert error.count("\n") == 1
     assert not list(disk.iterdir())
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def asked_for(monkeypatch: pytest.MonkeyPatch) -> list[Work]:
+    """Work that commands ask room for, which is asked for all the same."""
+    seen: list[Work] = []
+    require_room = said.require_room
+
+    def watched(work: Work, *others: Any) -> None:
+        seen.append(work)
+        require_room(work, *others)
+
+    monkeypatch.setattr(said, "require_room", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--prune-ratio 0.6",
+        "--prune-ratio 0",
+        "--uniform --prune-ratio 0.4",
+        "--align 8 --prune-ratio 0.35",
+        "--for-quant Q4_K_M --prune-ratio 0.4",
+        "--allocation loss",
+        "--blocks 2",
+        "--blocks 0.5 --prune-ratio 0",
+        "--attentions 2",
+        "--kv-groups 0.5",
+        "--vocabulary 300",
+        "--target-parameters 0.4M",
+    ],
+)
+def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
+    options: str, asked_for: list[Work], tiny_folder: TinyPath, tmp_path: Path
+) -> None:
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+    model = str(tiny_folder(intermediate_size=512))
+    assert main(["prune", model, "-o", str(tmp_path / "out"), *text, *options.split()]) == 0
+    (work,) = asked_for
+    written = folder_bytes(tmp_path / "out")
+    assert work.least_disk <= written
+    others = "--blocks", "--attentions", "--kv-groups", "--vocabulary", "--target-parameters"
+    assert bool(work.least_disk) != options.startswith(others)
+
+
+def test_a_plan_alone_asks_for_no_gram_matrices(
+    asked_for: list[Work], tiny_folder: TinyPath, tmp_path: Path
+) -> None:
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+    assert main(["prune", str(tiny_folder()), "--plan-only", str(tmp_path / "plan.json"), *text]) == 0
+    assert not asked_for[0].scratch
+
+
+_WATCHED: list[Callable[[], None]] = []
+"""Called before anything is deleted or renamed; hooks of the interpreter stay, so there is one for all tests."""
+_DELETES = ("os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
+
+
+def _before_deletion(event: str, _: object) -> None:
+    if event in _DELETES:
+        for watch in tuple(_WATCHED):
+            watch()
+
+
+@contextmanager
+def most_bytes(folder: Path) -> Iterator[list[int]]:
+    """Sizes of a folder whenever something is about to go, the largest of which is the most that was there."""
+    sizes: list[int] = []
+    if not getattr(most_bytes, "hooked", False):
+        sys.addaudithook(_before_deletion)
+        most_bytes.hooked = True  # type: ignore[attr-defined]
+
+    def watch() -> None:
+        sizes.append(folder_bytes(folder))
+
+    _WATCHED.append(watch)
+    try:
+        yield sizes
+    finally:
+        _WATCHED.remove(watch)
+        watch()
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        *(("gguf", (name,)) for name in GGUF_NAMES),
+        *(("onnx", (name,)) for name in ("fp32", "fp16", "int8", "int4", "int4-b128", "int8-dynamic")),
+        ("gguf", GGUF_NAMES),
+        ("onnx", ("fp16", "int4")),
+    ],
+)
+def test_exports_take_no_less_than_what_is_asked_for(
+    family: str, names: tuple[str, ...], asked_for: list[Work], sure_folder: TinyPath, tmp_path: Path
+) -> None:
+    """Of what is there at once: floats that files are made of, and files."""
+    model = sure_folder(hidden_size=128, intermediate_size=256)
+    command = ["export", str(model), "-o", str(tmp_path / "out"), f"--{family}", ",".join(names)]
+    if any("calibration" in find_format(name).reads for name in names):
+        command += ["--calibration", "none"]
+    with most_bytes(tmp_path) as sizes:
+        assert main([*command, "--threads", "1"]) == 0
+    (work,) = asked_for
+    assert 0 < work.least_disk <= max(sizes)
+
+
+def test_what_cannot_be_timed_ends_nothing(
+    tiny_folder: TinyPath, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(said, "LONG_S", 0.0)
+    monkeypatch.setattr(said, "foresee", full)
+    assert main(["eval", str(tiny_folder()), "--windows", "1", "--seqlen", "32", "--no-prompts"]) == 0
+    assert " of memory" not in capsys.readouterr().err
+
+
+def test_training_on_a_gpu_asks_for_no_memory_of_the_host(
+    tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = RecoverySettings(method="full", max_tokens=2**40), str(tiny_folder())
+    monkeypatch.setattr("cfsp.memory.free_memory", lambda: 0)
+    with pytest.raises(InputError, match="--method lora"):
+        recover._foretell(asked[1], tmp_path / "out", asked[0], "cpu")
+    monkeypatch.setattr("cfsp.devices.find_device", lambda name: torch.device("meta"))
+    recover._foretell(asked[1], tmp_path / "out", asked[0], "auto")
