@@ -69,7 +69,7 @@ def prune(
     prepare_torch(threads)
     from cfsp.devices import find_device
     from cfsp.models.reference import load_model
-    from cfsp.processes import first_ahead
+    from cfsp.processes import first_ahead, require_alike
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
     from phoneready.text import load_calibration
@@ -77,7 +77,7 @@ def prune(
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready, references = _given_plan(context, plan, settings)
-    with shared_passes(wanted) as (writes, progress), LargeScratch("sizes") as scratch:
+    with shared_passes(wanted, device) as (writes, progress), LargeScratch("sizes") as scratch:
         where, how = find_device(device), ready.settings if ready else chosen
         if writes:
             _foretell(model, output, settings, how, references, where, progress)
@@ -94,6 +94,7 @@ def prune(
         sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         with first_ahead():
             drawn = load_calibration(references, loaded, **sizes, progress=progress)
+        require_alike(drawn.sha256, "calibration text")
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
         asked["progress"] = progress
         made = (
