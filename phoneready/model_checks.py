@@ -29,8 +29,8 @@ from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_e
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
-from exporters.onnx.portable import require_optimum
-from exporters.onnx.weights import check_convolutions, check_rope
+from exporters.onnx.portable import check_portable
+from exporters.onnx.weights import check_rope
 from phoneready.checks import Check
 
 
@@ -137,15 +137,13 @@ def _vocabulary(model: _Model) -> str:
 
 
 def _of_blocks(model: _Model, blocks: Sequence[BlockShape], option: str) -> str:
-    """What holds the model with these blocks; ONNX graphs hold all, but of few model types none."""
+    """What holds the model with these blocks; ONNX graphs hold all."""
     config = model.config
     left = config.with_shape(ModelShape(config.vocab_size, tuple(blocks)))
     try:
-        held = f"GGUF as {model.in_gguf(left).layout.architecture}"
-        return f"{held} ({option})" if config.convolution_length else f"{held}, ONNX ({option})"
+        return f"GGUF as {model.in_gguf(left).layout.architecture}, ONNX ({option})"
     except InputError as error:
-        alone = "" if config.convolution_length else f"ONNX alone ({option}): "
-        raise InputError(f"{alone}{error}") from error
+        raise InputError(f"ONNX alone ({option}): {error}") from error
 
 
 def _with_last(model: _Model, **own: Any) -> tuple[BlockShape, ...]:
@@ -163,8 +161,9 @@ def _channels(model: _Model) -> str:
     shape = ModelShape(model.config.vocab_size, _with_last(model, ffn_width=width))
     chosen = choose_layout(replace(model.config, shape=shape), model.stored)
     if chosen.padded_width is not None:
-        others = "" if model.config.convolution_length else ", ONNX with any"
-        raise InputError(f"GGUF with one width for all blocks (--uniform, chosen where it is needed){others}")
+        raise InputError(
+            "GGUF with one width for all blocks (--uniform, chosen where it is needed), ONNX with any"
+        )
     return f"GGUF as {chosen.layout.architecture}, ONNX (--prune-ratio)"
 
 
@@ -200,7 +199,6 @@ def _gguf(model: _Model) -> str:
 
 
 def _onnx(model: _Model) -> str:
-    check_convolutions(model.config.convolution_length)
     check_rope((model.config.rope_scaling or {}).get("rope_type", "default"))
     config = model.config
     cut = config.steady_context < config.max_position_embeddings
@@ -209,10 +207,7 @@ def _onnx(model: _Model) -> str:
 
 
 def _portable(model: _Model) -> str:
-    check_convolutions(model.config.convolution_length)
-    if set(model.config.kv_heads) != {max(model.config.kv_heads)}:
-        raise InputError("optimum gives every block a cache of the same heads; all other variants hold it")
-    require_optimum()
+    check_portable(model.config.shape)
     return "by optimum"
 
 

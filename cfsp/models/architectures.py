@@ -310,6 +310,12 @@ def attention_of(model: nn.Module, layer: nn.Module) -> Any:
     return attention if hasattr(attention, "k_proj") else None
 
 
+def convolution_of(model: nn.Module, layer: nn.Module) -> Any:
+    """The convolution that takes attention's place in one of `model`'s decoder blocks; None in any other block."""
+    name = spec_for(model.config).convolution
+    return getattr(layer, name, None) if name else None
+
+
 def last_norm(model: Any) -> Any:
     """The norm behind the blocks, whose output the output matrix reads."""
     return model.get_decoder().get_submodule(spec_for(model.config).last_norm)
@@ -330,11 +336,10 @@ def convolving_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
     blocks = []
-    mixer = spec_for(model.config).convolution
     for index, layer in enumerate(decoder_layers(model)):
         attention, width = attention_of(model, layer), feed_forward(model, layer).width
         kv_groups = attention.k_proj.out_features // attention.head_dim if attention else 0
-        mixes = attention is not None or (mixer != "" and hasattr(layer, mixer))
+        mixes = attention is not None or convolution_of(model, layer) is not None
         blocks.append(BlockShape(index, width, kv_groups, has_attention=mixes))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 

@@ -17,6 +17,7 @@ from cfsp.models.architectures import (
     FULL,
     WINDOWED,
     attention_of,
+    convolution_of,
     decoder_layers,
     feed_forward,
     norm_epsilon,
@@ -29,6 +30,7 @@ from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
+from exporters.onnx.short_convolution import ShortConvolution
 from exporters.onnx.variants import HEAD
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
@@ -152,7 +154,6 @@ def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor)
 def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
     """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
-    check_convolutions(config.conv_L_cache if spec.convolution else 0)
     positions = list(_positions(model, weights))
     made = []
     for index in blocks:
@@ -163,7 +164,7 @@ def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decode
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         rms_norm_eps=norm_epsilon(config),
         blocks=tuple(made),
-        activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
+        activation=ACTIVATIONS[getattr(config, spec.activation_setting, "silu")],
         dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
         **ends,
     )
@@ -195,9 +196,9 @@ def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
 
 def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions) -> Block:
     spec, ffn = spec_for(model.config), feed_forward(model, layer)
-    attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
+    mlp = f"{name}.{spec.mlp}"
     return Block(
-        attention=_attention(model, attention, name, weights, positions) if attention else None,
+        mixer=_mixer(model, layer, name, weights, positions),
         ffn_norm=_norm_before(model, name, spec.ffn_norm, weights),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
@@ -215,6 +216,27 @@ def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.T
     """Of what attention (0) or the FFN (1) adds; None where it is added as it is."""
     names = spec_for(model.config).added_norms
     return _norm(model, f"{block}.{names[which]}", weights) if names else None
+
+
+def _mixer(
+    model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions
+) -> Attention | ShortConvolution | None:
+    if attention := attention_of(model, layer):
+        return _attention(model, attention, name, weights, positions)
+    convolution = convolution_of(model, layer)
+    return None if convolution is None else _convolution(model, convolution, name, weights)
+
+
+def _convolution(model: Any, convolution: Any, name: str, weights: Weights) -> ShortConvolution:
+    spec, kernels = spec_for(model.config), convolution.conv
+    prefix = f"{name}.{spec.convolution}"
+    return ShortConvolution(
+        input_norm=_norm_before(model, name, spec.attention_norm, weights),
+        in_proj=_linear(f"{prefix}.in_proj", convolution.in_proj, weights),
+        kernels=weights.stored(kernels.weight.squeeze(1).T),
+        out_proj=_linear(f"{prefix}.out_proj", convolution.out_proj, weights),
+        bias=None if kernels.bias is None else weights.stored(kernels.bias),
+    )
 
 
 def _attention(model: Any, attention: Any, name: str, weights: Weights, positions: _Positions) -> Attention:
@@ -235,7 +257,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
         qkv=qkv,
         q_norm=_norm(model, f"{prefix}.{spec.head_norms.query}", weights) if spec.head_norms else None,
         k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
-        o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
+        o_proj=_linear(f"{prefix}.{spec.output}", getattr(attention, spec.output), weights),
         normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
         output_norm=_added_norm(model, name, 0, weights),
         scale=float(attention.scaling),
@@ -252,18 +274,6 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     parameter, offset = f"{name}.weight", spec_for(model.config).norm_offset
     weight = weights.norms.get(parameter, model.get_parameter(parameter))
     return weights.stored(weight + offset if offset else weight)
-
-
-def check_convolutions(length: int) -> None:
-    """Raise InputError for a model in which a convolution of some length takes attention's place in some blocks."""
-    if length:
-        raise InputError(
-            "no graph is written yet of blocks with a short convolution, which want a cache of their own beside keys "
-            "and values",
-            field="conv_L_cache",
-            value=length,
-            allowed="GGUF",
-        )
 
 
 def check_rope(rope_type: str) -> None:
