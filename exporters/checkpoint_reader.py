@@ -19,7 +19,7 @@ from cfsp.models.architectures import (
     FULL,
     WINDOWED,
     ArchitectureSpec,
-    convolving_blocks,
+    keyless_blocks,
     rotated_blocks,
     windows_of_blocks,
 )
@@ -29,10 +29,36 @@ from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
 
+_SECTIONS = (11, 11, 10)
+"""What transformers takes for `mrope_section` where nothing is said."""
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 )
 """transformers' name of an activation -> the function: x sigmoid(x), or GELU in its approximation by tanh."""
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Sizes of the gated delta nets that take attention's place in some blocks.
+
+    Attributes:
+        key_heads: Each is read by as many value heads.
+        value_heads: All of them.
+        key_head_dim: Numbers of a key head, and of a query.
+        value_head_dim: Numbers of a value head.
+        length: Tokens that the convolution before queries, keys and values sees.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    length: int
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of all key heads."""
+        return self.key_heads * self.key_head_dim
 
 
 @dataclass(frozen=True)
@@ -50,6 +76,9 @@ class ModelConfig:
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
         convolution_length: Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
         window_rope_theta: The base in blocks with a window, where their rope is a plain one of their own.
+        delta_net: What takes attention's place in some blocks; None where that is no gated delta net.
+        rotary_dim: Numbers of a head that are rotated, where these are fewer than all may be; None where they are all.
+        rope_sections: Of the frequencies, how many turn by time, height and width of an image; texts have one position.
     """
 
     model_type: str
@@ -68,6 +97,9 @@ class ModelConfig:
     rope_scaling: Mapping[str, Any] | None
     window_rope_theta: float | None = None
     convolution_length: int = 0
+    delta_net: DeltaNet | None = None
+    rotary_dim: int | None = None
+    rope_sections: tuple[int, ...] = ()
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -131,7 +163,7 @@ def read_config(folder: Path) -> ModelConfig:
         read = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
         config = read.to_dict()
     shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
-    require_supported(shape, str(folder / "config.json"), convolving_blocks(config))
+    require_supported(shape, str(folder / "config.json"), keyless_blocks(config))
     spec = ARCHITECTURES[config["model_type"]]
     message = "no exported graph computes this activation"
     stated = config.get(spec.activation_setting, "silu")
@@ -155,7 +187,20 @@ def read_config(folder: Path) -> ModelConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
-        convolution_length=config["conv_L_cache"] if spec.convolution else 0,
+        convolution_length=config.get("conv_L_cache", 0) if spec.mixer else 0,
+        delta_net=_delta_net(config) if spec.mixer and "linear_num_key_heads" in config else None,
+        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if spec.partial_rope else None,
+        rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
+    )
+
+
+def _delta_net(config: Mapping[str, Any]) -> DeltaNet:
+    return DeltaNet(
+        key_heads=config["linear_num_key_heads"],
+        value_heads=config["linear_num_value_heads"],
+        key_head_dim=config["linear_key_head_dim"],
+        value_head_dim=config["linear_value_head_dim"],
+        length=config["linear_conv_kernel_dim"],
     )
 
 

@@ -30,7 +30,7 @@ from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
 from exporters.onnx.portable import check_portable
-from exporters.onnx.weights import check_rope
+from exporters.onnx.weights import check_mixer, check_rope, has_graph
 from phoneready.checks import Check
 
 
@@ -113,9 +113,9 @@ def _describe(model: _Model) -> Check:
 
 def _heads(config: ModelConfig) -> str:
     attending = [n for n in config.kv_heads if n]
-    convolved = sum(block.convolves for block in config.shape.blocks)
-    heads = attending if convolved else config.kv_heads
-    where = f" in {len(attending)} blocks, a short convolution in {convolved}" if convolved else ""
+    keyless, mixer = sum(block.is_keyless for block in config.shape.blocks), config.spec.mixer
+    heads = attending if mixer else config.kv_heads
+    where = f" in {len(attending)} blocks, {mixer.name} in {keyless}" if mixer else ""
     return f"{_range(heads)} key-value heads, each read by {config.heads_per_group}{where}"
 
 
@@ -137,13 +137,15 @@ def _vocabulary(model: _Model) -> str:
 
 
 def _of_blocks(model: _Model, blocks: Sequence[BlockShape], option: str) -> str:
-    """What holds the model with these blocks; ONNX graphs hold all."""
+    """What holds the model with these blocks; ONNX graphs hold all, but of few model types none."""
     config = model.config
     left = config.with_shape(ModelShape(config.vocab_size, tuple(blocks)))
     try:
-        return f"GGUF as {model.in_gguf(left).layout.architecture}, ONNX ({option})"
+        held = f"GGUF as {model.in_gguf(left).layout.architecture}"
+        return f"{held}, ONNX ({option})" if has_graph(config.spec) else f"{held} ({option})"
     except InputError as error:
-        raise InputError(f"ONNX alone ({option}): {error}") from error
+        alone = f"ONNX alone ({option}): " if has_graph(config.spec) else ""
+        raise InputError(f"{alone}{error}") from error
 
 
 def _with_last(model: _Model, **own: Any) -> tuple[BlockShape, ...]:
@@ -161,9 +163,8 @@ def _channels(model: _Model) -> str:
     shape = ModelShape(model.config.vocab_size, _with_last(model, ffn_width=width))
     chosen = choose_layout(replace(model.config, shape=shape), model.stored)
     if chosen.padded_width is not None:
-        raise InputError(
-            "GGUF with one width for all blocks (--uniform, chosen where it is needed), ONNX with any"
-        )
+        others = ", ONNX with any" if has_graph(model.config.spec) else ""
+        raise InputError(f"GGUF with one width for all blocks (--uniform, chosen where it is needed){others}")
     return f"GGUF as {chosen.layout.architecture}, ONNX (--prune-ratio)"
 
 
@@ -176,7 +177,7 @@ def _groups(model: _Model) -> str:
 
 
 def _attentions(model: _Model) -> str:
-    if model.config.spec.convolution:
+    if model.config.spec.mixer:
         raise InputError(ATTENTIONS_STAY)
     if model.config.num_hidden_layers < 2:
         raise InputError("the first block's attention stays")
@@ -199,6 +200,7 @@ def _gguf(model: _Model) -> str:
 
 
 def _onnx(model: _Model) -> str:
+    check_mixer(model.config.spec)
     check_rope((model.config.rope_scaling or {}).get("rope_type", "default"))
     config = model.config
     cut = config.steady_context < config.max_position_embeddings
@@ -207,6 +209,7 @@ def _onnx(model: _Model) -> str:
 
 
 def _portable(model: _Model) -> str:
+    check_mixer(model.config.spec)
     check_portable(model.config.shape)
     return "by optimum"
 

@@ -34,6 +34,21 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """What mixes tokens in attention's place in some blocks.
+
+    Attributes:
+        module: Of such a block, the module that does.
+        kind: What `layer_types` calls such a block.
+        name: In words.
+    """
+
+    module: str
+    kind: str
+    name: str
+
+
+@dataclass(frozen=True)
 class ArchitectureSpec:
     """A model type: its modules, and the GGUF files that hold such models.
 
@@ -42,8 +57,7 @@ class ArchitectureSpec:
         layers: Module of the decoder blocks.
         attention: Of a block, its attention.
         output: Of attention, its output matrix.
-        convolution: Of a block that does not attend, the module that mixes neighbouring tokens in its place, and what
-            `layer_types` calls such a block; empty where all blocks attend.
+        mixer: What mixes tokens in the blocks that do not attend; None where all attend.
         mlp: Of a block, its gated MLP.
         gate: Projection of the MLP.
         up: Projection of the MLP.
@@ -63,6 +77,9 @@ class ArchitectureSpec:
         norm_offset: What a norm adds to its weight before it multiplies.
         scaled_embedding: Whether embeddings are multiplied by sqrt(hidden_size).
         activation_setting: Key of the configuration that names the MLP's activation; empty where it is SiLU always.
+        gated: Whether what attention gives is multiplied by the sigmoid of a gate, whose rows stand behind those of
+            each head's query.
+        partial_rope: Whether a part of each head is rotated alone.
         window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone, where
             they have a plain rope of their own base; empty in any other model.
         plain_window_rope: Whether they have a plain rope of the others' base, whatever scales that of the others.
@@ -79,7 +96,7 @@ class ArchitectureSpec:
     layers: str = "model.layers"
     attention: str = "self_attn"
     output: str = "o_proj"
-    convolution: str = ""
+    mixer: Mixer | None = None
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -96,6 +113,8 @@ class ArchitectureSpec:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     activation_setting: str = "hidden_act"
+    gated: bool = False
+    partial_rope: bool = False
     window_rope_setting: str = ""
     plain_window_rope: bool = False
     alpha_rope: bool = False
@@ -122,12 +141,12 @@ class ArchitectureSpec:
     @property
     def sees_neighbours(self) -> bool:
         """Whether a token sees what stands before it in its row whatever the attention mask says."""
-        return bool(self.convolution)
+        return self.mixer is not None
 
     @property
     def cuts_heads(self) -> bool:
         """Whether heads can go: not where a norm sees all of them, which then counts what stays as something else."""
-        return not self.convolution and (self.head_norms is None or not self.head_norms.joint)
+        return self.mixer is None and (self.head_norms is None or not self.head_norms.joint)
 
 
 @dataclass(frozen=True)
@@ -212,7 +231,7 @@ _ROWS = (
     ArchitectureSpec(
         "lfm2",
         output="out_proj",
-        convolution="conv",
+        mixer=Mixer("conv", "conv", "a short convolution"),
         mlp="feed_forward",
         gate="w1",
         up="w3",
@@ -226,16 +245,25 @@ _ROWS = (
         gguf_name="lfm2",
         gguf_settings={"conv_L_cache": "shortconv.l_cache", "block_auto_adjust_ff_dim": False},
     ),
+    ArchitectureSpec(
+        "qwen3_5_text",
+        mixer=Mixer("linear_attn", "linear_attention", "a gated delta net"),
+        head_norms=HeadNorms(),
+        bias_settings=_ATTENTION_BIAS,
+        norm_offset=1.0,
+        gated=True,
+        partial_rope=True,
+    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
-_DELTA_NETS = "blocks with a gated delta net, and gated attention"
+_QWEN_35 = "files that are written here and not read: prune the folder that they were made of"
 _GEMMA_3N = "embeddings of each block's own, AltUp, and FFNs whose channels compete by their mean"
 _GEMMA_4 = (
     "embeddings of each block's own, blocks that read another block's keys and values, and normed values"
 )
 LACKING: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen35"), _DELTA_NETS),
+        "qwen35": _QWEN_35,
         **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
         **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_4),
     }
@@ -310,10 +338,10 @@ def attention_of(model: nn.Module, layer: nn.Module) -> Any:
     return attention if hasattr(attention, "k_proj") else None
 
 
-def convolution_of(model: nn.Module, layer: nn.Module) -> Any:
-    """The convolution that takes attention's place in one of `model`'s decoder blocks; None in any other block."""
-    name = spec_for(model.config).convolution
-    return getattr(layer, name, None) if name else None
+def mixer_of(model: nn.Module, layer: nn.Module) -> Any:
+    """What takes attention's place in one of `model`'s decoder blocks; None in any other block."""
+    mixer = spec_for(model.config).mixer
+    return getattr(layer, mixer.module, None) if mixer else None
 
 
 def last_norm(model: Any) -> Any:
@@ -326,11 +354,11 @@ def norm_epsilon(config: Any) -> float:
     return float(getattr(config, spec_for(config).epsilon_setting))
 
 
-def convolving_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
-    """Blocks that mix neighbouring tokens in place of attention, of settings with defaults filled in."""
+def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
+    """Blocks in which something takes attention's place, of settings with defaults filled in."""
     row = ARCHITECTURES.get(settings.get("model_type", ""))
-    kind, kinds = row.convolution if row else "", settings.get("layer_types") or ()
-    return frozenset(index for index, one in enumerate(kinds) if kind and one == kind)
+    mixer, kinds = row.mixer if row else None, settings.get("layer_types") or ()
+    return frozenset(index for index, one in enumerate(kinds) if mixer and one == mixer.kind)
 
 
 def model_shape(model: Any) -> ModelShape:
@@ -339,7 +367,7 @@ def model_shape(model: Any) -> ModelShape:
     for index, layer in enumerate(decoder_layers(model)):
         attention, width = attention_of(model, layer), feed_forward(model, layer).width
         kv_groups = attention.k_proj.out_features // attention.head_dim if attention else 0
-        mixes = attention is not None or convolution_of(model, layer) is not None
+        mixes = attention is not None or mixer_of(model, layer) is not None
         blocks.append(BlockShape(index, width, kv_groups, has_attention=mixes))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 

@@ -21,7 +21,7 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, sha256_file, write_json
-from cfsp.models.architectures import convolving_blocks, model_shape
+from cfsp.models.architectures import keyless_blocks, model_shape
 from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.paging import let_go, paged_model
@@ -224,7 +224,7 @@ def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype,
     widths = shape.ffn_widths
     stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
     most = model.config.num_key_value_heads
-    kv_heads = [most if block.convolves else block.kv_groups or 0 for block in shape.blocks]
+    kv_heads = [most if block.is_keyless else block.kv_groups or 0 for block in shape.blocks]
     if not shape.is_uniform or set(kv_heads) != {most}:
         shutil.copyfile(code, folder / code.name)
         stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{per_layer_class(model.config).__name__}"}
@@ -259,7 +259,7 @@ def _read_config(directory: Path) -> tuple[Any, Any]:
             **{k: v for k, v in settings.items() if k != "per_layer_config"}
         )
         shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
-        require_supported(shape, str(file), convolving_blocks(plain.to_dict()))
+        require_supported(shape, str(file), keyless_blocks(plain.to_dict()))
         own = not shape.is_uniform or shape.most_kv_groups != plain.num_key_value_heads
         config = transformers.AutoConfig.for_model(**settings)
         return config, per_layer_class(plain) if own else model_class(plain)

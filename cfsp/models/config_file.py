@@ -55,7 +55,9 @@ _CONFIG = kinds(
     no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
     no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
     **dict.fromkeys(("rms_norm_eps", "norm_eps"), Epsilon),
-    conv_L_cache=Annotated[int, Field(ge=2, le=2**10)],
+    **dict.fromkeys(("conv_L_cache", "linear_conv_kernel_dim"), Annotated[int, Field(ge=2, le=2**10)]),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Size),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Size),
     **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"), bool),
     **dict.fromkeys(("block_ff_dim", "block_multiple_of"), Size),
     block_ffn_dim_multiplier=_Number,
@@ -90,6 +92,8 @@ _ROPE = kinds(
     **dict.fromkeys(("rope_theta", "alpha", "factor", "low_freq_factor", "high_freq_factor"), _Number),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _Number),
     **dict.fromkeys(("short_factor", "long_factor"), list[Positive] | None),
+    mrope_section=Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], Field(min_length=3, max_length=3)]
+    | None,
     partial_rotary_factor=_Share | None,
     original_max_position_embeddings=ContextLength | None,
 )
@@ -143,7 +147,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")
-    if problems := "; ".join(_contradictions(settings, getattr(row, "convolution", ""))):
+    if problems := "; ".join(_contradictions(settings, getattr(row, "mixer", None))):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method")
@@ -201,9 +205,9 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
             f"{where}: per_layer_config names blocks that do not exist: num_hidden_layers is {count}"
         )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    from cfsp.models.architectures import convolving_blocks
+    from cfsp.models.architectures import keyless_blocks
 
-    convolving = convolving_blocks(config)
+    keyless = keyless_blocks(config)
     plain = {"intermediate_size": config["intermediate_size"], "num_key_value_heads": heads}
     blocks = []
     for index in range(count):
@@ -218,7 +222,7 @@ def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> 
             )
         check_kinds(own, _PER_BLOCK_KINDS, f"{where}: malformed per_layer_config: block {index}")
         block = BlockShape(index, **{ours: (plain | own)[key] for key, ours in _PER_BLOCK.items()})
-        block = replace(block, kv_groups=0) if index in convolving else block
+        block = replace(block, kv_groups=0) if index in keyless else block
         blocks.append(replace(block, kv_groups=0, has_attention=False) if "skip" in own else block)
     return ModelShape(config["vocab_size"], tuple(blocks))
 
@@ -255,16 +259,19 @@ def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _contradictions(settings: Mapping[str, Any], convolution: str) -> Iterator[str]:
-    """What values say of each other that cannot be, in a model type with this kind of block that does not attend."""
+def _contradictions(settings: Mapping[str, Any], mixer: Any) -> Iterator[str]:
+    """What values say of each other that cannot be, in a model type with this in some blocks in attention's place."""
     heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
     kv_heads, layers = settings.get("num_key_value_heads") or heads, settings.get("num_hidden_layers")
     if heads and kv_heads and heads % kv_heads:
         yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
     if heads and hidden and not settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
-    if convolution and set(settings.get("layer_types") or ()) == {convolution}:
+    if mixer and set(settings.get("layer_types") or ()) == {mixer.kind}:
         yield "no block attends (layer_types)"
+    keys, values = (settings.get(f"linear_num_{part}_heads") for part in ("key", "value"))
+    if keys and values and values % keys:
+        yield f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
     for key in PER_BLOCK_LISTS:
         entries = settings.get(key)
         count = layers if entries is None else len(entries)

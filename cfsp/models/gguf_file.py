@@ -89,8 +89,11 @@ _HYPERPARAMETERS = kinds(
     },
 )
 
-CONVOLUTION = "shortconv.conv.weight"
-"""How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to."""
+CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")
+"""How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to.
+
+A block that has one of them has no keys.
+"""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ class BlockShape:
         origin: Which block of the dense model it was.
         ffn_width: Channels of its FFN (intermediate_size).
         kv_groups: Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0
-            without attention, and where a convolution takes its place; None where a record does not say.
-        has_attention: Whether it attends, or has such a convolution.
+            without attention, and where something takes its place; None where a record does not say.
+        has_attention: Whether it attends, or has what takes the place of that.
         has_ffn: Whether it has an FFN.
     """
 
@@ -33,8 +33,8 @@ class BlockShape:
     has_ffn: bool = True
 
     @property
-    def convolves(self) -> bool:
-        """Whether it mixes neighbouring tokens by a convolution in place of attention."""
+    def is_keyless(self) -> bool:
+        """Whether it mixes tokens without keys of its own, by what takes attention's place."""
         return self.has_attention and self.kv_groups == 0
 
 
@@ -68,7 +68,7 @@ class ModelShape:
     @property
     def has_equal_heads(self) -> bool:
         """Whether all blocks that attend have as many key-value groups."""
-        attending = (block for block in self.blocks if block.has_attention and not block.convolves)
+        attending = (block for block in self.blocks if block.has_attention and not block.is_keyless)
         return len({block.kv_groups for block in attending}) <= 1
 
     @property
@@ -78,7 +78,7 @@ class ModelShape:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all blocks are alike, so that one value for all describes them; convolutions are known elsewhere."""
+        """Whether all blocks are alike, so that one value describes them; which have no keys is known elsewhere."""
         kinds = {(block.ffn_width, block.has_attention, block.has_ffn) for block in self.blocks}
         return len(kinds) <= 1 and self.has_equal_heads
 
@@ -93,7 +93,7 @@ class ModelShape:
         return replace(
             self,
             blocks=tuple(
-                replace(block, kv_groups=n, has_attention=n > 0 or block.convolves) for block, n in blocks
+                replace(block, kv_groups=n, has_attention=n > 0 or block.is_keyless) for block, n in blocks
             ),
         )
 
@@ -134,7 +134,7 @@ class ModelShape:
         return replace(known, blocks=tuple(blocks)).with_origins(whole) == whole
 
 
-def require_supported(shape: ModelShape, where: str, convolving: Collection[int] = ()) -> None:
+def require_supported(shape: ModelShape, where: str, keyless: Collection[int] = ()) -> None:
     """Raise InputError for a shape whose blocks differ in more than FFN widths, key-value groups and attention.
 
     No file format is written for such models yet, and a file of the wrong shape would be worse than none.
@@ -142,13 +142,13 @@ def require_supported(shape: ModelShape, where: str, convolving: Collection[int]
     Args:
         shape: Of a model.
         where: File or folder named in the error.
-        convolving: Blocks in which a convolution takes attention's place, in the model's type.
+        keyless: Blocks in which something takes attention's place, in the model's type.
     """
     if not shape.blocks or not shape.blocks[0].has_attention:
         raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")
     for index, block in enumerate(shape.blocks):
         attends = block.kv_groups != 0
-        if not block.has_ffn or block.has_attention != (attends or index in convolving):
+        if not block.has_ffn or block.has_attention != (attends or index in keyless):
             raise InputError(
                 f"{where}: block {index} differs from the dense model's in more than its FFN width, its key-value "
                 "groups and its attention, which cannot be loaded or exported yet"

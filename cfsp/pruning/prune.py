@@ -254,7 +254,7 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
     """
     if settings.blocks:
         removable_blocks(model, int(settings.blocks))
-    if settings.attentions and spec_for(model.config).convolution:
+    if settings.attentions and spec_for(model.config).mixer:
         raise InputError(ATTENTIONS_STAY, field="attentions", value=settings.attentions, allowed="0")
     if settings.attentions:
         others = len(decoder_layers(model)) - int(settings.blocks) - 1

@@ -65,7 +65,7 @@ PARTS: Mapping[str, PartsAxis] = MappingProxyType(
             attention_left_out,
             lambda model, removal, gone: {"attention": removal},
             lambda shape, removed: shape.without(attentions=removed),
-            lambda shape: sum(block.has_attention and not block.convolves for block in shape.blocks),
+            lambda shape: sum(block.has_attention and not block.is_keyless for block in shape.blocks),
         ),
         "kv_groups": PartsAxis(
             lambda model, gone: removable_groups(model),

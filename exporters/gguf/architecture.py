@@ -14,10 +14,11 @@ of q and k (weights and biases) are interleaved; the others rotate halves, as Hu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from cfsp.models.gguf_file import tensor_names
 from cfsp.models.shape import BlockShape, ModelShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, open_tensors, read_config
 from exporters.export_record import ParityLimits
+from exporters.gguf.mixers import MixerTensor, Tiling, mixer_tensors
 from exporters.gguf.rope import BY_FREQUENCY
 
 FloatArray = npt.NDArray[np.float32]
@@ -106,6 +108,7 @@ _EXAONE4 = Layout(
     windowed_depth=64,
 )
 _LFM2 = Layout("lfm2", free_head_dim=False)
+_QWEN35 = Layout("qwen35")
 _HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
@@ -121,6 +124,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "exaone4": (_EXAONE4,),
         "hunyuan_v1_dense": (_HUNYUAN,),
         "lfm2": (_LFM2,),
+        "qwen3_5_text": (_QWEN35,),
     }
 )
 
@@ -183,6 +187,8 @@ class TensorSpec:
         sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
         interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
         offset: What is added to every number.
+        compute: What else is made of them; None for nothing.
+        tiling: How value heads of a delta net are ordered; None where there are none, or all are as in the sources.
         is_plain: Stored in float32 always.
     """
 
@@ -192,6 +198,8 @@ class TensorSpec:
     interleave_heads: int = 0
     offset: float = 0.0
     is_plain: bool = False
+    compute: Callable[[FloatArray], FloatArray] | None = None
+    tiling: Tiling | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -207,6 +215,8 @@ class TensorSpec:
         values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
         if self.offset:
             values = values + np.float32(self.offset)
+        if self.compute:
+            values = self.compute(values)
         if values.shape == self.shape or self.is_plain:
             return np.ascontiguousarray(values.reshape(self.shape))
         padded = np.zeros(self.shape, dtype=np.float32)
@@ -216,10 +226,20 @@ class TensorSpec:
     def stack(self, parts: Sequence[FloatArray]) -> FloatArray:
         """Rows of the sources in the order of the file's; what it pads is missing."""
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.tiling and values.ndim > self.tiling.axis:
+            values = self.tiling.tiled(values)
         return interleave_halves(values, self.interleave_heads) if self.interleave_heads else values
+
+    def of_inputs(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values of a module's inputs, (..., in_features), in the order of the file's columns."""
+        if self.tiling is None or self.tiling.axis == 0:
+            return values
+        return replace(self.tiling, axis=-1).tiled(values)
 
     def split(self, values: FloatArray) -> dict[str, FloatArray]:
         """What `build` would have to read to make a matrix: name of a source -> its values."""
+        if self.tiling:
+            values = self.tiling.grouped(values)
         if self.interleave_heads:
             values = join_halves(values, self.interleave_heads)
         ends = np.cumsum([shape[0] for _, shape in self.sources])
@@ -312,7 +332,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
 
 def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> _Obstacles:
     """What blocks have and lack."""
-    misplaced = _biased(stored) - layout.biases
+    misplaced, mixer = _biased(stored) - layout.biases, config.spec.mixer
     stay = layout.unrotated_step or (layout.windowed_depth and config.narrowest)
     instead = (
         "channels and tokens can go (--prune-ratio, --vocabulary)"
@@ -326,8 +346,8 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
             f"no blocks without attention, {instead}",
         ),
         (
-            config.convolution_length and all(config.kv_heads),
-            "a convolution in some block, without which llama.cpp ends the process",
+            mixer and all(config.kv_heads),
+            f"{mixer.name if mixer else 'what mixes'} in some block, without which llama.cpp ends the process",
         ),
         (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
@@ -356,7 +376,18 @@ def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
             "one base of the rope in all blocks",
         ),
         (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
+        (
+            config.rope_sections and not _turn_all(config),
+            "sections of the rope (mrope_section) that hold each of a head's frequencies",
+        ),
     )
+
+
+def _turn_all(config: ModelConfig) -> bool:
+    """Whether llama.cpp turns all frequencies of a text: each third by one section, and no more than a head has."""
+    sections, total = config.rope_sections, sum(config.rope_sections)
+    places = (frequency % total for frequency in range((config.rotary_dim or 0) // 2)) if total else [0]
+    return total <= config.head_dim and all(place < 3 * sections[place % 3] for place in places)
 
 
 def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
@@ -368,6 +399,10 @@ def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
         (
             not layout.free_head_dim and widths != {config.hidden_size},
             "head_dim must be hidden_size / num_attention_heads",
+        ),
+        (
+            config.delta_net and config.delta_net.key_head_dim != config.delta_net.value_head_dim,
+            "key heads and value heads of a delta net of one size",
         ),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
@@ -423,8 +458,10 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
         rows = sum(shape[0] for _, shape in sources)
         yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}"), (rows, config.hidden_size), sources)
-    if config.shape.blocks[block].convolves:
-        yield _kernels(chosen, f"{prefix}.{config.spec.convolution}.conv")
+    if config.shape.blocks[block].is_keyless:
+        for tensor in mixer_tensors(config):
+            shapes.pop(tensor.module, None)
+            yield _mixer_spec(chosen, prefix, tensor)
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -436,11 +473,15 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
             yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
 
 
-def _kernels(chosen: ChosenLayout, module: str) -> TensorSpec:
-    """Of a convolution: as torch has them, (hidden_size, 1, length), and as llama.cpp does, (hidden_size, length)."""
-    rows, length = chosen.config.hidden_size, chosen.config.convolution_length
-    sources = ((f"{module}.weight", (rows, 1, length)),)
-    return TensorSpec(chosen.name(module), (rows, length), sources, is_plain=True)
+def _mixer_spec(chosen: ChosenLayout, block: str, tensor: MixerTensor) -> TensorSpec:
+    return TensorSpec(
+        chosen.name(f"{block}.{tensor.module}").removesuffix(".weight") + tensor.suffix,
+        tensor.stored,
+        ((f"{block}.{tensor.parameter}", tensor.shape),),
+        is_plain=tensor.is_plain,
+        compute=tensor.compute,
+        tiling=tensor.tiling,
+    )
 
 
 def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
@@ -449,14 +490,13 @@ def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int
     kv = (block.kv_groups or 0) * config.head_dim
     q = kv * config.heads_per_group
     mixing: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (q, hidden),
+        "self_attn.q_proj": (q * (2 if spec.gated else 1), hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         f"self_attn.{spec.output}": (hidden, q),
     }
-    if block.convolves:
-        mixer = spec.convolution
-        mixing = {f"{mixer}.in_proj": (3 * hidden, hidden), f"{mixer}.out_proj": (hidden, hidden)}
+    if block.is_keyless:
+        mixing = {tensor.module: tensor.shape for tensor in mixer_tensors(config) if tensor.is_linear}
     shapes: dict[str, tuple[int, ...]] = {
         **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
         **mixing,
@@ -465,7 +505,7 @@ def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int
         f"{spec.mlp}.{spec.up}": (width, hidden),
         f"{spec.mlp}.{spec.down}": (hidden, width),
     }
-    if (norms := spec.head_norms) and not block.convolves:
+    if (norms := spec.head_norms) and not block.is_keyless:
         sizes = (
             {norms.query: q, norms.key: kv}
             if norms.joint

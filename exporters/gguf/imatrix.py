@@ -16,7 +16,7 @@ from cfsp.devices import placed
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
 from cfsp.pruning.moments import collect_input_moments
-from exporters.gguf.architecture import linear_inputs, read_layout
+from exporters.gguf.architecture import linear_inputs, read_layout, tensor_specs
 from exporters.gguf.quants import Quant
 
 Imatrix = Mapping[str, npt.NDArray[np.float32]]
@@ -65,6 +65,7 @@ def read_imatrix(
                 )
         return {}
     chosen = read_layout(checkpoint)
+    specs = {spec.name: spec for spec in tensor_specs(chosen)}
     result: dict[str, npt.NDArray[np.float32]] = {}
     for module, in_features in linear_inputs(chosen.config).items():
         if module not in moments:
@@ -72,7 +73,8 @@ def read_imatrix(
         values = _checked(module, moments[module], in_features)
         if chosen.padded_width and module.endswith(f".{chosen.config.spec.down}"):
             values = np.pad(values, (0, chosen.padded_width - len(values)))
-        result[chosen.name(module)] = floored(values)
+        name = chosen.name(module)
+        result[name] = floored(specs[name].of_inputs(values))
     return result
 
 

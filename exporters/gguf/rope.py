@@ -34,7 +34,10 @@ def rope_metadata(config: ModelConfig) -> Keys:
     Raises:
         InputError: A scaling that llama.cpp does not compute.
     """
-    keys: Keys = {"rope.dimension_count": config.head_dim, "rope.freq_base": float(config.rope_theta)}
+    keys: Keys = {
+        "rope.dimension_count": config.rotary_dim or config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+    }
     if config.rope_scaling is None:
         return keys
     kind = config.rope_scaling["rope_type"]

@@ -115,7 +115,7 @@ def _wanted_caches(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]
     """Each cache: heads and their numbers, or channels and tokens of a convolution."""
     mixing = [block for block in config.shape.blocks if block.has_attention]
     for index, block in enumerate(mixing):
-        if block.convolves:
+        if block.is_keyless:
             yield f"past_conv.{index}", (config.hidden_size, config.convolution_length)
         else:
             for part in ("key", "value"):

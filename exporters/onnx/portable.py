@@ -34,7 +34,7 @@ def require_optimum() -> None:
 
 def check_portable(shape: ModelShape) -> None:
     """Raise InputError for a model that optimum's exporter cannot take, and MissingExtraError where it is not there."""
-    if any(block.convolves for block in shape.blocks):
+    if any(block.is_keyless for block in shape.blocks):
         raise InputError(
             "optimum exports no blocks with a short convolution",
             field="portable",

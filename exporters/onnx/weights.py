@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import (
     FULL,
     WINDOWED,
+    ArchitectureSpec,
     attention_of,
-    convolution_of,
     decoder_layers,
     feed_forward,
+    mixer_of,
     norm_epsilon,
     rotated_blocks,
     spec_for,
@@ -154,6 +156,7 @@ def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor)
 def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
     """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
+    check_mixer(spec)
     positions = list(_positions(model, weights))
     made = []
     for index in blocks:
@@ -223,20 +226,43 @@ def _mixer(
 ) -> Attention | ShortConvolution | None:
     if attention := attention_of(model, layer):
         return _attention(model, attention, name, weights, positions)
-    convolution = convolution_of(model, layer)
-    return None if convolution is None else _convolution(model, convolution, name, weights)
+    mixer, module = spec_for(model.config).mixer, mixer_of(model, layer)
+    return _MIXERS[mixer.kind](model, module, name, weights) if mixer and module else None
 
 
-def _convolution(model: Any, convolution: Any, name: str, weights: Weights) -> ShortConvolution:
+def _convolution(model: Any, convolution: Any, block: str, weights: Weights) -> ShortConvolution:
     spec, kernels = spec_for(model.config), convolution.conv
-    prefix = f"{name}.{spec.convolution}"
+    prefix = f"{block}.{spec.mixer.module}" if spec.mixer else block
     return ShortConvolution(
-        input_norm=_norm_before(model, name, spec.attention_norm, weights),
+        input_norm=_norm_before(model, block, spec.attention_norm, weights),
         in_proj=_linear(f"{prefix}.in_proj", convolution.in_proj, weights),
         kernels=weights.stored(kernels.weight.squeeze(1).T),
         out_proj=_linear(f"{prefix}.out_proj", convolution.out_proj, weights),
         bias=None if kernels.bias is None else weights.stored(kernels.bias),
     )
+
+
+_MIXERS: Mapping[str, Callable[[Any, Any, str, Weights], ShortConvolution]] = MappingProxyType(
+    {"conv": _convolution}
+)
+"""Of what takes attention's place in some blocks, by what `layer_types` calls these: how its weights are found."""
+
+
+def has_graph(spec: ArchitectureSpec) -> bool:
+    """Whether graphs are written of a model type."""
+    return spec.mixer is None or spec.mixer.kind in _MIXERS
+
+
+def check_mixer(spec: ArchitectureSpec) -> None:
+    """Raise InputError for a model type of which no graphs are written."""
+    if spec.mixer and not has_graph(spec):
+        raise InputError(
+            f"no graph is written of blocks with {spec.mixer.name}, which want a cache of their own beside keys and "
+            "values",
+            field="model_type",
+            value=spec.model_type,
+            allowed="GGUF",
+        )
 
 
 def _attention(model: Any, attention: Any, name: str, weights: Weights, positions: _Positions) -> Attention:

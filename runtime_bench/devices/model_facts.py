@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import GGUFFile, GGUFTensor, read_gguf
+from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, read_gguf
 
 _TABLE, _HEAD = "token_embd.weight", "output.weight"
 
@@ -65,7 +65,8 @@ def gguf_facts(path: Path) -> ModelFacts:
     heads, hidden = largest("attention.head_count"), largest("embedding_length")
     size = hidden // heads
     per_head = largest("attention.key_length", size) + largest("attention.value_length", size)
-    layers, shared = largest("block_count"), _numbers(file, "attention.head_count_kv", heads)
+    keyless = sum(name.endswith(CONVOLUTIONS) for name in tensors)
+    layers, shared = largest("block_count") - keyless, _numbers(file, "attention.head_count_kv", heads)
     return ModelFacts(
         path=path,
         weight_bytes=sum(map(_bytes, tensors.values())),

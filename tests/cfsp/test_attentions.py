@@ -22,7 +22,7 @@ from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
-FAMILIES = [name for name, row in ARCHITECTURES.items() if not row.convolution]
+FAMILIES = [name for name, row in ARCHITECTURES.items() if not row.mixer]
 PLAIN = PruneSettings(prune_ratio=0, attentions=2, align=8, reconstruct="none", dtype="float32")
 
 

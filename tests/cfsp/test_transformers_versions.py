@@ -34,6 +34,8 @@ HERE = int(transformers.__version__.partition(".")[0])
 OTHER = 9 - HERE
 IDS = torch.arange(60).view(2, 30)
 TEXT = "It's 12 o'clock,\n\n and <|im_start|> the capital of France is Paris."
+ONLY_IN_5 = ("qwen3_5_text",)
+"""Model types that transformers 4 does not know."""
 WIDTHS = {"different": (96, 64, 128, 32), "uniform": (64, 64, 64, 64)}
 SCALED_ROPES: dict[str, dict[str, Any]] = {
     "longrope": {
@@ -133,14 +135,15 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
-    for model_type, row in ARCHITECTURES.items():
+    for model_type in ARCHITECTURES.keys() - ONLY_IN_5:
+        row = ARCHITECTURES[model_type]
         for tied in (True, False):
             for kind, widths in WIDTHS.items():
                 model, tokenizer = tiny_model(model_type, tied)
                 for layer, width in zip(decoder_layers(model), widths, strict=True):
                     cut_channels(feed_forward(model, layer), torch.arange(width))
                 if kind == "different" and not tied:
-                    if not row.convolution:
+                    if not row.mixer:
                         remove_attention(model, decoder_layers(model)[2])
                     if row.cuts_heads:
                         cut_groups(decoder_layers(model)[1].self_attn, (1,))

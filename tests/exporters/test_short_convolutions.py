@@ -16,7 +16,7 @@ from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import attention_of, decoder_layers
-from cfsp.models.gguf_file import CONVOLUTION, read_gguf
+from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.blocks import candidate_blocks
 from exporters.export_record import ParityLimits
@@ -52,8 +52,8 @@ def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -
     assert records["f32"]["parity"]["same_top1"] == 1
     for record in records.values():
         assert record["architecture"] == "lfm2"
-        assert not any(CONVOLUTION in name for one in record["fallbacks"] for name in one["tensors"])
-        kernels = [t for t in read_gguf(files[1] / record["file"]).tensors if t.name.endswith(CONVOLUTION)]
+        assert not any(name.endswith(CONVOLUTIONS) for one in record["fallbacks"] for name in one["tensors"])
+        kernels = [t for t in read_gguf(files[1] / record["file"]).tensors if t.name.endswith(CONVOLUTIONS)]
         assert {tensor.kind.name for tensor in kernels} == {"F32"}
 
 
@@ -157,7 +157,7 @@ def test_optimum_is_refused_in_a_line(
 
 def test_llama_cpp_is_given_no_file_without_a_convolution(tiny_folder: TinyPath) -> None:
     """It would end the process."""
-    with pytest.raises(InputError, match="lfm2: a convolution in some block"):
+    with pytest.raises(InputError, match="lfm2: a short convolution in some block"):
         read_layout(tiny_folder("lfm2", layer_types=["full_attention"] * 4))
 
 

@@ -83,6 +83,18 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
             },
         ),
         (
+            "qwen3_5_text",
+            {
+                "model": ("ok", "2 key-value heads, each read by 2 in 2 blocks, a gated delta net in 2"),
+                "remove: FFN channels": ("warning", "one width for all"),
+                "remove: key-value groups": ("warning", "few blocks attend"),
+                "remove: attentions": ("warning", "few blocks attend"),
+                "remove: blocks": ("ok", "GGUF as qwen35 (--blocks)"),
+                "GGUF": ("ok", "qwen35"),
+                "ONNX": ("warning", "no graph is written of blocks with a gated delta net"),
+            },
+        ),
+        (
             "lfm2",
             {
                 "model": ("ok", "2 key-value heads, each read by 2 in 2 blocks, a short convolution in 2"),

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     Exaone4ForCausalLM,
@@ -138,6 +139,8 @@ class PerLayerWidths:
     """What else of a block has nothing to do where it does not attend."""
     _ffn: tuple[str, str] = ("mlp", "down_proj")
     """Of a block its FFN, and of that the last matrix."""
+    _sized = False
+    """Whether an FFN is told its width beside the configuration."""
     model: Any
     config: Any
 
@@ -147,8 +150,9 @@ class PerLayerWidths:
         super().__init__(uniform_config(config, max(widths)), *args, **kwargs)  # type: ignore[call-arg]
         for index, layer in enumerate(self.model.layers):
             if widths[index] != max(widths):
-                mlp = getattr(layer, self._ffn[0])
-                setattr(layer, self._ffn[0], type(mlp)(uniform_config(self.config, widths[index])))
+                mlp = type(getattr(layer, self._ffn[0]))
+                arguments = (widths[index],) if self._sized else ()
+                setattr(layer, self._ffn[0], mlp(uniform_config(self.config, widths[index]), *arguments))
             if index in without:
                 leave_out_attention(layer, self._of_attention)
             elif kv_heads[index] != self.config.num_key_value_heads:
@@ -225,3 +229,14 @@ class PrunedLfm2ForCausalLM(PerLayerWidths, Lfm2ForCausalLM):  # type: ignore[mi
     """LFM 2 with blocks of different widths."""
 
     _ffn = ("feed_forward", "w2")
+
+
+if hasattr(transformers, "Qwen3_5ForCausalLM"):  # not in transformers 4
+
+    class PrunedQwen3_5ForCausalLM(  # noqa: N801  # transformers' name
+        PerLayerWidths,
+        transformers.Qwen3_5ForCausalLM,  # type: ignore[misc]
+    ):
+        """Qwen 3.5's text models with blocks of different widths."""
+
+        _sized = True

@@ -22,7 +22,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
 ATTENTIONS_STAY = (
-    "few blocks attend, as a convolution takes the place of attention in the others, and these stay"
+    "few blocks attend, as something else takes the place of attention in the others, and these stay"
 )
 
 
@@ -66,9 +66,9 @@ def check_attentions(candidates: Sequence[int], count: int) -> None:
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
     """Blocks that can do without their attention: all that stay and have one, but the first of each kind.
 
-    Where most blocks do without already, as a convolution takes its place, none can.
+    Where most blocks do without already, as something else takes its place, none can.
     """
-    if spec_for(model.config).convolution:
+    if spec_for(model.config).mixer:
         return []
     layers = enumerate(decoder_layers(model))
     stay = [index for index, layer in layers if index not in gone and attention_of(model, layer)]

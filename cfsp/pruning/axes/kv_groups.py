@@ -113,7 +113,7 @@ def removable_count(model: Any, ratio: float, without: frozenset[int] = frozense
 
 def groups_stay(spec: ArchitectureSpec) -> str | None:
     """Why no group of a model type can go; None where some can."""
-    if spec.convolution:
+    if spec.mixer:
         return ATTENTIONS_STAY
     return None if spec.cuts_heads else _NORMED_TOGETHER
 
