@@ -76,6 +76,8 @@ CHAT_TEMPLATE = (
 TinyModel = Callable[..., tuple[Any, Any]]
 TinyPath = Callable[..., Path]
 MakeRecord = Callable[..., BenchRecord]
+InProcesses = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 _PRE_NAMES = {
@@ -513,6 +515,22 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     if mounted:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)  # files may still be mapped
+
+
+@pytest.fixture(scope="session")
+def in_processes() -> InProcesses:
+    """`in_processes(count, *arguments)` of a finished Python that torch's launcher started so many times; 1: alone.
+
+    It is what accelerate's launcher runs for several GPUs; for several processes on a CPU that would want MPI.
+    """
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+    one_thread = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, *((*launcher, str(count)) if count > 1 else ()), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | one_thread)
+
+    return run
 
 
 @pytest.fixture(scope="session")

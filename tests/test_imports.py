@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
 ROOMS = {
     "cfsp": (
-        {"errors", "progress", "precision", "child_process"},
+        {"errors", "progress", "precision", "processes", "child_process"},
         {"files", "reading", "validation", "units", "plugins", "settings"},
         {"records", "devices", "memory"},
         {"models"},

@@ -37,6 +37,7 @@ from cfsp.models.architectures import (
 )
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
+from cfsp.processes import mine, number_summed, summed
 from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.axes.removal import attention_left_out
 from cfsp.pruning.reconstruction import solve_change
@@ -64,7 +65,7 @@ def prune_block_by_block(cut: Cut) -> None:
     last = max((*changed, *cut.groups), default=-1)
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
-        dense, calls = enter_blocks(cut.model, layers, cut.input_ids)
+        dense, calls = enter_blocks(cut.model, layers, mine(cut.input_ids))
         pruned = dense
         for index in (index for index in range(last + 1) if index not in cut.gone):
             with at_hand(layers[index], *_blocks_going_after(layers, index, cut.gone)):
@@ -250,5 +251,6 @@ class _Columns:
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The kept weights, (out_features, n_kept)."""
-        change = solve_change(self.gram.mean(self.n_tokens), self.missing.div_(self.n_tokens), ridge)
+        n_tokens = round(number_summed(self.n_tokens))
+        change = solve_change(self.gram.mean(n_tokens), summed(self.missing).div_(n_tokens), ridge)
         return (self.columns.double() + change).to(self.columns.dtype)

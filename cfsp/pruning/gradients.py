@@ -27,6 +27,7 @@ from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward,
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
+from cfsp.processes import mine, number, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import gradient_hook
 
@@ -76,17 +77,19 @@ def collect_gradients(
     Args:
         model: A causal LM of the architecture table, in eval mode; unchanged, and no parameter gets a gradient.
         input_ids: (nsamples, seqlen) int64.
-        seed: Of the drawn labels.
+        seed: Of the drawn labels; those of several processes are others.
         progress: Told after each window, or block.
 
     Raises:
         InputError: A gradient is not finite.
     """
     sums = [_Sums(feed_forward(model, layer)) for layer in decoder_layers(model)]
-    _run_backwards(model, [(block.ffn.down, block.add) for block in sums], input_ids, seed, progress)
-    n_tokens = input_ids.numel()
+    windows, watched = mine(input_ids), [(block.ffn.down, block.add) for block in sums]
+    _run_backwards(model, watched, windows, seed + number(), progress)
+    n_tokens = number_summed(windows.numel())
     result = tuple(
-        ChannelGradients(s.output / n_tokens, s.taylor / n_tokens, s.fisher / n_tokens) for s in sums
+        ChannelGradients(*(summed(total) / n_tokens for total in (block.output, block.taylor, block.fisher)))
+        for block in sums
     )
     for index, block in enumerate(result):
         if not bool(torch.isfinite(block.fisher).all()):

@@ -11,6 +11,7 @@ import torch
 from cfsp.models.architectures import block_linears, decoder_layers
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
+from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.streaming import input_hook
 
@@ -43,6 +44,7 @@ def collect_input_moments(
         Module name -> (in_features,) float32; what llama.cpp calls an importance matrix.
     """
     sums: dict[str, torch.Tensor] = {}
+    windows = mine(input_ids)
 
     def add(name: str, x: torch.Tensor) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
@@ -51,14 +53,15 @@ def collect_input_moments(
 
     layers, linears = decoder_layers(model), block_linears(model)
     with torch.inference_mode():
-        hidden, calls = enter_blocks(model, layers, input_ids)
+        hidden, calls = enter_blocks(model, layers, windows)
         for index, layer in enumerate(layers):
             with at_hand(layer), ExitStack() as stack:
                 for name, linear in linears[index].items():
                     stack.enter_context(input_hook(linear, partial(add, name)))
                 hidden = [run_layer(layer, state, calls[index]) for state in hidden]
             progress("measuring activations", index + 1, len(layers))
-    return {name: (total / input_ids.numel()).float().cpu() for name, total in sums.items()}
+    n_tokens = number_summed(windows.numel())
+    return {name: (summed(total) / n_tokens).float().cpu() for name, total in sums.items()}
 
 
 def sums_of_squares(x: torch.Tensor) -> torch.Tensor:

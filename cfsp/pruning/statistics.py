@@ -26,6 +26,7 @@ from cfsp.files import large_temporary
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
+from cfsp.processes import mine, number_summed, summed
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import ChannelGradients
 from cfsp.pruning.moments import sums_of_squares
@@ -127,6 +128,12 @@ class _BlockSums:
         for name, metric in COARSE_METRICS.items():
             self.importance[name] += float(metric(h_in.float(), h_out.float()).sum(dtype=torch.float64))
 
+    def sum_up(self) -> None:
+        """Let sums over this process's windows become those over all processes', the Gram matrix's apart."""
+        self.importance = {name: number_summed(total) for name, total in self.importance.items()}
+        for total in (self.x_sum, self.x_square):
+            summed(total)
+
 
 def collect_statistics(
     model: Any,
@@ -149,10 +156,11 @@ def collect_statistics(
     grams = GramStore() if with_gram else None
     importance: dict[str, list[float]] = {name: [] for name in COARSE_METRICS}
     channels = []
-    n_tokens = input_ids.numel()
+    windows = mine(input_ids)
+    n_tokens = round(number_summed(windows.numel()))
     layers = decoder_layers(model)
     with torch.inference_mode():
-        hidden, calls = enter_blocks(model, layers, input_ids)
+        hidden, calls = enter_blocks(model, layers, windows)
         for index, layer in enumerate(layers):
             ffn = feed_forward(model, layer)
             sums = _BlockSums(ffn.width, with_gram, model.device)
@@ -160,6 +168,7 @@ def collect_statistics(
                 for window, h_in in enumerate(hidden):
                     hidden[window] = run_layer(layer, h_in, calls[index])
                     sums.add_block(h_in, hidden[window])
+            sums.sum_up()
             for name, total in sums.importance.items():
                 importance[name].append(total / n_tokens)
             if not bool(torch.isfinite(sums.x_square).all()):
@@ -171,4 +180,4 @@ def collect_statistics(
                 grams.put(index, sums.gram.mean(n_tokens))
             progress("calibrating", index + 1, len(layers))
     values = {name: torch.tensor(v, dtype=torch.float64) for name, v in importance.items()}
-    return BlockStatistics(values, tuple(channels), grams, n_tokens)
+    return BlockStatistics(values, tuple(channels), grams, input_ids.numel())

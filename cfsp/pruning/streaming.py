@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cfsp.processes import summed
+
 _GRAM_TILE = 384
 
 
@@ -25,8 +27,11 @@ class GramSum:
             self._upper[rows, start:] += x[:, rows].T @ x[:, start:]
 
     def mean(self, n_tokens: int) -> torch.Tensor:
-        """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over."""
-        result, width = self._upper, self._upper.shape[0]
+        """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over.
+
+        The sum, like T, is that of all processes.
+        """
+        result, width = summed(self._upper), self._upper.shape[0]
         for start in range(0, width, _GRAM_TILE):
             tile = slice(start, start + _GRAM_TILE)
             square = result[tile, tile]

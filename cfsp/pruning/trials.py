@@ -18,6 +18,7 @@ from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
+from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress
 from cfsp.pruning.axes.attention import removable_attentions
 from cfsp.pruning.axes.blocks import candidate_blocks
@@ -189,12 +190,12 @@ class Trials:
         )
         total = 0.0
         with torch.inference_mode(), products_in(plan.settings.dtype, pruned.device.type):
-            for window in self._judged:
+            for window in (windows := mine(self._judged)):
                 expected, actual = (
                     _log_probabilities(model, window) for model in (self.loaded.model, pruned)
                 )
                 total += float((expected.exp() * (expected - actual)).sum(-1).mean())
-        return max(total / len(self._judged), 0.0)
+        return max(number_summed(total) / number_summed(len(windows)), 0.0)
 
 
 def _counts(most: int, parts: int) -> list[int]:

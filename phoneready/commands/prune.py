@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cfsp.errors import InputError
-from cfsp.files import claim_output, record_head, refuse_existing
+from cfsp.files import record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import setting
 from exporters.families import DEFAULT_FORMAT, required_multiple
@@ -25,7 +25,8 @@ from phoneready.commands.options import (
     TrustOption,
     was_given,
 )
-from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.commands.processes import shared_passes
+from phoneready.console import prepare_torch, write_result
 from phoneready.settings.schema import PruneConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
@@ -53,7 +54,8 @@ def prune(
 ) -> None:
     """Remove FFN channels with CFSP and solve down_proj anew for what is left; other options remove more.
 
-    The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside.
+    The result is a Hugging Face folder that transformers loads, with the plan and where it came from inside. `torchrun
+    --standalone --nproc_per_node 2 -m phoneready prune ...` shares the calibration text among two processes.
     """
     wanted = _output(output, plan, plan_only, settings)
     inputs = [Path(name) for name in (model, plan, *settings.calibration, *settings.vocabulary_text) if name]
@@ -62,6 +64,7 @@ def prune(
     prepare_torch(threads)
     from cfsp.devices import find_device
     from cfsp.models.reference import load_model
+    from cfsp.processes import first_ahead
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
     from phoneready.text import load_calibration
@@ -69,11 +72,7 @@ def prune(
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready, references = _given_plan(context, plan, settings)
-    with (
-        claim_output(wanted),
-        show_progress() as progress,
-        TemporaryDirectory(prefix="phoneready-") as scratch,
-    ):
+    with shared_passes(wanted) as (writes, progress), TemporaryDirectory(prefix="phoneready-") as scratch:
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
@@ -85,16 +84,20 @@ def prune(
         check = shape_check(settings, chosen, loaded.model)
         budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
         sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
-        drawn = load_calibration(references, loaded, **sizes, progress=progress)
+        with first_ahead():
+            drawn = load_calibration(references, loaded, **sizes, progress=progress)
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
         if plan_only:
             result = plan_model(loaded, drawn, chosen, **asked, only_plan=True, progress=progress).plan
-            write_record(plan_only, result)
         else:
             made = prune_model(loaded, drawn, chosen, plan=ready, **asked, progress=progress)
             result = made.plan
-            _save(made, wanted, seed=seed, force=force, progress=progress)
-    write_result(format_plan(result, wanted), _summary(result), as_json=json)
+        if writes:
+            if plan_only:
+                write_record(plan_only, result)
+            else:
+                _save(made, wanted, seed=seed, force=force, progress=progress)
+            write_result(format_plan(result, wanted), _summary(result), as_json=json)
 
 
 def _save(made: PruneResult, output: Path, *, seed: int, force: bool, progress: Progress) -> None:

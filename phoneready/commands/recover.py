@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cfsp.errors import PhonereadyError
 from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings
 from cfsp.settings import setting
 from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, TrustOption
+from phoneready.commands.processes import one_voice
 from phoneready.console import prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
@@ -54,7 +51,7 @@ def recover(
     """
     inputs = [Path(name) for name in (checkpoint, teacher, *references.data, *references.validation) if name]
     refuse_existing(output, force=force, inputs=inputs)
-    with _one_voice():
+    with one_voice():
         prepare_torch(threads)
         from cfsp.recovery.recover import check_outcome
         from cfsp.recovery.recover import recover as run_recovery
@@ -97,14 +94,3 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
         f"Written to {output}.",
     ]
     return "\n".join(lines)
-
-
-@contextmanager
-def _one_voice() -> Iterator[None]:
-    """Of several processes on a machine that fail alike, only the first says why."""
-    try:
-        yield
-    except PhonereadyError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        raise typer.Exit(error.exit_code) from None

@@ -19,6 +19,7 @@ from torch import nn
 from cfsp.models.architectures import decoder_layers, last_norm
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import weightless
+from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress, no_progress
 
 _EVERY = 4
@@ -135,7 +136,7 @@ class Probe:
         layers, parts = decoder_layers(self.model), self.parts
         sums = dict.fromkeys(candidates, 0.0)
         with torch.inference_mode():
-            for window in torch.split(self.input_ids, 1):
+            for window in torch.split(windows := mine(self.input_ids), 1):
                 (hidden,), calls = enter_blocks(self.model, layers, window)
                 expected = self._log_probabilities(_run(layers, calls, 0, hidden))
                 with ExitStack() as stack:
@@ -152,7 +153,8 @@ class Probe:
                             actual = self._log_probabilities(_run(layers, calls, index + 1, without))
                             sums[part] += float((expected.exp() * (expected - actual)).sum(-1).mean())
                         hidden = run_layer(layer, hidden, calls[index])
-        return {part: max(total / len(self.input_ids), 0.0) for part, total in sums.items()}
+        n_windows = number_summed(len(windows))
+        return {part: max(number_summed(total) / n_windows, 0.0) for part, total in sums.items()}
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = last_norm(self.model)(hidden[:, ::_EVERY])
