@@ -86,6 +86,7 @@ class ArchitectureSpec:
         alpha_rope: Whether a `dynamic` rope with an alpha is a plain one of another base.
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
+        left_out: How names of tensors begin that folders have beside the model: heads that draft further tokens.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
         gguf_settings: Settings of the configuration that no model has otherwise -> where a GGUF file has them, behind
             the architecture's name; or what they are in every file.
@@ -119,6 +120,7 @@ class ArchitectureSpec:
     plain_window_rope: bool = False
     alpha_rope: bool = False
     scale_setting: str = ""
+    left_out: tuple[str, ...] = ()
     gguf_name: str | None = None
     gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)
     gguf_interleaved: bool = False
@@ -253,6 +255,7 @@ _ROWS = (
         norm_offset=1.0,
         gated=True,
         partial_rope=True,
+        left_out=("mtp.",),
     ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})

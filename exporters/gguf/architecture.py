@@ -436,7 +436,8 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     if not config.tie_word_embeddings:
         specs.append(_plain("lm_head", embedding, chosen))
     used = {name for spec in specs for name, _ in spec.sources}
-    unknown = sorted(n for n in chosen.stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
+    rest = (name for name in chosen.stored - used - ignored if not name.startswith(config.spec.left_out))
+    unknown = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise InputError(
             f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}"

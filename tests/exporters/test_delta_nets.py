@@ -159,6 +159,16 @@ def test_of_a_folder_that_can_see_the_text_part_is_taken(tiny_folder: TinyPath, 
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
 
 
+def test_heads_that_draft_tokens_are_left_out(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    folder = tiny_folder("qwen3_5_text")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights |= {"mtp.norm.weight": torch.ones(64), "mtp.fc.weight": torch.ones(64, 128)}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (record,) = export_gguf(folder, tmp_path / "out", ("f32",), OPTIONS)
+    assert record.parity.max_logit_diff < 1e-3
+    assert not any("nextn" in tensor.name for tensor in read_gguf(tmp_path / "out" / record.file).tensors)
+
+
 def load_model_of(weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
     import transformers
 
