@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,8 +187,7 @@ def read_config(folder: Path) -> ModelConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
-        convolution_length=config.get("conv_L_cache", 0) if spec.mixer else 0,
-        delta_net=_delta_net(config) if spec.mixer and "linear_num_key_heads" in config else None,
+        **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if spec.partial_rope else None,
         rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
     )
@@ -202,6 +201,15 @@ def _delta_net(config: Mapping[str, Any]) -> DeltaNet:
         value_head_dim=config["linear_value_head_dim"],
         length=config["linear_conv_kernel_dim"],
     )
+
+
+_MIXER_SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = MappingProxyType(
+    {
+        "conv": lambda config: {"convolution_length": config["conv_L_cache"]},
+        "linear_attention": lambda config: {"delta_net": _delta_net(config)},
+    }
+)
+"""What `layer_types` calls blocks in which something takes attention's place -> its sizes, fields of `ModelConfig`."""
 
 
 def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:

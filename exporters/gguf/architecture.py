@@ -347,7 +347,7 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
         ),
         (
             mixer and all(config.kv_heads),
-            f"{mixer.name if mixer else 'what mixes'} in some block, without which llama.cpp ends the process",
+            f"{mixer.name if mixer else ''} in some block, without which llama.cpp ends the process",
         ),
         (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),

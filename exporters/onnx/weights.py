@@ -227,14 +227,18 @@ def _mixer(
     if attention := attention_of(model, layer):
         return _attention(model, attention, name, weights, positions)
     mixer, module = spec_for(model.config).mixer, mixer_of(model, layer)
-    return _MIXERS[mixer.kind](model, module, name, weights) if mixer and module else None
+    if mixer is None or module is None:
+        return None
+    input_norm = _norm_before(model, name, spec_for(model.config).attention_norm, weights)
+    return _MIXERS[mixer.kind](module, f"{name}.{mixer.module}", input_norm, weights)
 
 
-def _convolution(model: Any, convolution: Any, block: str, weights: Weights) -> ShortConvolution:
-    spec, kernels = spec_for(model.config), convolution.conv
-    prefix = f"{block}.{spec.mixer.module}" if spec.mixer else block
+def _convolution(
+    convolution: Any, prefix: str, input_norm: torch.Tensor | None, weights: Weights
+) -> ShortConvolution:
+    kernels = convolution.conv
     return ShortConvolution(
-        input_norm=_norm_before(model, block, spec.attention_norm, weights),
+        input_norm=input_norm,
         in_proj=_linear(f"{prefix}.in_proj", convolution.in_proj, weights),
         kernels=weights.stored(kernels.weight.squeeze(1).T),
         out_proj=_linear(f"{prefix}.out_proj", convolution.out_proj, weights),
@@ -242,8 +246,8 @@ def _convolution(model: Any, convolution: Any, block: str, weights: Weights) -> 
     )
 
 
-_MIXERS: Mapping[str, Callable[[Any, Any, str, Weights], ShortConvolution]] = MappingProxyType(
-    {"conv": _convolution}
+_MIXERS: Mapping[str, Callable[[Any, str, torch.Tensor | None, Weights], ShortConvolution]] = (
+    MappingProxyType({"conv": _convolution})
 )
 """Of what takes attention's place in some blocks, by what `layer_types` calls these: how its weights are found."""
 

@@ -115,6 +115,20 @@ def test_a_graph_is_judged_as_its_checkpoint_is(files: tuple[Path, Path], graphs
     theirs.close()
 
 
+def test_a_folder_may_name_the_blocks_that_attend(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """As the first published ones do; GenAI and transformers.js read what every block is."""
+    folder = tiny_folder("lfm2")
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    kinds = settings.pop("layer_types")
+    file.write_text(json.dumps(settings | {"full_attn_idxs": [1, 3]}))
+    export_onnx(folder, tmp_path / "out", ["fp32"], ExportOptions(n_threads=1))
+    written = tmp_path / "out" / "fp32"
+    assert json.loads((written / "config.json").read_text())["layer_types"] == kinds
+    genai = json.loads((written / "genai_config.json").read_text())["model"]
+    assert (genai["type"], genai["decoder"]["layer_types"]) == ("lfm2", kinds)
+
+
 @pytest.mark.parametrize("variant", ["fp32", "int8", "int4"])
 def test_genai_generates_what_the_graph_generates(graphs: Path, variant: str) -> None:
     genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
