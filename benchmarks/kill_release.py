@@ -28,12 +28,13 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISH = "publish"
@@ -136,6 +137,12 @@ class Run:
         self.reader.join()
         return left
 
+    def failure(self) -> list[str]:
+        """Wait for its end where nobody kills it; what is wrong with that."""
+        status = self.process.wait()
+        self.reader.join()
+        return [f"exit status {status}: {self.lines[-1][1] if self.lines else ''}"] if status else []
+
 
 @dataclass
 class Outcome:
@@ -155,23 +162,18 @@ class Outcome:
 
 
 def start(config: Path, folder: Path, threads: int) -> Run:
-    """Start a release in a process group of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"PHONEREADY_CACHE": str(config.parent / "cache"), "HF_HUB_OFFLINE": "1"}
+    """Start a release."""
+    line = ["release", str(config), "-o", str(folder), "--threads", str(threads)]
+    return begun(line, {"PHONEREADY_CACHE": str(config.parent / "cache")})
+
+
+def begun(line: list[str], variables: Mapping[str, str]) -> Run:
+    """Start a command in a process group of its own, with variables of the environment beside those that there are."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= variables
     environment.pop("GITHUB_STEP_SUMMARY", None)
-    line = [
-        sys.executable,
-        "-m",
-        "phoneready",
-        "release",
-        str(config),
-        "-o",
-        str(folder),
-        "--threads",
-        str(threads),
-    ]
     process = subprocess.Popen(
-        line,
+        [sys.executable, "-m", "phoneready", *line],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -179,14 +181,6 @@ def start(config: Path, folder: Path, threads: int) -> Run:
         start_new_session=True,
     )
     return Run(process)
-
-
-def finish(run: Run, problems: list[str]) -> None:
-    """Wait for the end of a run that nobody kills."""
-    status = run.process.wait()
-    run.reader.join()
-    if status:
-        problems.append(f"exit status {status}: {run.lines[-1][1] if run.lines else ''}")
 
 
 def durations(run: Run) -> dict[str, float]:
@@ -238,7 +232,7 @@ def kill_once(
         time.sleep(generator.uniform(0, stages.get(target, 0.5)))
     through = run.process.poll() is not None
     if through:
-        finish(run, outcome.problems)
+        outcome.problems += run.failure()
     else:
         outcome.problems += [f"left running: {process.pid}" for process in run.kill()]
         running = [name for name, state in run.states().items() if state == "running"]
@@ -278,7 +272,7 @@ def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0, thre
     """
     outcome, generator = Outcome(), random.Random(seed)
     whole = start(config, folder / "whole", threads)
-    finish(whole, outcome.problems)
+    outcome.problems += whole.failure()
     stages = durations(whole)
     while outcome.kills < kills and not outcome.problems:
         output = folder / f"round{outcome.rounds}"
@@ -291,7 +285,7 @@ def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0, thre
         if not through:
             done = finished_stages(output)
             last = restart()
-            finish(last, outcome.problems)
+            outcome.problems += last.failure()
             before = {name for name, state in last.states().items() if state == "done before"}
             if before != done:
                 outcome.problems.append(f"finished: {sorted(done)}, not repeated: {sorted(before)}")
@@ -300,8 +294,14 @@ def kill_and_restart(config: Path, folder: Path, kills: int, seed: int = 0, thre
     return outcome
 
 
-def tiny_model(folder: Path) -> None:
-    """A random model of 4 small blocks, with the tokenizer of the tests."""
+def tiny_model(folder: Path, dtype: str = "float32", added: float = 1.0) -> None:
+    """A random model of 4 small blocks, with the tokenizer of the tests.
+
+    Args:
+        folder: Where it is saved.
+        dtype: In which.
+        added: What its blocks add to a token is multiplied by it: of less, few bits change less.
+    """
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "conftest.py")
@@ -310,7 +310,10 @@ def tiny_model(folder: Path) -> None:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model, tokenizer = module.make_tiny_model(intermediate_size=256)
-    model.save_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.data *= added
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -29,6 +29,13 @@ def format_bytes(count: float | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """A time as people say it: `40 s`, `4 min`, `2.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def parse_bytes(text: str, field: str) -> int:
     """A size: `400M`, `400 MiB` and `1.5G` in powers of 1024, `80 MB` in powers of 1000, or bytes.
 

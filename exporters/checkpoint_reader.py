@@ -20,10 +20,11 @@ from cfsp.models.architectures import (
     WINDOWED,
     ArchitectureSpec,
     keyless_blocks,
+    logit_cap,
     rotated_blocks,
     windows_of_blocks,
 )
-from cfsp.models.config_file import read_model_config, shape_from_config
+from cfsp.models.config_file import dense_settings, read_model_config, shape_from_config
 from cfsp.models.rope import alpha_rope, stated_rope, steady_context
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
@@ -79,6 +80,10 @@ class ModelConfig:
         delta_net: What takes attention's place in some blocks; None where that is no gated delta net.
         rotary_dim: Numbers of a head that are rotated, where these are fewer than all may be; None where they are all.
         rope_sections: Of the frequencies, how many turn by time, height and width of an image; texts have one position.
+        full_head_dim: head_dim in blocks that see everything, where that of the others is said apart; None otherwise.
+        sharing_blocks: How many of the last blocks read another block's keys and values.
+        block_inputs: Numbers of a token that every block gets beside its hidden state.
+        logit_cap: c, where logits are c tanh(z / c) of the output matrix's products z; None where they are these.
     """
 
     model_type: str
@@ -100,6 +105,10 @@ class ModelConfig:
     delta_net: DeltaNet | None = None
     rotary_dim: int | None = None
     rope_sections: tuple[int, ...] = ()
+    full_head_dim: int | None = None
+    sharing_blocks: int = 0
+    block_inputs: int = 0
+    logit_cap: float | None = None
 
     @property
     def spec(self) -> ArchitectureSpec:
@@ -120,6 +129,17 @@ class ModelConfig:
     def kv_heads(self) -> tuple[int, ...]:
         """Key-value heads of every block, 0 without attention; a config always says them."""
         return tuple(block.kv_groups or 0 for block in self.shape.blocks)
+
+    @property
+    def head_dims(self) -> tuple[int, ...]:
+        """Numbers of a head in every block."""
+        full = self.full_head_dim or self.head_dim
+        return tuple(self.head_dim if window else full for window in self.windows)
+
+    @property
+    def key_value_width(self) -> int:
+        """Numbers that are kept of a token: the keys and values of all blocks."""
+        return 2 * sum(heads * size for heads, size in zip(self.kv_heads, self.head_dims, strict=True))
 
     @property
     def steady_context(self) -> int:
@@ -158,11 +178,12 @@ def read_config(folder: Path) -> ModelConfig:
     import transformers
 
     raw = read_model_config(folder)
-    plain = {key: value for key, value in raw.items() if key not in ("auto_map", "per_layer_config")}
+    plain, own = dense_settings(raw, str(folder / "config.json"))
+    plain.pop("auto_map", None)
     with as_input_error(f"{folder / 'config.json'} is not a valid config"):
         read = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(plain)
         config = read.to_dict()
-    shape = shape_from_config(config, raw.get("per_layer_config"), str(folder / "config.json"))
+    shape = shape_from_config(config, own, str(folder / "config.json"))
     require_supported(shape, str(folder / "config.json"), keyless_blocks(config))
     spec = ARCHITECTURES[config["model_type"]]
     message = "no exported graph computes this activation"
@@ -183,13 +204,17 @@ def read_config(folder: Path) -> ModelConfig:
         rotated=rotated_blocks(read),
         windows=windows_of_blocks(read),
         activation=activation,
-        score_scale=(config[spec.scale_setting] if spec.scale_setting else head_dim) ** -0.5,
+        score_scale=_score_scale(config, spec, head_dim),
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
         **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if spec.partial_rope else None,
         rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
+        full_head_dim=_full_head_dim(read, shape, head_dim) if spec.own_heads else None,
+        sharing_blocks=config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
+        block_inputs=config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
+        logit_cap=logit_cap(read),
     )
 
 
@@ -210,6 +235,29 @@ _MIXER_SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = Mapp
     }
 )
 """What `layer_types` calls blocks in which something takes attention's place -> its sizes, fields of `ModelConfig`."""
+
+
+def _score_scale(config: Mapping[str, Any], spec: ArchitectureSpec, head_dim: int) -> float:
+    if spec.plain_scores:
+        return 1.0
+    stated = config[spec.scale_setting] if spec.scale_setting else head_dim
+    return float(stated**-0.5)
+
+
+def _full_head_dim(config: Any, shape: ModelShape, head_dim: int) -> int:
+    """head_dim in blocks that see everything, of a transformers config that says it of each block.
+
+    Raises:
+        InputError: They differ in it, or some that see a window from the rest of those.
+    """
+    sizes = [int(config.per_layer_config[index].head_dim) for index in range(len(shape.blocks))]
+    windows = windows_of_blocks(config)
+    full = {size for size, window in zip(sizes, windows, strict=True) if not window}
+    windowed = {size for size, window in zip(sizes, windows, strict=True) if window}
+    if len(full) > 1 or not windowed <= {head_dim}:
+        allowed = "one for blocks that see a window, and one for the others"
+        raise InputError("unsupported", field="head_dim", value=sizes, allowed=allowed)
+    return full.pop() if full else head_dim
 
 
 def rope_of(config: Mapping[str, Any], kind_of_block: str) -> Mapping[str, Any]:

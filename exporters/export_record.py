@@ -49,6 +49,11 @@ class ExportFormat:
         return True
 
     @property
+    def bits(self) -> float:
+        """Of a weight in most matrices."""
+        return 32.0
+
+    @property
     def needs_text(self) -> bool:
         """Whether it is worth sampling text for, where none is given."""
         return False

@@ -16,6 +16,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError
 from cfsp.evaluation.divergence import divergence_from_logits
+from cfsp.models.architectures import capped, logit_cap
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import BUILTIN_TEXT
@@ -24,7 +25,8 @@ from exporters.export_record import ParityReport
 
 FloatArray = npt.NDArray[np.float32]
 
-_SEQLEN, _WINDOWS = 512, 4
+PARITY_SEQLEN, PARITY_WINDOWS = 512, 4
+"""Of the text that files are held against the checkpoint on."""
 _HEAD_ROWS = 16384
 
 # Metrics that must not fall below their limit; all others must not exceed it.
@@ -39,11 +41,13 @@ class Reference:
         windows: The text, (n_windows, seqlen).
         hidden: Last hidden states, after the final norm, (n_windows, seqlen, hidden_size) float32.
         head: Output matrix (vocab_size, hidden_size), float32 or what holds the same numbers in fewer bytes.
+        cap: c, where logits are c tanh(z / c) of their products z.
     """
 
     windows: TokenWindows
     hidden: torch.Tensor
     head: torch.Tensor
+    cap: float | None = None
 
 
 def choose_windows(
@@ -63,11 +67,11 @@ def choose_windows(
         InputError: Given windows are longer than the context.
     """
     if given is None:
-        tokens = _WINDOWS * _SEQLEN
+        tokens = PARITY_WINDOWS * PARITY_SEQLEN
         beyond = 2 * narrowest if narrowest and 2 * narrowest <= tokens else 0
-        seqlen = min(max(_SEQLEN, beyond), context_length)
+        seqlen = min(max(PARITY_SEQLEN, beyond), context_length)
         return token_windows(
-            BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=min(_WINDOWS, tokens // seqlen)
+            BUILTIN_TEXT, tokenizer, seqlen=seqlen, max_windows=min(PARITY_WINDOWS, tokens // seqlen)
         )
     if given.ndim == 2 and given.shape[1] > context_length:
         raise InputError(
@@ -80,7 +84,7 @@ def choose_windows(
 
 
 def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_progress) -> Reference:
-    """Run a causal LM, whose logits are its output matrix times its last hidden state, on windows of text.
+    """Run a causal LM, whose logits are its output matrix times its last hidden state, or this capped, on text.
 
     Args:
         model: Model in eval mode, float32.
@@ -98,7 +102,7 @@ def reference_of(model: Any, windows: TokenWindows, *, progress: Progress = no_p
         raise InputError("token ids outside the vocabulary", field="parity_windows", value=int(ids.max()))
     with torch.inference_mode():
         states = last_hidden_states(model, ids, "parity: checkpoint", progress=progress)
-    return Reference(windows, torch.cat(states).float(), head)
+    return Reference(windows, torch.cat(states).float(), head, logit_cap(model.config))
 
 
 def compare(
@@ -126,7 +130,7 @@ def compare(
             start = 0
             for piece in run(window.numpy().astype(np.int32)):
                 stop = start + len(piece)
-                ours = _logits(reference.hidden[index, start:stop], reference.head)
+                ours = capped(_logits(reference.hidden[index, start:stop], reference.head), reference.cap)
                 yield ours, torch.from_numpy(piece), window[start + 1 : stop + 1]
                 start = stop
             progress("parity", index + 1, len(windows.ids))

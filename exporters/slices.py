@@ -97,7 +97,7 @@ def _slices(model: Any, ids: torch.Tensor, runs: Sequence[range]) -> Iterator[Sl
             entering = hidden[0]
             for block in blocks:
                 with at_hand(layers[block]):
-                    hidden = run_layer(layers[block], hidden, calls[block])
+                    hidden = run_layer(layers[block], hidden, calls.of(block))
             gain = torch.ones(hidden.shape[-1])
             if blocks.stop == len(layers):
                 gain = last_norm(model).weight.float() + spec_for(model.config).norm_offset

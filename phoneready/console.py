@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from cfsp.memory import keep_freed_memory
 from cfsp.progress import Progress
 from runtime_bench.presentation.markup import printable
 
@@ -111,6 +112,7 @@ def quiet_libraries() -> None:
 def prepare_torch(threads: int | None) -> None:
     """Import torch and transformers quietly and set the number of threads, where one is given."""
     quiet_libraries()
+    keep_freed_memory()
     import torch
     import transformers
 

@@ -51,6 +51,7 @@ def export_model(
     device: torch.device = CPU,
     n_threads: int | None = None,
     force: bool = False,
+    before: Callable[[ExportSettings], None] = lambda request: None,
     progress: Progress = no_progress,
 ) -> tuple[ExportRecord, ...]:
     """Export; of several families each has a folder of its own in `output`, and one alone is `output` itself.
@@ -63,6 +64,7 @@ def export_model(
         device: Where torch computes.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
+        before: Called with what is made, before a model is read.
         progress: Told about every step.
 
     Raises:
@@ -77,8 +79,9 @@ def export_model(
     for family in formats:
         FAMILIES[family].require()
     _check(rows, request)
-    if not _is_checkpoint(reference):
+    if not is_checkpoint(reference):
         request = replace(request, dense=request.dense or reference)
+    before(request)
     load = partial(
         load_model, trust_remote_code=trust_remote_code, device=device, may_stream=True, progress=progress
     )
@@ -87,7 +90,6 @@ def export_model(
             checkpoint,
             output,
             request,
-            rows,
             load,
             device=str(device),
             n_threads=n_threads,
@@ -96,7 +98,7 @@ def export_model(
         )
 
 
-def _is_checkpoint(reference: str) -> bool:
+def is_checkpoint(reference: str) -> bool:
     """Whether exports read a folder as it is; a model that is loaded as one of another type is saved as that first."""
     return Path(reference).is_dir() and not is_folded(Path(reference))
 
@@ -104,7 +106,7 @@ def _is_checkpoint(reference: str) -> bool:
 @contextmanager
 def _checkpoint(reference: str, output: Path, seed: int, load: _Load) -> Iterator[Path]:
     """The folder that is exported; of a model that is none a dense one, beside the output and only for as long."""
-    if _is_checkpoint(reference):
+    if is_checkpoint(reference):
         yield Path(reference)
         return
     loaded = load(reference)
@@ -119,7 +121,6 @@ def _export(
     checkpoint: Path,
     output: Path,
     request: ExportSettings,
-    rows: Sequence[ExportFormat],
     load: _Load,
     *,
     device: str,
@@ -128,11 +129,10 @@ def _export(
     progress: Progress,
 ) -> tuple[ExportRecord, ...]:
     formats = request.formats
-    guided = NO_TEXT not in request.calibration and any(_reads_text(row, request) for row in rows)
     options = ExportOptions(
         name=request.name,
         use_imatrix=request.imatrix,
-        calibration=_calibration(checkpoint, request, load, progress) if guided else None,
+        calibration=_calibration(checkpoint, request, load, progress) if reads_text(request) else None,
         gptq=request.gptq,
         tune_scales=request.tune_scales,
         mixed_bytes=request.mixed_bytes,
@@ -153,6 +153,12 @@ def _export(
             for family, names in formats.items()
             for record in FAMILIES[family].export(checkpoint, folder / family, names, inner)
         )
+
+
+def reads_text(request: ExportSettings) -> bool:
+    """Whether text makes a difference to any of the formats."""
+    rows = map(find_format, request.names)
+    return NO_TEXT not in request.calibration and any(_reads_text(row, request) for row in rows)
 
 
 def _reads_text(row: ExportFormat, request: ExportSettings) -> bool:

@@ -23,14 +23,15 @@ from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.models.text_part import config_from_settings
 from cfsp.models.token_trees import token_trees
 from cfsp.models.weights import model_class
-from cfsp.pruning.axes.attention import ATTENTIONS_STAY
+from cfsp.pruning.axes.attention import attentions_stay
+from cfsp.pruning.axes.blocks import blocks_stay
 from cfsp.pruning.axes.kv_groups import groups_stay
 from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_end
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
 from exporters.onnx.portable import check_portable
-from exporters.onnx.weights import check_mixer, check_rope, has_graph
+from exporters.onnx.weights import check_blocks, check_rope, unwritten
 from phoneready.checks import Check
 
 
@@ -47,6 +48,11 @@ class _Model:
     config: ModelConfig
     stored: frozenset[str]
     tokenizer: Any
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether ONNX graphs hold models of its type."""
+        return unwritten(self.config.spec) is None
 
     def in_gguf(self, config: ModelConfig | None = None) -> ChosenLayout:
         """What of llama.cpp holds it, or a model of its type with another configuration.
@@ -114,8 +120,9 @@ def _describe(model: _Model) -> Check:
 def _heads(config: ModelConfig) -> str:
     attending = [n for n in config.kv_heads if n]
     keyless, mixer = sum(block.is_keyless for block in config.shape.blocks), config.spec.mixer
-    heads = attending if mixer else config.kv_heads
-    where = f" in {len(attending)} blocks, {mixer.name} in {keyless}" if mixer else ""
+    heads = attending if keyless else config.kv_heads
+    instead = mixer.name if mixer else "those of another block"
+    where = f" in {len(attending)} blocks, {instead} in {keyless}" if keyless else ""
     return f"{_range(heads)} key-value heads, each read by {config.heads_per_group}{where}"
 
 
@@ -142,9 +149,9 @@ def _of_blocks(model: _Model, blocks: Sequence[BlockShape], option: str) -> str:
     left = config.with_shape(ModelShape(config.vocab_size, tuple(blocks)))
     try:
         held = f"GGUF as {model.in_gguf(left).layout.architecture}"
-        return f"{held}, ONNX ({option})" if has_graph(config.spec) else f"{held} ({option})"
+        return f"{held}, ONNX ({option})" if model.has_graph else f"{held} ({option})"
     except InputError as error:
-        alone = f"ONNX alone ({option}): " if has_graph(config.spec) else ""
+        alone = f"ONNX alone ({option}): " if model.has_graph else ""
         raise InputError(f"{alone}{error}") from error
 
 
@@ -163,9 +170,10 @@ def _channels(model: _Model) -> str:
     shape = ModelShape(model.config.vocab_size, _with_last(model, ffn_width=width))
     chosen = choose_layout(replace(model.config, shape=shape), model.stored)
     if chosen.padded_width is not None:
-        others = ", ONNX with any" if has_graph(model.config.spec) else ""
+        others = ", ONNX with any" if model.has_graph else ""
         raise InputError(f"GGUF with one width for all blocks (--uniform, chosen where it is needed){others}")
-    return f"GGUF as {chosen.layout.architecture}, ONNX (--prune-ratio)"
+    graph = ", ONNX" if model.has_graph else ""
+    return f"GGUF as {chosen.layout.architecture}{graph} (--prune-ratio)"
 
 
 def _groups(model: _Model) -> str:
@@ -177,8 +185,8 @@ def _groups(model: _Model) -> str:
 
 
 def _attentions(model: _Model) -> str:
-    if model.config.spec.mixer:
-        raise InputError(ATTENTIONS_STAY)
+    if reason := attentions_stay(model.config.spec):
+        raise InputError(reason)
     if model.config.num_hidden_layers < 2:
         raise InputError("the first block's attention stays")
     return _changed(model, "--attentions", kv_groups=0, has_attention=False)
@@ -186,6 +194,8 @@ def _attentions(model: _Model) -> str:
 
 def _blocks(model: _Model) -> str:
     blocks = model.config.shape.blocks
+    if reason := blocks_stay(model.config.spec):
+        raise InputError(reason)
     if len(blocks) < 2:
         raise InputError("one block stays")
     middle = len(blocks) // 2
@@ -200,7 +210,7 @@ def _gguf(model: _Model) -> str:
 
 
 def _onnx(model: _Model) -> str:
-    check_mixer(model.config.spec)
+    check_blocks(model.config.spec)
     check_rope((model.config.rope_scaling or {}).get("rope_type", "default"))
     config = model.config
     cut = config.steady_context < config.max_position_embeddings
@@ -209,7 +219,7 @@ def _onnx(model: _Model) -> str:
 
 
 def _portable(model: _Model) -> str:
-    check_mixer(model.config.spec)
+    check_blocks(model.config.spec)
     check_portable(model.config.shape)
     return "by optimum"
 

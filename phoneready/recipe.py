@@ -50,9 +50,10 @@ from phoneready.publish.publish import publish
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
 from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
+from phoneready.release.foretold import foretell_stage
 from phoneready.release.live import last_times, rest_text, stage_figures
 from phoneready.release.results import read_figures
-from phoneready.release.stages import Stage, claim_folder, explain_stages, run_stages, stage_folder
+from phoneready.release.stages import RUNNING, Stage, claim_folder, explain_stages, run_stages, stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps, bench_settled, bench_stage
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
@@ -112,10 +113,15 @@ def run_release(
                 source = read_checkpoint_info(stage_folder(folder, stage) / "model").source
                 check_same_model(baseline, source.reference, source.sha256, config.baseline.file)
 
+        def shown(stage: str, state: str) -> None:
+            show(stage, state)
+            if state == RUNNING:
+                foretell_stage(config, folder, stage, tell)
+
         records = run_stages(
             stages,
             folder,
-            show=show,
+            show=shown,
             progress=progress,
             check=check,
             processes=lambda: _processes(config, folder, threads),

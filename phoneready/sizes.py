@@ -16,6 +16,7 @@ import torch
 
 from cfsp.models.architectures import block_linears, model_shape
 from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.gguf_file import looked_up_alone
 from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -37,7 +38,6 @@ _TEMPLATE_WIDTH = 256
 """No type falls back at this width."""
 _NAMES_BYTES = 128
 """By which a file may be larger that has a longer name than was thought."""
-_TABLE, _HEAD = "token_embd.weight", "output.weight"
 
 
 _Key = tuple[str, bool, bool, tuple[tuple[int, int], ...]]
@@ -81,8 +81,8 @@ class Sizes:
         """What a projection to a device needs to know of it."""
         layout, template = self._template(item, shape, dense=False)
         config, tensors = layout.config, template.tensors(layout.of_shape(shape))
-        has_head = any(t.name == _HEAD for t in tensors)
-        read = [t for t in tensors if t.name != _TABLE or not has_head]
+        aside = looked_up_alone({t.name for t in tensors})
+        read = [t for t in tensors if t.name not in aside]
         matrices = [t for t in read if len(t.shape) > 1]
         by_type: Counter[str] = Counter()
         for tensor in matrices:
@@ -93,7 +93,7 @@ class Sizes:
             read_bytes=sum(t.n_bytes for t in read),
             n_multiplied=sum(math.prod(t.shape) for t in matrices),
             bytes_by_type=dict(by_type),
-            key_value_width=sum(config.kv_heads) * 2 * config.head_dim,
+            key_value_width=config.key_value_width,
             hidden_size=config.hidden_size,
             ffn_width=max(shape.ffn_widths),
             vocab_size=config.vocab_size,

@@ -24,13 +24,14 @@ if "HF_MODULES_CACHE" not in os.environ:
 import filelock
 import gguf
 import hypothesis
+import numpy as np
 import pytest
 import tokenizers
 import torch
 import transformers
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, windows_of_blocks
+from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, stated_widths, windows_of_blocks
 from cfsp.models.builtin import cache_directory, fetch_builtin
 from cfsp.models.pre_tokenizer import PRE_TOKENIZERS, build_pre_tokenizer, pre_tokenizer_name
 from cfsp.models.rope import stated_rope
@@ -92,6 +93,7 @@ _PRE_NAMES = {
     "phi3": "gpt-4o",
     "ministral3": "tekken",
     "gemma3_text": "smollm",
+    "gemma4_text": "smollm",
     "olmo2": "dbrx",
     "olmo3": "dbrx",
     "exaone4": "gpt-2",
@@ -103,6 +105,18 @@ _PRE_NAMES = {
 _OF_TYPE: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "gemma3_text": {"sliding_window": 24, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0},
+    "gemma4_text": {
+        "rope_parameters": {
+            WINDOWED: {"rope_type": "default", "rope_theta": 700.0},
+            FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 50000.0},
+        },
+        "sliding_window": 24,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 64,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "final_logit_softcapping": 30.0,
+    },
     # transformers 5 takes no other base of blocks with a window from a configuration of transformers 4.
     "olmo3": {"sliding_window": 24, "rope_theta": 500000.0},
     "qwen3_5_text": {
@@ -159,6 +173,9 @@ def _randomize(model: Any, seed: int) -> None:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5, generator=generator)
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +205,12 @@ def make_tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     settings |= _OF_TYPE.get(model_type, {})
+    if model_type == "gemma4_text":
+        del settings["rope_theta"]
+        settings |= {
+            "vocab_size_per_layer_input": settings["vocab_size"],
+            "layer_types": ([WINDOWED, FULL] * 9)[: overrides.get("num_hidden_layers", 4)],
+        }
     if model_type == "lfm2":
         settings |= {
             "block_auto_adjust_ff_dim": False,
@@ -273,6 +296,9 @@ _GGUF_NAMES = {
     "conv.in_proj": "shortconv.in_proj",
     "conv.out_proj": "shortconv.out_proj",
     "conv.conv": "shortconv.conv",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
@@ -288,6 +314,9 @@ _GGUF_ENDS = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "model.embedding_norm.weight": "token_embd_norm.weight",
+    "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+    "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+    "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
 }
 _ADDED_NORMS = _GGUF_NAMES | {
     "post_attention_layernorm": "post_attention_norm",
@@ -297,6 +326,7 @@ _ADDED_NORMS = _GGUF_NAMES | {
 _GGUF_ARCHITECTURES = {
     "mistral": "llama",
     "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
     "olmo3": "olmo2",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
@@ -314,6 +344,9 @@ def _gguf_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
             tensor = tensor + row.norm_offset
         if name.startswith("model.layers."):
             _, _, block, rest = name.split(".", 3)
+            if rest == row.scalar:
+                yield f"blk.{block}.layer_output_scale.weight", tensor
+                continue
             module, kind = rest.rsplit(".", 1)
             if llama and module in ("self_attn.q_proj", "self_attn.k_proj"):
                 heads = config.num_attention_heads if "q_proj" in module else config.num_key_value_heads
@@ -339,19 +372,30 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    widths = list(stated_widths(config.to_dict()))
+    writer.add_feed_forward_length(widths if row.shared_keys else widths[0])
     writer.add_head_count(config.num_attention_heads)
     if row.mixer:
         writer.add_shortconv_l_cache(config.conv_L_cache)
         heads = [0 if kind == row.mixer.kind else config.num_key_value_heads for kind in config.layer_types]
     writer.add_head_count_kv(heads if row.mixer else config.num_key_value_heads)
-    writer.add_key_length(
+    head_dim = (
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )
-    writer.add_value_length(
-        config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
-    )
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    if row.own_heads:
+        head_dim = config.per_layer_config[FULL].head_dim
+        windowed = config.per_layer_config[WINDOWED].head_dim
+        writer.add_key_length_swa(windowed)
+        writer.add_value_length_swa(windowed)
+        writer.add_shared_kv_layers(config.num_kv_shared_layers)
+        writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        turned = int(config.rope_parameters[FULL]["partial_rotary_factor"] * head_dim // 2)
+        divisors = np.array([1.0] * turned + [1e30] * (head_dim // 2 - turned), np.float32)
+        extra = {"rope_freqs.weight": divisors, **(extra or {})}
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(stated_rope(config.to_dict(), FULL)["rope_theta"])
     writer.add_layer_norm_rms_eps(getattr(config, row.epsilon_setting))
     writer.add_vocab_size(config.vocab_size)
@@ -363,7 +407,7 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     if any(windows_of_blocks(config)) and row.has_windows:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == WINDOWED for kind in config.layer_types])
-    if row.window_rope_setting:
+    if row.window_rope_setting or row.own_heads:
         writer.add_rope_freq_base_swa(stated_rope(config.to_dict(), WINDOWED)["rope_theta"])
     writer.add_file_type(0)
     tokens = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]

@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
-from cfsp.models.architectures import spec_for
+from cfsp.models.architectures import capped, logit_cap, spec_for, windows_of_blocks
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
@@ -46,7 +46,7 @@ def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice
     last = len(hidden) - 1
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
-        yield slice(start + 1, stop + 1), head(hidden[start:stop]).float()
+        yield slice(start + 1, stop + 1), capped(head(hidden[start:stop]).float(), logit_cap(model.config))
 
 
 class BlocksAhead:
@@ -122,14 +122,25 @@ class TorchLanguageModel:
     @torch.inference_mode()
     def score(self, items: Sequence[Branches]) -> list[list[Score]]:
         """See `LanguageModel`; items of similar length share a batch."""
-        if spec_for(self.loaded.model.config).sees_neighbours:
-            return [list(branch_scores(item, self._apart(item))) for item in items]
         scores: list[list[Score]] = [[] for _ in items]
-        order = sorted(range(len(items)), key=lambda i: items[i].n_tokens, reverse=True)
+        together = [index for index, item in enumerate(items) if self._fits_a_row(item)]
+        for index in sorted(set(range(len(items))) - set(together)):
+            scores[index] = list(branch_scores(items[index], self._apart(items[index])))
+        order = sorted(together, key=lambda i: items[i].n_tokens, reverse=True)
         for batch in _batches(order, [item.n_tokens for item in items]):
             for index, item_scores in zip(batch, self._score_batch([items[i] for i in batch]), strict=True):
                 scores[index] = item_scores
         return scores
+
+    def _fits_a_row(self, item: Branches) -> bool:
+        """Whether continuations beside each other see what they should.
+
+        The mask that parts them is every block's, so it knows no windows; and a convolution asks none.
+        """
+        config = self.loaded.model.config
+        longest = len(item.context) + max(map(len, item.continuations), default=0) - 1
+        narrowest = min((window for window in windows_of_blocks(config) if window), default=longest)
+        return longest <= narrowest and not spec_for(config).sees_neighbours
 
     def _apart(self, item: Branches) -> torch.Tensor:
         """What `branch_scores` reads, from a row of its own for each continuation."""
@@ -141,7 +152,7 @@ class TorchLanguageModel:
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 :]
             rows.append(hidden[1 if rows else 0 :])
         logits: torch.Tensor = model.get_output_embeddings()(torch.cat(rows)).float()
-        return logits.log_softmax(-1).cpu()
+        return capped(logits, logit_cap(model.config)).log_softmax(-1).cpu()
 
     def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
         width = max(item.n_tokens for item in items)
@@ -162,8 +173,8 @@ class TorchLanguageModel:
         head = model.get_output_embeddings()
         for row, item in enumerate(items):
             start = len(item.context)
-            logits = head(hidden[row, start - 1 : item.n_tokens]).float().log_softmax(-1).cpu()
-            yield list(branch_scores(item, logits))
+            logits = capped(head(hidden[row, start - 1 : item.n_tokens]).float(), logit_cap(model.config))
+            yield list(branch_scores(item, logits.log_softmax(-1).cpu()))
 
     @torch.inference_mode()
     def generate(

@@ -5,11 +5,12 @@ One frozen row a model type, keyed by `config.model_type`; docs/extending.md say
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 
 from cfsp.errors import InputError, look_up
@@ -48,12 +49,58 @@ class Mixer:
     name: str
 
 
+class BlockInputs:
+    """What every block gets of a token beside its hidden state x, and what it makes of that.
+
+    With e the token's embedding and T its row of a table of its own, P e and T cut into a part for each block, block l
+    gets i_l = (norm((P e)_l / sqrt(hidden_size)) + sqrt(size) T_l) / sqrt(2), and behind its MLP it adds
+    norm'(output(act(gate(x)) * i_l)).
+
+    Attributes:
+        size_setting: Key of the configuration with the numbers that a block gets; 0 where none does.
+        rows_setting: Key with the table's rows.
+        table: Of the decoder, the further embedding of tokens, (rows, n * size).
+        projection: Of the decoder, P, (n * size, hidden_size).
+        norm: Of the decoder, norm, (size,).
+        gate: Of a block, (size, hidden_size).
+        output: Of a block, (hidden_size, size).
+        output_norm: Of a block, norm', (hidden_size,).
+        argument: Under which name a block is given i_l.
+    """
+
+    size_setting: str = "hidden_size_per_layer_input"
+    rows_setting: str = "vocab_size_per_layer_input"
+    table: str = "embed_tokens_per_layer"
+    projection: str = "per_layer_model_projection"
+    norm: str = "per_layer_projection_norm"
+    gate: str = "per_layer_input_gate"
+    output: str = "per_layer_projection"
+    output_norm: str = "post_per_layer_input_norm"
+    argument: str = "per_layer_input"
+
+
+@dataclass(frozen=True)
+class SharedKeys:
+    """Blocks with no keys and values of their own: the last ones read those of the last block of their kind that has.
+
+    Attributes:
+        count_setting: Key of the configuration with how many they are.
+        wide_setting: Key that says whether their FFNs are twice as wide as it says of all.
+        argument: Under which name blocks are given what they leave keys and values in.
+    """
+
+    count_setting: str = "num_kv_shared_layers"
+    wide_setting: str = "use_double_wide_mlp"
+    argument: str = "shared_kv_states"
+
+
 @dataclass(frozen=True)
 class ArchitectureSpec:
     """A model type: its modules, and the GGUF files that hold such models.
 
     Attributes:
         model_type: transformers' name.
+        release: The first major version of transformers that has it, of those that are supported.
         layers: Module of the decoder blocks.
         attention: Of a block, its attention.
         output: Of attention, its output matrix.
@@ -82,11 +129,21 @@ class ArchitectureSpec:
         partial_rope: Whether a part of each head is rotated alone.
         window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone, where
             they have a plain rope of their own base; empty in any other model.
-        plain_window_rope: Whether they have a plain rope of the others' base, whatever scales that of the others.
+        plain_window_rope: Whether they have a plain rope, whatever scales that of the others, of the base that is
+            stated for them, or else of the others'.
         alpha_rope: Whether a `dynamic` rope with an alpha is a plain one of another base.
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
         left_out: How names of tensors begin that folders have beside the model: heads that draft further tokens.
+        plain_scores: Whether attention's scores are products of queries and keys as they are.
+        own_heads: Key of the configuration with head_dim in blocks that see everything, where that may be another than
+            in those that see a window; transformers says it of single blocks under `per_layer_config`, too.
+        cap_setting: Key of the configuration with c, where logits z become c tanh(z / c); no c, or an empty key: they
+            stay.
+        scalar: Of a block, a number that its output is multiplied by; empty without.
+        block_inputs: What every block gets of a token beside its hidden state; None for nothing.
+        shared_keys: What says which blocks read another block's keys and values; None where every block has its own.
+        refused: Settings of the configuration -> what of such a model is not pruned or written here, where they are on.
         gguf_name: llama.cpp's architecture whose files are read as this model type; None where another's are.
         gguf_settings: Settings of the configuration that no model has otherwise -> where a GGUF file has them, behind
             the architecture's name; or what they are in every file.
@@ -94,6 +151,7 @@ class ArchitectureSpec:
     """
 
     model_type: str
+    release: int = 4
     layers: str = "model.layers"
     attention: str = "self_attn"
     output: str = "o_proj"
@@ -121,6 +179,13 @@ class ArchitectureSpec:
     alpha_rope: bool = False
     scale_setting: str = ""
     left_out: tuple[str, ...] = ()
+    plain_scores: bool = False
+    own_heads: str = ""
+    cap_setting: str = ""
+    scalar: str = ""
+    block_inputs: BlockInputs | None = None
+    shared_keys: SharedKeys | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
     gguf_name: str | None = None
     gguf_settings: Mapping[str, str | bool] = field(default_factory=dict)
     gguf_interleaved: bool = False
@@ -148,7 +213,18 @@ class ArchitectureSpec:
     @property
     def cuts_heads(self) -> bool:
         """Whether heads can go: not where a norm sees all of them, which then counts what stays as something else."""
-        return self.mixer is None and (self.head_norms is None or not self.head_norms.joint)
+        joint = self.head_norms is not None and self.head_norms.joint
+        return not (self.mixer or self.shared_keys or joint)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a block does more with the residual sum behind its MLP than to hand it on."""
+        return self.block_inputs is not None or self.scalar != ""
+
+    @property
+    def own_arguments(self) -> tuple[str, ...]:
+        """Names of a block's arguments that every text has of its own."""
+        return tuple(part.argument for part in (self.block_inputs, self.shared_keys) if part)
 
 
 @dataclass(frozen=True)
@@ -249,6 +325,7 @@ _ROWS = (
     ),
     ArchitectureSpec(
         "qwen3_5_text",
+        release=5,
         mixer=Mixer("linear_attn", "linear_attention", "a gated delta net"),
         head_norms=HeadNorms(),
         bias_settings=_ATTENTION_BIAS,
@@ -257,18 +334,41 @@ _ROWS = (
         partial_rope=True,
         left_out=("mtp.",),
     ),
+    ArchitectureSpec(
+        "gemma4_text",
+        release=5,
+        head_norms=HeadNorms(),
+        bias_settings=_ATTENTION_BIAS,
+        ffn_norm="pre_feedforward_layernorm",
+        added_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        scaled_embedding=True,
+        activation_setting="hidden_activation",
+        plain_window_rope=True,
+        plain_scores=True,
+        own_heads="global_head_dim",
+        cap_setting="final_logit_softcapping",
+        scalar="layer_scalar",
+        block_inputs=BlockInputs(),
+        shared_keys=SharedKeys(),
+        refused={
+            "enable_moe_block": "experts beside the FFN",
+            "attention_k_eq_v": "values that are the keys",
+        },
+        gguf_name="gemma4",
+        gguf_settings={
+            "hidden_size_per_layer_input": "embedding_length_per_layer_input",
+            "num_kv_shared_layers": "attention.shared_kv_layers",
+            "global_head_dim": "attention.key_length",
+        },
+    ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
 _QWEN_35 = "files that are written here and not read: prune the folder that they were made of"
 _GEMMA_3N = "embeddings of each block's own, AltUp, and FFNs whose channels compete by their mean"
-_GEMMA_4 = (
-    "embeddings of each block's own, blocks that read another block's keys and values, and normed values"
-)
 LACKING: Mapping[str, str] = MappingProxyType(
     {
         "qwen35": _QWEN_35,
         **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
-        **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA_4),
     }
 )
 """Model types, and llama.cpp's architectures, that people ask for -> what of them is not pruned or written here."""
@@ -336,7 +436,7 @@ def added_norms(model: nn.Module, layer: nn.Module) -> tuple[Any, Any]:
 
 
 def attention_of(model: nn.Module, layer: nn.Module) -> Any:
-    """The attention of one of `model`'s decoder blocks; None in a block that has none."""
+    """The attention of one of `model`'s decoder blocks; None in a block that has none, or no keys of its own."""
     attention = getattr(layer, spec_for(model.config).attention, None)
     return attention if hasattr(attention, "k_proj") else None
 
@@ -345,6 +445,13 @@ def mixer_of(model: nn.Module, layer: nn.Module) -> Any:
     """What takes attention's place in one of `model`'s decoder blocks; None in any other block."""
     mixer = spec_for(model.config).mixer
     return getattr(layer, mixer.module, None) if mixer else None
+
+
+def token_tables(model: Any) -> list[Any]:
+    """The embedding, and where blocks get more of a token than that, the table of it."""
+    inputs = spec_for(model.config).block_inputs
+    further = getattr(model.get_decoder(), inputs.table, None) if inputs else None
+    return [model.get_input_embeddings(), *([] if further is None else [further])]
 
 
 def last_norm(model: Any) -> Any:
@@ -358,19 +465,66 @@ def norm_epsilon(config: Any) -> float:
 
 
 def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
-    """Blocks in which something takes attention's place, of settings with defaults filled in."""
+    """Blocks that mix tokens without keys of their own, of settings with defaults filled in.
+
+    Something takes attention's place in them, or they read another block's keys.
+    """
     row = ARCHITECTURES.get(settings.get("model_type", ""))
     mixer, kinds = row.mixer if row else None, settings.get("layer_types") or ()
-    return frozenset(index for index, one in enumerate(kinds) if mixer and one == mixer.kind)
+    mixed = (index for index, one in enumerate(kinds) if mixer and one == mixer.kind)
+    return frozenset((*mixed, *_sharing_blocks(row, settings)))
+
+
+def stated_widths(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """FFN widths of all blocks where none is stated of single ones, of settings with defaults filled in."""
+    row, width = ARCHITECTURES.get(settings.get("model_type", "")), settings["intermediate_size"]
+    sharing: Collection[int] = ()
+    if row and row.shared_keys and settings.get(row.shared_keys.wide_setting):
+        sharing = _sharing_blocks(row, settings)
+    return tuple(width * (2 if index in sharing else 1) for index in range(settings["num_hidden_layers"]))
+
+
+def width_settings(settings: Mapping[str, Any], widths: Sequence[int]) -> dict[str, Any]:
+    """Settings from which the widths of all blocks follow, or where none say them, those of the widest in every block.
+
+    Args:
+        settings: Of a configuration, with defaults filled in.
+        widths: FFN width of every block.
+    """
+    row = ARCHITECTURES[settings["model_type"]]
+    one = {"intermediate_size": widths[0]}
+    if stated_widths({**settings, **one}) == tuple(widths):
+        return one
+    alike = {row.shared_keys.wide_setting: False} if row.shared_keys else {}
+    return {"intermediate_size": max(widths), **alike}
+
+
+def _sharing_blocks(row: ArchitectureSpec | None, settings: Mapping[str, Any]) -> range:
+    count = settings.get("num_hidden_layers", 0)
+    shared = settings.get(row.shared_keys.count_setting) or 0 if row and row.shared_keys else 0
+    return range(count - shared, count)
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """What a model makes of its output matrix's products z: c tanh(z / c), or z where there is no c."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logit_cap(config: Any) -> float | None:
+    """c of a transformers config whose model's logits are capped; None where they are not."""
+    key = spec_for(config).cap_setting
+    return getattr(config, key) if key else None
 
 
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
     blocks = []
+    attention_name = spec_for(model.config).attention
     for index, layer in enumerate(decoder_layers(model)):
         attention, width = attention_of(model, layer), feed_forward(model, layer).width
         kv_groups = attention.k_proj.out_features // attention.head_dim if attention else 0
-        mixes = attention is not None or mixer_of(model, layer) is not None
+        attends = hasattr(getattr(layer, attention_name, None), "q_proj")
+        mixes = attends or mixer_of(model, layer) is not None
         blocks.append(BlockShape(index, width, kv_groups, has_attention=mixes))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,19 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from cfsp.errors import InputError
-from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.files import no_space_as_input_error
 from cfsp.memory import require_memory
-from cfsp.models.architectures import decoder_layers, last_norm
+from cfsp.models.architectures import decoder_layers, last_norm, spec_for
 from cfsp.models.paging import at_hand, computing_dtype, weightless
 from cfsp.progress import Progress, no_progress
+from cfsp.scratch import LargeScratch
 
 
 class StoredStates:
     """Hidden states of windows at several depths, in files."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-states-", dir=large_temporary())
+        self._folder = LargeScratch("states")
 
     def put(self, depth: int, states: Sequence[torch.Tensor]) -> None:
         """Store each window's, (1, seqlen, hidden_size)."""
@@ -38,10 +40,61 @@ class StoredStates:
         return [states[str(window)] for window in range(len(states))]
 
     def _file(self, depth: int) -> Path:
-        return Path(self._folder.name, f"{depth}.safetensors")
+        return self._folder.path / f"{depth}.safetensors"
 
 
-def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+Arguments = Mapping[str, Any]
+"""Keyword arguments of a block."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Keyword arguments of every block, for every window.
+
+    What blocks leave for later ones of the same window is in these arguments, so each run of windows through the blocks
+    has calls of its own.
+
+    Attributes:
+        common: Of every block, those that all windows share, as they are equally long.
+        own: Of every window, and of every block of it, those that it has alone.
+        shared: Name of that in which blocks leave keys and values for others; empty where none does.
+    """
+
+    common: Sequence[Arguments]
+    own: Sequence[Sequence[Arguments]]
+    shared: str = ""
+
+    def of(self, block: int, window: int = 0) -> dict[str, Any]:
+        """Of a block, for a window."""
+        return {**self.common[block], **self.own[window][block]}
+
+    def apart(self) -> Calls:
+        """The same for another run of the windows that goes on from here: neither sees what the other leaves."""
+        return Calls(self.common, [self._copied(blocks) for blocks in self.own], self.shared)
+
+    def first(self) -> Calls:
+        """The same of the first window alone."""
+        return Calls(self.common, self.own[:1], self.shared)
+
+    def together(self) -> Calls:
+        """The same for a run of all windows beside each other, as one, from the first block on."""
+        blocks = [
+            {name: self._joined(index, name, value) for name, value in arguments.items()}
+            for index, arguments in enumerate(self._copied(self.own[0]))
+        ]
+        return Calls(self.common, [blocks], self.shared)
+
+    def _joined(self, block: int, name: str, first: Any) -> Any:
+        return first if name == self.shared else torch.cat([blocks[block][name] for blocks in self.own])
+
+    def _copied(self, blocks: Sequence[Arguments]) -> Sequence[Arguments]:
+        if not self.shared:
+            return blocks
+        left = copy.copy(blocks[0][self.shared])
+        return [{**arguments, self.shared: left} for arguments in blocks]
+
+
+def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
     """A block's output, (batch, seqlen, hidden_size), whether the library returns a tensor or a tuple."""
     output = layer(hidden, **arguments)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
@@ -50,30 +103,30 @@ def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any])
 
 def enter_blocks(
     model: Any, layers: Sequence[nn.Module], input_ids: torch.Tensor
-) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
+) -> tuple[list[torch.Tensor], Calls]:
     """What runs through the blocks, for windows (nsamples, seqlen).
 
     The decoder is run with its blocks short-circuited: masks, positions and rotary tables then are exactly what
-    the model itself passes, whatever the architecture and the library's version. All windows share them, as they are
-    equally long.
+    the model itself passes, whatever the architecture and the library's version. All windows share them but for those
+    that the architecture's row names, as they are equally long.
 
     Returns:
         Each window's hidden states before the first block, (1, seqlen, hidden_size); every block's keyword arguments.
     """
     hidden: list[torch.Tensor] = []
+    own: list[list[Arguments]] = []
     in_tuple = _returns_tuple(model, layers, input_ids)
+    spec = spec_for(model.config)
+    parameters = inspect.signature(type(layers[0]).forward)
     record: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
     def passes_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            raise InputError(
-                "the decoder passes block arguments by position; this architecture is unsupported"
-            )
-        record.append((hidden_states, kwargs))
+        named = parameters.bind_partial(layers[0], hidden_states, *args).arguments
+        record.append((hidden_states, dict(list(named.items())[2:]) | kwargs))
         return (hidden_states,) if in_tuple else hidden_states
 
     if model.device.type == "cpu" and len(input_ids) > 1:
-        n_bytes = input_ids.numel() * model.config.hidden_size * computing_dtype(model).itemsize
+        n_bytes = input_ids.numel() * _state_size(model) * computing_dtype(model).itemsize
         what = f"hidden states of {len(input_ids)} windows of {input_ids.shape[1]} tokens"
         require_memory(n_bytes, what, "fewer windows (--nsamples), or shorter ones (--seqlen)")
     with ExitStack() as stack:
@@ -85,7 +138,17 @@ def enter_blocks(
             record.clear()
             model.get_decoder()(input_ids=window, use_cache=False)
             hidden.append(record[0][0].clone())
-    return hidden, [arguments for _, arguments in record]
+            own.append([{name: call[name] for name in spec.own_arguments} for _, call in record])
+    return hidden, Calls(
+        [call for _, call in record], own, spec.shared_keys.argument if spec.shared_keys else ""
+    )
+
+
+def _state_size(model: Any) -> int:
+    """Numbers that are held of a token while blocks run: its hidden state, and what every block gets beside it."""
+    inputs = spec_for(model.config).block_inputs
+    beside = getattr(model.config, inputs.size_setting) * model.config.num_hidden_layers if inputs else 0
+    return int(model.config.hidden_size + beside)
 
 
 def last_hidden_states(
@@ -106,7 +169,7 @@ def last_hidden_states(
     for index, layer in enumerate(layers):
         with at_hand(layer):
             for window, state in enumerate(hidden):
-                hidden[window] = run_layer(layer, state, calls[index])
+                hidden[window] = run_layer(layer, state, calls.of(index, window))
         progress(what, index + 1, len(layers))
     norm = last_norm(model)
     return [norm(state) for state in hidden]

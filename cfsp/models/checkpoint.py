@@ -21,8 +21,13 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, sha256_file, write_json
-from cfsp.models.architectures import keyless_blocks, model_shape
-from cfsp.models.config_file import check_generation_config, read_model_config, shape_from_config
+from cfsp.models.architectures import keyless_blocks, model_shape, stated_widths, width_settings
+from cfsp.models.config_file import (
+    check_generation_config,
+    dense_settings,
+    read_model_config,
+    shape_from_config,
+)
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.paging import let_go, paged_model
 from cfsp.models.shape import ModelShape, require_supported
@@ -219,17 +224,29 @@ def _save_model(model: Any, folder: Path, shape: ModelShape, dtype: torch.dtype,
     modeling_pruned = _modeling_pruned()
     code = Path(str(modeling_pruned.__file__))
     (folder / code.name).unlink(missing_ok=True)
-    for key in ("auto_map", "per_layer_config"):
-        stored.pop(key, None)
-    widths = shape.ffn_widths
-    stored |= {"architectures": [native.__name__], "intermediate_size": max(widths)}
-    most = model.config.num_key_value_heads
-    kv_heads = [most if block.is_keyless else block.kv_groups or 0 for block in shape.blocks]
-    if not shape.is_uniform or set(kv_heads) != {most}:
+    stored, _ = dense_settings(stored, str(folder))
+    stored.pop("auto_map", None)
+    widths, settings = shape.ffn_widths, model.config.to_dict()
+    of_widths = width_settings(settings, widths)
+    stored |= {"architectures": [native.__name__], **of_widths}
+    if not _is_stated(shape, settings | of_widths):
+        most = model.config.num_key_value_heads
+        kv_heads = [most if block.is_keyless else block.kv_groups or 0 for block in shape.blocks]
         shutil.copyfile(code, folder / code.name)
         stored["auto_map"] = {"AutoModelForCausalLM": f"{code.stem}.{per_layer_class(model.config).__name__}"}
-        stored["per_layer_config"] = modeling_pruned.per_layer_settings(widths, kv_heads, most)
+        ours = modeling_pruned.per_layer_settings(widths, kv_heads, most)
+        stored["per_layer_config"] = modeling_pruned.joined_settings(stored.get("per_layer_config"), ours)
     write_json(folder / "config.json", stored)
+
+
+def _is_stated(shape: ModelShape, settings: Mapping[str, Any]) -> bool:
+    """Whether transformers' own class builds a shape by settings that state nothing of single blocks but heads."""
+    keyless = keyless_blocks(settings)
+    heads = settings.get("num_key_value_heads") or settings["num_attention_heads"]
+    return shape.ffn_widths == stated_widths(settings) and all(
+        block.has_attention and block.kv_groups == (0 if index in keyless else heads)
+        for index, block in enumerate(shape.blocks)
+    )
 
 
 def _save_license(source: ModelSource, folder: Path) -> None:
@@ -255,14 +272,12 @@ def _read_config(directory: Path) -> tuple[Any, Any]:
     file = directory / "config.json"
     settings = read_model_config(directory)
     with as_input_error(f"{file} cannot be used"):
-        plain = transformers.AutoConfig.for_model(
-            **{k: v for k, v in settings.items() if k != "per_layer_config"}
-        )
-        shape = shape_from_config(plain.to_dict(), settings.get("per_layer_config"), str(file))
+        stated, given = dense_settings(settings, str(file))
+        plain = transformers.AutoConfig.for_model(**stated)
+        shape = shape_from_config(plain.to_dict(), given, str(file))
         require_supported(shape, str(file), keyless_blocks(plain.to_dict()))
-        own = not shape.is_uniform or shape.most_kv_groups != plain.num_key_value_heads
         config = transformers.AutoConfig.for_model(**settings)
-        return config, per_layer_class(plain) if own else model_class(plain)
+        return config, model_class(plain) if _is_stated(shape, plain.to_dict()) else per_layer_class(plain)
 
 
 def _check_records(directory: Path, shape: ModelShape) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -63,7 +63,14 @@ _CONFIG = kinds(
     block_ffn_dim_multiplier=_Number,
     full_attn_idxs=list[int] | None,
     **dict.fromkeys(("hidden_act", "hidden_activation"), str),
-    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), None),
+    final_logit_softcapping=_Number,
+    attn_logit_softcapping=None,
+    **dict.fromkeys(("global_head_dim", "num_global_key_value_heads"), Annotated[int, Field(ge=2)] | None),
+    **dict.fromkeys(
+        ("hidden_size_per_layer_input", "num_kv_shared_layers"), Annotated[int, Field(ge=0)] | None
+    ),
+    vocab_size_per_layer_input=Size,
+    **dict.fromkeys(("use_double_wide_mlp", "enable_moe_block", "attention_k_eq_v"), bool | None),
     use_bidirectional_attention=Literal[False] | None,
     **dict.fromkeys(("rope_local_base_freq", "query_pre_attn_scalar"), _Number),
     sliding_window_pattern=Annotated[int, Field(ge=0)] | str | None,
@@ -110,6 +117,8 @@ _TOKENIZER_SETTINGS: Mapping[str, Kinds] = MappingProxyType(
     {"tokenizer_config.json": _TOKENIZER, "special_tokens_map.json": _TOKENIZER, "added_tokens.json": {}}
 )
 _MOST_GROWTH = 100
+BlockSettings = Mapping[int, Mapping[str, Any]]
+"""Index of a block -> the settings in which it differs."""
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -147,12 +156,63 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     for key in ("rope_parameters", "rope_scaling"):
         for part in _ropes(settings.get(key) or {}):
             check_kinds(part, _ROPE, f"{file}: {key}")
-    if problems := "; ".join(_contradictions(settings, getattr(row, "mixer", None))):
+    _refuse(settings, row, str(file))
+    stated = _Stated(settings, row)
+    if problems := "; ".join(problem for rule in _CONTRADICTIONS for problem in rule(stated)):
         raise InputError(f"{file}: {problems}")
     if quantized := settings.get("quantization_config"):
         method = quantized.get("quant_method")
         raise InputError(f"{folder} holds quantized weights", value=method, allowed="float weights")
     return settings
+
+
+def _refuse(settings: Mapping[str, Any], row: Any, where: str) -> None:
+    """Raise InputError for a model of a known type with something that its row has no place for."""
+    import transformers
+
+    model_type = settings["model_type"]
+    for key, reason in getattr(row, "refused", {}).items():
+        if settings.get(key):
+            raise InputError(f"{where}: unsupported, with {reason}", field=key, value=settings[key])
+    if settings.get("final_logit_softcapping") and not getattr(row, "cap_setting", ""):
+        key = "final_logit_softcapping"
+        raise InputError(f"{where}: unsupported in {model_type}", field=key, value=settings[key])
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise InputError(
+            f"{where}: transformers {transformers.__version__} does not know it",
+            field="model_type",
+            value=model_type,
+            allowed=f"transformers {getattr(row, 'release', '')}",
+        )
+
+
+def dense_settings(settings: Mapping[str, Any], where: str) -> tuple[dict[str, Any], BlockSettings]:
+    """Settings that transformers builds a dense model by, and what is stated of single blocks besides.
+
+    Some model types have heads of unlike sizes, which transformers states under `per_layer_config`, too.
+
+    Args:
+        settings: Of config.json.
+        where: File named in errors.
+
+    Raises:
+        InputError: A malformed `per_layer_config`.
+    """
+    from cfsp.models.architectures import ARCHITECTURES
+
+    row = ARCHITECTURES.get(settings.get("model_type", ""))
+    native = ("head_dim",) if row and row.own_heads else ()
+    try:
+        stated = {int(n): dict(own) for n, own in (settings.get("per_layer_config") or {}).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
+    plain = {key: value for key, value in settings.items() if key != "per_layer_config"}
+    dense = {n: {key: own[key] for key in native if key in own} for n, own in stated.items()}
+    if native and "per_layer_config" in settings:
+        # Without it transformers takes sizes of its own for granted.
+        plain["per_layer_config"] = {str(n): own for n, own in dense.items() if own}
+    rest = {n: {key: own[key] for key in own if key not in native} for n, own in stated.items()}
+    return plain, {n: own for n, own in rest.items() if own or not stated[n]}
 
 
 def check_generation_config(folder: Path) -> bool:
@@ -184,34 +244,31 @@ def check_tokenizer_files(folder: Path) -> None:
             check_kinds(read_json_object(folder / name), expected, str(folder / name))
 
 
-def shape_from_config(config: Mapping[str, Any], per_layer: Any, where: str) -> ModelShape:
+def shape_from_config(config: Mapping[str, Any], given: BlockSettings, where: str) -> ModelShape:
     """The shape that a config.json states.
 
     Args:
         config: Its keys, with Hugging Face's defaults filled in.
-        per_layer: Its `per_layer_config`: index of a block to the keys in which that block differs.
+        given: What it states of single blocks, by `dense_settings`.
         where: File named in errors.
 
     Raises:
-        InputError: A malformed `per_layer_config`, or one with a key that no block can have of its own.
+        InputError: A block that does not exist, or a key that no block can have of its own.
     """
     count = config["num_hidden_layers"]
-    try:
-        given = {int(index): dict(own) for index, own in (per_layer or {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: malformed per_layer_config: {error}") from error
     if any(not 0 <= index < count for index in given):
         raise InputError(
             f"{where}: per_layer_config names blocks that do not exist: num_hidden_layers is {count}"
         )
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    from cfsp.models.architectures import keyless_blocks
+    from cfsp.models.architectures import keyless_blocks, stated_widths
 
-    keyless = keyless_blocks(config)
-    plain = {"intermediate_size": config["intermediate_size"], "num_key_value_heads": heads}
-    blocks = []
-    for index in range(count):
-        own = {key: value for key, value in given.get(index, {}).items() if value != config.get(key)}
+    keyless, blocks = keyless_blocks(config), []
+    for index, width in enumerate(stated_widths(config)):
+        plain = {"intermediate_size": width, "num_key_value_heads": heads}
+        own = {
+            key: value for key, value in given.get(index, {}).items() if value != {**config, **plain}.get(key)
+        }
         unknown = sorted(own.keys() - _PER_BLOCK_KINDS.keys())
         if unknown:
             raise InputError(
@@ -259,50 +316,123 @@ def _ropes(stated: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     ]
 
 
-def _contradictions(settings: Mapping[str, Any], mixer: Any) -> Iterator[str]:
-    """What values say of each other that cannot be, in a model type with this in some blocks in attention's place."""
-    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
-    kv_heads, layers = settings.get("num_key_value_heads") or heads, settings.get("num_hidden_layers")
+@dataclass(frozen=True)
+class _Stated:
+    """What rules read of a configuration.
+
+    Attributes:
+        settings: All of it.
+        row: Of its model type.
+    """
+
+    settings: Mapping[str, Any]
+    row: Any
+
+    @property
+    def heads(self) -> int | None:
+        return self.settings.get("num_attention_heads")
+
+    @property
+    def hidden(self) -> int | None:
+        return self.settings.get("hidden_size")
+
+    @property
+    def layers(self) -> int | None:
+        return self.settings.get("num_hidden_layers")
+
+
+def _unequal_groups(stated: _Stated) -> Iterator[str]:
+    heads, kv_heads = stated.heads, stated.settings.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
-    if heads and hidden and not settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
+
+
+def _odd_head_dim(stated: _Stated) -> Iterator[str]:
+    heads, hidden = stated.heads, stated.hidden
+    if heads and hidden and not stated.settings.get("head_dim") and (hidden % heads or hidden // heads % 2):
         yield f"hidden_size {hidden} divided by num_attention_heads {heads} is no even head_dim"
-    if mixer and set(settings.get("layer_types") or ()) == {mixer.kind}:
+
+
+def _no_attention(stated: _Stated) -> Iterator[str]:
+    mixer = getattr(stated.row, "mixer", None)
+    if mixer and set(stated.settings.get("layer_types") or ()) == {mixer.kind}:
         yield "no block attends (layer_types)"
-    keys, values = (settings.get(f"linear_num_{part}_heads") for part in ("key", "value"))
+
+
+def _unequal_values(stated: _Stated) -> Iterator[str]:
+    keys, values = (stated.settings.get(f"linear_num_{part}_heads") for part in ("key", "value"))
     if keys and values and values % keys:
         yield f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
+
+
+def _other_number_of_blocks(stated: _Stated) -> Iterator[str]:
+    if not (layers := stated.layers):
+        return
     for key in PER_BLOCK_LISTS:
-        entries = settings.get(key)
+        entries = stated.settings.get(key)
         count = layers if entries is None else len(entries)
         # transformers reads no further in the second than there are blocks.
-        if layers and count != layers and (key == PER_BLOCK_LISTS[0] or count < layers):
+        if count != layers and (key == PER_BLOCK_LISTS[0] or count < layers):
             yield f"{key} has {count} entries for {layers} blocks"
-    for key in ("rope_parameters", "rope_scaling"):
-        yield from _misshapen_rope(settings, settings.get(key) or {})
-    yield from _ids_beyond(settings, settings.get("vocab_size"))
 
 
-def _misshapen_rope(settings: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
-    heads, hidden = settings.get("num_attention_heads"), settings.get("hidden_size")
+def _misshapen_rope(stated: _Stated) -> Iterator[str]:
+    heads, hidden = stated.heads, stated.hidden
     if not heads or not hidden:
         return
-    head_dim = settings.get("head_dim") or hidden // heads
-    share = rope.get("partial_rotary_factor") or settings.get("partial_rotary_factor") or 1.0
-    turned = int(head_dim * share)
-    if turned < 2 or turned % 2:
-        yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
+    head_dim = stated.settings.get("head_dim") or hidden // heads
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = stated.settings.get(key) or {}
+        share = rope.get("partial_rotary_factor") or stated.settings.get("partial_rotary_factor") or 1.0
+        turned = int(head_dim * share)
+        if turned < 2 or turned % 2:
+            yield f"partial_rotary_factor {share} of head_dim {head_dim} is no even number"
+        yield from _unlike_factors(rope, turned)
+
+
+def _unlike_factors(rope: Mapping[str, Any], turned: int) -> Iterator[str]:
     for key in ("short_factor", "long_factor"):
-        stated = rope.get(key)
-        if stated is not None and len(stated) != turned // 2:
-            yield f"{key} has {len(stated)} entries for {turned // 2} frequencies"
+        factors = rope.get(key)
+        if factors is not None and len(factors) != turned // 2:
+            yield f"{key} has {len(factors)} entries for {turned // 2} frequencies"
 
 
-def _ids_beyond(settings: Mapping[str, Any], vocabulary: int | None) -> Iterator[str]:
+def _ids_beyond(stated: _Stated) -> Iterator[str]:
+    settings, vocabulary = stated.settings, stated.settings.get("vocab_size")
     if vocabulary is None:
         return
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        stated = settings.get(key)
-        ids = stated if isinstance(stated, list) else [-1 if stated is None else stated]
+        given = settings.get(key)
+        ids = given if isinstance(given, list) else [-1 if given is None else given]
         if max(ids, default=-1) >= vocabulary:
             yield f"{key} {max(ids)} is not below vocab_size {vocabulary}"
+
+
+def _other_rows_of_inputs(stated: _Stated) -> Iterator[str]:
+    if (inputs := getattr(stated.row, "block_inputs", None)) is None:
+        return
+    tokens, rows = (stated.settings.get(key) for key in ("vocab_size", inputs.rows_setting))
+    if stated.settings.get(inputs.size_setting) != 0 and None not in (tokens, rows) and tokens != rows:
+        yield f"{inputs.rows_setting} {rows} is not vocab_size {tokens}"
+
+
+def _no_keys_to_read(stated: _Stated) -> Iterator[str]:
+    if (shared := getattr(stated.row, "shared_keys", None)) is None:
+        return
+    count, layers = stated.settings.get(shared.count_setting) or 0, stated.layers
+    if count and layers and count >= layers:
+        yield f"{shared.count_setting} {count} leaves none of {layers} blocks to read from"
+
+
+_CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
+    _unequal_groups,
+    _odd_head_dim,
+    _no_attention,
+    _unequal_values,
+    _other_number_of_blocks,
+    _misshapen_rope,
+    _ids_beyond,
+    _other_rows_of_inputs,
+    _no_keys_to_read,
+)
+"""What values say of each other that cannot be: one rule each."""

@@ -13,6 +13,8 @@ from cfsp.reading import read_json
 NOTICE_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files that have to go where a model goes."""
 
+_OLDER = 4
+"""The older major version."""
 _TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 # Keys of tokenizer_config.json that describe where a tokenizer was loaded from, or that only one major version knows.
 _DROPPED = (
@@ -31,7 +33,8 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     """A config.json's content with the rotary settings in both spellings.
 
     transformers 5 writes `rope_parameters` alone; version 4 reads `rope_theta` and `rope_scaling` and would
-    silently take its defaults. Of blocks that see a window alone it reads a base of their own, in some model types.
+    silently take its defaults, where it has the model type at all. Of blocks that see a window alone it reads a base of
+    their own, in some model types.
 
     Raises:
         InputError: They have one where version 4 reads none.
@@ -39,14 +42,14 @@ def portable_config(stored: dict[str, Any]) -> dict[str, Any]:
     # It brings torch, which readers of notices do without.
     from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED
 
-    rope = stored.get("rope_parameters")
-    if not isinstance(rope, dict):
+    row, rope = ARCHITECTURES[stored["model_type"]], stored.get("rope_parameters")
+    if row.release > _OLDER or not isinstance(rope, dict):
         return dict(stored)
     portable = dict(stored)
     of_windows, rope = rope.get(WINDOWED), dict(rope.get(FULL, rope))
     theta = rope.pop("rope_theta", None)
     if isinstance(of_windows, dict):
-        setting, base = ARCHITECTURES[stored["model_type"]].window_rope_setting, of_windows["rope_theta"]
+        setting, base = row.window_rope_setting, of_windows["rope_theta"]
         if not setting and base != theta:
             raise InputError(
                 "transformers 4 has one base for all blocks",

@@ -10,7 +10,7 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -55,7 +55,10 @@ _TEXTS = (
 )
 _IDS = ("bos", "eos", "eot", "unknown", "padding", "seperator")
 _SWITCHES = ("bos_token", "eos_token", "space_prefix")
-_SIZES = ("embedding_length", "vocab_size", "attention.key_length", "attention.value_length")
+_SIZES = (
+    *("embedding_length", "vocab_size", "attention.key_length", "attention.value_length"),
+    *("attention.key_length_swa", "attention.value_length_swa"),
+)
 _METADATA = kinds(
     **dict.fromkeys(_TEXTS, str),
     **dict.fromkeys(("tokenizer.ggml.tokens", "tokenizer.ggml.merges"), list[str]),
@@ -74,9 +77,13 @@ _HYPERPARAMETERS = kinds(
         "attention.layer_norm_rms_epsilon": Epsilon,
         "attention.sliding_window": Annotated[int, Field(ge=0, lt=2**32)],
         "attention.sliding_window_pattern": Annotated[int, Field(ge=0, lt=2**16)] | list[bool | int],
-        "final_logit_softcapping": Annotated[float, Field(ge=0, le=0)],
+        "final_logit_softcapping": Annotated[float, Field(ge=0, allow_inf_nan=False)],
         "rope.scaling.original_context_length": ContextLength,
         "rope.scaling.attn_factor": Positive,
+        **dict.fromkeys(
+            ("embedding_length_per_layer_input", "attention.shared_kv_layers"),
+            Annotated[int, Field(ge=0, lt=2**16)],
+        ),
         "shortconv.l_cache": Annotated[int, Field(ge=2, le=2**10)],
         "rope.freq_base": Positive,
         "rope.freq_base_swa": Positive,
@@ -94,6 +101,9 @@ CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")
 
 A block that has one of them has no keys.
 """
+_TABLE, _FURTHER_TABLE, _HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
+UNQUANTIZED = (*CONVOLUTIONS, "per_layer_model_proj.weight")
+"""How names of matrices end that its quantizer leaves as they are."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,11 @@ class GGUFFile:
     def hyperparameter(self, key: str, default: Any = None) -> Any:
         """The value of `<architecture>.<key>`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
+
+
+def looked_up_alone(names: Collection[str]) -> frozenset[str]:
+    """Of a file's tensors the tables of tokens that nothing is multiplied by; a tied embedding is none."""
+    return frozenset((_FURTHER_TABLE, _TABLE) if _HEAD in names else (_FURTHER_TABLE,))
 
 
 @functools.cache

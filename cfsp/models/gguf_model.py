@@ -17,7 +17,15 @@ import torch
 import transformers
 
 from cfsp.errors import InputError, look_up
-from cfsp.models.architectures import ARCHITECTURES, FULL, WINDOWED, ArchitectureSpec, unsupported
+from cfsp.models.architectures import (
+    ARCHITECTURES,
+    FULL,
+    WINDOWED,
+    ArchitectureSpec,
+    keyless_blocks,
+    stated_widths,
+    unsupported,
+)
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.paging import paged_copy, stays_in_files
@@ -30,6 +38,8 @@ from cfsp.reading import as_input_error
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 """What llama.cpp takes for granted."""
+_STILL = 1e20
+"""Divisors from which on nothing turns."""
 _LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BLOCKS_OF_27B = 62
@@ -59,24 +69,32 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
             f"{file.path} lacks the model's dimensions or its embeddings (a vocabulary-only file?)"
         )
     mixing = _mixing_settings(file, row, heads)
-    for key in ("feed_forward_length", "attention.head_count"):
-        _check_one(file, key, file.hyperparameter(key))
+    _check_one(file, "attention.head_count", heads)
     settings: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": hidden,
-        "intermediate_size": file.require(f"{file.architecture}.feed_forward_length"),
         "num_hidden_layers": file.require(f"{file.architecture}.block_count"),
         "num_attention_heads": heads,
         **mixing,
-        "head_dim": file.hyperparameter("attention.key_length", hidden // heads),
+        "head_dim": file.hyperparameter(
+            "attention.key_length_swa" if row.own_heads else "attention.key_length", hidden // heads
+        ),
         "max_position_embeddings": file.hyperparameter("context_length", 2048),
         row.epsilon_setting: _shortest(file.require(f"{file.architecture}.attention.layer_norm_rms_epsilon")),
         "torch_dtype": "float32",
         **_rope_settings(file),
         **_special_ids(file),
     }
+    settings |= _width_settings(file, row, settings)
     if row.has_windows:
         settings |= _window_settings(file, row, settings["num_hidden_layers"])
+    settings |= _further_settings(file, row, settings)
+    if (
+        row.release > 4 and "rope_parameters" in settings
+    ):  # transformers 5 would keep what says the same again
+        settings = {
+            key: value for key, value in settings.items() if key not in ("rope_theta", "rope_scaling")
+        }
     if row.scale_setting:
         # What llama.cpp takes for granted, and for the largest model of the family by its number of blocks.
         largest = settings["num_hidden_layers"] == _BLOCKS_OF_27B
@@ -107,9 +125,41 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     return {"num_key_value_heads": kv_heads} | settings
 
 
+def _further_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What caps logits, and the rows of a further table of tokens.
+
+    Raises:
+        InputError: A cap in a model type that has none, or no windows where blocks with one have their own heads.
+    """
+    cap, further = file.hyperparameter("final_logit_softcapping", 0.0), {}
+    if cap and not row.cap_setting:
+        raise InputError(f"{file.path}: unsupported", field="final_logit_softcapping", value=cap, allowed="0")
+    if row.own_heads and not settings.get("sliding_window"):
+        raise InputError(f"{file.path}: no {row.model_type} model does without", field="sliding_window")
+    if row.block_inputs:
+        further[row.block_inputs.rows_setting] = settings["vocab_size"]
+    return further | ({row.cap_setting: _shortest(cap) if cap else None} if row.cap_setting else {})
+
+
+def _width_settings(file: GGUFFile, row: ArchitectureSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """FFN widths; raises InputError for those that the configuration of a dense model cannot say."""
+    stated = file.require(f"{file.architecture}.feed_forward_length")
+    known = {"model_type": row.model_type, **settings}
+    widths = stated if isinstance(stated, list) else [stated] * settings["num_hidden_layers"]
+    for wide in (False, True) if row.shared_keys else (False,):
+        own = {row.shared_keys.wide_setting: wide} if row.shared_keys else {}
+        if stated_widths({**known, **own, "intermediate_size": widths[0]}) == tuple(widths):
+            return {"intermediate_size": widths[0], **own}
+    raise _each_block_has(file, "feed_forward_length")
+
+
 def _check_one(file: GGUFFile, key: str, value: Any) -> None:
     if isinstance(value, list):
-        raise InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
+        raise _each_block_has(file, key)
+
+
+def _each_block_has(file: GGUFFile, key: str) -> InputError:
+    return InputError(f"{file.path} has a {key} for each block; use the checkpoint it was exported from")
 
 
 def model_from_gguf(
@@ -127,9 +177,9 @@ def model_from_gguf(
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
     """
     config, where = config_from_gguf(file), str(file.path)
-    left_out = (_ROPE_FREQUENCIES, *([_OUTPUT] if _twice(file, config) else []))
+    left_out = (*_unread(file, config), *([_OUTPUT] if _twice(file, config) else []))
     n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
-    if may_stream and stays_in_files(n_weights * torch.float32.itemsize):
+    if may_stream and not _row(file).own_arguments and stays_in_files(n_weights * torch.float32.itemsize):
         model = paged_copy(config, _weights(file, config, torch.float32, progress), n_weights, where=where)
     else:
         check_memory(n_weights, dtype, where)
@@ -153,10 +203,10 @@ def _weights(
         InputError: A tensor is unknown.
     """
     row, names, factors = _row(file), _transformers_names(file, config), _factors(file, config)
-    both = _twice(file, config)
+    both, unread = _twice(file, config), _unread(file, config)
     for done, tensor in enumerate(file.tensors, 1):
         progress("reading GGUF", done, len(file.tensors))
-        if tensor.name == _ROPE_FREQUENCIES or (both and tensor.name == _OUTPUT):
+        if tensor.name in unread or (both and tensor.name == _OUTPUT):
             continue
         if tensor.name not in names:
             raise InputError(
@@ -172,6 +222,14 @@ def _weights(
             values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
         yield names[tensor.name], values
+
+
+def _unread(file: GGUFFile, config: Any) -> frozenset[str]:
+    """Tensors that no parameter is made of: the rope's, and keys and values of blocks that read another block's."""
+    row, settings = _row(file), {"model_type": config.model_type, **vars(config)}
+    keyless = keyless_blocks(settings) if row.shared_keys else ()
+    parts = ("attn_k", "attn_v", "attn_k_norm")
+    return frozenset((_ROPE_FREQUENCIES, *(f"blk.{n}.{part}.weight" for n in keyless for part in parts)))
 
 
 def _factors(file: GGUFFile, config: Any) -> Factors:
@@ -244,9 +302,12 @@ def _bits(tensor: GGUFTensor) -> int:
 
 def _check_shapes(file: GGUFFile, shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> None:
     """Metadata that contradicts the tensors is caught before a model of the stated size is built."""
-    hidden, width, head_dim = settings["hidden_size"], settings["intermediate_size"], settings["head_dim"]
+    hidden, head_dim = settings["hidden_size"], settings["head_dim"]
     last, attending = settings["num_hidden_layers"] - 1, settings.get("layer_types", [FULL])
     first = next((index for index, kind in enumerate(attending) if kind in (FULL, WINDOWED)), 0)
+    if attending[first] == FULL:
+        head_dim = settings.get(_row(file).own_heads, head_dim)
+    width = stated_widths({"model_type": _row(file).model_type, **settings})[last]
     expected = {
         "token_embd.weight": (settings["vocab_size"], hidden),
         f"blk.{first}.attn_q.weight": (settings["num_attention_heads"] * head_dim, hidden),
@@ -289,7 +350,14 @@ def _transformers_names(file: GGUFFile, config: Any) -> dict[str, str]:
     names = tensor_names(file.architecture, config.num_hidden_layers)
     with torch.device("meta"):
         parameters = [name.rpartition(".") for name in model_class(config)(config).state_dict()]
-    return {f"{names.get_name(module)}.{kind}": f"{module}.{kind}" for module, _, kind in parameters}
+    scalar = _row(file).scalar
+    # What is a module's own number, and no parameter of one inside it, llama.cpp calls a weight.
+    return {
+        f"{names.get_name(f'{module}.{kind}')}.weight"
+        if kind == scalar
+        else f"{names.get_name(module)}.{kind}": f"{module}.{kind}"
+        for module, _, kind in parameters
+    }
 
 
 def _split_halves(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
@@ -312,9 +380,10 @@ def _window_settings(file: GGUFFile, row: ArchitectureSpec, n_blocks: int) -> di
     if key := row.window_rope_setting:
         settings[key] = _shortest(file.hyperparameter("rope.freq_base_swa", 10000.0))
     elif row.plain_window_rope:  # transformers 5 would take the family's own base for these blocks
-        rope = _rope_settings(file)
+        rope, base = _rope_settings(file), file.hyperparameter("rope.freq_base_swa")
         plain = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
-        settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: dict(plain)}
+        windowed = plain | ({"rope_theta": _shortest(base)} if base else {})
+        settings["rope_parameters"] = {FULL: plain | rope.get("rope_scaling", {}), WINDOWED: windowed}
     pattern = file.hyperparameter("attention.sliding_window_pattern")
     if pattern == 0:
         pattern = [True] * n_blocks
@@ -347,6 +416,13 @@ def _rope_settings(file: GGUFFile) -> dict[str, Any]:
     if stored is None:
         return {"rope_theta": theta}
     divisors = stored.dequantize()
+    turned = int((divisors == 1).sum())
+    if (divisors[:turned] == 1).all() and (divisors[turned:] >= _STILL).all():
+        share = turned / len(divisors)
+        return {
+            "rope_theta": theta,
+            "rope_scaling": {"rope_type": "proportional", "partial_rotary_factor": share},
+        }
     for factor in _LLAMA3_FACTORS:
         scaling = {
             "rope_type": "llama3",
@@ -357,7 +433,9 @@ def _rope_settings(file: GGUFFile) -> dict[str, Any]:
         }
         if np.allclose(divisors, llama3_divisors(theta, 2 * len(divisors), scaling), rtol=1e-3):
             return {"rope_theta": theta, "rope_scaling": scaling}
-    raise InputError(f"{file.path}: {_ROPE_FREQUENCIES} is not Llama 3's scaling, the only one supported")
+    raise InputError(
+        f"{file.path}: {_ROPE_FREQUENCIES} is neither Llama 3's scaling nor a rope of a part of each head"
+    )
 
 
 def _yarn(file: GGUFFile) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from cfsp.models.checkpoint import (
 from cfsp.models.config_file import (
     check_generation_config,
     check_tokenizer_files,
+    dense_settings,
     read_chat_template,
     read_model_config,
 )
@@ -58,7 +59,7 @@ def load_folder(
     """
     settings = read_model_config(folder)
     files = safetensors_files(folder)
-    if is_pruned_checkpoint(folder) or "per_layer_config" in settings:
+    if is_pruned_checkpoint(folder) or dense_settings(settings, str(folder / "config.json"))[1]:
         return load_pruned(folder, dtype, by_blocks=may_stream and reads_by_blocks(folder))
     if is_text_part(folder):
         model = load_text_part(folder, settings, dtype=dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.files import large_temporary, no_space_as_input_error
+from cfsp.scratch import LargeScratch
 from cfsp.units import format_bytes
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -24,7 +24,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 class _Owner:
     """Deletes a scratch file once nothing in it is anybody's home."""
 
-    def __init__(self, file: Path, folder: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, file: Path, folder: LargeScratch) -> None:
         self.folder = folder  # deleted with the last file of it
         finalize(self, file.unlink, missing_ok=True)
 
@@ -74,7 +74,7 @@ class Scratch:
     """Files for what was changed, each deleted with the last page that has it."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-weights-", dir=large_temporary())
+        self._folder = LargeScratch("weights")
         self._count = 0
 
     def write(self, tensors: Mapping[str, torch.Tensor], *, narrowed: bool = True) -> dict[str, Home]:
@@ -87,7 +87,7 @@ class Scratch:
         if not tensors:
             return {}
         self._count += 1
-        file = Path(self._folder.name, f"{self._count}.safetensors")
+        file = self._folder.path / f"{self._count}.safetensors"
         first = {id(tensor): name for name, tensor in tensors.items()}
         stored = {name: tensors[name].detach() for name in first.values()}
         if narrowed:

@@ -25,10 +25,11 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.memory import free_memory
-from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers, spec_for
 from cfsp.models.homes import Home, Scratch, require_scratch
+from cfsp.models.text_settings import text_settings
 from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
-from cfsp.reading import as_input_error
+from cfsp.reading import as_input_error, read_json_object
 
 VARIABLE = "PHONEREADY_STREAM"
 """The environment's word on when weights stay in files."""
@@ -228,10 +229,15 @@ def check_scratch(model: Any) -> None:
 def reads_by_blocks(folder: Path) -> bool:
     """Whether the weights of a folder are to stay in its files: they would take too much memory, and are of one dtype.
 
+    Those of a model type whose blocks need more than what comes out of the block before do not.
+
     Raises:
         InputError: A file is missing or damaged.
     """
-    files = safetensors_files(folder)
+    files, config = safetensors_files(folder), folder / "config.json"
+    row = ARCHITECTURES.get(text_settings(read_json_object(config), str(config)).get("model_type", ""))
+    if row and row.own_arguments:
+        return False
     n_bytes = weight_count(files, tied=False) * torch.float32.itemsize
     return stays_in_files(n_bytes) and uniform_dtype(files) is not None
 

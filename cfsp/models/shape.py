@@ -21,7 +21,8 @@ class BlockShape:
         origin: Which block of the dense model it was.
         ffn_width: Channels of its FFN (intermediate_size).
         kv_groups: Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0
-            without attention, and where something takes its place; None where a record does not say.
+            without attention, where something takes its place, and without keys of its own; None where a record does
+            not say.
         has_attention: Whether it attends, or has what takes the place of that.
         has_ffn: Whether it has an FFN.
     """
@@ -34,7 +35,7 @@ class BlockShape:
 
     @property
     def is_keyless(self) -> bool:
-        """Whether it mixes tokens without keys of its own, by what takes attention's place."""
+        """Whether it mixes tokens without keys of its own: by what takes attention's place, or another block's keys."""
         return self.has_attention and self.kv_groups == 0
 
 
@@ -142,7 +143,7 @@ def require_supported(shape: ModelShape, where: str, keyless: Collection[int] = 
     Args:
         shape: Of a model.
         where: File or folder named in the error.
-        keyless: Blocks in which something takes attention's place, in the model's type.
+        keyless: Blocks that mix tokens without keys of their own, in the model's type.
     """
     if not shape.blocks or not shape.blocks[0].has_attention:
         raise InputError(f"{where}: block 0 has no attention, from which runtimes learn how long the text is")

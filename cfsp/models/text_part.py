@@ -6,7 +6,7 @@ the folder, in llama.cpp) still fits the pruned text part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,12 @@ def is_text_part(folder: Path) -> bool:
     return file.is_file() and str(read_json_object(file).get("model_type")) in TEXT_PARTS
 
 
+def text_names(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Tensors of a folder's files that belong to its text model -> that model's names of them."""
+    prefixes = _prefixes(folder) if is_text_part(folder) else {"": ""}
+    return {name: ours for name in names if (ours := _text_name(name, prefixes)) is not None}
+
+
 def config_from_settings(settings: Mapping[str, Any], where: str) -> Any:
     """transformers configuration of `read_model_config`'s settings; raises InputError that names `where`."""
     with as_input_error(f"{where}/config.json is not a valid config"):
@@ -54,13 +60,12 @@ def load_text_part(folder: Path, settings: Mapping[str, Any], *, dtype: torch.dt
 
     config = config_from_settings(settings, str(folder))
     weights: dict[str, torch.Tensor] = {}
-    prefixes = TEXT_PARTS[str(read_json_object(folder / "config.json")["model_type"])].prefixes
     files = safetensors_files(folder)
     check_memory(weight_count(files, tied=bool(config.tie_word_embeddings)), dtype, str(folder))
     for file in files:
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as handle:
-            names = {name: _text_name(name, prefixes) for name in handle.keys()}  # noqa: SIM118
-            weights |= {ours: handle.get_tensor(name).to(dtype) for name, ours in names.items() if ours}
+            names = text_names(folder, handle.keys())
+            weights |= {ours: handle.get_tensor(name).to(dtype) for name, ours in names.items()}
     if settings.get("tie_word_embeddings") is None and OUTPUT_MATRIX not in weights:
         config.tie_word_embeddings = True
     if config.tie_word_embeddings:
@@ -73,6 +78,10 @@ def load_text_part(folder: Path, settings: Mapping[str, Any], *, dtype: torch.dt
         with quiet_transformers(), as_input_error(f"{folder / 'generation_config.json'} cannot be used"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model
+
+
+def _prefixes(folder: Path) -> Mapping[str, str]:
+    return TEXT_PARTS[str(read_json_object(folder / "config.json")["model_type"])].prefixes
 
 
 def _text_name(name: str, prefixes: Mapping[str, str]) -> str | None:

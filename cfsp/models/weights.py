@@ -175,8 +175,11 @@ def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:
 
 
 def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Progress = no_progress) -> None:
-    """Write a model's parameters in a dtype, each once, in shards as Hugging Face names them; at most one is held."""
+    """Write a model's weights in a dtype, each once, in shards as Hugging Face names them; at most one is held."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    stored = model.state_dict().keys()
+    # Numbers that are not trained; those that are computed from the configuration are not among the stored.
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
     sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=_SHARD_BYTES)
     for done, (file, names) in enumerate(split.filename_to_tensors.items()):

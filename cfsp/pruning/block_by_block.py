@@ -35,7 +35,7 @@ from cfsp.models.architectures import (
     norm_epsilon,
     spec_for,
 )
-from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.block_pass import Calls, enter_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.processes import mine, number_summed, summed
 from cfsp.pruning.axes.kv_groups import group_channels
@@ -66,21 +66,23 @@ def prune_block_by_block(cut: Cut) -> None:
     # Not inference mode: weights made in it could never be trained.
     with torch.no_grad():
         dense, calls = enter_blocks(cut.model, layers, mine(cut.input_ids))
-        pruned = dense
+        pruned, pruned_calls = dense, calls
         for index in (index for index in range(last + 1) if index not in cut.gone):
             with at_hand(layers[index], *_blocks_going_after(layers, index, cut.gone)):
                 after = _blocks_after(layers, calls, index, cut.gone)
                 wanted = list(dense) if pruned is dense else dense
                 for window, hidden in enumerate(dense):
-                    wanted[window] = after(run_layer(layers[index], hidden, calls[index]))
+                    wanted[window] = after(run_layer(layers[index], hidden, calls.of(index, window)), window)
+                if pruned is dense and index in (*changed, *cut.groups):
+                    pruned_calls = calls.apart()
                 if index in cut.groups:
-                    _prune_attention(cut, index, pruned, calls[index])
+                    _prune_attention(cut, index, pruned, pruned_calls)
                 if index in changed:
-                    pruned = _prune_block(cut, index, pruned, wanted, calls[index], after)
+                    pruned = _prune_block(cut, index, pruned, wanted, pruned_calls, after)
                 elif pruned is dense and index not in cut.groups:
                     pruned = wanted
                 else:
-                    pruned = [run_layer(layers[index], hidden, calls[index]) for hidden in pruned]
+                    pruned = _run(layers[index], index, pruned, pruned_calls)
                 dense = wanted
             cut.progress("pruning", index + 1, last + 1)
 
@@ -95,7 +97,13 @@ def _blocks_to_solve(cut: Cut, layers: Sequence[nn.Module]) -> list[int]:
     ]
 
 
-_Run = Callable[[torch.Tensor], torch.Tensor]
+_Run = Callable[[torch.Tensor, int], torch.Tensor]
+"""From hidden states, and the number of their window, to what becomes of them."""
+
+
+def _run(layer: nn.Module, index: int, windows: Sequence[torch.Tensor], calls: Calls) -> list[torch.Tensor]:
+    """A block's outputs."""
+    return [run_layer(layer, hidden, calls.of(index, window)) for window, hidden in enumerate(windows)]
 
 
 def _blocks_going_after(layers: Sequence[nn.Module], index: int, gone: frozenset[int]) -> list[nn.Module]:
@@ -103,15 +111,13 @@ def _blocks_going_after(layers: Sequence[nn.Module], index: int, gone: frozenset
     return [layers[later] for later in takewhile(gone.__contains__, range(index + 1, len(layers)))]
 
 
-def _blocks_after(
-    layers: Sequence[nn.Module], calls: Sequence[dict[str, Any]], index: int, gone: frozenset[int]
-) -> _Run:
+def _blocks_after(layers: Sequence[nn.Module], calls: Calls, index: int, gone: frozenset[int]) -> _Run:
     """What the blocks that go directly after a block make of hidden states; the same states where none do."""
     going = _blocks_going_after(layers, index, gone)
 
-    def run(hidden: torch.Tensor) -> torch.Tensor:
-        for later, arguments in zip(going, calls[index + 1 :], strict=False):
-            hidden = run_layer(later, hidden, arguments)
+    def run(hidden: torch.Tensor, window: int) -> torch.Tensor:
+        for number, later in enumerate(going, index + 1):
+            hidden = run_layer(later, hidden, calls.of(number, window))
         return hidden
 
     return run
@@ -122,7 +128,7 @@ def _prune_block(
     index: int,
     pruned: Sequence[torch.Tensor],
     wanted: Sequence[torch.Tensor],
-    arguments: dict[str, Any],
+    calls: Calls,
     after: _Run,
 ) -> list[torch.Tensor]:
     """Cut a block's channels and solve its down_proj.
@@ -132,7 +138,7 @@ def _prune_block(
         index: Of the block.
         pruned: Each window's pruned stream before the block, (1, seqlen, hidden_size).
         wanted: The dense stream after it and the blocks after it that go, h*.
-        arguments: Of the block's call.
+        calls: Of the pruned stream.
         after: What the blocks that go after it do.
 
     Returns:
@@ -143,7 +149,11 @@ def _prune_block(
     norm = _Norm.of(cut.model, added_norms(cut.model, layer)[1])
     solver, rests = _Columns(ffn.down, kept, norm), []
     seen: dict[str, torch.Tensor] = {}
-    for hidden, target in zip(pruned, wanted, strict=True):
+    spec = spec_for(cut.model.config)
+    # What the block does with the sum behind its FFN is taken for the multiplication alone.
+    correction = cut.correction / float(getattr(layer, spec.scalar)) if spec.scalar else cut.correction
+    for window, (hidden, target) in enumerate(zip(pruned, wanted, strict=True)):
+        arguments = calls.of(index, window)
         whole = run_layer(layer, hidden, arguments) if silent else None
         with (
             attention_left_out(layer) if silent else nullcontext(),
@@ -151,14 +161,17 @@ def _prune_block(
             output_hook(ffn.down, lambda x, given: seen.update(x=x, given=given)),
         ):
             output = run_layer(layer, hidden, arguments)
-        whole = after(output if whole is None else whole)
-        solver.observe(seen["x"], seen["given"], whole - output, cut.correction * (target - whole))
-        rests.append((output - norm(seen["given"]), seen["ffn_input"]))
+        whole = after(output if whole is None else whole, window)
+        solver.observe(seen["x"], seen["given"], whole - output, correction * (target - whole))
+        if not spec.goes_on:
+            rests.append((output - norm(seen["given"]), seen["ffn_input"]))
     cut_channels(ffn, kept, solver.solve(cut.ridge))
+    if spec.goes_on:
+        return _run(layer, index, pruned, calls)
     return [rest + norm(ffn.module(ffn_input)) for rest, ffn_input in rests]
 
 
-def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], arguments: dict[str, Any]) -> None:
+def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], calls: Calls) -> None:
     """Cut a block's key-value groups and solve its o_proj, for the pruned stream before the block."""
     layer = decoder_layers(cut.model)[index]
     attention = attention_of(cut.model, layer)
@@ -166,8 +179,7 @@ def _prune_attention(cut: Cut, index: int, pruned: Sequence[torch.Tensor], argum
     norm = _Norm.of(cut.model, added_norms(cut.model, layer)[0])
     solver = _Columns(o_proj, group_channels(attention, o_proj.in_features, cut.groups[index]), norm)
     with output_hook(o_proj, solver.observe):
-        for hidden in pruned:
-            run_layer(layer, hidden, arguments)
+        _run(layer, index, pruned, calls)
     cut_groups(attention, cut.groups[index], solver.solve(cut.ridge))
 
 

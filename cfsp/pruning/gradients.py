@@ -23,7 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import FeedForward, decoder_layers, feed_forward, last_norm
+from cfsp.models.architectures import (
+    FeedForward,
+    capped,
+    decoder_layers,
+    feed_forward,
+    last_norm,
+    logit_cap,
+    token_tables,
+)
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
@@ -195,7 +203,7 @@ def collect_weight_moments(
 
     Args:
         model: A causal LM of the architecture table, in eval mode; unchanged.
-        names: Of Linears, and `LOOKUP`: the token embedding as what looks a token up.
+        names: Of Linears, of further tables of tokens, and `LOOKUP`: the token embedding as what looks a token up.
         input_ids: (nsamples, seqlen) int64.
         progress: Told after each window, or block.
 
@@ -208,13 +216,13 @@ def collect_weight_moments(
         strength, squares = g.square().sum(1, dtype=torch.float64), x.double().square()
         keep(name, WeightMoments(g.square().sum(0, dtype=torch.float64), strength @ squares, squares.sum(0)))
 
-    def add_lookups(window: torch.Tensor, g: torch.Tensor) -> None:
+    def add_lookups(window: torch.Tensor, gradients: list[torch.Tensor]) -> None:
         # The input is one-hot, so x_j^2 is the token's share, and rows and columns change places.
-        squares = g.double().square()
-        rows = g.new_zeros(model.config.vocab_size, dtype=torch.float64)
-        keep(
-            LOOKUP, WeightMoments(rows.index_add_(0, window, squares.sum(1)), squares.sum(0), squares.sum(0))
-        )
+        for (name, table), g in zip(tables.items(), gradients, strict=False):
+            squares = g.double().square() * float(getattr(table, "embed_scale", 1.0)) ** 2
+            rows = g.new_zeros(len(table.weight), dtype=torch.float64)
+            rows.index_add_(0, window, squares.sum(1))
+            keep(name, WeightMoments(rows, squares.sum(0), squares.sum(0)))
 
     def keep(name: str, new: WeightMoments) -> None:
         old = sums.get(name)
@@ -224,7 +232,10 @@ def collect_weight_moments(
             else WeightMoments(old.rows + new.rows, old.columns + new.columns, old.inputs + new.inputs)
         )
 
-    linears = [name for name in names if name != LOOKUP]
+    _, *further = token_tables(model)
+    tables = {LOOKUP: model.get_input_embeddings()}
+    tables |= {name: module for name, module in model.named_modules() if module in further}
+    linears = [name for name in names if name not in tables]
     watched = [(model.get_submodule(name), partial(add, name)) for name in linears]
     _run_backwards(model, watched, input_ids, 0, progress, add_lookups)
     result: dict[str, WeightMoments] = {}
@@ -243,11 +254,11 @@ def _run_backwards(
     input_ids: torch.Tensor,
     seed: int,
     progress: Progress,
-    receive_embedded: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
+    receive_embedded: Callable[[torch.Tensor, list[torch.Tensor]], None] | None = None,
 ) -> None:
     """Forwards and backwards through every window, with a `gradient_hook` on each Linear; weights are frozen.
 
-    `receive_embedded` is given each window (seqlen,) and the gradient at its embedded tokens, (seqlen, hidden_size).
+    `receive_embedded` is given each window (seqlen,) and the gradients at what `token_tables` give for it.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     with torch.enable_grad(), ExitStack() as stack:
@@ -257,9 +268,9 @@ def _run_backwards(
         for linear, receive in watched:
             stack.enter_context(gradient_hook(linear, receive))
         run = _backwards_by_blocks if is_paged(model) else _backwards_by_windows
-        for window, gradient in run(model, input_ids.to(model.device), generator, progress):
+        for window, gradients in run(model, input_ids.to(model.device), generator, progress):
             if receive_embedded is not None:
-                receive_embedded(window, gradient)
+                receive_embedded(window, gradients)
 
 
 def _set_training(model: nn.Module, trained: Mapping[str, bool]) -> None:
@@ -268,18 +279,34 @@ def _set_training(model: nn.Module, trained: Mapping[str, bool]) -> None:
 
 
 _WHAT = "measuring gradients"
-_Embedded = Iterator[tuple[torch.Tensor, torch.Tensor]]
-"""Each window (seqlen,) and the gradient at its embedded tokens, (seqlen, hidden_size)."""
+_Embedded = Iterator[tuple[torch.Tensor, list[torch.Tensor]]]
+"""Each window (seqlen,) and the gradients at what each of `token_tables` gives for it, (seqlen, columns)."""
 
 
 def _backwards_by_windows(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
     for done, window in enumerate(input_ids, 1):
-        embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
-        hidden = model.get_decoder()(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        yield window, _pulled_back(hidden, _head_gradient(model, hidden, generator), embedded)[0]
+        embedded, hidden = _embedded_and_run(model, window[None])
+        gradients = _pulled_back(hidden, _head_gradient(model, hidden, generator), *embedded)
+        yield window, [gradient[0] for gradient in gradients]
         progress(_WHAT, done, len(input_ids))
+
+
+def _embedded_and_run(model: Any, window: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """What each of `token_tables` gives for a window, which wants a gradient, and what the output matrix reads."""
+    kept: dict[nn.Module, torch.Tensor] = {}
+
+    def keep(table: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        kept[table] = output.detach().requires_grad_()
+        return kept[table]
+
+    tables = token_tables(model)
+    with ExitStack() as stack:
+        for table in tables:
+            stack.enter_context(table.register_forward_hook(keep))
+        hidden = model.get_decoder()(input_ids=window, use_cache=False).last_hidden_state
+    return [kept[table] for table in tables], hidden
 
 
 def _backwards_by_blocks(
@@ -294,27 +321,26 @@ def _backwards_by_blocks(
         for index, layer in enumerate(layers):
             before.put(index, states)
             with at_hand(layer):
-                states = [run_layer(layer, state, calls[index]) for state in states]
+                states = [run_layer(layer, state, calls.of(index, n)) for n, state in enumerate(states)]
             progress(_WHAT, index + 1, 2 * len(layers))
-    gradients = []
+    gradients: list[torch.Tensor] = []
     with at_hand(model.get_output_embeddings()):
         for state in states:
             normed = norm(state.requires_grad_())
-            gradients.append(_pulled_back(normed, _head_gradient(model, normed, generator), state))
+            gradients += _pulled_back(normed, _head_gradient(model, normed, generator), state)
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):
             for window, state in enumerate(before.take(index)):
-                output = run_layer(layer, state.requires_grad_(), calls[index])
-                gradients[window] = _pulled_back(output, gradients[window], state)
+                output = run_layer(layer, state.requires_grad_(), calls.of(index, window))
+                (gradients[window],) = _pulled_back(output, gradients[window], state)
         progress(_WHAT, 2 * len(layers) - index, 2 * len(layers))
-    yield from zip(input_ids, (gradient[0] for gradient in gradients), strict=True)
+    yield from zip(input_ids, ([gradient[0]] for gradient in gradients), strict=True)
 
 
-def _pulled_back(output: torch.Tensor, gradient: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """The gradient at what an output was made from, from that at the output."""
+def _pulled_back(output: torch.Tensor, gradient: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    """The gradients at what an output was made from, from that at the output."""
     torch.autograd.backward(output, gradient)
-    assert leaf.grad is not None
-    return leaf.grad
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -324,7 +350,7 @@ def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator)
     """
     head, ending = model.get_output_embeddings(), hidden[0].detach().requires_grad_()
     for chunk in torch.split(ending, _HEAD_CHUNK):
-        logits = head(chunk).float()
+        logits = capped(head(chunk).float(), logit_cap(model.config))
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
     assert ending.grad is not None

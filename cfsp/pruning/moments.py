@@ -58,7 +58,7 @@ def collect_input_moments(
             with at_hand(layer), ExitStack() as stack:
                 for name, linear in linears[index].items():
                     stack.enter_context(input_hook(linear, partial(add, name)))
-                hidden = [run_layer(layer, state, calls[index]) for state in hidden]
+                hidden = [run_layer(layer, state, calls.of(index, n)) for n, state in enumerate(hidden)]
             progress("measuring activations", index + 1, len(layers))
     n_tokens = number_summed(windows.numel())
     return {name: (summed(total) / n_tokens).float().cpu() for name, total in sums.items()}

@@ -11,6 +11,7 @@ from cfsp.models.architectures import (
     feed_forward,
     model_shape,
     spec_for,
+    token_tables,
 )
 from cfsp.models.shape import BlockShape, ModelShape
 from cfsp.pruning.budget import Cost
@@ -29,7 +30,7 @@ def count_parameters(model: Any) -> Cost:
     ]
     group = [_of_group(attention_of(model, layer), spec_for(model.config).output) for layer in layers]
     dense = model_shape(model)
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (*token_tables(model), model.get_output_embeddings())
     rows = len(ends[0].weight)
     row = sum(weight.shape[1] for weight in {id(end.weight): end.weight for end in ends}.values())
     outside = _count(model) - sum(map(_count, layers)) - row * rows

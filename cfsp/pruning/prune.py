@@ -17,7 +17,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.attention import (
-    ATTENTIONS_STAY,
+    attentions_stay,
     check_attentions,
     plan_attentions,
     removable_attentions,
@@ -254,8 +254,8 @@ def check_removals(model: Any, settings: PruneSettings) -> None:
     """
     if settings.blocks:
         removable_blocks(model, int(settings.blocks))
-    if settings.attentions and spec_for(model.config).mixer:
-        raise InputError(ATTENTIONS_STAY, field="attentions", value=settings.attentions, allowed="0")
+    if settings.attentions and (reason := attentions_stay(spec_for(model.config))):
+        raise InputError(reason, field="attentions", value=settings.attentions, allowed="0")
     if settings.attentions:
         others = len(decoder_layers(model)) - int(settings.blocks) - 1
         check_attentions(removable_attentions(model, frozenset())[:others], int(settings.attentions))

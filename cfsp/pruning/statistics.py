@@ -10,7 +10,6 @@ X (T x intermediate_size) the input of down_proj.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from cfsp.errors import InputError
-from cfsp.files import large_temporary
+from cfsp.files import no_space_as_input_error
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
@@ -31,6 +30,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import ChannelGradients
 from cfsp.pruning.moments import sums_of_squares
 from cfsp.pruning.streaming import GramSum, input_hook
+from cfsp.scratch import LargeScratch
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,19 @@ class GramStore:
     """Gram matrices X^T X / T of each block, float32, kept in files so that memory holds one at a time."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="phoneready-gram-", dir=large_temporary())
+        self._folder = LargeScratch("gram")
 
     def put(self, layer: int, gram: torch.Tensor) -> None:
         """Store one block's matrix (intermediate_size, intermediate_size)."""
-        safetensors.torch.save_file({"gram": gram.float().cpu()}, self._file(layer))
+        with no_space_as_input_error(self._file(layer)):
+            safetensors.torch.save_file({"gram": gram.float().cpu()}, self._file(layer))
 
     def get(self, layer: int, device: torch.device) -> torch.Tensor:
         """One block's matrix as float64."""
         return safetensors.torch.load_file(self._file(layer))["gram"].to(device).double()
 
     def _file(self, layer: int) -> Path:
-        return Path(self._folder.name, f"{layer}.safetensors")
+        return self._folder.path / f"{layer}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def collect_statistics(
             sums = _BlockSums(ffn.width, with_gram, model.device)
             with at_hand(layer), input_hook(ffn.down, sums.add_channels):
                 for window, h_in in enumerate(hidden):
-                    hidden[window] = run_layer(layer, h_in, calls[index])
+                    hidden[window] = run_layer(layer, h_in, calls.of(index, window))
                     sums.add_block(h_in, hidden[window])
             sums.sum_up()
             for name, total in sums.importance.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import FeedForward, model_shape
+from cfsp.models.architectures import FeedForward, model_shape, stated_widths, width_settings
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.kv_groups import group_channels
 from cfsp.pruning.statistics import BlockStatistics
@@ -89,10 +89,12 @@ def _keep_inputs(linear: nn.Linear, kept: torch.Tensor, weight: torch.Tensor | N
 
 
 def set_config_shape(model: Any) -> None:
-    """Record a uniform shape in the model's config; blocks that differ are the checkpoint's to describe."""
-    shape = model_shape(model)
-    if shape.blocks and shape.is_uniform:
-        model.config.intermediate_size = shape.ffn_widths[0]
+    """Record widths in the model's config that it can state; blocks that differ are the checkpoint's to describe."""
+    settings, widths = model.config.to_dict(), model_shape(model).ffn_widths
+    stated = width_settings(settings, widths) if widths else {}
+    if stated_widths(settings | stated) == widths:
+        for key, value in stated.items():
+            setattr(model.config, key, value)
 
 
 def _parameter(old: torch.Tensor, values: torch.Tensor) -> nn.Parameter:

@@ -78,6 +78,24 @@ def head_loss(
     return result
 
 
+def of_capped(loss: ChunkLoss, cap: float | None) -> ChunkLoss:
+    """A loss of the logits c tanh(z / c) as one of the products z; the same where there is no c.
+
+    Args:
+        loss: Of logits.
+        cap: c.
+    """
+    if cap is None:
+        return loss
+
+    def of_products(products: torch.Tensor, chunk: slice) -> LossAndGradient:
+        share = torch.tanh(products / cap)
+        value, gradient = loss(cap * share, chunk)
+        return value, gradient * (1 - share.square())
+
+    return of_products
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(

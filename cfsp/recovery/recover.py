@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +70,7 @@ def recover(
     force: bool = False,
     trust_remote_code: bool = False,
     writers: Sequence[Writer] = (TRANSFORMERS,),
+    before: Callable[[], None] = lambda: None,
     progress: Progress = no_progress,
 ) -> Recovered:
     """Train what pruning has cost back into a checkpoint, and write a new one.
@@ -89,6 +90,7 @@ def recover(
         force: Replace an existing output, and a work folder of other inputs.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         writers: What may have the dense model write, for `self`; the first that can does.
+        before: Called once everything is read, in the process that writes; it may raise.
         progress: Told about every step.
 
     Raises:
@@ -119,6 +121,8 @@ def recover(
         )
         with arguments.main_process_first(local=False):
             drawn = _read(data, validation, settings, inputs, writers, progress)
+        if is_main:
+            before()
         dtype = product_dtype(settings.dtype, arguments.device.type)
         sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
         tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size

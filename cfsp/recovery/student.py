@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cfsp.models.architectures import capped, logit_cap
 from cfsp.recovery.data import IGNORED, INSIDE
 from cfsp.recovery.losses import (
     ChunkLoss,
@@ -18,6 +19,7 @@ from cfsp.recovery.losses import (
     distillation_loss,
     head_loss,
     next_token_loss,
+    of_capped,
 )
 from cfsp.recovery.settings import RecoverySettings, loss_weights
 from cfsp.text.respelling import Respelling
@@ -74,7 +76,8 @@ class Teacher:
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden, self.model.get_output_embeddings().weight).float()
+        logits = F.linear(hidden, self.model.get_output_embeddings().weight).float()
+        return capped(logits, logit_cap(self.model.config))
 
 
 class Student(nn.Module):
@@ -105,7 +108,7 @@ class Student(nn.Module):
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         """The objective's sum over labelled positions of a `Batch`."""
         hidden, targets = self._labelled_hidden(batch)
-        loss = self._chunk_loss(batch, targets)
+        loss = of_capped(self._chunk_loss(batch, targets), logit_cap(self.causal_lm.config))
         return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
 
     @torch.no_grad()
@@ -124,7 +127,8 @@ class Student(nn.Module):
             return loss(logits, chunk)
 
         head = self.causal_lm.get_output_embeddings().weight
-        objective = float(head_loss(hidden, head, with_next_token, self.dtype))
+        watched = of_capped(with_next_token, logit_cap(self.causal_lm.config))
+        objective = float(head_loss(hidden, head, watched, self.dtype))
         return torch.tensor([objective, next_token, len(targets)], dtype=torch.float64)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

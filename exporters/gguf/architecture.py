@@ -14,24 +14,17 @@ of q and k (weights and biases) are interleaved; the others rotate halves, as Hu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import tensor_names
-from cfsp.models.shape import BlockShape, ModelShape
-from exporters.checkpoint_reader import CheckpointTensors, ModelConfig, open_tensors, read_config
+from cfsp.models.shape import ModelShape
+from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.export_record import ParityLimits
-from exporters.gguf.mixers import MixerTensor, Tiling, mixer_tensors
 from exporters.gguf.rope import BY_FREQUENCY
-
-FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -56,6 +49,13 @@ class Layout:
         full_step: Where it takes a window, the last of each so many blocks has none, unless a file says of each block
             whether it has; 0: it takes none.
         windowed_depth: Takes a window in models of so many blocks, which all have one, and in no others; 0: in any.
+        plain_scores: Multiplies attention's scores by 1, and not by 1 / sqrt(head_dim).
+        own_heads: Reads a head_dim of blocks with a window, and one of the others.
+        shares_keys: Lets the last blocks read keys and values of the last two before them: those with a window of the
+            first, which has one, and the others of the second, which has none.
+        needs_window: Ends the process over a file in which no block has a window.
+        takes_inputs: Gives every block more of a token than its hidden state, and multiplies its output by a number.
+        caps_logits: Reads c, where logits are c tanh(z / c).
         exact_limits: What holds a float32 file, where llama.cpp computes something of it in fewer bits.
     """
 
@@ -75,6 +75,12 @@ class Layout:
     window_base: bool = False
     full_step: int = 0
     windowed_depth: int = 0
+    plain_scores: bool = False
+    own_heads: bool = False
+    shares_keys: bool = False
+    needs_window: bool = False
+    takes_inputs: bool = False
+    caps_logits: bool = False
     exact_limits: ParityLimits | None = None
 
     def rotated(self, windows: Sequence[int | None]) -> tuple[bool, ...]:
@@ -109,6 +115,21 @@ _EXAONE4 = Layout(
 )
 _LFM2 = Layout("lfm2", free_head_dim=False)
 _QWEN35 = Layout("qwen35")
+_GEMMA4 = Layout(
+    "gemma4",
+    per_layer_sizes=True,
+    rope_factors=True,
+    activation="gelu_tanh",
+    window_base=True,
+    full_step=1,
+    plain_scores=True,
+    own_heads=True,
+    shares_keys=True,
+    needs_window=True,
+    takes_inputs=True,
+    caps_logits=True,
+    exact_limits=_GELU_TABLE,
+)
 _HUNYUAN = Layout("hunyuan-dense", biases=_ATTENTION - {"o_proj"})
 
 LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
@@ -125,10 +146,12 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "hunyuan_v1_dense": (_HUNYUAN,),
         "lfm2": (_LFM2,),
         "qwen3_5_text": (_QWEN35,),
+        "gemma4_text": (_GEMMA4,),
     }
 )
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+"""Modules of a block that an architecture may store as one."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +188,7 @@ class ChosenLayout:
 
     def name(self, module: str) -> str:
         """llama.cpp's name of the weight that a module's is stored in."""
-        if self.layout.fused_qkv and module.endswith(_QKV):
+        if self.layout.fused_qkv and module.endswith(QKV):
             module = module.rpartition(".")[0] + ".qkv_proj"
         names = tensor_names(self.layout.architecture, self.config.num_hidden_layers)
         return f"{names.get_name(module)}.weight"
@@ -175,90 +198,6 @@ class ChosenLayout:
         known = self.config.shape.with_ffn_widths(shape.ffn_widths)
         known = replace(known, vocab_size=shape.vocab_size or known.vocab_size)
         return choose_layout(replace(self.config, shape=known), self.stored)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of the file and the checkpoint's tensors that it is made of.
-
-    Attributes:
-        name: llama.cpp's name.
-        shape: In the file, outermost dimension first; where the sources are smaller, zeros are added.
-        sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
-        interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
-        offset: What is added to every number.
-        compute: What else is made of them; None for nothing.
-        tiling: How value heads of a delta net are ordered; None where there are none, or all are as in the sources.
-        is_plain: Stored in float32 always.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[tuple[str, tuple[int, ...]], ...]
-    interleave_heads: int = 0
-    offset: float = 0.0
-    is_plain: bool = False
-    compute: Callable[[FloatArray], FloatArray] | None = None
-    tiling: Tiling | None = None
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is stored in the bits that are asked for."""
-        return len(self.shape) == 2 and not self.is_plain
-
-    def build(self, tensors: CheckpointTensors) -> FloatArray:
-        """Read the sources and make the tensor, float32.
-
-        Raises:
-            InputError: A source is missing, of another shape, or not finite.
-        """
-        values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
-        if self.offset:
-            values = values + np.float32(self.offset)
-        if self.compute:
-            values = self.compute(values)
-        if values.shape == self.shape or self.is_plain:
-            return np.ascontiguousarray(values.reshape(self.shape))
-        padded = np.zeros(self.shape, dtype=np.float32)
-        padded[tuple(slice(n) for n in values.shape)] = values
-        return padded
-
-    def stack(self, parts: Sequence[FloatArray]) -> FloatArray:
-        """Rows of the sources in the order of the file's; what it pads is missing."""
-        values = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self.tiling and values.ndim > self.tiling.axis:
-            values = self.tiling.tiled(values)
-        return interleave_halves(values, self.interleave_heads) if self.interleave_heads else values
-
-    def of_inputs(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Values of a module's inputs, (..., in_features), in the order of the file's columns."""
-        if self.tiling is None or self.tiling.axis == 0:
-            return values
-        return replace(self.tiling, axis=-1).tiled(values)
-
-    def split(self, values: FloatArray) -> dict[str, FloatArray]:
-        """What `build` would have to read to make a matrix: name of a source -> its values."""
-        if self.tiling:
-            values = self.tiling.grouped(values)
-        if self.interleave_heads:
-            values = join_halves(values, self.interleave_heads)
-        ends = np.cumsum([shape[0] for _, shape in self.sources])
-        return {
-            name: values[end - rows : end, :columns]
-            for end, (name, (rows, columns)) in zip(ends, self.sources, strict=True)
-        }
-
-
-def interleave_halves(values: FloatArray, heads: int) -> FloatArray:
-    """Rows of q or k, (heads * head_dim, ...): row i of a head's first half comes before row i of its second half."""
-    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
-    return halves.swapaxes(1, 2).reshape(values.shape)
-
-
-def join_halves(values: FloatArray, heads: int) -> FloatArray:
-    """What `interleave_halves` was given."""
-    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(values.shape)
 
 
 def read_layout(checkpoint: Path) -> ChosenLayout:
@@ -346,6 +285,11 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
             f"no blocks without attention, {instead}",
         ),
         (
+            config.sharing_blocks and not (layout.shares_keys and _shares_last_two(config)),
+            "keys and values for later blocks from the last two before them alone, the first of which has a window",
+        ),
+        (config.block_inputs and not layout.takes_inputs, "nothing of a token but its hidden state"),
+        (
             mixer and all(config.kv_heads),
             f"{mixer.name if mixer else ''} in some block, without which llama.cpp ends the process",
         ),
@@ -375,6 +319,10 @@ def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
             config.window_rope_theta not in (None, config.rope_theta) and not layout.window_base,
             "one base of the rope in all blocks",
         ),
+        (
+            layout.needs_window and config.narrowest is None,
+            "a window in some block, without which llama.cpp ends the process",
+        ),
         (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
         (
             config.rope_sections and not _turn_all(config),
@@ -393,6 +341,7 @@ def _turn_all(config: ModelConfig) -> bool:
 def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
     """Sizes, and what is computed from them."""
     widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
+    scale = 1.0 if layout.plain_scores else config.head_dim**-0.5
     return (
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
         (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
@@ -406,124 +355,24 @@ def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
         ),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (
-            not math.isclose(config.score_scale, config.head_dim**-0.5),
-            "attention's scores times 1 / sqrt(head_dim)",
+            not math.isclose(config.score_scale, scale),
+            "attention's scores as they are"
+            if layout.plain_scores
+            else "attention's scores times 1 / sqrt(head_dim)",
         ),
+        (len(set(config.head_dims)) > 1 and not layout.own_heads, "one head_dim in all blocks"),
+        (config.logit_cap and not layout.caps_logits, "logits without a cap"),
     )
+
+
+def _shares_last_two(config: ModelConfig) -> bool:
+    """Whether of the last two blocks with keys of their own the first has a window and the second none."""
+    own = config.windows[: config.num_hidden_layers - config.sharing_blocks]
+    return len(own) > 1 and own[-2] is not None and own[-1] is None
 
 
 def _biased(stored: frozenset[str]) -> set[str]:
     """Names of the layers in blocks that have a bias."""
     return {
         name.split(".")[-2] for name in stored if name.startswith("model.layers.") and name.endswith(".bias")
-    }
-
-
-def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
-    """All tensors of the file, in file order.
-
-    Raises:
-        InputError: The checkpoint has tensors that have no place in the file.
-    """
-    config = chosen.config
-    embedding = (config.vocab_size, config.hidden_size)
-    specs = [_plain("model.embed_tokens", embedding, chosen)]
-    for block in range(config.num_hidden_layers):
-        specs += _block_specs(chosen, block)
-    last_norm = f"model.{config.spec.last_norm}"
-    specs.append(_plain(last_norm, (config.hidden_size,), chosen, config.spec.norm_offset))
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if not config.tie_word_embeddings:
-        specs.append(_plain("lm_head", embedding, chosen))
-    used = {name for spec in specs for name, _ in spec.sources}
-    rest = (name for name in chosen.stored - used - ignored if not name.startswith(config.spec.left_out))
-    unknown = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
-    if unknown:
-        raise InputError(
-            f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}"
-        )
-    return specs
-
-
-def _plain(module: str, shape: tuple[int, ...], chosen: ChosenLayout, offset: float = 0.0) -> TensorSpec:
-    return TensorSpec(chosen.name(module), shape, ((f"{module}.weight", shape),), offset=offset)
-
-
-def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
-    config, prefix = chosen.config, f"model.layers.{block}"
-    shapes = _block_shapes(config, config.shape.blocks[block])
-    in_file = _block_shapes(config, replace(config.shape.blocks[block], ffn_width=chosen.widths[block]))
-    kv_heads = config.kv_heads[block]
-    heads = {"self_attn.q_proj": kv_heads * config.heads_per_group, "self_attn.k_proj": kv_heads}
-    if chosen.layout.fused_qkv:
-        sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in _QKV)
-        rows = sum(shape[0] for _, shape in sources)
-        yield TensorSpec(chosen.name(f"{prefix}.{_QKV[0]}"), (rows, config.hidden_size), sources)
-    if config.shape.blocks[block].is_keyless:
-        for tensor in mixer_tensors(config):
-            shapes.pop(tensor.module, None)
-            yield _mixer_spec(chosen, prefix, tensor)
-    for module, shape in shapes.items():
-        source, stored = f"{prefix}.{module}", in_file[module]
-        interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
-        target = chosen.name(source)
-        offset = config.spec.norm_offset if module.endswith("norm") else 0.0
-        yield TensorSpec(target, stored, ((f"{source}.weight", shape),), interleave, offset)
-        if f"{source}.bias" in chosen.stored:
-            bias = target.removesuffix("weight") + "bias"
-            yield TensorSpec(bias, stored[:1], ((f"{source}.bias", shape[:1]),), interleave)
-
-
-def _mixer_spec(chosen: ChosenLayout, block: str, tensor: MixerTensor) -> TensorSpec:
-    return TensorSpec(
-        chosen.name(f"{block}.{tensor.module}").removesuffix(".weight") + tensor.suffix,
-        tensor.stored,
-        ((f"{block}.{tensor.parameter}", tensor.shape),),
-        is_plain=tensor.is_plain,
-        compute=tensor.compute,
-        tiling=tensor.tiling,
-    )
-
-
-def _block_shapes(config: ModelConfig, block: BlockShape) -> dict[str, tuple[int, ...]]:
-    """Module inside a block -> shape of its weight."""
-    hidden, width, spec = config.hidden_size, block.ffn_width, config.spec
-    kv = (block.kv_groups or 0) * config.head_dim
-    q = kv * config.heads_per_group
-    mixing: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (q * (2 if spec.gated else 1), hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        f"self_attn.{spec.output}": (hidden, q),
-    }
-    if block.is_keyless:
-        mixing = {tensor.module: tensor.shape for tensor in mixer_tensors(config) if tensor.is_linear}
-    shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(filter(None, [spec.attention_norm]), (hidden,)),
-        **mixing,
-        **dict.fromkeys(filter(None, (*spec.added_norms, spec.ffn_norm)), (hidden,)),
-        f"{spec.mlp}.{spec.gate}": (width, hidden),
-        f"{spec.mlp}.{spec.up}": (width, hidden),
-        f"{spec.mlp}.{spec.down}": (hidden, width),
-    }
-    if (norms := spec.head_norms) and not block.is_keyless:
-        sizes = (
-            {norms.query: q, norms.key: kv}
-            if norms.joint
-            else dict.fromkeys((norms.query, norms.key), config.head_dim)
-        )
-        shapes |= {f"self_attn.{name}": (size,) for name, size in sizes.items()}
-    if not block.has_attention:
-        gone = (*spec.attention_norms, "self_attn.")
-        shapes = {name: shape for name, shape in shapes.items() if not name.startswith(gone)}
-    return shapes
-
-
-def linear_inputs(config: ModelConfig) -> dict[str, int]:
-    """Every Linear of the blocks, by Hugging Face's module name -> its in_features."""
-    return {
-        f"model.layers.{block}.{module}": shape[1]
-        for block, of_block in enumerate(config.shape.blocks)
-        for module, shape in _block_shapes(config, of_block).items()
-        if len(shape) == 2
     }

@@ -67,10 +67,12 @@ def export_gguf(
     llama_library.runtime_version()
     chosen = read_layout(checkpoint)  # what llama.cpp cannot represent is refused before the model is run
     imatrix = imatrix_for(checkpoint, rows, settings)
+    # What stays in its files takes no memory while others are written; a model in memory is let go.
+    paged = load_checkpoint(checkpoint, by_blocks=True) if settings.by_blocks else None
     with open_job(
         checkpoint,
         output,
-        load_checkpoint(checkpoint, by_blocks=settings.by_blocks),
+        load_checkpoint(checkpoint) if paged is None else paged,
         settings,
         chosen.context_length,
     ) as job:
@@ -88,16 +90,16 @@ def export_gguf(
             if not strings:
                 strings = check_tokenizer(file.path, job.tokenizer)
                 chats = _read_chats(job, file.path)
-                blocks = _prove_blocks(job, chosen) if settings.by_blocks else None
+                blocks = None if paged is None else _prove_blocks(job, paged, chosen)
             if file.quant in rows or not settings.by_blocks:
                 records[file.quant] = replace(_prove(job, file, chosen, strings, chats), blocks=blocks)
         return write_manifest(job, [records[row] for row in rows])
 
 
-def _prove_blocks(job: Job, chosen: ChosenLayout) -> BlockProof:
+def _prove_blocks(job: Job, model: Any, chosen: ChosenLayout) -> BlockProof:
     return prove_blocks(
         job.checkpoint,
-        load_checkpoint(job.checkpoint, by_blocks=True),
+        model,
         chosen,
         job.reference.windows,
         job.folder,

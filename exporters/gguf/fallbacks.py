@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import gguf
 
-from cfsp.models.gguf_file import CONVOLUTIONS, GGUFTensor
+from cfsp.models.gguf_file import UNQUANTIZED, GGUFTensor
 from exporters.export_record import TensorFallback
 from exporters.gguf.quants import Quant
 
@@ -37,7 +37,7 @@ def asked_type(actual: str, shape: tuple[int, ...], quant: Quant, name: str) -> 
 
     Of several that are stored alike it is the quantization's own, of which most tensors are.
     """
-    if len(shape) < 2 or name.endswith(CONVOLUTIONS) or quant.is_plain or actual == quant.base_type:
+    if len(shape) < 2 or name.endswith(UNQUANTIZED) or quant.is_plain or actual == quant.base_type:
         return actual
     if shape[-1] % _SMALL_BLOCK and actual in ("F16", "F32"):
         return quant.base_type

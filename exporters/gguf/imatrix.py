@@ -16,8 +16,9 @@ from cfsp.devices import placed
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
 from cfsp.pruning.moments import collect_input_moments
-from exporters.gguf.architecture import linear_inputs, read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.quants import Quant
+from exporters.gguf.tensors import linear_inputs, tensor_specs
 
 Imatrix = Mapping[str, npt.NDArray[np.float32]]
 """Tensor name -> mean squared input per channel, (in_features in the file,)."""

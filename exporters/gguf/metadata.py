@@ -69,7 +69,10 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(count)
     writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_sizes else widths[0])
-    kv_heads = config.kv_heads
+    # Of blocks that read another block's keys it is asked how many heads they have all the same.
+    kv_heads = tuple(
+        n or (config.shape.most_kv_groups if config.sharing_blocks else 0) for n in config.kv_heads
+    )
     heads = [n * config.heads_per_group for n in kv_heads]
     one = not chosen.layout.fused_qkv and len(set(kv_heads)) == 1
     if config.convolution_length:
@@ -80,8 +83,17 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     # Where a short convolution takes attention's place, numbers of key-value heads say in which blocks.
     writer.add_head_count(max(heads) if one or config.convolution_length else heads)
     writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_key_length(config.full_head_dim or config.head_dim)
+    writer.add_value_length(config.full_head_dim or config.head_dim)
+    if chosen.layout.own_heads:
+        writer.add_key_length_swa(config.head_dim)
+        writer.add_value_length_swa(config.head_dim)
+    if chosen.layout.shares_keys:
+        writer.add_shared_kv_layers(config.sharing_blocks)
+    if chosen.layout.takes_inputs:
+        writer.add_embedding_length_per_layer_input(config.block_inputs)
+    if config.logit_cap:
+        writer.add_final_logit_softcapping(config.logit_cap)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if chosen.layout.full_step:
         _add_windows(writer, config, chosen.layout)

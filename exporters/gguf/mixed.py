@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from cfsp.devices import moved
 from cfsp.errors import InputError
@@ -22,11 +23,12 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
-from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.imatrix import Imatrix, floored
 from exporters.gguf.llama_library import FloatArray, rounded
 from exporters.gguf.size import padded
+from exporters.gguf.tensors import TensorSpec, tensor_specs
 
 GUIDED_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S")
 """Of no use without an importance matrix."""
@@ -217,8 +219,11 @@ def _importance(spec: TensorSpec, moments: WeightMoments) -> FloatArray:
 
 def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _Part:
     """The rows of a module's weight that matter most, as wide as they are in the file."""
-    weight = model.get_submodule(_TABLE if name == LOOKUP else name).weight.detach()
-    count = min(_TABLE_ROWS if name in (_HEAD, LOOKUP) else _ROWS, len(weight))
+    module = model.get_submodule(_TABLE if name == LOOKUP else name)
+    weight = module.weight.detach()
+    count = min(
+        _TABLE_ROWS if name in (_HEAD, LOOKUP) or isinstance(module, nn.Embedding) else _ROWS, len(weight)
+    )
     rows = moments.rows.topk(count).indices.sort().values
     values = spec.of_inputs(weight[rows].float().numpy())
     moments = replace(moments, columns=torch.from_numpy(spec.of_inputs(moments.columns.numpy())))

@@ -44,7 +44,7 @@ class Quant(ExportFormat):
 
     @property
     def bits(self) -> float:
-        """Of a weight in most matrices."""
+        """See ExportFormat."""
         import gguf
 
         elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.base_type]]

@@ -22,9 +22,11 @@ Keys = dict[str, float | int | str]
 """Metadata without the architecture's prefix."""
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Those of every text; those of a context that is longer than the original one, and of one that is not."""
-BY_FREQUENCY = ("llama3", "longrope")
+BY_FREQUENCY = ("llama3", "longrope", "proportional")
 """Scalings that are written as such tensors."""
 # llama.cpp's constants, which deci, llama, openelm, qwen2 and qwen3 do not read from the file.
+_STILL = 1e30
+"""Divisor of a frequency at which nothing turns; llama.cpp's converter has the same."""
 _YARN_FIXED = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
@@ -34,10 +36,13 @@ def rope_metadata(config: ModelConfig) -> Keys:
     Raises:
         InputError: A scaling that llama.cpp does not compute.
     """
+    head_dim = config.full_head_dim or config.head_dim
     keys: Keys = {
-        "rope.dimension_count": config.rotary_dim or config.head_dim,
+        "rope.dimension_count": config.rotary_dim or head_dim,
         "rope.freq_base": float(config.rope_theta),
     }
+    if config.full_head_dim:
+        keys["rope.dimension_count_swa"] = config.head_dim
     if config.rope_scaling is None:
         return keys
     kind = config.rope_scaling["rope_type"]
@@ -90,7 +95,7 @@ _SCALINGS: Mapping[str, Callable[[Mapping[str, Any], ModelConfig], Keys]] = {
     "linear": _linear,
     "yarn": _yarn,
     "longrope": _longrope,
-    "llama3": lambda *_: {},  # no key says it: see rope_tensors
+    **dict.fromkeys(("llama3", "proportional"), lambda *_: {}),  # no key says it: see rope_tensors
 }
 
 
@@ -104,4 +109,15 @@ def rope_tensors(config: ModelConfig) -> dict[str, npt.NDArray[np.float32]]:
         return {
             name: np.array(values, np.float32) for name, values in zip(ROPE_TENSORS[1:], lists, strict=True)
         }
+    if scaling.get("rope_type") == "proportional" or config.full_head_dim:
+        return {ROPE_TENSORS[0]: _proportional(scaling, config.full_head_dim or config.head_dim)}
     return {}
+
+
+def _proportional(scaling: Mapping[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
+    """Of a rope that turns a part of each head, at the frequencies that all of it would have: 1, and without end.
+
+    llama.cpp's architectures whose blocks have heads of two sizes read divisors whatever the rope is.
+    """
+    turned = int(float(scaling.get("partial_rotary_factor") or 1.0) * head_dim // 2)
+    return np.array([1.0] * turned + [_STILL] * (head_dim // 2 - turned), np.float32)

@@ -22,12 +22,13 @@ from cfsp.devices import placed
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.progress import Progress, no_progress
-from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.imatrix import floored
 from exporters.gguf.llama_library import dequantized
 from exporters.gguf.llama_library import stored as in_type
 from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
+from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.rounding.gptq import gptq_blocks, gptq_codes
 from exporters.rounding.refine import refine_codes
 from exporters.rounding.walk import Grams, alike, round_blocks

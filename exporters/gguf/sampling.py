@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -15,6 +14,7 @@ from cfsp.errors import InputError
 from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
+from cfsp.scratch import LargeScratch
 from cfsp.text.generation import stop_ids
 from cfsp.text.writers import STEPS_A_REPORT, Continue, Report, Writer, require_room
 from exporters.checkpoint_reader import read_config
@@ -43,12 +43,11 @@ def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
     settings = ExportOptions(name="model", n_threads=torch.get_num_threads())
     with ExitStack() as stack:
         with no_space_as_input_error(large_temporary()):
-            scratch = tempfile.TemporaryDirectory(prefix="phoneready-", dir=large_temporary())
-            folder = Path(stack.enter_context(scratch))
+            folder = stack.enter_context(LargeScratch("text")).path
             save_checkpoint(loaded, folder / "model")
             path = draft_gguf(folder / "model", folder, [_QUANT], settings)[_QUANT]
         config = read_config(folder / "model")
-        token_bytes = 2 * torch.float16.itemsize * config.head_dim * sum(config.kv_heads)
+        token_bytes = torch.float16.itemsize * config.key_value_width
         yield partial(_continue, path, token_bytes, stop_ids(loaded), np.random.SeedSequence(seed))
 
 

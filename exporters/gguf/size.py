@@ -12,10 +12,11 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
-from exporters.gguf.architecture import ChosenLayout, tensor_specs
+from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.fallbacks import asked_type, block_of, stored_type
 from exporters.gguf.quants import find_quant
 from exporters.gguf.rope import ROPE_TENSORS
+from exporters.gguf.tensors import tensor_specs
 
 _ALIGNMENT = 32
 

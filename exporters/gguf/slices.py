@@ -17,9 +17,10 @@ from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import BlockProof
 from exporters.gguf import runtime
-from exporters.gguf.architecture import ChosenLayout, FloatArray, tensor_specs
+from exporters.gguf.architecture import ChosenLayout
 from exporters.gguf.metadata import add_hyperparameters
 from exporters.gguf.quants import QUANTS
+from exporters.gguf.tensors import FloatArray, tensor_specs
 from exporters.gguf.writer import PlainTensor, plain_rope_tensors, write_tensors
 from exporters.slices import Slice, prove_slices
 

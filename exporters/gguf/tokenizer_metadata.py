@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from cfsp.errors import InputError, LimitError
 from cfsp.models.pre_tokenizer import BYTE_LEVEL, SENTENCEPIECE, pre_tokenizer_name
 from cfsp.models.token_trees import merge_pairs
+from cfsp.scratch import LargeScratch
 from cfsp.text.conversations import turn_end
 from cfsp.text.encoding import start_token
 from exporters.gguf import runtime
@@ -71,8 +71,8 @@ def tokenizer_bytes(tokenizer: Any, vocab_size: int) -> int:
     """Bytes that `add_tokenizer` adds to a file, and a constant."""
     import gguf
 
-    with tempfile.TemporaryDirectory(prefix="phoneready-tokenizer-") as folder:
-        path = Path(folder, "tokenizer.gguf")
+    with LargeScratch("tokenizer") as scratch:
+        path = scratch.path / "tokenizer.gguf"
         writer = gguf.GGUFWriter(path, "")
         add_tokenizer(writer, tokenizer, vocab_size)
         writer.write_header_to_file()

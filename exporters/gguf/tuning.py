@@ -19,8 +19,9 @@ from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.precision import products_in
 from cfsp.progress import Progress, no_progress
-from exporters.gguf.architecture import TensorSpec, read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.packing import SCALES, StoredMatrix
+from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.rounding.scale_tuning import TunedScales, tune_scales
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

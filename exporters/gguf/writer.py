@@ -16,10 +16,11 @@ import torch
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from exporters.checkpoint_reader import open_tensors
-from exporters.gguf.architecture import ChosenLayout, FloatArray, read_layout, tensor_specs
+from exporters.gguf.architecture import ChosenLayout, read_layout
 from exporters.gguf.metadata import add_general, add_hyperparameters, check_name
 from exporters.gguf.quants import find_quant
 from exporters.gguf.rope import rope_tensors
+from exporters.gguf.tensors import FloatArray, tensor_specs
 from exporters.gguf.tokenizer_metadata import add_tokenizer
 from exporters.provenance import Provenance
 

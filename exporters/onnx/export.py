@@ -23,7 +23,7 @@ from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
 from exporters.onnx.slices import prove_blocks
 from exporters.onnx.variants import VARIANTS, Variant, find_variant
-from exporters.onnx.weights import check_mixer
+from exporters.onnx.weights import check_blocks
 from exporters.onnx.writer import write_graphs
 from exporters.options import DEFAULT_OPTIONS, ExportOptions
 
@@ -63,7 +63,7 @@ def export_onnx(
         raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
     check_input(checkpoint, output, force=settings.force)
     config = read_config(checkpoint)
-    check_mixer(config.spec)
+    check_blocks(config.spec)
     _check_tools(rows, settings.opset, config.shape)
     if all(row.form for row in rows):
         settings = settled(checkpoint, settings)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from cfsp.errors import InputError, MissingExtraError
 from cfsp.models.shape import ModelShape
 from cfsp.models.weights import quiet_transformers
 from cfsp.reading import one_line
+from cfsp.scratch import LargeScratch
 
 _TASK = "text-generation-with-past"
 _SCOPES = re.compile(r"^/(.*)/[^/]+$")
@@ -66,16 +65,16 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
 
     # optimum knows transformers' classes alone. Ours differ in how they are built and saved, not in what they compute.
     model.__class__ = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
-    with tempfile.TemporaryDirectory() as scratch, quiet_transformers(), warnings.catch_warnings():
+    with LargeScratch("traced") as scratch, quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             # Without the empty list it asks the hub for a tokenizer.
             onnx_export_from_model(
-                model, output=scratch, opset=opset, task=_TASK, do_validation=False, preprocessors=[]
+                model, output=scratch.path, opset=opset, task=_TASK, do_validation=False, preprocessors=[]
             )
         except (ValueError, KeyError, NotImplementedError) as error:
             raise InputError(f"optimum cannot export this model: {one_line(error)}") from error
-        traced = ir.load(Path(scratch) / "model.onnx")
+        traced = ir.load(scratch.path / "model.onnx")
         ir.external_data.load_to_model(traced)
     graph = traced.graph
     graph.name = name

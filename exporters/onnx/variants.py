@@ -67,6 +67,13 @@ class Variant(ExportFormat):
         return self.form is not None and self.form.bits < INT8.bits
 
     @property
+    def bits(self) -> float:
+        """See ExportFormat: with a scale of 16 bits for each block."""
+        if self.form is not None:
+            return self.form.bits + 16 / self.form.block_size
+        return 8.0 if self.int8_rows else float(self.dtype.removeprefix("float"))
+
+    @property
     def is_sized(self) -> bool:
         """See ExportFormat: not of what optimum traces, nor of what is chosen for a size."""
         return not (self.portable or self.mixed)

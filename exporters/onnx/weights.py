@@ -156,7 +156,7 @@ def slice_of(model: Any, block: int, entering: torch.Tensor, gain: torch.Tensor)
 def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decoder:
     """Some blocks, between an embedding, a norm and an output matrix."""
     config, layers, spec = model.config, decoder_layers(model), spec_for(model.config)
-    check_mixer(spec)
+    check_blocks(spec)
     positions = list(_positions(model, weights))
     made = []
     for index in blocks:
@@ -252,23 +252,6 @@ _MIXERS: Mapping[str, Callable[[Any, str, torch.Tensor | None, Weights], ShortCo
 """Of what takes attention's place in some blocks, by what `layer_types` calls these: how its weights are found."""
 
 
-def has_graph(spec: ArchitectureSpec) -> bool:
-    """Whether graphs are written of a model type."""
-    return spec.mixer is None or spec.mixer.kind in _MIXERS
-
-
-def check_mixer(spec: ArchitectureSpec) -> None:
-    """Raise InputError for a model type of which no graphs are written."""
-    if spec.mixer and not has_graph(spec):
-        raise InputError(
-            f"no graph is written of blocks with {spec.mixer.name}, which want a cache of their own beside keys and "
-            "values",
-            field="model_type",
-            value=spec.model_type,
-            allowed="GGUF",
-        )
-
-
 def _attention(model: Any, attention: Any, name: str, weights: Weights, positions: _Positions) -> Attention:
     spec = spec_for(model.config)
     prefix = f"{name}.{spec.attention}"
@@ -304,6 +287,26 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
     parameter, offset = f"{name}.weight", spec_for(model.config).norm_offset
     weight = weights.norms.get(parameter, model.get_parameter(parameter))
     return weights.stored(weight + offset if offset else weight)
+
+
+def unwritten(spec: ArchitectureSpec) -> str | None:
+    """What blocks of a model type may have of which no graph is written; None where that is nothing."""
+    if spec.mixer and spec.mixer.kind not in _MIXERS:
+        return f"with {spec.mixer.name}, which want a cache of their own beside keys and values"
+    if spec.shared_keys or spec.block_inputs:
+        return "that read another block's keys and values, or get more of a token than its hidden state"
+    return None
+
+
+def check_blocks(spec: ArchitectureSpec) -> None:
+    """Raise InputError for a model type whose blocks no graph computes."""
+    if reason := unwritten(spec):
+        raise InputError(
+            f"no graph is written yet of blocks {reason}",
+            field="model_type",
+            value=spec.model_type,
+            allowed="GGUF",
+        )
 
 
 def check_rope(rope_type: str) -> None:

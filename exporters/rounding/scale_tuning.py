@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from cfsp.models.architectures import spec_for
+from cfsp.models.architectures import capped, logit_cap, spec_for
 from cfsp.precision import bulk_products
 from cfsp.progress import Progress, no_progress
-from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss
+from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss, of_capped
 
 _WARM_UP = 4
 """Steps in which the learning rate rises; there is one a window."""
@@ -71,7 +71,7 @@ def tune_scales(
     weights = given | {f"{name.removeprefix(prefix)}.weight": weight for name, weight in stored.items()}
     weights |= {"embed_tokens.weight": table}
     norms = {name: weight for name, weight in given.items() if name.endswith("norm.weight")}
-    offset = spec_for(model.config).norm_offset
+    offset, cap = spec_for(model.config).norm_offset, logit_cap(model.config)
 
     def scaled_norm(weight: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         return (weight + offset) * factors - offset if offset else weight * factors
@@ -88,7 +88,7 @@ def tune_scales(
             tuned = {name: scaled_norm(norm, of_norms[name]) for name, norm in norms.items()}
             hidden = _last_hidden(decoder, weights | tuned, window)
             optimizer.zero_grad()
-            loss = head_loss(hidden, head, partial(_divergence, target, dense))
+            loss = head_loss(hidden, head, of_capped(partial(_divergence, target, dense, cap), cap))
             with bulk_products(dense.device.type):
                 torch.autograd.backward(loss / len(window))
             _set_rate(optimizer, learning_rate, done, len(input_ids))
@@ -110,10 +110,11 @@ def _set_rate(optimizer: torch.optim.Optimizer, peak: float, done: int, steps: i
 
 
 def _divergence(
-    target: torch.Tensor, dense: torch.Tensor, logits: torch.Tensor, positions: slice
+    target: torch.Tensor, dense: torch.Tensor, cap: float | None, logits: torch.Tensor, positions: slice
 ) -> LossAndGradient:
     """From the dense model, whose output matrix's inputs are `target`."""
-    return distillation_loss(logits, F.linear(target[positions], dense))
+    theirs = F.linear(target[positions], dense)
+    return distillation_loss(logits, capped(theirs, cap))
 
 
 def _last_hidden(

@@ -12,7 +12,7 @@ from torch import nn
 
 from cfsp.memory import require_memory
 from cfsp.models.architectures import block_linears, decoder_layers, last_norm
-from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.block_pass import Arguments, enter_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
@@ -60,16 +60,16 @@ def round_blocks(
         require_memory(n_bytes, what, "fewer windows (--nsamples, --windows), or shorter ones (--seqlen)")
     with torch.no_grad():
         windows, calls = enter_blocks(model, layers, input_ids)
-        hidden = torch.cat(windows)
+        hidden, calls, first_calls = torch.cat(windows), calls.together(), calls.first()
         del windows
         for index, layer in enumerate(layers):
             with at_hand(layer):
-                groups = _read_together(linears[index], layer, hidden[:1], calls[index])
+                groups = _read_together(linears[index], layer, hidden[:1], first_calls.of(index))
                 with (
                     bulk_products(model.device.type),
                     _rounded_when_read(linears[index], groups, partial(visit, index)),
                 ):
-                    hidden = run_layer(layer, hidden, calls[index])
+                    hidden = run_layer(layer, hidden, calls.of(index))
             progress("quantizing", index + 1, len(layers) + 1)
         return _head_gram(model, hidden)
 
@@ -103,7 +103,7 @@ def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _read_together(
-    linears: Mapping[str, nn.Linear], layer: nn.Module, window: torch.Tensor, arguments: dict[str, Any]
+    linears: Mapping[str, nn.Linear], layer: nn.Module, window: torch.Tensor, arguments: Arguments
 ) -> dict[str, tuple[str, ...]]:
     """First of the layers that read one tensor -> all of them, as q, k and v do, or gate and up."""
     read: dict[int, tuple[torch.Tensor, list[str]]] = {}  # holds it, or its id could belong to another one

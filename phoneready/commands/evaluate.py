@@ -205,18 +205,26 @@ def _evaluate(
 
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
-    from phoneready.evaluation.models import open_language_model, runtime_for
+    from phoneready.evaluation.models import TORCH, open_language_model, runtime_for
     from phoneready.evaluation.run import evaluate as judge
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Judging, Windows
     from phoneready.text import WRITERS
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     chosen = runtime_for(model, runtime)
+    # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
+    other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with show_progress() as progress, ExitStack() as stack:
+        runtimes = tuple(filter(None, (chosen, other)))
+        text = Windows(len(settings.sources) * settings.max_windows, settings.seqlen)
+        few_bits = tuple(name != TORCH for name in runtimes)
+        asked = Judging(text, len(settings.prompts), settings.max_new_tokens, few_bits)
+        models = tuple(filter(None, (model, against)))
+        foretell("eval", models, asked, machine=Machine(device=opening.device), progress=progress)
         judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))
         dense = None
-        if against:
-            # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
-            other = runtime_for(against, "torch" if chosen == "torch" else None)
+        if against and other:
             dense = stack.enter_context(open_language_model(against, other, opening, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
     if gate.save:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cfsp.files import claim_output
 from cfsp.records import record_to_json
+from cfsp.text.settings import SELF
 from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
 from phoneready.commands.options import (
@@ -22,6 +24,11 @@ from phoneready.commands.options import (
     was_given,
 )
 from phoneready.console import prepare_torch, show_progress, write_result
+
+if TYPE_CHECKING:
+    import torch
+
+    from cfsp.progress import Progress
 
 
 def export(
@@ -61,9 +68,38 @@ def export(
             device=find_device(device),
             n_threads=threads,
             force=force,
+            before=partial(_foretell, model, output, find_device(device), progress),
             progress=progress,
         )
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
+
+
+def _foretell(
+    model: str, output: Path, device: torch.device, progress: Progress, request: ExportSettings
+) -> None:
+    from phoneready.exporting import is_checkpoint, reads_text
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Exporting, Windows
+
+    text = Windows(min(request.nsamples, request.windows or request.nsamples), request.seqlen)
+    asked = Exporting(
+        request.names,
+        text if reads_text(request) else None,
+        request.gptq,
+        request.tune_scales,
+        is_saved=not is_checkpoint(model),
+    )
+    written = (request.calibration or (SELF,)) if asked.text else ()
+    foretell(
+        "export",
+        (model,),
+        asked,
+        output,
+        text=written,
+        writer=request.dense,
+        machine=Machine(device=device),
+        progress=progress,
+    )
 
 
 def format_exports(records: Sequence[ExportRecord], output: Path) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.recovery.settings import check_settings
@@ -22,6 +23,10 @@ from phoneready.commands.options import (
 from phoneready.console import note, prepare_torch, show_progress, write_result
 from phoneready.frontier.settings import FrontierSettings
 from phoneready.settings.schema import CountedText, RecoverConfig
+
+if TYPE_CHECKING:
+    from phoneready.forecasts.stages import Surveying
+    from phoneready.settings.schema import ReleaseConfig
 
 
 def frontier(
@@ -49,6 +54,7 @@ def frontier(
     prepare_torch(threads)
     from cfsp.files import write_text
     from cfsp.records import record_to_json
+    from phoneready.forecasts.said import foretell
     from phoneready.frontier.folder import PLOT_FILE
     from phoneready.frontier.plot import render_frontier
     from phoneready.frontier.run import measure_frontier
@@ -72,6 +78,7 @@ def frontier(
     export = ExportConfig(gptq=rounding.gptq, tune_scales=rounding.tune_scales)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
+        foretell("frontier", (model,), _asked(config, settings), output, progress=progress)
         record = measure_frontier(config, settings, output, show=note, progress=progress, threads=threads)
     try:
         write_text(output / PLOT_FILE, render_frontier(record))
@@ -81,3 +88,25 @@ def frontier(
         f"\n{len(record.kept)} files in {output}; what others dominate is deleted unless --keep is given.\n"
     )
     write_result(format_frontier(record) + kept, record_to_json(record), as_json=json)
+
+
+def _asked(config: ReleaseConfig, settings: FrontierSettings) -> Surveying:
+    """What a forecast reads of it; a search tries as many files as it is given trials."""
+    from cfsp.pruning.moments import MOMENT_WINDOWS
+    from phoneready.forecasts.stages import Exporting, Pruning, Surveying, Windows
+    from phoneready.frontier.points import batches_of
+
+    prune, names = config.prune, settings.chosen_quants
+    text = Windows(prune.nsamples, prune.seqlen)
+    ratio = sum(settings.prune_ratios) / max(1, len(settings.prune_ratios))
+    made = Exporting(
+        names, text.most(MOMENT_WINDOWS), config.export.gptq, config.export.tune_scales, is_proven=False
+    )
+    checkpoints = len(batches_of(settings, prune.allocation)) - 1 + settings.trials
+    texts = max(1, len(settings.text) + len(settings.chats))
+    return Surveying(
+        Pruning(replace(config.prune_settings(), prune_ratio=ratio), text),
+        made,
+        Windows(texts * settings.max_windows, settings.seqlen),
+        checkpoints,
+    )

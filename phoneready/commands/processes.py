@@ -12,7 +12,13 @@ import typer
 from cfsp.errors import PhonereadyError
 from cfsp.files import claim_output
 from cfsp.progress import Progress, no_progress
-from phoneready.console import show_progress
+from phoneready.console import note, show_progress
+
+
+def note_once(message: str) -> None:
+    """Tell the user something, of several processes on a machine the first one."""
+    if _is_first():
+        note(message)
 
 
 @contextmanager
@@ -21,7 +27,7 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except PhonereadyError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _is_first():
             raise
         raise typer.Exit(error.exit_code) from None
 
@@ -44,3 +50,8 @@ def shared_passes(output: Path) -> Iterator[tuple[bool, Progress]]:
             return
         with claim_output(output), show_progress() as progress:
             yield True, progress
+
+
+def _is_first() -> bool:
+    """Of the processes on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

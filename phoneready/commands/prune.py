@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +13,7 @@ import typer
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing
 from cfsp.records import read_record, record_to_json, write_record
+from cfsp.scratch import LargeScratch
 from cfsp.settings import setting
 from exporters.families import DEFAULT_FORMAT, required_multiple
 from exporters.settings import QuantizerSettings
@@ -25,16 +27,19 @@ from phoneready.commands.options import (
     TrustOption,
     was_given,
 )
-from phoneready.commands.processes import shared_passes
+from phoneready.commands.processes import note_once, shared_passes
 from phoneready.console import prepare_torch, write_result
 from phoneready.settings.schema import PruneConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
 if TYPE_CHECKING:
+    import torch
+
     from cfsp.progress import Progress
     from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import PruneResult
+    from cfsp.pruning.settings import PruneSettings
 
 
 def prune(
@@ -72,17 +77,19 @@ def prune(
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready, references = _given_plan(context, plan, settings)
-    with shared_passes(wanted) as (writes, progress), TemporaryDirectory(prefix="phoneready-") as scratch:
+    with shared_passes(wanted) as (writes, progress), LargeScratch("sizes") as scratch:
+        where, how = find_device(device), ready.settings if ready else chosen
+        _foretell(model, output if writes else None, settings, how, references, where, progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
-            device=find_device(device),
+            device=where,
             may_stream=True,
             progress=progress,
         )
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
         check = shape_check(settings, chosen, loaded.model)
-        budget = budget_of(settings, loaded, Path(scratch), use_imatrix=quantizer.imatrix, seed=seed)
+        budget = budget_of(settings, loaded, scratch.path, use_imatrix=quantizer.imatrix, seed=seed)
         sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         with first_ahead():
             drawn = load_calibration(references, loaded, **sizes, progress=progress)
@@ -98,6 +105,32 @@ def prune(
             else:
                 _save(made, wanted, seed=seed, force=force, progress=progress)
             write_result(format_plan(result, wanted), _summary(result), as_json=json)
+
+
+def _foretell(
+    model: str,
+    output: Path | None,
+    settings: PruneConfig,
+    chosen: PruneSettings,
+    text: Sequence[str],
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    from cfsp.processes import count
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Pruning, Windows
+
+    shared = Windows(math.ceil(settings.nsamples / count()), settings.seqlen)
+    foretell(
+        "prune",
+        (model,),
+        Pruning(chosen, shared),
+        output,
+        text=text,
+        machine=Machine(settings.dtype, device),
+        tell=note_once,
+        progress=progress,
+    )
 
 
 def _save(made: PruneResult, output: Path, *, seed: int, force: bool, progress: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
-from cfsp.recovery.settings import RecoveryReferences, RecoverySettings
+from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, token_budget
 from cfsp.settings import setting
 from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.commands.processes import one_voice
@@ -70,12 +71,21 @@ def recover(
                 force=force,
                 trust_remote_code=trust_remote_code,
                 writers=WRITERS,
+                before=partial(_foretell, checkpoint, output, settings),
                 progress=progress,
             )
         if result.is_main:
             text = format_recovery(result.record, output)
             write_result(text, record_to_json(result.record), as_json=json)
         check_outcome(result.record, output)
+
+
+def _foretell(checkpoint: str, output: Path, settings: RecoverySettings) -> None:
+    """How long epochs are is known on the way alone."""
+    from phoneready.forecasts.said import foretell
+
+    if token_budget(settings) is not None:
+        foretell("recover", (checkpoint,), settings, output)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:

@@ -36,8 +36,8 @@ class OpenSettings:
 
 
 _FAMILIES = {family.runtime: family for family in FAMILIES.values()}
-_TORCH = "torch"
-RUNTIMES = (*_FAMILIES, _TORCH)
+TORCH = "torch"
+RUNTIMES = (*_FAMILIES, TORCH)
 """What runs models: the runtime of each family of exports, and torch, which takes all else."""
 
 
@@ -48,7 +48,7 @@ def runtime_for(reference: str, chosen: str | None = None) -> str:
         InputError: `chosen` is unknown.
     """
     if chosen is None:
-        return next((name for name, family in _FAMILIES.items() if family.claims(reference)), _TORCH)
+        return next((name for name, family in _FAMILIES.items() if family.claims(reference)), TORCH)
     if chosen not in RUNTIMES:
         raise InputError("unknown runtime", field="runtime", value=chosen, allowed=", ".join(RUNTIMES))
     return chosen
@@ -64,7 +64,7 @@ def open_language_model(
         InputError: The runtime cannot run it, or its context is shorter than a window.
     """
     model: LanguageModel
-    if runtime == _TORCH:
+    if runtime == TORCH:
         code = settings.trust_remote_code
         model = TorchLanguageModel(
             load_model(

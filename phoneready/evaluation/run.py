@@ -63,31 +63,27 @@ def evaluate(
     """
     check_settings(settings)
     check_texts(settings)
-    other = against if _has_other_vocabulary(model, against, settings) else None
-    spelling = _spelling(model, other) if other else None
+    pair = _Pair.of(model, against, settings)
     metrics = {name: find_metric(name) for name in settings.metrics}
-    both = [m for m in (model, against) if m is not None]
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
-        tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else ()
-        apart = other is not None and spelling is None
-        judge = _judge_apart if apart else partial(_judge, spelling=spelling)
-        reference = against or model
+        tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
         windows = [
-            text_windows(source, reference, settings, progress, writers) for _, source in settings.sources
+            text_windows(source, against or model, settings, progress, writers)
+            for _, source in settings.sources
         ]
-        texts = [
-            judge(kind, model, against, of_source, progress)
+        texts = tuple(
+            pair.judged(kind, of_source, progress)
             for (kind, _), of_source in zip(settings.sources, windows, strict=True)
-        ]
-        done = [run_tasks(m, tasks, progress=progress) if tasks else () for m in both]
+        )
+        done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in pair.models]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
-    said = [_answers(m, settings, progress) for m in both]
+    said = [_answers(one, settings, progress) for one in pair.models]
     return Evaluation(
         model=identity_of(model),
         against=identity_of(against) if against else None,
         seed=settings.seed,
-        texts=tuple(texts),
+        texts=texts,
         prompts=settings.prompts,
         answers=said[0].texts,
         against_answers=next((one.texts for one in said[1:]), ()),
@@ -95,8 +91,49 @@ def evaluate(
         tasks=done[0],
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
-        vocabularies=Vocabularies(_size(model), _size(other), spelling is not None) if other else None,
+        vocabularies=pair.vocabularies,
     )
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What is judged, and what it is held against.
+
+    Attributes:
+        model: It.
+        against: The reference; None where there is none.
+        has_other_tokens: Whether the reference has another vocabulary.
+        spelling: From the reference's vocabulary to the model's, where that is another one and a part of it.
+    """
+
+    model: LanguageModel
+    against: LanguageModel | None
+    has_other_tokens: bool
+    spelling: Respelling | None
+
+    @classmethod
+    def of(cls, model: LanguageModel, against: LanguageModel | None, settings: EvaluationSettings) -> _Pair:
+        """Raises InputError where own metrics are asked for beside a reference with other tokens."""
+        other = against if _has_other_vocabulary(model, against, settings) else None
+        return cls(model, against, other is not None, _spelling(model, other) if other else None)
+
+    @property
+    def models(self) -> list[LanguageModel]:
+        """Both, or the one that there is."""
+        return [self.model, *([self.against] if self.against else [])]
+
+    @property
+    def vocabularies(self) -> Vocabularies | None:
+        """Of both, where they are not the same."""
+        if self.against is None or not self.has_other_tokens:
+            return None
+        return Vocabularies(_size(self.model), _size(self.against), self.spelling is not None)
+
+    def judged(self, kind: str, windows: TokenWindows, progress: Progress) -> TextResult:
+        """What they make of a text."""
+        apart = self.has_other_tokens and self.spelling is None
+        judge: _Judge = _judge_apart if apart else partial(_judge, spelling=self.spelling)
+        return judge(kind, self.model, self.against, windows, progress)
 
 
 def _has_other_vocabulary(

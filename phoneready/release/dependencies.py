@@ -67,7 +67,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
                 "cfsp/reading.py",
                 "cfsp/precision.py",
                 "cfsp/devices.py",
-                *("cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
+                *("cfsp/processes.py", "cfsp/pruning/moments.py", "cfsp/pruning/streaming.py"),
             ),
         ),
         "text": Dependencies(rooms=("phoneready/text.py", *_EXPORTING), families=True),

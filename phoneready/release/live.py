@@ -12,7 +12,7 @@ from cfsp.progress import Progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
-from cfsp.units import format_bytes
+from cfsp.units import format_bytes, format_seconds
 from exporters.export_record import ExportManifest
 from phoneready.evaluation.evaluation_record import Evaluation, TextResult
 from phoneready.release.artifact import SIDE_BY_SIDE_FILE, SideBySide
@@ -44,9 +44,7 @@ def rest_text(later: Sequence[str], times: Mapping[str, float | None]) -> str:
     known = [seconds for seconds in taken if seconds is not None]
     if not taken or len(known) < len(taken):
         return ""
-    seconds = sum(known)
-    spent = f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-    return f"the rest took {spent} of work last time"
+    return f"the rest took {format_seconds(sum(known))} of work last time"
 
 
 def stage_figures(folder: Path, name: str) -> str:

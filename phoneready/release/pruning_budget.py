@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
 from cfsp.pruning.settings import PruneSettings
+from cfsp.scratch import LargeScratch
 from cfsp.units import parse_bytes, parse_count
 from exporters.checkpoint_reader import read_config
 from exporters.families import BASE, makes_gguf
@@ -122,9 +122,9 @@ def shape_check(
     files = (*settings.for_quant, *made)
     if not (files and makes_gguf(files)):
         return lambda shape: None
-    with TemporaryDirectory(prefix="phoneready-config-") as folder:
-        model.config.save_pretrained(folder)
-        config = read_config(Path(folder)).with_shape(model_shape(model))
+    with LargeScratch("config") as scratch:
+        model.config.save_pretrained(scratch.path)
+        config = read_config(scratch.path).with_shape(model_shape(model))
     stored = frozenset(model.state_dict())
 
     def check(shape: ModelShape) -> None:

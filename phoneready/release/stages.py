@@ -31,6 +31,8 @@ from phoneready.release.beside import StageProcesses
 
 LOCK_FILE = ".phoneready.lock"
 RECORD_FILE = "stage.json"
+RUNNING = "running"
+"""State of a stage that begins."""
 _TRIES = 10
 """At a lock whose folder comes and goes."""
 
@@ -205,7 +207,7 @@ def run_stages(
                 _run_beside(workers, to_do, inputs, show, report, lambda stage: done(stage, ""))
             continue
         for stage in to_do:
-            show(stage.name, "running")
+            show(stage.name, RUNNING)
             with progress() as report:
                 run_stage(stage, inputs[stage.name], folder, report, threads=threads)
             done(stage, "")
@@ -242,7 +244,7 @@ def _run_beside(
                 progress(f"{stage.name}, {description}", so_far, total)
 
         with lock:
-            show(stage.name, "running")
+            show(stage.name, RUNNING)
         processes.run(stage.name, inputs[stage.name], told)
         return stage
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from cfsp.progress import Progress
 from cfsp.pruning.moments import collect_input_moments, moment_windows
 from cfsp.pruning.prune import prune_model
 from cfsp.records import read_record, write_record
+from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, family_of, find_format
@@ -172,9 +172,9 @@ class Steps:
         export = self.config.export
         settings = fitting_settings(wanted, self.config.prune_settings(), loaded.model, export.names)
         check = shape_check(wanted, settings, loaded.model, export.names)
-        with tempfile.TemporaryDirectory(prefix="phoneready-sizes-") as scratch:
+        with LargeScratch("sizes") as scratch:
             budget = budget_of(
-                wanted, loaded, Path(scratch), made=export.names, use_imatrix=export.imatrix, seed=seed
+                wanted, loaded, scratch.path, made=export.names, use_imatrix=export.imatrix, seed=seed
             )
             result = prune_model(
                 loaded,

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, read_gguf
+from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, looked_up_alone, read_gguf
 
-_TABLE, _HEAD = "token_embd.weight", "output.weight"
+_TABLE = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -57,28 +57,46 @@ def gguf_facts(path: Path) -> ModelFacts:
     def largest(name: str, default: int | None = None) -> int:
         return max(_numbers(file, name, default))
 
-    read = [t for t in tensors.values() if t.name != _TABLE or _HEAD not in tensors]
+    aside = looked_up_alone(tensors)
+    read = [t for t in tensors.values() if t.name not in aside]
     matrices = [t for t in read if len(t.shape) > 1]
     by_type: dict[str, int] = {}
     for tensor in matrices:
         by_type[tensor.kind.name] = by_type.get(tensor.kind.name, 0) + _bytes(tensor)
-    heads, hidden = largest("attention.head_count"), largest("embedding_length")
-    size = hidden // heads
-    per_head = largest("attention.key_length", size) + largest("attention.value_length", size)
-    keyless = sum(name.endswith(CONVOLUTIONS) for name in tensors)
-    layers, shared = largest("block_count") - keyless, _numbers(file, "attention.head_count_kv", heads)
+    hidden = largest("embedding_length")
     return ModelFacts(
         path=path,
         weight_bytes=sum(map(_bytes, tensors.values())),
         read_bytes=sum(map(_bytes, read)),
         n_multiplied=sum(math.prod(t.shape) for t in matrices),
         bytes_by_type=by_type,
-        key_value_width=sum(shared * layers if len(shared) == 1 else shared) * per_head,
+        key_value_width=_key_value_width(file),
         hidden_size=hidden,
         ffn_width=largest("feed_forward_length"),
         vocab_size=tensors[_TABLE].shape[0],
         context_length=largest("context_length"),
     )
+
+
+def _key_value_width(file: GGUFFile) -> int:
+    """Numbers that one token adds to the cache: the keys and values of every block that has its own."""
+    heads = max(_numbers(file, "attention.head_count"))
+    size = max(_numbers(file, "embedding_length")) // heads
+    layers = max(_numbers(file, "block_count"))
+    of_blocks = _numbers(file, "attention.head_count_kv", heads)
+    of_blocks = of_blocks * layers if len(of_blocks) == 1 else of_blocks
+    windowed = file.hyperparameter("attention.sliding_window_pattern")
+    windowed = windowed if isinstance(windowed, list) else [False] * layers
+
+    def of_head(suffix: str) -> int:
+        keys = [f"attention.{part}_length" for part in ("key", "value")]
+        return sum(file.hyperparameter(f"{key}{suffix}", file.hyperparameter(key, size)) for key in keys)
+
+    own = layers - (file.hyperparameter("attention.shared_kv_layers") or 0)
+    per_head = [of_head("_swa" if windowed[block] else "") for block in range(own)]
+    mixing = {tensor.name.split(".")[1] for tensor in file.tensors if tensor.name.endswith(CONVOLUTIONS)}
+    pairs = enumerate(zip(of_blocks, per_head, strict=False))
+    return sum(count * each for block, (count, each) in pairs if str(block) not in mixing)
 
 
 def _bytes(tensor: GGUFTensor) -> int:

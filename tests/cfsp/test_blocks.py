@@ -15,7 +15,7 @@ from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, model_shape
 from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.pruning.axes.blocks import plan_blocks
+from cfsp.pruning.axes.blocks import blocks_stay, candidate_blocks, plan_blocks
 from cfsp.pruning.plan import PruningPlan, apply_plan
 from cfsp.pruning.prune import PruneResult, plan_model, prune_model
 from cfsp.pruning.settings import PruneSettings
@@ -24,6 +24,9 @@ from cfsp.text.calibration import Calibration
 
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(5))
 PLAIN = PruneSettings(prune_ratio=0, blocks=2, align=8, reconstruct="none", dtype="float32")
+
+
+FAMILIES = [name for name, row in ARCHITECTURES.items() if not blocks_stay(row)]
 
 
 def prune(dense: LoadedModel, settings: PruneSettings, plan: PruningPlan | None = None) -> PruneResult:
@@ -42,7 +45,7 @@ def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 @torch.inference_mode()
 def test_without_refit_blocks_are_skipped_and_nothing_else(
     tiny_model: Any, tiny_loaded: Any, model_type: str
@@ -56,6 +59,13 @@ def test_without_refit_blocks_are_skipped_and_nothing_else(
     shape = model_shape(pruned.loaded.model)
     assert pruned.plan.shape.agrees_with(shape)
     assert [block.origin for block in pruned.plan.shape.blocks] == sorted(set(range(4)) - gone)
+
+
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in FAMILIES])
+def test_blocks_stay_whose_number_counts(tiny_loaded: Any, model_type: str) -> None:
+    assert candidate_blocks(tiny_loaded(model_type).model) == []
+    with pytest.raises(InputError, match=blocks_stay(ARCHITECTURES[model_type])):
+        prune(tiny_loaded(model_type), PLAIN)
 
 
 @torch.inference_mode()
@@ -77,7 +87,7 @@ def test_the_block_that_does_nothing_goes_first(tiny_model: Any) -> None:
         assert plan.losses[index] == pytest.approx(measured, rel=1e-3)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_refit_lowers_the_divergence(tiny_model: Any, tiny_loaded: Any, model_type: str) -> None:
     expected = tiny_model(model_type)[0](IDS).logits
     found = []
@@ -121,7 +131,7 @@ def test_channels_go_from_the_blocks_that_stay(tiny_loaded: Any, reconstruct: st
     assert torch.equal(again.loaded.model(IDS).logits, result.loaded.model(IDS).logits)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_checkpoint_without_blocks_is_a_plain_folder(
     tiny_loaded: Any, tmp_path: Path, model_type: str
 ) -> None:

@@ -39,7 +39,7 @@ def language_model(tiny_loaded: Callable[..., LoadedModel]) -> TorchLanguageMode
     return TorchLanguageModel(tiny_loaded())
 
 
-@pytest.fixture(params=["llama", "lfm2"])
+@pytest.fixture(params=["llama", "lfm2", "gemma3_text"])
 def each_language_model(
     tiny_loaded: Callable[..., LoadedModel], request: pytest.FixtureRequest
 ) -> TorchLanguageModel:

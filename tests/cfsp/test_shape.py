@@ -9,7 +9,7 @@ import pytest
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, model_shape
-from cfsp.models.config_file import shape_from_config
+from cfsp.models.config_file import dense_settings, shape_from_config
 from cfsp.models.shape import BlockShape, ModelShape, require_supported
 
 CONFIG = {
@@ -29,11 +29,18 @@ def with_block(index: int, **changes: Any) -> ModelShape:
     return replace(PLAIN, blocks=tuple(blocks))
 
 
+def stated_shape(per_layer: Any) -> ModelShape:
+    """What config.json states with this under `per_layer_config`."""
+    return shape_from_config(
+        *dense_settings(CONFIG | {"per_layer_config": per_layer}, "config.json"), "config.json"
+    )
+
+
 def test_a_config_states_a_shape() -> None:
-    assert shape_from_config(CONFIG, None, "x") == PLAIN
+    assert stated_shape(None) == PLAIN
     own = {"1": {"intermediate_size": 6, "hidden_act": "silu"}}
-    assert shape_from_config(CONFIG, own, "x") == with_block(1, ffn_width=6)
-    assert shape_from_config(CONFIG, {"0": {"num_key_value_heads": 1}}, "x") == with_block(0, kv_groups=1)
+    assert stated_shape(own) == with_block(1, ffn_width=6)
+    assert stated_shape({"0": {"num_key_value_heads": 1}}) == with_block(0, kv_groups=1)
     heads = {key: value for key, value in CONFIG.items() if key != "num_key_value_heads"}
     assert {block.kv_groups for block in shape_from_config(heads, {}, "x").blocks} == {4}
 
@@ -53,7 +60,7 @@ def test_a_config_states_a_shape() -> None:
 )
 def test_malformed_blocks_are_refused_by_file(own: Any) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
-        shape_from_config(CONFIG, own, "config.json")
+        stated_shape(own)
 
 
 def test_what_is_not_said_is_no_contradiction() -> None:
@@ -85,4 +92,4 @@ def test_only_widths_and_groups_may_vary_yet(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_model_has_the_shape_that_its_config_states(tiny_model: Any, model_type: str) -> None:
     model, _ = tiny_model(model_type)
-    assert model_shape(model) == shape_from_config(model.config.to_dict(), None, "x")
+    assert model_shape(model) == shape_from_config(model.config.to_dict(), {}, "x")

@@ -28,8 +28,10 @@ VISION = {
 }
 PARTS = {
     "gemma3": ("gemma3_text", {"vision_config": VISION, "mm_tokens_per_image": 4}),
+    "gemma4": ("gemma4_text", {"vision_config": VISION | {"head_dim": 16, "num_key_value_heads": 2}}),
     "mistral3": ("ministral3", {"vision_config": VISION | {"model_type": "pixtral", "head_dim": 16}}),
 }
+LOADED = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral"}
 each_type = pytest.mark.parametrize(
     "model_type",
     [
@@ -66,7 +68,7 @@ def test_the_text_part_says_what_the_whole_says_of_a_text(
 ) -> None:
     folder, expected = saved(tiny_model, tmp_path / "whole", model_type)
     loaded = load_model(folder).model
-    assert loaded.config.model_type == {"gemma3": "gemma3_text", "mistral3": "mistral"}[model_type]
+    assert loaded.config.model_type == LOADED[model_type]
     assert not any("vision" in name for name, _ in loaded.named_parameters())
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -91,7 +93,7 @@ def test_it_is_pruned_and_exported(
         assert list(out.glob("*.gguf"))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert main(["doctor", str(folder)]) == 0
-    assert {"gemma3": "gemma3_text:", "mistral3": "mistral:"}[model_type] in capsys.readouterr().out
+    assert f"{LOADED[model_type]}:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,6 @@ HERE = int(transformers.__version__.partition(".")[0])
 OTHER = 9 - HERE
 IDS = torch.arange(60).view(2, 30)
 TEXT = "It's 12 o'clock,\n\n and <|im_start|> the capital of France is Paris."
-ONLY_IN_5 = ("qwen3_5_text",)
-"""Model types that transformers 4 does not know."""
 WIDTHS = {"different": (96, 64, 128, 32), "uniform": (64, 64, 64, 64)}
 SCALED_ROPES: dict[str, dict[str, Any]] = {
     "longrope": {
@@ -135,8 +133,9 @@ def other_packages(packages_folder: Callable[..., Path]) -> Path:
 def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for every model type, tied or not, with widths different and uniform, heads too."""
     folder = tmp_path_factory.mktemp("written-here")
-    for model_type in ARCHITECTURES.keys() - ONLY_IN_5:
-        row = ARCHITECTURES[model_type]
+    for model_type, row in ARCHITECTURES.items():
+        if row.release > min(HERE, OTHER):
+            continue
         for tied in (True, False):
             for kind, widths in WIDTHS.items():
                 model, tokenizer = tiny_model(model_type, tied)
@@ -196,6 +195,21 @@ def test_the_other_version_loads_what_is_written_here(
         assert found["tokens"] == tokenizer(TEXT)["input_ids"], name
         assert found["special"] == [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
         assert found["chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.skipif(min(HERE, OTHER) == HERE, reason="this version lacks them itself")
+@pytest.mark.parametrize("model_type", [name for name, row in ARCHITECTURES.items() if row.release > 4])
+def test_a_model_type_that_the_older_version_lacks_is_refused_in_a_line(
+    other_packages: Path, tiny_folder: Any, model_type: str
+) -> None:
+    root = str(Path(next(iter(cfsp.__path__))).parent)
+    environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join([str(other_packages), root])}
+    command = [sys.executable, "-m", "phoneready", "doctor", str(tiny_folder(model_type))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2
+    assert f"transformers {OTHER}." in result.stderr
+    assert "does not know it" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_this_version_loads_what_the_other_writes(

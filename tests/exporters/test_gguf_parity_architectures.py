@@ -60,7 +60,10 @@ def save(model: Any, tokenizer: Any, folder: Path, widths: tuple[int, ...] | Non
     if widths:
         path = folder / "config.json"
         config = json.loads(path.read_text())
-        config["per_layer_config"] = {str(i): {"intermediate_size": width} for i, width in enumerate(widths)}
+        stated = config.get("per_layer_config", {})
+        config["per_layer_config"] = {
+            str(i): {**stated.get(str(i), {}), "intermediate_size": width} for i, width in enumerate(widths)
+        }
         path.write_text(json.dumps(config))
     return folder
 
@@ -115,6 +118,9 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("gemma3_text", True, None, "gemma3", None),
         ("gemma3_text", False, None, "gemma3", None),
         ("gemma3_text", True, WIDTHS, "gemma3", 128),
+        ("gemma4_text", True, None, "gemma4", None),
+        ("gemma4_text", False, None, "gemma4", None),
+        ("gemma4_text", True, WIDTHS, "gemma4", None),
         ("olmo2", False, None, "olmo2", None),
         ("olmo2", False, WIDTHS, "olmo2", 128),
         ("olmo3", False, None, "olmo2", None),
@@ -174,6 +180,10 @@ def test_logits_equal_the_models(
         ("gemma3_text", {"sliding_window_pattern": 6, "num_hidden_layers": 7}, None, "gemma3"),
         ("gemma3_text", {"layer_types": ["full_attention"] * 4}, None, "gemma3"),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, None, "gemma3"),
+        ("gemma4_text", {"num_key_value_heads": 1, "use_double_wide_mlp": False}, None, "gemma4"),
+        ("gemma4_text", {"num_kv_shared_layers": 0, "head_dim": 32}, WIDTHS, "gemma4"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, None, "gemma4"),
+        ("gemma4_text", {"final_logit_softcapping": 12.0, "sliding_window": 7}, None, "gemma4"),
         ("olmo2", {"tied": False, "num_key_value_heads": 1}, None, "olmo2"),
         ("olmo2", {"tied": False, "rope_parameters": YARN}, None, "olmo2"),
         ("olmo3", {"tied": False, "num_key_value_heads": 4, "num_hidden_layers": 9}, None, "olmo2"),
@@ -293,6 +303,7 @@ def test_a_gguf_file_with_windows_rotates_as_its_model_does(
         ("hunyuan_v1_dense", True, None),
         ("lfm2", True, None),
         ("qwen3_5_text", True, None),
+        ("gemma4_text", True, WIDTHS),
     ],
 )
 def test_greedy_text_is_the_models(

@@ -17,12 +17,13 @@ from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import ExportRecord, ParityLimits
 from exporters.gguf import QUANTS, export_gguf
-from exporters.gguf.architecture import read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.llama_library import stored
 from exporters.gguf.packing import PACKINGS, WHOLE_BLOCKS, StoredMatrix
 from exporters.gguf.rounding import choose_numbers
+from exporters.gguf.tensors import tensor_specs
 from exporters.options import ExportOptions
 from exporters.rounding.gptq import round_to_codes_
 

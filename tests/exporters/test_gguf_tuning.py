@@ -16,9 +16,10 @@ pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from exporters.export_record import ExportRecord, ParityLimits
 from exporters.gguf import QUANTS, export_gguf
-from exporters.gguf.architecture import read_layout, tensor_specs
+from exporters.gguf.architecture import read_layout
 from exporters.gguf.llama_library import stored
 from exporters.gguf.packing import PACKINGS, SCALES, WHOLE_BLOCKS, StoredMatrix
+from exporters.gguf.tensors import tensor_specs
 from exporters.gguf.tuning import tuned_tensor
 from exporters.options import ExportOptions
 from exporters.rounding.scale_tuning import TunedScales

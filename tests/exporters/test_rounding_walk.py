@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cfsp.models.architectures import block_linears
+from cfsp.models.architectures import attention_of, block_linears, decoder_layers, spec_for
 from cfsp.precision import exact_products
 from cfsp.pruning.streaming import input_hook
 from exporters.rounding.walk import Grams, round_blocks
@@ -22,7 +22,7 @@ def changed(weight: torch.Tensor) -> torch.Tensor:
     return weight.sign() * weight.abs().mean()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gemma4_text"])
 def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
     tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:
@@ -41,8 +41,12 @@ def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
         return {name: changed(given[name]) for name in grams}
 
     head = round_blocks(model, IDS, visit)
-    kinds = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    assert together == kinds * model.config.num_hidden_layers
+    ffn = [{"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+    if (inputs_of := spec_for(model.config).block_inputs) is not None:
+        ffn += [{inputs_of.gate}, {inputs_of.output}]
+    own = [attention_of(model, layer) is not None for layer in decoder_layers(model)]
+    kinds = [[{"q_proj", *(["k_proj", "v_proj"] if keys else [])}, *ffn] for keys in own]
+    assert together == [names for block in kinds for names in block]
     assert all(torch.equal(linear.weight, given[name]) for name, linear in linears.items())
 
     inputs: dict[str, torch.Tensor] = {}

@@ -55,6 +55,22 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
             },
         ),
         (
+            "gemma4_text",
+            {
+                "model": (
+                    "ok",
+                    "FFNs of 128 to 256, 2 key-value heads, each read by 2 in 2 blocks, those of another",
+                ),
+                "remove: FFN channels": ("ok", "GGUF as gemma4 (--prune-ratio)"),
+                "remove: vocabulary": ("ok", "tokens can go"),
+                "remove: key-value groups": ("warning", "read keys and values of other blocks"),
+                "remove: attentions": ("warning", "read keys and values of other blocks"),
+                "remove: blocks": ("warning", "every block has a part of its own"),
+                "GGUF": ("ok", "gemma4"),
+                "ONNX": ("warning", "no graph is written yet of blocks that read another block's keys"),
+            },
+        ),
+        (
             "olmo3",
             {
                 "model": ("ok", "a window of 24 in 3 blocks"),
@@ -91,7 +107,7 @@ def examined(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[
                 "remove: attentions": ("warning", "few blocks attend"),
                 "remove: blocks": ("ok", "GGUF as qwen35 (--blocks)"),
                 "GGUF": ("ok", "qwen35"),
-                "ONNX": ("warning", "no graph is written of blocks with a gated delta net"),
+                "ONNX": ("warning", "no graph is written yet of blocks with a gated delta net"),
             },
         ),
         (
@@ -123,6 +139,7 @@ def test_a_gguf_file_and_a_folder_of_one_model_can_become_the_same(
     tiny_folder: TinyPath, tiny_gguf: TinyPath, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert examined(tiny_gguf("gemma3_text"), capsys) == examined(tiny_folder("gemma3_text"), capsys)
+    assert examined(tiny_gguf("gemma4_text"), capsys) == examined(tiny_folder("gemma4_text"), capsys)
 
 
 def test_what_stands_in_the_way_of_a_file(tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]) -> None:

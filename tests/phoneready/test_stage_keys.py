@@ -143,7 +143,17 @@ WORK = {
 NEUTRAL = (
     *(
         f"cfsp/{name}.py"
-        for name in ("__init__", "errors", "files", "memory", "plugins", "progress", "records", "units")
+        for name in (
+            "__init__",
+            "errors",
+            "files",
+            "memory",
+            "plugins",
+            "progress",
+            "records",
+            "scratch",
+            "units",
+        )
     ),
     *("cfsp/settings.py", "cfsp/validation.py"),
     *("exporters/__init__.py", "exporters/export_record.py", "exporters/family.py", "exporters/settings.py"),

@@ -34,6 +34,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+_PRUNED = ("intermediate_size", "num_key_value_heads", "skip")
+
 
 def layer_sizes(config: Any, name: str) -> list[int]:
     """A size of every block that a configuration asks for, such as its intermediate_size, first to last.
@@ -79,14 +81,32 @@ def per_layer_settings(
     }
 
 
+def joined_settings(theirs: Any, ours: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`per_layer_config` with what transformers states of single blocks of this model type, and `ours`."""
+    stated = {str(int(index)): dict(entry) for index, entry in (theirs or {}).items()}
+    return {index: {**stated.get(index, {}), **entry} for index, entry in ours.items()}
+
+
+def stated_settings(config: Any) -> dict[str, dict[str, Any]]:
+    """What transformers states of single blocks of a model type under `per_layer_config`."""
+    stated = config.to_dict().get("per_layer_config") or {}
+    entries = {
+        str(int(index)): {name: value for name, value in entry.items() if name not in _PRUNED}
+        for index, entry in stated.items()
+    }
+    return {index: entry for index, entry in entries.items() if entry}
+
+
 def uniform_config(config: Any, width: int) -> Any:
     """A copy of a configuration in which every block has the same width, and heads as the configuration says."""
     plain = copy.deepcopy(config)
     if isinstance(getattr(type(plain), "per_layer_config", None), property):
-        plain.per_layer_config = None
+        plain.per_layer_config = stated_settings(config) or None
     else:
         plain.__dict__.pop("per_layer_config", None)
     plain.intermediate_size = width
+    if getattr(plain, "use_double_wide_mlp", False):
+        plain.use_double_wide_mlp = False  # of some blocks it would be twice that
     return plain
 
 
@@ -120,10 +140,14 @@ def leave_out_attention(layer: Any, norms: Sequence[str]) -> None:
 
 
 def kv_heads_of(attention: Any, otherwise: int) -> int:
-    """Key-value heads of a block's attention; `otherwise` in a block that never had one."""
+    """Key-value heads of a block's attention; `otherwise` in a block that never had one, or no keys of its own."""
     if isinstance(attention, NoAttention):
         return 0
-    return otherwise if attention is None else attention.k_proj.weight.shape[0] // attention.head_dim
+    return (
+        otherwise
+        if not hasattr(attention, "k_proj")
+        else attention.k_proj.weight.shape[0] // attention.head_dim
+    )
 
 
 class PerLayerWidths:
@@ -139,8 +163,8 @@ class PerLayerWidths:
     """What else of a block has nothing to do where it does not attend."""
     _ffn: tuple[str, str] = ("mlp", "down_proj")
     """Of a block its FFN, and of that the last matrix."""
-    _sized = False
-    """Whether an FFN is told its width beside the configuration."""
+    _told: tuple[str, ...] = ()
+    """What an FFN is told beside the configuration, by the names of its arguments."""
     model: Any
     config: Any
 
@@ -151,8 +175,9 @@ class PerLayerWidths:
         for index, layer in enumerate(self.model.layers):
             if widths[index] != max(widths):
                 mlp = type(getattr(layer, self._ffn[0]))
-                arguments = (widths[index],) if self._sized else ()
-                setattr(layer, self._ffn[0], mlp(uniform_config(self.config, widths[index]), *arguments))
+                known = {"intermediate_size": widths[index], "layer_idx": index}
+                arguments = {name: known[name] for name in self._told}
+                setattr(layer, self._ffn[0], mlp(uniform_config(self.config, widths[index]), **arguments))
             if index in without:
                 leave_out_attention(layer, self._of_attention)
             elif kv_heads[index] != self.config.num_key_value_heads:
@@ -169,7 +194,8 @@ class PerLayerWidths:
         ]
         stored = uniform_config(uniform, max(widths))
         if len(set(widths)) > 1 or set(kv_heads) != {uniform.num_key_value_heads}:
-            stored.per_layer_config = per_layer_settings(widths, kv_heads, uniform.num_key_value_heads)
+            ours = per_layer_settings(widths, kv_heads, uniform.num_key_value_heads)
+            stored.per_layer_config = joined_settings(stated_settings(uniform), ours)
         self.config = stored
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -231,6 +257,14 @@ class PrunedLfm2ForCausalLM(PerLayerWidths, Lfm2ForCausalLM):  # type: ignore[mi
     _ffn = ("feed_forward", "w2")
 
 
+if hasattr(transformers, "Gemma4ForCausalLM"):  # not in transformers 4
+
+    class PrunedGemma4ForCausalLM(PerLayerWidths, transformers.Gemma4ForCausalLM):  # type: ignore[misc]
+        """Gemma 4 with blocks of different widths."""
+
+        _told = ("layer_idx",)
+
+
 if hasattr(transformers, "Qwen3_5ForCausalLM"):  # not in transformers 4
 
     class PrunedQwen3_5ForCausalLM(  # noqa: N801  # transformers' name
@@ -239,4 +273,4 @@ if hasattr(transformers, "Qwen3_5ForCausalLM"):  # not in transformers 4
     ):
         """Qwen 3.5's text models with blocks of different widths."""
 
-        _sized = True
+        _told = ("intermediate_size",)

@@ -17,13 +17,21 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_of, decoder_layers, spec_for
+from cfsp.models.architectures import ArchitectureSpec, attention_of, decoder_layers, spec_for
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
 ATTENTIONS_STAY = (
     "few blocks attend, as something else takes the place of attention in the others, and these stay"
 )
+_KEYS_ARE_SHARED = "blocks read keys and values of other blocks, and all attentions stay as they are"
+
+
+def attentions_stay(spec: ArchitectureSpec) -> str | None:
+    """Why no attention of a model type can go, nor a part of one; None where some can."""
+    if spec.mixer:
+        return ATTENTIONS_STAY
+    return _KEYS_ARE_SHARED if spec.shared_keys else None
 
 
 def plan_attentions(
@@ -66,9 +74,9 @@ def check_attentions(candidates: Sequence[int], count: int) -> None:
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
     """Blocks that can do without their attention: all that stay and have one, but the first of each kind.
 
-    Where most blocks do without already, as something else takes its place, none can.
+    Where most blocks do without already, as something else takes its place, none can, nor where others read its keys.
     """
-    if spec_for(model.config).mixer:
+    if attentions_stay(spec_for(model.config)):
         return []
     layers = enumerate(decoder_layers(model))
     stay = [index for index, layer in layers if index not in gone and attention_of(model, layer)]

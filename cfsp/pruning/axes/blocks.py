@@ -15,10 +15,19 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import attention_of, decoder_layers
+from cfsp.models.architectures import ArchitectureSpec, attention_of, decoder_layers, spec_for
 from cfsp.models.config_file import PER_BLOCK_LISTS
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, block_left_out
+
+_BLOCKS_ARE_NUMBERED = (
+    "every block has a part of its own in what is read of a token, or reads a certain block's keys"
+)
+
+
+def blocks_stay(spec: ArchitectureSpec) -> str | None:
+    """Why no block of a model type can go; None where some can."""
+    return _BLOCKS_ARE_NUMBERED if spec.block_inputs or spec.shared_keys else None
 
 
 def plan_blocks(
@@ -40,7 +49,12 @@ def plan_blocks(
 
 
 def candidate_blocks(model: Any) -> list[int]:
-    """Blocks that may go: all but the first, and the first that attends, from which libraries tell a text's length."""
+    """Blocks that may go: all but the first, and the first that attends, from which libraries tell a text's length.
+
+    None where each depends on its number.
+    """
+    if blocks_stay(spec_for(model.config)):
+        return []
     attending = [bool(attention_of(model, layer)) for layer in decoder_layers(model)]
     return [index for index in range(1, len(attending)) if index != attending.index(True)]
 
@@ -48,6 +62,8 @@ def candidate_blocks(model: Any) -> list[int]:
 def removable_blocks(model: Any, count: int) -> list[int]:
     """Those of which so many may go, or InputError where there are not so many."""
     candidates = candidate_blocks(model)
+    if reason := blocks_stay(spec_for(model.config)):
+        raise InputError(reason, field="blocks", value=count, allowed="0")
     if not 0 < count <= len(candidates):
         raise InputError(
             "the first block stays", field="blocks", value=count, allowed=f"at most {len(candidates)}"

@@ -16,7 +16,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.models.architectures import ArchitectureSpec, model_shape, spec_for
 from cfsp.progress import Progress, no_progress
-from cfsp.pruning.axes.attention import ATTENTIONS_STAY
+from cfsp.pruning.axes.attention import attentions_stay
 from cfsp.pruning.axes.removal import Probe, Removal
 
 _NORMED_TOGETHER = "one norm sees all heads of a block, and without some it would change the others"
@@ -113,9 +113,7 @@ def removable_count(model: Any, ratio: float, without: frozenset[int] = frozense
 
 def groups_stay(spec: ArchitectureSpec) -> str | None:
     """Why no group of a model type can go; None where some can."""
-    if spec.mixer:
-        return ATTENTIONS_STAY
-    return None if spec.cuts_heads else _NORMED_TOGETHER
+    return attentions_stay(spec) or (None if spec.cuts_heads else _NORMED_TOGETHER)
 
 
 def groups_of_share(counts: Sequence[int], ratio: float) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import decoder_layers, last_norm
-from cfsp.models.block_pass import enter_blocks, run_layer
+from cfsp.models.architectures import capped, decoder_layers, last_norm, logit_cap
+from cfsp.models.block_pass import Calls, enter_blocks, run_layer
 from cfsp.models.paging import weightless
 from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress, no_progress
@@ -149,17 +149,17 @@ class Probe:
                     for index, layer in enumerate(layers):
                         for part in (part for part in sums if part // parts == index):
                             with self.leave_out(layer, part % parts):
-                                without = run_layer(layer, hidden, calls[index])
+                                without = run_layer(layer, hidden, calls.of(index))
                             actual = self._log_probabilities(_run(layers, calls, index + 1, without))
                             sums[part] += float((expected.exp() * (expected - actual)).sum(-1).mean())
-                        hidden = run_layer(layer, hidden, calls[index])
+                        hidden = run_layer(layer, hidden, calls.of(index))
         n_windows = number_summed(len(windows))
         return {part: max(number_summed(total) / n_windows, 0.0) for part, total in sums.items()}
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         normed = last_norm(self.model)(hidden[:, ::_EVERY])
         logits: torch.Tensor = self.model.get_output_embeddings()(normed).float()
-        return logits.log_softmax(-1)
+        return capped(logits, logit_cap(self.model.config)).log_softmax(-1)
 
 
 def block_left_out(layer: nn.Module, part: int = 0) -> AbstractContextManager[None]:
@@ -183,9 +183,7 @@ def _computing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
 
 
-def _run(
-    layers: Sequence[nn.Module], calls: Sequence[dict[str, Any]], start: int, hidden: torch.Tensor
-) -> torch.Tensor:
-    for layer, arguments in zip(layers[start:], calls[start:], strict=True):
-        hidden = run_layer(layer, hidden, arguments)
+def _run(layers: Sequence[nn.Module], calls: Calls, start: int, hidden: torch.Tensor) -> torch.Tensor:
+    for index, layer in enumerate(layers[start:], start):
+        hidden = run_layer(layer, hidden, calls.of(index))
     return hidden

@@ -31,7 +31,7 @@ import torch
 from torch.nn import functional as F
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import spec_for
+from cfsp.models.architectures import capped, logit_cap, spec_for
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import token_trees
 from cfsp.progress import Progress, no_progress
@@ -86,6 +86,7 @@ class States:
         places: Parts -> their row in what follows.
         after: States after each beginning and the parts, (beginnings, prefixes, hidden_size) float64.
         normalizers: Log of what the kept rows' softmax is divided by there, (beginnings, prefixes) float64.
+        cap: c, where logits are c tanh(z / c) of the output matrix's products z.
     """
 
     mean: torch.Tensor
@@ -93,6 +94,7 @@ class States:
     places: Mapping[Prefix, int]
     after: torch.Tensor
     normalizers: torch.Tensor
+    cap: float | None = None
 
 
 def teach_spellings(
@@ -154,7 +156,7 @@ def _continuing(weight: torch.Tensor, row: int, spellings: Spellings, states: St
     times = states.mean.new_tensor([n for _, n in known])
     share = times / states.mean.new_tensor([spellings.stands[prefix] for prefix, _ in known])
     h = states.after[:, places]
-    now = h @ weight[row].double() - states.normalizers[:, places]
+    now = capped(h @ weight[row].double(), states.cap) - states.normalizers[:, places]
     gain = (_SHARE * (share.log() - now)).clamp_min(0)
     return [(one, its_gain, times / len(h)) for one, its_gain in zip(h, gain, strict=True)]
 
@@ -225,7 +227,7 @@ def _states(
     model: Any, plan: VocabularyPlan, windows: torch.Tensor, prefixes: Sequence[Prefix], progress: Progress
 ) -> States:
     """Run the dense model over windows, and over every prefix after the beginnings of some."""
-    decoder, width = model.get_decoder(), model.config.hidden_size
+    decoder, width, cap = model.get_decoder(), model.config.hidden_size, logit_cap(model.config)
     last_states = _last_states_apart if spec_for(model.config).sees_neighbours else _last_states
     kept = model.get_output_embeddings().weight[torch.tensor(plan.kept)].float()
     zeros, tokens = partial(torch.zeros, dtype=torch.float64, device=model.device), 0
@@ -241,12 +243,12 @@ def _states(
             for run in _runs(prefixes):
                 h = last_states(decoder, beginning, run)
                 after.append(h.double())
-                normalizers.append((h @ kept.T).logsumexp(dim=1).double())
+                normalizers.append(capped(h @ kept.T, cap).logsumexp(dim=1).double())
             progress("reading spellings", done, len(beginnings))
         shape = (len(beginnings), len(prefixes))
         states, lse = torch.cat(after).view(*shape, width), torch.cat(normalizers).view(shape)
     places = {prefix: place for place, prefix in enumerate(prefixes)}
-    return States(total / tokens, square / tokens, places, states, lse)
+    return States(total / tokens, square / tokens, places, states, lse, cap)
 
 
 def _runs(prefixes: Sequence[Prefix]) -> Iterator[Sequence[Prefix]]:

@@ -17,6 +17,7 @@ from pydantic import NonNegativeInt
 from torch import nn
 
 from cfsp.errors import InputError
+from cfsp.models.architectures import spec_for, token_tables
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import TokenTrees, token_trees, trimmed_tokenizer
 from cfsp.pruning.axes.token_kinds import TokenKind, kinds_by_count, kinds_by_script, scripts_of
@@ -213,16 +214,20 @@ def spelled(index: int, gone: Collection[int], trees: TokenTrees) -> list[int]:
 
 
 def cut_rows(model: Any, kept: torch.Tensor) -> None:
-    """Keep rows of the embedding and of the output matrix; tied ones stay one tensor."""
+    """Keep rows of the embeddings and of the output matrix; tied ones stay one tensor."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
-    for module in (embedding, head):
+    tables = token_tables(model)
+    for module in (*tables, head):
         rows = module.weight[kept].detach().clone().contiguous()
         module.weight = nn.Parameter(rows, requires_grad=module.weight.requires_grad)
     if tied:
         head.weight = embedding.weight
-    embedding.num_embeddings = head.out_features = len(kept)
-    embedding.padding_idx = None
+    head.out_features = len(kept)
+    for table in tables:
+        table.num_embeddings, table.padding_idx = len(kept), None
+    if inputs := spec_for(model.config).block_inputs:
+        setattr(model.config, inputs.rows_setting, len(kept))
     for holder in (model, model.get_decoder(), model.config):
         holder.vocab_size = len(kept)
 

@@ -1,0 +1,341 @@
+"""What a stage will take, before it begins: operations counted from shapes, and a product of these shapes timed here.
+
+A stage is described by its `Work`; this machine's speed makes a `Forecast` of it. Memory and disk that are needed at
+least are asked for before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import safetensors
+import torch
+
+from cfsp.devices import CPU
+from cfsp.errors import InputError
+from cfsp.files import large_temporary
+from cfsp.memory import require_memory
+from cfsp.models.folds import is_folded
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.paging import reads_by_blocks, stays_in_files
+from cfsp.models.text_part import text_names
+from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
+from cfsp.precision import products_in
+from cfsp.reading import as_input_error
+from cfsp.units import format_bytes, format_seconds
+
+LONG_S = 5.0
+"""What takes less than that is not spoken of."""
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|blk)\.(\d+)\.")
+_ENDS = MappingProxyType(
+    {
+        "token_embd.weight": "embedding",
+        "model.embed_tokens.weight": "embedding",
+        "output.weight": "output",
+        OUTPUT_MATRIX: "output",
+    }
+)
+"""Name in a file -> which end of the model it is."""
+_TRIAL_S, _TRIALS, _TRIAL_OPERATIONS, _TRIAL_TOKENS = 0.1, 3, 5e8, 128
+"""Of a timing; and most operations of one product in it, or rows of numbers."""
+_MOST_TOKENS = 1024
+"""More are multiplied no faster."""
+_SLOW_OPERATIONS, _SLOW_ELEMENTS = 2e9, 1e8
+"""A second, that any machine does."""
+_LIBRARIES = 600 * 2**20
+"""Bytes that torch and transformers take before there is a model."""
+
+_Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a model there is.
+
+    Attributes:
+        blocks: Of every block its matrices, (rows, columns).
+        vocab_size: Rows of the embedding.
+        hidden_size: Its columns.
+        tied: Whether it is the output matrix, too.
+        stored_bytes: Of a weight, in a checkpoint that is made of the model.
+        by_blocks: Whether the weights stay in files.
+    """
+
+    blocks: tuple[tuple[tuple[int, int], ...], ...]
+    vocab_size: int
+    hidden_size: int
+    tied: bool
+    stored_bytes: int = 4
+    by_blocks: bool = False
+
+    @cached_property
+    def block_weights(self) -> int:
+        """Of all blocks."""
+        return sum(math.prod(shape) for block in self.blocks for shape in block)
+
+    @property
+    def end_weights(self) -> int:
+        """Of the embedding, or of the output matrix."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def n_weights(self) -> int:
+        """All of them, but for norms and biases."""
+        return self.block_weights + self.end_weights * (1 if self.tied else 2)
+
+    @property
+    def least_weights(self) -> int:
+        """Where the output matrix is the embedding after all, which a file may hold twice."""
+        return self.block_weights + self.end_weights
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Of every block the most inputs of a matrix: its FFN's channels."""
+        return tuple(max((columns for _, columns in block), default=0) for block in self.blocks)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of weights that are in memory at once, as float32; of a model in files the largest page."""
+        largest = max(sum(map(math.prod, block)) for block in self.blocks)
+        return 4 * (max(largest, self.end_weights) if self.by_blocks else self.n_weights)
+
+    @property
+    def least_resident_bytes(self) -> int:
+        """Of these, what is in memory at least."""
+        return 0 if self.by_blocks else 4 * self.least_weights
+
+    def narrowed(self, ratio: float) -> Extent:
+        """It with a share of the FFN channels gone."""
+        blocks = tuple(
+            tuple((_less(rows, width, ratio), _less(columns, width, ratio)) for rows, columns in block)
+            for block, width in zip(self.blocks, self.widths, strict=True)
+        )
+        return replace(self, blocks=blocks)
+
+    def pass_operations(self, tokens: int, seqlen: int) -> float:
+        """Of all blocks over tokens in windows of `seqlen`; attention sees half of a window on average."""
+        mixing = 2 * seqlen * self.hidden_size * len(self.blocks)
+        return float(tokens) * (2 * self.block_weights + mixing)
+
+    def head_operations(self, tokens: int) -> float:
+        """Of the output matrix."""
+        return 2.0 * tokens * self.end_weights
+
+    def pass_elements(self, tokens: int) -> float:
+        """Numbers of all blocks, between the products, that one function of each makes."""
+        return float(tokens) * sum(2 * self.hidden_size + width for width in self.widths)
+
+    def states_bytes(self, tokens: int) -> int:
+        """Of hidden states at one depth, float32."""
+        return 4 * tokens * self.hidden_size
+
+
+def _less(size: int, width: int, ratio: float) -> int:
+    return round(size * (1 - ratio)) if size == width else size
+
+
+def read_extent(path: Path) -> Extent:
+    """How much of a model there is, from the heads of its files alone.
+
+    Args:
+        path: A GGUF file, or a Hugging Face folder.
+
+    Raises:
+        InputError: Files are missing or damaged, or hold no decoder.
+    """
+    if path.is_file():
+        tensors = read_gguf(path).tensors
+        extent = _extent(((tensor.name, tensor.shape) for tensor in tensors), str(path))
+        return replace(extent, by_blocks=stays_in_files(4 * extent.n_weights))
+    extent = _extent(_folder_shapes(path), str(path))
+    stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
+    in_files = not is_folded(path) and reads_by_blocks(path)
+    return replace(extent, stored_bytes=stored.itemsize if stored else 4, by_blocks=in_files)
+
+
+def _folder_shapes(folder: Path) -> Iterator[tuple[str, _Shape]]:
+    for file in safetensors_files(folder):
+        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as opened:
+            names = text_names(folder, opened.keys())
+            yield from ((ours, tuple(opened.get_slice(name).get_shape())) for name, ours in names.items())
+
+
+def _extent(tensors: Iterable[tuple[str, _Shape]], where: str) -> Extent:
+    blocks: dict[int, list[tuple[int, int]]] = {}
+    ends: dict[str, _Shape] = {}
+    for name, shape in tensors:
+        if len(shape) == 2 and (block := _BLOCK.search(name)):
+            blocks.setdefault(int(block[1]), []).append((shape[0], shape[1]))
+        elif name in _ENDS:
+            ends[_ENDS[name]] = shape
+    if not blocks or len(ends.get("embedding", ())) != 2:
+        raise InputError(f"{where} holds no decoder with an embedding")
+    rows, columns = ends["embedding"]
+    in_order = tuple(tuple(blocks[index]) for index in sorted(blocks))
+    return Extent(in_order, rows, columns, tied="output" not in ends)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage takes.
+
+    Attributes:
+        products: Tokens beside each other -> floating-point operations that take as long as a matrix product's.
+        elements: Numbers that go through something between the products.
+        seconds: Of what is as fast on any machine, or nearly.
+        memory: Bytes at its peak, libraries left out.
+        least_memory: Without so many bytes it cannot be.
+        disk: Bytes that it leaves, or has at once, where its output goes.
+        least_disk: Of these, what is there at least.
+        scratch: Bytes in the folder for large temporary files, at its peak.
+    """
+
+    products: Mapping[int, float] = field(default_factory=dict)
+    elements: float = 0.0
+    seconds: float = 0.0
+    memory: int = 0
+    least_memory: int = 0
+    disk: int = 0
+    least_disk: int = 0
+    scratch: int = 0
+
+    def then(self, other: Work) -> Work:
+        """Both, one after the other: what is left on the disk adds up, what is held meanwhile does not."""
+        products = dict(self.products)
+        for tokens, operations in other.products.items():
+            products[tokens] = products.get(tokens, 0.0) + operations
+        return Work(
+            products,
+            self.elements + other.elements,
+            self.seconds + other.seconds,
+            max(self.memory, other.memory),
+            max(self.least_memory, other.least_memory),
+            self.disk + other.disk,
+            self.least_disk + other.least_disk,
+            max(self.scratch, other.scratch),
+        )
+
+    def is_within(self, seconds: float) -> bool:
+        """Whether it takes no longer even on a slow machine, so that nothing need be timed."""
+        slowly = sum(self.products.values()) / _SLOW_OPERATIONS + self.elements / _SLOW_ELEMENTS
+        return self.seconds + slowly < seconds
+
+    def times(self, count: int) -> Work:
+        """It so many times; it leaves what one leaves."""
+        products = {tokens: count * operations for tokens, operations in self.products.items()}
+        elements, seconds = count * self.elements, count * self.seconds
+        return replace(self, products=products, elements=elements, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage will take on this machine.
+
+    Attributes:
+        seconds: Of this machine as it is now.
+        memory: Bytes at its peak, as a process that has loaded the libraries.
+        disk: Bytes where its output goes.
+        scratch: Bytes in the folder for large temporary files.
+    """
+
+    seconds: float
+    memory: int
+    disk: int
+    scratch: int
+
+    def __str__(self) -> str:
+        parts = [f"about {format_seconds(self.seconds)}", f"{format_bytes(self.memory)} of memory"]
+        parts += [f"{format_bytes(self.disk)} of disk"] if self.disk else []
+        parts += [f"{format_bytes(self.scratch)} in {large_temporary()} meanwhile"] if self.scratch else []
+        return ", ".join(parts)
+
+
+def foresee(work: Work, extent: Extent, *, dtype: str = "float32", device: torch.device = CPU) -> Forecast:
+    """What work on a model will take here; products of its shapes are timed for it, a fraction of a second.
+
+    Args:
+        work: It.
+        extent: Of the model.
+        dtype: Of products, a name in `cfsp.precision.DTYPES`.
+        device: Where they are computed.
+    """
+    seconds = work.seconds + work.elements / element_speed(extent, device=device)
+    for tokens, operations in work.products.items():
+        seconds += operations / product_speed(extent, tokens, dtype=dtype, device=device)
+    return Forecast(seconds, work.memory + _LIBRARIES, work.disk, work.scratch)
+
+
+def product_speed(
+    extent: Extent, tokens: int, *, dtype: str = "float32", device: torch.device = CPU
+) -> float:
+    """Operations a second of a product of so many tokens with a matrix of a model, with torch's threads.
+
+    Of a large matrix some rows are taken, and of many tokens a window.
+    """
+    tokens = min(tokens, _MOST_TOKENS)
+    rows, columns = max((shape for block in extent.blocks for shape in block), key=math.prod)
+    rows = max(1, min(rows, int(_TRIAL_OPERATIONS / (2 * tokens * columns))))
+    weight, x = (torch.ones(n, columns, device=device) for n in (rows, tokens))
+    with products_in(dtype, device.type):
+        return 2.0 * tokens * rows * columns / _fastest_s(lambda: x @ weight.T)
+
+
+def element_speed(extent: Extent, *, device: torch.device = CPU) -> float:
+    """Numbers a second that pass through an activation function: what is between the products."""
+    x = torch.ones(_TRIAL_TOKENS, max(extent.widths), device=device)
+    return x.numel() / _fastest_s(lambda: torch.nn.functional.silu(x) * x)
+
+
+def _fastest_s(compute: Callable[[], torch.Tensor]) -> float:
+    """Seconds of the fastest call of those that fit a tenth of a second; of three at least."""
+    times: list[float] = []
+    with torch.inference_mode():
+        compute()
+        end = time.perf_counter() + _TRIAL_S
+        while len(times) < _TRIALS or time.perf_counter() < end:
+            began = time.perf_counter()
+            compute()[-1, -1].item()  # which waits for a GPU
+            times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def require_room(work: Work, output: Path | None, what: str) -> None:
+    """Refuse what cannot fit, before anything is written.
+
+    Args:
+        work: Of a stage.
+        output: What it writes; None where that is nothing.
+        what: Does it, in words.
+
+    Raises:
+        InputError: Memory, the file system of the output, or that of scratch files has too little room.
+    """
+    require_memory(work.least_memory, what, "less text (--nsamples, --seqlen), or a smaller model")
+    needs = [(large_temporary(), work.scratch, "another folder (TMPDIR)")]
+    if output is not None:
+        needs.insert(0, (output, work.least_disk, "another place (-o)"))
+    on_device: dict[int, int] = {}
+    for path, n_bytes, allowed in needs:
+        place = _existing(path)
+        device = place.stat().st_dev
+        on_device[device] = on_device.get(device, 0) + n_bytes
+        free = shutil.disk_usage(place).free
+        if n_bytes and on_device[device] > free:
+            raise InputError(
+                f"no space left to write {path}: {what} takes {format_bytes(on_device[device])} at least, and "
+                f"{format_bytes(free)} are free",
+                allowed=allowed,
+            )
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the folder above it that is there."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -1,0 +1,1 @@
+"""What a stage will take, said before it begins."""

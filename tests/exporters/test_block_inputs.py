@@ -1,0 +1,281 @@
+"""Models whose blocks get more of a token than its hidden state, and whose last blocks read others' keys (Gemma 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from cfsp.evaluation.language_model import Branches
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, model_shape, token_tables
+from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
+from cfsp.models.checkpoint import load_pruned
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.reference import load_model
+from cfsp.pruning.axes.vocabulary import cut_rows
+from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
+from cfsp.pruning.parameters import count_parameters
+from cfsp.text.tokens import TokenWindows
+from exporters.checkpoint_reader import read_config
+from exporters.gguf import runtime
+from exporters.gguf.architecture import read_layout
+from exporters.gguf.files import draft_gguf
+from exporters.gguf.language_model import GGUFLanguageModel
+from exporters.gguf.writer import write_gguf
+from exporters.onnx import export_onnx
+from exporters.parity import compare, reference_of
+from exporters.provenance import read_provenance
+from phoneready.main import main
+from runtime_bench.devices.model_facts import gguf_facts
+
+NAME = "gemma4_text"
+pytestmark = pytest.mark.skipif(NAME not in transformers.CONFIG_MAPPING, reason="transformers 4")
+TinyPath = Callable[..., Path]
+TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+IDS = torch.randint(0, 330, (3, 40), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint that lost channels and tokens, and its GGUF files."""
+    folder = tmp_path_factory.mktemp("files")
+    dense = str(tiny_folder(NAME, intermediate_size=192, num_hidden_layers=6))
+    removed = ["--prune-ratio", "0.25", "--vocabulary", "330", "--for", "Q8_0"]
+    assert main(["prune", dense, "-o", str(folder / "pruned"), *removed, *TEXT]) == 0
+    made = ["--gguf", "f32,f16,Q8_0,Q4_0,Q4_K_M,mixed:500KiB", "--threads", "1"]
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--tune-scales"]
+    assert main(["export", str(folder / "pruned"), "-o", str(folder / "gguf"), *made, *text]) == 0
+    return folder / "pruned", folder / "gguf"
+
+
+def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -> None:
+    records = {one["quant"]: one for one in json.loads((files[1] / "export.json").read_text())["exports"]}
+    assert records["f32"]["parity"]["kl_mean"] < 1e-5
+    assert records["Q4_0"]["gptq_tensors"] > 40
+    widths = model_shape(load_pruned(files[0])).ffn_widths
+    assert len(set(widths)) > 1
+    for record in records.values():
+        assert record["architecture"] == "gemma4"
+        file = read_gguf(files[1] / record["file"])
+        assert tuple(file.hyperparameter("feed_forward_length")) == widths
+        shapes = {tensor.name: tensor.shape for tensor in file.tensors}
+        assert shapes["token_embd.weight"] == (330, 64)
+        assert shapes["per_layer_token_embd.weight"] == (330, 6 * 64)
+        assert {name for name in shapes if name.endswith("attn_k.weight")} == {
+            f"blk.{block}.attn_k.weight" for block in range(4)
+        }
+
+
+def test_a_checkpoint_loads_with_and_without_us(files: tuple[Path, Path], tmp_path: Path) -> None:
+    ours = load_pruned(files[0])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(files[0], trust_remote_code=True)
+    assert type(theirs).__name__ == "PrunedGemma4ForCausalLM"
+    theirs.save_pretrained(tmp_path / "again")
+    expected = ours(IDS).logits
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    for model in (theirs, again, load_pruned(tmp_path / "again")):
+        assert torch.equal(model(IDS).logits, expected)
+    written = [
+        model.generate(IDS[:1], max_new_tokens=32, do_sample=False, use_cache=cache)
+        for model in (ours, theirs)
+        for cache in (True, False)
+    ]
+    assert all(torch.equal(one, written[0]) for one in written)
+
+
+def test_logits_are_the_models_where_gelu_is_not_looked_up(
+    tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of numbers beyond 10 ggml's GELU is exact, and so are files of a model whose gates give no others."""
+    model, tokenizer = tiny_model(NAME, num_hidden_layers=6)
+    with torch.no_grad():
+        for layer in decoder_layers(model):
+            layer.mlp.gate_proj.weight *= 1e5
+            layer.per_layer_input_gate.weight *= 1e5
+    folder, path = tmp_path / "hf", tmp_path / "model.gguf"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_gguf(folder, path, tokenizer, read_provenance(folder))
+    ids = torch.randint(0, 384, (1, 200), generator=torch.Generator().manual_seed(1))
+    with runtime.open_model(path, n_ctx=200, n_batch=64, kv_f32=True) as opened:
+        report = compare(reference_of(model, TokenWindows(ids, "random", "")), opened.iter_logits, {})
+    assert report.max_logit_diff < 1e-3
+    assert report.same_top1 == 1.0
+
+
+def test_tokens_go_from_every_table(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model(NAME, tied=False)
+    kept = torch.arange(0, 384, 3)
+    ids = kept[IDS % len(kept)]
+    expected = model(ids).logits[..., kept]
+    cut_rows(model, kept)
+    assert [len(table.weight) for table in token_tables(model)] == [128, 128]
+    assert model.config.vocab_size_per_layer_input == model.config.vocab_size == 128
+    torch.testing.assert_close(model(IDS % len(kept)).logits, expected)
+
+
+@torch.inference_mode()
+def test_windows_that_run_block_by_block_do_not_see_each_other(tiny_model: Callable[..., Any]) -> None:
+    """Nor do two runs of the same windows, of which one goes on from another state."""
+    model, _ = tiny_model(NAME)
+    layers = decoder_layers(model)
+    expected = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
+    found = torch.cat(last_hidden_states(model, IDS, "running"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    states, calls = enter_blocks(model, layers, IDS)
+    ends = []
+    for scale in (1.0, 0.5):
+        alone, others = [scale * state for state in states], calls.apart()
+        for index, layer in enumerate(layers):
+            alone = [run_layer(layer, state, others.of(index, n)) for n, state in enumerate(alone)]
+        ends.append(alone)
+    runs = [(states, calls), ([0.5 * state for state in states], calls.apart())]
+    for index, layer in enumerate(layers):
+        runs = [
+            ([run_layer(layer, state, of.of(index, n)) for n, state in enumerate(hidden)], of)
+            for hidden, of in runs
+        ]
+    for end, (hidden, _) in zip(ends, runs, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(end, hidden, strict=True))
+
+
+def test_a_lookups_gradient_is_that_of_the_rows(tiny_model: Callable[..., Any]) -> None:
+    """Of every table, and of what its rows are multiplied by when they are looked up."""
+    model, _ = tiny_model(NAME, tied=False)
+    further = "model.embed_tokens_per_layer"
+    moments = collect_weight_moments(model, [LOOKUP, further], IDS[:1, :7])
+    assert set(moments) == {LOOKUP, further}
+    generator = torch.Generator().manual_seed(0)
+    for table in token_tables(model):
+        table.weight.requires_grad_()
+    logits = model(IDS[:1, :7]).logits[0]
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for name, table in zip((LOOKUP, further), token_tables(model), strict=True):
+        assert table.weight.grad is not None
+        # Seven tokens, all unlike: a row's gradient is that of its one place.
+        rows = table.weight.grad.square().sum(1, dtype=torch.float64) / 7
+        torch.testing.assert_close(moments[name].rows, rows, rtol=1e-3, atol=1e-9)
+
+
+def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None:
+    """Logits are capped in both, and windows end where they do."""
+    (path,) = files[1].glob("*f32.gguf")
+    ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
+    ids = torch.randint(3, 320, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    items = [Branches(tuple(ids[:40]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
+    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
+    assert scores[0] == pytest.approx(scores[1], abs=2e-2)
+    prompts = [ids[:5], ids[5:18], ids[18:50]]
+    assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
+    theirs.close()
+
+
+def test_what_is_read_for_a_token_leaves_the_further_table_out(files: tuple[Path, Path]) -> None:
+    """And keys and values are kept of blocks that have their own, in heads of their sizes."""
+    (path,) = files[1].glob("*f32.gguf")
+    facts, model = gguf_facts(path), load_pruned(files[0])
+    table = token_tables(model)[1].weight
+    assert facts.weight_bytes - facts.read_bytes == table.numel() * table.itemsize
+    assert facts.key_value_width == read_config(files[0]).key_value_width == 2 * 2 * (2 * 16 + 2 * 32)
+
+
+def test_parameters_are_counted_of_every_table(tiny_model: Callable[..., Any]) -> None:
+    model, _ = tiny_model(NAME)
+    cost, shape = count_parameters(model), model_shape(model)
+    for tokens in (384, 128):
+        cut_rows(model, torch.arange(tokens))
+        assert cost(replace(shape, vocab_size=tokens), None) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By channels and tokens; nothing else is an axis of such a model."""
+    dense, out = str(tiny_folder(NAME, intermediate_size=192)), tmp_path / "out"
+    assert (
+        main(["prune", dense, "-o", str(out), "--target-size", "360K", "--for", "Q8_0", *TEXT, "--json"]) == 0
+    )
+    budget = json.loads(capsys.readouterr().out)["budget"]
+    assert budget["dense"] > 360 * 1024 >= budget["reached"]
+    assert {one["axis"] for one in budget["axes"] if one["removed"]} <= {"vocabulary", "ffn"}
+    (tmp_path / "files").mkdir()
+    assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 360 * 1024
+
+
+def test_a_gguf_file_of_a_dense_model_is_a_source(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """With windows in other blocks, heads of one size, and no cap."""
+    kinds = [WINDOWED, WINDOWED, WINDOWED, FULL, WINDOWED, FULL]
+    folder = tiny_folder(
+        NAME, num_hidden_layers=6, layer_types=kinds, global_head_dim=16, final_logit_softcapping=None
+    )
+    path = draft_gguf(folder, tmp_path, ["f32"])["f32"]
+    assert torch.equal(load_model(path).model(IDS).logits, load_model(folder).model(IDS).logits)
+
+
+def test_keys_that_are_stored_and_never_read_are_left_out(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """As published folders have them, of blocks that read another block's."""
+    import safetensors.torch
+
+    folder = tiny_folder(NAME)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    expected = load_model(folder).model(IDS).logits
+    for part in ("k_proj", "v_proj", "k_norm"):
+        name = f"model.layers.1.self_attn.{part}.weight"
+        weights[name.replace("layers.1", "layers.3")] = weights[name].clone()
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert torch.equal(load_model(folder).model(IDS).logits, expected)
+    path = draft_gguf(folder, tmp_path, ["f32"])["f32"]
+    assert not any("blk.3.attn_k" in tensor.name for tensor in read_gguf(path).tensors)
+
+
+def test_onnx_is_refused_in_a_line(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_folder(NAME)
+    with pytest.raises(InputError, match="no graph is written yet of blocks that read another block's keys"):
+        export_onnx(folder, tmp_path / "out", ["fp32"])
+    assert main(["export", str(folder), "-o", str(tmp_path / "out"), "--onnx", "int4"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"layer_types": [FULL] * 4, "num_kv_shared_layers": 0}, "a window in some block"),
+        ({"layer_types": [FULL, WINDOWED, WINDOWED, FULL]}, "from the last two before them alone"),
+        ({"attention_bias": True}, "no bias on"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    tiny_folder: TinyPath, overrides: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=f"gemma4: .*{said}"):
+        read_layout(tiny_folder(NAME, **overrides))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_moe_block": True}, "unsupported, with experts beside the FFN"),
+        ({"attention_k_eq_v": True}, "unsupported, with values that are the keys"),
+        ({"vocab_size_per_layer_input": 300}, "vocab_size_per_layer_input 300 is not vocab_size 384"),
+        ({"num_kv_shared_layers": 4}, "leaves none of 4 blocks to read from"),
+        ({"model_type": "llama"}, "final_logit_softcapping"),
+    ],
+)
+def test_folders_of_no_such_model(tiny_folder: TinyPath, settings: dict[str, Any], said: str) -> None:
+    file = tiny_folder(NAME) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(InputError, match=said) as caught:
+        load_model(file.parent)
+    assert "\n" not in str(caught.value)

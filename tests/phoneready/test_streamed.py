@@ -1,0 +1,104 @@
+"""Commands that read a model block by block: killed, or with its folder changed under them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.source import LoadedModel
+from cfsp.progress import Progress
+from phoneready.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TinyPath = Callable[..., Path]
+TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
+COMMANDS = [["prune", *TEXT], ["export", "--gguf", "Q4_0", *TEXT], ["export", "--onnx", "int4", *TEXT]]
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Iterator[ModuleType]:
+    """benchmarks/kill_streamed.py."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("kill_streamed", ROOT / "benchmarks" / "kill_streamed.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kill_streamed"] = module
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prune", "gguf", "onnx"])
+def test_killed_while_a_model_is_read_it_makes_the_same_bytes(
+    name: str, experiment: ModuleType, sure_folder: TinyPath, tmp_path: Path
+) -> None:
+    outcome = experiment.kill_and_repeat(name, sure_folder(), tmp_path, kills=2, each=2)
+    assert outcome.problems == []
+    assert (outcome.kills, outcome.finished) == (2, 1)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=["prune", "gguf", "onnx"])
+@pytest.mark.parametrize("goes", [True, False])
+def test_a_folder_that_changes_under_a_command_ends_it_in_a_line(
+    goes: bool,
+    command: list[str],
+    tiny_folder: TinyPath,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tiny_folder()
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+
+    @contextmanager
+    def changing() -> Iterator[Progress]:
+        def change(description: str, done: int, total: int) -> None:
+            if description.startswith(("calibrating", "parity: checkpoint")) and file.exists():
+                file.unlink()
+                if not goes:
+                    file.write_bytes(content)
+
+        yield change
+
+    monkeypatch.setenv("PHONEREADY_STREAM", "always")
+    opens = {"prune": "processes"}.get(command[0], command[0])
+    monkeypatch.setattr(f"phoneready.commands.{opens}.show_progress", changing)
+    capsys.readouterr()
+    assert main([command[0], str(folder), "-o", str(tmp_path / "made" / "out"), *command[1:]]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == f"error: {file} was changed while it was read\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=["prune", "gguf", "onnx"])
+def test_a_missing_shard_is_told_before_anything_is_made(
+    command: list[str],
+    tiny_loaded: Callable[..., LoadedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("cfsp.models.weights._SHARD_BYTES", 2**18)
+    save_checkpoint(tiny_loaded(), tmp_path / "model")
+    shards = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    monkeypatch.setenv("PHONEREADY_STREAM", "always")
+    capsys.readouterr()
+    out = tmp_path / "made" / "out"
+    assert main([command[0], str(tmp_path / "model"), "-o", str(out), *command[1:]]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"names weight files that are missing: {shards[-1].name}\n")
+    assert error.count("\n") == 1
+    assert not out.parent.exists()
