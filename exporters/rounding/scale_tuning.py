@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call
 
 from cfsp.models.architectures import capped, logit_cap, spec_for
-from cfsp.precision import bulk_products
+from cfsp.precision import bulk_products, products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.losses import LossAndGradient, distillation_loss, head_loss, of_capped
 
@@ -88,7 +88,8 @@ def tune_scales(
             tuned = {name: scaled_norm(norm, of_norms[name]) for name, norm in norms.items()}
             hidden = _last_hidden(decoder, weights | tuned, window)
             optimizer.zero_grad()
-            loss = head_loss(hidden, head, of_capped(partial(_divergence, target, dense, cap), cap))
+            with products_in("auto", dense.device.type):
+                loss = head_loss(hidden, head, of_capped(partial(_divergence, target, dense, cap), cap))
             with bulk_products(dense.device.type):
                 torch.autograd.backward(loss / len(window))
             _set_rate(optimizer, learning_rate, done, len(input_ids))
