@@ -363,11 +363,8 @@ def require_room(work: Work, output: Path | None, what: str, less: str = "a smal
     needs = [(large_temporary(), work.scratch, "another folder (TMPDIR)")]
     if output is not None:
         needs.insert(0, (output, work.least_disk, "another place (-o)"))
-    for (
-        path,
-        n_bytes,
-        allowed,
-    ) in needs:  # each alone: what is in one need not be there with what is in the other
+    # Each alone, on one disk too: what is in the one may be gone before the other is written.
+    for path, n_bytes, allowed in needs:
         if n_bytes and n_bytes > (free := shutil.disk_usage(_existing(path)).free):
             raise InputError(
                 f"no space left to write {path}: {what} takes {format_bytes(n_bytes)} at least, and "

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.units import format_bytes
@@ -26,23 +27,38 @@ _CACHED = {
     2: ("active_file", "inactive_file", "slab_reclaimable"),
 }
 """Of memory.stat: what the system drops when it needs room."""
-_KEPT_BYTES = 2**28
-_MALLOPT = {"M_MMAP_THRESHOLD": -3, "M_TRIM_THRESHOLD": -1}
+_KEPT_BYTES, _KEPT_BY_OLDER = 2**28, 2**25
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed tensors of up to 256 MiB for the next ones, and as much at the end of its heap.
+    """Let glibc keep freed tensors of up to 256 MiB for the next ones.
 
     It gives what is larger than 32 MiB back to the system, which hands out each page of the next tensor anew and
-    zeroed: silu(x) * x of 50 MB then takes three times as long (a virtual machine, measured). What users have set
-    stays; other libraries of C have no such limit, or none that can be moved.
+    zeroed: silu(x) * x of 50 MB then takes three times as long (a virtual machine, measured). `give_back_memory` gives
+    back what nobody uses. What users have set stays; other libraries of C have no such limit, or none that moves.
     """
     if not any(name in os.environ for name in _SET_BY_USERS):
-        with contextlib.suppress(OSError, AttributeError, TypeError):
-            mallopt = ctypes.CDLL(None).mallopt
-            for parameter in _MALLOPT.values():
-                mallopt(parameter, _KEPT_BYTES)
+        with _glibc() as library:
+            # Versions before 2.35 know no more, and a limit that one call moves no other does by itself.
+            if library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) or library.mallopt(
+                _M_MMAP_THRESHOLD, _KEPT_BY_OLDER
+            ):
+                library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def give_back_memory() -> None:
+    """Give the system the pages of freed tensors, between those that are in use, too."""
+    with _glibc() as library:
+        library.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _glibc() -> Iterator[Any]:
+    """Where another library of C is, what is asked of this one is not done."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        yield ctypes.CDLL(None)
 
 
 def usable_memory() -> int:
@@ -55,6 +71,8 @@ def usable_memory() -> int:
 def free_memory() -> int:
     """Bytes that this process could have, swap included: more than that it cannot have."""
     import psutil
+
+    give_back_memory()
 
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     # Elsewhere what is available leaves out what the system would compress or move to a file that grows.

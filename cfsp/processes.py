@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from cfsp.errors import InputError, PhonereadyError
+
 _PATIENCE = timedelta(days=1)
 """How long processes wait for each other: one of them may write the text while the others do nothing."""
 _JOINED = ContextVar("joined", default=False)
@@ -26,34 +28,61 @@ _JOINED = ContextVar("joined", default=False)
 
 
 @contextmanager
-def joined() -> Iterator[bool]:
+def joined(device: str = "auto") -> Iterator[bool]:
     """Let the processes that a launcher started know each other inside the context; whether this is the first one.
 
-    On GPUs each takes the one of its number on its machine.
+    Args:
+        device: Where they will compute; of GPUs each takes the one of its number on its machine.
+
+    Raises:
+        InputError: Processes would have to share a GPU.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    if device != "cpu" and torch.cuda.is_available():
+        _take_gpu(device)
     distributed.init_process_group(timeout=_PATIENCE)
     before = _JOINED.set(True)
     try:
         yield number() == 0
-        distributed.barrier()
+        _wait()
     finally:
         _JOINED.reset(before)
         distributed.destroy_process_group()
 
 
+def _wait() -> None:
+    """Until all processes are here."""
+    with _ended_as_an_error():
+        distributed.barrier()
+
+
+@contextmanager
+def _ended_as_an_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise PhonereadyError("another process has ended, and says why") from error
+
+
+def _take_gpu(device: str) -> None:
+    on_this_machine, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if on_this_machine > (1 if ":" in device else gpus):
+        raise InputError(
+            f"{on_this_machine} processes want a GPU each", field="device", value=device, allowed="cpu, cuda"
+        )
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+
+
 @contextmanager
 def first_ahead() -> Iterator[None]:
-    """The first process runs the body before all others, which then find what it has kept."""
+    """The first process runs the body before all others, which find what it has kept where they share its disk."""
     if number() > 0:
-        distributed.barrier()
+        _wait()
     yield
     if count() > 1 and number() == 0:
-        distributed.barrier()
+        _wait()
 
 
 def count() -> int:
@@ -77,10 +106,26 @@ def mine(windows: torch.Tensor) -> torch.Tensor:
 def summed(total: torch.Tensor) -> torch.Tensor:
     """A sum over this process's windows, of any shape, which becomes that over all processes' in place."""
     if count() > 1:
-        distributed.all_reduce(total)
+        with _ended_as_an_error():
+            distributed.all_reduce(total)
     return total
 
 
 def number_summed(total: float) -> float:
     """`summed` of a number."""
     return float(summed(torch.tensor(total, dtype=torch.float64))) if count() > 1 else total
+
+
+def require_alike(sha256: str, what: str) -> None:
+    """Refuse to go on with something of which not all processes have the same.
+
+    Args:
+        sha256: Of this process's, in hex digits.
+        what: It is, in words.
+
+    Raises:
+        InputError: Another process has another one.
+    """
+    ours = torch.tensor(list(bytes.fromhex(sha256)), dtype=torch.int64)
+    if not torch.equal(summed(ours.clone()), count() * ours):
+        raise InputError(f"not all processes have the same {what}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +30,36 @@ from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.weights import safetensors_files
 from cfsp.reading import as_input_error
 
+_SECTIONS = (11, 11, 10)
+"""What transformers takes for `mrope_section` where nothing is said."""
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
     {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 )
 """transformers' name of an activation -> the function: x sigmoid(x), or GELU in its approximation by tanh."""
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Sizes of the gated delta nets that take attention's place in some blocks.
+
+    Attributes:
+        key_heads: Each is read by as many value heads.
+        value_heads: All of them.
+        key_head_dim: Numbers of a key head, and of a query.
+        value_head_dim: Numbers of a value head.
+        length: Tokens that the convolution before queries, keys and values sees.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    length: int
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of all key heads."""
+        return self.key_heads * self.key_head_dim
 
 
 @dataclass(frozen=True)
@@ -51,6 +77,9 @@ class ModelConfig:
         rope_scaling: The rope parameters of a scaled rope, with `rope_type`; None for the plain one.
         convolution_length: Tokens that a convolution sees which takes attention's place in some blocks; 0 without.
         window_rope_theta: The base in blocks with a window, where their rope is a plain one of their own.
+        delta_net: What takes attention's place in some blocks; None where that is no gated delta net.
+        rotary_dim: Numbers of a head that are rotated, where these are fewer than all may be; None where they are all.
+        rope_sections: Of the frequencies, how many turn by time, height and width of an image; texts have one position.
         full_head_dim: head_dim in blocks that see everything, where that of the others is said apart; None otherwise.
         sharing_blocks: How many of the last blocks read another block's keys and values.
         block_inputs: Numbers of a token that every block gets beside its hidden state.
@@ -73,6 +102,9 @@ class ModelConfig:
     rope_scaling: Mapping[str, Any] | None
     window_rope_theta: float | None = None
     convolution_length: int = 0
+    delta_net: DeltaNet | None = None
+    rotary_dim: int | None = None
+    rope_sections: tuple[int, ...] = ()
     full_head_dim: int | None = None
     sharing_blocks: int = 0
     block_inputs: int = 0
@@ -176,12 +208,33 @@ def read_config(folder: Path) -> ModelConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
-        convolution_length=config["conv_L_cache"] if spec.convolution else 0,
+        **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
+        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if spec.partial_rope else None,
+        rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
         full_head_dim=_full_head_dim(read, shape, head_dim) if spec.own_heads else None,
         sharing_blocks=config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
         block_inputs=config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
         logit_cap=logit_cap(read),
     )
+
+
+def _delta_net(config: Mapping[str, Any]) -> DeltaNet:
+    return DeltaNet(
+        key_heads=config["linear_num_key_heads"],
+        value_heads=config["linear_num_value_heads"],
+        key_head_dim=config["linear_key_head_dim"],
+        value_head_dim=config["linear_value_head_dim"],
+        length=config["linear_conv_kernel_dim"],
+    )
+
+
+_MIXER_SIZES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = MappingProxyType(
+    {
+        "conv": lambda config: {"convolution_length": config["conv_L_cache"]},
+        "linear_attention": lambda config: {"delta_net": _delta_net(config)},
+    }
+)
+"""What `layer_types` calls blocks in which something takes attention's place -> its sizes, fields of `ModelConfig`."""
 
 
 def _score_scale(config: Mapping[str, Any], spec: ArchitectureSpec, head_dim: int) -> float:

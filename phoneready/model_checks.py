@@ -30,7 +30,7 @@ from cfsp.text.conversations import CONVERSATIONS, rendered, shows_tools, turn_e
 from exporters.checkpoint_reader import ModelConfig, open_tensors, read_config
 from exporters.gguf.architecture import ChosenLayout, choose_layout
 from exporters.gguf.rope import rope_metadata
-from exporters.onnx.portable import require_optimum
+from exporters.onnx.portable import check_portable
 from exporters.onnx.weights import check_blocks, check_rope, unwritten
 from phoneready.checks import Check
 
@@ -119,9 +119,9 @@ def _describe(model: _Model) -> Check:
 
 def _heads(config: ModelConfig) -> str:
     attending = [n for n in config.kv_heads if n]
-    keyless = sum(block.is_keyless for block in config.shape.blocks)
+    keyless, mixer = sum(block.is_keyless for block in config.shape.blocks), config.spec.mixer
     heads = attending if keyless else config.kv_heads
-    instead = "a short convolution" if config.spec.convolution else "those of another block"
+    instead = mixer.name if mixer else "those of another block"
     where = f" in {len(attending)} blocks, {instead} in {keyless}" if keyless else ""
     return f"{_range(heads)} key-value heads, each read by {config.heads_per_group}{where}"
 
@@ -220,9 +220,7 @@ def _onnx(model: _Model) -> str:
 
 def _portable(model: _Model) -> str:
     check_blocks(model.config.spec)
-    if set(model.config.kv_heads) != {max(model.config.kv_heads)}:
-        raise InputError("optimum gives every block a cache of the same heads; all other variants hold it")
-    require_optimum()
+    check_portable(model.config.shape)
     return "by optimum"
 
 

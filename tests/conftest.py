@@ -98,6 +98,7 @@ _PRE_NAMES = {
     "olmo3": "dbrx",
     "exaone4": "gpt-2",
     "lfm2": "llama-bpe",
+    "qwen3_5_text": "qwen35",
     "hunyuan_v1_dense": "hunyuan-dense",
 }
 
@@ -118,6 +119,19 @@ _OF_TYPE: dict[str, dict[str, Any]] = {
     },
     # transformers 5 takes no other base of blocks with a window from a configuration of transformers 4.
     "olmo3": {"sliding_window": 24, "rope_theta": 500000.0},
+    "qwen3_5_text": {
+        "full_attention_interval": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 50000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+        },
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
 }
 """What tiny models of a type are said to have beside what all have."""
 
@@ -361,10 +375,10 @@ def _write_gguf(path: Path, model: Any, tokenizer: Any, extra: Mapping[str, Any]
     widths = list(stated_widths(config.to_dict()))
     writer.add_feed_forward_length(widths if row.shared_keys else widths[0])
     writer.add_head_count(config.num_attention_heads)
-    if row.convolution:
+    if row.mixer:
         writer.add_shortconv_l_cache(config.conv_L_cache)
-        heads = [0 if kind == row.convolution else config.num_key_value_heads for kind in config.layer_types]
-    writer.add_head_count_kv(heads if row.convolution else config.num_key_value_heads)
+        heads = [0 if kind == row.mixer.kind else config.num_key_value_heads for kind in config.layer_types]
+    writer.add_head_count_kv(heads if row.mixer else config.num_key_value_heads)
     head_dim = (
         config.head_dim if config.model_type == "qwen3" else config.hidden_size // config.num_attention_heads
     )

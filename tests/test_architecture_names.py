@@ -27,7 +27,9 @@ OTHERS = {
     ("cfsp/models/pre_tokenizer.py", "exaone4"): "a pre-tokenizer in GGUF files",
     ("cfsp/models/pre_tokenizer.py", "hunyuan-dense"): "a pre-tokenizer in GGUF files",
     ("cfsp/models/pre_tokenizer.py", "lfm2"): "a pre-tokenizer in GGUF files",
+    ("cfsp/models/pre_tokenizer.py", "qwen35"): "a pre-tokenizer in GGUF files",
     ("exporters/onnx/companions.py", "llama"): "what GenAI calls every decoder of these graphs",
+    ("exporters/onnx/companions.py", "lfm2"): "what GenAI calls decoders with a cache of short convolutions",
     ("runtime_bench/native/build.py", "llama"): "llama.cpp, the program",
 }
 """Names of other things that are spelled alike."""

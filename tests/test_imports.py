@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("cfsp", "exporters", "runtime_bench", "phoneready")
 ROOMS = {
     "cfsp": (
-        {"errors", "progress", "precision", "processes", "child_process"},
-        {"files", "reading", "validation", "units", "plugins", "settings"},
+        {"errors", "progress", "precision", "child_process"},
+        {"processes", "files", "reading", "validation", "units", "plugins", "settings"},
         {"records", "devices", "memory", "scratch"},
         {"models"},
         {"text", "forecast"},

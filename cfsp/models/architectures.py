@@ -35,6 +35,20 @@ class HeadNorms:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """What mixes tokens in attention's place in some blocks.
+
+    Attributes:
+        module: Of such a block, the module that does.
+        kind: What `layer_types` calls such a block.
+        name: In words.
+    """
+
+    module: str
+    kind: str
+    name: str
+
+
 class BlockInputs:
     """What every block gets of a token beside its hidden state x, and what it makes of that.
 
@@ -90,8 +104,7 @@ class ArchitectureSpec:
         layers: Module of the decoder blocks.
         attention: Of a block, its attention.
         output: Of attention, its output matrix.
-        convolution: Of a block that does not attend, the module that mixes neighbouring tokens in its place, and what
-            `layer_types` calls such a block; empty where all blocks attend.
+        mixer: What mixes tokens in the blocks that do not attend; None where all attend.
         mlp: Of a block, its gated MLP.
         gate: Projection of the MLP.
         up: Projection of the MLP.
@@ -111,6 +124,9 @@ class ArchitectureSpec:
         norm_offset: What a norm adds to its weight before it multiplies.
         scaled_embedding: Whether embeddings are multiplied by sqrt(hidden_size).
         activation_setting: Key of the configuration that names the MLP's activation; empty where it is SiLU always.
+        gated: Whether what attention gives is multiplied by the sigmoid of a gate, whose rows stand behind those of
+            each head's query.
+        partial_rope: Whether a part of each head is rotated alone.
         window_rope_setting: Key of the configuration with the rope's base in blocks that see a window alone, where
             they have a plain rope of their own base; empty in any other model.
         plain_window_rope: Whether they have a plain rope, whatever scales that of the others, of the base that is
@@ -118,6 +134,7 @@ class ArchitectureSpec:
         alpha_rope: Whether a `dynamic` rope with an alpha is a plain one of another base.
         scale_setting: Key of the configuration with s, where attention's scores are multiplied by 1 / sqrt(s); empty
             where s is head_dim.
+        left_out: How names of tensors begin that folders have beside the model: heads that draft further tokens.
         plain_scores: Whether attention's scores are products of queries and keys as they are.
         own_heads: Key of the configuration with head_dim in blocks that see everything, where that may be another than
             in those that see a window; transformers says it of single blocks under `per_layer_config`, too.
@@ -138,7 +155,7 @@ class ArchitectureSpec:
     layers: str = "model.layers"
     attention: str = "self_attn"
     output: str = "o_proj"
-    convolution: str = ""
+    mixer: Mixer | None = None
     mlp: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -155,10 +172,13 @@ class ArchitectureSpec:
     norm_offset: float = 0.0
     scaled_embedding: bool = False
     activation_setting: str = "hidden_act"
+    gated: bool = False
+    partial_rope: bool = False
     window_rope_setting: str = ""
     plain_window_rope: bool = False
     alpha_rope: bool = False
     scale_setting: str = ""
+    left_out: tuple[str, ...] = ()
     plain_scores: bool = False
     own_heads: str = ""
     cap_setting: str = ""
@@ -188,13 +208,13 @@ class ArchitectureSpec:
     @property
     def sees_neighbours(self) -> bool:
         """Whether a token sees what stands before it in its row whatever the attention mask says."""
-        return bool(self.convolution)
+        return self.mixer is not None
 
     @property
     def cuts_heads(self) -> bool:
         """Whether heads can go: not where a norm sees all of them, which then counts what stays as something else."""
         joint = self.head_norms is not None and self.head_norms.joint
-        return not (self.convolution or self.shared_keys or joint)
+        return not (self.mixer or self.shared_keys or joint)
 
     @property
     def goes_on(self) -> bool:
@@ -289,7 +309,7 @@ _ROWS = (
     ArchitectureSpec(
         "lfm2",
         output="out_proj",
-        convolution="conv",
+        mixer=Mixer("conv", "conv", "a short convolution"),
         mlp="feed_forward",
         gate="w1",
         up="w3",
@@ -302,6 +322,17 @@ _ROWS = (
         activation_setting="",
         gguf_name="lfm2",
         gguf_settings={"conv_L_cache": "shortconv.l_cache", "block_auto_adjust_ff_dim": False},
+    ),
+    ArchitectureSpec(
+        "qwen3_5_text",
+        release=5,
+        mixer=Mixer("linear_attn", "linear_attention", "a gated delta net"),
+        head_norms=HeadNorms(),
+        bias_settings=_ATTENTION_BIAS,
+        norm_offset=1.0,
+        gated=True,
+        partial_rope=True,
+        left_out=("mtp.",),
     ),
     ArchitectureSpec(
         "gemma4_text",
@@ -332,11 +363,11 @@ _ROWS = (
     ),
 )
 ARCHITECTURES: Mapping[str, ArchitectureSpec] = MappingProxyType({row.model_type: row for row in _ROWS})
-_DELTA_NETS = "blocks with a gated delta net, and gated attention"
+_QWEN_35 = "files that are written here and not read: prune the folder that they were made of"
 _GEMMA_3N = "embeddings of each block's own, AltUp, and FFNs whose channels compete by their mean"
 LACKING: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen35"), _DELTA_NETS),
+        "qwen35": _QWEN_35,
         **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA_3N),
     }
 )
@@ -410,6 +441,12 @@ def attention_of(model: nn.Module, layer: nn.Module) -> Any:
     return attention if hasattr(attention, "k_proj") else None
 
 
+def mixer_of(model: nn.Module, layer: nn.Module) -> Any:
+    """What takes attention's place in one of `model`'s decoder blocks; None in any other block."""
+    mixer = spec_for(model.config).mixer
+    return getattr(layer, mixer.module, None) if mixer else None
+
+
 def token_tables(model: Any) -> list[Any]:
     """The embedding, and where blocks get more of a token than that, the table of it."""
     inputs = spec_for(model.config).block_inputs
@@ -430,12 +467,12 @@ def norm_epsilon(config: Any) -> float:
 def keyless_blocks(settings: Mapping[str, Any]) -> frozenset[int]:
     """Blocks that mix tokens without keys of their own, of settings with defaults filled in.
 
-    They mix neighbouring ones in place of attention, or read another block's keys.
+    Something takes attention's place in them, or they read another block's keys.
     """
     row = ARCHITECTURES.get(settings.get("model_type", ""))
-    kind, kinds = row.convolution if row else "", settings.get("layer_types") or ()
-    convolving = (index for index, one in enumerate(kinds) if kind and one == kind)
-    return frozenset((*convolving, *_sharing_blocks(row, settings)))
+    mixer, kinds = row.mixer if row else None, settings.get("layer_types") or ()
+    mixed = (index for index, one in enumerate(kinds) if mixer and one == mixer.kind)
+    return frozenset((*mixed, *_sharing_blocks(row, settings)))
 
 
 def stated_widths(settings: Mapping[str, Any]) -> tuple[int, ...]:
@@ -482,12 +519,12 @@ def logit_cap(config: Any) -> float | None:
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
     blocks = []
-    spec = spec_for(model.config)
+    attention_name = spec_for(model.config).attention
     for index, layer in enumerate(decoder_layers(model)):
         attention, width = attention_of(model, layer), feed_forward(model, layer).width
         kv_groups = attention.k_proj.out_features // attention.head_dim if attention else 0
-        mixes = hasattr(getattr(layer, spec.attention, None), "q_proj")
-        mixes = mixes or (spec.convolution != "" and hasattr(layer, spec.convolution))
+        attends = hasattr(getattr(layer, attention_name, None), "q_proj")
+        mixes = attends or mixer_of(model, layer) is not None
         blocks.append(BlockShape(index, width, kv_groups, has_attention=mixes))
     return ModelShape(model.get_input_embeddings().weight.shape[0], tuple(blocks))
 

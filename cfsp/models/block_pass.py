@@ -85,7 +85,9 @@ class Calls:
         return Calls(self.common, [blocks], self.shared)
 
     def _joined(self, block: int, name: str, first: Any) -> Any:
-        return first if name == self.shared else torch.cat([blocks[block][name] for blocks in self.own])
+        if name == self.shared or not isinstance(first, torch.Tensor):
+            return first
+        return torch.cat([blocks[block][name] for blocks in self.own])
 
     def _copied(self, blocks: Sequence[Arguments]) -> Sequence[Arguments]:
         if not self.shared:

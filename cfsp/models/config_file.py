@@ -55,7 +55,9 @@ _CONFIG = kinds(
     no_rope_layers=list[Annotated[int, Field(ge=0, le=1)]] | None,
     no_rope_layer_interval=Annotated[int, Field(ge=1)] | None,
     **dict.fromkeys(("rms_norm_eps", "norm_eps"), Epsilon),
-    conv_L_cache=Annotated[int, Field(ge=2, le=2**10)],
+    **dict.fromkeys(("conv_L_cache", "linear_conv_kernel_dim"), Annotated[int, Field(ge=2, le=2**10)]),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), Size),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), Size),
     **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"), bool),
     **dict.fromkeys(("block_ff_dim", "block_multiple_of"), Size),
     block_ffn_dim_multiplier=_Number,
@@ -97,6 +99,8 @@ _ROPE = kinds(
     **dict.fromkeys(("rope_theta", "alpha", "factor", "low_freq_factor", "high_freq_factor"), _Number),
     **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _Number),
     **dict.fromkeys(("short_factor", "long_factor"), list[Positive] | None),
+    mrope_section=Annotated[list[Annotated[int, Field(ge=0, le=2**16)]], Field(min_length=3, max_length=3)]
+    | None,
     partial_rotary_factor=_Share | None,
     original_max_position_embeddings=ContextLength | None,
 )
@@ -325,11 +329,6 @@ class _Stated:
     row: Any
 
     @property
-    def convolution(self) -> str:
-        """The kind of block that does not attend, of a model type that has one."""
-        return getattr(self.row, "convolution", "")
-
-    @property
     def heads(self) -> int | None:
         return self.settings.get("num_attention_heads")
 
@@ -355,8 +354,15 @@ def _odd_head_dim(stated: _Stated) -> Iterator[str]:
 
 
 def _no_attention(stated: _Stated) -> Iterator[str]:
-    if stated.convolution and set(stated.settings.get("layer_types") or ()) == {stated.convolution}:
+    mixer = getattr(stated.row, "mixer", None)
+    if mixer and set(stated.settings.get("layer_types") or ()) == {mixer.kind}:
         yield "no block attends (layer_types)"
+
+
+def _unequal_values(stated: _Stated) -> Iterator[str]:
+    keys, values = (stated.settings.get(f"linear_num_{part}_heads") for part in ("key", "value"))
+    if keys and values and values % keys:
+        yield f"linear_num_value_heads {values} is no multiple of linear_num_key_heads {keys}"
 
 
 def _other_number_of_blocks(stated: _Stated) -> Iterator[str]:
@@ -422,6 +428,7 @@ _CONTRADICTIONS: tuple[Callable[[_Stated], Iterator[str]], ...] = (
     _unequal_groups,
     _odd_head_dim,
     _no_attention,
+    _unequal_values,
     _other_number_of_blocks,
     _misshapen_rope,
     _ids_beyond,

@@ -96,10 +96,13 @@ _HYPERPARAMETERS = kinds(
     },
 )
 
-CONVOLUTION = "shortconv.conv.weight"
-"""How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to."""
+CONVOLUTIONS = ("shortconv.conv.weight", "ssm_conv1d.weight")
+"""How names of tensors end that llama.cpp reads in float32 alone, whatever the others are quantized to.
+
+A block that has one of them has no keys.
+"""
 _TABLE, _FURTHER_TABLE, _HEAD = "token_embd.weight", "per_layer_token_embd.weight", "output.weight"
-UNQUANTIZED = (CONVOLUTION, "per_layer_model_proj.weight")
+UNQUANTIZED = (*CONVOLUTIONS, "per_layer_model_proj.weight")
 """How names of matrices end that its quantizer leaves as they are."""
 
 

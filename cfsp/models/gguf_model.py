@@ -27,7 +27,7 @@ from cfsp.models.architectures import (
     unsupported,
 )
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
-from cfsp.models.gguf_file import CONVOLUTION, GGUFFile, GGUFTensor, tensor_names
+from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, tensor_names
 from cfsp.models.paging import paged_copy, stays_in_files
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
@@ -105,7 +105,7 @@ def _settings(file: GGUFFile, row: ArchitectureSpec) -> dict[str, Any]:
 
 
 def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[str, Any]:
-    """Key-value heads, and where a convolution can take attention's place, in which blocks it does.
+    """Key-value heads, and where something can take attention's place, in which blocks it does.
 
     Raises:
         InputError: Attentions differ between blocks.
@@ -113,10 +113,10 @@ def _mixing_settings(file: GGUFFile, row: ArchitectureSpec, heads: int) -> dict[
     key, n_blocks = "attention.head_count_kv", file.require(f"{file.architecture}.block_count")
     settings: dict[str, Any] = {}
     kv_heads = file.hyperparameter(key, heads)
-    if row.convolution and isinstance(kv_heads, list):
+    if row.mixer and isinstance(kv_heads, list):
         if len(kv_heads) != n_blocks or not any(kv_heads) or file.hyperparameter("attention.sliding_window"):
             raise InputError(f"{file.path}: no {row.model_type} model has these", field=key, value=kv_heads)
-        settings["layer_types"] = [FULL if n else row.convolution for n in kv_heads]
+        settings["layer_types"] = [FULL if n else row.mixer.kind for n in kv_heads]
         counts = set(kv_heads) - {0}
         kv_heads = counts.pop() if len(counts) == 1 else kv_heads
     _check_one(file, key, kv_heads)
@@ -227,7 +227,7 @@ def _weights(
             values = _split_halves(tensor.name, values, config)
         if row.norm_offset and tensor.name.endswith("norm.weight"):
             values -= row.norm_offset
-        if tensor.name.endswith(CONVOLUTION):
+        if tensor.name.endswith(CONVOLUTIONS):
             values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
         yield names[tensor.name], values

@@ -21,8 +21,9 @@ class BlockShape:
         origin: Which block of the dense model it was.
         ffn_width: Channels of its FFN (intermediate_size).
         kv_groups: Its key-value heads (num_key_value_heads), each with as many query heads as in every other block; 0
-            without attention, and without keys of its own; None where a record does not say.
-        has_attention: Whether it attends, or has a convolution in the place of that.
+            without attention, where something takes its place, and without keys of its own; None where a record does
+            not say.
+        has_attention: Whether it attends, or has what takes the place of that.
         has_ffn: Whether it has an FFN.
     """
 
@@ -34,7 +35,7 @@ class BlockShape:
 
     @property
     def is_keyless(self) -> bool:
-        """Whether it mixes tokens without keys of its own: by a convolution, or another block's keys."""
+        """Whether it mixes tokens without keys of its own: by what takes attention's place, or another block's keys."""
         return self.has_attention and self.kv_groups == 0
 
 

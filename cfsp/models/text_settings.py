@@ -34,7 +34,12 @@ class TextPart:
 
 
 TEXT_PARTS: Mapping[str, TextPart] = MappingProxyType(
-    {"gemma3": TextPart("gemma3_text"), "gemma4": TextPart("gemma4_text"), "mistral3": TextPart("mistral")}
+    {
+        "gemma3": TextPart("gemma3_text"),
+        "gemma4": TextPart("gemma4_text"),
+        "mistral3": TextPart("mistral"),
+        "qwen3_5": TextPart("qwen3_5_text"),
+    }
 )
 """By the model type of the folder."""
 _OF_THE_WHOLE = (

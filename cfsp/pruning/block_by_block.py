@@ -151,7 +151,10 @@ def _prune_block(
     seen: dict[str, torch.Tensor] = {}
     spec = spec_for(cut.model.config)
     # What the block does with the sum behind its FFN is taken for the multiplication alone.
-    correction = cut.correction / float(getattr(layer, spec.scalar)) if spec.scalar else cut.correction
+    # A block that is multiplied by 0 has nothing to take back.
+    correction = (
+        cut.correction / (float(getattr(layer, spec.scalar)) or 1.0) if spec.scalar else cut.correction
+    )
     for window, (hidden, target) in enumerate(zip(pruned, wanted, strict=True)):
         arguments = calls.of(index, window)
         whole = run_layer(layer, hidden, arguments) if silent else None

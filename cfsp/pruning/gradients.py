@@ -218,7 +218,7 @@ def collect_weight_moments(
 
     def add_lookups(window: torch.Tensor, gradients: list[torch.Tensor]) -> None:
         # The input is one-hot, so x_j^2 is the token's share, and rows and columns change places.
-        for (name, table), g in zip(tables.items(), gradients, strict=False):
+        for (name, table), g in zip(tables.items(), gradients, strict=True):
             squares = g.double().square() * float(getattr(table, "embed_scale", 1.0)) ** 2
             rows = g.new_zeros(len(table.weight), dtype=torch.float64)
             rows.index_add_(0, window, squares.sum(1))
@@ -340,7 +340,7 @@ def _backwards_by_blocks(
 def _pulled_back(output: torch.Tensor, gradient: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
     """The gradients at what an output was made from, from that at the output."""
     torch.autograd.backward(output, gradient)
-    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
 
 
 def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

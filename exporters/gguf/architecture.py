@@ -114,6 +114,7 @@ _EXAONE4 = Layout(
     windowed_depth=64,
 )
 _LFM2 = Layout("lfm2", free_head_dim=False)
+_QWEN35 = Layout("qwen35")
 _GEMMA4 = Layout(
     "gemma4",
     per_layer_sizes=True,
@@ -144,6 +145,7 @@ LAYOUTS: Mapping[str, tuple[Layout, ...]] = MappingProxyType(
         "exaone4": (_EXAONE4,),
         "hunyuan_v1_dense": (_HUNYUAN,),
         "lfm2": (_LFM2,),
+        "qwen3_5_text": (_QWEN35,),
         "gemma4_text": (_GEMMA4,),
     }
 )
@@ -269,7 +271,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
 
 def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> _Obstacles:
     """What blocks have and lack."""
-    misplaced = _biased(stored) - layout.biases
+    misplaced, mixer = _biased(stored) - layout.biases, config.spec.mixer
     stay = layout.unrotated_step or (layout.windowed_depth and config.narrowest)
     instead = (
         "channels and tokens can go (--prune-ratio, --vocabulary)"
@@ -288,8 +290,8 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
         ),
         (config.block_inputs and not layout.takes_inputs, "nothing of a token but its hidden state"),
         (
-            config.convolution_length and all(config.kv_heads),
-            "a convolution in some block, without which llama.cpp ends the process",
+            mixer and all(config.kv_heads),
+            f"{mixer.name if mixer else ''} in some block, without which llama.cpp ends the process",
         ),
         (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
@@ -322,7 +324,18 @@ def _obstacles_of_positions(layout: Layout, config: ModelConfig) -> _Obstacles:
             "a window in some block, without which llama.cpp ends the process",
         ),
         (not layout.rope_factors and rope in BY_FREQUENCY, f"no {rope} rope scaling"),
+        (
+            config.rope_sections and not _turn_all(config),
+            "sections of the rope (mrope_section) that hold each of a head's frequencies",
+        ),
     )
+
+
+def _turn_all(config: ModelConfig) -> bool:
+    """Whether llama.cpp turns all frequencies of a text: each third by one section, and no more than a head has."""
+    sections, total = config.rope_sections, sum(config.rope_sections)
+    places = (frequency % total for frequency in range((config.rotary_dim or 0) // 2)) if total else [0]
+    return total <= config.head_dim and all(place < 3 * sections[place % 3] for place in places)
 
 
 def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
@@ -335,6 +348,10 @@ def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
         (
             not layout.free_head_dim and widths != {config.hidden_size},
             "head_dim must be hidden_size / num_attention_heads",
+        ),
+        (
+            config.delta_net and config.delta_net.key_head_dim != config.delta_net.value_head_dim,
+            "key heads and value heads of a delta net of one size",
         ),
         (config.activation != layout.activation, f"{layout.activation} as activation"),
         (

@@ -18,7 +18,7 @@ from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, loa
 from cfsp.pruning.moments import collect_input_moments
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.quants import Quant
-from exporters.gguf.tensors import linear_inputs
+from exporters.gguf.tensors import linear_inputs, tensor_specs
 
 Imatrix = Mapping[str, npt.NDArray[np.float32]]
 """Tensor name -> mean squared input per channel, (in_features in the file,)."""
@@ -66,6 +66,7 @@ def read_imatrix(
                 )
         return {}
     chosen = read_layout(checkpoint)
+    specs = {spec.name: spec for spec in tensor_specs(chosen)}
     result: dict[str, npt.NDArray[np.float32]] = {}
     for module, in_features in linear_inputs(chosen.config).items():
         if module not in moments:
@@ -73,7 +74,8 @@ def read_imatrix(
         values = _checked(module, moments[module], in_features)
         if chosen.padded_width and module.endswith(f".{chosen.config.spec.down}"):
             values = np.pad(values, (0, chosen.padded_width - len(values)))
-        result[chosen.name(module)] = floored(values)
+        name = chosen.name(module)
+        result[name] = floored(specs[name].of_inputs(values))
     return result
 
 

@@ -17,7 +17,7 @@ from cfsp.evaluation.language_model import (
     predicting,
 )
 from cfsp.files import sha256_file
-from cfsp.models.gguf_file import CONVOLUTION, read_gguf
+from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from exporters.gguf import runtime
 from exporters.gguf.llama_batch import Entry
@@ -50,7 +50,7 @@ class GGUFLanguageModel:
         self.source_sha256: str | None = file.metadata.get("phoneready.source_sha256")
         self.context_length = min(n_ctx, trained)
         # What such blocks keep of a text belongs to one sequence.
-        self._is_recurrent = any(tensor.name.endswith(CONVOLUTION) for tensor in file.tensors)
+        self._is_recurrent = any(tensor.name.endswith(CONVOLUTIONS) for tensor in file.tensors)
         self._model = runtime.open_model(
             path,
             n_ctx=self.context_length,

@@ -7,7 +7,7 @@ from typing import Any
 
 from cfsp.errors import InputError
 from cfsp.records import tool_version
-from exporters.checkpoint_reader import ModelConfig
+from exporters.checkpoint_reader import DeltaNet, ModelConfig
 from exporters.gguf.architecture import ChosenLayout, Layout
 from exporters.gguf.rope import rope_metadata
 from exporters.provenance import Provenance
@@ -77,7 +77,10 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     one = not chosen.layout.fused_qkv and len(set(kv_heads)) == 1
     if config.convolution_length:
         writer.add_shortconv_l_cache(config.convolution_length)
-    # Where a convolution takes attention's place, numbers of key-value heads say in which blocks.
+    if config.delta_net:
+        _add_delta_nets(writer, config, config.delta_net)
+        one, kv_heads = True, (max(kv_heads),)
+    # Where a short convolution takes attention's place, numbers of key-value heads say in which blocks.
     writer.add_head_count(max(heads) if one or config.convolution_length else heads)
     writer.add_head_count_kv(kv_heads[0] if one else list(kv_heads))
     writer.add_key_length(config.full_head_dim or config.head_dim)
@@ -97,8 +100,27 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     for key, value in rope_metadata(config).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{writer.arch}.{key}", value)
+    if config.rope_sections:
+        writer.add_rope_dimension_sections([*config.rope_sections, 0])
     writer.add_string("phoneready.model_type", config.model_type)
     writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))
+
+
+def _add_delta_nets(writer: Any, config: ModelConfig, net: DeltaNet) -> None:
+    """Sizes of gated delta nets, and in which blocks they are.
+
+    Which is said as old releases read it where the last of each so many blocks attends, and block by block otherwise.
+    """
+    writer.add_ssm_conv_kernel(net.length)
+    writer.add_ssm_state_size(net.key_head_dim)
+    writer.add_ssm_group_count(net.key_heads)
+    writer.add_ssm_time_step_rank(net.value_heads)
+    writer.add_ssm_inner_size(net.value_heads * net.value_head_dim)
+    recurrent = [block.is_keyless for block in config.shape.blocks]
+    step = recurrent.index(False) + 1
+    writer.add_full_attention_interval(step)
+    if recurrent != [(block + 1) % step != 0 for block in range(len(recurrent))]:
+        writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
 
 
 def _add_windows(writer: Any, config: ModelConfig, layout: Layout) -> None:

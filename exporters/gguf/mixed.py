@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def _modules(spec: TensorSpec, tied: bool) -> tuple[str, ...]:
 
 
 def _importance(spec: TensorSpec, moments: WeightMoments) -> FloatArray:
-    values = moments.inputs.float().numpy()
+    values = spec.of_inputs(moments.inputs.float().numpy())
     values = np.pad(values, (0, spec.shape[1] - len(values)))
     return floored(values)
 
@@ -225,7 +225,8 @@ def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _P
         _TABLE_ROWS if name in (_HEAD, LOOKUP) or isinstance(module, nn.Embedding) else _ROWS, len(weight)
     )
     rows = moments.rows.topk(count).indices.sort().values
-    values = weight[rows].float().numpy()
+    values = spec.of_inputs(weight[rows].float().numpy())
+    moments = replace(moments, columns=torch.from_numpy(spec.of_inputs(moments.columns.numpy())))
     return _Part(moments, rows, np.pad(values, ((0, 0), (0, spec.shape[1] - values.shape[1]))))
 
 

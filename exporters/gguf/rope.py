@@ -37,7 +37,10 @@ def rope_metadata(config: ModelConfig) -> Keys:
         InputError: A scaling that llama.cpp does not compute.
     """
     head_dim = config.full_head_dim or config.head_dim
-    keys: Keys = {"rope.dimension_count": head_dim, "rope.freq_base": float(config.rope_theta)}
+    keys: Keys = {
+        "rope.dimension_count": config.rotary_dim or head_dim,
+        "rope.freq_base": float(config.rope_theta),
+    }
     if config.full_head_dim:
         keys["rope.dimension_count_swa"] = config.head_dim
     if config.rope_scaling is None:

@@ -120,7 +120,7 @@ class _File:
             tensors = [self.stored[specs[module].name] for module in modules]
             values = [tensor.dequantize() for tensor in tensors]
             if kinds[modules[0]] in (*PACKINGS, *WHOLE_BLOCKS):
-                values = self._choose(tensors, grams[modules[0]])
+                values = self._choose(tensors, _in_file(specs[modules[0]], grams[modules[0]]))
             for module, each in zip(modules, values, strict=True):
                 parts = specs[module].split(each)
                 changed |= {
@@ -148,6 +148,12 @@ class _File:
             self.stream.write(part.tobytes())
             self.count += 1
         return np.split(rounded.values(), ends)
+
+
+def _in_file(spec: TensorSpec, gram: torch.Tensor) -> torch.Tensor:
+    """X^T X / T of a module's inputs in the order of the file's columns."""
+    order = torch.from_numpy(spec.of_inputs(np.arange(len(gram))))
+    return gram[order][:, order] if (order.diff() != 1).any() else gram
 
 
 def choose_numbers(weight: torch.Tensor, stored: StoredMatrix, gram: torch.Tensor) -> StoredMatrix:

@@ -81,7 +81,7 @@ def _logits(
 def _runs(chosen: ChosenLayout) -> list[range]:
     """As few blocks at a time as the architecture counts them by, and of each run one that attends.
 
-    llama.cpp makes no context without, nor without a convolution where the architecture has any.
+    llama.cpp makes no context without, nor without what takes attention's place where the architecture has that.
     """
     layout, kv_heads = chosen.layout, chosen.config.kv_heads
     windowed = chosen.config.narrowest is not None
@@ -90,7 +90,7 @@ def _runs(chosen: ChosenLayout) -> list[range]:
     )
 
     def is_complete(heads: Sequence[int]) -> bool:
-        return any(heads) and not (chosen.config.convolution_length and all(heads))
+        return any(heads) and not (chosen.config.spec.mixer and all(heads))
 
     runs: list[range] = []
     for start in range(0, len(kv_heads), step):

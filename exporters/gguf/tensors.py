@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from cfsp.errors import InputError
 from cfsp.models.shape import BlockShape
 from exporters.checkpoint_reader import CheckpointTensors, ModelConfig
 from exporters.gguf.architecture import QKV, ChosenLayout
+from exporters.gguf.mixers import MixerTensor, Tiling, mixer_tensors
 
 FloatArray = npt.NDArray[np.float32]
 _UNREAD = ("k_proj", "v_proj", "k_norm")
@@ -28,6 +30,8 @@ class TensorSpec:
         sources: Checkpoint names and their shapes; more than one are stacked along the first dimension.
         interleave_heads: Number of heads whose rotary halves are interleaved; 0 leaves the rows alone.
         offset: What is added to every number.
+        compute: What else is made of them; None for nothing.
+        tiling: How value heads of a delta net are ordered; None where there are none, or all are as in the sources.
         is_plain: Stored in float32 always.
     """
 
@@ -37,6 +41,8 @@ class TensorSpec:
     interleave_heads: int = 0
     offset: float = 0.0
     is_plain: bool = False
+    compute: Callable[[FloatArray], FloatArray] | None = None
+    tiling: Tiling | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -52,6 +58,8 @@ class TensorSpec:
         values = self.stack([tensors.read(name, shape) for name, shape in self.sources])
         if self.offset:
             values = values + np.float32(self.offset)
+        if self.compute:
+            values = self.compute(values)
         if values.shape == self.shape or self.is_plain:
             return np.ascontiguousarray(values.reshape(self.shape))
         padded = np.zeros(self.shape, dtype=np.float32)
@@ -61,10 +69,20 @@ class TensorSpec:
     def stack(self, parts: Sequence[FloatArray]) -> FloatArray:
         """Rows of the sources in the order of the file's; what it pads is missing."""
         values = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.tiling and values.ndim > self.tiling.axis:
+            values = self.tiling.tiled(values)
         return interleave_halves(values, self.interleave_heads) if self.interleave_heads else values
+
+    def of_inputs(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Values of a module's inputs, (..., in_features), in the order of the file's columns."""
+        if self.tiling is None or self.tiling.axis == 0:
+            return values
+        return replace(self.tiling, axis=-1).tiled(values)
 
     def split(self, values: FloatArray) -> dict[str, FloatArray]:
         """What `build` would have to read to make a matrix: name of a source -> its values."""
+        if self.tiling:
+            values = self.tiling.grouped(values)
         if self.interleave_heads:
             values = join_halves(values, self.interleave_heads)
         ends = np.cumsum([shape[0] for _, shape in self.sources])
@@ -108,7 +126,8 @@ def tensor_specs(chosen: ChosenLayout) -> list[TensorSpec]:
     if not config.tie_word_embeddings:
         specs.append(_plain("lm_head", embedding, chosen))
     used = {name for spec in specs for name, _ in spec.sources}
-    unknown = sorted(n for n in chosen.stored - used - ignored if not n.endswith("rotary_emb.inv_freq"))
+    rest = (name for name in chosen.stored - used - ignored if not name.startswith(config.spec.left_out))
+    unknown = sorted(name for name in rest if not name.endswith("rotary_emb.inv_freq"))
     if unknown:
         raise InputError(
             f"the checkpoint has tensors that {config.model_type} does not have: {', '.join(unknown[:5])}"
@@ -144,8 +163,10 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         sources = tuple((f"{prefix}.{module}.weight", shapes.pop(module)) for module in QKV)
         rows = sum(shape[0] for _, shape in sources)
         yield TensorSpec(chosen.name(f"{prefix}.{QKV[0]}"), (rows, config.hidden_size), sources)
-    if config.spec.convolution and config.shape.blocks[block].is_keyless:
-        yield _kernels(chosen, f"{prefix}.{config.spec.convolution}.conv")
+    if config.shape.blocks[block].is_keyless:
+        for tensor in mixer_tensors(config):
+            shapes.pop(tensor.module, None)
+            yield _mixer_spec(chosen, prefix, tensor)
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -160,11 +181,15 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
         yield TensorSpec(chosen.name(scalar), (1,), ((scalar, (1,)),))
 
 
-def _kernels(chosen: ChosenLayout, module: str) -> TensorSpec:
-    """Of a convolution: as torch has them, (hidden_size, 1, length), and as llama.cpp does, (hidden_size, length)."""
-    rows, length = chosen.config.hidden_size, chosen.config.convolution_length
-    sources = ((f"{module}.weight", (rows, 1, length)),)
-    return TensorSpec(chosen.name(module), (rows, length), sources, is_plain=True)
+def _mixer_spec(chosen: ChosenLayout, block: str, tensor: MixerTensor) -> TensorSpec:
+    return TensorSpec(
+        chosen.name(f"{block}.{tensor.module}").removesuffix(".weight") + tensor.suffix,
+        tensor.stored,
+        ((f"{block}.{tensor.parameter}", tensor.shape),),
+        is_plain=tensor.is_plain,
+        compute=tensor.compute,
+        tiling=tensor.tiling,
+    )
 
 
 def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -192,16 +217,15 @@ def _block_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict
 
 
 def _mixing_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """The same of the matrices that mix tokens: attention's, with keys of its own or without, or a convolution's."""
+    """The same of the matrices that mix tokens: attention's, with keys of its own or without, or its place's."""
     hidden, spec = config.hidden_size, config.spec
-    if block.is_keyless and spec.convolution:
-        mixer = spec.convolution
-        return {f"{mixer}.in_proj": (3 * hidden, hidden), f"{mixer}.out_proj": (hidden, hidden)}
+    if block.is_keyless and spec.mixer:
+        return {tensor.module: tensor.shape for tensor in mixer_tensors(config) if tensor.is_linear}
     groups = config.shape.most_kv_groups if block.is_keyless else block.kv_groups or 0
     kv = groups * head_dim
     q = kv * config.heads_per_group
     shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (q, hidden),
+        "self_attn.q_proj": (q * (2 if spec.gated else 1), hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
         f"self_attn.{spec.output}": (hidden, q),
@@ -212,7 +236,7 @@ def _mixing_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dic
 def _head_norm_shapes(config: ModelConfig, block: BlockShape, head_dim: int) -> dict[str, tuple[int, ...]]:
     """The same of the norms of queries and keys."""
     norms, kv = config.spec.head_norms, (block.kv_groups or 0) * head_dim
-    if norms is None or (block.is_keyless and config.spec.convolution):
+    if norms is None or (block.is_keyless and config.spec.mixer):
         return {}
     query, key = (kv * config.heads_per_group, kv) if norms.joint else (head_dim, head_dim)
     shapes: dict[str, tuple[int, ...]] = {

@@ -24,7 +24,7 @@ def check_graph(path: Path, config: ModelConfig) -> None:
 
     Raises:
         LimitError: An FFN of another width than the config says, an embedding stored twice, a value without type or
-            shape that only the file can say, or a cache input of other heads; the first problem is named.
+            shape that only the file can say, or a cache input of another size; the first problem is named.
     """
     graph = ir.load(path).graph
     problems = (_widths(graph, config), _embeddings(graph, config), _untyped(graph), _caches(graph, config))
@@ -100,11 +100,23 @@ def _untyped(graph: ir.Graph) -> Iterator[str]:
 
 
 def _caches(graph: ir.Graph, config: ModelConfig) -> Iterator[str]:
-    caches = [value for value in graph.inputs if value.name and value.name.startswith("past_key_values.")]
-    attending = [n for n in config.kv_heads if n]
-    if len(caches) != 2 * len(attending):
-        yield f"{len(caches)} cache inputs for {len(attending)} attentions"
-    for cache in caches:
-        wanted = (attending[int(str(cache.name).split(".")[1])], config.head_dim)
-        if cache.shape is None or (cache.shape[1], cache.shape[3]) != wanted:
-            yield f"{cache.name} is {cache.shape}, not of {wanted} heads and numbers"
+    """One for each block that attends or convolves, of the sizes that the config says."""
+    caches = {str(value.name): value.shape for value in graph.inputs if str(value.name).startswith("past_")}
+    wanted = dict(_wanted_caches(config))
+    if caches.keys() != wanted.keys():
+        yield f"caches {', '.join(sorted(caches))}, not {', '.join(sorted(wanted))}"
+    for name, sizes in wanted.items():
+        shape = caches.get(name)
+        if shape is None or tuple(size for size in shape if isinstance(size, int)) != sizes:
+            yield f"{name} is {shape}, not of {sizes}"
+
+
+def _wanted_caches(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Each cache: heads and their numbers, or channels and tokens of a convolution."""
+    mixing = [block for block in config.shape.blocks if block.has_attention]
+    for index, block in enumerate(mixing):
+        if block.is_keyless:
+            yield f"past_conv.{index}", (config.hidden_size, config.convolution_length)
+        else:
+            for part in ("key", "value"):
+                yield f"past_key_values.{index}.{part}", (block.kv_groups or 0, config.head_dim)

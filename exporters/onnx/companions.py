@@ -41,6 +41,9 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
         shutil.copy(checkpoint / "generation_config.json", folder)
     copy_notices(checkpoint, folder)
     stored = _with_caches(read_json(checkpoint / "config.json"), job.common.config)
+    if job.common.config.convolution_length:
+        # Which a folder may say in another way, that transformers alone knows.
+        stored["layer_types"] = list(job.model.config.layer_types)
     write_json(folder / "config.json", _config(stored, variant))
     if variant.portable:
         return ReadChats()
@@ -53,6 +56,8 @@ def write_companions(job: OnnxJob, variant: Variant, folder: Path) -> ReadChats:
         "num_hidden_layers": stored["num_hidden_layers"],
         "num_key_value_heads": kv_heads,
     }
+    if job.common.config.convolution_length:
+        _add_convolutions(genai["model"], stored["layer_types"], job.common.config)
     write_json(folder / GENAI_CONFIG, genai)
     return settled_chats(job.common, folder)
 
@@ -104,6 +109,14 @@ def _genai_decoder(variant: Variant, config: Any) -> dict[str, Any]:
     }
 
 
+def _add_convolutions(model: dict[str, Any], layer_types: list[str], config: ModelConfig) -> None:
+    """What GenAI wants to know of blocks with a short convolution: it keeps a cache of theirs in one kind of model."""
+    model["type"], decoder = "lfm2", model["decoder"]
+    decoder |= {"layer_types": layer_types, "conv_cache_size": config.convolution_length}
+    decoder["inputs"]["past_conv_names"] = "past_conv.%d"
+    decoder["outputs"]["present_conv_names"] = "present_conv.%d"
+
+
 def _genai_config(variant: Variant, config: Any, ends: list[int], context_length: int) -> dict[str, Any]:
     pad = config.pad_token_id
     special = {
@@ -113,7 +126,7 @@ def _genai_config(variant: Variant, config: Any, ends: list[int], context_length
     }
     return {
         "model": {
-            # GenAI has one decoder for all of these graphs; the name only chooses its chat heuristics.
+            # GenAI has one decoder for all graphs whose blocks attend; the name only chooses its chat heuristics.
             "type": "llama",
             "vocab_size": config.vocab_size,
             "context_length": context_length,

@@ -8,13 +8,14 @@ Read `build_decoder` from top to bottom: embedding, blocks, last norm, output ma
     x += down_proj(silu(gate_proj(h)) * up_proj(h))
 
 with the FFN's own width and the attention's own heads in every block, and without the first two lines in a block
-without attention. In some families what is added goes through a norm of its own, in place of h or beside it, and silu
-is another function. The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is
-still to be added).
+without attention. In some families what is added goes through a norm of its own, in place of h or beside it, silu is
+another function, or a short convolution takes attention's place in some blocks (`exporters.onnx.short_convolution`).
+The residual sum x and the next norm are one operator, so x is handed on as (x so far, what is still to be added).
 
 Inputs and outputs have the names and shapes that optimum, transformers.js and ONNX Runtime GenAI agree on:
-input_ids, attention_mask, past_key_values.N.key/value -> logits, present.N.key/value. N counts the blocks that attend:
-consumers want caches from 0 on without a gap, and take num_hidden_layers for how many there are.
+input_ids, attention_mask, past_key_values.N.key/value, past_conv.N -> logits, present.N.key/value, present_conv.N. N
+counts the blocks that attend or convolve: consumers want caches from 0 on without a gap, and take num_hidden_layers for
+how many there are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from exporters.onnx.graph_builder import CONTRIB, GraphBuilder, Numbers
 from exporters.onnx.layers import TOKENS, Embedding, Layer
 from exporters.onnx.operators import ir_version_for, require_operators
 from exporters.onnx.runtime import CACHE_KEY, FIXED_CACHE
+from exporters.onnx.short_convolution import ShortConvolution, convolve, kept_shape
 
 OPSET = 21
 
@@ -91,7 +93,7 @@ class Block:
     """A block's weights.
 
     Attributes:
-        attention: None in a block that does not attend.
+        mixer: Attention, or what takes its place; None in a block that has neither.
         ffn_norm: (hidden_size,) norm before the FFN; None where it reads the residual sum as it is.
         gate_proj: FFN, to this block's width.
         up_proj: FFN, to this block's width.
@@ -99,7 +101,7 @@ class Block:
         output_norm: (hidden_size,) norm of down_proj's output, or None.
     """
 
-    attention: Attention | None
+    mixer: Attention | ShortConvolution | None
     ffn_norm: Numbers | None
     gate_proj: Layer
     up_proj: Layer
@@ -206,6 +208,7 @@ class _Graph:
         self.inputs = [self.input_ids, mask]
         self.outputs: list[ir.Value] = []
         self.n_tokens, self.seqlens_k, self.total = self._lengths(mask)
+        self.n_mixers = 0
 
     def embed(self) -> ir.Value:
         """Embeddings of the tokens, scaled."""
@@ -221,14 +224,32 @@ class _Graph:
     ) -> tuple[ir.Value, ir.Value]:
         """One block; returns the residual sum before its FFN, and the FFN's output that is still to be added."""
         prefix = f"model.layers.{index}"
-        if block.attention is not None:
-            hidden, x = self.add_norm(x, added, block.attention.input_norm, f"{prefix}.input_layernorm")
-            attended = self._attention(prefix, block.attention, hidden)
-            added = block.attention.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
-            added = self._output_norm(added, block.attention.output_norm, f"{prefix}.self_attn.output_norm")
+        if block.mixer is not None:
+            hidden, x = self.add_norm(x, added, block.mixer.input_norm, f"{prefix}.input_layernorm")
+            added = self._mixed(prefix, block.mixer, hidden)
+            self.n_mixers += 1
         hidden, x = self.add_norm(x, added, block.ffn_norm, f"{prefix}.ffn_norm")
         added = self._feed_forward(block, hidden, f"{prefix}.mlp")
         return x, self._output_norm(added, block.output_norm, f"{prefix}.mlp.output_norm")
+
+    def _mixed(self, prefix: str, mixer: Attention | ShortConvolution, hidden: ir.Value) -> ir.Value:
+        """What a block's attention, or its convolution, adds."""
+        if isinstance(mixer, ShortConvolution):
+            return self._convolved(f"{prefix}.conv", mixer, hidden)
+        attended = self._attention(prefix, mixer, hidden)
+        added = mixer.o_proj.apply(self.builder, attended, f"{prefix}.self_attn.o_proj")
+        return self._output_norm(added, mixer.output_norm, f"{prefix}.self_attn.output_norm")
+
+    def _convolved(self, prefix: str, block: ShortConvolution, hidden: ir.Value) -> ir.Value:
+        """A convolution of what is normed; what it keeps of the text goes to the cache."""
+        past = ir.val(f"past_conv.{self.n_mixers}", self.dtype, kept_shape(block))
+        b = self.builder
+        new = b.op("Min", [self.n_tokens, self._input_length()], "new_tokens", shape=["batch_size"])
+        names = (prefix, f"present_conv.{self.n_mixers}")
+        added, present = convolve(b, block, hidden, past, new, names)
+        self.inputs.append(past)
+        self.outputs.append(present)
+        return added
 
     def _output_norm(self, x: ir.Value, weight: Numbers | None, name: str) -> ir.Value:
         return x if weight is None else self._norm(x, self.builder.constant(f"{name}.weight", weight), name)
@@ -281,7 +302,7 @@ class _Graph:
 
     def _attention(self, block_prefix: str, block: Attention, hidden: ir.Value) -> ir.Value:
         """GroupQueryAttention on (batch_size, sequence_length, q + k + v); keys and values go to the cache."""
-        s, prefix, index = self.decoder, f"{block_prefix}.self_attn", (len(self.inputs) - 2) // 2
+        s, prefix, index = self.decoder, f"{block_prefix}.self_attn", self.n_mixers
         kv_heads = block.num_key_value_heads
         num_heads = kv_heads * s.heads_per_group
         query, key, value = self._heads(block, hidden, prefix)
@@ -362,9 +383,7 @@ class _Graph:
 
     def _positions(self) -> ir.Value:
         """Where the tokens stand in their rows, (batch_size, sequence_length): from what is in the cache on."""
-        b = self.builder
-        sizes = b.op("Shape", [self.input_ids], "input_shape", shape=[2])
-        count = b.op("Gather", [sizes, b.constant("input_length_axis", 1)], "input_length", axis=0, shape=[])
+        b, count = self.builder, self._input_length()
         before = b.op("Sub", [self.n_tokens, count], "tokens_before", shape=["batch_size"])
         # A row that ends with padding has fewer tokens than there are in the first call.
         start = b.op("Max", [before, b.constant("zero", [0])], "first_position", shape=["batch_size"])
@@ -374,6 +393,12 @@ class _Graph:
         ends = [b.constant("range_start", 0), count, b.constant("range_step", 1)]
         steps = b.op("Range", ends, "steps", shape=["sequence_length"])
         return b.op("Add", [column, steps], "positions", shape=TOKENS)
+
+    def _input_length(self) -> ir.Value:
+        """Tokens of a row in this call."""
+        b = self.builder
+        sizes = b.op("Shape", [self.input_ids], "input_shape", shape=[2])
+        return b.op("Gather", [sizes, b.constant("input_length_axis", 1)], "input_length", axis=0, shape=[])
 
     def _head_norm(self, x: ir.Value, weight: Numbers, heads: int, name: str) -> ir.Value:
         b, size = self.builder, self.decoder.head_dim

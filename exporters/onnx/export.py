@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cfsp.errors import InputError
 from cfsp.memory import require_memory
+from cfsp.models.shape import ModelShape
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportRecord
 from exporters.job import check_input, load_checkpoint, open_job, settled, write_manifest
@@ -17,7 +18,7 @@ from exporters.onnx.folder import GRAPHS
 from exporters.onnx.job import OnnxJob
 from exporters.onnx.operators import OPSETS
 from exporters.onnx.ort_format import write_ort
-from exporters.onnx.portable import require_optimum
+from exporters.onnx.portable import check_portable
 from exporters.onnx.proof import prove
 from exporters.onnx.runtime import runtime_version
 from exporters.onnx.slices import prove_blocks
@@ -61,9 +62,9 @@ def export_onnx(
     if not rows:
         raise InputError("no variant asked for", field="onnx", allowed=", ".join(VARIANTS))
     check_input(checkpoint, output, force=settings.force)
-    _check_tools(rows, settings.opset)
     config = read_config(checkpoint)
     check_blocks(config.spec)
+    _check_tools(rows, settings.opset, config.shape)
     if all(row.form for row in rows):
         settings = settled(checkpoint, settings)
     model = load_checkpoint(checkpoint, by_blocks=settings.by_blocks)
@@ -83,14 +84,14 @@ def export_onnx(
         return write_manifest(common, [records[row] for row in rows])
 
 
-def _check_tools(rows: Sequence[Variant], opset: int | None) -> None:
-    """Raise MissingExtraError or InputError where what is installed cannot write or run the variants."""
+def _check_tools(rows: Sequence[Variant], opset: int | None, shape: ModelShape) -> None:
+    """Raise MissingExtraError or InputError where what is installed cannot write or run the variants of a model."""
     runtime_version()
     if opset is not None and opset not in OPSETS:
         known = f"{OPSETS.start} to {OPSETS.stop - 1}"
         raise InputError("out of range", field="opset", value=opset, allowed=known)
     if any(row.portable for row in rows):
-        require_optimum()
+        check_portable(shape)
 
 
 def _export(job: OnnxJob, variant: Variant) -> ExportRecord:

@@ -160,7 +160,7 @@ def default_budget(model: Any) -> int:
     )
     embedding = _bytes_of(model.get_input_embeddings().weight.shape, INT8)
     tables = embedding * (1 if is_tied(model) else 2)
-    vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim == 1)
+    vectors = sum(4 * parameter.numel() for parameter in model.parameters() if parameter.ndim != 2)
     return int(_Q4_0_RATIO * (blocks + tables + vectors))
 
 

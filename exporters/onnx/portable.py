@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from cfsp.errors import InputError, MissingExtraError
-from cfsp.models.architectures import model_shape
+from cfsp.models.shape import ModelShape
 from cfsp.models.weights import quiet_transformers
 from cfsp.reading import one_line
 from cfsp.scratch import LargeScratch
@@ -31,20 +31,16 @@ def require_optimum() -> None:
         raise MissingExtraError("optimum-onnx", "portable")
 
 
-def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Model:
-    """Trace a causal LM, and store a tied embedding once.
-
-    Args:
-        model: A causal LM of the architecture table, float32; its class may be changed to transformers' own.
-        name: Of the graph.
-        opset: Of its operators; optimum's choice where None.
-
-    Raises:
-        InputError: optimum cannot export it, or a block has no attention or other heads.
-        MissingExtraError: optimum's exporter is not installed.
-    """
-    heads = [block.kv_groups for block in model_shape(model).blocks]
-    if set(heads) != {model.config.num_key_value_heads}:
+def check_portable(shape: ModelShape) -> None:
+    """Raise InputError for a model that optimum's exporter cannot take, and MissingExtraError where it is not there."""
+    if any(block.is_keyless for block in shape.blocks):
+        raise InputError(
+            "optimum exports no blocks with a short convolution",
+            field="portable",
+            allowed="the other variants",
+        )
+    heads = [block.kv_groups for block in shape.blocks]
+    if len(set(heads)) != 1:
         raise InputError(
             "optimum gives every block a cache of the same heads, and key-value heads are missing",
             field="portable",
@@ -52,6 +48,19 @@ def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Mod
             allowed="the other variants, or whole blocks that go (--blocks)",
         )
     require_optimum()
+
+
+def portable_graph(model: Any, *, name: str, opset: int | None = None) -> ir.Model:
+    """Trace a causal LM, and store a tied embedding once.
+
+    Args:
+        model: A causal LM that `check_portable` takes, float32; its class may be changed to transformers' own.
+        name: Of the graph.
+        opset: Of its operators; optimum's choice where None.
+
+    Raises:
+        InputError: optimum cannot export it.
+    """
     from optimum.exporters.onnx import onnx_export_from_model
 
     # optimum knows transformers' classes alone. Ours differ in how they are built and saved, not in what they compute.

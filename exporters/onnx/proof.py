@@ -81,11 +81,19 @@ def _warnings(job: OnnxJob, variant: Variant) -> Iterator[str]:
             f"{common.context_length}"
         )
     yield from common.unproven_window()
-    if not common.config.shape.has_equal_heads:
-        yield (
-            "blocks differ in key-value heads, and optimum's ORTModelForCausalLM takes one number for all: it cannot "
-            "run this graph; ONNX Runtime, GenAI and transformers.js can"
-        )
+    unknown_to_optimum = (
+        (
+            not common.config.shape.has_equal_heads,
+            "differ in key-value heads, and optimum's ORTModelForCausalLM takes one number for all",
+        ),
+        (
+            common.config.convolution_length,
+            "have short convolutions, and optimum's ORTModelForCausalLM knows no cache of them",
+        ),
+    )
+    for is_there, what in unknown_to_optimum:
+        if is_there:
+            yield f"blocks {what}: it cannot run this graph; ONNX Runtime, GenAI and transformers.js can"
 
 
 def _opened(job: Job, path: Path) -> closing[OnnxModel]:

@@ -1,7 +1,8 @@
 """ONNX Runtime: a decoder graph opened with its key-value cache. The one place that makes sessions.
 
 A graph with GroupQueryAttention writes keys and values into buffers of a fixed length that are its input and its
-output at once; other graphs give a longer cache each time. A file says in its metadata which kind it is.
+output at once; other graphs give a longer cache each time. A file says in its metadata which kind it is. What a short
+convolution keeps of a text is given anew each time by both, and knows nothing of what came before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ PREFILL_TOKENS = 128
 """Tokens of a prompt to run at once. More are slower, and cost memory: ONNX Runtime keeps the buffers of one block for
 the next, and those of blocks that differ in width do not fit into each other's place."""
 
+_KEYS_AND_VALUES, _CONVOLVED = "past_key_values.", "past_conv."
+_PRESENT = {_KEYS_AND_VALUES: "present.", _CONVOLVED: "present_conv."}
+"""How the names of caches begin, as inputs and as outputs."""
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
@@ -49,6 +53,7 @@ class OnnxModel:
         n_ctx: Tokens that fit the cache.
         n_batch: Tokens of a text that `iter_logits` runs at once.
         n_past: Tokens in it.
+        can_rewind: Whether all but the first of them can be forgotten.
         last_logits: Whether the graph gives the last position's logits alone.
         metadata: The file's own keys.
     """
@@ -61,9 +66,11 @@ class OnnxModel:
         if "input_ids" not in inputs or outputs[0].name != "logits":
             raise InputError(f"{path} is no decoder graph: it has no input_ids and logits")
         self._inputs = inputs
-        self._caches = [name for name in inputs if name.startswith("past_key_values.")]
-        self._presents = [name.replace("past_key_values.", "present.") for name in self._caches]
-        sizes = [outputs[0].shape[-1], *(inputs[name].shape[i] for name in self._caches for i in (1, 3))]
+        self._caches = [name for name in inputs if name.startswith(tuple(_PRESENT))]
+        sizes = [
+            outputs[0].shape[-1],
+            *(size for name in self._caches for size in _sizes(name, inputs[name])),
+        ]
         if not all(isinstance(size, int) for size in sizes):
             raise InputError(f"{path} leaves the size of its vocabulary or of its heads open")
         unknown = {inputs[name].type for name in self._caches} - _TYPES.keys()
@@ -77,7 +84,9 @@ class OnnxModel:
         self.vocab_size = int(outputs[0].shape[-1])
         self.last_logits = outputs[0].shape[1] == 1
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
-        self.can_rewind = self.metadata.get(CACHE_KEY) == FIXED_CACHE
+        fixed = self.metadata.get(CACHE_KEY) == FIXED_CACHE
+        self._in_place = frozenset(n for n in self._caches if fixed and n.startswith(_KEYS_AND_VALUES))
+        self.can_rewind = fixed and len(self._in_place) == len(self._caches)
         self._cache: dict[str, Any] = {}
         self.clear()
 
@@ -90,12 +99,12 @@ class OnnxModel:
         self.rewind(0)
 
     def rewind(self, n_past: int) -> None:
-        """Forget all but the first `n_past` tokens; any number needs a cache of fixed length, others only 0."""
+        """Forget all but the first `n_past` tokens: any number where all of the cache has a fixed length, else 0."""
         if n_past and not self.can_rewind:
             raise InputError("this graph's cache cannot be rewound", value=n_past, allowed="0")
         self.n_past = n_past
-        if not self._cache or not self.can_rewind:
-            self._cache = {name: self._empty(name) for name in self._caches}
+        kept = {name: self._cache[name] for name in self._in_place if name in self._cache}
+        self._cache = {name: kept.get(name) or self._empty(name) for name in self._caches}
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
         """Append tokens, at most n_batch.
@@ -126,15 +135,16 @@ class OnnxModel:
         for name, cache in self._cache.items():
             binding.bind_ortvalue_input(name, cache)
         binding.bind_output("logits", "cpu")
-        for name, present in zip(self._caches, self._presents, strict=True):
-            if self.can_rewind:
-                binding.bind_ortvalue_output(present, self._cache[name])
+        for name in self._caches:
+            if name in self._in_place:
+                binding.bind_ortvalue_output(_present(name), self._cache[name])
             else:
-                binding.bind_output(present, "cpu")
+                binding.bind_output(_present(name), "cpu")
         self._session.run_with_iobinding(binding)
-        logits, *grown = binding.get_outputs()
-        if not self.can_rewind:
-            self._cache = dict(zip(self._caches, grown, strict=True))
+        logits, *presents = binding.get_outputs()
+        for name, present in zip(self._caches, presents, strict=True):
+            if name not in self._in_place:
+                self._cache[name] = present
         self.n_past += count
         values: FloatArray = logits.numpy()[0]
         return values
@@ -148,10 +158,22 @@ class OnnxModel:
     def _empty(self, name: str) -> Any:
         from onnxruntime import OrtValue
 
-        value = self._inputs[name]
-        _, heads, _, size = value.shape
-        length = self.n_ctx if self.can_rewind else 0
-        return OrtValue.ortvalue_from_numpy(np.zeros((1, heads, length, size), dtype=_TYPES[value.type]))
+        value, sizes = self._inputs[name], _sizes(name, self._inputs[name])
+        if name.startswith(_KEYS_AND_VALUES):
+            sizes.insert(1, self.n_ctx if name in self._in_place else 0)
+        return OrtValue.ortvalue_from_numpy(np.zeros((1, *sizes), dtype=_TYPES[value.type]))
+
+
+def _present(name: str) -> str:
+    """The output of what a cache is then."""
+    prefix = next(prefix for prefix in _PRESENT if name.startswith(prefix))
+    return f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
+
+
+def _sizes(name: str, value: Any) -> list[Any]:
+    """The sizes of a cache that a file says: heads and numbers of a head, or channels and tokens of a convolution."""
+    _, *sizes = value.shape
+    return [sizes[0], sizes[2]] if name.startswith(_KEYS_AND_VALUES) else sizes
 
 
 def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL_TOKENS) -> OnnxModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cfsp.models.architectures import spec_for
 from exporters.onnx.block_quantize import round_nowhere
 from exporters.onnx.graph_file import Labels, size_of
 from exporters.onnx.mixed import with_room_for_few
@@ -41,7 +42,7 @@ def _weights(model: Any, variant: Variant) -> tuple[Weights, int]:
         return weights_without_blocks(variant), 0
     if variant.calibrated:
         return with_room_for_few(_quantized(model, lambda *_: form))
-    return _quantized(model, formats_without_text(form)), 0
+    return _quantized(model, formats_without_text(form, spec_for(model.config).down)), 0
 
 
 def _quantized(model: Any, format_of: FormatOf) -> QuantizedModel:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cfsp.models.architectures import (
     attention_of,
     decoder_layers,
     feed_forward,
+    mixer_of,
     norm_epsilon,
     rotated_blocks,
     spec_for,
@@ -30,6 +32,7 @@ from cfsp.models.rope import steady_context
 from exporters.checkpoint_reader import ACTIVATIONS, rope_of
 from exporters.onnx.decoder_graph import Attention, Block, Decoder, Rope
 from exporters.onnx.layers import Embedding, FloatEmbedding, FloatLinear, Layer
+from exporters.onnx.short_convolution import ShortConvolution
 from exporters.onnx.variants import HEAD
 
 _PACKED, _PARTS = "qkv_proj", ("q_proj", "k_proj", "v_proj")
@@ -164,7 +167,7 @@ def _decoder(model: Any, weights: Weights, blocks: range, **ends: Any) -> Decode
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads),
         rms_norm_eps=norm_epsilon(config),
         blocks=tuple(made),
-        activation=ACTIVATIONS[getattr(config, spec.activation_setting)],
+        activation=ACTIVATIONS[getattr(config, spec.activation_setting, "silu")],
         dtype=ir.DataType.FLOAT16 if weights.dtype == torch.float16 else ir.DataType.FLOAT,
         **ends,
     )
@@ -196,9 +199,9 @@ def _positions(model: Any, weights: Weights) -> Iterator[_Positions]:
 
 def _block(model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions) -> Block:
     spec, ffn = spec_for(model.config), feed_forward(model, layer)
-    attention, mlp = attention_of(model, layer), f"{name}.{spec.mlp}"
+    mlp = f"{name}.{spec.mlp}"
     return Block(
-        attention=_attention(model, attention, name, weights, positions) if attention else None,
+        mixer=_mixer(model, layer, name, weights, positions),
         ffn_norm=_norm_before(model, name, spec.ffn_norm, weights),
         gate_proj=_linear(f"{mlp}.{spec.gate}", ffn.gate, weights),
         up_proj=_linear(f"{mlp}.{spec.up}", ffn.up, weights),
@@ -216,6 +219,37 @@ def _added_norm(model: Any, block: str, which: int, weights: Weights) -> torch.T
     """Of what attention (0) or the FFN (1) adds; None where it is added as it is."""
     names = spec_for(model.config).added_norms
     return _norm(model, f"{block}.{names[which]}", weights) if names else None
+
+
+def _mixer(
+    model: Any, layer: nn.Module, name: str, weights: Weights, positions: _Positions
+) -> Attention | ShortConvolution | None:
+    if attention := attention_of(model, layer):
+        return _attention(model, attention, name, weights, positions)
+    mixer, module = spec_for(model.config).mixer, mixer_of(model, layer)
+    if mixer is None or module is None:
+        return None
+    input_norm = _norm_before(model, name, spec_for(model.config).attention_norm, weights)
+    return _MIXERS[mixer.kind](module, f"{name}.{mixer.module}", input_norm, weights)
+
+
+def _convolution(
+    convolution: Any, prefix: str, input_norm: torch.Tensor | None, weights: Weights
+) -> ShortConvolution:
+    kernels = convolution.conv
+    return ShortConvolution(
+        input_norm=input_norm,
+        in_proj=_linear(f"{prefix}.in_proj", convolution.in_proj, weights),
+        kernels=weights.stored(kernels.weight.squeeze(1).T),
+        out_proj=_linear(f"{prefix}.out_proj", convolution.out_proj, weights),
+        bias=None if kernels.bias is None else weights.stored(kernels.bias),
+    )
+
+
+_MIXERS: Mapping[str, Callable[[Any, str, torch.Tensor | None, Weights], ShortConvolution]] = (
+    MappingProxyType({"conv": _convolution})
+)
+"""Of what takes attention's place in some blocks, by what `layer_types` calls these: how its weights are found."""
 
 
 def _attention(model: Any, attention: Any, name: str, weights: Weights, positions: _Positions) -> Attention:
@@ -236,7 +270,7 @@ def _attention(model: Any, attention: Any, name: str, weights: Weights, position
         qkv=qkv,
         q_norm=_norm(model, f"{prefix}.{spec.head_norms.query}", weights) if spec.head_norms else None,
         k_norm=_norm(model, f"{prefix}.{spec.head_norms.key}", weights) if spec.head_norms else None,
-        o_proj=_linear(f"{prefix}.o_proj", attention.o_proj, weights),
+        o_proj=_linear(f"{prefix}.{spec.output}", getattr(attention, spec.output), weights),
         normed_after_rope=spec.head_norms is not None and spec.head_norms.after_rope,
         output_norm=_added_norm(model, name, 0, weights),
         scale=float(attention.scaling),
@@ -257,8 +291,8 @@ def _norm(model: Any, name: str, weights: Weights) -> torch.Tensor:
 
 def unwritten(spec: ArchitectureSpec) -> str | None:
     """What blocks of a model type may have of which no graph is written; None where that is nothing."""
-    if spec.convolution:
-        return "with a short convolution, which want a cache of their own beside keys and values"
+    if spec.mixer and spec.mixer.kind not in _MIXERS:
+        return f"with {spec.mixer.name}, which want a cache of their own beside keys and values"
     if spec.shared_keys or spec.block_inputs:
         return "that read another block's keys and values, or get more of a token than its hidden state"
     return None

@@ -10,6 +10,7 @@ import torch
 
 from cfsp.devices import moved
 from cfsp.errors import InputError
+from cfsp.models.architectures import spec_for
 from cfsp.models.paging import is_paged
 from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size
@@ -85,8 +86,9 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
     if text is None:
         if variant.mixed:
             raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
+        down = spec_for(job.model.config).down
         return QuantizedModel(
-            quantize_linears(job.model, formats_without_text(form), None, progress=progress)
+            quantize_linears(job.model, formats_without_text(form, down), None, progress=progress)
         ), ()
     if form not in job.quantized:
         with moved(job.model, device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,30 +22,37 @@ def note_once(message: str) -> None:
         note(message)
 
 
+_ALIKE_S = 3.0
+"""The launcher ends all processes as soon as the first one has failed."""
+
+
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Of several processes on a machine that fail alike, only the first says why."""
+    """Of several processes on a machine that fail alike, only the first says why; one that fails alone says it late."""
     try:
         yield
     except PhonereadyError as error:
-        if _is_first():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
+        time.sleep(_ALIKE_S)
+        note(f"error: {error}")
         raise typer.Exit(error.exit_code) from None
 
 
 @contextmanager
-def shared_passes(output: Path) -> Iterator[tuple[bool, Progress]]:
+def shared_passes(output: Path, device: str) -> Iterator[tuple[bool, Progress]]:
     """Passes over text are shared inside the context.
 
     Args:
         output: What will be made.
+        device: Where the passes are computed.
 
     Yields:
         Whether this process makes it, which the others do not, and whom to tell about progress.
     """
     from cfsp.processes import joined
 
-    with one_voice(), joined() as first:
+    with joined(device) as first, one_voice():
         if not first:
             yield False, no_progress
             return

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cfsp.progress import Progress
     from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
-    from cfsp.pruning.prune import PruneResult
+    from cfsp.pruning.prune import Planned, PruneResult
     from cfsp.pruning.settings import PruneSettings
     from phoneready.forecasts.stages import Pruning
 
@@ -70,7 +70,7 @@ def prune(
     prepare_torch(threads)
     from cfsp.devices import find_device
     from cfsp.models.reference import load_model
-    from cfsp.processes import first_ahead
+    from cfsp.processes import first_ahead, require_alike
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
     from phoneready.text import load_calibration
@@ -78,10 +78,11 @@ def prune(
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
     ready, references = _given_plan(context, plan, settings)
-    with shared_passes(wanted) as (writes, progress), LargeScratch("sizes") as scratch:
+    with shared_passes(wanted, device) as (writes, progress), LargeScratch("sizes") as scratch:
         where, how = find_device(device), ready.settings if ready else chosen
-        asked_for = _asked(settings, how, ready, only_plan=plan_only is not None)
-        _foretell(model, output if writes else None, asked_for, references, where, progress)
+        if writes:
+            shown = _asked(settings, how, ready, only_plan=plan_only is not None)
+            _foretell(model, output, shown, references, where, progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
@@ -95,18 +96,17 @@ def prune(
         sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
         with first_ahead():
             drawn = load_calibration(references, loaded, **sizes, progress=progress)
+        require_alike(drawn.sha256, "calibration text")
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
-        if plan_only:
-            result = plan_model(loaded, drawn, chosen, **asked, only_plan=True, progress=progress).plan
-        else:
-            made = prune_model(loaded, drawn, chosen, plan=ready, **asked, progress=progress)
-            result = made.plan
+        asked["progress"] = progress
+        made = (
+            plan_model(loaded, drawn, chosen, **asked, only_plan=True)
+            if plan_only
+            else prune_model(loaded, drawn, chosen, plan=ready, **asked)
+        )
         if writes:
-            if plan_only:
-                write_record(plan_only, result)
-            else:
-                _save(made, wanted, seed=seed, force=force, progress=progress)
-            write_result(format_plan(result, wanted), _summary(result), as_json=json)
+            _keep(made, wanted, seed=seed, force=force, progress=progress)
+            write_result(format_plan(made.plan, wanted), _summary(made.plan), as_json=json)
 
 
 def _asked(
@@ -143,9 +143,14 @@ def _foretell(
     )
 
 
-def _save(made: PruneResult, output: Path, *, seed: int, force: bool, progress: Progress) -> None:
+def _keep(made: PruneResult | Planned, output: Path, *, seed: int, force: bool, progress: Progress) -> None:
+    """Write the checkpoint, or the plan where there is no more."""
     from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.pruning.prune import Planned
 
+    if isinstance(made, Planned):
+        write_record(output, made.plan)
+        return
     save_checkpoint(
         made.loaded,
         output,

@@ -69,7 +69,7 @@ def foretell(
     try:
         paths = [Path(find_model(model, progress=progress).path or "") for model in models]
         extents = [_on(read_extent(path), machine) for path in paths]
-    except InputError:
+    except (InputError, OSError):
         return
     row = STAGES[stage]
     work = row.work(extents, asked)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import GGUFFile, GGUFTensor, looked_up_alone, read_gguf
+from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, looked_up_alone, read_gguf
 
 _TABLE = "token_embd.weight"
 
@@ -94,7 +94,9 @@ def _key_value_width(file: GGUFFile) -> int:
 
     own = layers - (file.hyperparameter("attention.shared_kv_layers") or 0)
     per_head = [of_head("_swa" if windowed[block] else "") for block in range(own)]
-    return sum(count * each for count, each in zip(of_blocks, per_head, strict=False))
+    mixing = {tensor.name.split(".")[1] for tensor in file.tensors if tensor.name.endswith(CONVOLUTIONS)}
+    pairs = enumerate(zip(of_blocks, per_head, strict=False))
+    return sum(count * each for block, (count, each) in pairs if str(block) not in mixing)
 
 
 def _bytes(tensor: GGUFTensor) -> int:

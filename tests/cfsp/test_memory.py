@@ -124,3 +124,27 @@ def test_freed_tensors_serve_again_unless_users_have_set_how() -> None:
     anew = faults("given back")
     assert faults("kept") < anew / 4
     assert faults("kept", MALLOC_MMAP_THRESHOLD_=str(2**20)) > anew / 4
+
+
+HOLES = """
+import psutil
+import torch
+from cfsp.memory import free_memory, keep_freed_memory
+keep_freed_memory()
+tensors = [torch.ones(10_000_000) for _ in range(10)]
+above = [bytearray(60_000) for _ in range(3)]
+rss = psutil.Process().memory_info
+held = rss().rss
+tensors.clear()
+free_memory()
+print(held - rss().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library of C")
+def test_freed_memory_counts_as_free() -> None:
+    own = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", HOLES], env=own, capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) > 300e6

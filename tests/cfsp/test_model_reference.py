@@ -27,6 +27,8 @@ from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import _rope_settings, config_from_gguf
 from cfsp.models.reference import load_model, load_tokenizer
 
+WRITTEN_ALONE = ("qwen3_5_text",)
+"""Model types whose GGUF files are no sources."""
 IDS = torch.arange(60).view(2, 30)
 
 
@@ -38,7 +40,7 @@ def one_line_error(reference: Any, **kwargs: Any) -> str:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name not in WRITTEN_ALONE])
 def test_gguf_file_gives_the_model_it_was_written_from(
     model_type: str, tied: bool, tiny_model: Any, tiny_gguf: Any
 ) -> None:
@@ -373,7 +375,7 @@ def test_architecture_is_judged_before_weights_are_read(tiny_folder: Any) -> Non
 
 @pytest.mark.parametrize(
     ("model_type", "lacking"),
-    [("qwen3_5_text", "gated delta net"), ("gemma3n_text", "AltUp")],
+    [("gemma3n_text", "AltUp")],
 )
 def test_what_stands_in_the_way_of_a_model_type_is_said(
     tiny_folder: Any, model_type: str, lacking: str

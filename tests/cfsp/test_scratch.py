@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cfsp import scratch
 from cfsp.errors import InputError
 from cfsp.pruning.statistics import GramStore
 from cfsp.scratch import LargeScratch
@@ -75,6 +77,33 @@ def test_folders_of_others_are_let_be(place: Path) -> None:
     with LargeScratch("weights"):
         pass
     assert [entry.name for entry in place.iterdir()] == ["phoneready-weights-mine"]
+
+
+def test_folders_of_other_hosts_are_let_be(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as there:
+        there.setattr(scratch, "_LOCK", ".phoneready-another-{}.lock")
+        theirs = LargeScratch("weights")
+    # What a share shows of a lock that another host holds.
+    theirs_is_free = next(place.glob("*.lock"))
+    theirs_is_free.unlink()
+    theirs_is_free.touch()
+    with LargeScratch("weights"):
+        assert theirs.path.is_dir()
+    del theirs
+    assert not list(place.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of another kind")
+def test_a_place_without_locks_will_do(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with LargeScratch("weights") as made:
+        assert made.path.is_dir()
+    assert not made.path.exists()
 
 
 def test_a_disk_that_is_full_of_gram_matrices_is_told_in_a_line(

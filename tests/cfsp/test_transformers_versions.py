@@ -71,18 +71,18 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import torch, transformers
-from cfsp.models.architectures import spec_for
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.pruning.moments import collect_input_moments
 from cfsp.text.tokens import TokenWindows
+from exporters.onnx.decoder_graph import Attention
 from exporters.onnx.weights import Weights, decoder_of
 from exporters.parity import reference_of
 
 def read(model, ids):
     "What pruning and exports read of a model."
-    blocks = () if spec_for(model.config).convolution else decoder_of(model, Weights()).blocks
-    ropes = [block.attention.rope for block in blocks if block.attention]
+    mixers = [block.mixer for block in decoder_of(model, Weights()).blocks]
+    ropes = [mixer.rope for mixer in mixers if isinstance(mixer, Attention)]
     return {
         "moments": [float(values.sum()) for values in collect_input_moments(model, ids).values()],
         "states": float(reference_of(model, TokenWindows(ids, "", "")).hidden.square().mean()),
@@ -142,7 +142,7 @@ def checkpoints(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 for layer, width in zip(decoder_layers(model), widths, strict=True):
                     cut_channels(feed_forward(model, layer), torch.arange(width))
                 if kind == "different" and not tied:
-                    if not row.convolution:
+                    if not row.mixer:
                         remove_attention(model, decoder_layers(model)[2])
                     if row.cuts_heads:
                         cut_groups(decoder_layers(model)[1].self_attn, (1,))

@@ -79,9 +79,18 @@ def no_avx512_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cfsp.precision._has_bfloat16_products", lambda: False)
 
 
-@pytest.fixture(scope="session")
-def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The ONNX variants that JavaScript's runtimes load; some blocks have fewer heads or none. Not to be changed."""
+@pytest.fixture(
+    scope="session",
+    params=[{"model_type": "llama", "silent": (2,), "groups": {1: (0,)}}, {"model_type": "lfm2"}],
+    ids=lambda asked: asked["model_type"],
+)
+def browser_export(
+    request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The ONNX variants that JavaScript's runtimes load; some blocks have fewer heads, none, or a short convolution.
+
+    Not to be changed.
+    """
     from exporters.onnx import export_onnx  # needs the onnx extra, which other tests here do without
 
     output = tmp_path_factory.mktemp("onnx") / "out"
@@ -89,7 +98,7 @@ def browser_export(make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.Tem
     # Next-token distributions of random weights are nearly flat, so quantization moves them far.
     loose = {name: ParityLimits(kl_mean=3.0) for name in variants if name != "fp32"}
     export_onnx(
-        make_checkpoint("llama", widths=(96, 64, 128, 40), silent=(2,), groups={1: (0,)}),
+        make_checkpoint(widths=(96, 64, 128, 40), **request.param),
         output,
         variants,
         ExportOptions(limits=loose, n_threads=1),

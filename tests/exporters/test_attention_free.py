@@ -11,14 +11,11 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_tokenizer
-from cfsp.pruning.axes.attention import remove_attention
 from exporters.export_record import ParityLimits
 from exporters.gguf.export import export_gguf
 from exporters.onnx import export_onnx
-from exporters.onnx.portable import portable_graph
 from exporters.onnx.runtime import open_model
 from exporters.options import ExportOptions
 from runtime_bench.devices.model_facts import gguf_facts
@@ -92,8 +89,7 @@ def test_genai_generates_what_the_graph_generates(graphs: tuple[Path, Path]) -> 
             logits = graph.decode([token])
 
 
-def test_optimum_is_refused(tiny_model: Any) -> None:
-    model, _ = tiny_model()
-    remove_attention(model, decoder_layers(model)[2])
+def test_optimum_is_refused(make_checkpoint: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="optimum gives every block a cache"):
-        portable_graph(model, name="tiny")
+        export_onnx(make_checkpoint("llama", silent=(2,)), tmp_path / "out", ("fp32", "portable"), OPTIONS)
+    assert not list(tmp_path.iterdir())

@@ -37,6 +37,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 DEEP_KINDS = ([WINDOWED] * 3 + [FULL]) * 16
 DEEP = {"num_hidden_layers": 64, "sliding_window": 24, "intermediate_size": 32}
 ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0}
+DELTA_NET = "linear_attention"
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 
@@ -130,6 +131,9 @@ def assert_same(report: ParityReport, chosen: ChosenLayout) -> None:
         ("hunyuan_v1_dense", True, None, "hunyuan-dense", None),
         ("hunyuan_v1_dense", False, None, "hunyuan-dense", None),
         ("hunyuan_v1_dense", True, WIDTHS, "hunyuan-dense", 128),
+        ("qwen3_5_text", True, None, "qwen35", None),
+        ("qwen3_5_text", False, None, "qwen35", None),
+        ("qwen3_5_text", True, WIDTHS, "qwen35", 128),
         ("lfm2", True, None, "lfm2", None),
         ("lfm2", False, None, "lfm2", None),
         ("lfm2", True, WIDTHS, "lfm2", 128),
@@ -194,6 +198,13 @@ def test_logits_equal_the_models(
         ("exaone4", DEEP | {"layer_types": DEEP_KINDS}, None, "exaone4"),
         ("hunyuan_v1_dense", {"head_dim": 32, "num_key_value_heads": 1}, None, "hunyuan-dense"),
         ("hunyuan_v1_dense", {"rope_parameters": ALPHA}, None, "hunyuan-dense"),
+        (
+            "qwen3_5_text",
+            {"linear_num_key_heads": 4, "linear_conv_kernel_dim": 3, "head_dim": 32},
+            None,
+            "qwen35",
+        ),
+        ("qwen3_5_text", {"layer_types": [FULL, DELTA_NET, DELTA_NET, FULL]}, None, "qwen35"),
         ("lfm2", {"num_key_value_heads": 1, "conv_L_cache": 4}, None, "lfm2"),
         ("lfm2", {"layer_types": [FULL, FULL, "conv", "conv"]}, None, "lfm2"),
         ("exaone4", DEEP | {"layer_types": DEEP_KINDS[1:] + DEEP_KINDS[:1]}, None, "exaone4"),
@@ -291,6 +302,7 @@ def test_a_gguf_file_with_windows_rotates_as_its_model_does(
         ("exaone4", True, None),
         ("hunyuan_v1_dense", True, None),
         ("lfm2", True, None),
+        ("qwen3_5_text", True, None),
         ("gemma4_text", True, WIDTHS),
     ],
 )

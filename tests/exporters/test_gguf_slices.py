@@ -52,6 +52,7 @@ def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -
         {"model_type": "exaone4"},
         {"model_type": "hunyuan_v1_dense"},
         {"model_type": "lfm2", "num_hidden_layers": 6},
+        {"model_type": "qwen3_5_text", "num_hidden_layers": 6},
     ],
 )
 @pytest.mark.parametrize("stream", ["always", "never"])

@@ -11,14 +11,11 @@ import pytest
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import decoder_layers
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_tokenizer
-from cfsp.pruning.surgery import cut_groups
 from exporters.export_record import ParityLimits
 from exporters.gguf.export import export_gguf
 from exporters.onnx import export_onnx
-from exporters.onnx.portable import portable_graph
 from exporters.onnx.runtime import open_model
 from exporters.options import ExportOptions
 from runtime_bench.devices.model_facts import gguf_facts
@@ -134,9 +131,8 @@ def test_genai_generates_what_the_graph_generates(
         logits = graph.decode([token])
 
 
-def test_optimum_is_refused(tiny_model: Any) -> None:
-    model, _ = tiny_model()
-    with torch.no_grad():
-        cut_groups(decoder_layers(model)[2].self_attn, (1,))
+def test_optimum_is_refused(make_checkpoint: Any, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", groups={2: (1,)})
     with pytest.raises(InputError, match=r"optimum gives every block a cache of the same heads.*2, 2, 1, 2"):
-        portable_graph(model, name="tiny")
+        export_onnx(checkpoint, tmp_path / "out", ("fp32", "portable"), OPTIONS)
+    assert not list(tmp_path.iterdir())

@@ -102,6 +102,9 @@ def exported(pruned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("olmo3", {}),
         ("olmo3", {"rope_scaling": YARN, "tied": False}),
         ("exaone4", {}),
+        ("lfm2", {}),
+        ("lfm2", {"tied": False, "conv_bias": True, "conv_L_cache": 4, "num_key_value_heads": 1}),
+        ("lfm2", {"layer_types": [FULL, "conv", "conv", FULL]}),
         ("hunyuan_v1_dense", {}),
         ("hunyuan_v1_dense", {"rope_parameters": ALPHA, "head_dim": 32, "attention_bias": True}),
         ("exaone4", {"sliding_window": 24, "layer_types": [FULL, WINDOWED, WINDOWED, FULL], "head_dim": 32}),
@@ -126,8 +129,9 @@ def test_the_graph_computes_the_checkpoint(
         graph.n_batch = n_batch
         found = np.concatenate([piece.copy() for piece in graph.iter_logits(ids)])
         np.testing.assert_allclose(found, expected, atol=2e-4)
-    graph.rewind(40)
-    np.testing.assert_allclose(graph.decode(ids[40:]), expected[40:], atol=2e-4)
+    if graph.can_rewind:
+        graph.rewind(40)
+        np.testing.assert_allclose(graph.decode(ids[40:]), expected[40:], atol=2e-4)
 
 
 def test_thirty_two_greedy_tokens_are_torchs(pruned: Path, exported: Path) -> None:
@@ -148,11 +152,15 @@ def test_thirty_two_greedy_tokens_are_torchs(pruned: Path, exported: Path) -> No
 
 def run_session(session: Any, ids: Any, mask: Any, cache: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Logits, and the cache as the next call's inputs; without one, from an empty past."""
-    names = [value.name for value in session.get_inputs() if value.name.startswith("past_key_values.")]
-    empty = np.zeros((len(ids), 2, 0, 16), dtype=np.float32)
-    feeds = {"input_ids": ids, "attention_mask": mask} | (cache or dict.fromkeys(names, empty))
-    logits, *present = session.run(None, feeds)
-    return logits, dict(zip(names, present, strict=True))
+    caches = [value for value in session.get_inputs() if value.name.startswith("past_")]
+    empty = {
+        value.name: np.zeros(
+            [len(ids), *(n if isinstance(n, int) else 0 for n in value.shape[1:])], dtype=np.float32
+        )
+        for value in caches
+    }
+    logits, *present = session.run(None, {"input_ids": ids, "attention_mask": mask} | (cache or empty))
+    return logits, dict(zip(empty, present, strict=True))
 
 
 def test_a_cache_may_grow_from_nothing(pruned: Path, exported: Path) -> None:
@@ -185,7 +193,7 @@ def test_rows_of_a_batch_may_end_with_padding(pruned: Path, exported: Path) -> N
     np.testing.assert_allclose(logits[1, :7], alone[1], atol=2e-4)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "hunyuan_v1_dense"])
+@pytest.mark.parametrize("model_type", ["llama", "hunyuan_v1_dense", "lfm2"])
 def test_rows_of_unlike_lengths_go_on_where_each_ends(
     model_type: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

@@ -282,7 +282,7 @@ def test_layers_are_rounded_for_what_the_rounded_layers_before_give(tiny_model: 
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         before = model(ids).logits
-    form_of = formats_without_text(INT4)
+    form_of = formats_without_text(INT4, "down_proj")
     names = [name for block in block_linears(model) for name in block]
     done: list[tuple[int, int]] = []
     rounded = quantize_linears(model, form_of, ids, progress=lambda _, a, b: done.append((a, b)))

@@ -22,13 +22,22 @@ def changed(weight: torch.Tensor) -> torch.Tensor:
     return weight.sign() * weight.abs().mean()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gemma4_text"])
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("gemma3_text", {}),
+        ("gemma4_text", {}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}),
+    ],
+)
 def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
-    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, model_type: str, settings: dict[str, int]
 ) -> None:
     """Those of its own block, too: the inputs are those of a run of the model as it is in the end."""
     monkeypatch.setattr("exporters.rounding.walk.bulk_products", exact_products)
-    model = tiny_model(model_type)[0]
+    model = tiny_model(model_type, **settings)[0]
     linears = {name: linear for block in block_linears(model) for name, linear in block.items()}
     given = {name: linear.weight.detach().clone() for name, linear in linears.items()}
     seen: dict[str, torch.Tensor] = {}
@@ -42,7 +51,7 @@ def test_each_layer_is_rounded_for_what_all_rounded_ones_before_it_give(
 
     head = round_blocks(model, IDS, visit)
     ffn = [{"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
-    if (inputs_of := spec_for(model.config).block_inputs) is not None:
+    if (inputs_of := spec_for(model.config).block_inputs) and settings.get(inputs_of.size_setting) != 0:
         ffn += [{inputs_of.gate}, {inputs_of.output}]
     own = [attention_of(model, layer) is not None for layer in decoder_layers(model)]
     kinds = [[{"q_proj", *(["k_proj", "v_proj"] if keys else [])}, *ffn] for keys in own]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cfsp.models.checkpoint import load_pruned
-from cfsp.processes import count, joined, mine, number, number_summed, summed
+from cfsp.processes import count, joined, mine, number, number_summed, require_alike, summed
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from phoneready.main import main
@@ -98,6 +98,34 @@ def test_one_process_shares_with_nobody() -> None:
         assert torch.equal(mine(windows), windows)
         assert summed(windows) is windows
         assert number_summed(2.5) == 2.5
+        require_alike("ab" * 32, "text")
+
+
+ALONE = """
+from cfsp.errors import InputError
+from cfsp.processes import number, require_alike
+from phoneready.commands.processes import shared_passes
+from pathlib import Path
+import sys
+
+with shared_passes(Path(sys.argv[1]) / "out", "cpu"):
+    if sys.argv[2] == "fail" and number() == 1:
+        raise InputError("the second one has no memory")
+    require_alike(f"{number():02x}" * 32, "calibration text")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("fail", "the second one has no memory"), ("differ", "have the same calibration text")]
+)
+def test_what_one_process_alone_finds_is_said(
+    tmp_path: Path, in_processes: InProcesses, how: str, said: str
+) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    result = in_processes(2, str(script), str(tmp_path), how)
+    assert result.returncode != 0
+    assert said in result.stderr
 
 
 def test_what_fails_is_said_once(tiny_folder: TinyPath, tmp_path: Path, in_processes: InProcesses) -> None:

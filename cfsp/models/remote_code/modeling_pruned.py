@@ -163,8 +163,8 @@ class PerLayerWidths:
     """What else of a block has nothing to do where it does not attend."""
     _ffn: tuple[str, str] = ("mlp", "down_proj")
     """Of a block its FFN, and of that the last matrix."""
-    _numbered = False
-    """Whether an FFN is told of which block it is."""
+    _told: tuple[str, ...] = ()
+    """What an FFN is told beside the configuration, by the names of its arguments."""
     model: Any
     config: Any
 
@@ -175,8 +175,9 @@ class PerLayerWidths:
         for index, layer in enumerate(self.model.layers):
             if widths[index] != max(widths):
                 mlp = type(getattr(layer, self._ffn[0]))
-                arguments = (index,) if self._numbered else ()
-                setattr(layer, self._ffn[0], mlp(uniform_config(self.config, widths[index]), *arguments))
+                known = {"intermediate_size": widths[index], "layer_idx": index}
+                arguments = {name: known[name] for name in self._told}
+                setattr(layer, self._ffn[0], mlp(uniform_config(self.config, widths[index]), **arguments))
             if index in without:
                 leave_out_attention(layer, self._of_attention)
             elif kv_heads[index] != self.config.num_key_value_heads:
@@ -261,4 +262,15 @@ if hasattr(transformers, "Gemma4ForCausalLM"):  # not in transformers 4
     class PrunedGemma4ForCausalLM(PerLayerWidths, transformers.Gemma4ForCausalLM):  # type: ignore[misc]
         """Gemma 4 with blocks of different widths."""
 
-        _numbered = True
+        _told = ("layer_idx",)
+
+
+if hasattr(transformers, "Qwen3_5ForCausalLM"):  # not in transformers 4
+
+    class PrunedQwen3_5ForCausalLM(  # noqa: N801  # transformers' name
+        PerLayerWidths,
+        transformers.Qwen3_5ForCausalLM,  # type: ignore[misc]
+    ):
+        """Qwen 3.5's text models with blocks of different widths."""
+
+        _told = ("intermediate_size",)

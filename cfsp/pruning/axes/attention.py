@@ -22,14 +22,14 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.removal import Probe, Removal, attention_left_out
 
 ATTENTIONS_STAY = (
-    "few blocks attend, as a convolution takes the place of attention in the others, and these stay"
+    "few blocks attend, as something else takes the place of attention in the others, and these stay"
 )
 _KEYS_ARE_SHARED = "blocks read keys and values of other blocks, and all attentions stay as they are"
 
 
 def attentions_stay(spec: ArchitectureSpec) -> str | None:
     """Why no attention of a model type can go, nor a part of one; None where some can."""
-    if spec.convolution:
+    if spec.mixer:
         return ATTENTIONS_STAY
     return _KEYS_ARE_SHARED if spec.shared_keys else None
 
@@ -74,7 +74,7 @@ def check_attentions(candidates: Sequence[int], count: int) -> None:
 def removable_attentions(model: Any, gone: frozenset[int]) -> list[int]:
     """Blocks that can do without their attention: all that stay and have one, but the first of each kind.
 
-    Where most blocks do without already, as a convolution takes its place, none can, nor where others read its keys.
+    Where most blocks do without already, as something else takes its place, none can, nor where others read its keys.
     """
     if attentions_stay(spec_for(model.config)):
         return []

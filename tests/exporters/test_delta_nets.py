@@ -1,0 +1,236 @@
+"""Models of which most blocks have a gated delta net in the place of attention, and gated attention in the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+
+from cfsp.errors import InputError
+from cfsp.evaluation.language_model import Branches
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
+from cfsp.models.reference import load_model
+from exporters.checkpoint_reader import open_tensors
+from exporters.export_record import ParityLimits
+from exporters.gguf.architecture import read_layout
+from exporters.gguf.export import export_gguf
+from exporters.gguf.files import draft_gguf
+from exporters.gguf.imatrix import read_imatrix
+from exporters.gguf.language_model import GGUFLanguageModel
+from exporters.gguf.quants import QUANTS
+from exporters.gguf.tensors import tensor_specs
+from exporters.onnx import export_onnx
+from exporters.options import ExportOptions
+from phoneready.main import main
+from runtime_bench.devices.model_facts import gguf_facts
+
+TinyPath = Callable[..., Path]
+TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+LARGER = {"intermediate_size": 192, "num_hidden_layers": 6}
+WINDOWS = torch.randint(0, 330, (2, 96), generator=torch.Generator().manual_seed(0))
+QUANTS_MADE = ("f32", "f16", "Q8_0", "Q4_0")
+# Next-token distributions of random weights are nearly flat, so quantization moves them far; in torch, too.
+OPTIONS = ExportOptions(
+    limits=dict.fromkeys(("Q8_0", "Q4_0", "mixed-200kB"), ParityLimits(kl_mean=5.0)),
+    parity_windows=WINDOWS,
+    n_threads=1,
+)
+KEY = "attention.recurrent_layers"
+
+
+@pytest.fixture(scope="module")
+def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pruned checkpoint that lost channels, tokens and blocks, and its GGUF files."""
+    folder = tmp_path_factory.mktemp("files")
+    dense = str(tiny_folder("qwen3_5_text", **LARGER))
+    removed = ["--prune-ratio", "0.25", "--vocabulary", "330", "--blocks", "1", "--for", "Q8_0"]
+    assert main(["prune", dense, "-o", str(folder / "pruned"), *removed, *TEXT]) == 0
+    export_gguf(folder / "pruned", folder / "gguf", QUANTS_MADE, OPTIONS)
+    return folder / "pruned", folder / "gguf"
+
+
+def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -> None:
+    records = {one["quant"]: one for one in json.loads((files[1] / "export.json").read_text())["exports"]}
+    assert list(records) == list(QUANTS_MADE)
+    assert records["f32"]["parity"]["max_logit_diff"] < 1e-3
+    assert records["f32"]["parity"]["same_top1"] == 1
+    for record in records.values():
+        assert record["architecture"] == "qwen35"
+        kernels = [t for t in read_gguf(files[1] / record["file"]).tensors if t.name.endswith(CONVOLUTIONS)]
+        assert {tensor.kind.name for tensor in kernels} == {"F32"}
+
+
+def test_a_file_says_which_blocks_attend_where_no_step_does(files: tuple[Path, Path]) -> None:
+    (path,) = files[1].glob("*f32.gguf")
+    kinds = json.loads((files[0] / "config.json").read_text())["layer_types"]
+    assert len(kinds) == 5
+    file = read_gguf(path)
+    said = file.hyperparameter(KEY)
+    step = file.hyperparameter("full_attention_interval")
+    told = said or [(block + 1) % step != 0 for block in range(5)]
+    assert [bool(recurrent) for recurrent in told] == [kind == "linear_attention" for kind in kinds]
+    # Keys and values of two heads of 16 numbers are kept where blocks attend.
+    assert gguf_facts(path).key_value_width == kinds.count("full_attention") * 2 * 2 * 16
+
+
+def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None:
+    (path,) = files[1].glob("*f32.gguf")
+    ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
+    ids = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    items = [Branches(tuple(ids[:9]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
+    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    prompts = [ids[:5], ids[5:18], ids[18:21]]
+    assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
+    theirs.close()
+
+
+def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Path]) -> None:
+    """Rows and columns of a file go back to what they came from, and importances go with their columns."""
+    specs = {spec.name: spec for spec in tensor_specs(read_layout(files[0]))}
+    with open_tensors(files[0]) as tensors:
+        for name in ("blk.0.attn_qkv.weight", "blk.0.attn_gate.weight", "blk.0.ssm_out.weight"):
+            spec = specs[name]
+            ((source, shape),) = spec.sources
+            exact = tensors.read(source, shape)
+            assert not np.array_equal(spec.build(tensors), exact)
+            assert np.array_equal(spec.split(spec.build(tensors))[source], exact)
+        (source, _), *_ = specs["blk.0.ssm_out.weight"].sources
+        moments = safetensors.torch.load_file(files[0] / "input_moments.safetensors")
+        heads = moments[source.removesuffix(".weight")].view(2, 2, 16)
+    importance = read_imatrix(files[0], [QUANTS["Q4_K_M"]])["blk.0.ssm_out.weight"]
+    np.testing.assert_allclose(importance, heads.swapaxes(0, 1).reshape(-1), rtol=1e-5)
+
+
+def test_numbers_are_chosen_for_what_columns_read(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """ggml's own rounding of the output matrix, whose columns change places, is farther from it on a text."""
+    options = replace(OPTIONS, calibration=WINDOWS)
+    export_gguf(files[0], tmp_path / "out", ("Q4_0", "mixed:200kB"), options)
+    model = load_model(files[0]).model
+    out_proj, read = model.model.layers[0].linear_attn.out_proj, []
+    out_proj.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].flatten(0, 1)))
+    with torch.inference_mode():
+        model(WINDOWS)
+    (spec,) = (one for one in tensor_specs(read_layout(files[0])) if one.name == "blk.0.ssm_out.weight")
+    losses = []
+    for path in (next((tmp_path / "out").glob("*Q4_0.gguf")), next(files[1].glob("*Q4_0.gguf"))):
+        (stored,) = (tensor for tensor in read_gguf(path).tensors if tensor.name == spec.name)
+        (weight,) = spec.split(stored.dequantize()).values()
+        losses.append(
+            float((read[0] @ (torch.from_numpy(weight) - out_proj.weight.detach()).T).square().mean())
+        )
+    assert losses[0] < 0.9 * losses[1]
+
+
+def test_a_target_is_met(tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, out = str(tiny_folder("qwen3_5_text", **LARGER)), tmp_path / "out"
+    asked = ["--target-size", "330K", "--for", "Q8_0", *TEXT, "--json"]
+    assert main(["prune", dense, "-o", str(out), *asked]) == 0
+    budget = json.loads(capsys.readouterr().out)["budget"]
+    assert budget["dense"] > 330 * 1024 >= budget["reached"]
+    assert {one["axis"] for one in budget["axes"] if one["removed"]} <= {"vocabulary", "ffn", "blocks"}
+    (tmp_path / "files").mkdir()
+    assert draft_gguf(out, tmp_path / "files", ["Q8_0"])["Q8_0"].stat().st_size <= 330 * 1024
+
+
+def test_of_a_folder_that_can_see_the_text_part_is_taken(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    """Heads that draft further tokens are left where they are, as what encodes images is."""
+    text = tiny_folder("qwen3_5_text")
+    weights = safetensors.torch.load_file(text / "model.safetensors")
+    parts = {f"model.language_{name}": tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    parts |= {"mtp.norm.weight": torch.ones(64), "model.visual.merger.norm.weight": torch.ones(8)}
+    safetensors.torch.save_file(parts, text / "model.safetensors", {"format": "pt"})
+    own = json.loads((text / "config.json").read_text())
+    settings = {"model_type": "qwen3_5", "text_config": own, "vision_config": {}}
+    expected = load_model_of(weights, own)
+    (text / "config.json").write_text(json.dumps(settings))
+    loaded = load_model(text).model
+    assert loaded.config.model_type == "qwen3_5_text"
+    ids = torch.arange(40, 80)[None]
+    assert torch.equal(loaded(ids).logits, expected(ids).logits)
+
+
+def test_heads_that_draft_tokens_are_left_out(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    folder = tiny_folder("qwen3_5_text")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights |= {"mtp.norm.weight": torch.ones(64), "mtp.fc.weight": torch.ones(64, 128)}
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    (record,) = export_gguf(folder, tmp_path / "out", ("f32",), OPTIONS)
+    assert record.parity.max_logit_diff < 1e-3
+    assert not any("nextn" in tensor.name for tensor in read_gguf(tmp_path / "out" / record.file).tensors)
+
+
+def load_model_of(weights: dict[str, torch.Tensor], settings: dict[str, Any]) -> Any:
+    import transformers
+
+    model = transformers.Qwen3_5ForCausalLM(transformers.AutoConfig.for_model(**settings))
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def test_onnx_is_refused_in_a_line(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_folder("qwen3_5_text")
+    with pytest.raises(InputError, match="no graph is written yet of blocks with a gated delta net"):
+        export_onnx(folder, tmp_path / "out", ["fp32"])
+    assert main(["export", str(folder), "-o", str(tmp_path / "out"), "--onnx", "int4"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"layer_types": ["full_attention"] * 4}, "a gated delta net in some block"),
+        ({"linear_value_head_dim": 32}, "key heads and value heads of a delta net of one size"),
+        ({"rope_parameters": {"mrope_section": [11, 11, 10]}}, "sections of the rope"),
+        ({"rope_parameters": {"mrope_section": [4, 0, 0]}}, "sections of the rope"),
+    ],
+)
+def test_llama_cpp_is_given_no_file_that_it_computes_otherwise(
+    tiny_folder: TinyPath, settings: dict[str, Any], said: str
+) -> None:
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }
+    if "rope_parameters" in settings:
+        settings = {"rope_parameters": rope | settings["rope_parameters"]}
+    with pytest.raises(InputError, match=said):
+        read_layout(tiny_folder("qwen3_5_text", **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"layer_types": ["linear_attention"] * 4}, "no block attends"),
+        ({"linear_num_value_heads": 3}, "linear_num_value_heads 3 is no multiple"),
+        ({"linear_conv_kernel_dim": 1}, "linear_conv_kernel_dim"),
+    ],
+)
+def test_folders_of_no_such_model(tiny_folder: TinyPath, settings: dict[str, Any], said: str) -> None:
+    file = tiny_folder("qwen3_5_text") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(InputError, match=said) as caught:
+        load_model(file.parent)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_is_no_source(files: tuple[Path, Path]) -> None:
+    (path,) = files[1].glob("*f32.gguf")
+    with pytest.raises(InputError, match="written here and not read"):
+        load_model(path)
