@@ -118,7 +118,7 @@ def _asked(
 
     shared = Windows(math.ceil(settings.nsamples / count()), settings.seqlen)
     is_aimed = bool(settings.target or (plan and plan.budget))
-    return Pruning(chosen, shared, is_aimed=is_aimed, only_plan=only_plan)
+    return Pruning(chosen, shared, is_aimed=is_aimed, only_plan=only_plan, has_plan=plan is not None)
 
 
 def _foretell(

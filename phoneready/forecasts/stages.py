@@ -14,6 +14,7 @@ from typing import Any
 
 from cfsp.forecast import Extent, Work
 from cfsp.models.homes import scratch_bytes
+from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS
 from cfsp.pruning.settings import PruneSettings
@@ -100,12 +101,22 @@ class Pruning:
         text: Calibration windows.
         is_aimed: Whether a target says how much goes.
         only_plan: Whether no model is changed.
+        has_plan: Whether what goes is decided already.
     """
 
     settings: PruneSettings
     text: Windows
     is_aimed: bool = False
     only_plan: bool = False
+    has_plan: bool = False
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether Gram matrices are gathered."""
+        settings = self.settings
+        if self.has_plan:
+            return bool(settings.prune_ratio) and RECONSTRUCTIONS[settings.reconstruct].needs_gram
+        return settings.plan_needs_gram if self.only_plan else settings.needs_gram
 
     @property
     def cuts_ffn_alone(self) -> bool:
@@ -209,10 +220,9 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     (dense,), settings, text = extents, asked.settings, asked.text
     kept = dense.narrowed(settings.prune_ratio)
     seen = _passed(dense, text, _STATISTICS, held=text.tokens if settings.prune_ratio else None)
-    steps = [_loaded(dense), seen, *_removals(dense, settings, text)]
-    needs_gram = settings.plan_needs_gram if asked.only_plan else settings.needs_gram
-    steps += [_gathered(dense, text)] if needs_gram else []
-    if settings.needs_gradients:
+    steps = [_loaded(dense), seen, *([] if asked.has_plan else _removals(dense, settings, text))]
+    steps += [_gathered(dense, text)] if asked.needs_gram else []
+    if settings.needs_gradients and not asked.has_plan:
         some = text.most(GRADIENT_WINDOWS)
         steps += [_passed(dense, some, _BACKWARDS, passes=3), _headed(dense, some).times(2)]
     if asked.only_plan:

@@ -288,12 +288,23 @@ def test_a_pruned_checkpoint_takes_no_less_than_what_is_asked_for(
     assert bool(work.least_disk) != options.startswith(others)
 
 
-def test_a_plan_alone_asks_for_no_gram_matrices(
+def test_gram_matrices_ask_for_room_where_they_are_gathered_alone(
     asked_for: list[Work], tiny_folder: TinyPath, tmp_path: Path
 ) -> None:
     text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32"]
-    assert main(["prune", str(tiny_folder()), "--plan-only", str(tmp_path / "plan.json"), *text]) == 0
-    assert not asked_for[0].scratch
+    model, plan = str(tiny_folder()), str(tmp_path / "plan.json")
+    assert main(["prune", model, "--plan-only", plan, *text, "--reconstruct", "one-pass"]) == 0
+    assert main(["prune", model, "--plan", plan, "-o", str(tmp_path / "kept"), *text]) == 0
+    assert main(["prune", model, "-o", str(tmp_path / "out"), *text]) == 0
+    assert [bool(work.scratch) for work in asked_for] == [False, True, False]
+
+
+def test_a_plan_that_is_given_takes_no_search_for_what_goes() -> None:
+    settings = PruneSettings(allocation="loss", blocks=1)
+    made, given = (
+        STAGES["prune"].work([SMALL], Pruning(settings, TEXT, has_plan=has)) for has in (False, True)
+    )
+    assert operations(given) < operations(made)
 
 
 _WATCHED: list[Callable[[], None]] = []
