@@ -27,7 +27,7 @@ _CACHED = {
     2: ("active_file", "inactive_file", "slab_reclaimable"),
 }
 """Of memory.stat: what the system drops when it needs room."""
-_KEPT_BYTES, _KEPT_BY_OLDER = 2**28, 2**25
+_KEPT_BYTES, _KEPT_BY_DEFAULT = 2**28, 2**25
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _SET_BY_USERS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 
@@ -36,22 +36,33 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed tensors of up to 256 MiB for the next ones.
 
     It gives what is larger than 32 MiB back to the system, which hands out each page of the next tensor anew and
-    zeroed: silu(x) * x of 50 MB then takes three times as long (a virtual machine, measured). `give_back_memory` gives
-    back what nobody uses. What users have set stays; other libraries of C have no such limit, or none that moves.
+    zeroed: silu(x) * x of 50 MB then takes three times as long (a virtual machine, measured). What users have set
+    stays; other libraries of C have no such limit, or none that moves.
     """
-    if not any(name in os.environ for name in _SET_BY_USERS):
-        with _glibc() as library:
-            # Versions before 2.35 know no more, and a limit that one call moves no other does by itself.
-            if library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES) or library.mallopt(
-                _M_MMAP_THRESHOLD, _KEPT_BY_OLDER
-            ):
-                library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    _keep(_KEPT_BYTES)
+
+
+def give_back_large_tensors() -> None:
+    """Undo `keep_freed_memory`: of a model that memory does not hold, what is freed is of use to others."""
+    _keep(_KEPT_BY_DEFAULT)
+    give_back_memory()
 
 
 def give_back_memory() -> None:
-    """Give the system the pages of freed tensors, between those that are in use, too."""
+    """Give the system the pages of freed tensors, those between tensors that are in use, too."""
     with _glibc() as library:
         library.malloc_trim(0)
+
+
+def _keep(n_bytes: int) -> None:
+    if any(name in os.environ for name in _SET_BY_USERS):
+        return
+    with _glibc() as library:
+        # Versions before 2.35 know no more than the default, and where one limit is set the other moves no more.
+        if library.mallopt(_M_MMAP_THRESHOLD, n_bytes) or library.mallopt(
+            _M_MMAP_THRESHOLD, _KEPT_BY_DEFAULT
+        ):
+            library.mallopt(_M_TRIM_THRESHOLD, n_bytes)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.memory import free_memory
+from cfsp.memory import free_memory, give_back_large_tensors
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers, spec_for
 from cfsp.models.homes import Home, Scratch, require_scratch, scratch_bytes
 from cfsp.models.text_settings import text_settings
@@ -291,6 +291,7 @@ def paged_copy(
 
 def _paged(model: Any, homes: Mapping[str, Home], scratch: Scratch) -> Any:
     """Have the weights of a model, all of them mapped, come and go page by page."""
+    give_back_large_tensors()
     layers = list(decoder_layers(model))
     known: dict[int, Home] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
