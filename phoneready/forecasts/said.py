@@ -93,10 +93,9 @@ def _line(work: Work, more: Work | None, extent: Extent, machine: Machine) -> st
     forecast = foresee(work, extent, dtype=machine.dtype, device=machine.device)
     if forecast.seconds < LONG_S:
         return ""
-    if more is None:
+    if more is None or (seconds := foresee(more, extent).seconds) < LONG_S:
         return str(forecast)
-    seconds = format_seconds(foresee(more, extent).seconds)
-    return f"{forecast}; {seconds} more where the text that it writes itself is not kept from before"
+    return f"{forecast}; {format_seconds(seconds)} more where the text that it writes itself is not kept from before"
 
 
 def _on(extent: Extent, machine: Machine) -> Extent:

@@ -189,7 +189,9 @@ def test_too_little_memory_is_no_bug(
     error = capsys.readouterr().err
     assert said in error
     assert "()" not in error
-    assert len(error.splitlines()) == 1
+    assert "error:" in error.splitlines()[-1]  # behind what it would take, on a busy machine
+    assert error.count("error:") == 1
+    assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 

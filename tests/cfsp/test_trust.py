@@ -47,7 +47,8 @@ def test_a_tokenizers_code_does_not_run_where_yes_is_on_standard_input(evil: Pat
     )
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("error:") == 1
+    assert result.stderr.splitlines()[-1].startswith("error:")
     assert "--trust-remote-code" in result.stderr
     assert not (tmp_path / "canary").exists()
 

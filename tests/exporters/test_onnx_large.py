@@ -45,7 +45,7 @@ def decoder(vocab_size: int) -> Decoder:
         rope=rope,
     )
     block = Block(
-        attention=attention,
+        mixer=attention,
         ffn_norm=1 + floats(HIDDEN),
         gate_proj=linear(WIDTH, HIDDEN),
         up_proj=linear(WIDTH, HIDDEN),

@@ -76,5 +76,5 @@ def test_tuned_norms_are_what_the_graph_gets(tiny_model: Callable[..., Any]) -> 
     decoder = decoder_of(model, Weights(norms=norms))
     found = [decoder.final_norm]
     for block in decoder.blocks:
-        found += [block.attention.input_norm, block.ffn_norm, block.attention.q_norm, block.attention.k_norm]
+        found += [block.mixer.input_norm, block.ffn_norm, block.mixer.q_norm, block.mixer.k_norm]
     assert {float(vector[0]) for vector in found if vector is not None} == set(range(2, len(names) + 2))
