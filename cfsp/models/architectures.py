@@ -49,6 +49,7 @@ class Mixer:
     name: str
 
 
+@dataclass(frozen=True)
 class BlockInputs:
     """What every block gets of a token beside its hidden state x, and what it makes of that.
 

@@ -69,6 +69,28 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(count)
     writer.add_feed_forward_length(list(widths) if chosen.layout.per_layer_sizes else widths[0])
+    _add_heads(writer, chosen)
+    if chosen.layout.shares_keys:
+        writer.add_shared_kv_layers(config.sharing_blocks)
+    if chosen.layout.takes_inputs:
+        writer.add_embedding_length_per_layer_input(config.block_inputs)
+    if config.logit_cap:
+        writer.add_final_logit_softcapping(config.logit_cap)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if chosen.layout.full_step:
+        _add_windows(writer, config, chosen.layout)
+    for key, value in rope_metadata(config).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+        add(f"{writer.arch}.{key}", value)
+    if config.rope_sections:
+        writer.add_rope_dimension_sections([*config.rope_sections, 0])
+    writer.add_string("phoneready.model_type", config.model_type)
+    writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))
+
+
+def _add_heads(writer: Any, chosen: ChosenLayout) -> None:
+    """How many heads of which sizes attention has, and what takes its place in other blocks."""
+    config = chosen.config
     # Of blocks that read another block's keys it is asked how many heads they have all the same.
     kv_heads = tuple(
         n or (config.shape.most_kv_groups if config.sharing_blocks else 0) for n in config.kv_heads
@@ -88,22 +110,6 @@ def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:
     if chosen.layout.own_heads:
         writer.add_key_length_swa(config.head_dim)
         writer.add_value_length_swa(config.head_dim)
-    if chosen.layout.shares_keys:
-        writer.add_shared_kv_layers(config.sharing_blocks)
-    if chosen.layout.takes_inputs:
-        writer.add_embedding_length_per_layer_input(config.block_inputs)
-    if config.logit_cap:
-        writer.add_final_logit_softcapping(config.logit_cap)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if chosen.layout.full_step:
-        _add_windows(writer, config, chosen.layout)
-    for key, value in rope_metadata(config).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-        add(f"{writer.arch}.{key}", value)
-    if config.rope_sections:
-        writer.add_rope_dimension_sections([*config.rope_sections, 0])
-    writer.add_string("phoneready.model_type", config.model_type)
-    writer.add_array("phoneready.intermediate_sizes", list(config.shape.ffn_widths))
 
 
 def _add_delta_nets(writer: Any, config: ModelConfig, net: DeltaNet) -> None:
