@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.evaluation.language_model import Branches, Score, branch_scores, check_length, contains_any
-from cfsp.models.architectures import capped, logit_cap, spec_for, windows_of_blocks
+from cfsp.models.architectures import output_logits, spec_for, windows_of_blocks
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
@@ -42,11 +42,10 @@ def next_token_logits(model: Any, window: torch.Tensor) -> Iterator[tuple[slice,
 
 def logits_from_hidden(model: Any, hidden: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """As `next_token_logits`, from the decoder's last hidden states (seqlen, hidden_size) of a window."""
-    head = model.get_output_embeddings()
     last = len(hidden) - 1
     for start in range(0, last, _CHUNK):
         stop = min(start + _CHUNK, last)
-        yield slice(start + 1, stop + 1), capped(head(hidden[start:stop]).float(), logit_cap(model.config))
+        yield slice(start + 1, stop + 1), output_logits(model, hidden[start:stop])
 
 
 class BlocksAhead:
@@ -151,8 +150,7 @@ class TorchLanguageModel:
             ids = torch.tensor([[*item.context, *continuation[:-1]]], device=model.device)
             hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, start - 1 :]
             rows.append(hidden[1 if rows else 0 :])
-        logits: torch.Tensor = model.get_output_embeddings()(torch.cat(rows)).float()
-        return capped(logits, logit_cap(model.config)).log_softmax(-1).cpu()
+        return output_logits(model, torch.cat(rows)).log_softmax(-1).cpu()
 
     def _score_batch(self, items: Sequence[Branches]) -> Iterator[list[Score]]:
         width = max(item.n_tokens for item in items)
@@ -170,10 +168,9 @@ class TorchLanguageModel:
             position_ids=positions.to(model.device),
             use_cache=False,
         ).last_hidden_state
-        head = model.get_output_embeddings()
         for row, item in enumerate(items):
             start = len(item.context)
-            logits = capped(head(hidden[row, start - 1 : item.n_tokens]).float(), logit_cap(model.config))
+            logits = output_logits(model, hidden[row, start - 1 : item.n_tokens])
             yield list(branch_scores(item, logits.log_softmax(-1).cpu()))
 
     @torch.inference_mode()

@@ -517,6 +517,11 @@ def logit_cap(config: Any) -> float | None:
     return getattr(config, key) if key else None
 
 
+def output_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """A model's logits (..., vocab_size) float32, of the output matrix's inputs (..., hidden_size)."""
+    return capped(model.get_output_embeddings()(hidden).float(), logit_cap(model.config))
+
+
 def model_shape(model: Any) -> ModelShape:
     """The shape that a model's weights have; every block counts as the dense model's of the same index."""
     blocks = []

@@ -25,11 +25,10 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import (
     FeedForward,
-    capped,
     decoder_layers,
     feed_forward,
     last_norm,
-    logit_cap,
+    output_logits,
     token_tables,
 )
 from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
@@ -348,9 +347,9 @@ def _head_gradient(model: Any, hidden: torch.Tensor, generator: torch.Generator)
 
     The matrix multiplies in chunks, so that seqlen x vocab_size is never held.
     """
-    head, ending = model.get_output_embeddings(), hidden[0].detach().requires_grad_()
+    ending = hidden[0].detach().requires_grad_()
     for chunk in torch.split(ending, _HEAD_CHUNK):
-        logits = capped(head(chunk).float(), logit_cap(model.config))
+        logits = output_logits(model, chunk)
         labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
         torch.autograd.backward(F.cross_entropy(logits, labels, reduction="sum"))
     assert ending.grad is not None

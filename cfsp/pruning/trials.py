@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError
-from cfsp.models.architectures import capped, logit_cap, model_shape
+from cfsp.models.architectures import model_shape, output_logits
 from cfsp.models.paging import copied
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -209,5 +209,4 @@ def _log_probabilities(model: Any, window: torch.Tensor) -> torch.Tensor:
     """At every other position; the output matrix costs as much as many blocks."""
     ids = window[None].to(model.device)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, ::2]
-    logits: torch.Tensor = model.get_output_embeddings()(hidden).float()
-    return capped(logits, logit_cap(model.config)).log_softmax(-1)
+    return output_logits(model, hidden).log_softmax(-1)

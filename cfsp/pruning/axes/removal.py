@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.models.architectures import capped, decoder_layers, last_norm, logit_cap
+from cfsp.models.architectures import decoder_layers, last_norm, output_logits
 from cfsp.models.block_pass import Calls, enter_blocks, run_layer
 from cfsp.models.paging import weightless
 from cfsp.processes import mine, number_summed
@@ -157,9 +157,7 @@ class Probe:
         return {part: max(number_summed(total) / n_windows, 0.0) for part, total in sums.items()}
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        normed = last_norm(self.model)(hidden[:, ::_EVERY])
-        logits: torch.Tensor = self.model.get_output_embeddings()(normed).float()
-        return capped(logits, logit_cap(self.model.config)).log_softmax(-1)
+        return output_logits(self.model, last_norm(self.model)(hidden[:, ::_EVERY])).log_softmax(-1)
 
 
 def block_left_out(layer: nn.Module, part: int = 0) -> AbstractContextManager[None]:
