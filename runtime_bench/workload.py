@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,13 @@ class BenchSettings(SamplingSettings):
     load: bool = True
     cold_load: bool = setting(
         False, "Load from the disk: have the file forgotten before each load.", option="--cold"
+    )
+    cache_type: str | None = setting(
+        None,
+        f"Type of the key-value cache of GGUF files: {', '.join(MEASURED_CACHES)}.",
+        choices=MEASURED_CACHES,
+        metavar="TYPE",
+        shown=DEFAULT_CACHE,
     )
     n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
     n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)

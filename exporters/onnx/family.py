@@ -15,7 +15,7 @@ def _locate(folder: Path, stem: str, variant: str) -> ExportedModel:
     return ExportedModel(f"{stem}-{variant}", root, find_graph(str(root), last_logits=True))
 
 
-def _open(reference: str, n_ctx: int, n_threads: int | None) -> Any:
+def _open(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | None) -> Any:
     from exporters.onnx.language_model import OnnxLanguageModel
 
     return OnnxLanguageModel(reference, n_ctx=n_ctx, n_threads=n_threads)

@@ -58,6 +58,7 @@ class OnnxLanguageModel:
             )
         self.vocab_size = self._model.vocab_size
         self.source_sha256: str | None = self._model.metadata.get("phoneready.source_sha256")
+        self.cache_type: str | None = None
         self._stops = stop_tokens(read_generation_config(folder), self.tokenizer)
 
     def close(self) -> None:

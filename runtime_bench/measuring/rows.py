@@ -102,7 +102,9 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
         path=str(file.path),
         engine=file.engine,
         workload=workload,
-        session=SessionSettings(workload.n_ctx, threads, settings.n_batch, settings.n_ubatch),
+        session=SessionSettings(
+            workload.n_ctx, threads, settings.n_batch, settings.n_ubatch, settings.cache_type
+        ),
         warmup=settings.warmup,
         seed=settings.seed,
         page_cache=load if workload.kind == "load" else "as_found",
@@ -178,6 +180,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         n_threads=request.session.n_threads,
         backends=facts.backends,
         build_commit=facts.build_commit,
+        engine_settings=facts.settings,
         cpu_info=environment.cpu_model,
         test_time=row.started,
         warmup=request.warmup and workload.kind != "load",

@@ -1,5 +1,5 @@
 """Records as text: Markdown in llama-bench's columns, JSON, JSON Lines, CSV. Units are converted only
-here. And thread counts of a file side by side: which is best, and what the others give."""
+here. And thread counts of a file side by side, which is best and what the others give, and depths of its context."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
+from runtime_bench.workload import Workload
 
 _REASON_WIDTH = 40
 """Letters of a failure's reason inside the table; the whole of it follows below."""
@@ -91,12 +92,19 @@ def _time(record: BenchRecord, value: float | None) -> str | None:
     return _number(None if record.kind == EMULATED else value, "{:.1f} ms", 1e6)
 
 
+def _cache(record: BenchRecord) -> str | None:
+    """Its type, and that attention ran in a flash kernel, which quantized values need."""
+    settings = record.engine_settings
+    return settings.cache_type and settings.cache_type + (", flash" if settings.flash_attention else "")
+
+
 _COLUMNS: tuple[Column[BenchRecord], ...] = (
     Column("model", lambda r: r.model_type),
     Column("size", lambda r: _size(r.model_size), right=True),
     Column("params", lambda r: _count(r.model_n_params), right=True),
     Column("backend", lambda r: r.backends),
     Column("threads", lambda r: r.n_threads, right=True),
+    Column("cache", _cache),
     # Loads say what they found: a cold load and a warm one are different things.
     Column(
         "test",
@@ -154,6 +162,29 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
         row["speed at each, of the best"] = ", ".join(_point(record, best) for record in group)
         rows.append(row)
     return table_of(rows, right=("test",)).markdown()
+
+
+def format_depths(records: Sequence[BenchRecord]) -> str:
+    """A Markdown table with a row for each file and test that was measured at several depths, a column for each depth;
+    empty without any."""
+    groups: dict[tuple[str, str, str, str, int], dict[int, BenchRecord]] = {}
+    for record in records:
+        test = Workload(record.workload, record.n_prompt, record.n_gen).test
+        key = (record.model_filename, record.engine, record.target, test, record.n_threads)
+        groups.setdefault(key, {})[record.n_depth] = record
+    deep = {key: group for key, group in groups.items() if len(group) > 1}
+    names, rows = short_names(record.model_filename for record in records), []
+    depths = sorted({depth for group in deep.values() for depth in group})
+    for (file, _, target, test, threads), group in deep.items():
+        row = {"target": target} if len({record.target for record in records}) > 1 else {}
+        row |= {"file": names[file]} if len(names) > 1 else {}
+        row |= {"test": test, "threads": str(threads), "cache": _cache(next(iter(group.values()))) or NOTHING}
+        rows.append(row | {f"t/s @ d{depth}": _at_depth(group.get(depth)) for depth in depths})
+    return table_of(rows, right=("test", "threads", *(f"t/s @ d{depth}" for depth in depths))).markdown()
+
+
+def _at_depth(record: BenchRecord | None) -> str:
+    return NOTHING if record is None else _speed(record) or NOTHING
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:
