@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cfsp.errors import InputError
 from cfsp.settings import setting
 from cfsp.units import format_bytes
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from phoneready.commands.options import (
     JsonOption,
     NdkOption,
@@ -20,10 +22,18 @@ from phoneready.commands.options import (
 from phoneready.console import show_progress, write_result
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import find_profile, load_profiles
-from runtime_bench.devices.projection import CONTEXT, DEFAULT_CONTEXT, project
+from runtime_bench.devices.projection import (
+    CONTEXT,
+    DEFAULT_CONTEXT,
+    ContextNeed,
+    Projection,
+    project,
+    project_contexts,
+)
 from runtime_bench.native.build import build_runner as build
 from runtime_bench.native.build import read_build
 from runtime_bench.presentation.device_table import (
+    format_contexts,
     format_profile,
     format_projections,
     profile_table,
@@ -53,6 +63,12 @@ def show_device(
 def fit(
     file: Annotated[Path, typer.Argument(help="GGUF file.", metavar="FILE")],
     context: int = setting(DEFAULT_CONTEXT, CONTEXT),
+    cache_type: str = setting(
+        DEFAULT_CACHE,
+        f"Type of the key-value cache: {', '.join(MEASURED_CACHES)}.",
+        choices=MEASURED_CACHES,
+        metavar="TYPE",
+    ),
     device: tuple[str, ...] = setting((), "Devices, as A,B.", metavar="NAME,...", shown="all"),
     json: JsonOption = False,
 ) -> None:
@@ -64,14 +80,18 @@ def fit(
     if context > facts.context_length:
         allowed = f"up to {facts.context_length}"
         raise InputError("longer than the model's context", field="context", value=context, allowed=allowed)
-    rows = [project(entry.profile, facts, context) for entry in chosen]
-    payload = {"kind": "projected", "file": str(file), "context": context}
-    write_result(
-        format_projections(rows, context),
-        payload
-        | {"devices": [asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total} for row in rows]},
-        as_json=json,
-    )
+    rows = [project(entry.profile, facts, context, cache_type) for entry in chosen]
+    contexts = [project_contexts(entry.profile, facts) for entry in chosen]
+    text = format_projections(rows, context, cache_type)
+    text += "\n" + format_contexts(contexts[0], of_one_device=len(chosen) == 1)
+    payload = {"kind": "projected", "file": str(file), "context": context, "cache_type": cache_type}
+    devices = [_projected(row, needs) for row, needs in zip(rows, contexts, strict=True)]
+    write_result(text, payload | {"devices": devices}, as_json=json)
+
+
+def _projected(row: Projection, contexts: Sequence[ContextNeed]) -> dict[str, Any]:
+    of_contexts = [asdict(need) | {"total_bytes": need.memory.total} for need in contexts]
+    return asdict(row) | {"fits": row.fits, "total_bytes": row.memory.total, "contexts": of_contexts}
 
 
 def build_runner(

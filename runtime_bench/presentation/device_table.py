@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile
-from runtime_bench.devices.projection import MIB, Band, Projection
+from runtime_bench.devices.projection import MIB, Band, ContextNeed, Projection
 from runtime_bench.presentation.markup import escape_markdown, visible
-from runtime_bench.presentation.table import Column, Table
+from runtime_bench.presentation.table import Column, Table, table_of
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 UNKNOWN = "unknown"
@@ -51,15 +51,32 @@ def profile_to_json(entry: KnownProfile) -> dict[str, Any]:
     return entry.profile.model_dump(mode="json") | {"file": str(entry.file), "built_in": entry.built_in}
 
 
-def format_projections(projections: Sequence[Projection], context: int) -> str:
+def format_projections(projections: Sequence[Projection], context: int, cache_type: str) -> str:
     """A row a device; where there is one device alone, its memory and its assumptions below."""
     table = Table(_PROJECTION_COLUMNS, projections).markdown()
-    text = table + f"\nProjected, not measured; context of {context} tokens.\n"
+    text = table + f"\nProjected, not measured; context of {context} tokens, cache in {cache_type}.\n"
     if len(projections) != 1:
         return text
     memory = projections[0].memory
     parts = ", ".join(f"{f.name} {_mib(getattr(memory, f.name))}" for f in dataclasses.fields(memory))
     return text + "".join(f"- {line}\n" for line in (parts, *projections[0].assumptions))
+
+
+def format_contexts(needs: Sequence[ContextNeed], *, of_one_device: bool) -> str:
+    """A row for each type of cache, a column for each length: the cache, and of one device what all of it needs."""
+    rows = []
+    for cache_type in dict.fromkeys(need.cache_type for need in needs):
+        row = {"cache": cache_type}
+        for need in (one for one in needs if one.cache_type == cache_type):
+            row[f"{need.n_ctx} tokens"] = _need(need) if of_one_device else _mib(need.memory.cache)
+        rows.append(row)
+    what = "Cache, what is needed with it, and whether that fits" if of_one_device else "Size of the cache"
+    return f"{what}, by its type and the length of the context:\n\n{table_of(rows).markdown()}"
+
+
+def _need(need: ContextNeed) -> str:
+    fits = _FITS[need.verdict] if need.verdict else UNKNOWN
+    return f"{_mib(need.memory.cache)}, {_mib(need.memory.total)}, {fits}"
 
 
 _PROJECTION_COLUMNS: tuple[Column[Projection], ...] = (
