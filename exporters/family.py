@@ -55,6 +55,7 @@ class ExportFamily:
         largest_size: (outline of a model, format, origin) -> most bytes of its files, where they follow from its shape.
         for_size: A further format, `NAME:SIZE`, whose row is made for the size; None where there is none.
         cache_types: Types of the key-value cache that its runtime can be asked for.
+        own_cache: The one that phones run with where nothing is asked for; None for that of the file.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ExportFamily:
     largest_size: Callable[[Any, str, Provenance], int] | None = None
     for_size: str | None = None
     cache_types: tuple[str, ...] = ()
+    own_cache: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
+from exporters.onnx.ready import INT8_CACHE
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,10 @@ class BenchSettings(SamplingSettings):
     )
     cache_type: str | None = setting(
         None,
-        f"Type of the key-value cache of GGUF files: {', '.join(MEASURED_CACHES)}.",
-        choices=MEASURED_CACHES,
+        f"Type of the key-value cache: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}.",
+        choices=(*MEASURED_CACHES, INT8_CACHE),
         metavar="TYPE",
-        shown=DEFAULT_CACHE,
+        shown=f"{DEFAULT_CACHE}; an ONNX graph's own",
     )
     n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
     n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)

@@ -8,7 +8,7 @@ from typing import Any
 from cfsp.errors import InputError
 from exporters import gguf
 from exporters.family import ExportedModel, ExportFamily
-from exporters.gguf.cache_types import MEASURED_CACHES
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 
 
 def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:
@@ -41,4 +41,5 @@ GGUF = ExportFamily(
     draft=lambda *request: gguf.draft_gguf(*request),
     for_size=gguf.MIXED,
     cache_types=MEASURED_CACHES,
+    own_cache=DEFAULT_CACHE,
 )

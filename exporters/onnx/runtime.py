@@ -7,14 +7,16 @@ convolution keeps of a text is given anew each time by both, and knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, require_extra
+from exporters.onnx.ready import INT8_CACHE, ready_graph
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -28,8 +30,16 @@ the next, and those of blocks that differ in width do not fit into each other's 
 _KEYS_AND_VALUES, _CONVOLVED = "past_key_values.", "past_conv."
 _PRESENT = {_KEYS_AND_VALUES: "present.", _CONVOLVED: "present_conv."}
 """How the names of caches begin, as inputs and as outputs."""
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES: Mapping[str, tuple[str, type]] = MappingProxyType(
+    {
+        "tensor(float)": ("f32", np.float32),
+        "tensor(float16)": ("f16", np.float16),
+        "tensor(int8)": (INT8_CACHE, np.int8),
+    }
+)
+"""ONNX Runtime's name of a cache's type, to ours and NumPy's."""
 
 
 def runtime_version() -> str:
@@ -56,6 +66,7 @@ class OnnxModel:
         can_rewind: Whether all but the first of them can be forgotten.
         last_logits: Whether the graph gives the last position's logits alone.
         metadata: The file's own keys.
+        cache_type: Of keys and values: f32, f16 or int8; None without any.
     """
 
     def __init__(self, path: Path, session: Any, n_ctx: int, n_batch: int) -> None:
@@ -87,6 +98,8 @@ class OnnxModel:
         fixed = self.metadata.get(CACHE_KEY) == FIXED_CACHE
         self._in_place = frozenset(n for n in self._caches if fixed and n.startswith(_KEYS_AND_VALUES))
         self.can_rewind = fixed and len(self._in_place) == len(self._caches)
+        kinds = [inputs[name].type for name in self._caches if name.startswith(_KEYS_AND_VALUES)]
+        self.cache_type = _TYPES[kinds[0]][0] if kinds else None
         self._cache: dict[str, Any] = {}
         self.clear()
 
@@ -105,6 +118,11 @@ class OnnxModel:
         self.n_past = n_past
         kept = {name: self._cache[name] for name in self._in_place if name in self._cache}
         self._cache = {name: kept.get(name) or self._empty(name) for name in self._caches}
+
+    def fixed_caches(self) -> dict[str, npt.NDArray[Any]]:
+        """Input of a cache of fixed length -> what it holds, (heads, n_past, numbers of a head), copied."""
+        held = ((name, self._cache[name].numpy()[0, :, : self.n_past]) for name in sorted(self._in_place))
+        return {name: values.copy() for name, values in held}
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
         """Append tokens, at most n_batch.
@@ -137,9 +155,9 @@ class OnnxModel:
         binding.bind_output("logits", "cpu")
         for name in self._caches:
             if name in self._in_place:
-                binding.bind_ortvalue_output(_present(name), self._cache[name])
+                binding.bind_ortvalue_output(present_name(name), self._cache[name])
             else:
-                binding.bind_output(_present(name), "cpu")
+                binding.bind_output(present_name(name), "cpu")
         self._session.run_with_iobinding(binding)
         logits, *presents = binding.get_outputs()
         for name, present in zip(self._caches, presents, strict=True):
@@ -161,10 +179,10 @@ class OnnxModel:
         value, sizes = self._inputs[name], _sizes(name, self._inputs[name])
         if name.startswith(_KEYS_AND_VALUES):
             sizes.insert(1, self.n_ctx if name in self._in_place else 0)
-        return OrtValue.ortvalue_from_numpy(np.zeros((1, *sizes), dtype=_TYPES[value.type]))
+        return OrtValue.ortvalue_from_numpy(np.zeros((1, *sizes), dtype=_TYPES[value.type][1]))
 
 
-def _present(name: str) -> str:
+def present_name(name: str) -> str:
     """The output of what a cache is then."""
     prefix = next(prefix for prefix in _PRESENT if name.startswith(prefix))
     return f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
@@ -176,7 +194,14 @@ def _sizes(name: str, value: Any) -> list[Any]:
     return [sizes[0], sizes[2]] if name.startswith(_KEYS_AND_VALUES) else sizes
 
 
-def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL_TOKENS) -> OnnxModel:
+def open_model(
+    path: Path,
+    *,
+    n_ctx: int,
+    n_threads: int,
+    n_batch: int = PREFILL_TOKENS,
+    cache_type: str | None = None,
+) -> OnnxModel:
     """Open a file on the CPU.
 
     Args:
@@ -184,9 +209,10 @@ def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL
         n_ctx: Tokens that the cache holds.
         n_threads: Threads inside an operator.
         n_batch: Most tokens run at once; logits of all of them are held.
+        cache_type: INT8_CACHE for the graph that `make_ready` made of the file; None for its own.
 
     Raises:
-        InputError: ONNX Runtime cannot load it.
+        InputError: ONNX Runtime cannot load it, or there is no such graph.
         MissingExtraError: ONNX Runtime is not installed.
     """
     require_extra("onnxruntime", "onnx")
@@ -198,8 +224,12 @@ def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised; written by ONNX Runtime it would be in colours
+    graph: str | bytes = str(path)
+    if cache_type is not None:
+        graph = ready_graph(path).read_bytes()
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
     return OnnxModel(path, session, n_ctx, n_batch)

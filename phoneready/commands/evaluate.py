@@ -16,7 +16,8 @@ from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
-from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES, PARITY_CACHE
+from exporters.gguf.cache_types import MEASURED_CACHES, PARITY_CACHE
+from exporters.onnx.ready import INT8_CACHE
 from phoneready.commands.options import (
     DeviceOption,
     JsonOption,
@@ -119,11 +120,11 @@ def evaluate(
     ),
     cache_type: str | None = setting(
         None,
-        f"Type of MODEL's keys and values: {', '.join(MEASURED_CACHES)}. Without --against the reference is MODEL "
-        f"with {DEFAULT_CACHE}.",
-        choices=MEASURED_CACHES,
+        f"Type of MODEL's keys and values: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}. "
+        "Without --against the reference is MODEL with the cache that it would have otherwise.",
+        choices=(*MEASURED_CACHES, INT8_CACHE),
         metavar="TYPE",
-        shown=f"{PARITY_CACHE}, as proofs have it",
+        shown=f"{PARITY_CACHE}, an ONNX graph's own",
     ),
     trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
@@ -215,7 +216,7 @@ def _evaluate(
 
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
-    from phoneready.evaluation.models import TORCH, open_language_model, runtime_for
+    from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
     from phoneready.forecasts.said import Machine, foretell
     from phoneready.forecasts.stages import Judging
@@ -224,7 +225,10 @@ def _evaluate(
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     chosen = runtime_for(model, runtime)
-    against, of_reference = _reference(model, against, opening)
+    own = own_cache(chosen)
+    of_reference = replace(opening, cache_type=None)
+    if against is None and opening.cache_type not in (None, own):
+        against, of_reference = model, replace(opening, cache_type=own)
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with show_progress() as progress, ExitStack() as stack:
@@ -249,20 +253,14 @@ def _evaluate(
     check_gate(rows)
 
 
-def _reference(model: str, against: str | None, opening: OpenSettings) -> tuple[str | None, OpenSettings]:
-    """What MODEL is held against, and how that is opened: where a cache of few bits is asked for and nothing else is
-    named, the model itself with the cache that it would have otherwise."""
-    if against is None and opening.cache_type not in (None, DEFAULT_CACHE):
-        return model, replace(opening, cache_type=DEFAULT_CACHE)
-    return against, replace(opening, cache_type=None)
-
-
 def _cache_note(result: Evaluation) -> str | None:
     if result.model.cache_type is None:
         return None
-    reference = result.against and (result.against.cache_type or PARITY_CACHE)
-    of_reference = f", and those of {result.against.reference} in {reference}" if result.against else ""
-    return f"Keys and values of {result.model.reference} are in {result.model.cache_type}{of_reference}."
+    note = f"Keys and values of {result.model.reference} are in {result.model.cache_type}"
+    if result.against is None:
+        return f"{note}."
+    cache = result.against.cache_type
+    return f"{note}, and those of {result.against.reference} {f'in {cache}' if cache else 'as in proofs'}."
 
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:

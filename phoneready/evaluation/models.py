@@ -68,6 +68,11 @@ def check_cache(runtime: str, cache_type: str | None) -> None:
         raise InputError("torch keeps keys and values as it computes them", field="cache_type")
 
 
+def own_cache(runtime: str) -> str | None:
+    """The type of keys and values that phones run with where nothing is asked for; None for that of proofs."""
+    return _FAMILIES[runtime].own_cache if runtime in _FAMILIES else None
+
+
 @contextmanager
 def open_language_model(
     reference: str, runtime: str, settings: OpenSettings, *, progress: Progress = no_progress

@@ -21,7 +21,7 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
-from runtime_bench.engines import check_cache
+from runtime_bench.engines import check_cache, prepare_cache
 from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records.bench_record import BenchRecord
@@ -69,6 +69,8 @@ def run_bench(
     for name in engines:
         target.require(name)
         check_cache(name, settings.cache_type)
+    for name, path in zip(engines, files, strict=True):
+        prepare_cache(name, path, settings.cache_type)
     session = Session(_measured_files(files, engines, settings), settings, target)
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from exporters.onnx import export_onnx
+from exporters.onnx.folder import find_graph
+from exporters.options import ExportOptions
 from runtime_bench.engines import EngineFacts, check_cache
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import check_text
@@ -78,11 +81,41 @@ def test_an_engine_that_did_not_heed_the_type_has_no_speed(model: Path) -> None:
     assert record.ok
 
 
-@pytest.mark.parametrize("engine", ["onnxruntime", "onnxruntime-genai", "wllama"])
-def test_an_engine_that_cannot_be_told_is_refused_before_anything_is_measured(engine: str) -> None:
-    with pytest.raises(InputError, match=f"{engine} cannot be told the type of its cache"):
-        check_cache(engine, "q8_0")
+@pytest.mark.parametrize(
+    ("engine", "cache_type", "reason"),
+    [
+        ("onnxruntime", "q8_0", "onnxruntime has no such cache .*allowed: int8"),
+        ("llama.cpp", "int8", "llama.cpp has no such cache .*allowed: f16, q8_0, q4_0"),
+        ("onnxruntime-genai", "int8", "onnxruntime-genai cannot be told the type of its cache"),
+        ("wllama", "q8_0", "wllama cannot be told the type of its cache"),
+    ],
+)
+def test_what_an_engine_cannot_have_is_refused_before_anything_is_measured(
+    engine: str, cache_type: str, reason: str
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        check_cache(engine, cache_type)
     check_cache(engine, None)
+
+
+@pytest.fixture(scope="module")
+def variant(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    output = tmp_path_factory.mktemp("onnx") / "out"
+    export_onnx(tiny_folder(), output, ["fp32"], ExportOptions(n_threads=1))
+    return output / "fp32"
+
+
+def test_a_graph_is_measured_with_a_cache_of_8_bits(
+    variant: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    graph = find_graph(str(variant), last_logits=True)
+    (floats,), (few,) = (run_bench([graph], replace(QUICK, cache_type=kind)) for kind in (None, "int8"))
+    assert (floats.ok, few.ok) == (True, True), few.failure
+    assert (floats.engine_settings.cache_type, few.engine_settings.cache_type) == ("f32", "int8")
+    assert few.quantized_cache == "int8"
+    assert check_text(graph, 120, "int8").texts
 
 
 def test_the_text_that_is_checked_is_written_with_the_same_cache(
