@@ -145,6 +145,13 @@ class BenchSettings(SamplingSettings):
         metavar="TYPE",
         shown=f"{DEFAULT_CACHE}; an ONNX graph's own",
     )
+    backend: str | None = setting(
+        None,
+        "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi, or gpu in llama.cpp. The "
+        "rows say what did.",
+        metavar="NAME",
+        shown="the CPU",
+    )
     n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
     n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)
     spread_limit: float = setting(

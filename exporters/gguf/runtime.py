@@ -23,6 +23,9 @@ from exporters.gguf.llama_batch import Entry, native_batch
 from exporters.gguf.llama_library import FloatArray, library, log
 
 _LOAD_MMAP = 1
+_ALL_LAYERS = -1
+_OF_PROCESSOR = ("CPU", "AMX")
+"""How the names of buffers begin that are no GPU's."""
 
 
 class LlamaModel:
@@ -76,6 +79,12 @@ class LlamaModel:
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return int(self._lib.llama_model_size(self._model))
+
+    @property
+    def backends(self) -> str:
+        """What holds, and so multiplies, the weights: CPU, or the GPUs beside it."""
+        others = [name for name in self.weight_buffers if not name.startswith(_OF_PROCESSOR)]
+        return ", ".join(others) or "CPU"
 
     @property
     def n_ctx(self) -> int:
@@ -240,6 +249,7 @@ def open_model(
     vocab_only: bool = False,
     n_seq: int = 1,
     shared: bool = True,
+    on_gpu: bool = False,
 ) -> LlamaModel:
     """Open a GGUF file.
 
@@ -255,6 +265,7 @@ def open_model(
         shared: Whether they may have tokens in common, and each as many as it likes of the context; else each has its
             part, n_ctx / n_seq tokens, and attends to no other's: several times as fast for many, if those of a batch
             follow each other without a gap.
+        on_gpu: Have a GPU hold and compute all layers, where llama.cpp was built for one and finds it.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
@@ -264,7 +275,7 @@ def open_model(
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file")
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = _ALL_LAYERS if on_gpu else 0
     params.vocab_only = vocab_only
     params.load_mode = _LOAD_MMAP
     log.clear()

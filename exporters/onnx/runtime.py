@@ -7,6 +7,7 @@ convolution keeps of a text is given anew each time by both, and knows nothing o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +31,8 @@ the next, and those of blocks that differ in width do not fit into each other's 
 _KEYS_AND_VALUES, _CONVOLVED = "past_key_values.", "past_conv."
 _PRESENT = {_KEYS_AND_VALUES: "present.", _CONVOLVED: "present_conv."}
 """How the names of caches begin, as inputs and as outputs."""
+_RECORD_PROVIDERS = "session.record_ep_graph_assignment_info"
+_PROVIDER = "ExecutionProvider"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
 _TYPES: Mapping[str, tuple[str, type]] = MappingProxyType(
@@ -67,6 +70,8 @@ class OnnxModel:
         last_logits: Whether the graph gives the last position's logits alone.
         metadata: The file's own keys.
         cache_type: Of keys and values: f32, f16 or int8; None without any.
+        providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty where ONNX Runtime
+            does not say.
     """
 
     def __init__(self, path: Path, session: Any, n_ctx: int, n_batch: int) -> None:
@@ -100,6 +105,7 @@ class OnnxModel:
         self.can_rewind = fixed and len(self._in_place) == len(self._caches)
         kinds = [inputs[name].type for name in self._caches if name.startswith(_KEYS_AND_VALUES)]
         self.cache_type = _TYPES[kinds[0]][0] if kinds else None
+        self.providers = _providers_of(session)
         self._cache: dict[str, Any] = {}
         self.clear()
 
@@ -194,6 +200,30 @@ def _sizes(name: str, value: Any) -> list[Any]:
     return [sizes[0], sizes[2]] if name.startswith(_KEYS_AND_VALUES) else sizes
 
 
+def _providers(wanted: str | None) -> list[str]:
+    """The execution providers to open a graph with, as ONNX Runtime names them: what is wanted, where it is there."""
+    import onnxruntime
+
+    known = {name.removesuffix(_PROVIDER).lower(): name for name in onnxruntime.get_all_providers()}
+    if wanted is not None and wanted.lower() not in known:
+        allowed = ", ".join(sorted(known))
+        raise InputError(
+            "ONNX Runtime knows no such provider", field="backend", value=wanted, allowed=allowed
+        )
+    chosen = [known[wanted.lower()]] if wanted is not None else []
+    names = [name for name in chosen if name in onnxruntime.get_available_providers()]
+    return list(dict.fromkeys([*names, f"CPU{_PROVIDER}"]))
+
+
+def _providers_of(session: Any) -> dict[str, int]:
+    """Which providers run how many nodes; versions before 1.24 do not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    parts = session.get_provider_graph_assignment_info()
+    names = [part.ep_name.removesuffix(_PROVIDER) for part in parts for _ in part.get_nodes()]
+    return dict(Counter(names))
+
+
 def open_model(
     path: Path,
     *,
@@ -201,8 +231,9 @@ def open_model(
     n_threads: int,
     n_batch: int = PREFILL_TOKENS,
     cache_type: str | None = None,
+    provider: str | None = None,
 ) -> OnnxModel:
-    """Open a file on the CPU.
+    """Open a file.
 
     Args:
         path: The .onnx file; its external data lies beside it.
@@ -210,9 +241,11 @@ def open_model(
         n_threads: Threads inside an operator.
         n_batch: Most tokens run at once; logits of all of them are held.
         cache_type: INT8_CACHE for the graph that `make_ready` made of the file; None for its own.
+        provider: Execution provider that is to run it, in any case and without the word, such as cuda; what it cannot
+            take, or all where it is not there, runs on the CPU.
 
     Raises:
-        InputError: ONNX Runtime cannot load it, or there is no such graph.
+        InputError: ONNX Runtime cannot load it, there is no such graph, or an unknown provider.
         MissingExtraError: ONNX Runtime is not installed.
     """
     require_extra("onnxruntime", "onnx")
@@ -228,8 +261,9 @@ def open_model(
     if cache_type is not None:
         graph = ready_graph(path).read_bytes()
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
+    options.add_session_config_entry(_RECORD_PROVIDERS, "1")
     try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=_providers(provider))
     except Exception as error:  # its exceptions have no common base
         raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
     return OnnxModel(path, session, n_ctx, n_batch)

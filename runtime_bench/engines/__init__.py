@@ -32,6 +32,7 @@ class SessionSettings:
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
         cache_type: Of the key-value cache, one of the engine's `cache_types`; None for its own choice.
+        backend: What shall compute; None for the processor. An engine that cannot take it computes there, too.
     """
 
     n_ctx: int
@@ -39,6 +40,7 @@ class SessionSettings:
     n_batch: int
     n_ubatch: int
     cache_type: str | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class EngineFacts:
         model_type: The engine's description of the model.
         model_size: Bytes of all weights.
         model_n_params: Number of weights.
-        backends: Where it computes.
+        backends: Where it computes: CPU, or what does beside it.
         build_commit: Source revision of the engine.
         versions: Names of libraries to their versions.
         system_info: The engine's own line about the machine features it uses.

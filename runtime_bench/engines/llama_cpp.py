@@ -31,7 +31,7 @@ class LlamaCppSession:
             model_type=self._model.description,
             model_size=self._model.size_bytes,
             model_n_params=self._model.n_params,
-            backends="CPU",  # the runtime keeps every layer on the processor
+            backends=self._model.backends,
             # The library has a version but does not tell its revision: build_commit is unknown.
             versions={
                 _DISTRIBUTION: importlib.metadata.version(_DISTRIBUTION),
@@ -73,5 +73,6 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
             n_batch=settings.n_batch,
             n_ubatch=settings.n_ubatch,
             cache_type=settings.cache_type or DEFAULT_CACHE,
+            on_gpu=settings.backend is not None,
         )
     )

@@ -33,8 +33,9 @@ class OnnxRuntimeSession:
     def facts(self) -> EngineFacts:
         """What ONNX Runtime says about itself, and what the files say."""
         name, version = runtime_version().split(" ")
-        facts = file_facts(self._model.path, "CPU", {name: version})
-        return replace(facts, settings=EngineSettings(self._model.cache_type))
+        providers = self._model.providers
+        facts = file_facts(self._model.path, ", ".join(providers) or "CPU", {name: version})
+        return replace(facts, settings=EngineSettings(self._model.cache_type, providers=providers))
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Append tokens to the context, piece by piece."""
@@ -71,5 +72,6 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
         n_threads=settings.n_threads,
         n_batch=piece,
         cache_type=settings.cache_type,
+        provider=settings.backend,
     )
     return OnnxRuntimeSession(model)

@@ -103,7 +103,12 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
         engine=file.engine,
         workload=workload,
         session=SessionSettings(
-            workload.n_ctx, threads, settings.n_batch, settings.n_ubatch, settings.cache_type
+            workload.n_ctx,
+            threads,
+            settings.n_batch,
+            settings.n_ubatch,
+            settings.cache_type,
+            settings.backend,
         ),
         warmup=settings.warmup,
         seed=settings.seed,
@@ -180,7 +185,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         n_threads=request.session.n_threads,
         backends=facts.backends,
         build_commit=facts.build_commit,
-        engine_settings=facts.settings,
+        engine_settings=replace(facts.settings, asked_backend=settings.backend),
         cpu_info=environment.cpu_model,
         test_time=row.started,
         warmup=request.warmup and workload.kind != "load",

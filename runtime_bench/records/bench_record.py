@@ -25,6 +25,9 @@ KINDS = ("measured", "constrained-host", EMULATED, "projected")
 MEMORY_VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
 """How a run can stand to its memory limit, the best first."""
 
+_PROCESSOR = frozenset({"CPU", "wasm"})
+"""What `backends` says of an engine that computes on the processor alone."""
+
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
 _Size = pydantic.NonNegativeInt | None
 
@@ -192,6 +195,12 @@ class BenchRecord:
     def quantized_cache(self) -> str | None:
         """Type of a key-value cache of few bits; None for one of floats."""
         return self.engine_settings.quantized_cache
+
+    @property
+    def fallback(self) -> str | None:
+        """What was asked to compute and did not; None where it did, or where nothing was asked for."""
+        asked = self.engine_settings.asked_backend
+        return asked if asked not in (None, "cpu") and self.backends in _PROCESSOR else None
 
     @property
     def rounds(self) -> tuple[int, ...]:

@@ -272,8 +272,9 @@ def _ratio(new: int | None, base: int | None) -> float | None:
 
 def _check_comparable(base: BenchRecord, new: BenchRecord) -> None:
     names = [name for name in _COMPARABLE if getattr(base, name) != getattr(new, name)]
-    if base.cpu_info and new.cpu_info and base.cpu_info != new.cpu_info:
-        names.append("cpu_info")
+    said = ("cpu_info", "backends")
+    sides = {name: (getattr(base, name), getattr(new, name)) for name in said}
+    names += [name for name, (left, right) in sides.items() if left and right and left != right]
     different = [f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}" for name in names]
     if different:
         raise InputError(

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 FLOAT_CACHES = frozenset({"f32", "f16", "bf16"})
 """Types of a key-value cache that lose nothing to speak of, and are a graph's own or an engine's default."""
 
+_REARRANGED = frozenset({"CPU_REPACK", "CPU_KLEIDIAI", "AMX"})
+"""llama.cpp's buffers of weights that were rearranged."""
+
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -19,12 +22,22 @@ class EngineSettings:
         weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it; empty where nothing
             is said. `CPU_Mapped` are the file's pages; `CPU_REPACK` and `AMX` are copies, rearranged for the processor.
         cores: Cores that the process might use.
+        providers: Nodes of the graph by the execution provider of ONNX Runtime that runs them; empty where it is not
+            said.
+        asked_backend: What was to compute, where something was asked for.
     """
 
     cache_type: str | None = None
     flash_attention: bool | None = None
     weight_buffers: Mapping[str, int] = field(default_factory=dict)
     cores: tuple[int, ...] = ()
+    providers: Mapping[str, int] = field(default_factory=dict)
+    asked_backend: str | None = None
+
+    @property
+    def rearranged_bytes(self) -> int:
+        """Of the weights that llama.cpp copied into an order for the processor."""
+        return sum(size for name, size in self.weight_buffers.items() if name in _REARRANGED)
 
     @property
     def quantized_cache(self) -> str | None:
