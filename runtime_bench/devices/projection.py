@@ -17,6 +17,7 @@ from cfsp.settings import Setting
 from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, MEASURED_CACHES
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
+from runtime_bench.devices.rates import KEYS_AND_VALUES, Rates
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 MIB = 2**20
@@ -225,8 +226,10 @@ def project(
     notes = [of_limit]
     if features is None:
         notes.append("the processor's instructions are unknown: it is taken to have dot products")
-    decode, of_decode = decode_band(profile, facts.read_bytes, memory.cache)
-    prefill, of_prefill = prefill_band(profile, facts.n_multiplied)
+    decode, of_decode = measured_decode(profile, facts, memory.cache) or decode_band(
+        profile, facts.read_bytes, memory.cache
+    )
+    prefill, of_prefill = measured_prefill(profile, facts) or prefill_band(profile, facts.n_multiplied)
     return Projection(
         device=profile.id,
         memory=memory,
@@ -269,6 +272,29 @@ def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
     if profile.ram_mib.value is None:
         return None, "neither the RAM nor the limit of one application is known"
     return int(profile.ram_mib.value * MIB * APP_SHARE), f"an application may use {APP_SHARE:.0%} of the RAM"
+
+
+def measured_decode(profile: DeviceProfile, facts: ModelFacts, cache: int) -> tuple[Band, str] | None:
+    """Generated tokens a second by the rates that were measured there, and what that rests on; None without them."""
+    rates = profile.decode_gb_s.value
+    if rates is None:
+        return None
+    of_types = Rates(rates.by_type, rates.others)
+    empty, full = (
+        of_types.seconds({**facts.bytes_by_type, KEYS_AND_VALUES: read}) / 1e9 for read in (0, cache)
+    )
+    band = Band(1 / (full * rates.within), rates.within / empty)
+    return band, f"decode by rates measured there, within x{rates.within:.2f}, full context to empty one"
+
+
+def measured_prefill(profile: DeviceProfile, facts: ModelFacts) -> tuple[Band, str] | None:
+    """Prompt tokens a second by the rates that were measured there, and what that rests on; None without them."""
+    rates = profile.prompt_gweights_s.value
+    if rates is None or not facts.prompt_weights:
+        return None
+    speed = 1e9 / Rates(rates.by_type, rates.others).seconds(facts.prompt_weights)
+    band = Band(speed / rates.within, speed * rates.within)
+    return band, f"prefill by rates measured there, within x{rates.within:.2f}"
 
 
 def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Band | None, str]:
