@@ -15,6 +15,7 @@ import pydantic
 from cfsp.errors import InputError
 from runtime_bench.records import summary
 from runtime_bench.records.contention import Contention
+from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
 
@@ -23,6 +24,9 @@ KINDS = ("measured", "constrained-host", EMULATED, "projected")
 """How a number came about; different kinds are never ranked together."""
 MEMORY_VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
 """How a run can stand to its memory limit, the best first."""
+
+_PROCESSOR = frozenset({"CPU", "wasm"})
+"""What `backends` says of an engine that computes on the processor alone."""
 
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
 _Size = pydantic.NonNegativeInt | None
@@ -115,6 +119,7 @@ class BenchRecord:
         throttling: How the processor was slowed down to a device's score; None where it was not.
         waited_samples_ns: How long all threads waited for a core in each sample; empty where nothing tells.
         contention: For each process, what else used the machine's cores; None where that is not known.
+        engine_settings: How the engine computed.
     """
 
     kind: str
@@ -164,6 +169,7 @@ class BenchRecord:
     throttling: Throttling | None = None
     waited_samples_ns: tuple[pydantic.NonNegativeInt, ...] = ()
     contention: tuple[Contention | None, ...] = ()
+    engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -184,6 +190,17 @@ class BenchRecord:
     def void(self) -> bool:
         """Whether the speed counts for nothing: the file writes no text that makes sense."""
         return self.degenerate is not None
+
+    @property
+    def quantized_cache(self) -> str | None:
+        """Type of a key-value cache of few bits; None for one of floats."""
+        return self.engine_settings.quantized_cache
+
+    @property
+    def fallback(self) -> str | None:
+        """What was asked to compute and did not; None where it did, or where nothing was asked for."""
+        asked = self.engine_settings.asked_backend
+        return asked if asked not in (None, "cpu") and self.backends in _PROCESSOR else None
 
     @property
     def rounds(self) -> tuple[int, ...]:
