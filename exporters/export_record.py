@@ -176,6 +176,7 @@ class ExportRecord:
         calibration_tokens: Their number.
         gptq_tensors: Matrices of a GGUF file whose numbers were chosen for it by GPTQ.
         tuned_tensors: Tensors of it that training on that text changed: matrices in their scales, and norms.
+        trained_tensors: Matrices that hold what training through this format's rounding has left in the checkpoint.
         budget_bytes: Most that a mixture of bits was allowed to take; None where it is not chosen for a size.
         eight_bit_layers: What of a 4-bit variant is in eight bits, by module name, where text chose it.
         chosen_types: Tensor of a GGUF file -> its type, where types were chosen for a size.
@@ -219,6 +220,7 @@ class ExportRecord:
     chosen_types: dict[str, str] = field(default_factory=dict)
     predicted_loss: float | None = None
     tuned_tensors: int = 0
+    trained_tensors: int = 0
     blocks: BlockProof | None = None
 
 

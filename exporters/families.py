@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from cfsp.errors import InputError
+from cfsp.progress import Progress
 from exporters.export_record import ExportFormat
 from exporters.family import ExportFamily
 from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
+
+if TYPE_CHECKING:
+    import torch  # not in the memory of a process that runs a file alone
+
+    from cfsp.recovery.rounding import RoundedModel, Rounding
 
 FAMILIES: Mapping[str, ExportFamily] = MappingProxyType({family.name: family for family in (GGUF, ONNX)})
 BASE = GGUF
@@ -35,6 +43,34 @@ def family_of(name: str) -> ExportFamily:
 def find_format(name: str) -> ExportFormat:
     """The row of a format; raises InputError as `family_of`."""
     return family_of(name).find(name)
+
+
+class _Rounding:
+    """See `cfsp.recovery.rounding.Rounding`: of every family whose rounding can be trained through."""
+
+    def check(self, name: str) -> None:
+        """See `Rounding`."""
+        self._of(name).check(name)
+
+    def start(
+        self, checkpoint: Path, name: str, input_ids: torch.Tensor, device: str, progress: Progress
+    ) -> RoundedModel:
+        """See `Rounding`."""
+        return self._of(name).start(checkpoint, name, input_ids, device, progress)
+
+    def _of(self, name: str) -> Rounding:
+        family = family_of(name)
+        if family.through is None:
+            known = ", ".join(each.title for each in FAMILIES.values() if each.through)
+            raise InputError(
+                f"{family.title} cannot be trained through", field="for_quant", value=name, allowed=known
+            )
+        family.require()
+        return family.through()
+
+
+ROUNDING = _Rounding()
+"""What recovery asks for formats."""
 
 
 def makes_gguf(names: Iterable[str]) -> bool:

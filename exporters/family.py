@@ -13,6 +13,7 @@ from exporters.export_record import ExportFormat, ExportRecord
 from exporters.options import ExportOptions
 
 if TYPE_CHECKING:
+    from cfsp.recovery.rounding import Rounding
     from exporters.provenance import Provenance  # not in the memory of a process that runs a file alone
 
 
@@ -53,6 +54,7 @@ class ExportFamily:
         draft: Writes the same files into a folder, not proven, where their size follows from the shape of the model
             alone; None where only an export shows it, or where `largest_size` does without files.
         largest_size: (outline of a model, format, origin) -> most bytes of its files, where they follow from its shape.
+        through: What lets training go through its rounding; None where nothing does.
         for_size: A further format, `NAME:SIZE`, whose row is made for the size; None where there is none.
         cache_types: Types of the key-value cache that its runtime can be asked for.
         own_cache: The one that phones run with where nothing is asked for; None for that of the file.
@@ -74,6 +76,7 @@ class ExportFamily:
     draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
     largest_size: Callable[[Any, str, Provenance], int] | None = None
     for_size: str | None = None
+    through: Callable[[], Rounding] | None = None
     cache_types: tuple[str, ...] = ()
     own_cache: str | None = None
 

@@ -287,7 +287,10 @@ def _pruned(config: ReleaseConfig) -> dict[str, Any]:
 def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
     training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
     data = {"data": _identities(settings.data), "validation": _identities(settings.validation)}
-    return training | data | made_with("recover")
+    if settings.for_quant is None:
+        return training | data | made_with("recover")
+    through = made_with("recover", "through", families=(family_of(settings.for_quant).name,))
+    return training | data | through
 
 
 def _measured_on(config: ReleaseConfig) -> dict[str, Any]:

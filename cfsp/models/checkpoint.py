@@ -30,6 +30,7 @@ from cfsp.models.config_file import (
 )
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
 from cfsp.models.paging import let_go, paged_model
+from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import (
@@ -87,6 +88,7 @@ def save_checkpoint(
     plan: Record | None = None,
     input_moments: Mapping[str, torch.Tensor] | None = None,
     extra_records: Mapping[str, Record] | None = None,
+    rounded: RoundedNumbers | None = None,
     seed: int = 0,
     force: bool = False,
     progress: Progress = no_progress,
@@ -99,6 +101,7 @@ def save_checkpoint(
         plan: Stored as pruning_plan.json.
         input_moments: Module name to mean squared input per channel, (in_features,) float32.
         extra_records: File name to a record that is stored beside the others.
+        rounded: Numbers of few bits that the weights stand for.
         seed: Stored in the info.
         force: Replace an existing folder.
         progress: Told of each shard.
@@ -121,6 +124,8 @@ def save_checkpoint(
             write_record(folder / PLAN_FILE, plan)
         for name, record in (extra_records or {}).items():
             write_record(folder / name, record)
+        if rounded is not None:
+            rounded.save(folder)
         let_go(loaded.model)
         if input_moments is not None:
             moments = {name: values.float().contiguous() for name, values in input_moments.items()}

@@ -16,7 +16,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.adapter import importance_ranks
-from cfsp.recovery.settings import METHODS, RecoverySettings, loss_weights
+from cfsp.recovery.settings import RecoverySettings, loss_weights, method_of
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
 from cfsp.text.settings import SELF
@@ -117,7 +117,7 @@ def _other_vocabulary(dense: LoadedModel, ours: int, theirs: int) -> InputError:
 
 
 def _ranks(settings: RecoverySettings, plan: PruningPlan | None, model: Any) -> tuple[int, ...]:
-    method = METHODS[settings.method]
+    method = method_of(settings)
     if not method.adapter:
         return ()
     if not method.by_importance:

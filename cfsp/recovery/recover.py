@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
-from cfsp.files import claim_output, refuse_existing
+from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
@@ -24,16 +24,19 @@ from cfsp.recovery.adapter import add_adapter, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
+from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
-    METHODS,
     RecoverySettings,
     check_settings,
     learning_rate,
     loss_weights,
+    method_of,
+    settled,
     token_budget,
 )
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import Run, RunInputs, WorkFolder
+from cfsp.scratch import LargeScratch
 from cfsp.text.settings import SELF
 from cfsp.text.writers import TRANSFORMERS, Writer
 
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 DEVICES = ("auto", "cpu")
 MOMENT_TOKENS = 32_768
 """Training tokens from which the windows for activation moments are chosen."""
+ROUNDING_TOKENS = 16_384
+"""Training tokens that numbers are rounded for before training goes through them."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def recover(
     force: bool = False,
     trust_remote_code: bool = False,
     writers: Sequence[Writer] = (TRANSFORMERS,),
+    rounding: Rounding | None = None,
     before: Callable[[], None] = lambda: None,
     progress: Progress = no_progress,
 ) -> Recovered:
@@ -90,6 +96,7 @@ def recover(
         force: Replace an existing output, and a work folder of other inputs.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         writers: What may have the dense model write, for `self`; the first that can does.
+        rounding: What knows the formats of `for_quant`.
         before: Called once everything is read, in the process that writes; it may raise.
         progress: Told about every step.
 
@@ -98,10 +105,12 @@ def recover(
         MissingExtraError: Without the `recover` extra.
     """
     check_settings(settings)
+    settings = settled(settings)
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
     _check_extras(settings, device)
+    _check_format(settings, rounding)
     from cfsp.recovery.trainer import check_trackers, train, training_arguments
 
     check_trackers(settings.report_to)
@@ -127,14 +136,17 @@ def recover(
         sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
         tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size
         mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
+        rounded = _rounded(settings, inputs, mix, rounding, arguments, progress)
         with arguments.main_process_first(local=False):
-            folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
-        student = _student(inputs, settings, dtype)
+            folder.open(
+                _run_inputs(settings, inputs, drawn, rounded, dtype, arguments.world_size), force=force
+            )
+        student = _student(inputs, settings, rounded, dtype)
         run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
         if is_main:
-            _write(output, run, inputs, record, force=force, progress=progress)
+            _write(output, run, inputs, rounded, record, force=force, progress=progress)
             folder.remove()
     return Recovered(record, is_main)
 
@@ -167,8 +179,16 @@ def _check_apart(work: Path, output: Path) -> None:
 def _check_extras(settings: RecoverySettings, device: str) -> None:
     if device not in DEVICES:
         raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
-    for package in ("accelerate", "peft") if METHODS[settings.method].adapter else ("accelerate",):
+    for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
         require_extra(package, "recover")
+
+
+def _check_format(settings: RecoverySettings, rounding: Rounding | None) -> None:
+    if settings.for_quant is None:
+        return
+    if rounding is None:
+        raise InputError("no formats are known here", field="for_quant", value=settings.for_quant)
+    rounding.check(settings.for_quant)
 
 
 def _read(
@@ -207,6 +227,7 @@ def _run_inputs(
     settings: RecoverySettings,
     inputs: RecoveryInputs,
     drawn: RecoveryData,
+    rounded: RoundedModel | None,
     dtype: torch.dtype,
     processes: int,
 ) -> RunInputs:
@@ -216,16 +237,42 @@ def _run_inputs(
     hashes = {"checkpoint": model_fingerprint(inputs.loaded.model), "ranks": str(inputs.ranks)}
     if inputs.teacher is not None:
         hashes["teacher"] = model_fingerprint(inputs.teacher.model)
+    if rounded is not None:
+        hashes["rounded"] = rounded.sha256
     for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
         hashes[name] = " ".join(part.sha256 for part in parts)
     return RunInputs(plain | {"dtype": str(dtype)}, hashes, processes)
 
 
-def _student(inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dtype) -> Student:
+def _rounded(
+    settings: RecoverySettings,
+    inputs: RecoveryInputs,
+    mix: TrainingMix,
+    rounding: Rounding | None,
+    arguments: Any,
+    progress: Progress,
+) -> RoundedModel | None:
+    """The model as a file of few bits holds it, its numbers chosen for the first of the training text."""
+    if settings.for_quant is None or rounding is None:
+        return None
+    count = min(len(mix), math.ceil(ROUNDING_TOKENS / settings.seqlen))
+    windows = torch.stack([mix[i]["input_ids"] for i in range(count)])
+    with LargeScratch("recover") as scratch:
+        folder = scratch.path / "model"
+        with no_space_as_input_error(folder):
+            save_checkpoint(inputs.loaded, folder, plan=inputs.plan, seed=settings.seed)
+        return rounding.start(folder, settings.for_quant, windows, str(arguments.device), progress)
+
+
+def _student(
+    inputs: RecoveryInputs, settings: RecoverySettings, rounded: RoundedModel | None, dtype: torch.dtype
+) -> Student:
     model: Any = inputs.loaded.model
     torch.manual_seed(settings.seed)
     if inputs.ranks:
         model = add_adapter(model, inputs.ranks, settings.alpha)
+    if rounded is not None:
+        rounded.attach(model)
     teacher = None
     if loss_weights(settings)[1] and inputs.teacher is not None:
         teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False), inputs.respelling)
@@ -264,10 +311,18 @@ def _record(
 
 
 def _write(
-    output: Path, run: Run, inputs: RecoveryInputs, record: RecoveryRecord, *, force: bool, progress: Progress
+    output: Path,
+    run: Run,
+    inputs: RecoveryInputs,
+    rounded: RoundedModel | None,
+    record: RecoveryRecord,
+    *,
+    force: bool,
+    progress: Progress,
 ) -> None:
     student = run.student.to("cpu")
     model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
+    numbers = None if rounded is None else rounded.finish(model)
     count = min(len(run.mix), math.ceil(MOMENT_TOKENS / run.settings.seqlen))
     windows = torch.stack([run.mix[i]["input_ids"] for i in range(count)])
     with products_in(run.settings.dtype, model.device.type):
@@ -278,6 +333,7 @@ def _write(
         plan=inputs.plan,
         input_moments=moments,
         extra_records={RECOVERY_FILE: record},
+        rounded=numbers,
         seed=run.settings.seed,
         force=force,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, setting
@@ -22,12 +23,14 @@ class Method:
         by_importance: Ranks follow the plan's coarse importances, or else are equal.
         learning_rate: Default peak learning rate.
         distill_rate: That of distillation alone, where it is another.
+        through_rounding: What is trained is what a file of few bits leaves open: scales of its blocks, and norms.
     """
 
     adapter: bool
     by_importance: bool
     learning_rate: float
     distill_rate: float | None = None
+    through_rounding: bool = False
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -35,8 +38,10 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ig-lora": Method(adapter=True, by_importance=True, learning_rate=1e-3),
         "lora": Method(adapter=True, by_importance=False, learning_rate=1e-3),
         "full": Method(adapter=False, by_importance=False, learning_rate=2e-4, distill_rate=5e-5),
+        "scales": Method(adapter=False, by_importance=False, learning_rate=1e-3, through_rounding=True),
     }
 )
+AUTO = "auto"
 
 LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
     {
@@ -62,11 +67,24 @@ class Training(Settings):
     """
 
     method: str = setting(
-        "ig-lora", "ig-lora (ranks by importance), lora, or full (all weights).", choices=METHODS
+        AUTO,
+        "ig-lora (ranks by importance), lora, full (all weights), or scales (of --for-quant).",
+        choices=(AUTO, *METHODS),
+        shown="ig-lora; scales with --for-quant",
+    )
+    for_quant: str | None = setting(
+        None,
+        "Train what a GGUF file of this quantization leaves open, through its rounding: export writes its numbers.",
+        metavar="QUANT",
     )
     rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
     alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)
-    loss: str = setting("next-token", "next-token, distill (from the teacher), or both.", choices=LOSSES)
+    loss: str = setting(
+        AUTO,
+        "next-token, distill (from the teacher), or both.",
+        choices=(AUTO, *LOSSES),
+        shown="next-token; distill with --for-quant",
+    )
     temperature: float = setting(1.0, "Of distillation: softens both distributions.", gt=0)
     distill_weight: float = setting(
         0.5, "Share of distillation in the loss `both`, between 0 and 1.", gt=0, lt=1
@@ -138,11 +156,37 @@ class RecoveryReferences(Settings):
     )
 
 
+_Training = TypeVar("_Training", bound=Training)
+
+
 def check_settings(settings: RecoverySettings) -> None:
     """Raise InputError naming the fields whose values cannot be used, and what would be."""
     check_fields(settings)
+    settled(settings)
     if problem := two_budgets(settings):
         raise InputError(problem, field="max_tokens")
+
+
+def settled(settings: _Training) -> _Training:
+    """Settings whose method and loss are said.
+
+    Raises:
+        InputError: A method that does not train what `for_quant` asks for, or that asks for it.
+    """
+    through = settings.for_quant is not None
+    method = settings.method if settings.method != AUTO else ("scales" if through else "ig-lora")
+    if METHODS[method].through_rounding != through:
+        allowed = (
+            "scales, where for_quant is set" if through else "ig-lora, lora, full; scales with for_quant"
+        )
+        raise InputError("does not go with for_quant", field="method", value=method, allowed=allowed)
+    loss = settings.loss if settings.loss != AUTO else ("distill" if through else "next-token")
+    return replace(settings, method=method, loss=loss)
+
+
+def method_of(settings: Training) -> Method:
+    """The row of what is trained."""
+    return METHODS[settled(settings).method]
 
 
 def two_budgets(settings: Training) -> str | None:
@@ -160,7 +204,7 @@ def token_budget(settings: Training) -> int | None:
 
 def loss_weights(settings: Training) -> tuple[float, float]:
     """Weights of the next-token loss and of distillation."""
-    return LOSSES[settings.loss](settings.distill_weight)
+    return LOSSES[settled(settings).loss](settings.distill_weight)
 
 
 def labels_whole_chats(settings: RecoverySettings) -> bool:
@@ -174,7 +218,7 @@ def learning_rate(settings: RecoverySettings) -> float:
     """The peak learning rate: the one set, or the method's for the loss."""
     if settings.learning_rate is not None:
         return settings.learning_rate
-    method = METHODS[settings.method]
+    method = method_of(settings)
     distilled = not loss_weights(settings)[0]
     return method.distill_rate if distilled and method.distill_rate else method.learning_rate
 

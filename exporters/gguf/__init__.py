@@ -15,10 +15,20 @@ from exporters.gguf.quants import MIXED, QUANTS, Quant, find_quant
 if TYPE_CHECKING:
     from exporters.gguf.export import export_gguf
     from exporters.gguf.files import draft_gguf
+    from exporters.gguf.through import GGUFRounding
 
-__all__ = ["MIXED", "QUANTS", "ParityLimits", "Quant", "draft_gguf", "export_gguf", "find_quant"]
+__all__ = [
+    "MIXED",
+    "QUANTS",
+    "GGUFRounding",
+    "ParityLimits",
+    "Quant",
+    "draft_gguf",
+    "export_gguf",
+    "find_quant",
+]
 
-_HEAVY = {"export_gguf": "export", "draft_gguf": "files"}
+_HEAVY = {"export_gguf": "export", "draft_gguf": "files", "GGUFRounding": "through"}
 
 
 def __getattr__(name: str) -> Any:

@@ -158,6 +158,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
         tensor_types=dict(Counter(sorted(tensor.kind.name for tensor in tensors)).most_common()),
         fallbacks=fallbacks,
         imatrix_tensors=file.imatrix_tensors,
+        trained_tensors=file.trained_tensors,
         padded_width=chosen.padded_width,
         tokenizer_strings=strings,
         chats=chats.equal,

@@ -40,6 +40,7 @@ GGUF = ExportFamily(
     packages=("gguf", "llama-cpp-python"),
     draft=lambda *request: gguf.draft_gguf(*request),
     for_size=gguf.MIXED,
+    through=lambda: gguf.GGUFRounding(),
     cache_types=MEASURED_CACHES,
     own_cache=DEFAULT_CACHE,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.reference import load_tokenizer
+from cfsp.models.rounded_numbers import RoundedNumbers, read_rounded
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from exporters.gguf.imatrix import Imatrix, read_imatrix
 from exporters.gguf.llama_library import quantize
 from exporters.gguf.mixed import Mixture, TypeCosts, measure_types
+from exporters.gguf.numbers import put_numbers
 from exporters.gguf.quants import QUANTS, Quant, find_quant
 from exporters.gguf.rounding import round_for_text
 from exporters.gguf.tuning import tune_file
@@ -39,6 +41,7 @@ class WrittenFile:
         gptq_tensors: Matrices whose numbers were chosen for a text.
         tuned_tensors: Tensors that training on it changed: matrices in their scales, and norms.
         untrained: Whether that was asked for and not done: it takes all of the model in memory.
+        trained_tensors: Matrices that hold what training through this format's rounding has left.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class WrittenFile:
     gptq_tensors: int = 0
     tuned_tensors: int = 0
     untrained: bool = False
+    trained_tensors: int = 0
 
 
 def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
@@ -111,35 +115,75 @@ def write_files(
         InputError: The checkpoint is unusable, or llama.cpp cannot represent or quantize it; a size is too small; or
             what layers read of the text is not finite.
     """
-    progress = settings.progress
     base = base_of(checkpoint, by_blocks=settings.by_blocks)
     paths = {quant: folder / f"{provenance.name}-{quant.name}.gguf" for quant in (base, *quants)}
-    costs: TypeCosts | None = None
+    files = _Files(checkpoint, paths[base], tokenizer, provenance, imatrix, n_threads, settings)
     for quant, path in paths.items():
-        used, mixture = imatrix if quant.uses_imatrix else {}, None
-        if quant.budget_bytes is not None and settings.calibration is not None:
-            if costs is None:
-                guide = imatrix if settings.use_imatrix else None
-                costs = measure_types(
-                    checkpoint,
-                    paths[base],
-                    settings.calibration,
-                    guide,
-                    device=settings.device,
-                    by_blocks=settings.by_blocks,
-                    progress=progress,
-                )
-            used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=settings.must_fit)
-        if quant.is_plain:
-            write_gguf(checkpoint, path, tokenizer, provenance, quant=quant.name, progress=progress)
-        else:
-            progress(f"quantizing {quant.name}", 0, 1)
-            types = mixture.types if mixture else None
-            quantize(paths[base], path, quant.ftype, n_threads=n_threads, imatrix=used, types=types)
-            progress(f"quantizing {quant.name}", 1, 1)
-        yield _fit_to_text(checkpoint, paths[base], WrittenFile(path, quant, len(used), mixture), settings)
+        yield files.write(quant, path)
     if base not in quants:
         paths[base].unlink()
+
+
+@dataclass
+class _Files:
+    """What all files of a checkpoint share; `base` is the one that others are quantized from."""
+
+    checkpoint: Path
+    base: Path
+    tokenizer: Any
+    provenance: Provenance
+    imatrix: Imatrix
+    n_threads: int
+    settings: ExportOptions
+    costs: TypeCosts | None = None
+
+    def write(self, quant: Quant, path: Path) -> WrittenFile:
+        """One of them."""
+        progress = self.settings.progress
+        if quant.is_plain:
+            write_gguf(
+                self.checkpoint, path, self.tokenizer, self.provenance, quant=quant.name, progress=progress
+            )
+            return WrittenFile(path, quant, 0)
+        trained = read_rounded(self.checkpoint, quant.name)
+        if trained is not None:
+            return self._write_trained(quant, path, trained)
+        used, mixture = self.imatrix if quant.uses_imatrix else {}, None
+        if quant.budget_bytes is not None and self.settings.calibration is not None:
+            costs = self._measured(self.settings.calibration)
+            used, mixture = costs.imatrix, costs.choose(quant.budget_bytes, must_fit=self.settings.must_fit)
+        self._quantize(quant, path, used, mixture.types if mixture else None)
+        file = WrittenFile(path, quant, len(used), mixture)
+        return _fit_to_text(self.checkpoint, self.base, file, self.settings)
+
+    def _write_trained(self, quant: Quant, path: Path, numbers: RoundedNumbers) -> WrittenFile:
+        """A file whose matrices are those that training has left; the rest is the checkpoint's."""
+        stored = numbers.format
+        self._quantize(quant, path, self.imatrix, stored.types)
+        mixture = None
+        if quant.budget_bytes is not None:
+            mixture = Mixture(dict(stored.types), stored.predicted_loss or 0.0, path.stat().st_size)
+        count = put_numbers(self.base, path, numbers)
+        return WrittenFile(path, quant, len(self.imatrix), mixture, trained_tensors=count)
+
+    def _quantize(self, quant: Quant, path: Path, used: Imatrix, types: Mapping[str, str] | None) -> None:
+        self.settings.progress(f"quantizing {quant.name}", 0, 1)
+        quantize(self.base, path, quant.ftype, n_threads=self.n_threads, imatrix=used, types=types)
+        self.settings.progress(f"quantizing {quant.name}", 1, 1)
+
+    def _measured(self, text: torch.Tensor) -> TypeCosts:
+        """What types cost, measured once."""
+        if self.costs is None:
+            self.costs = measure_types(
+                self.checkpoint,
+                self.base,
+                text,
+                self.imatrix if self.settings.use_imatrix else None,
+                device=self.settings.device,
+                by_blocks=self.settings.by_blocks,
+                progress=self.settings.progress,
+            )
+        return self.costs
 
 
 def _fit_to_text(checkpoint: Path, base: Path, file: WrittenFile, settings: ExportOptions) -> WrittenFile:
@@ -187,6 +231,18 @@ def draft_gguf(
             represent or quantize it.
         MissingExtraError: llama-cpp-python is not installed.
     """
+    return {file.quant.name: file.path for file in _drafts(checkpoint, folder, quants, settings)}
+
+
+def draft_file(checkpoint: Path, folder: Path, quant: str, settings: ExportOptions) -> WrittenFile:
+    """As `draft_gguf`, of one quantization, with what is known of the file."""
+    (file,) = _drafts(checkpoint, folder, [quant], settings)
+    return file
+
+
+def _drafts(
+    checkpoint: Path, folder: Path, quants: Sequence[str], settings: ExportOptions
+) -> list[WrittenFile]:
     rows = find_rows(quants, settings)
     settings = settled(checkpoint, settings)
     written = write_files(
@@ -199,4 +255,4 @@ def draft_gguf(
         n_threads=settings.n_threads or 1,
         settings=settings,
     )
-    return {file.quant.name: file.path for file in written if file.quant in rows}
+    return [file for file in written if file.quant in rows]

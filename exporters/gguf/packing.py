@@ -147,12 +147,16 @@ class StoredMatrix:
         return StoredMatrix(self.kind, blocks.reshape(self.data.shape))
 
     def scaled(self, factors: FloatArray) -> StoredMatrix:
-        """The matrix whose rows are multiplied, (rows,), but for what float16 rounds; one of `SCALES`."""
+        """The matrix whose blocks are multiplied, but for what float16 rounds; one of `SCALES`.
+
+        Args:
+            factors: Of every block of ggml's, (rows, blocks), or (rows, 1) of all blocks of a row.
+        """
         _, size = block_of(self.kind)
         blocks = self.data.reshape(len(factors), -1, size).copy()
         for offset in SCALES[self.kind]:
             place = blocks[:, :, offset : offset + 2]
-            scales = np.ascontiguousarray(place).view(np.float16) * factors[:, None, None]
+            scales = np.ascontiguousarray(place).view(np.float16) * factors[:, :, None]
             place[:] = scales.astype(np.float16).view(np.uint8)
         return StoredMatrix(self.kind, blocks.reshape(self.data.shape))
 

@@ -83,6 +83,6 @@ def tuned_tensor(spec: TensorSpec, tensor: GGUFTensor, found: TunedScales) -> np
         padded = np.ones(spec.shape[0], np.float32)
         padded[: len(factors)] = factors
         stored = StoredMatrix(tensor.kind.name, tensor.data.reshape(spec.shape[0], -1))
-        return stored.scaled(padded).data
+        return stored.scaled(padded[:, None]).data
     norm = found.norms.get(spec.sources[0][0])
     return None if norm is None else norm.numpy() + np.float32(spec.offset)

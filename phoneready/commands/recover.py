@@ -56,6 +56,7 @@ def recover(
         prepare_torch(threads)
         from cfsp.recovery.recover import check_outcome
         from cfsp.recovery.recover import recover as run_recovery
+        from exporters.families import ROUNDING
         from phoneready.text import WRITERS
 
         with show_progress() as progress:
@@ -71,6 +72,7 @@ def recover(
                 force=force,
                 trust_remote_code=trust_remote_code,
                 writers=WRITERS,
+                rounding=ROUNDING,
                 before=partial(_foretell, checkpoint, output, settings, device),
                 progress=progress,
             )

@@ -18,7 +18,7 @@ from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS
 from cfsp.pruning.settings import PruneSettings
-from cfsp.recovery.settings import METHODS, Training, loss_weights, token_budget
+from cfsp.recovery.settings import Training, loss_weights, method_of, token_budget
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format
 from exporters.parity import PARITY_SEQLEN, PARITY_WINDOWS
@@ -272,17 +272,18 @@ def recovering(extents: Sequence[Extent], asked: Training) -> Work:
     """Training passes of the student, and the teacher's where the loss reads it, over a budget of tokens."""
     (extent,) = extents
     text = Windows(max(1, (token_budget(asked) or 0) // asked.seqlen), asked.seqlen)
-    adapter, (_, distilled) = METHODS[asked.method].adapter, loss_weights(asked)
-    passes = (2 if adapter else 3) + bool(distilled)
+    method, (_, distilled) = method_of(asked), loss_weights(asked)
+    few = method.adapter or method.through_rounding
+    passes = (2 if method.adapter else 3) + bool(distilled)
     at_once = asked.batch_size * asked.seqlen
     steps = [_loaded(extent), _passed(extent, text, passes * _PASS, passes)]
     steps += [_headed(extent, text).times(passes), _saved(extent)]
     # Weights, gradients and Adam's two moments of all that is trained; and the teacher.
-    held = (1 + bool(distilled) + (0 if adapter else 3)) * extent.resident_bytes
+    held = (1 + bool(distilled) + (0 if few else 3)) * extent.resident_bytes
     held += len(extent.blocks) * extent.states_bytes(at_once) * 8
-    kept = Work(disk=0 if adapter else 12 * extent.n_weights)
+    kept = Work(disk=0 if few else 12 * extent.n_weights)
     # The models themselves are in memory already where this is asked once they are read.
-    least = 0 if adapter else 12 * extent.least_weights
+    least = 0 if few else 12 * extent.least_weights
     return replace(_all([*steps, kept]), memory=held, least_memory=least)
 
 

@@ -76,6 +76,7 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
         ),
         "target": Dependencies(rooms=("phoneready/sizes.py",)),
         "recover": Dependencies(("accelerate", "peft"), ("cfsp/recovery", *_LOSSES)),
+        "through": Dependencies(rooms=_EXPORTING, families=True),
         "evaluate": Dependencies(rooms=_EVALUATION),
         "tasks": Dependencies(("lm_eval",)),
         "export": Dependencies(rooms=_EXPORTING, families=True),
@@ -87,8 +88,8 @@ STAGES: Mapping[str, Dependencies] = MappingProxyType(
         ),
     }
 )
-"""By what a stage does; `tasks` is what `evaluate` and `evaluate-files` need more where there are some, and `text`
-is what writes the text `self`."""
+"""By what a stage does; `through` is what `recover` needs more where it trains through a rounding, `tasks` is what
+`evaluate` and `evaluate-files` need more where there are some, and `text` is what writes the text `self`."""
 
 
 def made_with(*kinds: str, families: Iterable[str] = ()) -> dict[str, Any]:

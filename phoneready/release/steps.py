@@ -27,7 +27,7 @@ from cfsp.records import read_record, write_record
 from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration
 from cfsp.text.tokens import tokens_sha256
-from exporters.families import FAMILIES, family_of, find_format
+from exporters.families import FAMILIES, ROUNDING, family_of, find_format
 from exporters.options import ExportOptions
 from exporters.provenance import file_stem
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
@@ -209,6 +209,7 @@ class Steps:
             device=self.config.model.recovery_device,
             force=True,
             writers=WRITERS,
+            rounding=ROUNDING,
             progress=progress,
         )
 

@@ -11,9 +11,9 @@ import pydantic
 
 from cfsp.errors import InputError
 from cfsp.reading import parse_toml, read_text
-from cfsp.recovery.settings import two_budgets
+from cfsp.recovery.settings import Training, settled, two_budgets
 from cfsp.validation import Location, describe_problems, place_of
-from exporters.families import BASE, family_of
+from exporters.families import BASE, ROUNDING, family_of
 from exporters.gguf import find_quant
 from exporters.onnx import find_variant
 from phoneready.evaluation.evaluation_record import repeated_text
@@ -105,7 +105,7 @@ def _read_target(config: ReleaseConfig, values: Mapping[str, Any]) -> ReleaseCon
 def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
     """What sections say of each other that is not so."""
     alone = {
-        "recover": two_budgets(config.recover) if config.recover else None,
+        "recover": _training_problem(config.recover) if config.recover else None,
         "tune": config.tune.problem if config.tune else None,
     }
     return [
@@ -119,6 +119,17 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *budget_problems(config),
         *_tiers(config),
     ]
+
+
+def _training_problem(training: Training) -> str | None:
+    """What settings of training say of each other that is not so, or a format that it cannot go through."""
+    try:
+        settled(training)
+        if training.for_quant is not None:
+            ROUNDING.check(training.for_quant)
+    except InputError as error:
+        return str(error)
+    return two_budgets(training)
 
 
 def _problems_beside(values: Mapping[str, Any], faults: Sequence[Location]) -> list[tuple[Location, str]]:

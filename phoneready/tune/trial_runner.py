@@ -34,6 +34,7 @@ from cfsp.pruning.prune import (
 from cfsp.pruning.statistics import BlockStatistics
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration
+from exporters.families import ROUNDING
 from exporters.options import ExportOptions
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
@@ -328,6 +329,7 @@ class TrialRunner:
             device=self.config.model.recovery_device,
             force=True,
             writers=WRITERS,
+            rounding=ROUNDING,
             progress=self.progress,
         )
 

@@ -53,7 +53,7 @@ def test_rows_are_multiplied_where_ggml_reads_them(kind: str) -> None:
     importance = np.ones(512, dtype=np.float32) if kind in WHOLE_BLOCKS else None
     written = StoredMatrix(kind, stored(values, kind, importance))
     factors = np.array([1, 0.5, 1.03, 0.97, 2], dtype=np.float32)
-    found = written.scaled(factors)
+    found = written.scaled(factors[:, None])
     np.testing.assert_allclose(found.values(), written.values() * factors[:, None], rtol=3e-3, atol=5e-3)
     np.testing.assert_array_equal(found.data[0], written.data[0])
 

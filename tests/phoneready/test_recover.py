@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("peft", reason="the recover extra is not installed")
 pytest.importorskip("accelerate", reason="the recover extra is not installed")
@@ -22,8 +23,11 @@ pytest.importorskip("accelerate", reason="the recover extra is not installed")
 from cfsp import load_model
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
+from cfsp.models.gguf_file import read_gguf
 from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
+from exporters.export_record import ExportManifest
+from exporters.gguf import draft_gguf
 from phoneready.main import main
 
 TinyPath = Callable[..., Path]
@@ -317,8 +321,12 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
     ("options", "message"),
     [
         (["--rank", "0"], "rank: out of range"),
-        (["--method", "magic"], "allowed: ig-lora, lora, full"),
-        (["--loss", "mse"], "allowed: next-token, distill, both"),
+        (["--method", "magic"], "allowed: auto, ig-lora, lora, full, scales"),
+        (["--method", "scales"], "allowed: ig-lora, lora, full; scales with for_quant"),
+        (["--for-quant", "Q4_0", "--method", "lora"], "allowed: scales, where for_quant is set"),
+        (["--for-quant", "Q8_0"], "loses nothing that training could win back"),
+        (["--for-quant", "int4"], "cannot be trained through"),
+        (["--loss", "mse"], "allowed: auto, next-token, distill, both"),
         (
             ["--max-tokens", "100", "--epochs", "1"],
             "max_tokens and epochs both say how long; allowed: one of them",
@@ -400,3 +408,41 @@ def test_a_full_disk_leaves_the_last_complete_checkpoint(
     subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
     assert main(line) == 0
     assert len(record_of(tmp_path / "out").losses) == 20
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q4_K_M"])
+def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
+    quant: str, dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained"
+    options = ("--for-quant", quant, "--max-tokens", "8192", "--learning-rate", "0.01")
+    assert main(command(dense, trained, chats, *options)) == 0
+    record = record_of(trained)
+    assert (record.settings.method, record.settings.loss) == ("scales", "distill")
+    assert record.kept_step > 0
+    assert record.perplexity_after != record.perplexity_before
+    for name in ("files", "again"):
+        assert main(["export", str(trained), "-o", str(tmp_path / name), "--gguf", f"{quant},Q8_0"]) == 0
+    manifest = read_record(ExportManifest, tmp_path / "files" / "export.json")
+    of_quant, of_eight_bits = manifest.exports
+    assert of_quant.trained_tensors > 0
+    assert of_eight_bits.trained_tensors == 0
+    # Its weights are what the file's numbers stand for, so that only the runtime's arithmetic is between them.
+    assert of_quant.parity.kl_mean < 1e-3
+    assert (
+        of_quant.sha256 == read_record(ExportManifest, tmp_path / "again" / "export.json").exports[0].sha256
+    )
+    drafted = draft_gguf(dense, tmp_path, [quant])[quant]
+    assert stored_types(tmp_path / "files" / of_quant.file) == stored_types(drafted)
+    stored = load_file(trained / "rounded.safetensors")
+    name = next(name for name in stored if "attn_q" in name)
+    save_file(stored | {name: stored[name].flip(0).contiguous()}, trained / "rounded.safetensors")
+    capsys.readouterr()
+    assert main(["export", str(trained), "-o", str(tmp_path / "damaged"), "--gguf", quant]) == 2
+    assert f"not what its weights stand for: {name}" in capsys.readouterr().err
+    assert not (tmp_path / "damaged").exists()
+
+
+def stored_types(file: Path) -> dict[str, tuple[str, int]]:
+    """Tensor -> its type, and how many bytes it takes."""
+    return {tensor.name: (tensor.kind.name, tensor.data.nbytes) for tensor in read_gguf(file).tensors}
