@@ -47,6 +47,7 @@ from phoneready.figures.verdict import Verdicts
 from phoneready.history.entry import HistoryEntry, append_entry, entry_of
 from phoneready.publish.manifest import ReleaseManifest
 from phoneready.publish.publish import publish
+from phoneready.publish.tiers import choose_tiers
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
 from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
@@ -99,6 +100,10 @@ def run_release(
     check_extras(config)
     check_directions(config.budgets)
     baseline = load_baseline(config)
+    if (
+        config.stores is not None
+    ):  # a class of devices that nothing fits is told before the first hour of work
+        choose_tiers(config.stores, config.tiers)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)
         left, times = [stage.name for stage in stages], last_times(stages, folder)

@@ -117,6 +117,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *_no_places(config),
         *_imatrix_needed(config),
         *budget_problems(config),
+        *_tiers(config),
     ]
 
 
@@ -245,6 +246,16 @@ def _imatrix_needed(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         yield ("export", "imatrix"), f"{', '.join(needed)} cannot be written without an importance matrix"
 
 
+def _tiers(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    """Tiers that cannot be told apart, and one of [stores] and [[tiers]] without the other."""
+    if (config.stores is None) != (not config.tiers):
+        yield ("stores",), "[stores] names the frontier, [[tiers]] the devices: one wants the other"
+    for field in ("name", "ram_bytes"):
+        values = [getattr(tier, field) for tier in config.tiers]
+        if len(set(values)) < len(values):
+            yield ("tiers",), f"two have the same {field.partition('_')[0]}"
+
+
 def _repeated_texts(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
     if name := repeated_text(config.evaluate.text, config.evaluate.chats):
         yield ("evaluate", name.partition(" ")[0]), f"two have the name {name!r}; rename one of the files"
@@ -277,5 +288,6 @@ _REFERENCES: Mapping[str, tuple[str, ...]] = {
     "recover": ("data", "validation"),
     "evaluate": ("text", "chats", "tasks", "task_data"),
     "baseline": ("file",),
+    "stores": ("frontier",),
 }
 """Section -> the fields that may name files."""

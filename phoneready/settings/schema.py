@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 import pydantic
 
@@ -13,7 +13,8 @@ from cfsp.pruning.settings import ALIGN, PruneSettings
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training
 from cfsp.settings import DEVICE, SEED, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
-from cfsp.validation import Section
+from cfsp.units import parse_bytes
+from cfsp.validation import Section, as_value_error
 from exporters.families import find_format, required_multiple
 from exporters.settings import ExportFormats, QuantizerSettings, RoundingSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
@@ -208,6 +209,46 @@ class TuneConfig(SearchedStructures):
         return "min_prune_ratio is not below max_prune_ratio"
 
 
+class StoresConfig(Section):
+    """What a frontier's files are published as, one for each class of devices in [[tiers]].
+
+    Attributes:
+        frontier: frontier.json, beside the files that its run kept.
+        pack: What the asset packs are called.
+        n_ctx: Tokens of the context that a device must hold.
+        cache_type: Of keys and values.
+    """
+
+    frontier: Path
+    pack: str = pydantic.Field(default="model", pattern=r"^[a-z][a-z0-9_]*$")
+    n_ctx: int = pydantic.Field(default=DEFAULT_CONTEXT, ge=1, le=2**24)
+    cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"
+
+
+class TierConfig(Section):
+    """A class of devices by their RAM.
+
+    Attributes:
+        name: Of the class.
+        ram: Least RAM that its devices have, as "4 GB" or bytes; the next tier's ends it.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[a-z][a-z0-9_]*$")
+    ram: int | str
+
+    @pydantic.model_validator(mode="after")
+    def _some_ram(self) -> Self:
+        as_value_error(lambda: self.ram_bytes)
+        if self.ram_bytes <= 0:
+            raise ValueError("ram: wants more than 0")
+        return self
+
+    @property
+    def ram_bytes(self) -> int:
+        """Least RAM, bytes."""
+        return parse_bytes(self.ram, "ram") if isinstance(self.ram, str) else self.ram
+
+
 class TrackingConfig(Section):
     """Where releases are logged; the section's presence turns it on.
 
@@ -236,6 +277,8 @@ class ReleaseConfig(Section):
     budgets: tuple[BudgetConfig, ...] = ()
     tune: TuneConfig | None = None
     tracking: TrackingConfig | None = None
+    stores: StoresConfig | None = None
+    tiers: tuple[TierConfig, ...] = ()
 
     def prune_settings(self) -> PruneSettings:
         """For cfsp; widths fit the formats unless an alignment is set."""
