@@ -25,7 +25,14 @@ from typing import Any
 from cfsp.errors import PhonereadyError
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, Vocabulary, engine_spec
 from runtime_bench.files import files_of
-from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
+from runtime_bench.memory import (
+    current_rss_bytes,
+    evict_from_page_cache,
+    major_faults,
+    page_cache_share,
+    peak_rss_bytes,
+)
+from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention, waited_ns
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
@@ -75,6 +82,12 @@ class WorkerResult:
         cpu_ns: Processor time of all threads in each sample, nanoseconds; empty where nothing tells.
         waited_ns: How long all threads waited for a core in each sample, nanoseconds; empty where nothing tells.
         contention: What else used the machine's cores meanwhile.
+        held_ns: In each sample, how long the thread that decodes neither computed nor waited, be it for a core or for
+            another thread that waited for one: something kept it from running. None where pages were read from the
+            disk, and it waited for them; empty where nothing tells.
+        spans_ns: When each sample began and ended, nanoseconds since the machine was started, by a clock that goes on
+            while the machine sleeps; empty where there is none.
+        conditions: What the machine went through meanwhile.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -90,6 +103,20 @@ class WorkerResult:
     cpu_ns: list[int] = field(default_factory=list)
     waited_ns: list[int] = field(default_factory=list)
     contention: Contention | None = None
+    held_ns: list[int | None] = field(default_factory=list)
+    spans_ns: list[tuple[int, int]] = field(default_factory=list)
+    conditions: Conditions | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, nanoseconds; the fields are those of WorkerResult."""
+
+    wall_ns: int
+    cpu_ns: int
+    waited_ns: int | None
+    held_ns: int | None
+    span_ns: tuple[int, int] | None
 
 
 Work = list[list[int]] | str
@@ -125,14 +152,16 @@ def measure(request: WorkerRequest) -> WorkerResult:
         work = work_of(session, request)
         samples = [] if work is None else _timed(session, request, work)
         return WorkerResult(
-            samples_ns=[wall for wall, _, _ in samples] or [load_ns],
+            samples_ns=[one.wall_ns for one in samples] or [load_ns],
             load_ns=load_ns,
             page_cache_share=share,
             baseline_rss_bytes=baseline,
             facts=session.facts,
             peak_rss_bytes=peak_rss_bytes(),
-            cpu_ns=[cpu for _, cpu, _ in samples],
-            waited_ns=[waited for _, _, waited in samples if waited is not None],
+            cpu_ns=[one.cpu_ns for one in samples],
+            waited_ns=[one.waited_ns for one in samples if one.waited_ns is not None],
+            held_ns=[one.held_ns for one in samples],
+            spans_ns=[one.span_ns for one in samples if one.span_ns is not None],
         )
     finally:
         session.close()
@@ -185,8 +214,7 @@ def warmup_of(work: Work) -> Work:
     return work if isinstance(work, str) else work[:1]
 
 
-def _timed(session: Session, request: WorkerRequest, work: Work) -> list[tuple[int, int, int | None]]:
-    """For each sample its time by the clock on the wall, and of all threads on the processor and waiting for it."""
+def _timed(session: Session, request: WorkerRequest, work: Work) -> list[Sample]:
     samples = []
     if request.warmup:
         session.clear()
@@ -196,12 +224,39 @@ def _timed(session: Session, request: WorkerRequest, work: Work) -> list[tuple[i
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))
-        waited, start, cpu = waited_ns(), time.perf_counter_ns(), time.process_time_ns()
-        _do(session, request, work)
-        wall, cpu, now = time.perf_counter_ns() - start, time.process_time_ns() - cpu, waited_ns()
-        # Threads that have ended meanwhile take what they waited with them.
-        samples.append((wall, cpu, None if waited is None or now is None else max(0, now - waited)))
+        samples.append(_sample(lambda: _do(session, request, work)))
     return samples
+
+
+@dataclass(frozen=True)
+class _Times:
+    """What clocks show, nanoseconds: on the wall, of the processor for all threads and for this one, and since the
+    machine was started."""
+
+    wall: int
+    cpu: int
+    own: int
+    boot: int | None
+
+
+def _times() -> _Times:
+    boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else None
+    return _Times(time.perf_counter_ns(), time.process_time_ns(), time.thread_time_ns(), boot)
+
+
+def _sample(work: Callable[[], None]) -> Sample:
+    """Do the work and time it; what takes long to look up is looked up before the clocks and after them."""
+    waited, faults, before = waited_ns(), major_faults(), _times()
+    work()
+    after, waited_then, faults_then = _times(), waited_ns(), major_faults()
+    wall, span, held = after.wall - before.wall, None, None
+    if waited is not None and waited_then is not None:
+        # Threads that have ended meanwhile take what they waited with them.
+        waited = max(0, waited_then - waited)
+        held = max(0, wall - (after.own - before.own) - waited) if faults == faults_then else None
+    if before.boot is not None and after.boot is not None:
+        span = (before.boot, after.boot)
+    return Sample(wall, after.cpu - before.cpu, waited if waited_then is not None else None, held, span)
 
 
 def _do(session: Session, request: WorkerRequest, work: Work) -> None:

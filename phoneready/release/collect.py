@@ -17,7 +17,7 @@ from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import crowding, stealing
+from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import median
 
 
@@ -104,8 +104,7 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
     if not record.ok:
         return figure
     samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
-    noise = stealing(record) or crowding(record)
-    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds, noise=noise)
+    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds, noise=noise(record))
 
 
 def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:

@@ -11,6 +11,7 @@ from exporters.onnx.family import ONNX
 from phoneready.evaluation.evaluation_record import Evaluation
 from runtime_bench.presentation.record_table import best_threads
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.notes import note_of
 
 _RATES = ("tg", "pp", "ttft", "load")
@@ -125,7 +126,7 @@ def _group(kind: str, target: str, records: Sequence[BenchRecord], quality: Qual
         models.setdefault((record.model_filename, record.engine), []).append(record)
     points, left_out = [], []
     for (file, _), rows in models.items():
-        best = best_threads([row for row in rows if row.test == test and not row.void])
+        best = best_threads([row for row in rows if row.test == test])
         if best is None or best.file_size_bytes is None:
             left_out.append((file, _why(rows, test)))
         else:
@@ -143,7 +144,7 @@ def _main_test(records: Sequence[BenchRecord]) -> str:
 
 
 def _why(rows: Sequence[BenchRecord], test: str) -> str:
-    reasons = [row.failure or note_of(row) for row in rows if row.test == test and (not row.ok or row.void)]
+    reasons = [row.failure or note_of(row) for row in rows if row.test == test and not has_speed(row)]
     return next((reason for reason in reasons if reason), f"{test} was not measured")
 
 

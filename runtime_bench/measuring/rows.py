@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.environment import clock_cap, hottest_c
@@ -17,6 +18,8 @@ from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Env
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Row:
         """p90 / p50 of the samples; 1 where there are too few to tell."""
         return summary.spread(self.samples_ns) or 1.0
 
-    def of_each_sample(self, found: Iterable[list[int]]) -> tuple[int, ...]:
+    def of_each_sample(self, found: Iterable[list[T]]) -> tuple[T, ...]:
         """Times beside the samples of all processes; empty unless every sample has one."""
         times = tuple(chain.from_iterable(found))
         return times if len(times) == len(self.samples_ns) else ()
@@ -125,10 +128,12 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
         samples_ns=tuple(row.samples_ns),
         cpu_samples_ns=row.of_each_sample([ns for ns in r.cpu_ns if ns > 0] for r in results),
         waited_samples_ns=row.of_each_sample(r.waited_ns for r in results),
+        held_samples_ns=row.of_each_sample(r.held_ns for r in results),
         sequence=tuple(row.sequence),
         quarantined_ns=() if first is row else tuple(first.samples_ns),
         throttling=next((r.throttling for r in results if r.throttling), None),
         contention=tuple(r.contention for r in results),
+        conditions=tuple(r.conditions for r in results),
         clock_caps=tuple(clock_cap(*looks) for looks in row.looks),
         hottest_c=tuple(hottest_c(*looks) for looks in row.looks),
         text_sample=check.texts[0] if check.texts else None,

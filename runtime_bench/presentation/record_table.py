@@ -12,6 +12,7 @@ from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
+from runtime_bench.records.fairness import fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
 
@@ -107,6 +108,7 @@ _COLUMNS: tuple[Column[BenchRecord], ...] = (
     Column("time", lambda r: None if r.void else _time(r, r.median_ns), right=True),
     Column("load", lambda r: _time(r, r.load_ns), right=True),
     Column("peak RSS", lambda r: _size(r.peak_rss_bytes), right=True),
+    Column("conditions", lambda r: fairness(r).text),
 )
 
 
@@ -132,7 +134,7 @@ def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:
 
     Of rows that are equally fast the one with fewer threads is best.
     """
-    measured = [record for record in records if record.has_speed]
+    measured = [record for record in records if has_speed(record)]
     return min(measured, key=lambda r: (r.median_ns, r.n_threads), default=None)
 
 
@@ -157,6 +159,6 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:
-    if not record.has_speed or not record.median_ns or best is None or not best.median_ns:
+    if not has_speed(record) or not record.median_ns or best is None or not best.median_ns:
         return f"{record.n_threads}: {'-' if record.ok else 'failed'}"
     return f"{record.n_threads}: {best.median_ns / record.median_ns:.0%}"

@@ -14,6 +14,7 @@ import pydantic
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
+from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
@@ -115,6 +116,9 @@ class BenchRecord:
         throttling: How the processor was slowed down to a device's score; None where it was not.
         waited_samples_ns: How long all threads waited for a core in each sample; empty where nothing tells.
         contention: For each process, what else used the machine's cores; None where that is not known.
+        held_samples_ns: How long something kept each sample from running that no other program explains; None where it
+            waited for the disk; empty where nothing tells.
+        conditions: For each process, what the machine went through meanwhile; None where nobody looked.
     """
 
     kind: str
@@ -164,6 +168,8 @@ class BenchRecord:
     throttling: Throttling | None = None
     waited_samples_ns: tuple[pydantic.NonNegativeInt, ...] = ()
     contention: tuple[Contention | None, ...] = ()
+    held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
+    conditions: tuple[Conditions | None, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -231,12 +237,6 @@ class BenchRecord:
     def spread(self) -> float | None:
         """p90 / p50 of the samples."""
         return summary.spread(self.samples_ns)
-
-    @property
-    def has_speed(self) -> bool:
-        """Whether its times say how fast the file is: not of failed rows, of degenerate text, or by an emulator's
-        clock."""
-        return self.ok and not self.void and self.kind != EMULATED and bool(self.samples_ns)
 
     @property
     def page_cache_state(self) -> str:

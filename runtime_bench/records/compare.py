@@ -16,7 +16,8 @@ from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
+from runtime_bench.records.crowding import crowding, has_cpu_times
+from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import CONFIDENCE, RatioInterval, ratio_interval
 
 MIN_SAMPLES = 5
@@ -171,9 +172,9 @@ def compare_records(
             confidence=settings.confidence,
             seed=settings.seed,
         )
-    noise = _noise(base, new, basis, interval)
-    verdict, reason = _outcome(_reason(base, new), noise, interval, settings.threshold)
-    shown = None if noise else interval
+    noisy = _noise(base, new, basis, interval)
+    verdict, reason = _outcome(_reason(base, new), noisy, interval, settings.threshold)
+    shown = None if noisy else interval
     # Longer than others by the record's fields, one a line.
     return Comparison(
         kind=base.kind,
@@ -202,11 +203,11 @@ def compare_records(
 
 
 def _outcome(
-    reason: str | None, noise: str | None, interval: RatioInterval | None, threshold: float
+    reason: str | None, noisy: str | None, interval: RatioInterval | None, threshold: float
 ) -> tuple[str, str | None]:
     """Verdict and reason."""
-    if reason or noise:
-        return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noise)
+    if reason or noisy:
+        return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noisy)
     verdict = _verdict(interval, threshold)
     return verdict, "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
 
@@ -221,7 +222,7 @@ def _basis(base: BenchRecord, new: BenchRecord) -> str:
 def _noise(base: BenchRecord, new: BenchRecord, basis: str, interval: RatioInterval | None) -> str | None:
     """Why the times say nothing of the files; None where they do."""
     for side, record in (("base", base), ("new", new)):
-        why = stealing(record) or (crowding(record) if basis == "wall" else None)
+        why = noise(record, wall=basis == "wall")
         if why and record.ok:
             return f"{side}: {why}"
     if interval and interval.high > WIDEST * interval.low:
