@@ -110,6 +110,18 @@ class SamplingSettings(Settings):
     delay_s: float = setting(
         0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option="--delay"
     )
+    wait_nominal_s: float = setting(
+        0.0,
+        "Seconds to wait at most before each process until clocks are free, nothing is hotter than --nominal-c and the "
+        "system reports no heat; a row for which that is not enough fails.",
+        ge=0,
+        le=86_400,
+        option="--wait-nominal",
+    )
+    nominal_c: float = setting(
+        45.0, "Degrees Celsius that no thermal zone may be above to be nominal.", ge=-40, le=150
+    )
+    unplugged: bool = setting(False, "Count a device as nominal only while no power comes from outside.")
     timeout_s: float = setting(
         600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, option="--timeout"
     )

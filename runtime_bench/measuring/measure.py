@@ -21,10 +21,12 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
+from runtime_bench.measuring.nominal import wait_nominal
 from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
+from runtime_bench.worker import WorkerResult
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
 logger = logging.getLogger(__name__)
@@ -146,8 +148,12 @@ def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> Non
 def _measure_once(session: Session, row: Row, samples: int, number: int) -> None:
     if session.settings.delay_s:
         time.sleep(session.settings.delay_s)
+    why = wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result = session.target.run(replace(row.request, samples=samples), session.settings.timeout_s)
+    if why is None:
+        result = session.target.run(replace(row.request, samples=samples), session.settings.timeout_s)
+    else:
+        result = WorkerResult(error=why)
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:

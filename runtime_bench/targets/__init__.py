@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from runtime_bench.conditions.watcher import look_here
 from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.conditions import Conditions
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["LOCAL", "Local", "Target", "ThisMachine"]
@@ -52,6 +54,10 @@ class Target(Protocol):
         """The machine that is measured, as it is now; what it does not tell is None."""
         ...
 
+    def conditions(self) -> Conditions:
+        """One look at the machine, as it is now; what it does not tell says why."""
+        ...
+
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """Measure in a fresh process; a failure is a result whose `error` says what happened."""
         ...
@@ -73,6 +79,10 @@ class ThisMachine:
     def environment(self) -> Environment:
         """See `Target`."""
         return describe_environment()
+
+    def conditions(self) -> Conditions:
+        """See `Target`."""
+        return look_here()
 
 
 class Local(ThisMachine):

@@ -18,11 +18,12 @@ from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.script import WATCH
 from runtime_bench.engines import check_engine, engine_for, engine_spec
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exit_reason, result_from_json
 from runtime_bench.records.bench_record import Environment
-from runtime_bench.records.conditions import Conditions
+from runtime_bench.records.conditions import Conditions, nothing_known
 from runtime_bench.records.contention import Contention
 from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
@@ -42,6 +43,7 @@ from runtime_bench.worker import WorkerRequest, WorkerResult
 _GRACE_S = 30.0
 """What a connection may take, beside the run itself."""
 _PYTHON = "python3"
+_NO_PROC = "nothing could be written there, or read of /proc"
 _BUILDING = threading.Lock()
 _CANNOT_EXECUTE = 126
 """Status of a shell whose command is there but cannot be run."""
@@ -125,6 +127,14 @@ class Remote:
             self._open = _Connection(machine, cache)
         return machine.environment
 
+    def conditions(self) -> Conditions:
+        """See `Target`. A machine that does not answer is told of by the run that follows."""
+        try:
+            reply = self._shell.run(WATCH, "", timeout_s=ANSWER_S)
+        except FarError as error:
+            return nothing_known(f"{self.name}: {error}")
+        return conditions_of(reply.text, why=_NO_PROC)
+
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; what is missing there is pushed first.
 
@@ -200,9 +210,7 @@ def _result_of(reply: Reply) -> WorkerResult:
     """What the program answered, and what the machine went through meanwhile."""
     output, _, looks = reply.output.partition(f"\n{LOOKS_FOLLOW}\n".encode())
     result = result_from_json(output.strip().rpartition(b"\n")[2])
-    conditions = conditions_of(
-        looks.decode("utf-8", "replace"), result.spans_ns, "nothing could be written there, or read of /proc"
-    )
+    conditions = conditions_of(looks.decode("utf-8", "replace"), result.spans_ns, _NO_PROC)
     return replace(result, conditions=conditions, contention=_contention_of(conditions))
 
 

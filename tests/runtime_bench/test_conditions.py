@@ -22,6 +22,7 @@ from runtime_bench.conditions.watcher import Watcher, look_here
 from runtime_bench.records.conditions import SERIES, Conditions
 
 CPU = "/sys/devices/system/cpu/cpu"
+SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.which(name)]
 BUSY = "t = __import__('time').monotonic() + {}\nwhile __import__('time').monotonic() < t: pass"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks are at /proc and /sys")
 ONCE = (

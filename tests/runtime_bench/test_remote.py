@@ -241,6 +241,7 @@ def test_what_androids_services_say_is_in_the_record(
         with daemons.ssh_server(f"{tmp_path}/bin:/usr/bin:/bin") as phone:
             target = Remote(Ssh("board", phone.config), runner=runner, folder=str(tmp_path / "far"))
             record = bench(tiny_gguf(hidden_size=256, head_dim=64), target, settings=LONGER)
+            now = target.conditions()
     except daemons.NotPossible as error:
         pytest.skip(str(error))
     (seen,) = record.conditions
@@ -249,6 +250,7 @@ def test_what_androids_services_say_is_in_the_record(
         name: getattr(seen, name)[0] for name in ("battery_percent", "charging", "low_power", "screen_on")
     }
     assert told == {"battery_percent": 63.0, "charging": True, "low_power": False, "screen_on": False}
+    assert (now.charging, now.thermal_status) == ((True,), (3,))
     # The last look asks again; those between do not.
     assert [status for status in seen.thermal_status if status is not None] == [3, 3]
     assert (fairness(record).verdict, fairness(record).reason) == (
