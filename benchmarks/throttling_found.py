@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +31,7 @@ import psutil
 
 from cfsp.errors import InputError, LimitError, PhonereadyError
 from cfsp.models.builtin import fetch_builtin
+from runtime_bench.conditions.script import WATCH
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
@@ -148,6 +150,17 @@ def measure(path: Path, settings: BenchSettings, way: str) -> BenchRecord:
     return record
 
 
+def looking_cost(seconds: float = 10.0) -> float:
+    """Share of a core that looking takes, beside a process that sleeps."""
+    with subprocess.Popen([sys.executable, "-c", f"__import__('time').sleep({seconds})"]) as sleeper:
+        command = ["sh", "-c", WATCH, "phoneready", str(sleeper.pid)]
+        watcher = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        sleeper.wait()
+        watcher.terminate()
+        _, _, used = os.wait4(watcher.pid, 0)
+    return (used.ru_utime + used.ru_stime) / seconds
+
+
 def report(found: dict[str, list[BenchRecord]]) -> str:
     """The Markdown table and what the machine was like."""
     rows = []
@@ -164,7 +177,8 @@ def report(found: dict[str, list[BenchRecord]]) -> str:
     one = next(iter(found.values()))[0]
     return table_of(rows).markdown() + (
         f"\n{machine.cpu_model}, {machine.cpus_usable} cores, load average {machine.load_average}; {one.test}, "
-        f"{one.n_threads} threads, {len(one.samples_ns)} processes a row\n"
+        f"{one.n_threads} threads, {len(one.samples_ns)} processes a row; "
+        f"looking takes {looking_cost():.2%} of a core\n"
     )
 
 

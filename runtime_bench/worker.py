@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -151,8 +151,11 @@ def measure(request: WorkerRequest) -> WorkerResult:
     try:
         work = work_of(session, request)
         samples = [] if work is None else _timed(session, request, work)
+        whole = with_opening(request, load_ns, [one.wall_ns for one in samples])
+        if request.workload.opens:
+            samples = []  # the clocks beside the wall's were not read while the file was opened
         return WorkerResult(
-            samples_ns=[one.wall_ns for one in samples] or [load_ns],
+            samples_ns=whole,
             load_ns=load_ns,
             page_cache_share=share,
             baseline_rss_bytes=baseline,
@@ -165,6 +168,13 @@ def measure(request: WorkerRequest) -> WorkerResult:
         )
     finally:
         session.close()
+
+
+def with_opening(request: WorkerRequest, load_ns: int, samples_ns: Sequence[int]) -> list[int]:
+    """The samples, with the time of opening the file where the workload times that, too."""
+    if not request.workload.opens:
+        return list(samples_ns)
+    return [load_ns + sum(samples_ns)]
 
 
 def prepare_page_cache(request: WorkerRequest) -> float | None:
@@ -202,7 +212,7 @@ def work_of(session: Vocabulary, request: WorkerRequest) -> Work | None:
     workload = request.workload
     if workload.kind == "load":
         return None
-    if workload.kind == "ttft":
+    if workload.kind in ("ttft", "start"):
         return text_of(session, workload.n_prompt)
     if workload.kind == "pp":
         return [random_tokens(session, request, workload.n_prompt)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,28 +16,39 @@ class Workload:
     """One thing to time.
 
     Attributes:
-        kind: `pp`, `tg`, `ttft` or `load`; see WORKLOAD_KINDS.
+        kind: `pp`, `tg`, `ttft`, `start` or `load`; see WORKLOAD_KINDS.
         n_prompt: Prompt tokens that are timed.
         n_gen: Generated tokens that are timed.
         n_depth: Tokens already in the context, put there before the clock starts.
+        regime: In what state the file and the process are; see REGIMES.
     """
 
     kind: str
     n_prompt: int = 0
     n_gen: int = 0
     n_depth: int = 0
+    regime: str = "fresh"
 
     def __post_init__(self) -> None:
         if self.kind not in WORKLOAD_KINDS:
             raise InputError(
                 "unknown workload", field="kind", value=self.kind, allowed=", ".join(WORKLOAD_KINDS)
             )
+        if self.regime not in REGIMES:
+            raise InputError("unknown regime", field="regime", value=self.regime, allowed=", ".join(REGIMES))
 
     @property
     def test(self) -> str:
-        """Its name in tables, as llama-bench writes it: pp512, tg128, pp512 @ d1024; ours: ttft128, load."""
-        size = {"pp": self.n_prompt, "tg": self.n_gen, "ttft": self.n_prompt}.get(self.kind, "")
-        return f"{self.kind}{size}" + (f" @ d{self.n_depth}" if self.n_depth else "")
+        """Its name in tables, as llama-bench writes it: pp512, tg128, pp512 @ d1024; ours: ttft128, start128, load,
+        tg128 @ cold."""
+        size = {"tg": self.n_gen, "load": ""}.get(self.kind, self.n_prompt)
+        depth = f" @ d{self.n_depth}" if self.n_depth else ""
+        return f"{self.kind}{size}{depth}" + (f" @ {self.regime}" if self.regime != "fresh" else "")
+
+    @property
+    def opens(self) -> bool:
+        """Whether the opening of the file is timed, which a process does but once."""
+        return self.kind in ("start", "load")
 
     @property
     def n_ctx(self) -> int:
@@ -49,7 +61,41 @@ WORKLOAD_KINDS = MappingProxyType(
         "pp": "prompt processing: random tokens, logits of the last one only, in batches of n_batch",
         "tg": "token generation: random tokens one at a time, logits of each",
         "ttft": "time to first token: a real text tokenized and processed, its first token sampled greedily",
+        "start": "opening the file and then the time to first token: what waits for whoever opens an application",
         "load": "opening the file until the context is ready for tokens",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """In what state the file and the process are when a sample begins.
+
+    Attributes:
+        help: In words.
+        pushed: Whether the file is pushed to the machine anew before each process.
+        page_cache: What is done to the page cache before opening; None leaves it to the workload.
+        warmup: Whether a run comes first that is not counted, where the settings have one.
+        least_samples: Samples that a process takes at least.
+    """
+
+    help: str
+    pushed: bool = False
+    page_cache: str | None = None
+    warmup: bool = True
+    least_samples: int = 1
+
+
+REGIMES = MappingProxyType(
+    {
+        "fresh": Regime("a fresh process for each sample, warmed up"),
+        "first": Regime("the first run after the file was pushed", True, "as_found", warmup=False),
+        "cold": Regime(
+            "a fresh process, the file dropped from the page cache, nothing warmed up",
+            page_cache="cold",
+            warmup=False,
+        ),
+        "warm": Regime("three samples or more in one process, warmed up", least_samples=3),
     }
 )
 
@@ -144,6 +190,17 @@ class BenchSettings(SamplingSettings):
         option="-d --n-depth",
         metavar="N,...",
     )
+    start: tuple[int, ...] = setting(
+        (), "Prompt sizes of opening the file and then time to first token.", ge=0, le=2**20, metavar="N,..."
+    )
+    regimes: tuple[str, ...] = setting(
+        ("fresh",),
+        f"{'; '.join(f'{name}: {regime.help}' for name, regime in REGIMES.items())}.",
+        choices="runtime_bench.workload:REGIMES",
+        least=1,
+        option="--regime",
+        metavar="NAME,...",
+    )
     load: bool = True
     cold_load: bool = setting(
         False, "Load from the disk: have the file forgotten before each load.", option="--cold"
@@ -167,16 +224,25 @@ class BenchSettings(SamplingSettings):
 
 
 def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
-    """The workloads of a session, each once, in the order of the table: load, pp, tg, ttft.
+    """The workloads of a session, each once, regime by regime in the order of the table: load, pp, tg, ttft, start.
 
     Raises:
         InputError: The settings leave nothing to measure.
     """
-    rows = [Workload("load")] if settings.load else []
-    for depth in settings.n_depth:
-        rows += [Workload("pp", n_prompt=n, n_depth=depth) for n in settings.n_prompt if n]
-        rows += [Workload("tg", n_gen=n, n_depth=depth) for n in settings.n_gen if n]
-    rows += [Workload("ttft", n_prompt=n, n_gen=1) for n in settings.ttft if n]
+    rows = [row for regime in settings.regimes for row in _in_regime(settings, regime)]
     if not rows:
-        raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen or ttft, or load")
+        raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
     return tuple(dict.fromkeys(rows))
+
+
+def _in_regime(settings: BenchSettings, regime: str) -> Iterator[Workload]:
+    # A process opens its file but once, and is warm afterwards.
+    opened = REGIMES[regime].least_samples == 1
+    if settings.load and opened:
+        yield Workload("load", regime=regime)
+    for depth in settings.n_depth:
+        yield from (Workload("pp", n_prompt=n, n_depth=depth, regime=regime) for n in settings.n_prompt if n)
+        yield from (Workload("tg", n_gen=n, n_depth=depth, regime=regime) for n in settings.n_gen if n)
+    yield from (Workload("ttft", n_prompt=n, n_gen=1, regime=regime) for n in settings.ttft if n)
+    if opened:
+        yield from (Workload("start", n_prompt=n, n_gen=1, regime=regime) for n in settings.start if n)

@@ -14,7 +14,7 @@ from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.notes import note_of
 
-_RATES = ("tg", "pp", "ttft", "load")
+_RATES = ("tg", "pp", "ttft", "start", "load")
 """Workloads in the order in which they say most about a chat on a phone."""
 
 

@@ -27,7 +27,7 @@ from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
 from runtime_bench.worker import WorkerResult
-from runtime_bench.workload import BenchSettings, Workload, workloads_of
+from runtime_bench.workload import REGIMES, BenchSettings, Workload, workloads_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def run_bench(
     engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
+    _check_regimes(settings, target)
     session = Session(_measured_files(files, engines, settings), settings, target)
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]
@@ -148,6 +149,8 @@ def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> Non
 def _measure_once(session: Session, row: Row, samples: int, number: int) -> None:
     if session.settings.delay_s:
         time.sleep(session.settings.delay_s)
+    if REGIMES[row.request.workload.regime].pushed:
+        session.target.forget(row.file.path)
     why = wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if why is None:
@@ -158,6 +161,17 @@ def _measure_once(session: Session, row: Row, samples: int, number: int) -> None
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
         logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
+
+
+def _check_regimes(settings: BenchSettings, target: Target) -> None:
+    pushed = [name for name in settings.regimes if REGIMES[name].pushed]
+    if pushed and not target.pushes:
+        raise InputError(
+            f"no file is pushed to {target.name}",
+            field="--regime",
+            value=pushed[0],
+            allowed="--on ssh:HOST, --on adb:SERIAL",
+        )
 
 
 def _check_files(files: Sequence[Path]) -> None:

@@ -17,7 +17,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Environment
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import BenchSettings, Workload
+from runtime_bench.workload import REGIMES, BenchSettings, Workload
 
 T = TypeVar("T")
 
@@ -99,16 +99,16 @@ class Row:
 
 def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: int) -> Row:
     """A row of which nothing is measured yet."""
-    settings = session.settings
+    settings, regime = session.settings, REGIMES[workload.regime]
     load = "cold" if settings.cold_load else "warm"
     request = WorkerRequest(
         path=str(file.path),
         engine=file.engine,
         workload=workload,
         session=SessionSettings(workload.n_ctx, threads, settings.n_batch, settings.n_ubatch),
-        warmup=settings.warmup,
+        warmup=settings.warmup and regime.warmup and not workload.opens,
         seed=settings.seed,
-        page_cache=load if workload.kind == "load" else "as_found",
+        page_cache=regime.page_cache or (load if workload.opens else "as_found"),
     )
     return Row(file, request)
 
@@ -178,6 +178,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         n_prompt=workload.n_prompt,
         n_gen=workload.n_gen,
         n_depth=workload.n_depth,
+        regime=workload.regime,
         n_batch=request.session.n_batch,
         n_ubatch=request.session.n_ubatch,
         n_threads=request.session.n_threads,
@@ -185,7 +186,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         build_commit=facts.build_commit,
         cpu_info=environment.cpu_model,
         test_time=row.started,
-        warmup=request.warmup and workload.kind != "load",
+        warmup=request.warmup,
         samples_per_process=shares(settings, workload)[0],
         environment=replace(
             environment, versions=environment.versions | facts.versions, system_info=facts.system_info
@@ -197,7 +198,9 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
 
 
 def shares(settings: BenchSettings, workload: Workload) -> list[int]:
-    """How many samples each round takes in its process; a process opens its file but once, so one load
-    each."""
-    most = 1 if workload.kind == "load" else settings.samples_per_process
+    """How many samples each round takes in its process; of what is not warm a
+    process has one."""
+    most = max(settings.samples_per_process, REGIMES[workload.regime].least_samples)
+    if workload.opens or not REGIMES[workload.regime].warmup:
+        most = 1
     return summary.portions(settings.repetitions, most)

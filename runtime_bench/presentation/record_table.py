@@ -92,6 +92,10 @@ def _time(record: BenchRecord, value: float | None) -> str | None:
     return _number(None if record.kind == EMULATED else value, "{:.1f} ms", 1e6)
 
 
+def _tells_of_cache(record: BenchRecord) -> bool:
+    return record.timed.opens or record.page_cache == "cold"
+
+
 _COLUMNS: tuple[Column[BenchRecord], ...] = (
     Column("model", lambda r: r.model_type),
     Column("size", lambda r: _size(r.model_size), right=True),
@@ -101,7 +105,7 @@ _COLUMNS: tuple[Column[BenchRecord], ...] = (
     # Loads say what they found: a cold load and a warm one are different things.
     Column(
         "test",
-        lambda r: f"load ({r.page_cache_state})" if r.ok and r.workload == "load" else r.test,
+        lambda r: f"{r.test} ({r.page_cache_state})" if r.ok and _tells_of_cache(r) else r.test,
         right=True,
     ),
     Column("t/s", _speed, right=True),

@@ -71,7 +71,7 @@ class BenchRecord:
         status: `ok` or `failed`; a failed row keeps the samples it got.
         failure: Why it failed, one line.
         session: Id of the interleaved session; samples of one session may be compared pair by pair.
-        workload: Kind of workload: pp, tg, ttft, load.
+        workload: Kind of workload: pp, tg, ttft, start, load.
         test: The workload's name in tables, e.g. pp512.
         model_filename: The file as it was named.
         model_type: The engine's description of it.
@@ -82,6 +82,7 @@ class BenchRecord:
         n_prompt: Prompt tokens timed.
         n_gen: Generated tokens timed.
         n_depth: Tokens in the context before.
+        regime: In what state file and process were, of runtime_bench.workload.REGIMES.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
         n_threads: Threads.
@@ -170,6 +171,7 @@ class BenchRecord:
     contention: tuple[Contention | None, ...] = ()
     held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
     conditions: tuple[Conditions | None, ...] = ()
+    regime: str = "fresh"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -178,8 +180,13 @@ class BenchRecord:
             )
         if self.status not in ("ok", "failed"):
             raise InputError("unknown status", field="status", value=self.status, allowed="ok, failed")
-        if self.test != Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth).test:
+        if self.test != self.timed.test:
             raise InputError("does not match the workload's sizes", field="test", value=self.test)
+
+    @property
+    def timed(self) -> Workload:
+        """What was timed."""
+        return Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth, self.regime)
 
     @property
     def ok(self) -> bool:

@@ -38,6 +38,7 @@ _COMPARABLE = (
     "n_prompt",
     "n_gen",
     "n_depth",
+    "regime",
     "n_threads",
     "n_batch",
     "n_ubatch",
@@ -253,13 +254,12 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
         if len(set(record.rounds)) < MIN_SAMPLES:
             independent = "samples" if record.samples_per_process == 1 else "processes"
             return f"{side} has {len(set(record.rounds))} {independent}, a verdict needs {MIN_SAMPLES}"
-    if base.workload == "load":
-        for side, record in (("base", base), ("new", new)):
-            wish, state = record.page_cache, record.page_cache_state
-            if wish in ("warm", "cold") and state not in (wish, "unknown"):
-                return f"{side} was to be loaded {wish}, and was {state}"
-        if base.page_cache_state != new.page_cache_state:
-            return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
+    for side, record in (("base", base), ("new", new)):
+        wish, state = record.page_cache, record.page_cache_state
+        if wish in ("warm", "cold") and state not in (wish, "unknown"):
+            return f"{side} was to be loaded {wish}, and was {state}"
+    if base.timed.opens and base.page_cache_state != new.page_cache_state:
+        return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
     return None
 
 

@@ -23,6 +23,7 @@ class Target(Protocol):
         name: As records have it.
         kind: What its numbers are, of runtime_bench.records.bench_record.KINDS.
         memory_limit_bytes: What a run may use; None where nothing limits it.
+        pushes: Whether files have to be pushed there.
     """
 
     @property
@@ -33,6 +34,9 @@ class Target(Protocol):
 
     @property
     def memory_limit_bytes(self) -> int | None: ...
+
+    @property
+    def pushes(self) -> bool: ...
 
     def default_engine(self, path: Path) -> str:
         """The engine that runs a file there unless another one is asked for.
@@ -58,6 +62,10 @@ class Target(Protocol):
         """One look at the machine, as it is now; what it does not tell says why."""
         ...
 
+    def forget(self, path: Path) -> None:
+        """Remove a file that was pushed there, so that the next run pushes it anew."""
+        ...
+
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """Measure in a fresh process; a failure is a result whose `error` says what happened."""
         ...
@@ -67,6 +75,7 @@ class ThisMachine:
     """What targets on this machine have in common."""
 
     memory_limit_bytes: int | None = None
+    pushes = False
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""
@@ -83,6 +92,9 @@ class ThisMachine:
     def conditions(self) -> Conditions:
         """See `Target`."""
         return look_here()
+
+    def forget(self, path: Path) -> None:
+        """See `Target`: nothing is pushed here."""
 
 
 class Local(ThisMachine):

@@ -110,6 +110,11 @@ print(*old, *(name for name in sys.argv[1:] if not importlib.util.find_spec(name
 """
 """Arguments: a Python, packages. The last line names those that it lacks, `python` where it is too old itself."""
 
+FORGET = """
+rm -rf "$@"
+"""
+"""Arguments: folders that files were pushed to."""
+
 CLEAN = """
 test -d "$1" || exit 0
 for entry in "$1"/*; do

@@ -6,6 +6,7 @@ clock runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -86,6 +87,7 @@ class Remote:
 
     kind = "measured"
     memory_limit_bytes = None
+    pushes = True
 
     def __post_init__(self) -> None:
         if self.folder is not None and not (self.folder.startswith("/") and self.folder.isprintable()):
@@ -134,6 +136,11 @@ class Remote:
         except FarError as error:
             return nothing_known(f"{self.name}: {error}")
         return conditions_of(reply.text, why=_NO_PROC)
+
+    def forget(self, path: Path) -> None:
+        """See `Target`. A machine that does not answer is told of by the run that follows."""
+        with contextlib.suppress(FarError):
+            self._connection().cache.forget(path, model_bundle)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; what is missing there is pushed first.

@@ -36,6 +36,7 @@ from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.ssh import Ssh
 from runtime_bench.targets.table import TargetOptions, open_remote, open_targets
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -257,6 +258,28 @@ def test_what_androids_services_say_is_in_the_record(
         "throttled",
         "the system's thermal status was 3",
     )
+
+
+def test_first_runs_are_of_files_that_were_just_pushed(
+    device: Device, tiny_gguf: Callable[..., Path], far: Path
+) -> None:
+    written = []
+
+    class Noting(Remote):
+        def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+            result = super().run(request, timeout_s)
+            written.append(files_in(far)["model.gguf"].stat().st_ctime_ns)
+            return result
+
+    made = device.target()
+    target = Noting(made.transport, runner=made.runner, folder=made.folder)
+    settings = replace(SETTINGS, repetitions=2, regimes=("fresh", "first"))
+    fresh, first = run_bench([tiny_gguf()], settings, target=target)
+    assert (fresh.failure, first.failure) == (None, None)
+    assert (fresh.test, first.test) == ("tg4", "tg4 @ first")
+    assert (fresh.warmup, first.warmup) == (True, False)
+    assert written[0] == written[1] < written[2] < written[3]
+    assert set(files_in(far)) == {"model.gguf", "runner"}
 
 
 def test_files_are_pushed_once_and_again_when_they_are_spoiled(
