@@ -47,7 +47,8 @@ class WorkerRequest:
         engine: Key of ENGINES.
         workload: What is timed.
         session: How the file is opened.
-        samples: Number of samples.
+        samples: Number of samples, at least.
+        seconds: Samples are taken until so much time has passed.
         warmup: Run the workload once, unrecorded, first.
         seed: Of the random tokens.
         page_cache: `warm` reads the file once first, `cold` asks the system to forget it, `as_found` does
@@ -60,6 +61,7 @@ class WorkerRequest:
     session: SessionSettings
     samples: int = 1
     warmup: bool = True
+    seconds: float = 0.0
     seed: int = 0
     page_cache: str = "as_found"
 
@@ -119,6 +121,8 @@ class Sample:
     span_ns: tuple[int, int] | None
 
 
+MOST_SAMPLES = 10_000
+"""What a record holds."""
 Work = list[list[int]] | str
 """What is timed: pieces of tokens, decoded one by one, or a text whose first `n_prompt` tokens are processed and whose
 next one is sampled."""
@@ -225,12 +229,15 @@ def warmup_of(work: Work) -> Work:
 
 
 def _timed(session: Session, request: WorkerRequest, work: Work) -> list[Sample]:
-    samples = []
+    samples: list[Sample] = []
     if request.warmup:
         session.clear()
         _do(session, request, warmup_of(work))
     depth = request.workload.n_depth
-    for _ in range(request.samples):
+    began = time.perf_counter()
+    while len(samples) < request.samples or (
+        time.perf_counter() - began < request.seconds and len(samples) < MOST_SAMPLES
+    ):
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))

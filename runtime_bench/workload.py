@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
+from cfsp.units import parse_seconds
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Regime:
         page_cache: What is done to the page cache before opening; None leaves it to the workload.
         warmup: Whether a run comes first that is not counted, where the settings have one.
         least_samples: Samples that a process takes at least.
+        lasting: Whether one process generates for as long as the settings say.
     """
 
     help: str
@@ -84,6 +86,12 @@ class Regime:
     page_cache: str | None = None
     warmup: bool = True
     least_samples: int = 1
+    lasting: bool = False
+
+    @property
+    def opened_before(self) -> bool:
+        """Whether samples follow others in their process, which opens its file but once."""
+        return self.least_samples > 1 or self.lasting
 
 
 REGIMES = MappingProxyType(
@@ -96,6 +104,7 @@ REGIMES = MappingProxyType(
             warmup=False,
         ),
         "warm": Regime("three samples or more in one process, warmed up", least_samples=3),
+        "sustained": Regime("generation for as long as --sustained says, in one process", lasting=True),
     }
 )
 
@@ -201,6 +210,15 @@ class BenchSettings(SamplingSettings):
         option="--regime",
         metavar="NAME,...",
     )
+    sustained_s: float = setting(
+        0.0,
+        "Also generate for so long in one process: how the speed holds, beside clocks and heat.",
+        ge=0,
+        le=86_400,
+        parse=parse_seconds,
+        option="--sustained",
+        metavar="TIME",
+    )
     load: bool = True
     cold_load: bool = setting(
         False, "Load from the disk: have the file forgotten before each load.", option="--cold"
@@ -229,20 +247,24 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
     Raises:
         InputError: The settings leave nothing to measure.
     """
-    rows = [row for regime in settings.regimes for row in _in_regime(settings, regime)]
+    regimes = settings.regimes + (("sustained",) if settings.sustained_s else ())
+    if "sustained" in settings.regimes and not settings.sustained_s:
+        raise InputError("no time is given", field="--regime", value="sustained", allowed="--sustained TIME")
+    rows = [row for regime in regimes for row in _in_regime(settings, regime)]
     if not rows:
         raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
     return tuple(dict.fromkeys(rows))
 
 
 def _in_regime(settings: BenchSettings, regime: str) -> Iterator[Workload]:
-    # A process opens its file but once, and is warm afterwards.
-    opened = REGIMES[regime].least_samples == 1
-    if settings.load and opened:
+    opens, lasting = not REGIMES[regime].opened_before, REGIMES[regime].lasting
+    if settings.load and opens:
         yield Workload("load", regime=regime)
     for depth in settings.n_depth:
-        yield from (Workload("pp", n_prompt=n, n_depth=depth, regime=regime) for n in settings.n_prompt if n)
+        sizes = () if lasting else settings.n_prompt
+        yield from (Workload("pp", n_prompt=n, n_depth=depth, regime=regime) for n in sizes if n)
         yield from (Workload("tg", n_gen=n, n_depth=depth, regime=regime) for n in settings.n_gen if n)
-    yield from (Workload("ttft", n_prompt=n, n_gen=1, regime=regime) for n in settings.ttft if n)
-    if opened:
+    sizes = () if lasting else settings.ttft
+    yield from (Workload("ttft", n_prompt=n, n_gen=1, regime=regime) for n in sizes if n)
+    if opens:
         yield from (Workload("start", n_prompt=n, n_gen=1, regime=regime) for n in settings.start if n)

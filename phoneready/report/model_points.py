@@ -54,6 +54,7 @@ class PointGroup:
         test: What was timed.
         points: In the order measured.
         left_out: Models without a speed, and why.
+        records: All that was measured.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class PointGroup:
     test: str
     points: tuple[ModelPoint, ...]
     left_out: tuple[tuple[str, str], ...]
+    records: tuple[BenchRecord, ...] = ()
 
 
 def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
@@ -131,7 +133,7 @@ def _group(kind: str, target: str, records: Sequence[BenchRecord], quality: Qual
             left_out.append((file, _why(rows, test)))
         else:
             points.append(ModelPoint(best, quality.find(best) if quality else None))
-    return PointGroup(kind, target, test, tuple(points), tuple(left_out))
+    return PointGroup(kind, target, test, tuple(points), tuple(left_out), tuple(records))
 
 
 def _main_test(records: Sequence[BenchRecord]) -> str:

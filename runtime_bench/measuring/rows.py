@@ -107,6 +107,7 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
         workload=workload,
         session=SessionSettings(workload.n_ctx, threads, settings.n_batch, settings.n_ubatch),
         warmup=settings.warmup and regime.warmup and not workload.opens,
+        seconds=settings.sustained_s if regime.lasting else 0.0,
         seed=settings.seed,
         page_cache=regime.page_cache or (load if workload.opens else "as_found"),
     )
@@ -187,7 +188,8 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         cpu_info=environment.cpu_model,
         test_time=row.started,
         warmup=request.warmup,
-        samples_per_process=shares(settings, workload)[0],
+        samples_per_process=max(shares(settings, workload)[0], *(len(r.samples_ns) for r in row.results), 1),
+        sustained_s=request.seconds or None,
         environment=replace(
             environment, versions=environment.versions | facts.versions, system_info=facts.system_info
         ),
@@ -200,6 +202,8 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
 def shares(settings: BenchSettings, workload: Workload) -> list[int]:
     """How many samples each round takes in its process; of what is not warm a
     process has one."""
+    if REGIMES[workload.regime].lasting:
+        return [1]
     most = max(settings.samples_per_process, REGIMES[workload.regime].least_samples)
     if workload.opens or not REGIMES[workload.regime].warmup:
         most = 1

@@ -43,6 +43,7 @@ using Tokens = std::vector<llama_token>;
 namespace {
 
 constexpr int kProtocol = 1;
+constexpr size_t kMostSamples = 10000;
 
 // A failure that belongs in a result: its text is the reason.
 struct Failure : std::runtime_error {
@@ -489,7 +490,7 @@ struct Request {
     explicit Request(const json & payload)
         : path(payload.at("path").get<std::string>()), settings(payload.at("session")),
           seed(payload.value("seed", uint64_t{0})), samples(payload.value("samples", size_t{1})),
-          warmup(payload.value("warmup", true)), page_cache(payload.value("page_cache", std::string("as_found"))) {
+          warmup(payload.value("warmup", true)), seconds(payload.value("seconds", 0.0)), page_cache(payload.value("page_cache", std::string("as_found"))) {
         const auto engine = payload.value("engine", std::string("llama.cpp"));
         if (engine != "llama.cpp") {
             throw Failure("the runner has no engine " + engine);
@@ -507,6 +508,7 @@ struct Request {
     uint64_t seed;
     size_t samples;
     bool warmup;
+    double seconds;
     std::string page_cache;
     std::string kind;
     size_t n_prompt = 0;
@@ -522,7 +524,12 @@ Samples timed(Session & session, const Request & request, const Work & work, con
         session.clear();
         warmup();
     }
-    for (size_t i = 0; i < request.samples; ++i) {
+    const auto began = Clock::now();
+    const auto goes_on = [&](size_t taken) {
+        const auto passed = static_cast<double>(nanoseconds_since(began)) / 1e9;
+        return taken < request.samples || (passed < request.seconds && taken < kMostSamples);
+    };
+    while (goes_on(samples.samples_ns.size())) {
         session.clear();
         if (request.n_depth) {
             session.decode(session.random_tokens(request.seed, request.n_depth));

@@ -15,6 +15,7 @@ from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.fairness import fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.sustained import first_minute_ts, last_third_ts
 
 _REASON_WIDTH = 40
 """Letters of a failure's reason inside the table; the whole of it follows below."""
@@ -37,7 +38,7 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     llama-bench's columns, then ours. `time` is the median of a sample, and `t/s` the speed at that time (in llama-bench
     the samples' mean) with their standard deviation: what comparisons are of, too. `load` and `peak RSS` belong
     to the row's processes. A column `file` is there when the records are of several files, `target` when they are of
-    several targets.
+    several targets, `minute 1` and `last third` (t/s) when generation was sustained.
     """
     names = short_names(record.model_filename for record in records)
     columns = (
@@ -45,7 +46,8 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     )
     if len(names) > 1:
         columns.append(Column("file", lambda r: names[r.model_filename]))
-    return Table([*columns, *_COLUMNS], records)
+    lasting = any(record.sustained_s for record in records)
+    return Table([*columns, *_COLUMNS, *(_SUSTAINED if lasting else ())], records)
 
 
 def speed_text(record: BenchRecord) -> str:
@@ -113,6 +115,12 @@ _COLUMNS: tuple[Column[BenchRecord], ...] = (
     Column("load", lambda r: _time(r, r.load_ns), right=True),
     Column("peak RSS", lambda r: _size(r.peak_rss_bytes), right=True),
     Column("conditions", lambda r: fairness(r).text),
+)
+
+
+_SUSTAINED: tuple[Column[BenchRecord], ...] = (
+    Column("minute 1", lambda r: _number(first_minute_ts(r), "{:.2f}"), right=True),
+    Column("last third", lambda r: _number(last_third_ts(r), "{:.2f}"), right=True),
 )
 
 

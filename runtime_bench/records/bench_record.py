@@ -83,6 +83,7 @@ class BenchRecord:
         n_gen: Generated tokens timed.
         n_depth: Tokens in the context before.
         regime: In what state file and process were, of runtime_bench.workload.REGIMES.
+        sustained_s: For how long samples were taken, where that was said and not their number.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
         n_threads: Threads.
@@ -172,6 +173,7 @@ class BenchRecord:
     held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
     conditions: tuple[Conditions | None, ...] = ()
     regime: str = "fresh"
+    sustained_s: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:

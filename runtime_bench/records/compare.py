@@ -39,6 +39,7 @@ _COMPARABLE = (
     "n_gen",
     "n_depth",
     "regime",
+    "sustained_s",
     "n_threads",
     "n_batch",
     "n_ubatch",

@@ -6,6 +6,7 @@ A series has a value for each look, None where that look did not tell. A series 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -58,14 +59,16 @@ class Conditions:
         both.
         """
         told = [(at, v) for at, v in zip(self.at_s, getattr(self, name), strict=False) if v is not None]
+        if not self.samples_s:
+            return told
         times = [at for at, _ in told]
         spans = zip(times[:1] + times[:-1], times[1:] + times[-1:], strict=True)
-        return [one for one, span in zip(told, spans, strict=True) if self._meets_sample(*span)]
-
-    def _meets_sample(self, before: float, after: float) -> bool:
-        return not self.samples_s or any(
-            began <= after and before <= ended for began, ended in self.samples_s
-        )
+        ended = [end for _, end in self.samples_s]  # one sample follows the other
+        return [
+            one
+            for one, (before, after) in zip(told, spans, strict=True)
+            if (place := bisect_left(ended, before)) < len(ended) and self.samples_s[place][0] <= after
+        ]
 
     def hiding(self, name: str, why: str) -> Conditions:
         """The same without a series."""

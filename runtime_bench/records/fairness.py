@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
@@ -160,10 +161,11 @@ def _fell_behind(record: BenchRecord) -> Fairness | None:
         return None
     waited = record.waited_samples_ns or (0,) * len(record.samples_ns)
     times = [ns - held_up / record.n_threads for ns, held_up in zip(record.samples_ns, waited, strict=True)]
+    slowest_before = list(accumulate(times, max))
+    fastest_after = list(accumulate(reversed(times), min))[::-1]
     for first in range(_LEAST_HALF, len(times) - _LEAST_HALF + 1):
-        before, after = times[:first], times[first:]
-        if min(after) > SLOWER_LIMIT * max(before):
-            times_as_long = statistics.median(after) / statistics.median(before)
+        if fastest_after[first] > SLOWER_LIMIT * slowest_before[first - 1]:
+            times_as_long = statistics.median(times[first:]) / statistics.median(times[:first])
             why = f"samples took {times_as_long:.2f} times as long from then on, and nothing shows the clocks"
             return Fairness(THROTTLED, why, *_place(record, first))
     return None
@@ -188,8 +190,7 @@ class _Change:
 
 def _clock(record: BenchRecord) -> Fairness | None:
     """A sample that took another time by the clock that goes on while the machine sleeps."""
-    for place, ns in enumerate(record.samples_ns):
-        span = _span(record, place)
+    for place, (ns, span) in enumerate(zip(record.samples_ns, _spans(record), strict=True)):
         if span is None:
             continue
         seconds, other = ns / 1e9, span[1] - span[0]
@@ -251,18 +252,15 @@ def _shows_caps(record: BenchRecord) -> bool:
     return bool(watched) and all(one.told("caps") for one in watched)
 
 
-def _span(record: BenchRecord, place: int) -> tuple[float, float] | None:
-    """When a sample began and ended, seconds of its process; None where that is not known."""
-    process = record.rounds[place]
-    number = place - record.rounds.index(process)
-    conditions = record.conditions[process] if process < len(record.conditions) else None
-    spans = conditions.samples_s if conditions else ()
-    return spans[number] if number < len(spans) else None
+def _spans(record: BenchRecord) -> list[tuple[float, float] | None]:
+    """When each sample began and ended, seconds of its process; None where that is not known."""
+    left = [iter(one.samples_s if one else ()) for one in record.conditions]
+    return [next(left[process], None) if process < len(left) else None for process in record.rounds]
 
 
 def _place(record: BenchRecord, place: int) -> tuple[int, float | None]:
     """Process of a sample, counted from 1, and its second in that."""
-    span = _span(record, place)
+    span = _spans(record)[place]
     return record.rounds[place] + 1, None if span is None else max(0.0, span[0])
 
 

@@ -20,6 +20,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.fairness import fairness
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.sustained import first_minute_ts, last_third_ts
 
 logger = logging.getLogger(__name__)
 RECORD_TYPE = "bench"
@@ -43,6 +44,8 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "page_cache_state": lambda r: r.page_cache_state,
         "peak_rss_bytes": lambda r: r.peak_rss_bytes,
         "spread": lambda r: r.spread,
+        "first_minute_ts": first_minute_ts,
+        "last_third_ts": last_third_ts,
         "void": lambda r: r.void,
         "fairness": lambda r: asdict(fairness(r)),
         "note": note_of,
