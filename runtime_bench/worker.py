@@ -263,17 +263,17 @@ def _times() -> _Times:
 
 def _sample(work: Callable[[], None]) -> Sample:
     """Do the work and time it; what takes long to look up is looked up before the clocks and after them."""
-    waited, faults, before = waited_ns(), major_faults(), _times()
+    waited_before, faults_before, before = waited_ns(), major_faults(), _times()
     work()
-    after, waited_then, faults_then = _times(), waited_ns(), major_faults()
-    wall, span, held = after.wall - before.wall, None, None
-    if waited is not None and waited_then is not None:
+    after, waited_after, faults_after = _times(), waited_ns(), major_faults()
+    wall, waited, held = after.wall - before.wall, None, None
+    if waited_before is not None and waited_after is not None:
         # Threads that have ended meanwhile take what they waited with them.
-        waited = max(0, waited_then - waited)
-        held = max(0, wall - (after.own - before.own) - waited) if faults == faults_then else None
-    if before.boot is not None and after.boot is not None:
-        span = (before.boot, after.boot)
-    return Sample(wall, after.cpu - before.cpu, waited if waited_then is not None else None, held, span)
+        waited = max(0, waited_after - waited_before)
+        if faults_before == faults_after:
+            held = max(0, wall - (after.own - before.own) - waited)
+    span = None if before.boot is None or after.boot is None else (before.boot, after.boot)
+    return Sample(wall, after.cpu - before.cpu, waited, held, span)
 
 
 def _do(session: Session, request: WorkerRequest, work: Work) -> None:

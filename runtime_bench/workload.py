@@ -11,6 +11,9 @@ from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from cfsp.units import parse_seconds
 
+FRESH, SUSTAINED = "fresh", "sustained"
+"""Regimes that are there without being named: of every row, and where a time is given."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -28,7 +31,7 @@ class Workload:
     n_prompt: int = 0
     n_gen: int = 0
     n_depth: int = 0
-    regime: str = "fresh"
+    regime: str = FRESH
 
     def __post_init__(self) -> None:
         if self.kind not in WORKLOAD_KINDS:
@@ -44,7 +47,7 @@ class Workload:
         tg128 @ cold."""
         size = {"tg": self.n_gen, "load": ""}.get(self.kind, self.n_prompt)
         depth = f" @ d{self.n_depth}" if self.n_depth else ""
-        return f"{self.kind}{size}{depth}" + (f" @ {self.regime}" if self.regime != "fresh" else "")
+        return f"{self.kind}{size}{depth}" + (f" @ {self.regime}" if self.regime != FRESH else "")
 
     @property
     def opens(self) -> bool:
@@ -96,7 +99,7 @@ class Regime:
 
 REGIMES = MappingProxyType(
     {
-        "fresh": Regime("a fresh process for each sample, warmed up"),
+        FRESH: Regime("a fresh process for each sample, warmed up"),
         "first": Regime("the first run after the file was pushed", True, "as_found", warmup=False),
         "cold": Regime(
             "a fresh process, the file dropped from the page cache, nothing warmed up",
@@ -104,7 +107,7 @@ REGIMES = MappingProxyType(
             warmup=False,
         ),
         "warm": Regime("three samples or more in one process, warmed up", least_samples=3),
-        "sustained": Regime("generation for as long as --sustained says, in one process", lasting=True),
+        SUSTAINED: Regime("generation for as long as --sustained says, in one process", lasting=True),
     }
 )
 
@@ -203,7 +206,7 @@ class BenchSettings(SamplingSettings):
         (), "Prompt sizes of opening the file and then time to first token.", ge=0, le=2**20, metavar="N,..."
     )
     regimes: tuple[str, ...] = setting(
-        ("fresh",),
+        (FRESH,),
         f"{'; '.join(f'{name}: {regime.help}' for name, regime in REGIMES.items())}.",
         choices="runtime_bench.workload:REGIMES",
         least=1,
@@ -247,9 +250,9 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
     Raises:
         InputError: The settings leave nothing to measure.
     """
-    regimes = settings.regimes + (("sustained",) if settings.sustained_s else ())
-    if "sustained" in settings.regimes and not settings.sustained_s:
-        raise InputError("no time is given", field="--regime", value="sustained", allowed="--sustained TIME")
+    regimes = settings.regimes + ((SUSTAINED,) if settings.sustained_s else ())
+    if SUSTAINED in settings.regimes and not settings.sustained_s:
+        raise InputError("no time is given", field="--regime", value=SUSTAINED, allowed="--sustained TIME")
     rows = [row for regime in regimes for row in _in_regime(settings, regime)]
     if not rows:
         raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")

@@ -17,7 +17,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.throttling import Throttling
-from runtime_bench.workload import Workload
+from runtime_bench.workload import FRESH, Workload
 
 EMULATED = "emulated"
 KINDS = ("measured", "constrained-host", EMULATED, "projected")
@@ -172,7 +172,7 @@ class BenchRecord:
     contention: tuple[Contention | None, ...] = ()
     held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
     conditions: tuple[Conditions | None, ...] = ()
-    regime: str = "fresh"
+    regime: str = FRESH
     sustained_s: float | None = None
 
     def __post_init__(self) -> None:

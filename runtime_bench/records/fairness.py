@@ -159,8 +159,9 @@ def _fell_behind(record: BenchRecord) -> Fairness | None:
     """Where nothing shows the clocks: samples that all take longer than all before them did."""
     if _shows_caps(record) or not any(_watched(record)) or stealing(record) or crowding(record):
         return None
-    waited = record.waited_samples_ns or (0,) * len(record.samples_ns)
-    times = [ns - held_up / record.n_threads for ns, held_up in zip(record.samples_ns, waited, strict=True)]
+    known = len(record.waited_samples_ns) == len(record.samples_ns)
+    waited = record.waited_samples_ns if known else (0,) * len(record.samples_ns)
+    times = [max(1.0, ns - w / record.n_threads) for ns, w in zip(record.samples_ns, waited, strict=True)]
     slowest_before = list(accumulate(times, max))
     fastest_after = list(accumulate(reversed(times), min))[::-1]
     for first in range(_LEAST_HALF, len(times) - _LEAST_HALF + 1):

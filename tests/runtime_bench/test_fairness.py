@@ -115,6 +115,16 @@ def test_samples_that_fall_behind_where_nothing_shows_the_clocks(row: Callable[.
     assert fairness(row(**spans, **slower, waited_samples_ns=waited)).verdict != THROTTLED
 
 
+def test_records_that_contradict_themselves_are_read_all_the_same(row: Callable[..., BenchRecord]) -> None:
+    strange = Conditions((3.0, 1.0), ((9.0, 1.0),), caps=(1.0,), held_share=(0.0,) * 9)
+    for samples in ((1, 1, 5, 5, 5), (10**9,) * 5):
+        for waited in ((), (10**12,) * 5, (7,)):
+            record = row(
+                base=strange, samples_ns=samples, waited_samples_ns=waited, held_samples_ns=(10**12,)
+            )
+            assert record_to_json(record)["fairness"]["verdict"]
+
+
 def test_other_programs_disturb_and_processor_time_is_the_remedy(row: Callable[..., BenchRecord]) -> None:
     crowded = row(n_threads=1, cpu_samples_ns=(5 * 10**8,) * 5)
     assert fairness(crowded).verdict == DISTURBED
