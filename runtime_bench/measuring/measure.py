@@ -39,6 +39,7 @@ def run_bench(
     *,
     engine: str | None = None,
     target: Target = LOCAL,
+    anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
 ) -> list[BenchRecord]:
     """Measure every workload on every file.
@@ -53,23 +54,27 @@ def run_bench(
         progress: Told after each process.
         engine: Name of an engine; each file's default one on the target unless given.
         target: Where to measure.
+        anchor: A file that takes turns with the others, by which other sessions can be compared with this one.
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
 
     Returns:
-        One record for each thread count, workload and file, in this order. A row that could not be measured
-        is there, with the reason.
+        One record for each thread count, workload and file, in this order, the anchor last. A row that could not be
+        measured is there, with the reason.
 
     Raises:
-        InputError: No file, a file that does not exist, an engine that cannot run there, or nothing to measure.
+        InputError: No file, a file that does not exist, an anchor that is one of the files, an engine that cannot run
+            there, or nothing to measure.
     """
     workloads = workloads_of(settings)
-    _check_files(files)
+    _check_files(files, anchor)
+    files = [*files, anchor] if anchor else files
     engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
     _check_regimes(settings, target)
-    session = Session(_measured_files(files, engines, settings), settings, target)
+    measured = _measured_files(files, engines, settings)
+    session = Session(measured, settings, target, measured[-1] if anchor else None)
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]
     processes = sum(len(shares(settings, workload)) for _, workload in groups)
@@ -176,9 +181,11 @@ def _check_regimes(settings: BenchSettings, target: Target) -> None:
         )
 
 
-def _check_files(files: Sequence[Path]) -> None:
+def _check_files(files: Sequence[Path], anchor: Path | None) -> None:
+    if anchor in files:
+        raise InputError("is measured already", field="--anchor", value=str(anchor), allowed="another file")
     if not files:
         raise InputError("no file to measure", allowed="one or more exported model files")
-    missing = [str(path) for path in files if not path.is_file()]
+    missing = [str(path) for path in (*files, anchor) if path and not path.is_file()]
     if missing:
         raise InputError(f"no such file: {', '.join(missing)}")

@@ -45,6 +45,7 @@ class Session:
 
     Attributes:
         files: In the order in which they take turns.
+        anchor: Which of them is the session's anchor.
         settings: What to measure.
         target: Where.
         id: Of the session.
@@ -53,6 +54,7 @@ class Session:
     files: tuple[MeasuredFile, ...]
     settings: BenchSettings
     target: Target
+    anchor: MeasuredFile | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -190,6 +192,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         warmup=request.warmup,
         samples_per_process=max(shares(settings, workload)[0], *(len(r.samples_ns) for r in row.results), 1),
         sustained_s=request.seconds or None,
+        anchor_sha256=session.anchor.sha256 if session.anchor else None,
         environment=replace(
             environment, versions=environment.versions | facts.versions, system_info=facts.system_info
         ),

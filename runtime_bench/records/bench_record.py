@@ -83,6 +83,8 @@ class BenchRecord:
         n_gen: Generated tokens timed.
         n_depth: Tokens in the context before.
         regime: In what state file and process were, of runtime_bench.workload.REGIMES.
+        anchor_sha256: Hash of the file that was measured in turns with the others of the session, so that sessions of
+            other days and machines can be compared with it; None where none was.
         sustained_s: For how long samples were taken, where that was said and not their number.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
@@ -174,6 +176,7 @@ class BenchRecord:
     conditions: tuple[Conditions | None, ...] = ()
     regime: str = FRESH
     sustained_s: float | None = None
+    anchor_sha256: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -189,6 +192,11 @@ class BenchRecord:
     def timed(self) -> Workload:
         """What was timed."""
         return Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth, self.regime)
+
+    @property
+    def is_anchor(self) -> bool:
+        """Whether it is the row of its session's anchor."""
+        return self.anchor_sha256 is not None and self.anchor_sha256 == self.file_sha256
 
     @property
     def ok(self) -> bool:
