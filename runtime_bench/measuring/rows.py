@@ -193,6 +193,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         samples_per_process=max(shares(settings, workload)[0], *(len(r.samples_ns) for r in row.results), 1),
         sustained_s=request.seconds or None,
         anchor_sha256=session.anchor.sha256 if session.anchor else None,
+        is_anchor=row.file is session.anchor,
         environment=replace(
             environment, versions=environment.versions | facts.versions, system_info=facts.system_info
         ),

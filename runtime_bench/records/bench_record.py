@@ -85,6 +85,7 @@ class BenchRecord:
         regime: In what state file and process were, of runtime_bench.workload.REGIMES.
         anchor_sha256: Hash of the file that was measured in turns with the others of the session, so that sessions of
             other days and machines can be compared with it; None where none was.
+        is_anchor: Whether it is that file's own row.
         sustained_s: For how long samples were taken, where that was said and not their number.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
@@ -177,6 +178,7 @@ class BenchRecord:
     regime: str = FRESH
     sustained_s: float | None = None
     anchor_sha256: str | None = None
+    is_anchor: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -192,11 +194,6 @@ class BenchRecord:
     def timed(self) -> Workload:
         """What was timed."""
         return Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth, self.regime)
-
-    @property
-    def is_anchor(self) -> bool:
-        """Whether it is the row of its session's anchor."""
-        return self.anchor_sha256 is not None and self.anchor_sha256 == self.file_sha256
 
     @property
     def ok(self) -> bool:

@@ -306,9 +306,9 @@ def beside_an_anchor(ns: float, anchor_ns: float, cpu: str, anchor: str = ANCHOR
     drift = (1.0, 1.2, 0.9, 1.5, 1.1, 0.8)
     records = [
         replace(
-            bench_record(name, [int(time * d) for d in drift], cpu), anchor_sha256=anchor, file_sha256=sha256
+            bench_record(name, [int(time * d) for d in drift], cpu), anchor_sha256=anchor, is_anchor=is_anchor
         )
-        for name, time, sha256 in (("pruned.gguf", ns, "d" * 64), ("anchor ref.gguf", anchor_ns, anchor))
+        for name, time, is_anchor in (("pruned.gguf", ns, False), ("anchor ref.gguf", anchor_ns, True))
     ]
     found = benchmark_figures(CONFIG, "local", records, {"pruned.gguf": (PRUNED, "Q4_0")})
     return [figure for figure in found if figure.key.metric == "tg64"]

@@ -36,6 +36,7 @@ def session(make_record: Any) -> Sessions:
                 samples_ns=tuple(int(ms * 1e6 * d) for d in drift),
                 sequence=tuple(2 * i + place for i in range(6)),
                 anchor_sha256=ANCHOR,
+                is_anchor=bool(place),
                 file_sha256=sha256,
                 model_filename=file,
                 **fields,
