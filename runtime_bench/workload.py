@@ -217,7 +217,7 @@ class BenchSettings(SamplingSettings):
         0.0,
         "Also generate for so long in one process: how the speed holds, beside clocks and heat.",
         ge=0,
-        le=86_400,
+        le=43_200,
         parse=parse_seconds,
         option="--sustained",
         metavar="TIME",

@@ -18,6 +18,8 @@ NOT_LINUX = "this system has no /proc"
 _HZ = 100
 """Ticks a second of times in /proc, on every Linux that runs programs of today."""
 _BUSY, _STEAL = (0, 1, 2, 5, 6), 7
+_MOST_LOOKS = 9000
+"""What a record holds; of more, one is taken for several."""
 _FAR_S = 5.0
 """Samples that begin or end so long before the first look or after the last one are by another clock."""
 
@@ -69,6 +71,7 @@ def conditions_of(text: str, spans_ns: Sequence[tuple[int, int]] = (), why: str 
         why: Why there may be no output.
     """
     timed = [(seconds, look) for look in parse_looks(text) if (seconds := _uptime(look)) is not None]
+    timed = timed[:: 1 + len(timed) // _MOST_LOOKS]
     if not timed:
         return nothing_known(why or NOT_LINUX)
     at = [seconds for seconds, _ in timed]

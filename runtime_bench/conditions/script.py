@@ -14,13 +14,15 @@ LOOK_BEGINS = "phoneready-look"
 ASKED = "@"
 """What begins the lines of an answer: `@NAME:line`."""
 _SELDOM = 20
+_FREQUENT = 3600
+"""Looks that are taken at INTERVAL_S; after half an hour they are taken more seldom, or nobody could carry them."""
+_LATE_S = 20
 
 _ONCE = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq /sys/class/power_supply/*/type"
 _EVERY_TIME = (
     "/proc/uptime /proc/stat "
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_max_freq "
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq "
-    "/sys/class/thermal/thermal_zone[0-9]*/temp "
     "/sys/class/power_supply/*/capacity /sys/class/power_supply/*/status /sys/class/power_supply/*/online "
     "/sys/firmware/acpi/platform_profile"
 )
@@ -30,6 +32,17 @@ first_lines() {{
     for file do
         IFS= read -r line <"$file" && printf '%s:%s\n' "$file" "$line"
     done
+}}
+hottest() {{  # of the zones, those that are connected, which say something between -40 and 150 degrees
+    most= where=
+    for zone in /sys/class/thermal/thermal_zone[0-9]*/temp; do
+        IFS= read -r milli <"$zone" || continue
+        case ${{milli#-}} in '' | *[!0-9]* | ????????*) continue ;; esac
+        test "$milli" -gt -40000 && test "$milli" -lt 150000 || continue
+        test "$where" && test "$milli" -le "$most" && continue
+        most=$milli where=$zone
+    done
+    test "$where" && printf '%s:%s\n' "$where" "$most"
 }}
 chosen_lines() {{  # of a file, those that begin with one of the words, none after the last word's
     file=$1
@@ -79,6 +92,7 @@ ask_services() {{
 look() {{
     echo {LOOK_BEGINS}
     first_lines {_EVERY_TIME}
+    hottest
     chosen_lines /proc/meminfo MemAvailable:
     if test "$1"; then
         first_lines "/proc/$1/stat"
@@ -99,7 +113,9 @@ watch() {{
         if test $((count % {_SELDOM})) = 0 || test "$over"; then ask_services; fi
         if test "$over" || ! test "$1" || ! kill -0 "$1"; then return; fi
         count=$((count + 1))
-        sleep {INTERVAL_S} >/dev/null &
+        pause={INTERVAL_S}
+        test $count -gt {_FREQUENT} && pause={_LATE_S}
+        sleep $pause >/dev/null &
         wait $! || test "$over" || sleep 1
     done
 }} 2>/dev/null

@@ -45,9 +45,9 @@ class Session:
 
     Attributes:
         files: In the order in which they take turns.
-        anchor: Which of them is the session's anchor.
         settings: What to measure.
         target: Where.
+        anchor: Which of the files is the session's anchor.
         id: Of the session.
     """
 
@@ -204,8 +204,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
 
 
 def shares(settings: BenchSettings, workload: Workload) -> list[int]:
-    """How many samples each round takes in its process; of what is not warm a
-    process has one."""
+    """How many samples each round takes in its process; of what is not warm a process has one."""
     if REGIMES[workload.regime].lasting:
         return [1]
     most = max(settings.samples_per_process, REGIMES[workload.regime].least_samples)

@@ -118,6 +118,28 @@ def test_services_are_asked_where_no_file_tells() -> None:
     assert (found.thermal_status, found.screen_on) == ((2, None), (True, None))
 
 
+def test_a_record_holds_no_more_looks_than_it_can() -> None:
+    found = conditions_of("".join(look(float(i), "/proc/meminfo:MemAvailable: 1 kB") for i in range(20_000)))
+    assert 5000 < len(found.at_s) == len(found.free_bytes) <= 9000
+    assert found.at_s[1] == 3.0
+
+
+@linux
+def test_the_hottest_zone_that_is_connected_is_looked_at(tmp_path: Path) -> None:
+    for number, milli in enumerate(["41000", "-273000", "", "hot", "52500", "2147483647", "-5000", "9" * 30]):
+        (tmp_path / f"thermal_zone{number}").mkdir()
+        (tmp_path / f"thermal_zone{number}" / "temp").write_text(f"{milli}\n")
+    for shell in SHELLS:
+        words = ["busybox", "sh"] if shell == "busybox" else [shell]
+        script = WATCH.replace("/sys/class/thermal", str(tmp_path))
+        done = subprocess.run(
+            [*words, "-c", script, "phoneready", ""], capture_output=True, text=True, check=True
+        )
+        assert [line for line in done.stdout.splitlines() if "thermal_zone" in line] == [
+            f"{tmp_path}/thermal_zone4/temp:52500"
+        ], shell
+
+
 def test_samples_are_placed_by_the_machines_own_clock() -> None:
     text = look(100.0) + look(101.0) + look(102.0) + look(103.0)
     found = conditions_of(text, [(100_900_000_000, 101_100_000_000)])

@@ -64,5 +64,9 @@ def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path
 
 def test_where_nothing_may_be_written_there_are_no_looks(tmp_path: Path) -> None:
     with start("sh", tmp_path / "nowhere", "cat") as process:
-        output, _ = process.communicate("{}\n")
+        assert process.stdin is not None
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert process.stdout is not None
+        output = process.stdout.read()
     assert output == f"{{}}\n\n{LOOKS_FOLLOW}\n"
