@@ -44,7 +44,8 @@ class ExportFamily:
         export: (checkpoint, output, formats, settings) -> records; writes output/..., and output/export.json.
         locate: (folder of an export, stem of names, format) -> the model there; raises InputError where there is none.
         runtime: What runs the files, as users say it.
-        open_model: (reference, most tokens, threads) -> a cfsp.evaluation.LanguageModel.
+        open_model: (reference, most tokens, threads, type of the key-value cache or None) -> a
+            cfsp.evaluation.LanguageModel.
         claims: Whether a reference is a file or folder of this family.
         needs: Import name -> distribution, of what an export wants.
         extra: Extra of phoneready that brings them.
@@ -53,6 +54,8 @@ class ExportFamily:
             alone; None where only an export shows it, or where `largest_size` does without files.
         largest_size: (outline of a model, format, origin) -> most bytes of its files, where they follow from its shape.
         for_size: A further format, `NAME:SIZE`, whose row is made for the size; None where there is none.
+        cache_types: Types of the key-value cache that its runtime can be asked for.
+        own_cache: The one that phones run with where nothing is asked for; None for that of the file.
     """
 
     name: str
@@ -63,7 +66,7 @@ class ExportFamily:
     export: Callable[[Path, Path, Sequence[str], ExportOptions], tuple[ExportRecord, ...]]
     locate: Callable[[Path, str, str], ExportedModel]
     runtime: str
-    open_model: Callable[[str, int, int | None], Any]
+    open_model: Callable[[str, int, int | None, str | None], Any]
     claims: Callable[[str], bool]
     needs: Mapping[str, str]
     extra: str
@@ -71,6 +74,8 @@ class ExportFamily:
     draft: Callable[[Path, Path, Sequence[str], ExportOptions], Mapping[str, Path]] | None = None
     largest_size: Callable[[Any, str, Provenance], int] | None = None
     for_size: str | None = None
+    cache_types: tuple[str, ...] = ()
+    own_cache: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,6 +92,16 @@ class ExportFamily:
         """Raise MissingExtraError for what is not installed."""
         for package, distribution in self.needs.items():
             require_extra(package, self.extra, distribution)
+
+    def check_cache(self, cache_type: str | None) -> None:
+        """Raise InputError for a type of the key-value cache that its runtime cannot be asked for."""
+        if cache_type is not None and cache_type not in self.cache_types:
+            raise InputError(
+                f"{self.runtime} has no such cache",
+                field="cache_type",
+                value=cache_type,
+                allowed=", ".join(self.cache_types) or "without it",
+            )
 
     def check_claim(self, reference: str) -> None:
         """Raise InputError for what its runtime does not run."""

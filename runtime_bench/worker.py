@@ -16,7 +16,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
 from types import MappingProxyType
@@ -163,7 +163,7 @@ def measure(request: WorkerRequest) -> WorkerResult:
             load_ns=load_ns,
             page_cache_share=share,
             baseline_rss_bytes=baseline,
-            facts=session.facts,
+            facts=_on_cores(session.facts),
             peak_rss_bytes=peak_rss_bytes(),
             cpu_ns=[one.cpu_ns for one in samples],
             waited_ns=[one.waited_ns for one in samples if one.waited_ns is not None],
@@ -179,6 +179,12 @@ def with_opening(request: WorkerRequest, load_ns: int, samples_ns: Sequence[int]
     if not request.workload.opens:
         return list(samples_ns)
     return [load_ns + sum(samples_ns)]
+
+
+def _on_cores(facts: EngineFacts) -> EngineFacts:
+    """The facts, with the cores that this process might use."""
+    cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+    return replace(facts, settings=replace(facts.settings, cores=cores))
 
 
 def prepare_page_cache(request: WorkerRequest) -> float | None:

@@ -10,6 +10,8 @@ from types import MappingProxyType
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from cfsp.units import parse_seconds
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
+from exporters.onnx.ready import INT8_CACHE
 
 FRESH, SUSTAINED = "fresh", "sustained"
 """Regimes that are there without being named: of every row, and where a time is given."""
@@ -225,6 +227,20 @@ class BenchSettings(SamplingSettings):
     load: bool = True
     cold_load: bool = setting(
         False, "Load from the disk: have the file forgotten before each load.", option="--cold"
+    )
+    cache_type: str | None = setting(
+        None,
+        f"Type of the key-value cache: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}.",
+        choices=(*MEASURED_CACHES, INT8_CACHE),
+        metavar="TYPE",
+        shown=f"{DEFAULT_CACHE}; an ONNX graph's own",
+    )
+    backend: str | None = setting(
+        None,
+        "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi, or gpu in llama.cpp. The "
+        "rows say what did.",
+        metavar="NAME",
+        shown="the CPU",
     )
     n_batch: int = setting(2048, "Most tokens given to the engine at once.", ge=1, option=None)
     n_ubatch: int = setting(512, "Most tokens it computes at once.", ge=1, option=None)

@@ -30,7 +30,14 @@ COMMANDS = (
         "history",
         "doctor",
     ),
-    *("devices list", "devices show", "devices fit", "devices build-runner", "devices clean"),
+    *(
+        "devices list",
+        "devices show",
+        "devices fit",
+        "devices calibrate",
+        "devices build-runner",
+        "devices clean",
+    ),
 )
 HEAD = """# Command line
 

@@ -58,6 +58,7 @@ class LanguageModel(Protocol):
         runtime: What runs it, such as `torch`.
         sha256: Hash of the weights' file or files, where known.
         source_sha256: Hash of the dense model's weights that it was made from, where it says so.
+        cache_type: Type of its keys and values where one was asked for.
         tokenizer: A transformers tokenizer; token ids below are its ids.
         vocab_size: Length of a row of logits.
         context_length: Most tokens of one sequence.
@@ -67,6 +68,7 @@ class LanguageModel(Protocol):
     runtime: str
     sha256: str | None
     source_sha256: str | None
+    cache_type: str | None
     tokenizer: Any
     vocab_size: int
     context_length: int

@@ -106,6 +106,7 @@ class TorchLanguageModel:
         self.name = loaded.source.reference
         self.sha256 = loaded.source.sha256
         self.source_sha256 = loaded.source.made_from
+        self.cache_type: str | None = None
         self.tokenizer = loaded.tokenizer
         self.vocab_size = int(loaded.model.get_output_embeddings().weight.shape[0])
         self.context_length = int(getattr(loaded.model.config, "max_position_embeddings", None) or 2048)

@@ -18,6 +18,7 @@ from exporters.chats import ReadChats, read_chats
 from exporters.export_record import BlockProof, ExportRecord, TensorFallback
 from exporters.gguf import llama_library, runtime
 from exporters.gguf.architecture import ChosenLayout, read_layout
+from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.fallbacks import find_fallbacks
 from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, write_files
 from exporters.gguf.imatrix import stored_moments
@@ -138,7 +139,7 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
         n_threads=job.n_threads,
         n_batch=_LOGITS_CHUNK,
         n_ubatch=_LOGITS_CHUNK,
-        kv_f32=True,
+        cache_type=PARITY_CACHE,
     ) as model:
         parity = job.compare(row, model.iter_logits)
     check_limits(parity, path.name)

@@ -8,6 +8,7 @@ from typing import Any
 from cfsp.errors import InputError
 from exporters import gguf
 from exporters.family import ExportedModel, ExportFamily
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 
 
 def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:
@@ -17,10 +18,10 @@ def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:
     return ExportedModel(file.name, file, file)
 
 
-def _open(reference: str, n_ctx: int, n_threads: int | None) -> Any:
+def _open(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | None) -> Any:
     from exporters.gguf.language_model import GGUFLanguageModel
 
-    return GGUFLanguageModel(Path(reference), n_ctx=n_ctx, n_threads=n_threads)
+    return GGUFLanguageModel(Path(reference), n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
 
 
 GGUF = ExportFamily(
@@ -39,4 +40,6 @@ GGUF = ExportFamily(
     packages=("gguf", "llama-cpp-python"),
     draft=lambda *request: gguf.draft_gguf(*request),
     for_size=gguf.MIXED,
+    cache_types=MEASURED_CACHES,
+    own_cache=DEFAULT_CACHE,
 )

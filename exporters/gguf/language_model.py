@@ -20,6 +20,7 @@ from cfsp.files import sha256_file
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
 from exporters.gguf import runtime
+from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.llama_batch import Entry
 
 _SEQUENCES = 16
@@ -27,12 +28,13 @@ _BATCH = 512
 
 
 class GGUFLanguageModel:
-    """An exported file, run by llama.cpp, with keys and values in float32 as parity measures it.
+    """An exported file, run by llama.cpp.
 
     Args:
         path: The file.
         n_ctx: Most tokens at once; cut to what the model was trained for.
         n_threads: Threads; torch's number by default.
+        cache_type: Of keys and values, a key of `CACHE_TYPES`; float32 by default, as parity measures it.
 
     Raises:
         InputError: As `runtime.open_model`, or a tokenizer that is not known.
@@ -41,8 +43,10 @@ class GGUFLanguageModel:
 
     runtime = "llama.cpp"
 
-    def __init__(self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
-        self.name = str(path)
+    def __init__(
+        self, path: Path, *, n_ctx: int = 2048, n_threads: int | None = None, cache_type: str | None = None
+    ) -> None:
+        self.name, self.cache_type = str(path), cache_type
         file = read_gguf(path)
         trained = file.hyperparameter("context_length", n_ctx)
         self.tokenizer = tokenizer_from_gguf(file)
@@ -56,7 +60,7 @@ class GGUFLanguageModel:
             n_ctx=self.context_length,
             n_threads=n_threads or torch.get_num_threads(),
             n_batch=_BATCH,
-            kv_f32=True,
+            cache_type=cache_type or PARITY_CACHE,
             n_seq=_SEQUENCES,
         )
         self.vocab_size = self._model.vocab_size

@@ -9,8 +9,6 @@ import ctypes
 import functools
 import importlib.metadata
 import re
-import threading
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,45 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, MissingExtraError
+from exporters.gguf.llama_log import Log
 
 _DISTRIBUTION = "llama-cpp-python"
 # 0.3.36 renamed fields that the runtime sets (use_mmap became load_mode); the low-level API may move again in 0.4.
 _VERSIONS = ((0, 3, 36), (0, 4))
-_WARNING, _ERROR, _CONTINUED = 3, 4, 5
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 FloatArray = npt.NDArray[np.float32]
 
 
-class _Complaints:
-    """The last warnings and errors that llama.cpp logged, whole lines."""
-
-    def __init__(self) -> None:
-        self._lines: deque[str] = deque(maxlen=20)
-        self._open = ""
-        self._level = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, level: int, text: bytes | None, _: Any) -> None:
-        with self._lock:
-            self._level = self._level if level == _CONTINUED else level
-            if self._level not in (_WARNING, _ERROR):
-                return
-            *whole, self._open = (self._open + (text or b"").decode("utf-8", "replace")).split("\n")
-            self._lines.extend(line.strip() for line in whole if line.strip())
-
-    def clear(self) -> None:
-        with self._lock:
-            self._lines.clear()
-            self._open = ""
-
-    def last(self, count: int = 3) -> str:
-        """The newest lines as one."""
-        with self._lock:
-            return "; ".join(list(self._lines)[-count:]) or "llama.cpp gave no reason"
-
-
-complaints = _Complaints()
+log = Log()
 
 
 @functools.cache
@@ -76,7 +46,7 @@ def library() -> Any:
         raise InputError(
             "this version is not supported", field=_DISTRIBUTION, value=version, allowed=f">={low},<{high}"
         )
-    callback = llama_cpp.llama_log_callback(complaints)
+    callback = llama_cpp.llama_log_callback(log)
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     llama_cpp.phoneready_log_callback = callback  # C keeps only the address: the object must live as long
     llama_cpp.llama_backend_init()
@@ -136,11 +106,11 @@ def quantize(
         entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), int(gguf.GGMLQuantizationType[kind])
     if types:
         params.tt_overrides = ctypes.cast(overrides, ctypes.POINTER(lib.llama_model_tensor_override))
-    complaints.clear()
+    log.clear()
     status = lib.llama_model_quantize(str(source).encode(), str(destination).encode(), ctypes.byref(params))
     del keep_alive
     if status != 0:
-        raise InputError(f"llama.cpp cannot quantize {source.name}: {complaints.last()}")
+        raise InputError(f"llama.cpp cannot quantize {source.name}: {log.last()}")
 
 
 def rounded(values: FloatArray, kind: str, importance: FloatArray | None) -> FloatArray:

@@ -18,12 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError
+from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, FLASH_AUTO, FLASH_ON
 from exporters.gguf.llama_batch import Entry, native_batch
-from exporters.gguf.llama_library import FloatArray, complaints, library
+from exporters.gguf.llama_library import FloatArray, library, log
 
-_GGML_F32, _GGML_F16 = 0, 1
 _LOAD_MMAP = 1
-_FLASH_ATTENTION_OFF = 0
+_ALL_LAYERS = -1
+_OF_PROCESSOR = ("CPU", "AMX")
+"""How the names of buffers begin that are no GPU's."""
 
 
 class LlamaModel:
@@ -33,10 +35,16 @@ class LlamaModel:
 
     Attributes:
         path: The file.
+        cache_type: Type of its keys and values, a key of CACHE_TYPES.
+        flash_attention: Whether attention runs in the flash kernel; None where llama.cpp does not tell.
+        weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it.
     """
 
-    def __init__(self, path: Path, model: Any, context: Any) -> None:
-        self.path = path
+    def __init__(self, path: Path, model: Any, context: Any, cache_type: str) -> None:
+        self.path, self.cache_type = path, cache_type
+        asked = CACHE_TYPES[cache_type].flash_attention
+        self.flash_attention = log.flash_attention if asked == FLASH_AUTO else asked == FLASH_ON
+        self.weight_buffers = log.weight_buffers
         self._lib = library()
         self._model = model
         self._context = context
@@ -71,6 +79,12 @@ class LlamaModel:
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return int(self._lib.llama_model_size(self._model))
+
+    @property
+    def backends(self) -> str:
+        """What holds, and so multiplies, the weights: CPU, or the GPUs beside it."""
+        others = [name for name in self.weight_buffers if not name.startswith(_OF_PROCESSOR)]
+        return ", ".join(others) or "CPU"
 
     @property
     def n_ctx(self) -> int:
@@ -205,7 +219,7 @@ class LlamaModel:
                 f"{self.path}: the text does not fit the context", field="n_ctx", value=self.n_ctx
             )
         if status != 0:
-            raise InputError(f"llama.cpp cannot run {self.path}: {complaints.last()}")
+            raise InputError(f"llama.cpp cannot run {self.path}: {log.last()}")
 
 
 @functools.cache
@@ -231,10 +245,11 @@ def open_model(
     n_threads: int = 1,
     n_batch: int = 2048,
     n_ubatch: int = 512,
-    kv_f32: bool = False,
+    cache_type: str = DEFAULT_CACHE,
     vocab_only: bool = False,
     n_seq: int = 1,
     shared: bool = True,
+    on_gpu: bool = False,
 ) -> LlamaModel:
     """Open a GGUF file.
 
@@ -244,13 +259,13 @@ def open_model(
         n_threads: Threads, for prompts and single tokens alike.
         n_batch: Most tokens of one llama_decode call; with all logits the output buffer is n_batch * vocab_size floats.
         n_ubatch: Tokens that are computed at once.
-        kv_f32: Keep keys and values in float32 instead of float16, and compute attention without the flash kernel,
-            which rounds to float16: for parity, not for speed.
+        cache_type: Of keys and values, a key of CACHE_TYPES.
         vocab_only: Load no weights and make no context: enough to tokenize.
         n_seq: Sequences in the context.
         shared: Whether they may have tokens in common, and each as many as it likes of the context; else each has its
             part, n_ctx / n_seq tokens, and attends to no other's: several times as fast for many, if those of a batch
             follow each other without a gap.
+        on_gpu: Have a GPU hold and compute all layers, where llama.cpp was built for one and finds it.
 
     Raises:
         InputError: Not there, or llama.cpp cannot load it (the message has its reason).
@@ -260,36 +275,33 @@ def open_model(
     if not path.is_file():
         raise InputError(f"{path} does not exist or is not a file")
     params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
+    params.n_gpu_layers = _ALL_LAYERS if on_gpu else 0
     params.vocab_only = vocab_only
     params.load_mode = _LOAD_MMAP
-    complaints.clear()
+    log.clear()
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
-        raise InputError(f"llama.cpp cannot load {path}: {complaints.last()}")
+        raise InputError(f"llama.cpp cannot load {path}: {log.last()}")
     context = None
     if not vocab_only:
         context = lib.llama_init_from_model(
-            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, n_seq, kv_f32=kv_f32, shared=shared)
+            model, _context_params(n_ctx, n_threads, n_batch, n_ubatch, n_seq, cache_type, shared=shared)
         )
         if not context:
             lib.llama_model_free(model)
-            raise InputError(
-                f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {complaints.last()}"
-            )
-    return LlamaModel(path, model, context)
+            raise InputError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}: {log.last()}")
+    return LlamaModel(path, model, context, cache_type)
 
 
 def _context_params(
-    n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, n_seq: int, *, kv_f32: bool, shared: bool
+    n_ctx: int, n_threads: int, n_batch: int, n_ubatch: int, n_seq: int, cache_type: str, *, shared: bool
 ) -> Any:
     params = library().llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_ubatch, n_batch, n_ctx)
     params.n_threads = params.n_threads_batch = n_threads
     params.n_seq_max, params.kv_unified = n_seq, n_seq > 1 and shared
-    params.type_k = params.type_v = _GGML_F32 if kv_f32 else _GGML_F16
+    cache = CACHE_TYPES[cache_type]
+    params.type_k = params.type_v = cache.ggml_type
+    params.flash_attn_type = cache.flash_attention
     params.no_perf = True
-    if kv_f32:
-        # Flash attention rounds to float16 inside, whatever the cache's type: 6e-3 in the logits of a tiny model.
-        params.flash_attn_type = _FLASH_ATTENTION_OFF
     return params

@@ -18,6 +18,7 @@ from exporters.checkpoint_reader import open_tensors
 from exporters.export_record import BlockProof
 from exporters.gguf import runtime
 from exporters.gguf.architecture import ChosenLayout
+from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.metadata import add_hyperparameters
 from exporters.gguf.quants import QUANTS
 from exporters.gguf.tensors import FloatArray, tensor_specs
@@ -71,7 +72,7 @@ def _logits(
     try:
         _write(checkpoint, path, chosen, part)
         with runtime.open_model(
-            path, n_ctx=count, n_threads=n_threads, n_batch=_BATCH, n_ubatch=_BATCH, kv_f32=True
+            path, n_ctx=count, n_threads=n_threads, n_batch=_BATCH, n_ubatch=_BATCH, cache_type=PARITY_CACHE
         ) as opened:
             yield from opened.iter_logits(np.arange(count))
     finally:

@@ -23,18 +23,20 @@ from cfsp.models.reference import load_tokenizer
 from cfsp.text.generation import stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
+from exporters.onnx.int8_cache import make_ready
 from exporters.onnx.runtime import open_model
 
 _BATCH = 256
 
 
 class OnnxLanguageModel:
-    """An exported graph, run by ONNX Runtime, with keys and values in the type of the graph.
+    """An exported graph, run by ONNX Runtime.
 
     Args:
         reference: The .onnx file with the logits of every position, or the folder of its variant.
         n_ctx: Most tokens at once; cut to the model's context.
         n_threads: Threads; torch's number by default.
+        cache_type: Of keys and values, INT8_CACHE or None for the graph's own.
 
     Raises:
         InputError: As `open_model`, or no tokenizer beside it.
@@ -43,7 +45,14 @@ class OnnxLanguageModel:
 
     runtime = "onnxruntime"
 
-    def __init__(self, reference: str, *, n_ctx: int = 2048, n_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        reference: str,
+        *,
+        n_ctx: int = 2048,
+        n_threads: int | None = None,
+        cache_type: str | None = None,
+    ) -> None:
         path = find_graph(reference)
         folder = folder_of(path)
         self.name = reference
@@ -51,13 +60,18 @@ class OnnxLanguageModel:
         self.sha256: str | None = sha256_file(path)
         self.context_length = min(n_ctx, told_context(folder, read_config(folder).max_position_embeddings))
         threads = n_threads or torch.get_num_threads()
-        self._model = open_model(path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH)
+        if cache_type is not None:
+            make_ready(path, threads)
+        self._model = open_model(
+            path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH, cache_type=cache_type
+        )
         if self._model.last_logits:
             raise InputError(
                 f"{path} gives the last position's logits alone", allowed=f"the other graph in {GRAPHS}"
             )
         self.vocab_size = self._model.vocab_size
         self.source_sha256: str | None = self._model.metadata.get("phoneready.source_sha256")
+        self.cache_type = cache_type
         self._stops = stop_tokens(read_generation_config(folder), self.tokenizer)
 
     def close(self) -> None:

@@ -7,14 +7,17 @@ convolution keeps of a text is given anew each time by both, and knows nothing o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cfsp.errors import InputError, require_extra
+from exporters.onnx.ready import INT8_CACHE, ready_graph
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -28,8 +31,18 @@ the next, and those of blocks that differ in width do not fit into each other's 
 _KEYS_AND_VALUES, _CONVOLVED = "past_key_values.", "past_conv."
 _PRESENT = {_KEYS_AND_VALUES: "present.", _CONVOLVED: "present_conv."}
 """How the names of caches begin, as inputs and as outputs."""
+_RECORD_PROVIDERS = "session.record_ep_graph_assignment_info"
+_PROVIDER = "ExecutionProvider"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _FEEDS = ("input_ids", "attention_mask", "position_ids")
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES: Mapping[str, tuple[str, type]] = MappingProxyType(
+    {
+        "tensor(float)": ("f32", np.float32),
+        "tensor(float16)": ("f16", np.float16),
+        "tensor(int8)": (INT8_CACHE, np.int8),
+    }
+)
+"""ONNX Runtime's name of a cache's type, to ours and NumPy's."""
 
 
 def runtime_version() -> str:
@@ -56,6 +69,9 @@ class OnnxModel:
         can_rewind: Whether all but the first of them can be forgotten.
         last_logits: Whether the graph gives the last position's logits alone.
         metadata: The file's own keys.
+        cache_type: Of keys and values: f32, f16 or int8; None without any.
+        providers: Nodes of the graph by the execution provider that runs them, such as CPU; empty where ONNX Runtime
+            does not say.
     """
 
     def __init__(self, path: Path, session: Any, n_ctx: int, n_batch: int) -> None:
@@ -87,6 +103,9 @@ class OnnxModel:
         fixed = self.metadata.get(CACHE_KEY) == FIXED_CACHE
         self._in_place = frozenset(n for n in self._caches if fixed and n.startswith(_KEYS_AND_VALUES))
         self.can_rewind = fixed and len(self._in_place) == len(self._caches)
+        kinds = [inputs[name].type for name in self._caches if name.startswith(_KEYS_AND_VALUES)]
+        self.cache_type = _TYPES[kinds[0]][0] if kinds else None
+        self.providers = _providers_of(session)
         self._cache: dict[str, Any] = {}
         self.clear()
 
@@ -105,6 +124,11 @@ class OnnxModel:
         self.n_past = n_past
         kept = {name: self._cache[name] for name in self._in_place if name in self._cache}
         self._cache = {name: kept.get(name) or self._empty(name) for name in self._caches}
+
+    def fixed_caches(self) -> dict[str, npt.NDArray[Any]]:
+        """Input of a cache of fixed length -> what it holds, (heads, n_past, numbers of a head), copied."""
+        held = ((name, self._cache[name].numpy()[0, :, : self.n_past]) for name in sorted(self._in_place))
+        return {name: values.copy() for name, values in held}
 
     def decode(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> FloatArray:
         """Append tokens, at most n_batch.
@@ -137,9 +161,9 @@ class OnnxModel:
         binding.bind_output("logits", "cpu")
         for name in self._caches:
             if name in self._in_place:
-                binding.bind_ortvalue_output(_present(name), self._cache[name])
+                binding.bind_ortvalue_output(present_name(name), self._cache[name])
             else:
-                binding.bind_output(_present(name), "cpu")
+                binding.bind_output(present_name(name), "cpu")
         self._session.run_with_iobinding(binding)
         logits, *presents = binding.get_outputs()
         for name, present in zip(self._caches, presents, strict=True):
@@ -161,10 +185,10 @@ class OnnxModel:
         value, sizes = self._inputs[name], _sizes(name, self._inputs[name])
         if name.startswith(_KEYS_AND_VALUES):
             sizes.insert(1, self.n_ctx if name in self._in_place else 0)
-        return OrtValue.ortvalue_from_numpy(np.zeros((1, *sizes), dtype=_TYPES[value.type]))
+        return OrtValue.ortvalue_from_numpy(np.zeros((1, *sizes), dtype=_TYPES[value.type][1]))
 
 
-def _present(name: str) -> str:
+def present_name(name: str) -> str:
     """The output of what a cache is then."""
     prefix = next(prefix for prefix in _PRESENT if name.startswith(prefix))
     return f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
@@ -176,17 +200,52 @@ def _sizes(name: str, value: Any) -> list[Any]:
     return [sizes[0], sizes[2]] if name.startswith(_KEYS_AND_VALUES) else sizes
 
 
-def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL_TOKENS) -> OnnxModel:
-    """Open a file on the CPU.
+def _providers(wanted: str | None) -> list[str]:
+    """The execution providers to open a graph with, as ONNX Runtime names them: what is wanted, where it is there."""
+    import onnxruntime
+
+    known = {name.removesuffix(_PROVIDER).lower(): name for name in onnxruntime.get_all_providers()}
+    if wanted is not None and wanted.lower() not in known:
+        allowed = ", ".join(sorted(known))
+        raise InputError(
+            "ONNX Runtime knows no such provider", field="backend", value=wanted, allowed=allowed
+        )
+    chosen = [known[wanted.lower()]] if wanted is not None else []
+    names = [name for name in chosen if name in onnxruntime.get_available_providers()]
+    return list(dict.fromkeys([*names, f"CPU{_PROVIDER}"]))
+
+
+def _providers_of(session: Any) -> dict[str, int]:
+    """Which providers run how many nodes; versions before 1.24 do not tell."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    parts = session.get_provider_graph_assignment_info()
+    names = [part.ep_name.removesuffix(_PROVIDER) for part in parts for _ in part.get_nodes()]
+    return dict(Counter(names))
+
+
+def open_model(
+    path: Path,
+    *,
+    n_ctx: int,
+    n_threads: int,
+    n_batch: int = PREFILL_TOKENS,
+    cache_type: str | None = None,
+    provider: str | None = None,
+) -> OnnxModel:
+    """Open a file.
 
     Args:
         path: The .onnx file; its external data lies beside it.
         n_ctx: Tokens that the cache holds.
         n_threads: Threads inside an operator.
         n_batch: Most tokens run at once; logits of all of them are held.
+        cache_type: INT8_CACHE for the graph that `make_ready` made of the file; None for its own.
+        provider: Execution provider that is to run it, in any case and without the word, such as cuda; what it cannot
+            take, or all where it is not there, runs on the CPU.
 
     Raises:
-        InputError: ONNX Runtime cannot load it.
+        InputError: ONNX Runtime cannot load it, there is no such graph, or an unknown provider.
         MissingExtraError: ONNX Runtime is not installed.
     """
     require_extra("onnxruntime", "onnx")
@@ -198,8 +257,13 @@ def open_model(path: Path, *, n_ctx: int, n_threads: int, n_batch: int = PREFILL
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4  # what fails is raised; written by ONNX Runtime it would be in colours
+    graph: str | bytes = str(path)
+    if cache_type is not None:
+        graph = ready_graph(path).read_bytes()
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.resolve().parent))
+    options.add_session_config_entry(_RECORD_PROVIDERS, "1")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(graph, options, providers=_providers(provider))
     except Exception as error:  # its exceptions have no common base
         raise InputError(f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0][:200]}") from error
     return OnnxModel(path, session, n_ctx, n_batch)

@@ -17,7 +17,7 @@ from phoneready.console import note, quiet_libraries, show_progress, write_resul
 from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
-from runtime_bench.presentation.record_table import format_sweep, format_table
+from runtime_bench.presentation.record_table import format_depths, format_sweep, format_table
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, by_model, compare
@@ -112,6 +112,8 @@ def _format(records: list[BenchRecord], output: str, settings: BenchSettings, *,
     text = format_table(records, output)
     if output == "md" and len(settings.n_threads) > 1:
         text += "\n" + format_sweep(records)
+    if output == "md" and len(settings.n_depth) > 1:
+        text += "\n" + format_depths(records)
     if output == "md" and several:
         text += "\n" + format_comparison(_against_the_first(records))
     return text

@@ -16,6 +16,8 @@ from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.families import FAMILIES
+from exporters.gguf.cache_types import MEASURED_CACHES, PARITY_CACHE
+from exporters.onnx.ready import INT8_CACHE
 from phoneready.commands.options import (
     DeviceOption,
     JsonOption,
@@ -116,6 +118,14 @@ def evaluate(
         f"What runs MODEL: torch (a .gguf file is dequantized), {_RUNTIMES}.",
         shown=f"{_CLAIMS}, else torch",
     ),
+    cache_type: str | None = setting(
+        None,
+        f"Type of MODEL's keys and values: of GGUF files {', '.join(MEASURED_CACHES)}, of ONNX graphs {INT8_CACHE}. "
+        "Without --against the reference is MODEL with the cache that it would have otherwise.",
+        choices=(*MEASURED_CACHES, INT8_CACHE),
+        metavar="TYPE",
+        shown=f"{PARITY_CACHE}, an ONNX graph's own",
+    ),
     trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -125,7 +135,8 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    _check(settings, questions, gate, tolerances, sweep, {"--against": against, "--runtime": runtime})
+    subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type}
+    _check(settings, questions, gate, tolerances, sweep, subject)
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
             refuse_existing(path, force=True, like=like)
@@ -135,7 +146,7 @@ def evaluate(
 
     settings = _settings(settings, questions)
     longest = settings.seqlen if settings.text or settings.chats else 1
-    opening = OpenSettings(longest, trust_remote_code, threads, find_device(device))
+    opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type)
     if sweep.ratios:
         _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
@@ -205,7 +216,7 @@ def _evaluate(
 
     from phoneready.evaluation.evaluation_record import Evaluation
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
-    from phoneready.evaluation.models import TORCH, open_language_model, runtime_for
+    from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
     from phoneready.forecasts.said import Machine, foretell
     from phoneready.forecasts.stages import Judging
@@ -214,6 +225,10 @@ def _evaluate(
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     chosen = runtime_for(model, runtime)
+    own = own_cache(chosen)
+    of_reference = replace(opening, cache_type=None)
+    if against is None and opening.cache_type not in (None, own):
+        against, of_reference = model, replace(opening, cache_type=own)
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with show_progress() as progress, ExitStack() as stack:
@@ -226,7 +241,7 @@ def _evaluate(
         judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))
         dense = None
         if against and other:
-            dense = stack.enter_context(open_language_model(against, other, opening, progress=progress))
+            dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
     if gate.save:
         write_record(gate.save, result)
@@ -238,6 +253,16 @@ def _evaluate(
     check_gate(rows)
 
 
+def _cache_note(result: Evaluation) -> str | None:
+    if result.model.cache_type is None:
+        return None
+    note = f"Keys and values of {result.model.reference} are in {result.model.cache_type}"
+    if result.against is None:
+        return f"{note}."
+    cache = result.against.cache_type
+    return f"{note}, and those of {result.against.reference} {f'in {cache}' if cache else 'as in proofs'}."
+
+
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
     from phoneready.evaluation.gate import gate_table
     from phoneready.evaluation.tables import figure_tables, format_answers, text_table, vocabulary_note
@@ -246,7 +271,8 @@ def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRo
     if result.texts:
         parts += [text_table(result).markdown()]
         parts += [f"Windows of {settings.seqlen} tokens, each without context before it.\n"]
-        parts += [f"{note}\n"] if (note := vocabulary_note(result)) else []
+        notes = vocabulary_note(result), _cache_note(result)
+        parts += [f"{note}\n" for note in notes if note]
     parts += [table.markdown() for table in figure_tables(result)]
     parts += [format_answers(result)]
     parts += [gate_table(rows).markdown()]

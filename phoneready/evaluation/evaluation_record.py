@@ -24,12 +24,14 @@ class ModelIdentity:
         runtime: A name in `phoneready.evaluation.models.RUNTIMES`.
         sha256: Hash of its weights' file or files, where known.
         source_sha256: Hash of the dense model's weights that it was made from, where it says so.
+        cache_type: Type of its keys and values where one was asked for; else they are those of proofs.
     """
 
     reference: str
     runtime: str = "torch"
     sha256: str | None = None
     source_sha256: str | None = None
+    cache_type: Annotated[str | None, WhereSet] = None
 
 
 @dataclass(frozen=True)
@@ -177,4 +179,5 @@ def repeated_text(text: Iterable[str], chats: Iterable[str]) -> str | None:
 
 def identity_of(model: LanguageModel) -> ModelIdentity:
     """The identity of an opened model."""
-    return ModelIdentity(model.name, model.runtime, model.sha256, model.source_sha256)
+    hashes = model.sha256, model.source_sha256
+    return ModelIdentity(model.name, model.runtime, *hashes, model.cache_type)

@@ -163,6 +163,7 @@ def _comparable(evaluation: Evaluation, other: Evaluation) -> dict[str, Figure]:
     if against := evaluation.against:
         known = against.sha256 if other.against and other.against.sha256 else None
         conditions["reference model"] = known or against.reference
+        conditions["cache of the reference model"] = str(against.cache_type)
     if evaluation.model.source_sha256 and other.model.source_sha256:
         conditions["hash of the dense model"] = evaluation.model.source_sha256
     figures = {}

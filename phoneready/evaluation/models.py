@@ -27,12 +27,14 @@ class OpenSettings:
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         threads: Threads outside torch; torch's number where None.
         device: Where torch computes.
+        cache_type: Of keys and values, one that the runtime can be asked for; None for that of proofs.
     """
 
     seqlen: int = 1024
     trust_remote_code: bool = False
     threads: int | None = None
     device: torch.device = CPU
+    cache_type: str | None = None
 
 
 _FAMILIES = {family.runtime: family for family in FAMILIES.values()}
@@ -54,6 +56,23 @@ def runtime_for(reference: str, chosen: str | None = None) -> str:
     return chosen
 
 
+def check_cache(runtime: str, cache_type: str | None) -> None:
+    """Check that a runtime can hold keys and values in a type; None is that of proofs.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if runtime != TORCH:
+        _FAMILIES[runtime].check_cache(cache_type)
+    elif cache_type is not None:
+        raise InputError("torch keeps keys and values as it computes them", field="cache_type")
+
+
+def own_cache(runtime: str) -> str | None:
+    """The type of keys and values that phones run with where nothing is asked for; None for that of proofs."""
+    return _FAMILIES[runtime].own_cache if runtime in _FAMILIES else None
+
+
 @contextmanager
 def open_language_model(
     reference: str, runtime: str, settings: OpenSettings, *, progress: Progress = no_progress
@@ -64,6 +83,7 @@ def open_language_model(
         InputError: The runtime cannot run it, or its context is shorter than a window.
     """
     model: LanguageModel
+    check_cache(runtime, settings.cache_type)
     if runtime == TORCH:
         code = settings.trust_remote_code
         model = TorchLanguageModel(
@@ -78,7 +98,7 @@ def open_language_model(
     else:
         _FAMILIES[runtime].check_claim(reference)
         n_tokens = max(settings.seqlen, MAX_CONTEXT)
-        model = _FAMILIES[runtime].open_model(reference, n_tokens, settings.threads)
+        model = _FAMILIES[runtime].open_model(reference, n_tokens, settings.threads, settings.cache_type)
     try:
         if settings.seqlen > model.context_length:
             raise InputError(

@@ -295,7 +295,7 @@ class Steps:
         longest, artifacts = self.config.evaluate.max_new_tokens, self.artifacts()
         for artifact in artifacts:
             family, root = family_of(artifact.item), str(artifact.root)
-            with contextlib.closing(family.open_model(root, _ANSWER_CONTEXT, self.threads)) as model:
+            with contextlib.closing(family.open_model(root, _ANSWER_CONTEXT, self.threads, None)) as model:
                 answers[artifact.name] = tuple(answer(model, self.prompts, max_new_tokens=longest))
             progress("asking the files", len(answers), len(artifacts))
         write_record(output / ANSWERS_FILE, Answers(self.prompts, answers))

@@ -11,6 +11,7 @@ from exporters.onnx.family import ONNX
 from phoneready.evaluation.evaluation_record import Evaluation
 from runtime_bench.presentation.record_table import best_threads
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.notes import note_of
 
@@ -24,16 +25,17 @@ class Quality:
 
     Attributes:
         name: Of the figure; lower is better.
-        values: Hash of a model's file, or folder of an ONNX variant -> the figure.
+        values: Hash of a model's file, or folder of an ONNX variant, and the type of a quantized cache -> the figure.
     """
 
     name: str
-    values: Mapping[str | None, float]
+    values: Mapping[tuple[str | None, str | None], float]
 
     def find(self, record: BenchRecord) -> float | None:
-        """The figure of the file that a record is of."""
+        """The figure of the file that a record is of, with the record's cache."""
         folders = (str(parent) for parent in Path(record.model_filename).absolute().parents[:2])
-        return next((self.values[key] for key in (record.file_sha256, *folders) if key in self.values), None)
+        keys = ((name, record.quantized_cache) for name in (record.file_sha256, *folders))
+        return next((self.values[key] for key in keys if key in self.values), None)
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class ModelPoint:
 
 @dataclass(frozen=True)
 class PointGroup:
-    """Models that were measured in one kind, on one target and processor; only these are set side by side.
+    """Models that were measured in one kind, on one target and processor, with one cache; only these are set side by
+    side.
 
     Attributes:
         kind: How the numbers came about.
-        target: Where they ran.
+        target: Where they ran, and with which quantized cache.
         test: What was timed.
         points: In the order measured.
         left_out: Models without a speed, and why.
@@ -89,18 +92,21 @@ def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
     return Quality(f"{what}, on {Path(texts[0].source).name}", by_model)
 
 
-def _by_model(evaluations: Sequence[Evaluation], values: Sequence[float]) -> dict[str | None, float]:
+def _by_model(
+    evaluations: Sequence[Evaluation], values: Sequence[float]
+) -> dict[tuple[str | None, str | None], float]:
     """The figure of every model by the hash of its file, of ONNX folders also by its path."""
-    value_of: dict[str | None, float] = {}
+    value_of: dict[tuple[str | None, str | None], float] = {}
     for evaluation, value in zip(evaluations, values, strict=True):
         model = evaluation.model
         if model.sha256 is None:
             raise InputError(f"the evaluation of {model.reference} has no hash of its file")
-        if model.sha256 in value_of:
+        cache = EngineSettings(model.cache_type).quantized_cache
+        if (model.sha256, cache) in value_of:
             raise InputError(f"several evaluations are of {model.reference}")
-        value_of[model.sha256] = value
+        value_of[model.sha256, cache] = value
         if model.runtime == ONNX.runtime:
-            value_of[str(Path(model.reference).absolute())] = value
+            value_of[str(Path(model.reference).absolute()), cache] = value
     return value_of
 
 
@@ -112,7 +118,8 @@ def point_groups(records: Sequence[BenchRecord], quality: Quality | None) -> lis
     """
     places: dict[tuple[str, str, str | None], list[BenchRecord]] = {}
     for record in records:
-        places.setdefault((record.kind, record.target, record.cpu_info), []).append(record)
+        cache = f", cache of {record.quantized_cache}" if record.quantized_cache else ""
+        places.setdefault((record.kind, record.target + cache, record.cpu_info), []).append(record)
     if quality is not None and not any(quality.find(record) is not None for record in records):
         raise InputError(
             "the evaluations are of other files than the records",

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.settings import Setting
+from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE, MEASURED_CACHES
 from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import DeviceProfile
+from runtime_bench.devices.rates import KEYS_AND_VALUES, Rates
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
 
 MIB = 2**20
@@ -27,10 +29,12 @@ APP_SHARE = 0.65
 """Of the RAM that one application may count on where its limit is not known."""
 PROCESS_BYTES = 20 * MIB
 """A native program with llama.cpp in it, without a model."""
-CACHE_BYTES = 2
-"""Of a number in the key-value cache: float16."""
+CACHE_CELLS = 256
+"""llama.cpp gives the cache room for a multiple of so many tokens."""
 BATCH_TOKENS = 512
 """Tokens of a prompt that llama.cpp computes at once (n_ubatch)."""
+CONTEXTS = (1024, 4096, 16384, 32768)
+"""Lengths at which the types of the cache are shown beside each other, in tokens."""
 CONTEXT = Setting("Tokens of the context.", ge=1, le=2**24, metavar="N", option="-c --context")
 DEFAULT_CONTEXT = 2048
 _ARM_REPACKED = dict.fromkeys(("Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_NL", "MXFP4"), 1.0)
@@ -118,6 +122,23 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class ContextNeed:
+    """What a run needs with one type of cache and one length of the context.
+
+    Attributes:
+        cache_type: Of keys and values.
+        n_ctx: Tokens of the context.
+        memory: What it needs.
+        verdict: How it stands to the device's limit; None where that is unknown.
+    """
+
+    cache_type: str
+    n_ctx: int
+    memory: Memory
+    verdict: str | None
+
+
+@dataclass(frozen=True)
 class Projection:
     """A model on a device.
 
@@ -146,7 +167,12 @@ class Projection:
 
 
 def project_memory(
-    facts: ModelFacts, n_ctx: int, features: Collection[str], *, process_bytes: int = PROCESS_BYTES
+    facts: ModelFacts,
+    n_ctx: int,
+    features: Collection[str],
+    *,
+    cache_type: str = DEFAULT_CACHE,
+    process_bytes: int = PROCESS_BYTES,
 ) -> Memory:
     """Memory of a run with a full context.
 
@@ -154,6 +180,7 @@ def project_memory(
         facts: The file.
         n_ctx: Tokens of the context.
         features: Instructions of the processor, as in REPACKED.
+        cache_type: Of keys and values, a key of exporters.gguf.cache_types.CACHE_TYPES.
         process_bytes: Of the program itself.
     """
     growth: Mapping[str, float] = next((types for name, types in REPACKED.items() if name in features), {})
@@ -168,7 +195,7 @@ def project_memory(
     return Memory(
         weights=facts.weight_bytes,
         repacked=round(repacked),
-        cache=facts.key_value_width * n_ctx * CACHE_BYTES,
+        cache=cache_bytes(facts, n_ctx, cache_type),
         # The mask of attention is float16, all else float32.
         buffers=4 * (BATCH_TOKENS * widest + facts.vocab_size) + 2 * BATCH_TOKENS * n_ctx,
         process=process_bytes,
@@ -176,22 +203,33 @@ def project_memory(
     )
 
 
-def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection:
+def cache_bytes(facts: ModelFacts, n_ctx: int, cache_type: str) -> int:
+    """Keys and values of a full context, as llama.cpp allocates them."""
+    cells = -(-n_ctx // CACHE_CELLS) * CACHE_CELLS
+    return CACHE_TYPES[cache_type].size(facts.key_value_width) * cells
+
+
+def project(
+    profile: DeviceProfile, facts: ModelFacts, n_ctx: int, cache_type: str = DEFAULT_CACHE
+) -> Projection:
     """What a model needs on a device with a full context, and how fast it may be there.
 
     Args:
         profile: The device.
         facts: The file.
         n_ctx: Tokens of the context.
+        cache_type: Of keys and values.
     """
     features = profile.isa.value
-    memory = project_memory(facts, n_ctx, ("dotprod",) if features is None else features)
+    memory = project_memory(facts, n_ctx, _instructions(profile), cache_type=cache_type)
     limit, of_limit = memory_limit(profile)
     notes = [of_limit]
     if features is None:
         notes.append("the processor's instructions are unknown: it is taken to have dot products")
-    decode, of_decode = decode_band(profile, facts.read_bytes, memory.cache)
-    prefill, of_prefill = prefill_band(profile, facts.n_multiplied)
+    decode, of_decode = measured_decode(profile, facts, memory.cache) or decode_band(
+        profile, facts.read_bytes, memory.cache
+    )
+    prefill, of_prefill = measured_prefill(profile, facts) or prefill_band(profile, facts.n_multiplied)
     return Projection(
         device=profile.id,
         memory=memory,
@@ -203,6 +241,29 @@ def project(profile: DeviceProfile, facts: ModelFacts, n_ctx: int) -> Projection
     )
 
 
+def project_contexts(profile: DeviceProfile, facts: ModelFacts) -> tuple[ContextNeed, ...]:
+    """What a model needs on a device with each type of cache, at CONTEXTS."""
+    limit, _ = memory_limit(profile)
+    needs = []
+    for cache_type in MEASURED_CACHES:
+        for n_ctx in contexts_of(facts):
+            memory = project_memory(facts, n_ctx, _instructions(profile), cache_type=cache_type)
+            verdict = None if limit is None else memory.verdict(limit)
+            needs.append(ContextNeed(cache_type, n_ctx, memory, verdict))
+    return tuple(needs)
+
+
+def contexts_of(facts: ModelFacts) -> tuple[int, ...]:
+    """CONTEXTS, up to the longest that the model knows."""
+    longest = min(facts.context_length, CONTEXTS[-1])
+    return (*(n for n in CONTEXTS if n < longest), longest)
+
+
+def _instructions(profile: DeviceProfile) -> Collection[str]:
+    """Of the processor; dot products where nothing is known of it."""
+    return ("dotprod",) if profile.isa.value is None else profile.isa.value
+
+
 def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
     """Bytes that one application may use on a device, None where that is unknown; and what that rests on."""
     if profile.app_memory_mib.value is not None:
@@ -211,6 +272,29 @@ def memory_limit(profile: DeviceProfile) -> tuple[int | None, str]:
     if profile.ram_mib.value is None:
         return None, "neither the RAM nor the limit of one application is known"
     return int(profile.ram_mib.value * MIB * APP_SHARE), f"an application may use {APP_SHARE:.0%} of the RAM"
+
+
+def measured_decode(profile: DeviceProfile, facts: ModelFacts, cache: int) -> tuple[Band, str] | None:
+    """Generated tokens a second by the rates that were measured there, and what that rests on; None without them."""
+    rates = profile.decode_gb_s.value
+    if rates is None:
+        return None
+    of_types = Rates(rates.by_type, rates.others)
+    empty, full = (
+        of_types.seconds({**facts.bytes_by_type, KEYS_AND_VALUES: read}) / 1e9 for read in (0, cache)
+    )
+    band = Band(1 / (full * rates.within), rates.within / empty)
+    return band, f"decode by rates measured there, within x{rates.within:.2f}, full context to empty one"
+
+
+def measured_prefill(profile: DeviceProfile, facts: ModelFacts) -> tuple[Band, str] | None:
+    """Prompt tokens a second by the rates that were measured there, and what that rests on; None without them."""
+    rates = profile.prompt_gweights_s.value
+    if rates is None or not facts.prompt_weights:
+        return None
+    speed = 1e9 / Rates(rates.by_type, rates.others).seconds(facts.prompt_weights)
+    band = Band(speed / rates.within, speed * rates.within)
+    return band, f"prefill by rates measured there, within x{rates.within:.2f}"
 
 
 def decode_band(profile: DeviceProfile, read_bytes: int, cache: int) -> tuple[Band | None, str]:

@@ -16,7 +16,10 @@ from typing import Protocol, cast
 
 from cfsp import plugins
 from cfsp.errors import InputError, require_extra
+from exporters.gguf.cache_types import MEASURED_CACHES
+from exporters.onnx.ready import INT8_CACHE
 from runtime_bench.files import size_of
+from runtime_bench.records.engine_settings import EngineSettings
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,16 @@ class SessionSettings:
         n_threads: Threads for prompt and generation.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
+        cache_type: Of the key-value cache, one of the engine's `cache_types`; None for its own choice.
+        backend: What shall compute; None for the processor. An engine that cannot take it computes there, too.
     """
 
     n_ctx: int
     n_threads: int
     n_batch: int
     n_ubatch: int
+    cache_type: str | None = None
+    backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,11 @@ class EngineFacts:
         model_type: The engine's description of the model.
         model_size: Bytes of all weights.
         model_n_params: Number of weights.
-        backends: Where it computes.
+        backends: Where it computes: CPU, or what does beside it.
         build_commit: Source revision of the engine.
         versions: Names of libraries to their versions.
         system_info: The engine's own line about the machine features it uses.
+        settings: How it computes.
     """
 
     model_type: str | None = None
@@ -57,6 +65,7 @@ class EngineFacts:
     build_commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     system_info: str | None = None
+    settings: EngineSettings = field(default_factory=EngineSettings)
 
 
 def file_facts(path: Path, backends: str, versions: dict[str, str]) -> EngineFacts:
@@ -120,6 +129,8 @@ class EngineSpec:
         suffix: Of the files it runs; the first engine for a suffix is the default.
         extra: Extra of phoneready that brings it; empty where none does.
         far_packages: What its worker imports in the Python of another machine; empty where it runs on this one alone.
+        cache_types: Types of the key-value cache that can be asked for.
+        companion: Module whose `make_ready(path)` makes what it needs beside a file for them; empty without need.
     """
 
     module: str
@@ -128,6 +139,8 @@ class EngineSpec:
     suffix: str
     extra: str = ""
     far_packages: tuple[str, ...] = ()
+    cache_types: tuple[str, ...] = ()
+    companion: str = ""
 
     def require(self) -> None:
         """Check that the engine can be used, without importing it.
@@ -149,10 +162,14 @@ class EngineSpec:
 _ENGINES = "runtime_bench.engines"
 ENGINES = MappingProxyType(
     {
-        "llama.cpp": EngineSpec(f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", ".gguf", "gguf"),
+        "llama.cpp": EngineSpec(
+            f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", ".gguf", "gguf",
+            cache_types=MEASURED_CACHES,
+        ),
         "onnxruntime": EngineSpec(
             f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", ".onnx", "onnx",
             ("onnxruntime", "numpy", "tokenizers"),
+            cache_types=(INT8_CACHE,), companion="exporters.onnx.int8_cache",
         ),
         "onnxruntime-genai": EngineSpec(
             f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", ".onnx", "onnx",
@@ -175,6 +192,34 @@ def engine_for(path: Path) -> str:
             return name
     allowed = ", ".join(dict.fromkeys(known))
     raise InputError(f"no engine runs {path.name}", field="file", value=str(path), allowed=allowed)
+
+
+def check_cache(engine: str, cache_type: str | None) -> None:
+    """Check that an engine can hold keys and values in a type; None is its own choice.
+
+    Raises:
+        InputError: It cannot.
+    """
+    known = engine in ENGINES or engine in plugins.load_plugins(plugins.ENGINES, ENGINES)
+    types = engine_spec(engine).cache_types if known else ()  # a browser's engines have no row
+    if cache_type is not None and cache_type not in types:
+        raise InputError(
+            f"{engine} cannot be told the type of its cache" if not types else f"{engine} has no such cache",
+            field="cache_type",
+            value=cache_type,
+            allowed=", ".join(types) or "without it",
+        )
+
+
+def prepare_cache(engine: str, path: Path, cache_type: str | None) -> None:
+    """Make what an engine needs beside a file for a type of cache, so that it is in no measurement.
+
+    Raises:
+        PhonereadyError: It cannot be made.
+    """
+    companion = engine_spec(engine).companion if cache_type is not None else ""
+    if companion:
+        importlib.import_module(companion).make_ready(path)
 
 
 def check_engine(engine: str) -> EngineSpec:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+from exporters.gguf.cache_types import DEFAULT_CACHE
 from exporters.gguf.llama_library import runtime_version, system_info
 from exporters.gguf.runtime import LlamaModel, open_model
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
+from runtime_bench.records.engine_settings import EngineSettings
 
 _DISTRIBUTION = "llama-cpp-python"
 
@@ -29,13 +31,18 @@ class LlamaCppSession:
             model_type=self._model.description,
             model_size=self._model.size_bytes,
             model_n_params=self._model.n_params,
-            backends="CPU",  # the runtime keeps every layer on the processor
+            backends=self._model.backends,
             # The library has a version but does not tell its revision: build_commit is unknown.
             versions={
                 _DISTRIBUTION: importlib.metadata.version(_DISTRIBUTION),
                 "llama.cpp": runtime_version().rpartition("llama.cpp ")[2],
             },
             system_info=system_info(),
+            settings=EngineSettings(
+                cache_type=self._model.cache_type,
+                flash_attention=self._model.flash_attention,
+                weight_buffers=self._model.weight_buffers,
+            ),
         )
 
     def tokenize(self, text: str) -> list[int]:
@@ -53,7 +60,7 @@ def prepare() -> None:
 
 
 def open_session(path: Path, settings: SessionSettings) -> Session:
-    """Map a GGUF file and make a context with float16 caches, as llama-bench does.
+    """Map a GGUF file and make a context, with a float16 cache as llama-bench does unless another is asked for.
 
     Raises:
         InputError: llama.cpp cannot load it.
@@ -65,5 +72,7 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
             n_threads=settings.n_threads,
             n_batch=settings.n_batch,
             n_ubatch=settings.n_ubatch,
+            cache_type=settings.cache_type or DEFAULT_CACHE,
+            on_gpu=settings.backend is not None,
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
+from runtime_bench.records.engine_settings import EngineSettings
 
 
 class OnnxRuntimeSession:
@@ -31,7 +33,9 @@ class OnnxRuntimeSession:
     def facts(self) -> EngineFacts:
         """What ONNX Runtime says about itself, and what the files say."""
         name, version = runtime_version().split(" ")
-        return file_facts(self._model.path, "CPU", {name: version})
+        providers = self._model.providers
+        facts = file_facts(self._model.path, ", ".join(providers) or "CPU", {name: version})
+        return replace(facts, settings=EngineSettings(self._model.cache_type, providers=providers))
 
     def decode(self, tokens: Sequence[int]) -> None:
         """Append tokens to the context, piece by piece."""
@@ -62,5 +66,12 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
         InputError: ONNX Runtime cannot load it.
     """
     piece = min(settings.n_batch, settings.n_ubatch, PREFILL_TOKENS)
-    model = open_model(path, n_ctx=settings.n_ctx, n_threads=settings.n_threads, n_batch=piece)
+    model = open_model(
+        path,
+        n_ctx=settings.n_ctx,
+        n_threads=settings.n_threads,
+        n_batch=piece,
+        cache_type=settings.cache_type,
+        provider=settings.backend,
+    )
     return OnnxRuntimeSession(model)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cfsp.progress import Progress, no_progress
+from runtime_bench.engines import check_cache
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import Target
@@ -47,7 +48,9 @@ def run_matrix(
     """
     for target in targets:
         for path in (*files, *([anchor] if anchor else [])):
-            target.require(engine or target.default_engine(path))
+            name = engine or target.default_engine(path)
+            target.require(name)
+            check_cache(name, settings.cache_type)
     lock = threading.Lock()
 
     def keep(record: BenchRecord) -> None:

@@ -21,12 +21,13 @@ from pathlib import Path
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
+from runtime_bench.engines import check_cache, prepare_cache
 from runtime_bench.measuring.nominal import wait_nominal
 from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
-from runtime_bench.worker import WorkerResult
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import REGIMES, BenchSettings, Workload, workloads_of
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,10 @@ def run_bench(
     engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
+        check_cache(name, settings.cache_type)
     _check_regimes(settings, target)
+    for name, path in zip(engines, files, strict=True):
+        prepare_cache(name, path, settings.cache_type)
     measured = _measured_files(files, engines, settings)
     session = Session(measured, settings, target, measured[-1] if anchor else None)
     counts = settings.threads(target.environment().cpus_usable)
@@ -102,7 +106,7 @@ def _measured_files(
 
 
 def _check_text(path: Path, settings: BenchSettings) -> TextCheck:
-    check = check_text(path, settings.timeout_s) if settings.check_text else TextCheck()
+    check = check_text(path, settings.timeout_s, settings.cache_type) if settings.check_text else TextCheck()
     if check.problem:
         logger.warning("%s: its text could not be checked: %s", path.name, check.problem)
     return check
@@ -160,14 +164,24 @@ def _measure_once(session: Session, row: Row, samples: int, number: int) -> None
     why = wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if why is None:
-        timeout_s = session.settings.timeout_s + row.request.seconds
-        result = session.target.run(replace(row.request, samples=samples), timeout_s)
+        request = replace(row.request, samples=samples)
+        timeout_s = session.settings.timeout_s + request.seconds
+        result = _as_asked(request, session.target.run(request, timeout_s))
     else:
         result = WorkerResult(error=why)
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
         logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
+
+
+def _as_asked(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
+    """The result; a failure where an engine did not heed the type of cache that it was asked for."""
+    asked = request.session.cache_type
+    if asked is None or result.facts is None or result.facts.settings.cache_type == asked:
+        return result
+    found = result.facts.settings.cache_type or "one that it does not name"
+    return WorkerResult(error=f"a cache of {asked} was asked for, and {request.engine} had {found}")
 
 
 def _check_regimes(settings: BenchSettings, target: Target) -> None:

@@ -55,32 +55,36 @@ def judge(texts: Sequence[str]) -> str | None:
     return reasons[0] if all(reasons) else None
 
 
-def check_text(path: Path, timeout_s: float) -> TextCheck:
+def check_text(path: Path, timeout_s: float, cache_type: str | None = None) -> TextCheck:
     """Let a file write in a fresh process.
 
     Args:
         path: A GGUF file, or a graph in an ONNX variant's folder.
         timeout_s: After this long it is given up.
+        cache_type: Of the key-value cache, as the file is measured with; None for the engine's own.
     """
     if path.suffix.lower() not in _WRITERS:
         return TextCheck(problem=f"nothing here runs {path.suffix} files")
     command = python_module("runtime_bench.measuring.text_check")
+    asked = {"path": str(path.resolve()), "cache_type": cache_type}
     try:
-        return read_answer(TextCheck, exchange(command, {"path": str(path.resolve())}, timeout_s))
+        return read_answer(TextCheck, exchange(command, asked, timeout_s))
     except ProcessFailed as error:
         return TextCheck(problem=str(error))
 
 
-def _answer(payload: dict[str, str]) -> TextCheck:
+def _answer(payload: dict[str, Any]) -> TextCheck:
     path = Path(payload["path"])
-    texts = _WRITERS[path.suffix.lower()](path)
+    texts = _WRITERS[path.suffix.lower()](path, payload["cache_type"])
     return TextCheck(tuple(texts), judge(texts))
 
 
-def _continue_gguf(path: Path) -> list[str]:
+def _continue_gguf(path: Path, cache_type: str | None) -> list[str]:
+    from exporters.gguf.cache_types import DEFAULT_CACHE
     from exporters.gguf.runtime import open_model
 
-    with open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS) as model:
+    cache = cache_type or DEFAULT_CACHE
+    with open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, cache_type=cache) as model:
         return [
             model.detokenize(
                 model.generate(model.tokenize(text, add_special=True)[: _CONTEXT - NEW_TOKENS], NEW_TOKENS),
@@ -90,7 +94,7 @@ def _continue_gguf(path: Path) -> list[str]:
         ]
 
 
-def _continue_onnx(path: Path) -> list[str]:
+def _continue_onnx(path: Path, cache_type: str | None) -> list[str]:
     from tokenizers import Tokenizer
 
     from exporters.onnx.folder import folder_of
@@ -99,7 +103,8 @@ def _continue_onnx(path: Path) -> list[str]:
     folder = folder_of(path)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     stops = _stop_tokens(folder)
-    with closing(open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT)) as model:
+    opened = open_model(path, n_ctx=_CONTEXT, n_threads=_THREADS, n_batch=_CONTEXT, cache_type=cache_type)
+    with closing(opened) as model:
         return [
             tokenizer.decode(_greedy(model, tokenizer.encode(text).ids[: _CONTEXT - NEW_TOKENS], stops))
             for text in BEGINNINGS
@@ -129,7 +134,7 @@ def _stop_tokens(folder: Path) -> set[int]:
     return stops
 
 
-_WRITERS: MappingProxyType[str, Callable[[Path], list[str]]] = MappingProxyType(
+_WRITERS: MappingProxyType[str, Callable[[Path, str | None], list[str]]] = MappingProxyType(
     {".gguf": _continue_gguf, ".onnx": _continue_onnx}
 )
 

@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <ctime>
@@ -98,6 +100,21 @@ void require_features() {
     throw Failure("the runner was built for " RUNNER_TARGET " and this processor lacks" + names);
 }
 
+// The cores that this process may run on.
+json usable_cores() {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    json cores = json::array();
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        for (int core = 0; core < CPU_SETSIZE; ++core) {
+            if (CPU_ISSET(core, &set)) {
+                cores.push_back(core);
+            }
+        }
+    }
+    return cores;
+}
+
 // ---- Memory and the page cache -----------------------------------------------------------------------------------
 
 // A line of /proc/self/status in bytes; null where the system has none. VmHWM starts anew with exec.
@@ -175,13 +192,14 @@ const std::map<std::string, std::function<void(const std::string &)>> kPageCache
 
 // ---- llama.cpp's log ---------------------------------------------------------------------------------------------
 
-// The last warnings and errors that llama.cpp logged, for the reason of a failure.
-class Complaints {
+// The last warnings and errors that llama.cpp logged, for the reason of a failure; and what it tells nowhere else: whether
+// it chose its flash kernel, and which buffers hold the weights.
+class Log {
   public:
     void add(ggml_log_level level, const char * text) {
         const std::lock_guard<std::mutex> hold(lock_);
         level_ = level == GGML_LOG_LEVEL_CONT ? level_ : level;
-        if (level_ != GGML_LOG_LEVEL_WARN && level_ != GGML_LOG_LEVEL_ERROR) {
+        if (level_ != GGML_LOG_LEVEL_INFO && level_ != GGML_LOG_LEVEL_WARN && level_ != GGML_LOG_LEVEL_ERROR) {
             return;
         }
         for (const char * letter = text; *letter; ++letter) {
@@ -191,6 +209,14 @@ class Complaints {
                 open_ += *letter;
             }
         }
+    }
+    json flash_attention() {
+        const std::lock_guard<std::mutex> hold(lock_);
+        return flash_;
+    }
+    json weight_buffers() {
+        const std::lock_guard<std::mutex> hold(lock_);
+        return buffers_;
     }
     std::string last(size_t count = 3) {
         const std::lock_guard<std::mutex> hold(lock_);
@@ -203,6 +229,22 @@ class Complaints {
 
   private:
     void end_line() {
+        const std::string mark = " model buffer size = ";
+        const auto size = open_.find(mark);
+        if (size != std::string::npos) {
+            const auto name = open_.substr(open_.rfind(' ', size - 1) + 1, size - open_.rfind(' ', size - 1) - 1);
+            const auto bytes = std::llround(std::stod(open_.substr(size + mark.size())) * (1 << 20));
+            buffers_[name] = buffers_.value(name, 0LL) + bytes;
+        }
+        if (open_.find("Flash Attention enabled") != std::string::npos) {
+            flash_ = true;
+        } else if (open_.find("Flash Attention not supported") != std::string::npos) {
+            flash_ = false;
+        }
+        if (level_ == GGML_LOG_LEVEL_INFO) {
+            open_.clear();
+            return;
+        }
         const auto first = open_.find_first_not_of(" \t");
         if (first != std::string::npos) {
             lines_.push_back(open_.substr(first, open_.find_last_not_of(" \t") + 1 - first));
@@ -215,10 +257,12 @@ class Complaints {
     std::deque<std::string> lines_;
     std::string open_;
     ggml_log_level level_ = GGML_LOG_LEVEL_NONE;
+    json flash_;
+    json buffers_ = json::object();
     std::mutex lock_;
 };
 
-Complaints complaints;
+Log llama_log;
 
 // ---- Random tokens -----------------------------------------------------------------------------------------------
 
@@ -296,7 +340,28 @@ class PythonRandom {
 
 // ---- An open file ------------------------------------------------------------------------------------------------
 
-// Settings are those of exporters/gguf/runtime.py: mapped weights, float16 caches, the processor alone.
+// A type of keys and values alike, as exporters/gguf/cache_types.py has it: quantized values are read in the flash kernel
+// alone.
+struct CacheType {
+    ggml_type type;
+    llama_flash_attn_type flash;
+};
+
+const std::map<std::string, CacheType> kCacheTypes = {
+    {"f16", {GGML_TYPE_F16, LLAMA_FLASH_ATTN_TYPE_AUTO}},
+    {"q8_0", {GGML_TYPE_Q8_0, LLAMA_FLASH_ATTN_TYPE_ENABLED}},
+    {"q4_0", {GGML_TYPE_Q4_0, LLAMA_FLASH_ATTN_TYPE_ENABLED}},
+};
+
+template <typename Table> const auto & row_of(const Table & table, const std::string & name, const char * what) {
+    const auto found = table.find(name);
+    if (found == table.end()) {
+        throw Failure("the runner knows no " + std::string(what) + " " + name);
+    }
+    return found->second;
+}
+
+// Settings are those of exporters/gguf/runtime.py: mapped weights, the processor alone.
 class Session {
   public:
     Session(const std::string & path, const json & settings) : path_(path) {
@@ -305,7 +370,7 @@ class Session {
         params.load_mode = LLAMA_LOAD_MODE_MMAP;
         model_.reset(llama_model_load_from_file(path.c_str(), params));
         if (!model_) {
-            throw Failure("llama.cpp cannot load " + path + ": " + complaints.last());
+            throw Failure("llama.cpp cannot load " + path + ": " + llama_log.last());
         }
         vocab_ = llama_model_get_vocab(model_.get());
         const auto n_ctx = settings.at("n_ctx").get<uint32_t>();
@@ -316,12 +381,16 @@ class Session {
         context.n_threads = context.n_threads_batch = settings.at("n_threads").get<int32_t>();
         context.n_seq_max = 1;
         context.kv_unified = false;
-        context.type_k = context.type_v = GGML_TYPE_F16;
+        const auto asked = settings.find("cache_type");
+        cache_type_ = asked == settings.end() || asked->is_null() ? "f16" : asked->get<std::string>();
+        const auto & cache = row_of(kCacheTypes, cache_type_, "type of a cache");
+        context.type_k = context.type_v = cache.type;
+        context.flash_attn_type = cache.flash;
         context.no_perf = true;
         context_.reset(llama_init_from_model(model_.get(), context));
         if (!context_) {
             throw Failure("llama.cpp cannot make a context of " + std::to_string(n_ctx) + " tokens for " + path + ": " +
-                          complaints.last());
+                          llama_log.last());
         }
         const auto added = tokenize("");
         const auto bos = llama_vocab_bos(vocab_);
@@ -343,6 +412,11 @@ class Session {
             {"build_commit", nullptr},
             {"versions", {{"llama.cpp", llama_version()}, {"runner", RUNNER_TARGET " " RUNNER_KEY}}},
             {"system_info", info},
+            {"settings",
+             {{"cache_type", cache_type_},
+              {"flash_attention", flash_attention()},
+              {"weight_buffers", llama_log.weight_buffers()},
+              {"cores", usable_cores()}}},
         };
     }
 
@@ -359,7 +433,7 @@ class Session {
                               std::to_string(llama_n_ctx(context_.get())) + " tokens");
             }
             if (status != 0) {
-                throw Failure("llama.cpp cannot run " + path_ + ": " + complaints.last());
+                throw Failure("llama.cpp cannot run " + path_ + ": " + llama_log.last());
             }
         }
         llama_synchronize(context_.get());
@@ -400,11 +474,16 @@ class Session {
     }
 
   private:
+    json flash_attention() const {
+        const bool chosen = kCacheTypes.at(cache_type_).flash == LLAMA_FLASH_ATTN_TYPE_AUTO;
+        return chosen ? llama_log.flash_attention() : json(true);
+    }
     struct Free {
         void operator()(llama_model * model) const { llama_model_free(model); }
         void operator()(llama_context * context) const { llama_free(context); }
     };
     std::string path_;
+    std::string cache_type_;
     std::unique_ptr<llama_model, Free> model_;
     std::unique_ptr<llama_context, Free> context_;
     const llama_vocab * vocab_ = nullptr;
@@ -623,14 +702,6 @@ const std::map<std::string, std::function<Samples(Session &, const Request &)>> 
 // Workloads that time the opening of the file, too.
 bool opens(const std::string & kind) { return kind == "load" || kind == "start"; }
 
-template <typename Table> const auto & row_of(const Table & table, const std::string & name, const char * what) {
-    const auto found = table.find(name);
-    if (found == table.end()) {
-        throw Failure("the runner knows no " + std::string(what) + " " + name);
-    }
-    return found->second;
-}
-
 // ---- Requests ----------------------------------------------------------------------------------------------------
 
 json empty_result() {
@@ -730,7 +801,7 @@ int main(int count, char ** arguments) {
     // Whatever the libraries print must not come between the result's lines.
     const int results = dup(STDOUT_FILENO);
     dup2(STDERR_FILENO, STDOUT_FILENO);
-    llama_log_set([](ggml_log_level level, const char * text, void *) { complaints.add(level, text); }, nullptr);
+    llama_log_set([](ggml_log_level level, const char * text, void *) { llama_log.add(level, text); }, nullptr);
     auto result = asked ? about() : serve(std::cin);
     if (!asked && !result.contains("samples_ns") && !result.contains("tokens")) {
         auto failed = empty_result();

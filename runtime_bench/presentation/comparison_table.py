@@ -23,9 +23,10 @@ def format_comparison(comparisons: Sequence[Comparison], output: str = "md") -> 
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
-    """The table that people read; kind, target and engine are columns where they are not the same in all rows."""
+    """The table that people read; kind, target, engine and cache are columns where they are not the same in all
+    rows."""
     names = short_names(file for c in comparisons for file in (c.base, c.new))
-    several = len({(c.kind, c.target, c.engine) for c in comparisons}) > 1
+    several = len({(c.kind, c.target, c.engine, c.quantized_cache) for c in comparisons}) > 1
     confidence = f"{comparisons[0].confidence:.0%} interval" if comparisons else ""
     columns: tuple[Column[Comparison], ...] = (
         Column("test", lambda c: c.test, right=True),
@@ -44,6 +45,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("kind", lambda c: c.kind),
         Column("target", lambda c: c.target),
         Column("engine", lambda c: c.engine),
+        Column("cache", lambda c: c.quantized_cache or "floats"),
     )
     return Table([*(place if several else ()), *columns], comparisons)
 

@@ -1,10 +1,11 @@
 """Records as text: Markdown in llama-bench's columns, JSON, JSON Lines, CSV. Units are converted only
-here. And thread counts of a file side by side: which is best, and what the others give."""
+here. And thread counts of a file side by side, which is best and what the others give, and depths of its context."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from cfsp.errors import InputError
@@ -12,6 +13,7 @@ from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
+from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.fairness import fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
@@ -98,12 +100,19 @@ def _tells_of_cache(record: BenchRecord) -> bool:
     return record.timed.opens or record.page_cache == "cold"
 
 
+def _cache(record: BenchRecord) -> str | None:
+    """Its type, and that attention ran in a flash kernel, which quantized values need."""
+    settings = record.engine_settings
+    return settings.cache_type and settings.cache_type + (", flash" if settings.flash_attention else "")
+
+
 _COLUMNS: tuple[Column[BenchRecord], ...] = (
     Column("model", lambda r: r.model_type),
     Column("size", lambda r: _size(r.model_size), right=True),
     Column("params", lambda r: _count(r.model_n_params), right=True),
-    Column("backend", lambda r: r.backends),
+    Column("backend", lambda r: f"{r.backends} (not {r.fallback})" if r.fallback else r.backends),
     Column("threads", lambda r: r.n_threads, right=True),
+    Column("cache", _cache),
     # Loads say what they found: a cold load and a warm one are different things.
     Column(
         "test",
@@ -128,7 +137,33 @@ def _as_markdown(records: Sequence[BenchRecord]) -> str:
     remarks = [(r, text) for r in records for text in (r.failure, note_of(r)) if text]
     names = short_names(record.model_filename for record in records)
     notes = [escape_markdown(f"{names[r.model_filename]}, {r.test}: {text}") for r, text in remarks]
+    notes += [escape_markdown(line) for line in _settings_lines(records, names)]
     return record_table(records).markdown() + "".join(f"\n{note}\n" for note in notes)
+
+
+def _settings_lines(records: Sequence[BenchRecord], names: Mapping[str, str]) -> list[str]:
+    """How each file was computed, where its engine says it; files that were computed alike share a line."""
+    files: dict[str, dict[str, None]] = {}
+    for record in records:
+        if record.ok and (text := settings_text(record)):
+            files.setdefault(text, {})[names[record.model_filename]] = None
+    return [f"{', '.join(of)}: {text}" for text, of in files.items()]
+
+
+def settings_text(record: BenchRecord) -> str:
+    """The engine's own settings in words; empty where it says nothing."""
+    settings = record.engine_settings
+    flash = {True: "flash attention", False: "no flash attention", None: None}[settings.flash_attention]
+    copied = settings.rearranged_bytes
+    parts = (
+        f"{record.engine} on {record.backends}" if record.backends else None,
+        f"cores {', '.join(map(str, settings.cores))}" if settings.cores else None,
+        flash,
+        f"{_size(copied)} of the weights rearranged" if copied else None,
+        ", ".join(f"{count} nodes on {name}" for name, count in settings.providers.items()) or None,
+        record.environment.system_info,
+    )
+    return "; ".join(filter(None, parts)) if settings != EngineSettings() else ""
 
 
 FORMATS: MappingProxyType[str, Callable[[Sequence[BenchRecord]], str]] = MappingProxyType(
@@ -168,6 +203,29 @@ def format_sweep(records: Sequence[BenchRecord]) -> str:
         row["speed at each, of the best"] = ", ".join(_point(record, best) for record in group)
         rows.append(row)
     return table_of(rows, right=("test",)).markdown()
+
+
+def format_depths(records: Sequence[BenchRecord]) -> str:
+    """A Markdown table with a row for each file and test that was measured at several depths, a column for each depth;
+    empty without any."""
+    groups: dict[tuple[str, str, str, str, int], dict[int, BenchRecord]] = {}
+    for record in records:
+        test = replace(record.timed, n_depth=0).test
+        key = (record.model_filename, record.engine, record.target, test, record.n_threads)
+        groups.setdefault(key, {})[record.n_depth] = record
+    deep = {key: group for key, group in groups.items() if len(group) > 1}
+    names, rows = short_names(record.model_filename for record in records), []
+    depths = sorted({depth for group in deep.values() for depth in group})
+    for (file, _, target, test, threads), group in deep.items():
+        row = {"target": target} if len({record.target for record in records}) > 1 else {}
+        row |= {"file": names[file]} if len(names) > 1 else {}
+        row |= {"test": test, "threads": str(threads), "cache": _cache(next(iter(group.values()))) or NOTHING}
+        rows.append(row | {f"t/s @ d{depth}": _at_depth(group.get(depth)) for depth in depths})
+    return table_of(rows, right=("test", "threads", *(f"t/s @ d{depth}" for depth in depths))).markdown()
+
+
+def _at_depth(record: BenchRecord | None) -> str:
+    return NOTHING if record is None else _speed(record) or NOTHING
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:

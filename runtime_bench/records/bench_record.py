@@ -16,6 +16,7 @@ from cfsp.errors import InputError
 from runtime_bench.records import summary
 from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention
+from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import FRESH, Workload
 
@@ -24,6 +25,9 @@ KINDS = ("measured", "constrained-host", EMULATED, "projected")
 """How a number came about; different kinds are never ranked together."""
 MEMORY_VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
 """How a run can stand to its memory limit, the best first."""
+
+_PROCESSOR = frozenset({"CPU", "wasm"})
+"""What `backends` says of an engine that computes on the processor alone."""
 
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
 _Size = pydantic.NonNegativeInt | None
@@ -124,6 +128,7 @@ class BenchRecord:
         held_samples_ns: How long something kept each sample from running that no other program explains; None where it
             waited for the disk; empty where nothing tells.
         conditions: For each process, what the machine went through meanwhile; None where nobody looked.
+        engine_settings: How the engine computed.
     """
 
     kind: str
@@ -179,6 +184,7 @@ class BenchRecord:
     sustained_s: float | None = None
     anchor_sha256: str | None = None
     is_anchor: bool = False
+    engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -204,6 +210,17 @@ class BenchRecord:
     def void(self) -> bool:
         """Whether the speed counts for nothing: the file writes no text that makes sense."""
         return self.degenerate is not None
+
+    @property
+    def quantized_cache(self) -> str | None:
+        """Type of a key-value cache of few bits; None for one of floats."""
+        return self.engine_settings.quantized_cache
+
+    @property
+    def fallback(self) -> str | None:
+        """What was asked to compute and did not; None where it did, or where nothing was asked for."""
+        asked = self.engine_settings.asked_backend
+        return asked if asked not in (None, "cpu") and self.backends in _PROCESSOR else None
 
     @property
     def rounds(self) -> tuple[int, ...]:

@@ -46,11 +46,12 @@ _COMPARABLE = (
     "warmup",
     "page_cache",
     "memory_limit_bytes",
+    "quantized_cache",
 )
 """Two rows that differ in one of these measure different things."""
 
-_Row = tuple[str, str, str, str, int]
-"""Kind, target (none where anchors stand for it), engine, test, threads."""
+_Row = tuple[str, str, str, str | None, str, int]
+"""Kind, target (none where anchors stand for it), engine, type of a quantized cache, test, threads."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Comparison:
         engine: What both ran in.
         test: The workload, e.g. tg128.
         n_threads: Threads of both sides.
+        quantized_cache: Type of both sides' key-value cache where it has few bits.
         base: File of the base.
         new: File held against it.
         base_median_ns: Median time of the base, by the basis; None where it has no samples.
@@ -103,6 +105,7 @@ class Comparison:
     engine: str
     test: str
     n_threads: int
+    quantized_cache: str | None
     base: str
     new: str
     base_median_ns: float | None
@@ -227,6 +230,7 @@ def compare_records(
         engine=base.engine,
         test=base.test,
         n_threads=base.n_threads,
+        quantized_cache=base.quantized_cache,
         base=base.model_filename,
         new=new.model_filename,
         base_median_ns=medians[0],
@@ -352,10 +356,11 @@ def _ratio(new: int | None, base: int | None) -> float | None:
 
 def _check_comparable(base: BenchRecord, new: BenchRecord, *, anchored: bool = False) -> None:
     names = [name for name in _COMPARABLE if getattr(base, name) != getattr(new, name)]
+    said = ("backends",) if anchored else ("cpu_info", "backends")
     if anchored:  # where they were measured is what the anchor stands for
         names = [name for name in names if name != "target"]
-    elif base.cpu_info and new.cpu_info and base.cpu_info != new.cpu_info:
-        names.append("cpu_info")
+    sides = {name: (getattr(base, name), getattr(new, name)) for name in said}
+    names += [name for name, (left, right) in sides.items() if left and right and left != right]
     different = [f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}" for name in names]
     if different:
         raise InputError(
@@ -366,7 +371,7 @@ def _check_comparable(base: BenchRecord, new: BenchRecord, *, anchored: bool = F
 def _check_partners(left: dict[_Row, BenchRecord], right: dict[_Row, BenchRecord]) -> None:
     """Refuse rows that one side has alone; where the other has the same test, say what keeps them apart."""
     for key, record in left.items():
-        near = [other for row, other in right.items() if row[3:] == key[3:]]
+        near = [other for row, other in right.items() if row[-2:] == key[-2:]]
         if key not in right and near:
             _check_comparable(record, near[0])
     alone = [_row_name(key) for key in [*left, *right] if (key in left) != (key in right)]
@@ -380,8 +385,8 @@ def _check_partners(left: dict[_Row, BenchRecord], right: dict[_Row, BenchRecord
 def _by_row(records: Sequence[BenchRecord], side: str, *, anchored: bool) -> dict[_Row, BenchRecord]:
     rows: dict[_Row, BenchRecord] = {}
     for record in records:
-        place = "" if anchored else record.target
-        key = (record.kind, place, record.engine, record.test, record.n_threads)
+        place = (record.kind, "" if anchored else record.target, record.engine)
+        key = (*place, record.quantized_cache, record.test, record.n_threads)
         if key in rows:
             raise InputError(
                 f"{side} has several rows {_row_name(key)}", allowed="one model and one session at a time"
@@ -391,6 +396,6 @@ def _by_row(records: Sequence[BenchRecord], side: str, *, anchored: bool) -> dic
 
 
 def _row_name(row: _Row) -> str:
-    kind, target, engine, test, threads = row
-    where = ", ".join(filter(None, (kind, target, engine)))
+    *place, cache, test, threads = row
+    where = ", ".join(filter(None, [*place, f"cache of {cache}" if cache else None]))
     return f"{test} with {threads} thread{'s' if threads > 1 else ''} ({where})"

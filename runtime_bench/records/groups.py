@@ -14,16 +14,18 @@ _RATES = ("tg", "pp", "ttft")
 
 @dataclass(frozen=True)
 class BenchGroup:
-    """Records of one kind from one target; only these are ever set side by side.
+    """Records of one kind from one target with one cache; only these are ever set side by side.
 
     Attributes:
         kind: How the numbers came about, one of KINDS.
         target: Where they ran.
+        quantized_cache: Type of the key-value cache where it has few bits.
         records: In the order measured.
     """
 
     kind: str
     target: str
+    quantized_cache: str | None
     records: tuple[BenchRecord, ...]
 
     @property
@@ -34,7 +36,8 @@ class BenchGroup:
     @property
     def title(self) -> str:
         """Kind and target, to begin a sentence."""
-        return f"{self.kind.capitalize()} on {self.target}"
+        cache = f" with a cache of {self.quantized_cache}" if self.quantized_cache else ""
+        return f"{self.kind.capitalize()} on {self.target}{cache}"
 
     @property
     def tests(self) -> list[tuple[str, int]]:
@@ -79,9 +82,8 @@ class BenchGroup:
 
 def bench_groups(records: Sequence[BenchRecord]) -> list[BenchGroup]:
     """Groups in the order of KINDS, measured ones first, then of their first record."""
-    keys = dict.fromkeys((r.kind, r.target) for r in records)
-    ordered = sorted(keys, key=lambda key: KINDS.index(key[0]))
-    return [
-        BenchGroup(kind, target, tuple(r for r in records if (r.kind, r.target) == (kind, target)))
-        for kind, target in ordered
-    ]
+    groups: dict[tuple[str, str, str | None], list[BenchRecord]] = {}
+    for record in records:
+        groups.setdefault((record.kind, record.target, record.quantized_cache), []).append(record)
+    ordered = sorted(groups, key=lambda key: KINDS.index(key[0]))
+    return [BenchGroup(*key, tuple(groups[key])) for key in ordered]

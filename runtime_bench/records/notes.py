@@ -13,12 +13,22 @@ def note_of(record: BenchRecord) -> str | None:
     notes = (
         "emulated: that it ran counts, its times say nothing" if record.kind == EMULATED else None,
         f"void: what it writes is degenerate ({record.degenerate})" if record.void else None,
+        f"{record.fallback} was asked for, and the CPU computed" if record.fallback else None,
+        _on_nodes(record),
         _on_memory(record),
         record.throttling.text if record.throttling else None,
         _on_spread(record),
         *_on_conditions(record),
     )
     return "; ".join(filter(None, notes)) or None
+
+
+def _on_nodes(record: BenchRecord) -> str | None:
+    """Nodes of a graph that the CPU runs beside another provider: each way there and back copies."""
+    providers = record.engine_settings.providers
+    if len(providers) < 2 or not providers.get("CPU"):
+        return None
+    return f"{providers['CPU']} of {sum(providers.values())} nodes of the graph run on the CPU"
 
 
 def _on_memory(record: BenchRecord) -> str | None:

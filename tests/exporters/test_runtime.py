@@ -23,7 +23,7 @@ def model_file(tiny_gguf: Callable[..., Path]) -> Path:
 
 
 def test_prompts_and_single_tokens_give_the_same_logits(model_file: Path) -> None:
-    with runtime.open_model(model_file, n_ctx=64, kv_f32=True) as model:
+    with runtime.open_model(model_file, n_ctx=64, cache_type="f32") as model:
         model.decode(IDS)
         at_once = model.last_logits()
         model.clear()

@@ -16,6 +16,7 @@ from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity, T
 from phoneready.main import main
 from phoneready.report.model_points import point_groups, quality_of
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.jsonl import append_jsonl
 from runtime_bench.workload import Workload
 
@@ -62,6 +63,21 @@ def test_a_point_is_the_fastest_row_with_its_quality(make_record: MakeRecord) ->
     (group,) = point_groups([load, *dense, pruned], found)
     assert group.test == "tg128"
     assert [(p.record.n_threads, p.quality) for p in group.points] == [(2, 0.01), (2, 0.25)]
+
+
+def test_a_quantized_cache_has_points_and_quality_of_its_own(make_record: MakeRecord) -> None:
+    rows = [make_record(), make_record(engine_settings=EngineSettings("q4_0"))]
+    plain = evaluation("0" * 64)
+    few = replace(
+        plain,
+        model=replace(plain.model, cache_type="q4_0"),
+        texts=evaluation("0" * 64, perplexity=25.0).texts,
+    )
+    groups = point_groups(rows, quality_of([plain, few]))
+    assert [(group.target, group.points[0].quality) for group in groups] == [
+        ("local", 20.0),
+        ("local, cache of q4_0", 25.0),
+    ]
 
 
 def test_kinds_and_targets_are_apart_and_nothing_is_dropped_in_silence(make_record: MakeRecord) -> None:

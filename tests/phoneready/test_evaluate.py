@@ -103,6 +103,49 @@ def test_a_file_is_not_read_beyond_its_models_context(gguf: str, capsys: pytest.
     assert "up to 512" in refused(capsys, gguf, "--no-prompts", "--seqlen", "1024", "--windows", "1")
 
 
+def test_a_cache_of_few_bits_is_held_against_the_file_with_floats(
+    tiny_gguf: TinyPath, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    file = str(tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32))
+    kl, saved = {}, tmp_path / "q8_0.json"
+    for cache in ("f16", "q8_0", "q4_0"):
+        result = evaluate(capsys, file, "--cache-type", cache, *TEXT, "--save", str(saved))
+        assert result["model"]["cache_type"] == cache
+        if cache == "f16":
+            assert result["against"] is None
+            continue
+        assert (result["against"]["reference"], result["against"]["cache_type"]) == (file, "f16")
+        (text,) = result["texts"]
+        assert text["bits_per_byte"] != text["against_bits_per_byte"]
+        kl[cache] = text["divergence"]["kl_mean"]
+    assert 0 < kl["q8_0"] < kl["q4_0"]
+    plain = evaluate(capsys, file, *TEXT)
+    assert "cache_type" not in plain["model"]
+    assert main(["eval", file, "--cache-type", "q4_0", *TEXT]) == 0
+    assert f"Keys and values of {file} are in q4_0, and those of {file} in f16." in capsys.readouterr().out
+    against = ["--against", file, "--baseline", str(saved)]
+    assert "cache of the reference model" in refused(capsys, file, "--cache-type", "q4_0", *against, *TEXT)
+
+
+def test_a_type_of_cache_that_a_runtime_does_not_have_is_refused(
+    model: str, onnx: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "torch keeps keys and values as it computes them" in refused(capsys, model, "--cache-type", "q8_0")
+    assert "onnxruntime has no such cache (got 'q8_0')" in refused(capsys, onnx, "--cache-type", "q8_0")
+    assert "allowed: f16, q8_0, q4_0, int8" in refused(capsys, model, "--cache-type", "q2_K")
+
+
+def test_a_graph_with_a_cache_of_8_bits_is_held_against_itself(
+    onnx: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path))
+    result = evaluate(capsys, onnx, "--cache-type", "int8", *TEXT)
+    assert (result["model"]["cache_type"], result["against"]["reference"]) == ("int8", onnx)
+    assert "cache_type" not in result["against"]
+    assert 0 < result["texts"][0]["divergence"]["kl_mean"] < 0.01
+
+
 def test_a_file_against_the_checkpoint(model: str, gguf: str, capsys: pytest.CaptureFixture[str]) -> None:
     result = evaluate(capsys, gguf, "--against", model, *TEXT)
     found = result["texts"][0]["divergence"]

@@ -84,7 +84,7 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
     assert 0 < native.baseline_rss_bytes < native.peak_rss_bytes
     assert native.facts is not None
     assert python.facts is not None
-    for name in ("model_type", "model_size", "model_n_params", "backends", "build_commit"):
+    for name in ("model_type", "model_size", "model_n_params", "backends", "build_commit", "settings"):
         assert getattr(native.facts, name) == getattr(python.facts, name)
     assert native.facts.versions["llama.cpp"] == python.facts.versions["llama.cpp"]
 
@@ -95,6 +95,23 @@ def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> No
     names = [field.name for field in fields(WorkerResult) if field.name not in others]
     assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_type", [None, "f16", "q8_0", "q4_0"])
+def test_its_cache_is_the_one_that_is_asked_for(
+    runner: Path, tiny_gguf: Callable[..., Path], cache_type: str | None
+) -> None:
+    path = tiny_gguf("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    with open_model(path, n_ctx=64, cache_type=cache_type or "f16") as opened:
+        prompt = opened.tokenize("Once upon a time there was")
+        expected = opened.generate(prompt, 24, stop_at_end=False)
+    settings = asdict(replace(SETTINGS, cache_type=cache_type))
+    wanted = {"prompt": prompt, "max_new_tokens": 24, "stop_at_end": False}
+    answer = ask(runner, {"path": str(path), "session": settings, "generate": wanted})
+    assert answer["tokens"] == expected
+    found = answer["facts"]["settings"]
+    assert (found["cache_type"], found["flash_attention"]) == (cache_type or "f16", True)
 
 
 @pytest.mark.slow
@@ -133,6 +150,8 @@ def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path)
         ({"page_cache": "frozen"}, "no state of the page cache frozen"),
         ({"workload": {"kind": "sing"}}, "no workload sing"),
         ({"session": {"n_ctx": 8}}, "unreadable request"),
+        ({"session": asdict(replace(SETTINGS, cache_type="q2_K"))}, "no type of a cache q2_K"),
+        ({"session": asdict(replace(SETTINGS, cache_type="q8_0"))}, "does not divide n_embd_head_k=16"),
         (
             {"session": asdict(replace(SETTINGS, n_ctx=8)), "workload": {"kind": "pp", "n_prompt": 300}},
             "context",

@@ -18,19 +18,18 @@ from runtime_bench.records.jsonl import record_to_json
 from runtime_bench.workload import Workload
 
 COLUMNS = [
-    *(
-        "model",
-        "size",
-        "params",
-        "backend",
-        "threads",
-        "test",
-        "t/s",
-        "time",
-        "load",
-        "peak RSS",
-        "conditions",
-    )
+    "model",
+    "size",
+    "params",
+    "backend",
+    "threads",
+    "cache",
+    "test",
+    "t/s",
+    "time",
+    "load",
+    "peak RSS",
+    "conditions",
 ]
 
 
@@ -43,7 +42,7 @@ def test_markdown_has_llama_benchs_columns_and_ours(make_record: Any) -> None:
     assert cells(header) == COLUMNS
     assert len(header) == len(rule) == len(row)
     assert cells(row) == [
-        *["llama 135M Q8_0", "150.00 MiB", "134.52 M", "CPU", "2", "tg128"],
+        *["llama 135M Q8_0", "150.00 MiB", "134.52 M", "CPU", "2", "-", "tg128"],
         *["128.00 ± 9.17", "1000.0 ms", "50.0 ms", "256.00 MiB", "not known"],
     ]
 

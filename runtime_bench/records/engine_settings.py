@@ -1,0 +1,45 @@
+"""How an engine computed a row: its own settings, as it says them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+FLOAT_CACHES = frozenset({"f32", "f16", "bf16"})
+"""Types of a key-value cache that lose nothing to speak of, and are a graph's own or an engine's default."""
+
+_REARRANGED = frozenset({"CPU_REPACK", "CPU_KLEIDIAI", "AMX"})
+"""llama.cpp's buffers of weights that were rearranged."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """An engine's own settings; what it does not say is None.
+
+    Attributes:
+        cache_type: Type of keys and values, as llama.cpp names types.
+        flash_attention: Whether attention ran in a flash kernel.
+        weight_buffers: Bytes of the weights by the buffer that holds them, as llama.cpp names it; empty where nothing
+            is said. `CPU_Mapped` are the file's pages; `CPU_REPACK` and `AMX` are copies, rearranged for the processor.
+        cores: Cores that the process might use.
+        providers: Nodes of the graph by the execution provider of ONNX Runtime that runs them; empty where it is not
+            said.
+        asked_backend: What was to compute, where something was asked for.
+    """
+
+    cache_type: str | None = None
+    flash_attention: bool | None = None
+    weight_buffers: Mapping[str, int] = field(default_factory=dict)
+    cores: tuple[int, ...] = ()
+    providers: Mapping[str, int] = field(default_factory=dict)
+    asked_backend: str | None = None
+
+    @property
+    def rearranged_bytes(self) -> int:
+        """Of the weights that llama.cpp copied into an order for the processor."""
+        return sum(size for name, size in self.weight_buffers.items() if name in _REARRANGED)
+
+    @property
+    def quantized_cache(self) -> str | None:
+        """The cache's type where it has few bits, which somebody asked for; None for floats."""
+        return None if self.cache_type in FLOAT_CACHES else self.cache_type
