@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,12 @@ def start(shell: str, folder: Path, *program: str) -> subprocess.Popen[str]:
     words = ["busybox", "sh"] if shell == "busybox" else [shell]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([*words, "-c", RUN, "phoneready", str(folder), *program], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):  # it may end at any time
+        return process.cmdline()
+    return []
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -49,7 +56,7 @@ def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path
         process.stdin.flush()
         family = psutil.Process(process.pid)
         deadline = time.monotonic() + 60
-        while not any("600" in child.cmdline() for child in family.children(recursive=True)):
+        while not any("600" in words_of(child) for child in family.children(recursive=True)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         children = family.children(recursive=True)
