@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench.engines import check_cache, prepare_cache
@@ -159,9 +159,7 @@ def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> Non
 def _measure_once(session: Session, row: Row, samples: int, number: int) -> None:
     if session.settings.delay_s:
         time.sleep(session.settings.delay_s)
-    if REGIMES[row.request.workload.regime].pushed:
-        session.target.forget(row.file.path)
-    why = wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
+    why = _not_ready(session, row)
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     if why is None:
         request = replace(row.request, samples=samples)
@@ -173,6 +171,16 @@ def _measure_once(session: Session, row: Row, samples: int, number: int) -> None
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
         logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
+
+
+def _not_ready(session: Session, row: Row) -> str | None:
+    """Why a process of a row cannot begin as it should; None where it can."""
+    try:
+        if REGIMES[row.request.workload.regime].pushed:
+            session.target.forget(row.file.path)
+    except PhonereadyError as error:
+        return f"no first run: {error}"
+    return wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
 
 
 def _as_asked(request: WorkerRequest, result: WorkerResult) -> WorkerResult:

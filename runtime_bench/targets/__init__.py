@@ -63,7 +63,11 @@ class Target(Protocol):
         ...
 
     def forget(self, path: Path) -> None:
-        """Remove a file that was pushed there, so that the next run pushes it anew."""
+        """Remove a file that was pushed there, so that the next run pushes it anew.
+
+        Raises:
+            PhonereadyError: It cannot be removed.
+        """
         ...
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:

@@ -6,7 +6,6 @@ clock runs.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
@@ -138,9 +137,8 @@ class Remote:
         return conditions_of(reply.text, why=_NO_PROC)
 
     def forget(self, path: Path) -> None:
-        """See `Target`. A machine that does not answer is told of by the run that follows."""
-        with contextlib.suppress(FarError):
-            self._connection().cache.forget(path, model_bundle)
+        """See `Target`."""
+        self._connection().cache.forget(path, model_bundle)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; what is missing there is pushed first.

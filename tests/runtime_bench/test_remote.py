@@ -273,7 +273,7 @@ def test_first_runs_are_of_files_that_were_just_pushed(
 
     made = device.target()
     target = Noting(made.transport, runner=made.runner, folder=made.folder)
-    settings = replace(SETTINGS, repetitions=2, regimes=("fresh", "first"))
+    settings = replace(SETTINGS, repetitions=2, regimes=("fresh", "first"), spread_limit=1e9)
     fresh, first = run_bench([tiny_gguf()], settings, target=target)
     assert (fresh.failure, first.failure) == (None, None)
     assert (fresh.test, first.test) == ("tg4", "tg4 @ first")
