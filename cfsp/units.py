@@ -15,6 +15,7 @@ _BYTES: Mapping[str, int] = MappingProxyType(
 )
 _COUNTS: Mapping[str, int] = MappingProxyType({"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9})
 _MS: Mapping[str, float] = MappingProxyType({"ms": 1.0, "s": 1e3, "us": 1e-3})
+_SECONDS: Mapping[str, float] = MappingProxyType({"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0})
 
 
 def format_bytes(count: float | None) -> str:
@@ -61,6 +62,15 @@ def parse_ms(text: str, field: str) -> float:
         InputError: It is none, or has no unit; `field` is named.
     """
     return _parse(text, _MS, field, "such as 120 ms or 1.5 s")
+
+
+def parse_seconds(text: str, field: str) -> float:
+    """A time such as `10m`, `90 s` or `1.5 h`, or seconds, in seconds.
+
+    Raises:
+        InputError: It is none; `field` is named.
+    """
+    return _parse(text, _SECONDS, field, "such as 10m, 90s or 1.5h")
 
 
 def _parse(text: str, units: Mapping[str, float], field: str, allowed: str) -> float:

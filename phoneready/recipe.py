@@ -318,9 +318,14 @@ def _judged(config: ReleaseConfig, steps: Steps, stage: str, families: Iterable[
 
 
 def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, ...]) -> Stage:
+    if config.bench.anchor and not Path(config.bench.anchor).is_file():
+        raise InputError("no such file", field="bench.anchor", value=config.bench.anchor)
+
     def settings() -> dict[str, Any]:
         # Other places and devices change nothing here.
-        shared = _without(config.bench, "targets", "devices", "n_ctx")
+        shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor")
+        if config.bench.anchor:
+            shared["anchor"] = _identity(config.bench.anchor)
         shared |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
         return shared | made_with("bench", families=config.export.formats)
 

@@ -33,6 +33,15 @@ def current_rss_bytes() -> int | None:
     return int(psutil.Process().memory_info().rss)
 
 
+def major_faults() -> int | None:
+    """How often this process has waited for a page from the disk; None where that is not counted."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
 def page_cache_share(path: Path) -> float | None:
     """Share of a file's pages that are in memory, in [0, 1], by mincore(2); None where that cannot be asked.
 

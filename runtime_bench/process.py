@@ -15,6 +15,8 @@ from typing import IO, Any, TypeVar
 from cfsp.child_process import measured_environment, python_module
 from cfsp.errors import InputError
 from cfsp.reading import parse_json
+from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.watcher import Watcher
 from runtime_bench.records.contention import contention_since, core_times
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
@@ -49,11 +51,16 @@ def measure_in(
         Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
     """
     start = core_times()
-    try:
-        output = exchange(command, payload, timeout_s, before=before, environment=environment)
-    except ProcessFailed as error:
-        return WorkerResult(error=str(error))
-    return replace(result_from_json(output), contention=contention_since(start))
+    with Watcher() as watcher:
+        try:
+            output = exchange(
+                command, payload, timeout_s, before=before, environment=environment, started=watcher.watch
+            )
+        except ProcessFailed as error:
+            return WorkerResult(error=str(error))
+    result = result_from_json(output)
+    conditions = conditions_of(watcher.text, result.spans_ns, watcher.problem)
+    return replace(result, contention=contention_since(start), conditions=conditions)
 
 
 def exchange(
@@ -63,6 +70,7 @@ def exchange(
     *,
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    started: Callable[[int], None] = lambda pid: None,
 ) -> bytes:
     """Give a new process a JSON document and take what it writes to stdout.
 
@@ -72,6 +80,7 @@ def exchange(
         timeout_s: After this long the process, and all that it started, is ended.
         before: Called in the new process before its program is loaded.
         environment: Variables that it gets besides ours.
+        started: Called here with its process id when its program is loaded.
 
     Raises:
         ProcessFailed: It cannot be started, crashed, was killed, or took too long.
@@ -90,6 +99,7 @@ def exchange(
             raise ProcessFailed(f"{command[0]} cannot be started: {error.strerror}") from error
         with process:
             try:
+                started(process.pid)
                 output, _ = process.communicate(json.dumps(payload).encode(), timeout_s)
             except subprocess.TimeoutExpired:
                 kill_tree(process.pid)

@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -25,7 +25,14 @@ from typing import Any
 from cfsp.errors import PhonereadyError
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, Vocabulary, engine_spec
 from runtime_bench.files import files_of
-from runtime_bench.memory import current_rss_bytes, evict_from_page_cache, page_cache_share, peak_rss_bytes
+from runtime_bench.memory import (
+    current_rss_bytes,
+    evict_from_page_cache,
+    major_faults,
+    page_cache_share,
+    peak_rss_bytes,
+)
+from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention, waited_ns
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
@@ -40,7 +47,8 @@ class WorkerRequest:
         engine: Key of ENGINES.
         workload: What is timed.
         session: How the file is opened.
-        samples: Number of samples.
+        samples: Number of samples, at least.
+        seconds: Samples are taken until so much time has passed.
         warmup: Run the workload once, unrecorded, first.
         seed: Of the random tokens.
         page_cache: `warm` reads the file once first, `cold` asks the system to forget it, `as_found` does
@@ -53,6 +61,7 @@ class WorkerRequest:
     session: SessionSettings
     samples: int = 1
     warmup: bool = True
+    seconds: float = 0.0
     seed: int = 0
     page_cache: str = "as_found"
 
@@ -75,6 +84,12 @@ class WorkerResult:
         cpu_ns: Processor time of all threads in each sample, nanoseconds; empty where nothing tells.
         waited_ns: How long all threads waited for a core in each sample, nanoseconds; empty where nothing tells.
         contention: What else used the machine's cores meanwhile.
+        held_ns: In each sample, how long the thread that decodes neither computed nor waited, be it for a core or for
+            another thread that waited for one: something kept it from running. None where pages were read from the
+            disk, and it waited for them; empty where nothing tells.
+        spans_ns: When each sample began and ended, nanoseconds since the machine was started, by a clock that goes on
+            while the machine sleeps; empty where there is none.
+        conditions: What the machine went through meanwhile.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -90,8 +105,24 @@ class WorkerResult:
     cpu_ns: list[int] = field(default_factory=list)
     waited_ns: list[int] = field(default_factory=list)
     contention: Contention | None = None
+    held_ns: list[int | None] = field(default_factory=list)
+    spans_ns: list[tuple[int, int]] = field(default_factory=list)
+    conditions: Conditions | None = None
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One sample, nanoseconds; the fields are those of WorkerResult."""
+
+    wall_ns: int
+    cpu_ns: int
+    waited_ns: int | None
+    held_ns: int | None
+    span_ns: tuple[int, int] | None
+
+
+MOST_SAMPLES = 10_000
+"""What a record holds."""
 Work = list[list[int]] | str
 """What is timed: pieces of tokens, decoded one by one, or a text whose first `n_prompt` tokens are processed and whose
 next one is sampled."""
@@ -124,18 +155,30 @@ def measure(request: WorkerRequest) -> WorkerResult:
     try:
         work = work_of(session, request)
         samples = [] if work is None else _timed(session, request, work)
+        whole = with_opening(request, load_ns, [one.wall_ns for one in samples])
+        if request.workload.opens:
+            samples = []  # the clocks beside the wall's were not read while the file was opened
         return WorkerResult(
-            samples_ns=[wall for wall, _, _ in samples] or [load_ns],
+            samples_ns=whole,
             load_ns=load_ns,
             page_cache_share=share,
             baseline_rss_bytes=baseline,
             facts=_on_cores(session.facts),
             peak_rss_bytes=peak_rss_bytes(),
-            cpu_ns=[cpu for _, cpu, _ in samples],
-            waited_ns=[waited for _, _, waited in samples if waited is not None],
+            cpu_ns=[one.cpu_ns for one in samples],
+            waited_ns=[one.waited_ns for one in samples if one.waited_ns is not None],
+            held_ns=[one.held_ns for one in samples],
+            spans_ns=[one.span_ns for one in samples if one.span_ns is not None],
         )
     finally:
         session.close()
+
+
+def with_opening(request: WorkerRequest, load_ns: int, samples_ns: Sequence[int]) -> list[int]:
+    """The samples, with the time of opening the file where the workload times that, too."""
+    if not request.workload.opens:
+        return list(samples_ns)
+    return [load_ns + sum(samples_ns)]
 
 
 def _on_cores(facts: EngineFacts) -> EngineFacts:
@@ -179,7 +222,7 @@ def work_of(session: Vocabulary, request: WorkerRequest) -> Work | None:
     workload = request.workload
     if workload.kind == "load":
         return None
-    if workload.kind == "ttft":
+    if workload.kind in ("ttft", "start"):
         return text_of(session, workload.n_prompt)
     if workload.kind == "pp":
         return [random_tokens(session, request, workload.n_prompt)]
@@ -191,23 +234,52 @@ def warmup_of(work: Work) -> Work:
     return work if isinstance(work, str) else work[:1]
 
 
-def _timed(session: Session, request: WorkerRequest, work: Work) -> list[tuple[int, int, int | None]]:
-    """For each sample its time by the clock on the wall, and of all threads on the processor and waiting for it."""
-    samples = []
+def _timed(session: Session, request: WorkerRequest, work: Work) -> list[Sample]:
+    samples: list[Sample] = []
     if request.warmup:
         session.clear()
         _do(session, request, warmup_of(work))
     depth = request.workload.n_depth
-    for _ in range(request.samples):
+    began = time.perf_counter()
+    while len(samples) < request.samples or (
+        time.perf_counter() - began < request.seconds and len(samples) < MOST_SAMPLES
+    ):
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))
-        waited, start, cpu = waited_ns(), time.perf_counter_ns(), time.process_time_ns()
-        _do(session, request, work)
-        wall, cpu, now = time.perf_counter_ns() - start, time.process_time_ns() - cpu, waited_ns()
-        # Threads that have ended meanwhile take what they waited with them.
-        samples.append((wall, cpu, None if waited is None or now is None else max(0, now - waited)))
+        samples.append(_sample(lambda: _do(session, request, work)))
     return samples
+
+
+@dataclass(frozen=True)
+class _Times:
+    """What clocks show, nanoseconds: on the wall, of the processor for all threads and for this one, and since the
+    machine was started."""
+
+    wall: int
+    cpu: int
+    own: int
+    boot: int | None
+
+
+def _times() -> _Times:
+    boot = time.clock_gettime_ns(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else None
+    return _Times(time.perf_counter_ns(), time.process_time_ns(), time.thread_time_ns(), boot)
+
+
+def _sample(work: Callable[[], None]) -> Sample:
+    """Do the work and time it; what takes long to look up is looked up before the clocks and after them."""
+    waited_before, faults_before, before = waited_ns(), major_faults(), _times()
+    work()
+    after, waited_after, faults_after = _times(), waited_ns(), major_faults()
+    wall, waited, held = after.wall - before.wall, None, None
+    if waited_before is not None and waited_after is not None:
+        # Threads that have ended meanwhile take what they waited with them.
+        waited = max(0, waited_after - waited_before)
+        if faults_before == faults_after:
+            held = max(0, wall - (after.own - before.own) - waited)
+    span = None if before.boot is None or after.boot is None else (before.boot, after.boot)
+    return Sample(wall, after.cpu - before.cpu, waited, held, span)
 
 
 def _do(session: Session, request: WorkerRequest, work: Work) -> None:

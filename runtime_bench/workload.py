@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
+from cfsp.units import parse_seconds
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.onnx.ready import INT8_CACHE
+
+FRESH, SUSTAINED = "fresh", "sustained"
+"""Regimes that are there without being named: of every row, and where a time is given."""
 
 
 @dataclass(frozen=True)
@@ -17,28 +22,39 @@ class Workload:
     """One thing to time.
 
     Attributes:
-        kind: `pp`, `tg`, `ttft` or `load`; see WORKLOAD_KINDS.
+        kind: `pp`, `tg`, `ttft`, `start` or `load`; see WORKLOAD_KINDS.
         n_prompt: Prompt tokens that are timed.
         n_gen: Generated tokens that are timed.
         n_depth: Tokens already in the context, put there before the clock starts.
+        regime: In what state the file and the process are; see REGIMES.
     """
 
     kind: str
     n_prompt: int = 0
     n_gen: int = 0
     n_depth: int = 0
+    regime: str = FRESH
 
     def __post_init__(self) -> None:
         if self.kind not in WORKLOAD_KINDS:
             raise InputError(
                 "unknown workload", field="kind", value=self.kind, allowed=", ".join(WORKLOAD_KINDS)
             )
+        if self.regime not in REGIMES:
+            raise InputError("unknown regime", field="regime", value=self.regime, allowed=", ".join(REGIMES))
 
     @property
     def test(self) -> str:
-        """Its name in tables, as llama-bench writes it: pp512, tg128, pp512 @ d1024; ours: ttft128, load."""
-        size = {"pp": self.n_prompt, "tg": self.n_gen, "ttft": self.n_prompt}.get(self.kind, "")
-        return f"{self.kind}{size}" + (f" @ d{self.n_depth}" if self.n_depth else "")
+        """Its name in tables, as llama-bench writes it: pp512, tg128, pp512 @ d1024; ours: ttft128, start128, load,
+        tg128 @ cold."""
+        size = {"tg": self.n_gen, "load": ""}.get(self.kind, self.n_prompt)
+        depth = f" @ d{self.n_depth}" if self.n_depth else ""
+        return f"{self.kind}{size}{depth}" + (f" @ {self.regime}" if self.regime != FRESH else "")
+
+    @property
+    def opens(self) -> bool:
+        """Whether the opening of the file is timed, which a process does but once."""
+        return self.kind in ("start", "load")
 
     @property
     def n_ctx(self) -> int:
@@ -51,7 +67,49 @@ WORKLOAD_KINDS = MappingProxyType(
         "pp": "prompt processing: random tokens, logits of the last one only, in batches of n_batch",
         "tg": "token generation: random tokens one at a time, logits of each",
         "ttft": "time to first token: a real text tokenized and processed, its first token sampled greedily",
+        "start": "opening the file and then the time to first token: what waits for whoever opens an application",
         "load": "opening the file until the context is ready for tokens",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """In what state the file and the process are when a sample begins.
+
+    Attributes:
+        help: In words.
+        pushed: Whether the file is pushed to the machine anew before each process.
+        page_cache: What is done to the page cache before opening; None leaves it to the workload.
+        warmup: Whether a run comes first that is not counted, where the settings have one.
+        least_samples: Samples that a process takes at least.
+        lasting: Whether one process generates for as long as the settings say.
+    """
+
+    help: str
+    pushed: bool = False
+    page_cache: str | None = None
+    warmup: bool = True
+    least_samples: int = 1
+    lasting: bool = False
+
+    @property
+    def opened_before(self) -> bool:
+        """Whether samples follow others in their process, which opens its file but once."""
+        return self.least_samples > 1 or self.lasting
+
+
+REGIMES = MappingProxyType(
+    {
+        FRESH: Regime("a fresh process for each sample, warmed up"),
+        "first": Regime("the first run after the file was pushed", True, "as_found", warmup=False),
+        "cold": Regime(
+            "a fresh process, the file dropped from the page cache, nothing warmed up",
+            page_cache="cold",
+            warmup=False,
+        ),
+        "warm": Regime("three samples or more in one process, warmed up", least_samples=3),
+        SUSTAINED: Regime("generation for as long as --sustained says, in one process", lasting=True),
     }
 )
 
@@ -112,6 +170,18 @@ class SamplingSettings(Settings):
     delay_s: float = setting(
         0.0, "Seconds to pause before each process, to cool off.", ge=0, le=86_400, option="--delay"
     )
+    wait_nominal_s: float = setting(
+        0.0,
+        "Seconds to wait at most before each process until clocks are free, nothing is hotter than --nominal-c and the "
+        "system reports no heat; a row for which that is not enough fails.",
+        ge=0,
+        le=86_400,
+        option="--wait-nominal",
+    )
+    nominal_c: float = setting(
+        45.0, "Degrees Celsius that no thermal zone may be above to be nominal.", ge=-40, le=150
+    )
+    unplugged: bool = setting(False, "Count a device as nominal only while no power comes from outside.")
     timeout_s: float = setting(
         600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, option="--timeout"
     )
@@ -133,6 +203,26 @@ class BenchSettings(SamplingSettings):
         least=1,
         option="-d --n-depth",
         metavar="N,...",
+    )
+    start: tuple[int, ...] = setting(
+        (), "Prompt sizes of opening the file and then time to first token.", ge=0, le=2**20, metavar="N,..."
+    )
+    regimes: tuple[str, ...] = setting(
+        (FRESH,),
+        f"{'; '.join(f'{name}: {regime.help}' for name, regime in REGIMES.items())}.",
+        choices="runtime_bench.workload:REGIMES",
+        least=1,
+        option="--regime",
+        metavar="NAME,...",
+    )
+    sustained_s: float = setting(
+        0.0,
+        "Also generate for so long in one process: how the speed holds, beside clocks and heat.",
+        ge=0,
+        le=43_200,
+        parse=parse_seconds,
+        option="--sustained",
+        metavar="TIME",
     )
     load: bool = True
     cold_load: bool = setting(
@@ -171,16 +261,29 @@ class BenchSettings(SamplingSettings):
 
 
 def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
-    """The workloads of a session, each once, in the order of the table: load, pp, tg, ttft.
+    """The workloads of a session, each once, regime by regime in the order of the table: load, pp, tg, ttft, start.
 
     Raises:
         InputError: The settings leave nothing to measure.
     """
-    rows = [Workload("load")] if settings.load else []
-    for depth in settings.n_depth:
-        rows += [Workload("pp", n_prompt=n, n_depth=depth) for n in settings.n_prompt if n]
-        rows += [Workload("tg", n_gen=n, n_depth=depth) for n in settings.n_gen if n]
-    rows += [Workload("ttft", n_prompt=n, n_gen=1) for n in settings.ttft if n]
+    regimes = settings.regimes + ((SUSTAINED,) if settings.sustained_s else ())
+    if SUSTAINED in settings.regimes and not settings.sustained_s:
+        raise InputError("no time is given", field="--regime", value=SUSTAINED, allowed="--sustained TIME")
+    rows = [row for regime in regimes for row in _in_regime(settings, regime)]
     if not rows:
-        raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen or ttft, or load")
+        raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
     return tuple(dict.fromkeys(rows))
+
+
+def _in_regime(settings: BenchSettings, regime: str) -> Iterator[Workload]:
+    opens, lasting = not REGIMES[regime].opened_before, REGIMES[regime].lasting
+    if settings.load and opens:
+        yield Workload("load", regime=regime)
+    for depth in settings.n_depth:
+        sizes = () if lasting else settings.n_prompt
+        yield from (Workload("pp", n_prompt=n, n_depth=depth, regime=regime) for n in sizes if n)
+        yield from (Workload("tg", n_gen=n, n_depth=depth, regime=regime) for n in settings.n_gen if n)
+    sizes = () if lasting else settings.ttft
+    yield from (Workload("ttft", n_prompt=n, n_gen=1, regime=regime) for n in sizes if n)
+    if opens:
+        yield from (Workload("start", n_prompt=n, n_gen=1, regime=regime) for n in settings.start if n)

@@ -38,7 +38,7 @@ ROOMS = {
         {"files", "memory", "cgroup", "workload"},
         {"records"},
         {"engines", "environment", "devices"},
-        {"worker"},
+        {"worker", "conditions"},
         {"process"},
         {"native", "browser"},
         {"targets"},

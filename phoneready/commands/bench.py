@@ -52,6 +52,10 @@ def bench(
         choices="runtime_bench.presentation.record_table:FORMATS",
         option="-o --output",
     ),
+    anchor: Path | None = setting(
+        None,
+        "A file to measure in turns with the others: sessions of other days and machines are compared by it.",
+    ),
     record: Path | None = setting(None, "Append the records to a JSON Lines file."),
     clean: bool = setting(False, "Afterwards remove what was pushed to other machines."),
     json: JsonOption = False,
@@ -65,9 +69,10 @@ def bench(
 
     output = "json" if json else output
     files = _graphs(files)
+    anchor_file = _graphs([anchor])[0] if anchor else None
     if record is not None:
         check_appendable(record)
-    _check_places(on, files)
+    _check_places(on, [*files, *([anchor_file] if anchor_file else [])])
     with show_progress() as progress:
         targets = open_targets(on, options, progress)
     with show_progress() as progress, _cleaned(targets if clean else []):
@@ -77,6 +82,7 @@ def bench(
             targets,
             progress,
             engine=engine,
+            anchor=anchor_file,
             on_record=lambda row: None if record is None else append_jsonl(record, [row]),
         )
     write_result(_format(records, output, settings, several=len(files) > 1), None, as_json=False)
@@ -129,8 +135,9 @@ def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:
     """Every file against the first one of its engine on its target."""
 
     rows = []
-    for place in dict.fromkeys((record.target, record.engine) for record in records):
-        base, *others = by_model([r for r in records if (r.target, r.engine) == place]).values()
+    models = [record for record in records if not record.is_anchor]
+    for place in dict.fromkeys((record.target, record.engine) for record in models):
+        base, *others = by_model([r for r in models if (r.target, r.engine) == place]).values()
         rows += [row for other in others for row in compare(base, other)]
     return rows
 

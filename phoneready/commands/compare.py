@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -63,8 +63,10 @@ def compare(
     output = "json" if json else output
     if quality and plot is None:
         raise InputError("is for the plot", field="--quality", allowed="with --plot FILE.html")
-    first, others = _sides(base, new or [], base_model)
-    rows = [row for other in others for row in compare_models(first, other, settings)]
+    files = {path: _read(path) for path in (base, *(new or ()))}
+    anchors = [record for records in files.values() for record in records if record.is_anchor]
+    first, others = _sides(files, base, new or [], base_model)
+    rows = [row for other in others for row in compare_models(first, other, settings, anchors)]
     if plot is not None:
         refuse_existing(plot, force=True, like=PAGE)
         _write_plot(plot, [first, *others], quality)
@@ -73,7 +75,7 @@ def compare(
 
 
 def _sides(
-    base: Path, new: list[Path], base_model: str | None
+    files: Mapping[Path, list[BenchRecord]], base: Path, new: list[Path], base_model: str | None
 ) -> tuple[list[BenchRecord], list[list[BenchRecord]]]:
     """Records of the base, and of each model held against it.
 
@@ -81,24 +83,31 @@ def _sides(
         InputError: A file without records, no such model, or nothing to hold against the base.
     """
 
-    models = by_model(_read(base))
+    models = by_model(_measured(files[base]))
     name = next(iter(models)) if base_model is None else _find(base_model, models, base)
     if base_model is None and new and len(models) > 1:
         raise InputError(f"{base} has {len(models)} models", field="--base-model", allowed=", ".join(models))
     first = models.pop(name)
     others = (
-        [records for path in new for records in by_model(_read(path)).values()] if new else [*models.values()]
+        [records for path in new for records in by_model(_measured(files[path])).values()]
+        if new
+        else [*models.values()]
     )
     if not others:
         raise InputError(f"{base} has one model; give records to hold against it", field="NEW")
     return first, others
 
 
+def _measured(records: Sequence[BenchRecord]) -> list[BenchRecord]:
+    """Records of the models themselves; anchors are no models of a comparison."""
+    return [record for record in records if not record.is_anchor]
+
+
 def _read(path: Path) -> list[BenchRecord]:
 
     records = read_jsonl(path)
-    if not records:
-        raise InputError(f"{path} holds no records")
+    if not _measured(records):
+        raise InputError(f"{path} holds no records of models")
     return records
 
 

@@ -38,6 +38,8 @@ class Figure:
         noise: Why its samples tell more of the machine than of the file; None where they do not.
         conditions: What must be equal for two such figures to be comparable.
         higher_is_better: Direction, of own metrics that state it.
+        anchor_samples: Of the file that was measured in turns with it, so that other sessions can be compared with it.
+        anchor_rounds: For each of those, the process that it came from.
     """
 
     key: FigureKey
@@ -57,6 +59,8 @@ class Figure:
     noise: str | None = None
     conditions: dict[str, str] = field(default_factory=dict)
     higher_is_better: bool | None = None
+    anchor_samples: tuple[float, ...] = ()
+    anchor_rounds: tuple[int, ...] = ()
 
     @property
     def n_independent(self) -> int:

@@ -25,7 +25,7 @@ from phoneready.figures.metrics import own_reference
 from phoneready.figures.verdict import INCONCLUSIVE, MISSED, PASS, BudgetVerdict, format_figure
 from runtime_bench.records.bench_record import DOES_NOT_FIT
 from runtime_bench.records.compare import MIN_SAMPLES, TOO_NOISY, WIDEST
-from runtime_bench.records.summary import NORMAL_95, ratio_interval
+from runtime_bench.records.summary import NORMAL_95, RatioInterval, quotient_interval, ratio_interval
 
 _ROUNDING = 1e-9
 
@@ -148,17 +148,29 @@ def _ratio_of_samples(figure: Figure, reference: Figure) -> _Estimate:
     for one in (figure, reference):
         if one.n_independent < MIN_SAMPLES or one.noise:
             return _Estimate(reason=_too_noisy(one) if one.noise else _too_few(one))
+    interval = _ratio(figure, reference)
+    if interval.high > WIDEST * interval.low:
+        return _Estimate(reason=f"{TOO_NOISY}: the rounds differ too much")
+    return _Estimate(interval.ratio, interval.low, interval.high)
+
+
+def _ratio(figure: Figure, reference: Figure) -> RatioInterval:
+    """Of samples of one session pair by pair, of other sessions by their ratios to the anchor where they had one."""
     paired = figure.paired is not None and figure.paired == reference.paired
-    interval = ratio_interval(
+    if not paired and figure.anchor_samples and reference.anchor_samples:
+        return quotient_interval(
+            (figure.samples, figure.anchor_samples),
+            (figure.rounds, figure.anchor_rounds),
+            (reference.samples, reference.anchor_samples),
+            (reference.rounds, reference.anchor_rounds),
+        )
+    return ratio_interval(
         figure.samples,
         reference.samples,
         paired=paired and figure.n_independent == reference.n_independent,
         numerator_rounds=figure.rounds,
         denominator_rounds=reference.rounds,
     )
-    if interval.high > WIDEST * interval.low:
-        return _Estimate(reason=f"{TOO_NOISY}: the rounds differ too much")
-    return _Estimate(interval.ratio, interval.low, interval.high)
 
 
 def _of_values(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from phoneready.figures.metrics import FigureKey
 from runtime_bench.records.summary import NORMAL_95, ratio_interval
 
 HISTORY_FILE = "history.jsonl"
+ANCHORED = "x anchor"
+"""Unit of speeds that are followed as multiples of the anchor's."""
 _RESAMPLES = 1000
 _FEWEST = 3
 """Independent samples that say how far a median may be off."""
@@ -109,13 +112,23 @@ def entry_of(
         settings=dict(settings),
         versions=dict(versions),
         stages=dict(stages),
-        figures=tuple(
-            HistoryFigure(
-                f.key, f.role, f.unit, f.value, _relative_error(f, f.value), f.conditions, f.higher_is_better
-            )
-            for f in figures.figures
-            if f.value is not None and not f.noise
-        ),
+        figures=tuple(_followed(f, f.value) for f in figures.figures if f.value is not None and not f.noise),
+    )
+
+
+def _followed(figure: Figure, value: float) -> HistoryFigure:
+    """What of a figure is followed; of one with an anchor, its multiple of the anchor's."""
+    unit, shown = figure.unit, value
+    if figure.anchor_samples:
+        unit, shown = ANCHORED, value / statistics.median(figure.anchor_samples)
+    return HistoryFigure(
+        figure.key,
+        figure.role,
+        unit,
+        shown,
+        _relative_error(figure, value),
+        figure.conditions,
+        figure.higher_is_better,
     )
 
 
@@ -154,7 +167,13 @@ def _relative_error(figure: Figure, value: float) -> float | None:
         return None if figure.stderr is None else figure.stderr / value
     if figure.n_independent < _FEWEST:
         return None
+    beside = figure.anchor_samples or (1.0,)
     interval = ratio_interval(
-        figure.samples, (1.0,), paired=False, numerator_rounds=figure.rounds, resamples=_RESAMPLES
+        figure.samples,
+        beside,
+        paired=bool(figure.anchor_samples) and figure.rounds == figure.anchor_rounds,
+        numerator_rounds=figure.rounds,
+        denominator_rounds=figure.anchor_rounds or None,
+        resamples=_RESAMPLES,
     )
     return math.log(interval.high / interval.low) / (2 * NORMAL_95)

@@ -17,7 +17,7 @@ from runtime_bench.devices.model_facts import ModelFacts
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.devices.projection import Band, project
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import crowding, stealing
+from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import median
 
 
@@ -56,8 +56,10 @@ def benchmark_figures(
 ) -> Iterator[Figure]:
     """What was measured at a place; `items` has the role and the quantization or variant of every file."""
     rows: dict[tuple[str, int], list[BenchRecord]] = {}
-    for record in records:
-        yield _timing(config, place, record, *items[record.model_filename])
+    anchors = {(record.test, record.n_threads): record for record in records if record.is_anchor}
+    for record in (record for record in records if not record.is_anchor):
+        timing = _timing(config, place, record, *items[record.model_filename])
+        yield _anchored(timing, anchors[record.test, record.n_threads]) if anchors else timing
         rows.setdefault((record.model_filename, record.n_threads), []).append(record)
     for (name, _), group in rows.items():
         yield _peak(config, place, group, *items[name])
@@ -104,8 +106,18 @@ def _timing(config: ReleaseConfig, place: str, record: BenchRecord, role: str, i
     if not record.ok:
         return figure
     samples = record.samples_ts or tuple(ns / 1e6 for ns in record.samples_ns)
-    noise = stealing(record) or crowding(record)
-    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds, noise=noise)
+    return replace(figure, value=median(samples), samples=samples, rounds=record.rounds, noise=noise(record))
+
+
+def _anchored(figure: Figure, anchor: BenchRecord) -> Figure:
+    """The figure with the anchor's samples: where it is compared with other sessions, they stand for the machine."""
+    conditions = {name: value for name, value in figure.conditions.items() if name != "processor"}
+    found = replace(figure, conditions=conditions | {"anchor": str(anchor.anchor_sha256)})
+    if figure.value is None:
+        return found
+    noisy = f"its anchor: {why}" if (why := anchor.failure or noise(anchor)) else None
+    samples = anchor.samples_ts or tuple(ns / 1e6 for ns in anchor.samples_ns)
+    return replace(found, anchor_samples=samples, anchor_rounds=anchor.rounds, noise=figure.noise or noisy)
 
 
 def _peak(config: ReleaseConfig, place: str, records: Sequence[BenchRecord], role: str, item: str) -> Figure:

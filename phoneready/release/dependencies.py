@@ -52,7 +52,17 @@ _EXPORTING = (
     *_LOSSES,
 )
 _BENCH = (
-    *("measuring", "engines", "targets", "native", "browser", "worker.py", "process.py", "workload.py"),
+    *(
+        "measuring",
+        "conditions",
+        "engines",
+        "targets",
+        "native",
+        "browser",
+        "worker.py",
+        "process.py",
+        "workload.py",
+    ),
     *("cgroup.py", "memory.py", "environment.py", "files.py"),
 )
 WRITERS_FAMILIES = ("gguf",)

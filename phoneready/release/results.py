@@ -75,7 +75,12 @@ def read_figures(config: ReleaseConfig, folder: Path) -> ReleaseFigures:
         dense=_exports(steps, DENSE),
         pruned=_exports(steps, PRUNED),
         answers=read_record(Answers, stage_folder(folder, "answers") / ANSWERS_FILE),
-        bench=tuple(record for place in config.bench.targets for record in steps.bench_records(place)),
+        bench=tuple(
+            record
+            for place in config.bench.targets
+            for record in steps.bench_records(place)
+            if not record.is_anchor
+        ),
         losses=_losses(folder) if config.evaluate.text or config.evaluate.chats else (),
     )
 

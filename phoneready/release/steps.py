@@ -317,12 +317,15 @@ class Steps:
         except PhonereadyError as error:
             target = Unreachable(place, str(error))
         progress, tell = rows_so_far(progress)
-        records = run_bench(files, settings, progress, target=target, on_record=tell)
+        anchor = Path(self.config.bench.anchor) if self.config.bench.anchor else None
+        if anchor is not None:
+            names[str(anchor)] = f"anchor {anchor.name}"
+        records = run_bench(files, settings, progress, target=target, anchor=anchor, on_record=tell)
         named = [dataclasses.replace(r, model_filename=names[r.model_filename]) for r in records]
         append_jsonl(output / BENCH_FILE, named)
 
     def bench_records(self, place: str) -> list[BenchRecord]:
-        """What was measured at a place."""
+        """What was measured at a place, the anchor's rows among it."""
         return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:

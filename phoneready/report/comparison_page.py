@@ -18,6 +18,7 @@ from phoneready.report.plot_style import (
     scatter,
     speed_span,
 )
+from phoneready.report.sustained_plot import sustained_figure
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import short_names
 
@@ -28,15 +29,16 @@ def render_comparison(groups: Sequence[PointGroup], quality: Quality | None) -> 
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    names = short_names(
-        [p.record.model_filename for g in groups for p in g.points]
-        + [f for g in groups for f, _ in g.left_out]
-    )
+    names = short_names(record.model_filename for group in groups for record in group.records)
+    lasting = [sustained_figure(group.records, names) for group in groups]
+    figures = {f"plot-{i}": models_figure(group, quality, names) for i, group in enumerate(groups)}
+    figures |= {f"sustained-{i}": figure for i, figure in enumerate(lasting) if figure is not None}
     return plots_page(
         "comparison.html.j2",
-        {f"plot-{i}": models_figure(group, quality, names) for i, group in enumerate(groups)},
+        figures,
         groups=[
-            (f"plot-{i}", group, KINDS[group.kind], _rows(group, names)) for i, group in enumerate(groups)
+            (f"plot-{i}", group, KINDS[group.kind], _rows(group, names), lasting[i] and f"sustained-{i}")
+            for i, group in enumerate(groups)
         ],
         quality=quality.name if quality else None,
         names=names,

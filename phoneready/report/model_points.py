@@ -12,9 +12,10 @@ from phoneready.evaluation.evaluation_record import Evaluation
 from runtime_bench.presentation.record_table import best_threads
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.notes import note_of
 
-_RATES = ("tg", "pp", "ttft", "load")
+_RATES = ("tg", "pp", "ttft", "start", "load")
 """Workloads in the order in which they say most about a chat on a phone."""
 
 
@@ -56,6 +57,7 @@ class PointGroup:
         test: What was timed.
         points: In the order measured.
         left_out: Models without a speed, and why.
+        records: All that was measured.
     """
 
     kind: str
@@ -63,6 +65,7 @@ class PointGroup:
     test: str
     points: tuple[ModelPoint, ...]
     left_out: tuple[tuple[str, str], ...]
+    records: tuple[BenchRecord, ...] = ()
 
 
 def quality_of(evaluations: Sequence[Evaluation]) -> Quality | None:
@@ -132,12 +135,12 @@ def _group(kind: str, target: str, records: Sequence[BenchRecord], quality: Qual
         models.setdefault((record.model_filename, record.engine), []).append(record)
     points, left_out = [], []
     for (file, _), rows in models.items():
-        best = best_threads([row for row in rows if row.test == test and not row.void])
+        best = best_threads([row for row in rows if row.test == test])
         if best is None or best.file_size_bytes is None:
             left_out.append((file, _why(rows, test)))
         else:
             points.append(ModelPoint(best, quality.find(best) if quality else None))
-    return PointGroup(kind, target, test, tuple(points), tuple(left_out))
+    return PointGroup(kind, target, test, tuple(points), tuple(left_out), tuple(records))
 
 
 def _main_test(records: Sequence[BenchRecord]) -> str:
@@ -150,7 +153,7 @@ def _main_test(records: Sequence[BenchRecord]) -> str:
 
 
 def _why(rows: Sequence[BenchRecord], test: str) -> str:
-    reasons = [row.failure or note_of(row) for row in rows if row.test == test and (not row.ok or row.void)]
+    reasons = [row.failure or note_of(row) for row in rows if row.test == test and not has_speed(row)]
     return next((reason for reason in reasons if reason), f"{test} was not measured")
 
 

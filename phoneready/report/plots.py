@@ -29,6 +29,7 @@ from phoneready.report.tables import text_name
 from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, compare_records
+from runtime_bench.records.fairness import has_speed
 from runtime_bench.records.groups import BenchGroup
 
 
@@ -84,7 +85,7 @@ def speed_plot(figures: ReleaseFigures, group: BenchGroup, number: int) -> Plot 
     for index, pair in enumerate(figures.pairs):
         for role, colour, export in zip(("dense", "pruned"), (DENSE, PRUNED), pair, strict=True):
             record = group.find(export.file, test, threads)
-            if record and record.has_speed:
+            if record and has_speed(record):
                 rate = bool(record.samples_ts)
                 peak, shown = group.peak_rss_bytes(export.file), marker(index, 13, colour)
                 data.append(_point(f"{export.quant} {role}", export, record, peak) | {"marker": shown})

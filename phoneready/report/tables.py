@@ -23,12 +23,14 @@ from runtime_bench.presentation.record_table import speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import compare_records
+from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
 from runtime_bench.records.groups import BenchGroup
 
 NOTHING = "-"
 TONES = {
     **dict(zip(OUTCOMES, ("bad", "unsure", "good"), strict=True)),
     **{"faster": "good", "slower": "bad", "no difference": "even", "too noisy to tell": "unsure"},
+    **{THROTTLED: "bad", DISTURBED: "unsure"},
 }
 """Outcome or verdict to the tone that it is shown in."""
 
@@ -248,8 +250,11 @@ def record_table(group: BenchGroup) -> Table[Row]:
             outcome = Mark("void", "bad", f"writes degenerate text: {r.degenerate}")
         memory = format_bytes(r.peak_rss_bytes) + (f", {r.memory_verdict}" if r.memory_verdict else "")
         spread = NOTHING if r.spread is None else f"{r.spread:.2f}"
-        rows.append((r.model_filename, r.test, threads, outcome, f"{len(r.samples_ns)}", spread, memory))
-    header = ("file", "test", "threads", "found", "samples", "p90 / p50", "peak memory")
+        found = fairness(r)
+        conditions: Cell = Mark(found.text, TONES[found.verdict]) if unfair(r) else found.text
+        samples = f"{len(r.samples_ns)}"
+        rows.append((r.model_filename, r.test, threads, outcome, samples, spread, memory, conditions))
+    header = ("file", "test", "threads", "found", "samples", "p90 / p50", "peak memory", "conditions")
     return table_of_cells(header, rows)
 
 
@@ -261,7 +266,8 @@ def _speed_of(group: BenchGroup | None, file: str, test: str, threads: int) -> s
     record = group.find(file, test, threads) if group else None
     if record is None:
         return NOTHING
-    return speed_text(record) if record.ok else "failed"
+    found = unfair(record)
+    return (speed_text(record) + (f" ({found.verdict})" if found else "")) if record.ok else "failed"
 
 
 def _ratio_row(name: str, dense: float, pruned: float, show: Callable[[float], str]) -> Row:

@@ -287,6 +287,7 @@ _REFERENCES: Mapping[str, tuple[str, ...]] = {
     "prune": ("calibration", "vocabulary_text"),
     "recover": ("data", "validation"),
     "evaluate": ("text", "chats", "tasks", "task_data"),
+    "bench": ("anchor",),
     "baseline": ("file",),
     "stores": ("frontier",),
 }

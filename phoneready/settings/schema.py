@@ -146,6 +146,11 @@ class BenchConfig(SamplingSettings):
         "Quantizations and variants to measure; all when empty.",
         look_up=lambda name: find_format(name).name,
     )
+    anchor: str | None = setting(
+        None,
+        "A file to measure in turns with the others: baselines and history compare speeds in multiples of its.",
+        example="reference.gguf",
+    )
     n_ctx: int = setting(DEFAULT_CONTEXT, replace(CONTEXT, help="Tokens of the context in projections."))
 
     def settings(self, seed: int) -> BenchSettings:

@@ -39,6 +39,7 @@ from runtime_bench.worker import (
     request_from_json,
     serve,
     warmup_of,
+    with_opening,
     work_of,
 )
 
@@ -98,7 +99,7 @@ def measure(
         samples = [] if work is None else _timed(model, request, work)
         peak = renderer_peak_bytes()
     return WorkerResult(
-        samples_ns=samples or [model.load_ns],
+        samples_ns=with_opening(request, model.load_ns, samples),
         load_ns=model.load_ns,
         page_cache_share=share,
         baseline_rss_bytes=model.baseline_rss_bytes,

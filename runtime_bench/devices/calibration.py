@@ -18,6 +18,8 @@ from runtime_bench.devices.rates import KEYS_AND_VALUES, Amounts, Fitted, Timed,
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
+from runtime_bench.records.fairness import has_speed, unfair
+from runtime_bench.workload import REGIMES
 
 ENGINE = "llama.cpp"
 """Whose rows are read: an engine's rates are its own."""
@@ -88,14 +90,17 @@ def calibrate(
 
 def _why_not(record: BenchRecord) -> str | None:
     """Why a row says nothing of the device; None where it does."""
+    found, speed = unfair(record), has_speed(record)
     reasons = {
         f"not measured there: {record.kind}": record.kind != "measured",
         f"of {record.engine}": record.engine != ENGINE,
         f"on {record.backends}": record.backends not in (None, "CPU"),
-        "without a speed": not record.has_speed,
+        f"{found.verdict}: {found.reason}" if found else "": found is not None,
+        "without a speed": not speed,
+        f"of {record.regime} runs": not REGIMES[record.regime].warmup,
         "with a quantized cache": record.quantized_cache is not None,
-        "on a crowded machine": record.has_speed and record.n_threads > 1 and crowding(record) is not None,
-        "on a host that took its cores": record.has_speed and stealing(record) is not None,
+        "on a crowded machine": speed and record.n_threads > 1 and crowding(record) is not None,
+        "on a host that took its cores": speed and stealing(record) is not None,
     }
     return next((why for why, holds in reasons.items() if holds), None)
 

@@ -23,6 +23,7 @@ def run_matrix(
     progress: Progress = no_progress,
     *,
     engine: str | None = None,
+    anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
 ) -> list[BenchRecord]:
     """Measure every file on every target. What cannot be measured is a failed row with its reason; the rest goes on.
@@ -36,6 +37,7 @@ def run_matrix(
         targets: Where.
         progress: Told after each process; with several targets each has steps of its own.
         engine: Key of ENGINES; each file's default one unless given.
+        anchor: A file that takes turns with the others on every target.
         on_record: Called with each record as soon as it is complete, from one thread at a time.
 
     Returns:
@@ -45,7 +47,7 @@ def run_matrix(
         InputError: As `run_bench` does.
     """
     for target in targets:
-        for path in files:
+        for path in (*files, *([anchor] if anchor else [])):
             name = engine or target.default_engine(path)
             target.require(name)
             check_cache(name, settings.cache_type)
@@ -61,7 +63,7 @@ def run_matrix(
 
         if isinstance(target, Remote):
             target.progress = told
-        return run_bench(files, settings, told, engine=engine, target=target, on_record=keep)
+        return run_bench(files, settings, told, engine=engine, target=target, anchor=anchor, on_record=keep)
 
     remotes = [target for target in targets if isinstance(target, Remote)]
     by_target: dict[int, list[BenchRecord]] = {}

@@ -18,16 +18,17 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
 
-from cfsp.errors import InputError
+from cfsp.errors import InputError, PhonereadyError
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from runtime_bench.engines import check_cache, prepare_cache
+from runtime_bench.measuring.nominal import wait_nominal
 from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, row_of, shares
 from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import BenchSettings, Workload, workloads_of
+from runtime_bench.workload import REGIMES, BenchSettings, Workload, workloads_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ def run_bench(
     *,
     engine: str | None = None,
     target: Target = LOCAL,
+    anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
 ) -> list[BenchRecord]:
     """Measure every workload on every file.
@@ -53,25 +55,30 @@ def run_bench(
         progress: Told after each process.
         engine: Name of an engine; each file's default one on the target unless given.
         target: Where to measure.
+        anchor: A file that takes turns with the others, by which other sessions can be compared with this one.
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
 
     Returns:
-        One record for each thread count, workload and file, in this order. A row that could not be measured
-        is there, with the reason.
+        One record for each thread count, workload and file, in this order, the anchor last. A row that could not be
+        measured is there, with the reason.
 
     Raises:
-        InputError: No file, a file that does not exist, an engine that cannot run there, or nothing to measure.
+        InputError: No file, a file that does not exist, an anchor that is one of the files, an engine that cannot run
+            there, or nothing to measure.
     """
     workloads = workloads_of(settings)
-    _check_files(files)
+    _check_files(files, anchor)
+    files = [*files, anchor] if anchor else files
     engines = tuple(engine or target.default_engine(path) for path in files)
     for name in engines:
         target.require(name)
         check_cache(name, settings.cache_type)
+    _check_regimes(settings, target)
     for name, path in zip(engines, files, strict=True):
         prepare_cache(name, path, settings.cache_type)
-    session = Session(_measured_files(files, engines, settings), settings, target)
+    measured = _measured_files(files, engines, settings)
+    session = Session(measured, settings, target, measured[-1] if anchor else None)
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]
     processes = sum(len(shares(settings, workload)) for _, workload in groups)
@@ -125,7 +132,8 @@ def _measure_group(
     environment = session.target.environment()
     rows = first = [row_of(session, file, workload, threads) for file in session.files]
     _interleave(session, rows, counter)
-    if any(row.failure is None and row.spread > session.settings.spread_limit for row in rows):
+    steady = not REGIMES[workload.regime].lasting  # else the spread is what was asked for
+    if steady and any(row.failure is None and row.spread > session.settings.spread_limit for row in rows):
         logger.info("%s: samples spread widely, measuring once more", workload.test)
         rows = [row if row.failure else Row(row.file, row.request) for row in first]
         again = sum(row.failure is None for row in rows)
@@ -151,13 +159,28 @@ def _interleave(session: Session, rows: Sequence[Row], counter: _Counter) -> Non
 def _measure_once(session: Session, row: Row, samples: int, number: int) -> None:
     if session.settings.delay_s:
         time.sleep(session.settings.delay_s)
+    why = _not_ready(session, row)
     row.started = row.started or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    request = replace(row.request, samples=samples)
-    result = _as_asked(request, session.target.run(request, session.settings.timeout_s))
+    if why is None:
+        request = replace(row.request, samples=samples)
+        timeout_s = session.settings.timeout_s + request.seconds
+        result = _as_asked(request, session.target.run(request, timeout_s))
+    else:
+        result = WorkerResult(error=why)
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
         logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
+
+
+def _not_ready(session: Session, row: Row) -> str | None:
+    """Why a process of a row cannot begin as it should; None where it can."""
+    try:
+        if REGIMES[row.request.workload.regime].pushed:
+            session.target.forget(row.file.path)
+    except PhonereadyError as error:
+        return f"no first run: {error}"
+    return wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
 
 
 def _as_asked(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
@@ -169,9 +192,22 @@ def _as_asked(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
     return WorkerResult(error=f"a cache of {asked} was asked for, and {request.engine} had {found}")
 
 
-def _check_files(files: Sequence[Path]) -> None:
+def _check_regimes(settings: BenchSettings, target: Target) -> None:
+    pushed = [name for name in settings.regimes if REGIMES[name].pushed]
+    if pushed and not target.pushes:
+        raise InputError(
+            f"no file is pushed to {target.name}",
+            field="--regime",
+            value=pushed[0],
+            allowed="--on ssh:HOST, --on adb:SERIAL",
+        )
+
+
+def _check_files(files: Sequence[Path], anchor: Path | None) -> None:
+    if anchor in files:
+        raise InputError("is measured already", field="--anchor", value=str(anchor), allowed="another file")
     if not files:
         raise InputError("no file to measure", allowed="one or more exported model files")
-    missing = [str(path) for path in files if not path.is_file()]
+    missing = [str(path) for path in (*files, anchor) if path and not path.is_file()]
     if missing:
         raise InputError(f"no such file: {', '.join(missing)}")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from runtime_bench.engines import EngineFacts, SessionSettings
 from runtime_bench.environment import clock_cap, hottest_c
@@ -16,7 +17,9 @@ from runtime_bench.records import summary
 from runtime_bench.records.bench_record import MEMORY_VERDICTS, BenchRecord, Environment
 from runtime_bench.targets import Target
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import BenchSettings, Workload
+from runtime_bench.workload import REGIMES, BenchSettings, Workload
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,14 @@ class Session:
         files: In the order in which they take turns.
         settings: What to measure.
         target: Where.
+        anchor: Which of the files is the session's anchor.
         id: Of the session.
     """
 
     files: tuple[MeasuredFile, ...]
     settings: BenchSettings
     target: Target
+    anchor: MeasuredFile | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -88,7 +93,7 @@ class Row:
         """p90 / p50 of the samples; 1 where there are too few to tell."""
         return summary.spread(self.samples_ns) or 1.0
 
-    def of_each_sample(self, found: Iterable[list[int]]) -> tuple[int, ...]:
+    def of_each_sample(self, found: Iterable[list[T]]) -> tuple[T, ...]:
         """Times beside the samples of all processes; empty unless every sample has one."""
         times = tuple(chain.from_iterable(found))
         return times if len(times) == len(self.samples_ns) else ()
@@ -96,7 +101,7 @@ class Row:
 
 def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: int) -> Row:
     """A row of which nothing is measured yet."""
-    settings = session.settings
+    settings, regime = session.settings, REGIMES[workload.regime]
     load = "cold" if settings.cold_load else "warm"
     request = WorkerRequest(
         path=str(file.path),
@@ -110,9 +115,10 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
             settings.cache_type,
             settings.backend,
         ),
-        warmup=settings.warmup,
+        warmup=settings.warmup and regime.warmup and not workload.opens,
+        seconds=settings.sustained_s if regime.lasting else 0.0,
         seed=settings.seed,
-        page_cache=load if workload.kind == "load" else "as_found",
+        page_cache=regime.page_cache or (load if workload.opens else "as_found"),
     )
     return Row(file, request)
 
@@ -132,10 +138,12 @@ def record_of(session: Session, row: Row, first: Row, environment: Environment) 
         samples_ns=tuple(row.samples_ns),
         cpu_samples_ns=row.of_each_sample([ns for ns in r.cpu_ns if ns > 0] for r in results),
         waited_samples_ns=row.of_each_sample(r.waited_ns for r in results),
+        held_samples_ns=row.of_each_sample(r.held_ns for r in results),
         sequence=tuple(row.sequence),
         quarantined_ns=() if first is row else tuple(first.samples_ns),
         throttling=next((r.throttling for r in results if r.throttling), None),
         contention=tuple(r.contention for r in results),
+        conditions=tuple(r.conditions for r in results),
         clock_caps=tuple(clock_cap(*looks) for looks in row.looks),
         hottest_c=tuple(hottest_c(*looks) for looks in row.looks),
         text_sample=check.texts[0] if check.texts else None,
@@ -180,6 +188,7 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         n_prompt=workload.n_prompt,
         n_gen=workload.n_gen,
         n_depth=workload.n_depth,
+        regime=workload.regime,
         n_batch=request.session.n_batch,
         n_ubatch=request.session.n_ubatch,
         n_threads=request.session.n_threads,
@@ -188,8 +197,11 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
         engine_settings=replace(facts.settings, asked_backend=settings.backend),
         cpu_info=environment.cpu_model,
         test_time=row.started,
-        warmup=request.warmup and workload.kind != "load",
-        samples_per_process=shares(settings, workload)[0],
+        warmup=request.warmup,
+        samples_per_process=max(shares(settings, workload)[0], *(len(r.samples_ns) for r in row.results), 1),
+        sustained_s=request.seconds or None,
+        anchor_sha256=session.anchor.sha256 if session.anchor else None,
+        is_anchor=row.file is session.anchor,
         environment=replace(
             environment, versions=environment.versions | facts.versions, system_info=facts.system_info
         ),
@@ -200,7 +212,10 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
 
 
 def shares(settings: BenchSettings, workload: Workload) -> list[int]:
-    """How many samples each round takes in its process; a process opens its file but once, so one load
-    each."""
-    most = 1 if workload.kind == "load" else settings.samples_per_process
+    """How many samples each round takes in its process; of what is not warm a process has one."""
+    if REGIMES[workload.regime].lasting:
+        return [1]
+    most = max(settings.samples_per_process, REGIMES[workload.regime].least_samples)
+    if workload.opens or not REGIMES[workload.regime].warmup:
+        most = 1
     return summary.portions(settings.repetitions, most)

@@ -6,9 +6,11 @@
 // with `generate` instead of `workload` asks for the greedy continuation of a prompt, to check that the engine works.
 // `--about` prints what the program was built for and what this processor lacks for it.
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -18,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <ctime>
 #include <deque>
 #include <fstream>
 #include <functional>
@@ -42,6 +45,7 @@ using Tokens = std::vector<llama_token>;
 namespace {
 
 constexpr int kProtocol = 1;
+constexpr size_t kMostSamples = 10000;
 
 // A failure that belongs in a result: its text is the reason.
 struct Failure : std::runtime_error {
@@ -494,11 +498,78 @@ int64_t nanoseconds_since(Clock::time_point start) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - start).count();
 }
 
+int64_t read_clock(clockid_t clock) {
+    struct timespec now{};
+    clock_gettime(clock, &now);
+    return int64_t{now.tv_sec} * 1000000000 + now.tv_nsec;
+}
+
+// How long all threads have been ready and waited for a core, nanoseconds; -1 where nothing tells.
+int64_t waited_ns() {
+    DIR * const folder = opendir("/proc/self/task");
+    if (!folder) {
+        return -1;
+    }
+    int64_t sum = -1;
+    while (const dirent * entry = readdir(folder)) {
+        std::ifstream stats(std::string("/proc/self/task/") + entry->d_name + "/schedstat");
+        int64_t ran = 0;
+        int64_t waited = 0;
+        if (entry->d_name[0] != '.' && stats >> ran >> waited) {
+            sum = std::max<int64_t>(sum, 0) + waited;
+        }
+    }
+    closedir(folder);
+    return sum;
+}
+
+long major_faults() {
+    struct rusage usage{};
+    getrusage(RUSAGE_SELF, &usage);
+    return usage.ru_majflt;
+}
+
+// The fields of a result that are told of each sample; those of worker.py.
+struct Samples {
+    json samples_ns = json::array();
+    json cpu_ns = json::array();
+    json waited_ns = json::array();
+    json held_ns = json::array();
+    json spans_ns = json::array();
+};
+
+// Do the work and time it; what takes long to look up is looked up before the clocks and after them.
+void sample(const std::function<void()> & work, Samples & samples) {
+    const auto faults = major_faults();
+    const auto waited = waited_ns();
+    const auto start = Clock::now();
+    const auto cpu = read_clock(CLOCK_PROCESS_CPUTIME_ID);
+    const auto own = read_clock(CLOCK_THREAD_CPUTIME_ID);
+    const auto boot = read_clock(CLOCK_BOOTTIME);
+    work();
+    const auto wall = nanoseconds_since(start);
+    const auto cpu_spent = read_clock(CLOCK_PROCESS_CPUTIME_ID) - cpu;
+    const auto own_spent = read_clock(CLOCK_THREAD_CPUTIME_ID) - own;
+    samples.spans_ns.push_back({boot, read_clock(CLOCK_BOOTTIME)});
+    samples.samples_ns.push_back(wall);
+    samples.cpu_ns.push_back(cpu_spent);
+    const auto waited_then = waited_ns();
+    json held = nullptr;
+    if (waited >= 0 && waited_then >= 0) {
+        const auto waited_more = std::max<int64_t>(0, waited_then - waited);
+        samples.waited_ns.push_back(waited_more);
+        if (major_faults() == faults) {
+            held = std::max<int64_t>(0, wall - own_spent - waited_more);
+        }
+    }
+    samples.held_ns.push_back(held);
+}
+
 struct Request {
     explicit Request(const json & payload)
         : path(payload.at("path").get<std::string>()), settings(payload.at("session")),
           seed(payload.value("seed", uint64_t{0})), samples(payload.value("samples", size_t{1})),
-          warmup(payload.value("warmup", true)), page_cache(payload.value("page_cache", std::string("as_found"))) {
+          warmup(payload.value("warmup", true)), seconds(payload.value("seconds", 0.0)), page_cache(payload.value("page_cache", std::string("as_found"))) {
         const auto engine = payload.value("engine", std::string("llama.cpp"));
         if (engine != "llama.cpp") {
             throw Failure("the runner has no engine " + engine);
@@ -516,6 +587,7 @@ struct Request {
     uint64_t seed;
     size_t samples;
     bool warmup;
+    double seconds;
     std::string page_cache;
     std::string kind;
     size_t n_prompt = 0;
@@ -525,33 +597,36 @@ struct Request {
 
 using Work = std::function<void()>;
 
-std::vector<int64_t> timed(Session & session, const Request & request, const Work & work, const Work & warmup) {
-    std::vector<int64_t> samples;
+Samples timed(Session & session, const Request & request, const Work & work, const Work & warmup) {
+    Samples samples;
     if (request.warmup) {
         session.clear();
         warmup();
     }
-    for (size_t i = 0; i < request.samples; ++i) {
+    const auto began = Clock::now();
+    const auto goes_on = [&](size_t taken) {
+        const auto passed = static_cast<double>(nanoseconds_since(began)) / 1e9;
+        return taken < request.samples || (passed < request.seconds && taken < kMostSamples);
+    };
+    while (goes_on(samples.samples_ns.size())) {
         session.clear();
         if (request.n_depth) {
             session.decode(session.random_tokens(request.seed, request.n_depth));
         }
-        const auto start = Clock::now();
-        work();
-        samples.push_back(nanoseconds_since(start));
+        sample(work, samples);
     }
     return samples;
 }
 
 // As llama-bench's pp: the whole prompt from an empty (or n_depth deep) context.
-std::vector<int64_t> run_prompt(Session & session, const Request & request) {
+Samples run_prompt(Session & session, const Request & request) {
     const auto tokens = session.random_tokens(request.seed, request.n_prompt);
     const auto work = [&] { session.decode(tokens); };
     return timed(session, request, work, work);
 }
 
 // As llama-bench's tg: one token after another, drawn beforehand; sampling is not part of it.
-std::vector<int64_t> run_generation(Session & session, const Request & request) {
+Samples run_generation(Session & session, const Request & request) {
     const auto tokens = session.random_tokens(request.seed, request.n_gen);
     const auto work = [&] {
         for (const auto token : tokens) {
@@ -598,7 +673,7 @@ std::string text_of(const Session & session, size_t count) {
 }
 
 // Tokenize a text, process its first n_prompt tokens, sample one.
-std::vector<int64_t> run_first_token(Session & session, const Request & request) {
+Samples run_first_token(Session & session, const Request & request) {
     if (!request.n_prompt) {
         throw Failure("ttft wants a prompt");
     }
@@ -613,19 +688,28 @@ std::vector<int64_t> run_first_token(Session & session, const Request & request)
 }
 
 // Nothing more to time: the opening was the sample.
-std::vector<int64_t> run_load(Session &, const Request &) {
+Samples run_load(Session &, const Request &) {
     return {};
 }
 
-const std::map<std::string, std::function<std::vector<int64_t>(Session &, const Request &)>> kWorkloads = {
-    {"load", run_load}, {"pp", run_prompt}, {"tg", run_generation}, {"ttft", run_first_token}};
+const std::map<std::string, std::function<Samples(Session &, const Request &)>> kWorkloads = {
+    {"load", run_load},
+    {"pp", run_prompt},
+    {"tg", run_generation},
+    {"ttft", run_first_token},
+    {"start", run_first_token}};
+
+// Workloads that time the opening of the file, too.
+bool opens(const std::string & kind) { return kind == "load" || kind == "start"; }
 
 // ---- Requests ----------------------------------------------------------------------------------------------------
 
 json empty_result() {
     return {{"samples_ns", json::array()}, {"load_ns", nullptr},        {"page_cache_share", nullptr},
             {"baseline_rss_bytes", nullptr}, {"peak_rss_bytes", nullptr}, {"facts", nullptr},
-            {"error", nullptr},            {"memory_verdict", nullptr}, {"reread_bytes", nullptr}};
+            {"error", nullptr},            {"memory_verdict", nullptr}, {"reread_bytes", nullptr},
+            {"cpu_ns", json::array()},     {"waited_ns", json::array()}, {"held_ns", json::array()},
+            {"spans_ns", json::array()}};
 }
 
 json measure(const Request & request) {
@@ -639,7 +723,16 @@ json measure(const Request & request) {
     const auto load_ns = nanoseconds_since(start);
     auto samples = workload(session, request);
     result["load_ns"] = load_ns;
-    result["samples_ns"] = samples.empty() ? std::vector<int64_t>{load_ns} : samples;
+    if (opens(request.kind)) {  // the clocks beside the wall's were not read while the file was opened
+        const auto whole = load_ns + (samples.samples_ns.empty() ? 0 : samples.samples_ns[0].get<int64_t>());
+        samples = Samples();
+        samples.samples_ns.push_back(whole);
+    }
+    result["samples_ns"] = samples.samples_ns;
+    result["cpu_ns"] = samples.cpu_ns;
+    result["waited_ns"] = samples.waited_ns;
+    result["held_ns"] = samples.held_ns;
+    result["spans_ns"] = samples.spans_ns;
     result["facts"] = session.facts();
     result["peak_rss_bytes"] = status_bytes("VmHWM");
     return result;

@@ -55,7 +55,13 @@ def speeds_text(comparison: Comparison) -> tuple[str, str]:
     c = comparison
     if c.kind == EMULATED:
         return NOTHING, NOTHING
+    if c.anchor is not None:
+        return _multiple(c.base_to_anchor), _multiple(c.new_to_anchor)
     return format_speed(c.base_median_ts, c.base_median_ns), format_speed(c.new_median_ts, c.new_median_ns)
+
+
+def _multiple(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3f} x anchor"
 
 
 def _as_markdown(comparisons: Sequence[Comparison]) -> str:
@@ -77,8 +83,10 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
         "are compared by processor time: other programs took the core of a single thread for more than "
         f"{CROWDED_SHARE:.0%} of the time.": sum(c.basis == "cpu" for c in comparisons),
         "were not measured in turns: what changed on the machine between the sessions is in their ratios.": sum(
-            not c.paired for c in comparisons
+            not c.paired and c.anchor is None for c in comparisons
         ),
+        "are of sessions that are compared by the anchor that was measured in turns in each: speeds are multiples of "
+        "its speed.": sum(c.anchor is not None for c in comparisons),
     }
     return lines + [f"{count} of {len(comparisons)} rows {what}" for what, count in counts.items() if count]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from cfsp.errors import InputError
@@ -13,9 +14,10 @@ from runtime_bench.presentation.table import NOTHING, Column, Table, indented_js
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.fairness import fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
 from runtime_bench.records.notes import note_of
-from runtime_bench.workload import Workload
+from runtime_bench.records.sustained import first_minute_ts, last_third_ts
 
 _REASON_WIDTH = 40
 """Letters of a failure's reason inside the table; the whole of it follows below."""
@@ -38,7 +40,7 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     llama-bench's columns, then ours. `time` is the median of a sample, and `t/s` the speed at that time (in llama-bench
     the samples' mean) with their standard deviation: what comparisons are of, too. `load` and `peak RSS` belong
     to the row's processes. A column `file` is there when the records are of several files, `target` when they are of
-    several targets.
+    several targets, `minute 1` and `last third` (t/s) when generation was sustained.
     """
     names = short_names(record.model_filename for record in records)
     columns = (
@@ -46,7 +48,8 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     )
     if len(names) > 1:
         columns.append(Column("file", lambda r: names[r.model_filename]))
-    return Table([*columns, *_COLUMNS], records)
+    lasting = any(record.sustained_s for record in records)
+    return Table([*columns, *_COLUMNS, *(_SUSTAINED if lasting else ())], records)
 
 
 def speed_text(record: BenchRecord) -> str:
@@ -93,6 +96,10 @@ def _time(record: BenchRecord, value: float | None) -> str | None:
     return _number(None if record.kind == EMULATED else value, "{:.1f} ms", 1e6)
 
 
+def _tells_of_cache(record: BenchRecord) -> bool:
+    return record.timed.opens or record.page_cache == "cold"
+
+
 def _cache(record: BenchRecord) -> str | None:
     """Its type, and that attention ran in a flash kernel, which quantized values need."""
     settings = record.engine_settings
@@ -109,13 +116,20 @@ _COLUMNS: tuple[Column[BenchRecord], ...] = (
     # Loads say what they found: a cold load and a warm one are different things.
     Column(
         "test",
-        lambda r: f"load ({r.page_cache_state})" if r.ok and r.workload == "load" else r.test,
+        lambda r: f"{r.test} ({r.page_cache_state})" if r.ok and _tells_of_cache(r) else r.test,
         right=True,
     ),
     Column("t/s", _speed, right=True),
     Column("time", lambda r: None if r.void else _time(r, r.median_ns), right=True),
     Column("load", lambda r: _time(r, r.load_ns), right=True),
     Column("peak RSS", lambda r: _size(r.peak_rss_bytes), right=True),
+    Column("conditions", lambda r: fairness(r).text),
+)
+
+
+_SUSTAINED: tuple[Column[BenchRecord], ...] = (
+    Column("minute 1", lambda r: _number(first_minute_ts(r), "{:.2f}"), right=True),
+    Column("last third", lambda r: _number(last_third_ts(r), "{:.2f}"), right=True),
 )
 
 
@@ -167,7 +181,7 @@ def best_threads(records: Sequence[BenchRecord]) -> BenchRecord | None:
 
     Of rows that are equally fast the one with fewer threads is best.
     """
-    measured = [record for record in records if record.has_speed]
+    measured = [record for record in records if has_speed(record)]
     return min(measured, key=lambda r: (r.median_ns, r.n_threads), default=None)
 
 
@@ -196,7 +210,7 @@ def format_depths(records: Sequence[BenchRecord]) -> str:
     empty without any."""
     groups: dict[tuple[str, str, str, str, int], dict[int, BenchRecord]] = {}
     for record in records:
-        test = Workload(record.workload, record.n_prompt, record.n_gen).test
+        test = replace(record.timed, n_depth=0).test
         key = (record.model_filename, record.engine, record.target, test, record.n_threads)
         groups.setdefault(key, {})[record.n_depth] = record
     deep = {key: group for key, group in groups.items() if len(group) > 1}
@@ -215,6 +229,6 @@ def _at_depth(record: BenchRecord | None) -> str:
 
 
 def _point(record: BenchRecord, best: BenchRecord | None) -> str:
-    if not record.has_speed or not record.median_ns or best is None or not best.median_ns:
+    if not has_speed(record) or not record.median_ns or best is None or not best.median_ns:
         return f"{record.n_threads}: {'-' if record.ok else 'failed'}"
     return f"{record.n_threads}: {best.median_ns / record.median_ns:.0%}"

@@ -14,10 +14,11 @@ import pydantic
 
 from cfsp.errors import InputError
 from runtime_bench.records import summary
+from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.throttling import Throttling
-from runtime_bench.workload import Workload
+from runtime_bench.workload import FRESH, Workload
 
 EMULATED = "emulated"
 KINDS = ("measured", "constrained-host", EMULATED, "projected")
@@ -74,7 +75,7 @@ class BenchRecord:
         status: `ok` or `failed`; a failed row keeps the samples it got.
         failure: Why it failed, one line.
         session: Id of the interleaved session; samples of one session may be compared pair by pair.
-        workload: Kind of workload: pp, tg, ttft, load.
+        workload: Kind of workload: pp, tg, ttft, start, load.
         test: The workload's name in tables, e.g. pp512.
         model_filename: The file as it was named.
         model_type: The engine's description of it.
@@ -85,6 +86,11 @@ class BenchRecord:
         n_prompt: Prompt tokens timed.
         n_gen: Generated tokens timed.
         n_depth: Tokens in the context before.
+        regime: In what state file and process were, of runtime_bench.workload.REGIMES.
+        anchor_sha256: Hash of the file that was measured in turns with the others of the session, so that sessions of
+            other days and machines can be compared with it; None where none was.
+        is_anchor: Whether it is that file's own row.
+        sustained_s: For how long samples were taken, where that was said and not their number.
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
         n_threads: Threads.
@@ -119,6 +125,9 @@ class BenchRecord:
         throttling: How the processor was slowed down to a device's score; None where it was not.
         waited_samples_ns: How long all threads waited for a core in each sample; empty where nothing tells.
         contention: For each process, what else used the machine's cores; None where that is not known.
+        held_samples_ns: How long something kept each sample from running that no other program explains; None where it
+            waited for the disk; empty where nothing tells.
+        conditions: For each process, what the machine went through meanwhile; None where nobody looked.
         engine_settings: How the engine computed.
     """
 
@@ -169,6 +178,12 @@ class BenchRecord:
     throttling: Throttling | None = None
     waited_samples_ns: tuple[pydantic.NonNegativeInt, ...] = ()
     contention: tuple[Contention | None, ...] = ()
+    held_samples_ns: tuple[pydantic.NonNegativeInt | None, ...] = ()
+    conditions: tuple[Conditions | None, ...] = ()
+    regime: str = FRESH
+    sustained_s: float | None = None
+    anchor_sha256: str | None = None
+    is_anchor: bool = False
     engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
@@ -178,8 +193,13 @@ class BenchRecord:
             )
         if self.status not in ("ok", "failed"):
             raise InputError("unknown status", field="status", value=self.status, allowed="ok, failed")
-        if self.test != Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth).test:
+        if self.test != self.timed.test:
             raise InputError("does not match the workload's sizes", field="test", value=self.test)
+
+    @property
+    def timed(self) -> Workload:
+        """What was timed."""
+        return Workload(self.workload, self.n_prompt, self.n_gen, self.n_depth, self.regime)
 
     @property
     def ok(self) -> bool:
@@ -248,12 +268,6 @@ class BenchRecord:
     def spread(self) -> float | None:
         """p90 / p50 of the samples."""
         return summary.spread(self.samples_ns)
-
-    @property
-    def has_speed(self) -> bool:
-        """Whether its times say how fast the file is: not of failed rows, of degenerate text, or by an emulator's
-        clock."""
-        return self.ok and not self.void and self.kind != EMULATED and bool(self.samples_ns)
 
     @property
     def page_cache_state(self) -> str:

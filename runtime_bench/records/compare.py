@@ -9,15 +9,16 @@ measured alike is compared: numbers of one kind, on one target and processor, in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
-from runtime_bench.records.summary import CONFIDENCE, RatioInterval, ratio_interval
+from runtime_bench.records.crowding import crowding, has_cpu_times
+from runtime_bench.records.fairness import noise
+from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
 
 MIN_SAMPLES = 5
 """Fewest samples of each side, from as many processes, for a verdict: the range of five covers the median with
@@ -37,6 +38,8 @@ _COMPARABLE = (
     "n_prompt",
     "n_gen",
     "n_depth",
+    "regime",
+    "sustained_s",
     "n_threads",
     "n_batch",
     "n_ubatch",
@@ -48,7 +51,7 @@ _COMPARABLE = (
 """Two rows that differ in one of these measure different things."""
 
 _Row = tuple[str, str, str, str | None, str, int]
-"""Kind, target, engine, type of a quantized cache, test, threads."""
+"""Kind, target (none where anchors stand for it), engine, type of a quantized cache, test, threads."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ class Comparison:
         reason: Why the verdict is inconclusive or too noisy to tell; None for the others.
         peak_rss_ratio: Peak memory of new / base.
         file_size_ratio: File size of new / base.
+        anchor: File that both sessions measured in turns with theirs; None where the two are compared themselves.
+        base_to_anchor: Speed of base / speed of the anchor in its session, where there is an anchor.
+        new_to_anchor: Speed of new / speed of the anchor in its session; `ratio` is the quotient of these two.
     """
 
     kind: str
@@ -117,26 +123,45 @@ class Comparison:
     reason: str | None
     peak_rss_ratio: float | None
     file_size_ratio: float | None
+    anchor: str | None = None
+    base_to_anchor: float | None = None
+    new_to_anchor: float | None = None
+
+
+Anchors = tuple[BenchRecord, BenchRecord]
+"""The anchor's rows of base's session and of new's."""
 
 
 def compare(
-    base: Sequence[BenchRecord], new: Sequence[BenchRecord], settings: ComparisonSettings = DEFAULTS
+    base: Sequence[BenchRecord],
+    new: Sequence[BenchRecord],
+    settings: ComparisonSettings = DEFAULTS,
+    anchors: Sequence[BenchRecord] = (),
 ) -> list[Comparison]:
     """Compare row by row, in the order of `base`.
+
+    Sessions that had an anchor are compared by their ratios to it alone, wherever each was measured.
 
     Args:
         base: One record for each workload and thread count.
         new: Records of the same workloads and thread counts.
         settings: What counts; their seed is the bootstrap's.
+        anchors: The anchors' own records, of all sessions.
 
     Raises:
-        InputError: A row without partner or with several, or rows that measure different things.
+        InputError: A row without partner or with several, rows that measure different things, or sessions of different
+            anchors.
     """
-    left, right = _by_row(base, "base"), _by_row(new, "new")
+    apart = {r.session for r in base}.isdisjoint(r.session for r in new)
+    anchored = apart and any(r.anchor_sha256 for r in (*base, *new))
+    left, right = _by_row(base, "base", anchored=anchored), _by_row(new, "new", anchored=anchored)
     if not left or not right:
         raise InputError("nothing to compare: no records of the base or of the new file")
     _check_partners(left, right)
-    return [compare_records(record, right[key], settings) for key, record in left.items()]
+    return [
+        compare_records(one, right[key], settings, _anchors_of(one, right[key], anchors))
+        for key, one in left.items()
+    ]
 
 
 def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
@@ -147,8 +172,33 @@ def by_model(records: Sequence[BenchRecord]) -> dict[str, list[BenchRecord]]:
     return models
 
 
+def _anchors_of(base: BenchRecord, new: BenchRecord, anchors: Sequence[BenchRecord]) -> Anchors | None:
+    """The anchor's rows beside two records; None where they share a session, or neither session had an anchor."""
+    if base.session == new.session or not (base.anchor_sha256 or new.anchor_sha256):
+        return None
+    if base.anchor_sha256 != new.anchor_sha256:
+        names = [one.anchor_sha256 or "none" for one in (base, new)]
+        raise InputError(
+            f"{base.test}: the sessions had different anchors: {names[0][:12]} and {names[1][:12]}",
+            allowed="sessions with one anchor, which alone says how the machines compare",
+        )
+    found = [
+        next((r for r in anchors if r.is_anchor and _beside(r) == _beside(one)), None) for one in (base, new)
+    ]
+    if found[0] is None or found[1] is None:
+        raise InputError(f"{base.test}: the anchor's own row is not among the records")
+    return found[0], found[1]
+
+
+def _beside(record: BenchRecord) -> tuple[str, ...]:
+    return record.session, record.kind, record.target, record.test, str(record.n_threads)
+
+
 def compare_records(
-    base: BenchRecord, new: BenchRecord, settings: ComparisonSettings = DEFAULTS
+    base: BenchRecord,
+    new: BenchRecord,
+    settings: ComparisonSettings = DEFAULTS,
+    anchors: Anchors | None = None,
 ) -> Comparison:
     """Compare two records of the same workload.
 
@@ -156,31 +206,27 @@ def compare_records(
     when it lies within it on both sides, `too noisy to tell` when other programs or the differences between rounds hide
     what the files do, and otherwise `inconclusive`, as it is when a side failed or has fewer than MIN_SAMPLES.
 
+    With `anchors`, the speeds that are compared are those in multiples of the anchor's in the same session.
+
     Raises:
         InputError: The records measure different things, or a setting is out of range.
     """
     check_settings(settings)
-    _check_comparable(base, new)
-    basis, paired = _basis(base, new), base.session == new.session and base.rounds == new.rounds
-    times = [one.cpu_samples_ns if basis == "cpu" else one.samples_ns for one in (base, new)]
+    _check_comparable(base, new, anchored=anchors is not None)
+    sides = dict(zip(_SIDES, (base, new, *(anchors or ())), strict=False))
+    basis, paired = _basis(sides), base.session == new.session and base.rounds == new.rounds
+    times = [one.cpu_samples_ns if basis == "cpu" else one.samples_ns for one in sides.values()]
     medians = [summary.median(samples) for samples in times]
     interval = None
     if all(times) and base.kind != EMULATED:
-        interval = ratio_interval(
-            *times,
-            paired=paired,
-            numerator_rounds=base.rounds,
-            denominator_rounds=new.rounds,
-            confidence=settings.confidence,
-            seed=settings.seed,
-        )
-    noise = _noise(base, new, basis, interval)
-    verdict, reason = _outcome(_reason(base, new), noise, interval, settings.threshold)
-    shown = None if noise else interval
+        interval = _interval(times, [one.rounds for one in sides.values()], settings, paired=paired)
+    noisy = _noise(sides, basis, interval)
+    verdict, reason = _outcome(_reason(sides), noisy, interval, settings.threshold)
+    shown = None if noisy else interval
     # Longer than others by the record's fields, one a line.
     return Comparison(
         kind=base.kind,
-        target=base.target,
+        target=", ".join(dict.fromkeys((base.target, new.target))),
         engine=base.engine,
         test=base.test,
         n_threads=base.n_threads,
@@ -202,30 +248,68 @@ def compare_records(
         reason=reason,
         peak_rss_ratio=_ratio(new.peak_rss_bytes, base.peak_rss_bytes),
         file_size_ratio=_ratio(new.file_size_bytes, base.file_size_bytes),
+        anchor=anchors[0].model_filename if anchors else None,
+        base_to_anchor=_quotient(medians[2], medians[0]) if anchors else None,
+        new_to_anchor=_quotient(medians[3], medians[1]) if anchors else None,
     )
 
 
+_SIDES = ("base", "new", "base's anchor", "new's anchor")
+
+
+def _interval(
+    times: Sequence[Sequence[int]],
+    rounds: Sequence[Sequence[int]],
+    settings: ComparisonSettings,
+    *,
+    paired: bool,
+) -> RatioInterval:
+    """Of the speed of new over base; of four times that in multiples of the anchors'."""
+    if len(times) == len(_SIDES):
+        return quotient_interval(
+            (times[3], times[1]),
+            (rounds[3], rounds[1]),
+            (times[2], times[0]),
+            (rounds[2], rounds[0]),
+            confidence=settings.confidence,
+            seed=settings.seed,
+        )
+    return ratio_interval(
+        *times,
+        paired=paired,
+        numerator_rounds=rounds[0],
+        denominator_rounds=rounds[1],
+        confidence=settings.confidence,
+        seed=settings.seed,
+    )
+
+
+def _quotient(dividend: float | None, divisor: float | None) -> float | None:
+    return dividend / divisor if dividend and divisor else None
+
+
 def _outcome(
-    reason: str | None, noise: str | None, interval: RatioInterval | None, threshold: float
+    reason: str | None, noisy: str | None, interval: RatioInterval | None, threshold: float
 ) -> tuple[str, str | None]:
     """Verdict and reason."""
-    if reason or noise:
-        return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noise)
+    if reason or noisy:
+        return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noisy)
     verdict = _verdict(interval, threshold)
     return verdict, "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
 
 
-def _basis(base: BenchRecord, new: BenchRecord) -> str:
-    """Processor time where other programs held up one of two single threads: the clock on the wall then tells more of
-    them than of the file. Several threads spend it in waiting for each other, too."""
-    usable = base.n_threads == 1 and has_cpu_times(base) and has_cpu_times(new)
-    return "cpu" if usable and (crowding(base) or crowding(new)) else "wall"
+def _basis(sides: Mapping[str, BenchRecord]) -> str:
+    """Processor time where other programs held up one of several single threads: the clock on the wall then tells more
+    of them than of the file. Several threads spend it in waiting for each other, too."""
+    records = sides.values()
+    usable = all(one.n_threads == 1 and has_cpu_times(one) for one in records)
+    return "cpu" if usable and any(map(crowding, records)) else "wall"
 
 
-def _noise(base: BenchRecord, new: BenchRecord, basis: str, interval: RatioInterval | None) -> str | None:
+def _noise(sides: Mapping[str, BenchRecord], basis: str, interval: RatioInterval | None) -> str | None:
     """Why the times say nothing of the files; None where they do."""
-    for side, record in (("base", base), ("new", new)):
-        why = stealing(record) or (crowding(record) if basis == "wall" else None)
+    for side, record in sides.items():
+        why = noise(record, wall=basis == "wall")
         if why and record.ok:
             return f"{side}: {why}"
     if interval and interval.high > WIDEST * interval.low:
@@ -245,8 +329,8 @@ def _verdict(interval: RatioInterval | None, threshold: float) -> str:
     return "no difference" if interval.low >= down and interval.high <= up else INCONCLUSIVE
 
 
-def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
-    for side, record in (("base", base), ("new", new)):
+def _reason(sides: Mapping[str, BenchRecord]) -> str | None:
+    for side, record in sides.items():
         if not record.ok:
             return f"{side} failed: {record.failure}"
         if record.kind == EMULATED:
@@ -256,13 +340,13 @@ def _reason(base: BenchRecord, new: BenchRecord) -> str | None:
         if len(set(record.rounds)) < MIN_SAMPLES:
             independent = "samples" if record.samples_per_process == 1 else "processes"
             return f"{side} has {len(set(record.rounds))} {independent}, a verdict needs {MIN_SAMPLES}"
-    if base.workload == "load":
-        for side, record in (("base", base), ("new", new)):
-            wish, state = record.page_cache, record.page_cache_state
-            if wish in ("warm", "cold") and state not in (wish, "unknown"):
-                return f"{side} was to be loaded {wish}, and was {state}"
-        if base.page_cache_state != new.page_cache_state:
-            return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
+    for side, record in sides.items():
+        wish, state = record.page_cache, record.page_cache_state
+        if wish in ("warm", "cold") and state not in (wish, "unknown"):
+            return f"{side} was to be loaded {wish}, and was {state}"
+    base, new, *_ = sides.values()
+    if base.timed.opens and base.page_cache_state != new.page_cache_state:
+        return f"base was loaded {base.page_cache_state}, new {new.page_cache_state}"
     return None
 
 
@@ -270,9 +354,11 @@ def _ratio(new: int | None, base: int | None) -> float | None:
     return new / base if new and base else None
 
 
-def _check_comparable(base: BenchRecord, new: BenchRecord) -> None:
+def _check_comparable(base: BenchRecord, new: BenchRecord, *, anchored: bool = False) -> None:
     names = [name for name in _COMPARABLE if getattr(base, name) != getattr(new, name)]
-    said = ("cpu_info", "backends")
+    said = ("backends",) if anchored else ("cpu_info", "backends")
+    if anchored:  # where they were measured is what the anchor stands for
+        names = [name for name in names if name != "target"]
     sides = {name: (getattr(base, name), getattr(new, name)) for name in said}
     names += [name for name, (left, right) in sides.items() if left and right and left != right]
     different = [f"{name} {getattr(base, name)!r} and {getattr(new, name)!r}" for name in names]
@@ -296,10 +382,10 @@ def _check_partners(left: dict[_Row, BenchRecord], right: dict[_Row, BenchRecord
         )
 
 
-def _by_row(records: Sequence[BenchRecord], side: str) -> dict[_Row, BenchRecord]:
+def _by_row(records: Sequence[BenchRecord], side: str, *, anchored: bool) -> dict[_Row, BenchRecord]:
     rows: dict[_Row, BenchRecord] = {}
     for record in records:
-        place = (record.kind, record.target, record.engine)
+        place = (record.kind, "" if anchored else record.target, record.engine)
         key = (*place, record.quantized_cache, record.test, record.n_threads)
         if key in rows:
             raise InputError(
@@ -311,5 +397,5 @@ def _by_row(records: Sequence[BenchRecord], side: str) -> dict[_Row, BenchRecord
 
 def _row_name(row: _Row) -> str:
     *place, cache, test, threads = row
-    where = ", ".join([*place, *([f"cache of {cache}"] if cache else [])])
+    where = ", ".join(filter(None, [*place, f"cache of {cache}" if cache else None]))
     return f"{test} with {threads} thread{'s' if threads > 1 else ''} ({where})"

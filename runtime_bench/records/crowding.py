@@ -49,7 +49,8 @@ def _taken(record: BenchRecord) -> float | None:
 
 def _held_up(record: BenchRecord) -> float:
     """Share of its time that a single thread did not compute. Of several nobody can tell: they wait for each other."""
-    if record.n_threads != 1 or not has_cpu_times(record):
+    waited_for_disk = None in record.held_samples_ns
+    if record.n_threads != 1 or not has_cpu_times(record) or waited_for_disk:
         return 0.0
     return 1 - sum(record.cpu_samples_ns) / sum(record.samples_ns)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,9 @@ from cfsp.reading import Bounds, NotJSONError, check_bounded, parse_json, read_b
 from cfsp.records import fields_from_json, fields_to_json, tool_version
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.fairness import fairness
 from runtime_bench.records.notes import note_of
+from runtime_bench.records.sustained import first_minute_ts, last_third_ts
 
 logger = logging.getLogger(__name__)
 RECORD_TYPE = "bench"
@@ -41,7 +44,10 @@ _DERIVED: MappingProxyType[str, Callable[[BenchRecord], Any]] = MappingProxyType
         "page_cache_state": lambda r: r.page_cache_state,
         "peak_rss_bytes": lambda r: r.peak_rss_bytes,
         "spread": lambda r: r.spread,
+        "first_minute_ts": first_minute_ts,
+        "last_third_ts": last_third_ts,
         "void": lambda r: r.void,
+        "fairness": lambda r: asdict(fairness(r)),
         "note": note_of,
     }
 )

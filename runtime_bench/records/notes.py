@@ -5,9 +5,7 @@ from __future__ import annotations
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
-
-CAP_LIMIT = 0.15
-"""A run is marked when a core's clock was capped by more than this."""
+from runtime_bench.records.fairness import unfair
 
 
 def note_of(record: BenchRecord) -> str | None:
@@ -20,9 +18,7 @@ def note_of(record: BenchRecord) -> str | None:
         _on_memory(record),
         record.throttling.text if record.throttling else None,
         _on_spread(record),
-        _on_heat(record),
-        stealing(record),
-        crowding(record),
+        *_on_conditions(record),
     )
     return "; ".join(filter(None, notes)) or None
 
@@ -51,11 +47,8 @@ def _on_spread(record: BenchRecord) -> str | None:
     return f"p90/p50 {before:.2f} over the limit {record.spread_limit:.2f}: measured once more, {outcome}"
 
 
-def _on_heat(record: BenchRecord) -> str | None:
-    low = [cap for cap in record.clock_caps if cap is not None and cap < 1 - CAP_LIMIT]
-    if not low:
-        return None
-    return (
-        f"{len(low)} of {len(record.clock_caps)} processes ran with clocks capped by more than {CAP_LIMIT:.0%}, "
-        f"down to {min(low):.0%} of the highest"
-    )
+def _on_conditions(record: BenchRecord) -> tuple[str | None, ...]:
+    found = unfair(record)
+    if found is not None:
+        return (f"{found.text}: {found.reason}",)
+    return stealing(record), crowding(record)

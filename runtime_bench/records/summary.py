@@ -100,17 +100,61 @@ def ratio_interval(
     bottom = _by_round(_positive(denominator), denominator_rounds)
     if paired and len(top) != len(bottom):
         raise InputError(f"paired rounds differ in number: {len(top)} and {len(bottom)}")
-    rng = np.random.default_rng(seed)
-    # In portions that need little memory however many samples there are.
-    drawn = portions(resamples, max(1, _DRAWN_AT_ONCE // max(top.size, bottom.size)))
+    logs = _log_ratios(top, bottom, np.random.default_rng(seed), resamples, paired=paired)
+    return _interval(float(np.nanmedian(top) / np.nanmedian(bottom)), logs, confidence)
+
+
+def quotient_interval(
+    first: Sequence[Sequence[float]],
+    first_rounds: Sequence[Sequence[int]],
+    second: Sequence[Sequence[float]],
+    second_rounds: Sequence[Sequence[int]],
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> RatioInterval:
+    """The bootstrap of `ratio_interval` for (median / median) / (median / median), of two sessions.
+
+    Rounds of a session are drawn of its numerator and its denominator together, where both have as many; the sessions
+    are drawn apart.
+
+    Args:
+        first: Positive samples of numerator and denominator of the first session.
+        first_rounds: For each of their samples the number of its round.
+        second: The same of the session that it is divided by.
+        second_rounds: The rounds of those.
+        confidence: Share of the distribution inside the interval.
+        resamples: Bootstrap draws.
+        seed: Same seed and samples give the same interval.
+
+    Raises:
+        InputError: No samples, or samples that are not positive and finite.
+    """
+    ratio, logs, rng = 1.0, np.zeros(resamples), np.random.default_rng(seed)
+    for sign, samples, rounds in ((1, first, first_rounds), (-1, second, second_rounds)):
+        top, bottom = (_by_round(_positive(one), of) for one, of in zip(samples, rounds, strict=True))
+        logs = logs + sign * _log_ratios(top, bottom, rng, resamples, paired=len(top) == len(bottom))
+        ratio *= float(np.nanmedian(top) / np.nanmedian(bottom)) ** sign
+    return _interval(ratio, logs, confidence)
+
+
+def _log_ratios(
+    top: _Floats, bottom: _Floats, rng: np.random.Generator, resamples: int, *, paired: bool
+) -> _Floats:
+    """(resamples,) of log(median / median) of drawn rounds, in portions that need little memory however many samples
+    there are."""
     logs: list[_Floats] = []
-    for count in drawn:
+    for count in portions(resamples, max(1, _DRAWN_AT_ONCE // max(top.size, bottom.size))):
         rows = rng.integers(0, len(top), (count, len(top)))
         others = rows if paired else rng.integers(0, len(bottom), (count, len(bottom)))
         logs.append(np.log(_drawn_medians(top, rows)) - np.log(_drawn_medians(bottom, others)))
+    return np.concatenate(logs)
+
+
+def _interval(ratio: float, logs: _Floats, confidence: float) -> RatioInterval:
     tail = (1 - confidence) / 2
-    low, high = np.exp(np.quantile(np.concatenate(logs), [tail, 1 - tail]))
-    ratio = float(np.nanmedian(top) / np.nanmedian(bottom))
+    low, high = np.exp(np.quantile(logs, [tail, 1 - tail]))
     return RatioInterval(ratio, float(low), float(high))
 
 

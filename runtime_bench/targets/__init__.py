@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from runtime_bench.conditions.watcher import look_here
 from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
 from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.conditions import Conditions
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
 __all__ = ["LOCAL", "Local", "Target", "ThisMachine"]
@@ -21,6 +23,7 @@ class Target(Protocol):
         name: As records have it.
         kind: What its numbers are, of runtime_bench.records.bench_record.KINDS.
         memory_limit_bytes: What a run may use; None where nothing limits it.
+        pushes: Whether files have to be pushed there.
     """
 
     @property
@@ -31,6 +34,9 @@ class Target(Protocol):
 
     @property
     def memory_limit_bytes(self) -> int | None: ...
+
+    @property
+    def pushes(self) -> bool: ...
 
     def default_engine(self, path: Path) -> str:
         """The engine that runs a file there unless another one is asked for.
@@ -52,6 +58,18 @@ class Target(Protocol):
         """The machine that is measured, as it is now; what it does not tell is None."""
         ...
 
+    def conditions(self) -> Conditions:
+        """One look at the machine, as it is now; what it does not tell says why."""
+        ...
+
+    def forget(self, path: Path) -> None:
+        """Remove a file that was pushed there, so that the next run pushes it anew.
+
+        Raises:
+            PhonereadyError: It cannot be removed.
+        """
+        ...
+
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """Measure in a fresh process; a failure is a result whose `error` says what happened."""
         ...
@@ -61,6 +79,7 @@ class ThisMachine:
     """What targets on this machine have in common."""
 
     memory_limit_bytes: int | None = None
+    pushes = False
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""
@@ -73,6 +92,13 @@ class ThisMachine:
     def environment(self) -> Environment:
         """See `Target`."""
         return describe_environment()
+
+    def conditions(self) -> Conditions:
+        """See `Target`."""
+        return look_here()
+
+    def forget(self, path: Path) -> None:
+        """See `Target`: nothing is pushed here."""
 
 
 class Local(ThisMachine):

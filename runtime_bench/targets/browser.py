@@ -101,7 +101,9 @@ class Browser(ThisMachine):
             command = python_module("runtime_bench.browser.worker")
             result = measure_in(command, payload, timeout_s, environment={"TMPDIR": scratch})
         self.throttling = self.throttling or result.throttling
-        return replace(result, contention=None)  # Chromium's processes do not count as ours
+        seen, why = result.conditions, "a browser's processes are not told from others"
+        conditions = seen.hiding("others_cores", why) if seen else None
+        return replace(result, contention=None, conditions=conditions)
 
 
 def browser_of(profile: DeviceProfile, score: float | None = None) -> Browser:

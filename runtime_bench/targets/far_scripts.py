@@ -1,15 +1,19 @@
 """What runs on the other machine: scripts for any POSIX shell, dash, bash, busybox and Android's mksh among them.
 
-They use what toybox and busybox have, too: cat, chmod, grep, kill, mkdir, mv, nproc, rm, rmdir, sha256sum, uname.
+They use what toybox and busybox have, too: cat, chmod, grep, kill, mkdir, mv, nproc, rm, rmdir, sha256sum, sleep and
+uname.
 Names come in as arguments and are only ever used inside double quotes.
 """
 
 from __future__ import annotations
 
+from runtime_bench.conditions.script import LOOKS
 from runtime_bench.environment import FACT_FILES
 
 FACTS_FOLLOW = "phoneready-facts"
 """Line after which the facts come; a login script may have written before it."""
+LOOKS_FOLLOW = "phoneready-looks"
+"""Line after which the looks come that were taken beside a run."""
 NO_PROGRAM = 69
 """Status of a script that lacks a program there."""
 MISMATCH = 65
@@ -65,12 +69,17 @@ exit $status
 """Arguments: path, SHA-256; stdin: the file. It gets its name only when all of it is there and is what was sent. A
 connection that breaks looks like the end of the file: then the sum is another one."""
 
-RUN = """
-trap '' HUP
+RUN = f"""
+{LOOKS}
+trap '' HUP PIPE  # what was begun is ended, whoever listens
 exec 3<&0
 IFS= read -r request || exit
+seen=$1/.looks-$$
+shift
 printf '%s\\n' "$request" | "$@" 3<&- &
 program=$!
+watch $program 3<&- </dev/null >"$seen" &
+looker=$!
 (
     while read -r _ <&3; do :; done
     kill -9 $program
@@ -79,11 +88,17 @@ watcher=$!
 exec 3<&-
 wait $program
 status=$?
-kill $watcher
+kill $watcher $looker 2>/dev/null
+wait $looker
+echo
+echo {LOOKS_FOLLOW}
+cat "$seen"
+rm -f "$seen"
 exit $status
 """
-"""Arguments: a program and its arguments; stdin: one line, and nothing more for as long as somebody waits. When stdin
-ends, because the client was ended, or its machine or the connection is gone, the program is killed."""
+"""Arguments: folder that may be written to, a program and its arguments; stdin: one line, and nothing more for as long
+as somebody waits. When stdin ends, because the client was ended, or its machine or the connection is gone, the program
+is killed. What looks at the machine meanwhile writes to a file in the folder, which follows the program's output."""
 
 HAVE_PACKAGES = f"""
 command -v "$1" >/dev/null || exit {NO_PROGRAM}
@@ -94,6 +109,11 @@ old = ["python"] if sys.version_info < (3, 11) else []
 print(*old, *(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))' "$@"
 """
 """Arguments: a Python, packages. The last line names those that it lacks, `python` where it is too old itself."""
+
+FORGET = """
+rm -rf "$@"
+"""
+"""Arguments: folders that files were pushed to."""
 
 CLEAN = """
 test -d "$1" || exit 0

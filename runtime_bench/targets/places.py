@@ -19,6 +19,7 @@ from cfsp.units import parse_bytes
 from runtime_bench.devices.profile import find_profile, load_profiles
 from runtime_bench.environment import environment_of
 from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.conditions import Conditions, nothing_known
 from runtime_bench.targets import Target, ThisMachine
 from runtime_bench.targets.constrained import check_memory
 from runtime_bench.targets.table import TargetOptions, TargetRow, find_row
@@ -78,6 +79,10 @@ class Unreachable(ThisMachine):
     def environment(self) -> Environment:
         """See runtime_bench.targets.Target."""
         return environment_of({}, cpus_usable=None, platform="unknown", versions={})
+
+    def conditions(self) -> Conditions:
+        """See runtime_bench.targets.Target."""
+        return nothing_known(self.reason)
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See runtime_bench.targets.Target."""

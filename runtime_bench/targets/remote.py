@@ -11,23 +11,29 @@ import threading
 import time
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
+from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.script import WATCH
 from runtime_bench.engines import check_engine, engine_for, engine_spec
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exit_reason, result_from_json
 from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.conditions import Conditions, nothing_known
+from runtime_bench.records.contention import Contention
 from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
-from runtime_bench.targets.far_scripts import HAVE_PACKAGES, RUN
+from runtime_bench.targets.far_scripts import HAVE_PACKAGES, LOOKS_FOLLOW, RUN
 from runtime_bench.targets.native import RUNNER_ENGINE
 from runtime_bench.targets.remote_cache import RemoteCache
 from runtime_bench.targets.transport import (
     FarError,
     FarShell,
+    Reply,
     StoppedError,
     Transport,
     UnreachableError,
@@ -37,6 +43,7 @@ from runtime_bench.worker import WorkerRequest, WorkerResult
 _GRACE_S = 30.0
 """What a connection may take, beside the run itself."""
 _PYTHON = "python3"
+_NO_PROC = "nothing could be written there, or read of /proc"
 _BUILDING = threading.Lock()
 _CANNOT_EXECUTE = 126
 """Status of a shell whose command is there but cannot be run."""
@@ -79,6 +86,7 @@ class Remote:
 
     kind = "measured"
     memory_limit_bytes = None
+    pushes = True
 
     def __post_init__(self) -> None:
         if self.folder is not None and not (self.folder.startswith("/") and self.folder.isprintable()):
@@ -120,6 +128,18 @@ class Remote:
             self._open = _Connection(machine, cache)
         return machine.environment
 
+    def conditions(self) -> Conditions:
+        """See `Target`. A machine that does not answer is told of by the run that follows."""
+        try:
+            reply = self._shell.run(WATCH, "", timeout_s=ANSWER_S)
+        except FarError as error:
+            return nothing_known(f"{self.name}: {error}")
+        return conditions_of(reply.text, why=_NO_PROC)
+
+    def forget(self, path: Path) -> None:
+        """See `Target`."""
+        self._connection().cache.forget(path, model_bundle)
+
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`; what is missing there is pushed first.
 
@@ -131,7 +151,9 @@ class Remote:
             command = self._program(request.engine, link)
             path = link.cache.have(Path(request.path), model_bundle)
             line = json.dumps(asdict(replace(request, path=path)))
-            reply = self._shell.run(RUN, *command, line=line, timeout_s=timeout_s + _GRACE_S)
+            reply = self._shell.run(
+                RUN, link.machine.folder, *command, line=line, timeout_s=timeout_s + _GRACE_S
+            )
         except StoppedError:
             raise
         except UnreachableError as error:
@@ -146,7 +168,7 @@ class Remote:
             return WorkerResult(error=why)
         if reply.status:
             return WorkerResult(error=exit_reason(reply.status, reply.errors))
-        return result_from_json(reply.output.strip().rpartition(b"\n")[2])
+        return _result_of(reply)
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many files and programs that was.
@@ -187,6 +209,20 @@ class Remote:
         if isinstance(program, PhonereadyError):
             raise program
         return program
+
+
+def _result_of(reply: Reply) -> WorkerResult:
+    """What the program answered, and what the machine went through meanwhile."""
+    output, _, looks = reply.output.partition(f"\n{LOOKS_FOLLOW}\n".encode())
+    result = result_from_json(output.strip().rpartition(b"\n")[2])
+    conditions = conditions_of(looks.decode("utf-8", "replace"), result.spans_ns, _NO_PROC)
+    return replace(result, conditions=conditions, contention=_contention_of(conditions))
+
+
+def _contention_of(conditions: Conditions) -> Contention | None:
+    """What else used the cores between the looks; None where they do not tell."""
+    others, stolen = ([value for _, value in conditions.told(n)] for n in ("others_cores", "stolen_cores"))
+    return Contention(fmean(others), fmean(stolen)) if others and stolen else None
 
 
 def _native(remote: Remote, engine: str, link: _Connection) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from cfsp.progress import Progress, no_progress
 from runtime_bench.targets.bundle import Bundle, BundledFile
 from runtime_bench.targets.far_machine import ANSWER_S
-from runtime_bench.targets.far_scripts import CHECK, CLEAN, MISMATCH, PUSH
+from runtime_bench.targets.far_scripts import CHECK, CLEAN, FORGET, MISMATCH, PUSH
 from runtime_bench.targets.transport import FarError, FarShell
 
 _HASHED_PER_S = 20 * 2**20
@@ -54,6 +54,19 @@ class RemoteCache:
                 self._push(file)
             self._there[path] = self._path(bundle[0])
         return self._there[path]
+
+    def forget(self, path: Path, bundle_of: Callable[[Path], Bundle]) -> None:
+        """Remove a file and what belongs to it there.
+
+        Raises:
+            FarError: No connection, or it cannot be removed.
+            InputError: A file here cannot be read.
+        """
+        folders = sorted({file.place.partition("/")[0] for file in bundle_of(path)})
+        reply = self.shell.run(FORGET, *(f"{self.folder}/{name}" for name in folders), timeout_s=ANSWER_S)
+        self._there.pop(path, None)
+        if reply.status:
+            raise reply.reason(f"removing {path.name}")
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many folders that was.

@@ -154,3 +154,16 @@ def test_options_that_do_not_go_together(make_record: MakeRecord, tmp_path: Path
     assert main(["compare", str(records), "--quality", str(records)]) == 2
     assert main(["compare", str(records), "--plot", str(tmp_path / "x.html"), "--quality", str(records)]) == 2
     assert not (tmp_path / "x.html").exists()
+
+
+def test_generation_that_was_sustained_has_a_plot_of_its_own(make_record: MakeRecord, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    lasting = make_record(
+        Workload("tg", n_gen=128, regime="sustained"), regime="sustained", sustained_s=9.0, sequence=(0,) * 5
+    )
+    for name, records in (("with", [make_record(), lasting]), ("without", [make_record()])):
+        path = tmp_path / f"{name}.jsonl"
+        append_jsonl(path, [*records, *(replace(r, model_filename="new.gguf") for r in records)])
+        assert main(["compare", str(path), "--plot", str(tmp_path / f"{name}.html")]) == 0
+    assert 'id="sustained-0"' in (tmp_path / "with.html").read_text()
+    assert "sustained-0" not in (tmp_path / "without.html").read_text()

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from cfsp.errors import InputError, LimitError
-from phoneready.figures.figure_set import DENSE, PRUNED, FigureSet
+from phoneready.figures.budgets import BudgetConfig
+from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
+from phoneready.figures.gate import judge
 from phoneready.history.changes import DRIFT, MIN_RUNS, STEP, exact_changes, sampled_changes
 from phoneready.history.entry import HISTORY_FILE, HistoryEntry, append_entry, entry_of, read_entries
 from phoneready.history.history import History, check_history, find_entries, make_history
@@ -294,3 +296,48 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.close()
     assert not problems
+
+
+ANCHOR = "c" * 64
+
+
+def beside_an_anchor(ns: float, anchor_ns: float, cpu: str, anchor: str = ANCHOR) -> list[Figure]:
+    """Speeds of a file that took turns with an anchor on some machine; both drift alike."""
+    drift = (1.0, 1.2, 0.9, 1.5, 1.1, 0.8)
+    records = [
+        replace(
+            bench_record(name, [int(time * d) for d in drift], cpu), anchor_sha256=anchor, is_anchor=is_anchor
+        )
+        for name, time, is_anchor in (("pruned.gguf", ns, False), ("anchor ref.gguf", anchor_ns, True))
+    ]
+    found = benchmark_figures(CONFIG, "local", records, {"pruned.gguf": (PRUNED, "Q4_0")})
+    return [figure for figure in found if figure.key.metric == "tg64"]
+
+
+def test_runs_of_other_machines_are_one_series_by_their_anchor() -> None:
+    entries = []
+    for number in range(1, 13):
+        slow = 3.0 if number % 2 else 1.0
+        change = 1.25 if number >= 9 else 1.0
+        figures = beside_an_anchor(7e8 * slow * change, 5e8 * slow, f"processor {number % 2}")
+        (followed,) = entry_of(
+            FigureSet("m", None, 0, tuple(figures)), outcome="none", settings={}, versions={}, stages={}
+        ).figures
+        assert followed.unit == "x anchor"
+        assert followed.value == pytest.approx(5 / 7 / change, rel=0.001)
+        entries.append(replace(run(number, 7e8, np.random.default_rng(0)), figures=(followed,)))
+    (anomaly,) = make_history(entries).anomalies
+    assert (anomaly.run, anomaly.worse) == (9, True)
+    assert anomaly.ratio == pytest.approx(1 / 1.25, rel=0.01)
+
+
+def test_a_baseline_of_another_machine_is_compared_by_the_anchor() -> None:
+    (now,) = beside_an_anchor(7e8, 5e8, "fast")
+    (before,) = beside_an_anchor(3 * 7e8 * 1.1, 3 * 5e8, "slow")
+    budget = BudgetConfig(metric="tg64", at_least=0.95, relative_to="baseline")
+    verdict = judge(budget, now, replace(before, paired="another session"))
+    assert (verdict.outcome, verdict.value) == ("pass", pytest.approx(1.1, rel=0.001))
+    (other,) = beside_an_anchor(7e8, 5e8, "fast", anchor="e" * 64)
+    verdict = judge(budget, now, replace(other, paired="another session"))
+    assert verdict.outcome == "inconclusive"
+    assert "anchor was eeee" in verdict.reason

@@ -311,6 +311,30 @@ def test_a_change_of_the_benchmark_runs_the_benchmark_alone(
 
 
 @pytest.mark.slow
+def test_an_anchor_takes_turns_and_is_in_the_figures_alone(
+    copied: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    released: tuple[Path, Path],
+) -> None:
+    anchor = tmp_path / "reference.gguf"
+    shutil.copy(next((released[1]).rglob("*dense-Q8_0.gguf")), anchor)
+    assert copied("--set", f'bench.anchor="{tmp_path}/nowhere.gguf"') == 2
+    assert "bench.anchor: no such file" in capsys.readouterr().err
+    assert copied("--set", f'bench.anchor="{anchor}"') == 0
+    expected = dict.fromkeys(STAGES, "done before") | {"bench-local": "finished"}
+    assert states(capsys.readouterr().err) == expected
+    figures = read_record(FigureSet, tmp_path / "out" / "figures.json").figures
+    speeds = [figure for figure in figures if figure.key.metric.startswith("tg")]
+    assert {figure.role for figure in speeds} == {"dense", "pruned"}
+    assert all(len(figure.anchor_samples) == len(figure.samples) == 5 for figure in speeds)
+    assert all({"anchor"} <= figure.conditions.keys() - {"processor"} for figure in speeds)
+    assert "reference.gguf" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    followed = read_entries(tmp_path / "out" / "history.jsonl")[-1].figures
+    assert {figure.unit for figure in followed if figure.key.metric.startswith("tg")} <= {"x anchor"}
+
+
+@pytest.mark.slow
 def test_budgets_make_the_exit_status(
     copied: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

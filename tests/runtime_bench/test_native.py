@@ -40,6 +40,7 @@ WORKLOADS = (
     Workload("pp", n_prompt=8, n_depth=16),
     Workload("tg", n_gen=6),
     Workload("ttft", n_prompt=16, n_gen=1),
+    Workload("start", n_prompt=16, n_gen=1),
 )
 SETTINGS = SessionSettings(n_ctx=64, n_threads=1, n_batch=2048, n_ubatch=512)
 
@@ -67,11 +68,15 @@ def ask(runner: Path, payload: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.test)
 def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workload: Workload) -> None:
-    wanted = request(model, workload, samples=1 if workload.kind == "load" else 3, page_cache="warm")
+    wanted = request(model, workload, samples=1 if workload.opens else 3, page_cache="warm")
     native, python = measure_in([str(runner)], asdict(wanted), 120), run_worker(wanted, 120)
     assert native.error is None
     assert len(native.samples_ns) == len(python.samples_ns)
     assert min(native.samples_ns) > 0
+    for name in ("cpu_ns", "waited_ns", "held_ns", "spans_ns"):
+        assert len(getattr(native, name)) == len(getattr(python, name)), name
+    for (began, ended), ns in zip(native.spans_ns, native.samples_ns, strict=False):
+        assert abs(ended - began - ns) < 10**8
     assert native.load_ns is not None
     assert native.page_cache_share == python.page_cache_share == 1.0
     assert native.baseline_rss_bytes is not None
@@ -86,7 +91,7 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
 
 @pytest.mark.slow
 def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
-    others = ("throttling", "cpu_ns", "waited_ns", "contention")  # a browser's, and the Python worker's
+    others = ("throttling", "contention", "conditions")  # a browser's, and what is seen from outside
     names = [field.name for field in fields(WorkerResult) if field.name not in others]
     assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,17 +30,21 @@ from phoneready.main import main
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.fairness import fairness
 from runtime_bench.targets import LOCAL
 from runtime_bench.targets.adb import Adb
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.ssh import Ssh
 from runtime_bench.targets.table import TargetOptions, open_remote, open_targets
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = BenchSettings(
     check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,)
 )
+LONGER = replace(SETTINGS, n_gen=(600,))
+"""Long enough for looks beside it."""
 HOSTILE = "-o $(touch pwned) `touch pwned`; 'q' \"d\" \\ \n &"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
@@ -182,8 +186,8 @@ def files_in(folder: Path) -> dict[str, Path]:
     return {file.name: file for file in folder.rglob("*") if file.is_file()}
 
 
-def bench(path: Path, target: Remote, **changes: Any) -> BenchRecord:
-    (record,) = run_bench([path], SETTINGS, target=target, **changes)
+def bench(path: Path, target: Remote, settings: BenchSettings = SETTINGS) -> BenchRecord:
+    (record,) = run_bench([path], settings, target=target)
     return record
 
 
@@ -204,6 +208,78 @@ def test_a_file_is_measured_there(
     assert record.environment.cpu_model
     assert set(files_in(far)) == {"model.gguf", "runner"}
     assert not running(tmp_path), "something is left running"
+
+
+def test_what_the_machine_goes_through_is_seen_there(
+    device: Device, tiny_gguf: Callable[..., Path], far: Path
+) -> None:
+    record = bench(tiny_gguf(hidden_size=256, head_dim=64), device.target(), settings=LONGER)
+    assert record.failure is None
+    (seen,) = record.conditions
+    assert seen is not None
+    assert len(seen.at_s) > 2
+    assert seen.free_bytes
+    ((began, ended),) = seen.samples_s
+    assert 0 < began < ended < seen.at_s[-1] + 1
+    assert ended - began == pytest.approx(record.samples_ns[0] / 1e9, abs=0.01)
+    assert record.contention != (None,)
+    assert set(files_in(far)) == {"model.gguf", "runner"}
+
+
+DUMPSYS = r"""case $1 in
+battery) printf '  AC powered: false\n  USB powered: true\n  status: 2\n  level: 63\n  scale: 100\n' ;;
+thermalservice) printf 'Thermal Status: 3\nHAL Ready: true\n' ;;
+power) printf 'mWakefulness=Asleep\nDisplay Power: state=OFF\n' ;;
+esac"""
+
+
+def test_what_androids_services_say_is_in_the_record(
+    daemons: ModuleType, tiny_gguf: Callable[..., Path], tmp_path: Path, runner: Path
+) -> None:
+    for name, text in (("dumpsys", DUMPSYS), ("settings", "echo null")):
+        script(tmp_path / "bin" / name, text).chmod(0o755)
+    try:
+        with daemons.ssh_server(f"{tmp_path}/bin:/usr/bin:/bin") as phone:
+            target = Remote(Ssh("board", phone.config), runner=runner, folder=str(tmp_path / "far"))
+            record = bench(tiny_gguf(hidden_size=256, head_dim=64), target, settings=LONGER)
+            now = target.conditions()
+    except daemons.NotPossible as error:
+        pytest.skip(str(error))
+    (seen,) = record.conditions
+    assert seen is not None
+    told = {
+        name: getattr(seen, name)[0] for name in ("battery_percent", "charging", "low_power", "screen_on")
+    }
+    assert told == {"battery_percent": 63.0, "charging": True, "low_power": False, "screen_on": False}
+    assert (now.charging, now.thermal_status) == ((True,), (3,))
+    # The last look asks again; those between do not.
+    assert [status for status in seen.thermal_status if status is not None] == [3, 3]
+    assert (fairness(record).verdict, fairness(record).reason) == (
+        "throttled",
+        "the system's thermal status was 3",
+    )
+
+
+def test_first_runs_are_of_files_that_were_just_pushed(
+    device: Device, tiny_gguf: Callable[..., Path], far: Path
+) -> None:
+    written = []
+
+    class Noting(Remote):
+        def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+            result = super().run(request, timeout_s)
+            written.append(files_in(far)["model.gguf"].stat().st_ctime_ns)
+            return result
+
+    made = device.target()
+    target = Noting(made.transport, runner=made.runner, folder=made.folder)
+    settings = replace(SETTINGS, repetitions=2, regimes=("fresh", "first"), spread_limit=1e9)
+    fresh, first = run_bench([tiny_gguf()], settings, target=target)
+    assert (fresh.failure, first.failure) == (None, None)
+    assert (fresh.test, first.test) == ("tg4", "tg4 @ first")
+    assert (fresh.warmup, first.warmup) == (True, False)
+    assert written[0] == written[1] < written[2] < written[3]
+    assert set(files_in(far)) == {"model.gguf", "runner"}
 
 
 def test_files_are_pushed_once_and_again_when_they_are_spoiled(

@@ -29,6 +29,7 @@ COLUMNS = [
     "time",
     "load",
     "peak RSS",
+    "conditions",
 ]
 
 
@@ -42,7 +43,7 @@ def test_markdown_has_llama_benchs_columns_and_ours(make_record: Any) -> None:
     assert len(header) == len(rule) == len(row)
     assert cells(row) == [
         *["llama 135M Q8_0", "150.00 MiB", "134.52 M", "CPU", "2", "-", "tg128"],
-        *["128.00 ± 9.17", "1000.0 ms", "50.0 ms", "256.00 MiB"],
+        *["128.00 ± 9.17", "1000.0 ms", "50.0 ms", "256.00 MiB", "not known"],
     ]
 
 

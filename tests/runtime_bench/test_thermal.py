@@ -62,7 +62,7 @@ def test_capped_processes_are_marked(tiny_gguf: Callable[..., Path]) -> None:
     assert record.hottest_c == (40.0, 80.0, 80.0)
     assert (
         str(note_of(record)).partition("; ")[0]
-        == "2 of 3 processes ran with clocks capped by more than 15%, down to 60% of the highest"
+        == "throttled: 2 of 3 processes ran with clocks capped by more than 15%, down to 60% of the highest"
     )
     assert record_from_json(record_to_json(record), where="here") == record
 

@@ -55,5 +55,5 @@ def test_threads_default_to_the_usable_cores_and_come_once() -> None:
 
 
 def test_an_unknown_workload_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="pp, tg, ttft, load"):
+    with pytest.raises(InputError, match="pp, tg, ttft, start, load"):
         Workload("pg")

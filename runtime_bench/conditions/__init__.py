@@ -1,0 +1,1 @@
+"""Conditions of a run: looks at the machine beside the measuring process, and what they say."""

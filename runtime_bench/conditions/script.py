@@ -1,0 +1,127 @@
+"""The script that looks at a machine while a process measures on it, for any POSIX shell.
+
+It is the same here and on other machines. The shell itself reads the files: of programs, a look starts `sleep` alone.
+What must be asked of a service (Android's dumpsys) is asked in the first, the last and every 20th look, since an answer
+costs a hundred times as much as a file.
+"""
+
+from __future__ import annotations
+
+from runtime_bench.records.conditions import INTERVAL_S
+
+LOOK_BEGINS = "phoneready-look"
+"""Line that a look begins with."""
+ASKED = "@"
+"""What begins the lines of an answer: `@NAME:line`."""
+_SELDOM = 20
+_FREQUENT = 3600
+"""Looks that are taken at INTERVAL_S; after half an hour they are taken more seldom, or nobody could carry them."""
+_LATE_S = 20
+
+_ONCE = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq /sys/class/power_supply/*/type"
+_EVERY_TIME = (
+    "/proc/uptime /proc/stat "
+    "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_max_freq "
+    "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq "
+    "/sys/class/power_supply/*/capacity /sys/class/power_supply/*/status /sys/class/power_supply/*/online "
+    "/sys/firmware/acpi/platform_profile"
+)
+
+LOOKS = rf"""
+first_lines() {{
+    for file do
+        IFS= read -r line <"$file" && printf '%s:%s\n' "$file" "$line"
+    done
+}}
+hottest() {{  # of the zones, those that are connected, which say something between -40 and 150 degrees
+    most= where=
+    for zone in /sys/class/thermal/thermal_zone[0-9]*/temp; do
+        IFS= read -r milli <"$zone" || continue
+        case ${{milli#-}} in '' | *[!0-9]* | ????????*) continue ;; esac
+        test "$milli" -gt -40000 && test "$milli" -lt 150000 || continue
+        test "$where" && test "$milli" -le "$most" && continue
+        most=$milli where=$zone
+    done
+    test "$where" && printf '%s:%s\n' "$where" "$most"
+}}
+chosen_lines() {{  # of a file, those that begin with one of the words, none after the last word's
+    file=$1
+    shift
+    while read -r key rest; do
+        for word do
+            test "$key" = "$word" && printf '%s:%s %s\n' "$file" "$key" "$rest"
+        done
+        test "$key" = "$word" && break
+    done <"$file"
+}}
+find_groups() {{  # where the quotas of the process's groups are counted, those above its own among them
+    groups=
+    while IFS=: read -r _ names place; do
+        case ,$names, in
+            *,cpu,*) roots='/sys/fs/cgroup/cpu /sys/fs/cgroup/cpu,cpuacct /dev/cpuctl' ;;
+            ,,) roots='/sys/fs/cgroup /sys/fs/cgroup/unified' ;;
+            *) continue ;;
+        esac
+        case $place in *[!A-Za-z0-9/._@:\\-]*) continue ;; esac
+        place=${{place%/}}
+        while :; do
+            for root in $roots; do
+                test -r "$root$place/cpu.stat" && groups="$groups $root$place/cpu.stat"
+            done
+            test "$place" || break
+            place=${{place%/*}}
+        done
+    done <"/proc/$1/cgroup"
+}}
+ask() {{
+    name=$1
+    shift
+    command -v "$1" >/dev/null && "$@" </dev/null 2>&1 | while IFS= read -r line; do
+        printf '{ASKED}%s:%s\n' "$name" "$line"
+    done
+}}
+ask_services() {{
+    ask battery dumpsys battery
+    ask thermal dumpsys thermalservice
+    ask low_power settings get global low_power
+    if command -v dumpsys >/dev/null; then
+        dumpsys power </dev/null | grep -iE 'wakefulness=|display power|screenon=|low_?powermode|saver' |
+            while IFS= read -r line; do printf '{ASKED}power:%s\n' "$line"; done
+    fi
+}}
+look() {{
+    echo {LOOK_BEGINS}
+    first_lines {_EVERY_TIME}
+    hottest
+    chosen_lines /proc/meminfo MemAvailable:
+    if test "$1"; then
+        first_lines "/proc/$1/stat"
+        test -r "/proc/$1/cgroup" && find_groups "$1"
+        for group in $groups; do
+            chosen_lines "$group" nr_throttled throttled_time throttled_usec
+        done
+    fi
+}}
+watch() {{
+    over=
+    trap 'over=1' TERM
+    count=0
+    first_lines {_ONCE}
+    test "$1" && chosen_lines "/proc/$1/status" Cpus_allowed_list:
+    while :; do
+        look "$1"
+        if test $((count % {_SELDOM})) = 0 || test "$over"; then ask_services; fi
+        if test "$over" || ! test "$1" || ! kill -0 "$1"; then return; fi
+        count=$((count + 1))
+        pause={INTERVAL_S}
+        test $count -gt {_FREQUENT} && pause={_LATE_S}
+        sleep $pause >/dev/null &
+        wait $! || test "$over" || sleep 1
+    done
+}} 2>/dev/null
+"""
+"""Functions of the shell. `watch PID` looks until it gets TERM or the process is gone; `watch ''` takes one look at
+none. What is there once comes before the first look. Lines are `path:line` and `@name:line`."""
+
+WATCH = LOOKS + '\nwatch "$1"\n'
+"""Argument: the process, or nothing."""

@@ -1,0 +1,271 @@
+"""Whether a row was measured under fair conditions, and if not, since when and why.
+
+Rows that were throttled, or disturbed by the device's own state, are shown and never ranked with fair ones. What other
+programs took from a row (`runtime_bench.records.crowding`) disturbs it, too, and has a remedy: processor time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from runtime_bench.records.bench_record import EMULATED, BenchRecord
+from runtime_bench.records.conditions import Conditions
+from runtime_bench.records.crowding import crowding, stealing
+
+VERDICTS = FAIR, THROTTLED, DISTURBED, NOT_KNOWN = "fair", "throttled", "disturbed", "not known"
+CAP_LIMIT = 0.15
+"""A run is throttled when a core's clock was capped by more than this."""
+QUOTA_LIMIT = 0.05
+"""Share of the time between two looks in which a quota held the group."""
+HELD_LIMIT = 0.15
+"""Share of a sample in which its thread neither computed nor waited."""
+SLOWER_LIMIT = 1.25
+"""Samples that take so many times as long as all before them have fallen behind, where nothing shows the clocks."""
+CLOCK_LIMIT = 0.1
+"""Share by which two clocks may differ on how long a sample took."""
+_LEAST_HALF = 2
+"""Fewest samples on each side of a fall."""
+_LEAST_HELD_NS, _LEAST_CLOCK_S = 5_000_000, 0.02
+"""Less than that is a hiccup, however short the sample."""
+
+
+@dataclass(frozen=True)
+class Fairness:
+    """The verdict on a row.
+
+    Attributes:
+        verdict: One of VERDICTS.
+        reason: Why it is not `fair`; None where it is.
+        process: The first process that it holds of, counted from 1 in the order of the row; None where that is not
+            known, or it holds of the whole row.
+        from_s: Second of that process since which it does.
+    """
+
+    verdict: str
+    reason: str | None = None
+    process: int | None = None
+    from_s: float | None = None
+
+    @property
+    def text(self) -> str:
+        """For a table: the verdict, and since when."""
+        since = "" if self.from_s is None else f" from second {self.from_s:.1f}"
+        return self.verdict + since + (f" of process {self.process}" if self.process else "")
+
+
+def fairness(record: BenchRecord) -> Fairness:
+    """The verdict on a row: throttled before disturbed, and both before whatever is not known."""
+    found = unfair(record)
+    if found is not None:
+        return found
+    others = stealing(record) or crowding(record)
+    if others:
+        return Fairness(DISTURBED, others)
+    why = _unknown(record)
+    return Fairness(NOT_KNOWN, why) if why else Fairness(FAIR)
+
+
+def unfair(record: BenchRecord) -> Fairness | None:
+    """Why a row's times tell of the device's state and not of the file; None where nothing says so."""
+    return next((found for judge in _JUDGES if (found := judge(record)) is not None), None)
+
+
+def has_speed(record: BenchRecord) -> bool:
+    """Whether its times say how fast the file is: not of failed rows, of degenerate text, by an emulator's clock, or
+    under conditions that were not fair."""
+    measured = record.ok and not record.void and record.kind != EMULATED and bool(record.samples_ns)
+    return measured and unfair(record) is None
+
+
+def noise(record: BenchRecord, *, wall: bool = True) -> str | None:
+    """Why its times tell more of the machine than of the file; None where they tell of the file.
+
+    Args:
+        record: The row.
+        wall: Whether the times are the clock's on the wall; else they are the processor's.
+    """
+    found = unfair(record)
+    if found is not None:
+        return f"{found.text}: {found.reason}"
+    return stealing(record) or (crowding(record) if wall else None)
+
+
+def _watched(record: BenchRecord) -> Iterator[tuple[int, Conditions]]:
+    """Processes that somebody looked at, counted from 1."""
+    yield from ((i, one) for i, one in enumerate(record.conditions, 1) if one is not None)
+
+
+@dataclass(frozen=True)
+class _Threshold:
+    """A series of which no value may be beyond a limit.
+
+    Attributes:
+        series: Its name.
+        beyond: Whether a value is.
+        worst: Of several values.
+        reason: What that was, of the worst.
+        verdict: On the row.
+    """
+
+    series: str
+    beyond: Callable[[Any], bool]
+    worst: Callable[..., Any]
+    reason: Callable[[Any], str]
+    verdict: str = THROTTLED
+
+    def __call__(self, record: BenchRecord) -> Fairness | None:
+        first: tuple[int, float] | None = None
+        values = []
+        for process, conditions in _watched(record):
+            told = [(at, value) for at, value in conditions.told(self.series) if self.beyond(value)]
+            first = first or ((process, told[0][0]) if told else None)
+            values += [value for _, value in told]
+        return Fairness(self.verdict, self.reason(self.worst(values)), *first) if first else None
+
+
+def _capped_around(record: BenchRecord) -> Fairness | None:
+    """By looks before and after each process, where nobody looked during it or the cap was gone by then."""
+    low = [cap for cap in record.clock_caps if cap is not None and cap < 1 - CAP_LIMIT]
+    if not low:
+        return None
+    return Fairness(
+        THROTTLED,
+        f"{len(low)} of {len(record.clock_caps)} processes ran with clocks capped by more than {CAP_LIMIT:.0%}, "
+        f"down to {min(low):.0%} of the highest",
+    )
+
+
+def _held(record: BenchRecord) -> Fairness | None:
+    """A thread that something stopped again and again, as cpulimit does, or a quota that nobody may see."""
+    samples = list(zip(record.rounds, record.samples_ns, record.held_samples_ns, strict=False))
+    shares = [(held or 0) / ns - _stolen(record, process) for process, ns, held in samples]
+    beyond = [
+        place
+        for place, (_, _, held) in enumerate(samples)
+        if held is not None and held > _LEAST_HELD_NS and shares[place] > HELD_LIMIT
+    ]
+    if not beyond:
+        return None
+    most = max(shares[place] for place in beyond)
+    why = f"something stopped it for up to {most:.0%} of a sample, and no other program had its cores"
+    return Fairness(THROTTLED, why, *_place(record, beyond[0]))
+
+
+def _fell_behind(record: BenchRecord) -> Fairness | None:
+    """Where nothing shows the clocks: samples that all take longer than all before them did."""
+    if _shows_caps(record) or not any(_watched(record)) or stealing(record) or crowding(record):
+        return None
+    known = len(record.waited_samples_ns) == len(record.samples_ns)
+    waited = record.waited_samples_ns if known else (0,) * len(record.samples_ns)
+    times = [max(1.0, ns - w / record.n_threads) for ns, w in zip(record.samples_ns, waited, strict=True)]
+    slowest_before = list(accumulate(times, max))
+    fastest_after = list(accumulate(reversed(times), min))[::-1]
+    for first in range(_LEAST_HALF, len(times) - _LEAST_HALF + 1):
+        if fastest_after[first] > SLOWER_LIMIT * slowest_before[first - 1]:
+            times_as_long = statistics.median(times[first:]) / statistics.median(times[:first])
+            why = f"samples took {times_as_long:.2f} times as long from then on, and nothing shows the clocks"
+            return Fairness(THROTTLED, why, *_place(record, first))
+    return None
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A state that was not the same in all of the run: with whatever changes it, the speed does."""
+
+    series: str
+    reason: str
+
+    def __call__(self, record: BenchRecord) -> Fairness | None:
+        states = [
+            (process, at, value) for process, one in _watched(record) for at, value in one.told(self.series)
+        ]
+        for process, at, value in states:
+            if value != states[0][2]:
+                return Fairness(DISTURBED, self.reason, process, at)
+        return None
+
+
+def _clock(record: BenchRecord) -> Fairness | None:
+    """A sample that took another time by the clock that goes on while the machine sleeps."""
+    for place, (ns, span) in enumerate(zip(record.samples_ns, _spans(record), strict=True)):
+        if span is None:
+            continue
+        seconds, other = ns / 1e9, span[1] - span[0]
+        if abs(other - seconds) > max(CLOCK_LIMIT * seconds, _LEAST_CLOCK_S):
+            why = f"a clock went wrong: a sample took {seconds:.2f} s by one and {other:.2f} s by another"
+            return Fairness(DISTURBED, why, *_place(record, place))
+    return None
+
+
+_JUDGES: tuple[Callable[[BenchRecord], Fairness | None], ...] = (
+    _Threshold(
+        "caps",
+        lambda cap: cap < 1 - CAP_LIMIT,
+        min,
+        lambda cap: f"clocks were capped at {cap:.0%} of the highest",
+    ),
+    _capped_around,
+    _Threshold(
+        "thermal_status", lambda status: status > 0, max, lambda s: f"the system's thermal status was {s}"
+    ),
+    _Threshold(
+        "held_share",
+        lambda share: share > QUOTA_LIMIT,
+        max,
+        lambda share: f"a quota of its control group held it for up to {share:.0%} of the time",
+    ),
+    _held,
+    _fell_behind,
+    _Threshold("low_power", lambda on: on, max, lambda _: "the system saved power", DISTURBED),
+    _Change("low_power", "the system began or ceased to save power"),
+    _Change("charging", "power from outside came or went"),
+    _Change("screen_on", "the screen went on or off"),
+    _clock,
+)
+"""What can be unfair, the likeliest cause of a lower speed first."""
+
+
+def _unknown(record: BenchRecord) -> str | None:
+    """Why nothing can be said of a row; None where enough was seen to call it fair."""
+    if not record.samples_ns:
+        return "there are no samples"
+    watched = [one for _, one in _watched(record)]
+    if len(watched) < len(set(record.rounds)):
+        return "nobody looked at the machine during the run"
+    blind = next((one for one in watched if not one.at_s), None)
+    if blind is not None:
+        return next(iter(blind.hidden.values()), "no look was taken")
+    if _shows_caps(record):
+        return None
+    hidden = watched[0].hidden.get("caps", "not every look showed the clocks")
+    if len(record.samples_ns) < 2 * _LEAST_HALF:
+        return f"{hidden}, and {len(record.samples_ns)} samples are too few to show a fall"
+    seen = any(held is not None for held in record.held_samples_ns) or all(one.held_share for one in watched)
+    return None if seen else f"{hidden}, and nothing tells what keeps a process from running"
+
+
+def _shows_caps(record: BenchRecord) -> bool:
+    watched = [one for _, one in _watched(record)]
+    return bool(watched) and all(one.told("caps") for one in watched)
+
+
+def _spans(record: BenchRecord) -> list[tuple[float, float] | None]:
+    """When each sample began and ended, seconds of its process; None where that is not known."""
+    left = [iter(one.samples_s if one else ()) for one in record.conditions]
+    return [next(left[process], None) if process < len(left) else None for process in record.rounds]
+
+
+def _place(record: BenchRecord, place: int) -> tuple[int, float | None]:
+    """Process of a sample, counted from 1, and its second in that."""
+    span = _spans(record)[place]
+    return record.rounds[place] + 1, None if span is None else max(0.0, span[0])
+
+
+def _stolen(record: BenchRecord, process: int) -> float:
+    """Cores that the host of a virtual machine took away while a process ran."""
+    known = record.contention[process] if process < len(record.contention) else None
+    return known.stolen_cores if known else 0.0

@@ -1,0 +1,79 @@
+"""The script that measures on another machine, in every shell that is installed here."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.targets.far_scripts import LOOKS_FOLLOW, RUN
+
+SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.which(name)]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="POSIX shells")
+
+
+def start(shell: str, folder: Path, *program: str) -> subprocess.Popen[str]:
+    words = ["busybox", "sh"] if shell == "busybox" else [shell]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*words, "-c", RUN, "phoneready", str(folder), *program], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):  # it may end at any time
+        return process.cmdline()
+    return []
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_programs_output_and_status_and_then_the_looks(shell: str, tmp_path: Path) -> None:
+    folder = tmp_path / "it's a $(folder)"
+    folder.mkdir()
+    with start(shell, folder, "sh", "-c", 'cat; sleep 1; printf "{}"; exit 7') as process:
+        assert process.stdin is not None
+        process.stdin.write('{"a": "b\\\\n"}\n')
+        process.stdin.flush()
+        assert process.stdout is not None
+        output = process.stdout.read()
+        assert process.wait() == 7
+    answer, _, looks = output.partition(f"\n{LOOKS_FOLLOW}\n")
+    assert answer == '{"a": "b\\\\n"}\n{}'
+    assert len(conditions_of(looks).at_s) >= 2
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path) -> None:
+    with start(shell, tmp_path, "sleep", "600") as process:
+        assert process.stdin is not None
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        family = psutil.Process(process.pid)
+        deadline = time.monotonic() + 60
+        while not any("600" in words_of(child) for child in family.children(recursive=True)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        children = family.children(recursive=True)
+        for pipe in (process.stdout, process.stderr, process.stdin):
+            assert pipe is not None
+            pipe.close()
+        process.wait(60)
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_may_be_written_there_are_no_looks(tmp_path: Path) -> None:
+    with start("sh", tmp_path / "nowhere", "cat") as process:
+        assert process.stdin is not None
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert process.stdout is not None
+        output = process.stdout.read()
+    assert output == f"{{}}\n\n{LOOKS_FOLLOW}\n"

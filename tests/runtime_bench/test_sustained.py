@@ -1,0 +1,105 @@
+"""Generation that goes on for a given time: one process, every sample, and how the speed holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfsp.errors import InputError
+from cfsp.units import parse_seconds
+from phoneready.report.sustained_plot import sustained_figure
+from runtime_bench.measuring.measure import run_bench
+from runtime_bench.presentation.record_table import format_table, record_table
+from runtime_bench.records.compare import compare_records
+from runtime_bench.records.conditions import Conditions
+from runtime_bench.records.jsonl import record_from_json, record_to_json
+from runtime_bench.records.sustained import curve, first_minute_ts, last_third_ts
+from runtime_bench.workload import BenchSettings, Workload, workloads_of
+
+SUSTAINED = Workload("tg", n_gen=100, regime="sustained")
+ONE = {"regime": "sustained", "sustained_s": 180.0, "sequence": (0,) * 9}
+# Six samples at 10 t/s and three at 5.
+SLOWING = (10 * 10**9,) * 6 + (20 * 10**9,) * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10m", 600.0), ("90 s", 90.0), ("45", 45.0), ("1.5h", 5400.0), ("2 min", 120.0)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_seconds(text, "--sustained") == seconds
+
+
+def test_times_that_are_none() -> None:
+    for text in ("", "ten", "10 d", "-5m", "1m30s"):
+        with pytest.raises(InputError, match="--sustained: not understood"):
+            parse_seconds(text, "--sustained")
+
+
+def test_it_is_a_regime_of_generation_alone() -> None:
+    settings = BenchSettings(sustained_s=600.0, start=(8,))
+    names = [row.test for row in workloads_of(settings)]
+    assert names == ["load", "pp512", "tg128", "ttft128", "start8", "tg128 @ sustained"]
+    with pytest.raises(InputError, match="--sustained TIME"):
+        workloads_of(replace(settings, sustained_s=0.0, regimes=("sustained",)))
+
+
+def test_one_process_generates_until_the_time_is_over(tiny_gguf: Callable[..., Path]) -> None:
+    pytest.importorskip("llama_cpp")
+    settings = BenchSettings(
+        check_text=False, n_prompt=(), n_gen=(16,), ttft=(), load=False, n_threads=(1,), sustained_s=1.5,
+        repetitions=1, spread_limit=1.001,
+    )  # fmt: skip
+    _, record = run_bench([tiny_gguf(hidden_size=256, head_dim=64)], settings)
+    assert record.failure is None
+    assert set(record.rounds) == {0}
+    assert len(record.samples_ns) == record.samples_per_process > 5
+    assert record.quarantined_ns == ()
+    seconds = [second for second, _ in curve(record)]
+    assert seconds == sorted(seconds)
+    assert 1.0 < seconds[-1] < 1.5
+    assert record_from_json(record_to_json(record), where="here") == record
+
+
+def test_minute_one_and_the_last_third(make_record: Any) -> None:
+    record = make_record(SUSTAINED, samples_ns=SLOWING, samples_per_process=9, **ONE)
+    assert [second for second, _ in curve(record)] == [0, 10, 20, 30, 40, 50, 60, 80, 100]
+    assert first_minute_ts(record) == pytest.approx(10.0)
+    assert last_third_ts(record) == pytest.approx(5.0)
+    row = record_table([make_record(), record]).objects()[1]
+    assert (row["minute 1"], row["last third"]) == ("10.00", "5.00")
+    assert "minute 1" not in format_table([make_record()])
+    assert (curve(make_record()), first_minute_ts(make_record()), last_third_ts(make_record())) == (
+        (),
+        None,
+        None,
+    )
+
+
+def test_the_machines_clock_says_when_samples_began(make_record: Any) -> None:
+    spans = tuple((30.0 * i + 2, 30.0 * i + 12) for i in range(9))
+    seen = Conditions((0.0, 300.0), spans, hottest_c=(40.0, 80.0), clocks=(1.0, 0.5))
+    record = make_record(SUSTAINED, samples_ns=SLOWING, conditions=(seen,), **ONE)
+    assert [second for second, _ in curve(record)] == [30.0 * i for i in range(9)]
+
+
+def test_other_times_are_not_compared(make_record: Any) -> None:
+    record = make_record(SUSTAINED, samples_ns=SLOWING, **ONE)
+    with pytest.raises(InputError, match=r"sustained_s 180.0 and 600.0"):
+        compare_records(record, replace(record, sustained_s=600.0))
+
+
+def test_the_plot_has_speed_heat_and_clocks(make_record: Any) -> None:
+    seen = Conditions((0.0, 60.0, 120.0), hottest_c=(40.0, None, 80.0), clocks=(1.0, 1.0, 0.5))
+    record = make_record(SUSTAINED, samples_ns=SLOWING, conditions=(seen,), **ONE)
+    assert sustained_figure([make_record()], {}) is None
+    figure = sustained_figure([make_record(), record], {record.model_filename: "a<b>.gguf"})
+    assert figure is not None
+    speed, heat, clock = figure["data"]
+    assert (speed["x"][-1], speed["y"][0], speed["y"][-1]) == (pytest.approx(100 / 60), 10.0, 5.0)
+    assert (heat["x"], heat["y"], heat["yaxis"]) == ([0.0, 2.0], [40.0, 80.0], "y2")
+    assert clock["y"] == [100.0, 100.0, 50.0]
+    assert "<b>" not in speed["name"]
