@@ -38,7 +38,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "ig-lora": Method(adapter=True, by_importance=True, learning_rate=1e-3),
         "lora": Method(adapter=True, by_importance=False, learning_rate=1e-3),
         "full": Method(adapter=False, by_importance=False, learning_rate=2e-4, distill_rate=5e-5),
-        "scales": Method(adapter=False, by_importance=False, learning_rate=1e-3, through_rounding=True),
+        "scales": Method(adapter=False, by_importance=False, learning_rate=5e-4, through_rounding=True),
     }
 )
 AUTO = "auto"
@@ -95,7 +95,7 @@ class Training(Settings):
         choices=CHAT_LABELS,
     )
     learning_rate: float | None = setting(
-        None, "Peak.", gt=0, shown="1e-3 for adapters; for full 2e-4, distilled 5e-5", example=1e-3
+        None, "Peak.", gt=0, shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5", example=1e-3
     )
     max_tokens: int | None = setting(
         None,
