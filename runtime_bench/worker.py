@@ -167,7 +167,8 @@ def measure(request: WorkerRequest) -> WorkerResult:
             peak_rss_bytes=peak_rss_bytes(),
             cpu_ns=[one.cpu_ns for one in samples],
             waited_ns=[one.waited_ns for one in samples if one.waited_ns is not None],
-            held_ns=[one.held_ns for one in samples],
+            # Without what threads waited, null would say that they waited for the disk.
+            held_ns=[one.held_ns for one in samples if one.waited_ns is not None],
             spans_ns=[one.span_ns for one in samples if one.span_ns is not None],
         )
     finally:

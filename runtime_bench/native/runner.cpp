@@ -554,15 +554,15 @@ void sample(const std::function<void()> & work, Samples & samples) {
     samples.samples_ns.push_back(wall);
     samples.cpu_ns.push_back(cpu_spent);
     const auto waited_then = waited_ns();
-    json held = nullptr;
     if (waited >= 0 && waited_then >= 0) {
         const auto waited_more = std::max<int64_t>(0, waited_then - waited);
         samples.waited_ns.push_back(waited_more);
+        json held = nullptr;
         if (major_faults() == faults) {
             held = std::max<int64_t>(0, wall - own_spent - waited_more);
         }
+        samples.held_ns.push_back(held);
     }
-    samples.held_ns.push_back(held);
 }
 
 struct Request {

@@ -300,9 +300,10 @@ def _outcome(
 
 def _basis(sides: Mapping[str, BenchRecord]) -> str:
     """Processor time where other programs held up one of several single threads: the clock on the wall then tells more
-    of them than of the file. Several threads spend it in waiting for each other, too."""
+    of them than of the file. Several threads spend it in waiting for each other, too, and where another chip computes
+    it tells of next to nothing."""
     records = sides.values()
-    usable = all(one.n_threads == 1 and has_cpu_times(one) for one in records)
+    usable = all(one.n_threads == 1 and one.on_processor and has_cpu_times(one) for one in records)
     return "cpu" if usable and any(map(crowding, records)) else "wall"
 
 
