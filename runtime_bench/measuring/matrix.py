@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfsp.progress import Progress, no_progress
 from runtime_bench.engines import check_cache
-from runtime_bench.measuring.measure import run_bench
+from runtime_bench.measuring.measure import check_target, run_bench
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import Target
 from runtime_bench.targets.remote import Remote
@@ -47,6 +47,7 @@ def run_matrix(
         InputError: As `run_bench` does.
     """
     for target in targets:
+        check_target(settings, target)
         for path in (*files, *([anchor] if anchor else [])):
             name = engine or target.default_engine(path)
             target.require(name)
