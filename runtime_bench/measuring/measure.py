@@ -71,11 +71,7 @@ def run_bench(
     workloads = workloads_of(settings)
     _check_files(files, anchor)
     files = [*files, anchor] if anchor else files
-    engines = tuple(engine or target.default_engine(path) for path in files)
-    for name in engines:
-        target.require(name)
-        check_cache(name, settings.cache_type)
-    check_target(settings, target)
+    engines = engines_on(target, files, settings, engine)
     for name, path in zip(engines, files, strict=True):
         prepare_cache(name, path, settings.cache_type)
     measured = _measured_files(files, engines, settings)
@@ -208,7 +204,24 @@ def _for_so_long(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
     return result
 
 
-def check_target(settings: BenchSettings, target: Target) -> None:
+def engines_on(
+    target: Target, files: Sequence[Path], settings: BenchSettings, engine: str | None = None
+) -> tuple[str, ...]:
+    """The engine of each file on a target, checked before anything is measured.
+
+    Raises:
+        InputError: Something that is asked for cannot be there.
+        PhonereadyError: An engine is not installed, or never runs there.
+    """
+    engines = tuple(engine or target.default_engine(path) for path in files)
+    for name in engines:
+        target.require(name)
+        check_cache(name, settings.cache_type)
+    _check_target(settings, target)
+    return engines
+
+
+def _check_target(settings: BenchSettings, target: Target) -> None:
     """Refuse what a target cannot do; one of an earlier version may lack what `Target` has got since.
 
     Raises:
