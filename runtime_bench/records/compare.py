@@ -223,7 +223,6 @@ def compare_records(
     noisy = _noise(sides, basis, interval)
     verdict, reason = _outcome(_reason(sides), noisy, interval, settings.threshold)
     shown = None if noisy else interval
-    # Longer than others by the record's fields, one a line.
     return Comparison(
         kind=base.kind,
         target=", ".join(dict.fromkeys((base.target, new.target))),
