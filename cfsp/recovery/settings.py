@@ -95,7 +95,11 @@ class Training(Settings):
         choices=CHAT_LABELS,
     )
     learning_rate: float | None = setting(
-        None, "Peak.", gt=0, shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5", example=1e-3
+        None,
+        "Peak.",
+        gt=0,
+        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5",
+        example=1e-3,
     )
     max_tokens: int | None = setting(
         None,
