@@ -41,7 +41,7 @@ _STEP_S = 3e-3
 _READ_FASTER = 4.0
 """How much less of a file with few bits is read for a token."""
 _ROUNDED_DISK = 9
-"""Bytes of a weight on disk while a file to train through is made: the checkpoint, and files of floats and of few bits."""
+"""Bytes of a weight on disk while a file to train through is made: the checkpoint, files of floats and of few bits."""
 _FLOATS, _FEW, _TEXTS = 32.0, 8.0, 64
 """Bits of a weight in a file of floats, and at most in one of few bits; texts that are written beside each other."""
 
