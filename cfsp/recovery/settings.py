@@ -74,8 +74,8 @@ class Training(Settings):
     )
     for_quant: str | None = setting(
         None,
-        "Train what a GGUF file of this quantization leaves open, through its rounding: export writes its numbers.",
-        metavar="QUANT",
+        "Train what a file of this format leaves open, through its rounding: export writes its numbers.",
+        metavar="FORMAT",
     )
     rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
     alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)

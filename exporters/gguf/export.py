@@ -62,7 +62,7 @@ def export_gguf(
         LimitError: A file is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
         MissingExtraError: llama-cpp-python is not installed.
     """
-    rows = find_rows(quants, settings)
+    rows = find_rows(checkpoint, quants, settings)
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
