@@ -100,9 +100,8 @@ def run_release(
     check_extras(config)
     check_directions(config.budgets)
     baseline = load_baseline(config)
-    if (
-        config.stores is not None
-    ):  # a class of devices that nothing fits is told before the first hour of work
+    if config.stores is not None:
+        # A class of devices that nothing fits is told before the first hour of work.
         choose_tiers(config.stores, config.tiers)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)

@@ -89,6 +89,8 @@ class WorkerResult:
             disk, and it waited for them; empty where nothing tells.
         spans_ns: When each sample began and ended, nanoseconds since the machine was started, by a clock that goes on
             while the machine sleeps; empty where there is none.
+        lasted_ns: How long samples were taken, from before the first one to the end of the last one; None where the
+            opening of the file was the sample.
         conditions: What the machine went through meanwhile.
     """
 
@@ -107,6 +109,7 @@ class WorkerResult:
     contention: Contention | None = None
     held_ns: list[int | None] = field(default_factory=list)
     spans_ns: list[tuple[int, int]] = field(default_factory=list)
+    lasted_ns: int | None = None
     conditions: Conditions | None = None
 
 
@@ -154,10 +157,13 @@ def measure(request: WorkerRequest) -> WorkerResult:
     load_ns = time.perf_counter_ns() - start
     try:
         work = work_of(session, request)
-        samples = [] if work is None else _timed(session, request, work)
+        samples, lasted_ns = ([], None) if work is None else _timed(session, request, work)
         whole = with_opening(request, load_ns, [one.wall_ns for one in samples])
         if request.workload.opens:
-            samples = []  # the clocks beside the wall's were not read while the file was opened
+            samples, lasted_ns = (
+                [],
+                None,
+            )  # the clocks beside the wall's were not read while the file was opened
         return WorkerResult(
             samples_ns=whole,
             load_ns=load_ns,
@@ -167,8 +173,10 @@ def measure(request: WorkerRequest) -> WorkerResult:
             peak_rss_bytes=peak_rss_bytes(),
             cpu_ns=[one.cpu_ns for one in samples],
             waited_ns=[one.waited_ns for one in samples if one.waited_ns is not None],
-            held_ns=[one.held_ns for one in samples],
+            # Without what threads waited, null would say that they waited for the disk.
+            held_ns=[one.held_ns for one in samples if one.waited_ns is not None],
             spans_ns=[one.span_ns for one in samples if one.span_ns is not None],
+            lasted_ns=lasted_ns,
         )
     finally:
         session.close()
@@ -234,21 +242,21 @@ def warmup_of(work: Work) -> Work:
     return work if isinstance(work, str) else work[:1]
 
 
-def _timed(session: Session, request: WorkerRequest, work: Work) -> list[Sample]:
+def _timed(session: Session, request: WorkerRequest, work: Work) -> tuple[list[Sample], int]:
+    """The samples, and for how long they were taken."""
     samples: list[Sample] = []
     if request.warmup:
         session.clear()
         _do(session, request, warmup_of(work))
     depth = request.workload.n_depth
-    began = time.perf_counter()
-    while len(samples) < request.samples or (
-        time.perf_counter() - began < request.seconds and len(samples) < MOST_SAMPLES
-    ):
+    began, passed = time.perf_counter_ns(), 0
+    while len(samples) < request.samples or (passed < request.seconds * 1e9 and len(samples) < MOST_SAMPLES):
         session.clear()
         if depth:
             session.decode(random_tokens(session, request, depth))
         samples.append(_sample(lambda: _do(session, request, work)))
-    return samples
+        passed = time.perf_counter_ns() - began
+    return samples, passed
 
 
 @dataclass(frozen=True)

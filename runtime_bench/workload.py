@@ -108,7 +108,9 @@ REGIMES = MappingProxyType(
             page_cache="cold",
             warmup=False,
         ),
-        "warm": Regime("three samples or more in one process, warmed up", least_samples=3),
+        "warm": Regime(
+            "three samples or more in each process, warmed up, so that a verdict needs -r 15", least_samples=3
+        ),
         SUSTAINED: Regime("generation for as long as --sustained says, in one process", lasting=True),
     }
 )
@@ -264,15 +266,34 @@ def workloads_of(settings: BenchSettings) -> tuple[Workload, ...]:
     """The workloads of a session, each once, regime by regime in the order of the table: load, pp, tg, ttft, start.
 
     Raises:
-        InputError: The settings leave nothing to measure.
+        InputError: The settings leave nothing to measure, or one of them would have no effect.
     """
     regimes = settings.regimes + ((SUSTAINED,) if settings.sustained_s else ())
-    if SUSTAINED in settings.regimes and not settings.sustained_s:
-        raise InputError("no time is given", field="--regime", value=SUSTAINED, allowed="--sustained TIME")
+    _check_effects(settings)
     rows = [row for regime in regimes for row in _in_regime(settings, regime)]
     if not rows:
         raise InputError("nothing to measure", allowed="a size in n_prompt, n_gen, ttft or start, or load")
     return tuple(dict.fromkeys(rows))
+
+
+def _check_effects(settings: BenchSettings) -> None:
+    """Refuse settings that have no effect without another one."""
+    warm = [name for name in settings.regimes if REGIMES[name].least_samples > 1]
+    no_time = "nothing is waited for without a time"
+    without = (
+        (SUSTAINED in settings.regimes and not settings.sustained_s, "no time is given", "--regime", SUSTAINED,
+         "--sustained TIME"),
+        (bool(settings.sustained_s) and not any(settings.n_gen), "nothing is generated", "--sustained",
+         settings.sustained_s, "with it a size in --n-gen"),
+        (bool(warm) and not settings.warmup, "nothing is warmed up", "--regime", ", ".join(warm),
+         "without --no-warmup"),
+        (settings.unplugged and not settings.wait_nominal_s, no_time, "--unplugged", True, "--wait-nominal SECONDS"),
+        (settings.nominal_c != BenchSettings.nominal_c and not settings.wait_nominal_s, no_time, "--nominal-c",
+         settings.nominal_c, "--wait-nominal SECONDS"),
+    )  # fmt: skip
+    for found, problem, option, value, allowed in without:
+        if found:
+            raise InputError(problem, field=option, value=value, allowed=allowed)
 
 
 def _in_regime(settings: BenchSettings, regime: str) -> Iterator[Workload]:

@@ -17,7 +17,7 @@ THERMAL_STATUSES = ("none", "light", "moderate", "severe", "critical", "emergenc
 COLDEST_C, HOTTEST_C = -40.0, 150.0
 """Sensors that are not connected report values far outside."""
 
-_LINE = re.compile(r"^[ \t]*([A-Za-z][\w .]*?)[ \t]*[:=][ \t]*(.*?)[ \t]*$", re.MULTILINE | re.ASCII)
+_NAME = re.compile(r"[A-Za-z][\w .]*", re.ASCII)
 _TRUTH = MappingProxyType({"true": True, "false": False})
 _SWITCH = MappingProxyType({"1": True, "0": False, "null": False})
 """Of the settings: one that was never set is off, as the system itself takes it."""
@@ -128,8 +128,10 @@ def _facts(text: str) -> Mapping[str, str]:
     """`name: value` and `name=value` of whole lines, in lower case; of several of a name the first, which is the
     service's own: what vendors append comes later."""
     facts: dict[str, str] = {}
-    for name, value in _LINE.findall(text):
-        facts.setdefault(name.lower(), value.lower())
+    for line in text.split("\n"):
+        name, *value = (part.strip().lower() for part in re.split("[:=]", line, maxsplit=1))
+        if value and _NAME.fullmatch(name):
+            facts.setdefault(name, value[0])
     return facts
 
 

@@ -13,11 +13,11 @@ from runtime_bench.conditions import android
 from runtime_bench.conditions.android import COLDEST_C, HOTTEST_C, Reader, Reading
 from runtime_bench.conditions.script import ASKED, LOOK_BEGINS
 from runtime_bench.records.conditions import SERIES, Conditions, nothing_known
+from runtime_bench.records.contention import BUSY, STEAL
 
 NOT_LINUX = "this system has no /proc"
 _HZ = 100
 """Ticks a second of times in /proc, on every Linux that runs programs of today."""
-_BUSY, _STEAL = (0, 1, 2, 5, 6), 7
 _MOST_LOOKS = 9000
 """What a record holds; of more, one is taken for several."""
 _FAR_S = 5.0
@@ -76,19 +76,27 @@ def conditions_of(text: str, spans_ns: Sequence[tuple[int, int]] = (), why: str 
         return nothing_known(why or NOT_LINUX)
     at = [seconds for seconds, _ in timed]
     looks = [look for _, look in timed]
-    series: dict[str, tuple[Any, ...]] = {}
-    hidden: dict[str, str] = {}
-    for name in SERIES:
-        readings = list(_SERIES[name](looks, at))
-        values = tuple(reading.value for reading in readings)
-        known = any(value is not None for value in values)
-        series[name] = values if known else ()
-        if not known:
-            hidden[name] = next((reading.why for reading in readings if reading.why), "no look told it")
-    shifted = tuple((b / 1e9 - at[0], e / 1e9 - at[0]) for b, e in spans_ns)
-    near = all(b > -_FAR_S and e < at[-1] - at[0] + _FAR_S for b, e in shifted)
-    spans = tuple((round(b, 3), round(e, 3)) for b, e in shifted) if near else ()
-    return Conditions(tuple(round(s - at[0], 2) for s in at), spans, **series, hidden=hidden)
+    read = {name: list(_SERIES[name](looks, at)) for name in SERIES}
+    series = {name: _values(readings) for name, readings in read.items()}
+    hidden = {
+        name: next((one.why for one in readings if one.why), "no look told it")
+        for name, readings in read.items()
+        if not series[name]
+    }
+    return Conditions(tuple(round(s - at[0], 2) for s in at), _spans_s(spans_ns, at), **series, hidden=hidden)
+
+
+def _values(readings: Sequence[Reading[Any]]) -> tuple[Any, ...]:
+    """The values of a series; none where no look told one."""
+    values = tuple(reading.value for reading in readings)
+    return values if any(value is not None for value in values) else ()
+
+
+def _spans_s(spans_ns: Sequence[tuple[int, int]], at: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """When each sample began and ended, seconds after the first look; none where another clock was read."""
+    shifted = [(begin / 1e9 - at[0], end / 1e9 - at[0]) for begin, end in spans_ns]
+    near = all(begin > -_FAR_S and end < at[-1] - at[0] + _FAR_S for begin, end in shifted)
+    return tuple((round(begin, 3), round(end, 3)) for begin, end in shifted) if near else ()
 
 
 _Series = Callable[[Sequence[Look], Sequence[float]], Iterable[Reading[Any]]]
@@ -140,9 +148,8 @@ def _cores(look: Look) -> set[str] | None:
         return None
     cores: set[str] = set()
     for part in found[1].split(","):
-        first, _, last = part.partition("-")
-        if first.isdecimal() and (last or first).isdecimal() and int(last or first) < 4096:
-            cores |= {str(core) for core in range(int(first), int(last or first) + 1)}
+        if bounds := re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part, re.ASCII):
+            cores |= {str(core) for core in range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1)}
     return cores
 
 
@@ -171,9 +178,14 @@ def _zones(look: Look) -> Reading[float]:
 
 
 def _supplies(look: Look, name: str) -> dict[str, str]:
-    """A file of each power supply: folder -> text."""
-    paths = {path: PurePosixPath(path) for path in look.files if path.startswith("/sys/class/power_supply/")}
-    return {str(pure.parent): look.files[path].strip() for path, pure in paths.items() if pure.name == name}
+    """A file of each power supply of the machine itself, not of a mouse on it: folder -> text."""
+    paths = [PurePosixPath(path) for path in look.files if path.startswith("/sys/class/power_supply/")]
+    texts = {(str(path.parent), path.name): look.files[str(path)].strip() for path in paths}
+    return {
+        folder: text
+        for (folder, file), text in texts.items()
+        if file == name and texts.get((folder, "scope")) != "Device"
+    }
 
 
 def _batteries(look: Look) -> set[str]:
@@ -182,10 +194,11 @@ def _batteries(look: Look) -> set[str]:
 
 def _battery_percent(look: Look) -> Reading[float]:
     capacities = _supplies(look, "capacity")
-    values = [capacities[one] for one in _batteries(look) if capacities.get(one, "").isdecimal()]
-    if len(values) != 1 or int(values[0]) > 100:
+    values = [capacities[one] for one in _batteries(look) if one in capacities]
+    known = [int(text) for text in values if re.fullmatch(r"\d{1,3}", text, re.ASCII)]
+    if len(known) != 1 or known[0] > 100:
         return Reading(None, "no file shows one battery's charge")
-    return Reading(float(values[0]))
+    return Reading(float(known[0]))
 
 
 def _charging(look: Look) -> Reading[bool]:
@@ -235,7 +248,7 @@ def _others(before: Look, look: Look, seconds: float) -> Reading[float]:
         return Reading(None, "/proc/stat may not be read")
     if own[0] is None or own[1] is None:
         return Reading(None, "the process has ended, or may not be seen")
-    busy = sum(times[1][i] - times[0][i] for i in _BUSY)
+    busy = sum(times[1][i] - times[0][i] for i in BUSY)
     if busy < (own[1] - own[0]) / 2:
         return Reading(None, "/proc/stat does not count what runs")
     return Reading(round(max(0, busy - (own[1] - own[0])) / _HZ / seconds, 3))
@@ -245,7 +258,7 @@ def _stolen(before: Look, look: Look, seconds: float) -> Reading[float]:
     times = _cpu_times(before), _cpu_times(look)
     if not all(times):
         return Reading(None, "/proc/stat may not be read")
-    return Reading(round(max(0, times[1][_STEAL] - times[0][_STEAL]) / _HZ / seconds, 3))
+    return Reading(round(max(0, times[1][STEAL] - times[0][STEAL]) / _HZ / seconds, 3))
 
 
 def _held_s(look: Look) -> dict[str, float]:

@@ -18,7 +18,10 @@ _FREQUENT = 3600
 """Looks that are taken at INTERVAL_S; after half an hour they are taken more seldom, or nobody could carry them."""
 _LATE_S = 20
 
-_ONCE = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq /sys/class/power_supply/*/type"
+_ONCE = (
+    "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq "
+    "/sys/class/power_supply/*/type /sys/class/power_supply/*/scope"
+)
 _EVERY_TIME = (
     "/proc/uptime /proc/stat "
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_max_freq "

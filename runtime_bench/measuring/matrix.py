@@ -8,8 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cfsp.progress import Progress, no_progress
-from runtime_bench.engines import check_cache
-from runtime_bench.measuring.measure import run_bench
+from runtime_bench.measuring.measure import engines_on, run_bench
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import Target
 from runtime_bench.targets.remote import Remote
@@ -47,10 +46,7 @@ def run_matrix(
         InputError: As `run_bench` does.
     """
     for target in targets:
-        for path in (*files, *([anchor] if anchor else [])):
-            name = engine or target.default_engine(path)
-            target.require(name)
-            check_cache(name, settings.cache_type)
+        engines_on(target, [*files, *([anchor] if anchor else [])], settings, engine)
     lock = threading.Lock()
 
     def keep(record: BenchRecord) -> None:
@@ -66,18 +62,23 @@ def run_matrix(
         return run_bench(files, settings, told, engine=engine, target=target, anchor=anchor, on_record=keep)
 
     remotes = [target for target in targets if isinstance(target, Remote)]
-    by_target: dict[int, list[BenchRecord]] = {}
-    if remotes:
-        with ThreadPoolExecutor(len(remotes)) as pool:
-            futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
-            try:
-                by_target = {key: future.result() for key, future in futures.items()}
-            except BaseException:
-                # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it.
-                for remote in remotes:
-                    remote.stop()
-                raise
+    by_target = _beside_each_other(remotes, measure) if remotes else {}
     for target in targets:
         if id(target) not in by_target:
             by_target[id(target)] = measure(target)
     return [record for target in targets for record in by_target[id(target)]]
+
+
+def _beside_each_other(
+    remotes: Sequence[Remote], measure: Callable[[Target], list[BenchRecord]]
+) -> dict[int, list[BenchRecord]]:
+    """The records of other machines, which are measured at the same time, by `id` of the target."""
+    with ThreadPoolExecutor(len(remotes)) as pool:
+        futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
+        try:
+            return {key: future.result() for key, future in futures.items()}
+        except BaseException:
+            # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it.
+            for remote in remotes:
+                remote.stop()
+            raise

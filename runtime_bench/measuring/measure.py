@@ -27,6 +27,7 @@ from runtime_bench.measuring.rows import MeasuredFile, Row, Session, record_of, 
 from runtime_bench.measuring.text_check import TextCheck, check_text
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import LOCAL, Target
+from runtime_bench.targets.transport import StoppedError
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import REGIMES, BenchSettings, Workload, workloads_of
 
@@ -70,11 +71,7 @@ def run_bench(
     workloads = workloads_of(settings)
     _check_files(files, anchor)
     files = [*files, anchor] if anchor else files
-    engines = tuple(engine or target.default_engine(path) for path in files)
-    for name in engines:
-        target.require(name)
-        check_cache(name, settings.cache_type)
-    _check_regimes(settings, target)
+    engines = engines_on(target, files, settings, engine)
     for name, path in zip(engines, files, strict=True):
         prepare_cache(name, path, settings.cache_type)
     measured = _measured_files(files, engines, settings)
@@ -164,7 +161,7 @@ def _measure_once(session: Session, row: Row, samples: int, number: int) -> None
     if why is None:
         request = replace(row.request, samples=samples)
         timeout_s = session.settings.timeout_s + request.seconds
-        result = _as_asked(request, session.target.run(request, timeout_s))
+        result = _for_so_long(request, _as_asked(request, session.target.run(request, timeout_s)))
     else:
         result = WorkerResult(error=why)
     row.results.append(result)
@@ -178,6 +175,8 @@ def _not_ready(session: Session, row: Row) -> str | None:
     try:
         if REGIMES[row.request.workload.regime].pushed:
             session.target.forget(row.file.path)
+    except StoppedError:
+        raise
     except PhonereadyError as error:
         return f"no first run: {error}"
     return wait_nominal(session.target, session.settings) if session.settings.wait_nominal_s else None
@@ -192,9 +191,58 @@ def _as_asked(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
     return WorkerResult(error=f"a cache of {asked} was asked for, and {request.engine} had {found}")
 
 
-def _check_regimes(settings: BenchSettings, target: Target) -> None:
+def _for_so_long(request: WorkerRequest, result: WorkerResult) -> WorkerResult:
+    """The result; a failure where samples were to be taken for a time and were not."""
+    if result.error or not request.seconds:
+        return result
+    if result.lasted_ns is None:
+        return replace(result, error="what measures there takes samples by number, not for a given time")
+    if result.lasted_ns < request.seconds * 1e9:
+        taken = f"{len(result.samples_ns)} samples, which are all that a record holds"
+        why = f"{taken}, took {result.lasted_ns / 1e9:.1f} of {request.seconds:g} s: more tokens make longer ones"
+        return replace(result, error=why)
+    return result
+
+
+def engines_on(
+    target: Target, files: Sequence[Path], settings: BenchSettings, engine: str | None = None
+) -> tuple[str, ...]:
+    """The engine of each file on a target, checked before anything is measured.
+
+    Raises:
+        InputError: Something that is asked for cannot be there.
+        PhonereadyError: An engine is not installed, or never runs there.
+    """
+    engines = tuple(engine or target.default_engine(path) for path in files)
+    for name in engines:
+        target.require(name)
+        check_cache(name, settings.cache_type)
+    _check_target(settings, target)
+    return engines
+
+
+def _check_target(settings: BenchSettings, target: Target) -> None:
+    """Refuse what a target cannot do; one of an earlier version may lack what `Target` has got since.
+
+    Raises:
+        InputError: A regime that wants files pushed, a time that samples are taken for, or a wait until it is nominal.
+    """
+    if settings.sustained_s and not getattr(target, "lasts", True):
+        raise InputError(
+            f"{target.name} takes samples by number, not for a given time",
+            field="--sustained",
+            value=settings.sustained_s,
+            allowed="another place",
+        )
+    if settings.wait_nominal_s and not hasattr(target, "conditions"):
+        raise InputError(
+            f"nobody can look at {target.name}",
+            field="--wait-nominal",
+            value=settings.wait_nominal_s,
+            allowed="a target with `conditions`",
+        )
     pushed = [name for name in settings.regimes if REGIMES[name].pushed]
-    if pushed and not target.pushes:
+    if pushed and not getattr(target, "pushes", False):
         raise InputError(
             f"no file is pushed to {target.name}",
             field="--regime",

@@ -212,10 +212,16 @@ def _without_samples(session: Session, row: Row, environment: Environment) -> Be
 
 
 def shares(settings: BenchSettings, workload: Workload) -> list[int]:
-    """How many samples each round takes in its process; of what is not warm a process has one."""
-    if REGIMES[workload.regime].lasting:
+    """How many samples each round takes in its process; of what is not warm a process has one.
+
+    Where a regime wants several of each process, the last one takes as many as the others, though that makes more than
+    were asked for.
+    """
+    regime = REGIMES[workload.regime]
+    if regime.lasting:
         return [1]
-    most = max(settings.samples_per_process, REGIMES[workload.regime].least_samples)
-    if workload.opens or not REGIMES[workload.regime].warmup:
+    most = max(settings.samples_per_process, regime.least_samples)
+    if workload.opens or not regime.warmup:
         most = 1
-    return summary.portions(settings.repetitions, most)
+    portions = summary.portions(settings.repetitions, most)
+    return portions if regime.least_samples == 1 else [most] * len(portions)

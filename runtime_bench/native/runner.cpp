@@ -536,6 +536,7 @@ struct Samples {
     json waited_ns = json::array();
     json held_ns = json::array();
     json spans_ns = json::array();
+    json lasted_ns = nullptr;
 };
 
 // Do the work and time it; what takes long to look up is looked up before the clocks and after them.
@@ -554,22 +555,23 @@ void sample(const std::function<void()> & work, Samples & samples) {
     samples.samples_ns.push_back(wall);
     samples.cpu_ns.push_back(cpu_spent);
     const auto waited_then = waited_ns();
-    json held = nullptr;
     if (waited >= 0 && waited_then >= 0) {
         const auto waited_more = std::max<int64_t>(0, waited_then - waited);
         samples.waited_ns.push_back(waited_more);
+        json held = nullptr;
         if (major_faults() == faults) {
             held = std::max<int64_t>(0, wall - own_spent - waited_more);
         }
+        samples.held_ns.push_back(held);
     }
-    samples.held_ns.push_back(held);
 }
 
 struct Request {
     explicit Request(const json & payload)
         : path(payload.at("path").get<std::string>()), settings(payload.at("session")),
           seed(payload.value("seed", uint64_t{0})), samples(payload.value("samples", size_t{1})),
-          warmup(payload.value("warmup", true)), seconds(payload.value("seconds", 0.0)), page_cache(payload.value("page_cache", std::string("as_found"))) {
+          warmup(payload.value("warmup", true)), seconds(payload.value("seconds", 0.0)),
+          page_cache(payload.value("page_cache", std::string("as_found"))) {
         const auto engine = payload.value("engine", std::string("llama.cpp"));
         if (engine != "llama.cpp") {
             throw Failure("the runner has no engine " + engine);
@@ -604,9 +606,10 @@ Samples timed(Session & session, const Request & request, const Work & work, con
         warmup();
     }
     const auto began = Clock::now();
+    int64_t passed = 0;
     const auto goes_on = [&](size_t taken) {
-        const auto passed = static_cast<double>(nanoseconds_since(began)) / 1e9;
-        return taken < request.samples || (passed < request.seconds && taken < kMostSamples);
+        return taken < request.samples ||
+               (static_cast<double>(passed) < request.seconds * 1e9 && taken < kMostSamples);
     };
     while (goes_on(samples.samples_ns.size())) {
         session.clear();
@@ -614,7 +617,9 @@ Samples timed(Session & session, const Request & request, const Work & work, con
             session.decode(session.random_tokens(request.seed, request.n_depth));
         }
         sample(work, samples);
+        passed = nanoseconds_since(began);
     }
+    samples.lasted_ns = passed;
     return samples;
 }
 
@@ -709,7 +714,7 @@ json empty_result() {
             {"baseline_rss_bytes", nullptr}, {"peak_rss_bytes", nullptr}, {"facts", nullptr},
             {"error", nullptr},            {"memory_verdict", nullptr}, {"reread_bytes", nullptr},
             {"cpu_ns", json::array()},     {"waited_ns", json::array()}, {"held_ns", json::array()},
-            {"spans_ns", json::array()}};
+            {"spans_ns", json::array()},   {"lasted_ns", nullptr}};
 }
 
 json measure(const Request & request) {
@@ -733,6 +738,7 @@ json measure(const Request & request) {
     result["waited_ns"] = samples.waited_ns;
     result["held_ns"] = samples.held_ns;
     result["spans_ns"] = samples.spans_ns;
+    result["lasted_ns"] = samples.lasted_ns;
     result["facts"] = session.facts();
     result["peak_rss_bytes"] = status_bytes("VmHWM");
     return result;

@@ -217,6 +217,12 @@ class BenchRecord:
         return self.engine_settings.quantized_cache
 
     @property
+    def on_processor(self) -> bool:
+        """Whether the processor computed; rows whose engine does not say are taken to be the processor's. The threads
+        that wait for another chip neither compute nor want a core, and their times tell nothing of it."""
+        return self.backends is None or self.backends in _PROCESSOR
+
+    @property
     def fallback(self) -> str | None:
         """What was asked to compute and did not; None where it did, or where nothing was asked for."""
         asked = self.engine_settings.asked_backend

@@ -223,7 +223,6 @@ def compare_records(
     noisy = _noise(sides, basis, interval)
     verdict, reason = _outcome(_reason(sides), noisy, interval, settings.threshold)
     shown = None if noisy else interval
-    # Longer than others by the record's fields, one a line.
     return Comparison(
         kind=base.kind,
         target=", ".join(dict.fromkeys((base.target, new.target))),
@@ -300,9 +299,10 @@ def _outcome(
 
 def _basis(sides: Mapping[str, BenchRecord]) -> str:
     """Processor time where other programs held up one of several single threads: the clock on the wall then tells more
-    of them than of the file. Several threads spend it in waiting for each other, too."""
+    of them than of the file. Several threads spend it in waiting for each other, too, and where another chip computes
+    it tells of next to nothing."""
     records = sides.values()
-    usable = all(one.n_threads == 1 and has_cpu_times(one) for one in records)
+    usable = all(one.n_threads == 1 and one.on_processor and has_cpu_times(one) for one in records)
     return "cpu" if usable and any(map(crowding, records)) else "wall"
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _STAT, _TASKS = Path("/proc/stat"), Path("/proc/self/task")
-_STEAL = 7
+STEAL = 7
 """Field of a core's line in /proc/stat, after user, nice, system, idle, iowait, irq and softirq."""
-_BUSY = (0, 1, 2, 5, 6)
+BUSY = (0, 1, 2, 5, 6)
+"""Fields of what programs did: neither idle nor waiting for a disk."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def core_times() -> CoreTimes | None:
         lines = _STAT.read_text(encoding="ascii").splitlines()
         cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
         fields = [list(map(int, line.split()[1:])) for line in lines if line.partition(" ")[0] in cores]
-        busy, stolen = (sum(row[i] for row in fields for i in which) for which in (_BUSY, (_STEAL,)))
+        busy, stolen = (sum(row[i] for row in fields for i in which) for which in (BUSY, (STEAL,)))
         ticks = os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         return None

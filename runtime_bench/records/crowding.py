@@ -48,9 +48,10 @@ def _taken(record: BenchRecord) -> float | None:
 
 
 def _held_up(record: BenchRecord) -> float:
-    """Share of its time that a single thread did not compute. Of several nobody can tell: they wait for each other."""
+    """Share of its time that a single thread did not compute. Of several nobody can tell: they wait for each other; nor
+    of one that waits for another chip."""
     waited_for_disk = None in record.held_samples_ns
-    if record.n_threads != 1 or not has_cpu_times(record) or waited_for_disk:
+    if record.n_threads != 1 or not record.on_processor or not has_cpu_times(record) or waited_for_disk:
         return 0.0
     return 1 - sum(record.cpu_samples_ns) / sum(record.samples_ns)
 

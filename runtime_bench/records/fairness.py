@@ -22,7 +22,7 @@ CAP_LIMIT = 0.15
 QUOTA_LIMIT = 0.05
 """Share of the time between two looks in which a quota held the group."""
 HELD_LIMIT = 0.15
-"""Share of a sample in which its thread neither computed nor waited."""
+"""Share of a sample in which its thread, where the processor computes, neither computed nor waited."""
 SLOWER_LIMIT = 1.25
 """Samples that take so many times as long as all before them have fallen behind, where nothing shows the clocks."""
 CLOCK_LIMIT = 0.1
@@ -141,6 +141,8 @@ def _capped_around(record: BenchRecord) -> Fairness | None:
 
 def _held(record: BenchRecord) -> Fairness | None:
     """A thread that something stopped again and again, as cpulimit does, or a quota that nobody may see."""
+    if not record.on_processor:
+        return None
     samples = list(zip(record.rounds, record.samples_ns, record.held_samples_ns, strict=False))
     shares = [(held or 0) / ns - _stolen(record, process) for process, ns, held in samples]
     beyond = [

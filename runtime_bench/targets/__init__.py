@@ -24,6 +24,8 @@ class Target(Protocol):
         kind: What its numbers are, of runtime_bench.records.bench_record.KINDS.
         memory_limit_bytes: What a run may use; None where nothing limits it.
         pushes: Whether files have to be pushed there.
+        lasts: Whether samples can be taken for a given time there. Of a target without it, written for an earlier
+            version, each row shows that.
     """
 
     @property
@@ -37,6 +39,9 @@ class Target(Protocol):
 
     @property
     def pushes(self) -> bool: ...
+
+    @property
+    def lasts(self) -> bool: ...
 
     def default_engine(self, path: Path) -> str:
         """The engine that runs a file there unless another one is asked for.
@@ -80,6 +85,7 @@ class ThisMachine:
 
     memory_limit_bytes: int | None = None
     pushes = False
+    lasts = True
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""

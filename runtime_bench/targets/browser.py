@@ -46,6 +46,7 @@ class Browser(ThisMachine):
     throttling: Throttling | None = field(default=None, init=False, compare=False)
 
     kind = "constrained-host"
+    lasts = False
 
     def __post_init__(self) -> None:
         if self.target_score is not None and not 0 < self.target_score < math.inf:

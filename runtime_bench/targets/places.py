@@ -68,6 +68,9 @@ class Unreachable(ThisMachine):
     name: str
     reason: str
 
+    pushes = True
+    """Whatever is asked of it, its row says why it could not be opened."""
+
     @property
     def kind(self) -> str:
         """What its numbers would have been."""

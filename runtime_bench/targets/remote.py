@@ -87,6 +87,7 @@ class Remote:
     kind = "measured"
     memory_limit_bytes = None
     pushes = True
+    lasts = True
 
     def __post_init__(self) -> None:
         if self.folder is not None and not (self.folder.startswith("/") and self.folder.isprintable()):

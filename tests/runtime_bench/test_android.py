@@ -203,6 +203,12 @@ def test_no_answer_crashes_a_reader_or_makes_a_number_up(text: str) -> None:
     assert percent is None or 0 <= percent <= 100
 
 
+def test_a_long_line_of_a_vendor_is_passed_over() -> None:
+    # An expression that tries each of its spaces as the end of a name would take hours.
+    text = f"  vendor{' ' * 10**6}x\n\tlevel = 50 \r\n  mode: level=7\n"
+    assert android.battery_percent(text).value == 50.0
+
+
 @pytest.mark.parametrize("reader", READERS)
 def test_nothing_is_no_answer(reader: Callable[[str], Reading[Any]]) -> None:
     assert reader("").value is None

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from runtime_bench import worker
+from runtime_bench.engines import SessionSettings
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import best_threads, format_sweep, format_table
 from runtime_bench.records.bench_record import BenchRecord
@@ -24,7 +26,8 @@ from runtime_bench.records.contention import Contention
 from runtime_bench.records.fairness import DISTURBED, FAIR, NOT_KNOWN, THROTTLED, fairness, has_speed, noise
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.records.notes import note_of
-from runtime_bench.workload import BenchSettings
+from runtime_bench.worker import WorkerRequest
+from runtime_bench.workload import BenchSettings, Workload
 
 AT = (0.0, 0.5, 1.0, 1.5, 2.0)
 SPANS = ((0.6, 1.6),)
@@ -101,6 +104,35 @@ def test_a_thread_that_something_stopped(row: Callable[..., BenchRecord]) -> Non
     assert fairness(row(base=HIDDEN, held_samples_ns=disk)).verdict == FAIR
     hiccup = (0, 0, 0, 4_000_000, 0)
     assert fairness(row(base=HIDDEN, held_samples_ns=hiccup, samples_ns=(10**7,) * 5)).verdict != THROTTLED
+
+
+def test_a_thread_that_waits_for_another_chip_is_not_stopped(row: Callable[..., BenchRecord]) -> None:
+    waits = {
+        "base": replace(QUIET, samples_s=()),
+        "n_threads": 1,
+        "samples_ns": (10**8,) * 5,
+        "cpu_samples_ns": (10**7,) * 5,
+        "held_samples_ns": (9 * 10**7,) * 5,
+    }
+    elsewhere = row(backends="Vulkan0", **waits)
+    assert fairness(elsewhere).verdict == FAIR
+    assert compare_records(elsewhere, elsewhere).basis == "wall"
+    for processor in ("CPU", None):
+        assert fairness(row(backends=processor, **waits)).verdict == THROTTLED
+
+
+def test_where_nothing_tells_what_threads_waited_nothing_tells_what_stopped_them(
+    tiny_gguf: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(worker, "waited_ns", lambda: None)
+    workload = Workload("tg", n_gen=4)
+    request = WorkerRequest(
+        str(tiny_gguf()), "llama.cpp", workload, SessionSettings(16, 1, 16, 16), samples=2
+    )
+    result = worker.measure(request)
+    assert len(result.samples_ns) == 2
+    assert (result.waited_ns, result.held_ns) == ([], [])
 
 
 def test_samples_that_fall_behind_where_nothing_shows_the_clocks(row: Callable[..., BenchRecord]) -> None:
@@ -230,6 +262,4 @@ def test_a_run_that_is_stopped_again_and_again_is_throttled(tiny_gguf: Callable[
     assert found.verdict == THROTTLED
     assert "something stopped it" in str(found.reason)
     assert found.process == 1
-    (free,) = run_bench([path], SETTINGS)
-    assert fairness(free).verdict != THROTTLED
-    assert len(free.conditions) == len(free.held_samples_ns) == 1
+    assert len(record.conditions) == len(record.held_samples_ns) == 1

@@ -10,10 +10,17 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
+from runtime_bench.measuring.rows import shares
 from runtime_bench.presentation.record_table import format_table
+from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import compare, compare_records
 from runtime_bench.records.crowding import crowding
+from runtime_bench.targets import LOCAL, Local
+from runtime_bench.targets.places import Unreachable
+from runtime_bench.targets.transport import StoppedError
+from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings, Workload, workloads_of
 
 SETTINGS = BenchSettings(
@@ -42,7 +49,7 @@ def test_each_is_measured_as_it_says(tiny_gguf: Callable[..., Path]) -> None:
     assert (fresh.warmup, start.warmup, cold.warmup, warm.warmup) == (True, False, False, True)
     assert (fresh.page_cache, start.page_cache, cold.page_cache) == ("as_found", "warm", "cold")
     assert (len(set(fresh.rounds)), len(set(start.rounds)), len(set(cold.rounds))) == (4, 4, 4)
-    assert warm.rounds == (0, 0, 0, 1)
+    assert warm.rounds == (0, 0, 0, 1, 1, 1)
     # With the opening, and the processor's clocks of none of it.
     assert all(
         whole > opening for whole, opening in zip(start.samples_ns, start.load_samples_ns, strict=True)
@@ -75,6 +82,91 @@ def test_waiting_for_the_disk_is_no_crowd(make_record: Any) -> None:
     slow = {"n_threads": 1, "cpu_samples_ns": (5 * 10**8,) * 5}
     assert crowding(make_record(**slow)) is not None
     assert crowding(make_record(**slow, held_samples_ns=(None,) * 5)) is None
+
+
+def test_every_process_of_a_warm_row_takes_three_samples() -> None:
+    warm, fresh = Workload("tg", n_gen=4, regime="warm"), Workload("tg", n_gen=4)
+    for asked, taken in ((1, [3]), (5, [3, 3]), (6, [3, 3])):
+        assert shares(replace(SETTINGS, repetitions=asked), warm) == taken
+    assert shares(replace(SETTINGS, repetitions=5, samples_per_process=4), warm) == [4, 4]
+    assert shares(replace(SETTINGS, repetitions=5, samples_per_process=4), fresh) == [4, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"regimes": ("warm",), "warmup": False}, "--regime: nothing is warmed up"),
+        ({"n_gen": (0,), "sustained_s": 600.0}, "--sustained: nothing is generated"),
+        ({"unplugged": True}, "--unplugged: nothing is waited for"),
+        ({"nominal_c": 30.0}, "--nominal-c: nothing is waited for"),
+    ],
+)
+def test_settings_that_would_have_no_effect_are_refused(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        workloads_of(replace(SETTINGS, **changes))
+
+
+class Elsewhere(Local):
+    """A place that files are pushed to, where nothing may run."""
+
+    name, pushes = "elsewhere", True
+
+    def forget(self, path: Path) -> None:
+        raise StoppedError("stopped")
+
+    def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
+        raise AssertionError("measured")
+
+
+class Earlier:
+    """A target that was written when `Target` had no more than this."""
+
+    name, kind, memory_limit_bytes = "earlier", "measured", None
+    default_engine, require, environment, run = (
+        LOCAL.default_engine,
+        LOCAL.require,
+        LOCAL.environment,
+        LOCAL.run,
+    )
+
+
+def test_what_one_of_several_targets_cannot_is_refused_before_any_of_them_measures(
+    tiny_gguf: Callable[..., Path],
+) -> None:
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(InputError, match="no file is pushed to local"):
+        run_matrix([tiny_gguf()], replace(SETTINGS, regimes=("first",)), [Elsewhere(), LOCAL])
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"regimes": ("first",)}, "no file is pushed to earlier"),
+        ({"wait_nominal_s": 1.0}, "nobody can look at earlier"),
+    ],
+)
+def test_targets_of_earlier_versions_are_told_what_they_lack(
+    tiny_gguf: Callable[..., Path], changes: dict[str, Any], match: str
+) -> None:
+    pytest.importorskip("llama_cpp")
+    with pytest.raises(InputError, match=match):
+        run_bench([tiny_gguf()], replace(SETTINGS, **changes), target=Earlier())  # type: ignore[arg-type]
+
+
+def test_a_run_that_is_stopped_while_a_file_is_removed_leaves_no_row(tiny_gguf: Callable[..., Path]) -> None:
+    pytest.importorskip("llama_cpp")
+    kept: list[BenchRecord] = []
+    settings = replace(SETTINGS, regimes=("first",))
+    with pytest.raises(StoppedError):
+        run_bench([tiny_gguf()], settings, target=Elsewhere(), on_record=kept.append)
+    assert kept == []
+
+
+def test_a_place_that_cannot_be_opened_says_why_in_its_row(tiny_gguf: Callable[..., Path]) -> None:
+    pytest.importorskip("llama_cpp")
+    settings = replace(SETTINGS, regimes=("first",), ttft=(), start=(), load=False)
+    (record,) = run_bench([tiny_gguf()], settings, target=Unreachable("adb:1", "no such device"))
+    assert record.failure == "no such device"
 
 
 def test_a_first_run_wants_a_machine_that_files_are_pushed_to(tiny_gguf: Callable[..., Path]) -> None:
