@@ -16,7 +16,7 @@ from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.options import ExportOptions
-from runtime_bench.engines import SessionSettings, llama_cpp
+from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table, settings_text
 from runtime_bench.records.compare import compare_records
@@ -135,6 +135,16 @@ def test_nodes_that_are_left_to_the_processor_are_told_of(make_record: Any) -> N
     record = make_record(engine="onnxruntime", backends="CUDA, CPU", engine_settings=settings)
     assert record.fallback is None
     assert "32 of 342 nodes of the graph run on the CPU" in str(note_of(record))
+
+
+def test_the_order_of_providers_makes_no_other_backend(graph: Path) -> None:
+    session = onnxruntime.open_session(graph, SessionSettings(64, 1, 64, 64))
+    named = []
+    for providers in ({"CUDA": 3, "CPU": 2}, {"CPU": 2, "CUDA": 3}):
+        session._model.providers = providers
+        named.append(session.facts.backends)
+    session.close()
+    assert named == ["CPU, CUDA"] * 2
 
 
 def test_backends_are_held_apart(make_record: Any) -> None:
