@@ -98,6 +98,7 @@ def test_what_a_store_cannot_be_is_told_with_its_line(lines: str, reason: str) -
             '[stores]\nfrontier = "f.json"\n' + 2 * '[[tiers]]\nname = "a"\nram = "4 GB"\n',
             "tiers: two have the same name",
         ),
+        ('[stores]\nfrontier = "f.json"\ncache_type = "f32"\n', "allowed: f16, q8_0, q4_0"),
         ('[stores]\nfrontier = "f.json"\n[[tiers]]\nname = "A b"\nram = 1\n', "tiers[0].name"),
         ('[stores]\nfrontier = "f.json"\n[[tiers]]\nname = "a"\nram = "much"\n', "ram: not understood"),
     ],
