@@ -19,6 +19,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <deque>
@@ -233,7 +234,7 @@ class Log {
         const auto size = open_.find(mark);
         if (size != std::string::npos) {
             const auto name = open_.substr(open_.rfind(' ', size - 1) + 1, size - open_.rfind(' ', size - 1) - 1);
-            const auto bytes = std::llround(std::stod(open_.substr(size + mark.size())) * (1 << 20));
+            const auto bytes = std::llround(std::strtod(open_.c_str() + size + mark.size(), nullptr) * (1 << 20));
             buffers_[name] = buffers_.value(name, 0LL) + bytes;
         }
         if (open_.find("Flash Attention enabled") != std::string::npos) {
@@ -569,7 +570,8 @@ struct Request {
     explicit Request(const json & payload)
         : path(payload.at("path").get<std::string>()), settings(payload.at("session")),
           seed(payload.value("seed", uint64_t{0})), samples(payload.value("samples", size_t{1})),
-          warmup(payload.value("warmup", true)), seconds(payload.value("seconds", 0.0)), page_cache(payload.value("page_cache", std::string("as_found"))) {
+          warmup(payload.value("warmup", true)), seconds(payload.value("seconds", 0.0)),
+          page_cache(payload.value("page_cache", std::string("as_found"))) {
         const auto engine = payload.value("engine", std::string("llama.cpp"));
         if (engine != "llama.cpp") {
             throw Failure("the runner has no engine " + engine);
