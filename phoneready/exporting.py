@@ -16,6 +16,7 @@ from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existin
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.folds import is_folded
 from cfsp.models.reference import load_model, load_tokenizer
+from cfsp.models.rounded_numbers import RoundedFormat, read_rounded_format
 from cfsp.models.source import LoadedModel
 from cfsp.models.token_trees import trimmed_tokenizer
 from cfsp.progress import Progress, no_progress
@@ -132,7 +133,9 @@ def _export(
     options = ExportOptions(
         name=request.name,
         use_imatrix=request.imatrix,
-        calibration=_calibration(checkpoint, request, load, progress) if reads_text(request) else None,
+        calibration=_calibration(checkpoint, request, load, progress)
+        if reads_text(request, read_rounded_format(checkpoint))
+        else None,
         gptq=request.gptq,
         tune_scales=request.tune_scales,
         mixed_bytes=request.mixed_bytes,
@@ -155,9 +158,9 @@ def _export(
         )
 
 
-def reads_text(request: ExportSettings) -> bool:
-    """Whether text makes a difference to any of the formats."""
-    rows = map(find_format, request.names)
+def reads_text(request: ExportSettings, trained: RoundedFormat | None = None) -> bool:
+    """Whether text makes a difference to any of the formats but the one whose numbers a checkpoint has."""
+    rows = (row for row in map(find_format, request.names) if trained is None or row.name != trained.format)
     return NO_TEXT not in request.calibration and any(_reads_text(row, request) for row in rows)
 
 

@@ -16,6 +16,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
 from cfsp.records import read_record
 from cfsp.recovery.adapter import importance_ranks
+from cfsp.recovery.rounding import RoundedModel
 from cfsp.recovery.settings import RecoverySettings, loss_weights, method_of
 from cfsp.text.calibration import check_seqlen
 from cfsp.text.respelling import Respelling, respelling
@@ -33,6 +34,7 @@ class RecoveryInputs:
         teacher: The dense model, where the loss or the data needs it.
         respelling: How the model spells the teacher's tokens, where it has fewer.
         ranks: Adapter rank of every block; empty where all weights are trained.
+        rounded: The model as a file of few bits holds it, where training goes through its rounding.
     """
 
     loaded: LoadedModel
@@ -41,6 +43,7 @@ class RecoveryInputs:
     teacher: LoadedModel | None
     respelling: Respelling | None
     ranks: tuple[int, ...]
+    rounded: RoundedModel | None = None
 
 
 def load_inputs(

@@ -136,17 +136,15 @@ def recover(
         sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
         tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size
         mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
-        rounded = _rounded(settings, inputs, mix, rounding, arguments, progress)
+        inputs = replace(inputs, rounded=_rounded(settings, inputs, mix, rounding, arguments, progress))
         with arguments.main_process_first(local=False):
-            folder.open(
-                _run_inputs(settings, inputs, drawn, rounded, dtype, arguments.world_size), force=force
-            )
-        student = _student(inputs, settings, rounded, dtype)
+            folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
+        student = _student(inputs, settings, dtype)
         run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
         if is_main:
-            _write(output, run, inputs, rounded, record, force=force, progress=progress)
+            _write(output, run, inputs, record, force=force, progress=progress)
             folder.remove()
     return Recovered(record, is_main)
 
@@ -227,7 +225,6 @@ def _run_inputs(
     settings: RecoverySettings,
     inputs: RecoveryInputs,
     drawn: RecoveryData,
-    rounded: RoundedModel | None,
     dtype: torch.dtype,
     processes: int,
 ) -> RunInputs:
@@ -237,8 +234,8 @@ def _run_inputs(
     hashes = {"checkpoint": model_fingerprint(inputs.loaded.model), "ranks": str(inputs.ranks)}
     if inputs.teacher is not None:
         hashes["teacher"] = model_fingerprint(inputs.teacher.model)
-    if rounded is not None:
-        hashes["rounded"] = rounded.sha256
+    if inputs.rounded is not None:
+        hashes["rounded"] = inputs.rounded.sha256
     for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
         hashes[name] = " ".join(part.sha256 for part in parts)
     return RunInputs(plain | {"dtype": str(dtype)}, hashes, processes)
@@ -264,15 +261,13 @@ def _rounded(
         return rounding.start(folder, settings.for_quant, windows, str(arguments.device), progress)
 
 
-def _student(
-    inputs: RecoveryInputs, settings: RecoverySettings, rounded: RoundedModel | None, dtype: torch.dtype
-) -> Student:
+def _student(inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dtype) -> Student:
     model: Any = inputs.loaded.model
     torch.manual_seed(settings.seed)
     if inputs.ranks:
         model = add_adapter(model, inputs.ranks, settings.alpha)
-    if rounded is not None:
-        rounded.attach(model)
+    if inputs.rounded is not None:
+        inputs.rounded.attach(model)
     teacher = None
     if loss_weights(settings)[1] and inputs.teacher is not None:
         teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False), inputs.respelling)
@@ -311,18 +306,11 @@ def _record(
 
 
 def _write(
-    output: Path,
-    run: Run,
-    inputs: RecoveryInputs,
-    rounded: RoundedModel | None,
-    record: RecoveryRecord,
-    *,
-    force: bool,
-    progress: Progress,
+    output: Path, run: Run, inputs: RecoveryInputs, record: RecoveryRecord, *, force: bool, progress: Progress
 ) -> None:
     student = run.student.to("cpu")
     model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
-    numbers = None if rounded is None else rounded.finish(model)
+    numbers = None if inputs.rounded is None else inputs.rounded.finish(model)
     count = min(len(run.mix), math.ceil(MOMENT_TOKENS / run.settings.seqlen))
     windows = torch.stack([run.mix[i]["input_ids"] for i in range(count)])
     with products_in(run.settings.dtype, model.device.type):

@@ -74,8 +74,8 @@ class Training(Settings):
     )
     for_quant: str | None = setting(
         None,
-        "Train what a GGUF file of this quantization leaves open, through its rounding: export writes its numbers.",
-        metavar="QUANT",
+        "Train what a file of this format leaves open, through its rounding: export writes its numbers.",
+        metavar="FORMAT",
     )
     rank: int = setting(16, "Mean rank of the adapters.", ge=1, le=65536)
     alpha: float = setting(2.0, "LoRA's alpha, as a multiple of the rank; the same in every block.", gt=0)
@@ -95,7 +95,11 @@ class Training(Settings):
         choices=CHAT_LABELS,
     )
     learning_rate: float | None = setting(
-        None, "Peak.", gt=0, shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5", example=1e-3
+        None,
+        "Peak.",
+        gt=0,
+        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5",
+        example=1e-3,
     )
     max_tokens: int | None = setting(
         None,

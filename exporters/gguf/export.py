@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.text.conversations import Conversation
 from cfsp.text.tokens import tokens_sha256
 from exporters.chats import ReadChats, read_chats
@@ -22,7 +22,7 @@ from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.fallbacks import find_fallbacks
 from exporters.gguf.files import WrittenFile, find_rows, imatrix_for, write_files
 from exporters.gguf.imatrix import stored_moments
-from exporters.gguf.quants import QUANT_NAMES, limits_of_bits
+from exporters.gguf.quants import QUANT_NAMES, Quant, limits_of_bits
 from exporters.gguf.slices import prove_blocks
 from exporters.gguf.tokenizer_metadata import check_tokenizer, normalizes_to_nfc
 from exporters.job import UNTRAINED, Job, check_input, load_checkpoint, open_job, settled, write_manifest
@@ -32,6 +32,8 @@ from exporters.parity import check_limits
 _log = logging.getLogger(__name__)
 
 _LOGITS_CHUNK = 128
+_TRAINED = "its numbers are those that training through this rounding has left, whatever the calibration text"
+"""A warning."""
 
 
 def export_gguf(
@@ -60,7 +62,7 @@ def export_gguf(
         LimitError: A file is too far from the checkpoint; the message has metric, value and limit. Nothing is left.
         MissingExtraError: llama-cpp-python is not installed.
     """
-    rows = find_rows(quants, settings)
+    rows = find_rows(checkpoint, quants, settings)
     if not rows:
         raise InputError("no quantization asked for", field="quants", allowed=QUANT_NAMES)
     check_input(checkpoint, output, force=settings.force)
@@ -125,14 +127,9 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
     Raises:
         LimitError: It is too far from the checkpoint.
     """
-    path, quant, row = file.path, file.quant, file.quant
-    if quant.base_type == "F32" and chosen.layout.exact_limits is not None:
-        row = replace(quant, limits=chosen.layout.exact_limits)
+    path, quant = file.path, file.quant
     tensors = read_gguf(path).tensors
-    if file.mixture is not None:
-        matrices = [tensor for tensor in tensors if tensor.name in file.mixture.types]
-        n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
-        row = replace(quant, limits=limits_of_bits(8 * sum(int(t.data.nbytes) for t in matrices) / n_weights))
+    row = _with_limits(file, chosen, tensors)
     with runtime.open_model(
         path,
         n_ctx=job.reference.windows.ids.shape[1],
@@ -166,6 +163,18 @@ def _prove(job: Job, file: WrittenFile, chosen: ChosenLayout, strings: int, chat
         runtime=llama_library.runtime_version(),
         **_choice(job, file),
     )
+
+
+def _with_limits(file: WrittenFile, chosen: ChosenLayout, tensors: Sequence[GGUFTensor]) -> Quant:
+    """The file's row with the limits that it is held to: what computes it, or the bits of a mixture, may set them."""
+    quant = file.quant
+    if quant.base_type == "F32" and chosen.layout.exact_limits is not None:
+        return replace(quant, limits=chosen.layout.exact_limits)
+    if file.mixture is None:
+        return quant
+    matrices = [tensor for tensor in tensors if tensor.name in file.mixture.types]
+    n_weights = sum(math.prod(tensor.shape) for tensor in matrices)
+    return replace(quant, limits=limits_of_bits(8 * sum(int(t.data.nbytes) for t in matrices) / n_weights))
 
 
 def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
@@ -210,6 +219,8 @@ def _warnings(
     yield from job.unproven_window()
     if file.untrained:
         yield UNTRAINED
+    if file.trained_tensors and job.settings.calibration is not None:
+        yield _TRAINED
     for fallback in fallbacks:
         yield (
             f"stored as {fallback.actual} instead of {fallback.asked}, for rows of {fallback.row_length}: "

@@ -11,7 +11,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.models.reference import load_tokenizer
-from cfsp.models.rounded_numbers import RoundedNumbers, read_rounded
+from cfsp.models.rounded_numbers import RoundedNumbers, read_rounded, read_rounded_format
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from exporters.gguf.imatrix import Imatrix, read_imatrix
 from exporters.gguf.llama_library import quantize
@@ -54,14 +54,17 @@ class WrittenFile:
     trained_tensors: int = 0
 
 
-def find_rows(quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
+def find_rows(checkpoint: Path, quants: Sequence[str], settings: ExportOptions) -> list[Quant]:
     """Rows of what is asked for, each once.
 
     Raises:
         InputError: An unknown one; or types are to be chosen and there is no text to choose them by.
     """
     rows = list(dict.fromkeys(find_quant(quant) for quant in quants))
+    trained = read_rounded_format(checkpoint)
     for row in rows:
+        if trained is not None and trained.format == row.name:
+            continue
         if row.budget_bytes is not None and settings.calibration is None:
             raise InputError("wants text to choose types by", field="quant", value=row.name)
     return rows
@@ -243,7 +246,7 @@ def draft_file(checkpoint: Path, folder: Path, quant: str, settings: ExportOptio
 def _drafts(
     checkpoint: Path, folder: Path, quants: Sequence[str], settings: ExportOptions
 ) -> list[WrittenFile]:
-    rows = find_rows(quants, settings)
+    rows = find_rows(checkpoint, quants, settings)
     settings = settled(checkpoint, settings)
     written = write_files(
         checkpoint,

@@ -31,7 +31,7 @@ from exporters.gguf.packing import SCALES, StoredMatrix
 from exporters.gguf.quants import MIXED, QUANTS, find_quant
 from exporters.gguf.tensors import TensorSpec, tensor_specs
 from exporters.options import ExportOptions
-from exporters.rounding.scaled import factors_of, make_plain, train_blocks
+from exporters.rounding.scaled import factors_of, make_plain, train_blocks, train_norms
 
 _TABLES = ("model.embed_tokens", "lm_head")
 """They are looked up, or read once for each token's logits: their numbers stay."""
@@ -60,17 +60,13 @@ class GGUFRounded:
 
     def attach(self, model: Any) -> None:
         """See `RoundedModel`."""
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
+        train_norms(model)
         for spec, matrix in self.stored.values():
             _hold(model, spec, matrix)
             if _is_trained(spec, matrix):
                 elements, _ = block_of(matrix.kind)
                 for module in _modules(model, spec):
                     train_blocks(module, elements)
-        for name, parameter in model.get_decoder().named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.requires_grad_(True)
 
     def finish(self, model: Any) -> RoundedNumbers:
         """See `RoundedModel`."""

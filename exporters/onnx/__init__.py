@@ -1,8 +1,7 @@
 """Checkpoints to ONNX folders for ONNX Runtime and what is built on it.
 
-`export_onnx` and `largest_size` are imported on first use: they bring torch, which must not count in the memory of a
-process that only runs a file (see runtime_bench.worker), and the `onnx` extra, without which they raise
-MissingExtraError.
+What is heavy is imported on first use: it brings torch, which must not count in the memory of a process that only runs
+a file (see runtime_bench.worker), and the `onnx` extra, without which it raises MissingExtraError.
 """
 
 from __future__ import annotations
@@ -16,10 +15,19 @@ from exporters.onnx.variants import VARIANTS, BlockFormat, Variant, find_variant
 if TYPE_CHECKING:
     from exporters.onnx.export import export_onnx
     from exporters.onnx.size import largest_size
+    from exporters.onnx.through import OnnxRounding
 
-__all__ = ["VARIANTS", "BlockFormat", "Variant", "export_onnx", "find_variant", "largest_size"]
+__all__ = [
+    "VARIANTS",
+    "BlockFormat",
+    "OnnxRounding",
+    "Variant",
+    "export_onnx",
+    "find_variant",
+    "largest_size",
+]
 
-_HEAVY = {"export_onnx": "export", "largest_size": "size"}
+_HEAVY = {"export_onnx": "export", "largest_size": "size", "OnnxRounding": "through"}
 _PACKAGES = {"onnx": "onnx", "onnx_ir": "onnx-ir"}
 
 

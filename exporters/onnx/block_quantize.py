@@ -68,8 +68,8 @@ class Rounded:
         return replace(self, q=self.q.cpu(), scales=self.scales.cpu())
 
     def scaled(self, factors: torch.Tensor) -> Rounded:
-        """Its rows times factors (rows,)."""
-        return replace(self, scales=(self.scales.float() * factors[:, None]).half())
+        """It with its blocks times factors, (rows, blocks), or (rows, 1) for all blocks of a row."""
+        return replace(self, scales=(self.scales.float() * factors).half())
 
 
 def round_to_nearest(

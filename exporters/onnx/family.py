@@ -37,5 +37,6 @@ ONNX = ExportFamily(
     extra="onnx",
     largest_size=lambda *request: onnx.largest_size(*request),
     cache_types=(INT8_CACHE,),
+    through=lambda: onnx.OnnxRounding(),
     packages=("onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "optimum-onnx"),
 )

@@ -143,7 +143,7 @@ def tune(
     head = torch.cat([stored.pop(part) for part in HEAD_PARTS])
     table = head if is_tied(model) else model.get_input_embeddings().weight.detach()
     tuned = tune_scales(model, stored, head, table, input_ids, _LEARNING_RATE, progress=progress)
-    scaled = {name: quantized.layers[name].scaled(rows) for name, rows in tuned.rows.items()}
+    scaled = {name: quantized.layers[name].scaled(rows[:, None]) for name, rows in tuned.rows.items()}
     return replace(quantized, layers={**quantized.layers, **scaled}, norms=tuned.norms)
 
 

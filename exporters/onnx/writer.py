@@ -12,6 +12,7 @@ from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.architectures import spec_for
 from cfsp.models.paging import is_paged
+from cfsp.models.rounded_numbers import read_rounded
 from exporters.job import load_checkpoint
 from exporters.onnx.graph_file import save_graph, size_of, stored_size
 from exporters.onnx.int8_rows import Int8Weights
@@ -19,7 +20,8 @@ from exporters.onnx.job import OnnxJob
 from exporters.onnx.mixed import choose_few, choose_mixture, quantized_model, with_eight_bits
 from exporters.onnx.portable import portable_graph
 from exporters.onnx.quantize import QuantizedModel, quantize_linears, tune
-from exporters.onnx.variants import Variant, formats_without_text
+from exporters.onnx.through import trained_layers
+from exporters.onnx.variants import INT8, BlockFormat, Variant, formats_without_text
 from exporters.onnx.weights import Weights, decoder_of
 
 
@@ -80,16 +82,25 @@ def _weights(job: OnnxJob, variant: Variant) -> tuple[Weights, tuple[str, ...]]:
         InputError: A size without text, or one that four bits do not fit.
     """
     form, text = variant.form, job.text_for(variant)
-    progress, device = job.common.progress, job.common.settings.device
     if form is None:
         return weights_without_blocks(variant), ()
-    if text is None:
-        if variant.mixed:
-            raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
-        down = spec_for(job.model.config).down
-        return QuantizedModel(
-            quantize_linears(job.model, formats_without_text(form, down), None, progress=progress)
-        ), ()
+    trained = read_rounded(job.common.checkpoint, variant.name)
+    if trained is not None:
+        eight_bits = tuple(name for name, bits in trained.format.types.items() if bits == str(INT8.bits))
+        return QuantizedModel(trained_layers(job.model, variant, trained)), eight_bits
+    if text is not None:
+        return _for_text(job, variant, form, text)
+    if variant.mixed:
+        raise InputError(f"{variant.name} wants text to choose layers by", field="calibration")
+    format_of = formats_without_text(form, spec_for(job.model.config).down)
+    return QuantizedModel(quantize_linears(job.model, format_of, None, progress=job.common.progress)), ()
+
+
+def _for_text(
+    job: OnnxJob, variant: Variant, form: BlockFormat, text: torch.Tensor
+) -> tuple[Weights, tuple[str, ...]]:
+    """The same, rounded for a text."""
+    progress, device = job.common.progress, job.common.settings.device
     if form not in job.quantized:
         with moved(job.model, device):
             job.quantized[form] = quantized_model(job.model, form, text, progress=progress)

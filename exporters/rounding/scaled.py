@@ -30,6 +30,15 @@ class ScaledBlocks(nn.Module):
         return stored * spread
 
 
+def train_norms(model: Any) -> None:
+    """Let the norms of a causal LM's decoder be trained, and nothing else."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, parameter in model.get_decoder().named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.requires_grad_(True)
+
+
 def train_blocks(linear: nn.Module, block_size: int) -> None:
     """Let a Linear compute with a weight of scaled blocks; its own numbers stay."""
     weight: Any = linear.weight

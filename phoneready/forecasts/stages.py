@@ -40,6 +40,8 @@ _STEP_S = 3e-3
 """Of a step in which texts grow by a token, for each block, beside its products."""
 _READ_FASTER = 4.0
 """How much less of a file with few bits is read for a token."""
+_ROUNDED_DISK = 9
+"""Bytes of a weight on disk while a file to train through is made: the checkpoint, files of floats and of few bits."""
 _FLOATS, _FEW, _TEXTS = 32.0, 8.0, 64
 """Bits of a weight in a file of floats, and at most in one of few bits; texts that are written beside each other."""
 
@@ -281,7 +283,9 @@ def recovering(extents: Sequence[Extent], asked: Training) -> Work:
     # Weights, gradients and Adam's two moments of all that is trained; and the teacher.
     held = (1 + bool(distilled) + (0 if few else 3)) * extent.resident_bytes
     held += len(extent.blocks) * extent.states_bytes(at_once) * 8
-    kept = Work(disk=0 if few else 12 * extent.n_weights)
+    kept = Work(
+        disk=(_ROUNDED_DISK if method.through_rounding else 0 if method.adapter else 12) * extent.n_weights
+    )
     # The models themselves are in memory already where this is asked once they are read.
     least = 0 if few else 12 * extent.least_weights
     return replace(_all([*steps, kept]), memory=held, least_memory=least)

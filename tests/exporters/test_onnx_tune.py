@@ -53,7 +53,7 @@ def test_tuning_brings_a_model_closer_on_text_it_has_not_seen(
     rounded = quantize_linears(model, lambda *_: INT8, None)
     # What layers do together: each a little too large.
     layers = {
-        n: r if n in HEAD_PARTS else r.scaled(torch.full((len(r.q),), 1.03)) for n, r in rounded.items()
+        n: r if n in HEAD_PARTS else r.scaled(torch.full((len(r.q), 1), 1.03)) for n, r in rounded.items()
     }
     given_layers = QuantizedModel(layers)
     steps: list[tuple[int, int]] = []

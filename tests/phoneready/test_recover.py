@@ -325,7 +325,7 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         (["--method", "scales"], "allowed: ig-lora, lora, full; scales with for_quant"),
         (["--for-quant", "Q4_0", "--method", "lora"], "allowed: scales, where for_quant is set"),
         (["--for-quant", "Q8_0"], "loses nothing that training could win back"),
-        (["--for-quant", "int4"], "cannot be trained through"),
+        (["--for-quant", "int4-mixed"], "cannot be trained through"),
         (["--loss", "mse"], "allowed: auto, next-token, distill, both"),
         (
             ["--max-tokens", "100", "--epochs", "1"],
@@ -440,6 +440,28 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     capsys.readouterr()
     assert main(["export", str(trained), "-o", str(tmp_path / "damaged"), "--gguf", quant]) == 2
     assert f"not what its weights stand for: {name}" in capsys.readouterr().err
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_rounding(
+    dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, files = tmp_path / "trained", tmp_path / "files"
+    options = ("--for-quant", "int4", "--max-tokens", "8192", "--learning-rate", "0.01")
+    assert main(command(dense, trained, chats, *options)) == 0
+    assert record_of(trained).kept_step > 0
+    capsys.readouterr()
+    assert main(["export", str(trained), "-o", str(files), "--onnx", "int4"]) == 0
+    assert "writing calibration text" not in capsys.readouterr().err
+    (record,) = read_record(ExportManifest, files / "export.json").exports
+    assert record.calibration_sha256 is None
+    # Its weights are what the file's numbers stand for, so that only the runtime's arithmetic is between them.
+    assert record.parity.kl_mean < 1e-3
+    stored = load_file(trained / "rounded.safetensors")
+    name = next(name for name in stored if "q_proj.scales" in name)
+    save_file(stored | {name: stored[name] * 2}, trained / "rounded.safetensors")
+    assert main(["export", str(trained), "-o", str(tmp_path / "damaged"), "--onnx", "int4"]) == 2
+    assert f"not what its weights stand for: {name.removesuffix('.scales')}" in capsys.readouterr().err
     assert not (tmp_path / "damaged").exists()
 
 
