@@ -263,6 +263,13 @@ def remove_stale_temporaries(directory: Path, name: str = "*") -> None:
             entry.unlink(missing_ok=True)
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory of this run's own: by one rename, so that an interruption leaves no part of it there."""
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}{_MARK}", dir=path.parent))
+    path.rename(old / path.name)
+    shutil.rmtree(old)
+
+
 def fsync_directory(directory: Path) -> None:
     """Make renames inside `directory` durable, where the system lets a directory be synced."""
     if os.name == "nt":

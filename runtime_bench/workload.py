@@ -241,6 +241,7 @@ class BenchSettings(SamplingSettings):
         None,
         "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi, or gpu in llama.cpp. The "
         "rows say what did.",
+        look_up=str.lower,
         metavar="NAME",
         shown="the CPU",
     )

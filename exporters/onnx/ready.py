@@ -12,6 +12,8 @@ from cfsp.models.builtin import cache_directory
 INT8_CACHE = "int8"
 """Keys and values in 8 bits."""
 GRAPH = "model.onnx"
+MAKING = 1
+"""Of what `exporters.onnx.int8_cache` makes: counted up when it makes another graph of the same file."""
 
 
 def ready_graph(path: Path) -> Path:
@@ -29,5 +31,9 @@ def ready_graph(path: Path) -> Path:
 def place_of(path: Path) -> Path:
     """Its folder, known by names, sizes and times of the files that lie together: a hash would read all weights."""
     files = sorted(file for file in path.resolve().parent.iterdir() if file.is_file())
-    facts = [path.name, *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)]
+    facts = [
+        MAKING,
+        path.name,
+        *((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+    ]
     return cache_directory() / "int8-cache" / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -83,20 +83,7 @@ class OnnxModel:
             raise InputError(f"{path} is no decoder graph: it has no input_ids and logits")
         self._inputs = inputs
         self._caches = [name for name in inputs if name.startswith(tuple(_PRESENT))]
-        sizes = [
-            outputs[0].shape[-1],
-            *(size for name in self._caches for size in _sizes(name, inputs[name])),
-        ]
-        if not all(isinstance(size, int) for size in sizes):
-            raise InputError(f"{path} leaves the size of its vocabulary or of its heads open")
-        unknown = {inputs[name].type for name in self._caches} - _TYPES.keys()
-        if unknown:
-            raise InputError(f"{path} has a cache of {', '.join(unknown)}", allowed=", ".join(_TYPES))
-        missing = inputs.keys() - {*_FEEDS, *self._caches}
-        if missing:
-            raise InputError(
-                f"{path} wants inputs that a decoder does not have: {', '.join(sorted(missing))}"
-            )
+        _check_decoder(path, inputs, outputs[0].shape, self._caches)
         self.vocab_size = int(outputs[0].shape[-1])
         self.last_logits = outputs[0].shape[1] == 1
         self.metadata: dict[str, str] = session.get_modelmeta().custom_metadata_map
@@ -192,6 +179,21 @@ def present_name(name: str) -> str:
     """The output of what a cache is then."""
     prefix = next(prefix for prefix in _PRESENT if name.startswith(prefix))
     return f"{_PRESENT[prefix]}{name.removeprefix(prefix)}"
+
+
+def _check_decoder(
+    path: Path, inputs: Mapping[str, Any], logits: Sequence[Any], caches: Sequence[str]
+) -> None:
+    """Raise InputError for sizes left open, caches of other types, and inputs that no decoder has."""
+    sizes = [logits[-1], *(size for name in caches for size in _sizes(name, inputs[name]))]
+    if not all(isinstance(size, int) for size in sizes):
+        raise InputError(f"{path} leaves the size of its vocabulary or of its heads open")
+    unknown = {inputs[name].type for name in caches} - _TYPES.keys()
+    if unknown:
+        raise InputError(f"{path} has a cache of {', '.join(unknown)}", allowed=", ".join(_TYPES))
+    missing = inputs.keys() - {*_FEEDS, *caches}
+    if missing:
+        raise InputError(f"{path} wants inputs that a decoder does not have: {', '.join(sorted(missing))}")
 
 
 def _sizes(name: str, value: Any) -> list[Any]:

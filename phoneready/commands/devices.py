@@ -143,6 +143,7 @@ def _fitted(fitted: Fitted) -> dict[str, Any]:
     ]
     return asdict(fitted.rates) | {
         "within": fitted.within,
+        "holds": fitted.holds,
         "median_error": fitted.median_error,
         "left_out": rows,
     }

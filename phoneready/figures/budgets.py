@@ -73,7 +73,7 @@ class BudgetConfig(Section):
             raise ValueError(f"unknown store (got {name!r}); allowed: {', '.join(STORES)}")
         return name
 
-    @pydantic.field_validator("at_most", "at_least")
+    @pydantic.field_validator("at_most", "at_least", "beside")
     @classmethod
     def _finite(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, float) and not math.isfinite(value):
@@ -129,7 +129,10 @@ class BudgetConfig(Section):
         """The limit, in the metric's unit or as a ratio."""
         if self.store is not None:
             rest = self.beside if self.beside is not None else 0.0
-            left = STORES[self.store].bytes - (parse_bytes(rest, "beside") if isinstance(rest, str) else rest)
+            rest = parse_bytes(rest, "beside") if isinstance(rest, str) else rest
+            if rest < 0:
+                raise InputError("less than nothing", field="beside", value=self.beside)
+            left = STORES[self.store].bytes - rest
             if not left > 0:
                 raise InputError("leaves nothing of the store's limit", field="beside", value=self.beside)
             return left
@@ -151,7 +154,10 @@ class BudgetConfig(Section):
     def describe(self) -> str:
         """The limit for people, such as `at most 1.05 x dense`."""
         if self.store is not None:
-            beside = f", {self.beside} beside it" if self.beside is not None else ""
+            written = (
+                self.beside if isinstance(self.beside, str | None) else format_figure(self.beside, "bytes")
+            )
+            beside = f", {written} beside it" if written is not None else ""
             return f"at most {format_figure(self.limit, 'bytes')} ({self.store}{beside})"
         side = "at most" if self.is_upper else "at least"
         unit = "x" if self.is_ratio else metric_of(self.metric).unit

@@ -72,7 +72,8 @@ def publish(
     write_json(folder / BOM_FILE, make_bom(figures, manifest))
     write_reports(config, folder, figures, manifest)
     _write_stores(config, folder)
-    made = describe_files(folder, [*licenses, *_MADE, STORES_FOLDER], {})
+    stores = [STORES_FOLDER] if config.stores is not None else []
+    made = describe_files(folder, [*licenses, *_MADE, *stores], {})
     sealed = seal_release(folder, replace(manifest, contents=(*models, *made)))
     for name in before - {*licenses, *(file.file for file in manifest.files)}:
         _remove(folder / name)

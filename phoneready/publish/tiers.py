@@ -11,7 +11,6 @@ application may count on, and that an asset pack may hold.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 from cfsp.errors import InputError
-from cfsp.files import sha256_file, write_json, write_text
+from cfsp.files import atomic_directory, remove_directory, sha256_file, write_json, write_text
 from cfsp.reading import read_json_object
 from cfsp.records import fields_from_json, write_record
 from phoneready.evaluation.measured_file import MeasuredFile
@@ -158,22 +157,20 @@ def _chosen(stores: StoresConfig, tier: TierConfig, end: int | None, points: Seq
 
 def write_tiers(stores: StoresConfig, tiers: Tiers, folder: Path) -> None:
     """Write what the stores take into a release folder, in place of what was there."""
-    root = folder / STORES_FOLDER
-    remove_tiers(folder)
-    root.mkdir()
-    for tier in tiers.tiers:
-        assets = root / assets_folder(tiers.pack, tier)
-        assets.mkdir()
-        place(stores.frontier.parent / tier.file, assets / tier.file)
-        write_json(root / f"background-assets-{tier.name}.json", background_manifest(tiers.pack, tier))
-    write_text(root / TARGETING_FILE, targeting_text(tiers.tiers))
-    write_record(root / TIERS_FILE, tiers)
+    with atomic_directory(folder / STORES_FOLDER, own=True) as root:
+        for tier in tiers.tiers:
+            assets = root / assets_folder(tiers.pack, tier)
+            assets.mkdir()
+            place(stores.frontier.parent / tier.file, assets / tier.file)
+            write_json(root / f"background-assets-{tier.name}.json", background_manifest(tiers.pack, tier))
+        write_text(root / TARGETING_FILE, targeting_text(tiers.tiers))
+        write_record(root / TIERS_FILE, tiers)
 
 
 def remove_tiers(folder: Path) -> None:
     """Remove what an earlier release wrote for stores."""
     if (folder / STORES_FOLDER / TIERS_FILE).is_file():
-        shutil.rmtree(folder / STORES_FOLDER)
+        remove_directory(folder / STORES_FOLDER)
 
 
 def assets_folder(pack: str, tier: Tier) -> str:

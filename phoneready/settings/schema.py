@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import pydantic
 
@@ -16,6 +16,7 @@ from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.units import parse_bytes
 from cfsp.validation import Section, as_value_error
 from exporters.families import find_format, required_multiple
+from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
 from exporters.settings import ExportFormats, QuantizerSettings, RoundingSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
@@ -227,7 +228,14 @@ class StoresConfig(Section):
     frontier: Path
     pack: str = pydantic.Field(default="model", pattern=r"^[a-z][a-z0-9_]*$")
     n_ctx: int = pydantic.Field(default=DEFAULT_CONTEXT, ge=1, le=2**24)
-    cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"
+    cache_type: str = DEFAULT_CACHE
+
+    @pydantic.field_validator("cache_type")
+    @classmethod
+    def _known_cache(cls, name: str) -> str:
+        if name not in MEASURED_CACHES:
+            raise ValueError(f"unknown cache (got {name!r}); allowed: {', '.join(MEASURED_CACHES)}")
+        return name
 
 
 class TierConfig(Section):

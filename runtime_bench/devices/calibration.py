@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
+from cfsp.validation import describe_problems
 from exporters.gguf.cache_types import CACHE_TYPES, DEFAULT_CACHE
 from runtime_bench.devices.model_facts import ModelFacts, gguf_facts
 from runtime_bench.devices.profile import FIGURES, DeviceProfile, Figure, TypeRates
@@ -80,10 +83,9 @@ def calibrate(
     rows = [record for record, why in reasons if why is None]
     left_out = tuple((f"{Path(r.model_filename).name} {r.test}", why) for r, why in reasons if why)
     place, threads = _one_place(rows)
-    facts = {name: _facts_of(name, rows, models) for name in dict.fromkeys(r.model_filename for r in rows)}
-    timed = {
-        kind: [_timed(r, facts[r.model_filename]) for r in rows if r.workload == kind] for kind in _AMOUNTS
-    }
+    names = {r.file_sha256: r.model_filename for r in rows}  # one file may have been measured under several
+    facts = {digest: _facts_of(name, rows, models) for digest, name in names.items()}
+    timed = {kind: [_timed(r, facts[r.file_sha256]) for r in rows if r.workload == kind] for kind in _AMOUNTS}
     fits = {kind: fit(found) if found else None for kind, found in timed.items()}
     return Calibration(fits["tg"], fits["pp"], threads, place, left_out)
 
@@ -97,6 +99,7 @@ def _why_not(record: BenchRecord) -> str | None:
         f"on {record.backends}": record.backends not in (None, "CPU"),
         f"{found.verdict}: {found.reason}" if found else "": found is not None,
         "without a speed": not speed,
+        "without tokens": record.n_tokens == 0,
         f"of {record.regime} runs": not REGIMES[record.regime].warmup,
         "with a quantized cache": record.quantized_cache is not None,
         "on a crowded machine": speed and record.n_threads > 1 and crowding(record) is not None,
@@ -166,19 +169,29 @@ def calibrated_profile(
         calibration: What was fitted.
         source: Where the rows are, and of what.
         date: When they were read.
+
+    Raises:
+        InputError: Rates that no profile has.
     """
+    try:
+        return _calibrated(profile, calibration, source, date)
+    except pydantic.ValidationError as error:
+        raise InputError(f"the rates of these rows: {describe_problems(error)}", field="records") from error
+
+
+def _calibrated(
+    profile: DeviceProfile, calibration: Calibration, source: str, date: datetime.date
+) -> DeviceProfile:
     figures: dict[str, Figure[Any]] = {}
     for name, fitted in calibration.fits.items():
         by_type = {kind: _rounded(rate) for kind, rate in fitted.rates.by_type.items()}
         rates = TypeRates(
-            by_type=by_type, others=_rounded(fitted.rates.others), within=max(1.0, _rounded(fitted.within))
+            by_type=by_type,
+            others=_rounded(fitted.rates.others),
+            within=max(1.0, _rounded(fitted.within)),
+            holds=_rounded(fitted.holds),
         )
         figures[name] = Figure[TypeRates](value=rates, basis="measured", source=source, date=date)
-    if calibration.decode is not None:
-        fastest = _rounded(calibration.decode.fastest)
-        figures["dram_sustained_gb_s"] = Figure[float](
-            value=fastest, basis="measured", source=source, date=date
-        )
     return DeviceProfile.model_validate(profile.model_copy(update=figures).model_dump())
 
 

@@ -69,12 +69,14 @@ class TypeRates(Section):
     Attributes:
         by_type: ggml's name of a type -> rate.
         others: Of a type that was not measured.
-        within: Factor to both sides of a projection that held nine of ten left-out rows.
+        within: Factor to both sides of a projection.
+        holds: Share of the rows of files that were not measured which lie within it.
     """
 
     by_type: dict[str, Annotated[float, pydantic.Field(gt=0, le=1e6)]]
     others: float = pydantic.Field(gt=0, le=1e6)
     within: float = pydantic.Field(ge=1, le=100)
+    holds: float = pydantic.Field(gt=0, lt=1)
 
 
 Feature = Literal["asimd", "fp16", "dotprod", "i8mm", "bf16", "sve", "sve2", "sme", "sme2"]

@@ -6,7 +6,7 @@ little of some types. None is negative: where the solution has one, projected co
 
 What the fit is worth is asked of rows that it has not seen: each file in turn is left out with all of its rows
 (leave-one-group-out cross-validation), and the interval is that which holds COVERAGE of the left-out rows, as in the
-jackknife of Barber et al. 2021, with one half-width for all.
+jackknife of Barber et al. 2021, with one half-width for all. Of few files it is the largest error, and holds less.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import numpy as np
@@ -97,7 +98,7 @@ class Fitted:
 
     Attributes:
         rates: Of all rows.
-        within: Factor to both sides of a projection that holds COVERAGE of left-out rows.
+        within: Factor to both sides of a projection that holds the share `holds` of left-out rows.
         left_out: Each row without its file.
     """
 
@@ -111,10 +112,9 @@ class Fitted:
         return median(abs(one.ratio - 1) for one in self.left_out)
 
     @property
-    def fastest(self) -> float:
-        """The highest rate of a type that is most of some file: of others the rows say little."""
-        main = {max(one.row.amounts, key=one.row.amounts.__getitem__) for one in self.left_out}
-        return max(self.rates.by_type[kind] for kind in main)
+    def holds(self) -> float:
+        """Share of another file's rows that the interval holds: of n files no more than n / (n + 1) can be promised."""
+        return min(COVERAGE, self.n_files / (self.n_files + 1))
 
     @property
     def n_files(self) -> int:
@@ -133,19 +133,23 @@ def fit(rows: Sequence[Timed]) -> Fitted:
         raise InputError(
             "too few files to leave one out", value=len(files), allowed=f"{FEWEST_FILES} or more"
         )
-    without = {file: _fit([row for row in rows if row.file != file]) for file in files}
-    left_out = []
-    for row in rows:
+
+    @cache
+    def without(left: frozenset[str]) -> Rates:
+        return _fit([row for row in rows if row.file not in left])
+
+    widths = {}
+    for file in files:
         # What the interval would have been if this file had never been measured.
-        others = [other for other in rows if other.file != row.file]
-        errors = [_error(other, _fit_without(rows, {row.file, other.file})) for other in others]
-        left_out.append(LeftOut(row, without[row.file].seconds(row.amounts), _half_width(errors)))
-    errors = [_error(row, without[row.file]) for row in rows]
+        others = [other for other in rows if other.file != file]
+        widths[file] = _half_width([_error(one, without(frozenset({file, one.file}))) for one in others])
+    alone = [without(frozenset({row.file})) for row in rows]
+    left_out = [
+        LeftOut(row, rates.seconds(row.amounts), widths[row.file])
+        for row, rates in zip(rows, alone, strict=True)
+    ]
+    errors = [_error(row, rates) for row, rates in zip(rows, alone, strict=True)]
     return Fitted(_fit(rows), _half_width(errors), tuple(left_out))
-
-
-def _fit_without(rows: Sequence[Timed], files: set[str]) -> Rates:
-    return _fit([row for row in rows if row.file not in files])
 
 
 def _error(row: Timed, rates: Rates) -> float:

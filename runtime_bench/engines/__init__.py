@@ -32,7 +32,8 @@ class SessionSettings:
         n_batch: Most tokens given to the engine at once.
         n_ubatch: Most tokens computed at once.
         cache_type: Of the key-value cache, one of the engine's `cache_types`; None for its own choice.
-        backend: What shall compute; None for the processor. An engine that cannot take it computes there, too.
+        backend: What shall compute, in small letters; None for the processor, where an engine that cannot take it
+            computes, too.
     """
 
     n_ctx: int

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from types import MappingProxyType
 
+from cfsp.errors import InputError
 from exporters.gguf.cache_types import DEFAULT_CACHE
 from exporters.gguf.llama_library import runtime_version, system_info
 from exporters.gguf.runtime import LlamaModel, open_model
@@ -12,6 +14,8 @@ from runtime_bench.engines import EngineFacts, Session, SessionSettings
 from runtime_bench.records.engine_settings import EngineSettings
 
 _DISTRIBUTION = "llama-cpp-python"
+_ON_GPU = MappingProxyType({None: False, "cpu": False, "gpu": True})
+"""What can be asked to compute, and whether it is a GPU."""
 
 
 class LlamaCppSession:
@@ -63,8 +67,13 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
     """Map a GGUF file and make a context, with a float16 cache as llama-bench does unless another is asked for.
 
     Raises:
-        InputError: llama.cpp cannot load it.
+        InputError: llama.cpp cannot load it, or something else than its processor or GPU is to compute.
     """
+    if settings.backend not in _ON_GPU:
+        names = ", ".join(filter(None, _ON_GPU))
+        raise InputError(
+            "llama.cpp knows no such backend", field="backend", value=settings.backend, allowed=names
+        )
     return LlamaCppSession(
         open_model(
             path,
@@ -73,6 +82,6 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
             n_batch=settings.n_batch,
             n_ubatch=settings.n_ubatch,
             cache_type=settings.cache_type or DEFAULT_CACHE,
-            on_gpu=settings.backend is not None,
+            on_gpu=_ON_GPU[settings.backend],
         )
     )

@@ -34,7 +34,7 @@ class OnnxRuntimeSession:
         """What ONNX Runtime says about itself, and what the files say."""
         name, version = runtime_version().split(" ")
         providers = self._model.providers
-        facts = file_facts(self._model.path, ", ".join(providers) or "CPU", {name: version})
+        facts = file_facts(self._model.path, ", ".join(sorted(providers)) or "CPU", {name: version})
         return replace(facts, settings=EngineSettings(self._model.cache_type, providers=providers))
 
     def decode(self, tokens: Sequence[int]) -> None:

@@ -19,6 +19,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <deque>
@@ -233,7 +234,7 @@ class Log {
         const auto size = open_.find(mark);
         if (size != std::string::npos) {
             const auto name = open_.substr(open_.rfind(' ', size - 1) + 1, size - open_.rfind(' ', size - 1) - 1);
-            const auto bytes = std::llround(std::stod(open_.substr(size + mark.size())) * (1 << 20));
+            const auto bytes = std::llround(std::strtod(open_.c_str() + size + mark.size(), nullptr) * (1 << 20));
             buffers_[name] = buffers_.value(name, 0LL) + bytes;
         }
         if (open_.find("Flash Attention enabled") != std::string::npos) {

@@ -9,7 +9,7 @@ from typing import Any
 from runtime_bench.devices.calibration import Calibration
 from runtime_bench.devices.profile import FIGURES, Cluster, Figure, KnownProfile, TypeRates
 from runtime_bench.devices.projection import MIB, Band, ContextNeed, Projection
-from runtime_bench.devices.rates import LeftOut
+from runtime_bench.devices.rates import Fitted, LeftOut
 from runtime_bench.presentation.markup import escape_markdown, visible
 from runtime_bench.presentation.table import Column, Table, short_names, table_of
 from runtime_bench.records.bench_record import DOES_NOT_FIT, FITS, THRASHES
@@ -90,11 +90,15 @@ def format_calibration(calibration: Calibration) -> str:
             _left_out_table(fitted.left_out).markdown(),
             f"{name}: {_rates(fitted.rates.by_type, fitted.rates.others)}",
             f"Left out, {fitted.n_files} files: median error {fitted.median_error:.1%}; {inside} of "
-            f"{len(fitted.left_out)} rows inside the interval that the other files give. Projections: within "
-            f"x{fitted.within:.2f}.\n",
+            f"{len(fitted.left_out)} rows inside the interval that the other files give. Projections: "
+            f"{_within(fitted)}.\n",
         ]
     lines += [f"Not read: {escape_markdown(row)}: {why}" for row, why in calibration.left_out]
     return "\n".join(lines)
+
+
+def _within(rates: Fitted | TypeRates) -> str:
+    return f"within x{rates.within:.2f} ({rates.holds:.0%} of rows)"
 
 
 def _rates(by_type: Mapping[str, float], others: float) -> str:
@@ -141,7 +145,7 @@ def _value(figure: Figure[Any], unit: str = "") -> str:
     if figure.value is None:
         return UNKNOWN
     if isinstance(figure.value, TypeRates):
-        return f"{_rates(figure.value.by_type, figure.value.others)}, within x{figure.value.within:.2f}"
+        return f"{_rates(figure.value.by_type, figure.value.others)}, {_within(figure.value)}"
     if isinstance(figure.value, tuple):
         return " + ".join(map(_part, figure.value)) if figure.value else "none"
     return f"{figure.value:g}{unit}" if isinstance(figure.value, float) else f"{figure.value}{unit}"

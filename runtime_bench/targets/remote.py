@@ -147,6 +147,9 @@ class Remote:
         Raises:
             StoppedError: After `stop`.
         """
+        if request.session.cache_type is not None and engine_spec(request.engine).companion:
+            made = f"a cache of {request.session.cache_type} needs what is made of the file on this machine alone"
+            return WorkerResult(error=f"{made}; allowed: --on local")
         try:
             link = self._connection()
             command = self._program(request.engine, link)

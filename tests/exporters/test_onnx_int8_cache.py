@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from cfsp.errors import InputError
-from exporters.onnx import export_onnx
+from exporters.onnx import export_onnx, ready
 from exporters.onnx.folder import find_graph, folder_of
 from exporters.onnx.int8_cache import make_ready
 from exporters.onnx.ready import INT8_CACHE, ready_graph
@@ -67,6 +67,15 @@ def test_its_buffers_take_a_byte_a_number_and_it_has_no_weights_of_its_own(
     assert max(int(np.abs(values.astype(int)).max()) for values in held.values()) > 30
     model.close()
     assert ready_graph(graph).stat().st_size < 2 * graph.stat().st_size
+
+
+def test_what_an_earlier_version_made_is_not_found(
+    graph: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_ready(graph)
+    monkeypatch.setattr(ready, "MAKING", ready.MAKING + 1)
+    with pytest.raises(InputError, match="no graph with an 8-bit cache was made"):
+        ready_graph(graph)
 
 
 def test_it_is_made_once_and_anew_for_another_file(graph: Path, cache_folder: Path, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from pydantic import ValidationError
 
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
@@ -24,7 +26,7 @@ from phoneready.figures.metrics import FigureKey
 from phoneready.figures.stores import STORES
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.main import main
-from phoneready.publish.tiers import Tiers, choose_tiers, targeting_text, write_tiers
+from phoneready.publish.tiers import Tiers, choose_tiers, remove_tiers, targeting_text, write_tiers
 from phoneready.publish.verify import verify_release
 from phoneready.settings.release import parse_config
 from phoneready.settings.schema import StoresConfig, TierConfig
@@ -53,6 +55,11 @@ def test_the_rest_of_an_app_counts_to_its_limit() -> None:
     budget = BudgetConfig.model_validate({"store": "play-app", "beside": "150 MB"})
     assert budget.limit == STORES["play-app"].bytes - 150_000_000
     assert "150 MB beside it" in budget.describe()
+    number = BudgetConfig.model_validate({"store": "play-app", "beside": 150_000_000})
+    assert number.limit == budget.limit
+    assert "143.1 MiB beside it" in number.describe()
+    with pytest.raises(ValidationError, match="not a finite number"):
+        BudgetConfig.model_validate({"store": "play-app", "beside": -math.inf})
 
 
 def test_every_limit_says_who_says_so() -> None:
@@ -70,6 +77,7 @@ def test_every_limit_says_who_says_so() -> None:
         ('store = "play-app"\nat_most = "1 GB"', "leave out at_most"),
         ('store = "play-app"\nmetric = "load"', "store: limits file_bytes, not load"),
         ('store = "play-app"\nbeside = "4 GB"', "beside: leaves nothing of the store's limit"),
+        ('store = "play-app"\nbeside = -5e9', "beside: less than nothing"),
         ('metric = "file_bytes"\nat_most = 1\nbeside = 1', "beside: counts to a store's limit"),
         ("at_most = 1", "budgets[0].metric: missing"),
     ],
@@ -90,6 +98,7 @@ def test_what_a_store_cannot_be_is_told_with_its_line(lines: str, reason: str) -
             '[stores]\nfrontier = "f.json"\n' + 2 * '[[tiers]]\nname = "a"\nram = "4 GB"\n',
             "tiers: two have the same name",
         ),
+        ('[stores]\nfrontier = "f.json"\ncache_type = "f32"\n', "allowed: f16, q8_0, q4_0"),
         ('[stores]\nfrontier = "f.json"\n[[tiers]]\nname = "A b"\nram = 1\n', "tiers[0].name"),
         ('[stores]\nfrontier = "f.json"\n[[tiers]]\nname = "a"\nram = "much"\n', "ram: not understood"),
     ],
@@ -207,6 +216,29 @@ def test_what_the_stores_take_is_written_and_replaced(frontier: Path, tmp_path: 
         assert [root / selector["file"] for selector in manifest["fileSelectors"]] == [asset]
     write_tiers(stores, replace(found, tiers=found.tiers[:1]), tmp_path)
     assert sorted(path.name for path in root.iterdir() if path.is_dir()) == ["model#group_little"]
+
+
+def test_an_interrupted_run_leaves_nothing_that_blocks_the_next(
+    frontier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores, tiers = tiers_for(frontier)
+    found, root = choose_tiers(stores, tiers), tmp_path / "stores"
+    nowhere = replace(found, tiers=(found.tiers[0], replace(found.tiers[1], name="no/where")))
+    with pytest.raises((OSError, InputError)):
+        write_tiers(stores, nowhere, tmp_path)
+    assert not root.exists()
+    write_tiers(stores, found, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            remove_tiers(tmp_path)
+    assert not root.exists()
+    write_tiers(stores, found, tmp_path)
+    assert read_record(Tiers, root / "tiers.json") == found
+
+
+def interrupt(path: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_devices_with_less_than_the_first_class_are_in_no_group(frontier: Path) -> None:

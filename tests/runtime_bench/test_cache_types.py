@@ -13,7 +13,7 @@ from cfsp.errors import InputError
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.options import ExportOptions
-from runtime_bench.engines import EngineFacts, check_cache
+from runtime_bench.engines import EngineFacts, SessionSettings, check_cache
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.measuring.text_check import check_text
 from runtime_bench.presentation.comparison_table import format_comparison
@@ -23,8 +23,9 @@ from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.jsonl import record_from_json, record_to_json
 from runtime_bench.targets import Local
+from runtime_bench.targets.table import TargetOptions, open_remote
 from runtime_bench.worker import WorkerRequest, WorkerResult
-from runtime_bench.workload import BenchSettings
+from runtime_bench.workload import BenchSettings, Workload
 
 pytest.importorskip("llama_cpp")
 
@@ -96,6 +97,17 @@ def test_what_an_engine_cannot_have_is_refused_before_anything_is_measured(
     with pytest.raises(InputError, match=reason):
         check_cache(engine, cache_type)
     check_cache(engine, None)
+
+
+def test_a_cache_that_is_made_on_this_machine_is_refused_before_anything_is_pushed(tmp_path: Path) -> None:
+    session = SessionSettings(64, 1, 64, 64, cache_type="int8")
+    request = WorkerRequest(
+        path=str(tmp_path / "model.onnx"), engine="onnxruntime", workload=Workload("load"), session=session
+    )
+    result = open_remote("ssh:nowhere.invalid", TargetOptions()).run(request, 60)
+    assert result.error == (
+        "a cache of int8 needs what is made of the file on this machine alone; allowed: --on local"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from phoneready.main import main
-from runtime_bench.devices.calibration import calibrate, profile_text
+from runtime_bench.devices import rates
+from runtime_bench.devices.calibration import calibrate, calibrated_profile, profile_text
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.profile import load_profiles, read_profile
 from runtime_bench.devices.projection import project
@@ -46,7 +48,6 @@ def test_the_rates_of_types_are_found_again() -> None:
         assert fitted.rates.by_type[kind] == pytest.approx(rate, rel=0.05)
     assert fitted.median_error < 0.03
     assert fitted.n_files == 12
-    assert fitted.fastest == max(fitted.rates.by_type.values())
 
 
 def test_a_type_that_no_row_has_gets_the_rate_of_the_others() -> None:
@@ -79,6 +80,24 @@ def test_the_interval_holds_what_it_says_of_rows_that_it_has_not_seen() -> None:
 def test_fewer_than_three_files_are_refused() -> None:
     with pytest.raises(InputError, match="too few files to leave one out"):
         fit(rows(2))
+
+
+@pytest.mark.parametrize(("count", "share"), [(3, 0.75), (8, 8 / 9), (9, 0.9), (12, 0.9)])
+def test_few_files_promise_less(count: int, share: float) -> None:
+    assert fit(rows(count)).holds == pytest.approx(share)
+
+
+def test_each_fit_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(given: Sequence[Timed]) -> Rates:
+        made.append(len(given))
+        return solve(given)
+
+    solve = rates._fit
+    monkeypatch.setattr(rates, "_fit", counted)
+    fit([replace(row, test=test) for row in rows(5) for test in ("tg32", "tg64", "tg128")])
+    assert sorted(made) == [9] * 10 + [12] * 5 + [15]
 
 
 def test_every_profile_comes_back_from_its_text(tmp_path: Path) -> None:
@@ -141,12 +160,14 @@ def test_rows_that_say_nothing_of_the_device_are_not_read(
         replace(measured[0], degenerate="loop"),
         replace(measured[0], engine_settings=EngineSettings("q8_0")),
         replace(measured[0], backends="CUDA0"),
+        replace(measured[0], n_gen=0, test="tg0"),
     ]
     found = calibrate([*measured, *strange])
     plain = calibrate(measured)
     assert found.fits == plain.fits
     assert [why.partition(":")[0] for _, why in found.left_out] == [
         *("not measured there", "of onnxruntime", "without a speed", "with a quantized cache", "on CUDA0"),
+        "without tokens",
     ]
 
 
@@ -161,6 +182,23 @@ def test_places_and_thread_counts_are_not_mixed(measured: list[BenchRecord]) -> 
     assert calibrate([*measured, *fewer], n_threads=2).n_threads == 2
     with pytest.raises(InputError, match="no row of pp or tg"):
         calibrate(measured, target="nowhere")
+
+
+def test_a_file_under_two_names_is_one_file(measured: list[BenchRecord], tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    other.write_bytes(Path(measured[0].model_filename).read_bytes())
+    again = [replace(record, model_filename=str(other)) for record in measured[:2]]
+    found = calibrate([*measured, *again]).decode
+    assert found is not None
+    assert (found.n_files, len(found.left_out)) == (4, 5)
+
+
+def test_rates_that_no_profile_has_are_bad_input(measured: list[BenchRecord]) -> None:
+    found = calibrate(measured)
+    assert found.decode is not None
+    wild = replace(found, decode=replace(found.decode, within=1000.0))
+    with pytest.raises(InputError, match=r"the rates of these rows: within"):
+        calibrated_profile(load_profiles()[DEVICE].profile, wild, "rows", datetime.date(2026, 1, 1))
 
 
 def test_another_file_of_the_name_is_refused(measured: list[BenchRecord], tmp_path: Path) -> None:
@@ -192,7 +230,8 @@ def test_the_command_writes_a_profile_whose_projections_are_narrow(
     assert (figure.basis, figure.value is not None) == ("measured", True)
     assert str(figure.source).startswith("bench.jsonl (SHA-256 ")
     assert str(figure.source).endswith("llama.cpp on adb:X, 4 threads")
-    assert after.profile.dram_sustained_gb_s.value == pytest.approx(GB_S, rel=0.05)
+    assert after.profile.dram_sustained_gb_s == before.dram_sustained_gb_s
+    assert "(80% of rows)" in text
     assert after.profile.soc == before.soc
     facts = gguf_facts(files[-1])
     wide, narrow = (project(profile, facts, 64) for profile in (before, after.profile))

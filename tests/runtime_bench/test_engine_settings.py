@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from cfsp.errors import InputError
+from cfsp.settings import settings_of
+from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.options import ExportOptions
+from runtime_bench.engines import SessionSettings, llama_cpp, onnxruntime
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.record_table import format_table, record_table, settings_text
 from runtime_bench.records.compare import compare_records
@@ -96,11 +99,35 @@ def test_a_backend_that_fell_back_to_the_processor_says_so(
     assert f"{backend} was asked for, and the CPU computed" in str(note_of(record))
 
 
-def test_a_backend_that_nobody_knows_is_a_failed_row(graph: Path) -> None:
-    (record,) = run_bench([graph], replace(QUICK, backend="abacus"))
+@pytest.mark.parametrize(
+    ("file", "reason", "allowed"),
+    [("graph", "knows no such provider", "coreml, cpu, cuda"), ("model", "no such backend", "cpu, gpu")],
+)
+def test_a_backend_that_nobody_knows_is_a_failed_row(
+    request: pytest.FixtureRequest, file: str, reason: str, allowed: str
+) -> None:
+    (record,) = run_bench([request.getfixturevalue(file)], replace(QUICK, backend="abacus"))
     assert not record.ok
-    assert "knows no such provider" in str(record.failure)
-    assert "coreml, cpu, cuda" in str(record.failure)
+    assert reason in str(record.failure)
+    assert allowed in str(record.failure)
+
+
+def test_who_asks_for_the_processor_gets_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def watched(*arguments: Any, on_gpu: bool, **settings: Any) -> LlamaModel:
+        asked.append(on_gpu)
+        return open_model(*arguments, **settings)
+
+    monkeypatch.setattr(llama_cpp, "open_model", watched)
+    for backend in ("cpu", None, "gpu"):
+        llama_cpp.open_session(model, SessionSettings(64, 1, 64, 64, backend=backend)).close()
+    assert asked == [False, False, True]
+
+
+def test_capitals_of_a_backend_are_nothing_else(make_record: Any) -> None:
+    assert settings_of(BenchSettings, {"backend": "CPU"}, {}).backend == "cpu"
+    assert make_record(engine_settings=EngineSettings(asked_backend="cpu")).fallback is None
 
 
 def test_nodes_that_are_left_to_the_processor_are_told_of(make_record: Any) -> None:
@@ -108,6 +135,16 @@ def test_nodes_that_are_left_to_the_processor_are_told_of(make_record: Any) -> N
     record = make_record(engine="onnxruntime", backends="CUDA, CPU", engine_settings=settings)
     assert record.fallback is None
     assert "32 of 342 nodes of the graph run on the CPU" in str(note_of(record))
+
+
+def test_the_order_of_providers_makes_no_other_backend(graph: Path) -> None:
+    session = onnxruntime.open_session(graph, SessionSettings(64, 1, 64, 64))
+    named = []
+    for providers in ({"CUDA": 3, "CPU": 2}, {"CPU": 2, "CUDA": 3}):
+        session._model.providers = providers
+        named.append(session.facts.backends)
+    session.close()
+    assert named == ["CPU, CUDA"] * 2
 
 
 def test_backends_are_held_apart(make_record: Any) -> None:
