@@ -255,7 +255,7 @@ def stopping(share: float) -> Iterator[None]:
 def test_a_run_that_is_stopped_again_and_again_is_throttled(tiny_gguf: Callable[..., Path]) -> None:
     pytest.importorskip("llama_cpp")
     path = tiny_gguf(hidden_size=256, head_dim=64)
-    with stopping(0.5):
+    with stopping(0.8):  # a busy machine stops its process later than it should
         (record,) = run_bench([path], SETTINGS)
     assert record.ok
     found = fairness(record)
