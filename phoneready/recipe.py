@@ -96,13 +96,8 @@ def run_release(
         LimitError: An exported file is too far from its checkpoint.
         PhonereadyError: Any of these in a process of its own, with the same text and exit status; or it was killed.
     """
-    _check_place(config, folder)
-    check_extras(config)
-    check_directions(config.budgets)
+    _check_before_work(config, folder)
     baseline = load_baseline(config)
-    if config.stores is not None:
-        # A class of devices that nothing fits is told before the first hour of work.
-        choose_tiers(config.stores, config.tiers)
     with claim_folder(folder):
         stages = release_stages(config, folder, threads)
         left, times = [stage.name for stage in stages], last_times(stages, folder)
@@ -153,6 +148,15 @@ def _processes(config: ReleaseConfig, folder: Path, threads: int | None) -> Stag
         return None
     plain = config.model_dump(mode="json")
     return StageProcesses(2, "phoneready.stage_worker", plain, folder, threads // 2)
+
+
+def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
+    """What would end a release after hours is told at once; raises as `run_release`."""
+    _check_place(config, folder)
+    check_extras(config)
+    check_directions(config.budgets)
+    if config.stores is not None:
+        choose_tiers(config.stores, config.tiers)
 
 
 def _check_place(config: ReleaseConfig, folder: Path) -> None:

@@ -109,8 +109,7 @@ def recover(
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
-    _check_extras(settings, device)
-    _check_format(settings, rounding)
+    _check_means(settings, device, rounding)
     from cfsp.recovery.trainer import check_trackers, train, training_arguments
 
     check_trackers(settings.report_to)
@@ -132,14 +131,12 @@ def recover(
             drawn = _read(data, validation, settings, inputs, writers, progress)
         if is_main:
             before()
-        dtype = product_dtype(settings.dtype, arguments.device.type)
-        sequences_per_step = settings.batch_size * settings.gradient_accumulation_steps
-        tokens_per_step = settings.seqlen * sequences_per_step * arguments.world_size
+        tokens_per_step = _tokens_per_process(settings) * arguments.world_size
         mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
         inputs = replace(inputs, rounded=_rounded(settings, inputs, mix, rounding, arguments, progress))
         with arguments.main_process_first(local=False):
-            folder.open(_run_inputs(settings, inputs, drawn, dtype, arguments.world_size), force=force)
-        student = _student(inputs, settings, dtype)
+            folder.open(_run_inputs(settings, inputs, drawn, arguments), force=force)
+        student = _student(inputs, settings, arguments.device.type)
         run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
@@ -174,14 +171,12 @@ def _check_apart(work: Path, output: Path) -> None:
         )
 
 
-def _check_extras(settings: RecoverySettings, device: str) -> None:
+def _check_means(settings: RecoverySettings, device: str, rounding: Rounding | None) -> None:
+    """Refuse a device, a format, or a package that is not there."""
     if device not in DEVICES:
         raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
     for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
         require_extra(package, "recover")
-
-
-def _check_format(settings: RecoverySettings, rounding: Rounding | None) -> None:
     if settings.for_quant is None:
         return
     if rounding is None:
@@ -210,6 +205,11 @@ def _read(
     )
 
 
+def _tokens_per_process(settings: RecoverySettings) -> int:
+    """Input tokens of one optimizer step, on each process."""
+    return settings.seqlen * settings.batch_size * settings.gradient_accumulation_steps
+
+
 def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_step: int) -> int:
     """Sequences of whole optimizer steps that come closest to the budget, at least one step."""
     budget = token_budget(settings)
@@ -222,11 +222,7 @@ def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_ste
 
 
 def _run_inputs(
-    settings: RecoverySettings,
-    inputs: RecoveryInputs,
-    drawn: RecoveryData,
-    dtype: torch.dtype,
-    processes: int,
+    settings: RecoverySettings, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any
 ) -> RunInputs:
     from cfsp.text.self_sampling import model_fingerprint
 
@@ -238,7 +234,8 @@ def _run_inputs(
         hashes["rounded"] = inputs.rounded.sha256
     for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
         hashes[name] = " ".join(part.sha256 for part in parts)
-    return RunInputs(plain | {"dtype": str(dtype)}, hashes, processes)
+    dtype = product_dtype(settings.dtype, arguments.device.type)
+    return RunInputs(plain | {"dtype": str(dtype)}, hashes, arguments.world_size)
 
 
 def _rounded(
@@ -261,8 +258,9 @@ def _rounded(
         return rounding.start(folder, settings.for_quant, windows, str(arguments.device), progress)
 
 
-def _student(inputs: RecoveryInputs, settings: RecoverySettings, dtype: torch.dtype) -> Student:
+def _student(inputs: RecoveryInputs, settings: RecoverySettings, device_type: str) -> Student:
     model: Any = inputs.loaded.model
+    dtype = product_dtype(settings.dtype, device_type)
     torch.manual_seed(settings.seed)
     if inputs.ranks:
         model = add_adapter(model, inputs.ranks, settings.alpha)
