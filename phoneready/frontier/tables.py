@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cfsp.evaluation.tasks import TaskMetric
-from cfsp.recovery.settings import token_budget
+from cfsp.recovery.settings import settled, token_budget
 from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
@@ -91,9 +91,9 @@ def _asked(found: Frontier) -> str:
 
 
 def _trained(found: Frontier) -> str:
-    how = found.recovery
-    if how is None or not any(point.recovered for point in found.points):
+    if found.recovery is None or not any(point.recovered for point in found.points):
         return ""
+    how = settled(found.recovery)
     most = f"{how.epochs:g} passes over" if how.epochs else f"{token_budget(how)} tokens of"
     return f" Recovered: {how.method}, {how.loss}, {most} {', '.join(how.data)}."
 

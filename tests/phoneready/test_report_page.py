@@ -333,7 +333,7 @@ def test_remarks_on_samples_are_told_as_they_are(make_record: Any) -> None:
     hot = make_record(clock_caps=(0.5,) * 5)
     thrashing = make_record(memory_verdict="thrashes", memory_limit_bytes=400 * 2**20, reread_bytes=2**30)
     notes = bench_notes([hot, thrashing])
-    assert notes[0].startswith("5 of 5 processes ran with clocks capped")
+    assert notes[0].startswith("throttled: 5 of 5 processes ran with clocks capped")
     assert notes[1].startswith("thrashes: under the limit of 400 MiB")
 
 
