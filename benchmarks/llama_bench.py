@@ -27,15 +27,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from cfsp.errors import InputError, LimitError, MissingExtraError, PhonereadyError
+from cfsp.errors import InputError, LimitError, MissingExtraError
 from cfsp.files import atomic_directory, sha256_file
 from cfsp.models.builtin import cache_directory
+from phoneready.console import errors_as_exit_status
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native.build import build_runner
@@ -244,16 +244,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--native", action="store_true", help="measure in the native runner, not in Python")
     parser.add_argument("--llama-bench", type=Path, help="use this program instead of building one")
     return parser.parse_args(argv)
-
-
-@contextmanager
-def errors_as_exit_status() -> Iterator[None]:
-    """One line and a status instead of a traceback, for what is expected to go wrong."""
-    try:
-        yield
-    except PhonereadyError as error:
-        say(f"error: {error}")
-        raise SystemExit(error.exit_code) from None
 
 
 def main(argv: list[str] | None = None) -> None:

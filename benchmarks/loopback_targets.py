@@ -21,8 +21,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 
-from cfsp.errors import InputError, LimitError, PhonereadyError
+from cfsp.errors import InputError, LimitError
 from cfsp.files import sha256_file
+from phoneready.console import errors_as_exit_status
 from runtime_bench.engines import SessionSettings
 from runtime_bench.environment import describe_environment
 from runtime_bench.native.build import build_runner, read_build
@@ -174,11 +175,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """One line and a status instead of a traceback, for what is expected to go wrong."""
-    try:
+    with errors_as_exit_status():
         run(parse(argv))
-    except PhonereadyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

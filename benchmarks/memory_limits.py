@@ -11,12 +11,12 @@ measured one.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from projection_memory import PYTHON_BYTES, cpu_features
 
-from cfsp.errors import LimitError, PhonereadyError
+from cfsp.errors import LimitError
+from phoneready.console import errors_as_exit_status
 from runtime_bench.devices.model_facts import gguf_facts
 from runtime_bench.devices.projection import MIB, project_memory
 from runtime_bench.measuring.measure import run_bench
@@ -86,8 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_exit_status():
         main()
-    except PhonereadyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None

@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cfsp.errors import InputError, LimitError, PhonereadyError
+from cfsp.errors import InputError, LimitError
+from phoneready.console import errors_as_exit_status
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.native.build import build_runner
@@ -79,14 +80,11 @@ def main(argv: list[str] | None = None) -> None:
         n_threads=(arguments.threads,),
         check_text=False,
     )
-    try:
+    with errors_as_exit_status():
         targets: dict[str, Target] = {"python": LOCAL, arguments.build: Native(build_runner(arguments.build))}
         found = alternate(arguments.model, settings, targets, arguments.rounds)
         if not report(found, arguments.build, arguments.tolerance):
             raise LimitError(f"the two differ by more than {arguments.tolerance:.0%}")
-    except PhonereadyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from cfsp.errors import InputError, LimitError, PhonereadyError
+from cfsp.errors import InputError, LimitError
 from cfsp.models.builtin import fetch_builtin
+from phoneready.console import errors_as_exit_status
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
 from runtime_bench.presentation.table import table_of
@@ -220,11 +221,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run, with expected failures as one line and an exit status."""
-    try:
+    with errors_as_exit_status():
         run(parse(argv))
-    except PhonereadyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from types import MappingProxyType
 
 import psutil
 
-from cfsp.errors import InputError, LimitError, PhonereadyError
+from cfsp.errors import InputError, LimitError
 from cfsp.models.builtin import fetch_builtin
+from phoneready.console import errors_as_exit_status
 from runtime_bench.conditions.script import WATCH
 from runtime_bench.environment import describe_environment
 from runtime_bench.measuring.measure import run_bench
@@ -235,11 +236,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, with expected failures as one line and an exit status."""
-    try:
+    with errors_as_exit_status():
         run(parse(argv))
-    except PhonereadyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

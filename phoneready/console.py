@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from cfsp.errors import PhonereadyError
 from cfsp.memory import keep_freed_memory
 from cfsp.progress import Progress
 from runtime_bench.presentation.markup import printable
@@ -31,6 +32,16 @@ def write_result(text: str, payload: Any, *, as_json: bool) -> None:
 def note(message: str) -> None:
     """Tell the user something on stderr."""
     print(printable(message), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def errors_as_exit_status() -> Iterator[None]:
+    """One line and a status instead of a traceback, for what is expected to go wrong in a script."""
+    try:
+        yield
+    except PhonereadyError as error:
+        note(f"error: {error}")
+        raise SystemExit(error.exit_code) from None
 
 
 @contextmanager
