@@ -26,7 +26,7 @@ class RoundedFormat:
 
     Attributes:
         format: What export calls it.
-        types: Tensor of the file -> how it is stored.
+        types: Tensor of a GGUF file, or layer of an ONNX variant -> how it is stored.
         predicted_loss: Nats a token that the types cost, as predicted when they were chosen; None where they were not.
     """
 
@@ -44,7 +44,8 @@ class RoundedNumbers:
 
     Attributes:
         format: What they are.
-        tensors: Tensor -> its bytes, (rows, bytes of a row) uint8.
+        tensors: Name -> what is stored: of a GGUF file a matrix's bytes, (rows, bytes of a row) uint8; of an ONNX
+            variant a layer's numbers and scales, as `exporters.onnx.block_quantize.Rounded` has them.
     """
 
     format: RoundedFormat

@@ -233,6 +233,16 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
         return dict(safetensors.torch.load_file(file))
 
 
+def sha256_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Hex SHA-256 over names, shapes, types and bytes of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        values = tensor.contiguous()
+        digest.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def sha256_files(files: Iterable[Path]) -> str:
     """Hex SHA-256 over the bytes of several files, one after another."""
     digest = hashlib.sha256()

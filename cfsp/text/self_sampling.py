@@ -8,7 +8,6 @@ package.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from cfsp.files import atomic_file
 from cfsp.models.builtin import cache_directory
 from cfsp.models.paging import computing_dtype, let_go
 from cfsp.models.source import LoadedModel
+from cfsp.models.weights import sha256_tensors
 from cfsp.progress import Progress, no_progress
 from cfsp.text.encoding import encode
 from cfsp.text.generation import stop_ids
@@ -135,13 +135,10 @@ def chat_frame(tokenizer: Any) -> tuple[list[int], list[int]] | None:
 
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Hex SHA-256 over names, shapes and bytes of all parameters."""
-    hasher = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().to(computing_dtype(model)).cpu().contiguous()
-        hasher.update(f"{name} {tuple(values.shape)} {values.dtype}".encode())
-        hasher.update(values.view(torch.uint8).numpy().data)
+    dtype = computing_dtype(model)
+    found = sha256_tensors((name, p.detach().to(dtype).cpu()) for name, p in model.named_parameters())
     let_go(model)
-    return hasher.hexdigest()
+    return found
 
 
 def _sample_batch(loaded: LoadedModel, continued: Continue, report: Report) -> list[list[int]]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+import torch
 
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.rounded_numbers import RoundedNumbers
 from exporters.gguf.llama_library import dequantized
-
-_TOLERANCE = 2.0**-7
-"""Of a row's largest number: weights of 16 bits are not quite what the numbers stand for."""
+from exporters.rounding.scaled import stands_for
 
 
 def put_numbers(base: Path, path: Path, numbers: RoundedNumbers) -> int:
@@ -41,8 +39,8 @@ def put_numbers(base: Path, path: Path, numbers: RoundedNumbers) -> int:
             ):
                 raise InputError(f"the checkpoint's rounded numbers are not of its tensor {name}")
             weight = exact[name].dequantize()
-            difference = np.abs(dequantized(data.reshape(len(weight), -1), place.kind.name) - weight).max(1)
-            if (difference > _TOLERANCE * np.abs(weight).max(1) + np.finfo(np.float32).tiny).any():
+            values = dequantized(data.reshape(len(weight), -1), place.kind.name)
+            if not stands_for(torch.from_numpy(values), torch.from_numpy(weight)):
                 raise InputError(
                     f"the checkpoint's rounded numbers are not what its weights stand for: {name}"
                 )

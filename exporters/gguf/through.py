@@ -7,7 +7,6 @@ every file. The trained file has as many bytes and computes as fast.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
 from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
+from cfsp.models.weights import sha256_tensors
 from cfsp.progress import Progress
 from cfsp.scratch import LargeScratch
 from exporters.gguf.architecture import read_layout
@@ -52,11 +52,9 @@ class GGUFRounded:
     @property
     def sha256(self) -> str:
         """Hash of the matrices."""
-        digest = hashlib.sha256()
-        for name, (_, matrix) in self.stored.items():
-            digest.update(name.encode())
-            digest.update(matrix.data.tobytes())
-        return digest.hexdigest()
+        return sha256_tensors(
+            (name, torch.from_numpy(np.array(m.data))) for name, (_, m) in self.stored.items()
+        )
 
     def attach(self, model: Any) -> None:
         """See `RoundedModel`."""

@@ -6,7 +6,6 @@ scale of every block is trained, and so are the norms.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from cfsp.devices import moved
 from cfsp.errors import InputError
 from cfsp.models.rounded_numbers import RoundedFormat, RoundedNumbers
+from cfsp.models.weights import sha256_tensors
 from cfsp.progress import Progress
 from exporters.checkpoint_reader import read_config
 from exporters.job import load_checkpoint
@@ -24,10 +24,7 @@ from exporters.onnx.block_quantize import Rounded
 from exporters.onnx.mixed import choose_few, quantized_model, with_eight_bits
 from exporters.onnx.variants import INT8, VARIANTS, BlockFormat, Variant, find_variant
 from exporters.onnx.weights import HEAD_PARTS, check_blocks, is_tied, weight_of
-from exporters.rounding.scaled import factors_of, make_plain, train_blocks, train_norms
-
-_TOLERANCE = 2.0**-7
-"""Of a row's largest number: weights of 16 bits are not quite what the numbers stand for."""
+from exporters.rounding.scaled import factors_of, make_plain, stands_for, train_blocks, train_norms
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,7 @@ class OnnxRounded:
     @property
     def sha256(self) -> str:
         """Hash of all numbers."""
-        digest = hashlib.sha256()
-        for tensor in _tensors(self.layers).values():
-            digest.update(tensor.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return sha256_tensors(_tensors(self.layers).items())
 
     def attach(self, model: Any) -> None:
         """See `RoundedModel`."""
@@ -121,16 +115,14 @@ def trained_layers(model: Any, variant: Variant, numbers: RoundedNumbers) -> dic
         if q is None or scales is None or bits not in forms or scales.shape != q.shape[:2]:
             raise InputError(f"the checkpoint's rounded numbers are not whole: {name}")
         layer = Rounded(q, scales, weight.shape[1], forms[bits])
-        if q.shape[0] != len(weight) or q[0].numel() < weight.shape[1] or not _stands_for(layer, weight):
+        if (
+            q.shape[0] != len(weight)
+            or q[0].numel() < weight.shape[1]
+            or not stands_for(layer.dequantized(), weight)
+        ):
             raise InputError(f"the checkpoint's rounded numbers are not what its weights stand for: {name}")
         layers[name] = layer
     return layers
-
-
-def _stands_for(layer: Rounded, weight: torch.Tensor) -> bool:
-    difference = (layer.dequantized() - weight).abs().amax(1)
-    bound = _TOLERANCE * weight.abs().amax(1) + torch.finfo(torch.float32).tiny
-    return bool((difference <= bound).all())
 
 
 def _is_trainable(variant: Variant) -> bool:

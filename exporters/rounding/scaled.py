@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+_TOLERANCE = 2.0**-7
+"""Of a row's largest number: weights of 16 bits are not quite what their numbers stand for."""
+
 
 class ScaledBlocks(nn.Module):
     """A weight (rows, columns) whose blocks of neighbouring columns are each multiplied by a factor of its own.
@@ -61,3 +64,9 @@ def make_plain(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def stands_for(values: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether numbers of few bits, as a runtime computes with them, are a checkpoint's weight; both (rows, columns)."""
+    bound = _TOLERANCE * weight.abs().amax(1) + torch.finfo(torch.float32).tiny
+    return bool(((values - weight).abs().amax(1) <= bound).all())
