@@ -160,10 +160,8 @@ def measure(request: WorkerRequest) -> WorkerResult:
         samples, lasted_ns = ([], None) if work is None else _timed(session, request, work)
         whole = with_opening(request, load_ns, [one.wall_ns for one in samples])
         if request.workload.opens:
-            samples, lasted_ns = (
-                [],
-                None,
-            )  # the clocks beside the wall's were not read while the file was opened
+            # The clocks beside the wall's were not read while the file was opened.
+            samples, lasted_ns = [], None
         return WorkerResult(
             samples_ns=whole,
             load_ns=load_ns,

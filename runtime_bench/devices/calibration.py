@@ -20,7 +20,7 @@ from runtime_bench.devices.profile import FIGURES, DeviceProfile, Figure, TypeRa
 from runtime_bench.devices.rates import KEYS_AND_VALUES, Amounts, Fitted, Timed, fit
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import BenchRecord
-from runtime_bench.records.crowding import crowding, has_cpu_times, stealing
+from runtime_bench.records.crowding import crowding, judged_by_processor_time, stealing
 from runtime_bench.records.fairness import has_speed, unfair
 from runtime_bench.workload import REGIMES
 
@@ -136,8 +136,8 @@ def _facts_of(name: str, rows: Sequence[BenchRecord], models: Path | None) -> Mo
 
 def _timed(record: BenchRecord, facts: ModelFacts) -> Timed:
     """A row as rates see it: in processor time where others held its single thread up, as comparisons are."""
-    held_up = record.n_threads == 1 and has_cpu_times(record) and crowding(record) is not None
-    median_ns = summary.median(record.cpu_samples_ns if held_up else record.samples_ns) or 0.0
+    samples = record.cpu_samples_ns if judged_by_processor_time([record]) else record.samples_ns
+    median_ns = summary.median(samples) or 0.0
     amounts = _AMOUNTS[record.workload](record, facts)
     return Timed(str(facts.path), record.test, amounts, median_ns / record.n_tokens / 1e9)
 

@@ -16,7 +16,7 @@ from cfsp.errors import InputError
 from cfsp.settings import SEED, Settings, check_settings, setting
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
-from runtime_bench.records.crowding import crowding, has_cpu_times
+from runtime_bench.records.crowding import judged_by_processor_time
 from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
 
@@ -214,7 +214,8 @@ def compare_records(
     check_settings(settings)
     _check_comparable(base, new, anchored=anchors is not None)
     sides = dict(zip(_SIDES, (base, new, *(anchors or ())), strict=False))
-    basis, paired = _basis(sides), base.session == new.session and base.rounds == new.rounds
+    basis = "cpu" if judged_by_processor_time(sides.values()) else "wall"
+    paired = base.session == new.session and base.rounds == new.rounds
     times = [one.cpu_samples_ns if basis == "cpu" else one.samples_ns for one in sides.values()]
     medians = [summary.median(samples) for samples in times]
     interval = None
@@ -295,15 +296,6 @@ def _outcome(
         return (INCONCLUSIVE, reason) if reason else (TOO_NOISY, noisy)
     verdict = _verdict(interval, threshold)
     return verdict, "the interval crosses the threshold" if verdict == INCONCLUSIVE else None
-
-
-def _basis(sides: Mapping[str, BenchRecord]) -> str:
-    """Processor time where other programs held up one of several single threads: the clock on the wall then tells more
-    of them than of the file. Several threads spend it in waiting for each other, too, and where another chip computes
-    it tells of next to nothing."""
-    records = sides.values()
-    usable = all(one.n_threads == 1 and one.on_processor and has_cpu_times(one) for one in records)
-    return "cpu" if usable and any(map(crowding, records)) else "wall"
 
 
 def _noise(sides: Mapping[str, BenchRecord], basis: str, interval: RatioInterval | None) -> str | None:

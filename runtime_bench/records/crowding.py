@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Collection
 
 from runtime_bench.records.bench_record import BenchRecord
 
@@ -29,6 +30,14 @@ def stealing(record: BenchRecord) -> str | None:
 def has_cpu_times(record: BenchRecord) -> bool:
     """Whether every sample has its processor time."""
     return len(record.cpu_samples_ns) == len(record.samples_ns) > 0
+
+
+def judged_by_processor_time(records: Collection[BenchRecord]) -> bool:
+    """Whether other programs held up one of several single threads, so that the clock on the wall tells more of them
+    than of the file. Several threads spend processor time in waiting for each other, too, and where another chip
+    computes it tells of next to nothing."""
+    usable = all(one.n_threads == 1 and one.on_processor and has_cpu_times(one) for one in records)
+    return usable and any(map(crowding, records))
 
 
 def _waiting(record: BenchRecord) -> float | None:
