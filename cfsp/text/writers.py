@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import forked_random
 from cfsp.memory import require_memory
 from cfsp.models.paging import is_paged
 from cfsp.models.source import LoadedModel
@@ -57,7 +58,7 @@ def _origin(loaded: LoadedModel) -> dict[str, str]:
 def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
     device = loaded.model.device
     with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        forked_random(device),
         torch.inference_mode(),
     ):
         torch.manual_seed(seed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
 from phoneready.release.beside import StageFailure
 
+Far = Callable[[], AbstractContextManager[torch.device]]
 TinyLoaded = Callable[..., LoadedModel]
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(1))
 WINDOWS = TokenWindows(IDS, "random", "0" * 64)
@@ -44,6 +47,12 @@ def eager(tiny_loaded: TinyLoaded) -> Callable[[], LoadedModel]:
         return loaded
 
     return make
+
+
+@pytest.fixture(params=[True, False], ids=["float64", "no-float64"])
+def far(request: pytest.FixtureRequest) -> Far:
+    """A device like CUDA, and one like Apple's MPS."""
+    return partial(far_device, float64=request.param)
 
 
 def pruned(loaded: LoadedModel, settings: PruneSettings, share: float | None = None) -> PruneResult:
@@ -71,11 +80,13 @@ def figures(result: Any) -> dict[str, float]:
         {"prune_ratio": 0, "align": 8, "share": 0.7},
     ],
 )
-def test_a_model_is_pruned_where_it_is(how: dict[str, Any], eager: Callable[[], LoadedModel]) -> None:
+def test_a_model_is_pruned_where_it_is(
+    how: dict[str, Any], eager: Callable[[], LoadedModel], far: Far
+) -> None:
     share, given = how.get("share"), {name: value for name, value in how.items() if name != "share"}
     settings = PruneSettings(**{"prune_ratio": 0.25, **given})
     here = pruned(eager(), settings, share)
-    with far_device():
+    with far():
         loaded = eager()
         send(loaded.model)
         there = pruned(loaded, settings, share)
@@ -89,7 +100,9 @@ def test_a_model_is_pruned_where_it_is(how: dict[str, Any], eager: Callable[[], 
         assert torch.equal(moments, here.input_moments[name]), name
 
 
-def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_loaded: TinyLoaded) -> None:
+def test_a_model_is_judged_where_it_is(
+    eager: Callable[[], LoadedModel], tiny_loaded: TinyLoaded, far: Far
+) -> None:
     items = [Branches((5, 6, 7), ((8, 9), (10,)))]
 
     def judged(loaded: LoadedModel, other: LoadedModel) -> list[Any]:
@@ -105,7 +118,7 @@ def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_lo
 
     other = tiny_loaded(seed=1)
     here = judged(eager(), other)
-    with far_device():
+    with far():
         loaded = eager()
         send(loaded.model)
         there = judged(loaded, other)
@@ -113,14 +126,16 @@ def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_lo
         assert one == (same if "ids" in same else pytest.approx(same, rel=1e-5))
 
 
-def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(eager: Callable[[], LoadedModel]) -> None:
+def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(
+    eager: Callable[[], LoadedModel], far: Far
+) -> None:
     def judged(dense: LoadedModel, trimmed: LoadedModel) -> Any:
         spelling = respelling(dense.tokenizer, trimmed.tokenizer)
         return respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(trimmed), WINDOWS, spelling)
 
     trimmed = pruned(eager(), PruneSettings(prune_ratio=0, vocabulary=300)).loaded
     here = judged(eager(), trimmed)
-    with far_device():
+    with far():
         dense = eager()
         send(dense.model)
         there = judged(dense, trimmed)
@@ -128,10 +143,10 @@ def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(eager: Callable[
     assert figures(there) == pytest.approx(figures(here), rel=1e-5)
 
 
-def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel]) -> None:
+def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel], far: Far) -> None:
     how: dict[str, Any] = {"nsamples": 2, "seqlen": 64, "seed": 5, "use_written": False}
     here = sample_windows(eager(), **how)
-    with far_device():
+    with far():
         loaded = eager()
         send(loaded.model)
         assert torch.equal(sample_windows(loaded, **how), here)
