@@ -31,7 +31,7 @@ def find_device(name: str) -> torch.device:
         InputError: An unknown name, or a GPU that is not there.
     """
     DEVICE.checked(name)
-    there = {"cuda": gpu_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    there = {"cuda": gpu_count(), "mps": int(has_mps()), "cpu": 1}
     if name == "auto":
         return torch.device(next(kind for kind, count in there.items() if count))
     kind, _, number = name.partition(":")
@@ -46,6 +46,11 @@ def find_device(name: str) -> torch.device:
 def gpu_count() -> int:
     """GPUs that torch can use; a driver may know more."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def has_mps() -> bool:
+    """Whether there is an Apple GPU that torch can use."""
+    return bool(torch.backends.mps.is_available())
 
 
 def placed(model: Any, device: torch.device | str) -> Any:

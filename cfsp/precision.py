@@ -17,8 +17,10 @@ DTYPES = ("auto", "float32", "bfloat16")
 def fast_dtype(device_type: str = "cpu") -> torch.dtype:
     """bfloat16 where a GPU knows it, or this CPU has matrix units for it (AMX), else float32.
 
-    AVX512-BF16 alone is no faster.
+    AVX512-BF16 alone is no faster. Of Apple's MPS it was never measured, so it is float32 there.
     """
+    if device_type == "mps":
+        return torch.float32
     fast = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device_type == "cuda"

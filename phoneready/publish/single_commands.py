@@ -56,7 +56,7 @@ def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
     settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
     words: list[object] = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
     words += [*option_words(settings), "--seed", config.seed]
-    return [*words, *_opened(config, config.model.recovery_device)]
+    return [*words, *_opened(config)]
 
 
 def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
@@ -83,9 +83,9 @@ def _threads(count: int | None) -> list[object]:
     return ["--threads", count] if count else []
 
 
-def _opened(config: ReleaseConfig, device: str | None = None) -> list[object]:
+def _opened(config: ReleaseConfig) -> list[object]:
     """How a model is opened: with code of its own, on a device that is not the command's default."""
-    device = device or config.model.device
+    device = config.model.device
     trust = ["--trust-remote-code"] if config.model.trust_remote_code else []
     return [*trust, *([] if device == "auto" else ["--device", device])]
 

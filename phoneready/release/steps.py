@@ -206,7 +206,7 @@ class Steps:
             validation=settings.validation,
             teacher=str(self.checkpoint("dense")),
             work=self.recovery_work,
-            device=self.config.model.recovery_device,
+            device=self.config.model.device,
             force=True,
             writers=WRITERS,
             rounding=ROUNDING,

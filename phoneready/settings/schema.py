@@ -38,11 +38,6 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     device: Annotated[str, DEVICE] = "auto"
 
-    @property
-    def recovery_device(self) -> str:
-        """What `recover` is told: of several GPUs it is accelerate that chooses."""
-        return "cpu" if self.device == "cpu" else "auto"
-
 
 @dataclass(frozen=True)
 class CountedText(Settings):

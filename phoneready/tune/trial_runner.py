@@ -326,7 +326,7 @@ class TrialRunner:
             data=how.data,
             validation=how.validation,
             teacher=str(self.dense_checkpoint),
-            device=self.config.model.recovery_device,
+            device=self.config.model.device,
             force=True,
             writers=WRITERS,
             rounding=ROUNDING,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from far_device import FarTensor, brought, far_device, send
 
-from cfsp.devices import find_device, moved
+from cfsp.devices import exact_device, find_device, moved
 from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import Branches
@@ -33,6 +35,7 @@ from phoneready.release.beside import StageFailure
 
 Far = Callable[[], AbstractContextManager[torch.device]]
 TinyLoaded = Callable[..., LoadedModel]
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(1))
 WINDOWS = TokenWindows(IDS, "random", "0" * 64)
 
@@ -171,7 +174,7 @@ def test_devices_that_are_mixed_are_noticed() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpu", "cuda:x", "mps", "cuda:999", "cuda:01", "CUDA", "cpu\n", "cuda:\N{ARABIC-INDIC DIGIT ONE}"],
+    ["gpu", "cuda:x", "mps:1", "cuda:999", "cuda:01", "CUDA", "cpu\n", "cuda:\N{ARABIC-INDIC DIGIT ONE}"],
 )
 def test_devices_that_are_none(name: str) -> None:
     with pytest.raises(InputError, match="device"):
@@ -181,6 +184,38 @@ def test_devices_that_are_none(name: str) -> None:
 def test_the_cpu_is_always_there() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_an_apple_gpu_is_taken_where_torch_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"is not there.*allowed: cpu"):
+        find_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device("mps") == torch.device("mps")
+    assert find_device("auto").type in ("cuda", "mps")
+    assert exact_device(torch.device("mps")) == torch.device("cpu")
+
+
+_FROM_PYTHON_NUMBERS = {
+    "cfsp/processes.py",
+    "cfsp/pruning/allocation.py",
+    "cfsp/pruning/plan.py",
+    "cfsp/pruning/statistics.py",
+    "cfsp/recovery/student.py",
+    "cfsp/recovery/trainer.py",
+}
+"""Their float64 tensors are made of numbers of Python, on the CPU."""
+
+
+def test_float64_tensors_are_made_where_devices_without_it_are_known() -> None:
+    found = set()
+    for package in ("cfsp", "exporters", "phoneready"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.float64", "torch.double"):
+                    found.add(file.relative_to(ROOT).as_posix())
+                if isinstance(node, ast.Attribute) and node.attr == "double":
+                    found.add(file.relative_to(ROOT).as_posix())
+    assert found - {"cfsp/devices.py"} == _FROM_PYTHON_NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -214,7 +249,7 @@ def raised(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps"])
 @pytest.mark.parametrize("command", ["prune", "export", "eval", "frontier"])
 def test_a_gpu_that_is_not_there_is_said_in_one_line(
     command: str,
