@@ -15,8 +15,9 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.paging import reads_by_blocks
+from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping, keeping_of_files
 from cfsp.models.reference import load_tokenizer
+from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
 from cfsp.records import write_record
 from cfsp.text.generation import stop_tokens
@@ -119,8 +120,22 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
 
 
 def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
-    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes."""
-    return replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
+    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes.
+
+    Raises:
+        InputError: 16 bits are asked for, and the checkpoint has others: a file holds the checkpoint's weights.
+    """
+    asked = "float32" if settings.dtype == AUTO else settings.dtype
+    narrow, stored = NARROW.get(asked), uniform_dtype(safetensors_files(checkpoint))
+    if narrow not in (None, stored):
+        kind = f"{checkpoint} has others than {asked}"
+        raise InputError(
+            f"weights are exported as they are, and {kind}", field="dtype", allowed="auto, float32"
+        )
+    keeping = keeping_of_files(checkpoint, asked)
+    if settings.device != "cpu" and keeping.in_files:
+        keeping = Keeping(narrow) if narrow else WHOLE
+    return replace(settings, keeping=keeping)
 
 
 def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:

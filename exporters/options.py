@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cfsp.models.keeping import AUTO, WHOLE, Keeping
 from cfsp.progress import Progress, no_progress
 from exporters.export_record import ParityLimits
 
@@ -31,7 +32,8 @@ class ExportOptions:
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by format's name, in place of the table's.
         device: Where numbers of few bits are chosen, as torch writes it; files are proven on the CPU, where they run.
-        by_blocks: Whether the model's weights stay in their files; decided by each export, once.
+        dtype: That weights are kept in while numbers are chosen, a name in `cfsp.precision.DTYPES`.
+        keeping: How they are kept; decided by each export, once.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -49,10 +51,16 @@ class ExportOptions:
     parity_windows: torch.Tensor | None = None
     limits: Mapping[str, ParityLimits] | None = None
     device: str = "cpu"
-    by_blocks: bool = False
+    dtype: str = AUTO
+    keeping: Keeping = WHOLE
     n_threads: int | None = None
     force: bool = False
     progress: Progress = no_progress
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether the model's weights stay in their files."""
+        return self.keeping.in_files
 
 
 DEFAULT_OPTIONS = ExportOptions()

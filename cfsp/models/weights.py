@@ -98,6 +98,19 @@ def model_from_weights(
     return model.eval()
 
 
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Have a model's weights in a dtype, in place; what it computes from its configuration stays what it is."""
+    cast: dict[int, tuple[torch.Tensor, torch.nn.Parameter]] = {}  # what was there keeps its id for as long
+    for module in model.modules():
+        for name, before in module._parameters.items():
+            if before is None:
+                continue
+            if id(before) not in cast:
+                after = torch.nn.Parameter(before.detach().to(dtype), requires_grad=before.requires_grad)
+                cast[id(before)] = before, after
+            module._parameters[name] = cast[id(before)][1]
+
+
 def check_memory(n_weights: int, dtype: torch.dtype, where: str) -> None:
     """Refuse a model that does not fit into memory.
 
@@ -160,7 +173,12 @@ def check_finite(model: Any, where: str) -> None:
     """Raise InputError where a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():
         if not all(bool(torch.isfinite(piece).all()) for piece in _pieces(parameter)):
-            raise InputError(f"{where}: the weights of {name} are not all finite (NaN or infinity)")
+            raise InputError(
+                f"{where}: the weights of {name} are not all finite (NaN or infinity)",
+                allowed="bfloat16: float16 holds none above 65504"
+                if parameter.dtype == torch.float16
+                else "",
+            )
 
 
 def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.forecast import LONG_S, Extent, Work, foresee, read_extent, require_room
 from cfsp.models.builtin import BUILTIN_MODELS
+from cfsp.models.keeping import WHOLE
 from cfsp.models.reference import find_model
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import SELF
@@ -100,4 +101,4 @@ def _line(work: Work, more: Work | None, extent: Extent, machine: Machine) -> st
 
 def _on(extent: Extent, machine: Machine) -> Extent:
     """It on a device: nothing stays in files for a GPU."""
-    return extent if machine.device == CPU else replace(extent, by_blocks=False)
+    return extent if machine.device == CPU else replace(extent, keeping=WHOLE)

@@ -18,7 +18,8 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
-from cfsp.models.paging import VARIABLE, at_hand, copied, is_paged
+from cfsp.models.keeping import VARIABLE
+from cfsp.models.paging import at_hand, copied, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.gradients import collect_gradients, collect_weight_moments
