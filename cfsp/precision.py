@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 import torch
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Names of what weights are kept in (`cfsp.models.keeping`), and of what goes into products.
+PRODUCTS = ("auto", "float32", "bfloat16")
+"""Names of what goes into products."""
+DTYPES = (*PRODUCTS, "float16")
+"""Names of what weights are kept in (`cfsp.models.keeping`); as one of products float16 is float32.
 
 Nothing is multiplied in float16: some models' hidden states are too large for it, and most processors are slow at it.
 """

@@ -163,6 +163,12 @@ DEVICE = Setting(
     look_up=_device_name,
     metavar="DEVICE",
 )
+DTYPE = Setting(
+    "What weights are kept in: auto (their own 16 bits where float32 takes too much memory), float32, bfloat16 or "
+    "float16; they are float32 while something is computed with them.",
+    choices="cfsp.precision:DTYPES",
+    metavar="DTYPE",
+)
 THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
 
 

@@ -50,6 +50,7 @@ def export_model(
     *,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
+    dtype: str = "auto",
     n_threads: int | None = None,
     force: bool = False,
     before: Callable[[ExportSettings], None] = lambda request: None,
@@ -63,6 +64,7 @@ def export_model(
         request: What to export.
         trust_remote_code: Let transformers run code that a dense model brings along.
         device: Where torch computes.
+        dtype: What weights are kept in, a name in `cfsp.precision.DTYPES`; those of a folder have no others.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         before: Called with what is made, before a model is read.
@@ -84,7 +86,12 @@ def export_model(
         request = replace(request, dense=request.dense or reference)
     before(request)
     load = partial(
-        load_model, trust_remote_code=trust_remote_code, device=device, may_stream=True, progress=progress
+        load_model,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        dtype=dtype,
+        may_stream=True,
+        progress=progress,
     )
     with _checkpoint(reference, output, request.seed, load) as checkpoint:
         return _export(
@@ -93,6 +100,7 @@ def export_model(
             request,
             load,
             device=str(device),
+            dtype=dtype,
             n_threads=n_threads,
             force=force,
             progress=progress,
@@ -125,6 +133,7 @@ def _export(
     load: _Load,
     *,
     device: str,
+    dtype: str,
     n_threads: int | None,
     force: bool,
     progress: Progress,
@@ -142,6 +151,7 @@ def _export(
         opset=request.opset,
         ort=request.ort,
         device=device,
+        dtype=dtype,
         n_threads=n_threads,
         force=force,
         progress=progress,

@@ -69,7 +69,7 @@ TRANSFORMERS = Writer(_origin, _opened)
 
 
 def _sampling_dtype(loaded: LoadedModel) -> torch.dtype:
-    """That which samples fastest, as sampling does not need the precision, or of a large model the smallest."""
+    """That which samples fastest, as sampling does not need the precision, or of a model that is not whole 16 bits."""
     return torch.bfloat16 if is_paged(loaded.model) else fast_dtype(loaded.model.device.type)
 
 

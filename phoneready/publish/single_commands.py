@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 
+from cfsp.models.keeping import AUTO
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf
@@ -46,6 +47,10 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     # What is said twice is fixed; what the target decides must not be.
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
     without = free if asked.target else {"target_axes"}
+    if config.model.dtype != AUTO:
+        settings = dataclasses.replace(settings, dtype=config.model.dtype)
+    elif settings.dtype != "float32":  # products alone, which are so by themselves where that is faster
+        settings = dataclasses.replace(settings, dtype=AUTO)
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
     if asked.reads_files:
         words += option_words(pick(QuantizerSettings, config.export))
@@ -62,7 +67,7 @@ def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
 def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
     settings = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
     words = ["eval", checkpoint, "--against", config.model.reference, *option_words(settings)]
-    words += _opened(config)
+    words += [*_opened(config), *_kept(config)]
     return words if settings.text or settings.chats else [*words, "--no-text"]
 
 
@@ -76,7 +81,12 @@ def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> 
             settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
             windows=MOMENT_WINDOWS, dense=config.model.reference,
         )  # fmt: skip
-    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config)]
+    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config), *_kept(config)]
+
+
+def _kept(config: ReleaseConfig) -> list[object]:
+    """What weights are kept in, where that is not the command's default."""
+    return [] if config.model.dtype == AUTO else ["--dtype", config.model.dtype]
 
 
 def _threads(count: int | None) -> list[object]:
