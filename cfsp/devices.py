@@ -65,7 +65,12 @@ def placed(model: Any, device: torch.device | str) -> Any:
         free = _FREE_BYTES[device.type](device)
         if needed > free:
             sizes = f"{format_bytes(needed)} of the GPU's memory at least, and {format_bytes(free)} are free"
-            raise InputError(f"the model takes {sizes}", field="device", value=str(device), allowed="cpu")
+            raise InputError(
+                f"the model takes {sizes}",
+                field="device",
+                value=str(device),
+                allowed="cpu, or 16 bits (--dtype)",
+            )
     return model.to(device)
 
 

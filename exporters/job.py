@@ -123,19 +123,21 @@ def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
     """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes.
 
     Raises:
-        InputError: 16 bits are asked for, and the checkpoint has others: a file holds the checkpoint's weights.
+        InputError: As `check_dtype`.
     """
+    check_dtype(checkpoint, settings.dtype)
     asked = "float32" if settings.dtype == AUTO else settings.dtype
-    narrow, stored = NARROW.get(asked), uniform_dtype(safetensors_files(checkpoint))
-    if narrow not in (None, stored):
-        kind = f"{checkpoint} has others than {asked}"
-        raise InputError(
-            f"weights are exported as they are, and {kind}", field="dtype", allowed="auto, float32"
-        )
     keeping = keeping_of_files(checkpoint, asked)
     if settings.device != "cpu" and keeping.in_files:
-        keeping = Keeping(narrow) if narrow else WHOLE
+        keeping = Keeping(NARROW[asked]) if asked in NARROW else WHOLE
     return replace(settings, keeping=keeping)
+
+
+def check_dtype(checkpoint: Path, dtype: str) -> None:
+    """Raise InputError where 16 bits are asked for that are not the checkpoint's: a file holds the weights it has."""
+    if dtype in NARROW and NARROW[dtype] != uniform_dtype(safetensors_files(checkpoint)):
+        why = f"files hold a checkpoint's own weights, and those of {checkpoint} are not all of that"
+        raise InputError(why, field="dtype", value=dtype, allowed="auto, float32")
 
 
 def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:

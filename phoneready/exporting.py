@@ -27,6 +27,7 @@ from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
+from exporters.job import check_dtype
 from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
 from phoneready.text import load_calibration
@@ -82,7 +83,9 @@ def export_model(
     for family in formats:
         FAMILIES[family].require()
     _check(rows, request)
-    if not is_checkpoint(reference):
+    if is_checkpoint(reference):
+        check_dtype(Path(reference), dtype)
+    else:
         request = replace(request, dense=request.dense or reference)
     before(request)
     load = partial(
