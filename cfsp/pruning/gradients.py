@@ -330,7 +330,7 @@ def _backwards_by_blocks(
             gradients += _pulled_back(normed, _head_gradient(model, normed, generator), state)
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):
-            for window, state in enumerate(before.take(index)):
+            for window, state in enumerate(before.take(index, model.device)):
                 output = run_layer(layer, state.requires_grad_(), calls.of(index, window))
                 (gradients[window],) = _pulled_back(output, gradients[window], state)
         progress(_WHAT, 2 * len(layers) - index, 2 * len(layers))

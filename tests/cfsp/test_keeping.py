@@ -131,9 +131,10 @@ def test_numbers_beyond_float16_are_refused_in_a_line(
     assert main([*command, "--dtype", "bfloat16"]) == 0
 
 
-def test_a_model_of_16_bits_is_pruned_where_it_is(tiny_loaded: TinyLoaded) -> None:
+@pytest.mark.parametrize("how", [{"vocabulary": 300}, {"score": "obs_loss", "allocation": "loss"}])
+def test_a_model_of_16_bits_is_pruned_where_it_is(how: dict[str, Any], tiny_loaded: TinyLoaded) -> None:
     def pruned(loaded: LoadedModel) -> Any:
-        asked = PruneSettings(prune_ratio=0.25, align=8, vocabulary=300)
+        asked = PruneSettings(prune_ratio=0.25, align=8, **how)
         return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), asked)
 
     def narrow() -> LoadedModel:
