@@ -15,7 +15,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping, keeping_of_files
+from cfsp.models.keeping import NARROW, WHOLE, Keeping, keeping_of_files
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
@@ -122,22 +122,20 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
 def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
     """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes.
 
-    Raises:
-        InputError: As `check_dtype`.
+    16 bits are taken where they are asked for and the checkpoint has them.
     """
-    check_dtype(checkpoint, settings.dtype)
-    asked = "float32" if settings.dtype == AUTO else settings.dtype
+    asked = (
+        settings.dtype if settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype) else "float32"
+    )
     keeping = keeping_of_files(checkpoint, asked)
     if settings.device != "cpu" and keeping.in_files:
         keeping = Keeping(NARROW[asked]) if asked in NARROW else WHOLE
     return replace(settings, keeping=keeping)
 
 
-def check_dtype(checkpoint: Path, dtype: str) -> None:
-    """Raise InputError where 16 bits are asked for that are not the checkpoint's: a file holds the weights it has."""
-    if dtype in NARROW and NARROW[dtype] != uniform_dtype(safetensors_files(checkpoint)):
-        why = f"files hold a checkpoint's own weights, and those of {checkpoint} are not all of that"
-        raise InputError(why, field="dtype", value=dtype, allowed="auto, float32")
+def has_dtype(checkpoint: Path, dtype: str) -> bool:
+    """Whether all weights of a checkpoint are of a dtype, a name in `cfsp.models.keeping.NARROW`."""
+    return NARROW[dtype] == uniform_dtype(safetensors_files(checkpoint))
 
 
 def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:

@@ -15,6 +15,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.folds import is_folded
+from cfsp.models.keeping import NARROW
 from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.rounded_numbers import RoundedFormat, read_rounded_format
 from cfsp.models.source import LoadedModel
@@ -27,7 +28,7 @@ from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
-from exporters.job import check_dtype
+from exporters.job import has_dtype
 from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
 from phoneready.text import load_calibration
@@ -84,7 +85,7 @@ def export_model(
         FAMILIES[family].require()
     _check(rows, request)
     if is_checkpoint(reference):
-        check_dtype(Path(reference), dtype)
+        _check_dtype(Path(reference), dtype)
     else:
         request = replace(request, dense=request.dense or reference)
     before(request)
@@ -108,6 +109,13 @@ def export_model(
             force=force,
             progress=progress,
         )
+
+
+def _check_dtype(checkpoint: Path, dtype: str) -> None:
+    """Raise InputError where 16 bits are asked for that a folder does not have: files hold the weights that it has."""
+    if dtype in NARROW and not has_dtype(checkpoint, dtype):
+        why = f"files hold a checkpoint's own weights, and those of {checkpoint} are not all of that"
+        raise InputError(why, field="dtype", value=dtype, allowed="auto, float32")
 
 
 def is_checkpoint(reference: str) -> bool:

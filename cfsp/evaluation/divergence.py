@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import PositiveFloat
 
-from cfsp.devices import exact, exact_sum
+from cfsp.devices import exact
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import (
     LogitsOf,
@@ -121,8 +121,8 @@ def divergence_from_logits(
         for expected, actual, targets in chain.from_iterable(starmap(few_rows, pairs)):
             log_p, log_q = sums.add(expected.float(), actual.float())
             targets = targets.to(log_p.device)
-            nll_reference -= float(exact_sum(log_p.gather(-1, targets[:, None])))
-            nll_model -= float(exact_sum(log_q.gather(-1, targets[:, None])))
+            nll_reference -= float(exact(log_p.gather(-1, targets[:, None])).sum())
+            nll_model -= float(exact(log_q.gather(-1, targets[:, None])).sum())
             predicted += len(targets)
     return sums.result(windows, nll_reference, nll_model, predicted)
 

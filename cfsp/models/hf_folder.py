@@ -91,15 +91,16 @@ def load_folder(
 def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:
     """How a folder's weights are kept where it may be in other ways than whole; see `keeping_of`.
 
-    What is folded into the weights of another type is made of float32: it stays that, or is rounded to 16 bits.
+    What is folded into the weights of another type, and the text part of a larger model, does not stay in files.
 
     Raises:
         InputError: The folder is incomplete, damaged, or of an unsupported kind.
     """
     settings = read_model_config(folder)
-    if _has_own_shape(folder, settings) or not is_folded(folder):
-        return keeping_of_files(folder, asked)
-    return Keeping(NARROW[asked]) if asked in NARROW else WHOLE
+    keeping = keeping_of_files(folder, asked)
+    if _has_own_shape(folder, settings) or not (is_folded(folder) or is_text_part(folder)):
+        return keeping
+    return Keeping(NARROW[asked]) if asked in NARROW and not keeping.is_whole else WHOLE
 
 
 def _has_own_shape(folder: Path, settings: Mapping[str, Any]) -> bool:
