@@ -75,7 +75,7 @@ def test_the_text_part_says_what_the_whole_says_of_a_text(
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @each_type
 def test_it_stays_in_no_files_and_computes_with_float32(
     tiny_model: TinyModel, tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
