@@ -15,7 +15,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.keeping import NARROW, WHOLE, Keeping, keeping_of_files
+from cfsp.models.keeping import NARROW, keeping_of_files
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
@@ -124,13 +124,11 @@ def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
 
     16 bits are taken where they are asked for and the checkpoint has them.
     """
-    asked = (
-        settings.dtype if settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype) else "float32"
-    )
+    has = settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype)
+    asked = settings.dtype if has else "float32"
     keeping = keeping_of_files(checkpoint, asked)
-    if settings.device != "cpu" and keeping.in_files:
-        keeping = Keeping(NARROW[asked]) if asked in NARROW else WHOLE
-    return replace(settings, keeping=keeping)
+    by_blocks = settings.device == "cpu" and keeping.in_files
+    return replace(settings, dtype="float32" if keeping.is_whole else asked, by_blocks=by_blocks)
 
 
 def has_dtype(checkpoint: Path, dtype: str) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cfsp.models.keeping import AUTO, WHOLE, Keeping
 from cfsp.progress import Progress, no_progress
 from exporters.export_record import ParityLimits
 
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that runs a file alone
+
+    from cfsp.models.keeping import Keeping
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ExportOptions:
         limits: Bounds by format's name, in place of the table's.
         device: Where numbers of few bits are chosen, as torch writes it; files are proven on the CPU, where they run.
         dtype: That weights are kept in while numbers are chosen, a name in `cfsp.precision.DTYPES`.
-        keeping: How they are kept; decided by each export, once.
+        by_blocks: Whether the model's weights stay in their files; decided by each export, once, as the dtype is.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -51,16 +52,18 @@ class ExportOptions:
     parity_windows: torch.Tensor | None = None
     limits: Mapping[str, ParityLimits] | None = None
     device: str = "cpu"
-    dtype: str = AUTO
-    keeping: Keeping = WHOLE
+    dtype: str = "auto"
+    by_blocks: bool = False
     n_threads: int | None = None
     force: bool = False
     progress: Progress = no_progress
 
     @property
-    def by_blocks(self) -> bool:
-        """Whether the model's weights stay in their files."""
-        return self.keeping.in_files
+    def keeping(self) -> Keeping:
+        """How weights are kept."""
+        from cfsp.models.keeping import NARROW, WHOLE, Keeping
+
+        return Keeping(NARROW.get(self.dtype, WHOLE.dtype), self.by_blocks)
 
 
 DEFAULT_OPTIONS = ExportOptions()

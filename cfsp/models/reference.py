@@ -10,6 +10,7 @@ A reference is one of
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,10 +64,11 @@ def load_model(
     """
     source = _locate(reference, progress=progress, code=trust_remote_code)
     path, stored = Path(source.path or ""), None
-    allowed = partial(_allowed, asked=dtype, may_stream=may_stream and device == CPU)
+    # A GPU reads no files.
+    chosen = partial(_chosen, asked=dtype, may_stream=may_stream and device == CPU)
     if path.is_file():
         file = read_gguf(path)
-        tokenizer, keeping = tokenizer_from_gguf(file), allowed(keeping_of_gguf(file, dtype))
+        tokenizer, keeping = tokenizer_from_gguf(file), chosen(partial(keeping_of_gguf, file))
         model = model_from_gguf(file, dtype=keeping.dtype, by_blocks=keeping.in_files, progress=progress)
         source = replace(_complete_from_gguf(source, file), tied=tying_note(file, model.config))
         if source.tied:
@@ -75,7 +77,7 @@ def load_model(
         progress(f"loading {source.name}", 0, 1)
         read_model_config(path)
         tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
-        keeping, code = allowed(keeping_of_folder(path, dtype)), trust_remote_code
+        keeping, code = chosen(partial(keeping_of_folder, path)), trust_remote_code
         # What is folded into the weights of another type would be rounded.
         stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
         read = torch.float32 if is_folded(path) else keeping.dtype
@@ -95,11 +97,12 @@ def load_model(
     return LoadedModel(model, tokenizer, source, stored)
 
 
-def _allowed(keeping: Keeping, *, asked: str, may_stream: bool) -> Keeping:
-    """It, or, where nothing may be kept in other ways than whole, what is asked for."""
-    if may_stream or keeping.is_whole:
-        return keeping
-    return Keeping(NARROW[asked]) if asked in NARROW else WHOLE
+def _chosen(ask: Callable[[str], Keeping], *, asked: str, may_stream: bool) -> Keeping:
+    """How weights are kept: whole where nothing else is asked for or allowed, and in files only where that is."""
+    if not may_stream and asked not in NARROW:
+        return WHOLE
+    keeping = ask(asked)
+    return Keeping(keeping.dtype) if keeping.in_files and not may_stream else keeping
 
 
 def _cast(model: Any, keeping: Keeping, asked: str, where: str) -> None:
