@@ -162,7 +162,9 @@ def test_commands_take_what_weights_are_kept_in(
     command: str, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = [] if command == "eval" else ["-o", str(tmp_path / "out")]
-    assert main([command, str(tiny_folder()), *output, "--dtype", "float8"]) == 2
+    model = str(tiny_folder())
+    capsys.readouterr()
+    assert main([command, model, *output, "--dtype", "float8"]) == 2
     error = capsys.readouterr().err
     assert f"allowed: auto, float32, {', '.join(NARROW)}" in error
     assert len(error.splitlines()) == 1
