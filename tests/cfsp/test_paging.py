@@ -105,6 +105,8 @@ def test_one_block_is_in_memory_at_a_time(
     how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, seen = load(folder(), how, monkeypatch).model, []
+    with torch.no_grad():
+        last_hidden_states(model, torch.arange(4)[None], "a first block is asked what it returns")
     for layer in decoder_layers(model):
         layer.mlp.register_forward_hook(lambda *_: seen.append(in_memory(model)))
     with torch.no_grad():
