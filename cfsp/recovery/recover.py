@@ -43,7 +43,7 @@ from cfsp.recovery.settings import (
     token_budget,
 )
 from cfsp.recovery.sharding import is_sharded, shard_out
-from cfsp.recovery.shares import AUTO, SHARDING, is_to_be_sharded
+from cfsp.recovery.shares import AUTO, is_to_be_sharded
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import Run, RunInputs, WorkFolder
 from cfsp.scratch import LargeScratch
@@ -200,9 +200,7 @@ def _check_means(settings: RecoverySettings, device: str, rounding: Rounding | N
     if device not in DEVICES:
         raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
-        raise InputError(
-            "accelerate's own settings of FSDP are not read", field="shard", allowed=", ".join(SHARDING)
-        )
+        raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
     for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
         require_extra(package, "recover")
     if settings.for_quant is None:
