@@ -19,6 +19,7 @@ import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
+from cfsp.forecast import Extent
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.paging import emptied
 from cfsp.models.reference import load_model
@@ -132,13 +133,8 @@ def recover(
     with ExitStack() as claims:
         for path in (output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))
-        sharded = is_to_be_sharded(
-            shard,
-            settings,
-            partial(read_extents, checkpoint, teacher, settings),
-            dtype=product_dtype(settings.dtype, arguments.device.type),
-            device=arguments.device,
-            processes=arguments.world_size,
+        sharded = _is_sharded(
+            shard, settings, partial(read_extents, checkpoint, teacher, settings), arguments
         )
         inputs = load_inputs(
             checkpoint,
@@ -163,8 +159,9 @@ def recover(
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
         if is_main:
-            read = partial(load_model, checkpoint, trust_remote_code=trust_remote_code, may_stream=True)
-            model = _trained(run, inputs, read)
+            model = _trained(
+                run, inputs, partial(load_model, checkpoint, trust_remote_code=trust_remote_code)
+            )
             _write(output, run, inputs, model, record, force=force, progress=progress)
             folder.remove()
     return Recovered(record, is_main)
@@ -184,6 +181,22 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
         )
     if not record.kept_step:
         raise LimitError(f"training gained nothing on the validation data; {kept} in {output}")
+
+
+def _is_sharded(
+    asked: str,
+    settings: RecoverySettings,
+    extents: Callable[[], tuple[Extent, Extent | None]],
+    arguments: Any,
+) -> bool:
+    return is_to_be_sharded(
+        asked,
+        settings,
+        extents,
+        dtype=product_dtype(settings.dtype, arguments.device.type),
+        device=arguments.device,
+        processes=arguments.world_size,
+    )
 
 
 def _check_apart(work: Path, output: Path) -> None:
@@ -314,7 +327,7 @@ def _teacher(
         return None
     model = inputs.teacher.model.requires_grad_(False)
     bring = emptied(model) if sharded else None
-    teacher = Teacher(model.requires_grad_(False), inputs.respelling).eval()
+    teacher = Teacher(model, inputs.respelling).eval()
     if bring is None:
         cast_weights(model, dtype)
     else:
@@ -355,13 +368,15 @@ def _record(
     )
 
 
-def _trained(run: Run, inputs: RecoveryInputs, read: Callable[[], LoadedModel]) -> Any:
-    """The model in memory with the best weights; of a sharded one, it as it is read once more, with these."""
+def _trained(run: Run, inputs: RecoveryInputs, read: Callable[..., LoadedModel]) -> Any:
+    """The model with the best weights; where none is whole, as it is read once more, with those of the work folder."""
     if not is_sharded(run.student):
         student = run.student.to("cpu")
         return merge_adapter(student.model) if inputs.ranks else student.model.eval()
-    model, file = read().model, run.work.best_file(run.state.best_step)
-    with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as stored:
+    model, file = read(may_stream=True).model, run.work.best_file(run.state.best_step)
+    with as_input_error(f"{file} is damaged or cut short"):
+        opened = safetensors.safe_open(file, "pt")
+    with opened as stored:
         give_trained(model, stored, run.settings.alpha)
     return model
 

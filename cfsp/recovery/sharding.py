@@ -37,7 +37,7 @@ def shard_out(
         bring: Told a module before its weights are read.
         device: Where the parts are kept.
         dtype: What they are kept in.
-        products: What a block's matrices are multiplied in; they come together in it.
+        products: What a block's matrices are multiplied in; they come together in it, its norms as they are kept.
         methods: Of the root, which are called beside its forward pass.
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
@@ -46,12 +46,20 @@ def shard_out(
     for layer in decoder_layers(model):
         bring(layer)
         cast_weights(layer, dtype)
+        for norm in _norms(layer) if products != dtype else ():
+            fully_shard(norm, mesh=mesh)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     bring(root)
     cast_weights(root, dtype)
     fully_shard(root, mesh=mesh)
     for name in methods:
         register_fsdp_forward_method(root, name)
+
+
+def _norms(layer: nn.Module) -> list[nn.Module]:
+    """Modules of vectors alone, which no product of matrices rounds."""
+    shapes = {module: [p.dim() for p in module.parameters(recurse=False)] for module in layer.modules()}
+    return [module for module, dims in shapes.items() if set(dims) == {1} and not any(module.children())]
 
 
 def is_sharded(module: nn.Module) -> bool:

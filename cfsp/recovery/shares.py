@@ -78,14 +78,13 @@ def is_to_be_sharded(
     """
     if asked not in SHARDING:
         raise InputError("unknown", field="shard", value=asked, allowed=", ".join(SHARDING))
-    method = method_of(settings)
     problem = "there is one process alone" if processes == 1 else ""
-    if method.through_rounding:
+    if method_of(settings).through_rounding:
         problem = "training through a rounding is not shared out"
     if problem and asked == ALWAYS:
         raise InputError(problem, field="shard", value=asked, allowed=f"{AUTO}, {NEVER}")
     if problem or asked != AUTO:
-        return not problem and asked == ALWAYS
+        return asked == ALWAYS
     student, teacher = extents()
     needed = training_bytes(settings, student, teacher, teacher_itemsize=dtype.itemsize)
     too_large = torch.tensor(float(needed > _SHARE * _memory(device)), device=device)

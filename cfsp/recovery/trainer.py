@@ -187,8 +187,9 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(transformers.trainer_callback.PrinterCallback)
         self.run = run
-        # Or accelerate would put DistributedDataParallel around it.
-        vars(run.student)["_is_accelerate_prepared"] = is_sharded(run.student)
+        if is_sharded(run.student):
+            # Or accelerate would put DistributedDataParallel around it.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._clock = time.monotonic()
         if run.student.teacher is not None:
             run.student.teacher.model.to(arguments.device)
@@ -276,13 +277,13 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._save_weights(folder / _WEIGHTS)
 
     def _save_weights(self, file: Path) -> None:
-        """Write the trainable weights in the main process; the others tell it of their parts, one after the other."""
+        """Write the trainable weights in the main process; of sharded ones the others tell it, one after the other."""
         named = dict(self.run.student.trainable())
         tensors = map(whole, named.values())
         if self.is_world_process_zero():
             with atomic_file(file) as temporary:
                 save_in_turn(temporary, named, tensors)
-        else:
+        elif is_sharded(self.run.student):
             deque(tensors, maxlen=0)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -148,6 +148,8 @@ def test_training_of_all_weights_asks_for_what_that_adds() -> None:
     )
     assert not adapter.least_memory
     assert full.least_memory == 12 * SMALL.least_weights < full.memory
+    shared = Recovering(Training(method="full", max_tokens=4096, seqlen=64), shares=2)
+    assert STAGES["recover"].work([SMALL], shared).least_memory == 6 * SMALL.least_weights
 
 
 @pytest.mark.parametrize("stage", sorted(set(STAGES) - {"draw"}))

@@ -267,14 +267,14 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert not work.exists()
 
 
-def same_training(first: Path, second: Path, within: float) -> None:
-    """The same curves, to rounding, and weights that are no further from each other."""
+def same_training(first: Path, second: Path, within: float, rel: float = 1e-4) -> None:
+    """The same start, the same curves to rounding, and weights that are no further from each other."""
     one, two = record_of(first), record_of(second)
     assert (one.tokens_seen, one.kept_step) == (two.tokens_seen, two.kept_step)
     for curve in ("losses", "validations"):
         for a, b in zip(getattr(one, curve), getattr(two, curve), strict=True):
             assert a.step == b.step
-            assert a.loss == pytest.approx(b.loss, rel=1e-4)
+            assert a.loss == pytest.approx(b.loss, rel=rel if a.step > 1 else 1e-4)
     of_one, of_two = (load_model(folder).model.state_dict() for folder in (first, second))
     assert max(float((of_one[name] - of_two[name]).abs().max()) for name in of_one) < within
 
@@ -301,14 +301,17 @@ def test_two_processes_are_one_with_twice_the_accumulation(
 ) -> None:
     monkeypatch.setenv("PHONEREADY_STREAM", stream)
     how = ["--max-tokens", "2560", "--learning-rate", "3e-3", "--threads", "1", "--device", "cpu", *options]
-    one = command(pruned, tmp_path / "one", chats, *how, "--gradient-accumulation-steps", "2")
-    two = command(pruned, tmp_path / "two", chats, *how, "--shard", shard)
+    one = command(pruned, tmp_path / "one", chats, *how, "--gradient-accumulation-steps", "4")
+    two = command(
+        pruned, tmp_path / "two", chats, *how, "--gradient-accumulation-steps", "2", "--shard", shard
+    )
     assert main(one) == 0
     result = in_processes(2, "-m", "phoneready", *two)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Validation perplexity") == 1
-    # Norms are multiplied in the products' type where their weights come together in it.
-    same_training(tmp_path / "one", tmp_path / "two", 1e-2 if "bfloat16" in options else 1e-4)
+    # Rounding to few bits makes of the last digit of a sum much more in a few steps.
+    tolerances = (2e-2, 1e-2) if "bfloat16" in options else (1e-4, 1e-4)
+    same_training(tmp_path / "one", tmp_path / "two", *tolerances)
     first, second = record_of(tmp_path / "one"), record_of(tmp_path / "two")
     assert (first.processes, second.processes) == (1, 2)
     assert second.sharded == (shard == "always")
