@@ -6,7 +6,7 @@ blocks, embedding, last norm and output matrix, from the beginning of a pass to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,8 @@ def shard_out(
         bring: Told a module before its weights are read.
         device: Where the parts are kept.
         dtype: What they are kept in.
-        products: What a block's matrices are multiplied in; they come together in it, its norms as they are kept.
+        products: What a block's matrices are multiplied in, and come together in; vectors come as they are kept, as no
+            product rounds them, with what is in a module that has some itself.
         methods: Of the root, which are called beside its forward pass.
     """
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
@@ -46,9 +47,10 @@ def shard_out(
     for layer in decoder_layers(model):
         bring(layer)
         cast_weights(layer, dtype)
-        for norm in _norms(layer) if products != dtype else ():
-            fully_shard(norm, mesh=mesh)
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        for module in _vector_modules(layer) if products != dtype else ():
+            fully_shard(module, mesh=mesh)
+        if not is_sharded(layer):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     bring(root)
     cast_weights(root, dtype)
     fully_shard(root, mesh=mesh)
@@ -56,10 +58,11 @@ def shard_out(
         register_fsdp_forward_method(root, name)
 
 
-def _norms(layer: nn.Module) -> list[nn.Module]:
-    """Modules of vectors alone, which no product of matrices rounds."""
-    shapes = {module: [p.dim() for p in module.parameters(recurse=False)] for module in layer.modules()}
-    return [module for module, dims in shapes.items() if set(dims) == {1} and not any(module.children())]
+def _vector_modules(layer: nn.Module) -> Iterator[nn.Module]:
+    """What has vectors of its own, such as norms, the innermost first; of a linear attention all that is in it."""
+    for module in reversed(list(layer.modules())):
+        if {parameter.dim() for parameter in module.parameters(recurse=False)} == {1}:
+            yield module
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,8 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import distributed
 
 from cfsp.errors import InputError
-from cfsp.forecast import Extent
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
 from cfsp.models.paging import VARIABLE, is_paged
 from cfsp.models.reference import load_model
@@ -38,7 +36,6 @@ from cfsp.recovery.inputs import _respelling
 from cfsp.recovery.losses import CHUNK_TOKENS, distillation_loss, head_loss, next_token_loss
 from cfsp.recovery.recovery_record import RunState, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, check_settings, learning_rate, learning_rate_share
-from cfsp.recovery.shares import is_to_be_sharded, training_bytes
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import RunInputs, WorkFolder
 from cfsp.text.respelling import Respelling
@@ -335,67 +332,6 @@ def test_weights_get_a_dtype_and_rotary_frequencies_keep_theirs(tiny_model: Tiny
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
-
-
-def extent(*widths: int) -> Extent:
-    return Extent(tuple(((width, 64), (64, width)) for width in widths), 1000, 64, tied=True)
-
-
-def test_memory_of_sharded_training_is_shared_but_for_what_is_whole_for_a_while() -> None:
-    settings, teacher = (
-        RecoverySettings(method="full", loss="both", seqlen=2, batch_size=1),
-        extent(*[1024] * 40),
-    )
-    student = extent(*[512] * 40)
-    one, two, many = (training_bytes(settings, student, teacher, shares=n) for n in (1, 2, 1000))
-    assert one > 16 * student.n_weights + 4 * teacher.n_weights
-    assert one / 2 < two < 0.6 * one
-    # A block and the embedding, of the student with their gradients.
-    assert many > 8 * (64_000 + 2 * 64 * 512) + 4 * (64_000 + 2 * 64 * 1024)
-    adapters = training_bytes(replace(settings, method="lora"), student, None)
-    assert adapters < one / 4
-    assert adapters - training_bytes(replace(settings, method="lora", batch_size=2), student, None) < 0
-
-
-@pytest.mark.parametrize(
-    ("asked", "settings", "processes", "sharded"),
-    [
-        ("never", {"method": "full"}, 2, False),
-        ("always", {"method": "lora"}, 2, True),
-        ("auto", {"method": "full", "batch_size": 2**16, "seqlen": 2**20}, 1, False),
-        ("auto", {"method": "full", "batch_size": 2**16, "seqlen": 2**20}, 2, True),
-        ("auto", {"method": "full"}, 2, False),
-        ("auto", {"for_quant": "Q4_0", "batch_size": 2**16, "seqlen": 2**20}, 2, False),
-    ],
-)
-def test_when_weights_are_shared_out(
-    one_process: None, asked: str, settings: dict[str, Any], processes: int, sharded: bool
-) -> None:
-    student = extent(64, 64)
-    where = {"dtype": torch.float32, "device": torch.device("cpu"), "processes": processes}
-    extents = (lambda: (student, None)) if asked == "auto" else lambda: pytest.fail("files are read")
-    assert is_to_be_sharded(asked, RecoverySettings(**settings), extents, **where) == sharded
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """A group that has this process in it."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("settings", "processes", "message"),
-    [
-        ({}, 1, "there is one process alone .*; allowed: auto, never"),
-        ({"for_quant": "Q4_0"}, 2, "through a rounding is not shared out .*; allowed: auto, never"),
-    ],
-)
-def test_weights_that_cannot_be_shared_out(settings: dict[str, Any], processes: int, message: str) -> None:
-    where = {"dtype": torch.float32, "device": torch.device("cpu"), "processes": processes}
-    with pytest.raises(InputError, match=message):
-        is_to_be_sharded("always", RecoverySettings(**settings), lambda: (extent(8), None), **where)
 
 
 def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> None:
