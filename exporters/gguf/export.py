@@ -179,25 +179,30 @@ def _with_limits(file: WrittenFile, chosen: ChosenLayout, tensors: Sequence[GGUF
 
 def _choice(job: Job, file: WrittenFile) -> dict[str, Any]:
     """What the record says of types that were chosen for a size, and of the text that a file was made for."""
+    return _mixture(file) | _text(job, file)
+
+
+def _mixture(file: WrittenFile) -> dict[str, Any]:
+    if file.mixture is None:
+        return {}
+    return {
+        "budget_bytes": file.quant.budget_bytes,
+        "chosen_types": file.mixture.types,
+        "predicted_loss": file.mixture.loss,
+    }
+
+
+def _text(job: Job, file: WrittenFile) -> dict[str, Any]:
     ids = job.settings.calibration
-    if ids is None:
+    by_text = file.gptq_tensors or file.tuned_tensors or (file.mixture and not file.trained_tensors)
+    measured = file.imatrix_tensors and not stored_moments(job.checkpoint)
+    if ids is None or not (by_text or measured):
         return {}
-    if not (file.mixture or file.gptq_tensors or file.tuned_tensors) and (
-        not file.imatrix_tensors or stored_moments(job.checkpoint)
-    ):
-        return {}
-    text = {
+    return {
         "calibration_sha256": tokens_sha256(ids),
         "calibration_tokens": ids.numel(),
         "gptq_tensors": file.gptq_tensors,
         "tuned_tensors": file.tuned_tensors,
-    }
-    if file.mixture is None:
-        return text
-    return text | {
-        "budget_bytes": file.quant.budget_bytes,
-        "chosen_types": file.mixture.types,
-        "predicted_loss": file.mixture.loss,
     }
 
 

@@ -520,6 +520,19 @@ def test_a_file_holds_the_numbers_that_were_trained_through_its_rounding(
     assert not (tmp_path / "damaged").exists()
 
 
+def test_a_trained_mixture_says_its_types(dense: Path, chats: Path, tmp_path: Path) -> None:
+    size = draft_gguf(dense, tmp_path, ["Q4_0"])["Q4_0"].stat().st_size
+    trained, files, quant = tmp_path / "trained", tmp_path / "files", f"mixed:{size}"
+    options = ("--for-quant", quant, "--max-tokens", "8192", "--learning-rate", "0.01")
+    assert main(command(dense, trained, chats, *options)) == 0
+    assert main(["export", str(trained), "-o", str(files), "--gguf", quant]) == 0
+    (record,) = read_record(ExportManifest, files / "export.json").exports
+    assert (record.budget_bytes, record.calibration_sha256) == (size, None)
+    stored = stored_types(files / record.file)
+    assert record.chosen_types == {name: stored[name][0] for name in record.chosen_types}
+    assert len(record.chosen_types) == record.trained_tensors > 0
+
+
 def test_a_4_bit_variant_holds_the_numbers_that_were_trained_through_its_rounding(
     dense: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
