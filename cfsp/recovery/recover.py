@@ -19,11 +19,9 @@ import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
-from cfsp.forecast import Extent
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.paging import emptied
 from cfsp.models.reference import load_model
-from cfsp.models.source import LoadedModel
 from cfsp.models.weights import cast_weights
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
@@ -133,9 +131,7 @@ def recover(
     with ExitStack() as claims:
         for path in (output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))
-        sharded = _is_sharded(
-            shard, settings, partial(read_extents, checkpoint, teacher, settings), arguments
-        )
+        sharded = _is_sharded(shard, settings, checkpoint, teacher, arguments)
         inputs = load_inputs(
             checkpoint,
             teacher,
@@ -159,9 +155,7 @@ def recover(
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
         if is_main:
-            model = _trained(
-                run, inputs, partial(load_model, checkpoint, trust_remote_code=trust_remote_code)
-            )
+            model = _trained(run, inputs, checkpoint, trust_remote_code=trust_remote_code)
             _write(output, run, inputs, model, record, force=force, progress=progress)
             folder.remove()
     return Recovered(record, is_main)
@@ -184,15 +178,12 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
 
 
 def _is_sharded(
-    asked: str,
-    settings: RecoverySettings,
-    extents: Callable[[], tuple[Extent, Extent | None]],
-    arguments: Any,
+    asked: str, settings: RecoverySettings, checkpoint: str, teacher: str | None, arguments: Any
 ) -> bool:
     return is_to_be_sharded(
         asked,
         settings,
-        extents,
+        partial(read_extents, checkpoint, teacher, settings),
         dtype=product_dtype(settings.dtype, arguments.device.type),
         device=arguments.device,
         processes=arguments.world_size,
@@ -368,12 +359,13 @@ def _record(
     )
 
 
-def _trained(run: Run, inputs: RecoveryInputs, read: Callable[..., LoadedModel]) -> Any:
+def _trained(run: Run, inputs: RecoveryInputs, checkpoint: str, *, trust_remote_code: bool) -> Any:
     """The model with the best weights; where none is whole, as it is read once more, with those of the work folder."""
     if not is_sharded(run.student):
         student = run.student.to("cpu")
         return merge_adapter(student.model) if inputs.ranks else student.model.eval()
-    model, file = read(may_stream=True).model, run.work.best_file(run.state.best_step)
+    model = load_model(checkpoint, trust_remote_code=trust_remote_code, may_stream=True).model
+    file = run.work.best_file(run.state.best_step)
     with as_input_error(f"{file} is damaged or cut short"):
         opened = safetensors.safe_open(file, "pt")
     with opened as stored:
