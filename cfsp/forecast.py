@@ -103,6 +103,11 @@ class Extent:
         """Of every block the most inputs of a matrix: its FFN's channels."""
         return tuple(max((columns for _, columns in block), default=0) for block in self.blocks)
 
+    @cached_property
+    def largest_block(self) -> int:
+        """Weights of the block that has most."""
+        return max(sum(map(math.prod, block)) for block in self.blocks)
+
     @property
     def by_blocks(self) -> bool:
         """Whether the weights stay in files."""
@@ -111,8 +116,7 @@ class Extent:
     @property
     def resident_bytes(self) -> int:
         """Of weights that are in memory at once: all but of a model in files, and of one that is not whole a page."""
-        largest = max(sum(map(math.prod, block)) for block in self.blocks)
-        page = 0 if self.keeping.is_whole else 4 * max(largest, self.end_weights)
+        page = 0 if self.keeping.is_whole else 4 * max(self.largest_block, self.end_weights)
         return page + self._kept_bytes * self.n_weights
 
     @property

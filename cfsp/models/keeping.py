@@ -6,7 +6,9 @@ Whatever is kept in fewer bytes is float32 in memory for as long as something co
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +27,7 @@ VARIABLE = "PHONEREADY_STREAM"
 ALWAYS, NEVER, AUTO = "always", "never", "auto"
 _SHARE = 0.5
 """Of free memory, which a model may take before its weights are kept in fewer bytes."""
+_IN_FILES = ContextVar("in_files", default=False)
 NARROW: Mapping[str, torch.dtype] = MappingProxyType({"bfloat16": torch.bfloat16, "float16": torch.float16})
 """Names in `cfsp.precision.DTYPES` that weights may be kept in -> 16 bits."""
 
@@ -50,6 +53,16 @@ class Keeping:
 WHOLE = Keeping()
 
 
+@contextmanager
+def stay_in_files() -> Iterator[None]:
+    """Where nobody asks for something else, models are read block by block inside the context, whatever is free."""
+    before = _IN_FILES.set(True)
+    try:
+        yield
+    finally:
+        _IN_FILES.reset(before)
+
+
 def stays_in_files(n_bytes: int) -> bool:
     """Whether weights that would take so much memory are to be kept in fewer bytes, or in files.
 
@@ -60,7 +73,8 @@ def stays_in_files(n_bytes: int) -> bool:
     if asked not in (ALWAYS, NEVER, AUTO):
         allowed = ", ".join((AUTO, ALWAYS, NEVER))
         raise InputError("unknown", field=VARIABLE, value=asked, allowed=allowed)
-    return asked == ALWAYS or (asked == AUTO and n_bytes > _SHARE * free_memory())
+    wanted = _IN_FILES.get() or n_bytes > _SHARE * free_memory()
+    return asked == ALWAYS or (asked == AUTO and wanted)
 
 
 def keeping_of(n_weights: int, stored: torch.dtype | None, asked: str = AUTO) -> Keeping:

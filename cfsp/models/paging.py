@@ -96,6 +96,12 @@ class _Page:
         if not self._users:
             self.let_go()
 
+    def emptied(self) -> dict[int, tuple[nn.Parameter, Home]]:
+        """Put parameters without memory in the place of all, and tell id -> each of them, and where its values are."""
+        homes = self._homes()
+        self._replace(homes, lambda _, parameter: torch.zeros(()).expand(parameter.shape))
+        return {id(h.parameter): (h.parameter, h.home) for h in self._handed.values() if h.home is not None}
+
     def let_go(self) -> None:
         """Put every parameter away; those that were changed are stored now."""
         homes, places = self._homes(), self._places()
@@ -180,6 +186,39 @@ def let_go(model: nn.Module) -> None:
     """Let what was read of a paged model's weights go, where it was read outside `at_hand`."""
     for page in _pages_of(model):
         page.let_go()
+
+
+def parts(model: Any) -> Iterator[nn.Module]:
+    """Modules that have all weights between them, each `at_hand` alone; of a model in memory the model."""
+    pages = _pages_of(model)
+    yield from (page.modules[0] for page in pages)
+    if not pages:
+        yield model
+
+
+def emptied(model: Any) -> Callable[[nn.Module], None]:
+    """Take the weights of an unchanged paged model away, for whoever brings each of them to stay.
+
+    Its parameters are float32 then and take no memory; nothing comes and goes any more. Of a model that is in memory
+    nothing is changed.
+
+    Returns:
+        Told a module of the model: its weights are in memory afterwards, float32, in the parameters that it has.
+    """
+    homes: dict[int, tuple[nn.Parameter, Home]] = {}
+    for page in _pages_of(model):
+        homes |= page.emptied()
+    for module in model.modules():
+        _PAGES.pop(module, None)
+
+    def bring(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            if id(parameter) in homes:
+                _, home = homes.pop(id(parameter))
+                with Reading() as reading:
+                    parameter.data = home.at_hand(home.put_away(reading))
+
+    return bring
 
 
 def copied(model: Any) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cfsp.settings import DEVICE, DTYPE, Declared, Settings, declared
+from exporters.families import find_format
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
@@ -57,6 +58,8 @@ def template_text(model: str | None = None) -> str:
     how = "".join(f"{line}\n" for row in rows for line in _lines(row, {}))
     text = _resource("template.toml").replace("[device]\n", how, 1)
     text = text.replace("[sections]\n", sections + "\n", 1)
+    smallest = find_format(stated["export"]["quants"][-1]).name
+    text = text.replace("[files]\n", f"files = {_toml([smallest])}\n")
     return text if model is None else text.replace('"smollm2-135m" ', f"{_toml(model)} ", 1)
 
 

@@ -156,6 +156,7 @@ NEUTRAL = (
             "__init__",
             "errors",
             "files",
+            "forecast",
             "memory",
             "plugins",
             "progress",
