@@ -26,6 +26,7 @@ from cfsp.models.gguf_file import read_gguf
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.vocabulary import cut_rows
 from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
+from cfsp.pruning.outline import cut_to_shape
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityReport
 from exporters.gguf import runtime
@@ -102,6 +103,23 @@ def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None
     prompts = [ids[:5], ids[5:18], ids[18:50]]
     assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
     theirs.close()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("share", "tolerance"), [(0.0, 1e-4), (0.95, None)])
+def test_a_channel_that_gives_nothing_counts_where_a_threshold_is_computed_from_all(
+    tiny_model: Callable[..., Any], share: float, tolerance: float | None
+) -> None:
+    """Which is why channels of such blocks stay: without those that never open, others close."""
+    model, _ = tiny_model(NAME, activation_sparsity_pattern=[share] * 4)
+    for layer in decoder_layers(model):
+        ffn = feed_forward(model, layer)
+        ffn.gate.weight[64:] *= 0.01
+        ffn.down.weight[:, 64:] = 0
+    before = model(IDS).logits
+    cut_to_shape(model, model_shape(model).with_ffn_widths([64] * 4))
+    difference = float((model(IDS).logits - before).abs().max())
+    assert difference < tolerance if tolerance else difference > 0.1
 
 
 def test_channels_go_from_blocks_in_which_none_compete(
