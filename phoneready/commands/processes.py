@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -22,8 +23,8 @@ def note_once(message: str) -> None:
         note(message)
 
 
-_ALIKE_S = 3.0
-"""The launcher ends all processes as soon as the first one has failed."""
+_PATIENCE_S = 10.0
+"""How much later the first one may find what another has found; the launcher ends all as soon as one has failed."""
 
 
 @contextmanager
@@ -32,11 +33,33 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except PhonereadyError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        key, store = f"error-{os.environ.get('GROUP_RANK', '0')}", _launchers_store()
+        if _is_first():
+            if store is not None:
+                store.set(key, str(error))
             raise
-        time.sleep(_ALIKE_S)
-        note(f"error: {error}")
+        if _left(store, key) != str(error):
+            note(f"error: {error}")
         raise typer.Exit(error.exit_code) from None
+
+
+def _launchers_store() -> Any:
+    """torch's Store that all processes can write to and read; None where the launcher has none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return None
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://"))[0]
+
+
+def _left(store: Any, key: str) -> str | None:
+    """What another process has left there by the end of `_PATIENCE_S`."""
+    end = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < end:
+        if store is not None and store.check([key]):
+            return str(store.get(key), "utf-8")
+        time.sleep(0.1)
+    return None
 
 
 @contextmanager
