@@ -31,6 +31,7 @@ from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityReport
 from exporters.gguf import runtime
 from exporters.gguf.architecture import read_layout
+from exporters.gguf.files import draft_gguf
 from exporters.gguf.language_model import GGUFLanguageModel
 from exporters.gguf.writer import write_gguf
 from exporters.onnx import export_onnx
@@ -212,6 +213,18 @@ def test_logits_are_the_models_but_for_gelu_and_the_deviation(
     report = measured(model, written(with_a_channel_more(model), tokenizer, tmp_path / "hf"))
     assert report.max_logit_diff < limit
     assert report.same_top1 == 1.0
+
+
+def test_few_bits_are_written_of_a_file_with_keys_that_no_block_reads(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """llama.cpp wants them, and importances of them."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 256}
+    checkpoint = make_checkpoint(NAME, num_hidden_layers=22, num_kv_shared_layers=2, **sizes)
+    file = read_gguf(draft_gguf(checkpoint, tmp_path, ["IQ2_M"])["IQ2_M"])
+    keys = {tensor.name: tensor for tensor in file.tensors if tensor.name.endswith("attn_k.weight")}
+    assert len(keys) == 22
+    assert not keys["blk.21.attn_k.weight"].dequantize().any()
 
 
 @torch.inference_mode()
