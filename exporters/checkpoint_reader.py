@@ -217,22 +217,25 @@ def read_config(folder: Path) -> ModelConfig:
         rope_theta=float(rope["rope_theta"]),
         rope_scaling=None if rope["rope_type"] == "default" else rope,
         window_rope_theta=_window_theta(config, spec),
-        **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if spec.partial_rope else None,
         rope_sections=tuple(rope.get("mrope_section") or _SECTIONS) if spec.partial_rope else (),
         full_head_dim=_full_head_dim(read, shape, head_dim) if spec.own_heads else None,
-        sharing_blocks=config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
-        block_inputs=config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
         logit_cap=logit_cap(read),
-        streams=config[spec.streams.count_setting] if spec.streams else 1,
-        bypass_rank=config[spec.bypass.rank_setting] if spec.bypass else 0,
-        sparsity=_sparsity(config, spec, len(shape.blocks)),
+        **_of_blocks(config, spec, len(shape.blocks)),
         settings=config,
     )
 
 
-def _sparsity(config: Mapping[str, Any], spec: ArchitectureSpec, count: int) -> tuple[float, ...]:
-    return tuple(config[spec.sparsity_setting]) if spec.sparsity_setting else (0.0,) * count
+def _of_blocks(config: Mapping[str, Any], spec: ArchitectureSpec, count: int) -> dict[str, Any]:
+    """What blocks get and share beside a hidden state of a token, and what they have in attention's place."""
+    return {
+        **(_MIXER_SIZES[spec.mixer.kind](config) if spec.mixer else {}),
+        "sharing_blocks": config[spec.shared_keys.count_setting] if spec.shared_keys else 0,
+        "block_inputs": config[spec.block_inputs.size_setting] if spec.block_inputs else 0,
+        "streams": config[spec.streams.count_setting] if spec.streams else 1,
+        "bypass_rank": config[spec.bypass.rank_setting] if spec.bypass else 0,
+        "sparsity": tuple(config[spec.sparsity_setting]) if spec.sparsity_setting else (0.0,) * count,
+    }
 
 
 def _delta_net(config: Mapping[str, Any]) -> DeltaNet:

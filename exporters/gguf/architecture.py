@@ -303,6 +303,7 @@ def _obstacle(layout: Layout, config: ModelConfig, stored: frozenset[str]) -> st
     """Why a layout cannot hold the model, its widths aside; of several reasons the first."""
     obstacles = (
         *_obstacles_of_blocks(layout, config, stored),
+        *_obstacles_of_what_is_granted(layout, config),
         *_obstacles_of_positions(layout, config),
         *_obstacles_of_numbers(layout, config),
     )
@@ -328,19 +329,7 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
             config.sharing_blocks and not (layout.shares_keys and _shares_last_two(config)),
             "keys and values for later blocks from the last two before them alone, the first of which has a window",
         ),
-        (
-            layout.first_sharing
-            and config.sharing_blocks != max(0, config.num_hidden_layers - layout.first_sharing),
-            f"keys and values of their own in the first {layout.first_sharing} blocks, and in no others",
-        ),
         (config.block_inputs and not layout.takes_inputs, "nothing of a token but its hidden state"),
-        (
-            config.sparsity != layout.left_out(config.num_hidden_layers),
-            f"a threshold that leaves out {layout.sparsity[0]:.0%} of the channels in the first {len(layout.sparsity)} "
-            "blocks, and none in others"
-            if layout.sparsity
-            else "no threshold below which channels are left out",
-        ),
         (
             mixer and all(config.kv_heads),
             f"{mixer.name if mixer else ''} in some block, without which llama.cpp ends the process",
@@ -348,6 +337,26 @@ def _obstacles_of_blocks(layout: Layout, config: ModelConfig, stored: frozenset[
         (
             not (config.shape.has_equal_heads or layout.per_layer_sizes),
             f"as many heads in every block, {instead}",
+        ),
+    )
+
+
+def _obstacles_of_what_is_granted(layout: Layout, config: ModelConfig) -> _Obstacles:
+    """What it does not read of a file."""
+    granted = {key: value for key, value in layout.granted.items() if config.settings.get(key) != value}
+    count, first = config.num_hidden_layers, layout.first_sharing
+    return (
+        (granted, ", ".join(f"{key} {value}" for key, value in granted.items())),
+        (
+            first and config.sharing_blocks != max(0, count - first),
+            f"keys and values of their own in the first {first} blocks, and in no others",
+        ),
+        (
+            config.sparsity != layout.left_out(count),
+            f"a threshold that leaves out {layout.sparsity[0]:.0%} of the channels in the first {len(layout.sparsity)} "
+            "blocks, and none in others"
+            if layout.sparsity
+            else "no threshold below which channels are left out",
         ),
     )
 
@@ -394,9 +403,7 @@ def _obstacles_of_numbers(layout: Layout, config: ModelConfig) -> _Obstacles:
     """Sizes, and what is computed from them."""
     widths = {config.head_dim * config.heads_per_group * n for n in config.kv_heads if n}
     scale = 1.0 if layout.plain_scores else config.head_dim**-0.5
-    granted = {key: value for key, value in layout.granted.items() if config.settings.get(key) != value}
     return (
-        (granted, ", ".join(f"{key} {value}" for key, value in granted.items())),
         (not (layout.untied or config.tie_word_embeddings), "tied embeddings only"),
         (config.tie_word_embeddings and not layout.tied, "untied embeddings only"),
         (

@@ -183,10 +183,7 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     for tensor in stream_tensors(config):
         yield _block_spec(chosen, prefix, tensor)
     if chosen.layout.wants_keys and config.shape.blocks[block].is_keyless:
-        own = replace(config.shape.blocks[block], kv_groups=config.shape.most_kv_groups)
-        for module, shape in _block_shapes(config, own, config.head_dims[block]).items():
-            if module.endswith(_UNREAD):
-                yield TensorSpec(chosen.name(f"{prefix}.{module}"), shape, (), is_plain=True)
+        yield from _unread_specs(chosen, block)
     for module, shape in shapes.items():
         source, stored = f"{prefix}.{module}", in_file[module]
         interleave = heads.get(module, 0) if chosen.layout.interleaved_rope else 0
@@ -199,6 +196,15 @@ def _block_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
     if config.spec.scalar:
         scalar = f"{prefix}.{config.spec.scalar}"
         yield TensorSpec(chosen.name(scalar), (1,), ((scalar, (1,)),))
+
+
+def _unread_specs(chosen: ChosenLayout, block: int) -> Iterator[TensorSpec]:
+    """Keys and values of a block that reads another block's: zeros."""
+    config = chosen.config
+    own = replace(config.shape.blocks[block], kv_groups=config.shape.most_kv_groups)
+    for module, shape in _block_shapes(config, own, config.head_dims[block]).items():
+        if module.endswith(_UNREAD):
+            yield TensorSpec(chosen.name(f"model.layers.{block}.{module}"), shape, (), is_plain=True)
 
 
 def _block_spec(chosen: ChosenLayout, block: str, tensor: BlockTensor) -> TensorSpec:
