@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cfsp.settings import DEVICE, Declared, Settings, declared
+from exporters.families import find_format
 from phoneready.settings.schema import (
     BenchConfig,
     EvaluateConfig,
@@ -56,6 +57,8 @@ def template_text(model: str | None = None) -> str:
     device = "\n".join(_lines(Declared("device", str, "auto", DEVICE), {})) + "\n"
     text = _resource("template.toml").replace("[device]\n", device, 1)
     text = text.replace("[sections]\n", sections + "\n", 1)
+    smallest = find_format(stated["export"]["quants"][-1]).name
+    text = text.replace("[files]\n", f"files = {_toml([smallest])}\n")
     return text if model is None else text.replace('"smollm2-135m" ', f"{_toml(model)} ", 1)
 
 
