@@ -104,11 +104,15 @@ class Extent:
         """Of every block the most inputs of a matrix: its FFN's channels."""
         return tuple(max((columns for _, columns in block), default=0) for block in self.blocks)
 
+    @cached_property
+    def largest_block(self) -> int:
+        """Weights of the block that has most."""
+        return max(sum(map(math.prod, block)) for block in self.blocks)
+
     @property
     def resident_bytes(self) -> int:
         """Of weights that are in memory at once, as float32; of a model in files the largest page."""
-        largest = max(sum(map(math.prod, block)) for block in self.blocks)
-        return 4 * (max(largest, self.end_weights) if self.by_blocks else self.n_weights)
+        return 4 * (max(self.largest_block, self.end_weights) if self.by_blocks else self.n_weights)
 
     @property
     def least_resident_bytes(self) -> int:

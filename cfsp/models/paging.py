@@ -14,6 +14,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,17 @@ VARIABLE = "PHONEREADY_STREAM"
 ALWAYS, NEVER, AUTO = "always", "never", "auto"
 _SHARE = 0.5
 """Of free memory, which a model may take before its weights stay in files."""
+_IN_FILES = ContextVar("in_files", default=False)
+
+
+@contextmanager
+def stay_in_files() -> Iterator[None]:
+    """Where nobody asks for something else, models are read block by block inside the context, whatever is free."""
+    before = _IN_FILES.set(True)
+    try:
+        yield
+    finally:
+        _IN_FILES.reset(before)
 
 
 def stays_in_files(n_bytes: int) -> bool:
@@ -48,7 +60,8 @@ def stays_in_files(n_bytes: int) -> bool:
     if asked not in (ALWAYS, NEVER, AUTO):
         allowed = ", ".join((AUTO, ALWAYS, NEVER))
         raise InputError("unknown", field=VARIABLE, value=asked, allowed=allowed)
-    return asked == ALWAYS or (asked == AUTO and n_bytes > _SHARE * free_memory())
+    wanted = _IN_FILES.get() or n_bytes > _SHARE * free_memory()
+    return asked == ALWAYS or (asked == AUTO and wanted)
 
 
 @dataclass(frozen=True)
@@ -112,6 +125,12 @@ class _Page:
         self._users -= 1
         if not self._users:
             self.let_go()
+
+    def emptied(self) -> dict[int, tuple[nn.Parameter, Home]]:
+        """Put parameters without memory in the place of all, and tell id -> each of them, and where its values are."""
+        homes = self._homes()
+        self._replace(homes, lambda _, parameter: torch.zeros(()).expand(parameter.shape))
+        return {id(h.parameter): (h.parameter, h.home) for h in self._handed.values() if h.home is not None}
 
     def let_go(self) -> None:
         """Map every parameter anew; those that were changed, from a file that is written now."""
@@ -201,6 +220,39 @@ def let_go(model: nn.Module) -> None:
     """Let what was read of a paged model's weights go, where it was read outside `at_hand`."""
     for page in _pages_of(model):
         page.let_go()
+
+
+def parts(model: Any) -> Iterator[nn.Module]:
+    """Modules that have all weights between them, each `at_hand` alone; of a model in memory the model."""
+    pages = _pages_of(model)
+    yield from (page.modules[0] for page in pages)
+    if not pages:
+        yield model
+
+
+def emptied(model: Any) -> Callable[[nn.Module], None]:
+    """Take the weights of an unchanged paged model away, for whoever brings each of them to stay.
+
+    Its parameters are float32 then and take no memory; nothing comes and goes any more. Of a model that is in memory
+    nothing is changed.
+
+    Returns:
+        Told a module of the model: its weights are in memory afterwards, float32, in the parameters that it has.
+    """
+    homes: dict[int, tuple[nn.Parameter, Home]] = {}
+    for page in _pages_of(model):
+        homes |= page.emptied()
+    for module in model.modules():
+        _PAGES.pop(module, None)
+
+    def bring(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            if id(parameter) in homes:
+                _, home = homes.pop(id(parameter))
+                with home.open() as opened:
+                    parameter.data = opened.get_tensor(home.name).float()
+
+    return bring
 
 
 def copied(model: Any) -> Any:

@@ -9,8 +9,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from cfsp.errors import InputError, require_extra
 from cfsp.models.architectures import block_linears
+from cfsp.models.paging import at_hand, parts
+
+_ADAPTED = "model.base_model.model.{}.lora_{}.default.weight"
+"""What PEFT calls the matrices beside a Linear, in a model that is called `model`."""
 
 
 def add_adapter(model: Any, ranks: Sequence[int], alpha: float) -> Any:
@@ -56,6 +62,28 @@ def merge_adapter(adapted: Any) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
+
+
+@torch.no_grad()
+def give_trained(model: Any, stored: Any, alpha: float) -> None:
+    """Give a model, as it was before training, what was trained: weights, or adapters that are merged.
+
+    Args:
+        model: A causal LM without adapters; one whose weights stay in files has a block in memory at a time.
+        stored: An open safetensors file of what `Student.trainable` names.
+        alpha: The scale of adapters.
+    """
+    names = set(stored.keys())
+    for part in parts(model):
+        with at_hand(part):
+            known = {id(parameter): name for name, parameter in model.named_parameters()}
+            for parameter in part.parameters():
+                name = known[id(parameter)]
+                a, b = (_ADAPTED.format(name.removesuffix(".weight"), which) for which in "AB")
+                if f"model.{name}" in names:
+                    parameter.copy_(stored.get_tensor(f"model.{name}"))
+                elif a in names:
+                    parameter.add_(stored.get_tensor(b) @ stored.get_tensor(a) * alpha)
 
 
 def importance_ranks(importance: Sequence[float], mean_rank: int) -> tuple[int, ...]:

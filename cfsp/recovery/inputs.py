@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.forecast import Extent, read_extent
 from cfsp.models.architectures import decoder_layers
-from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, read_checkpoint_info
-from cfsp.models.reference import load_model
+from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, is_pruned_checkpoint, read_checkpoint_info
+from cfsp.models.paging import stay_in_files
+from cfsp.models.reference import find_model, load_model
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.plan import PruningPlan
@@ -53,6 +57,7 @@ def load_inputs(
     *,
     data: Sequence[str],
     trust_remote_code: bool = False,
+    in_files: bool = False,
     progress: Progress = no_progress,
 ) -> RecoveryInputs:
     """Load what a run needs, and check that it fits together.
@@ -63,13 +68,15 @@ def load_inputs(
         settings: How to train.
         data: References of training and validation data.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
+        in_files: Leave weights in files where models can be read block by block.
         progress: Told about loading.
 
     Raises:
         InputError: A sequence longer than the model's context, ranks by importance without a plan, or a teacher that
             is missing, lacks tokens of the checkpoint, or is not the model of the checkpoint any more.
     """
-    loaded = load_model(checkpoint, trust_remote_code=trust_remote_code, progress=progress)
+    read = partial(_read, trust_remote_code=trust_remote_code, in_files=in_files, progress=progress)
+    loaded = read(checkpoint)
     folder, sha256 = Path(checkpoint), loaded.source.sha256 or ""
     plan = read_record(PruningPlan, folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if (folder / INFO_FILE).is_file():
@@ -79,9 +86,7 @@ def load_inputs(
     if not loss_weights(settings)[1] and SELF not in data:
         return RecoveryInputs(loaded, sha256, plan, None, None, ranks)
     try:
-        dense = load_model(
-            teacher or loaded.source.reference, trust_remote_code=trust_remote_code, progress=progress
-        )
+        dense = read(teacher or loaded.source.reference)
     except InputError as error:
         raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
     spelled = _respelling(loaded, dense)
@@ -94,6 +99,26 @@ def load_inputs(
             allowed=f"the model of hash {then}; --teacher takes another one",
         )
     return RecoveryInputs(loaded, sha256, plan, dense, spelled, ranks)
+
+
+def _read(reference: str, *, in_files: bool, **settings: Any) -> LoadedModel:
+    with stay_in_files() if in_files else nullcontext():
+        return load_model(reference, may_stream=in_files, **settings)
+
+
+def read_extents(
+    checkpoint: str, teacher: str | None, settings: RecoverySettings
+) -> tuple[Extent, Extent | None]:
+    """How much there is of the model that is trained, and of the teacher where the loss reads one.
+
+    Raises:
+        InputError: References lead nowhere, or files are damaged.
+    """
+    path = Path(find_model(checkpoint).path or "")
+    if not loss_weights(settings)[1]:
+        return read_extent(path), None
+    dense = read_checkpoint_info(path).source.reference if is_pruned_checkpoint(path) else checkpoint
+    return read_extent(path), read_extent(Path(find_model(teacher or dense).path or ""))
 
 
 def _respelling(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:

@@ -6,23 +6,30 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.paging import emptied
+from cfsp.models.reference import load_model
+from cfsp.models.weights import cast_weights
 from cfsp.precision import product_dtype, products_in
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.moments import collect_input_moments, moment_windows
-from cfsp.recovery.adapter import add_adapter, merge_adapter
+from cfsp.reading import as_input_error
+from cfsp.recovery.adapter import add_adapter, give_trained, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
-from cfsp.recovery.inputs import RecoveryInputs, load_inputs
+from cfsp.recovery.inputs import RecoveryInputs, load_inputs, read_extents
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
 from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
@@ -34,6 +41,8 @@ from cfsp.recovery.settings import (
     settled,
     token_budget,
 )
+from cfsp.recovery.sharding import is_sharded, shard_out
+from cfsp.recovery.shares import AUTO, is_to_be_sharded
 from cfsp.recovery.student import Student, Teacher
 from cfsp.recovery.work import Run, RunInputs, WorkFolder
 from cfsp.scratch import LargeScratch
@@ -72,11 +81,12 @@ def recover(
     teacher: str | None = None,
     work: Path | None = None,
     device: str = "auto",
+    shard: str = AUTO,
     force: bool = False,
     trust_remote_code: bool = False,
     writers: Sequence[Writer] = (TRANSFORMERS,),
     rounding: Rounding | None = None,
-    before: Callable[[], None] = lambda: None,
+    before: Callable[[int], None] = lambda shares: None,
     progress: Progress = no_progress,
 ) -> Recovered:
     """Train what pruning has cost back into a checkpoint, and write a new one.
@@ -93,11 +103,13 @@ def recover(
         teacher: Model reference; the checkpoint's dense model where the loss or the data needs one.
         work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
         device: A name in DEVICES; "auto" takes a GPU where there is one.
+        shard: A name in SHARDING: whether several processes share out the weights.
         force: Replace an existing output, and a work folder of other inputs.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         writers: What may have the dense model write, for `self`; the first that can does.
         rounding: What knows the formats of `for_quant`.
-        before: Called once everything is read, in the process that writes; it may raise.
+        before: Called once everything is read, in the process that writes, with the number of processes that share
+            out the weights, or 1; it may raise.
         progress: Told about every step.
 
     Raises:
@@ -119,29 +131,32 @@ def recover(
     with ExitStack() as claims:
         for path in (output, folder.path) if is_main else ():
             claims.enter_context(claim_output(path))
+        sharded = _is_sharded(shard, settings, checkpoint, teacher, arguments)
         inputs = load_inputs(
             checkpoint,
             teacher,
             settings,
             data=(*data, *validation),
             trust_remote_code=trust_remote_code,
+            in_files=sharded,
             progress=progress,
         )
         with arguments.main_process_first(local=False):
             drawn = _read(data, validation, settings, inputs, writers, progress)
         if is_main:
-            before()
+            before(arguments.world_size if sharded else 1)
         tokens_per_step = _tokens_per_process(settings) * arguments.world_size
         mix = TrainingMix(drawn.training, _n_sequences(settings, drawn, tokens_per_step), settings.seed)
         inputs = replace(inputs, rounded=_rounded(settings, inputs, mix, rounding, arguments, progress))
         with arguments.main_process_first(local=False):
-            folder.open(_run_inputs(settings, inputs, drawn, arguments), force=force)
-        student = _student(inputs, settings, arguments.device.type)
+            folder.open(_run_inputs(settings, inputs, drawn, arguments, sharded=sharded), force=force)
+        student = _student(inputs, settings, arguments.device, sharded=sharded)
         run = Run(student, mix, drawn.validation, settings, folder, tokens_per_step, progress)
         train(run, arguments)
         record = _record(checkpoint, run, inputs, drawn, arguments)
         if is_main:
-            _write(output, run, inputs, record, force=force, progress=progress)
+            model = _trained(run, inputs, checkpoint, trust_remote_code=trust_remote_code)
+            _write(output, run, inputs, model, record, force=force, progress=progress)
             folder.remove()
     return Recovered(record, is_main)
 
@@ -162,6 +177,19 @@ def check_outcome(record: RecoveryRecord, output: Path) -> None:
         raise LimitError(f"training gained nothing on the validation data; {kept} in {output}")
 
 
+def _is_sharded(
+    asked: str, settings: RecoverySettings, checkpoint: str, teacher: str | None, arguments: Any
+) -> bool:
+    return is_to_be_sharded(
+        asked,
+        settings,
+        partial(read_extents, checkpoint, teacher, settings),
+        dtype=product_dtype(settings.dtype, arguments.device.type),
+        device=arguments.device,
+        processes=arguments.world_size,
+    )
+
+
 def _check_apart(work: Path, output: Path) -> None:
     """The work folder is removed at the end, and the output is written in one piece."""
     first, second = work.resolve(), output.resolve()
@@ -175,6 +203,8 @@ def _check_means(settings: RecoverySettings, device: str, rounding: Rounding | N
     """Refuse a device, a format, or a package that is not there."""
     if device not in DEVICES:
         raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
     for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
         require_extra(package, "recover")
     if settings.for_quant is None:
@@ -222,7 +252,7 @@ def _n_sequences(settings: RecoverySettings, drawn: RecoveryData, tokens_per_ste
 
 
 def _run_inputs(
-    settings: RecoverySettings, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any
+    settings: RecoverySettings, inputs: RecoveryInputs, drawn: RecoveryData, arguments: Any, *, sharded: bool
 ) -> RunInputs:
     from cfsp.text.self_sampling import model_fingerprint
 
@@ -234,8 +264,8 @@ def _run_inputs(
         hashes["rounded"] = inputs.rounded.sha256
     for name, parts in (("data", drawn.training), ("validation data", drawn.validation)):
         hashes[name] = " ".join(part.sha256 for part in parts)
-    dtype = product_dtype(settings.dtype, arguments.device.type)
-    return RunInputs(plain | {"dtype": str(dtype)}, hashes, arguments.world_size)
+    plain |= {"dtype": str(product_dtype(settings.dtype, arguments.device.type))}
+    return RunInputs(plain | ({"sharded": True} if sharded else {}), hashes, arguments.world_size)
 
 
 def _rounded(
@@ -258,18 +288,42 @@ def _rounded(
         return rounding.start(folder, settings.for_quant, windows, str(arguments.device), progress)
 
 
-def _student(inputs: RecoveryInputs, settings: RecoverySettings, device_type: str) -> Student:
+def _student(
+    inputs: RecoveryInputs, settings: RecoverySettings, device: torch.device, *, sharded: bool
+) -> Student:
     model: Any = inputs.loaded.model
-    dtype = product_dtype(settings.dtype, device_type)
+    dtype = product_dtype(settings.dtype, device.type)
+    bring = emptied(model) if sharded else None
     torch.manual_seed(settings.seed)
     if inputs.ranks:
         model = add_adapter(model, inputs.ranks, settings.alpha)
     if inputs.rounded is not None:
         inputs.rounded.attach(model)
-    teacher = None
-    if loss_weights(settings)[1] and inputs.teacher is not None:
-        teacher = Teacher(inputs.teacher.model.to(dtype).requires_grad_(False), inputs.respelling)
-    return Student(model, settings, dtype, teacher)
+    student = Student(model, settings, dtype, _teacher(inputs, settings, device, dtype, sharded=sharded))
+    if bring is not None:
+        float32 = torch.float32
+        shard_out(student, student.causal_lm, bring, device, dtype=float32, products=dtype, methods=["sums"])
+    return student
+
+
+def _teacher(
+    inputs: RecoveryInputs,
+    settings: RecoverySettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    sharded: bool,
+) -> Teacher | None:
+    if not loss_weights(settings)[1] or inputs.teacher is None:
+        return None
+    model = inputs.teacher.model.requires_grad_(False)
+    bring = emptied(model) if sharded else None
+    teacher = Teacher(model, inputs.respelling).eval()
+    if bring is None:
+        cast_weights(model, dtype)
+    else:
+        shard_out(teacher, model, bring, device, dtype=dtype, products=dtype)
+    return teacher
 
 
 def _record(
@@ -300,14 +354,35 @@ def _record(
         tokens_seen=state.losses[-1].tokens if state.losses else 0,
         seconds=state.seconds,
         stopped_by=state.stopped_by or "budget",
+        sharded=is_sharded(run.student),
+        held_bytes=run.held_bytes,
     )
 
 
+def _trained(run: Run, inputs: RecoveryInputs, checkpoint: str, *, trust_remote_code: bool) -> Any:
+    """The model with the best weights; where none is whole, as it is read once more, with those of the work folder."""
+    if not is_sharded(run.student):
+        student = run.student.to("cpu")
+        return merge_adapter(student.model) if inputs.ranks else student.model.eval()
+    model = load_model(checkpoint, trust_remote_code=trust_remote_code, may_stream=True).model
+    file = run.work.best_file(run.state.best_step)
+    with as_input_error(f"{file} is damaged or cut short"):
+        opened = safetensors.safe_open(file, "pt")
+    with opened as stored:
+        give_trained(model, stored, run.settings.alpha)
+    return model
+
+
 def _write(
-    output: Path, run: Run, inputs: RecoveryInputs, record: RecoveryRecord, *, force: bool, progress: Progress
+    output: Path,
+    run: Run,
+    inputs: RecoveryInputs,
+    model: Any,
+    record: RecoveryRecord,
+    *,
+    force: bool,
+    progress: Progress,
 ) -> None:
-    student = run.student.to("cpu")
-    model = merge_adapter(student.model) if inputs.ranks else student.model.eval()
     numbers = None if inputs.rounded is None else inputs.rounded.finish(model)
     count = min(len(run.mix), math.ceil(MOMENT_TOKENS / run.settings.seqlen))
     windows = torch.stack([run.mix[i]["input_ids"] for i in range(count)])

@@ -92,6 +92,8 @@ class RecoveryRecord:
         tokens_seen: Input tokens trained on.
         seconds: Spent in training and validation.
         stopped_by: "budget", "patience" or "diverged".
+        sharded: Whether the processes shared out the weights.
+        held_bytes: Of weights, teacher and optimizer state, that the first process held; None of an old record.
     """
 
     KIND: ClassVar[str] = "recovery"
@@ -119,6 +121,8 @@ class RecoveryRecord:
     tokens_seen: int
     seconds: float
     stopped_by: str
+    sharded: bool = False
+    held_bytes: int | None = None
 
 
 def data_record(sequences: Sequences) -> DataRecord:

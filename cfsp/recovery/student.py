@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from cfsp.recovery.losses import (
     of_capped,
 )
 from cfsp.recovery.settings import RecoverySettings, loss_weights
+from cfsp.recovery.sharding import put_back
 from cfsp.text.respelling import Respelling
 
 _IMPOSSIBLE = -80.0
@@ -33,20 +34,20 @@ Batch = dict[str, torch.Tensor]
 teacher_ids and teacher_places."""
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The dense model; it is never trained, moved by a trainer, or saved.
+class Teacher(nn.Module):
+    """The dense model; it is never trained or saved.
 
-    Attributes:
+    Args:
         model: A causal LM.
         respelling: How the student spells its tokens, where it has fewer.
     """
 
-    model: Any
-    respelling: Respelling | None = None
+    def __init__(self, model: Any, respelling: Respelling | None = None) -> None:
+        super().__init__()
+        self.model, self.respelling = model, respelling
 
     @torch.no_grad()
-    def predictions(self, batch: Batch) -> Callable[[slice], torch.Tensor]:
+    def forward(self, batch: Batch) -> Callable[[slice], torch.Tensor]:
         """Logits (n, vocab_size) float32 of any chunk of the labelled positions, in the student's tokens.
 
         Where a position is inside one of the teacher's tokens, all probability is on the label: the next part.
@@ -92,13 +93,16 @@ class Student(nn.Module):
 
     # Tells transformers' Trainer to count the labels of all accumulated batches before the first of them.
     accepts_loss_kwargs = True
+    teacher: Teacher | None
 
     def __init__(
         self, model: Any, settings: RecoverySettings, dtype: torch.dtype, teacher: Teacher | None = None
     ) -> None:
         super().__init__()
         self.model = model
-        self.settings, self.dtype, self.teacher = settings, dtype, teacher
+        self.settings, self.dtype = settings, dtype
+        # No submodule: whoever trains, wraps or moves the student leaves the teacher as it is.
+        vars(self)["teacher"] = teacher
 
     @property
     def causal_lm(self) -> Any:
@@ -108,8 +112,9 @@ class Student(nn.Module):
     def forward(self, **batch: torch.Tensor) -> torch.Tensor:
         """The objective's sum over labelled positions of a `Batch`."""
         hidden, targets = self._labelled_hidden(batch)
-        loss = of_capped(self._chunk_loss(batch, targets), logit_cap(self.causal_lm.config))
-        return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
+        with self._chunk_loss(batch, targets) as of_logits:
+            loss = of_capped(of_logits, logit_cap(self.causal_lm.config))
+            return head_loss(hidden, self.causal_lm.get_output_embeddings().weight, loss, self.dtype)
 
     @torch.no_grad()
     def sums(self, batch: Batch) -> torch.Tensor:
@@ -118,17 +123,17 @@ class Student(nn.Module):
         The sums of the objective and of the next-token loss, and how many positions.
         """
         hidden, targets = self._labelled_hidden(batch)
-        loss = self._chunk_loss(batch, targets)
         next_token = 0.0
+        with self._chunk_loss(batch, targets) as loss:
 
-        def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
-            nonlocal next_token
-            next_token += float(next_token_loss(logits, targets[chunk])[0])
-            return loss(logits, chunk)
+            def with_next_token(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
+                nonlocal next_token
+                next_token += float(next_token_loss(logits, targets[chunk])[0])
+                return loss(logits, chunk)
 
-        head = self.causal_lm.get_output_embeddings().weight
-        watched = of_capped(with_next_token, logit_cap(self.causal_lm.config))
-        objective = float(head_loss(hidden, head, watched, self.dtype))
+            head = self.causal_lm.get_output_embeddings().weight
+            watched = of_capped(with_next_token, logit_cap(self.causal_lm.config))
+            objective = float(head_loss(hidden, head, watched, self.dtype))
         return torch.tensor([objective, next_token, len(targets)], dtype=torch.float64)
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -143,10 +148,11 @@ class Student(nn.Module):
         mask = labels != IGNORED
         return states[mask], labels[mask]
 
-    def _chunk_loss(self, batch: Batch, targets: torch.Tensor) -> ChunkLoss:
+    @contextmanager
+    def _chunk_loss(self, batch: Batch, targets: torch.Tensor) -> Iterator[ChunkLoss]:
         next_weight, distill_weight = loss_weights(self.settings)
         temperature = self.settings.temperature
-        predictions = None if self.teacher is None else self.teacher.predictions(batch)
+        predictions = None if self.teacher is None else self.teacher(batch)
 
         def loss(logits: torch.Tensor, chunk: slice) -> LossAndGradient:
             terms = []
@@ -160,7 +166,9 @@ class Student(nn.Module):
                 terms.append((distill_weight, distillation_loss(logits, expected, temperature)))
             return _weighted(terms)
 
-        return loss
+        yield loss
+        if self.teacher is not None:
+            put_back(self.teacher)
 
 
 def _weighted(terms: Sequence[tuple[float, LossAndGradient]]) -> LossAndGradient:

@@ -6,15 +6,17 @@ Importing this module needs accelerate; `cfsp.recovery.recover` does so only whe
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 import transformers
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,12 +25,20 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cfsp.errors import InputError
 from cfsp.evaluation.perplexity import bounded_exp
-from cfsp.files import no_space_as_input_error
-from cfsp.models.weights import quiet_transformers, read_safetensors
+from cfsp.files import atomic_file, no_space_as_input_error
+from cfsp.models.weights import quiet_transformers, save_in_turn
 from cfsp.reading import as_input_error, one_line
 from cfsp.recovery.recovery_record import LossPoint, ValidationPoint
 from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
-from cfsp.recovery.student import Student
+from cfsp.recovery.sharding import (
+    give,
+    held_bytes,
+    is_sharded,
+    load_own_state,
+    own_state,
+    put_back,
+    whole,
+)
 from cfsp.recovery.work import Run
 
 logger = logging.getLogger(__name__)
@@ -77,7 +87,8 @@ def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool)
 def train(run: Run, arguments: Any) -> None:
     """Train until the budget is used, patience ends or the loss diverges; resumes from the work folder.
 
-    Afterwards the student holds the weights of the best validation, and `run.state` says how it went.
+    Afterwards `run.state` says how it went, and the student of the main process holds the weights of the best
+    validation, unless it is sharded: then a file of the work folder has them.
 
     Raises:
         InputError: The disk is full; the last complete checkpoint is kept.
@@ -100,6 +111,7 @@ def train(run: Run, arguments: Any) -> None:
             trainer.train(resume_from_checkpoint=None if started is None else str(started))
     trainer.note_time()
     run.state.stopped_by = run.state.stopped_by or "budget"
+    run.held_bytes = trainer.count_held()
     trainer.load_best()
 
 
@@ -157,7 +169,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 class RecoveryTrainer(Trainer):  # type: ignore[misc]
     """Trainer over a `Student`; trainable weights alone are saved, as safetensors.
 
-    It overrides five private methods, as Trainer has no public way to say what a checkpoint's weights are, when a
+    It overrides six private methods, as Trainer has no public way to say what a checkpoint's weights are, when a
     checkpoint is complete, and in which order examples come; a test holds the signatures that they must have.
     """
 
@@ -175,6 +187,9 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         )
         self.remove_callback(transformers.trainer_callback.PrinterCallback)
         self.run = run
+        if is_sharded(run.student):
+            # Or accelerate would put DistributedDataParallel around it.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._clock = time.monotonic()
         if run.student.teacher is not None:
             run.student.teacher.model.to(arguments.device)
@@ -214,11 +229,16 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         student, run = self.run.student, self.run
         student.eval()
         rows = [item for part in run.validation for item in part.items()]
-        mine = rows[self.args.process_index :: self.args.world_size]
+        world, passes = self.args.world_size, math.ceil(len(rows) / self.args.world_size)
         sums = torch.zeros(3, dtype=torch.float64)
-        for done, item in enumerate(mine, 1):
-            sums += student.sums({name: ids[None].to(self.args.device) for name, ids in item.items()})
-            run.progress("validating", done, len(mine))
+        for done in range(passes):
+            number = done * world + self.args.process_index
+            item = rows[number % len(rows)]
+            found = student.sums({name: ids[None].to(self.args.device) for name, ids in item.items()})
+            # All processes make as many passes, as they have sharded weights together; none counts twice.
+            sums += found * (number < len(rows))
+            run.progress("validating", done + 1, passes)
+        put_back(student)
         total = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
         step = self.state.global_step
         point = ValidationPoint(
@@ -227,14 +247,22 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             total[0] / total[2],
             bounded_exp(total[1] / total[2]),
         )
-        if run.state.add_validation(point, run.settings.patience) and self.is_world_process_zero():
-            run.work.write_best(step, _weights(student))
+        if run.state.add_validation(point, run.settings.patience):
+            self._save_weights(run.work.best_file(step))
         return point
 
     def load_best(self) -> None:
         """Give the main process's student, the one that is saved, the weights of the best validation."""
-        if self.is_world_process_zero():
-            self._load_weights(self.run.work.read_best(self.run.state.best_step))
+        if self.is_world_process_zero() and not is_sharded(self.run.student):
+            self._load_weights(self.run.work.best_file(self.run.state.best_step))
+
+    def count_held(self) -> int:
+        """Bytes of weights and optimizer state in this process."""
+        student = self.run.student
+        models = [student] if student.teacher is None else [student, student.teacher]
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        of_weights = held_bytes(parameter for model in models for parameter in model.parameters())
+        return of_weights + held_bytes(tensor for of_one in state for tensor in of_one.values())
 
     def note_time(self) -> None:
         """Add the time since the last call to the run's."""
@@ -244,10 +272,19 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trainable weights."""
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(_weights(self.run.student), folder / _WEIGHTS)
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_weights(folder / _WEIGHTS)
+
+    def _save_weights(self, file: Path) -> None:
+        """Write the trainable weights in the main process; of sharded ones the others tell it, one after the other."""
+        named = dict(self.run.student.trainable())
+        tensors = map(whole, named.values())
+        if self.is_world_process_zero():
+            with atomic_file(file) as temporary:
+                save_in_turn(temporary, named, tensors)
+        elif is_sharded(self.run.student):
+            deque(tensors, maxlen=0)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -266,22 +303,37 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             raise
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = read_safetensors(Path(resume_from_checkpoint) / _WEIGHTS)
         with _resuming(resume_from_checkpoint):
-            self._load_weights(stored)
+            self._load_weights(Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.run.student):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = {"optimizer": own_state(self.optimizer), "schedule": self.lr_scheduler.state_dict()}
+        torch.save(state, self._own_file(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _resuming(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is None or not is_sharded(self.run.student):
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            state = torch.load(self._own_file(checkpoint), map_location="cpu", weights_only=True)
+            load_own_state(self.optimizer, state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["schedule"])
+
+    def _own_file(self, checkpoint: str) -> Path:
+        """Of this process's part of the optimizer's state."""
+        return Path(checkpoint) / f"optimizer_{self.args.process_index}.pt"
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _resuming(checkpoint):
             super()._load_rng_state(checkpoint)
 
-    def _load_weights(self, stored: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
+    def _load_weights(self, file: Path) -> None:
+        with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as stored:
             for name, parameter in self.run.student.trainable():
-                parameter.copy_(stored[name])
+                give(parameter, stored.get_tensor(name))
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         # The mix has its own order, which depends on the seed alone.
@@ -294,7 +346,3 @@ def _resuming(checkpoint: object) -> AbstractContextManager[None]:
 
 def _stack(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
-
-
-def _weights(student: Student) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().contiguous().clone() for name, p in student.trainable()}

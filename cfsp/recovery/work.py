@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import safetensors.torch
-import torch
-
 from cfsp.errors import InputError
-from cfsp.files import atomic_file, fsync_directory, fsync_file, remove_stale_temporaries, write_text
-from cfsp.models.weights import read_safetensors
+from cfsp.files import fsync_directory, fsync_file, remove_stale_temporaries, write_text
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
 from cfsp.recovery.data import Sequences, TrainingMix
@@ -112,17 +108,8 @@ class WorkFolder:
         return read_record(RunState, checkpoint / _STATE)
 
     def best_file(self, step: int) -> Path:
-        """Where the best weights of that step are kept."""
+        """Where the trainable weights of a best step are kept; those of earlier ones until a checkpoint is complete."""
         return self.path / f"best-{step}.safetensors"
-
-    def write_best(self, step: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Keep the trainable weights of a step; those of earlier steps stay until a checkpoint is complete."""
-        with atomic_file(self.best_file(step)) as temporary:
-            safetensors.torch.save_file(dict(weights), temporary)
-
-    def read_best(self, step: int) -> dict[str, torch.Tensor]:
-        """The weights that `write_best` kept."""
-        return read_safetensors(self.best_file(step))
 
     def kept(self) -> str:
         """In words: what a failed run leaves."""
@@ -157,6 +144,7 @@ class Run:
         tokens_per_step: Input tokens of one optimizer step, over all processes.
         progress: Told about every step.
         state: Curves and the best state.
+        held_bytes: Of weights and optimizer state, that this process held in the end.
     """
 
     student: Student
@@ -167,6 +155,7 @@ class Run:
     tokens_per_step: int
     progress: Progress
     state: RunState = field(default_factory=RunState)
+    held_bytes: int = 0
 
     @property
     def n_steps(self) -> int:

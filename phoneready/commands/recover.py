@@ -13,6 +13,7 @@ from cfsp.files import refuse_existing
 from cfsp.records import record_to_json
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, token_budget
 from cfsp.settings import setting
+from cfsp.units import format_bytes
 from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.commands.processes import one_voice
 from phoneready.console import prepare_torch, show_progress, write_result
@@ -40,6 +41,11 @@ def recover(
     ),
     work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work"),
     device: str = setting("auto", "auto (a GPU where there is one) or cpu."),
+    shard: str = setting(
+        "auto",
+        "Share out the weights among processes: always, never, or auto (where one has not the memory).",
+        choices="cfsp.recovery.shares:SHARDING",
+    ),
     force: ForceOption = False,
     trust_remote_code: TrustOption = False,
     threads: ThreadsOption = None,
@@ -69,6 +75,7 @@ def recover(
                 teacher=teacher,
                 work=work,
                 device=device,
+                shard=shard,
                 force=force,
                 trust_remote_code=trust_remote_code,
                 writers=WRITERS,
@@ -82,14 +89,15 @@ def recover(
         check_outcome(result.record, output)
 
 
-def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device: str) -> None:
+def _foretell(checkpoint: str, output: Path, settings: RecoverySettings, device: str, shares: int) -> None:
     """How long epochs are is known on the way alone."""
     from cfsp.devices import find_device
     from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Recovering
 
     if token_budget(settings) is not None:
         machine = Machine(settings.dtype, find_device(device))
-        foretell("recover", (checkpoint,), settings, output, machine=machine)
+        foretell("recover", (checkpoint,), Recovering(settings, shares), output, machine=machine)
 
 
 def format_recovery(record: RecoveryRecord, output: Path) -> str:
@@ -97,14 +105,17 @@ def format_recovery(record: RecoveryRecord, output: Path) -> str:
     settings = record.settings
     ranks = f", rank {min(record.ranks)} to {max(record.ranks)}" if record.ranks else ""
     origin = "held out of it" if record.held_out else ", ".join(part.reference for part in record.validation)
+    shared = (
+        f", with {format_bytes(record.held_bytes or 0)} of weights and moments each" if record.sharded else ""
+    )
     lines = [
         f"Validation perplexity {record.perplexity_before:.2f} before, {record.perplexity_after:.2f} after "
         f"(step {record.kept_step} of {len(record.losses)}, {sum(v.n_learnt for v in record.validation)} "
         f"tokens, {origin}).",
         f"Trained {record.n_trainable} weights ({settings.method}{ranks}; {settings.loss}) on "
         f"{record.tokens_seen} tokens of {', '.join(part.reference for part in record.training)} "
-        f"in {record.seconds:.0f} s, {record.dtype} on {record.device}, processes: {record.processes}; "
-        f"stopped by {record.stopped_by}.",
+        f"in {record.seconds:.0f} s, {record.dtype} on {record.device}, processes: {record.processes}"
+        f"{shared}; stopped by {record.stopped_by}.",
         f"Written to {output}.",
     ]
     return "\n".join(lines)

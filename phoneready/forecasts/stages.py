@@ -19,6 +19,7 @@ from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import Training, loss_weights, method_of, token_budget
+from cfsp.recovery.shares import training_bytes
 from exporters.export_record import ExportFormat
 from exporters.families import family_of, find_format
 from exporters.parity import PARITY_SEQLEN, PARITY_WINDOWS
@@ -192,6 +193,19 @@ class Judging:
 
 
 @dataclass(frozen=True)
+class Recovering:
+    """What training is asked for.
+
+    Attributes:
+        settings: How to train.
+        shares: Processes that have all weights between them.
+    """
+
+    settings: Training
+    shares: int = 1
+
+
+@dataclass(frozen=True)
 class Surveying:
     """What a frontier is asked for.
 
@@ -270,24 +284,21 @@ def judging(extents: Sequence[Extent], asked: Judging) -> Work:
     return replace(_all(works), memory=memory, least_memory=least, is_most=asked.text.count > 0)
 
 
-def recovering(extents: Sequence[Extent], asked: Training) -> Work:
+def recovering(extents: Sequence[Extent], asked: Recovering) -> Work:
     """Training passes of the student, and the teacher's where the loss reads it, over a budget of tokens."""
-    (extent,) = extents
-    text = Windows(max(1, (token_budget(asked) or 0) // asked.seqlen), asked.seqlen)
-    method, (_, distilled) = method_of(asked), loss_weights(asked)
+    (extent,), settings = extents, asked.settings
+    text = Windows(max(1, (token_budget(settings) or 0) // settings.seqlen), settings.seqlen)
+    method, (_, distilled) = method_of(settings), loss_weights(settings)
     few = method.adapter or method.through_rounding
     passes = (2 if method.adapter else 3) + bool(distilled)
-    at_once = asked.batch_size * asked.seqlen
     steps = [_loaded(extent), _passed(extent, text, passes * _PASS, passes)]
     steps += [_headed(extent, text).times(passes), _saved(extent)]
-    # Weights, gradients and Adam's two moments of all that is trained; and the teacher.
-    held = (1 + bool(distilled) + (0 if few else 3)) * extent.resident_bytes
-    held += len(extent.blocks) * extent.states_bytes(at_once) * 8
+    held = training_bytes(settings, extent, extent if distilled else None, shares=asked.shares)
     kept = Work(
         disk=(_ROUNDED_DISK if method.through_rounding else 0 if method.adapter else 12) * extent.n_weights
     )
     # The models themselves are in memory already where this is asked once they are read.
-    least = 0 if few else 12 * extent.least_weights
+    least = 0 if few else 12 * extent.least_weights // asked.shares
     return replace(_all([*steps, kept]), memory=held, least_memory=least)
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from cfsp.devices import find_device
 from cfsp.pruning.moments import MOMENT_WINDOWS
-from cfsp.recovery.settings import Training, token_budget
+from cfsp.recovery.settings import token_budget
 from phoneready.figures.figure_set import DENSE
 from phoneready.forecasts.said import Machine, foretell
-from phoneready.forecasts.stages import Drawing, Exporting, Judging, Pruning, Windows
+from phoneready.forecasts.stages import Drawing, Exporting, Judging, Pruning, Recovering, Windows
 from phoneready.forecasts.texts import judged_windows
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps
@@ -90,9 +90,9 @@ def _pruning(config: ReleaseConfig) -> Pruning:
     return Pruning(config.prune_settings(), _windows(config), is_aimed=bool(config.prune.target))
 
 
-def _recovering(config: ReleaseConfig) -> Training | None:
+def _recovering(config: ReleaseConfig) -> Recovering | None:
     training = config.recover
-    return training if training and token_budget(training) else None
+    return Recovering(training) if training and token_budget(training) else None
 
 
 def _exporting(config: ReleaseConfig) -> Exporting:

@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
+from cfsp.models.paging import VARIABLE, is_paged
+from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
+from cfsp.models.weights import cast_weights, save_in_turn
 from cfsp.pruning.axes.vocabulary import count_tokens, cut_vocabulary, plan_vocabulary
 from cfsp.pruning.surgery import cut_channels
-from cfsp.recovery.adapter import add_adapter, importance_ranks, merge_adapter
+from cfsp.recovery.adapter import add_adapter, give_trained, importance_ranks, merge_adapter
 from cfsp.recovery.chats import answer_spans, labelled_chat
 from cfsp.recovery.data import IGNORED, INSIDE, Sequences, TrainingMix, load_recovery_data, respelled
 from cfsp.recovery.inputs import _respelling
@@ -280,6 +285,55 @@ def test_a_merged_adapter_computes_the_same_with_unchanged_modules(tiny_model: T
     assert merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
 
 
+@pytest.mark.parametrize("stream", ["never", "always"])
+@pytest.mark.parametrize("ranks", [(), (1, 2, 3, 6)])
+def test_stored_weights_make_of_a_model_what_training_made(
+    ranks: tuple[int, ...],
+    stream: str,
+    tiny_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("peft", reason="the recover extra is not installed")
+    monkeypatch.setenv(VARIABLE, stream)
+    folder = tiny_folder()
+    trained = load_model(folder).model
+    student = Student(
+        add_adapter(trained, ranks, 2.0) if ranks else trained, RecoverySettings(), torch.float32
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in student.trainable():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    named = dict(student.trainable())
+    save_in_turn(tmp_path / "weights", named, (parameter.detach() for parameter in named.values()))
+    again = load_model(folder, may_stream=True).model
+    assert is_paged(again) == (stream == "always")
+    with safetensors.safe_open(tmp_path / "weights", "pt") as stored:
+        give_trained(again, stored, 2.0)
+    expected = merge_adapter(student.model) if ranks else student.model
+    ids = torch.arange(3, 60)[None]
+    torch.testing.assert_close(again(ids).logits, expected(ids).logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_that_are_written_in_turn_are_a_safetensors_file(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.randn(3, 5, dtype=dtype), "b.c": torch.randn(7), "none": torch.empty(0, 4)}
+    save_in_turn(tmp_path / "file", tensors, tensors.values())
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_weights_get_a_dtype_and_rotary_frequencies_keep_theirs(tiny_model: TinyModel) -> None:
+    model, _ = tiny_model()
+    before = model.model.rotary_emb.inv_freq.clone()
+    cast_weights(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
 def test_distilling_a_model_from_itself_costs_nothing(tiny_model: TinyModel) -> None:
     model, _ = tiny_model()
     settings = RecoverySettings(loss="distill", temperature=2.0)
@@ -434,7 +488,7 @@ def test_a_checkpoint_counts_once_it_is_complete(tmp_path: Path) -> None:
         folder = work.path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "weights").write_text(str(step))
-        work.write_best(step, {"x": torch.full((2,), float(step))})
+        work.best_file(step).write_text(str(step))
         if step < 3:
             work.complete(folder, RunState(best_step=step))
     assert sorted(p.name for p in work.path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
@@ -445,7 +499,7 @@ def test_a_checkpoint_counts_once_it_is_complete(tmp_path: Path) -> None:
     assert last.name == "checkpoint-2"
     assert work.read_state(last).best_step == 2
     assert not (work.path / "checkpoint-3").exists()
-    assert float(work.read_best(2)["x"][0]) == 2.0
+    assert work.best_file(2).read_text() == "2"
 
 
 def test_a_work_folder_belongs_to_one_run(tmp_path: Path) -> None:
@@ -479,6 +533,7 @@ def test_sequences_count_what_is_learnt() -> None:
     ("method", "parameters"),
     [
         ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_save_optimizer_and_scheduler", ["self", "output_dir"]),
         ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
         ("_load_rng_state", ["self", "checkpoint"]),

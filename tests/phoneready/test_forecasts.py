@@ -28,6 +28,7 @@ from phoneready.forecasts.stages import (
     Exporting,
     Judging,
     Pruning,
+    Recovering,
     Surveying,
     Windows,
 )
@@ -50,7 +51,7 @@ ASKED = {
     "prune": PRUNING,
     "export": EXPORTING,
     "eval": Judging(TEXT, 4, 16, (False,)),
-    "recover": Training(max_tokens=4096, seqlen=64),
+    "recover": Recovering(Training(max_tokens=4096, seqlen=64)),
     "frontier": Surveying(PRUNING, EXPORTING, TEXT, 2),
 }
 
@@ -84,8 +85,8 @@ def test_a_larger_model_takes_more_of_everything(stage: str) -> None:
         ("export", replace(EXPORTING, tune_scales=True)),
         ("export", replace(EXPORTING, is_saved=True)),
         ("eval", Judging(TEXT, 4, 32, (False,))),
-        ("recover", Training(max_tokens=8192, seqlen=64)),
-        ("recover", Training(max_tokens=4096, seqlen=64, loss="distill")),
+        ("recover", Recovering(Training(max_tokens=8192, seqlen=64))),
+        ("recover", Recovering(Training(max_tokens=4096, seqlen=64, loss="distill"))),
         ("frontier", replace(ASKED["frontier"], checkpoints=3)),
     ],
 )
@@ -113,7 +114,7 @@ def test_every_format_has_a_size_no_larger_than_floats(name: str) -> None:
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
-        ("recover", Training(max_tokens=2**40, seqlen=64)),
+        ("recover", Recovering(Training(max_tokens=2**40, seqlen=64))),
         ("eval", Judging(Windows(2**20, 64), 4, 16, (False,))),
         ("eval", Judging(Windows(2**20, 64), 4, 16, (True,))),
         ("frontier", replace(ASKED["frontier"], text=Windows(2**20, 64))),
@@ -142,11 +143,13 @@ def test_a_frontier_asks_for_its_smallest_file_alone() -> None:
 
 def test_training_of_all_weights_asks_for_what_that_adds() -> None:
     adapter, full = (
-        STAGES["recover"].work([SMALL], Training(method=method, max_tokens=4096, seqlen=64))
+        STAGES["recover"].work([SMALL], Recovering(Training(method=method, max_tokens=4096, seqlen=64)))
         for method in ("lora", "full")
     )
     assert not adapter.least_memory
     assert full.least_memory == 12 * SMALL.least_weights < full.memory
+    shared = Recovering(Training(method="full", max_tokens=4096, seqlen=64), shares=2)
+    assert STAGES["recover"].work([SMALL], shared).least_memory == 6 * SMALL.least_weights
 
 
 @pytest.mark.parametrize("stage", sorted(set(STAGES) - {"draw"}))
@@ -378,6 +381,6 @@ def test_training_on_a_gpu_asks_for_no_memory_of_the_host(
     asked = RecoverySettings(method="full", max_tokens=2**40), str(tiny_folder())
     monkeypatch.setattr("cfsp.memory.free_memory", lambda: 0)
     with pytest.raises(InputError, match="--method lora"):
-        recover._foretell(asked[1], tmp_path / "out", asked[0], "cpu")
+        recover._foretell(asked[1], tmp_path / "out", asked[0], "cpu", 1)
     monkeypatch.setattr("cfsp.devices.find_device", lambda name: torch.device("meta"))
-    recover._foretell(asked[1], tmp_path / "out", asked[0], "auto")
+    recover._foretell(asked[1], tmp_path / "out", asked[0], "auto", 1)

@@ -147,6 +147,7 @@ NEUTRAL = (
             "__init__",
             "errors",
             "files",
+            "forecast",
             "memory",
             "plugins",
             "progress",
