@@ -67,6 +67,7 @@ class Extent:
         vocab_size: Rows of the embedding.
         hidden_size: Its columns.
         tied: Whether it is the output matrix, too.
+        beside: Weights of all other matrices, such as a further table of tokens.
         stored_bytes: Of a weight, in a checkpoint that is made of the model.
         keeping: How the weights are kept.
     """
@@ -75,6 +76,7 @@ class Extent:
     vocab_size: int
     hidden_size: int
     tied: bool
+    beside: int = 0
     stored_bytes: int = 4
     keeping: Keeping = WHOLE
 
@@ -91,12 +93,12 @@ class Extent:
     @property
     def n_weights(self) -> int:
         """All of them, but for norms and biases."""
-        return self.block_weights + self.end_weights * (1 if self.tied else 2)
+        return self.block_weights + self.beside + self.end_weights * (1 if self.tied else 2)
 
     @property
     def least_weights(self) -> int:
         """Where the output matrix is the embedding after all, which a file may hold twice."""
-        return self.block_weights + self.end_weights
+        return self.block_weights + self.beside + self.end_weights
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
@@ -189,16 +191,19 @@ def _folder_shapes(folder: Path) -> Iterator[tuple[str, _Shape]]:
 def _extent(tensors: Iterable[tuple[str, _Shape]], where: str) -> Extent:
     blocks: dict[int, list[tuple[int, int]]] = {}
     ends: dict[str, _Shape] = {}
+    beside = 0
     for name, shape in tensors:
         if len(shape) == 2 and (block := _BLOCK.search(name)):
             blocks.setdefault(int(block[1]), []).append((shape[0], shape[1]))
         elif name in _ENDS:
             ends[_ENDS[name]] = shape
+        elif len(shape) == 2:
+            beside += math.prod(shape)
     if not blocks or len(ends.get("embedding", ())) != 2:
         raise InputError(f"{where} holds no decoder with an embedding")
     rows, columns = ends["embedding"]
     in_order = tuple(tuple(blocks[index]) for index in sorted(blocks))
-    return Extent(in_order, rows, columns, tied="output" not in ends)
+    return Extent(in_order, rows, columns, tied="output" not in ends, beside=beside)
 
 
 @dataclass(frozen=True)

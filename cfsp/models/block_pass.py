@@ -1,11 +1,15 @@
-"""Running a decoder block by block, so that memory holds one depth of hidden states instead of all, and one block."""
+"""Running a decoder block by block, so that memory holds one depth of hidden states instead of all, and one block.
+
+What runs through the blocks, (batch, seqlen, hidden_size), is handed on as it is. Where several hidden states of a
+token do, it is (n, batch, seqlen, hidden_size): windows are the third dimension from behind in both.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ class StoredStates:
         self._folder = LargeScratch("states")
 
     def put(self, depth: int, states: Sequence[torch.Tensor]) -> None:
-        """Store each window's, (1, seqlen, hidden_size)."""
+        """Store each window's, (..., 1, seqlen, hidden_size)."""
         with no_space_as_input_error(self._file(depth)):
             named = {str(n): state.cpu() for n, state in enumerate(states)}
             safetensors.torch.save_file(named, self._file(depth))
@@ -98,7 +102,7 @@ class Calls:
 
 
 def run_layer(layer: nn.Module, hidden: torch.Tensor, arguments: Arguments) -> torch.Tensor:
-    """A block's output, (batch, seqlen, hidden_size), whether the library returns a tensor or a tuple."""
+    """A block's output, of its input's shape, whether the library returns a tensor or a tuple."""
     output = layer(hidden, **arguments)
     result: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return result
@@ -114,7 +118,8 @@ def enter_blocks(
     that the architecture's row names, as they are equally long.
 
     Returns:
-        Each window's hidden states before the first block, (1, seqlen, hidden_size); every block's keyword arguments.
+        Each window's hidden states before the first block, (..., 1, seqlen, hidden_size); every block's keyword
+        arguments.
     """
     hidden: list[torch.Tensor] = []
     own: list[list[Arguments]] = []
@@ -132,11 +137,7 @@ def enter_blocks(
         n_bytes = input_ids.numel() * _state_size(model) * computing_dtype(model).itemsize
         what = f"hidden states of {len(input_ids)} windows of {input_ids.shape[1]} tokens"
         require_memory(n_bytes, what, "fewer windows (--nsamples), or shorter ones (--seqlen)")
-    with ExitStack() as stack:
-        for layer in layers:
-            layer.forward = weightless(passes_on)
-            stack.callback(delattr, layer, "forward")
-        stack.enter_context(at_hand(model.get_input_embeddings()))
+    with computing(layers, passes_on), at_hand(model.get_input_embeddings()):
         for window in torch.split(input_ids.to(model.device), 1):
             record.clear()
             model.get_decoder()(input_ids=window, use_cache=False)
@@ -147,11 +148,44 @@ def enter_blocks(
     )
 
 
+@contextmanager
+def computing(modules: Iterable[Any], forward: Callable[..., Any]) -> Iterator[None]:
+    """Have a function that reads no weights in the place of modules' `forward` while the context is open."""
+    with ExitStack() as stack:
+        for module in modules:
+            module.forward = weightless(forward)
+            stack.callback(delattr, module, "forward")
+        yield
+
+
+def leave_blocks(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What the output matrix reads, (batch, seqlen, hidden_size), of what comes out of the last block.
+
+    Where more than the last norm is behind the blocks, the decoder is run with these short-circuited.
+
+    Args:
+        model: A causal LM of the architecture table.
+        hidden: (..., batch, seqlen, hidden_size).
+    """
+    if spec_for(model.config).streams is None:
+        normed: torch.Tensor = last_norm(model)(hidden)
+        return normed
+    layers = decoder_layers(model)
+    ids = torch.zeros(hidden.shape[-3:-1], dtype=torch.int64, device=hidden.device)
+    output = (hidden,) if _returns_tuple(model, layers, ids) else hidden
+    with computing(layers, lambda *_, **__: output):
+        left: torch.Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return left
+
+
 def _state_size(model: Any) -> int:
-    """Numbers that are held of a token while blocks run: its hidden state, and what every block gets beside it."""
-    inputs = spec_for(model.config).block_inputs
-    beside = getattr(model.config, inputs.size_setting) * model.config.num_hidden_layers if inputs else 0
-    return int(model.config.hidden_size + beside)
+    """Numbers that are held of a token while blocks run: its hidden states, and what every block gets beside them."""
+    config, spec = model.config, spec_for(model.config)
+    beside = (
+        getattr(config, spec.block_inputs.size_setting) * config.num_hidden_layers if spec.block_inputs else 0
+    )
+    streams = getattr(config, spec.streams.count_setting) if spec.streams else 1
+    return int(config.hidden_size * streams + beside)
 
 
 def last_hidden_states(
@@ -174,8 +208,7 @@ def last_hidden_states(
             for window, state in enumerate(hidden):
                 hidden[window] = run_layer(layer, state, calls.of(index, window))
         progress(what, index + 1, len(layers))
-    norm = last_norm(model)
-    return [norm(state) for state in hidden]
+    return [leave_blocks(model, state) for state in hidden]
 
 
 _IN_TUPLES: dict[type[nn.Module], bool] = {}

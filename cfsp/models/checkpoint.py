@@ -219,8 +219,18 @@ def load_input_moments(directory: Path) -> dict[str, torch.Tensor] | None:
 
 
 def per_layer_class(config: Any) -> Any:
-    """The class in remote_code/ that builds this configuration's model with blocks that differ."""
-    return getattr(_modeling_pruned(), f"Pruned{model_class(config).__name__}")
+    """The class in remote_code/ that builds this configuration's model with blocks that differ.
+
+    Raises:
+        InputError: There is none, as transformers' own builds all blocks that such a model may have.
+    """
+    made = getattr(_modeling_pruned(), f"Pruned{model_class(config).__name__}", None)
+    if made is None:
+        allowed = "intermediate_size with a width for each block, which differ in nothing else"
+        raise InputError(
+            "blocks of this model type are stated otherwise", field="per_layer_config", allowed=allowed
+        )
+    return made
 
 
 def _modeling_pruned() -> ModuleType:

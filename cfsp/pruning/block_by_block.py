@@ -10,9 +10,9 @@ so that, beside doing the removed channels' work, it takes back a share c of the
 the residual stream. Where whole blocks after l go, h and h* are taken after these, and down_proj does what they would
 have added as well. Where the block loses its attention, h is what it would give with it. Where it loses some key-value
 groups, o_proj is solved before that, for what it gave with all. Where what an FFN adds goes through a norm first, what
-it lacks goes back through that (`_Norm`). c = 0 only follows the pruned stream. c = 1 aims at the
-dense stream itself, which fits the calibration text too closely: an error cannot be told from what the block itself
-should say about such text.
+it lacks goes back through that (`_Norm`). Of several hidden states of a token h and h* are the active ones. c = 0 only
+follows the pruned stream. c = 1 aims at the dense stream itself, which fits the calibration text too closely: an error
+cannot be told from what the block itself should say about such text.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import nn
 from cfsp.devices import exact, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import (
+    active_stream,
     added_norms,
     attention_of,
     decoder_layers,
@@ -137,7 +138,7 @@ def _prune_block(
     Args:
         cut: What to cut.
         index: Of the block.
-        pruned: Each window's pruned stream before the block, (1, seqlen, hidden_size).
+        pruned: Each window's pruned stream before the block, (..., 1, seqlen, hidden_size).
         wanted: The dense stream after it and the blocks after it that go, h*.
         calls: Of the pruned stream.
         after: What the blocks that go after it do.
@@ -166,7 +167,9 @@ def _prune_block(
         ):
             output = run_layer(layer, hidden, arguments)
         whole = after(output if whole is None else whole, window)
-        solver.observe(seen["x"], seen["given"], whole - output, correction * (target - whole))
+        lacks = (whole - output, correction * (target - whole))
+        active = (active_stream(cut.model.config, lack) for lack in lacks)
+        solver.observe(seen["x"], seen["given"], *active)
         if not spec.goes_on:
             rests.append((output - norm(seen["given"]), seen["ffn_input"]))
     cut_channels(ffn, kept, solver.solve(cut.ridge))

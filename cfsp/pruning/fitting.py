@@ -91,11 +91,12 @@ class Decision:
 def _widest(plan: PruningPlan, budget: Budget, cost: Callable[[ModelShape], float]) -> PruningPlan:
     """The plan with as many channels as fit, or as few as there can be where none do.
 
-    Where the ratio is fixed that of the plan is tried first; else none, then ever more units.
+    Where the ratio is fixed that of the plan is tried first; else none, then ever more units. It is the only one where
+    the channels of some blocks stay.
     """
     align, fixed = plan.settings.align, "ffn" not in budget.axes
     first = plan if fixed else plan.at_ratio(0.0)
-    if cost(first.shape) <= budget.target:
+    if cost(first.shape) <= budget.target or plan.whole:
         return first
     dense = [plan.dense_widths[block.origin] for block in plan.shape.blocks]
     units, total = sum(width // align for width in dense), sum(dense)

@@ -28,11 +28,10 @@ from cfsp.models.architectures import (
     FeedForward,
     decoder_layers,
     feed_forward,
-    last_norm,
     output_logits,
     token_tables,
 )
-from cfsp.models.block_pass import StoredStates, enter_blocks, run_layer
+from cfsp.models.block_pass import StoredStates, enter_blocks, leave_blocks, run_layer
 from cfsp.models.homes import require_scratch
 from cfsp.models.paging import at_hand, is_paged
 from cfsp.processes import mine, number, number_summed, summed
@@ -313,7 +312,7 @@ def _backwards_by_blocks(
     model: Any, input_ids: torch.Tensor, generator: torch.Generator, progress: Progress
 ) -> _Embedded:
     """The same numbers with one block in memory: it is run again when its gradients are due."""
-    layers, norm = decoder_layers(model), last_norm(model)
+    layers = decoder_layers(model)
     require_scratch(input_ids.numel() * model.config.hidden_size * torch.float32.itemsize * len(layers))
     before = StoredStates()
     with torch.no_grad():
@@ -326,7 +325,7 @@ def _backwards_by_blocks(
     gradients: list[torch.Tensor] = []
     with at_hand(model.get_output_embeddings()):
         for state in states:
-            normed = norm(state.requires_grad_())
+            normed = leave_blocks(model, state.requires_grad_())
             gradients += _pulled_back(normed, _head_gradient(model, normed, generator), state)
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):

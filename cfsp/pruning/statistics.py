@@ -126,9 +126,10 @@ class _BlockSums:
             self.gram.add(x)
 
     def add_block(self, h_in: torch.Tensor, h_out: torch.Tensor) -> None:
-        """Add one window's coarse importances; both are (1, seqlen, hidden_size)."""
+        """Add one window's coarse importances, of several hidden states their mean; (..., 1, seqlen, hidden_size)."""
         for name, metric in COARSE_METRICS.items():
-            self.importance[name] += float(exact_sum(metric(h_in.float(), h_out.float())))
+            of_tokens = metric(h_in.float(), h_out.float()).flatten(0, -2).mean(0)
+            self.importance[name] += float(exact_sum(of_tokens))
 
     def sum_up(self) -> None:
         """Let sums over this process's windows become those over all processes', the Gram matrix's apart."""

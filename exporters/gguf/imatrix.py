@@ -35,7 +35,8 @@ def read_imatrix(
 ) -> Imatrix:
     """A checkpoint's input moments by the file's tensor names, or else those of a text; empty where none are used.
 
-    Padded channels get moment 0: their weights are zero.
+    Padded channels get moment 0: their weights are zero. Matrices of zeros alone get moments of 1, as some types are
+    not written without.
 
     Args:
         checkpoint: Hugging Face folder, pruned or dense.
@@ -76,7 +77,8 @@ def read_imatrix(
             values = np.pad(values, (0, chosen.padded_width - len(values)))
         name = chosen.name(module)
         result[name] = floored(specs[name].of_inputs(values))
-    return result
+    zeros = (spec for spec in specs.values() if not spec.sources and len(spec.shape) == 2)
+    return result | {spec.name: np.ones(spec.shape[1], np.float32) for spec in zeros}
 
 
 def _checked(module: str, moments: torch.Tensor, in_features: int) -> npt.NDArray[np.float32]:

@@ -50,8 +50,8 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class MixerTensor:
-    """A tensor of a block's mixer.
+class BlockTensor:
+    """A tensor of a block that is no matrix of all blocks, nor a norm before or behind one.
 
     Attributes:
         parameter: In the checkpoint, behind the block's name.
@@ -79,13 +79,13 @@ class MixerTensor:
         return len(self.shape) == 2
 
 
-def mixer_tensors(config: ModelConfig) -> tuple[MixerTensor, ...]:
+def mixer_tensors(config: ModelConfig) -> tuple[BlockTensor, ...]:
     """Of a block without keys of its own, in file order; none of a model type whose blocks all attend."""
     mixer = config.spec.mixer
     return _TENSORS[mixer.kind](mixer.module, config) if mixer else ()
 
 
-def _short_convolution(name: str, config: ModelConfig) -> tuple[MixerTensor, ...]:
+def _short_convolution(name: str, config: ModelConfig) -> tuple[BlockTensor, ...]:
     size = config.hidden_size
     return (
         _kernels(f"{name}.conv", size, config.convolution_length),
@@ -94,7 +94,7 @@ def _short_convolution(name: str, config: ModelConfig) -> tuple[MixerTensor, ...
     )
 
 
-def _delta_net(name: str, config: ModelConfig) -> tuple[MixerTensor, ...]:
+def _delta_net(name: str, config: ModelConfig) -> tuple[BlockTensor, ...]:
     net, size = config.delta_net, config.hidden_size
     assert net is not None  # of a model type with such blocks
     values = net.value_heads * net.value_head_dim
@@ -107,27 +107,27 @@ def _delta_net(name: str, config: ModelConfig) -> tuple[MixerTensor, ...]:
         _of_heads(f"{name}.A_log", f"{name}.A_log", "", net, lambda a: -np.exp(a)),
         _linear(f"{name}.in_proj_b", (net.value_heads, size), _tiling(net)),
         _linear(f"{name}.in_proj_a", (net.value_heads, size), _tiling(net)),
-        MixerTensor(
+        BlockTensor(
             f"{name}.norm.weight", (net.value_head_dim,), f"{name}.norm", ".weight", (net.value_head_dim,)
         ),
         _linear(f"{name}.out_proj", (size, values), _tiling(net, axis=1)),
     )
 
 
-_TENSORS: Mapping[str, Callable[[str, ModelConfig], tuple[MixerTensor, ...]]] = MappingProxyType(
+_TENSORS: Mapping[str, Callable[[str, ModelConfig], tuple[BlockTensor, ...]]] = MappingProxyType(
     {"conv": _short_convolution, "linear_attention": _delta_net}
 )
 """By what `layer_types` calls such blocks."""
 
 
-def _linear(module: str, shape: tuple[int, int], tiling: Tiling | None = None) -> MixerTensor:
-    return MixerTensor(f"{module}.weight", shape, module, ".weight", shape, tiling)
+def _linear(module: str, shape: tuple[int, int], tiling: Tiling | None = None) -> BlockTensor:
+    return BlockTensor(f"{module}.weight", shape, module, ".weight", shape, tiling)
 
 
-def _kernels(module: str, channels: int, length: int, tiling: Tiling | None = None) -> MixerTensor:
+def _kernels(module: str, channels: int, length: int, tiling: Tiling | None = None) -> BlockTensor:
     """Of a convolution: as torch has them, (channels, 1, length), and as llama.cpp does, (channels, length)."""
     stored = (channels, length)
-    return MixerTensor(
+    return BlockTensor(
         f"{module}.weight", (channels, 1, length), module, ".weight", stored, tiling, is_plain=True
     )
 
@@ -138,10 +138,10 @@ def _of_heads(
     suffix: str,
     net: DeltaNet,
     compute: Callable[[FloatArray], FloatArray] | None = None,
-) -> MixerTensor:
+) -> BlockTensor:
     """A number of each value head."""
     shape = (net.value_heads,)
-    return MixerTensor(parameter, shape, module, suffix, shape, _tiling(net), compute)
+    return BlockTensor(parameter, shape, module, suffix, shape, _tiling(net), compute)
 
 
 def _tiling(net: DeltaNet, axis: int = 0, first: int = 0) -> Tiling | None:

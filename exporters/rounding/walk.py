@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from cfsp.memory import require_memory
-from cfsp.models.architectures import block_linears, decoder_layers, last_norm
-from cfsp.models.block_pass import Arguments, enter_blocks, run_layer
+from cfsp.models.architectures import block_linears, decoder_layers
+from cfsp.models.block_pass import Arguments, enter_blocks, leave_blocks, run_layer
 from cfsp.models.paging import at_hand
 from cfsp.precision import bulk_products, exact_products
 from cfsp.progress import Progress, no_progress
@@ -60,11 +60,12 @@ def round_blocks(
         require_memory(n_bytes, what, "fewer windows (--nsamples, --windows), or shorter ones (--seqlen)")
     with torch.no_grad():
         windows, calls = enter_blocks(model, layers, input_ids)
-        hidden, calls, first_calls = torch.cat(windows), calls.together(), calls.first()
+        hidden, calls, first_calls = torch.cat(windows, dim=-3), calls.together(), calls.first()
         del windows
         for index, layer in enumerate(layers):
             with at_hand(layer):
-                groups = _read_together(linears[index], layer, hidden[:1], first_calls.of(index))
+                first = hidden.narrow(-3, 0, 1)
+                groups = _read_together(linears[index], layer, first, first_calls.of(index))
                 with (
                     bulk_products(model.device.type),
                     _rounded_when_read(linears[index], groups, partial(visit, index)),
@@ -101,10 +102,10 @@ def _with_attention_sink(x: torch.Tensor) -> torch.Tensor:
 
 def _head_gram(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """X^T X / T of the output matrix's inputs, from the last block's outputs."""
-    norm, total = last_norm(model), GramSum(hidden.shape[-1], hidden.device)
-    for window in hidden:
-        total.add(norm(window).float())
-    return total.mean(hidden.shape[:-1].numel())
+    total = GramSum(hidden.shape[-1], hidden.device)
+    for window in torch.split(hidden, 1, dim=-3):
+        total.add(leave_blocks(model, window)[0].float())
+    return total.mean(hidden.shape[-3:-1].numel())
 
 
 def _read_together(

@@ -44,6 +44,17 @@ def test_the_heads_of_files_say_how_large_a_model_is(
     assert (extent.vocab_size, extent.hidden_size) == (384, 64)
 
 
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_a_further_table_of_tokens_counts(
+    model_type: str, tiny_model: Callable[..., tuple[torch.nn.Module, object]], tiny_folder: TinyPath
+) -> None:
+    """In published models of these families it is nearly as large as all the rest."""
+    model, _ = tiny_model(model_type)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    extent = read_extent(tiny_folder(model_type))
+    assert extent.n_weights == extent.least_weights == matrices
+
+
 def test_a_gguf_file_is_as_large_as_its_folder(tiny_folder: TinyPath, tiny_gguf: TinyPath) -> None:
     of_file, of_folder = read_extent(tiny_gguf(tied=False)), read_extent(tiny_folder(tied=False))
     assert of_file.n_weights == of_folder.n_weights

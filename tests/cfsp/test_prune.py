@@ -52,7 +52,10 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_linear_layers_match_their_weights_and_the_plan(tiny_model: Any, model_type: str) -> None:
-    dense, row = loaded(tiny_model, model_type), ARCHITECTURES[model_type]
+    row = ARCHITECTURES[model_type]
+    dense = loaded(
+        tiny_model, model_type, **({row.sparsity_setting: [0.0] * 4} if row.sparsity_setting else {})
+    )
     full = model_shape(dense.model).ffn_widths
     result = prune_model(dense, calibration(dense.model), PruneSettings(prune_ratio=0.4, align=1))
     assert result.plan.shape.ffn_widths == model_shape(dense.model).ffn_widths
@@ -89,11 +92,21 @@ def test_reconstruction_is_the_least_squares_solution() -> None:
     torch.testing.assert_close(solved, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gemma4_text"])
-def test_reconstruction_keeps_the_model_closer_to_the_dense_one(tiny_model: Any, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", {}),
+        ("gemma3_text", {}),
+        ("gemma4_text", {}),
+        ("gemma3n_text", {"activation_sparsity_pattern": [0.0] * 4, "num_kv_shared_layers": 2}),
+    ],
+)
+def test_reconstruction_keeps_the_model_closer_to_the_dense_one(
+    tiny_model: Any, model_type: str, overrides: dict[str, Any]
+) -> None:
     kls = {}
     for name in RECONSTRUCTIONS:
-        dense, pruned = loaded(tiny_model, model_type), loaded(tiny_model, model_type)
+        dense, pruned = (loaded(tiny_model, model_type, **overrides) for _ in range(2))
         data = calibration(dense.model, 32)
         settings = PruneSettings(prune_ratio=0.3, align=1, reconstruct=name)
         prune_model(pruned, data, settings)

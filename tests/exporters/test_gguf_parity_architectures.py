@@ -184,6 +184,8 @@ def test_logits_equal_the_models(
         ("gemma4_text", {"num_kv_shared_layers": 0, "head_dim": 32}, WIDTHS, "gemma4"),
         ("gemma4_text", {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}, None, "gemma4"),
         ("gemma4_text", {"final_logit_softcapping": 12.0, "sliding_window": 7}, None, "gemma4"),
+        ("gemma3n_text", {"intermediate_size": 1024}, None, "gemma3n"),
+        ("gemma3n_text", {"intermediate_size": 1024, "tied": False, "sliding_window": 7}, None, "gemma3n"),
         ("olmo2", {"tied": False, "num_key_value_heads": 1}, None, "olmo2"),
         ("olmo2", {"tied": False, "rope_parameters": YARN}, None, "olmo2"),
         ("olmo3", {"tied": False, "num_key_value_heads": 4, "num_hidden_layers": 9}, None, "olmo2"),
@@ -294,26 +296,27 @@ def test_a_gguf_file_with_windows_rotates_as_its_model_does(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "tied", "widths"),
+    ("model_type", "overrides", "widths"),
     [
-        ("llama", True, WIDTHS),
-        ("olmo2", False, None),
-        ("olmo3", False, None),
-        ("exaone4", True, None),
-        ("hunyuan_v1_dense", True, None),
-        ("lfm2", True, None),
-        ("qwen3_5_text", True, None),
-        ("gemma4_text", True, WIDTHS),
+        ("llama", {}, WIDTHS),
+        ("olmo2", {"tied": False}, None),
+        ("olmo3", {"tied": False}, None),
+        ("exaone4", {}, None),
+        ("hunyuan_v1_dense", {}, None),
+        ("lfm2", {}, None),
+        ("qwen3_5_text", {}, None),
+        ("gemma4_text", {}, WIDTHS),
+        ("gemma3n_text", {"intermediate_size": 1024}, None),
     ],
 )
 def test_greedy_text_is_the_models(
     tiny_model: Callable[..., Any],
     tmp_path: Path,
     model_type: str,
-    tied: bool,
+    overrides: dict[str, Any],
     widths: tuple[int, ...] | None,
 ) -> None:
-    model, tokenizer = tiny_model(model_type, tied)
+    model, tokenizer = tiny_model(model_type, **overrides)
     path, _ = write(model, tokenizer, tmp_path / "hf", widths)
     prompt = tokenizer.encode("The quick brown")
     expected = list(prompt)

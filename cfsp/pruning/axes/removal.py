@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from cfsp.models.architectures import decoder_layers, last_norm, output_logits
-from cfsp.models.block_pass import Calls, enter_blocks, run_layer
-from cfsp.models.paging import weightless
+from cfsp.models.architectures import decoder_layers, output_logits
+from cfsp.models.block_pass import Calls, computing, enter_blocks, leave_blocks, run_layer
 from cfsp.processes import mine, number_summed
 from cfsp.progress import Progress, no_progress
 
@@ -157,28 +156,19 @@ class Probe:
         return {part: max(number_summed(total) / n_windows, 0.0) for part, total in sums.items()}
 
     def _log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        return output_logits(self.model, last_norm(self.model)(hidden[:, ::_EVERY])).log_softmax(-1)
+        return output_logits(self.model, leave_blocks(self.model, hidden[..., ::_EVERY, :])).log_softmax(-1)
 
 
 def block_left_out(layer: nn.Module, part: int = 0) -> AbstractContextManager[None]:
     """A block, which is one part, hands on what it gets while the context is open."""
-    return _computing(layer, lambda hidden_states, **arguments: hidden_states)
+    return computing([layer], lambda hidden_states, **arguments: hidden_states)
 
 
 def attention_left_out(layer: Any, part: int = 0) -> AbstractContextManager[None]:
     """A block's attention, which is one part, adds nothing while the context is open."""
-    return _computing(
-        layer.self_attn, lambda hidden_states, **arguments: (torch.zeros_like(hidden_states), None)
+    return computing(
+        [layer.self_attn], lambda hidden_states, **arguments: (torch.zeros_like(hidden_states), None)
     )
-
-
-@contextmanager
-def _computing(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = weightless(forward)
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def _run(layers: Sequence[nn.Module], calls: Calls, start: int, hidden: torch.Tensor) -> torch.Tensor:
