@@ -33,11 +33,13 @@ from phoneready.settings.schema import PruneConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
 if TYPE_CHECKING:
+    from cfsp.models.source import LoadedModel
     from cfsp.progress import Progress
     from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import Planned, PruneResult
     from cfsp.pruning.settings import PruneSettings
+    from cfsp.text.calibration import Calibration
     from phoneready.forecasts.said import Machine
     from phoneready.forecasts.stages import Pruning
 
@@ -69,11 +71,9 @@ def prune(
     prepare_torch(threads)
     from cfsp.devices import find_device
     from cfsp.models.reference import load_model
-    from cfsp.processes import first_ahead, require_alike
     from cfsp.pruning.prune import plan_model, prune_model
     from phoneready.forecasts.said import Machine
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
-    from phoneready.text import load_calibration
 
     settings = _with_target(context, settings, quantizer)
     chosen = settings.settings(required_multiple(settings.for_quant or (DEFAULT_FORMAT,)))
@@ -95,10 +95,7 @@ def prune(
         chosen = chosen if ready else fitting_settings(settings, chosen, loaded.model)
         check = shape_check(settings, chosen, loaded.model)
         budget = budget_of(settings, loaded, scratch.path, use_imatrix=quantizer.imatrix, seed=seed)
-        sizes: dict[str, Any] = {"nsamples": settings.nsamples, "seqlen": settings.seqlen, "seed": seed}
-        with first_ahead():
-            drawn = load_calibration(references, loaded, **sizes, progress=progress)
-        require_alike(drawn.sha256, "calibration text")
+        drawn = _drawn(references, loaded, settings, seed, progress)
         asked: dict[str, Any] = {"counted": settings.vocabulary_text, "budget": budget, "check": check}
         asked["progress"] = progress
         made = (
@@ -109,6 +106,26 @@ def prune(
         if writes:
             _keep(made, wanted, seed=seed, force=force, progress=progress)
             write_result(format_plan(made.plan, wanted), _summary(made.plan), as_json=json)
+
+
+def _drawn(
+    references: Sequence[str], loaded: LoadedModel, settings: PruneConfig, seed: int, progress: Progress
+) -> Calibration:
+    """The calibration windows, of several processes the same in each."""
+    from cfsp.processes import first_ahead, require_alike
+    from phoneready.text import load_calibration
+
+    with first_ahead():
+        drawn = load_calibration(
+            references,
+            loaded,
+            nsamples=settings.nsamples,
+            seqlen=settings.seqlen,
+            seed=seed,
+            progress=progress,
+        )
+    require_alike(drawn.sha256, "calibration text")
+    return drawn
 
 
 def _asked(
