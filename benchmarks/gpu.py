@@ -1,10 +1,11 @@
 """The whole way of a model on the CPU and on a GPU: how long each step takes there, and how far the results are apart.
 
 Prunes, judges and exports with the command line, once a device, and compares the plans' widths, the divergence from the
-dense model and the divergence of every file from its checkpoint. Products are rounded otherwise on a GPU
-(TensorFloat-32), so plans and files are alike, not equal; `--devices cpu cpu` shows that equal devices give equal ones.
+dense model and the divergence of every file from its checkpoint. Products are rounded otherwise on CUDA
+(TensorFloat-32), and their sums are taken in another order on any GPU, so plans and files are alike, not equal;
+`--devices cpu cpu` shows that equal devices give equal ones.
 
-    python benchmarks/gpu.py MODEL -o DIR [--devices cpu cuda] [--calibration REF] [--text REF] [--ratio 0.2]
+    python benchmarks/gpu.py MODEL -o DIR [--devices cpu cuda mps] [--calibration REF] [--text REF] [--ratio 0.2]
         [--nsamples 32] [--seqlen 512] [--windows 8] [--formats Q4_0 int4] [--json FILE]
 """
 
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cfsp.devices import find_device
 from cfsp.files import write_json
 from cfsp.models.checkpoint import PLAN_FILE
 from cfsp.pruning.plan import PruningPlan
@@ -53,7 +55,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--devices", nargs="+", default=["cpu", "cuda"])
+    parser.add_argument("--devices", nargs="+", default=["cpu", str(find_device("auto"))])
     parser.add_argument("--calibration", default="builtin:python-docs")
     parser.add_argument("--text", default="builtin:python-docs")
     parser.add_argument("--ratio", type=float, default=0.2)

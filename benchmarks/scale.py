@@ -29,7 +29,7 @@ import transformers
 
 from cfsp.files import write_json
 from cfsp.models.folder_format import save_tokenizer
-from cfsp.models.paging import VARIABLE
+from cfsp.models.keeping import VARIABLE
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.weights import INDEX_FILE
 from cfsp.units import format_bytes

@@ -25,8 +25,9 @@ from cfsp.files import large_temporary
 from cfsp.memory import require_memory
 from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import gguf_streams
-from cfsp.models.hf_folder import folder_streams
+from cfsp.models.gguf_model import keeping_of_gguf
+from cfsp.models.hf_folder import keeping_of_folder
+from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping
 from cfsp.models.text_part import text_names
 from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.precision import products_in
@@ -68,7 +69,7 @@ class Extent:
         tied: Whether it is the output matrix, too.
         beside: Weights of all other matrices, such as a further table of tokens.
         stored_bytes: Of a weight, in a checkpoint that is made of the model.
-        by_blocks: Whether the weights stay in files.
+        keeping: How the weights are kept.
     """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
@@ -77,7 +78,7 @@ class Extent:
     tied: bool
     beside: int = 0
     stored_bytes: int = 4
-    by_blocks: bool = False
+    keeping: Keeping = WHOLE
 
     @cached_property
     def block_weights(self) -> int:
@@ -110,14 +111,25 @@ class Extent:
         return max(sum(map(math.prod, block)) for block in self.blocks)
 
     @property
+    def by_blocks(self) -> bool:
+        """Whether the weights stay in files."""
+        return self.keeping.in_files
+
+    @property
     def resident_bytes(self) -> int:
-        """Of weights that are in memory at once, as float32; of a model in files the largest page."""
-        return 4 * (max(self.largest_block, self.end_weights) if self.by_blocks else self.n_weights)
+        """Of weights that are in memory at once: all but of a model in files, and of one that is not whole a page."""
+        page = 0 if self.keeping.is_whole else 4 * max(self.largest_block, self.end_weights)
+        return page + self._kept_bytes * self.n_weights
 
     @property
     def least_resident_bytes(self) -> int:
         """Of these, what is in memory at least."""
-        return 0 if self.by_blocks else 4 * self.least_weights
+        return self._kept_bytes * self.least_weights
+
+    @property
+    def _kept_bytes(self) -> int:
+        """In memory, of a weight that is not at hand."""
+        return 0 if self.keeping.in_files else self.keeping.dtype.itemsize
 
     def narrowed(self, ratio: float) -> Extent:
         """It with a share of the FFN channels gone."""
@@ -149,11 +161,12 @@ def _less(size: int, width: int, ratio: float) -> int:
     return round(size * (1 - ratio)) if size == width else size
 
 
-def read_extent(path: Path) -> Extent:
+def read_extent(path: Path, dtype: str = AUTO) -> Extent:
     """How much of a model there is, from the heads of its files alone.
 
     Args:
         path: A GGUF file, or a Hugging Face folder.
+        dtype: That weights are kept in, a name in `cfsp.precision.DTYPES`.
 
     Raises:
         InputError: Files are missing or damaged, or hold no decoder.
@@ -161,10 +174,11 @@ def read_extent(path: Path) -> Extent:
     if path.is_file():
         file = read_gguf(path)
         extent = _extent(((tensor.name, tensor.shape) for tensor in file.tensors), str(path))
-        return replace(extent, by_blocks=gguf_streams(file, extent.n_weights))
-    extent = _extent(_folder_shapes(path), str(path))
-    stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
-    return replace(extent, stored_bytes=stored.itemsize if stored else 4, by_blocks=folder_streams(path))
+        extent, stored = replace(extent, keeping=keeping_of_gguf(file, dtype)), torch.float32
+    else:
+        extent = replace(_extent(_folder_shapes(path), str(path)), keeping=keeping_of_folder(path, dtype))
+        stored = torch.float32 if is_folded(path) else uniform_dtype(safetensors_files(path)) or torch.float32
+    return replace(extent, stored_bytes=NARROW.get(dtype, stored).itemsize)
 
 
 def _folder_shapes(folder: Path) -> Iterator[tuple[str, _Shape]]:

@@ -11,14 +11,22 @@ from contextlib import contextmanager
 
 import torch
 
-DTYPES = ("auto", "float32", "bfloat16")
+PRODUCTS = ("auto", "float32", "bfloat16")
+"""Names of what goes into products."""
+DTYPES = (*PRODUCTS, "float16")
+"""Names of what weights are kept in (`cfsp.models.keeping`); as one of products float16 is float32.
+
+Nothing is multiplied in float16: some models' hidden states are too large for it, and most processors are slow at it.
+"""
 
 
 def fast_dtype(device_type: str = "cpu") -> torch.dtype:
     """bfloat16 where a GPU knows it, or this CPU has matrix units for it (AMX), else float32.
 
-    AVX512-BF16 alone is no faster.
+    AVX512-BF16 alone is no faster. Of Apple's MPS it was never measured, so it is float32 there.
     """
+    if device_type == "mps":
+        return torch.float32
     fast = (
         torch.cuda.is_bf16_supported(including_emulation=False)
         if device_type == "cuda"
@@ -50,11 +58,10 @@ def _has_bfloat16_products() -> bool:
 
 
 def product_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
-    """The dtype that a name in DTYPES means on a device; "auto" is bfloat16 where it is faster."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    return fast_dtype(device_type)
+    """The dtype of products that a name in DTYPES means on a device; "auto" is bfloat16 where it is faster."""
+    if name == "auto":
+        return fast_dtype(device_type)
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def rounding_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
@@ -63,7 +70,7 @@ def rounding_dtype(name: str, device_type: str = "cpu") -> torch.dtype:
     On a GPU that is TensorFloat-32, which has the range of float32 and three bits more than bfloat16, by whose name it
     goes here.
     """
-    return torch.float32 if name == "float32" else fast_dtype(device_type)
+    return fast_dtype(device_type) if name in ("auto", "bfloat16") else torch.float32
 
 
 @contextmanager

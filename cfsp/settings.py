@@ -153,17 +153,22 @@ SEED = Setting("Seed of everything that is drawn at random.", ge=0, le=2**32 - 2
 
 
 def _device_name(name: str) -> str:
-    if re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", name) is None:
-        raise InputError("unknown", field="device", value=name, allowed="auto, cpu, cuda or cuda:N")
+    if re.fullmatch(r"auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", name) is None:
+        raise InputError("unknown", field="device", value=name, allowed="auto, cpu, cuda, cuda:N or mps")
     return name
 
 
 DEVICE = Setting(
-    "Where torch computes: auto (a GPU where there is one), cpu, cuda or cuda:N.",
+    "Where torch computes: auto (a GPU where there is one), cpu, cuda, cuda:N or mps (Apple's).",
     look_up=_device_name,
     metavar="DEVICE",
 )
-"""Apple's MPS is none: it has no float64, which sums need."""
+DTYPE = Setting(
+    "What weights are kept in: auto (their own 16 bits where float32 takes too much memory), float32, bfloat16 or "
+    "float16; they are float32 while something is computed with them.",
+    choices="cfsp.precision:DTYPES",
+    metavar="DTYPE",
+)
 THREADS = Setting("Threads to compute with.", ge=1, le=4096, shown="as many as torch finds")
 
 

@@ -15,8 +15,9 @@ import torch
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, refuse_existing, sha256_file
 from cfsp.models.checkpoint import load_pruned
-from cfsp.models.paging import reads_by_blocks
+from cfsp.models.keeping import NARROW, keeping_of_files
 from cfsp.models.reference import load_tokenizer
+from cfsp.models.weights import safetensors_files, uniform_dtype
 from cfsp.progress import Progress
 from cfsp.records import write_record
 from cfsp.text.generation import stop_tokens
@@ -119,8 +120,20 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
 
 
 def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
-    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes."""
-    return replace(settings, by_blocks=settings.device == "cpu" and reads_by_blocks(checkpoint))
+    """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes.
+
+    16 bits are taken where they are asked for and the checkpoint has them.
+    """
+    has = settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype)
+    asked = settings.dtype if has else "float32"
+    keeping = keeping_of_files(checkpoint, asked)
+    by_blocks = settings.device == "cpu" and keeping.in_files
+    return replace(settings, dtype="float32" if keeping.is_whole else asked, by_blocks=by_blocks)
+
+
+def has_dtype(checkpoint: Path, dtype: str) -> bool:
+    """Whether all weights of a checkpoint are of a dtype, a name in `cfsp.models.keeping.NARROW`."""
+    return NARROW[dtype] == uniform_dtype(safetensors_files(checkpoint))
 
 
 def load_checkpoint(checkpoint: Path, *, by_blocks: bool = False) -> Any:

@@ -12,6 +12,8 @@ from exporters.export_record import ParityLimits
 if TYPE_CHECKING:
     import torch  # not in the memory of a process that runs a file alone
 
+    from cfsp.models.keeping import Keeping
+
 
 @dataclass(frozen=True)
 class ExportOptions:
@@ -31,7 +33,8 @@ class ExportOptions:
         parity_windows: Token ids (n_windows, seqlen); by default windows of built-in English prose.
         limits: Bounds by format's name, in place of the table's.
         device: Where numbers of few bits are chosen, as torch writes it; files are proven on the CPU, where they run.
-        by_blocks: Whether the model's weights stay in their files; decided by each export, once.
+        dtype: That weights are kept in while numbers are chosen, a name in `cfsp.precision.DTYPES`.
+        by_blocks: Whether the model's weights stay in their files; decided by each export, once, as the dtype is.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         progress: Told about every step.
@@ -49,10 +52,18 @@ class ExportOptions:
     parity_windows: torch.Tensor | None = None
     limits: Mapping[str, ParityLimits] | None = None
     device: str = "cpu"
+    dtype: str = "auto"
     by_blocks: bool = False
     n_threads: int | None = None
     force: bool = False
     progress: Progress = no_progress
+
+    @property
+    def keeping(self) -> Keeping:
+        """How weights are kept."""
+        from cfsp.models.keeping import NARROW, WHOLE, Keeping
+
+        return Keeping(NARROW.get(self.dtype, WHOLE.dtype), self.by_blocks)
 
 
 DEFAULT_OPTIONS = ExportOptions()

@@ -15,6 +15,7 @@ from cfsp.errors import InputError
 from cfsp.files import atomic_directory, no_space_as_input_error, refuse_existing, scratch_directory
 from cfsp.models.checkpoint import PLAN_FILE, save_checkpoint
 from cfsp.models.folds import is_folded
+from cfsp.models.keeping import NARROW
 from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.rounded_numbers import RoundedFormat, read_rounded_format
 from cfsp.models.source import LoadedModel
@@ -27,6 +28,7 @@ from cfsp.text.respelling import respelling
 from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
+from exporters.job import has_dtype
 from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
 from phoneready.text import load_calibration
@@ -50,6 +52,7 @@ def export_model(
     *,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
+    dtype: str = "auto",
     n_threads: int | None = None,
     force: bool = False,
     before: Callable[[ExportSettings], None] = lambda request: None,
@@ -63,6 +66,7 @@ def export_model(
         request: What to export.
         trust_remote_code: Let transformers run code that a dense model brings along.
         device: Where torch computes.
+        dtype: What weights are kept in, a name in `cfsp.precision.DTYPES`; those of a folder have no others.
         n_threads: Threads of quantizers and of the parity run; torch's number by default.
         force: Replace an existing output folder.
         before: Called with what is made, before a model is read.
@@ -80,11 +84,18 @@ def export_model(
     for family in formats:
         FAMILIES[family].require()
     _check(rows, request)
-    if not is_checkpoint(reference):
+    if is_checkpoint(reference):
+        _check_dtype(Path(reference), dtype)
+    else:
         request = replace(request, dense=request.dense or reference)
     before(request)
     load = partial(
-        load_model, trust_remote_code=trust_remote_code, device=device, may_stream=True, progress=progress
+        load_model,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        dtype=dtype,
+        may_stream=True,
+        progress=progress,
     )
     with _checkpoint(reference, output, request.seed, load) as checkpoint:
         return _export(
@@ -93,10 +104,18 @@ def export_model(
             request,
             load,
             device=str(device),
+            dtype=dtype,
             n_threads=n_threads,
             force=force,
             progress=progress,
         )
+
+
+def _check_dtype(checkpoint: Path, dtype: str) -> None:
+    """Raise InputError where 16 bits are asked for that a folder does not have: files hold the weights that it has."""
+    if dtype in NARROW and not has_dtype(checkpoint, dtype):
+        why = f"files hold a checkpoint's own weights, and those of {checkpoint} are not all of that"
+        raise InputError(why, field="dtype", value=dtype, allowed="auto, float32")
 
 
 def is_checkpoint(reference: str) -> bool:
@@ -125,6 +144,7 @@ def _export(
     load: _Load,
     *,
     device: str,
+    dtype: str,
     n_threads: int | None,
     force: bool,
     progress: Progress,
@@ -142,6 +162,7 @@ def _export(
         opset=request.opset,
         ort=request.ort,
         device=device,
+        dtype=dtype,
         n_threads=n_threads,
         force=force,
         progress=progress,

@@ -176,7 +176,7 @@ def _fail(message: str, status: int, debug: bool) -> int:
 def _lacks_memory(error: Exception) -> str | None:
     """What to say of an error that is no bug but too little memory; torch's are known by name and by text."""
     kind = type(error).__name__  # which an error of a stage's own process has from there
-    if kind == "OutOfMemoryError":
+    if kind == "OutOfMemoryError" or "MPS backend out of memory" in str(error):
         return "the GPU has too little memory; fewer or shorter windows take less, and none the device `cpu`"
     if kind == "MemoryError" or "DefaultCPUAllocator" in str(error):
         said = f": {error}" if str(error) else ""

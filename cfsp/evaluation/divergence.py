@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import PositiveFloat
 
+from cfsp.devices import exact
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.perplexity import (
     LogitsOf,
@@ -120,8 +121,8 @@ def divergence_from_logits(
         for expected, actual, targets in chain.from_iterable(starmap(few_rows, pairs)):
             log_p, log_q = sums.add(expected.float(), actual.float())
             targets = targets.to(log_p.device)
-            nll_reference -= float(log_p.gather(-1, targets[:, None]).double().sum())
-            nll_model -= float(log_q.gather(-1, targets[:, None]).double().sum())
+            nll_reference -= float(exact(log_p.gather(-1, targets[:, None])).sum())
+            nll_model -= float(exact(log_q.gather(-1, targets[:, None])).sum())
             predicted += len(targets)
     return sums.result(windows, nll_reference, nll_model, predicted)
 
@@ -188,7 +189,7 @@ class _Sums:
         """Logits (n, vocab_size) float32 of both; returns their log-probabilities."""
         actual = actual.to(expected.device)
         log_p, log_q = expected.log_softmax(-1), actual.log_softmax(-1)
-        self.kls.append((log_p.exp() * (log_p - log_q)).sum(-1).double().clamp_min(0))
+        self.kls.append(exact((log_p.exp() * (log_p - log_q)).sum(-1)).clamp_min(0))
         self.same += int((expected.argmax(-1) == actual.argmax(-1)).sum())
         self.largest = max(self.largest, float((expected - actual).abs().max()))
         return log_p, log_q

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cfsp.devices import exact
 from cfsp.errors import InputError
 from cfsp.text.encoding import encode
 from cfsp.text.templates import render_prompt
@@ -146,7 +147,7 @@ def branch_scores(item: Branches, rows: torch.Tensor) -> Iterator[Score]:
         targets = torch.tensor(continuation)
         chosen = table.gather(-1, targets[:, None])
         greedy = bool((table.argmax(-1) == targets).all())
-        yield Score(float(chosen.double().sum()), greedy)
+        yield Score(float(exact(chosen).sum()), greedy)
 
 
 def contains_any(tokenizer: Any, ids: Sequence[int], strings: Sequence[str]) -> bool:

@@ -181,7 +181,7 @@ class TorchLanguageModel:
         """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
         check_length(self, max(map(len, prompts), default=0), "a prompt")
         if is_paged(self.loaded.model):
-            _log.warning("%s: every token that is written reads all weights, which stay in files", self.name)
+            _log.warning("%s: for every token that is written all weights become float32", self.name)
         stops = stop_ids(self.loaded)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         extra = {"stop_strings": list(stop_strings), "tokenizer": self.tokenizer} if stop_strings else {}

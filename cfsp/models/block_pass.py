@@ -35,13 +35,14 @@ class StoredStates:
     def put(self, depth: int, states: Sequence[torch.Tensor]) -> None:
         """Store each window's, (..., 1, seqlen, hidden_size)."""
         with no_space_as_input_error(self._file(depth)):
-            safetensors.torch.save_file({str(n): state for n, state in enumerate(states)}, self._file(depth))
+            named = {str(n): state.cpu() for n, state in enumerate(states)}
+            safetensors.torch.save_file(named, self._file(depth))
 
-    def take(self, depth: int) -> list[torch.Tensor]:
-        """Each window's, which are not stored any more."""
+    def take(self, depth: int, device: torch.device) -> list[torch.Tensor]:
+        """Each window's, on a device, which are not stored any more."""
         states = safetensors.torch.load_file(self._file(depth))
         self._file(depth).unlink()
-        return [states[str(window)] for window in range(len(states))]
+        return [states[str(window)].to(device) for window in range(len(states))]
 
     def _file(self, depth: int) -> Path:
         return self._folder.path / f"{depth}.safetensors"

@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 import transformers
 
+from cfsp.devices import CPU, placed
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, sha256_file, write_json
 from cfsp.models.architectures import keyless_blocks, model_shape, stated_widths, width_settings
@@ -29,7 +30,8 @@ from cfsp.models.config_file import (
     shape_from_config,
 )
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
-from cfsp.models.paging import let_go, paged_model
+from cfsp.models.keeping import WHOLE, Keeping
+from cfsp.models.paging import held_model, let_go, paged_model
 from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.models.shape import ModelShape, require_supported
 from cfsp.models.source import LoadedModel, ModelSource
@@ -166,6 +168,16 @@ def load_pruned(directory: Path, dtype: torch.dtype | None = None, *, by_blocks:
     _check_records(directory, model_shape(model))
     model.generation_config = read_generation_config(directory) or model.generation_config
     return model
+
+
+def open_pruned(directory: Path, device: torch.device | str = CPU, keeping: Keeping = WHOLE) -> Any:
+    """`load_pruned`, with weights that are kept in a way, on a device.
+
+    Raises:
+        InputError: As `load_pruned`; or the device's memory does not hold it.
+    """
+    model = placed(load_pruned(directory, keeping.dtype, by_blocks=keeping.in_files), device)
+    return model if keeping.is_whole or keeping.in_files else held_model(model)
 
 
 def _in_memory(config: Any, cls: Any, files: Sequence[Path], dtype: torch.dtype | None, where: str) -> Any:

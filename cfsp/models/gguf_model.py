@@ -28,7 +28,8 @@ from cfsp.models.architectures import (
 )
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, tensor_names
-from cfsp.models.paging import paged_copy, stays_in_files
+from cfsp.models.keeping import AUTO, WHOLE, Keeping, keeping_of
+from cfsp.models.paging import paged_copy
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
 from cfsp.progress import Progress, no_progress
@@ -163,23 +164,22 @@ def _each_block_has(file: GGUFFile, key: str) -> InputError:
 
 
 def model_from_gguf(
-    file: GGUFFile, *, dtype: torch.dtype, may_stream: bool = False, progress: Progress = no_progress
+    file: GGUFFile, *, dtype: torch.dtype, by_blocks: bool = False, progress: Progress = no_progress
 ) -> Any:
     """The model of a GGUF file, dequantized, in eval mode.
 
     Args:
         file: The file.
         dtype: The weights are cast to it.
-        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
+        by_blocks: Whether its weights stay in files, as float32; see `cfsp.models.paging`.
         progress: Told after each tensor.
 
     Raises:
         InputError: As `config_from_gguf`; or tensors are missing, unknown, or of the wrong shape.
     """
     config, where = config_from_gguf(file), str(file.path)
-    left_out = (*_unread(file, config), *([_OUTPUT] if _twice(file, config) else []))
-    n_weights = sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
-    if may_stream and gguf_streams(file, n_weights):
+    n_weights = _weight_count(file, config)
+    if by_blocks:
         model = paged_copy(config, _weights(file, config, torch.float32, progress), n_weights, where=where)
     else:
         check_memory(n_weights, dtype, where)
@@ -194,13 +194,21 @@ def model_from_gguf(
     return model
 
 
-def gguf_streams(file: GGUFFile, n_weights: int) -> bool:
-    """Whether `model_from_gguf` leaves so many weights of a file in scratch files where it may.
+def keeping_of_gguf(file: GGUFFile, asked: str = AUTO) -> Keeping:
+    """How a file's weights are kept where it may be in other ways than whole; see `keeping_of`.
+
+    Files that they stay in hold them dequantized, as float32.
 
     Raises:
-        InputError: An unknown architecture.
+        InputError: As `config_from_gguf`.
     """
-    return not _row(file).own_arguments and stays_in_files(n_weights * torch.float32.itemsize)
+    n_weights = _weight_count(file, config_from_gguf(file))
+    return WHOLE if _row(file).own_arguments else keeping_of(n_weights, torch.float32, asked)
+
+
+def _weight_count(file: GGUFFile, config: Any) -> int:
+    left_out = (*_unread(file, config), *([_OUTPUT] if _twice(file, config) else []))
+    return sum(math.prod(tensor.shape) for tensor in file.tensors if tensor.name not in left_out)
 
 
 def _weights(
@@ -222,7 +230,7 @@ def _weights(
                 f"{file.path} has a tensor that {file.architecture} models do not have", value=tensor.name
             )
         stored = max(both.values(), key=_bits) if tensor.name in both else tensor
-        values = torch.from_numpy(stored.dequantize()).to(dtype)
+        values = torch.from_numpy(stored.dequantize()).float()
         if row.gguf_interleaved:
             values = _split_halves(tensor.name, values, config)
         if row.norm_offset and tensor.name.endswith("norm.weight"):
@@ -230,7 +238,7 @@ def _weights(
         if tensor.name.endswith(CONVOLUTIONS):
             values = values.unsqueeze(1)  # torch's kernels have one input each
         times_(names[tensor.name], values, factors)
-        yield names[tensor.name], values
+        yield names[tensor.name], values.to(dtype)
 
 
 def _unread(file: GGUFFile, config: Any) -> frozenset[str]:

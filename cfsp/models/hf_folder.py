@@ -26,7 +26,8 @@ from cfsp.models.config_file import (
     read_model_config,
 )
 from cfsp.models.folds import fold_of, folded, is_folded
-from cfsp.models.paging import paged_model, reads_by_blocks
+from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping, keeping_of_files
+from cfsp.models.paging import paged_model
 from cfsp.models.source import ModelSource
 from cfsp.models.text_part import is_text_part, load_text_part
 from cfsp.models.weights import (
@@ -45,7 +46,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_folder(
-    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, may_stream: bool = False
+    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, by_blocks: bool = False
 ) -> Any:
     """The model of a folder, in eval mode; a pruned checkpoint is loaded without running its code.
 
@@ -53,14 +54,13 @@ def load_folder(
         folder: With config.json and safetensors.
         dtype: The weights are cast to it.
         trust_remote_code: Let transformers run code that the folder brings along.
-        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
+        by_blocks: Whether its weights stay in its files; see `cfsp.models.paging`.
 
     Raises:
         InputError: The folder is incomplete, damaged, of an unsupported kind, or holds pickled weights only.
     """
     settings = read_model_config(folder)
     files = safetensors_files(folder)
-    by_blocks = may_stream and folder_streams(folder)
     if _has_own_shape(folder, settings):
         return load_pruned(folder, dtype, by_blocks=by_blocks)
     if is_text_part(folder):
@@ -88,14 +88,19 @@ def load_folder(
     return folded(model, str(folder)) if fold_of(settings) else model.eval()
 
 
-def folder_streams(folder: Path) -> bool:
-    """Whether `load_folder` leaves a folder's weights in its files where it may.
+def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:
+    """How a folder's weights are kept where it may be in other ways than whole; see `keeping_of`.
+
+    What is folded into the weights of another type, and the text part of a larger model, does not stay in files.
 
     Raises:
         InputError: The folder is incomplete, damaged, or of an unsupported kind.
     """
     settings = read_model_config(folder)
-    return (_has_own_shape(folder, settings) or not is_folded(folder)) and reads_by_blocks(folder)
+    keeping = keeping_of_files(folder, asked)
+    if _has_own_shape(folder, settings) or not (is_folded(folder) or is_text_part(folder)):
+        return keeping
+    return Keeping(NARROW[asked]) if asked in NARROW and not keeping.is_whole else WHOLE
 
 
 def _has_own_shape(folder: Path, settings: Mapping[str, Any]) -> bool:

@@ -1,12 +1,15 @@
-"""Where weights are that are not in memory: in a model's own files, or in scratch files that go with the last user."""
+"""Where weights are that are not at hand: in a model's own files, in scratch files that go with the last user, or in
+memory in 16 bits.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 from weakref import finalize
 
 import safetensors
@@ -29,9 +32,38 @@ class _Owner:
         finalize(self, file.unlink, missing_ok=True)
 
 
+class Home(Protocol):
+    """Where a tensor is."""
+
+    def put_away(self, reading: Reading) -> torch.Tensor:
+        """What stands for it while it is not at hand: it, in few bytes of memory."""
+
+    def at_hand(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What stood for it, as float32; it is changed in place by whoever has it."""
+
+
 @dataclass(frozen=True)
-class Home:
-    """Where a tensor is.
+class InMemory:
+    """A tensor that is in memory, on any device.
+
+    Attributes:
+        tensor: In the fewest bytes that hold it exactly.
+    """
+
+    tensor: torch.Tensor
+
+    def put_away(self, reading: Reading) -> torch.Tensor:
+        """See `Home`."""
+        return self.tensor
+
+    def at_hand(self, parameter: torch.Tensor) -> torch.Tensor:
+        """See `Home`; where float32 is the fewest bytes a copy, as copies of a model share what is here."""
+        return parameter.to(torch.float32, copy=True)
+
+
+@dataclass(frozen=True)
+class InFile:
+    """A tensor that is in a file.
 
     Attributes:
         file: A safetensors file.
@@ -46,7 +78,7 @@ class Home:
     owner: _Owner | None = None
 
     @classmethod
-    def of(cls, file: Path, names: Iterable[str], owner: _Owner | None = None) -> dict[str, Home]:
+    def of(cls, file: Path, names: Iterable[str], owner: _Owner | None = None) -> dict[str, InFile]:
         """Of names in a file."""
         stamp = _stamp(file)
         return {name: cls(file, name, stamp, owner) for name in names}
@@ -61,6 +93,34 @@ class Home:
             raise InputError(f"{self.file} was changed while it was read")
         return safetensors.safe_open(self.file, "pt")
 
+    def put_away(self, reading: Reading) -> torch.Tensor:
+        """See `Home`: it is mapped."""
+        return reading.mapped(self)
+
+    def at_hand(self, parameter: torch.Tensor) -> torch.Tensor:
+        """See `Home`."""
+        return parameter.float()
+
+
+class Reading:
+    """Files that are open while tensors in them are mapped; a context manager."""
+
+    def __init__(self) -> None:
+        self._stack, self._files = ExitStack(), dict[Path, Any]()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def mapped(self, home: InFile) -> torch.Tensor:
+        """A tensor; raises InputError as `InFile.open`."""
+        if home.file not in self._files:
+            self._files[home.file] = self._stack.enter_context(home.open())
+        tensor: torch.Tensor = self._files[home.file].get_tensor(home.name)
+        return tensor
+
 
 def _stamp(file: Path) -> tuple[int, ...]:
     try:
@@ -70,6 +130,28 @@ def _stamp(file: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
+class Store(Protocol):
+    """Takes what was changed."""
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, Home]:
+        """Store tensors, one that has two names once; name -> where it is now."""
+
+    def require(self, n_weights: int) -> None:
+        """Raise InputError where there is no room for so many."""
+
+
+class Memory:
+    """Memory for what was changed, in as few bytes as hold it exactly."""
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, InMemory]:
+        """See `Store`."""
+        kept = {id(tensor): InMemory(_narrowed(tensor.detach())) for tensor in tensors.values()}
+        return {name: kept[id(tensor)] for name, tensor in tensors.items()}
+
+    def require(self, n_weights: int) -> None:
+        """See `Store`; it is asked for before a model is loaded."""
+
+
 class Scratch:
     """Files for what was changed, each deleted with the last page that has it."""
 
@@ -77,7 +159,7 @@ class Scratch:
         self._folder = LargeScratch("weights")
         self._count = 0
 
-    def write(self, tensors: Mapping[str, torch.Tensor], *, narrowed: bool = True) -> dict[str, Home]:
+    def write(self, tensors: Mapping[str, torch.Tensor], *, narrowed: bool = True) -> dict[str, InFile]:
         """Store tensors, one that has two names once; name -> where it is now.
 
         Args:
@@ -94,8 +176,12 @@ class Scratch:
             stored = {name: _narrowed(tensor) for name, tensor in stored.items()}
         with no_space_as_input_error(file):
             safetensors.torch.save_file(stored, file)
-        homes = Home.of(file, stored, _Owner(file, self._folder))
+        homes = InFile.of(file, stored, _Owner(file, self._folder))
         return {name: homes[first[id(tensor)]] for name, tensor in tensors.items()}
+
+    def require(self, n_weights: int) -> None:
+        """See `Store`."""
+        require_scratch(scratch_bytes(n_weights))
 
 
 def _narrowed(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,19 @@
-"""Models whose weights stay in files: a module's are in memory, as float32, only while something computes with them.
+"""Models that are not in memory as float32: a module's weights are, only while something computes with them.
 
 A block is a page, and so is every module outside the blocks that has weights of its own: the embedding, the last norm,
-the output matrix. Their parameters are mapped files, read when they are looked at. When a module is called, or
-`at_hand`, they are float32 tensors in memory; afterwards they are mapped anew, which lets what was read go, and what
-was changed meanwhile is written to a scratch file, in as few bytes as hold it exactly. So a model is never in memory
-whole, and everything that runs it block after block computes the same bits as with a model that is.
+the output matrix. Their parameters are mapped files, read when they are looked at, or tensors of 16 bits. When a module
+is called, or `at_hand`, they are float32 tensors in memory; afterwards they are put away again, which lets what was
+read go, and what was changed meanwhile is written to a scratch file, or kept in memory, in as few bytes as hold it
+exactly. So a model is never in memory as float32 whole, and everything that runs it block after block computes the same
+bits as with a model that is.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,43 +24,11 @@ import torch
 from torch import nn
 
 from cfsp.errors import InputError
-from cfsp.memory import free_memory, give_back_large_tensors
-from cfsp.models.architectures import ARCHITECTURES, decoder_layers, spec_for
-from cfsp.models.homes import Home, Scratch, require_scratch, scratch_bytes
-from cfsp.models.text_settings import text_settings
-from cfsp.models.weights import model_from_weights, safetensors_files, uniform_dtype, weight_count
-from cfsp.reading import as_input_error, read_json_object
-
-VARIABLE = "PHONEREADY_STREAM"
-"""The environment's word on when weights stay in files."""
-ALWAYS, NEVER, AUTO = "always", "never", "auto"
-_SHARE = 0.5
-"""Of free memory, which a model may take before its weights stay in files."""
-_IN_FILES = ContextVar("in_files", default=False)
-
-
-@contextmanager
-def stay_in_files() -> Iterator[None]:
-    """Where nobody asks for something else, models are read block by block inside the context, whatever is free."""
-    before = _IN_FILES.set(True)
-    try:
-        yield
-    finally:
-        _IN_FILES.reset(before)
-
-
-def stays_in_files(n_bytes: int) -> bool:
-    """Whether a model that would take so much memory is read block by block instead.
-
-    Raises:
-        InputError: The environment asks for something that is not known.
-    """
-    asked = os.environ.get(VARIABLE) or AUTO
-    if asked not in (ALWAYS, NEVER, AUTO):
-        allowed = ", ".join((AUTO, ALWAYS, NEVER))
-        raise InputError("unknown", field=VARIABLE, value=asked, allowed=allowed)
-    wanted = _IN_FILES.get() or n_bytes > _SHARE * free_memory()
-    return asked == ALWAYS or (asked == AUTO and wanted)
+from cfsp.memory import give_back_large_tensors
+from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.homes import Home, InFile, InMemory, Memory, Reading, Scratch, Store
+from cfsp.models.weights import model_from_weights
+from cfsp.reading import as_input_error
 
 
 @dataclass(frozen=True)
@@ -89,12 +56,12 @@ class _Page:
     Args:
         modules: One, or two that share a parameter.
         homes: id of a parameter -> where it is.
-        scratch: For what is changed.
+        store: For what is changed.
     """
 
-    def __init__(self, modules: tuple[nn.Module, ...], homes: Mapping[int, Home], scratch: Scratch) -> None:
+    def __init__(self, modules: tuple[nn.Module, ...], homes: Mapping[int, Home], store: Store) -> None:
         # Not the modules themselves: the page lives as long as they do, not the other way round.
-        self._modules, self._scratch, self._users = tuple(map(ref, modules)), scratch, 0
+        self._modules, self.store, self._users = tuple(map(ref, modules)), store, 0
         self.calls = 0
         self._handed: dict[str, _Handed] = {}
         for name, (owner, key) in self._places().items():
@@ -112,12 +79,15 @@ class _Page:
             raise RuntimeError("a model whose weights are at hand is not copied: they would be shared")
         homes, places = self._homes(), self._places()
         known = {id(owner._parameters[key]): homes[name] for name, (owner, key) in places.items()}
-        return _Page(modules, {number: home for number, home in known.items() if home}, self._scratch)
+        return _Page(modules, {number: home for number, home in known.items() if home}, self.store)
 
     def take(self) -> None:
-        """Have the weights in memory, as float32; what was mapped goes with the parameters that were there."""
+        """Have the weights in memory, as float32; what stood for them goes with the parameters that were there."""
         if not self._users:
-            self._replace(self._homes(), lambda _, parameter: parameter.detach().float())
+            self._replace(
+                self._homes(),
+                lambda home, stood: home.at_hand(stood.detach()) if home else stood.detach().float(),
+            )
         self._users += 1
 
     def give_back(self) -> None:
@@ -133,21 +103,17 @@ class _Page:
         return {id(h.parameter): (h.parameter, h.home) for h in self._handed.values() if h.home is not None}
 
     def let_go(self) -> None:
-        """Map every parameter anew; those that were changed, from a file that is written now."""
+        """Put every parameter away; those that were changed are stored now."""
         homes, places = self._homes(), self._places()
         changed = {name: place for name, place in places.items() if homes[name] is None}
-        homes |= self._scratch.write({name: owner._parameters[key] for name, (owner, key) in changed.items()})
-        with ExitStack() as stack:
-            files: dict[Path, Any] = {}
+        homes |= self.store.write({name: owner._parameters[key] for name, (owner, key) in changed.items()})
+        with Reading() as reading:
 
-            def mapped(home: Home | None, _: nn.Parameter) -> torch.Tensor:
+            def put_away(home: Home | None, _: nn.Parameter) -> torch.Tensor:
                 assert home is not None
-                if home.file not in files:
-                    files[home.file] = stack.enter_context(home.open())
-                tensor: torch.Tensor = files[home.file].get_tensor(home.name)
-                return tensor
+                return home.put_away(reading)
 
-            self._replace(homes, mapped)
+            self._replace(homes, put_away)
 
     def _homes(self) -> dict[str, Home | None]:
         """Where each parameter is; None of one that was changed since it was handed out."""
@@ -192,7 +158,7 @@ _PAGES: WeakKeyDictionary[nn.Module, _Page] = WeakKeyDictionary()
 
 
 def is_paged(model: Any) -> bool:
-    """Whether a model's weights stay in files."""
+    """Whether a model's weights come and go block by block: they stay in files, or in memory in 16 bits."""
     return any(layer in _PAGES for layer in decoder_layers(model))
 
 
@@ -249,8 +215,8 @@ def emptied(model: Any) -> Callable[[nn.Module], None]:
         for parameter in module.parameters():
             if id(parameter) in homes:
                 _, home = homes.pop(id(parameter))
-                with home.open() as opened:
-                    parameter.data = opened.get_tensor(home.name).float()
+                with Reading() as reading:
+                    parameter.data = home.at_hand(home.put_away(reading))
 
     return bring
 
@@ -268,29 +234,13 @@ def copied(model: Any) -> Any:
 
 
 def check_scratch(model: Any) -> None:
-    """Refuse to change a paged model where the folder for temporary files has no room for all of its weights.
+    """Refuse to change a model in files where the folder for temporary files has no room for all of its weights.
 
     Raises:
         InputError: So much is not free there.
     """
-    if is_paged(model):
-        require_scratch(scratch_bytes(sum(parameter.numel() for parameter in model.parameters())))
-
-
-def reads_by_blocks(folder: Path) -> bool:
-    """Whether the weights of a folder are to stay in its files: they would take too much memory, and are of one dtype.
-
-    Those of a model type whose blocks need more than what comes out of the block before do not.
-
-    Raises:
-        InputError: A file is missing or damaged.
-    """
-    files, config = safetensors_files(folder), folder / "config.json"
-    row = ARCHITECTURES.get(text_settings(read_json_object(config), str(config)).get("model_type", ""))
-    if row and row.own_arguments:
-        return False
-    n_bytes = weight_count(files, tied=False) * torch.float32.itemsize
-    return stays_in_files(n_bytes) and uniform_dtype(files) is not None
+    for page in _pages_of(model)[:1]:  # all of a model have one store
+        page.store.require(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = None) -> Any:
@@ -306,13 +256,15 @@ def paged_model(config: Any, files: Sequence[Path], *, where: str, cls: Any = No
         InputError: A file is damaged, or tensors are missing, unknown, or of the wrong shape.
     """
     weights: dict[str, torch.Tensor] = {}
-    homes: dict[str, Home] = {}
+    homes: dict[str, InFile] = {}
     for file in map(Path.resolve, files):
         with as_input_error(f"{file} is damaged or cut short"), safetensors.safe_open(file, "pt") as opened:
             inside = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        weights, homes = weights | inside, homes | Home.of(file, inside)
+        weights, homes = weights | inside, homes | InFile.of(file, inside)
     dtype = next(iter(weights.values())).dtype
-    return _paged(model_from_weights(config, weights, dtype=dtype, where=where, cls=cls), homes, Scratch())
+    model = model_from_weights(config, weights, dtype=dtype, where=where, cls=cls)
+    give_back_large_tensors()
+    return _paged(model, homes, Scratch())
 
 
 def paged_copy(
@@ -329,21 +281,35 @@ def paged_copy(
     Raises:
         InputError: No room for them; or they are missing, unknown, or of the wrong shape.
     """
-    require_scratch(scratch_bytes(n_weights))
     scratch = Scratch()
-    homes: dict[str, Home] = {}
+    scratch.require(n_weights)
+    homes: dict[str, InFile] = {}
     for name, tensor in weights:
         homes |= scratch.write({name: tensor}, narrowed=False)
     mapped = {}
     for name, home in homes.items():
         with home.open() as opened:
             mapped[name] = opened.get_tensor(name)
-    return _paged(model_from_weights(config, mapped, dtype=torch.float32, where=where), homes, scratch)
-
-
-def _paged(model: Any, homes: Mapping[str, Home], scratch: Scratch) -> Any:
-    """Have the weights of a model, all of them mapped, come and go page by page."""
+    model = model_from_weights(config, mapped, dtype=torch.float32, where=where)
     give_back_large_tensors()
+    return _paged(model, homes, scratch)
+
+
+def held_model(model: Any) -> Any:
+    """A model whose weights are in memory in 16 bits, and float32 while they are at hand.
+
+    Args:
+        model: In eval mode, on its device, of bfloat16 or float16.
+
+    Raises:
+        InputError: Something that is computed from its configuration is of that, too.
+    """
+    homes = {name: InMemory(parameter.detach()) for name, parameter in model.named_parameters()}
+    return _paged(model, homes, Memory())
+
+
+def _paged(model: Any, homes: Mapping[str, Home], store: Store) -> Any:
+    """Have the weights of a model, all of them put away, come and go page by page."""
     layers = list(decoder_layers(model))
     known: dict[int, Home] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -355,7 +321,7 @@ def _paged(model: Any, homes: Mapping[str, Home], scratch: Scratch) -> Any:
     others = [module for module in model.modules() if id(module) not in inside and module._parameters]
     is_tied = len({id(end.weight) for end in ends}) == 1
     for modules in (*([ends] if is_tied else zip(ends)), *zip((*layers, *others))):
-        _register(_Page(modules, known, scratch))
+        _register(_Page(modules, known, store))
         for module in modules:
             module.register_forward_pre_hook(_before)
             module.register_forward_hook(_after, always_call=True)
@@ -370,10 +336,12 @@ def _widen_buffers(model: Any) -> None:
     """
     embedding = model.get_input_embeddings()
     if spec_for(model.config).scaled_embedding:
-        embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5)
+        embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5, device=model.device)
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and buffer.dtype != torch.float32:
-            raise InputError("a model with this buffer cannot stay in files", field=name, value=buffer.dtype)
+            raise InputError(
+                "a model with this buffer cannot be read block by block", field=name, value=buffer.dtype
+            )
 
 
 def _register(page: _Page) -> None:

@@ -10,7 +10,9 @@ A reference is one of
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,14 @@ from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
 from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import GGUFFile, read_gguf
-from cfsp.models.gguf_model import model_from_gguf, tying_note
+from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
-from cfsp.models.hf_folder import folder_source, load_folder, load_folder_tokenizer
+from cfsp.models.hf_folder import folder_source, keeping_of_folder, load_folder, load_folder_tokenizer
 from cfsp.models.hub import fetch_hub_model, hub_reference
-from cfsp.models.paging import let_go
+from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping
+from cfsp.models.paging import held_model, let_go
 from cfsp.models.source import LoadedModel, ModelSource
-from cfsp.models.weights import check_finite, safetensors_files, uniform_dtype
+from cfsp.models.weights import cast_weights, check_finite, safetensors_files, uniform_dtype
 from cfsp.progress import Progress, no_progress
 
 _log = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ _log = logging.getLogger(__name__)
 def load_model(
     reference: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = AUTO,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
     may_stream: bool = False,
@@ -48,22 +51,25 @@ def load_model(
 
     Args:
         reference: See the module's docstring.
-        dtype: The weights are cast to it.
+        dtype: Of the weights while they are not at hand, a name in `cfsp.precision.DTYPES`: bfloat16 and float16 round
+            them, and keep 16 bits in memory; they are float32 while something computes with them.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
         device: Where the model is put.
-        may_stream: Whether weights that take too much memory may stay in files; see `cfsp.models.paging`.
+        may_stream: Whether weights that take too much memory may stay in files, or in 16 bits that they have; see
+            `cfsp.models.keeping`.
         progress: Told about downloads and loading.
 
     Raises:
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
-    may_stream = may_stream and device == CPU
     source = _locate(reference, progress=progress, code=trust_remote_code)
     path, stored = Path(source.path or ""), None
+    # A GPU reads no files.
+    chosen = partial(_chosen, asked=dtype, may_stream=may_stream and device == CPU)
     if path.is_file():
         file = read_gguf(path)
-        tokenizer = tokenizer_from_gguf(file)
-        model = model_from_gguf(file, dtype=dtype, may_stream=may_stream, progress=progress)
+        tokenizer, keeping = tokenizer_from_gguf(file), chosen(partial(keeping_of_gguf, file))
+        model = model_from_gguf(file, dtype=keeping.dtype, by_blocks=keeping.in_files, progress=progress)
         source = replace(_complete_from_gguf(source, file), tied=tying_note(file, model.config))
         if source.tied:
             _log.warning("%s: %s", path, source.tied)
@@ -71,19 +77,46 @@ def load_model(
         progress(f"loading {source.name}", 0, 1)
         read_model_config(path)
         tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
-        model = load_folder(path, dtype=dtype, trust_remote_code=trust_remote_code, may_stream=may_stream)
-        source = folder_source(path, source)
+        keeping, code = chosen(partial(keeping_of_folder, path)), trust_remote_code
         # What is folded into the weights of another type would be rounded.
         stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
+        read = torch.float32 if is_folded(path) else keeping.dtype
+        model = load_folder(path, dtype=read, trust_remote_code=code, by_blocks=keeping.in_files)
+        source = folder_source(path, source)
         progress(f"loading {source.name}", 1, 1)
-    check_finite(model, str(path))
-    let_go(model)
+    _cast(model, keeping, dtype, str(path))
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
         )
-    return LoadedModel(placed(model, device), tokenizer, source, stored)
+    model = placed(model, device)
+    model = model if keeping.is_whole or keeping.in_files else held_model(model)
+    if dtype in NARROW and stored != NARROW[dtype]:
+        source, stored = replace(source, rounded=dtype), NARROW[dtype]
+    return LoadedModel(model, tokenizer, source, stored)
+
+
+def _chosen(ask: Callable[[str], Keeping], *, asked: str, may_stream: bool) -> Keeping:
+    """How weights are kept: whole where nothing else is asked for or allowed, and in files only where that is."""
+    if not may_stream and asked not in NARROW:
+        return WHOLE
+    keeping = ask(asked)
+    return Keeping(keeping.dtype) if keeping.in_files and not may_stream else keeping
+
+
+def _cast(model: Any, keeping: Keeping, asked: str, where: str) -> None:
+    """Round a model's weights to what is asked for, and keep them so where they are not kept whole.
+
+    Raises:
+        InputError: They are not finite, or not any more.
+    """
+    if asked in NARROW and not keeping.in_files:
+        cast_weights(model, NARROW[asked])
+    check_finite(model, where)
+    let_go(model)
+    if asked in NARROW and keeping.is_whole:
+        cast_weights(model, torch.float32)
 
 
 def find_model(reference: str | Path, *, progress: Progress = no_progress) -> ModelSource:

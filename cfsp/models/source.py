@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+
+from cfsp.validation import WhereSet
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class ModelSource:
         base_model: The model that this one is made from, as the source states it.
         made_from: Hash of the dense model's weights, of a checkpoint or a file that states it.
         tied: Where a file's output matrix was found to be its embedding in other bits, what was done.
+        rounded: bfloat16 or float16, where its weights were rounded to that when they were read.
     """
 
     reference: str
@@ -35,6 +38,7 @@ class ModelSource:
     base_model: str | None = None
     made_from: str | None = None
     tied: str | None = None
+    rounded: Annotated[str | None, WhereSet] = None
 
 
 @dataclass(frozen=True)

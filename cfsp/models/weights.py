@@ -162,7 +162,12 @@ def check_finite(model: Any, where: str) -> None:
     """Raise InputError where a weight is NaN or infinite, naming the tensor."""
     for name, parameter in model.named_parameters():
         if not all(bool(torch.isfinite(piece).all()) for piece in _pieces(parameter)):
-            raise InputError(f"{where}: the weights of {name} are not all finite (NaN or infinity)")
+            raise InputError(
+                f"{where}: the weights of {name} are not all finite (NaN or infinity)",
+                allowed="bfloat16: float16 holds none above 65504"
+                if parameter.dtype == torch.float16
+                else "",
+            )
 
 
 def storable_dtype(model: Any, dtype: torch.dtype) -> torch.dtype:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cfsp.devices import exact, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import (
     active_stream,
@@ -243,7 +244,7 @@ class _Columns:
         self.columns = linear.weight[:, kept]
         device = linear.weight.device
         self.gram = GramSum(len(kept), device)
-        self.missing = torch.zeros(len(kept), linear.out_features, dtype=torch.float64, device=device)
+        self.missing = exact_zeros(len(kept), linear.out_features, device=device)
         self.n_tokens = 0
 
     def observe(self, x: torch.Tensor, given: torch.Tensor, *lacks: torch.Tensor) -> None:
@@ -264,11 +265,12 @@ class _Columns:
             missing = missing + self.norm.before(more)
         kept_x = kept_x.reshape(-1, len(self.kept)).float()
         self.gram.add(kept_x)
-        self.missing += kept_x.T @ missing.reshape(len(kept_x), -1).float()
+        products = kept_x.T @ missing.reshape(len(kept_x), -1).float()
+        self.missing += products.to(self.missing.device)
         self.n_tokens += len(kept_x)
 
     def solve(self, ridge: float) -> torch.Tensor:
         """The kept weights, (out_features, n_kept)."""
         n_tokens = round(number_summed(self.n_tokens))
         change = solve_change(self.gram.mean(n_tokens), summed(self.missing).div_(n_tokens), ridge)
-        return (self.columns.double() + change).to(self.columns.dtype)
+        return (exact(self.columns) + change).to(self.columns)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cfsp.devices import exact
 from cfsp.pruning.reconstruction import damped_cholesky
 
 _STEPS = 512
@@ -35,7 +36,7 @@ class Elimination:
         """(n_segments + 1,) error when 0, ..., all channels are kept, at evenly spaced widths."""
         left = torch.cat([self.cost.flip(0).cumsum(0).flip(0), self.cost.new_zeros(1)])
         width = torch.linspace(
-            0, len(self.cost), n_segments + 1, dtype=torch.float64, device=self.cost.device
+            0, len(self.cost), n_segments + 1, dtype=self.cost.dtype, device=self.cost.device
         )
         below = width.floor().long()
         above = (below + 1).clamp(max=len(self.cost))
@@ -60,10 +61,10 @@ def eliminate_channels(
         InputError: H is not finite or cannot be inverted.
     """
     width = gram.shape[0]
-    columns = weight.detach().double()
+    columns = exact(weight.detach())
     if metric is not None:
-        columns = _square_root(metric.double()) @ columns
-    inverse = torch.cholesky_inverse(damped_cholesky(gram.double().clone(), ridge))
+        columns = _square_root(exact(metric)) @ columns
+    inverse = torch.cholesky_inverse(damped_cholesky(exact(gram).clone(), ridge))
     left = torch.arange(width, device=columns.device)
     order, cost = [], []
     per_step = max(1, width // _STEPS)

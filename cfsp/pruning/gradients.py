@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cfsp.devices import exact, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import (
     FeedForward,
@@ -62,7 +63,7 @@ class _Sums:
 
     def __init__(self, ffn: FeedForward) -> None:
         self.ffn = ffn
-        zeros = partial(torch.zeros, dtype=torch.float64, device=ffn.down.weight.device)
+        zeros = partial(exact_zeros, device=ffn.down.weight.device)
         hidden_size = ffn.down.weight.shape[0]
         self.output = zeros(hidden_size, hidden_size)
         self.taylor, self.fisher = zeros(ffn.width), zeros(ffn.width)
@@ -70,9 +71,9 @@ class _Sums:
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """Add one window's X, and its gradients at down_proj's output."""
         products = x * (g @ self.ffn.down.weight.float())
-        self.output += g.T @ g
-        self.taylor += products.abs().sum(0, dtype=torch.float64)
-        self.fisher += products.square().sum(0, dtype=torch.float64)
+        self.output += (g.T @ g).to(self.output.device)
+        self.taylor += exact_sum(products.abs(), 0)
+        self.fisher += exact_sum(products.square(), 0)
 
 
 def collect_gradients(
@@ -190,7 +191,7 @@ class WeightMoments:
     def cost(self, change: torch.Tensor, rows: torch.Tensor) -> float:
         """Nats a token of a change that is known for some rows, (n, in_features), and in the others is like it."""
         weights = self.rows[rows]
-        known = float(change.double().square() @ self.columns @ weights)
+        known = float(exact(change).square() @ self.columns @ weights)
         return known / 2 * float(self.rows.sum()) / max(float(weights.sum()), 1e-300)
 
 
@@ -211,15 +212,15 @@ def collect_weight_moments(
     sums: dict[str, WeightMoments] = {}
 
     def add(name: str, x: torch.Tensor, g: torch.Tensor) -> None:
-        strength, squares = g.square().sum(1, dtype=torch.float64), x.double().square()
-        keep(name, WeightMoments(g.square().sum(0, dtype=torch.float64), strength @ squares, squares.sum(0)))
+        strength, squares = exact_sum(g.square(), 1), exact(x).square()
+        keep(name, WeightMoments(exact_sum(g.square(), 0), strength @ squares, squares.sum(0)))
 
     def add_lookups(window: torch.Tensor, gradients: list[torch.Tensor]) -> None:
         # The input is one-hot, so x_j^2 is the token's share, and rows and columns change places.
         for (name, table), g in zip(tables.items(), gradients, strict=True):
-            squares = g.double().square() * float(getattr(table, "embed_scale", 1.0)) ** 2
-            rows = g.new_zeros(len(table.weight), dtype=torch.float64)
-            rows.index_add_(0, window, squares.sum(1))
+            squares = exact(g).square() * float(getattr(table, "embed_scale", 1.0)) ** 2
+            rows = squares.new_zeros(len(table.weight))
+            rows.index_add_(0, window.to(rows.device), squares.sum(1))
             keep(name, WeightMoments(rows, squares.sum(0), squares.sum(0)))
 
     def keep(name: str, new: WeightMoments) -> None:
@@ -328,7 +329,7 @@ def _backwards_by_blocks(
             gradients += _pulled_back(normed, _head_gradient(model, normed, generator), state)
     for index, layer in reversed(list(enumerate(layers))):
         with at_hand(layer):
-            for window, state in enumerate(before.take(index)):
+            for window, state in enumerate(before.take(index, model.device)):
                 output = run_layer(layer, state.requires_grad_(), calls.of(index, window))
                 (gradients[window],) = _pulled_back(output, gradients[window], state)
         progress(_WHAT, 2 * len(layers) - index, 2 * len(layers))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import exact
 from cfsp.models.architectures import block_linears, decoder_layers
 from cfsp.models.block_pass import enter_blocks, run_layer
 from cfsp.models.paging import at_hand
@@ -67,4 +68,4 @@ def collect_input_moments(
 def sums_of_squares(x: torch.Tensor) -> torch.Tensor:
     """Of (tokens, channels) float32 each channel's sum over the tokens, (channels,) float64."""
     channels = x.T.contiguous()
-    return torch.bmm(channels[:, None, :], channels[:, :, None]).flatten().double()
+    return exact(torch.bmm(channels[:, None, :], channels[:, :, None]).flatten())

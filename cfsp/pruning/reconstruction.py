@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from cfsp.devices import exact
 from cfsp.errors import InputError
 
 
@@ -67,8 +68,8 @@ def reconstruct_down(
     """
     removed = _others(kept, weight.shape[1])
     rows = gram[kept]
-    change = solve_change(rows[:, kept], rows[:, removed] @ weight[:, removed].double().T, ridge)
-    return (weight[:, kept].double() + change).contiguous().to(weight.dtype)
+    change = solve_change(rows[:, kept], rows[:, removed] @ exact(weight[:, removed]).T, ridge)
+    return (exact(weight[:, kept]) + change).contiguous().to(weight)
 
 
 def reconstruct_mean(weight: torch.Tensor, mean: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -85,10 +86,10 @@ def reconstruct_mean(weight: torch.Tensor, mean: torch.Tensor, kept: torch.Tenso
         (hidden_size, n_kept), in the dtype of `weight`.
     """
     removed = _others(kept, weight.shape[1])
-    mu = mean.double()
-    scale = mu[kept].square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    change = torch.outer(weight[:, removed].double() @ mu[removed], mu[kept] / scale)
-    return (weight[:, kept].double() + change).contiguous().to(weight.dtype)
+    mu = exact(mean)
+    scale = mu[kept].square().sum().clamp_min(torch.finfo(mu.dtype).tiny)
+    change = torch.outer(exact(weight[:, removed]) @ mu[removed], mu[kept] / scale)
+    return (exact(weight[:, kept]) + change).contiguous().to(weight)
 
 
 def _others(kept: torch.Tensor, width: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import torch
 
+from cfsp.devices import exact
 from cfsp.errors import InputError, look_up
 from cfsp.models.architectures import FeedForward
 from cfsp.pruning.elimination import Elimination, eliminate_channels
@@ -72,7 +73,7 @@ def cfsp(evidence: ChannelEvidence) -> torch.Tensor:
     S_i = (mean_j |D_ji| / sum_k |D_jk| + mean_j |G_ij| / sum_k |G_kj| + mean_j |U_ij| / sum_k |U_kj|) ||X_i||
     """
     ffn = evidence.ffn
-    down, gate, up = (w.weight.abs().double() for w in (ffn.down, ffn.gate, ffn.up))
+    down, gate, up = (exact(w.weight.abs()) for w in (ffn.down, ffn.gate, ffn.up))
     relative = (down / _nonzero(down.sum(1, keepdim=True))).mean(0)
     for matrix in (gate, up):
         relative = relative + (matrix / _nonzero(matrix.sum(0, keepdim=True))).mean(1)
@@ -81,18 +82,18 @@ def cfsp(evidence: ChannelEvidence) -> torch.Tensor:
 
 def wanda_sp(evidence: ChannelEvidence) -> torch.Tensor:
     """sum_j |D_ji| ||X_i||: Wanda's metric summed over a channel (Wanda-sp, An et al., FLAP, AAAI 2024)."""
-    return evidence.ffn.down.weight.abs().sum(0).double() * evidence.channels.norm
+    return exact(evidence.ffn.down.weight.abs().sum(0)) * evidence.channels.norm
 
 
 def flap(evidence: ChannelEvidence) -> torch.Tensor:
     """var(X_i) ||D_:i||^2: FLAP's weighted fluctuation (An et al., AAAI 2024, eq. 6)."""
-    return evidence.channels.variance * evidence.ffn.down.weight.double().square().sum(0)
+    return evidence.channels.variance * exact(evidence.ffn.down.weight).square().sum(0)
 
 
 def magnitude(evidence: ChannelEvidence) -> torch.Tensor:
     """||G_i:||^2 + ||U_i:||^2 + ||D_:i||^2: no activations at all."""
     ffn = evidence.ffn
-    gate, up, down = (w.weight.double().square() for w in (ffn.gate, ffn.up, ffn.down))
+    gate, up, down = (exact(w.weight).square() for w in (ffn.gate, ffn.up, ffn.down))
     return gate.sum(1) + up.sum(1) + down.sum(0)
 
 
@@ -140,7 +141,7 @@ def score_channels(name: str, evidence: ChannelEvidence) -> torch.Tensor:
     """
     row = look_up(SCORES, name, "unknown score", field="score")
     with torch.no_grad():
-        scores = row.function(evidence).double()
+        scores = exact(row.function(evidence))
     if not bool(torch.isfinite(scores).all()):
         raise InputError(f"score {name} is not finite; weights or activations hold NaN or infinity")
     return scores

@@ -82,7 +82,8 @@ class PruneSettings(Settings):
     )
     dtype: str = setting(
         "auto",
-        "Of matrix products over the calibration text: auto, float32 or bfloat16.",
+        "Of matrix products over the calibration text and, as an option of `prune`, of the weights in memory: auto, "
+        "float32, bfloat16 or float16, which is of weights alone.",
         choices="cfsp.precision:DTYPES",
     )
     vocabulary: Annotated[int, WhereSet] = setting(

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 
+from cfsp.devices import exact, exact_device, exact_sum, exact_zeros
 from cfsp.errors import InputError
 from cfsp.files import no_space_as_input_error
 from cfsp.models.architectures import decoder_layers, feed_forward
@@ -68,8 +69,8 @@ class GramStore:
             safetensors.torch.save_file({"gram": gram.float().cpu()}, self._file(layer))
 
     def get(self, layer: int, device: torch.device) -> torch.Tensor:
-        """One block's matrix as float64."""
-        return safetensors.torch.load_file(self._file(layer))["gram"].to(device).double()
+        """One block's matrix as float64, for a device."""
+        return exact(safetensors.torch.load_file(self._file(layer))["gram"].to(exact_device(device)))
 
     def _file(self, layer: int) -> Path:
         return self._folder.path / f"{layer}.safetensors"
@@ -113,13 +114,13 @@ class _BlockSums:
 
     def __init__(self, width: int, with_gram: bool, device: torch.device) -> None:
         self.importance = dict.fromkeys(COARSE_METRICS, 0.0)
-        self.x_sum, self.x_square = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2))
+        self.x_sum, self.x_square = (exact_zeros(width, device=device) for _ in range(2))
         self.gram = GramSum(width, device) if with_gram else None
 
     def add_channels(self, x: torch.Tensor) -> None:
         """Add X of one window; `x` is (..., intermediate_size)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
-        self.x_sum += x.sum(0, dtype=torch.float64)
+        self.x_sum += exact_sum(x, 0)
         self.x_square += sums_of_squares(x)
         if self.gram is not None:
             self.gram.add(x)
@@ -128,7 +129,7 @@ class _BlockSums:
         """Add one window's coarse importances, of several hidden states their mean; (..., 1, seqlen, hidden_size)."""
         for name, metric in COARSE_METRICS.items():
             of_tokens = metric(h_in.float(), h_out.float()).flatten(0, -2).mean(0)
-            self.importance[name] += float(of_tokens.sum(dtype=torch.float64))
+            self.importance[name] += float(exact_sum(of_tokens))
 
     def sum_up(self) -> None:
         """Let sums over this process's windows become those over all processes', the Gram matrix's apart."""

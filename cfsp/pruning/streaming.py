@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from cfsp.devices import exact_zeros
 from cfsp.processes import summed
 
 _GRAM_TILE = 384
@@ -17,14 +18,14 @@ class GramSum:
     """Running X^T X of batches of X, in float64; only the upper tiles are multiplied, which is what costs."""
 
     def __init__(self, width: int, device: torch.device) -> None:
-        self._upper = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._upper = exact_zeros(width, width, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         """Add one batch, (tokens, width) float32."""
         width = self._upper.shape[0]
         for start in range(0, width, _GRAM_TILE):
             rows = slice(start, min(start + _GRAM_TILE, width))
-            self._upper[rows, start:] += x[:, rows].T @ x[:, start:]
+            self._upper[rows, start:] += (x[:, rows].T @ x[:, start:]).to(self._upper.device)
 
     def mean(self, n_tokens: int) -> torch.Tensor:
         """X^T X / T, the whole symmetric matrix (width, width) float64; it takes the sum's place, which is over.

@@ -13,7 +13,7 @@ from cfsp.errors import InputError
 from cfsp.forecast import Extent, read_extent
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, is_pruned_checkpoint, read_checkpoint_info
-from cfsp.models.paging import stay_in_files
+from cfsp.models.keeping import stay_in_files
 from cfsp.models.reference import find_model, load_model
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress

@@ -17,6 +17,7 @@ from typing import Any
 import safetensors
 import torch
 
+from cfsp.devices import find_device
 from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import claim_output, no_space_as_input_error, refuse_existing
 from cfsp.models.checkpoint import save_checkpoint
@@ -51,7 +52,6 @@ from cfsp.text.writers import TRANSFORMERS, Writer
 
 logger = logging.getLogger(__name__)
 
-DEVICES = ("auto", "cpu")
 MOMENT_TOKENS = 32_768
 """Training tokens from which the windows for activation moments are chosen."""
 ROUNDING_TOKENS = 16_384
@@ -102,7 +102,7 @@ def recover(
         validation: The same; nothing holds out a share of `data`.
         teacher: Model reference; the checkpoint's dense model where the loss or the data needs one.
         work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
-        device: A name in DEVICES; "auto" takes a GPU where there is one.
+        device: A name as `find_device` takes; of several processes each has a GPU of its own, whatever number it says.
         shard: A name in SHARDING: whether several processes share out the weights.
         force: Replace an existing output, and a work folder of other inputs.
         trust_remote_code: Let transformers run code that a folder or hub model brings along.
@@ -121,11 +121,12 @@ def recover(
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
-    _check_means(settings, device, rounding)
+    _check_means(settings, rounding)
+    where = find_device(device)
     from cfsp.recovery.trainer import check_trackers, train, training_arguments
 
     check_trackers(settings.report_to)
-    arguments = training_arguments(settings, folder.path, use_cpu=device == "cpu")
+    arguments = training_arguments(settings, folder.path, device=where)
     is_main = arguments.process_index == 0
     progress = progress if is_main else no_progress
     with ExitStack() as claims:
@@ -199,10 +200,8 @@ def _check_apart(work: Path, output: Path) -> None:
         )
 
 
-def _check_means(settings: RecoverySettings, device: str, rounding: Rounding | None) -> None:
-    """Refuse a device, a format, or a package that is not there."""
-    if device not in DEVICES:
-        raise InputError("unknown", field="device", value=device, allowed=", ".join(DEVICES))
+def _check_means(settings: RecoverySettings, rounding: Rounding | None) -> None:
+    """Refuse a format, or a package that is not there."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
     for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):

@@ -121,7 +121,7 @@ class Training(Settings):
     weight_decay: float = setting(0.0, "AdamW's.", ge=0)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to it.", gt=0)
     dtype: str = setting(
-        "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:DTYPES"
+        "auto", "Of matrix products: auto, float32 or bfloat16.", choices="cfsp.precision:PRODUCTS"
     )
     eval_every: int | None = setting(
         None, "Steps between validations.", ge=1, shown="a tenth of all", example=100

@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from cfsp.devices import exact_device
 from cfsp.errors import InputError
 from cfsp.evaluation.perplexity import bounded_exp
 from cfsp.files import atomic_file, no_space_as_input_error
@@ -55,12 +56,19 @@ class _Arguments(TrainingArguments):  # type: ignore[misc]
         """Several GPUs in a process would mean DataParallel, which averages losses wrongly: accelerate launch does."""
         return min(int(super().n_gpu), 1)
 
+    @property
+    def device(self) -> torch.device:
+        """The GPU that was asked for: of several transformers takes the first."""
+        found: torch.device = super().device
+        alone = self.world_size == 1 and found.type == "cuda"
+        return torch.device("cuda", torch.cuda.current_device()) if alone else found
 
-def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool) -> Any:
+
+def training_arguments(settings: RecoverySettings, work: Path, *, device: torch.device) -> Any:
     """TrainingArguments of a run, steps and intervals still open; joins the other processes, if any."""
-    return _Arguments(
+    arguments = _Arguments(
         output_dir=str(work),
-        use_cpu=use_cpu,
+        use_cpu=device.type == "cpu",
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         num_train_epochs=1,
@@ -82,6 +90,9 @@ def training_arguments(settings: RecoverySettings, work: Path, *, use_cpu: bool)
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
+    if device.index and arguments.world_size == 1:
+        torch.cuda.set_device(device)
+    return arguments
 
 
 def train(run: Run, arguments: Any) -> None:
@@ -239,7 +250,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             sums += found * (number < len(rows))
             run.progress("validating", done + 1, passes)
         put_back(student)
-        total = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").tolist()
+        total = self.accelerator.reduce(sums.to(exact_device(self.args.device)), reduction="sum").tolist()
         step = self.state.global_step
         point = ValidationPoint(
             step,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import forked_random
 from cfsp.memory import require_memory
 from cfsp.models.paging import is_paged
 from cfsp.models.source import LoadedModel
@@ -57,7 +58,7 @@ def _origin(loaded: LoadedModel) -> dict[str, str]:
 def _opened(loaded: LoadedModel, seed: int) -> Iterator[Continue]:
     device = loaded.model.device
     with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        forked_random(device),
         torch.inference_mode(),
     ):
         torch.manual_seed(seed)
@@ -68,7 +69,7 @@ TRANSFORMERS = Writer(_origin, _opened)
 
 
 def _sampling_dtype(loaded: LoadedModel) -> torch.dtype:
-    """That which samples fastest, as sampling does not need the precision, or of a large model the smallest."""
+    """That which samples fastest, as sampling does not need the precision, or of a model that is not whole 16 bits."""
     return torch.bfloat16 if is_paged(loaded.model) else fast_dtype(loaded.model.device.type)
 
 

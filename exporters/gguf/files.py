@@ -78,7 +78,7 @@ def imatrix_for(checkpoint: Path, quants: Sequence[Quant], settings: ExportOptio
         settings.calibration,
         use=settings.use_imatrix,
         device=settings.device,
-        by_blocks=settings.by_blocks,
+        keeping=settings.keeping,
     )
 
 
@@ -183,7 +183,7 @@ class _Files:
                 text,
                 self.imatrix if self.settings.use_imatrix else None,
                 device=self.settings.device,
-                by_blocks=self.settings.by_blocks,
+                keeping=self.settings.keeping,
                 progress=self.settings.progress,
             )
         return self.costs
@@ -201,7 +201,7 @@ def _fit_to_text(checkpoint: Path, base: Path, file: WrittenFile, settings: Expo
             file.path,
             text,
             device=settings.device,
-            by_blocks=settings.by_blocks,
+            keeping=settings.keeping,
             progress=progress,
         )
         file = replace(file, gptq_tensors=chosen)

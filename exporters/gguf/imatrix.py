@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cfsp.devices import placed
 from cfsp.errors import InputError
-from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, load_pruned
+from cfsp.models.checkpoint import is_pruned_checkpoint, load_input_moments, open_pruned
+from cfsp.models.keeping import WHOLE, Keeping
 from cfsp.pruning.moments import collect_input_moments
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.quants import Quant
@@ -31,7 +31,7 @@ def read_imatrix(
     *,
     use: bool = True,
     device: str = "cpu",
-    by_blocks: bool = False,
+    keeping: Keeping = WHOLE,
 ) -> Imatrix:
     """A checkpoint's input moments by the file's tensor names, or else those of a text; empty where none are used.
 
@@ -44,7 +44,7 @@ def read_imatrix(
         input_ids: Text to take them from where the checkpoint has none, (nsamples, seqlen).
         use: Whether those that can do without use it, too.
         device: Where to measure them.
-        by_blocks: Whether the model's weights stay in their files.
+        keeping: How the model's weights are kept.
 
     Raises:
         InputError: A moment has another length than its layer has inputs, or is negative or not finite; or there is
@@ -53,7 +53,7 @@ def read_imatrix(
     used = use and any(quant.uses_imatrix for quant in quants)
     moments = stored_moments(checkpoint) if used else None
     if used and not moments and input_ids is not None:
-        model = placed(load_pruned(checkpoint, torch.float32, by_blocks=by_blocks), device)
+        model = open_pruned(checkpoint, device, keeping)
         moments = collect_input_moments(model, input_ids)
     if not moments:
         for quant in quants:

@@ -19,8 +19,9 @@ from torch import nn
 
 from cfsp.devices import moved
 from cfsp.errors import InputError
-from cfsp.models.checkpoint import load_pruned
+from cfsp.models.checkpoint import open_pruned
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.keeping import WHOLE, Keeping
 from cfsp.progress import Progress, no_progress
 from cfsp.pruning.gradients import LOOKUP, WeightMoments, collect_weight_moments
 from exporters.gguf.architecture import read_layout
@@ -135,7 +136,7 @@ def measure_types(
     imatrix: Imatrix | None,
     *,
     device: str = "cpu",
-    by_blocks: bool = False,
+    keeping: Keeping = WHOLE,
     progress: Progress = no_progress,
 ) -> TypeCosts:
     """Round some rows of every tensor in every type, and predict what that costs.
@@ -146,12 +147,12 @@ def measure_types(
         input_ids: Calibration text, (nsamples, seqlen).
         imatrix: The checkpoint's, which goes before what the text's few windows say; None to use none at all.
         device: Where gradients are computed.
-        by_blocks: Whether the model's weights stay in their files.
+        keeping: How the model's weights are kept.
         progress: Told about every step.
     """
     chosen = read_layout(checkpoint)
     specs = [spec for spec in tensor_specs(chosen) if spec.is_matrix]
-    model = load_pruned(checkpoint, torch.float32, by_blocks=by_blocks)
+    model = open_pruned(checkpoint, keeping=keeping if device == "cpu" else WHOLE)
     modules = {spec.name: _modules(spec, chosen.config.tie_word_embeddings) for spec in specs}
     names = [name for of_tensor in modules.values() for name in of_tensor]
     with moved(model, device):

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cfsp.devices import placed
-from cfsp.models.checkpoint import load_pruned
+from cfsp.models.checkpoint import open_pruned
 from cfsp.models.gguf_file import GGUFTensor, read_gguf
+from cfsp.models.keeping import WHOLE, Keeping
 from cfsp.progress import Progress, no_progress
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.fallbacks import block_of
@@ -47,7 +47,7 @@ def round_for_text(
     input_ids: torch.Tensor,
     *,
     device: str = "cpu",
-    by_blocks: bool = False,
+    keeping: Keeping = WHOLE,
     progress: Progress = no_progress,
 ) -> int:
     """Choose the numbers of a file anew, in place.
@@ -58,7 +58,7 @@ def round_for_text(
         path: A file that llama.cpp has quantized from that one.
         input_ids: Text to round for, (nsamples, seqlen).
         device: Where to compute.
-        by_blocks: Whether the model's weights stay in their files.
+        keeping: How the model's weights are kept.
         progress: Told after each block.
 
     Returns:
@@ -67,7 +67,7 @@ def round_for_text(
     Raises:
         InputError: What the layers read is not finite.
     """
-    model = placed(load_pruned(checkpoint, torch.float32, by_blocks=by_blocks), device)
+    model = open_pruned(checkpoint, device, keeping)
     chosen = read_layout(checkpoint)
     matrices = [spec for spec in tensor_specs(chosen) if spec.is_matrix]
     specs = {spec.sources[0][0].removesuffix(".weight"): spec for spec in matrices}

@@ -63,9 +63,9 @@ class Rounded:
         """Some of its rows."""
         return replace(self, q=self.q[rows], scales=self.scales[rows])
 
-    def cpu(self) -> Rounded:
-        """It on the CPU."""
-        return replace(self, q=self.q.cpu(), scales=self.scales.cpu())
+    def to(self, device: torch.device) -> Rounded:
+        """It on a device."""
+        return replace(self, q=self.q.to(device), scales=self.scales.to(device))
 
     def scaled(self, factors: torch.Tensor) -> Rounded:
         """It with its blocks times factors, (rows, blocks), or (rows, 1) for all blocks of a row."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.models.architectures import block_linears, spec_for
 from cfsp.progress import Progress, no_progress
@@ -57,7 +58,7 @@ def quantized_model(
 
     changes = {name: change(name) for name in layers}
     losses = predict_divergence(model, changes, input_ids[:GRADIENT_WINDOWS], progress=progress)
-    return QuantizedModel({name: rounded.cpu() for name, rounded in layers.items()}, losses)
+    return QuantizedModel({name: rounded.to(CPU) for name, rounded in layers.items()}, losses)
 
 
 def with_eight_bits(model: Any, quantized: QuantizedModel, names: Collection[str]) -> QuantizedModel:

@@ -164,5 +164,5 @@ def _rounded(weight: torch.Tensor, form: BlockFormat, gram: torch.Tensor | None,
     # Eight bits lose nothing that compensation could win back.
     if gram is None or form.bits == 8:
         return nearest(weight, form)
-    parts = torch.split(weight, max(1, _AT_ONCE // weight.shape[1]))
-    return joined([refine(part, gram, gptq(part, gram, form)) for part in parts])
+    parts = torch.split(weight.to(gram.device), max(1, _AT_ONCE // weight.shape[1]))
+    return joined([refine(part, gram, gptq(part, gram, form)) for part in parts]).to(weight.device)

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import torch
 
+from cfsp.devices import exact
 from cfsp.errors import InputError
 from cfsp.pruning.reconstruction import damped_cholesky
 from exporters.rounding.grid import Grid
@@ -133,4 +134,4 @@ def _factor(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     if len(gram) > _EXACT_COLUMNS:
         with suppress(InputError):
             return damped_cholesky(gram.float()[order[:, None], order], RIDGE)
-    return damped_cholesky(gram.double()[order[:, None], order], RIDGE)
+    return damped_cholesky(exact(gram)[order[:, None], order], RIDGE)

@@ -146,11 +146,12 @@ def _check_gpu() -> Check:
     try:
         import torch
 
-        from cfsp.devices import gpu_count
+        from cfsp.devices import gpu_count, has_mps
     except ImportError:
         return Check("GPU", "ok", "unknown without torch")
     every = [torch.cuda.get_device_properties(index) for index in range(gpu_count())]
     known = [f"cuda:{n} {gpu.name}, {format_bytes(gpu.total_memory)}" for n, gpu in enumerate(every)]
+    known += ["mps"] if has_mps() else []
     if not known and torch.cuda.device_count():
         return Check(
             "GPU", "warning", "there, but torch cannot use it", "its driver, or torch's CUDA version"

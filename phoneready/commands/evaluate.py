@@ -20,6 +20,7 @@ from exporters.gguf.cache_types import MEASURED_CACHES, PARITY_CACHE
 from exporters.onnx.ready import INT8_CACHE
 from phoneready.commands.options import (
     DeviceOption,
+    DtypeOption,
     JsonOption,
     ModelArgument,
     Renamed,
@@ -128,6 +129,7 @@ def evaluate(
     ),
     trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -146,7 +148,7 @@ def evaluate(
 
     settings = _settings(settings, questions)
     longest = settings.seqlen if settings.text or settings.chats else 1
-    opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type)
+    opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type, dtype)
     if sweep.ratios:
         _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
@@ -237,7 +239,8 @@ def _evaluate(
         answers = len(settings.prompts), settings.max_new_tokens
         asked = Judging(judged_windows(settings), *answers, few_bits)
         models = tuple(filter(None, (model, against)))
-        foretell("eval", models, asked, machine=Machine(device=opening.device), progress=progress)
+        machine = Machine(device=opening.device, kept=opening.dtype)
+        foretell("eval", models, asked, machine=machine, progress=progress)
         judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))
         dense = None
         if against and other:
@@ -300,6 +303,7 @@ def _sweep(
             model,
             trust_remote_code=opening.trust_remote_code,
             device=opening.device,
+            dtype=opening.dtype,
             may_stream=True,
             progress=progress,
         )

@@ -17,6 +17,7 @@ from exporters.export_record import ExportManifest, ExportRecord
 from exporters.settings import ExportSettings
 from phoneready.commands.options import (
     DeviceOption,
+    DtypeOption,
     ForceOption,
     JsonOption,
     ThreadsOption,
@@ -26,9 +27,8 @@ from phoneready.commands.options import (
 from phoneready.console import prepare_torch, show_progress, write_result
 
 if TYPE_CHECKING:
-    import torch
-
     from cfsp.progress import Progress
+    from phoneready.forecasts.said import Machine
 
 
 def export(
@@ -45,6 +45,7 @@ def export(
     trust_remote_code: TrustOption = False,
     force: ForceOption = False,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -56,9 +57,11 @@ def export(
     prepare_torch(threads)
     from cfsp.devices import find_device
     from phoneready.exporting import export_model
+    from phoneready.forecasts.said import Machine, unless_asked
 
     if settings.onnx and not was_given(context, "quants"):
         settings = replace(settings, quants=())
+    machine = Machine(device=find_device(device), kept=unless_asked(dtype))
     with claim_output(output), show_progress() as progress:
         records = export_model(
             model,
@@ -66,19 +69,20 @@ def export(
             settings,
             trust_remote_code=trust_remote_code,
             device=find_device(device),
+            dtype=dtype,
             n_threads=threads,
             force=force,
-            before=partial(_foretell, model, output, find_device(device), progress),
+            before=partial(_foretell, model, output, machine, progress),
             progress=progress,
         )
     write_result(format_exports(records, output), record_to_json(ExportManifest(records)), as_json=json)
 
 
 def _foretell(
-    model: str, output: Path, device: torch.device, progress: Progress, request: ExportSettings
+    model: str, output: Path, machine: Machine, progress: Progress, request: ExportSettings
 ) -> None:
     from phoneready.exporting import is_checkpoint, reads_text
-    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.said import foretell
     from phoneready.forecasts.stages import Exporting, Windows
 
     text = Windows(min(request.nsamples, request.windows or request.nsamples), request.seqlen)
@@ -97,7 +101,7 @@ def _foretell(
         output,
         text=written,
         writer=request.dense,
-        machine=Machine(device=device),
+        machine=machine,
         progress=progress,
     )
 

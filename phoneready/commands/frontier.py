@@ -13,6 +13,7 @@ from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
     DeviceOption,
+    DtypeOption,
     JsonOption,
     ModelArgument,
     Renamed,
@@ -42,6 +43,7 @@ def frontier(
     seed: SeedOption = 0,
     trust_remote_code: TrustOption = False,
     device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -55,7 +57,7 @@ def frontier(
     from cfsp.devices import find_device
     from cfsp.files import write_text
     from cfsp.records import record_to_json
-    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.said import Machine, foretell, unless_asked
     from phoneready.frontier.folder import PLOT_FILE
     from phoneready.frontier.plot import render_frontier
     from phoneready.frontier.run import measure_frontier
@@ -68,7 +70,7 @@ def frontier(
         seqlen=calibration.seqlen,
         vocabulary_text=counted.vocabulary_text,
     )
-    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device)
+    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     recover = training if settings.recover else None
     if recover:
         check_settings(recover.settings(seed))
@@ -79,7 +81,7 @@ def frontier(
     export = ExportConfig(gptq=rounding.gptq, tune_scales=rounding.tune_scales)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
-        machine = Machine(prune.dtype, find_device(device))
+        machine = Machine(prune.dtype, find_device(device), unless_asked(dtype))
         # What a run before has left is not made again.
         made = None if output.exists() else output
         asked_for = _asked(config, settings)

@@ -13,6 +13,7 @@ import typer
 from cfsp.errors import InputError
 from cfsp.settings import (
     DEVICE,
+    DTYPE,
     SEED,
     THREADS,
     Declared,
@@ -34,6 +35,7 @@ TrustOption = Annotated[
 ]
 SeedOption = Annotated[int, SEED]
 DeviceOption = Annotated[str, DEVICE]
+DtypeOption = Annotated[str, DTYPE]
 ThreadsOption = Annotated[int | None, THREADS]
 DEBUG = inspect.Parameter(
     "debug",

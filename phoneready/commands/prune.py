@@ -33,13 +33,12 @@ from phoneready.settings.schema import PruneConfig
 from phoneready.settings.target import AXIS_SETTINGS
 
 if TYPE_CHECKING:
-    import torch
-
     from cfsp.progress import Progress
     from cfsp.pruning.axes.removal import Removal
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.prune import Planned, PruneResult
     from cfsp.pruning.settings import PruneSettings
+    from phoneready.forecasts.said import Machine
     from phoneready.forecasts.stages import Pruning
 
 
@@ -72,6 +71,7 @@ def prune(
     from cfsp.models.reference import load_model
     from cfsp.processes import first_ahead, require_alike
     from cfsp.pruning.prune import plan_model, prune_model
+    from phoneready.forecasts.said import Machine
     from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
     from phoneready.text import load_calibration
 
@@ -82,11 +82,13 @@ def prune(
         where, how = find_device(device), ready.settings if ready else chosen
         if writes:
             shown = _asked(settings, how, ready, only_plan=plan_only is not None)
-            _foretell(model, output, shown, references, where, progress)
+            machine = Machine(how.dtype, where, settings.dtype)
+            _foretell(model, output, shown, references, machine, progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
             device=where,
+            dtype=settings.dtype,
             may_stream=True,
             progress=progress,
         )
@@ -126,10 +128,10 @@ def _foretell(
     output: Path | None,
     asked: Pruning,
     text: Sequence[str],
-    device: torch.device,
+    machine: Machine,
     progress: Progress,
 ) -> None:
-    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.said import foretell
 
     foretell(
         "prune",
@@ -137,7 +139,7 @@ def _foretell(
         asked,
         output,
         text=text,
-        machine=Machine(asked.settings.dtype, device),
+        machine=machine,
         tell=note_once,
         progress=progress,
     )

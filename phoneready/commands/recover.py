@@ -14,7 +14,7 @@ from cfsp.records import record_to_json
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, token_budget
 from cfsp.settings import setting
 from cfsp.units import format_bytes
-from phoneready.commands.options import ForceOption, JsonOption, ThreadsOption, TrustOption
+from phoneready.commands.options import DeviceOption, ForceOption, JsonOption, ThreadsOption, TrustOption
 from phoneready.commands.processes import one_voice
 from phoneready.console import prepare_torch, show_progress, write_result
 
@@ -40,7 +40,7 @@ def recover(
         None, "Dense model.", metavar="MODEL", shown="what the checkpoint was pruned from"
     ),
     work: Path | None = setting(None, "Folder for training's own checkpoints.", shown="DIR.work"),
-    device: str = setting("auto", "auto (a GPU where there is one) or cpu."),
+    device: DeviceOption = "auto",
     shard: str = setting(
         "auto",
         "Share out the weights among processes: always, never, or auto (where one has not the memory).",

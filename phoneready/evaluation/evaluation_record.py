@@ -25,6 +25,7 @@ class ModelIdentity:
         sha256: Hash of its weights' file or files, where known.
         source_sha256: Hash of the dense model's weights that it was made from, where it says so.
         cache_type: Type of its keys and values where one was asked for; else they are those of proofs.
+        rounded: 16 bits that its weights were rounded to when they were read.
     """
 
     reference: str
@@ -32,6 +33,7 @@ class ModelIdentity:
     sha256: str | None = None
     source_sha256: str | None = None
     cache_type: Annotated[str | None, WhereSet] = None
+    rounded: Annotated[str | None, WhereSet] = None
 
 
 @dataclass(frozen=True)
@@ -179,5 +181,8 @@ def repeated_text(text: Iterable[str], chats: Iterable[str]) -> str | None:
 
 def identity_of(model: LanguageModel) -> ModelIdentity:
     """The identity of an opened model."""
+    from cfsp.evaluation.torch_model import TorchLanguageModel  # with transformers; records are read without
+
     hashes = model.sha256, model.source_sha256
-    return ModelIdentity(model.name, model.runtime, *hashes, model.cache_type)
+    rounded = model.loaded.source.rounded if isinstance(model, TorchLanguageModel) else None
+    return ModelIdentity(model.name, model.runtime, *hashes, model.cache_type, rounded)

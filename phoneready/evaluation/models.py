@@ -28,6 +28,7 @@ class OpenSettings:
         threads: Threads outside torch; torch's number where None.
         device: Where torch computes.
         cache_type: Of keys and values, one that the runtime can be asked for; None for that of proofs.
+        dtype: What torch keeps weights in, a name in `cfsp.precision.DTYPES`.
     """
 
     seqlen: int = 1024
@@ -35,6 +36,7 @@ class OpenSettings:
     threads: int | None = None
     device: torch.device = CPU
     cache_type: str | None = None
+    dtype: str = "auto"
 
 
 _FAMILIES = {family.runtime: family for family in FAMILIES.values()}
@@ -91,6 +93,7 @@ def open_language_model(
                 reference,
                 trust_remote_code=code,
                 device=settings.device,
+                dtype=settings.dtype,
                 may_stream=True,
                 progress=progress,
             )

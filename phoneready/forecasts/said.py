@@ -14,6 +14,7 @@ from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.forecast import LONG_S, Extent, Work, foresee, read_extent, require_room
 from cfsp.models.builtin import BUILTIN_MODELS
+from cfsp.models.keeping import AUTO, WHOLE
 from cfsp.models.reference import find_model
 from cfsp.progress import Progress, no_progress
 from cfsp.text.settings import SELF
@@ -29,10 +30,17 @@ class Machine:
     Attributes:
         dtype: Of products, a name in `cfsp.precision.DTYPES`.
         device: Where torch is.
+        kept: What weights are kept in, the same; float32 where nothing else may be.
     """
 
     dtype: str = "float32"
     device: torch.device = CPU
+    kept: str = "float32"
+
+
+def unless_asked(dtype: str) -> str:
+    """What weights are kept in where they are whole unless 16 bits are asked for."""
+    return "float32" if dtype == AUTO else dtype
 
 
 def foretell(
@@ -68,7 +76,7 @@ def foretell(
     """
     try:
         paths = [Path(find_model(model, progress=progress).path or "") for model in models]
-        extents = [_on(read_extent(path), machine) for path in paths]
+        extents = [_on(read_extent(path, machine.kept), machine) for path in paths]
     except (InputError, OSError):
         return
     row = STAGES[stage]
@@ -100,4 +108,4 @@ def _line(work: Work, more: Work | None, extent: Extent, machine: Machine) -> st
 
 def _on(extent: Extent, machine: Machine) -> Extent:
     """It on a device: nothing stays in files for a GPU."""
-    return extent if machine.device == CPU else replace(extent, by_blocks=False)
+    return extent if machine.device == CPU else replace(extent, keeping=WHOLE)

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 
+from cfsp.models.keeping import AUTO
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf
@@ -46,6 +47,10 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     # What is said twice is fixed; what the target decides must not be.
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
     without = free if asked.target else {"target_axes"}
+    if config.model.dtype != AUTO:
+        settings = dataclasses.replace(settings, dtype=config.model.dtype)
+    elif settings.dtype != "float32":  # products alone, which are so by themselves where that is faster
+        settings = dataclasses.replace(settings, dtype=AUTO)
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
     if asked.reads_files:
         words += option_words(pick(QuantizerSettings, config.export))
@@ -56,13 +61,13 @@ def _recover(config: ReleaseConfig, section: RecoverConfig) -> list[object]:
     settings = dataclasses.replace(section, patience=section.patience or 0, report_to=())
     words: list[object] = ["recover", "checkpoint", "-o", "recovered", "--teacher", config.model.reference]
     words += [*option_words(settings), "--seed", config.seed]
-    return [*words, *_opened(config, config.model.recovery_device)]
+    return [*words, *_opened(config)]
 
 
 def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
     settings = config.evaluate.settings(config.seed + 1, figures.evaluation.prompts)
     words = ["eval", checkpoint, "--against", config.model.reference, *option_words(settings)]
-    words += _opened(config)
+    words += [*_opened(config), *_kept(config)]
     return words if settings.text or settings.chats else [*words, "--no-text"]
 
 
@@ -76,16 +81,21 @@ def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> 
             settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
             windows=MOMENT_WINDOWS, dense=config.model.reference,
         )  # fmt: skip
-    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config)]
+    return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config), *_kept(config)]
+
+
+def _kept(config: ReleaseConfig) -> list[object]:
+    """What weights are kept in, where that is not the command's default."""
+    return [] if config.model.dtype == AUTO else ["--dtype", config.model.dtype]
 
 
 def _threads(count: int | None) -> list[object]:
     return ["--threads", count] if count else []
 
 
-def _opened(config: ReleaseConfig, device: str | None = None) -> list[object]:
+def _opened(config: ReleaseConfig) -> list[object]:
     """How a model is opened: with code of its own, on a device that is not the command's default."""
-    device = device or config.model.device
+    device = config.model.device
     trust = ["--trust-remote-code"] if config.model.trust_remote_code else []
     return [*trust, *([] if device == "auto" else ["--device", device])]
 

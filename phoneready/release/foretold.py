@@ -12,12 +12,12 @@ from cfsp.devices import find_device
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.recovery.settings import token_budget
 from phoneready.figures.figure_set import DENSE
-from phoneready.forecasts.said import Machine, foretell
+from phoneready.forecasts.said import Machine, foretell, unless_asked
 from phoneready.forecasts.stages import Drawing, Exporting, Judging, Pruning, Recovering, Windows
 from phoneready.forecasts.texts import judged_windows
 from phoneready.release.stages import stage_folder
 from phoneready.release.steps import RECOVERY_STAGE, Steps
-from phoneready.settings.schema import ModelConfig, ReleaseConfig
+from phoneready.settings.schema import ReleaseConfig
 
 _FINAL = "final"
 
@@ -31,14 +31,14 @@ class _Row:
         models: Stages whose checkpoints it reads, `final` for what is exported; none is the model itself.
         asked: What the forecast reads of the configuration; None where that does not say how much it is.
         dtype: Of products.
-        device: Where torch is.
+        kept: From what weights are to be kept in to what they are.
     """
 
     work: str
     models: tuple[str, ...]
     asked: Callable[[ReleaseConfig], Any]
     dtype: Callable[[ReleaseConfig], str] = lambda _: "float32"
-    device: Callable[[ModelConfig], str] = lambda model: model.device
+    kept: Callable[[str], str] = lambda dtype: dtype
 
 
 def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callable[[str], None]) -> None:
@@ -65,7 +65,7 @@ def foretell_stage(config: ReleaseConfig, folder: Path, name: str, tell: Callabl
         asked,
         stage_folder(folder, name),
         text=() if stages else config.prune.calibration,
-        machine=Machine(row.dtype(config), find_device(row.device(config.model))),
+        machine=Machine(row.dtype(config), find_device(config.model.device), row.kept(config.model.dtype)),
         tell=tell,
     )
 
@@ -125,12 +125,10 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
     {
         "dense": _Row("draw", (), _drawing, _pruning_dtype),
         "prune": _Row("prune", ("dense",), _pruning, _pruning_dtype),
-        RECOVERY_STAGE: _Row(
-            "recover", ("prune",), _recovering, _recovery_dtype, lambda model: model.recovery_device
-        ),
+        RECOVERY_STAGE: _Row("recover", ("prune",), _recovering, _recovery_dtype, lambda _: "float32"),
         "evaluate": _Row("eval", (_FINAL, "dense"), _judging),
-        f"export-{DENSE}": _Row("export", ("dense",), _exporting),
-        "export-pruned": _Row("export", (_FINAL,), _exporting),
+        f"export-{DENSE}": _Row("export", ("dense",), _exporting, kept=unless_asked),
+        "export-pruned": _Row("export", (_FINAL,), _exporting, kept=unless_asked),
         "side-by-side": _Row("eval", (_FINAL, "dense"), _judging_all),
         "evaluate-files": _Row("eval", (_FINAL, "dense"), _judging_files),
     }

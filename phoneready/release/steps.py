@@ -145,6 +145,7 @@ class Steps:
             model.reference,
             trust_remote_code=model.trust_remote_code,
             device=find_device(model.device),
+            dtype=model.dtype,
             may_stream=True,
             progress=progress,
         )
@@ -206,7 +207,7 @@ class Steps:
             validation=settings.validation,
             teacher=str(self.checkpoint("dense")),
             work=self.recovery_work,
-            device=self.config.model.recovery_device,
+            device=self.config.model.device,
             force=True,
             writers=WRITERS,
             rounding=ROUNDING,
@@ -284,6 +285,7 @@ class Steps:
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else export.mixed_bytes,
             device=str(find_device(self.config.model.device)),
+            dtype=self.config.model.dtype,
             n_threads=self.threads,
             progress=progress,
         )
@@ -331,7 +333,10 @@ class Steps:
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
         """A stage's checkpoint, with the origin of the model that it was made from."""
         device = find_device(self.config.model.device)
-        loaded = load_model(self.checkpoint(stage), device=device, may_stream=True, progress=progress)
+        dtype = self.config.model.dtype
+        loaded = load_model(
+            self.checkpoint(stage), device=device, dtype=dtype, may_stream=True, progress=progress
+        )
         return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
 
     def _calibration_ids(self, stage: str) -> torch.Tensor:

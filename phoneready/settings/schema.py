@@ -11,7 +11,7 @@ import pydantic
 
 from cfsp.pruning.settings import ALIGN, PruneSettings
 from cfsp.recovery.settings import RecoveryReferences, RecoverySettings, Training
-from cfsp.settings import DEVICE, SEED, Settings, pick, setting
+from cfsp.settings import DEVICE, DTYPE, SEED, Settings, pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, SELF, CalibrationSettings
 from cfsp.units import parse_bytes
 from cfsp.validation import Section, as_value_error
@@ -37,11 +37,7 @@ class ModelConfig(Section):
     reference: str = pydantic.Field(min_length=1)
     trust_remote_code: bool = False
     device: Annotated[str, DEVICE] = "auto"
-
-    @property
-    def recovery_device(self) -> str:
-        """What `recover` is told: of several GPUs it is accelerate that chooses."""
-        return "cpu" if self.device == "cpu" else "auto"
+    dtype: Annotated[str, DTYPE] = "auto"
 
 
 @dataclass(frozen=True)

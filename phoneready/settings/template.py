@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cfsp.settings import DEVICE, Declared, Settings, declared
+from cfsp.settings import DEVICE, DTYPE, Declared, Settings, declared
 from exporters.families import find_format
 from phoneready.settings.schema import (
     BenchConfig,
@@ -54,8 +54,9 @@ def template_text(model: str | None = None) -> str:
     sections = "\n".join(
         "\n".join(_section(name, stated.get(name), *row)) + "\n" for name, row in _SECTIONS.items()
     )
-    device = "\n".join(_lines(Declared("device", str, "auto", DEVICE), {})) + "\n"
-    text = _resource("template.toml").replace("[device]\n", device, 1)
+    rows = (Declared("device", str, "auto", DEVICE), Declared("dtype", str, "auto", DTYPE))
+    how = "".join(f"{line}\n" for row in rows for line in _lines(row, {}))
+    text = _resource("template.toml").replace("[device]\n", how, 1)
     text = text.replace("[sections]\n", sections + "\n", 1)
     smallest = find_format(stated["export"]["quants"][-1]).name
     text = text.replace("[files]\n", f"files = {_toml([smallest])}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from cfsp.devices import find_device
 from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.paging import copied
 from cfsp.models.reference import load_model
 from cfsp.models.shape import ModelShape
 from cfsp.models.source import LoadedModel
@@ -105,6 +105,7 @@ class TrialRunner:
             model.reference,
             trust_remote_code=model.trust_remote_code,
             device=find_device(model.device),
+            dtype=model.dtype,
             progress=self.progress,
         )
 
@@ -191,7 +192,7 @@ class TrialRunner:
         if vocabulary not in self._trimmed:
             self._trimmed.clear()
             kept = self.vocabulary(vocabulary)
-            twin = replace(self.loaded, model=copy.deepcopy(self.loaded.model))
+            twin = replace(self.loaded, model=copied(self.loaded.model))
             settings = self.config.prune.settings(1)
             left = trim(twin, self.calibration, kept, settings, progress=self.progress)
             self._trimmed[vocabulary] = Side(*left, kept)
@@ -249,6 +250,7 @@ class TrialRunner:
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else config.export.mixed_bytes,
             device=str(self.loaded.model.device),
+            dtype=config.model.dtype,
             n_threads=self._n_threads,
             progress=self.progress,
         )
@@ -294,7 +296,7 @@ class TrialRunner:
 
     def _prune(self, point: Point, path: Path) -> None:
         plan, side = self.plan(point), self.side(point.recipe.vocabulary)
-        model = copy.deepcopy(side.loaded.model)
+        model = copied(side.loaded.model)
         needs = RECONSTRUCTIONS[plan.settings.reconstruct].needs_statistics
         apply_plan(
             model,
@@ -326,7 +328,7 @@ class TrialRunner:
             data=how.data,
             validation=how.validation,
             teacher=str(self.dense_checkpoint),
-            device=self.config.model.recovery_device,
+            device=self.config.model.device,
             force=True,
             writers=WRITERS,
             rounding=ROUNDING,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from far_device import FarTensor, brought, far_device, send
 
-from cfsp.devices import find_device, moved
+from cfsp.devices import exact_device, find_device, moved
 from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import Branches
@@ -29,7 +33,9 @@ from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
 from phoneready.release.beside import StageFailure
 
+Far = Callable[[], AbstractContextManager[torch.device]]
 TinyLoaded = Callable[..., LoadedModel]
+ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(0, 300, (6, 32), generator=torch.Generator().manual_seed(1))
 WINDOWS = TokenWindows(IDS, "random", "0" * 64)
 
@@ -44,6 +50,12 @@ def eager(tiny_loaded: TinyLoaded) -> Callable[[], LoadedModel]:
         return loaded
 
     return make
+
+
+@pytest.fixture(params=[True, False], ids=["float64", "no-float64"])
+def far(request: pytest.FixtureRequest) -> Far:
+    """A device like CUDA, and one like Apple's MPS."""
+    return partial(far_device, float64=request.param)
 
 
 def pruned(loaded: LoadedModel, settings: PruneSettings, share: float | None = None) -> PruneResult:
@@ -71,11 +83,13 @@ def figures(result: Any) -> dict[str, float]:
         {"prune_ratio": 0, "align": 8, "share": 0.7},
     ],
 )
-def test_a_model_is_pruned_where_it_is(how: dict[str, Any], eager: Callable[[], LoadedModel]) -> None:
+def test_a_model_is_pruned_where_it_is(
+    how: dict[str, Any], eager: Callable[[], LoadedModel], far: Far
+) -> None:
     share, given = how.get("share"), {name: value for name, value in how.items() if name != "share"}
     settings = PruneSettings(**{"prune_ratio": 0.25, **given})
     here = pruned(eager(), settings, share)
-    with far_device():
+    with far():
         loaded = eager()
         send(loaded.model)
         there = pruned(loaded, settings, share)
@@ -89,7 +103,9 @@ def test_a_model_is_pruned_where_it_is(how: dict[str, Any], eager: Callable[[], 
         assert torch.equal(moments, here.input_moments[name]), name
 
 
-def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_loaded: TinyLoaded) -> None:
+def test_a_model_is_judged_where_it_is(
+    eager: Callable[[], LoadedModel], tiny_loaded: TinyLoaded, far: Far
+) -> None:
     items = [Branches((5, 6, 7), ((8, 9), (10,)))]
 
     def judged(loaded: LoadedModel, other: LoadedModel) -> list[Any]:
@@ -105,7 +121,7 @@ def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_lo
 
     other = tiny_loaded(seed=1)
     here = judged(eager(), other)
-    with far_device():
+    with far():
         loaded = eager()
         send(loaded.model)
         there = judged(loaded, other)
@@ -113,14 +129,16 @@ def test_a_model_is_judged_where_it_is(eager: Callable[[], LoadedModel], tiny_lo
         assert one == (same if "ids" in same else pytest.approx(same, rel=1e-5))
 
 
-def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(eager: Callable[[], LoadedModel]) -> None:
+def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(
+    eager: Callable[[], LoadedModel], far: Far
+) -> None:
     def judged(dense: LoadedModel, trimmed: LoadedModel) -> Any:
         spelling = respelling(dense.tokenizer, trimmed.tokenizer)
         return respelled_divergence(TorchLanguageModel(dense), TorchLanguageModel(trimmed), WINDOWS, spelling)
 
     trimmed = pruned(eager(), PruneSettings(prune_ratio=0, vocabulary=300)).loaded
     here = judged(eager(), trimmed)
-    with far_device():
+    with far():
         dense = eager()
         send(dense.model)
         there = judged(dense, trimmed)
@@ -128,10 +146,10 @@ def test_a_model_that_lost_tokens_is_held_against_one_elsewhere(eager: Callable[
     assert figures(there) == pytest.approx(figures(here), rel=1e-5)
 
 
-def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel]) -> None:
+def test_a_model_writes_where_it_is(eager: Callable[[], LoadedModel], far: Far) -> None:
     how: dict[str, Any] = {"nsamples": 2, "seqlen": 64, "seed": 5, "use_written": False}
     here = sample_windows(eager(), **how)
-    with far_device():
+    with far():
         loaded = eager()
         send(loaded.model)
         assert torch.equal(sample_windows(loaded, **how), here)
@@ -156,7 +174,7 @@ def test_devices_that_are_mixed_are_noticed() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpu", "cuda:x", "mps", "cuda:999", "cuda:01", "CUDA", "cpu\n", "cuda:\N{ARABIC-INDIC DIGIT ONE}"],
+    ["gpu", "cuda:x", "mps:1", "cuda:999", "cuda:01", "CUDA", "cpu\n", "cuda:\N{ARABIC-INDIC DIGIT ONE}"],
 )
 def test_devices_that_are_none(name: str) -> None:
     with pytest.raises(InputError, match="device"):
@@ -166,6 +184,38 @@ def test_devices_that_are_none(name: str) -> None:
 def test_the_cpu_is_always_there() -> None:
     assert find_device("cpu") == torch.device("cpu")
     assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_an_apple_gpu_is_taken_where_torch_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"is not there.*allowed: cpu"):
+        find_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert find_device("mps") == torch.device("mps")
+    assert find_device("auto").type in ("cuda", "mps")
+    assert exact_device(torch.device("mps")) == torch.device("cpu")
+
+
+_FROM_PYTHON_NUMBERS = {
+    "cfsp/processes.py",
+    "cfsp/pruning/allocation.py",
+    "cfsp/pruning/plan.py",
+    "cfsp/pruning/statistics.py",
+    "cfsp/recovery/student.py",
+    "cfsp/recovery/trainer.py",
+}
+"""Their float64 tensors are made of numbers of Python, on the CPU."""
+
+
+def test_float64_tensors_are_made_where_devices_without_it_are_known() -> None:
+    found = set()
+    for package in ("cfsp", "exporters", "phoneready"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.float64", "torch.double"):
+                    found.add(file.relative_to(ROOT).as_posix())
+                if isinstance(node, ast.Attribute) and node.attr == "double":
+                    found.add(file.relative_to(ROOT).as_posix())
+    assert found - {"cfsp/devices.py"} == _FROM_PYTHON_NUMBERS
 
 
 @pytest.mark.parametrize(
@@ -199,7 +249,7 @@ def raised(error: Exception) -> None:
     raise error
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps"])
 @pytest.mark.parametrize("command", ["prune", "export", "eval", "frontier"])
 def test_a_gpu_that_is_not_there_is_said_in_one_line(
     command: str,

@@ -14,7 +14,8 @@ import torch
 from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work, foresee, product_speed, read_extent, require_room
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.paging import VARIABLE, is_paged
+from cfsp.models.keeping import VARIABLE
+from cfsp.models.paging import is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 

@@ -179,10 +179,12 @@ def test_one_row_that_differs_is_enough_to_keep_both(
     assert not load_model(tmp_path / "one.gguf").model.config.tie_word_embeddings
 
 
-def test_weights_are_cast_to_the_dtype_asked_for(tiny_folder: Any, tiny_gguf: Any) -> None:
+def test_weights_are_kept_in_the_dtype_asked_for(tiny_folder: Any, tiny_gguf: Any) -> None:
     for reference in (tiny_folder(), tiny_gguf()):
-        model = load_model(reference, dtype=torch.bfloat16).model
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        for name in ("bfloat16", "float16"):
+            loaded = load_model(reference, dtype=name)
+            assert loaded.stored_dtype == getattr(torch, name)
+            assert {parameter.dtype for parameter in loaded.model.parameters()} == {loaded.stored_dtype}
 
 
 def test_pruned_checkpoint_is_a_reference_too(tmp_path: Path, tiny_folder: Any) -> None:

@@ -18,7 +18,8 @@ from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
-from cfsp.models.paging import VARIABLE, at_hand, copied, emptied, is_paged, stay_in_files
+from cfsp.models.keeping import NARROW, VARIABLE, stay_in_files
+from cfsp.models.paging import at_hand, copied, emptied, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.gradients import collect_gradients, collect_weight_moments
@@ -29,6 +30,7 @@ from cfsp.text.self_sampling import sample_windows
 from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
 
+PUT_AWAY = ("always", "bfloat16")
 TinyModel = Callable[..., tuple[Any, Any]]
 MakeFolder = Callable[..., Path]
 
@@ -45,10 +47,12 @@ def folder(tiny_model: TinyModel, tmp_path: Path) -> MakeFolder:
     return make
 
 
-def load(folder: Path, stream: str, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
-    monkeypatch.setenv(VARIABLE, stream)
-    loaded = load_model(folder, may_stream=True)
-    assert is_paged(loaded.model) == (stream == "always")
+def load(folder: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
+    """A model that is whole (`never`), in files (`always`), or in memory in 16 bits, a name of a dtype."""
+    narrow = how in NARROW
+    monkeypatch.setenv(VARIABLE, "never" if narrow else how)
+    loaded = load_model(folder, dtype=how if narrow else "auto", may_stream=True)
+    assert is_paged(loaded.model) == (how != "never")
     return loaded
 
 
@@ -83,7 +87,7 @@ def test_pruning_gives_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, dense = {}, folder(model_type, hidden_size=96)  # whose square root is no number of few bits
-    for stream in ("never", "always"):
+    for stream in ("never", "always", "bfloat16"):
         loaded = load(dense, stream, monkeypatch)
         calibration = load_calibration(("builtin:python-docs",), loaded, nsamples=3, seqlen=24)
         result = prune_model(loaded, calibration, PruneSettings(prune_ratio=0.25, align=8, **asked))
@@ -91,13 +95,18 @@ def test_pruning_gives_the_same_bytes(
             result.loaded, tmp_path / stream, plan=result.plan, input_moments=result.input_moments
         )
         made[stream] = files_of(tmp_path / stream)
-    assert made["never"] == made["always"]
+    assert made["never"] == made["always"] == made["bfloat16"]
     stored = load_pruned(tmp_path / "always")
     assert {p.dtype for p in stored.parameters()} == {torch.bfloat16}
 
 
-def test_one_block_is_in_memory_at_a_time(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen = load(folder(), "always", monkeypatch).model, []
+@pytest.mark.parametrize("how", PUT_AWAY)
+def test_one_block_is_in_memory_at_a_time(
+    how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = load(folder(), how, monkeypatch).model, []
+    with torch.no_grad():
+        last_hidden_states(model, torch.arange(4)[None], "a first block is asked what it returns")
     for layer in decoder_layers(model):
         layer.mlp.register_forward_hook(lambda *_: seen.append(in_memory(model)))
     with torch.no_grad():
@@ -142,8 +151,9 @@ def test_models_are_read_block_by_block_where_they_are_to_stay_in_files(
     assert not is_paged(load_model(path, may_stream=True).model)
 
 
-def test_what_is_changed_stays(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(folder(tied=True), "always", monkeypatch).model
+@pytest.mark.parametrize("how", PUT_AWAY)
+def test_what_is_changed_stays(how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(folder(tied=True), how, monkeypatch).model
     first, ends = decoder_layers(model)[0], (model.get_input_embeddings(), model.get_output_embeddings())
     before = first.mlp.up_proj.weight.detach().float()
     with at_hand(first, ends[0]), torch.no_grad():
@@ -160,10 +170,11 @@ def test_what_is_changed_stays(folder: MakeFolder, monkeypatch: pytest.MonkeyPat
         assert ends[0].weight is ends[1].weight
 
 
+@pytest.mark.parametrize("how", PUT_AWAY)
 def test_what_is_changed_in_place_between_calls_stays(
-    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+    how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(folder(), "always", monkeypatch).model
+    model = load(folder(), how, monkeypatch).model
     first = decoder_layers(model)[0]
     with torch.no_grad():
         first.mlp.up_proj.weight.zero_()
@@ -172,10 +183,11 @@ def test_what_is_changed_in_place_between_calls_stays(
     assert not first.mlp.up_proj.weight.any()
 
 
+@pytest.mark.parametrize("how", PUT_AWAY)
 def test_a_copy_shares_the_files_and_nothing_else(
-    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+    how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(folder(), "always", monkeypatch).model
+    model = load(folder(), how, monkeypatch).model
     twin = copied(model)
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -195,7 +207,7 @@ def test_gradients_and_figures_are_those_of_a_model_in_memory(
     dense, ids = folder(model_type, tied=False, hidden_size=96), torch.randint(0, 300, (3, 30))
     windows = TokenWindows(ids, "random", "0")
     results = []
-    for stream in ("never", "always"):
+    for stream in ("never", "always", "bfloat16"):
         loaded = load(dense, stream, monkeypatch)
         model, pruned = loaded.model, copied(loaded.model)
         with at_hand(decoder_layers(pruned)[0]), torch.no_grad():
@@ -211,8 +223,9 @@ def test_gradients_and_figures_are_those_of_a_model_in_memory(
                 perplexity(judged, windows),
             ]
         )
-    for here, there in zip(*results, strict=True):
-        assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
+    for here, *elsewhere in zip(*results, strict=True):
+        for there in elsewhere:
+            assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
 
 
 def test_what_no_dtype_of_16_bits_holds_is_stored_as_it_is(
@@ -364,18 +377,20 @@ def test_what_copies_have_changed_does_not_stay_on_the_disk(
     assert not list(tmp_path.glob("phoneready-weights-*/*"))
 
 
+@pytest.mark.parametrize("how", PUT_AWAY)
 def test_weights_at_hand_are_not_shared_with_a_copy(
-    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+    how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(folder(), "always", monkeypatch).model
+    model = load(folder(), how, monkeypatch).model
     with at_hand(decoder_layers(model)[0]), pytest.raises(RuntimeError, match="at hand"):
         copied(model)
 
 
+@pytest.mark.parametrize("how", PUT_AWAY)
 def test_a_call_that_fails_leaves_nothing_in_memory(
-    folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+    how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = load(folder(), "always", monkeypatch).model, torch.arange(9)[None]
+    model, ids = load(folder(), how, monkeypatch).model, torch.arange(9)[None]
 
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
@@ -391,8 +406,11 @@ def test_a_call_that_fails_leaves_nothing_in_memory(
         assert torch.isfinite(model(ids).logits).all()
 
 
-def test_gradients_leave_the_model_as_it_was(folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(folder(), "always", monkeypatch).model
+@pytest.mark.parametrize("how", PUT_AWAY)
+def test_gradients_leave_the_model_as_it_was(
+    how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder(), how, monkeypatch).model
     model.get_decoder().norm.weight.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     collect_gradients(model, torch.arange(40).view(2, 20))
@@ -400,12 +418,13 @@ def test_gradients_leave_the_model_as_it_was(folder: MakeFolder, monkeypatch: py
     assert in_memory(model) == 0
 
 
+@pytest.mark.parametrize("how", PUT_AWAY)
 def test_a_model_in_files_writes_its_own_calibration_text(
-    folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, folder: MakeFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
     dense = folder()
-    written = sample_windows(load(dense, "always", monkeypatch), nsamples=2, seqlen=16, seed=0)
+    written = sample_windows(load(dense, how, monkeypatch), nsamples=2, seqlen=16, seed=0)
     monkeypatch.setattr("cfsp.text.self_sampling._sample_batch", None)  # what was written is found
-    again = sample_windows(load(dense, "always", monkeypatch), nsamples=2, seqlen=16, seed=0)
+    again = sample_windows(load(dense, how, monkeypatch), nsamples=2, seqlen=16, seed=0)
     assert torch.equal(written, again)

@@ -69,6 +69,8 @@ def test_auto_is_what_the_hardware_multiplies_faster() -> None:
     assert product_dtype("auto") == fast_dtype()
     assert product_dtype("float32") == torch.float32
     assert product_dtype("bfloat16") == torch.bfloat16
+    assert product_dtype("float16") == rounding_dtype("float16") == torch.float32  # of weights alone
+    assert fast_dtype("mps") == torch.float32
     assert rounding_dtype("float32") == torch.float32
     assert rounding_dtype("auto") == rounding_dtype("bfloat16") == fast_dtype()
 

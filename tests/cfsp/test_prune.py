@@ -304,7 +304,7 @@ def test_plan_of_another_model_is_refused(tiny_model: Any) -> None:
         ({"ridge": 0.0}, "ridge"),
         ({"strength": math.nan}, "strength"),
         ({"align": 0}, "align"),
-        ({"dtype": "float16"}, "dtype.*bfloat16"),
+        ({"dtype": "float64"}, "dtype.*bfloat16"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from cfsp.errors import InputError
 from cfsp.models.architectures import decoder_layers, feed_forward, model_shape
-from cfsp.models.paging import VARIABLE, is_paged
+from cfsp.models.keeping import VARIABLE
+from cfsp.models.paging import is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.models.weights import cast_weights, save_in_turn

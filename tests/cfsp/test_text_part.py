@@ -13,7 +13,9 @@ import transformers
 
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import load_pruned
+from cfsp.models.keeping import VARIABLE
 from cfsp.models.reference import load_model
+from cfsp.models.weights import cast_weights
 from phoneready.main import main
 
 TinyModel = Callable[..., tuple[Any, Any]]
@@ -71,6 +73,21 @@ def test_the_text_part_says_what_the_whole_says_of_a_text(
     assert loaded.config.model_type == LOADED[model_type]
     assert not any("vision" in name for name, _ in loaded.named_parameters())
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@each_type
+def test_it_stays_in_no_files_and_computes_with_float32(
+    tiny_model: TinyModel, tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "whole", model_type)
+    cast_weights(plain := load_model(folder).model, torch.bfloat16)
+    cast_weights(plain, torch.float32)
+    expected = plain(IDS).logits
+    assert torch.equal(load_model(folder, dtype="bfloat16").model(IDS).logits, expected)
+    monkeypatch.setenv(VARIABLE, "always")
+    whole = load_model(folder, may_stream=True).model
+    assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
 
 
 @torch.inference_mode()

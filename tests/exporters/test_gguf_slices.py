@@ -13,7 +13,7 @@ import torch
 from cfsp.errors import LimitError
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.paging import VARIABLE, reads_by_blocks
+from cfsp.models.keeping import VARIABLE, WHOLE, Keeping, keeping_of_files
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import BlockProof, ExportRecord
@@ -31,7 +31,7 @@ WIDTHS = (96, 128, 64, 96)
 
 def proof(checkpoint: Path, scratch: Path, chosen: ChosenLayout | None = None) -> BlockProof:
     windows = TokenWindows(IDS, "given", "0" * 64)
-    model = load_pruned(checkpoint, torch.float32, by_blocks=reads_by_blocks(checkpoint))
+    model = load_pruned(checkpoint, torch.float32, by_blocks=keeping_of_files(checkpoint).in_files)
     return prove_blocks(checkpoint, model, chosen or read_layout(checkpoint), windows, scratch, n_threads=1)
 
 
@@ -98,6 +98,9 @@ def test_files_are_the_same_and_say_how_they_were_proven(
     for stream in ("never", "always"):
         monkeypatch.setenv(VARIABLE, stream)
         made[stream] = export_gguf(half, tmp_path / stream, quants, replace(options, tune_scales=False))
+    monkeypatch.setenv(VARIABLE, "never")
+    held = export_gguf(half, tmp_path / "held", quants, replace(options, dtype="bfloat16"))
+    assert [record.sha256 for record in held] == [record.sha256 for record in made["never"]]
     for whole, sliced in zip(made["never"], made["always"], strict=True):
         assert whole.blocks is None
         assert sliced.blocks is not None
@@ -134,8 +137,9 @@ def test_a_wrong_block_leaves_nothing(half: Path, tmp_path: Path, monkeypatch: p
 def test_how_a_model_is_read_is_decided_once(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([False])
-    monkeypatch.setattr("exporters.job.reads_by_blocks", lambda _: next(answers, True))
+    answers = iter([WHOLE])
+    in_files = Keeping(torch.bfloat16, in_files=True)
+    monkeypatch.setattr("exporters.job.keeping_of_files", lambda *_: next(answers, in_files))
     options = ExportOptions(calibration=IDS, parity_windows=IDS, tune_scales=True)
     (record,) = export_gguf(half, tmp_path / "out", ("Q4_0",), options)
     assert record.blocks is None

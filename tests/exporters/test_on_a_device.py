@@ -28,10 +28,15 @@ IDS = torch.randint(0, 24, (4, 64), generator=torch.Generator().manual_seed(3))
 
 
 @contextmanager
-def computing(device: str) -> Iterator[None]:
+def computing(device: str, float64: bool = True) -> Iterator[None]:
     """The same operations everywhere: devices have attention kernels of their own."""
-    with sdpa_kernel(SDPBackend.MATH), far_device() if device == FAR.type else nullcontext():
+    far = far_device(float64=float64) if device == FAR.type else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH), far:
         yield
+
+
+PLACES = (("cpu", True), (FAR.type, True), (FAR.type, False))
+"""Devices, and whether they have float64."""
 
 
 @pytest.mark.parametrize(
@@ -51,14 +56,14 @@ def test_a_gguf_file(
     from exporters.gguf.files import draft_gguf
 
     checkpoint, written = make_checkpoint("llama"), []
-    for device in ("cpu", FAR.type):
-        folder = tmp_path / device
+    for device, float64 in PLACES:
+        folder = tmp_path / f"{device}-{float64}"
         folder.mkdir()
         options = ExportOptions(name="m", calibration=IDS, device=device, n_threads=1, **settings)
-        with computing(device):
+        with computing(device, float64):
             files = draft_gguf(checkpoint, folder, [quant], options)
         written += [path.read_bytes() for path in files.values()]
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
 
 
 def test_the_size_of_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
@@ -75,10 +80,10 @@ def test_the_size_of_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
 
 def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
     made = []
-    for device in ("cpu", FAR.type):
+    for device, float64 in PLACES:
         model = tiny_model()[0]
         model.set_attn_implementation("eager")
-        with computing(device):
+        with computing(device, float64):
             model.to(device)
             model.tie_weights()
             quantized = quantized_model(model, INT4, IDS)
@@ -88,8 +93,9 @@ def test_an_onnx_variant(tiny_model: Callable[..., Any]) -> None:
             model.to(device)
             model.tie_weights()
             made.append(tune(model, mixture, IDS))
-    here, there = made
-    assert_equal(here, there)
+    here, *elsewhere = made
+    for there in elsewhere:
+        assert_equal(here, there)
 
 
 def assert_equal(here: QuantizedModel, there: QuantizedModel) -> None:

@@ -395,6 +395,7 @@ def bad(tmp_path: Path, tiny_folder: TinyPath) -> dict[str, str]:
         ),
         (["--seqlen", "4096"], "allowed: 2 to 512"),
         (["--device", "tpu"], "allowed: auto, cpu"),
+        (["--device", "cuda:99"], "is not there, or torch cannot use it"),
         (["--data", "{empty}"], "no usable text"),
         (["--data", "{question}"], "no chat in"),
         (["--data", "missing.jsonl"], "does not exist"),

@@ -282,7 +282,7 @@ def test_the_bill_of_materials_keeps_to_its_schema_and_repeats(
 
 def test_every_single_command_is_one_that_the_command_line_takes(make_report_input: MakeReportInput) -> None:
     figures = make_report_input("Tiny").figures
-    settings = {
+    settings: dict[str, Any] = {
         "model": {"reference": "my model", "trust_remote_code": True},
         "prune": {"calibration": ["self", "builtin:python-docs"], "uniform_width": True},
         "recover": {"max_tokens": 1000, "patience": None},
@@ -302,6 +302,10 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     ends = ["--threads 2", None, None, "--threads 1"]
     assert [line[-11:] if "--threads" in line else None for line in found] == ends
     assert shlex.split(found[2])[2] == "recovered"
+    narrow = settings | {"model": settings["model"] | {"dtype": "float16"}}
+    kept = single_commands(ReleaseConfig.model_validate(narrow), figures, threads)
+    assert [line.count("--dtype float16") for line in kept] == [1, 0, 1, 1]
+    assert [line.count("--dtype auto") for line in found] == [1, 1, 0, 0]
     assert "recover" not in " ".join(
         single_commands(ReleaseConfig.model_validate(settings | {"recover": None}), figures, {})
     )

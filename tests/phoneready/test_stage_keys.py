@@ -102,6 +102,15 @@ def test_changed_code_runs_the_stages_that_use_it(
     assert {name for name, reason in run_again(folder).items() if f"code.{room} was" in reason} == own
 
 
+def test_what_weights_are_rounded_to_runs_every_stage_and_where_it_is_computed_none(folder: Path) -> None:
+    def asked(**changes: str) -> set[str]:
+        config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update=changes)})
+        return {name for name, reason in explain_release(config, folder).items() if reason}
+
+    assert asked(device="cpu") == set()
+    assert asked(dtype="bfloat16") == set(ALL)
+
+
 def test_the_hash_of_code_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependencies, "_ROOT", tmp_path)
     (tmp_path / "room" / "__pycache__").mkdir(parents=True)

@@ -3,6 +3,7 @@
 Inside `far_device()` a tensor that is sent to `FAR` becomes one that computes on the CPU and mixes with no tensor of
 the CPU but numbers and indices, which CUDA takes from there, too. It has no `.numpy()`. So a whole run shows whether
 code that is meant for a GPU would run there, and gives the same bits as on the CPU where the operations are the same.
+A device without float64 refuses it as MPS does, so what would end there ends here.
 
 `FAR` is torch's meta device, the only one without numbers of its own that every build knows.
 """
@@ -19,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from cfsp import devices
+
 FAR, _NEAR = torch.device("meta"), torch.device("cpu")
 _MOVES, _INDEXES = ("_to_copy", "to.", "copy_"), ("index.", "index_put")
 
@@ -30,6 +33,8 @@ class FarTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, near: torch.Tensor) -> FarTensor:
+        if near.dtype == torch.float64 and FAR.type in devices.WITHOUT_FLOAT64:
+            raise TypeError("the device has no float64")
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             near.size(),
@@ -70,9 +75,11 @@ class FarTensor(torch.Tensor):
 
 
 @contextmanager
-def far_device() -> Iterator[torch.device]:
-    """`FAR` is a device while the context is open."""
+def far_device(*, float64: bool = True) -> Iterator[torch.device]:
+    """`FAR` is a device while the context is open, which has float64 or, like Apple's MPS, has none."""
     with ExitStack() as stack:
+        if not float64:
+            stack.enter_context(patch.object(devices, "WITHOUT_FLOAT64", frozenset({FAR.type})))
         stack.enter_context(patch.object(torch, "Generator", _Generator))
         stack.enter_context(_Functions())
         stack.enter_context(_Dispatch())

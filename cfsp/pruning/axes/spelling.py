@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from cfsp.devices import exact, exact_device, exact_zeros
 from cfsp.errors import InputError
 from cfsp.models.architectures import capped, logit_cap, spec_for
 from cfsp.models.source import LoadedModel
@@ -124,7 +125,7 @@ def teach_spellings(
     expected = spellings.expected / spellings.expected.sum()
     with torch.no_grad():
         covariance = states.square - torch.outer(states.mean, states.mean)
-        mean_row = (weight[: len(expected)].T @ expected.to(weight.dtype)).double()
+        mean_row = exact(weight[: len(expected)].T @ expected.to(weight))
         basis, axes = torch.linalg.eigh(states.square)
         penalty = basis.clamp_min(0) + _RIDGE * basis.mean()
         rows = sorted(spellings.firsts.keys() | spellings.continuations.keys())
@@ -138,7 +139,7 @@ def teach_spellings(
                 most = times.topk(min(len(times), _EVENTS)).indices
                 often = _CAUTION * max(float(spellings.expected[row]), 1.0)
                 change = _least_squares(h[most] @ axes, gain[most], times[most], often * penalty)
-                weight[row] += (axes @ change).to(weight.dtype)
+                weight[row] += (axes @ change).to(weight)
             if done % 256 == 0 or done == len(rows):
                 progress("teaching spellings", done, len(rows))
 
@@ -156,7 +157,7 @@ def _continuing(weight: torch.Tensor, row: int, spellings: Spellings, states: St
     times = states.mean.new_tensor([n for _, n in known])
     share = times / states.mean.new_tensor([spellings.stands[prefix] for prefix, _ in known])
     h = states.after[:, places]
-    now = capped(h @ weight[row].double(), states.cap) - states.normalizers[:, places]
+    now = capped(h @ exact(weight[row]), states.cap) - states.normalizers[:, places]
     gain = (_SHARE * (share.log() - now)).clamp_min(0)
     return [(one, its_gain, times / len(h)) for one, its_gain in zip(h, gain, strict=True)]
 
@@ -173,9 +174,9 @@ def _beginning(
     begun = spellings.firsts.get(row)
     if not begun:
         return []
-    theirs = weight[torch.tensor(begun)].double()
+    theirs = exact(weight[torch.tensor(begun)])
     h = mean + (theirs - mean_row) @ covariance
-    folded = F.softplus((h * (theirs - weight[row].double())).sum(dim=1))
+    folded = F.softplus((h * (theirs - exact(weight[row]))).sum(dim=1))
     return [(h, folded.clamp_max(_MOST_FOLDED), spellings.expected[torch.tensor(begun)])]
 
 
@@ -210,7 +211,7 @@ def _spellings(loaded: LoadedModel, plan: VocabularyPlan) -> Spellings:
     continuations: dict[int, list[tuple[Prefix, float]]] = defaultdict(list)
     for (row, prefix), times in follows.items():
         continuations[row].append((prefix, times))
-    counts = torch.from_numpy(expected).to(loaded.model.device)
+    counts = torch.from_numpy(expected).to(exact_device(loaded.model.device))
     return Spellings(counts, firsts, continuations, stands)
 
 
@@ -230,20 +231,20 @@ def _states(
     decoder, width, cap = model.get_decoder(), model.config.hidden_size, logit_cap(model.config)
     last_states = _last_states_apart if spec_for(model.config).sees_neighbours else _last_states
     kept = model.get_output_embeddings().weight[torch.tensor(plan.kept)].float()
-    zeros, tokens = partial(torch.zeros, dtype=torch.float64, device=model.device), 0
+    zeros, tokens = partial(exact_zeros, device=model.device), 0
     total, square, after, normalizers = zeros(width), zeros(width, width), [zeros(0, width)], [zeros(0)]
     with torch.inference_mode():
         for window in windows[:, :_STATE_TOKENS].to(model.device):
             h = decoder(input_ids=window[None], use_cache=False).last_hidden_state[0].float()
-            total += h.sum(dim=0)
-            square += h.T @ h
+            total += h.sum(dim=0).to(total.device)
+            square += (h.T @ h).to(square.device)
             tokens += len(h)
         beginnings = windows[:: max(1, len(windows) // _BEGINNINGS)][:_BEGINNINGS, :_BEGINNING_TOKENS]
         for done, beginning in enumerate(beginnings.tolist(), 1):
             for run in _runs(prefixes):
                 h = last_states(decoder, beginning, run)
-                after.append(h.double())
-                normalizers.append(capped(h @ kept.T, cap).logsumexp(dim=1).double())
+                after.append(exact(h))
+                normalizers.append(exact(capped(h @ kept.T, cap).logsumexp(dim=1)))
             progress("reading spellings", done, len(beginnings))
         shape = (len(beginnings), len(prefixes))
         states, lse = torch.cat(after).view(*shape, width), torch.cat(normalizers).view(shape)

@@ -1,0 +1,209 @@
+"""What weights are kept in: as there is room, or as asked; all that computes with them has float32."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from far_device import brought, far_device, send
+from torch import nn
+
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers
+from cfsp.models.checkpoint import INFO_FILE, load_pruned, save_checkpoint
+from cfsp.models.keeping import NARROW, VARIABLE, WHOLE, Keeping, keeping_of, keeping_of_files
+from cfsp.models.paging import held_model, is_paged
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
+from cfsp.models.weights import cast_weights
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.text.calibration import Calibration
+from phoneready.main import main
+
+TinyPath = Callable[..., Path]
+TinyLoaded = Callable[..., LoadedModel]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+IDS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("free", "stored", "asked", "expected"),
+    [
+        (8000, BF16, "auto", WHOLE),
+        (7999, BF16, "auto", Keeping(BF16)),
+        (4000, F16, "auto", Keeping(F16)),
+        (3999, BF16, "auto", Keeping(BF16, in_files=True)),
+        (7999, F32, "auto", Keeping(F32, in_files=True)),
+        (7999, None, "auto", WHOLE),
+        (8000, BF16, "float32", WHOLE),
+        (7999, BF16, "float32", Keeping(BF16, in_files=True)),
+        (8000, BF16, "bfloat16", Keeping(BF16)),
+        (8000, F32, "float16", Keeping(F16)),
+        (3999, BF16, "bfloat16", Keeping(BF16, in_files=True)),
+        (3999, F32, "bfloat16", Keeping(BF16)),
+        (3999, None, "float16", Keeping(F16)),
+    ],
+)
+def test_the_first_way_with_room_is_taken(
+    free: int,
+    stored: torch.dtype | None,
+    asked: str,
+    expected: Keeping,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda: free)
+    assert keeping_of(1000, stored, asked) == expected
+
+
+def test_the_environment_goes_before_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda: 0)
+    monkeypatch.setenv(VARIABLE, "never")
+    assert keeping_of(1000, BF16) == WHOLE
+    assert keeping_of(1000, BF16, "bfloat16") == Keeping(BF16)
+    monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda: 2**60)
+    monkeypatch.setenv(VARIABLE, "always")
+    assert keeping_of(1000, BF16) == Keeping(BF16, in_files=True)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_model_type_computes_with_float32(model_type: str, tiny_folder: TinyPath) -> None:
+    folder = tiny_folder(model_type)
+    plain = load_model(folder)
+    cast_weights(plain.model, BF16)
+    cast_weights(plain.model, F32)
+    kept = load_model(folder, dtype="bfloat16")
+    assert kept.stored_dtype == BF16
+    assert kept.source.rounded == "bfloat16"
+    assert is_paged(kept.model) != bool(ARCHITECTURES[model_type].own_arguments)
+    seen: set[torch.dtype] = set()
+
+    for module in kept.model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    with torch.inference_mode():
+        assert torch.equal(kept.model(IDS).logits, plain.model(IDS).logits)
+    assert seen == {F32}
+
+
+def test_16_bits_that_are_asked_for_are_what_is_kept_of_a_model(
+    tiny_folder: TinyPath, tiny_gguf: TinyPath, tmp_path: Path
+) -> None:
+    for number, reference in enumerate((tiny_folder(), tiny_gguf())):
+        loaded = load_model(reference, dtype="float16")
+        assert sum(p.element_size() * p.numel() for p in loaded.model.parameters()) == 2 * sum(
+            p.numel() for p in loaded.model.parameters()
+        )
+        info = save_checkpoint(loaded, tmp_path / str(number))
+        assert (info.dtype, info.source.rounded) == ("float16", "float16")
+        assert {p.dtype for p in load_pruned(tmp_path / str(number)).parameters()} == {F16}
+        again = load_model(tmp_path / str(number), dtype="float16")
+        assert again.source.rounded is None  # they are that already
+
+
+def test_a_record_says_nothing_of_weights_that_are_as_stored(tiny_folder: TinyPath, tmp_path: Path) -> None:
+    save_checkpoint(load_model(tiny_folder(), may_stream=True), tmp_path / "saved")
+    assert "rounded" not in json.loads((tmp_path / "saved" / INFO_FILE).read_text())["source"]
+
+
+def test_numbers_beyond_float16_are_refused_in_a_line(
+    tiny_loaded: TinyLoaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = tiny_loaded()
+    with torch.no_grad():
+        decoder_layers(loaded.model)[0].mlp.up_proj.weight[0, 0] = 1e5
+    save_checkpoint(loaded, tmp_path / "large")
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "24"]
+    command = ["prune", str(tmp_path / "large"), "-o", str(tmp_path / "out"), *text]
+    assert main([*command, "--dtype", "float16"]) == 2
+    error = capsys.readouterr().err
+    assert "float16 holds none above 65504" in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+
+
+@pytest.mark.parametrize("how", [{"vocabulary": 300}, {"score": "obs_loss", "allocation": "loss"}])
+def test_a_model_of_16_bits_is_pruned_where_it_is(how: dict[str, Any], tiny_loaded: TinyLoaded) -> None:
+    def pruned(loaded: LoadedModel) -> Any:
+        asked = PruneSettings(prune_ratio=0.25, align=8, **how)
+        return prune_model(loaded, Calibration(IDS, ("random",), 0, "0" * 64), asked)
+
+    def narrow() -> LoadedModel:
+        loaded = tiny_loaded(hidden_size=96)
+        loaded.model.set_attn_implementation("eager")
+        cast_weights(loaded.model, BF16)
+        return loaded
+
+    here = narrow()
+    held_model(here.model)
+    weights = pruned(here).loaded.model.state_dict()
+    for float64 in (True, False):
+        with far_device(float64=float64):
+            there = narrow()
+            send(there.model)
+            held_model(there.model)
+            found = pruned(there).loaded.model.state_dict()
+        assert set(found) == set(weights)
+        for name, tensor in found.items():
+            assert torch.equal(brought(tensor), weights[name]), name
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "export", "frontier"])
+def test_commands_take_what_weights_are_kept_in(
+    command: str, tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = [] if command == "eval" else ["-o", str(tmp_path / "out")]
+    model = str(tiny_folder())
+    capsys.readouterr()
+    assert main([command, model, *output, "--dtype", "float8"]) == 2
+    error = capsys.readouterr().err
+    assert f"allowed: auto, float32, {', '.join(NARROW)}" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_recovery_multiplies_in_no_float16(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recover", str(tiny_folder()), "-o", str(tmp_path / "out"), "--dtype", "float16"]) == 2
+    assert "allowed: auto, float32, bfloat16\n" in capsys.readouterr().err
+
+
+def test_a_judged_model_says_what_it_was_rounded_to(
+    tiny_folder: TinyPath, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tiny_folder())
+    judge = ["eval", folder, "--seqlen", "32", "--windows", "2", "--no-prompts", "--json"]
+    found = {}
+    for dtype in ("auto", "bfloat16"):
+        capsys.readouterr()
+        assert main([*judge, "--dtype", dtype]) == 0
+        found[dtype] = json.loads(capsys.readouterr().out)
+    assert "rounded" not in found["auto"]["model"]
+    assert found["bfloat16"]["model"]["rounded"] == "bfloat16"
+    perplexities = [one["texts"][0]["perplexity"] for one in found.values()]
+    assert perplexities[0] != perplexities[1]
+    assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2)
+
+
+def test_a_model_type_whose_blocks_need_more_is_kept_whole(tiny_folder: TinyPath) -> None:
+    for name in ("auto", "bfloat16"):
+        assert keeping_of_files(tiny_folder("gemma4_text"), name) == WHOLE
+
+
+def test_files_hold_the_checkpoints_own_weights(
+    tiny_folder: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    command = ["export", str(tiny_folder()), "-o", str(tmp_path / "out"), "--gguf", "Q8_0"]
+    assert main([*command, "--dtype", "bfloat16"]) == 2
+    assert "hold a checkpoint's own weights" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
