@@ -112,6 +112,7 @@ class Streams:
         entrances: Of the decoder, the list of A_k, (hidden_size, hidden_size).
         exits: Of the decoder, the list of B_k, (hidden_size, hidden_size).
         module: Of a block, what has the rest.
+        methods: Of that, what is called of it beside its forward pass.
     """
 
     count_setting: str = "altup_num_inputs"
@@ -119,6 +120,7 @@ class Streams:
     entrances: str = "altup_projections"
     exits: str = "altup_unembed_projections"
     module: str = "altup"
+    methods: tuple[str, ...] = ("predict", "correct", "scale_corrected_output")
 
 
 @dataclass(frozen=True)
