@@ -122,13 +122,14 @@ def check_input(checkpoint: Path, output: Path, *, force: bool) -> None:
 def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
     """Settings that say how the model is read: decided once for all of an export, as free memory comes and goes.
 
-    16 bits are taken where they are asked for and the checkpoint has them.
+    16 bits are taken where they are asked for and the checkpoint has them. They are no reason to read all of a model:
+    what files are held against is float32.
     """
     has = settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype)
     asked = settings.dtype if has else "float32"
-    keeping = keeping_of_files(checkpoint, asked)
-    by_blocks = settings.device == "cpu" and keeping.in_files
-    return replace(settings, dtype="float32" if keeping.is_whole else asked, by_blocks=by_blocks)
+    dtype = "float32" if keeping_of_files(checkpoint, asked).is_whole else asked
+    by_blocks = settings.device == "cpu" and keeping_of_files(checkpoint, "float32").in_files
+    return replace(settings, dtype=dtype, by_blocks=by_blocks)
 
 
 def has_dtype(checkpoint: Path, dtype: str) -> bool:

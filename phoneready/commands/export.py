@@ -57,11 +57,11 @@ def export(
     prepare_torch(threads)
     from cfsp.devices import find_device
     from phoneready.exporting import export_model
-    from phoneready.forecasts.said import Machine, unless_asked
+    from phoneready.forecasts.said import Machine
 
     if settings.onnx and not was_given(context, "quants"):
         settings = replace(settings, quants=())
-    machine = Machine(device=find_device(device), kept=unless_asked(dtype))
+    machine = Machine(device=find_device(device))  # the proof has float32, whatever is asked for
     with claim_output(output), show_progress() as progress:
         records = export_model(
             model,

@@ -12,7 +12,7 @@ from cfsp.devices import find_device
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.recovery.settings import token_budget
 from phoneready.figures.figure_set import DENSE
-from phoneready.forecasts.said import Machine, foretell, unless_asked
+from phoneready.forecasts.said import Machine, foretell
 from phoneready.forecasts.stages import Drawing, Exporting, Judging, Pruning, Recovering, Windows
 from phoneready.forecasts.texts import judged_windows
 from phoneready.release.stages import stage_folder
@@ -74,6 +74,11 @@ def _windows(config: ReleaseConfig) -> Windows:
     return Windows(config.prune.nsamples, config.prune.seqlen)
 
 
+def _float32(_: str) -> str:
+    """What weights are kept in by training, and by the proof of an export, whatever is asked for."""
+    return "float32"
+
+
 def _pruning_dtype(config: ReleaseConfig) -> str:
     return config.prune.dtype
 
@@ -125,10 +130,10 @@ _ROWS: Mapping[str, _Row] = MappingProxyType(
     {
         "dense": _Row("draw", (), _drawing, _pruning_dtype),
         "prune": _Row("prune", ("dense",), _pruning, _pruning_dtype),
-        RECOVERY_STAGE: _Row("recover", ("prune",), _recovering, _recovery_dtype, lambda _: "float32"),
+        RECOVERY_STAGE: _Row("recover", ("prune",), _recovering, _recovery_dtype, _float32),
         "evaluate": _Row("eval", (_FINAL, "dense"), _judging),
-        f"export-{DENSE}": _Row("export", ("dense",), _exporting, kept=unless_asked),
-        "export-pruned": _Row("export", (_FINAL,), _exporting, kept=unless_asked),
+        f"export-{DENSE}": _Row("export", ("dense",), _exporting, kept=_float32),
+        "export-pruned": _Row("export", (_FINAL,), _exporting, kept=_float32),
         "side-by-side": _Row("eval", (_FINAL, "dense"), _judging_all),
         "evaluate-files": _Row("eval", (_FINAL, "dense"), _judging_files),
     }

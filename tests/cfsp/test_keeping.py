@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cfsp.models.keeping import NARROW, VARIABLE, WHOLE, Keeping, keeping_of, ke
 from cfsp.models.paging import held_model, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
-from cfsp.models.weights import cast_weights
+from cfsp.models.weights import cast_weights, safetensors_files, weight_count
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
 from cfsp.text.calibration import Calibration
@@ -207,3 +208,27 @@ def test_files_hold_the_checkpoints_own_weights(
     assert main([*command, "--dtype", "bfloat16"]) == 2
     assert "hold a checkpoint's own weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_of_16_bits_is_by_blocks_where_float32_takes_too_much(
+    tiny_loaded: TinyLoaded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The proof's model is float32: 16 bits that fit are no reason to read all of it."""
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    loaded = tiny_loaded()
+    save_checkpoint(replace(loaded, stored_dtype=BF16), tmp_path / "saved")
+    n_weights = weight_count(safetensors_files(tmp_path / "saved"), tied=False)
+    by_blocks, hashes = [], set()
+    for free in (6 * n_weights, 2**60):
+        monkeypatch.setattr("cfsp.models.keeping.free_memory", lambda free=free: free)
+        command = ["export", str(tmp_path / "saved"), "-o", str(tmp_path / str(free)), "--gguf", "Q8_0"]
+        capsys.readouterr()
+        assert main([*command, "--dtype", "bfloat16", "--json"]) == 0
+        (found,) = json.loads(capsys.readouterr().out)["exports"]
+        by_blocks.append(bool(found["blocks"]))
+        hashes.add(found["sha256"])
+    assert by_blocks == [True, False]
+    assert len(hashes) == 1
