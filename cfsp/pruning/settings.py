@@ -82,9 +82,8 @@ class PruneSettings(Settings):
     )
     dtype: str = setting(
         "auto",
-        "Of matrix products over the calibration text and, as an option of `prune`, of the weights in memory: auto, "
-        "float32, bfloat16 or float16, which is of weights alone.",
-        choices="cfsp.precision:DTYPES",
+        "Of matrix products over the calibration text: auto, float32 or bfloat16.",
+        choices="cfsp.precision:PRODUCTS",
     )
     vocabulary: Annotated[int, WhereSet] = setting(
         0, "Tokens of the vocabulary to keep; 0 keeps all.", ge=0, le=2**24

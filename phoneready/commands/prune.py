@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +44,42 @@ if TYPE_CHECKING:
     from phoneready.forecasts.stages import Pruning
 
 
+@dataclass(frozen=True)
+class PruneOptions(PruneConfig):
+    """How to prune, and what weights are kept in meanwhile."""
+
+    dtype: str = setting(
+        "auto",
+        "Of matrix products over the calibration text and of the weights in memory: auto, float32, bfloat16 or "
+        "float16, which is of weights alone (products are float32 then).",
+        choices="cfsp.precision:DTYPES",
+    )
+    weights_dtype: str | None = setting(
+        None,
+        "Of the weights alone, and --dtype of products.",
+        choices="cfsp.precision:DTYPES",
+        shown="--dtype",
+    )
+
+    @property
+    def kept(self) -> str:
+        """What weights are kept in."""
+        return self.weights_dtype or self.dtype
+
+    @property
+    def products(self) -> str:
+        """What goes into products, of which none is float16."""
+        return "float32" if self.dtype == "float16" else self.dtype
+
+    def settings(self, align: int) -> PruneSettings:
+        """See `PruneConfig`."""
+        return replace(super().settings(align), dtype=self.products)
+
+
 def prune(
     context: typer.Context,
     model: ModelArgument,
-    settings: PruneConfig,
+    settings: PruneOptions,
     quantizer: QuantizerSettings,
     output: Path | None = setting(None, "Checkpoint folder to create.", option="-o --output"),
     seed: SeedOption = 0,
@@ -82,13 +114,13 @@ def prune(
         where, how = find_device(device), ready.settings if ready else chosen
         if writes:
             shown = _asked(settings, how, ready, only_plan=plan_only is not None)
-            machine = Machine(how.dtype, where, settings.dtype)
+            machine = Machine(how.dtype, where, settings.kept)
             _foretell(model, output, shown, references, machine, progress)
         loaded = load_model(
             model,
             trust_remote_code=trust_remote_code,
             device=where,
-            dtype=settings.dtype,
+            dtype=settings.kept,
             may_stream=True,
             progress=progress,
         )
@@ -265,7 +297,9 @@ def _output(output: Path | None, plan: Path | None, plan_only: Path | None, sett
     return wanted
 
 
-def _with_target(context: typer.Context, settings: PruneConfig, quantizer: QuantizerSettings) -> PruneConfig:
+def _with_target(
+    context: typer.Context, settings: PruneOptions, quantizer: QuantizerSettings
+) -> PruneOptions:
     given = [name for name in AXIS_SETTINGS.values() if was_given(context, name)]
     settings = settings.aimed(given)
     if problem := settings.target_problem:
@@ -277,14 +311,14 @@ def _with_target(context: typer.Context, settings: PruneConfig, quantizer: Quant
 
 
 def _given_plan(
-    context: typer.Context, path: Path | None, settings: PruneConfig
+    context: typer.Context, path: Path | None, settings: PruneOptions
 ) -> tuple[PruningPlan | None, tuple[str, ...]]:
     """A plan that was made before, and its calibration text unless another is given; else the settings' text alone."""
     plan = _read_plan(path, settings.prune_ratio if was_given(context, "prune_ratio") else None)
     if plan is None:
         return None, settings.calibration
     if was_given(context, "dtype"):
-        plan = replace(plan, settings=replace(plan.settings, dtype=settings.dtype))
+        plan = replace(plan, settings=replace(plan.settings, dtype=settings.products))
     return plan, settings.calibration if was_given(context, "calibration") else plan.calibration
 
 

@@ -47,13 +47,11 @@ def _prune(config: ReleaseConfig, figures: ReleaseFigures) -> list[object]:
     # What is said twice is fixed; what the target decides must not be.
     free = {name for axis, name in AXIS_SETTINGS.items() if asked.frees(axis)}
     without = free if asked.target else {"target_axes"}
-    if config.model.dtype != AUTO:
-        settings = dataclasses.replace(settings, dtype=config.model.dtype)
-    elif settings.dtype != "float32":  # products alone, which are so by themselves where that is faster
-        settings = dataclasses.replace(settings, dtype=AUTO)
     words = ["prune", config.model.reference, "-o", "checkpoint", *option_words(settings, without)]
     if asked.reads_files:
         words += option_words(pick(QuantizerSettings, config.export))
+    if config.model.dtype != settings.dtype:
+        words += ["--weights-dtype", config.model.dtype]
     return [*words, "--seed", config.seed, *_opened(config)]
 
 

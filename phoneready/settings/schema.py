@@ -66,7 +66,7 @@ class PruneConfig(TargetSettings, CountedText, CalibrationSettings, PruneSetting
         """For cfsp, with the alignment to use where none is set."""
         return pick(PruneSettings, self, align=self.align or align)
 
-    def aimed(self, given: Collection[str]) -> PruneConfig:
+    def aimed(self, given: Collection[str]) -> Self:
         """With a target: the axes whose own setting is given go by that, and of others nothing is removed but for it.
 
         Args:

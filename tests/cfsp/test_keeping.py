@@ -13,17 +13,22 @@ import torch
 from far_device import brought, far_device, send
 from torch import nn
 
+from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers
-from cfsp.models.checkpoint import INFO_FILE, load_pruned, save_checkpoint
+from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, load_pruned, save_checkpoint
 from cfsp.models.keeping import NARROW, VARIABLE, WHOLE, Keeping, keeping_of, keeping_of_files
 from cfsp.models.paging import held_model, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
-from cfsp.models.weights import cast_weights, safetensors_files, weight_count
+from cfsp.models.weights import cast_weights, safetensors_files, uniform_dtype, weight_count
+from cfsp.precision import rounding_dtype
+from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
+from cfsp.records import read_record
 from cfsp.text.calibration import Calibration
 from phoneready.main import main
+from phoneready.settings.release import parse_config
 
 TinyPath = Callable[..., Path]
 TinyLoaded = Callable[..., LoadedModel]
@@ -176,6 +181,30 @@ def test_recovery_multiplies_in_no_float16(
 ) -> None:
     assert main(["recover", str(tiny_folder()), "-o", str(tmp_path / "out"), "--dtype", "float16"]) == 2
     assert "allowed: auto, float32, bfloat16\n" in capsys.readouterr().err
+
+
+def test_a_release_multiplies_in_no_float16() -> None:
+    with pytest.raises(InputError, match=r"allowed: auto, float32, bfloat16$"):
+        parse_config('[model]\nreference = "m"\n[prune]\ndtype = "float16"\n', where="release.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "products", "stored"),
+    [
+        (("--dtype", "float16"), "float32", F16),
+        (("--weights-dtype", "float16"), "auto", F16),
+        (("--dtype", "float32", "--weights-dtype", "bfloat16"), "float32", BF16),
+        (("--dtype", "bfloat16", "--weights-dtype", "auto"), "bfloat16", F32),
+    ],
+)
+def test_prune_is_told_products_and_weights_together_or_apart(
+    options: tuple[str, ...], products: str, stored: torch.dtype, tiny_folder: TinyPath, tmp_path: Path
+) -> None:
+    text = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "24"]
+    assert main(["prune", str(tiny_folder()), "-o", str(tmp_path / "out"), *text, *options]) == 0
+    found = read_record(PruningPlan, tmp_path / "out" / PLAN_FILE).settings.dtype
+    assert found == str(rounding_dtype(products)).removeprefix("torch.")
+    assert uniform_dtype(safetensors_files(tmp_path / "out")) == stored
 
 
 def test_a_judged_model_says_what_it_was_rounded_to(

@@ -304,7 +304,15 @@ def test_every_single_command_is_one_that_the_command_line_takes(make_report_inp
     assert shlex.split(found[2])[2] == "recovered"
     narrow = settings | {"model": settings["model"] | {"dtype": "float16"}}
     kept = single_commands(ReleaseConfig.model_validate(narrow), figures, threads)
-    assert [line.count("--dtype float16") for line in kept] == [1, 0, 1, 1]
+    assert [line.count("-dtype float16") for line in kept] == [1, 0, 1, 1]
+    assert "--dtype auto --" in kept[0]  # products, as in the release
+    assert "--weights-dtype float16" in kept[0]
+    assert "--weights-dtype" not in found[0]
+    rounded = single_commands(
+        ReleaseConfig.model_validate(settings | {"prune": {"dtype": "bfloat16"}}), figures, threads
+    )
+    assert "--dtype bfloat16 --" in rounded[0]
+    assert "--weights-dtype auto" in rounded[0]
     assert [line.count("--dtype auto") for line in found] == [1, 1, 0, 0]
     assert "recover" not in " ".join(
         single_commands(ReleaseConfig.model_validate(settings | {"recover": None}), figures, {})
