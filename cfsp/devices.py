@@ -20,6 +20,8 @@ from cfsp.settings import DEVICE
 from cfsp.units import format_bytes
 
 CPU = torch.device("cpu")
+OR_NARROW = "cpu, or 16 bits (--dtype)"
+"""Instead of a GPU that does not hold a model as float32, where a command may keep its weights in fewer bytes."""
 WITHOUT_FLOAT64 = frozenset({"mps"})
 """Kinds of devices that have none: float64 sums of what is there, and what is solved from them, are the CPU's."""
 
@@ -53,8 +55,13 @@ def has_mps() -> bool:
     return bool(torch.backends.mps.is_available())
 
 
-def placed(model: Any, device: torch.device | str) -> Any:
+def placed(model: Any, device: torch.device | str, *, instead: str = CPU.type) -> Any:
     """A model of the CPU on a device.
+
+    Args:
+        model: It.
+        device: Where to.
+        instead: What the user can ask for where there is no room.
 
     Raises:
         InputError: The device's memory does not hold it.
@@ -69,7 +76,7 @@ def placed(model: Any, device: torch.device | str) -> Any:
                 f"the model takes {sizes}",
                 field="device",
                 value=str(device),
-                allowed="cpu, or 16 bits (--dtype)",
+                allowed=instead,
             )
     return model.to(device)
 

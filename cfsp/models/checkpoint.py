@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from cfsp.devices import CPU, placed
+from cfsp.devices import CPU, OR_NARROW, placed
 from cfsp.errors import InputError
 from cfsp.files import atomic_directory, sha256_file, write_json
 from cfsp.models.architectures import keyless_blocks, model_shape, stated_widths, width_settings
@@ -30,7 +30,7 @@ from cfsp.models.config_file import (
     shape_from_config,
 )
 from cfsp.models.folder_format import copy_notices, portable_config, save_tokenizer
-from cfsp.models.keeping import WHOLE, Keeping
+from cfsp.models.keeping import NARROW, WHOLE, Keeping
 from cfsp.models.paging import held_model, let_go, paged_model
 from cfsp.models.rounded_numbers import RoundedNumbers
 from cfsp.models.shape import ModelShape, require_supported
@@ -46,6 +46,7 @@ from cfsp.models.weights import (
     save_weights,
     sha256_files,
     storable_dtype,
+    uniform_dtype,
 )
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import as_input_error, read_json
@@ -176,7 +177,10 @@ def open_pruned(directory: Path, device: torch.device | str = CPU, keeping: Keep
     Raises:
         InputError: As `load_pruned`; or the device's memory does not hold it.
     """
-    model = placed(load_pruned(directory, keeping.dtype, by_blocks=keeping.in_files), device)
+    has_narrow = uniform_dtype(safetensors_files(directory)) in NARROW.values()
+    instead = OR_NARROW if keeping.is_whole and has_narrow else CPU.type
+    model = load_pruned(directory, keeping.dtype, by_blocks=keeping.in_files)
+    model = placed(model, device, instead=instead)
     return model if keeping.is_whole or keeping.in_files else held_model(model)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from cfsp.devices import CPU, placed
+from cfsp.devices import CPU, OR_NARROW, placed
 from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
@@ -90,7 +90,7 @@ def load_model(
         raise InputError(
             f"{path}: the tokenizer has {len(tokenizer)} tokens but the model embeds only {rows}"
         )
-    model = placed(model, device)
+    model = placed(model, device, instead=OR_NARROW if dtype == AUTO else CPU.type)
     model = model if keeping.is_whole or keeping.in_files else held_model(model)
     if dtype in NARROW and stored != NARROW[dtype]:
         source, stored = replace(source, rounded=dtype), NARROW[dtype]

@@ -13,7 +13,7 @@ from cfsp.errors import InputError
 from cfsp.forecast import Extent, read_extent
 from cfsp.models.architectures import decoder_layers
 from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, is_pruned_checkpoint, read_checkpoint_info
-from cfsp.models.keeping import stay_in_files
+from cfsp.models.keeping import AUTO, stay_in_files
 from cfsp.models.reference import find_model, load_model
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
@@ -103,7 +103,8 @@ def load_inputs(
 
 def _read(reference: str, *, in_files: bool, **settings: Any) -> LoadedModel:
     with stay_in_files() if in_files else nullcontext():
-        return load_model(reference, may_stream=in_files, **settings)
+        # Training has float32.
+        return load_model(reference, dtype=AUTO if in_files else "float32", may_stream=in_files, **settings)
 
 
 def read_extents(

@@ -14,12 +14,15 @@ import pytest
 import torch
 from far_device import FarTensor, brought, far_device, send
 
-from cfsp.devices import exact_device, find_device, moved
+from cfsp.devices import OR_NARROW, exact_device, find_device, moved
 from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import Branches
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.checkpoint import open_pruned, save_checkpoint
+from cfsp.models.keeping import Keeping
+from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.pruning.budget import Budget
 from cfsp.pruning.parameters import count_parameters
@@ -267,3 +270,25 @@ def test_a_gpu_that_is_not_there_is_said_in_one_line(
     assert "cpu" in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_gpu_is_told_of_16_bits_only_where_they_help(
+    tiny_loaded: TinyLoaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, gpu = tiny_loaded(), torch.device("meta")
+    for name, dtype in (("wide", torch.float32), ("narrow", torch.bfloat16)):
+        save_checkpoint(replace(loaded, stored_dtype=dtype), tmp_path / name)
+    wide, narrow = tmp_path / "wide", tmp_path / "narrow"
+    monkeypatch.setattr("cfsp.devices._FREE_BYTES", {"meta": lambda _: 0})
+    asked: list[tuple[Callable[[], Any], str]] = [
+        (lambda: load_model(wide, device=gpu), OR_NARROW),
+        (lambda: load_model(wide, device=gpu, dtype="bfloat16"), "cpu"),
+        (lambda: open_pruned(narrow, gpu), OR_NARROW),
+        (lambda: open_pruned(narrow, gpu, Keeping(torch.bfloat16)), "cpu"),
+        (lambda: open_pruned(wide, gpu), "cpu"),  # an export takes what the files have
+        (lambda: moved(loaded.model, gpu).__enter__(), "cpu"),
+    ]
+    for ask, instead in asked:
+        with pytest.raises(InputError) as raised:
+            ask()
+        assert str(raised.value).endswith(f"allowed: {instead}")
