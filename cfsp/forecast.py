@@ -176,7 +176,9 @@ def read_extent(path: Path, dtype: str = AUTO) -> Extent:
         extent = _extent(((tensor.name, tensor.shape) for tensor in file.tensors), str(path))
         extent, stored = replace(extent, keeping=keeping_of_gguf(file, dtype)), torch.float32
     else:
-        extent = replace(_extent(_folder_shapes(path), str(path)), keeping=keeping_of_folder(path, dtype))
+        # What is loaded as another type is float32 before it is anything else.
+        keeping = WHOLE if is_folded(path) else keeping_of_folder(path, dtype)
+        extent = replace(_extent(_folder_shapes(path), str(path)), keeping=keeping)
         stored = torch.float32 if is_folded(path) else uniform_dtype(safetensors_files(path)) or torch.float32
     return replace(extent, stored_bytes=NARROW.get(dtype, stored).itemsize)
 

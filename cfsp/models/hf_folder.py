@@ -98,7 +98,7 @@ def keeping_of_folder(folder: Path, asked: str = AUTO) -> Keeping:
     """
     settings = read_model_config(folder)
     keeping = keeping_of_files(folder, asked)
-    if _has_own_shape(folder, settings) or not (is_folded(folder) or is_text_part(folder)):
+    if _has_own_shape(folder, settings) or not is_folded(folder):
         return keeping
     return Keeping(NARROW[asked]) if asked in NARROW and not keeping.is_whole else WHOLE
 

@@ -23,7 +23,7 @@ from cfsp.errors import InputError
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS, fetch_builtin
 from cfsp.models.config_file import read_model_config
-from cfsp.models.folds import is_folded
+from cfsp.models.folds import fold_of, is_folded
 from cfsp.models.gguf_file import GGUFFile, read_gguf
 from cfsp.models.gguf_model import keeping_of_gguf, model_from_gguf, tying_note
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
@@ -63,7 +63,7 @@ def load_model(
         InputError: The reference leads nowhere, or what it leads to cannot be used.
     """
     source = _locate(reference, progress=progress, code=trust_remote_code)
-    path, stored = Path(source.path or ""), None
+    path, stored, own = Path(source.path or ""), None, None
     # A GPU reads no files.
     chosen = partial(_chosen, asked=dtype, may_stream=may_stream and device == CPU)
     if path.is_file():
@@ -75,11 +75,12 @@ def load_model(
             _log.warning("%s: %s", path, source.tied)
     else:
         progress(f"loading {source.name}", 0, 1)
-        read_model_config(path)
+        settings = read_model_config(path)
         tokenizer = load_folder_tokenizer(path, trust_remote_code=trust_remote_code)
         keeping, code = chosen(partial(keeping_of_folder, path)), trust_remote_code
         # What is folded into the weights of another type would be rounded.
-        stored = None if is_folded(path) else uniform_dtype(safetensors_files(path))
+        own = None if fold_of(settings) else uniform_dtype(safetensors_files(path))
+        stored = None if is_folded(path) else own
         read = torch.float32 if is_folded(path) else keeping.dtype
         model = load_folder(path, dtype=read, trust_remote_code=code, by_blocks=keeping.in_files)
         source = folder_source(path, source)
@@ -92,8 +93,9 @@ def load_model(
         )
     model = placed(model, device, instead=OR_NARROW if dtype == AUTO else CPU.type)
     model = model if keeping.is_whole or keeping.in_files else held_model(model)
-    if dtype in NARROW and stored != NARROW[dtype]:
-        source, stored = replace(source, rounded=dtype), NARROW[dtype]
+    if dtype in NARROW:
+        source = source if own == NARROW[dtype] else replace(source, rounded=dtype)
+        stored = NARROW[dtype]
     return LoadedModel(model, tokenizer, source, stored)
 
 

@@ -14,7 +14,7 @@ import torch
 from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work, foresee, product_speed, read_extent, require_room
 from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.keeping import VARIABLE
+from cfsp.models.keeping import VARIABLE, WHOLE
 from cfsp.models.paging import is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
@@ -100,6 +100,8 @@ def test_a_text_part_counts_as_in_memory(tiny_folder: TinyPath, monkeypatch: pyt
     safetensors.torch.save_file(named, folder / "model.safetensors")
     assert not is_paged(load_model(folder, may_stream=True).model)
     assert not read_extent(folder).by_blocks
+    assert read_extent(folder, "bfloat16").keeping == WHOLE  # as which it is read
+    assert read_extent(tiny_folder(), "bfloat16").keeping.dtype == torch.bfloat16
 
 
 def test_a_narrowed_model_has_less_in_its_ffn_alone(tiny_folder: TinyPath) -> None:

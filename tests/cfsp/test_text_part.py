@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -88,6 +89,19 @@ def test_it_stays_in_no_files_and_computes_with_float32(
     monkeypatch.setenv(VARIABLE, "always")
     whole = load_model(folder, may_stream=True).model
     assert {weight.dtype for weight in whole.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("has", [torch.bfloat16, torch.float32])
+def test_16_bits_that_it_has_are_not_said_to_be_rounded(
+    tiny_model: TinyModel, tmp_path: Path, has: torch.dtype
+) -> None:
+    folder, _ = saved(tiny_model, tmp_path / "whole", "gemma3")
+    file = folder / "model.safetensors"
+    weights = {name: weight.to(has) for name, weight in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(weights, file)
+    loaded = load_model(folder, dtype="bfloat16")
+    assert loaded.source.rounded == (None if has == torch.bfloat16 else "bfloat16")
+    assert loaded.stored_dtype == torch.bfloat16
 
 
 @torch.inference_mode()
