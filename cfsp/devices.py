@@ -27,15 +27,15 @@ WITHOUT_FLOAT64 = frozenset({"mps"})
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name.
+    """The device of a name; "auto" is CUDA where that is there, else the CPU.
 
     Raises:
         InputError: An unknown name, or a GPU that is not there.
     """
     DEVICE.checked(name)
     there = {"cuda": gpu_count(), "mps": int(has_mps()), "cpu": 1}
-    if name == "auto":
-        return torch.device(next(kind for kind, count in there.items() if count))
+    if name == "auto":  # Apple's GPUs want to be named: that torch has every operator there was not seen
+        return torch.device("cuda" if there["cuda"] else "cpu")
     kind, _, number = name.partition(":")
     if int(number or 0) >= there[kind]:  # before torch sees it: it takes 256 for 0
         known = ["cpu", *(f"cuda:{n}" for n in range(there["cuda"])), *(["mps"] if there["mps"] else [])]

@@ -159,7 +159,7 @@ def _device_name(name: str) -> str:
 
 
 DEVICE = Setting(
-    "Where torch computes: auto (a GPU where there is one), cpu, cuda, cuda:N or mps (Apple's).",
+    "Where torch computes: auto (cuda where there is one), cpu, cuda, cuda:N or mps (Apple's).",
     look_up=_device_name,
     metavar="DEVICE",
 )

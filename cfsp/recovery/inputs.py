@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,10 +85,8 @@ def load_inputs(
     ranks = _ranks(settings, plan, loaded.model)
     if not loss_weights(settings)[1] and SELF not in data:
         return RecoveryInputs(loaded, sha256, plan, None, None, ranks)
-    try:
+    with _of_teacher():
         dense = read(teacher or loaded.source.reference)
-    except InputError as error:
-        raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
     spelled = _respelling(loaded, dense)
     then, now = loaded.source.sha256, dense.source.sha256
     if teacher is None and then and now and then != now:
@@ -119,7 +117,18 @@ def read_extents(
     if not loss_weights(settings)[1]:
         return read_extent(path), None
     dense = read_checkpoint_info(path).source.reference if is_pruned_checkpoint(path) else checkpoint
-    return read_extent(path), read_extent(Path(find_model(teacher or dense).path or ""))
+    student = read_extent(path)
+    with _of_teacher():
+        return student, read_extent(Path(find_model(teacher or dense).path or ""))
+
+
+@contextmanager
+def _of_teacher() -> Iterator[None]:
+    """Say of what cannot be read that it is the teacher."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"the teacher cannot be loaded: {error}", field="teacher") from error
 
 
 def _respelling(loaded: LoadedModel, dense: LoadedModel) -> Respelling | None:

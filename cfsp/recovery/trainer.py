@@ -247,7 +247,8 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
             item = rows[number % len(rows)]
             found = student.sums({name: ids[None].to(self.args.device) for name, ids in item.items()})
             # All processes make as many passes, as they have sharded weights together; none counts twice.
-            sums += found * (number < len(rows))
+            if number < len(rows):
+                sums += found
             run.progress("validating", done + 1, passes)
         put_back(student)
         total = self.accelerator.reduce(sums.to(exact_device(self.args.device)), reduction="sum").tolist()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +34,44 @@ def one_voice() -> Iterator[None]:
     try:
         yield
     except PhonereadyError as error:
-        key, store = f"error-{os.environ.get('GROUP_RANK', '0')}", _launchers_store()
+        key = f"error-{os.environ.get('GROUP_RANK', '0')}"
         if _is_first():
-            if store is not None:
-                store.set(key, str(error))
+            _leave(key, str(error))
             raise
-        if _left(store, key) != str(error):
+        if _left(key) != str(error):
             note(f"error: {error}")
         raise typer.Exit(error.exit_code) from None
 
 
 def _launchers_store() -> Any:
-    """torch's Store that all processes can write to and read; None where the launcher has none."""
+    """torch's Store that all processes can write to and read; None where the launcher has none.
+
+    Raises:
+        RuntimeError: It has ended.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return None
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://"))[0]
+    return next(rendezvous("env://", timeout=timedelta(seconds=_PATIENCE_S)))[0]
 
 
-def _left(store: Any, key: str) -> str | None:
-    """What another process has left there by the end of `_PATIENCE_S`."""
+def _leave(key: str, text: str) -> None:
+    """Let other processes know."""
+    with suppress(RuntimeError):
+        if (store := _launchers_store()) is not None:
+            store.set(key, text)
+
+
+def _left(key: str) -> str | None:
+    """What another process has left by the end of `_PATIENCE_S`."""
     end = time.monotonic() + _PATIENCE_S
-    while time.monotonic() < end:
-        if store is not None and store.check([key]):
-            return str(store.get(key), "utf-8")
-        time.sleep(0.1)
+    with suppress(RuntimeError):
+        store = _launchers_store()
+        while time.monotonic() < end:
+            if store is not None and store.check([key]):
+                return str(store.get(key), "utf-8")
+            time.sleep(0.1)
     return None
 
 
