@@ -126,10 +126,9 @@ def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
     what files are held against is float32.
     """
     has = settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype)
-    asked = settings.dtype if has else "float32"
-    dtype = "float32" if keeping_of_files(checkpoint, asked).is_whole else asked
+    is_narrow = has and not keeping_of_files(checkpoint, settings.dtype).is_whole
     by_blocks = settings.device == "cpu" and keeping_of_files(checkpoint, "float32").in_files
-    return replace(settings, dtype=dtype, by_blocks=by_blocks)
+    return replace(settings, dtype=settings.dtype if is_narrow else "float32", by_blocks=by_blocks)
 
 
 def has_dtype(checkpoint: Path, dtype: str) -> bool:
