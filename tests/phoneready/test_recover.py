@@ -338,9 +338,10 @@ def test_a_killed_sharded_run_goes_on_with_as_many_processes(
     while not list(work.glob("checkpoint-*/COMPLETE")):
         assert process.poll() is None, "ended before its first checkpoint"
         time.sleep(0.02)
-    for each in (process, *process.children(recursive=True)):
+    family = (process, *process.children(recursive=True))
+    for each in family:
         each.kill()
-    process.wait()
+    psutil.wait_procs(family)  # a lock is held until its holder has ended
     capsys.readouterr()
     assert main(killed) == 2
     assert "different: processes, sharded" in capsys.readouterr().err
