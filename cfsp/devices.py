@@ -72,12 +72,7 @@ def placed(model: Any, device: torch.device | str, *, instead: str = CPU.type) -
         free = _FREE_BYTES[device.type](device)
         if needed > free:
             sizes = f"{format_bytes(needed)} of the GPU's memory at least, and {format_bytes(free)} are free"
-            raise InputError(
-                f"the model takes {sizes}",
-                field="device",
-                value=str(device),
-                allowed=instead,
-            )
+            raise InputError(f"the model takes {sizes}", field="device", value=str(device), allowed=instead)
     return model.to(device)
 
 

@@ -40,10 +40,10 @@ def joined(device: str = "auto") -> Iterator[bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield True
         return
+    if device == "mps":
+        raise InputError("several processes cannot share it", field="device", value=device, allowed="cpu")
     if device != "cpu" and torch.cuda.is_available():
         _take_gpu(device)
-    elif device != "cpu" and torch.backends.mps.is_available():
-        raise InputError("several processes cannot share it", field="device", value="mps", allowed="cpu")
     distributed.init_process_group(timeout=_PATIENCE)
     before = _JOINED.set(True)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cfsp.errors import InputError
 from cfsp.models.checkpoint import load_pruned
 from cfsp.processes import count, joined, mine, number, number_summed, require_alike, summed
 from cfsp.pruning.plan import PruningPlan
@@ -99,6 +100,12 @@ def test_one_process_shares_with_nobody() -> None:
         assert summed(windows) is windows
         assert number_summed(2.5) == 2.5
         require_alike("ab" * 32, "text")
+
+
+def test_several_processes_cannot_share_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match=r"cannot share it.*allowed: cpu"), joined("mps"):
+        pass
 
 
 ALONE = """
