@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 
+from cfsp.evaluation.language_model import Branches
+from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import decoder_layers, feed_forward
 from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.axes.attention import remove_attention
 from cfsp.pruning.moments import collect_input_moments
 from cfsp.pruning.surgery import cut_channels, cut_groups, set_config_shape
 from exporters.export_record import ParityLimits
+from exporters.gguf.language_model import GGUFLanguageModel
 from exporters.options import ExportOptions
 
 MakeCheckpoint = Callable[..., Path]
+JudgedAlike = Callable[..., None]
 
 
 def _narrow(model: Any, widths: tuple[int, ...]) -> None:
@@ -104,3 +109,26 @@ def browser_export(
         ExportOptions(limits=loose, n_threads=1),
     )
     return output
+
+
+@pytest.fixture(scope="session")
+def judged_alike() -> JudgedAlike:
+    """Holds what (checkpoint, folder of its float32 file) say of a text, and write, against each other."""
+
+    def check(
+        files: tuple[Path, Path], tolerance: float, *, n_ids: int, context: int, last: int, n_tokens: int
+    ) -> None:
+        (path,) = files[1].glob("*f32.gguf")
+        ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
+        ids = torch.randint(3, 320, (n_ids,), generator=torch.Generator().manual_seed(0)).tolist()
+        several, one = ((5,), (5, 6, 7), (8, 9)), ((4, 3),)
+        items = [Branches(tuple(ids[:context]), several), Branches(tuple(ids[9:20]), one)]
+        scores = [
+            [each.log_likelihood for row in model.score(items) for each in row] for model in (ours, theirs)
+        ]
+        assert scores[0] == pytest.approx(scores[1], abs=tolerance)
+        prompts = [ids[:5], ids[5:18], ids[18:last]]
+        assert ours.generate(prompts, n_tokens) == theirs.generate(prompts, n_tokens)
+        theirs.close()
+
+    return check

@@ -15,8 +15,6 @@ import transformers
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches
-from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, model_shape, token_tables
 from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
 from cfsp.models.checkpoint import load_pruned
@@ -30,7 +28,6 @@ from exporters.checkpoint_reader import read_config
 from exporters.gguf import runtime
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
-from exporters.gguf.language_model import GGUFLanguageModel
 from exporters.gguf.writer import write_gguf
 from exporters.onnx import export_onnx
 from exporters.parity import compare, reference_of
@@ -168,17 +165,11 @@ def test_a_lookups_gradient_is_that_of_the_rows(tiny_model: Callable[..., Any]) 
         torch.testing.assert_close(moments[name].rows, rows, rtol=1e-3, atol=1e-9)
 
 
-def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None:
+def test_a_file_is_judged_as_its_checkpoint_is(
+    files: tuple[Path, Path], judged_alike: Callable[..., None]
+) -> None:
     """Logits are capped in both, and windows end where they do."""
-    (path,) = files[1].glob("*f32.gguf")
-    ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
-    ids = torch.randint(3, 320, (60,), generator=torch.Generator().manual_seed(0)).tolist()
-    items = [Branches(tuple(ids[:40]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
-    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
-    assert scores[0] == pytest.approx(scores[1], abs=2e-2)
-    prompts = [ids[:5], ids[5:18], ids[18:50]]
-    assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
-    theirs.close()
+    judged_alike(files, 2e-2, n_ids=60, context=40, last=50, n_tokens=32)
 
 
 def test_what_is_read_for_a_token_leaves_the_further_table_out(files: tuple[Path, Path]) -> None:

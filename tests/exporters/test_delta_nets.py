@@ -16,8 +16,6 @@ import torch
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from cfsp.evaluation.language_model import Branches
-from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.gguf_file import CONVOLUTIONS, read_gguf
 from cfsp.models.reference import load_model
 from exporters.checkpoint_reader import open_tensors
@@ -26,7 +24,6 @@ from exporters.gguf.architecture import read_layout
 from exporters.gguf.export import export_gguf
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.imatrix import read_imatrix
-from exporters.gguf.language_model import GGUFLanguageModel
 from exporters.gguf.quants import QUANTS
 from exporters.gguf.tensors import tensor_specs
 from exporters.onnx import export_onnx
@@ -83,16 +80,10 @@ def test_a_file_says_which_blocks_attend_where_no_step_does(files: tuple[Path, P
     assert gguf_facts(path).key_value_width == kinds.count("full_attention") * 2 * 2 * 16
 
 
-def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None:
-    (path,) = files[1].glob("*f32.gguf")
-    ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
-    ids = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    items = [Branches(tuple(ids[:9]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
-    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
-    prompts = [ids[:5], ids[5:18], ids[18:21]]
-    assert ours.generate(prompts, 32) == theirs.generate(prompts, 32)
-    theirs.close()
+def test_a_file_is_judged_as_its_checkpoint_is(
+    files: tuple[Path, Path], judged_alike: Callable[..., None]
+) -> None:
+    judged_alike(files, 1e-3, n_ids=40, context=9, last=21, n_tokens=32)
 
 
 def test_value_heads_are_ordered_as_ggml_repeats_key_heads(files: tuple[Path, Path]) -> None:

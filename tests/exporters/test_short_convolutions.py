@@ -22,7 +22,6 @@ from cfsp.pruning.axes.blocks import candidate_blocks
 from exporters.export_record import ParityLimits
 from exporters.gguf.architecture import read_layout
 from exporters.gguf.files import draft_gguf
-from exporters.gguf.language_model import GGUFLanguageModel
 from exporters.onnx import export_onnx
 from exporters.onnx.folder import find_graph
 from exporters.onnx.language_model import OnnxLanguageModel
@@ -57,17 +56,11 @@ def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -
         assert {tensor.kind.name for tensor in kernels} == {"F32"}
 
 
-def test_a_file_is_judged_as_its_checkpoint_is(files: tuple[Path, Path]) -> None:
+def test_a_file_is_judged_as_its_checkpoint_is(
+    files: tuple[Path, Path], judged_alike: Callable[..., None]
+) -> None:
     """Every continuation and every prompt by itself: tokens of a row see what stands before them."""
-    (path,) = files[1].glob("*f32.gguf")
-    ours, theirs = TorchLanguageModel(load_model(files[0])), GGUFLanguageModel(path, n_ctx=256)
-    ids = torch.randint(3, 320, (40,), generator=torch.Generator().manual_seed(0)).tolist()
-    items = [Branches(tuple(ids[:9]), ((5,), (5, 6, 7), (8, 9))), Branches(tuple(ids[9:20]), ((4, 3),))]
-    scores = [[one.log_likelihood for row in model.score(items) for one in row] for model in (ours, theirs)]
-    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
-    prompts = [ids[:5], ids[5:18], ids[18:21]]
-    assert ours.generate(prompts, 12) == theirs.generate(prompts, 12)
-    theirs.close()
+    judged_alike(files, 1e-3, n_ids=40, context=9, last=21, n_tokens=12)
 
 
 def test_a_gguf_file_is_a_source(files: tuple[Path, Path]) -> None:
