@@ -28,6 +28,7 @@ from phoneready.commands.options import (
     TrustOption,
 )
 from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.evaluation.places import PlaceSettings, check_place, open_elsewhere
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
 
@@ -112,6 +113,7 @@ def evaluate(
     gate: GateOptions,
     tolerances: Tolerances,
     sweep: SweepOptions,
+    place: PlaceSettings,
     calibration: Annotated[CalibrationSettings, Renamed("Sweep: ", {"seqlen": "--calibration-seqlen"})],
     against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
     runtime: str | None = setting(
@@ -137,7 +139,8 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type}
+    elsewhere = None if place.is_here else place.on
+    subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type, "--on": elsewhere}
     _check(settings, questions, gate, tolerances, sweep, subject)
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
@@ -146,13 +149,14 @@ def evaluate(
     from cfsp.devices import find_device
     from phoneready.evaluation.models import OpenSettings
 
-    settings = _settings(settings, questions)
+    settings = _settings(settings, replace(questions, no_text=True) if elsewhere else questions)
+    check_place(place, settings)
     longest = settings.seqlen if settings.text or settings.chats else 1
     opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type, dtype)
     if sweep.ratios:
         _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
-        _evaluate(model, against, runtime, settings, opening, gate, tolerances.limits, as_json=json)
+        _evaluate(model, against, runtime, settings, opening, place, gate, tolerances.limits, as_json=json)
 
 
 def _check(
@@ -210,6 +214,7 @@ def _evaluate(
     runtime: str | None,
     settings: EvaluationSettings,
     opening: OpenSettings,
+    place: PlaceSettings,
     gate: GateOptions,
     limits: Mapping[str, float],
     *,
@@ -217,6 +222,7 @@ def _evaluate(
 ) -> None:
 
     from phoneready.evaluation.evaluation_record import Evaluation
+    from phoneready.evaluation.far_model import HeldModel
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
     from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
@@ -229,7 +235,7 @@ def _evaluate(
     chosen = runtime_for(model, runtime)
     own = own_cache(chosen)
     of_reference = replace(opening, cache_type=None)
-    if against is None and opening.cache_type not in (None, own):
+    if against is None and place.is_here and opening.cache_type not in (None, own):
         against, of_reference = model, replace(opening, cache_type=own)
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
@@ -240,12 +246,18 @@ def _evaluate(
         asked = Judging(judged_windows(settings), *answers, few_bits)
         models = tuple(filter(None, (model, against)))
         machine = Machine(device=opening.device, kept=opening.dtype)
-        foretell("eval", models, asked, machine=machine, progress=progress)
-        judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))
+        if place.is_here:
+            foretell("eval", models, asked, machine=machine, progress=progress)
+            opened = open_language_model(model, chosen, opening, progress=progress)
+        else:
+            opened = open_elsewhere(model, chosen, place, opening, progress=progress)
+        judged = stack.enter_context(opened)
         dense = None
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
+        if isinstance(judged, HeldModel):
+            result = replace(result, place=judged.place())
     if gate.save:
         write_record(gate.save, result)
     rows: tuple[GateRow, ...] = ()
@@ -268,7 +280,13 @@ def _cache_note(result: Evaluation) -> str | None:
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
     from phoneready.evaluation.gate import gate_table
-    from phoneready.evaluation.tables import figure_tables, format_answers, text_table, vocabulary_note
+    from phoneready.evaluation.tables import (
+        figure_tables,
+        format_answers,
+        place_notes,
+        text_table,
+        vocabulary_note,
+    )
 
     parts = []
     if result.texts:
@@ -277,6 +295,7 @@ def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRo
         notes = vocabulary_note(result), _cache_note(result)
         parts += [f"{note}\n" for note in notes if note]
     parts += [table.markdown() for table in figure_tables(result)]
+    parts += [f"{line}\n" for line in place_notes(result)]
     parts += [format_answers(result)]
     parts += [gate_table(rows).markdown()]
     return "\n".join(part for part in parts if part)

@@ -209,6 +209,15 @@ def test_a_damaged_program_is_not_served(
     assert not build._is_whole(folder)
 
 
+def test_all_of_its_sources_are_in_a_builds_name() -> None:
+    from runtime_bench.native import build
+
+    folder = Path(build.__file__).parent
+    assert set(build._SOURCES) == {
+        file.name for file in folder.iterdir() if file.suffix in (".cpp", ".hpp", ".txt")
+    }
+
+
 def test_the_command_needs_an_ndk_for_android(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "phoneready", "devices", "build-runner", "--target", "android-arm64"]
     for more, reason in (([], "want the Android NDK"), (["--ndk", str(tmp_path)], "not an Android NDK")):
