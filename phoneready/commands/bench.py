@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -88,6 +88,7 @@ def bench(
     _check_places(on, [*files, *([anchor_file] if anchor_file else [])])
     with show_progress() as progress:
         targets = open_targets(on, options, progress)
+    names = short_names(map(str, filter(None, [*files, anchor_file])))
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(
             files,
@@ -96,7 +97,7 @@ def bench(
             progress,
             engine=engine,
             anchor=anchor_file,
-            on_record=lambda row: _keep(row, record, output, several=len(targets) > 1),
+            on_record=lambda row: _keep(row, record, output, names if len(targets) > 1 else {}),
             at_once=at_once,
         )
     if output != _AS_THEY_COME:
@@ -104,15 +105,15 @@ def bench(
     _check_measured(records, several=len(targets) > 1)
 
 
-def _keep(row: BenchRecord, record: Path | None, output: str, *, several: bool) -> None:
-    """A row as soon as it is complete: on the disk, and on stdout, or of several targets a line on stderr."""
+def _keep(row: BenchRecord, record: Path | None, output: str, names: Mapping[str, str]) -> None:
+    """A row as soon as it is complete: on the disk, and on stdout, or, where files have names for it, on stderr."""
     if record is not None:
         append_jsonl(record, [row])
     if output == _AS_THEY_COME:
         sys.stdout.write(printable(record_to_line(row).rstrip("\n")) + "\n")
         sys.stdout.flush()
-    elif several:
-        note(f"{row.target} {Path(row.model_filename).name} {row.test}: {row.failure or speed_text(row)}")
+    elif names:
+        note(f"{row.target} {names[row.model_filename]} {row.test}: {row.failure or speed_text(row)}")
 
 
 def _graphs(paths: Sequence[Path]) -> list[Path]:

@@ -183,7 +183,8 @@ def _measure_once(session: Session, row: Row, samples: int, number: int) -> None
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
-        logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
+        what = row.file.path.name, row.request.workload.test
+        logger.warning("%s: %s %s failed: %s", session.target.name, *what, result.error)
 
 
 def _not_ready(session: Session, row: Row) -> str | None:

@@ -151,6 +151,11 @@ def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path)
         ({"workload": {"kind": "sing"}}, "no workload sing"),
         ({"session": {"n_ctx": 8}}, "unreadable request"),
         ({"session": asdict(replace(SETTINGS, cache_type="q2_K"))}, "no type of a cache q2_K"),
+        ({"session": asdict(replace(SETTINGS, backend="gpu"))}, "without the backend gpu; it has cpu"),
+        (
+            {"session": asdict(replace(SETTINGS, backend="vulkan0"))},
+            "without the backend vulkan0; it has cpu",
+        ),
         ({"session": asdict(replace(SETTINGS, cache_type="q8_0"))}, "does not divide n_embd_head_k=16"),
         (
             {"session": asdict(replace(SETTINGS, n_ctx=8)), "workload": {"kind": "pp", "n_prompt": 300}},
