@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,11 +29,12 @@ from runtime_bench.questions import (
     answer_all,
     write_questions,
 )
-from runtime_bench.targets.native import Native
+from runtime_bench.targets.native import EMULATED_RUNNER, EMULATORS, Native, qemu_aarch64
 
 pytest.importorskip("llama_cpp")
 
 CONTEXT = 96
+_NATIVE = (("native", "llama"), ("native", "lfm2"), ("qemu", "llama"))
 Asked = Callable[[list[Question]], AnswerResult]
 
 
@@ -67,28 +69,35 @@ def graph(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return output / "fp32"
 
 
+def native(request: pytest.FixtureRequest, kind: str) -> Native | None:
+    """The runner, here or under an emulator, where a kind of these tests is of one."""
+    runner_for = request.getfixturevalue("runner_for") if kind in ("native", "qemu") else None
+    if runner_for is None:
+        return None
+    if kind == "native":
+        return Native(runner_for("native"))
+    if not any(map(shutil.which, EMULATORS)):
+        pytest.skip("qemu-user is not installed (make debian)")
+    runner_for(EMULATED_RUNNER)
+    return qemu_aarch64()
+
+
 @pytest.fixture(
     params=[
-        "llama",
-        "lfm2",
-        "onnx",
-        pytest.param("native", marks=pytest.mark.slow),
-        pytest.param("native lfm2", marks=pytest.mark.slow),
+        *("worker llama", "worker lfm2", "worker onnx"),
+        *(pytest.param(f"{kind} {of}", marks=pytest.mark.slow) for kind, of in _NATIVE),
     ]
 )
 def asked(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, Asked]:
     """A file, its engine, and what answers questions about it."""
-    kind = request.param
-    engine = "onnxruntime" if kind == "onnx" else "llama.cpp"
-    if kind == "onnx":
-        path = request.getfixturevalue("graph")
-    else:
-        path = request.getfixturevalue("tiny_gguf")("lfm2" if "lfm2" in kind else "llama")
-    native = Native(request.getfixturevalue("runner_for")("native")) if "native" in kind else None
+    kind, _, of = request.param.partition(" ")
+    engine = "onnxruntime" if of == "onnx" else "llama.cpp"
+    path = request.getfixturevalue("graph") if of == "onnx" else request.getfixturevalue("tiny_gguf")(of)
+    target = native(request, kind)
 
     def ask(questions: list[Question]) -> AnswerResult:
         wanted = requested(path, engine, tmp_path, questions)
-        return native.answer(wanted, 120) if native else answer_all(asdict(wanted))
+        return target.answer(wanted, 120) if target else answer_all(asdict(wanted))
 
     return path, engine, ask
 
