@@ -77,7 +77,8 @@ IFS= read -r request || exit
 seen=$1/.looks-$$
 idle=$2
 shift 2
-if test "$idle"; then idle "$idle" >"$seen"; else : >"$seen"; fi
+rm -f "$seen"
+test "$idle" && (idle "$idle" >>"$seen")  # by itself: some shells end where they cannot write
 printf '%s\\n' "$request" | "$@" 3<&- &
 program=$!
 watch $program "$idle" 3<&- </dev/null >>"$seen" &
