@@ -1,8 +1,7 @@
 """What a meter's readings come to in given windows of time, and what that lies between.
 
 A reading tells of the moment at which it changed, which lies between the look before and the one that saw it. Between
-two such moments a counter says how much there was and not when; of a sensor, power is taken to lie between what it
-showed at both.
+two such moments a counter says how much there was and not when; a sensor says nothing.
 """
 
 from __future__ import annotations
@@ -97,21 +96,34 @@ def _unseen(
 
 
 def _shown(meter: Meter, moments: Sequence[Change], windows: Windows) -> Joules:
-    """Of a sensor of power: between two changes the mean of both, with the error of what may lie between them. Errors
-    of intervals are independent, the step's is not."""
-    value = variance = 0.0
-    first, last = moments[0], moments[-1]
-    ends = (
-        Change(-math.inf, -math.inf, -math.inf, first.value),
-        *moments,
-        Change(math.inf, math.inf, math.inf, last.value),
+    """Of a sensor of power: between two changes the mean of both.
+
+    A new reading may be as old as the look before, and the guess is half as old. To that come half a step, and what
+    power did between two changes, as far as it does so in the intervals beside: their errors are independent.
+    """
+    age_s = median(one.seen_s - one.earliest_s for one in moments)
+    new, old = (_mean_between(moments, windows, age) for age in (0.0, age_s))
+    value, edges = (new + old) / 2, abs(new - old) / 2
+    between = list(pairwise(moments))
+    rises = [abs(after.value - before.value) for before, after in between]
+    variance = sum(
+        (windows.within(before.seen_s, after.seen_s) * max(rises[max(0, i - 1) : i + 2])) ** 2 / 12
+        for i, (before, after) in enumerate(between)
     )
-    for before, after in pairwise(ends):
-        seconds = windows.within(before.seen_s, after.seen_s)
-        value += seconds * (before.value + after.value) / 2
-        variance += (seconds * (after.value - before.value)) ** 2 / 12
-    error = NORMAL_95 * math.sqrt(variance) + windows.seconds * meter.step / 2
+    error = edges + NORMAL_95 * math.sqrt(variance) + windows.seconds * meter.step / 2
     return Joules(max(0.0, value - error), value, value + error)
+
+
+def _mean_between(moments: Sequence[Change], windows: Windows, age_s: float) -> float:
+    """Joules of the windows, where each reading was so old when it was seen; before the first and after the last change
+    power was as it was then."""
+    first, last = moments[0], moments[-1]
+    inner = sum(
+        windows.within(before.seen_s - age_s, after.seen_s - age_s) * (before.value + after.value) / 2
+        for before, after in pairwise(moments)
+    )
+    outer = windows.within(-math.inf, first.seen_s - age_s) * first.value
+    return inner + outer + windows.within(last.seen_s - age_s, math.inf) * last.value
 
 
 def _between(before: Change, after: Change) -> float:

@@ -1,6 +1,6 @@
-"""Meters of energy that are not there: a program that writes what a machine's files would show.
+"""Meters of energy that are not there, for tests and benchmarks: a program writes what a machine's files would show.
 
-    python tests/plugins/simulated_meters.py SPEC.json
+    python tools/simulated_meters.py SPEC.json
 
 The power is a curve of the time since the machine was started, so that whoever knows the curve knows what was used in
 any span of it. Each file is replaced whole, as those of sysfs are read whole. It prints `ready` when all files are
