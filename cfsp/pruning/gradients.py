@@ -188,11 +188,14 @@ class WeightMoments:
     columns: torch.Tensor
     inputs: torch.Tensor
 
-    def cost(self, change: torch.Tensor, rows: torch.Tensor) -> float:
-        """Nats a token of a change that is known for some rows, (n, in_features), and in the others is like it."""
-        weights = self.rows[rows]
-        known = float(exact(change).square() @ self.columns @ weights)
-        return known / 2 * float(self.rows.sum()) / max(float(weights.sum()), 1e-300)
+    def cost(self, change: torch.Tensor, weights: torch.Tensor) -> float:
+        """Nats a token of a change that is known for some rows.
+
+        Args:
+            change: Of these rows, (n, in_features).
+            weights: What `rows` has of each of them and of those that it stands for, (n,) float64.
+        """
+        return float(exact(change).square() @ self.columns @ weights) / 2
 
 
 def collect_weight_moments(

@@ -193,7 +193,8 @@ class PruningPlan:
     def at_ratio(self, prune_ratio: float) -> PruningPlan:
         """The same importances and rankings at another ratio; score summaries keep their first `kept_share`.
 
-        What was to be met does not hold any more.
+        What was to be met does not hold any more. A plan that keeps every block has importances and rankings of few
+        windows (`cfsp.pruning.prune.TOLD_WINDOWS`).
         """
         settings = replace(self.settings, prune_ratio=prune_ratio)
         check_settings(settings)

@@ -52,6 +52,8 @@ SPELLING_WINDOWS = 16
 """Windows on which the dense model is looked at before it loses tokens."""
 GRADIENT_WINDOWS = 32
 """Windows behind the gradients of the loss."""
+TOLD_WINDOWS = 8
+"""Windows behind what a plan tells of channels that all stay: nothing is decided by it."""
 PROBE_WINDOWS, PROBE_TOKENS = 4, 256
 """Windows on which the model is tried without a block, an attention or a part of one, and how much of each."""
 
@@ -168,7 +170,10 @@ def plan_model(
         vocabulary = plan_vocabulary(loaded, counts, settings.vocabulary, sources=sources, order=order)
     loaded, calibration = trim(loaded, calibration, vocabulary, settings, progress=progress)
     depth, attention, groups = Removals(loaded.model, calibration, progress).of(settings)
-    statistics = statistics_for(loaded.model, calibration, settings, only_plan=only_plan, progress=progress)
+    measured_on = calibration
+    if budget is None and settings.keeps_blocks:
+        measured_on = replace(calibration, input_ids=spread_windows(calibration.input_ids, TOLD_WINDOWS))
+    statistics = statistics_for(loaded.model, measured_on, settings, only_plan=only_plan, progress=progress)
     plan = make_plan(loaded, statistics, calibration, settings, depth, attention, groups)
     plan = replace(plan, vocabulary=vocabulary)
     if decision is not None:

@@ -99,6 +99,11 @@ class PruneSettings(Settings):
     )
 
     @property
+    def keeps_blocks(self) -> bool:
+        """Whether every block stays as it is."""
+        return not (self.prune_ratio or self.blocks or self.attentions or self.kv_groups)
+
+    @property
     def plan_needs_gram(self) -> bool:
         """Whether the plan reads Gram matrices of the dense model."""
         from cfsp.pruning.scoring import SCORES

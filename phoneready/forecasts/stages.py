@@ -16,7 +16,7 @@ from cfsp.forecast import Extent, Work
 from cfsp.models.homes import scratch_bytes
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
-from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS
+from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, TOLD_WINDOWS
 from cfsp.pruning.settings import PruneSettings
 from cfsp.recovery.settings import Training, loss_weights, method_of, token_budget
 from cfsp.recovery.shares import training_bytes
@@ -235,9 +235,11 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
     """Statistics, plan, cut and reconstruction, and the activation moments of what is left."""
     (dense,), settings, text = extents, asked.settings, asked.text
     kept = dense.narrowed(settings.prune_ratio)
-    seen = _passed(dense, text, _STATISTICS, held=text.tokens if settings.prune_ratio else None)
+    told = settings.keeps_blocks and not asked.is_aimed
+    read = text.most(TOLD_WINDOWS) if told else text
+    seen = _passed(dense, read, _STATISTICS, held=read.tokens if settings.prune_ratio else None)
     steps = [_loaded(dense), seen, *([] if asked.has_plan else _removals(dense, settings, text))]
-    steps += [_gathered(dense, text)] if asked.needs_gram else []
+    steps += [_gathered(dense, read)] if asked.needs_gram else []
     if settings.needs_gradients and not asked.has_plan:
         some = text.most(GRADIENT_WINDOWS)
         steps += [_passed(dense, some, _BACKWARDS, passes=3), _headed(dense, some).times(2)]

@@ -16,8 +16,9 @@ from cfsp.models.architectures import ARCHITECTURES, added_norms, decoder_layers
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.pruning.block_by_block import _Columns, _Norm
 from cfsp.pruning.cutting import RECONSTRUCTIONS
+from cfsp.pruning.moments import spread_windows
 from cfsp.pruning.plan import PruningPlan, apply_plan
-from cfsp.pruning.prune import prune_model
+from cfsp.pruning.prune import TOLD_WINDOWS, prune_model
 from cfsp.pruning.reconstruction import reconstruct_down, reconstruct_mean
 from cfsp.pruning.settings import PruneSettings
 from cfsp.pruning.statistics import collect_statistics
@@ -48,6 +49,21 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(tiny_model: Any, model_type: 
     assert result.plan.keep_ratio == 1
     for name, value in dense.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_what_decides_nothing_is_told_of_few_windows(tiny_model: Any) -> None:
+    dense = loaded(tiny_model)
+    windows = calibration(dense.model, count=4 * TOLD_WINDOWS)
+    of = {
+        count: collect_statistics(dense.model, spread_windows(windows.input_ids, count), with_gram=False)
+        for count in (TOLD_WINDOWS, 4 * TOLD_WINDOWS)
+    }
+    settings = PruneSettings(prune_ratio=0.0, dtype="float32")
+    plan = prune_model(dense, windows, settings).plan
+    told = torch.tensor([block.importance for block in plan.blocks], dtype=torch.float64)
+    few, all_of_them = (statistics.importance[settings.coarse_metric] for statistics in of.values())
+    assert torch.allclose(told, few)
+    assert not torch.allclose(told, all_of_them, rtol=1e-9)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

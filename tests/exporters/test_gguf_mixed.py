@@ -22,11 +22,11 @@ from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
 from cfsp.text.tokens import TokenWindows
 from exporters.export_record import ParityLimits
 from exporters.families import family_of, find_format
-from exporters.gguf import QUANTS, export_gguf, find_quant
+from exporters.gguf import QUANTS, export_gguf, find_quant, mixed
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.imatrix import read_imatrix
 from exporters.gguf.llama_library import rounded
-from exporters.gguf.mixed import Option, TypeCosts, measure_types, solve
+from exporters.gguf.mixed import Option, TypeCosts, drawn_rows, measure_types, solve
 from exporters.gguf.quants import limits_of_bits
 from exporters.options import ExportOptions
 
@@ -145,11 +145,41 @@ def test_predicted_loss_is_the_measured_divergence(make_checkpoint: MakeCheckpoi
             module.weight += change
             pairs = ((dense(w[None]).logits[0], changed(w[None]).logits[0], w[1:]) for w in ids)
             measured = divergence_from_logits(pairs, TokenWindows(ids, "random", "")).kl_mean
-        predicted = moments[name].cost(change, torch.arange(len(change)))
+        predicted = moments[name].cost(change, moments[name].rows)
         assert 0.5 * measured < predicted < 2 * measured, name
-        # Half of the rows say as much as all.
-        half = moments[name].rows.topk(len(change) // 2).indices
-        assert moments[name].cost(change[half], half) == pytest.approx(predicted, rel=0.3)
+        rows, factors = drawn_rows(moments[name].rows, len(change) // 4)
+        assert moments[name].cost(change[rows], moments[name].rows[rows] * factors) == pytest.approx(
+            predicted, rel=0.3
+        )
+
+
+def test_drawn_rows_know_a_sum_of_which_few_rows_are_most() -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(10):
+        sizes = torch.rand(500, generator=generator, dtype=torch.float64) ** 20  # a tenth has nearly all
+        values = sizes * (1 + torch.rand(500, generator=generator, dtype=torch.float64))
+        rows, factors = drawn_rows(sizes, 50)
+        assert len(rows) == len(rows.unique()) <= 50
+        assert float(factors @ values[rows]) == pytest.approx(float(values.sum()), rel=0.1)
+    rows, factors = drawn_rows(sizes, 500)
+    assert float(factors @ values[rows]) == pytest.approx(float(values.sum()))
+    assert torch.isfinite(drawn_rows(torch.zeros(9, dtype=torch.float64), 3)[1]).all()
+
+
+def test_some_rows_say_how_much_more_a_slow_type_costs(
+    checkpoint: Path, costs: TypeCosts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mixed, "_SLOW", {})
+    base = draft_gguf(checkpoint, tmp_path, ["f32"], options())["f32"]
+    exact = measure_types(checkpoint, base, IDS, read_imatrix(checkpoint, [QUANTS["Q4_0"]]))
+
+    def slow(of: TypeCosts) -> dict[str, float]:
+        return {name: o.loss for name, each in of.options.items() for o in each if o.kind == "IQ2_S"}
+
+    assert slow(costs)
+    assert slow(costs) != slow(exact)
+    for name, loss in slow(exact).items():
+        assert slow(costs)[name] == pytest.approx(loss, rel=0.15), name
 
 
 def test_no_other_choice_within_the_bytes_loses_less() -> None:
