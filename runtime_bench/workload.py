@@ -57,6 +57,11 @@ class Workload:
         return self.kind in ("start", "load")
 
     @property
+    def is_rate(self) -> bool:
+        """Whether tokens a second are timed, of prefill or of decode alone."""
+        return self.kind in ("pp", "tg")
+
+    @property
     def n_ctx(self) -> int:
         """Context length it needs."""
         return max(self.n_prompt + self.n_gen + self.n_depth, 1)

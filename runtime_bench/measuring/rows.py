@@ -118,7 +118,7 @@ def row_of(session: Session, file: MeasuredFile, workload: Workload, threads: in
         warmup=settings.warmup and regime.warmup and not workload.opens,
         seconds=settings.sustained_s if regime.lasting else 0.0,
         seed=settings.seed,
-        idle_s=settings.idle_s if settings.energy else None,
+        idle_s=settings.idle_s if settings.energy and workload.is_rate else None,
         page_cache=regime.page_cache or (load if workload.opens else "as_found"),
     )
     return Row(file, request)

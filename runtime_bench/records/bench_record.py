@@ -243,7 +243,7 @@ class BenchRecord:
     @property
     def n_tokens(self) -> int:
         """Tokens of a sample; 0 for workloads that are no rate (ttft, load)."""
-        return self.n_prompt + self.n_gen if self.workload in ("pp", "tg") else 0
+        return self.n_prompt + self.n_gen if self.timed.is_rate else 0
 
     @property
     def samples_ts(self) -> tuple[float, ...]:

@@ -82,7 +82,7 @@ class ProcessEnergy:
 
     Attributes:
         meters: The one that says most of a run first.
-        hidden: Why there is none, or none that may be read; None where there are some.
+        hidden: Why there is none, or which may not be read; None where all that are there may.
     """
 
     meters: tuple[Metered, ...] = ()

@@ -61,11 +61,14 @@ def accounts(record: BenchRecord) -> tuple[EnergyAccount, ...]:
     if why := _no_rate(record):
         return (EnergyAccount(reason=why),)
     meters = dict.fromkeys((m.method, m.domain) for one in record.energy if one for m in one.meters)
+    whys = dict.fromkeys(one.hidden for one in record.energy if one and one.hidden)
     if not meters:
-        whys = dict.fromkeys(one.hidden for one in record.energy if one and one.hidden)
         return (EnergyAccount(reason="; ".join(whys) or "nobody looked at any meter"),)
-    found = [_account(record, method, domain) for method, domain in meters]
-    return tuple(sorted(found, key=lambda one: one.reason is not None))
+    found = sorted((_account(record, *meter) for meter in meters), key=lambda one: one.reason is not None)
+    first = found[0]
+    if first.reason and whys:  # what may not be read might have told more
+        found[0] = replace(first, reason="; ".join((first.reason, *whys)))
+    return tuple(found)
 
 
 def energy(record: BenchRecord) -> EnergyAccount | None:
@@ -81,7 +84,7 @@ def _no_rate(record: BenchRecord) -> str | None:
         return "an emulator's energy says nothing"
     if record.void:
         return f"what it writes is degenerate ({record.degenerate})"
-    return None if record.n_tokens else f"{record.workload} is a time, and has no energy a token"
+    return None if record.samples_ts else f"{record.workload} is no rate of tokens"
 
 
 def _account(record: BenchRecord, method: str, domain: str) -> EnergyAccount:
@@ -102,7 +105,7 @@ def _account(record: BenchRecord, method: str, domain: str) -> EnergyAccount:
     if why := _not_told(found):
         return replace(about, reason=why)
     total = _sum(one.joules for one in told)
-    if total.error > ERROR_LIMIT * total.value:
+    if total.value <= 0 or total.error > ERROR_LIMIT * total.value:
         return replace(about, reason=_too_short(record, about, total, counts=told[0].counts))
     return _with_idle(replace(about, joules=total.times(1 / about.n_tokens)), told, total)
 
@@ -112,7 +115,7 @@ def _not_told(found: Sequence[Metered | None]) -> str | None:
     for place, one in enumerate(found, 1):
         if one is None:
             return f"process {place} of {len(found)} was not metered so"
-        if one.joules is None:
+        if one.joules is None or one.seconds <= 0:
             return one.problem or "it says nothing"
     return None
 
@@ -136,7 +139,7 @@ def _too_short(record: BenchRecord, about: EnergyAccount, total: Joules, *, coun
 def _with_idle(account: EnergyAccount, told: Sequence[Metered], total: Joules) -> EnergyAccount:
     """The account with what the domain takes idle, and without it."""
     idle_s = sum(one.idle_seconds for one in told)
-    if not idle_s or any(one.idle_joules is None for one in told):
+    if idle_s <= 0 or any(one.idle_joules is None for one in told):
         return replace(account, net_reason="nobody metered the machine before it began")
     idle = _sum(one.idle_joules for one in told).times(1 / idle_s)
     if idle.error * account.seconds > ERROR_LIMIT * total.value:

@@ -34,7 +34,7 @@ from runtime_bench.presentation.record_table import format_table, record_table
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import compare_records
 from runtime_bench.records.conditions import nothing_known
-from runtime_bench.records.energy import Joules, Metered, ProcessEnergy
+from runtime_bench.records.energy import NOTHING, Joules, Metered, ProcessEnergy
 from runtime_bench.records.energy_account import accounts, energy
 from runtime_bench.records.groups import bench_groups
 from runtime_bench.records.jsonl import record_from_json, record_to_json
@@ -127,17 +127,24 @@ def board(base: Path) -> list[SimulatedFile]:
 
 def laptop(base: Path) -> list[SimulatedFile]:
     """Two batteries, and a mouse's."""
-    others = {"BAT1/type": "Battery", "mouse/type": "Battery", "mouse/scope": "Device"}
-    return [
-        *battery(base, CURRENT),
-        *(SimulatedFile(f"{base}{SUPPLY}/{name}", text=text) for name, text in others.items()),
-    ]
+    others = {
+        "BAT1/type": "Battery",
+        "BAT1/status": "Discharging",
+        "mouse/type": "Battery",
+        "mouse/scope": "Device",
+    }
+    own = [replace(file, path=file.path.replace("/battery/", "/BAT0/")) for file in battery(base, CURRENT)]
+    return [*own, *(SimulatedFile(f"{base}{SUPPLY}/{name}", text=text) for name, text in others.items())]
 
 
 MACHINES: dict[str, Callable[[Path], list[SimulatedFile]]] = {
     "desktop": desktop,
     "board": board,
-    "phone": lambda base: battery(base, CURRENT, CHARGE),
+    "phone": lambda base: [
+        *battery(base, CURRENT, CHARGE),
+        SimulatedFile(f"{base}{SUPPLY}/maxfg/type", text="Battery"),
+        SimulatedFile(f"{base}{SUPPLY}/maxfg/status", text="Discharging"),
+    ],
     "plugged": lambda base: battery(base, CURRENT, status="Charging"),
     "plugged-in": lambda base: battery(base, CURRENT, after_s=6.0, becomes="Charging"),
     "lying": lambda base: battery(base, replace(CURRENT, unit=-4e-3), replace(CHARGE, after_s=6.0, by=2_000)),
@@ -252,14 +259,14 @@ def test_a_counters_resolution_is_seen(watched: Watched) -> None:
     slow, coarse, fine = (watched.find("desktop", domain) for domain in ("core", "psys", "package"))
     assert slow.update_s is not None
     assert fine.update_s is not None
-    assert slow.update_s > 0.4 > fine.update_s
+    assert slow.update_s > fine.update_s
     assert coarse.step == pytest.approx(4.0)
     assert fine.step is not None
     assert fine.step < 1e-3
     assert coarse.joules is not None
     assert fine.joules is not None
     assert coarse.joules.low <= CURVE.joules(*watched.samples) <= coarse.joules.high
-    assert coarse.joules.error / coarse.joules.value > 2 * fine.joules.error / fine.joules.value
+    assert coarse.joules.error / coarse.joules.value > fine.joules.error / fine.joules.value
 
 
 @linux
@@ -342,7 +349,7 @@ def test_androids_service_tells_of_minutes() -> None:
 
 SETTINGS = BenchSettings(
     check_text=False, n_prompt=(), n_gen=(600,), ttft=(), load=False, n_threads=(1,), repetitions=1,
-    regimes=("sustained",), sustained_s=5.0, energy=True, idle_s=6.0, spread_limit=1e9,
+    regimes=("sustained",), sustained_s=10.0, energy=True, idle_s=3.0, spread_limit=1e9,
 )  # fmt: skip
 SHORT = replace(SETTINGS, n_gen=(1,), load=True, regimes=("fresh",), sustained_s=0.0, idle_s=0.3)
 
@@ -383,16 +390,17 @@ def test_joules_a_token_are_the_counters_own_difference(here: Path, tiny_gguf: C
     assert found.joules is not None
     assert found.joules.low <= truth <= found.joules.high
     assert found.joules.value == pytest.approx(truth, rel=0.05)
-    assert found.idle_w == pytest.approx(8.0, rel=0.5)
-    assert found.net_joules is not None
-    assert found.net_joules.low < found.net_joules.value < found.net_joules.high
+    ((process,),) = [one.meters for one in record.energy if one]
+    assert process.idle_joules is not None
+    assert process.idle_seconds >= 2.0
+    assert process.idle_joules.value / process.idle_seconds == pytest.approx(8.0, rel=0.5)
     # One short sample says nothing but how long it would have to be.
     too_short = energy(short)
     assert too_short is not None
     assert too_short.joules is None
     assert "the samples are too short for the meter" in str(too_short.reason)
     assert "tokens each" in str(note_of(short))
-    assert str(accounts(load)[0].reason) == "load is a time, and has no energy a token"
+    assert (load.energy, energy(load)) == ((), None)
     text = json.dumps(record_to_json(record))
     assert record_from_json(json.loads(text), where="here") == record
     assert json.loads(text)["joules_per_token"] == found.joules.value
@@ -451,6 +459,8 @@ def test_the_first_meter_that_says_something_counts(make_record: Any) -> None:
     found = accounts(metered(make_record, void, rail))
     assert [one.domain for one in found] == ["ina3221 VDD_IN", "package"]
     assert found[1].reason == "it jumped"
+    closed = accounts(metered(make_record, energy=(ProcessEnergy((void,), "root alone may"),) * 2))
+    assert closed[0].reason == "it jumped; root alone may"
     alone = metered(make_record, energy=(ProcessEnergy((PACKAGE,)), ProcessEnergy((rail,))))
     assert {one.reason for one in accounts(alone)} == {
         "process 1 of 2 was not metered so",
@@ -465,6 +475,12 @@ def test_the_first_meter_that_says_something_counts(make_record: Any) -> None:
         ({"kind": "emulated"}, "an emulator's energy says nothing"),
         ({"degenerate": "empty"}, "what it writes is degenerate (empty)"),
         ({"energy": (None, None)}, "nobody looked at any meter"),
+        ({"energy": (ProcessEnergy((replace(PACKAGE, seconds=0.0),)),)}, "it says nothing"),
+        (
+            {"energy": (ProcessEnergy((replace(PACKAGE, joules=NOTHING),)),)},
+            "nothing was metered in the samples",
+        ),
+        ({"samples_ns": (), "sequence": ()}, "tg is no rate of tokens"),
         ({"energy": (ProcessEnergy(hidden="root alone may"),) * 2}, "root alone may"),
     ],
 )

@@ -285,7 +285,7 @@ def test_energy_is_metered_there(
 
     made, path = device.target(), tiny_gguf(hidden_size=256, head_dim=64)
     target = Noting(made.transport, runner=made.runner, folder=made.folder)
-    settings = replace(LONGER, sustained_s=4.0, regimes=("sustained",), energy=True, idle_s=2.0)
+    settings = replace(LONGER, sustained_s=8.0, regimes=("sustained",), energy=True, idle_s=2.0)
     with simulated(files, curve, tmp_path / "spec.json"):
         status.write_text("Discharging\n")
         record, charged = (bench(path, target, settings) for _ in range(2))
@@ -299,7 +299,11 @@ def test_energy_is_metered_there(
     truth = sum(curve.joules(begin / 1e9, end / 1e9) for begin, end in spans[:count]) / (600 * count)
     assert found.joules.low <= truth <= found.joules.high
     assert found.joules.value == pytest.approx(truth, rel=0.05)
-    assert found.idle_w == pytest.approx(3.0, rel=0.5)
+    (process,) = record.energy
+    assert process is not None
+    idle = process.meters[0]
+    assert idle.idle_joules is not None
+    assert idle.idle_joules.value / idle.idle_seconds == pytest.approx(3.0, rel=0.5)
     assert (void.joules, void.reason) == (
         None,
         "power came from outside, and what leaves the battery is not what is used",

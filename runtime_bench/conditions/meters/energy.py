@@ -32,13 +32,15 @@ def energy_of(text: str, spans_ns: Sequence[tuple[int, int]], seen: Conditions) 
     looks, readings = parse_looks(text), readings_of(text)
     tracks = {path: tuple(track) for path, track in readings.tracks.items()} | answered(looks)
     meters = list(chain.from_iterable(source.meters(readings.facts, tracks) for source in SOURCES.values()))
+    hidden = _unreadable(list(readings.unreadable))
     if not meters:
-        return ProcessEnergy(hidden=_unreadable(list(readings.unreadable)) or _NONE)
+        return ProcessEnergy(hidden=hidden or _NONE)
     if not seen.samples_s:
         return ProcessEnergy(hidden=_NO_TIMES)
     samples = Windows([(begin / 1e9, end / 1e9) for begin, end in spans_ns])
     idle = Windows([readings.idle] if readings.idle else [])
-    return ProcessEnergy(tuple(_metered(meter, samples, idle, seen) for meter in meters[:MOST_METERS]))
+    told = tuple(_metered(meter, samples, idle, seen) for meter in meters[:MOST_METERS])
+    return ProcessEnergy(told, hidden or None)
 
 
 def _unreadable(paths: Sequence[str]) -> str:
@@ -73,7 +75,9 @@ def _metered(meter: Meter, samples: Windows, idle: Windows, seen: Conditions) ->
     if joules.high < meter.least_w * samples.seconds:
         why = f"it showed {joules.value / samples.seconds:.2g} W of a device that computed: its unit is another one"
         return replace(told, problem=why)
-    return replace(told, joules=joules, idle_joules=joules_in(meter, moments, idle) if idle.seconds else None)
+    return replace(
+        told, joules=joules, idle_joules=joules_in(meter, moments, idle) if idle.seconds > 0 else None
+    )
 
 
 def _on_battery(meter: Meter, seen: Conditions) -> str:

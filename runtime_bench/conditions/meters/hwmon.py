@@ -7,6 +7,7 @@ says: the one that shows most comes first.
 from __future__ import annotations
 
 import re
+from collections import Counter as Counts
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from statistics import fmean
@@ -40,6 +41,7 @@ def _each(facts: Facts, tracks: Mapping[str, Track]) -> Iterator[Meter]:
     supplies = {
         PurePosixPath(path).parent.name for path in facts if path.startswith("/sys/class/power_supply/")
     }
+    names: Counts[str] = Counts()
     for path, track in tracks.items():
         found = _FILE.fullmatch(path)
         chip = facts.get(f"{found[1]}/name", "").strip() if found else ""
@@ -48,6 +50,8 @@ def _each(facts: Facts, tracks: Mapping[str, Track]) -> Iterator[Meter]:
         folder, kind, number = found[1], found["kind"], found[3]
         label = facts.get(f"{folder}/{kind}{number}_label") or facts.get(f"{folder}/in{number}_label", "")
         domain = f"{chip or 'unnamed'} {label.strip() or kind + number}"
+        names[domain] += 1
+        domain += f" ({names[domain]})" if names[domain] > 1 else ""
         if kind == "energy":
             yield counting("hwmon counter", domain, track, Counter(_MICRO, _MOST_W))
         elif kind == "power":
@@ -61,7 +65,7 @@ def _mean_w(meter: Meter) -> float:
         return 0.0
     if not meter.counts:
         return fmean(one.value for one in meter.track)
-    first, *_, last = *meter.track, meter.track[-1]
+    first, last = meter.track[0], meter.track[-1]
     return last.value / max(last.answered_s - first.asked_s, 1e-9)
 
 

@@ -26,6 +26,8 @@ from runtime_bench.conditions.meters.meter import (
 
 _FOLDER = "/sys/class/power_supply/"
 _INPUTS = ("Mains", "USB")
+_ANDROIDS = "battery"
+"""What Android's battery is called; gauges of the same one may stand beside it."""
 _MICRO, _HOUR_S = 1e-6, 3600.0
 MOST_W, LEAST_W = 250.0, 0.05
 """What a device with a battery takes at most, and what it takes at least while it computes."""
@@ -87,6 +89,7 @@ def _meters(facts: Facts, tracks: Mapping[str, Track]) -> Sequence[Meter]:
     kinds, scopes = _said(facts, "type"), _said(facts, "scope")
     own = {name: kind for name, kind in kinds.items() if scopes.get(name) != "Device"}
     batteries = [name for name, kind in own.items() if kind == "Battery"]
+    batteries = [_ANDROIDS] if _ANDROIDS in batteries else batteries
     files = {name: _files_of(name, tracks) for name in own}
     if not batteries:
         inputs = [name for name, kind in own.items() if kind in _INPUTS]
