@@ -645,6 +645,18 @@ def test_samples_close_together_share_their_ends() -> None:
     assert joules_in(meter, changes(meter), Windows(apart)).error > 5 * whole.error
 
 
+def test_a_slow_gauge_does_not_jump() -> None:
+    """One that is brought up to date every half minute counts 450 J at once."""
+    gauge = Counter(3.6e-3, 250.0, falls=True)
+    times = [1000 + i / 10 for i in range(1800)]
+    readings = [Reading(at, at, 50_000_000.0 - 125_000 * (at // 30)) for at in times]
+    meter = counting("m", "d", tuple(readings), gauge)
+    assert (meter.problem, meter.step) == ("", pytest.approx(450.0))
+    assert meter.track[-1].value == pytest.approx(450 * (times[-1] // 30 - times[0] // 30))
+    fallen = [one if one.asked_s < 1100 else one._replace(value=one.value - 5_000_000) for one in readings]
+    assert counting("m", "d", tuple(fallen), gauge).problem.startswith("it jumped by 1.8")
+
+
 def test_a_sensor_that_changes_its_sign_says_nothing() -> None:
     readings = tuple(Reading(i, i, value) for i, value in enumerate((5e6, 6e6, -5e6)))
     assert "changed its sign" in showing("m", "d", readings, 1e-6, 100.0).problem

@@ -88,8 +88,8 @@ class Counter:
 def counting(method: str, domain: str, track: Track, counter: Counter, step: float | None = None) -> Meter:
     """A meter that counts: joules since its first reading, wraps undone.
 
-    A difference that the counter cannot have made in that time is a jump; where it may have gone round more than once
-    between two readings, they say nothing.
+    More than it can have counted since it changed last, and a step, is a jump; where it may have gone round more than
+    once since then, it says nothing.
 
     Args:
         method: As `Metered` has it.
@@ -98,15 +98,18 @@ def counting(method: str, domain: str, track: Track, counter: Counter, step: flo
         counter: How it counts.
         step: In that unit, where the readings' own differences do not show it.
     """
-    total, grown, problem = 0.0, [], ""
-    for i, reading in enumerate(track):
-        if i:
-            before = track[i - 1]
-            units, why = _difference(before, reading, counter)
-            problem, total = problem or why, total + max(units, 0.0) * counter.unit_j
-        grown.append(reading._replace(value=total))
-    step = (step_of(track) if step is None else step) * counter.unit_j
-    return Meter(method, domain, tuple(grown), counts=True, step=step, problem=problem)
+    step = step_of(track) if step is None else step
+    total, problem = 0.0, ""
+    grown = [reading._replace(value=0.0) for reading in track[:1]]
+    changed_s: float | None = None
+    for before, after in pairwise(track):
+        units = _difference(before, after, counter)
+        if units:
+            problem = problem or _impossible(units, step, changed_s, (before, after), counter)
+            changed_s = before.asked_s
+        total += max(units, 0.0) * counter.unit_j
+        grown.append(after._replace(value=total))
+    return Meter(method, domain, tuple(grown), counts=True, step=step * counter.unit_j, problem=problem)
 
 
 def showing(
@@ -160,20 +163,27 @@ def together(meters: Sequence[Meter]) -> Meter:
     )
 
 
-def _difference(before: Reading, after: Reading, counter: Counter) -> tuple[float, str]:
-    """What was counted from one reading to the next, in the counter's unit, and why that cannot be."""
+def _difference(before: Reading, after: Reading, counter: Counter) -> float:
+    """What was counted from one reading to the next, in the counter's unit; less than 0 is what cannot be."""
     units = (before.value - after.value) if counter.falls else (after.value - before.value)
-    seconds = max(after.answered_s + CLOCK_S - before.asked_s, CLOCK_S)
+    return units + counter.wraps_at if units < 0 and counter.wraps_at is not None else units
+
+
+def _impossible(
+    units: float, step: float, changed_s: float | None, readings: tuple[Reading, Reading], counter: Counter
+) -> str:
+    """Why a difference cannot be; empty where it can. Since when the counter had stood still before its first change is
+    not known, nor what it might have counted."""
+    if units < 0:
+        return f"it went back by {-units * counter.unit_j:.4g} J"
+    before, after = readings
+    seconds = after.answered_s + CLOCK_S - (before.asked_s if changed_s is None else changed_s)
     most = counter.most_w * seconds / counter.unit_j
     if counter.wraps_at is not None and counter.wraps_at <= most:
-        return units, f"it may have gone round more than once in the {seconds:.4g} s between two readings"
-    if units < 0 and counter.wraps_at is not None:
-        units += counter.wraps_at
-    if units < 0:
-        return units, f"it went back by {-units * counter.unit_j:.4g} J"
-    if units > most:
-        return units, f"it jumped by {units * counter.unit_j:.4g} J in {seconds:.4g} s"
-    return units, ""
+        return f"it may have gone round more than once in the {seconds:.4g} s between two changes"
+    if changed_s is not None and units > most + step:
+        return f"it jumped by {units * counter.unit_j:.4g} J in {seconds:.4g} s"
+    return ""
 
 
 def step_of(track: Track) -> float:
