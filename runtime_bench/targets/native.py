@@ -58,7 +58,7 @@ class Native(ThisMachine):
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`."""
-        return measure_in(self.command, asdict(request), timeout_s)
+        return measure_in(self.command, asdict(request), timeout_s, idle_s=request.idle_s)
 
 
 @dataclass(frozen=True)

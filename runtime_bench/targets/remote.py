@@ -18,7 +18,8 @@ from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.conditions.looks import conditions_of
-from runtime_bench.conditions.script import WATCH
+from runtime_bench.conditions.meters.energy import energy_of
+from runtime_bench.conditions.script import WATCH, idle_glances
 from runtime_bench.engines import check_engine, engine_for, engine_spec
 from runtime_bench.native.build import build_runner
 from runtime_bench.process import exit_reason, result_from_json
@@ -155,9 +156,9 @@ class Remote:
             command = self._program(request.engine, link)
             path = link.cache.have(Path(request.path), model_bundle)
             line = json.dumps(asdict(replace(request, path=path)))
-            reply = self._shell.run(
-                RUN, link.machine.folder, *command, line=line, timeout_s=timeout_s + _GRACE_S
-            )
+            idle = "" if request.idle_s is None else idle_glances(request.idle_s)
+            allowed_s = timeout_s + (request.idle_s or 0.0) + _GRACE_S
+            reply = self._shell.run(RUN, link.machine.folder, idle, *command, line=line, timeout_s=allowed_s)
         except StoppedError:
             raise
         except UnreachableError as error:
@@ -172,7 +173,7 @@ class Remote:
             return WorkerResult(error=why)
         if reply.status:
             return WorkerResult(error=exit_reason(reply.status, reply.errors))
-        return _result_of(reply)
+        return _result_of(reply, metered=request.idle_s is not None)
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many files and programs that was.
@@ -215,12 +216,14 @@ class Remote:
         return program
 
 
-def _result_of(reply: Reply) -> WorkerResult:
+def _result_of(reply: Reply, *, metered: bool) -> WorkerResult:
     """What the program answered, and what the machine went through meanwhile."""
     output, _, looks = reply.output.partition(f"\n{LOOKS_FOLLOW}\n".encode())
     result = result_from_json(output.strip().rpartition(b"\n")[2])
-    conditions = conditions_of(looks.decode("utf-8", "replace"), result.spans_ns, _NO_PROC)
-    return replace(result, conditions=conditions, contention=_contention_of(conditions))
+    text = looks.decode("utf-8", "replace")
+    conditions = conditions_of(text, result.spans_ns, _NO_PROC)
+    energy = energy_of(text, result.spans_ns, conditions) if metered else None
+    return replace(result, conditions=conditions, contention=_contention_of(conditions), energy=energy)
 
 
 def _contention_of(conditions: Conditions) -> Contention | None:
