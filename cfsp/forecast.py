@@ -15,23 +15,27 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import safetensors
 import torch
+import transformers
 
 from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.files import large_temporary
 from cfsp.memory import require_memory
+from cfsp.models.architectures import ARCHITECTURES, spec_for, state_size
 from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import keeping_of_gguf
+from cfsp.models.gguf_model import config_from_gguf, keeping_of_gguf
 from cfsp.models.hf_folder import keeping_of_folder
 from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping
 from cfsp.models.text_part import text_names
+from cfsp.models.text_settings import text_settings
 from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.precision import products_in
-from cfsp.reading import as_input_error
+from cfsp.reading import as_input_error, read_json_object
 from cfsp.units import format_bytes, format_seconds
 
 LONG_S = 5.0
@@ -70,6 +74,8 @@ class Extent:
         beside: Weights of all other matrices, such as a further table of tokens.
         stored_bytes: Of a weight, in a checkpoint that is made of the model.
         keeping: How the weights are kept.
+        state_size: Numbers that are held of a token between blocks; 0 for `hidden_size`.
+        is_alone: Whether a block is given nothing but hidden states.
     """
 
     blocks: tuple[tuple[tuple[int, int], ...], ...]
@@ -79,6 +85,8 @@ class Extent:
     beside: int = 0
     stored_bytes: int = 4
     keeping: Keeping = WHOLE
+    state_size: int = 0
+    is_alone: bool = True
 
     @cached_property
     def block_weights(self) -> int:
@@ -154,7 +162,7 @@ class Extent:
 
     def states_bytes(self, tokens: int) -> int:
         """Of hidden states at one depth, float32."""
-        return 4 * tokens * self.hidden_size
+        return 4 * tokens * (self.state_size or self.hidden_size)
 
 
 def _less(size: int, width: int, ratio: float) -> int:
@@ -175,12 +183,25 @@ def read_extent(path: Path, dtype: str = AUTO) -> Extent:
         file = read_gguf(path)
         extent = _extent(((tensor.name, tensor.shape) for tensor in file.tensors), str(path))
         extent, stored = replace(extent, keeping=keeping_of_gguf(file, dtype)), torch.float32
+        config = config_from_gguf(file)
     else:
         # What is loaded as another type is float32 before it is anything else.
         keeping = WHOLE if is_folded(path) else keeping_of_folder(path, dtype)
         extent = replace(_extent(_folder_shapes(path), str(path)), keeping=keeping)
         stored = torch.float32 if is_folded(path) else uniform_dtype(safetensors_files(path)) or torch.float32
+        config = _folder_config(path)
+    if config is not None and spec_for(config).own_arguments:
+        extent = replace(extent, state_size=state_size(config), is_alone=False)
     return replace(extent, stored_bytes=NARROW.get(dtype, stored).itemsize)
+
+
+def _folder_config(folder: Path) -> Any:
+    """A folder's configuration where it is of a type whose blocks are given more than hidden states; else None."""
+    settings = text_settings(read_json_object(folder / "config.json"), str(folder))
+    row = ARCHITECTURES.get(str(settings.pop("model_type", None)))
+    if row is None or not row.own_arguments:
+        return None
+    return transformers.AutoConfig.for_model(row.model_type, **settings)
 
 
 def _folder_shapes(folder: Path) -> Iterator[tuple[str, _Shape]]:

@@ -127,7 +127,9 @@ def settled(checkpoint: Path, settings: ExportOptions) -> ExportOptions:
     """
     has = settings.dtype in NARROW and has_dtype(checkpoint, settings.dtype)
     is_narrow = has and not keeping_of_files(checkpoint, settings.dtype).is_whole
-    by_blocks = settings.device == "cpu" and keeping_of_files(checkpoint, "float32").in_files
+    # A block that is given more than hidden states is not proven alone.
+    alone = settings.device == "cpu" and not read_config(checkpoint).spec.own_arguments
+    by_blocks = alone and keeping_of_files(checkpoint, "float32").in_files
     return replace(settings, dtype=settings.dtype if is_narrow else "float32", by_blocks=by_blocks)
 
 

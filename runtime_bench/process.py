@@ -16,6 +16,7 @@ from cfsp.child_process import measured_environment, python_module
 from cfsp.errors import InputError
 from cfsp.reading import parse_json
 from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.meters.energy import energy_of
 from runtime_bench.conditions.watcher import Watcher
 from runtime_bench.records.contention import contention_since, core_times
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -34,7 +35,8 @@ def run_worker(
     request: WorkerRequest, timeout_s: float, before: Callable[[], None] | None = None
 ) -> WorkerResult:
     """Measure in a fresh Python; arguments and result as of `measure_in`."""
-    return measure_in(python_module("runtime_bench.worker"), asdict(request), timeout_s, before=before)
+    command = python_module("runtime_bench.worker")
+    return measure_in(command, asdict(request), timeout_s, before=before, idle_s=request.idle_s)
 
 
 def measure_in(
@@ -44,14 +46,25 @@ def measure_in(
     *,
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    idle_s: float | None = None,
 ) -> WorkerResult:
-    """Measure in any program that answers a worker's requests; arguments as of `exchange`.
+    """Measure in any program that answers a worker's requests; other arguments as of `exchange`.
+
+    Args:
+        command: Program and arguments.
+        payload: The request.
+        timeout_s: After this long the process is ended.
+        before: Called in the new process before its program is loaded.
+        environment: Variables that it gets besides ours.
+        idle_s: For how long meters of energy are read before it is started, and then on; None reads none.
 
     Returns:
         Its result; after a crash, a kill or a timeout one without samples whose `error` says what happened.
     """
-    start = core_times()
-    with Watcher() as watcher:
+    with Watcher(metered=idle_s is not None) as watcher:
+        if idle_s is not None:
+            watcher.idle(idle_s)
+        start = core_times()
         try:
             output = exchange(
                 command, payload, timeout_s, before=before, environment=environment, started=watcher.watch
@@ -60,7 +73,8 @@ def measure_in(
             return WorkerResult(error=str(error))
     result = result_from_json(output)
     conditions = conditions_of(watcher.text, result.spans_ns, watcher.problem)
-    return replace(result, contention=contention_since(start), conditions=conditions)
+    energy = None if idle_s is None else energy_of(watcher.text, result.spans_ns, conditions)
+    return replace(result, contention=contention_since(start), conditions=conditions, energy=energy)
 
 
 def exchange(

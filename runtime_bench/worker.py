@@ -34,6 +34,7 @@ from runtime_bench.memory import (
 )
 from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention, waited_ns
+from runtime_bench.records.energy import ProcessEnergy
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import Workload
 
@@ -53,6 +54,8 @@ class WorkerRequest:
         seed: Of the random tokens.
         page_cache: `warm` reads the file once first, `cold` asks the system to forget it, `as_found` does
             neither.
+        idle_s: For how long meters of energy are read before the process is started, and on while it runs; None reads
+            none.
     """
 
     path: str
@@ -64,6 +67,7 @@ class WorkerRequest:
     seconds: float = 0.0
     seed: int = 0
     page_cache: str = "as_found"
+    idle_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class WorkerResult:
         lasted_ns: How long samples were taken, from before the first one to the end of the last one; None where the
             opening of the file was the sample.
         conditions: What the machine went through meanwhile.
+        energy: What meters told of the samples; None where that was not asked for.
     """
 
     samples_ns: list[int] = field(default_factory=list)
@@ -111,6 +116,7 @@ class WorkerResult:
     spans_ns: list[tuple[int, int]] = field(default_factory=list)
     lasted_ns: int | None = None
     conditions: Conditions | None = None
+    energy: ProcessEnergy | None = None
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,11 @@ class Workload:
         return self.kind in ("start", "load")
 
     @property
+    def is_rate(self) -> bool:
+        """Whether tokens a second are timed, of prefill or of decode alone."""
+        return self.kind in ("pp", "tg")
+
+    @property
     def n_ctx(self) -> int:
         """Context length it needs."""
         return max(self.n_prompt + self.n_gen + self.n_depth, 1)
@@ -184,6 +189,17 @@ class SamplingSettings(Settings):
         45.0, "Degrees Celsius that no thermal zone may be above to be nominal.", ge=-40, le=150
     )
     unplugged: bool = setting(False, "Count a device as nominal only while no power comes from outside.")
+    energy: bool = setting(
+        False,
+        "Also read the machine's meters of energy: joules a token of pp and tg, with what the machine takes idle.",
+    )
+    idle_s: float = setting(
+        5.0,
+        "Seconds before each process in which energy is metered while nothing runs.",
+        ge=0,
+        le=86_400,
+        option="--idle",
+    )
     timeout_s: float = setting(
         600.0, "Seconds after which a process is ended and its row fails.", gt=0, le=10**6, option="--timeout"
     )
@@ -289,6 +305,8 @@ def _check_effects(settings: BenchSettings) -> None:
         (bool(warm) and not settings.warmup, "nothing is warmed up", "--regime", ", ".join(warm),
          "without --no-warmup"),
         (settings.unplugged and not settings.wait_nominal_s, no_time, "--unplugged", True, "--wait-nominal SECONDS"),
+        (settings.idle_s != BenchSettings.idle_s and not settings.energy, "nothing is metered", "--idle",
+         settings.idle_s, "--energy"),
         (settings.nominal_c != BenchSettings.nominal_c and not settings.wait_nominal_s, no_time, "--nominal-c",
          settings.nominal_c, "--wait-nominal SECONDS"),
     )  # fmt: skip

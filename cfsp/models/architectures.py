@@ -456,6 +456,16 @@ def spec_for(config: Any) -> ArchitectureSpec:
     return look_up(ARCHITECTURES, model_type, unsupported(model_type), field="model_type")
 
 
+def state_size(config: Any) -> int:
+    """Numbers that are held of a token while blocks run: its hidden states, and what every block gets beside them."""
+    spec = spec_for(config)
+    beside = (
+        getattr(config, spec.block_inputs.size_setting) * config.num_hidden_layers if spec.block_inputs else 0
+    )
+    streams = getattr(config, spec.streams.count_setting) if spec.streams else 1
+    return int(config.hidden_size * streams + beside)
+
+
 def rotated_blocks(config: Any) -> tuple[bool, ...]:
     """Of every block of a transformers config, whether attention rotates its queries and keys."""
     spec, count = spec_for(config), config.num_hidden_layers

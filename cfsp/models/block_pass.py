@@ -20,7 +20,7 @@ from torch import nn
 
 from cfsp.files import no_space_as_input_error
 from cfsp.memory import require_memory
-from cfsp.models.architectures import decoder_layers, last_norm, spec_for
+from cfsp.models.architectures import decoder_layers, last_norm, spec_for, state_size
 from cfsp.models.paging import at_hand, computing_dtype, weightless
 from cfsp.progress import Progress, no_progress
 from cfsp.scratch import LargeScratch
@@ -134,7 +134,7 @@ def enter_blocks(
         return (hidden_states,) if in_tuple else hidden_states
 
     if model.device.type == "cpu" and len(input_ids) > 1:
-        n_bytes = input_ids.numel() * _state_size(model) * computing_dtype(model).itemsize
+        n_bytes = input_ids.numel() * state_size(model.config) * computing_dtype(model).itemsize
         what = f"hidden states of {len(input_ids)} windows of {input_ids.shape[1]} tokens"
         require_memory(n_bytes, what, "fewer windows (--nsamples), or shorter ones (--seqlen)")
     with computing(layers, passes_on), at_hand(model.get_input_embeddings()):
@@ -176,16 +176,6 @@ def leave_blocks(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     with computing(layers, lambda *_, **__: output):
         left: torch.Tensor = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return left
-
-
-def _state_size(model: Any) -> int:
-    """Numbers that are held of a token while blocks run: its hidden states, and what every block gets beside them."""
-    config, spec = model.config, spec_for(model.config)
-    beside = (
-        getattr(config, spec.block_inputs.size_setting) * config.num_hidden_layers if spec.block_inputs else 0
-    )
-    streams = getattr(config, spec.streams.count_setting) if spec.streams else 1
-    return int(config.hidden_size * streams + beside)
 
 
 def last_hidden_states(

@@ -28,7 +28,7 @@ from cfsp.models.architectures import (
 )
 from cfsp.models.folds import FOLDS, Factors, check_factors, times_
 from cfsp.models.gguf_file import CONVOLUTIONS, GGUFFile, GGUFTensor, tensor_names
-from cfsp.models.keeping import AUTO, WHOLE, Keeping, keeping_of
+from cfsp.models.keeping import AUTO, Keeping, keeping_of
 from cfsp.models.paging import paged_copy
 from cfsp.models.rope import split_pairs
 from cfsp.models.weights import check_memory, model_class, model_from_weights
@@ -203,7 +203,7 @@ def keeping_of_gguf(file: GGUFFile, asked: str = AUTO) -> Keeping:
         InputError: As `config_from_gguf`.
     """
     n_weights = _weight_count(file, config_from_gguf(file))
-    return WHOLE if _row(file).own_arguments else keeping_of(n_weights, torch.float32, asked)
+    return keeping_of(n_weights, torch.float32, asked)
 
 
 def _weight_count(file: GGUFFile, config: Any) -> int:

@@ -17,10 +17,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.memory import free_memory
-from cfsp.models.architectures import ARCHITECTURES
-from cfsp.models.text_settings import text_settings
 from cfsp.models.weights import safetensors_files, uniform_dtype, weight_count
-from cfsp.reading import read_json_object
 
 VARIABLE = "PHONEREADY_STREAM"
 """The environment's word on when weights stay in files."""
@@ -104,13 +101,8 @@ def keeping_of(n_weights: int, stored: torch.dtype | None, asked: str = AUTO) ->
 def keeping_of_files(folder: Path, asked: str = AUTO) -> Keeping:
     """As `keeping_of`, for the weights of a Hugging Face folder.
 
-    Those of a model type whose blocks need more than what comes out of the block before are kept whole.
-
     Raises:
         InputError: A file is missing or damaged.
     """
-    files, config = safetensors_files(folder), folder / "config.json"
-    row = ARCHITECTURES.get(text_settings(read_json_object(config), str(config)).get("model_type", ""))
-    if row and row.own_arguments:
-        return WHOLE
+    files = safetensors_files(folder)
     return keeping_of(weight_count(files, tied=False), uniform_dtype(files), asked)

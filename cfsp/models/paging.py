@@ -4,8 +4,9 @@ A block is a page, and so is every module outside the blocks that has weights of
 the output matrix. Their parameters are mapped files, read when they are looked at, or tensors of 16 bits. When a module
 is called, or `at_hand`, they are float32 tensors in memory; afterwards they are put away again, which lets what was
 read go, and what was changed meanwhile is written to a scratch file, or kept in memory, in as few bytes as hold it
-exactly. So a model is never in memory as float32 whole, and everything that runs it block after block computes the same
-bits as with a model that is.
+exactly. Of a further table of tokens, which may be larger than all blocks, a call has the rows of its tokens. So a
+model is never in memory as float32 whole, and everything that runs it block after block computes the same bits as with
+a model that is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -25,7 +27,7 @@ from torch import nn
 
 from cfsp.errors import InputError
 from cfsp.memory import give_back_large_tensors
-from cfsp.models.architectures import decoder_layers, spec_for
+from cfsp.models.architectures import decoder_layers
 from cfsp.models.homes import Home, InFile, InMemory, Memory, Reading, Scratch, Store
 from cfsp.models.weights import model_from_weights
 from cfsp.reading import as_input_error
@@ -80,6 +82,11 @@ class _Page:
         homes, places = self._homes(), self._places()
         known = {id(owner._parameters[key]): homes[name] for name, (owner, key) in places.items()}
         return _Page(modules, {number: home for number, home in known.items() if home}, self.store)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether someone has the weights in memory."""
+        return self._users > 0
 
     def take(self) -> None:
         """Have the weights in memory, as float32; what stood for them goes with the parameters that were there."""
@@ -323,25 +330,45 @@ def _paged(model: Any, homes: Mapping[str, Home], store: Store) -> Any:
     for modules in (*([ends] if is_tied else zip(ends)), *zip((*layers, *others))):
         _register(_Page(modules, known, store))
         for module in modules:
-            module.register_forward_pre_hook(_before)
-            module.register_forward_hook(_after, always_call=True)
+            is_table = isinstance(module, nn.Embedding) and module not in ends
+            before, after = (_take_rows, _put_back) if is_table else (_before, _after)
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after, always_call=True)
     return model
 
 
+_COMPUTED: Mapping[str, Callable[[Any, Any], float]] = MappingProxyType(
+    {
+        "embed_scale": lambda module, config: getattr(module, "scalar_embed_scale", config.hidden_size**0.5),
+        "router_input_scale": lambda _, config: config.hidden_size**-1.0,
+        "per_layer_projection_scale": lambda _, config: config.hidden_size**-0.5,
+        "per_layer_input_scale": lambda *_: 2**-0.5,
+    }
+)
+"""Name of a number that transformers computes from the configuration, in the weights' dtype -> what it is."""
+
+
 def _widen_buffers(model: Any) -> None:
-    """Make what is computed from the configuration what it is in float32: transformers made it in the weights' dtype.
+    """Make float32 what is no parameter: what is stored as it is, and what is computed as float32 has it.
 
     Raises:
         InputError: Something that is not known.
     """
-    embedding = model.get_input_embeddings()
-    if spec_for(model.config).scaled_embedding:
-        embedding.embed_scale = torch.tensor(model.config.hidden_size**0.5, device=model.device)
-    for name, buffer in model.named_buffers():
-        if buffer.is_floating_point() and buffer.dtype != torch.float32:
-            raise InputError(
-                "a model with this buffer cannot be read block by block", field=name, value=buffer.dtype
-            )
+    stored = model.state_dict().keys()
+    for prefix, module in model.named_modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_floating_point() or buffer.dtype == torch.float32:
+                continue
+            name = f"{prefix}.{key}"
+            if name in stored:
+                setattr(module, key, buffer.float())
+            elif key in _COMPUTED:
+                value = _COMPUTED[key](module, model.config)
+                setattr(module, key, torch.tensor(value, dtype=torch.float32, device=buffer.device))
+            else:
+                raise InputError(
+                    "a model with this buffer cannot be read block by block", field=name, value=buffer.dtype
+                )
 
 
 def _register(page: _Page) -> None:
@@ -366,6 +393,34 @@ def _after(module: nn.Module, _: Any, __: Any) -> None:
     if page is not None and page.calls:  # torch calls it, too, where something before us has failed
         page.calls -= 1
         page.give_back()
+
+
+_TABLES: WeakKeyDictionary[nn.Module, nn.Parameter] = WeakKeyDictionary()
+"""Embeddings that have some of their rows now -> the parameter with all of them."""
+
+
+def _take_rows(module: nn.Embedding, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor] | None:
+    """Let an embedding of which nothing is at hand have the rows of the tokens that it is called with."""
+    page = _PAGES.get(module)
+    if page is None or page.is_at_hand:
+        return None
+    (ids,) = arguments
+    known = (
+        0 if module.padding_idx is None else module.padding_idx + 1
+    )  # torch has the padding token's row be there
+    needed = torch.cat([ids.flatten(), torch.arange(known, device=ids.device)])
+    rows, places = torch.unique(needed, return_inverse=True)
+    table = module._parameters["weight"]
+    assert table is not None
+    _TABLES[module] = table
+    module._parameters["weight"] = nn.Parameter(table.detach()[rows].float(), requires_grad=False)
+    return (places[: ids.numel()].view(ids.shape),)
+
+
+def _put_back(module: nn.Module, _: Any, __: Any) -> None:
+    table = _TABLES.pop(module, None)
+    if table is not None:
+        module._parameters["weight"] = table
 
 
 _MARK = "reads_no_weights"

@@ -200,10 +200,11 @@ def save_weights(model: Any, folder: Path, dtype: torch.dtype, *, progress: Prog
 
 
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Give weights a dtype; what is computed from the configuration, such as rotary frequencies, keeps its own."""
-    for parameter in module.parameters():
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
+    """Give all that is stored a dtype; what is computed from the configuration, such as rotary frequencies, keeps its
+    own."""
+    for tensor in module.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
 
 
 def save_in_turn(file: Path, like: Mapping[str, torch.Tensor], tensors: Iterable[torch.Tensor]) -> None:

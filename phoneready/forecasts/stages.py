@@ -14,6 +14,7 @@ from typing import Any
 
 from cfsp.forecast import Extent, Work
 from cfsp.models.homes import scratch_bytes
+from cfsp.models.keeping import WHOLE
 from cfsp.pruning.cutting import RECONSTRUCTIONS
 from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.pruning.prune import GRADIENT_WINDOWS, PROBE_TOKENS, PROBE_WINDOWS, TOLD_WINDOWS
@@ -257,6 +258,8 @@ def pruning(extents: Sequence[Extent], asked: Pruning) -> Work:
 def exporting(extents: Sequence[Extent], asked: Exporting) -> Work:
     """The checkpoint's side of the proof, the floats that the rest is made of, and each file with its proof."""
     (extent,) = extents
+    if extent.by_blocks and not extent.is_alone:
+        extent = replace(extent, keeping=WHOLE)
     steps = [_loaded(extent), _passed(extent, _PROOF)] if asked.is_proven else []
     if asked.is_saved:
         extent = replace(extent, stored_bytes=4)

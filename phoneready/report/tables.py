@@ -19,10 +19,11 @@ from phoneready.release.artifact import FileLosses
 from phoneready.release.results import ReleaseFigures
 from phoneready.report.block_parts import block_parts, loses_attention
 from runtime_bench.presentation.comparison_table import speeds_text
-from runtime_bench.presentation.record_table import speed_text
+from runtime_bench.presentation.record_table import energy_text, net_energy_text, speed_text
 from runtime_bench.presentation.table import Column, Table, table_of_cells
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import compare_records
+from runtime_bench.records.energy_account import energy
 from runtime_bench.records.fairness import DISTURBED, THROTTLED, fairness, unfair
 from runtime_bench.records.groups import BenchGroup
 
@@ -243,6 +244,7 @@ def group_table(figures: ReleaseFigures, group: BenchGroup) -> Table[Row]:
 def record_table(group: BenchGroup) -> Table[Row]:
     """Every record of a group, failed ones with their reason."""
     rows: list[Row] = []
+    metered = any(r.energy for r in group.records)
     for r in group.records:
         threads = f"{r.n_threads}"
         outcome: Cell = speed_text(r) if r.ok else Mark("failed", "bad", r.failure or "no reason")
@@ -253,9 +255,22 @@ def record_table(group: BenchGroup) -> Table[Row]:
         found = fairness(r)
         conditions: Cell = Mark(found.text, TONES[found.verdict]) if unfair(r) else found.text
         samples = f"{len(r.samples_ns)}"
-        rows.append((r.model_filename, r.test, threads, outcome, samples, spread, memory, conditions))
+        row = (r.model_filename, r.test, threads, outcome, samples, spread, memory, conditions)
+        rows.append((*row, *_energy_cells(r)) if metered else row)
     header = ("file", "test", "threads", "found", "samples", "p90 / p50", "peak memory", "conditions")
-    return table_of_cells(header, rows)
+    return table_of_cells((*header, *(_ENERGY if metered else ())), rows)
+
+
+_ENERGY = ("J/token", "J/token, idle taken off", "energy of")
+
+
+def _energy_cells(record: BenchRecord) -> tuple[Cell, ...]:
+    """Joules a token with what they lie between, or why there are none."""
+    found = energy(record)
+    if found is None or found.joules is None:
+        return (NOTHING, NOTHING, (found and found.reason) or NOTHING)
+    net = net_energy_text(found) or found.net_reason or NOTHING
+    return (energy_text(found) or NOTHING, net, found.meter)
 
 
 def _order(verdict: BudgetVerdict) -> int:

@@ -167,8 +167,9 @@ class Bench:
 
 
 def _needed(settings: BenchSettings, keys: Sequence[FigureKey]) -> BenchSettings:
-    """Only the workloads that are asked for; of memory all, as any may need most."""
+    """Only the workloads that are asked for, and no energy, which no figure is of; of memory all: any may need most."""
     asked = {key.metric for key in keys}
+    settings = replace(settings, energy=False, idle_s=BenchSettings.idle_s)
     if "peak_rss_bytes" in asked:
         return settings
     sizes: dict[str, Any] = {

@@ -16,6 +16,8 @@ from runtime_bench.records.conditions import SERIES, Conditions, nothing_known
 from runtime_bench.records.contention import BUSY, STEAL
 
 NOT_LINUX = "this system has no /proc"
+_OF_FILE = re.compile(r"(/(?:[^:]|:(?=\S*/))*):(.*)")
+"""A line of a file: its path, in which the name of a power supply may have a colon, and its text."""
 _HZ = 100
 """Ticks a second of times in /proc, on every Linux that runs programs of today."""
 _MOST_LOOKS = 9000
@@ -53,10 +55,11 @@ def _parse(text: str) -> Look:
     files: dict[str, list[str]] = {}
     answers: dict[str, list[str]] = {}
     for line in text.splitlines():
+        if named := _OF_FILE.fullmatch(line):
+            files.setdefault(named[1], []).append(named[2])
+            continue
         name, colon, content = line.partition(":")
-        if colon and line.startswith("/"):
-            files.setdefault(name, []).append(content)
-        elif colon and line.startswith(ASKED):
+        if colon and line.startswith(ASKED):
             answers.setdefault(name.removeprefix(ASKED), []).append(content)
     joined = ({key: "\n".join(lines) for key, lines in one.items()} for one in (files, answers))
     return Look(*joined)

@@ -2,12 +2,15 @@
 
 It is the same here and on other machines. The shell itself reads the files: of programs, a look starts `sleep` alone.
 What must be asked of a service (Android's dumpsys) is asked in the first, the last and every 20th look, since an answer
-costs a hundred times as much as a file.
+costs a hundred times as much as a file. Where energy is metered, glances at the meters come between the looks, and
+before the process is started.
 """
 
 from __future__ import annotations
 
+from runtime_bench.conditions.meters.table import SOURCES
 from runtime_bench.records.conditions import INTERVAL_S
+from runtime_bench.records.energy import GLANCE_S
 
 LOOK_BEGINS = "phoneready-look"
 """Line that a look begins with."""
@@ -17,23 +20,34 @@ _SELDOM = 20
 _FREQUENT = 3600
 """Looks that are taken at INTERVAL_S; after half an hour they are taken more seldom, or nobody could carry them."""
 _LATE_S = 20
+_GLANCES = round(INTERVAL_S / GLANCE_S)
+"""At the meters, for each look."""
+METERS, UNREADABLE, FACT, GLANCE, IDLE_OVER = "meters", "unreadable", "fact", "glance", "idle-over"
+"""What begins lines on meters: the files in the order of their readings; a file that is there and may not be read; a
+file that does not change, and its text; the uptime before and after a round of readings, and these; and the line that
+says that the process begins."""
 
 _ONCE = (
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/cpuinfo_max_freq "
-    "/sys/class/power_supply/*/type /sys/class/power_supply/*/scope"
+    '"$base"/sys/class/power_supply/*/type "$base"/sys/class/power_supply/*/scope'
 )
 _EVERY_TIME = (
     "/proc/uptime /proc/stat "
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_max_freq "
     "/sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq "
-    "/sys/class/power_supply/*/capacity /sys/class/power_supply/*/status /sys/class/power_supply/*/online "
+    '"$base"/sys/class/power_supply/*/capacity "$base"/sys/class/power_supply/*/status '
+    '"$base"/sys/class/power_supply/*/online '
     "/sys/firmware/acpi/platform_profile"
 )
 
+_FACTS = " ".join(f'"$base"{pattern}' for source in SOURCES.values() for pattern in source.facts)
+_FIND = "\n".join(f"    {source.find.strip()}" for source in SOURCES.values() if source.find)
+
 LOOKS = rf"""
+base=  # of power supplies and meters; a test has its own
 first_lines() {{
     for file do
-        IFS= read -r line <"$file" && printf '%s:%s\n' "$file" "$line"
+        IFS= read -r line <"$file" && printf '%s:%s\n' "${{file#"$base"}}" "$line"
     done
 }}
 hottest() {{  # of the zones, those that are connected, which say something between -40 and 150 degrees
@@ -85,12 +99,71 @@ ask() {{
 }}
 ask_services() {{
     ask battery dumpsys battery
+    IFS= read -r line </proc/uptime && printf '{ASKED}battery_at:%s\n' "$line"
     ask thermal dumpsys thermalservice
     ask low_power settings get global low_power
     if command -v dumpsys >/dev/null; then
         dumpsys power </dev/null | grep -iE 'wakefulness=|display power|screenon=|low_?powermode|saver' |
             while IFS= read -r line; do printf '{ASKED}power:%s\n' "$line"; done
     fi
+}}
+meter() {{  # files that are there, those that may be read to be read from now on
+    for file do
+        test -e "$file" || continue
+        case $file in *[!A-Za-z0-9/._:-]*) continue ;; esac
+        if IFS= read -r line <"$file"; then
+            meters="$meters $file"
+        else
+            printf '{UNREADABLE} %s\n' "${{file#"$base"}}"
+        fi
+    done
+}}
+find_meters() {{
+    meters=
+{_FIND}
+    names=
+    for file in $meters; do names="$names ${{file#"$base"}}"; done
+    printf '{METERS}%s\n' "$names"
+}}
+tell_facts() {{
+    for file do
+        IFS= read -r line <"$file" && printf '{FACT} %s %s\n' "${{file#"$base"}}" "$line"
+    done
+}}
+glance() {{
+    test "$meters" || return
+    read -r asked _ </proc/uptime
+    values=
+    for file in $meters; do
+        value=
+        IFS= read -r value <"$file"
+        case $value in '' | *[!0-9-]* | ???????????????????*) value=x ;; esac
+        values="$values $value"
+    done
+    read -r answered _ </proc/uptime
+    printf '{GLANCE} %s %s%s\n' "$asked" "$answered" "$values"
+}}
+idle() {{  # glances before anything runs; as many as the argument says
+    find_meters
+    left=$1
+    while test "$meters" && test $left -gt 0; do
+        glance
+        sleep {GLANCE_S:g} || {{ sleep 1 && left=$((left - 9)); }}
+        left=$((left - 1))
+    done
+    glance
+    echo {IDLE_OVER}
+}} 2>/dev/null
+pause_between() {{  # until the next look, with glances
+    pieces=1 pause=$1
+    test "$meters" && pieces={_GLANCES} pause=$2
+    while :; do
+        sleep $pause >/dev/null &
+        wait $! || test "$over" || sleep 1
+        pieces=$((pieces - 1))
+        if test "$over" || test $pieces = 0; then return; fi
+        glance
+    done
 }}
 look() {{
     echo {LOOK_BEGINS}
@@ -108,23 +181,37 @@ look() {{
 watch() {{
     over=
     trap 'over=1' TERM
-    count=0
+    count=0 meters=
     first_lines {_ONCE}
+    if test "$2"; then
+        find_meters
+        tell_facts {_FACTS}
+    fi
     test "$1" && chosen_lines "/proc/$1/status" Cpus_allowed_list:
     while :; do
+        glance
         look "$1"
         if test $((count % {_SELDOM})) = 0 || test "$over"; then ask_services; fi
         if test "$over" || ! test "$1" || ! kill -0 "$1"; then return; fi
         count=$((count + 1))
-        pause={INTERVAL_S}
-        test $count -gt {_FREQUENT} && pause={_LATE_S}
-        sleep $pause >/dev/null &
-        wait $! || test "$over" || sleep 1
+        if test $count -gt {_FREQUENT}; then
+            pause_between {_LATE_S} {_LATE_S / _GLANCES:g}
+        else
+            pause_between {INTERVAL_S} {GLANCE_S:g}
+        fi
     done
 }} 2>/dev/null
 """
-"""Functions of the shell. `watch PID` looks until it gets TERM or the process is gone; `watch ''` takes one look at
-none. What is there once comes before the first look. Lines are `path:line` and `@name:line`."""
+"""Functions of the shell. `watch PID METERED` looks until it gets TERM or the process is gone; `watch ''` takes one
+look at none. What is there once comes before the first look. Lines are `path:line` and `@name:line`, and where METERED
+is anything those of meters."""
 
-WATCH = LOOKS + '\nwatch "$1"\n'
-"""Argument: the process, or nothing."""
+WATCH = LOOKS + '\nwatch "$1" "$2"\n'
+"""Arguments: the process, or nothing; anything for glances at meters."""
+IDLE = LOOKS + '\nidle "$1"\n'
+"""Argument: how many glances."""
+
+
+def idle_glances(seconds: float) -> str:
+    """The argument of `idle` for so long."""
+    return str(max(1, round(seconds / GLANCE_S)))

@@ -6,13 +6,14 @@ import contextlib
 import subprocess
 import tempfile
 from types import TracebackType
-from typing import IO
 
 from runtime_bench.conditions.looks import NOT_LINUX, conditions_of
-from runtime_bench.conditions.script import WATCH
+from runtime_bench.conditions.script import IDLE, WATCH, idle_glances
 from runtime_bench.records.conditions import Conditions, nothing_known
 
 _COMMAND = ("sh", "-c", WATCH, "phoneready")
+_IDLE_COMMAND = ("sh", "-c", IDLE, "phoneready")
+_METERED = "metered"
 _ENDS_S = 5.0
 """How long the last look may take."""
 _LOOK_S = 60.0
@@ -21,31 +22,41 @@ _LOOK_S = 60.0
 class Watcher:
     """Looks from `watch` on until the end of the `with` block.
 
+    Args:
+        metered: Whether meters of energy are read, too.
+
     Attributes:
         text: What the looks saw, after the end.
         problem: Why there are none; empty where there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, metered: bool = False) -> None:
         self.text, self.problem = "", ""
+        self._metered = metered
         self._shell: subprocess.Popen[bytes] | None = None
-        self._output: IO[bytes] | None = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the block)
 
     def __enter__(self) -> Watcher:
         return self
 
+    def idle(self, seconds: float) -> None:
+        """Read meters of energy for a time in which nothing has been started yet."""
+        self._shell = self._start(*_IDLE_COMMAND, idle_glances(seconds))
+        if self._shell is not None:
+            self._shell.wait()
+
     def watch(self, pid: int) -> None:
         """Begin to look at a process."""
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed at the end of the block)
+        self._shell = self._start(*_COMMAND, str(pid), *([_METERED] if self._metered else []))
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes] | None:
         try:
-            self._shell = subprocess.Popen(
-                [*_COMMAND, str(pid)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=subprocess.DEVNULL,
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=self._output, stderr=subprocess.DEVNULL
             )
         except OSError:
             self.problem = NOT_LINUX
+            return None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -56,10 +67,9 @@ class Watcher:
                 self._shell.wait(_ENDS_S)
             self._shell.kill()
             self._shell.wait()
-        if self._output is not None:
-            self._output.seek(0)
-            self.text = self._output.read().decode("utf-8", "replace")
-            self._output.close()
+        self._output.seek(0)
+        self.text = self._output.read().decode("utf-8", "replace")
+        self._output.close()
 
 
 def look_here() -> Conditions:

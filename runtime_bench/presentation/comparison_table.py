@@ -36,9 +36,10 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("base speed", lambda c: speeds_text(c)[0], right=True),
         Column("new speed", lambda c: speeds_text(c)[1], right=True),
         Column("speed ratio", lambda c: _number(c.ratio)),
-        Column(confidence, lambda c: None if c.low is None else f"{c.low:.3f} to {c.high:.3f}"),
+        Column(confidence, lambda c: _interval(c.low, c.high)),
         Column("peak RSS ratio", lambda c: _number(c.peak_rss_ratio)),
         Column("size ratio", lambda c: _number(c.file_size_ratio)),
+        *(_ENERGY if any(c.energy for c in comparisons) else ()),
         Column("verdict", lambda c: c.verdict + (f" ({c.reason})" if c.reason else "")),
     )
     place: tuple[Column[Comparison], ...] = (
@@ -48,6 +49,12 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table[Comparison]:
         Column("cache", lambda c: c.quantized_cache or "floats"),
     )
     return Table([*(place if several else ()), *columns], comparisons)
+
+
+_ENERGY: tuple[Column[Comparison], ...] = (
+    Column("J/token ratio", lambda c: _number(c.energy.ratio) if c.energy else None),
+    Column("it lies in", lambda c: _interval(c.energy.low, c.energy.high) if c.energy else None),
+)
 
 
 def speeds_text(comparison: Comparison) -> tuple[str, str]:
@@ -88,7 +95,25 @@ def _remarks(comparisons: Sequence[Comparison]) -> list[str]:
         "are of sessions that are compared by the anchor that was measured in turns in each: speeds are multiples of "
         "its speed.": sum(c.anchor is not None for c in comparisons),
     }
-    return lines + [f"{count} of {len(comparisons)} rows {what}" for what, count in counts.items() if count]
+    lines += [f"{count} of {len(comparisons)} rows {what}" for what, count in counts.items() if count]
+    return lines + _energy_remarks(comparisons)
+
+
+def _energy_remarks(comparisons: Sequence[Comparison]) -> list[str]:
+    """Whose joules the ratios are of, and why some are missing."""
+    found = [(c.test, c.energy) for c in comparisons if c.energy]
+    meters = dict.fromkeys(one.meter for _, one in found if one.meter)
+    said = (
+        [f"Joules a token of new / those of base, all that each meter told: {'; '.join(meters)}."]
+        if meters
+        else []
+    )
+    whys = dict.fromkeys(f"{test}: no ratio of energy: {one.reason}" for test, one in found if one.reason)
+    return [escape_markdown(line) for line in (*said, *whys)]
+
+
+def _interval(low: float | None, high: float | None) -> str | None:
+    return None if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
 def _number(value: float | None) -> str | None:

@@ -13,6 +13,8 @@ from runtime_bench.presentation.markup import escape_markdown
 from runtime_bench.presentation.table import NOTHING, Column, Table, indented_json, short_names, table_of
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
+from runtime_bench.records.energy import Joules
+from runtime_bench.records.energy_account import EnergyAccount, energy
 from runtime_bench.records.engine_settings import EngineSettings
 from runtime_bench.records.fairness import fairness, has_speed
 from runtime_bench.records.jsonl import record_to_json, record_to_line
@@ -40,7 +42,8 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     llama-bench's columns, then ours. `time` is the median of a sample, and `t/s` the speed at that time (in llama-bench
     the samples' mean) with their standard deviation: what comparisons are of, too. `load` and `peak RSS` belong
     to the row's processes. A column `file` is there when the records are of several files, `target` when they are of
-    several targets, `minute 1` and `last third` (t/s) when generation was sustained.
+    several targets, `minute 1` and `last third` (t/s) when generation was sustained, and those on energy when it was
+    metered.
     """
     names = short_names(record.model_filename for record in records)
     columns = (
@@ -49,7 +52,9 @@ def record_table(records: Sequence[BenchRecord]) -> Table[BenchRecord]:
     if len(names) > 1:
         columns.append(Column("file", lambda r: names[r.model_filename]))
     lasting = any(record.sustained_s for record in records)
-    return Table([*columns, *_COLUMNS, *(_SUSTAINED if lasting else ())], records)
+    metered = any(record.energy for record in records)
+    more = (*(_SUSTAINED if lasting else ()), *(_ENERGY if metered else ()))
+    return Table([*columns, *_COLUMNS, *more], records)
 
 
 def speed_text(record: BenchRecord) -> str:
@@ -65,6 +70,20 @@ def format_speed(median_ts: float | None, median_ns: float | None) -> str:
         return NOTHING
     value, unit = (median_ns / 1e6, "ms") if median_ts is None else (median_ts, "t/s")
     return f"{value:.1f} {unit}" if value >= 10 else f"{value:.3g} {unit}"
+
+
+def energy_text(account: EnergyAccount | None) -> str | None:
+    """Joules a token, with the interval; None where there is none."""
+    return _between(account.joules if account else None)
+
+
+def net_energy_text(account: EnergyAccount | None) -> str | None:
+    """The same less what an idle machine takes."""
+    return _between(account.net_joules if account else None)
+
+
+def _between(joules: Joules | None) -> str | None:
+    return f"{joules.value:.3g} ({joules.low:.3g} to {joules.high:.3g})" if joules else None
 
 
 def _number(value: float | None, pattern: str, scale: float = 1.0) -> str | None:
@@ -130,6 +149,14 @@ _COLUMNS: tuple[Column[BenchRecord], ...] = (
 _SUSTAINED: tuple[Column[BenchRecord], ...] = (
     Column("minute 1", lambda r: _number(first_minute_ts(r), "{:.2f}"), right=True),
     Column("last third", lambda r: _number(last_third_ts(r), "{:.2f}"), right=True),
+)
+
+
+_ENERGY: tuple[Column[BenchRecord], ...] = (
+    Column("J/token", lambda r: energy_text(energy(r)), right=True),
+    Column("J/token, idle taken off", lambda r: net_energy_text(energy(r)), right=True),
+    Column("idle W", lambda r: _number(found.idle_w, "{:.3g}") if (found := energy(r)) else None, right=True),
+    Column("energy of", lambda r: found.meter if (found := energy(r)) and found.joules is not None else None),
 )
 
 

@@ -16,6 +16,7 @@ from cfsp.errors import InputError
 from runtime_bench.records import summary
 from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention
+from runtime_bench.records.energy import ProcessEnergy
 from runtime_bench.records.engine_settings import PROCESSOR, EngineSettings, fell_back
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import FRESH, Workload
@@ -125,6 +126,8 @@ class BenchRecord:
         held_samples_ns: How long something kept each sample from running that no other program explains; None where it
             waited for the disk; empty where nothing tells.
         conditions: For each process, what the machine went through meanwhile; None where nobody looked.
+        energy: For each process, what meters of energy told of its samples; None where they could not be read, and
+            empty where nobody asked for energy.
         engine_settings: How the engine computed.
     """
 
@@ -181,6 +184,7 @@ class BenchRecord:
     sustained_s: float | None = None
     anchor_sha256: str | None = None
     is_anchor: bool = False
+    energy: tuple[ProcessEnergy | None, ...] = ()
     engine_settings: EngineSettings = dataclasses.field(default_factory=EngineSettings)
 
     def __post_init__(self) -> None:
@@ -235,7 +239,7 @@ class BenchRecord:
     @property
     def n_tokens(self) -> int:
         """Tokens of a sample; 0 for workloads that are no rate (ttft, load)."""
-        return self.n_prompt + self.n_gen if self.workload in ("pp", "tg") else 0
+        return self.n_prompt + self.n_gen if self.timed.is_rate else 0
 
     @property
     def samples_ts(self) -> tuple[float, ...]:

@@ -17,6 +17,7 @@ from cfsp.settings import SEED, Settings, check_settings, setting
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.crowding import judged_by_processor_time
+from runtime_bench.records.energy_comparison import EnergyRatio, energy_ratio
 from runtime_bench.records.fairness import noise
 from runtime_bench.records.summary import CONFIDENCE, RatioInterval, quotient_interval, ratio_interval
 
@@ -98,6 +99,7 @@ class Comparison:
         anchor: File that both sessions measured in turns with theirs; None where the two are compared themselves.
         base_to_anchor: Speed of base / speed of the anchor in its session, where there is an anchor.
         new_to_anchor: Speed of new / speed of the anchor in its session; `ratio` is the quotient of these two.
+        energy: Joules a token of new / those of base, by one meter; None where energy was not asked for.
     """
 
     kind: str
@@ -126,6 +128,7 @@ class Comparison:
     anchor: str | None = None
     base_to_anchor: float | None = None
     new_to_anchor: float | None = None
+    energy: EnergyRatio | None = None
 
 
 Anchors = tuple[BenchRecord, BenchRecord]
@@ -251,6 +254,7 @@ def compare_records(
         anchor=anchors[0].model_filename if anchors else None,
         base_to_anchor=_quotient(medians[2], medians[0]) if anchors else None,
         new_to_anchor=_quotient(medians[3], medians[1]) if anchors else None,
+        energy=energy_ratio(base, new),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from runtime_bench.records import summary
 from runtime_bench.records.bench_record import EMULATED, THRASHES, BenchRecord
 from runtime_bench.records.crowding import crowding, stealing
+from runtime_bench.records.energy_account import energy
 from runtime_bench.records.fairness import unfair
 
 
@@ -19,6 +20,7 @@ def note_of(record: BenchRecord) -> str | None:
         record.throttling.text if record.throttling else None,
         _on_spread(record),
         *_on_conditions(record),
+        *_on_energy(record),
     )
     return "; ".join(filter(None, notes)) or None
 
@@ -52,3 +54,13 @@ def _on_conditions(record: BenchRecord) -> tuple[str | None, ...]:
     if found is not None:
         return (f"{found.text}: {found.reason}",)
     return stealing(record), crowding(record)
+
+
+def _on_energy(record: BenchRecord) -> tuple[str | None, ...]:
+    """Of rows that have no energy a token by their kind, or failed, nothing is said."""
+    found = energy(record)
+    if found is None or not (record.ok and record.n_tokens):
+        return ()
+    if found.reason:
+        return (f"no joules a token ({found.meter}): {found.reason}",)
+    return (f"nothing without what an idle machine takes: {found.net_reason}" if found.net_reason else None,)

@@ -100,7 +100,9 @@ class Browser(ThisMachine):
         # Chromium's profile goes with the folder, however the browser ends.
         with tempfile.TemporaryDirectory(prefix="phoneready-browser-", ignore_cleanup_errors=True) as scratch:
             command = python_module("runtime_bench.browser.worker")
-            result = measure_in(command, payload, timeout_s, environment={"TMPDIR": scratch})
+            result = measure_in(
+                command, payload, timeout_s, environment={"TMPDIR": scratch}, idle_s=request.idle_s
+            )
         self.throttling = self.throttling or result.throttling
         seen, why = result.conditions, "a browser's processes are not told from others"
         conditions = seen.hiding("others_cores", why) if seen else None

@@ -75,10 +75,13 @@ trap '' HUP PIPE  # what was begun is ended, whoever listens
 exec 3<&0
 IFS= read -r request || exit
 seen=$1/.looks-$$
-shift
+idle=$2
+shift 2
+rm -f "$seen"
+test "$idle" && (idle "$idle" >>"$seen")  # by itself: some shells end where they cannot write
 printf '%s\\n' "$request" | "$@" 3<&- &
 program=$!
-watch $program 3<&- </dev/null >"$seen" &
+watch $program "$idle" 3<&- </dev/null >>"$seen" &
 looker=$!
 (
     while read -r _ <&3; do :; done
@@ -96,9 +99,10 @@ cat "$seen"
 rm -f "$seen"
 exit $status
 """
-"""Arguments: folder that may be written to, a program and its arguments; stdin: one line, and nothing more for as long
-as somebody waits. When stdin ends, because the client was ended, or its machine or the connection is gone, the program
-is killed. What looks at the machine meanwhile writes to a file in the folder, which follows the program's output."""
+"""Arguments: folder that may be written to; how many glances at meters of energy come before the program, nothing for
+none and none later; a program and its arguments. Stdin: one line, and nothing more for as long as somebody waits. When
+stdin ends, because the client was ended, or its machine or the connection is gone, the program is killed. What looks at
+the machine meanwhile writes to a file in the folder, which follows the program's output."""
 
 HAVE_PACKAGES = f"""
 command -v "$1" >/dev/null || exit {NO_PROGRAM}

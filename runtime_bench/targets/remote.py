@@ -19,7 +19,8 @@ from cfsp.errors import InputError, PhonereadyError
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.conditions.looks import conditions_of
-from runtime_bench.conditions.script import WATCH
+from runtime_bench.conditions.meters.energy import energy_of
+from runtime_bench.conditions.script import WATCH, idle_glances
 from runtime_bench.engines import check_engine, engine_for, engine_spec
 from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_from_json
 from runtime_bench.questions import AnswerRequest, AnswerResult
@@ -159,7 +160,8 @@ class Remote:
 
         try:
             _check_companion(request.engine, request.session.cache_type)
-            return _result_of(self._ask(request.engine, asked, timeout_s))
+            reply = self._ask(request.engine, asked, timeout_s, request.idle_s)
+            return _result_of(reply, metered=request.idle_s is not None)
         except StoppedError:
             raise
         except PhonereadyError as error:
@@ -196,6 +198,7 @@ class Remote:
         engine: str,
         asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
         timeout_s: float,
+        idle_s: float | None = None,
     ) -> Reply:
         """Have a program there answer a request, once more where the connection breaks and may be tried again.
 
@@ -203,6 +206,7 @@ class Remote:
             engine: What runs the file there.
             asked: The request, when what it names has been pushed.
             timeout_s: How long it may take.
+            idle_s: For how long meters of energy are read before it; None reads none.
 
         Raises:
             PhonereadyError: It does not; the text names the target where that is what fails.
@@ -210,7 +214,7 @@ class Remote:
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
-                return self._asked_once(engine, asked, timeout_s)
+                return self._asked_once(engine, asked, timeout_s, idle_s)
             except UnreachableError as error:
                 # What is there has to be looked for again, should it come back.
                 self._open, self._problem = None, self._named(error)
@@ -226,11 +230,14 @@ class Remote:
         engine: str,
         asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
         timeout_s: float,
+        idle_s: float | None,
     ) -> Reply:
         link = self._connection()
         command = self._program(engine, link)
         line, place = json.dumps(asdict(asked(link))), link.machine.folder
-        reply = self._shell.run(RUN, place, *command, line=line, timeout_s=timeout_s + _GRACE_S)
+        idle = "" if idle_s is None else idle_glances(idle_s)
+        allowed_s = timeout_s + (idle_s or 0.0) + _GRACE_S
+        reply = self._shell.run(RUN, place, idle, *command, line=line, timeout_s=allowed_s)
         if reply.status == _CANNOT_EXECUTE:
             raise FarError(
                 f"the runner cannot be executed in {place}; name a folder that allows it: --remote-folder"
@@ -305,12 +312,13 @@ def _answer_of(reply: Reply) -> tuple[bytes, bytes]:
     return output.strip().rpartition(b"\n")[2], looks
 
 
-def _result_of(reply: Reply) -> WorkerResult:
+def _result_of(reply: Reply, *, metered: bool) -> WorkerResult:
     """What the program answered, and what the machine went through meanwhile."""
     output, looks = _answer_of(reply)
-    result = result_from_json(output)
-    conditions = conditions_of(looks.decode("utf-8", "replace"), result.spans_ns, _NO_PROC)
-    return replace(result, conditions=conditions, contention=_contention_of(conditions))
+    result, text = result_from_json(output), looks.decode("utf-8", "replace")
+    conditions = conditions_of(text, result.spans_ns, _NO_PROC)
+    energy = energy_of(text, result.spans_ns, conditions) if metered else None
+    return replace(result, conditions=conditions, contention=_contention_of(conditions), energy=energy)
 
 
 def _contention_of(conditions: Conditions) -> Contention | None:

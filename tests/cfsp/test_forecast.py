@@ -13,6 +13,7 @@ import torch
 
 from cfsp.errors import InputError
 from cfsp.forecast import Extent, Work, foresee, product_speed, read_extent, require_room
+from cfsp.models.architectures import state_size
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.keeping import VARIABLE, WHOLE
 from cfsp.models.paging import is_paged
@@ -53,6 +54,9 @@ def test_a_further_table_of_tokens_counts(
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     extent = read_extent(tiny_folder(model_type))
     assert extent.n_weights == extent.least_weights == matrices
+    of_token = state_size(model.config)
+    assert of_token >= 64 + 4 * model.config.hidden_size_per_layer_input
+    assert extent.states_bytes(3) == 4 * 3 * of_token
 
 
 def test_a_gguf_file_is_as_large_as_its_folder(tiny_folder: TinyPath, tiny_gguf: TinyPath) -> None:

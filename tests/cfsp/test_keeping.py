@@ -16,7 +16,7 @@ from torch import nn
 from cfsp.errors import InputError
 from cfsp.models.architectures import ARCHITECTURES, decoder_layers
 from cfsp.models.checkpoint import INFO_FILE, PLAN_FILE, load_pruned, save_checkpoint
-from cfsp.models.keeping import NARROW, VARIABLE, WHOLE, Keeping, keeping_of, keeping_of_files
+from cfsp.models.keeping import NARROW, VARIABLE, WHOLE, Keeping, keeping_of
 from cfsp.models.paging import held_model, is_paged
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
@@ -89,7 +89,7 @@ def test_every_model_type_computes_with_float32(model_type: str, tiny_folder: Ti
     kept = load_model(folder, dtype="bfloat16")
     assert kept.stored_dtype == BF16
     assert kept.source.rounded == "bfloat16"
-    assert is_paged(kept.model) != bool(ARCHITECTURES[model_type].own_arguments)
+    assert is_paged(kept.model)
     seen: set[torch.dtype] = set()
 
     for module in kept.model.modules():
@@ -222,11 +222,6 @@ def test_a_judged_model_says_what_it_was_rounded_to(
     perplexities = [one["texts"][0]["perplexity"] for one in found.values()]
     assert perplexities[0] != perplexities[1]
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-2)
-
-
-def test_a_model_type_whose_blocks_need_more_is_kept_whole(tiny_folder: TinyPath) -> None:
-    for name in ("auto", "bfloat16"):
-        assert keeping_of_files(tiny_folder("gemma4_text"), name) == WHOLE
 
 
 def test_files_hold_the_checkpoints_own_weights(

@@ -15,7 +15,7 @@ from cfsp.errors import InputError
 from cfsp.evaluation.divergence import divergence
 from cfsp.evaluation.perplexity import perplexity
 from cfsp.evaluation.torch_model import TorchLanguageModel
-from cfsp.models.architectures import decoder_layers
+from cfsp.models.architectures import ARCHITECTURES, decoder_layers
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.checkpoint import load_pruned, save_checkpoint
 from cfsp.models.keeping import NARROW, VARIABLE, stay_in_files
@@ -31,6 +31,7 @@ from cfsp.text.tokens import TokenWindows
 from phoneready.main import main
 
 PUT_AWAY = ("always", "bfloat16")
+WITH_INPUTS = [model_type for model_type, row in ARCHITECTURES.items() if row.block_inputs]
 TinyModel = Callable[..., tuple[Any, Any]]
 MakeFolder = Callable[..., Path]
 
@@ -86,7 +87,54 @@ def test_pruning_gives_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made, dense = {}, folder(model_type, hidden_size=96)  # whose square root is no number of few bits
+    check_pruning(folder(model_type, hidden_size=96), asked, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("asked", [{}, {"vocabulary": 300}])
+@pytest.mark.parametrize("model_type", WITH_INPUTS)
+def test_pruning_gives_the_same_bytes_where_blocks_are_given_more_than_hidden_states(
+    asked: dict[str, Any],
+    model_type: str,
+    folder: MakeFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setting = ARCHITECTURES[model_type].sparsity_setting
+    sparsity = {setting: [0.0] * 4} if setting else {}
+    check_pruning(folder(model_type, hidden_size=96, **sparsity), asked, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("how", PUT_AWAY)
+@pytest.mark.parametrize("model_type", WITH_INPUTS)
+def test_of_a_table_of_tokens_a_call_has_the_rows_that_it_reads(
+    model_type: str, how: str, folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = folder(model_type)
+    model, inputs = load(dense, how, monkeypatch).model, ARCHITECTURES[model_type].block_inputs
+    assert inputs is not None
+    table, seen = getattr(model.get_decoder(), inputs.table), []
+    # Before what puts the rows back.
+    table.register_forward_hook(
+        lambda module, *_: seen.append((len(module.weight), module.weight.dtype)), prepend=True
+    )
+    whole = load(dense, "never", monkeypatch).model
+    ids = torch.tensor([[7, 300, 7, 5, 5]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, whole(ids).logits)
+        padding = table.padding_idx
+        known = {7, 300, 5, *range(0 if padding is None else padding + 1)}
+        assert seen == [(len(known), torch.float32)]
+        with at_hand(table):
+            model(ids)
+    assert seen[1:] == [(len(whole.get_parameter(f"model.{inputs.table}.weight")), torch.float32)]
+    assert table.weight.dtype == torch.bfloat16
+
+
+def check_pruning(
+    dense: Path, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However weights are kept. A hidden size whose square root is no number of few bits tells most."""
+    made = {}
     for stream in ("never", "always", "bfloat16"):
         loaded = load(dense, stream, monkeypatch)
         calibration = load_calibration(("builtin:python-docs",), loaded, nsamples=3, seqlen=24)

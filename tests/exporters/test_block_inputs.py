@@ -19,6 +19,7 @@ from cfsp.models.architectures import FULL, WINDOWED, decoder_layers, model_shap
 from cfsp.models.block_pass import enter_blocks, last_hidden_states, run_layer
 from cfsp.models.checkpoint import load_pruned
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.keeping import VARIABLE
 from cfsp.models.reference import load_model
 from cfsp.pruning.axes.vocabulary import cut_rows
 from cfsp.pruning.gradients import LOOKUP, collect_weight_moments
@@ -39,6 +40,7 @@ NAME = "gemma4_text"
 pytestmark = pytest.mark.skipif(NAME not in transformers.CONFIG_MAPPING, reason="transformers 4")
 TinyPath = Callable[..., Path]
 TEXT = ["--calibration", "builtin:python-docs", "--nsamples", "2", "--seqlen", "32", "--threads", "1"]
+REMOVED = ["--prune-ratio", "0.25", "--vocabulary", "330", "--for", "Q8_0"]
 IDS = torch.randint(0, 330, (3, 40), generator=torch.Generator().manual_seed(4))
 
 
@@ -47,12 +49,29 @@ def files(tiny_folder: TinyPath, tmp_path_factory: pytest.TempPathFactory) -> tu
     """A pruned checkpoint that lost channels and tokens, and its GGUF files."""
     folder = tmp_path_factory.mktemp("files")
     dense = str(tiny_folder(NAME, intermediate_size=192, num_hidden_layers=6))
-    removed = ["--prune-ratio", "0.25", "--vocabulary", "330", "--for", "Q8_0"]
-    assert main(["prune", dense, "-o", str(folder / "pruned"), *removed, *TEXT]) == 0
+    assert main(["prune", dense, "-o", str(folder / "pruned"), *REMOVED, *TEXT]) == 0
     made = ["--gguf", "f32,f16,Q8_0,Q4_0,Q4_K_M,mixed:500KiB", "--threads", "1"]
     text = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64", "--tune-scales"]
     assert main(["export", str(folder / "pruned"), "-o", str(folder / "gguf"), *made, *text]) == 0
     return folder / "pruned", folder / "gguf"
+
+
+def test_from_files_the_same_bytes_are_made_and_proven_as_a_whole(
+    files: tuple[Path, Path], tiny_folder: TinyPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "always")
+    dense = str(tiny_folder(NAME, intermediate_size=192, num_hidden_layers=6))
+    assert main(["prune", dense, "-o", str(tmp_path / "pruned"), *REMOVED, *TEXT]) == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "pruned" / weights).read_bytes() == (files[0] / weights).read_bytes()
+    made = {}
+    for stream in ("always", "never"):
+        monkeypatch.setenv(VARIABLE, stream)
+        out = ["-o", str(tmp_path / stream), "--gguf", "Q8_0"]
+        assert main(["export", str(tmp_path / "pruned"), *out]) == 0
+        (made[stream],) = json.loads((tmp_path / stream / "export.json").read_text())["exports"]
+    assert made["always"]["blocks"] is None  # a block alone would lack what it is given of a token
+    assert made["always"]["sha256"] == made["never"]["sha256"]
 
 
 def test_what_pruning_leaves_is_proven_in_every_type(files: tuple[Path, Path]) -> None:

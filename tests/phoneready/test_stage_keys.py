@@ -111,6 +111,12 @@ def test_what_weights_are_rounded_to_runs_every_stage_and_where_it_is_computed_n
     assert asked(dtype="bfloat16") == set(ALL)
 
 
+def test_metered_energy_measures_again(folder: Path) -> None:
+    bench = replace(CONFIG.bench, energy=True)
+    config = CONFIG.model_copy(update={"bench": bench})
+    assert [name for name, reason in explain_release(config, folder).items() if reason] == ["bench-local"]
+
+
 def test_the_hash_of_code_is_that_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependencies, "_ROOT", tmp_path)
     (tmp_path / "room" / "__pycache__").mkdir(parents=True)

@@ -102,6 +102,17 @@ def test_power_supplies(status: str, online: str, charging: bool | None) -> None
     assert found.charging == (() if charging is None else (charging,))
 
 
+def test_a_supply_may_have_a_colon_in_its_name() -> None:
+    port = "/sys/class/power_supply/ucsi-source-psy-USBC000:001"
+    own = ["/sys/class/power_supply/bat/capacity:80", "/sys/class/power_supply/bat/status:Discharging"]
+    for online, charging in (
+        ("0", (False,)),
+        ("1", ()),
+    ):  # power from outside that does not charge: not known
+        found = conditions_of(f"{ONCE}{port}/type:USB\n" + look(1.0, *own, f"{port}/online:{online}"))
+        assert found.charging == charging
+
+
 def test_the_battery_of_a_mouse_is_not_the_machines() -> None:
     folder = "/sys/class/power_supply"
     mouse = f"{folder}/mouse/type:Battery\n{folder}/mouse/scope:Device\n"

@@ -13,16 +13,19 @@ import psutil
 import pytest
 
 from runtime_bench.conditions.looks import conditions_of
+from runtime_bench.conditions.meters.readings import Readings, readings_of
 from runtime_bench.targets.far_scripts import LOOKS_FOLLOW, RUN
 
 SHELLS = [name for name in ("sh", "dash", "bash", "busybox", "mksh") if shutil.which(name)]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="POSIX shells")
 
 
-def start(shell: str, folder: Path, *program: str) -> subprocess.Popen[str]:
+def start(shell: str, folder: Path, *program: str, glances: str = "") -> subprocess.Popen[str]:
     words = ["busybox", "sh"] if shell == "busybox" else [shell]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*words, "-c", RUN, "phoneready", str(folder), *program], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(
+        [*words, "-c", RUN, "phoneready", str(folder), glances, *program], text=True, **pipes
+    )  # type: ignore[call-overload,no-any-return]
 
 
 def words_of(process: psutil.Process) -> list[str]:
@@ -45,7 +48,29 @@ def test_the_programs_output_and_status_and_then_the_looks(shell: str, tmp_path:
     answer, _, looks = output.partition(f"\n{LOOKS_FOLLOW}\n")
     assert answer == '{"a": "b\\\\n"}\n{}'
     assert len(conditions_of(looks).at_s) >= 2
+    assert readings_of(looks) == Readings()
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_glances_begin_before_the_program_and_go_on(shell: str, tmp_path: Path) -> None:
+    gauge = tmp_path / "sys" / "class" / "power_supply" / "battery" / "energy_now"
+    gauge.parent.mkdir(parents=True)
+    gauge.write_text("50000000\n")
+    script = RUN.replace("\nbase=  #", f"\nbase={tmp_path}  #", 1)
+    words = ["busybox", "sh"] if shell == "busybox" else [shell]
+    command = [*words, "-c", script, "phoneready", str(tmp_path), "3", "sleep", "1"]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write("{}\n")
+        process.stdin.flush()
+        assert process.stdout is not None
+        found = readings_of(process.stdout.read())
+    (track,) = found.tracks.values()
+    assert {one.value for one in track} == {5e7}
+    assert found.idle is not None
+    before = [one for one in track if one.answered_s <= found.idle[1]]
+    assert 3 <= len(before) < len(track)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -69,8 +94,9 @@ def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_where_nothing_may_be_written_there_are_no_looks(tmp_path: Path) -> None:
-    with start("sh", tmp_path / "nowhere", "cat") as process:
+@pytest.mark.parametrize("glances", ["", "1"])
+def test_where_nothing_may_be_written_there_are_no_looks(glances: str, tmp_path: Path) -> None:
+    with start("sh", tmp_path / "nowhere", "cat", glances=glances) as process:
         assert process.stdin is not None
         process.stdin.write("{}\n")
         process.stdin.flush()
