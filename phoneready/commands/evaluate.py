@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing, write_text
+from cfsp.progress import Progress
 from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
@@ -226,9 +227,6 @@ def _evaluate(
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
     from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
-    from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Judging
-    from phoneready.forecasts.texts import judged_windows
     from phoneready.text import WRITERS
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
@@ -240,14 +238,9 @@ def _evaluate(
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with show_progress() as progress, ExitStack() as stack:
-        runtimes = tuple(filter(None, (chosen, other)))
-        few_bits = tuple(name != TORCH for name in runtimes)
-        answers = len(settings.prompts), settings.max_new_tokens
-        asked = Judging(judged_windows(settings), *answers, few_bits)
-        models = tuple(filter(None, (model, against)))
-        machine = Machine(device=opening.device, kept=opening.dtype)
         if place.is_here:
-            foretell("eval", models, asked, machine=machine, progress=progress)
+            pairs = [(model, chosen), *([(against, other)] if against and other else [])]
+            _foretell(pairs, settings, opening, progress)
             opened = open_language_model(model, chosen, opening, progress=progress)
         else:
             opened = open_elsewhere(model, chosen, place, opening, progress=progress)
@@ -266,6 +259,24 @@ def _evaluate(
     payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
     write_result(_report(result, settings, rows), payload, as_json=as_json)
     check_gate(rows)
+
+
+def _foretell(
+    runtimes: Sequence[tuple[str, str]],
+    settings: EvaluationSettings,
+    opening: OpenSettings,
+    progress: Progress,
+) -> None:
+    """Say what the judgement will take of this machine, of models and what runs each."""
+    from phoneready.evaluation.models import TORCH
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Judging
+    from phoneready.forecasts.texts import judged_windows
+
+    few_bits = tuple(runtime != TORCH for _, runtime in runtimes)
+    asked = Judging(judged_windows(settings), len(settings.prompts), settings.max_new_tokens, few_bits)
+    machine = Machine(device=opening.device, kept=opening.dtype)
+    foretell("eval", tuple(model for model, _ in runtimes), asked, machine=machine, progress=progress)
 
 
 def _cache_note(result: Evaluation) -> str | None:

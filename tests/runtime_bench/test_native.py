@@ -91,7 +91,12 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
 
 @pytest.mark.slow
 def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
-    others = ("throttling", "contention", "conditions")  # a browser's, and what is seen from outside
+    others = (
+        "throttling",
+        "contention",
+        "conditions",
+        "energy",
+    )  # a browser's, and what is seen from outside
     names = [field.name for field in fields(WorkerResult) if field.name not in others]
     assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
