@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.errors import InputError, require_extra
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.options import ExportOptions
+from exporters.outline import FileOutline
 
 if TYPE_CHECKING:
     from cfsp.recovery.rounding import Rounding
@@ -47,6 +48,7 @@ class ExportFamily:
         runtime: What runs the files, as users say it.
         open_model: (reference, most tokens, threads, type of the key-value cache or None) -> a
             cfsp.evaluation.LanguageModel.
+        outline: (reference, most tokens) -> what it says without being run.
         claims: Whether a reference is a file or folder of this family.
         needs: Import name -> distribution, of what an export wants.
         extra: Extra of phoneready that brings them.
@@ -69,6 +71,7 @@ class ExportFamily:
     locate: Callable[[Path, str, str], ExportedModel]
     runtime: str
     open_model: Callable[[str, int, int | None, str | None], Any]
+    outline: Callable[[str, int], FileOutline]
     claims: Callable[[str], bool]
     needs: Mapping[str, str]
     extra: str

@@ -342,8 +342,14 @@ _PAGE_CACHE: MappingProxyType[str, Callable[[Path], None]] = MappingProxyType(
 )
 
 
+def _served(payload: dict[str, Any]) -> Any:
+    """A measurement, or answers to questions."""
+    if "questions" in payload:
+        from runtime_bench.questions import answer_all
+
+        return answer_all(payload)
+    return measure(request_from_json(payload))
+
+
 if __name__ == "__main__":
-    serve(
-        lambda payload: measure(request_from_json(payload)),
-        lambda reason: WorkerResult(peak_rss_bytes=peak_rss_bytes(), error=reason),
-    )
+    serve(_served, lambda reason: WorkerResult(peak_rss_bytes=peak_rss_bytes(), error=reason))

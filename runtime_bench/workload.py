@@ -255,8 +255,8 @@ class BenchSettings(SamplingSettings):
     )
     backend: str | None = setting(
         None,
-        "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi, or gpu in llama.cpp. The "
-        "rows say what did.",
+        "What shall compute: a provider of ONNX Runtime, such as cuda, coreml, qnn or nnapi; gpu in llama.cpp, in its "
+        "native runner also a backend or a device by name. The record says what did.",
         look_up=str.lower,
         metavar="NAME",
         shown="the CPU",

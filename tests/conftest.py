@@ -46,7 +46,7 @@ hypothesis.settings.load_profile("phoneready")
 # A shell's background job ignores Ctrl-C, and so would the programs that tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-pytest_plugins = ["skips"]
+pytest_plugins = ["skips", "loopback"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ ROOMS = {
         {"recovery"},
     ),
     "exporters": (
-        {"export_record", "provenance"},
+        {"export_record", "outline", "provenance"},
         {"options"},
         {"family"},
         {"checkpoint_reader", "parity", "chats"},
@@ -38,6 +38,7 @@ ROOMS = {
         {"files", "memory", "cgroup", "workload"},
         {"records"},
         {"engines", "environment", "devices"},
+        {"questions"},
         {"worker", "conditions"},
         {"process"},
         {"native", "browser"},

@@ -29,6 +29,7 @@ DATA_FILES = (
     "phoneready/report/templates/report.js",
     "runtime_bench/devices/README.md",
     "runtime_bench/native/CMakeLists.txt",
+    "runtime_bench/native/questions.hpp",
     "runtime_bench/native/runner.cpp",
     "runtime_bench/native/llama_source.sha256",
     "runtime_bench/browser/package-lock.json",

@@ -6,7 +6,7 @@ Tokens are made as the harness's own transformers model makes them, and longer r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfsp.errors import InputError, MissingExtraError
@@ -92,28 +92,29 @@ class _Requests:
         return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        texts = []
-        for done, request in enumerate(requests, 1):
-            context, settings = request.args
-            texts.append(self._generate(context, dict(settings)))
-            self.progress("answering tasks", done, len(requests))
+        """Requests that end alike are written together."""
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(_ending(request.args[1], self.max_length), []).append(index)
+        texts, done = [""] * len(requests), 0
+        for (limit, until), indices in alike.items():
+            for start in range(0, len(indices), _ITEMS_AT_ONCE):
+                part = indices[start : start + _ITEMS_AT_ONCE]
+                written = self._write([requests[index].args[0] for index in part], limit, until)
+                for index, text in zip(part, written, strict=True):
+                    texts[index] = text
+                done += len(part)
+                self.progress("answering tasks", done, len(requests))
         return texts
 
-    def _generate(self, context: str, settings: dict[str, Any]) -> str:
-        if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
-            raise InputError(
-                "tasks that sample are not supported", field="do_sample", value=True, allowed="false"
-            )
-        until = settings.get("until") or []
-        until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
-        limit = min(limit, self.max_length - 1)
-        ids = self.tok_encode(context)[-(self.max_length - limit) :]
-        (answer,) = self.model.generate([ids or [self.prefix_token_id]], limit, stop_strings=until)
-        text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+    def _write(self, contexts: Sequence[str], limit: int, until: tuple[str, ...]) -> list[str]:
+        prompts = [self.tok_encode(context)[-(self.max_length - limit) :] for context in contexts]
+        prompts = [ids or [self.prefix_token_id] for ids in prompts]
+        answers = self.model.generate(prompts, limit, stop_strings=until)
+        texts = [str(self.tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
         for stop in until:
-            text = text.partition(stop)[0]
-        return text
+            texts = [text.partition(stop)[0] for text in texts]
+        return texts
 
     @property
     def tokenizer_name(self) -> str:
@@ -123,6 +124,22 @@ class _Requests:
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         return render_chat(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+
+
+def _ending(settings: Mapping[str, Any], max_length: int) -> tuple[int, tuple[str, ...]]:
+    """Most tokens of an answer, and the strings that end it.
+
+    Raises:
+        InputError: The task samples.
+    """
+    if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
+        raise InputError(
+            "tasks that sample are not supported", field="do_sample", value=True, allowed="false"
+        )
+    until = settings.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    limit = int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or _MAX_NEW_TOKENS)
+    return min(limit, max_length - 1), tuple(stop for stop in until if stop)
 
 
 def _cut(

@@ -9,6 +9,7 @@ from cfsp.errors import InputError
 from exporters import gguf
 from exporters.family import ExportedModel, ExportFamily
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
+from exporters.outline import FileOutline
 
 
 def _locate(folder: Path, stem: str, quant: str) -> ExportedModel:
@@ -24,6 +25,12 @@ def _open(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | N
     return GGUFLanguageModel(Path(reference), n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
 
 
+def _outline(reference: str, n_ctx: int) -> FileOutline:
+    from exporters.gguf.language_model import outline_of
+
+    return outline_of(Path(reference), n_ctx)
+
+
 GGUF = ExportFamily(
     name="gguf",
     setting="quants",
@@ -34,6 +41,7 @@ GGUF = ExportFamily(
     locate=_locate,
     runtime="llama.cpp",
     open_model=_open,
+    outline=_outline,
     claims=lambda reference: Path(reference).suffix == ".gguf",
     needs={"llama_cpp": "llama-cpp-python"},
     extra="gguf",

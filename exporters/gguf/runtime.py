@@ -103,6 +103,13 @@ class LlamaModel:
         """Id of the start token; -1 without one."""
         return int(self._lib.llama_vocab_bos(self._vocab))
 
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether blocks keep something of a text that belongs to one sequence alone."""
+        return bool(
+            self._lib.llama_model_is_recurrent(self._model) or self._lib.llama_model_is_hybrid(self._model)
+        )
+
     def is_end_of_generation(self, token: int) -> bool:
         """Whether llama.cpp stops generating at this token."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))

@@ -9,6 +9,7 @@ from exporters import onnx
 from exporters.family import ExportedModel, ExportFamily
 from exporters.onnx.folder import find_graph, is_onnx
 from exporters.onnx.ready import INT8_CACHE
+from exporters.outline import FileOutline
 
 
 def _locate(folder: Path, stem: str, variant: str) -> ExportedModel:
@@ -22,6 +23,12 @@ def _open(reference: str, n_ctx: int, n_threads: int | None, cache_type: str | N
     return OnnxLanguageModel(reference, n_ctx=n_ctx, n_threads=n_threads, cache_type=cache_type)
 
 
+def _outline(reference: str, n_ctx: int) -> FileOutline:
+    from exporters.onnx.language_model import outline_of
+
+    return outline_of(find_graph(reference), n_ctx)
+
+
 ONNX = ExportFamily(
     name="onnx",
     setting="onnx",
@@ -32,6 +39,7 @@ ONNX = ExportFamily(
     locate=_locate,
     runtime="onnxruntime",
     open_model=_open,
+    outline=_outline,
     claims=is_onnx,
     needs={"onnx": "onnx", "onnx_ir": "onnx-ir", "onnxruntime": "onnxruntime"},
     extra="onnx",

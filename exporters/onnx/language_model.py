@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from cfsp.errors import InputError
@@ -25,8 +25,30 @@ from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
 from exporters.onnx.int8_cache import make_ready
 from exporters.onnx.runtime import open_model
+from exporters.onnx.texts import continuation_rows, write
+from exporters.outline import FileOutline
 
 _BATCH = 256
+
+
+def outline_of(path: Path, n_ctx: int) -> FileOutline:
+    """What the folder of a graph says without its being run.
+
+    Raises:
+        InputError: No tokenizer beside it, or no configuration.
+    """
+    folder = folder_of(path)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    return FileOutline(
+        path=path,
+        sha256=sha256_file(path),
+        source_sha256=None,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        context_length=min(n_ctx, told_context(folder, config.max_position_embeddings)),
+        n_batch=_BATCH,
+        ends=tuple(sorted(stop_tokens(read_generation_config(folder), tokenizer))),
+    )
 
 
 class OnnxLanguageModel:
@@ -54,16 +76,16 @@ class OnnxLanguageModel:
         cache_type: str | None = None,
     ) -> None:
         path = find_graph(reference)
-        folder = folder_of(path)
-        self.name = reference
-        self.tokenizer = load_tokenizer(folder)
-        self.sha256: str | None = sha256_file(path)
-        self.context_length = min(n_ctx, told_context(folder, read_config(folder).max_position_embeddings))
+        outline = outline_of(path, n_ctx)
+        self.name, self.cache_type = reference, cache_type
+        self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
+        self.sha256: str | None = outline.sha256
+        self._ends = frozenset(outline.ends)
         threads = n_threads or torch.get_num_threads()
         if cache_type is not None:
             make_ready(path, threads)
         self._model = open_model(
-            path, n_ctx=self.context_length, n_threads=threads, n_batch=_BATCH, cache_type=cache_type
+            path, n_ctx=self.context_length, n_threads=threads, n_batch=outline.n_batch, cache_type=cache_type
         )
         if self._model.last_logits:
             raise InputError(
@@ -71,8 +93,6 @@ class OnnxLanguageModel:
             )
         self.vocab_size = self._model.vocab_size
         self.source_sha256: str | None = self._model.metadata.get("phoneready.source_sha256")
-        self.cache_type = cache_type
-        self._stops = stop_tokens(read_generation_config(folder), self.tokenizer)
 
     def close(self) -> None:
         """Let the session go; may be called twice."""
@@ -88,15 +108,8 @@ class OnnxLanguageModel:
         return [list(self._score(item)) for item in items]
 
     def _score(self, item: Branches) -> Iterator[Score]:
-        rows = [self._read(item.context)[-1:]]
-        for continuation in item.continuations:
-            if len(continuation) > 1:
-                if self._model.can_rewind:
-                    self._model.rewind(len(item.context))
-                elif self._model.n_past != len(item.context):
-                    self._read(item.context)
-                rows.append(self._model.decode(continuation[:-1]).copy())
-        yield from branch_scores(item, torch.from_numpy(np.concatenate(rows)).log_softmax(-1))
+        rows = torch.from_numpy(continuation_rows(self._model, item.context, item.continuations))
+        yield from branch_scores(item, rows.log_softmax(-1))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
@@ -104,19 +117,5 @@ class OnnxLanguageModel:
         """See `LanguageModel`; one prompt after the other."""
         longest = max((len(prompt) for prompt in prompts), default=0)
         check_length(self, longest + max_new_tokens, "a prompt with its answer")
-        return [self._generate(prompt, max_new_tokens, stop_strings) for prompt in prompts]
-
-    def _generate(self, prompt: Sequence[int], max_new_tokens: int, stop_strings: Sequence[str]) -> list[int]:
-        answer: list[int] = []
-        logits = self._read(prompt)
-        while (token := int(logits[-1].argmax())) not in self._stops:
-            answer.append(token)
-            if len(answer) == max_new_tokens or contains_any(self.tokenizer, answer, stop_strings):
-                break
-            logits = self._model.decode([token])
-        return answer
-
-    def _read(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Logits of the last piece of a text that nothing comes before."""
-        *_, last = self._model.iter_logits(np.asarray(tokens, dtype=np.int64))
-        return last.copy()
+        is_over = partial(contains_any, self.tokenizer, strings=stop_strings)
+        return [write(self._model, prompt, max_new_tokens, self._ends, is_over) for prompt in prompts]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -17,17 +18,21 @@ from phoneready.console import note, quiet_libraries, show_progress, write_resul
 from runtime_bench.engines import ENGINES
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.presentation.comparison_table import format_comparison
-from runtime_bench.presentation.record_table import format_depths, format_sweep, format_table
+from runtime_bench.presentation.markup import printable
+from runtime_bench.presentation.record_table import format_depths, format_sweep, format_table, speed_text
 from runtime_bench.presentation.table import short_names
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.records.compare import Comparison, by_model, compare
-from runtime_bench.records.jsonl import append_jsonl, check_appendable
+from runtime_bench.records.jsonl import append_jsonl, check_appendable, record_to_line
 from runtime_bench.targets import Target
 from runtime_bench.targets.browser import BROWSER_ENGINES
+from runtime_bench.targets.names import ALL_DEVICES, every_target
 from runtime_bench.targets.remote import Remote
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
 from runtime_bench.workload import BenchSettings
 
+_AS_THEY_COME = "jsonl"
+"""The format whose lines are written one by one."""
 _PLACES = ", ".join(row.form for row in TARGETS.values())
 
 
@@ -40,7 +45,14 @@ def bench(
     ],
     settings: BenchSettings,
     options: TargetOptions,
-    on: tuple[str, ...] = setting(("local",), f"Where: {_PLACES}; see docs/targets.md.", metavar="TARGET"),
+    on: tuple[str, ...] = setting(
+        ("local",),
+        f"Where: {_PLACES}; {ALL_DEVICES} for all that adb has, @FILE for a list; see docs/targets.md.",
+        metavar="TARGET",
+    ),
+    at_once: int | None = setting(
+        None, "Most other machines to measure at the same time.", ge=1, metavar="N", shown="all"
+    ),
     engine: str | None = setting(
         None,
         f"{', '.join(ENGINES)}; in a browser {', '.join(BROWSER_ENGINES.values())}.",
@@ -68,6 +80,7 @@ def bench(
     quiet_libraries()
 
     output = "json" if json else output
+    on = every_target(on)
     files = _graphs(files)
     anchor_file = _graphs([anchor])[0] if anchor else None
     if record is not None:
@@ -75,6 +88,7 @@ def bench(
     _check_places(on, [*files, *([anchor_file] if anchor_file else [])])
     with show_progress() as progress:
         targets = open_targets(on, options, progress)
+    names = short_names(map(str, filter(None, [*files, anchor_file])))
     with show_progress() as progress, _cleaned(targets if clean else []):
         records = run_matrix(
             files,
@@ -83,10 +97,23 @@ def bench(
             progress,
             engine=engine,
             anchor=anchor_file,
-            on_record=lambda row: None if record is None else append_jsonl(record, [row]),
+            on_record=lambda row: _keep(row, record, output, names if len(targets) > 1 else {}),
+            at_once=at_once,
         )
-    write_result(_format(records, output, settings, several=len(files) > 1), None, as_json=False)
+    if output != _AS_THEY_COME:
+        write_result(_format(records, output, settings, several=len(files) > 1), None, as_json=False)
     _check_measured(records, several=len(targets) > 1)
+
+
+def _keep(row: BenchRecord, record: Path | None, output: str, names: Mapping[str, str]) -> None:
+    """A row as soon as it is complete: on the disk, and on stdout, or, where files have names for it, on stderr."""
+    if record is not None:
+        append_jsonl(record, [row])
+    if output == _AS_THEY_COME:
+        sys.stdout.write(printable(record_to_line(row).rstrip("\n")) + "\n")
+        sys.stdout.flush()
+    elif names:
+        note(f"{row.target} {names[row.model_filename]} {row.test}: {row.failure or speed_text(row)}")
 
 
 def _graphs(paths: Sequence[Path]) -> list[Path]:
@@ -124,11 +151,11 @@ def _check_measured(records: Sequence[BenchRecord], *, several: bool) -> None:
 
     failed = [record for record in records if not record.ok]
     names = short_names(record.model_filename for record in records)
-    for row in failed:
-        where = f"{row.target} " if several else ""
-        note(f"{where}{names[row.model_filename]} {row.test}: {row.failure}")
+    for row in failed if not several else ():  # of several targets each was told when it failed
+        note(f"{names[row.model_filename]} {row.test}: {row.failure}")
     if failed:
-        raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured")
+        where = f" on {', '.join(dict.fromkeys(row.target for row in failed))}" if several else ""
+        raise LimitError(f"{len(failed)} of {len(records)} rows could not be measured{where}")
 
 
 def _against_the_first(records: list[BenchRecord]) -> list[Comparison]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError
 from cfsp.files import record_head, refuse_existing, write_text
+from cfsp.progress import Progress
 from cfsp.pruning.settings import ALIGN, DEFAULT_ALIGN, PruneSettings
 from cfsp.records import read_record, record_to_json, write_record
 from cfsp.settings import SEED, Settings, setting
@@ -28,6 +29,7 @@ from phoneready.commands.options import (
     TrustOption,
 )
 from phoneready.console import prepare_torch, show_progress, write_result
+from phoneready.evaluation.places import PlaceSettings, check_place, open_elsewhere
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.metrics import TOLERANCES
 
@@ -112,6 +114,7 @@ def evaluate(
     gate: GateOptions,
     tolerances: Tolerances,
     sweep: SweepOptions,
+    place: PlaceSettings,
     calibration: Annotated[CalibrationSettings, Renamed("Sweep: ", {"seqlen": "--calibration-seqlen"})],
     against: str | None = setting(None, "Reference model, usually the dense one.", metavar="MODEL"),
     runtime: str | None = setting(
@@ -137,7 +140,8 @@ def evaluate(
 
     Every figure is printed with its text and its number of tokens: without these it means nothing.
     """
-    subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type}
+    elsewhere = None if place.is_here else place.on
+    subject = {"--against": against, "--runtime": runtime, "--cache-type": cache_type, "--on": elsewhere}
     _check(settings, questions, gate, tolerances, sweep, subject)
     for path, like in ((gate.save, _RECORD), (sweep.csv, _TABLE)):
         if path is not None:
@@ -146,13 +150,14 @@ def evaluate(
     from cfsp.devices import find_device
     from phoneready.evaluation.models import OpenSettings
 
-    settings = _settings(settings, questions)
+    settings = _settings(settings, replace(questions, no_text=True) if elsewhere else questions)
+    check_place(place, settings)
     longest = settings.seqlen if settings.text or settings.chats else 1
     opening = OpenSettings(longest, trust_remote_code, threads, find_device(device), cache_type, dtype)
     if sweep.ratios:
         _sweep(model, sweep, calibration, settings, opening, save=gate.save, as_json=json)
     else:
-        _evaluate(model, against, runtime, settings, opening, gate, tolerances.limits, as_json=json)
+        _evaluate(model, against, runtime, settings, opening, place, gate, tolerances.limits, as_json=json)
 
 
 def _check(
@@ -210,6 +215,7 @@ def _evaluate(
     runtime: str | None,
     settings: EvaluationSettings,
     opening: OpenSettings,
+    place: PlaceSettings,
     gate: GateOptions,
     limits: Mapping[str, float],
     *,
@@ -217,35 +223,34 @@ def _evaluate(
 ) -> None:
 
     from phoneready.evaluation.evaluation_record import Evaluation
+    from phoneready.evaluation.far_model import HeldModel
     from phoneready.evaluation.gate import check_gate, compare_with_baseline
     from phoneready.evaluation.models import TORCH, open_language_model, own_cache, runtime_for
     from phoneready.evaluation.run import evaluate as judge
-    from phoneready.forecasts.said import Machine, foretell
-    from phoneready.forecasts.stages import Judging
-    from phoneready.forecasts.texts import judged_windows
     from phoneready.text import WRITERS
 
     earlier = read_record(Evaluation, gate.baseline) if gate.baseline else None
     chosen = runtime_for(model, runtime)
     own = own_cache(chosen)
     of_reference = replace(opening, cache_type=None)
-    if against is None and opening.cache_type not in (None, own):
+    if against is None and place.is_here and opening.cache_type not in (None, own):
         against, of_reference = model, replace(opening, cache_type=own)
     # A model in torch is compared with one in torch: the file's own runtime would add its rounding.
     other = runtime_for(against, TORCH if chosen == TORCH else None) if against else None
     with show_progress() as progress, ExitStack() as stack:
-        runtimes = tuple(filter(None, (chosen, other)))
-        few_bits = tuple(name != TORCH for name in runtimes)
-        answers = len(settings.prompts), settings.max_new_tokens
-        asked = Judging(judged_windows(settings), *answers, few_bits)
-        models = tuple(filter(None, (model, against)))
-        machine = Machine(device=opening.device, kept=opening.dtype)
-        foretell("eval", models, asked, machine=machine, progress=progress)
-        judged = stack.enter_context(open_language_model(model, chosen, opening, progress=progress))
+        if place.is_here:
+            pairs = [(model, chosen), *([(against, other)] if against and other else [])]
+            _foretell(pairs, settings, opening, progress)
+            opened = open_language_model(model, chosen, opening, progress=progress)
+        else:
+            opened = open_elsewhere(model, chosen, place, opening, progress=progress)
+        judged = stack.enter_context(opened)
         dense = None
         if against and other:
             dense = stack.enter_context(open_language_model(against, other, of_reference, progress=progress))
         result = judge(judged, dense, settings, writers=WRITERS, progress=progress)
+        if isinstance(judged, HeldModel):
+            result = replace(result, place=judged.place())
     if gate.save:
         write_record(gate.save, result)
     rows: tuple[GateRow, ...] = ()
@@ -254,6 +259,24 @@ def _evaluate(
     payload = record_to_json(result) | ({"gate": [asdict(row) for row in rows]} if earlier else {})
     write_result(_report(result, settings, rows), payload, as_json=as_json)
     check_gate(rows)
+
+
+def _foretell(
+    runtimes: Sequence[tuple[str, str]],
+    settings: EvaluationSettings,
+    opening: OpenSettings,
+    progress: Progress,
+) -> None:
+    """Say what the judgement will take of this machine, of models and what runs each."""
+    from phoneready.evaluation.models import TORCH
+    from phoneready.forecasts.said import Machine, foretell
+    from phoneready.forecasts.stages import Judging
+    from phoneready.forecasts.texts import judged_windows
+
+    few_bits = tuple(runtime != TORCH for _, runtime in runtimes)
+    asked = Judging(judged_windows(settings), len(settings.prompts), settings.max_new_tokens, few_bits)
+    machine = Machine(device=opening.device, kept=opening.dtype)
+    foretell("eval", tuple(model for model, _ in runtimes), asked, machine=machine, progress=progress)
 
 
 def _cache_note(result: Evaluation) -> str | None:
@@ -268,7 +291,13 @@ def _cache_note(result: Evaluation) -> str | None:
 
 def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRow, ...]) -> str:
     from phoneready.evaluation.gate import gate_table
-    from phoneready.evaluation.tables import figure_tables, format_answers, text_table, vocabulary_note
+    from phoneready.evaluation.tables import (
+        figure_tables,
+        format_answers,
+        place_notes,
+        text_table,
+        vocabulary_note,
+    )
 
     parts = []
     if result.texts:
@@ -277,6 +306,7 @@ def _report(result: Evaluation, settings: EvaluationSettings, rows: tuple[GateRo
         notes = vocabulary_note(result), _cache_note(result)
         parts += [f"{note}\n" for note in notes if note]
     parts += [table.markdown() for table in figure_tables(result)]
+    parts += [f"{line}\n" for line in place_notes(result)]
     parts += [format_answers(result)]
     parts += [gate_table(rows).markdown()]
     return "\n".join(part for part in parts if part)

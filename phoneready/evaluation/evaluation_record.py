@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import pydantic
 from pydantic import PositiveFloat, PositiveInt
 
 from cfsp.evaluation.divergence import Divergence
@@ -133,6 +134,55 @@ class MetricResult:
 
 
 @dataclass(frozen=True)
+class HeldAgainstHere:
+    """Answers of a target's engine beside those of the same engine on this machine.
+
+    Attributes:
+        n_choices: Questions with choices that both were asked, the first ones.
+        n_other_choices: Those of which they put another choice first, or where there is one, of which one alone would
+            have written it.
+        max_difference: Largest difference of the log-likelihoods of a choice, nats; None without any.
+        mean_difference: Mean of the differences.
+        n_texts: Texts that both wrote.
+        n_other_texts: Those that are not the same tokens.
+    """
+
+    n_choices: pydantic.NonNegativeInt
+    n_other_choices: pydantic.NonNegativeInt
+    max_difference: pydantic.NonNegativeFloat | None
+    mean_difference: pydantic.NonNegativeFloat | None
+    n_texts: pydantic.NonNegativeInt
+    n_other_texts: pydantic.NonNegativeInt
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model was judged, when not on this machine; what its engine does not say is None.
+
+    Attributes:
+        target: As `bench --on` has it.
+        n_threads: Threads there.
+        backends: What computed there.
+        asked_backend: What was to compute, where something was asked for.
+        versions: Of the engine there.
+        system_info: The engine's own line about the machine.
+        cache_type: Of keys and values there.
+        same_tokens: Whether the tokenizer there cuts texts as the one here does, whose ids were used.
+        held: Its answers beside this machine's, where they were held against each other.
+    """
+
+    target: str
+    n_threads: PositiveInt
+    backends: str | None
+    asked_backend: str | None
+    versions: Mapping[str, str]
+    system_info: str | None
+    cache_type: str | None
+    same_tokens: bool | None
+    held: HeldAgainstHere | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A model judged.
 
@@ -149,6 +199,7 @@ class Evaluation:
         against_tasks: The reference model's, in the same order.
         metrics: Own metrics.
         vocabularies: Of both, where they differ.
+        place: Where the model ran, when not on this machine.
     """
 
     KIND: ClassVar[str] = "evaluation"
@@ -166,6 +217,7 @@ class Evaluation:
     against_tasks: tuple[TaskResult, ...] = ()
     metrics: tuple[MetricResult, ...] = ()
     vocabularies: Annotated[Vocabularies | None, WhereSet] = None
+    place: Annotated[Place | None, WhereSet] = None
 
 
 def text_name(kind: str, reference: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Standing
-from phoneready.evaluation.evaluation_record import Evaluation, TextResult
+from phoneready.evaluation.evaluation_record import Evaluation, HeldAgainstHere, TextResult
 from phoneready.evaluation.measured_file import MeasuredFile, MeasuredText
 from phoneready.figures.metrics import METRICS
 from runtime_bench.presentation.table import Column, Table, table_of_cells
+from runtime_bench.records.engine_settings import fell_back
 
 NAMES = ("reference", "model")
 """What the two models are called, unless they are the dense one and the pruned one."""
@@ -161,6 +162,35 @@ def format_answers(evaluation: Evaluation) -> str:
                 lines.append(f"{name}{flag}: {' '.join(column[index].split())}")
         lines.append("")
     return "\n".join(lines)
+
+
+def place_notes(evaluation: Evaluation) -> list[str]:
+    """Where the model ran, when not on this machine, and how its answers compare with this machine's."""
+    place = evaluation.place
+    if place is None:
+        return []
+    missed = fell_back(place.asked_backend, place.backends)
+    computed = f"{place.backends} (not {missed})" if missed else place.backends
+    threads = "1 thread" if place.n_threads == 1 else f"{place.n_threads} threads"
+    cache = f", keys and values in {place.cache_type}" if place.cache_type else ""
+    notes = [f"Judged on {place.target} in {evaluation.model.runtime}: {computed}, {threads}{cache}."]
+    if place.same_tokens is False:
+        notes.append("Its own tokenizer cuts texts otherwise than the one here, whose tokens were used.")
+    return [*notes, *_held_notes(place.held)]
+
+
+def _held_notes(held: HeldAgainstHere | None) -> list[str]:
+    if held is None:
+        return []
+    notes = []
+    if held.n_choices:
+        notes.append(
+            f"The first {held.n_choices} questions, asked of the same engine here, too: {held.n_other_choices} with "
+            f"another choice; log-likelihoods differ by {held.max_difference:.2g} nats at most."
+        )
+    if held.n_texts:
+        notes.append(f"The first {held.n_texts} texts, written here, too: {held.n_other_texts} are others.")
+    return notes
 
 
 def _tasks(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:

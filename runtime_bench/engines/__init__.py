@@ -34,6 +34,7 @@ class SessionSettings:
         cache_type: Of the key-value cache, one of the engine's `cache_types`; None for its own choice.
         backend: What shall compute, in small letters; None for the processor, where an engine that cannot take it
             computes, too.
+        n_seq: Texts that the context holds at once, which may begin alike; engines that hold one read them in turn.
     """
 
     n_ctx: int
@@ -42,6 +43,7 @@ class SessionSettings:
     n_ubatch: int
     cache_type: str | None = None
     backend: str | None = None
+    n_seq: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,27 @@ class Session(Vocabulary, Protocol):
         """Let go of the file and its memory."""
 
 
+class AnsweringSession(Session, Protocol):
+    """An open file whose engine tells what it thinks of a text: of a row of ENGINES that `answers`."""
+
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """For each continuation ln p of its tokens after the context, in nats, and whether each is the likeliest."""
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_strings: Sequence[str],
+        ends: Sequence[int],
+    ) -> list[list[int]]:
+        """Greedy continuations, without the token that ends them: one of `ends`, or of what the engine knows as such.
+
+        A continuation also ends once its text has one of `stop_strings` in it, which it then still holds.
+        """
+
+
 class EngineAdapter(Protocol):
     """What an engine's module has."""
 
@@ -132,6 +155,7 @@ class EngineSpec:
         far_packages: What its worker imports in the Python of another machine; empty where it runs on this one alone.
         cache_types: Types of the key-value cache that can be asked for.
         companion: Module whose `make_ready(path)` makes what it needs beside a file for them; empty without need.
+        answers: Whether its sessions are of `AnsweringSession`.
     """
 
     module: str
@@ -142,6 +166,7 @@ class EngineSpec:
     far_packages: tuple[str, ...] = ()
     cache_types: tuple[str, ...] = ()
     companion: str = ""
+    answers: bool = False
 
     def require(self) -> None:
         """Check that the engine can be used, without importing it.
@@ -165,12 +190,12 @@ ENGINES = MappingProxyType(
     {
         "llama.cpp": EngineSpec(
             f"{_ENGINES}.llama_cpp", "llama_cpp", "llama-cpp-python", ".gguf", "gguf",
-            cache_types=MEASURED_CACHES,
+            cache_types=MEASURED_CACHES, answers=True,
         ),
         "onnxruntime": EngineSpec(
             f"{_ENGINES}.onnxruntime", "onnxruntime", "onnxruntime", ".onnx", "onnx",
             ("onnxruntime", "numpy", "tokenizers"),
-            cache_types=(INT8_CACHE,), companion="exporters.onnx.int8_cache",
+            cache_types=(INT8_CACHE,), companion="exporters.onnx.int8_cache", answers=True,
         ),
         "onnxruntime-genai": EngineSpec(
             f"{_ENGINES}.onnxruntime_genai", "onnxruntime_genai", "onnxruntime-genai", ".onnx", "onnx",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,7 +11,9 @@ from cfsp.errors import InputError
 from exporters.gguf.cache_types import DEFAULT_CACHE
 from exporters.gguf.llama_library import runtime_version, system_info
 from exporters.gguf.runtime import LlamaModel, open_model
+from exporters.gguf.together import continuation_rows, fitting, write_together
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
+from runtime_bench.engines.scoring import continuation_scores
 from runtime_bench.records.engine_settings import EngineSettings
 
 _DISTRIBUTION = "llama-cpp-python"
@@ -19,10 +22,10 @@ _ON_GPU = MappingProxyType({None: False, "cpu": False, "gpu": True})
 
 
 class LlamaCppSession:
-    """An open GGUF file; see `runtime_bench.engines.Session`."""
+    """An open GGUF file; see `runtime_bench.engines.AnsweringSession`."""
 
-    def __init__(self, model: LlamaModel) -> None:
-        self._model = model
+    def __init__(self, model: LlamaModel, settings: SessionSettings) -> None:
+        self._model, self._n_ctx, self._n_seq = model, settings.n_ctx, settings.n_seq
         self.clear, self.decode, self.close = model.clear, model.decode, model.close
         self.n_vocab = model.vocab_size
         added = model.tokenize("", add_special=True)
@@ -57,6 +60,37 @@ class LlamaCppSession:
         """The likeliest token after the last one."""
         return int(self._model.last_logits().argmax())
 
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """See `AnsweringSession`; the context belongs to the sequences of all continuations at once."""
+        lengths = [len(continuation) - 1 for continuation in continuations]
+        scores: list[tuple[float, bool]] = []
+        most = 1 if self._model.is_recurrent else self._n_seq
+        for fit in fitting(lengths, len(context), self._n_ctx, most):
+            part = continuations[fit]
+            scores += continuation_scores(continuation_rows(self._model, context, part), part)
+        return scores
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_strings: Sequence[str],
+        ends: Sequence[int],
+    ) -> list[list[int]]:
+        """See `AnsweringSession`; the file says what ends a text."""
+
+        def is_over(tokens: list[int]) -> bool:
+            text = self._model.detokenize(tokens) if stop_strings else ""
+            return any(stop in text for stop in stop_strings)
+
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        written: list[list[int]] = []
+        for fit in fitting(lengths, 0, self._n_ctx, self._n_seq):
+            written += write_together(self._model, prompts[fit], max_new_tokens, is_over)
+        return written
+
 
 def prepare() -> None:
     """Load and initialize the library."""
@@ -82,6 +116,8 @@ def open_session(path: Path, settings: SessionSettings) -> Session:
             n_batch=settings.n_batch,
             n_ubatch=settings.n_ubatch,
             cache_type=settings.cache_type or DEFAULT_CACHE,
+            n_seq=settings.n_seq,
             on_gpu=_ON_GPU[settings.backend],
-        )
+        ),
+        settings,
     )

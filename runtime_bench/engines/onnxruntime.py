@@ -11,12 +11,14 @@ import numpy.typing as npt
 
 from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
+from exporters.onnx.texts import continuation_rows, write
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
+from runtime_bench.engines.scoring import continuation_scores
 from runtime_bench.records.engine_settings import EngineSettings
 
 
 class OnnxRuntimeSession:
-    """An open graph; see `runtime_bench.engines.Session`."""
+    """An open graph; see `runtime_bench.engines.AnsweringSession`."""
 
     def __init__(self, model: OnnxModel) -> None:
         from tokenizers import Tokenizer
@@ -52,6 +54,27 @@ class OnnxRuntimeSession:
         """The likeliest token after the last one."""
         assert self._logits is not None  # something was decoded
         return int(self._logits[-1].argmax())
+
+    def score(
+        self, context: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[tuple[float, bool]]:
+        """See `AnsweringSession`."""
+        return continuation_scores([continuation_rows(self._model, context, continuations)], continuations)
+
+    def write(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_strings: Sequence[str],
+        ends: Sequence[int],
+    ) -> list[list[int]]:
+        """See `AnsweringSession`; one prompt after the other."""
+
+        def is_over(tokens: list[int]) -> bool:
+            text = self._tokenizer.decode(tokens, skip_special_tokens=False) if stop_strings else ""
+            return any(stop in text for stop in stop_strings)
+
+        return [write(self._model, prompt, max_new_tokens, frozenset(ends), is_over) for prompt in prompts]
 
 
 def prepare() -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cfsp.progress import Progress, no_progress
-from runtime_bench.measuring.measure import engines_on, run_bench
+from runtime_bench.measuring.measure import check_files, engines_on, look_at, run_bench
 from runtime_bench.records.bench_record import BenchRecord
 from runtime_bench.targets import Target
 from runtime_bench.targets.remote import Remote
@@ -24,11 +24,13 @@ def run_matrix(
     engine: str | None = None,
     anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
+    at_once: int | None = None,
 ) -> list[BenchRecord]:
     """Measure every file on every target. What cannot be measured is a failed row with its reason; the rest goes on.
 
-    Other machines are measured at the same time, each in a thread of its own, which here does little but wait. This
-    machine's own targets come after them, one by one: nothing else is done here while it is measured.
+    Other machines are measured at the same time, each in a thread of its own, which here does little but wait; where
+    there are more than `at_once`, one begins when another one is done, in the order of the targets. This machine's own
+    targets come after them, one by one: nothing else is done here while it is measured.
 
     Args:
         files: Exported model files.
@@ -38,6 +40,7 @@ def run_matrix(
         engine: Key of ENGINES; each file's default one unless given.
         anchor: A file that takes turns with the others on every target.
         on_record: Called with each record as soon as it is complete, from one thread at a time.
+        at_once: Most other machines that are measured at the same time; all unless given.
 
     Returns:
         `run_bench`'s records of each target, in the order of the targets.
@@ -45,8 +48,11 @@ def run_matrix(
     Raises:
         InputError: As `run_bench` does.
     """
+    measured = [*files, *([anchor] if anchor else [])]
     for target in targets:
-        engines_on(target, [*files, *([anchor] if anchor else [])], settings, engine)
+        engines_on(target, measured, settings, engine)
+    check_files(files, anchor)
+    seen = look_at(measured, settings)  # once, and not once a target
     lock = threading.Lock()
 
     def keep(record: BenchRecord) -> None:
@@ -59,10 +65,12 @@ def run_matrix(
 
         if isinstance(target, Remote):
             target.progress = told
-        return run_bench(files, settings, told, engine=engine, target=target, anchor=anchor, on_record=keep)
+        return run_bench(
+            files, settings, told, engine=engine, target=target, anchor=anchor, on_record=keep, seen=seen
+        )
 
     remotes = [target for target in targets if isinstance(target, Remote)]
-    by_target = _beside_each_other(remotes, measure) if remotes else {}
+    by_target = _beside_each_other(remotes, measure, at_once or len(remotes)) if remotes else {}
     for target in targets:
         if id(target) not in by_target:
             by_target[id(target)] = measure(target)
@@ -70,15 +78,17 @@ def run_matrix(
 
 
 def _beside_each_other(
-    remotes: Sequence[Remote], measure: Callable[[Target], list[BenchRecord]]
+    remotes: Sequence[Remote], measure: Callable[[Target], list[BenchRecord]], at_once: int
 ) -> dict[int, list[BenchRecord]]:
-    """The records of other machines, which are measured at the same time, by `id` of the target."""
-    with ThreadPoolExecutor(len(remotes)) as pool:
+    """The records of other machines, so many of which are measured at the same time, by `id` of the target."""
+    with ThreadPoolExecutor(at_once) as pool:
         futures = {id(remote): pool.submit(measure, remote) for remote in remotes}
         try:
             return {key: future.result() for key, future in futures.items()}
         except BaseException:
-            # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it.
+            # Ctrl-C among them: what runs elsewhere is ended before anybody waits for it, and nothing more begins.
+            for future in futures.values():
+                future.cancel()
             for remote in remotes:
                 remote.stop()
             raise

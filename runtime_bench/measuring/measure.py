@@ -12,10 +12,9 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache, partial
 from pathlib import Path
 
 from cfsp.errors import InputError, PhonereadyError
@@ -43,6 +42,7 @@ def run_bench(
     target: Target = LOCAL,
     anchor: Path | None = None,
     on_record: Callable[[BenchRecord], None] = lambda record: None,
+    seen: Mapping[Path, SeenFile] | None = None,
 ) -> list[BenchRecord]:
     """Measure every workload on every file.
 
@@ -59,6 +59,7 @@ def run_bench(
         anchor: A file that takes turns with the others, by which other sessions can be compared with this one.
         on_record: Called with each record as soon as it is complete, so that an interrupted session loses
             little.
+        seen: What `look_at` saw of the files, where that was done before.
 
     Returns:
         One record for each thread count, workload and file, in this order, the anchor last. A row that could not be
@@ -69,12 +70,16 @@ def run_bench(
             there, or nothing to measure.
     """
     workloads = workloads_of(settings)
-    _check_files(files, anchor)
+    check_files(files, anchor)
     files = [*files, anchor] if anchor else files
     engines = engines_on(target, files, settings, engine)
     for name, path in zip(engines, files, strict=True):
         prepare_cache(name, path, settings.cache_type)
-    measured = _measured_files(files, engines, settings)
+    seen = look_at(files, settings) if seen is None else seen
+    measured = tuple(
+        MeasuredFile(path, seen[path].sha256, engine, seen[path].check)
+        for path, engine in zip(files, engines, strict=True)
+    )
     session = Session(measured, settings, target, measured[-1] if anchor else None)
     counts = settings.threads(target.environment().cpus_usable)
     groups = [(threads, workload) for threads in counts for workload in workloads]
@@ -88,16 +93,27 @@ def run_bench(
     return records
 
 
-def _measured_files(
-    files: Sequence[Path], engines: Sequence[str], settings: BenchSettings
-) -> tuple[MeasuredFile, ...]:
-    """The files with their hashes and, where that is asked for, what they write; each is read but once."""
-    hash_once, check_once = cache(sha256_file), cache(partial(_check_text, settings=settings))
+@dataclass(frozen=True)
+class SeenFile:
+    """What is seen of a file on this machine, wherever it is measured.
+
+    Attributes:
+        sha256: Its hash.
+        check: What it writes; empty where that was not asked for.
+    """
+
+    sha256: str
+    check: TextCheck
+
+
+def look_at(files: Sequence[Path], settings: BenchSettings) -> dict[Path, SeenFile]:
+    """Hash each file and, where that is asked for, let it write.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     try:
-        return tuple(
-            MeasuredFile(path, hash_once(path), engine, check_once(path))
-            for path, engine in zip(files, engines, strict=True)
-        )
+        return {path: SeenFile(sha256_file(path), _check_text(path, settings)) for path in files}
     except OSError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
 
@@ -167,7 +183,8 @@ def _measure_once(session: Session, row: Row, samples: int, number: int) -> None
     row.results.append(result)
     row.sequence += [number] * len(result.samples_ns)
     if result.error:
-        logger.warning("%s %s failed: %s", row.file.path.name, row.request.workload.test, result.error)
+        what = row.file.path.name, row.request.workload.test
+        logger.warning("%s: %s %s failed: %s", session.target.name, *what, result.error)
 
 
 def _not_ready(session: Session, row: Row) -> str | None:
@@ -251,7 +268,8 @@ def _check_target(settings: BenchSettings, target: Target) -> None:
         )
 
 
-def _check_files(files: Sequence[Path], anchor: Path | None) -> None:
+def check_files(files: Sequence[Path], anchor: Path | None) -> None:
+    """Raise InputError for no file, one that does not exist, or an anchor that is one of the files."""
     if anchor in files:
         raise InputError("is measured already", field="--anchor", value=str(anchor), allowed="another file")
     if not files:

@@ -26,7 +26,15 @@ from runtime_bench.native.source import LlamaSource, extract_llama, fetch_source
 from runtime_bench.native.targets import require_target
 from runtime_bench.native.toolchain import Toolchain, find_toolchain
 
-_SOURCES = ("CMakeLists.txt", "runner.cpp")
+_SOURCES = (
+    "CMakeLists.txt",
+    "llama_log.hpp",
+    "machine.hpp",
+    "python_random.hpp",
+    "questions.hpp",
+    "runner.cpp",
+    "session.hpp",
+)
 _PROGRAM = "phoneready-runner"
 _RECORD = "build.json"
 _STEP = re.compile(r"^\[\s*(\d+)(?:/(\d+)|%)\]")

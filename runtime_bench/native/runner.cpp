@@ -3,495 +3,42 @@
 // Reads one request as JSON from stdin and writes one result as JSON to what was stdout when it began; whatever the
 // libraries print goes to stderr. An expected failure is a result with `error` set; a crash leaves no result, and the
 // parent reads the reason from the exit status. Requests and results are those of worker.py, field by field; a request
-// with `generate` instead of `workload` asks for the greedy continuation of a prompt, to check that the engine works.
+// with `questions` instead of `workload` names a file of them (runtime_bench/questions.py), and one with `generate` asks
+// for the greedy continuation of a prompt, to check that the engine works.
 // `--about` prints what the program was built for and what this processor lacks for it.
 
 #include <dirent.h>
-#include <fcntl.h>
-#include <sched.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
-#include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <ctime>
-#include <deque>
 #include <fstream>
 #include <functional>
 #include <iostream>
 #include <iterator>
 #include <map>
-#include <memory>
-#include <mutex>
 #include <new>
-#include <nlohmann/json.hpp>
-#include <set>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "llama.h"
+#include "llama_log.hpp"
+#include "machine.hpp"
+#include "questions.hpp"
+#include "session.hpp"
 
-using json = nlohmann::ordered_json;
-using Tokens = std::vector<llama_token>;
+using namespace runner;
 
 namespace {
 
 constexpr int kProtocol = 1;
 constexpr size_t kMostSamples = 10000;
 
-// A failure that belongs in a result: its text is the reason.
-struct Failure : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
-[[noreturn]] void fail_errno(const std::string & path) {
-    throw Failure(path + ": " + std::strerror(errno));
-}
-
-// ---- What the processor has --------------------------------------------------------------------------------------
-
-std::set<std::string> words_of(const std::string & text) {
-    std::istringstream stream(text);
-    return {std::istream_iterator<std::string>(stream), {}};
-}
-
-// The features the program was compiled for and this processor does not name; empty where /proc/cpuinfo says nothing.
-std::vector<std::string> missing_features() {
-#if defined(__aarch64__)
-    const std::string key = "Features";
-#else
-    const std::string key = "flags";
-#endif
-    std::ifstream cpuinfo("/proc/cpuinfo");
-    for (std::string line; std::getline(cpuinfo, line);) {
-        const auto colon = line.find(':');
-        if (line.rfind(key, 0) != 0 || colon == std::string::npos) {
-            continue;
-        }
-        const auto has = words_of(line.substr(colon + 1));
-        std::vector<std::string> missing;
-        for (const auto & name : words_of(RUNNER_NEEDS)) {
-            if (!has.count(name)) {
-                missing.push_back(name);
-            }
-        }
-        return missing;
-    }
-    return {};
-}
-
-void require_features() {
-    const auto missing = missing_features();
-    if (missing.empty()) {
-        return;
-    }
-    std::string names;
-    for (const auto & name : missing) {
-        names += " " + name;
-    }
-    throw Failure("the runner was built for " RUNNER_TARGET " and this processor lacks" + names);
-}
-
-// The cores that this process may run on.
-json usable_cores() {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    json cores = json::array();
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
-        for (int core = 0; core < CPU_SETSIZE; ++core) {
-            if (CPU_ISSET(core, &set)) {
-                cores.push_back(core);
-            }
-        }
-    }
-    return cores;
-}
-
-// ---- Memory and the page cache -----------------------------------------------------------------------------------
-
-// A line of /proc/self/status in bytes; null where the system has none. VmHWM starts anew with exec.
-json status_bytes(const std::string & key) {
-    std::ifstream status("/proc/self/status");
-    for (std::string line; std::getline(status, line);) {
-        if (line.rfind(key + ":", 0) == 0) {
-            return std::stoll(line.substr(key.size() + 1)) * 1024;
-        }
-    }
-    return nullptr;
-}
-
-class File {
-  public:
-    explicit File(const std::string & path) : handle(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-        if (handle < 0) {
-            fail_errno(path);
-        }
-        struct stat facts{};
-        if (fstat(handle, &facts) != 0 || !S_ISREG(facts.st_mode)) {
-            close(handle);
-            throw Failure(path + " is not a file");
-        }
-        size = static_cast<size_t>(facts.st_size);
-    }
-    ~File() { close(handle); }
-    File(const File &) = delete;
-    File & operator=(const File &) = delete;
-
-    const int handle;
-    size_t size = 0;
-};
-
-void read_once(const std::string & path) {
-    File file(path);
-    std::vector<char> buffer(1 << 22);
-    while (read(file.handle, buffer.data(), buffer.size()) > 0) {
-    }
-}
-
-// The system may refuse; page_cache_share says what came of it.
-void evict(const std::string & path) {
-    File file(path);
-    fsync(file.handle);  // dirty pages are never dropped
-    posix_fadvise(file.handle, 0, 0, POSIX_FADV_DONTNEED);
-}
-
-// Linux answers mincore truthfully only for files that the caller may write.
-json page_cache_share(const std::string & path) {
-    File file(path);
-    if (file.size == 0 || access(path.c_str(), W_OK) != 0) {
-        return nullptr;
-    }
-    void * view = mmap(nullptr, file.size, PROT_READ, MAP_PRIVATE, file.handle, 0);
-    if (view == MAP_FAILED) {
-        return nullptr;
-    }
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    std::vector<unsigned char> flags((file.size + page - 1) / page);
-    const int status = mincore(view, file.size, flags.data());
-    munmap(view, file.size);
-    if (status != 0) {
-        return nullptr;
-    }
-    const auto resident = std::count_if(flags.begin(), flags.end(), [](unsigned char flag) { return flag & 1; });
-    return static_cast<double>(resident) / static_cast<double>(flags.size());
-}
-
-const std::map<std::string, std::function<void(const std::string &)>> kPageCache = {
-    {"as_found", [](const std::string &) {}},
-    {"warm", read_once},
-    {"cold", evict},
-};
-
-// ---- llama.cpp's log ---------------------------------------------------------------------------------------------
-
-// The last warnings and errors that llama.cpp logged, for the reason of a failure; and what it tells nowhere else: whether
-// it chose its flash kernel, and which buffers hold the weights.
-class Log {
-  public:
-    void add(ggml_log_level level, const char * text) {
-        const std::lock_guard<std::mutex> hold(lock_);
-        level_ = level == GGML_LOG_LEVEL_CONT ? level_ : level;
-        if (level_ != GGML_LOG_LEVEL_INFO && level_ != GGML_LOG_LEVEL_WARN && level_ != GGML_LOG_LEVEL_ERROR) {
-            return;
-        }
-        for (const char * letter = text; *letter; ++letter) {
-            if (*letter == '\n') {
-                end_line();
-            } else {
-                open_ += *letter;
-            }
-        }
-    }
-    json flash_attention() {
-        const std::lock_guard<std::mutex> hold(lock_);
-        return flash_;
-    }
-    json weight_buffers() {
-        const std::lock_guard<std::mutex> hold(lock_);
-        return buffers_;
-    }
-    std::string last(size_t count = 3) {
-        const std::lock_guard<std::mutex> hold(lock_);
-        std::string text;
-        for (size_t i = lines_.size() > count ? lines_.size() - count : 0; i < lines_.size(); ++i) {
-            text += (text.empty() ? "" : "; ") + lines_[i];
-        }
-        return text.empty() ? "llama.cpp gave no reason" : text;
-    }
-
-  private:
-    void end_line() {
-        const std::string mark = " model buffer size = ";
-        const auto size = open_.find(mark);
-        if (size != std::string::npos) {
-            const auto name = open_.substr(open_.rfind(' ', size - 1) + 1, size - open_.rfind(' ', size - 1) - 1);
-            const auto bytes = std::llround(std::strtod(open_.c_str() + size + mark.size(), nullptr) * (1 << 20));
-            buffers_[name] = buffers_.value(name, 0LL) + bytes;
-        }
-        if (open_.find("Flash Attention enabled") != std::string::npos) {
-            flash_ = true;
-        } else if (open_.find("Flash Attention not supported") != std::string::npos) {
-            flash_ = false;
-        }
-        if (level_ == GGML_LOG_LEVEL_INFO) {
-            open_.clear();
-            return;
-        }
-        const auto first = open_.find_first_not_of(" \t");
-        if (first != std::string::npos) {
-            lines_.push_back(open_.substr(first, open_.find_last_not_of(" \t") + 1 - first));
-        }
-        if (lines_.size() > 20) {
-            lines_.pop_front();
-        }
-        open_.clear();
-    }
-    std::deque<std::string> lines_;
-    std::string open_;
-    ggml_log_level level_ = GGML_LOG_LEVEL_NONE;
-    json flash_;
-    json buffers_ = json::object();
-    std::mutex lock_;
-};
-
-Log llama_log;
-
-// ---- Random tokens -----------------------------------------------------------------------------------------------
-
-// Python's random.Random(seed).randrange(n): the tokens are those of the Python worker.
-// Mersenne Twister, Matsumoto and Nishimura 1998, seeded by init_by_array as CPython does.
-class PythonRandom {
-  public:
-    explicit PythonRandom(uint64_t seed) {
-        std::vector<uint32_t> key = {static_cast<uint32_t>(seed)};
-        if (seed >> 32) {
-            key.push_back(static_cast<uint32_t>(seed >> 32));
-        }
-        fill(19650218U);
-        size_t i = 1;
-        size_t j = 0;
-        for (size_t k = kSize; k; --k) {
-            state_[i] = (state_[i] ^ (before(i) * 1664525U)) + key[j] + static_cast<uint32_t>(j);
-            i = step(i);
-            j = (j + 1) % key.size();
-        }
-        for (size_t k = kSize - 1; k; --k) {
-            state_[i] = (state_[i] ^ (before(i) * 1566083941U)) - static_cast<uint32_t>(i);
-            i = step(i);
-        }
-        state_[0] = 0x80000000U;
-    }
-
-    uint32_t below(uint32_t limit) {
-        int bits = 0;
-        while (bits < 32 && (limit >> bits)) {
-            ++bits;
-        }
-        uint32_t value;
-        do {
-            value = next() >> (32 - bits);
-        } while (value >= limit);
-        return value;
-    }
-
-  private:
-    static constexpr size_t kSize = 624;
-    static constexpr size_t kShift = 397;
-
-    void fill(uint32_t seed) {
-        state_[0] = seed;
-        for (size_t i = 1; i < kSize; ++i) {
-            state_[i] = 1812433253U * (state_[i - 1] ^ (state_[i - 1] >> 30)) + static_cast<uint32_t>(i);
-        }
-    }
-    uint32_t before(size_t i) const { return state_[i - 1] ^ (state_[i - 1] >> 30); }
-    size_t step(size_t i) {
-        if (++i >= kSize) {
-            state_[0] = state_[kSize - 1];
-            return 1;
-        }
-        return i;
-    }
-    uint32_t next() {
-        if (index_ == kSize) {
-            for (size_t k = 0; k < kSize; ++k) {
-                const uint32_t y = (state_[k] & 0x80000000U) | (state_[(k + 1) % kSize] & 0x7fffffffU);
-                state_[k] = state_[(k + kShift) % kSize] ^ (y >> 1) ^ ((y & 1U) ? 0x9908b0dfU : 0U);
-            }
-            index_ = 0;
-        }
-        uint32_t y = state_[index_++];
-        y ^= y >> 11;
-        y ^= (y << 7) & 0x9d2c5680U;
-        y ^= (y << 15) & 0xefc60000U;
-        return y ^ (y >> 18);
-    }
-    uint32_t state_[kSize];
-    size_t index_ = kSize;
-};
-
-// ---- An open file ------------------------------------------------------------------------------------------------
-
-// A type of keys and values alike, as exporters/gguf/cache_types.py has it: quantized values are read in the flash kernel
-// alone.
-struct CacheType {
-    ggml_type type;
-    llama_flash_attn_type flash;
-};
-
-const std::map<std::string, CacheType> kCacheTypes = {
-    {"f16", {GGML_TYPE_F16, LLAMA_FLASH_ATTN_TYPE_AUTO}},
-    {"q8_0", {GGML_TYPE_Q8_0, LLAMA_FLASH_ATTN_TYPE_ENABLED}},
-    {"q4_0", {GGML_TYPE_Q4_0, LLAMA_FLASH_ATTN_TYPE_ENABLED}},
-};
-
-template <typename Table> const auto & row_of(const Table & table, const std::string & name, const char * what) {
-    const auto found = table.find(name);
-    if (found == table.end()) {
-        throw Failure("the runner knows no " + std::string(what) + " " + name);
-    }
-    return found->second;
-}
-
-// Settings are those of exporters/gguf/runtime.py: mapped weights, the processor alone.
-class Session {
-  public:
-    Session(const std::string & path, const json & settings) : path_(path) {
-        auto params = llama_model_default_params();
-        params.n_gpu_layers = 0;
-        params.load_mode = LLAMA_LOAD_MODE_MMAP;
-        model_.reset(llama_model_load_from_file(path.c_str(), params));
-        if (!model_) {
-            throw Failure("llama.cpp cannot load " + path + ": " + llama_log.last());
-        }
-        vocab_ = llama_model_get_vocab(model_.get());
-        const auto n_ctx = settings.at("n_ctx").get<uint32_t>();
-        auto context = llama_context_default_params();
-        context.n_ctx = n_ctx;
-        context.n_batch = std::min(settings.at("n_batch").get<uint32_t>(), n_ctx);
-        context.n_ubatch = std::min(settings.at("n_ubatch").get<uint32_t>(), context.n_batch);
-        context.n_threads = context.n_threads_batch = settings.at("n_threads").get<int32_t>();
-        context.n_seq_max = 1;
-        context.kv_unified = false;
-        const auto asked = settings.find("cache_type");
-        cache_type_ = asked == settings.end() || asked->is_null() ? "f16" : asked->get<std::string>();
-        const auto & cache = row_of(kCacheTypes, cache_type_, "type of a cache");
-        context.type_k = context.type_v = cache.type;
-        context.flash_attn_type = cache.flash;
-        context.no_perf = true;
-        context_.reset(llama_init_from_model(model_.get(), context));
-        if (!context_) {
-            throw Failure("llama.cpp cannot make a context of " + std::to_string(n_ctx) + " tokens for " + path + ": " +
-                          llama_log.last());
-        }
-        const auto added = tokenize("");
-        const auto bos = llama_vocab_bos(vocab_);
-        begins_with_bos_ = !added.empty() && added[0] == bos;
-    }
-
-    json facts() const {
-        char description[256] = "";
-        llama_model_desc(model_.get(), description, sizeof description);
-        std::string info = llama_print_system_info();
-        while (!info.empty() && (info.back() == ' ' || info.back() == '|')) {
-            info.pop_back();
-        }
-        return {
-            {"model_type", description},
-            {"model_size", llama_model_size(model_.get())},
-            {"model_n_params", llama_model_n_params(model_.get())},
-            {"backends", "CPU"},
-            {"build_commit", nullptr},
-            {"versions", {{"llama.cpp", llama_version()}, {"runner", RUNNER_TARGET " " RUNNER_KEY}}},
-            {"system_info", info},
-            {"settings",
-             {{"cache_type", cache_type_},
-              {"flash_attention", flash_attention()},
-              {"weight_buffers", llama_log.weight_buffers()},
-              {"cores", usable_cores()}}},
-        };
-    }
-
-    void clear() { llama_memory_clear(llama_get_memory(context_.get()), true); }
-
-    void decode(Tokens tokens) {
-        const size_t most = llama_n_batch(context_.get());
-        for (size_t start = 0; start < tokens.size(); start += most) {
-            const size_t count = std::min(most, tokens.size() - start);
-            const auto batch = llama_batch_get_one(tokens.data() + start, static_cast<int32_t>(count));
-            const int status = llama_decode(context_.get(), batch);
-            if (status == 1) {
-                throw Failure(path_ + ": the text does not fit the context of " +
-                              std::to_string(llama_n_ctx(context_.get())) + " tokens");
-            }
-            if (status != 0) {
-                throw Failure("llama.cpp cannot run " + path_ + ": " + llama_log.last());
-            }
-        }
-        llama_synchronize(context_.get());
-    }
-
-    Tokens tokenize(const std::string & text) const {
-        Tokens tokens(text.size() + 8);
-        for (int round = 0; round < 2; ++round) {
-            const int count = llama_tokenize(vocab_, text.data(), static_cast<int32_t>(text.size()), tokens.data(),
-                                             static_cast<int32_t>(tokens.size()), true, true);
-            tokens.resize(static_cast<size_t>(std::abs(count)));
-            if (count >= 0) {
-                return tokens;
-            }
-        }
-        throw Failure("llama.cpp cannot tokenize a text of " + std::to_string(text.size()) + " bytes with " + path_);
-    }
-
-    llama_token sample() const {
-        const float * logits = llama_get_logits_ith(context_.get(), -1);
-        return static_cast<llama_token>(std::max_element(logits, logits + n_vocab()) - logits);
-    }
-
-    bool ends(llama_token token) const { return llama_vocab_is_eog(vocab_, token); }
-
-    int32_t n_vocab() const { return llama_vocab_n_tokens(vocab_); }
-
-    Tokens random_tokens(uint64_t seed, size_t count) const {
-        PythonRandom random(seed);
-        Tokens tokens(count);
-        for (auto & token : tokens) {
-            token = static_cast<llama_token>(random.below(static_cast<uint32_t>(n_vocab())));
-        }
-        if (begins_with_bos_ && count) {
-            tokens[0] = llama_vocab_bos(vocab_);
-        }
-        return tokens;
-    }
-
-  private:
-    json flash_attention() const {
-        const bool chosen = kCacheTypes.at(cache_type_).flash == LLAMA_FLASH_ATTN_TYPE_AUTO;
-        return chosen ? llama_log.flash_attention() : json(true);
-    }
-    struct Free {
-        void operator()(llama_model * model) const { llama_model_free(model); }
-        void operator()(llama_context * context) const { llama_free(context); }
-    };
-    std::string path_;
-    std::string cache_type_;
-    std::unique_ptr<llama_model, Free> model_;
-    std::unique_ptr<llama_context, Free> context_;
-    const llama_vocab * vocab_ = nullptr;
-    bool begins_with_bos_ = false;
-};
-
-// ---- Workloads ---------------------------------------------------------------------------------------------------
+// ---- Workloads ------------------------------------------------------------------------------------------------------
 
 using Clock = std::chrono::steady_clock;
 
@@ -708,7 +255,7 @@ const std::map<std::string, std::function<Samples(Session &, const Request &)>> 
 // Workloads that time the opening of the file, too.
 bool opens(const std::string & kind) { return kind == "load" || kind == "start"; }
 
-// ---- Requests ----------------------------------------------------------------------------------------------------
+// ---- Requests -------------------------------------------------------------------------------------------------------
 
 json empty_result() {
     return {{"samples_ns", json::array()}, {"load_ns", nullptr},        {"page_cache_share", nullptr},
@@ -782,6 +329,9 @@ json serve(std::istream & input) {
         const Request request(payload);
         require_features();
         llama_backend_init();
+        if (payload.contains("questions")) {
+            return answer(request.path, request.settings, payload.at("questions").get<std::string>());
+        }
         return payload.contains("generate") ? generate(request, payload.at("generate")) : measure(request);
     } catch (const json::exception & error) {
         return {{"error", std::string("unreadable request: ") + error.what()}};
@@ -810,7 +360,8 @@ int main(int count, char ** arguments) {
     dup2(STDERR_FILENO, STDOUT_FILENO);
     llama_log_set([](ggml_log_level level, const char * text, void *) { llama_log.add(level, text); }, nullptr);
     auto result = asked ? about() : serve(std::cin);
-    if (!asked && !result.contains("samples_ns") && !result.contains("tokens")) {
+    const auto has = [&](const char * key) { return result.contains(key); };
+    if (!asked && !has("samples_ns") && !has("tokens") && !has("answers")) {
         auto failed = empty_result();
         failed["error"] = result["error"];
         failed["peak_rss_bytes"] = status_bytes("VmHWM");

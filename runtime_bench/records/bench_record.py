@@ -17,7 +17,7 @@ from runtime_bench.records import summary
 from runtime_bench.records.conditions import Conditions
 from runtime_bench.records.contention import Contention
 from runtime_bench.records.energy import ProcessEnergy
-from runtime_bench.records.engine_settings import EngineSettings
+from runtime_bench.records.engine_settings import PROCESSOR, EngineSettings, fell_back
 from runtime_bench.records.throttling import Throttling
 from runtime_bench.workload import FRESH, Workload
 
@@ -26,9 +26,6 @@ KINDS = ("measured", "constrained-host", EMULATED, "projected")
 """How a number came about; different kinds are never ranked together."""
 MEMORY_VERDICTS = FITS, THRASHES, DOES_NOT_FIT = "fits", "thrashes", "does not fit"
 """How a run can stand to its memory limit, the best first."""
-
-_PROCESSOR = frozenset({"CPU", "wasm"})
-"""What `backends` says of an engine that computes on the processor alone."""
 
 _PositiveInts = tuple[pydantic.PositiveInt, ...]
 _Size = pydantic.NonNegativeInt | None
@@ -224,13 +221,12 @@ class BenchRecord:
     def on_processor(self) -> bool:
         """Whether the processor computed; rows whose engine does not say are taken to be the processor's. The threads
         that wait for another chip neither compute nor want a core, and their times tell nothing of it."""
-        return self.backends is None or self.backends in _PROCESSOR
+        return self.backends is None or self.backends in PROCESSOR
 
     @property
     def fallback(self) -> str | None:
         """What was asked to compute and did not; None where it did, or where nothing was asked for."""
-        asked = self.engine_settings.asked_backend
-        return asked if asked not in (None, "cpu") and self.backends in _PROCESSOR else None
+        return fell_back(self.engine_settings.asked_backend, self.backends)
 
     @property
     def rounds(self) -> tuple[int, ...]:

@@ -8,6 +8,15 @@ from dataclasses import dataclass, field
 FLOAT_CACHES = frozenset({"f32", "f16", "bf16"})
 """Types of a key-value cache that lose nothing to speak of, and are a graph's own or an engine's default."""
 
+PROCESSOR = frozenset({"CPU", "wasm"})
+"""What `backends` says of an engine that computes on the processor alone."""
+
+
+def fell_back(asked: str | None, backends: str | None) -> str | None:
+    """What was asked to compute and did not; None where it did, or where nothing was asked for."""
+    return asked if asked not in (None, "cpu") and backends in PROCESSOR else None
+
+
 _REARRANGED = frozenset({"CPU_REPACK", "CPU_KLEIDIAI", "AMX"})
 """llama.cpp's buffers of weights that were rearranged."""
 

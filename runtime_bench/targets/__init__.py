@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from runtime_bench.conditions.watcher import look_here
 from runtime_bench.engines import check_engine, engine_for
 from runtime_bench.environment import describe_environment
 from runtime_bench.process import run_worker
+from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.conditions import Conditions
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
-__all__ = ["LOCAL", "Local", "Target", "ThisMachine"]
+__all__ = ["LOCAL", "Answering", "Local", "Target", "ThisMachine"]
 
 
 class Target(Protocol):
@@ -77,6 +78,15 @@ class Target(Protocol):
 
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """Measure in a fresh process; a failure is a result whose `error` says what happened."""
+        ...
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A target whose engines can be asked about texts; not all can."""
+
+    def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
+        """Answer in a fresh process; a failure is a result whose `error` says what happened."""
         ...
 
 

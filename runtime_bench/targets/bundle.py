@@ -57,6 +57,15 @@ def model_bundle(path: Path) -> Bundle:
     return _bundle([*graphs, *((file, file.name) for file in companions)])
 
 
+def plain_bundle(path: Path) -> Bundle:
+    """A file that nothing belongs to.
+
+    Raises:
+        InputError: It is not there, or cannot be read.
+    """
+    return _bundle([(path, path.name)])
+
+
 def program_bundle(path: Path) -> Bundle:
     """A program, or the packed worker.
 

@@ -91,8 +91,8 @@ watcher=$!
 exec 3<&-
 wait $program
 status=$?
-kill $watcher $looker 2>/dev/null
-wait $looker
+# Some shells say of what is killed that it was; the last word is the program's.
+{{ kill $watcher $looker; wait $looker; }} 2>/dev/null
 echo
 echo {LOOKS_FOLLOW}
 cat "$seen"

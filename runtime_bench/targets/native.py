@@ -13,7 +13,8 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.environment import environment_of
 from runtime_bench.native.build import build_runner
-from runtime_bench.process import measure_in
+from runtime_bench.process import ProcessFailed, exchange, measure_in, read_answer
+from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import EMULATED, Environment
 from runtime_bench.targets import ThisMachine
 from runtime_bench.worker import WorkerRequest, WorkerResult
@@ -59,6 +60,13 @@ class Native(ThisMachine):
     def run(self, request: WorkerRequest, timeout_s: float) -> WorkerResult:
         """See `Target`."""
         return measure_in(self.command, asdict(request), timeout_s, idle_s=request.idle_s)
+
+    def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
+        """See `runtime_bench.targets.Answering`."""
+        try:
+            return read_answer(AnswerResult, exchange(self.command, asdict(request), timeout_s))
+        except ProcessFailed as error:
+            return AnswerResult(error=str(error))
 
 
 @dataclass(frozen=True)

@@ -6,29 +6,31 @@ clock runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import threading
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
 from cfsp.errors import InputError, PhonereadyError
-from cfsp.models.builtin import cache_directory
 from cfsp.progress import Progress, no_progress
 from cfsp.records import tool_version
 from runtime_bench.conditions.looks import conditions_of
 from runtime_bench.conditions.meters.energy import energy_of
 from runtime_bench.conditions.script import WATCH, idle_glances
 from runtime_bench.engines import check_engine, engine_for, engine_spec
-from runtime_bench.native.build import build_runner
-from runtime_bench.process import exit_reason, result_from_json
+from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_from_json
+from runtime_bench.questions import AnswerRequest, AnswerResult
 from runtime_bench.records.bench_record import Environment
 from runtime_bench.records.conditions import Conditions, nothing_known
 from runtime_bench.records.contention import Contention
-from runtime_bench.targets.bundle import model_bundle, pack_worker, program_bundle, program_machine
+from runtime_bench.targets.bundle import model_bundle, plain_bundle
 from runtime_bench.targets.far_machine import ANSWER_S, UNKNOWN, Machine, describe
-from runtime_bench.targets.far_scripts import HAVE_PACKAGES, LOOKS_FOLLOW, RUN
+from runtime_bench.targets.far_programs import native_program, python_program
+from runtime_bench.targets.far_scripts import LOOKS_FOLLOW, RUN
 from runtime_bench.targets.native import RUNNER_ENGINE
 from runtime_bench.targets.remote_cache import RemoteCache
 from runtime_bench.targets.transport import (
@@ -41,11 +43,12 @@ from runtime_bench.targets.transport import (
 )
 from runtime_bench.worker import WorkerRequest, WorkerResult
 
+logger = logging.getLogger(__name__)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 30.0
+"""Before a connection is tried again; each time it fails twice as long."""
 _GRACE_S = 30.0
 """What a connection may take, beside the run itself."""
-_PYTHON = "python3"
 _NO_PROC = "nothing could be written there, or read of /proc"
-_BUILDING = threading.Lock()
 _CANNOT_EXECUTE = 126
 """Status of a shell whose command is there but cannot be run."""
 
@@ -68,6 +71,7 @@ class Remote:
         runner: Native program to measure with, instead of the one that is built here.
         ndk: Folder of the Android NDK, to build one for Android with.
         folder: Where to put files there, absolute; None for the transport's.
+        retries: How often, in all, a connection that broke or could not be made is tried again.
         progress: Told what is built and pushed.
 
     Raises:
@@ -79,10 +83,12 @@ class Remote:
     runner: Path | None = None
     ndk: Path | None = None
     folder: str | None = None
+    retries: int = 0
     progress: Progress = no_progress
     _shell: FarShell = field(init=False, repr=False)
+    _left: int = field(init=False, repr=False)
     _open: _Connection | None = field(default=None, init=False, repr=False)
-    _problem: str = field(default="", init=False, repr=False)
+    _problem: FarError | None = field(default=None, init=False, repr=False)
     _waited_s: float = field(default=0.0, init=False, repr=False)
 
     kind = "measured"
@@ -93,7 +99,7 @@ class Remote:
     def __post_init__(self) -> None:
         if self.folder is not None and not (self.folder.startswith("/") and self.folder.isprintable()):
             raise InputError("not an absolute path in one line", field="--remote-folder", value=self.folder)
-        self._shell = FarShell(self.transport)
+        self._shell, self._left = FarShell(self.transport), self.retries
 
     @property
     def name(self) -> str:
@@ -122,7 +128,7 @@ class Remote:
             machine = describe(self._shell, self.folder or self.transport.folder)
         except FarError as error:
             self._waited_s += time.monotonic() - began
-            self._open, self._problem = None, f"{self.name}: {error}"
+            self._open, self._problem = None, self._named(error)
             return nothing
         if self._open is None:
             # Whoever is told may be another one by then.
@@ -148,32 +154,97 @@ class Remote:
         Raises:
             StoppedError: After `stop`.
         """
-        if request.session.cache_type is not None and engine_spec(request.engine).companion:
-            made = f"a cache of {request.session.cache_type} needs what is made of the file on this machine alone"
-            return WorkerResult(error=f"{made}; allowed: --on local")
+
+        def asked(link: _Connection) -> WorkerRequest:
+            return replace(request, path=link.cache.have(Path(request.path), model_bundle))
+
         try:
-            link = self._connection()
-            command = self._program(request.engine, link)
-            path = link.cache.have(Path(request.path), model_bundle)
-            line = json.dumps(asdict(replace(request, path=path)))
-            idle = "" if request.idle_s is None else idle_glances(request.idle_s)
-            allowed_s = timeout_s + (request.idle_s or 0.0) + _GRACE_S
-            reply = self._shell.run(RUN, link.machine.folder, idle, *command, line=line, timeout_s=allowed_s)
+            _check_companion(request.engine, request.session.cache_type)
+            reply = self._ask(request.engine, asked, timeout_s, request.idle_s)
+            return _result_of(reply, metered=request.idle_s is not None)
         except StoppedError:
             raise
-        except UnreachableError as error:
-            # What is there has to be looked for again, should it come back.
-            self._open, self._problem = None, f"{self.name}: {error}"
-            return WorkerResult(error=self._problem)
         except PhonereadyError as error:
             return WorkerResult(error=str(error))
+
+    def answer(self, request: AnswerRequest, timeout_s: float) -> AnswerResult:
+        """See `runtime_bench.targets.Answering`; the questions are pushed for it, and removed after it.
+
+        Raises:
+            StoppedError: After `stop`.
+        """
+        questions = Path(request.questions)
+
+        def asked(link: _Connection) -> AnswerRequest:
+            model = link.cache.have(Path(request.path), model_bundle)
+            return replace(request, path=model, questions=link.cache.have(questions, plain_bundle))
+
+        try:
+            _check_companion(request.engine, request.session.cache_type)
+            reply = self._ask(request.engine, asked, timeout_s)
+            return read_answer(AnswerResult, _answer_of(reply)[0])
+        except StoppedError:
+            raise
+        except (PhonereadyError, ProcessFailed) as error:
+            return AnswerResult(error=str(error))
+        finally:
+            # What cannot be removed now, `devices clean` removes.
+            with contextlib.suppress(FarError, StoppedError):
+                if self._open is not None:
+                    self._open.cache.forget(questions, plain_bundle)
+
+    def _ask(
+        self,
+        engine: str,
+        asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
+        timeout_s: float,
+        idle_s: float | None = None,
+    ) -> Reply:
+        """Have a program there answer a request, once more where the connection breaks and may be tried again.
+
+        Args:
+            engine: What runs the file there.
+            asked: The request, when what it names has been pushed.
+            timeout_s: How long it may take.
+            idle_s: For how long meters of energy are read before it; None reads none.
+
+        Raises:
+            PhonereadyError: It does not; the text names the target where that is what fails.
+        """
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            try:
+                return self._asked_once(engine, asked, timeout_s, idle_s)
+            except UnreachableError as error:
+                # What is there has to be looked for again, should it come back.
+                self._open, self._problem = None, self._named(error)
+                if self._left <= 0:
+                    raise self._problem from None
+            self._left -= 1
+            logger.warning("%s; tried again in %g s", self._problem, pause_s)
+            self._shell.pause(pause_s)
+            self._problem, self._waited_s, pause_s = None, 0.0, min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _asked_once(
+        self,
+        engine: str,
+        asked: Callable[[_Connection], WorkerRequest | AnswerRequest],
+        timeout_s: float,
+        idle_s: float | None,
+    ) -> Reply:
+        link = self._connection()
+        command = self._program(engine, link)
+        line, place = json.dumps(asdict(asked(link))), link.machine.folder
+        idle = "" if idle_s is None else idle_glances(idle_s)
+        allowed_s = timeout_s + (idle_s or 0.0) + _GRACE_S
+        reply = self._shell.run(RUN, place, idle, *command, line=line, timeout_s=allowed_s)
         if reply.status == _CANNOT_EXECUTE:
-            place = link.machine.folder
-            why = f"the runner cannot be executed in {place}; name a folder that allows it: --remote-folder"
-            return WorkerResult(error=why)
+            raise FarError(
+                f"the runner cannot be executed in {place}; name a folder that allows it: --remote-folder"
+            )
         if reply.status:
-            return WorkerResult(error=exit_reason(reply.status, reply.errors))
-        return _result_of(reply, metered=request.idle_s is not None)
+            raise FarError(exit_reason(reply.status, reply.errors))
+        return reply
 
     def clean(self) -> int:
         """Remove all that was ever pushed there, and return how many files and programs that was.
@@ -194,18 +265,23 @@ class Remote:
         """End what runs there; `run`, in whatever thread, raises StoppedError."""
         self._shell.stop()
 
+    def _named(self, error: FarError) -> FarError:
+        """An error that says which machine it is about."""
+        prefix = f"{self.name}: "
+        return error if str(error).startswith(prefix) else type(error)(f"{prefix}{error}")
+
     def _connection(self) -> _Connection:
-        if self._open is None and not self._problem:
+        if self._open is None and self._problem is None:
             self.environment()
         if self._open is None:
-            raise FarError(self._problem)
+            raise self._problem or FarError(f"{self.name} does not answer")
         return self._open
 
     def _program(self, engine: str, link: _Connection) -> list[str]:
         """The program that measures, with its arguments. A failure is remembered: finding out takes minutes."""
         if engine not in link.programs:
             try:
-                link.programs[engine] = (_native if engine == RUNNER_ENGINE else _python)(self, engine, link)
+                link.programs[engine] = self._found(engine, link)
             except (StoppedError, UnreachableError):
                 raise
             except PhonereadyError as error:
@@ -215,12 +291,31 @@ class Remote:
             raise program
         return program
 
+    def _found(self, engine: str, link: _Connection) -> list[str]:
+        if engine != RUNNER_ENGINE:
+            return python_program(engine, self._shell, link.machine, link.cache)
+        return native_program(
+            link.machine, link.cache, runner=self.runner, ndk=self.ndk, progress=self.progress
+        )
+
+
+def _check_companion(engine: str, cache_type: str | None) -> None:
+    """Raise FarError where a type of cache needs a file that is made on this machine alone."""
+    if cache_type is not None and engine_spec(engine).companion:
+        made = f"a cache of {cache_type} needs what is made of the file on this machine alone"
+        raise FarError(f"{made}; allowed: --on local")
+
+
+def _answer_of(reply: Reply) -> tuple[bytes, bytes]:
+    """The last line that the program wrote, and the looks at the machine that follow."""
+    output, _, looks = reply.output.partition(f"\n{LOOKS_FOLLOW}\n".encode())
+    return output.strip().rpartition(b"\n")[2], looks
+
 
 def _result_of(reply: Reply, *, metered: bool) -> WorkerResult:
     """What the program answered, and what the machine went through meanwhile."""
-    output, _, looks = reply.output.partition(f"\n{LOOKS_FOLLOW}\n".encode())
-    result = result_from_json(output.strip().rpartition(b"\n")[2])
-    text = looks.decode("utf-8", "replace")
+    output, looks = _answer_of(reply)
+    result, text = result_from_json(output), looks.decode("utf-8", "replace")
     conditions = conditions_of(text, result.spans_ns, _NO_PROC)
     energy = energy_of(text, result.spans_ns, conditions) if metered else None
     return replace(result, conditions=conditions, contention=_contention_of(conditions), energy=energy)
@@ -230,35 +325,3 @@ def _contention_of(conditions: Conditions) -> Contention | None:
     """What else used the cores between the looks; None where they do not tell."""
     others, stolen = ([value for _, value in conditions.told(n)] for n in ("others_cores", "stolen_cores"))
     return Contention(fmean(others), fmean(stolen)) if others and stolen else None
-
-
-def _native(remote: Remote, engine: str, link: _Connection) -> list[str]:
-    """The runner for the machine, given or built here."""
-    runner = remote.runner
-    if runner is None:
-        target = link.machine.runner
-        ndk = remote.ndk if target.startswith("android") else None
-        with _BUILDING:
-            runner = build_runner(target, ndk=ndk, progress=remote.progress)
-    made_for = program_machine(runner)
-    if made_for and made_for != link.machine.machine:
-        raise FarError(f"wrong ABI: {runner.name} is for {made_for}, the device is {link.machine.machine}")
-    return [link.cache.have(runner, program_bundle)]
-
-
-def _python(remote: Remote, engine: str, link: _Connection) -> list[str]:
-    """The worker that measures here, in a Python there."""
-    if link.machine.abi:
-        raise FarError(f"{engine} needs Python there, which Android does not have; measure a GGUF file")
-    reply = remote._shell.run(HAVE_PACKAGES, _PYTHON, *engine_spec(engine).far_packages, timeout_s=ANSWER_S)
-    if reply.status:
-        raise FarError(f"{engine} needs Python there, and there is no {_PYTHON}")
-    lacking = reply.text.strip().rpartition("\n")[2].split()
-    if lacking:
-        what = "3.11 or newer" if "python" in lacking else f"with {', '.join(lacking)}"
-        raise FarError(f"{engine} needs a {_PYTHON} {what} there")
-    packed = cache_directory() / "worker.zip"
-    with _BUILDING:
-        pack_worker(packed)
-    path = link.cache.have(packed, program_bundle)
-    return ["env", f"PYTHONPATH={path}", _PYTHON, "-P", "-m", "runtime_bench.worker"]

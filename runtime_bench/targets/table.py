@@ -53,6 +53,13 @@ class TargetOptions(Settings):
         shown="a cache folder there",
     )
     ssh_config: Path | None = setting(None, "Configuration of the ssh client, instead of your own.")
+    retries: int = setting(
+        2,
+        "How often a connection to another machine that broke, or could not be made, is tried again in all.",
+        ge=0,
+        le=1000,
+        metavar="N",
+    )
 
 
 @dataclass(frozen=True)
@@ -64,12 +71,14 @@ class TargetRow:
         open: Makes it from its address, the options and what shows the progress of building it.
         takes: Options that are for it.
         gguf_only: Whether it runs GGUF files alone.
+        answers: Whether it is `runtime_bench.targets.Answering`.
     """
 
     form: str
     open: Callable[[str, TargetOptions, Progress], Target]
     takes: frozenset[str] = frozenset()
     gguf_only: bool = False
+    answers: bool = False
 
 
 def open_targets(
@@ -82,7 +91,7 @@ def open_targets(
     """
     rows = [find_row(name) for name in dict.fromkeys(names)]
     taken = frozenset[str]().union(*(row.takes for row, _ in rows))
-    given = [option.name for option in fields(options) if getattr(options, option.name)]
+    given = [option.name for option in fields(options) if getattr(options, option.name) != option.default]
     strange = [name for name in given if name not in taken]
     if strange:
         users = [row.form for row in TARGETS.values() if strange[0] in row.takes]
@@ -157,23 +166,35 @@ def _qemu(_: str, options: TargetOptions, progress: Progress) -> Target:
 def _remote(transport: Transport, options: TargetOptions) -> Target:
     from runtime_bench.targets.remote import Remote
 
-    return Remote(transport, runner=options.runner, ndk=options.ndk, folder=options.remote_folder)
+    return Remote(
+        transport,
+        runner=options.runner,
+        ndk=options.ndk,
+        folder=options.remote_folder,
+        retries=options.retries,
+    )
 
 
 _LIMITS = frozenset({"memory", "cores", "device"})
-_PLACES = frozenset({"runner", "ndk", "remote_folder"})
+_PLACES = frozenset({"runner", "ndk", "remote_folder", "retries"})
 TARGETS: MappingProxyType[str, TargetRow] = MappingProxyType(
     {
         "local": TargetRow("local", lambda address, options, progress: LOCAL),
-        "native": TargetRow("native", _native, gguf_only=True),
+        "native": TargetRow("native", _native, gguf_only=True, answers=True),
         "constrained": TargetRow("constrained", _constrained, _LIMITS),
         "browser": TargetRow("browser", _browser, frozenset({"device", "score"})),
         "ssh": TargetRow(
             "ssh:HOST",
             lambda host, options, _: _remote(Ssh(host, options.ssh_config), options),
             _PLACES | {"ssh_config"},
+            answers=True,
         ),
-        "adb": TargetRow("adb:SERIAL", lambda serial, options, _: _remote(Adb(serial), options), _PLACES),
-        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True),
+        "adb": TargetRow(
+            "adb:SERIAL",
+            lambda serial, options, _: _remote(Adb(serial), options),
+            _PLACES,
+            answers=True,
+        ),
+        "qemu-aarch64": TargetRow("qemu-aarch64", _qemu, gguf_only=True, answers=True),
     }
 )

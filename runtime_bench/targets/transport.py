@@ -100,7 +100,7 @@ class FarShell:
         self.transport = transport
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = False
+        self._stopped = threading.Event()
 
     def run(
         self,
@@ -151,7 +151,7 @@ class FarShell:
                     process.stdin.close()
                 status = process.wait()
                 self._process = None
-            if self._stopped:
+            if self._stopped.is_set():
                 raise StoppedError("stopped")
             lines, told = _split_status(last_lines(errors))
             if told is None:
@@ -162,15 +162,20 @@ class FarShell:
     def stop(self) -> None:
         """End what runs and start nothing any more; whoever waits gets StoppedError."""
         with self._lock:
-            self._stopped = True
+            self._stopped.set()
             if self._process is not None:
                 _end(self._process)
+
+    def pause(self, seconds: float) -> None:
+        """Wait; raises StoppedError after `stop`."""
+        if self._stopped.wait(seconds):
+            raise StoppedError("stopped")
 
     def _start(
         self, command: list[str], stdin: int | IO[bytes], output: IO[bytes], errors: IO[bytes]
     ) -> subprocess.Popen[bytes]:
         with self._lock:
-            if self._stopped:
+            if self._stopped.is_set():
                 raise StoppedError("stopped")
             try:
                 # A session of its own: Ctrl-C is for us, and what we do about it is to end the client.

@@ -172,8 +172,11 @@ NEUTRAL = (
         )
     ),
     *("cfsp/settings.py", "cfsp/validation.py"),
-    *("exporters/__init__.py", "exporters/export_record.py", "exporters/family.py", "exporters/settings.py"),
-    *(f"runtime_bench/{name}" for name in ("__init__.py", "records", "devices", "presentation")),
+    *(f"exporters/{name}.py" for name in ("__init__", "export_record", "family", "outline", "settings")),
+    *(
+        f"runtime_bench/{name}"
+        for name in ("__init__.py", "records", "devices", "presentation", "questions.py")
+    ),
     *("phoneready/__init__.py", "phoneready/console.py", "phoneready/figures"),
 )
 

@@ -91,7 +91,12 @@ def test_it_answers_as_the_python_worker_does(runner: Path, model: Path, workloa
 
 @pytest.mark.slow
 def test_its_answer_has_every_field_of_a_result(runner: Path, model: Path) -> None:
-    others = ("throttling", "contention", "conditions")  # a browser's, and what is seen from outside
+    others = (
+        "throttling",
+        "contention",
+        "conditions",
+        "energy",
+    )  # a browser's, and what is seen from outside
     names = [field.name for field in fields(WorkerResult) if field.name not in others]
     assert list(ask(runner, asdict(request(model, WORKLOADS[1])))) == names
     assert list(ask(runner, asdict(request(Path("nothing.gguf"), WORKLOADS[1])))) == names
@@ -151,6 +156,11 @@ def test_it_generates_what_llama_cpp_python_generates(runner: Path, model: Path)
         ({"workload": {"kind": "sing"}}, "no workload sing"),
         ({"session": {"n_ctx": 8}}, "unreadable request"),
         ({"session": asdict(replace(SETTINGS, cache_type="q2_K"))}, "no type of a cache q2_K"),
+        ({"session": asdict(replace(SETTINGS, backend="gpu"))}, "without the backend gpu; it has cpu"),
+        (
+            {"session": asdict(replace(SETTINGS, backend="vulkan0"))},
+            "without the backend vulkan0; it has cpu",
+        ),
         ({"session": asdict(replace(SETTINGS, cache_type="q8_0"))}, "does not divide n_embd_head_k=16"),
         (
             {"session": asdict(replace(SETTINGS, n_ctx=8)), "workload": {"kind": "pp", "n_prompt": 300}},
@@ -207,6 +217,15 @@ def test_a_damaged_program_is_not_served(
     assert build._is_whole(folder)
     (folder / runner.name).write_bytes(runner.read_bytes()[:-1])
     assert not build._is_whole(folder)
+
+
+def test_all_of_its_sources_are_in_a_builds_name() -> None:
+    from runtime_bench.native import build
+
+    folder = Path(build.__file__).parent
+    assert set(build._SOURCES) == {
+        file.name for file in folder.iterdir() if file.suffix in (".cpp", ".hpp", ".txt")
+    }
 
 
 def test_the_command_needs_an_ndk_for_android(tmp_path: Path) -> None:

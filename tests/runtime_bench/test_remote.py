@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,16 +10,15 @@ import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import psutil
 import pytest
+from loopback import HOSTILE, ROOT, Device, files_in, running, script, until
 from simulated_meters import Curve, SimulatedFile, simulated
 
 from cfsp.errors import InputError
@@ -41,100 +39,13 @@ from runtime_bench.targets.table import TargetOptions, open_remote, open_targets
 from runtime_bench.worker import WorkerRequest, WorkerResult
 from runtime_bench.workload import BenchSettings
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = BenchSettings(
     check_text=False, n_prompt=(), n_gen=(4,), ttft=(), load=False, repetitions=1, n_threads=(1,)
 )
 LONGER = replace(SETTINGS, n_gen=(600,))
 """Long enough for looks beside it."""
-HOSTILE = "-o $(touch pwned) `touch pwned`; 'q' \"d\" \\ \n &"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
-
-
-def _daemons() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loopback_daemons", ROOT / "tools" / "loopback_daemons.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@dataclass
-class Device:
-    """A machine behind one of the transports, and how to make it vanish and come back."""
-
-    target: Callable[..., Remote]
-    vanish: Callable[[], None]
-    come_back: Callable[[], None]
-    options: list[str]
-
-
-@pytest.fixture(scope="module")
-def daemons() -> ModuleType:
-    return _daemons()
-
-
-@pytest.fixture(scope="module")
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture(scope="module")
-def board(daemons: ModuleType, stack: ExitStack) -> Any:
-    """The sshd; what it runs finds the Python of these tests."""
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    try:
-        return stack.enter_context(daemons.ssh_server(path))
-    except daemons.NotPossible as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def phones(daemons: ModuleType, stack: ExitStack) -> Any:
-    """The adb server, without devices."""
-    try:
-        return stack.enter_context(daemons.adb_devices())
-    except daemons.NotPossible as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture
-def adb_environment(phones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in phones.environment.items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(params=["ssh", "adb"])
-def device(request: pytest.FixtureRequest, far: Path, runner: Path) -> Iterator[Device]:
-    if request.param == "ssh":
-        board = request.getfixturevalue("board")
-        options = ["--on", "ssh:board", "--ssh-config", str(board.config)]
-
-        def target(**changes: Any) -> Remote:
-            return Remote(Ssh("board", board.config), **({"runner": runner, "folder": str(far)} | changes))
-
-        yield Device(target, board.kill, board.start, options)
-        board.kill()
-        board.start()
-        return
-    phones = request.getfixturevalue("phones")
-    request.getfixturevalue("adb_environment")
-    serial = phones.start()
-
-    def target(**changes: Any) -> Remote:
-        return Remote(Adb(serial), **({"runner": runner, "folder": str(far)} | changes))
-
-    yield Device(target, lambda: phones.kill(serial), lambda: phones.start(), ["--on", f"adb:{serial}"])
-    phones.kill_all()
-
-
-@pytest.fixture
-def far(tmp_path: Path) -> Path:
-    """The folder there, which does not exist yet and has a name that a shell must not see bare."""
-    return tmp_path / "far away" / HOSTILE.replace("\n", "")
 
 
 @pytest.fixture(scope="module")
@@ -143,49 +54,6 @@ def tiny_onnx(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPat
     output = tmp_path_factory.mktemp("onnx") / "out"
     export_onnx(tiny_folder(), output, ["fp32"], ExportOptions(n_threads=1))
     return find_graph(str(output / "fp32"), last_logits=True)
-
-
-def script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    return path
-
-
-@pytest.fixture
-def runner(tmp_path: Path) -> Path:
-    """A program that speaks the runner's protocol: the worker that measures here."""
-    command = f"PYTHONPATH='{ROOT}' exec '{sys.executable}' -P -m runtime_bench.worker"
-    return script(tmp_path / "runner", command)
-
-
-@pytest.fixture
-def sleeper(tmp_path: Path) -> Path:
-    """A runner that never ends by itself; its last argument makes it known."""
-    return script(
-        tmp_path / "sleeper", f"exec {sys.executable} -c 'import time; time.sleep(600)' {tmp_path}/awake"
-    )
-
-
-def running(mark: object) -> list[psutil.Process]:
-    """Processes with a mark in their arguments, but for this one and those above it."""
-    above = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if str(mark) in words and process.pid not in above:
-            found.append(process)
-    return found
-
-
-def until(holds: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def files_in(folder: Path) -> dict[str, Path]:
-    return {file.name: file for file in folder.rglob("*") if file.is_file()}
 
 
 def bench(path: Path, target: Remote, settings: BenchSettings = SETTINGS) -> BenchRecord:

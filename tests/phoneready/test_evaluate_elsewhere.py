@@ -1,0 +1,222 @@
+"""`phoneready eval --on`: tasks and answers in the engine of another machine, behind a real sshd and a real adbd."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback import ROOT, Device, files_in, running, script, until
+
+from cfsp.records import read_record
+from phoneready.evaluation.evaluation_record import Evaluation
+from phoneready.main import main
+
+pytest.importorskip("lm_eval", reason="the eval extra is not installed")
+pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="daemons from Debian")
+
+QUICK = ["--prompt", "List three fruits.", "--max-new-tokens", "6", "--threads", "1"]
+WRITING = """
+task: echoes
+dataset_path: json
+dataset_kwargs: {data_files: {validation: echoes.jsonl}}
+validation_split: validation
+output_type: generate_until
+doc_to_text: "{{goal}}"
+doc_to_target: "{{sol1}}"
+generation_kwargs: {until: ["."], max_gen_toks: 8}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture
+def tasks(task: Path) -> str:
+    """A task of choices and one of exact matches, with the data of the first."""
+    (task.parent / "echoes.jsonl").write_text(task.with_suffix(".jsonl").read_text())
+    (task.parent / "echoes.yaml").write_text(WRITING)
+    return f"{task},{task.parent / 'echoes.yaml'}"
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_gguf: Callable[..., Path]) -> str:
+    return str(tiny_gguf())
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    status = main(["eval", *arguments, "--json"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    result: dict[str, Any] = json.loads(captured.out)
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["eval", *arguments]) != 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_tasks_on_a_device_give_what_they_give_here(
+    device: Device, gguf: str, tasks: str, runner: Path, far: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = [gguf, "--tasks", tasks, *QUICK]
+    where = [*device.options, "--runner", str(runner), "--remote-folder", str(far)]
+    here = evaluated(capsys, *asked, "--no-text")
+    there = evaluated(capsys, *asked, *where, "--against-host", "100")
+    assert there["tasks"] == here["tasks"]
+    assert [task["n_items"] for task in there["tasks"]] == [10, 10]
+    assert there["answers"] == here["answers"]
+    assert there["texts"] == []
+    place = there["place"]
+    assert place["target"] == device.options[1]
+    assert (place["backends"], place["cache_type"], place["same_tokens"]) == ("CPU", "f32", True)
+    assert "place" not in here
+    held = place["held"]
+    assert (held["n_choices"], held["n_other_choices"]) == (10, 0)
+    assert held["max_difference"] < 1e-4
+    assert (held["n_texts"], held["n_other_texts"]) == (11, 0)
+    # The questions are gone, what is needed again stays.
+    assert set(files_in(far)) == {"model.gguf", "runner"}
+    assert main(["eval", *asked, *where, "--limit", "2"]) == 0
+    said = capsys.readouterr().out
+    assert f"Judged on {device.options[1]} in llama.cpp: CPU, 1 thread, keys and values in f32." in said
+    assert "The first 2 questions, asked of the same engine here, too: 0 with another choice" in said
+
+
+@pytest.mark.slow
+def test_the_native_runner_gives_what_is_given_here(
+    device: Device,
+    gguf: str,
+    tasks: str,
+    runner_for: Callable[[str], Path],
+    far: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    where = [*device.options, "--runner", str(runner_for("native")), "--remote-folder", str(far)]
+    saved = tmp_path / "here.json"
+    here = evaluated(capsys, gguf, "--tasks", tasks, *QUICK, "--no-text", "--save", str(saved))
+    there = evaluated(
+        capsys, gguf, "--tasks", tasks, *QUICK, *where, "--against-host", "100", "--baseline", str(saved)
+    )
+    assert there["tasks"] == here["tasks"]
+    held = there["place"]["held"]
+    assert (held["n_choices"], held["n_other_choices"], held["n_other_texts"]) == (10, 0, 0)
+    assert held["max_difference"] < 1e-4
+    assert all(row["ok"] for row in there["gate"])
+    short = evaluated(capsys, gguf, *QUICK, *where, "--cache-type", "f16", "--against-host", "0")
+    assert (short["place"]["cache_type"], short["place"]["held"]) == ("f16", None)
+    said = refused(capsys, gguf, *QUICK, *where, "--backend", "gpu", "--against-host", "0")
+    assert said == f"error: {device.options[1]}: the runner was built without the backend gpu; it has cpu\n"
+
+
+def test_onnx_is_judged_by_a_python_there(
+    board: Any,
+    tiny_folder: Callable[..., Path],
+    tasks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+    monkeypatch.setenv("PHONEREADY_CACHE", str(tmp_path / "cache"))
+    export = ["export", str(tiny_folder()), "-o", str(tmp_path / "out"), "--onnx", "fp32", "--threads", "1"]
+    assert main(export) == 0
+    asked = [str(tmp_path / "out" / "fp32"), "--tasks", tasks, *QUICK]
+    where = ["--on", "ssh:board", "--ssh-config", str(board.config), "--remote-folder", str(tmp_path / "far")]
+    here = evaluated(capsys, *asked, "--no-text")
+    there = evaluated(capsys, *asked, *where)
+    assert (there["tasks"], there["answers"]) == (here["tasks"], here["answers"])
+    assert there["model"]["runtime"] == "onnxruntime"
+    assert there["place"]["same_tokens"] is True
+    held = there["place"]["held"]
+    assert (held["n_choices"], held["n_other_choices"]) == (8, 0)
+    assert held["max_difference"] < 1e-4
+
+
+def test_a_device_that_vanishes_leaves_one_line_and_no_record(
+    device: Device,
+    gguf: str,
+    tasks: str,
+    sleeper: Path,
+    far: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def vanish() -> None:
+        until(lambda: running(tmp_path / "awake"), "the run does not begin")
+        device.vanish()
+
+    where = [*device.options, "--runner", str(sleeper), "--remote-folder", str(far), "--retries", "0"]
+    saved = tmp_path / "saved.json"
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    said = refused(capsys, gguf, "--tasks", tasks, *QUICK, *where, "--save", str(saved))
+    thread.join()
+    assert f"{device.options[1]}: the device went away" in said
+    assert not saved.exists()
+    until(lambda: not running(tmp_path / "awake"), "the run goes on there")
+
+
+def test_a_connection_that_broke_is_tried_again(
+    device: Device,
+    gguf: str,
+    tasks: str,
+    far: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first run of the program hangs until the device has vanished; the second one answers."""
+    monkeypatch.setattr("runtime_bench.targets.remote._FIRST_PAUSE_S", 0.1)
+    worker = f"PYTHONPATH='{ROOT}' exec '{sys.executable}' -P -m runtime_bench.worker"
+    sleep = f"exec {sys.executable} -c 'import time; time.sleep(600)' {tmp_path}/awake"
+    once = script(tmp_path / "once", f"mkdir {tmp_path}/tried 2>/dev/null && {sleep}\n{worker}")
+
+    def vanish() -> None:
+        until(lambda: running(tmp_path / "awake"), "the run does not begin")
+        device.vanish()
+        device.come_back()
+
+    thread = threading.Thread(target=vanish)
+    thread.start()
+    saved = tmp_path / "saved.json"
+    where = [*device.options, "--runner", str(once), "--remote-folder", str(far), "--retries", "20"]
+    result = evaluated(capsys, gguf, "--tasks", tasks, *QUICK, *where, "--save", str(saved))
+    thread.join()
+    assert result["place"]["held"]["n_other_choices"] == 0
+    assert read_record(Evaluation, saved).place is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ["--on", "ssh:board", "--text", "builtin:python-docs"],
+            "--text needs the probability of every token",
+        ),
+        (["--on", "ssh:board", "--metric", "a:b"], "--metric needs the probability of every token"),
+        (["--on", "ssh:board", "--no-prompts"], "nothing to judge"),
+        (["--on", "browser"], "cannot be asked about texts"),
+        (["--on", "constrained"], "cannot be asked about texts"),
+        (["--on", "telnet:x"], "unknown target"),
+        (["--on", "ssh:board", "--runtime", "torch"], "no exported file"),
+        (["--on", "ssh:board", "--ratios", "0.1"], "leave out --on"),
+        (["--backend", "gpu"], "--backend is for another place"),
+        (["--against-host", "3"], "--against-host is for another place"),
+        (["--retries", "3"], "--retries: not for this target"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(
+    gguf: str, arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reason in refused(capsys, gguf, *arguments)
