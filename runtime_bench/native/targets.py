@@ -48,14 +48,21 @@ _DOTPROD = ("asimd", "asimddp", "asimdhp", "atomics")
 _ARMV8 = "-DGGML_CPU_ARM_ARCH=armv8-a"
 _ARMV82 = "-DGGML_CPU_ARM_ARCH=armv8.2-a+dotprod+fp16"
 _PORTABLE = "-DGGML_NATIVE=OFF"
+_ABI_X86_64 = ("popcnt", "sse4_2")
 # The NDK's OpenMP would be one more library to carry along; llama.cpp's own threads do the same.
-_ANDROID = ("-DANDROID_ABI=arm64-v8a", "-DANDROID_PLATFORM=android-28", "-DANDROID_STL=c++_static")
-_NO_OPENMP = "-DGGML_OPENMP=OFF"
+_ANDROID = ("-DANDROID_PLATFORM=android-28", "-DANDROID_STL=c++_static", "-DGGML_OPENMP=OFF")
 
 
 def _arm(system: str, needs: tuple[str, ...], arch: str) -> RunnerTarget:
-    extra = (*_ANDROID, _NO_OPENMP) if system == "android" else ()
-    return RunnerTarget(system, "aarch64", needs, (_PORTABLE, arch, *extra), static=system != "android")
+    flags = (_PORTABLE, arch)
+    if system == "android":
+        return _android("aarch64", "arm64-v8a", needs, flags)
+    return RunnerTarget(system, "aarch64", needs, flags)
+
+
+def _android(machine: str, abi: str, needs: tuple[str, ...], flags: tuple[str, ...]) -> RunnerTarget:
+    options = (*flags, f"-DANDROID_ABI={abi}", *_ANDROID)
+    return RunnerTarget("android", machine, needs, options, static=False)
 
 
 _KERNEL_FEATURES = frozenset(
@@ -89,6 +96,7 @@ RUNNER_TARGETS: MappingProxyType[str, RunnerTarget] = MappingProxyType(
         "android-arm64": _arm("android", _DOTPROD, _ARMV82),
         "android-arm64-i8mm": _arm("android", (*_DOTPROD, "i8mm"), f"{_ARMV82}+i8mm"),
         "android-arm64-v8": _arm("android", (), _ARMV8),
+        "android-x86_64": _android("x86_64", "x86_64", _ABI_X86_64, (_PORTABLE, "-DGGML_SSE42=ON")),
     }
 )
 """Names of what can be built. `native` is for this machine's processor and no other: the same features as
@@ -128,6 +136,6 @@ def runner_target_for(system: str, machine: str, features: Collection[str]) -> s
         raise InputError(
             "no build of the runner is for this machine",
             value=f"{machine} {system}",
-            allowed=f"{', '.join(machines)}; on x86_64 with AVX2",
+            allowed=f"{', '.join(machines)}; on x86_64 linux with AVX2",
         )
     return max(fitting, key=lambda name: fitting[name])

@@ -28,6 +28,7 @@ class Machine:
         abi: Android's name of the instruction set; empty elsewhere.
         features: What its processor names.
         environment: For records.
+        is_emulator: Whether it is Android's emulator, which takes the time of whatever machine it runs on.
     """
 
     folder: str
@@ -36,6 +37,7 @@ class Machine:
     abi: str
     features: frozenset[str]
     environment: Environment
+    is_emulator: bool = False
 
     @property
     def runner(self) -> str:
@@ -83,6 +85,7 @@ def describe(shell: FarShell, folder: str) -> Machine:
             platform=platform,
             versions={"phoneready": tool_version()} | ({"android": android} if android else {}),
         ),
+        is_emulator="1" in facts.get("emulator", ""),
     )
 
 

@@ -33,6 +33,7 @@ if command -v getprop >/dev/null; then
     echo "abi=$(getprop ro.product.cpu.abi)"
     echo "android=$(getprop ro.build.version.release)"
     echo "device=$(getprop ro.product.manufacturer) $(getprop ro.product.model)"
+    echo "emulator=$(getprop ro.boot.qemu)$(getprop ro.kernel.qemu)"
     echo "soc=$(getprop ro.soc.manufacturer) $(getprop ro.soc.model)"
 fi
 grep '' /dev/null {" ".join(FACT_FILES)} 2>/dev/null

@@ -24,7 +24,7 @@ from runtime_bench.conditions.script import WATCH, idle_glances
 from runtime_bench.engines import check_engine, engine_for, engine_spec
 from runtime_bench.process import ProcessFailed, exit_reason, read_answer, result_from_json
 from runtime_bench.questions import AnswerRequest, AnswerResult
-from runtime_bench.records.bench_record import Environment
+from runtime_bench.records.bench_record import EMULATED, Environment
 from runtime_bench.records.conditions import Conditions, nothing_known
 from runtime_bench.records.contention import Contention
 from runtime_bench.targets.bundle import model_bundle, plain_bundle
@@ -91,7 +91,6 @@ class Remote:
     _problem: FarError | None = field(default=None, init=False, repr=False)
     _waited_s: float = field(default=0.0, init=False, repr=False)
 
-    kind = "measured"
     memory_limit_bytes = None
     pushes = True
     lasts = True
@@ -105,6 +104,11 @@ class Remote:
     def name(self) -> str:
         """As records have it."""
         return self.transport.name
+
+    @property
+    def kind(self) -> str:
+        """See `Target`; known once it has answered."""
+        return EMULATED if self._open is not None and self._open.machine.is_emulator else "measured"
 
     def default_engine(self, path: Path) -> str:
         """See `Target`."""

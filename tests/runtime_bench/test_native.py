@@ -262,6 +262,7 @@ def test_what_cannot_be_built_is_refused(target: str, ndk: str | None, reason: s
         ("linux", "aarch64", "fp asimd evtstrm crc32", "aarch64-linux-v8"),
         ("linux", "arm64", "fp asimd atomics asimdhp asimddp", "aarch64-linux"),
         ("android", "aarch64", "fp asimd atomics asimdhp asimddp i8mm bf16 sve2", "android-arm64-i8mm"),
+        ("android", "x86_64", "fpu sse4_2 popcnt hypervisor", "android-x86_64"),
     ],
 )
 def test_a_machine_gets_the_build_that_makes_most_of_it(

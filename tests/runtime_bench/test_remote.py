@@ -28,7 +28,7 @@ from exporters.options import ExportOptions
 from phoneready.main import main
 from runtime_bench.measuring.matrix import run_matrix
 from runtime_bench.measuring.measure import run_bench
-from runtime_bench.records.bench_record import BenchRecord
+from runtime_bench.records.bench_record import EMULATED, BenchRecord
 from runtime_bench.records.energy_account import energy
 from runtime_bench.records.fairness import fairness
 from runtime_bench.targets import LOCAL, remote
@@ -128,6 +128,22 @@ def test_what_androids_services_say_is_in_the_record(
         "throttled",
         "the system's thermal status was 3",
     )
+
+
+@pytest.mark.parametrize(("says", "kind"), [("1", EMULATED), ("", "measured")])
+def test_figures_of_androids_emulator_are_nobodys(
+    says: str, kind: str, daemons: ModuleType, tiny_gguf: Callable[..., Path], tmp_path: Path, runner: Path
+) -> None:
+    answers = f"case $1 in ro.boot.qemu) echo {says} ;; ro.build.version.release) echo 11 ;; esac"
+    script(tmp_path / "bin" / "getprop", answers).chmod(0o755)
+    try:
+        with daemons.ssh_server(f"{tmp_path}/bin:/usr/bin:/bin") as phone:
+            target = Remote(Ssh("board", phone.config), runner=runner, folder=str(tmp_path / "far"))
+            record = bench(tiny_gguf(hidden_size=256, head_dim=64), target)
+    except daemons.NotPossible as error:
+        pytest.skip(str(error))
+    assert record.failure is None
+    assert (record.kind, record.environment.versions["android"]) == (kind, "11")
 
 
 def test_energy_is_metered_there(
