@@ -188,14 +188,14 @@ class WeightMoments:
     columns: torch.Tensor
     inputs: torch.Tensor
 
-    def cost(self, change: torch.Tensor, weights: torch.Tensor) -> float:
-        """Nats a token of a change that is known for some rows.
+    def cost(self, change: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Nats a token that a change of some rows costs, by rows, (n,) float64.
 
         Args:
             change: Of these rows, (n, in_features).
             weights: What `rows` has of each of them and of those that it stands for, (n,) float64.
         """
-        return float(exact(change).square() @ self.columns @ weights) / 2
+        return exact(change).square() @ self.columns * weights / 2
 
 
 def collect_weight_moments(

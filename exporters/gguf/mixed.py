@@ -8,7 +8,7 @@ Loss and bytes of all tensors are then a knapsack with one choice a tensor, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,19 +61,26 @@ class _Part:
     weights: torch.Tensor
     values: FloatArray
 
-    def cost(self, kind: str, importance: FloatArray | None) -> float:
-        """Nats a token that a type costs."""
-        like = _SLOW.get(kind)
-        if like is not None and len(self.values) > _FEW_ROWS:
-            few = self._few()
-            known = few.cost(like, importance)
-            return few.cost(kind, importance) * self.cost(like, importance) / known if known else 0.0
-        change = torch.from_numpy(rounded(self.values, kind, importance) - self.values)
-        return self.moments.cost(change[:, : len(self.moments.columns)], self.weights)
+    def costs(self, kinds: Iterable[str], importance: FloatArray | None) -> dict[str, float]:
+        """Nats a token that each type costs, in an order in which the likes of slow ones come before them."""
+        of_rows: dict[str, torch.Tensor] = {}
+        totals: dict[str, float] = {}
+        step = -(-len(self.values) // _FEW_ROWS)
+        for kind in kinds:
+            like = _SLOW.get(kind)
+            if like is None:
+                of_rows[kind] = self._of_rows(kind, importance)
+                totals[kind] = float(of_rows[kind].sum())
+            else:
+                some, known = self._of_rows(kind, importance, step), of_rows[like][::step].sum()
+                totals[kind] = float(some.sum() * totals[like] / known) if known else 0.0
+        return totals
 
-    def _few(self) -> _Part:
-        some = slice(0, None, -(-len(self.values) // _FEW_ROWS))
-        return replace(self, weights=self.weights[some], values=self.values[some])
+    def _of_rows(self, kind: str, importance: FloatArray | None, step: int = 1) -> torch.Tensor:
+        """What a type costs, by rows, of which one in `step` is taken, (n,) float64."""
+        values = self.values[::step]
+        change = torch.from_numpy(rounded(values, kind, importance) - values)
+        return self.moments.cost(change[:, : len(self.moments.columns)], self.weights[::step])
 
 
 @dataclass(frozen=True)
@@ -287,10 +294,13 @@ def _part(model: Any, spec: TensorSpec, name: str, moments: WeightMoments) -> _P
 
 
 def _options(spec: TensorSpec, parts: Sequence[_Part], importance: FloatArray | None) -> Iterator[Option]:
-    kinds = [kind for kind in TYPES if spec.shape[1] % block_of(kind)[0] == 0]
+    kinds = [
+        kind
+        for kind in TYPES
+        if spec.shape[1] % block_of(kind)[0] == 0 and (kind not in GUIDED_TYPES or importance is not None)
+    ]
+    costs = [part.costs(kinds, importance) for part in parts]
     for kind in kinds or ["F16"]:
-        if kind in GUIDED_TYPES and importance is None:
-            continue
         elements, size = block_of(kind)
-        loss = sum(part.cost(kind, importance) for part in parts) if kinds else 0.0
-        yield Option(kind, padded(math.prod(spec.shape) // elements * size), loss)
+        n_bytes = padded(math.prod(spec.shape) // elements * size)
+        yield Option(kind, n_bytes, sum(one[kind] for one in costs) if kinds else 0.0)
