@@ -19,23 +19,22 @@ from typing import Any
 
 import safetensors
 import torch
-import transformers
 
 from cfsp.devices import CPU
 from cfsp.errors import InputError
 from cfsp.files import large_temporary
 from cfsp.memory import require_memory
 from cfsp.models.architectures import ARCHITECTURES, spec_for, state_size
+from cfsp.models.config_file import read_model_config
 from cfsp.models.folds import is_folded
 from cfsp.models.gguf_file import read_gguf
 from cfsp.models.gguf_model import config_from_gguf, keeping_of_gguf
 from cfsp.models.hf_folder import keeping_of_folder
 from cfsp.models.keeping import AUTO, NARROW, WHOLE, Keeping
-from cfsp.models.text_part import text_names
-from cfsp.models.text_settings import text_settings
+from cfsp.models.text_part import config_from_settings, text_names
 from cfsp.models.weights import OUTPUT_MATRIX, safetensors_files, uniform_dtype
 from cfsp.precision import products_in
-from cfsp.reading import as_input_error, read_json_object
+from cfsp.reading import as_input_error
 from cfsp.units import format_bytes, format_seconds
 
 LONG_S = 5.0
@@ -197,11 +196,9 @@ def read_extent(path: Path, dtype: str = AUTO) -> Extent:
 
 def _folder_config(folder: Path) -> Any:
     """A folder's configuration where it is of a type whose blocks are given more than hidden states; else None."""
-    settings = text_settings(read_json_object(folder / "config.json"), str(folder))
-    row = ARCHITECTURES.get(str(settings.pop("model_type", None)))
-    if row is None or not row.own_arguments:
-        return None
-    return transformers.AutoConfig.for_model(row.model_type, **settings)
+    settings = read_model_config(folder)
+    row = ARCHITECTURES.get(settings["model_type"])
+    return config_from_settings(settings, str(folder)) if row is not None and row.own_arguments else None
 
 
 def _folder_shapes(folder: Path) -> Iterator[tuple[str, _Shape]]:

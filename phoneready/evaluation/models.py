@@ -39,9 +39,10 @@ class OpenSettings:
     dtype: str = "auto"
 
 
-_FAMILIES = {family.runtime: family for family in FAMILIES.values()}
+BY_RUNTIME = {family.runtime: family for family in FAMILIES.values()}
+"""Runtime -> the family of exports whose files it runs."""
 TORCH = "torch"
-RUNTIMES = (*_FAMILIES, TORCH)
+RUNTIMES = (*BY_RUNTIME, TORCH)
 """What runs models: the runtime of each family of exports, and torch, which takes all else."""
 
 
@@ -52,7 +53,7 @@ def runtime_for(reference: str, chosen: str | None = None) -> str:
         InputError: `chosen` is unknown.
     """
     if chosen is None:
-        return next((name for name, family in _FAMILIES.items() if family.claims(reference)), TORCH)
+        return next((name for name, family in BY_RUNTIME.items() if family.claims(reference)), TORCH)
     if chosen not in RUNTIMES:
         raise InputError("unknown runtime", field="runtime", value=chosen, allowed=", ".join(RUNTIMES))
     return chosen
@@ -65,14 +66,14 @@ def check_cache(runtime: str, cache_type: str | None) -> None:
         InputError: It cannot.
     """
     if runtime != TORCH:
-        _FAMILIES[runtime].check_cache(cache_type)
+        BY_RUNTIME[runtime].check_cache(cache_type)
     elif cache_type is not None:
         raise InputError("torch keeps keys and values as it computes them", field="cache_type")
 
 
 def own_cache(runtime: str) -> str | None:
     """The type of keys and values that phones run with where nothing is asked for; None for that of proofs."""
-    return _FAMILIES[runtime].own_cache if runtime in _FAMILIES else None
+    return BY_RUNTIME[runtime].own_cache if runtime in BY_RUNTIME else None
 
 
 @contextmanager
@@ -99,9 +100,9 @@ def open_language_model(
             )
         )
     else:
-        _FAMILIES[runtime].check_claim(reference)
+        BY_RUNTIME[runtime].check_claim(reference)
         n_tokens = max(settings.seqlen, MAX_CONTEXT)
-        model = _FAMILIES[runtime].open_model(reference, n_tokens, settings.threads, settings.cache_type)
+        model = BY_RUNTIME[runtime].open_model(reference, n_tokens, settings.threads, settings.cache_type)
     try:
         if settings.seqlen > model.context_length:
             raise InputError(

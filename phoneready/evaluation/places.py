@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, cast
 from cfsp.errors import InputError
 from cfsp.progress import Progress, no_progress
 from cfsp.settings import Settings, declared, setting
-from exporters.families import FAMILIES
 from runtime_bench.engines import SessionSettings
 from runtime_bench.targets.table import TARGETS, TargetOptions, find_row, open_targets
 from runtime_bench.workload import BenchSettings
@@ -106,11 +105,11 @@ def open_elsewhere(
     """
     from cfsp.evaluation.harness import MAX_CONTEXT
     from phoneready.evaluation.far_model import FarLanguageModel, HeldModel
-    from phoneready.evaluation.models import check_cache
+    from phoneready.evaluation.models import BY_RUNTIME, check_cache
 
-    family = next((family for family in FAMILIES.values() if family.runtime == runtime), None)
+    family = BY_RUNTIME.get(runtime)
     if family is None:
-        kinds = ", ".join(one.title for one in FAMILIES.values())
+        kinds = ", ".join(one.title for one in BY_RUNTIME.values())
         raise InputError("no exported file", field="model", value=reference, allowed=kinds)
     family.check_claim(reference)
     check_cache(runtime, opening.cache_type)

@@ -13,7 +13,7 @@ from exporters.gguf.llama_library import runtime_version, system_info
 from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.gguf.together import continuation_rows, fitting, write_together
 from runtime_bench.engines import EngineFacts, Session, SessionSettings
-from runtime_bench.engines.scoring import continuation_scores
+from runtime_bench.engines.scoring import continuation_scores, ends_at
 from runtime_bench.records.engine_settings import EngineSettings
 
 _DISTRIBUTION = "llama-cpp-python"
@@ -80,11 +80,7 @@ class LlamaCppSession:
         ends: Sequence[int],
     ) -> list[list[int]]:
         """See `AnsweringSession`; the file says what ends a text."""
-
-        def is_over(tokens: list[int]) -> bool:
-            text = self._model.detokenize(tokens) if stop_strings else ""
-            return any(stop in text for stop in stop_strings)
-
+        is_over = ends_at(self._model.detokenize, stop_strings)
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         written: list[list[int]] = []
         for fit in fitting(lengths, 0, self._n_ctx, self._n_seq):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from exporters.onnx.folder import folder_of
 from exporters.onnx.runtime import PREFILL_TOKENS, OnnxModel, open_model, runtime_version
 from exporters.onnx.texts import continuation_rows, write
 from runtime_bench.engines import EngineFacts, Session, SessionSettings, file_facts
-from runtime_bench.engines.scoring import continuation_scores
+from runtime_bench.engines.scoring import continuation_scores, ends_at
 from runtime_bench.records.engine_settings import EngineSettings
 
 
@@ -69,11 +70,7 @@ class OnnxRuntimeSession:
         ends: Sequence[int],
     ) -> list[list[int]]:
         """See `AnsweringSession`; one prompt after the other."""
-
-        def is_over(tokens: list[int]) -> bool:
-            text = self._tokenizer.decode(tokens, skip_special_tokens=False) if stop_strings else ""
-            return any(stop in text for stop in stop_strings)
-
+        is_over = ends_at(partial(self._tokenizer.decode, skip_special_tokens=False), stop_strings)
         return [write(self._model, prompt, max_new_tokens, frozenset(ends), is_over) for prompt in prompts]
 
 

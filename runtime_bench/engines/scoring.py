@@ -1,8 +1,8 @@
-"""From rows of logits to what a model thinks of continuations; NumPy alone, in float64."""
+"""What sessions that answer share: from rows of logits to log-likelihoods, in float64, and where a text ends."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -37,3 +37,13 @@ def continuation_scores(
                 sums[number] += float(row[token] - total)
                 is_greedy[number] = is_greedy[number] and int(best) == token
     return list(zip(sums, is_greedy, strict=True))
+
+
+def ends_at(decode: Callable[[list[int]], str], stop_strings: Sequence[str]) -> Callable[[list[int]], bool]:
+    """Whether the text of some tokens has one of the strings in it, as a function of the tokens."""
+
+    def is_over(tokens: list[int]) -> bool:
+        text = decode(tokens) if stop_strings else ""
+        return any(stop in text for stop in stop_strings)
+
+    return is_over
