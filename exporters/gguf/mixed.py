@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfsp.devices import moved
+from cfsp.devices import exact, moved
 from cfsp.errors import InputError
 from cfsp.models.checkpoint import open_pruned
 from cfsp.models.gguf_file import read_gguf
@@ -260,9 +260,7 @@ def _sizes(weight: torch.Tensor, moments: WeightMoments) -> torch.Tensor:
     """
     columns = moments.columns.float()
     kinds = torch.stack([torch.ones_like(columns), columns], 1)
-    squares = torch.cat(
-        [part.float().square() @ kinds for part in torch.split(weight, _ROWS_AT_ONCE)]
-    ).double()
+    squares = exact(torch.cat([part.float().square() @ kinds for part in torch.split(weight, _ROWS_AT_ONCE)]))
     relative = squares / squares.mean(0).clamp_min(torch.finfo(squares.dtype).tiny)
     return moments.rows * (1 + relative.sum(1))
 
