@@ -71,6 +71,13 @@ class RoundingSettings(Settings):
         "Train the scales and norms of GGUF files of up to 6 bits on that text, too: slower, and loses less.",
         option="--tune-scales",
     )
+    rounding_windows: int | None = setting(
+        16,
+        "Windows of that text which files of few bits are rounded for and mixtures chosen by; with more "
+        "of them they lose a little less and take longer.",
+        ge=1,
+        le=2**20,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,9 @@ class ExportSettings(RoundingSettings, QuantizerSettings, ExportFormats):
     )
     nsamples: int = setting(32, "Windows of that text.", ge=1, le=2**20)
     seqlen: int = setting(512, "Tokens in such a window.", ge=2, le=2**20)
-    windows: int | None = setting(None, "Use so many of these windows, spread over them.", ge=1, shown="all")
+    rounding_windows: int | None = setting(
+        None, "Use so many of the text's windows, spread over them.", ge=1, le=2**20, shown="all"
+    )
     dense: str | None = setting(
         None, "Model that writes the text `self`.", metavar="MODEL", shown="the checkpoint"
     )

@@ -236,4 +236,4 @@ def _calibration(checkpoint: Path, request: ExportSettings, load: _Load, progres
             value=request.dense,
             allowed="leave it out",
         )
-    return ids if request.windows is None else spread_windows(ids, request.windows)
+    return spread_windows(ids, request.rounding_windows)

@@ -25,8 +25,10 @@ def moment_windows(input_ids: torch.Tensor) -> torch.Tensor:
     return spread_windows(input_ids, MOMENT_WINDOWS)
 
 
-def spread_windows(input_ids: torch.Tensor, count: int) -> torch.Tensor:
-    """At most `count` of the windows, spread so that every source is among them."""
+def spread_windows(input_ids: torch.Tensor, count: int | None) -> torch.Tensor:
+    """At most `count` of the windows, spread so that every source is among them; all where there is no count."""
+    if count is None:
+        return input_ids
     step = max(1, len(input_ids) // count)
     return input_ids[::step][:count]
 

@@ -85,7 +85,7 @@ def _foretell(
     from phoneready.forecasts.said import foretell
     from phoneready.forecasts.stages import Exporting, Windows
 
-    text = Windows(min(request.nsamples, request.windows or request.nsamples), request.seqlen)
+    text = Windows(request.nsamples, request.seqlen).most(request.rounding_windows)
     asked = Exporting(
         request.names,
         text if reads_text(request) else None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cfsp.errors import InputError, MissingExtraError
 from cfsp.recovery.settings import check_settings
-from cfsp.settings import setting
+from cfsp.settings import pick, setting
 from cfsp.text.settings import BUILTIN_TEXT, CalibrationSettings
 from exporters.settings import RoundingSettings
 from phoneready.commands.options import (
@@ -78,7 +78,7 @@ def frontier(
         raise InputError(
             "options of recovery say how to train, and nothing is trained", allowed="with --recover"
         )
-    export = ExportConfig(gptq=rounding.gptq, tune_scales=rounding.tune_scales)
+    export = pick(ExportConfig, rounding)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=recover, export=export)
     with show_progress() as progress:
         machine = Machine(prune.dtype, find_device(device), unless_asked(dtype))
@@ -99,7 +99,6 @@ def frontier(
 
 def _asked(config: ReleaseConfig, settings: FrontierSettings) -> Surveying:
     """What a forecast reads of it; a search tries as many files as it is given trials."""
-    from cfsp.pruning.moments import MOMENT_WINDOWS
     from phoneready.forecasts.stages import Exporting, Pruning, Surveying, Windows
     from phoneready.forecasts.texts import judged_windows
     from phoneready.frontier.points import batches_of
@@ -108,9 +107,9 @@ def _asked(config: ReleaseConfig, settings: FrontierSettings) -> Surveying:
     judged = settings if settings.sources else replace(settings, text=(BUILTIN_TEXT,))
     text = Windows(prune.nsamples, prune.seqlen)
     ratio = sum(settings.prune_ratios) / max(1, len(settings.prune_ratios))
-    made = Exporting(
-        names, text.most(MOMENT_WINDOWS), config.export.gptq, config.export.tune_scales, is_proven=False
-    )
+    export = config.export
+    rounded_for = text.most(export.rounding_windows)
+    made = Exporting(names, rounded_for, export.gptq, export.tune_scales, is_proven=False)
     checkpoints = len(batches_of(settings, prune.allocation)) - 1 + settings.trials
     return Surveying(
         Pruning(replace(config.prune_settings(), prune_ratio=ratio), text),

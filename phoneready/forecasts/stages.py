@@ -88,9 +88,9 @@ class Windows:
         """In all of them."""
         return self.count * self.seqlen
 
-    def most(self, count: int) -> Windows:
-        """At most so many of them."""
-        return replace(self, count=min(count, self.count))
+    def most(self, count: int | None) -> Windows:
+        """At most so many of them; all where there is no count."""
+        return self if count is None else replace(self, count=min(count, self.count))
 
 
 _PROOF = Windows(PARITY_WINDOWS, PARITY_SEQLEN)

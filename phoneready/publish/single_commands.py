@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping
 
 from cfsp.models.keeping import AUTO
-from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.settings import declared, pick
 from exporters.families import find_format, makes_gguf
 from exporters.settings import ExportSettings, QuantizerSettings
@@ -72,12 +71,12 @@ def _judge(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> l
 def _export(config: ReleaseConfig, figures: ReleaseFigures, checkpoint: str) -> list[object]:
     record = figures.pruned[0]
     name = record.file.removesuffix(".gguf").removesuffix(f"-{record.quant}")
-    settings = pick(ExportSettings, config.export, name=name, seed=config.seed)
+    settings = pick(ExportSettings, config.export, name=name, seed=config.seed, rounding_windows=None)
     if any("calibration" in find_format(name).reads for name in config.export.names):
         prune = config.prune
         settings = dataclasses.replace(
             settings, calibration=prune.calibration, nsamples=prune.nsamples, seqlen=prune.seqlen,
-            windows=MOMENT_WINDOWS, dense=config.model.reference,
+            rounding_windows=config.export.rounding_windows, dense=config.model.reference,
         )  # fmt: skip
     return ["export", checkpoint, "-o", "exports", *option_words(settings), *_opened(config), *_kept(config)]
 

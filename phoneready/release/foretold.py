@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 from cfsp.devices import find_device
-from cfsp.pruning.moments import MOMENT_WINDOWS
 from cfsp.recovery.settings import token_budget
 from phoneready.figures.figure_set import DENSE
 from phoneready.forecasts.said import Machine, foretell
@@ -102,7 +101,8 @@ def _recovering(config: ReleaseConfig) -> Recovering | None:
 
 def _exporting(config: ReleaseConfig) -> Exporting:
     export = config.export
-    return Exporting(export.names, _windows(config).most(MOMENT_WINDOWS), export.gptq, export.tune_scales)
+    text = _windows(config).most(export.rounding_windows)
+    return Exporting(export.names, text, export.gptq, export.tune_scales)
 
 
 def _judging(config: ReleaseConfig) -> Judging:

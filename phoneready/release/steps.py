@@ -21,7 +21,7 @@ from cfsp.models.reference import load_model, load_tokenizer
 from cfsp.models.source import LoadedModel
 from cfsp.precision import products_in
 from cfsp.progress import Progress
-from cfsp.pruning.moments import collect_input_moments, moment_windows
+from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.prune import prune_model
 from cfsp.records import read_record, write_record
 from cfsp.scratch import LargeScratch
@@ -274,13 +274,13 @@ class Steps:
 
     def export(self, role: str, output: Path, progress: Progress) -> None:
         """The pruned model's exports, or for comparison the dense one's."""
-        export = self.config.export
+        export, text = self.config.export, self._calibration_ids("dense" if role == DENSE else "prune")
         settings = ExportOptions(
             name=self._stem(role),
             use_imatrix=export.imatrix,
             gptq=export.gptq,
             tune_scales=export.tune_scales,
-            calibration=moment_windows(self._calibration_ids("dense" if role == DENSE else "prune")),
+            calibration=spread_windows(text, export.rounding_windows),
             # The dense model is there for comparison; it need not fit what the pruned one must.
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else export.mixed_bytes,

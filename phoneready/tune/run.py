@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +13,7 @@ from cfsp.errors import InputError, LimitError, require_extra
 from cfsp.files import write_text
 from cfsp.progress import Progress, no_progress
 from cfsp.records import write_record
+from exporters.families import FAMILIES
 from phoneready.evaluation.metrics import check_directions
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.figures.figure_set import DENSE, PRUNED, check_same_model, same_figure
@@ -305,9 +306,10 @@ def study_key(config: ReleaseConfig, folder: Path) -> str:
         name: find_profile(name, profiles).profile.model_dump(mode="json") for name in config.bench.devices
     }
     projected = [config.bench.n_ctx, devices]
-    export = [config.export.imatrix, config.export.gptq, config.export.tune_scales, config.export.mixed_bytes]
+    formats = {family.setting for family in FAMILIES.values()}
+    export = {name: value for name, value in asdict(config.export).items() if name not in formats}
     made = made_with("export", families=config.export.formats)
-    text = json.dumps([kept, *export, *projected, made], sort_keys=True)
+    text = json.dumps([kept, export, *projected, made], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

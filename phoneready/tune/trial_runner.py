@@ -22,7 +22,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.pruning.axes.token_order import Counts, TokenOrder
 from cfsp.pruning.axes.vocabulary import VocabularyPlan, plan_vocabulary, token_order
 from cfsp.pruning.cutting import RECONSTRUCTIONS
-from cfsp.pruning.moments import collect_input_moments, moment_windows
+from cfsp.pruning.moments import collect_input_moments, moment_windows, spread_windows
 from cfsp.pruning.plan import PruningPlan, apply_plan, make_plan
 from cfsp.pruning.prune import (
     Removals,
@@ -240,12 +240,13 @@ class TrialRunner:
         name = model_stem(config, self.loaded.source.name, role)
         side = 0 if role == DENSE else point.recipe.vocabulary
         guided = "calibration" in family.find(item).reads
+        text = self.side(side).calibration.input_ids if guided else None
         settings = ExportOptions(
             name=name,
             use_imatrix=config.export.imatrix,
             gptq=config.export.gptq,
             tune_scales=config.export.tune_scales,
-            calibration=moment_windows(self.side(side).calibration.input_ids) if guided else None,
+            calibration=None if text is None else spread_windows(text, config.export.rounding_windows),
             # As in a release: the dense model need not fit what the pruned one must.
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else config.export.mixed_bytes,

@@ -74,7 +74,8 @@ def test_files_are_rounded_for_the_calibration_text_unless_that_is_turned_off(
 ) -> None:
     dense = tiny_folder(intermediate_size=256)
     found = {}
-    for name, more in {"text": (), "off": ("--no-gptq",)}.items():
+    variants = {"text": (), "off": ("--no-gptq",), "less": ("--rounding-windows", "1")}
+    for name, more in variants.items():
         assert main(command(dense, tmp_path / name, "--quants", "Q4_0", "--no-speed", *more)) == 0
         (found[name],) = read_record(Frontier, tmp_path / name / RESULT_FILE).points
     assert found["text"].file_bytes == found["off"].file_bytes
@@ -82,6 +83,7 @@ def test_files_are_rounded_for_the_calibration_text_unless_that_is_turned_off(
     assert for_text is not None
     assert off is not None
     assert for_text < 0.9 * off
+    assert found["less"].kl_mean not in (None, for_text, off)
 
 
 def test_every_combination_is_measured_on_the_same_text(measured: Path) -> None:

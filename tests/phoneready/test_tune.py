@@ -144,13 +144,19 @@ def test_best_quality_within_a_size(
     assert not (output / RELEASE_FILE).exists()
 
 
-def test_what_projections_depend_on_begins_a_new_study(model: Path, tmp_path: Path) -> None:
-    devices = '[bench]\ndevices = ["pixel-8a"]\nn_ctx = {n_ctx}\n'
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [("bench", 'devices = ["pixel-8a"]\nn_ctx = {}'), ("export", "rounding_windows = {}")],
+)
+def test_what_figures_of_trials_depend_on_begins_a_new_study(
+    section: str, setting: str, model: Path, tmp_path: Path
+) -> None:
     text = CONFIG.format(model=model)
     keys = []
-    for n_ctx in (2048, 8192):
+    for value in (2048, 8192):
         path = tmp_path / "release.toml"
-        path.write_text(text.replace("[bench]\n", devices.format(n_ctx=n_ctx)), encoding="utf-8")
+        changed = f"[{section}]\n{setting.format(value)}\n"
+        path.write_text(text.replace(f"[{section}]\n", changed), encoding="utf-8")
         keys.append(study_key(load_config(path), tmp_path / "tuned"))
     assert keys[0] != keys[1]
 
