@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class FileOutline:
         n_seq: Texts that the engine has at once.
         cache_type: Of keys and values, that of proofs, as the engine calls it; None for the file's own.
         ends: Tokens that end a text, where the engine does not know them.
+        stated_sampling: As in `cfsp.evaluation.language_model.LanguageModel`.
     """
 
     path: Path
@@ -34,3 +36,4 @@ class FileOutline:
     n_seq: int = 1
     cache_type: str | None = None
     ends: tuple[int, ...] = ()
+    stated_sampling: Mapping[str, Any] = field(default_factory=dict)

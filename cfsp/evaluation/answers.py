@@ -1,4 +1,4 @@
-"""A look at what a model says: greedy answers to a fixed set of prompts."""
+"""A look at what a model says: answers to a fixed set of prompts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cfsp.evaluation.language_model import LanguageModel, prompt_ids
 from cfsp.progress import Progress, no_progress
+from cfsp.text.choosing import Sampling, choosers
 
 _AT_ONCE = 16
 
@@ -40,13 +41,26 @@ def answer(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+    seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[str]:
-    """Greedy answers, one a prompt; in the model's chat template where it has one."""
+    """Answers, one a prompt; in the model's chat template where it has one.
+
+    Args:
+        model: The model.
+        prompts: What it is asked.
+        max_new_tokens: Most tokens of an answer.
+        sampling: How tokens are drawn; None for greedy answers.
+        seed: Of what is drawn.
+        progress: Told how many are answered.
+    """
+    chosen_by = choosers(sampling, seed, len(prompts))
     ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
     answers: list[str] = []
     for start in range(0, len(ids), _AT_ONCE):
-        for tokens in model.generate(ids[start : start + _AT_ONCE], max_new_tokens):
+        some = slice(start, start + _AT_ONCE)
+        for tokens in model.generate(ids[some], max_new_tokens, choosers=chosen_by[some]):
             answers.append(model.tokenizer.decode(tokens, skip_special_tokens=True).strip())
         progress("sampling answers", len(answers), len(ids))
     return answers

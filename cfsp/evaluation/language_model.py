@@ -16,6 +16,7 @@ import torch
 
 from cfsp.devices import exact
 from cfsp.errors import InputError
+from cfsp.text.choosing import Chooser
 from cfsp.text.encoding import encode
 from cfsp.text.templates import render_prompt
 
@@ -63,6 +64,7 @@ class LanguageModel(Protocol):
         tokenizer: A transformers tokenizer; token ids below are its ids.
         vocab_size: Length of a row of logits.
         context_length: Most tokens of one sequence.
+        stated_sampling: Fields of `cfsp.text.choosing.Sampling` that it comes with; empty where it states none.
     """
 
     name: str
@@ -73,6 +75,7 @@ class LanguageModel(Protocol):
     tokenizer: Any
     vocab_size: int
     context_length: int
+    stated_sampling: Mapping[str, Any]
 
     def next_token_logits(self, window: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits that predict tokens 1.. of a window (seqlen,) that nothing comes before.
@@ -88,9 +91,14 @@ class LanguageModel(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
-        """Greedy continuations, without the token that ends them.
+        """Continuations, without the token that ends them: greedy ones, or of tokens that each prompt's chooser takes.
 
         A continuation also ends once its text contains one of `stop_strings`, which it then still holds.
         """

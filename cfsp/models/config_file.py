@@ -111,7 +111,13 @@ _ROPE = kinds(
     partial_rotary_factor=_Share | None,
     original_max_position_embeddings=ContextLength | None,
 )
-_GENERATION = kinds(bos_token_id=_Ids, eos_token_id=_Ids, pad_token_id=_PadId)
+_GENERATION = kinds(
+    bos_token_id=_Ids,
+    eos_token_id=_Ids,
+    pad_token_id=_PadId,
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), float | None),
+    top_k=int | None,
+)
 _TOKENIZER = kinds(
     **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), str | dict[str, Any] | None),
     tokenizer_class=str | None,

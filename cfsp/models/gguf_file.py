@@ -65,6 +65,8 @@ _METADATA = kinds(
     **dict.fromkeys([f"tokenizer.ggml.{name}_token_id" for name in _IDS], TokenId),
     **dict.fromkeys([f"tokenizer.ggml.add_{name}" for name in _SWITCHES], bool),
     **{"tokenizer.ggml.token_type": list[int], "tokenizer.ggml.scores": list[float]},
+    **{f"general.sampling.{name}": float for name in ("temp", "top_p", "min_p", "penalty_repeat")},
+    **{"general.sampling.top_k": int},
 )
 _Factor = Annotated[float, Field(ge=0, lt=1e6)]
 """0 stands for none."""

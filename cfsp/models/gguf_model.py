@@ -37,6 +37,14 @@ from cfsp.reading import as_input_error
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""llama.cpp's names under general.sampling -> Hugging Face's."""
 _YARN = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0}
 """What llama.cpp takes for granted."""
 _STILL = 1e20
@@ -191,7 +199,23 @@ def model_from_gguf(
     model.generation_config.eos_token_id = ends if len(set(ends)) > 1 else config.eos_token_id
     model.generation_config.bos_token_id = config.bos_token_id
     model.generation_config.pad_token_id = config.pad_token_id
+    if sampling := sampling_of_gguf(file):
+        model.generation_config.update(do_sample=True, **sampling)
     return model
+
+
+def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
+    """How a file recommends to sample, under Hugging Face's names; empty where it says nothing.
+
+    A penalty is of the last tokens in llama.cpp, and of all here.
+    """
+    metadata = {name: file.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+    # 0.9 and not 0.8999999761581421, as which a float32 comes back.
+    return {
+        name: value if isinstance(value, int) else float(f"{value:.7g}")
+        for name, value in metadata.items()
+        if value is not None
+    }
 
 
 def keeping_of_gguf(file: GGUFFile, asked: str = AUTO) -> Keeping:

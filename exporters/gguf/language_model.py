@@ -18,7 +18,9 @@ from cfsp.evaluation.language_model import (
 )
 from cfsp.files import sha256_file
 from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import sampling_of_gguf
 from cfsp.models.gguf_tokenizer import tokenizer_from_gguf
+from cfsp.text.choosing import Chooser
 from exporters.gguf import runtime
 from exporters.gguf.cache_types import PARITY_CACHE
 from exporters.gguf.together import BATCH, SEQUENCES, continuation_rows, fitting, write_together
@@ -43,6 +45,7 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
         n_batch=BATCH,
         n_seq=SEQUENCES,
         cache_type=PARITY_CACHE,
+        stated_sampling=sampling_of_gguf(file),
     )
 
 
@@ -69,7 +72,7 @@ class GGUFLanguageModel:
         outline = outline_of(path, n_ctx)
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256
-        self.source_sha256 = outline.source_sha256
+        self.source_sha256, self.stated_sampling = outline.source_sha256, outline.stated_sampling
         self._model = runtime.open_model(
             path,
             n_ctx=self.context_length,
@@ -107,7 +110,12 @@ class GGUFLanguageModel:
         yield from branch_scores(item, torch.cat(pieces))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
         """See `LanguageModel`; as many prompts at once as fit the context together."""
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
@@ -115,5 +123,5 @@ class GGUFLanguageModel:
         is_over = partial(contains_any, self.tokenizer, strings=stop_strings)
         answers: list[list[int]] = []
         for fit in fitting(lengths, 0, self.context_length):
-            answers += write_together(self._model, prompts[fit], max_new_tokens, is_over)
+            answers += write_together(self._model, prompts[fit], max_new_tokens, is_over, choosers[fit])
         return answers

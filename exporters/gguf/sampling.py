@@ -15,12 +15,13 @@ from cfsp.files import large_temporary, no_space_as_input_error
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.source import LoadedModel
 from cfsp.scratch import LargeScratch
+from cfsp.text.choosing import drawn_tokens
 from cfsp.text.generation import stop_ids
 from cfsp.text.writers import STEPS_A_REPORT, Continue, Report, Writer, require_room
 from exporters.checkpoint_reader import read_config
 from exporters.gguf.files import draft_gguf
 from exporters.gguf.llama_batch import Entry
-from exporters.gguf.llama_library import FloatArray, runtime_version
+from exporters.gguf.llama_library import runtime_version
 from exporters.gguf.runtime import LlamaModel, open_model
 from exporters.options import ExportOptions
 
@@ -156,21 +157,3 @@ class _Texts:
         if place < len(self._growing):
             model.copy_sequence(len(self._growing), place)
             self._growing[place] = last
-
-
-def drawn_tokens(logits: FloatArray, uniform: Sequence[float]) -> list[int]:
-    """A token of each row, drawn from softmax(logits) by a number in [0, 1).
-
-    Args:
-        logits: (rows, vocab_size).
-        uniform: Of each row.
-
-    Raises:
-        InputError: Logits that are not finite.
-    """
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    sums = weights.cumsum(axis=-1, dtype=np.float64)
-    if not np.isfinite(sums[:, -1]).all():
-        raise InputError("what the model writes is not finite")
-    wanted = np.nextafter(np.asarray(uniform) * sums[:, -1], 0)  # below the sum
-    return [int(np.searchsorted(row, value, side="right")) for row, value in zip(sums, wanted, strict=True)]

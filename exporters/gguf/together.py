@@ -7,9 +7,9 @@ runner (runtime_bench/native/runner.cpp) as these do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
-import numpy as np
-
+from cfsp.text.choosing import Chooser, greedy
 from exporters.gguf.llama_batch import Entry
 from exporters.gguf.llama_library import FloatArray
 from exporters.gguf.runtime import LlamaModel
@@ -63,15 +63,18 @@ def write_together(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     is_over: Callable[[list[int]], bool],
+    choosers: Sequence[Chooser] = (),
 ) -> list[list[int]]:
-    """Greedy continuations of prompts that fit the context together, without the token that ends them.
+    """Continuations of prompts that fit the context together, without the token that ends them.
 
     Args:
         model: The file.
         prompts: Token ids, at least one each.
         max_new_tokens: Most tokens of a continuation.
         is_over: Whether what was written ends there.
+        choosers: One for each prompt, of its tokens; greedy without any.
     """
+    choosers = choosers or [greedy] * len(prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))
     entries = [
@@ -81,9 +84,10 @@ def write_together(
     ]
     model.clear()
     while going:
-        best = np.concatenate([piece.argmax(-1) for piece in model.iter_entries(entries)])
+        rows = zip(going, chain.from_iterable(model.iter_entries(entries)), strict=True)
+        tokens = [choosers[one](prompts[one], answers[one], logits) for one, logits in rows]
         entries, still = [], []
-        for sequence, token in zip(going, best.tolist(), strict=True):
+        for sequence, token in zip(going, tokens, strict=True):
             if model.is_end_of_generation(token):
                 continue
             answer = answers[sequence]

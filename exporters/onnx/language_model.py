@@ -20,7 +20,8 @@ from cfsp.evaluation.language_model import (
 from cfsp.files import sha256_file
 from cfsp.models.checkpoint import read_generation_config
 from cfsp.models.reference import load_tokenizer
-from cfsp.text.generation import stop_tokens
+from cfsp.text.choosing import Chooser, greedy
+from cfsp.text.generation import stated_sampling, stop_tokens
 from exporters.checkpoint_reader import read_config
 from exporters.onnx.folder import GRAPHS, find_graph, folder_of, told_context
 from exporters.onnx.int8_cache import make_ready
@@ -39,6 +40,7 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
     """
     folder = folder_of(path)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
+    generation = read_generation_config(folder)
     return FileOutline(
         path=path,
         sha256=sha256_file(path),
@@ -47,7 +49,8 @@ def outline_of(path: Path, n_ctx: int) -> FileOutline:
         vocab_size=config.vocab_size,
         context_length=min(n_ctx, told_context(folder, config.max_position_embeddings)),
         n_batch=_BATCH,
-        ends=tuple(sorted(stop_tokens(read_generation_config(folder), tokenizer))),
+        ends=tuple(sorted(stop_tokens(generation, tokenizer))),
+        stated_sampling=stated_sampling(generation),
     )
 
 
@@ -80,7 +83,7 @@ class OnnxLanguageModel:
         self.name, self.cache_type = reference, cache_type
         self.tokenizer, self.context_length = outline.tokenizer, outline.context_length
         self.sha256: str | None = outline.sha256
-        self._ends = frozenset(outline.ends)
+        self._ends, self.stated_sampling = frozenset(outline.ends), outline.stated_sampling
         threads = n_threads or torch.get_num_threads()
         if cache_type is not None:
             make_ready(path, threads)
@@ -112,10 +115,19 @@ class OnnxLanguageModel:
         yield from branch_scores(item, rows.log_softmax(-1))
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
         """See `LanguageModel`; one prompt after the other."""
         longest = max((len(prompt) for prompt in prompts), default=0)
         check_length(self, longest + max_new_tokens, "a prompt with its answer")
         is_over = partial(contains_any, self.tokenizer, strings=stop_strings)
-        return [write(self._model, prompt, max_new_tokens, self._ends, is_over) for prompt in prompts]
+        pairs = zip(prompts, choosers or [greedy] * len(prompts), strict=True)
+        return [
+            write(self._model, prompt, max_new_tokens, self._ends, is_over, choose)
+            for prompt, choose in pairs
+        ]

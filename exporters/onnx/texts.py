@@ -1,4 +1,4 @@
-"""What a graph makes of whole texts: rows of logits behind a context, and greedy continuations.
+"""What a graph makes of whole texts: rows of logits behind a context, and continuations.
 
 NumPy alone, so that a process that runs a file holds no more.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
+from cfsp.text.choosing import Chooser, greedy
 from exporters.onnx.runtime import FloatArray, OnnxModel
 
 
@@ -36,8 +37,9 @@ def write(
     max_new_tokens: int,
     ends: Collection[int],
     is_over: Callable[[list[int]], bool],
+    choose: Chooser = greedy,
 ) -> list[int]:
-    """Greedy continuation of a prompt, without the token that ends it.
+    """Continuation of a prompt, without the token that ends it.
 
     Args:
         model: The graph.
@@ -45,10 +47,11 @@ def write(
         max_new_tokens: Most tokens of the continuation.
         ends: Tokens that end a text.
         is_over: Whether what was written ends there.
+        choose: Chooses its tokens.
     """
     answer: list[int] = []
     logits = _read(model, prompt)
-    while (token := int(logits[-1].argmax())) not in ends:
+    while (token := choose(prompt, answer, logits[-1])) not in ends:
         answer.append(token)
         if len(answer) == max_new_tokens or is_over(answer):
             break

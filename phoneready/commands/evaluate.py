@@ -177,6 +177,7 @@ def _check(
     together = [name for name, given in asked.items() if given]
     others = [name for name, given in (subject | {"--baseline": gate.baseline}).items() if given is not None]
     texts = settings.text or settings.chats
+    option = min(settings.asked_sampling, default="").replace("_", "-")
     limit = min(tolerances.limits, default="").replace("_", "-")
     replaced = gate.save and gate.baseline and gate.save.resolve() == gate.baseline.resolve()
     wrong = (
@@ -187,6 +188,8 @@ def _check(
         ),
         (limit and gate.baseline is None, f"--{limit} is of the gate: give --baseline too"),
         (replaced, "--save would overwrite the --baseline that is compared with: name another file"),
+        (option and not settings.sampled, f"--{option} is of sampled answers: give --sampled too"),
+        (settings.sampled and questions.no_prompts, "--sampled is of answers: leave out --no-prompts"),
         (len(together) > 1, f"{' and '.join(together)}: give one of them"),
         (questions.no_text and texts, "--no-text with --text or --chats: give one of the two"),
     )
@@ -274,7 +277,8 @@ def _foretell(
     from phoneready.forecasts.texts import judged_windows
 
     few_bits = tuple(runtime != TORCH for _, runtime in runtimes)
-    asked = Judging(judged_windows(settings), len(settings.prompts), settings.max_new_tokens, few_bits)
+    questions = len(settings.prompts) * settings.n_sets
+    asked = Judging(judged_windows(settings), questions, settings.max_new_tokens, few_bits)
     machine = Machine(device=opening.device, kept=opening.dtype)
     foretell("eval", tuple(model for model, _ in runtimes), asked, machine=machine, progress=progress)
 

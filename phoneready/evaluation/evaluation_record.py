@@ -13,6 +13,7 @@ from pydantic import PositiveFloat, PositiveInt
 from cfsp.evaluation.divergence import Divergence
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.tasks import TaskResult
+from cfsp.text.choosing import Sampling
 from cfsp.validation import Seed, Share, WhereSet
 
 
@@ -117,6 +118,25 @@ class Degeneration:
 
 
 @dataclass(frozen=True)
+class SampledAnswers:
+    """Answers to the same prompts that were sampled, of both models with the same settings by the same numbers.
+
+    Attributes:
+        settings: How.
+        seed: Of the numbers.
+        degeneration: Of these answers.
+        answers: The model's.
+        against_answers: The reference model's.
+    """
+
+    settings: Sampling
+    seed: Seed
+    degeneration: Degeneration
+    answers: tuple[str, ...]
+    against_answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MetricResult:
     """A figure of an own metric.
 
@@ -189,17 +209,18 @@ class Evaluation:
     Attributes:
         model: What was judged.
         against: The reference model, where there is one.
-        seed: Seed of sampled chats.
+        seed: Seed of sampled chats and answers.
         texts: One entry a text.
         prompts: Questions.
-        answers: The model's.
-        against_answers: The reference model's.
+        answers: The model's, greedy.
+        against_answers: The reference model's, greedy.
         degeneration: Of the answers, where there are any.
         tasks: Results of tasks.
         against_tasks: The reference model's, in the same order.
         metrics: Own metrics.
         vocabularies: Of both, where they differ.
         place: Where the model ran, when not on this machine.
+        sampled: Sampled answers, where they were asked for.
     """
 
     KIND: ClassVar[str] = "evaluation"
@@ -218,6 +239,12 @@ class Evaluation:
     metrics: tuple[MetricResult, ...] = ()
     vocabularies: Annotated[Vocabularies | None, WhereSet] = None
     place: Annotated[Place | None, WhereSet] = None
+    sampled: Annotated[SampledAnswers | None, WhereSet] = None
+
+    @property
+    def answer_sets(self) -> Mapping[str, Evaluation | SampledAnswers]:
+        """What to add to the name of whoever answered -> what has the answers: this record the greedy ones."""
+        return {"": self} | ({", sampled": self.sampled} if self.sampled else {})
 
 
 def text_name(kind: str, reference: str) -> str:

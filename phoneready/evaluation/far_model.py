@@ -17,6 +17,7 @@ import torch
 
 from cfsp.errors import InputError, PhonereadyError
 from cfsp.evaluation.language_model import Branches, LanguageModel, Score, check_length
+from cfsp.text.choosing import Chooser
 from cfsp.text.encoding import encode
 from exporters.outline import FileOutline
 from phoneready.evaluation.evaluation_record import HeldAgainstHere, Place
@@ -70,6 +71,7 @@ class FarLanguageModel:
         self.source_sha256, self.tokenizer = outline.source_sha256, outline.tokenizer
         self.vocab_size, self.context_length = outline.vocab_size, outline.context_length
         self.target, self.session = target, session
+        self.stated_sampling = outline.stated_sampling
         self.facts: EngineFacts | None = None
         self.same_tokens: bool | None = None
         self._outline, self._timeout_s = outline, timeout_s
@@ -93,9 +95,18 @@ class FarLanguageModel:
         return scores
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
-        """See `LanguageModel`; all prompts in one process there."""
+        """See `LanguageModel`; all prompts in one process there. Raises InputError for choosers, which need logits."""
+        if choosers:
+            raise InputError(
+                f"{self.target.name} does not give the logits of texts", allowed="greedy answers"
+            )
         check_length(self, max(map(len, prompts), default=0) + max_new_tokens, "a prompt with its answer")
         ids, ends = tuple(map(tuple, prompts)), self._outline.ends
         (answer,) = self._ask([Writing(ids, max_new_tokens, tuple(stop_strings), ends)])
@@ -174,6 +185,7 @@ class HeldModel:
         self.name, self.runtime, self.cache_type = far.name, far.runtime, far.cache_type
         self.sha256, self.source_sha256, self.tokenizer = far.sha256, far.source_sha256, far.tokenizer
         self.vocab_size, self.context_length = far.vocab_size, far.context_length
+        self.stated_sampling = far.stated_sampling
         self.next_token_logits = far.next_token_logits
 
     def close(self) -> None:
@@ -194,10 +206,15 @@ class HeldModel:
         return scores
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_strings: Sequence[str] = ()
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        stop_strings: Sequence[str] = (),
+        choosers: Sequence[Chooser] = (),
     ) -> list[list[int]]:
         """See `LanguageModel`."""
-        written = self.far.generate(prompts, max_new_tokens, stop_strings=stop_strings)
+        written = self.far.generate(prompts, max_new_tokens, stop_strings=stop_strings, choosers=choosers)
         part = self._first(prompts, self.other_text)
         if self.here is not None and part:
             here = self.here.generate(part, max_new_tokens, stop_strings=stop_strings)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 from cfsp.evaluation.tasks import TaskMetric, TaskResult
-from phoneready.evaluation.evaluation_record import Evaluation, TextResult, text_name
+from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, TextResult, text_name
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.metrics import FigureKey, metric_of
 
@@ -24,11 +25,9 @@ def evaluation_figures(item: str, subject: str, evaluation: Evaluation) -> Itera
         yield from _text_figures(item, subject, dense, text)
     yield from _task_figures(item, PRUNED, subject, evaluation.tasks)
     yield from _task_figures(item, DENSE, dense, evaluation.against_tasks)
-    answers = evaluation.degeneration
-    if answers is not None:
-        key, conditions = FigureKey("degenerate", item), {"prompts": answers.prompts_sha256}
+    for metric, answers, conditions in _answers(evaluation):
         for role, name, share in ((PRUNED, subject, answers.share), (DENSE, dense, answers.against_share)):
-            yield Figure(key, role, name, "share", share, conditions=conditions)
+            yield Figure(FigureKey(metric, item), role, name, "share", share, conditions=dict(conditions))
     # Own metrics are taken over all texts.
     texts = {name: value for text in evaluation.texts for name, value in _tokens(text).items()}
     texts["texts of own metrics"] = ", ".join(text_name(text.kind, text.source) for text in evaluation.texts)
@@ -50,6 +49,17 @@ def score_figure(item: str, role: str, subject: str, task: TaskResult, score: Ta
         FigureKey(metric, item, on=task.task), role, subject, metric_of(metric).unit, score.value,
         stderr=score.stderr, conditions=conditions,
     )  # fmt: skip
+
+
+def _answers(evaluation: Evaluation) -> Iterator[tuple[str, Degeneration, dict[str, str]]]:
+    """(metric, what was found, what must be equal) of greedy and of sampled answers, where there are any."""
+    greedy, sampled = evaluation.degeneration, evaluation.sampled
+    if greedy is not None:
+        yield "degenerate", greedy, {"prompts": greedy.prompts_sha256}
+    if sampled is not None:
+        found, settings = sampled.degeneration, {k: f"{v}" for k, v in asdict(sampled.settings).items()}
+        others = {"seed of sampled answers": f"{sampled.seed}", "max_new_tokens": f"{found.max_new_tokens}"}
+        yield "degenerate_sampled", found, {"prompts": found.prompts_sha256, **others, **settings}
 
 
 def _tokens(text: TextResult) -> dict[str, str]:

@@ -74,7 +74,8 @@ def check_place(place: PlaceSettings, settings: EvaluationSettings) -> None:
         return
     if not find_row(place.on)[0].answers:
         raise InputError("cannot be asked about texts", field="--on", value=place.on, allowed=_PLACES)
-    needs = {"--text": settings.text, "--chats": settings.chats, "--metric": settings.metrics}
+    needs: dict[str, object] = {"--text": settings.text, "--chats": settings.chats}
+    needs |= {"--metric": settings.metrics, "--sampled": settings.sampled}
     for option in (option for option, asked in needs.items() if asked):
         raise InputError(
             f"{option} needs the probability of every token, which do not travel",

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
-from cfsp.evaluation.answers import answer
 from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted_bytes, tokens_per_byte
-from cfsp.evaluation.degeneration import degenerate, system_text
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import perplexity
@@ -30,8 +25,8 @@ from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
 from cfsp.text.tokens import TokenWindows, started, token_windows, tokens_sha256
 from cfsp.text.writers import TRANSFORMERS, Writer
+from phoneready.evaluation.answered import answers_of, degeneration, sampled_answers, sampling_for
 from phoneready.evaluation.evaluation_record import (
-    Degeneration,
     Evaluation,
     TextResult,
     Vocabularies,
@@ -58,13 +53,14 @@ def evaluate(
 
     Raises:
         InputError: A text that cannot be read or is too short, two of one name, tasks or metrics that cannot be used,
-            or own metrics and a reference model with another vocabulary.
+            own metrics and a reference model with another vocabulary, or sampled answers without settings.
         MissingExtraError: Tasks without the `eval` extra.
     """
     check_settings(settings)
     check_texts(settings)
     pair = _Pair.of(model, against, settings)
     metrics = {name: find_metric(name) for name in settings.metrics}
+    sampling = sampling_for(pair.models, settings)
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
@@ -78,16 +74,17 @@ def evaluate(
         )
         done = [run_tasks(one, tasks, progress=progress) if tasks else () for one in pair.models]
     measured = [row for name, metric in metrics.items() for row in measure(name, metric, model, windows)]
-    said = [_answers(one, settings, progress) for one in pair.models]
+    said = answers_of(pair.models, settings, progress)
     return Evaluation(
         model=identity_of(model),
         against=identity_of(against) if against else None,
         seed=settings.seed,
         texts=texts,
         prompts=settings.prompts,
-        answers=said[0].texts,
+        answers=next((one.texts for one in said), ()),
         against_answers=next((one.texts for one in said[1:]), ()),
-        degeneration=_degeneration(settings, said),
+        degeneration=degeneration(settings, said) if said else None,
+        sampled=sampled_answers(pair.models, settings, sampling, progress),
         tasks=done[0],
         against_tasks=next(iter(done[1:]), ()),
         metrics=tuple(measured),
@@ -293,51 +290,3 @@ def _judge_apart(
         tokens_per_byte=ours.tokens_per_byte,
         against_tokens_per_byte=theirs.tokens_per_byte,
     )
-
-
-@dataclass(frozen=True)
-class _Said:
-    texts: tuple[str, ...]
-    reasons: tuple[str | None, ...]
-
-    @property
-    def by_reason(self) -> dict[str, float]:
-        counts = Counter(reason for reason in self.reasons if reason)
-        return {reason: count / len(self.reasons) for reason, count in sorted(counts.items())}
-
-    @property
-    def share(self) -> float:
-        return sum(reason is not None for reason in self.reasons) / len(self.reasons)
-
-
-def _answers(model: LanguageModel, settings: EvaluationSettings, progress: Progress) -> _Said:
-    prompts = settings.prompts
-    if not prompts:
-        return _Said((), ())
-    texts = answer(model, prompts, max_new_tokens=settings.max_new_tokens, progress=progress)
-    pairs = zip(texts, prompts, strict=True)
-    reasons = tuple(degenerate(text, prompt, system_text(model.tokenizer, prompt)) for text, prompt in pairs)
-    return _Said(tuple(texts), reasons)
-
-
-def _degeneration(settings: EvaluationSettings, said: Sequence[_Said]) -> Degeneration | None:
-    if not settings.prompts:
-        return None
-    text = json.dumps(settings.prompts, ensure_ascii=False)
-    degeneration = Degeneration(
-        prompts_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        n_prompts=len(settings.prompts),
-        max_new_tokens=settings.max_new_tokens,
-        share=said[0].share,
-        by_reason=said[0].by_reason,
-        reasons=said[0].reasons,
-    )
-    for dense in said[1:]:
-        degeneration = replace(
-            degeneration,
-            against_share=dense.share,
-            against_by_reason=dense.by_reason,
-            against_reasons=dense.reasons,
-            difference_points=100 * (degeneration.share - dense.share),
-        )
-    return degeneration

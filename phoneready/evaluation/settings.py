@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cfsp.evaluation.settings import TaskSettings
-from cfsp.settings import SEED, Settings, setting
+from cfsp.settings import SEED, Setting, Settings, setting
+from cfsp.text.choosing import TEMPERATURE, TOP_K, TOP_P
 from cfsp.text.settings import TEXT_FORMS
 
 
@@ -30,6 +31,10 @@ class WindowSettings(Settings):
         return (*(("text", one) for one in self.text), *(("chats", one) for one in self.chats))
 
 
+def _of_sampled(of: Setting) -> Setting:
+    return replace(of, help=f"Of sampled answers: {of.help[0].lower()}{of.help[1:]}", shown="as recommended")
+
+
 @dataclass(frozen=True)
 class TextSettings(WindowSettings):
     """Texts to measure on, questions to ask, own metrics."""
@@ -42,12 +47,29 @@ class TextSettings(WindowSettings):
         shown="a built-in set",
     )
     max_new_tokens: int = setting(64, "Longest answer.", ge=1, le=2**20)
+    sampled: bool = setting(
+        False, "Also sample answers, as the reference model, or else the model, recommends."
+    )
+    temperature: float | None = setting(None, _of_sampled(TEMPERATURE))
+    top_p: float | None = setting(None, _of_sampled(TOP_P))
+    top_k: int | None = setting(None, _of_sampled(TOP_K))
     metrics: tuple[str, ...] = setting(
         (),
         "Own metrics, FILE.py:FUNCTION or MODULE:FUNCTION.",
         option="--metric",
         metavar="MODULE:FUNCTION,...",
     )
+
+    @property
+    def asked_sampling(self) -> dict[str, float]:
+        """What is asked of sampled answers, by names of `cfsp.text.choosing.Sampling`."""
+        asked = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    @property
+    def n_sets(self) -> int:
+        """How many answers each question has."""
+        return 2 if self.sampled else 1
 
 
 @dataclass(frozen=True)
@@ -59,4 +81,4 @@ class JudgementSettings(TaskSettings, TextSettings):
 class EvaluationSettings(JudgementSettings):
     """What to judge on. Only `prompts` are asked; the seed, of `self`, should be another than the calibration's."""
 
-    seed: int = setting(1, "Seed of `--chats self`.", ge=SEED.ge, le=2**32 - 1)
+    seed: int = setting(1, "Seed of `--chats self` and `--sampled`.", ge=SEED.ge, le=2**32 - 1)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from cfsp.text.choosing import Sampling
 from phoneready.evaluation.dominance import DOMINATED, UNDECIDED, Standing
-from phoneready.evaluation.evaluation_record import Evaluation, HeldAgainstHere, TextResult
+from phoneready.evaluation.evaluation_record import (
+    Degeneration,
+    Evaluation,
+    HeldAgainstHere,
+    TextResult,
+)
 from phoneready.evaluation.measured_file import MeasuredFile, MeasuredText
 from phoneready.figures.metrics import METRICS
 from runtime_bench.presentation.table import Column, Table, table_of_cells
@@ -138,30 +145,45 @@ def _loss_on(index: int, text: MeasuredText) -> Column[Any]:
 
 
 def figure_tables(evaluation: Evaluation, names: tuple[str, str] = NAMES) -> list[Table[Sequence[str]]]:
-    """Tasks, own metrics and the share of degenerate answers, where they were asked for."""
+    """Tasks, own metrics and the shares of degenerate answers, where they were asked for."""
     own = [(metric.name, f"{metric.value:.6g}", metric.unit) for metric in evaluation.metrics]
     tables = [
         _tasks(evaluation, names),
         table_of_cells(("own metric", names[1], "unit"), own),
-        _degeneration(evaluation, names),
+        _degeneration(evaluation.degeneration, names, "degenerate answers"),
     ]
+    if sampled := evaluation.sampled:
+        title = f"degenerate answers, sampled at {_described(sampled.settings)}"
+        tables.append(_degeneration(sampled.degeneration, names, title))
     return [table for table in tables if table.rows]
+
+
+def _described(settings: Sampling) -> str:
+    """The temperature, and whatever else changes something."""
+    stated = {name: value for name, value in asdict(settings).items() if value != getattr(Sampling, name)}
+    return ", ".join(f"{name} {value:g}" for name, value in ({"temperature": 1.0} | stated).items())
 
 
 def format_answers(evaluation: Evaluation) -> str:
     """The answers of the reference model and the model below each other, question by question."""
     lines = []
-    degeneration = evaluation.degeneration
-    reasons = (degeneration.against_reasons, degeneration.reasons) if degeneration else ((), ())
-    columns = [evaluation.against_answers, evaluation.answers]
+    columns = list(_columns(evaluation))
     for index, prompt in enumerate(evaluation.prompts):
         lines.append(f"Q: {prompt}")
-        for name, column, why in zip(NAMES, columns, reasons, strict=True):
-            if column:
-                flag = f" [{why[index]}]" if why[index] else ""
-                lines.append(f"{name}{flag}: {' '.join(column[index].split())}")
+        for name, texts, why in columns:
+            flag = f" [{why[index]}]" if why[index] else ""
+            lines.append(f"{name}{flag}: {' '.join(texts[index].split())}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _columns(evaluation: Evaluation) -> Iterator[tuple[str, Sequence[str], Sequence[str | None]]]:
+    """(name, answers, why each is degenerate) of whatever answered."""
+    for how, of in evaluation.answer_sets.items():
+        if (why := of.degeneration) is not None:
+            texts, reasons = (of.against_answers, of.answers), (why.against_reasons, why.reasons)
+            rows = zip(NAMES, texts, reasons, strict=True)
+            yield from ((name + how, said, reason) for name, said, reason in rows if said)
 
 
 def place_notes(evaluation: Evaluation) -> list[str]:
@@ -210,8 +232,9 @@ def _tasks(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str
     return table_of_cells(header, rows)
 
 
-def _degeneration(evaluation: Evaluation, names: tuple[str, str]) -> Table[Sequence[str]]:
-    degeneration = evaluation.degeneration
+def _degeneration(
+    degeneration: Degeneration | None, names: tuple[str, str], title: str
+) -> Table[Sequence[str]]:
     if degeneration is None:
         return table_of_cells((), ())
     shares = [
@@ -222,9 +245,7 @@ def _degeneration(evaluation: Evaluation, names: tuple[str, str]) -> Table[Seque
         (f"all, of {degeneration.n_prompts} answers", degeneration.share, degeneration.against_share or 0.0)
     )
     if degeneration.against_share is None:
-        return table_of_cells(
-            ("degenerate answers", names[1]), [(why, f"{ours:.1%}") for why, ours, _ in shares]
-        )
-    header = ("degenerate answers", names[1], names[0], "difference, points")
+        return table_of_cells((title, names[1]), [(why, f"{ours:.1%}") for why, ours, _ in shares])
+    header = (title, names[1], names[0], "difference, points")
     rows = [(why, f"{a:.1%}", f"{b:.1%}", f"{100 * (a - b):+.1f}") for why, a, b in shares]
     return table_of_cells(header, rows)

@@ -81,6 +81,7 @@ class Metric:
         return self.source in (FILE, PROJECTION)
 
 
+_DEGENERATE = Tolerance("max_degenerate_increase", "share of degenerate answers.", 0.05)
 _ROWS = (
     Metric("file_bytes", "file size", "size of an exported file; of an ONNX folder, graph and weights", FILE, "bytes"),
     Metric("peak_rss_bytes", "peak memory (RSS)", "most resident memory of any process", BENCH, "bytes", sampled=True),
@@ -126,7 +127,11 @@ _ROWS = (
     Metric("mean_accuracy", "mean accuracy", "mean over all tasks", TASK, "share", True, best=1.0, slope=0.2),
     Metric(
         "degenerate", "degenerate answers", "answers that are empty, loop, echo or are no language", ANSWERS, "share",
-        best=0.0, slope=0.5, tolerance=Tolerance("max_degenerate_increase", "share of degenerate answers.", 0.05),
+        best=0.0, slope=0.5, tolerance=_DEGENERATE,
+    ),
+    Metric(
+        "degenerate_sampled", "degenerate answers, sampled", "the same of sampled answers, where they are asked for",
+        ANSWERS, "share", best=0.0, slope=0.5, tolerance=_DEGENERATE,
     ),
     Metric("projected_memory_bytes", "projected memory", "what a GGUF file would need there", PROJECTION, "bytes"),
     Metric("projected_pp", "projected prompt processing", "speed there, a band", PROJECTION, "t/s", True),

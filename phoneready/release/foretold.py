@@ -122,7 +122,7 @@ def _judged(config: ReleaseConfig, times: int, *, few_bits: bool, prompts: int |
     evaluate, asked = config.evaluate, len(Steps(config, Path(), None).prompts)
     windows = judged_windows(evaluate.settings(0, ()))
     text = replace(windows, count=times * windows.count)
-    questions = times * (asked if prompts is None else prompts)
+    questions = times * evaluate.n_sets * (asked if prompts is None else prompts)
     return Judging(text, questions, evaluate.max_new_tokens, (few_bits, False))
 
 

@@ -30,6 +30,7 @@ from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
 from exporters.options import ExportOptions
 from exporters.provenance import file_stem
+from phoneready.evaluation.answered import sampling_for
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
 from phoneready.evaluation.run import evaluate, text_windows
@@ -149,6 +150,8 @@ class Steps:
             may_stream=True,
             progress=progress,
         )
+        # What nobody says how to sample must not be found after hours of recovery.
+        sampling_for([TorchLanguageModel(loaded)], self._judged_on)
         ids = load_calibration(
             prune.calibration,
             loaded,

@@ -140,15 +140,15 @@ def bench_notes(records: Sequence[BenchRecord]) -> list[str]:
 
 def _answers(figures: ReleaseFigures) -> list[tuple[str, list[tuple[str | None, ...]]]]:
     """Question by question: (who, dense answer, pruned answer, why each is degenerate)."""
-    e, said = figures.evaluation, figures.answers.answers
-    why = e.degeneration
-    flags = (why.against_reasons if why else (), why.reasons if why else ())
+    said = figures.answers.answers
     questions = []
     for i, prompt in enumerate(figures.answers.prompts):
         sides: list[tuple[str | None, ...]] = []
-        if i < len(e.answers) and i < len(e.against_answers):
-            reasons = (column[i] if column else None for column in flags)
-            sides.append(("checkpoint, in torch", e.against_answers[i], e.answers[i], *reasons))
+        for how, of in figures.evaluation.answer_sets.items():
+            if i < len(of.answers) and i < len(of.against_answers):
+                why = of.degeneration
+                reasons = (why.against_reasons[i], why.reasons[i]) if why else (None, None)
+                sides.append((f"checkpoint, in torch{how}", of.against_answers[i], of.answers[i], *reasons))
         for dense, pruned in figures.pairs:
             sides.append((f"{dense.quant} file", said[dense.file][i], said[pruned.file][i], None, None))
         questions.append((prompt, sides))

@@ -54,6 +54,8 @@ def _judgements(config: ReleaseConfig, item: str) -> Iterator[FigureKey]:
         yield FigureKey("accuracy", item)
         yield FigureKey("mean_accuracy", item)
     yield FigureKey("degenerate", item)
+    if evaluate.sampled:
+        yield FigureKey("degenerate_sampled", item)
     for name in evaluate.metrics:
         yield FigureKey(name + ANY_MEMBER, item)
 

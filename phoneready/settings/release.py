@@ -114,6 +114,7 @@ def _problems_between(config: ReleaseConfig) -> list[tuple[Location, str]]:
         *_vocabulary_alone(config),
         *_unknown_files(config),
         *_repeated_texts(config),
+        *_sampling_alone(config),
         *_no_places(config),
         *_imatrix_needed(config),
         *budget_problems(config),
@@ -254,6 +255,12 @@ def _tiers(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
         values = [getattr(tier, field) for tier in config.tiers]
         if len(set(values)) < len(values):
             yield ("tiers",), f"two have the same {field.partition('_')[0]}"
+
+
+def _sampling_alone(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:
+    if not config.evaluate.sampled:
+        for name in config.evaluate.asked_sampling:
+            yield ("evaluate", name), "is of sampled answers: set sampled = true, too"
 
 
 def _repeated_texts(config: ReleaseConfig) -> Iterator[tuple[Location, str]]:

@@ -17,7 +17,15 @@ from phoneready.evaluation.models import OpenSettings, open_language_model, runt
 from phoneready.evaluation.run import evaluate
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure, FigureSet
-from phoneready.figures.metrics import ANY_MEMBER, CHECKPOINT, TASK, FigureKey, metric_of, metrics_from
+from phoneready.figures.metrics import (
+    ANSWERS,
+    ANY_MEMBER,
+    CHECKPOINT,
+    TASK,
+    FigureKey,
+    metric_of,
+    metrics_from,
+)
 from phoneready.release.artifact import Artifact
 from phoneready.release.collect import benchmark_figures, projected_figures, size_figure
 from phoneready.text import WRITERS
@@ -133,10 +141,12 @@ class Bench:
         """What a release judges on, less what no budget asks for."""
         config = self.limits.config
         chosen = config.evaluate
-        prompts = (chosen.prompts or PROMPTS) if "degenerate" in metrics else ()
+        prompts = (chosen.prompts or PROMPTS) if metrics & {*metrics_from(ANSWERS)} else ()
         own = tuple(name for name in chosen.metrics if name + ANY_MEMBER in metrics)
         # As a release does: not the calibration's seed.
-        settings = replace(chosen.settings(config.seed + 1, prompts), metrics=own)
+        settings = replace(
+            chosen.settings(config.seed + 1, prompts), metrics=own, sampled="degenerate_sampled" in metrics
+        )
         return settings if metrics & {*metrics_from(TASK)} else replace(settings, tasks=())
 
     def _benchmarks(self, point: Point, files: Sequence[Artifact]) -> Iterator[Figure]:

@@ -17,10 +17,11 @@ from cfsp.models.keeping import VARIABLE
 from cfsp.models.paging import is_paged
 from cfsp.models.source import LoadedModel
 from cfsp.text import self_sampling
+from cfsp.text.choosing import drawn_tokens
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.writers import TRANSFORMERS
 from exporters.gguf import sampling
-from exporters.gguf.sampling import LLAMA_CPP, drawn_tokens
+from exporters.gguf.sampling import LLAMA_CPP
 
 pytest.importorskip("llama_cpp")
 
@@ -141,14 +142,3 @@ def test_transformers_writes_where_no_disk_holds_a_copy(
     assert torch.equal(sample_windows(loaded, writers=(LLAMA_CPP, TRANSFORMERS), **asked), expected)
     with pytest.raises(InputError, match="no space left"):
         sample_windows(loaded, writers=(LLAMA_CPP,), **{**asked, "seed": 2})
-
-
-def test_numbers_draw_tokens_by_their_probabilities() -> None:
-    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.9, 1e-30]], dtype=np.float32))
-    assert drawn_tokens(logits, [0.4999, 0.0999]) == [0, 0]
-    assert drawn_tokens(logits, [0.5001, 0.1001]) == [1, 1]
-    assert drawn_tokens(logits, [0.7501, np.nextafter(1, 0)]) == [2, 1]
-    certain = np.array([[-np.inf, 0, -np.inf]], dtype=np.float32)
-    assert drawn_tokens(certain, [0.0]) == drawn_tokens(certain, [np.nextafter(1, 0)]) == [1]
-    with pytest.raises(InputError, match="not finite"):
-        drawn_tokens(np.array([[0, np.nan]], dtype=np.float32), [0.5])

@@ -204,6 +204,7 @@ def test_a_connection_that_broke_is_tried_again(
             ["--on", "ssh:board", "--text", "builtin:python-docs"],
             "--text needs the probability of every token",
         ),
+        (["--on", "ssh:board", "--sampled"], "--sampled needs the probability of every token"),
         (["--on", "ssh:board", "--metric", "a:b"], "--metric needs the probability of every token"),
         (["--on", "ssh:board", "--no-prompts"], "nothing to judge"),
         (["--on", "browser"], "cannot be asked about texts"),

@@ -1,0 +1,203 @@
+"""`phoneready eval --sampled` on tiny models: settings from whoever states them, the record, the gate, refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf as gguf_package
+import pytest
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+
+from cfsp.errors import InputError
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.builtin import BUILTIN_MODELS
+from cfsp.models.source import LoadedModel
+from phoneready.evaluation.answered import sampling_for
+from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.main import main
+from phoneready.settings.planned import planned_figures
+from phoneready.settings.release import parse_config
+
+TinyPath = Callable[..., Path]
+ASKED = [
+    "--no-text",
+    "--sampled",
+    "--prompt",
+    "Once",
+    "--prompt",
+    "List three fruits.",
+    "--max-new-tokens",
+    "12",
+]
+NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: TinyPath) -> str:
+    return str(tiny_folder())
+
+
+@pytest.fixture(scope="module")
+def stating(tiny_folder: TinyPath) -> str:
+    """Another model, which comes with settings."""
+    folder = tiny_folder(seed=1)
+    stated = {"do_sample": True, "temperature": 0.6, "top_k": 50, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **stated}), "utf-8")
+    return str(folder)
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["eval", *arguments, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert main(["eval", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert (captured.err.count("\n"), captured.out) == (1, "")
+    return captured.err
+
+
+def test_both_models_are_sampled_alike(model: str, stating: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = evaluate(capsys, model, "--against", stating, *(one for one in ASKED if one != "--sampled"))
+    assert "sampled" not in plain
+    result = evaluate(capsys, model, "--against", stating, *ASKED)
+    found = result.pop("sampled")
+    assert result == plain, "greedy answers stay what they are"
+    assert found["settings"] == NEUTRAL | {"temperature": 0.6, "top_k": 50, "repetition_penalty": 1.05}
+    assert found["seed"] == 1
+    assert found["answers"] != plain["answers"]
+    itself = evaluate(capsys, stating, "--against", stating, *ASKED)["sampled"]
+    assert itself["answers"] == itself["against_answers"] == found["against_answers"]
+    assert itself["degeneration"]["difference_points"] == 0
+    assert len(itself["degeneration"]["reasons"]) == 2
+    again = evaluate(capsys, stating, "--against", stating, *ASKED, "--seed", "2")["sampled"]
+    assert again["answers"] != itself["answers"]
+
+
+def test_what_is_asked_for_goes_before_what_is_recommended(
+    model: str, stating: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--temperature", "0.9", "--top-p", "0.5", "--top-k", "0"]
+    found = evaluate(capsys, stating, *ASKED, *asked)["sampled"]["settings"]
+    assert found == NEUTRAL | {"temperature": 0.9, "top_p": 0.5, "repetition_penalty": 1.05}
+    found = evaluate(capsys, stating, "--against", model, *ASKED)["sampled"]["settings"]
+    assert found["temperature"] == 0.6, "the reference states none"
+    found = evaluate(capsys, model, *ASKED, "--temperature", "2")["sampled"]["settings"]
+    assert found == NEUTRAL | {"temperature": 2.0}
+
+
+def test_a_gguf_file_states_settings(
+    tiny_gguf: TinyPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
+    plain, path = tiny_gguf(), tmp_path / "stating.gguf"
+    assert "--temperature" in refused(capsys, str(plain), *ASKED)
+    keys, kind = gguf_package.Keys.General, gguf_package.GGUFValueType
+    stated = {
+        keys.SAMPLING_TEMP: MetadataDetails(kind.FLOAT32, 0.7),
+        keys.SAMPLING_TOP_K: MetadataDetails(kind.INT32, 20),
+        keys.SAMPLING_TOP_P: MetadataDetails(kind.FLOAT32, 0.8),
+    }
+    copy_with_new_metadata(gguf_package.GGUFReader(plain), gguf_package.GGUFWriter(path, "llama"), stated, ())
+    found = [
+        evaluate(capsys, str(path), "--runtime", one, *ASKED)["sampled"] for one in ("llama.cpp", "torch")
+    ]
+    assert found[0]["settings"] == NEUTRAL | {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
+    assert found[0] == found[1]
+
+
+def test_the_card_speaks_for_what_is_made_of_a_built_in_model(
+    tiny_loaded: Callable[..., LoadedModel],
+) -> None:
+    row, loaded = BUILTIN_MODELS["smollm2-135m"], tiny_loaded()
+    settings = EvaluationSettings(prompts=("Once",), sampled=True)
+    for names in ({"sha256": row.sha256}, {"made_from": row.sha256}):
+        model = TorchLanguageModel(replace(loaded, source=replace(loaded.source, **names)))
+        found = sampling_for([model], settings)
+        assert found is not None
+        assert (found.temperature, found.top_p) == (0.2, 0.9)
+    assert sampling_for([model], replace(settings, prompts=())) is None
+    assert sampling_for([model], replace(settings, sampled=False)) is None
+    with pytest.raises(InputError, match="--temperature T"):
+        sampling_for([TorchLanguageModel(loaded)], settings)
+
+
+def test_people_see_both_shares(stating: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["eval", stating, *ASKED]) == 0
+    said = capsys.readouterr().out
+    assert "| degenerate answers " in said
+    assert "degenerate answers, sampled at temperature 0.6, top_k 50, repetition_penalty 1.05" in said
+    assert said.count("\nmodel, sampled") == 2
+
+
+def test_the_gate_has_a_row_of_sampled_answers(
+    stating: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = str(tmp_path / "saved.json")
+    assert main(["eval", stating, *ASKED, "--save", saved]) == 0
+    rows = {row["metric"]: row for row in evaluate(capsys, stating, *ASKED, "--baseline", saved)["gate"]}
+    row = rows["degenerate answers, sampled"]
+    assert (row["change"], row["allowed"], row["ok"]) == (0, 0.05, True)
+    other = refused(capsys, stating, *ASKED, "--temperature", "0.7", "--baseline", saved)
+    assert "temperature was 0.6 and is 0.7" in other
+    assert "seed of sampled answers was 1 and is 3" in refused(
+        capsys, stating, *ASKED, "--seed", "3", "--baseline", saved
+    )
+    greedy = [one for one in ASKED if one != "--sampled"]
+    assert "degenerate answers, sampled" in refused(capsys, stating, *greedy, "--baseline", saved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--sampled"], "--temperature"),
+        (["--sampled", "--top-p", "0.9"], "--temperature"),
+        (["--sampled", "--temperature", "0"], "--temperature: out of range"),
+        (["--sampled", "--temperature", "-1"], "--temperature: out of range"),
+        (["--sampled", "--temperature", "nan"], "--temperature: out of range"),
+        (["--sampled", "--top-p", "0"], "--top-p: out of range"),
+        (["--sampled", "--top-p", "1.1"], "--top-p: out of range"),
+        (["--sampled", "--top-k", "-1"], "--top-k: out of range"),
+        (["--temperature", "0.5"], "--temperature is of sampled answers: give --sampled too"),
+        (["--sampled", "--temperature", "0.5", "--no-prompts"], "leave out --no-prompts"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(
+    arguments: list[str], reason: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reason in refused(capsys, model, "--no-text", *arguments)
+
+
+def test_settings_that_nothing_can_be_sampled_at_are_refused(
+    stating: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(stating, tmp_path / "wrong")
+    for stated, reason in (({"temperature": 0.0}, "temperature: out of range"), ({"top_k": "x"}, "top_k")):
+        (folder / "generation_config.json").write_text(json.dumps(stated), "utf-8")
+        assert reason in refused(capsys, str(folder), *ASKED)
+
+
+def test_a_release_plans_the_figure_where_it_is_asked_for() -> None:
+    head = '[model]\nreference = "smollm2-135m"\n[evaluate]\n'
+    budget = '[[budgets]]\nmetric = "degenerate_sampled"\nat_most = 0.1\n'
+    with pytest.raises(InputError, match="degenerate_sampled is not measured here"):
+        parse_config(head + budget, where="x")
+    config = parse_config(head + "sampled = true\ntemperature = 0.3\n" + budget, where="x")
+    assert [key.item for key in planned_figures(config) if key.metric == "degenerate_sampled"] == [
+        "checkpoint"
+    ]
+    assert config.evaluate.settings(1, ("Once",)).asked_sampling == {"temperature": 0.3}
+    with pytest.raises(InputError, match=r"line 4: evaluate\.temperature: .*sampled = true"):
+        parse_config(head + "temperature = 0.3\n", where="x")
+    with pytest.raises(InputError, match=r"evaluate\.top_p: .*out of range"):
+        parse_config(head + "sampled = true\ntop_p = 1.5\n", where="x")
