@@ -71,8 +71,8 @@ class Drawn:
 
 
 def choosers(sampling: Sampling | None, seed: int, count: int) -> list[Chooser]:
-    """One for each of so many prompts; without settings the likeliest token is taken."""
-    return [greedy if sampling is None else Drawn(sampling, seed, index) for index in range(count)]
+    """One for each of so many prompts; without settings none, which is greedy."""
+    return [] if sampling is None else [Drawn(sampling, seed, index) for index in range(count)]
 
 
 def remaining_scores(
