@@ -57,7 +57,7 @@ def _answers(evaluation: Evaluation) -> Iterator[tuple[str, Degeneration, dict[s
     if greedy is not None:
         yield "degenerate", greedy, {"prompts": greedy.prompts_sha256}
     if sampled is not None:
-        found, settings = sampled.degeneration, {k: f"{v}" for k, v in asdict(sampled.settings).items()}
+        found, settings = sampled.degeneration, {k: f"{v:g}" for k, v in asdict(sampled.settings).items()}
         others = {"seed of sampled answers": f"{sampled.seed}", "max_new_tokens": f"{found.max_new_tokens}"}
         yield "degenerate_sampled", found, {"prompts": found.prompts_sha256, **others, **settings}
 
