@@ -20,6 +20,7 @@ from cfsp.models.source import LoadedModel
 from phoneready.evaluation.answered import sampling_for
 from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.main import main
+from phoneready.release.stages import stage_folder
 from phoneready.settings.planned import planned_figures
 from phoneready.settings.release import parse_config
 
@@ -201,3 +202,16 @@ def test_a_release_plans_the_figure_where_it_is_asked_for() -> None:
         parse_config(head + "temperature = 0.3\n", where="x")
     with pytest.raises(InputError, match=r"evaluate\.top_p: .*out of range"):
         parse_config(head + "sampled = true\ntop_p = 1.5\n", where="x")
+
+
+def test_a_release_of_a_model_that_states_nothing_stops_at_its_first_stage(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, out = tmp_path / "release.toml", tmp_path / "out"
+    small = '[prune]\ncalibration = ["builtin:python-docs"]\nnsamples = 1\nseqlen = 32\n'
+    judged = '[evaluate]\ntext = ["builtin:python-docs"]\nchats = []\nsampled = true\n'
+    config.write_text(f'[model]\nreference = "{model}"\n{small}{judged}', "utf-8")
+    capsys.readouterr()
+    assert main(["release", str(config), "-o", str(out), "--threads", "1"]) == 2
+    assert "--temperature T, or evaluate.temperature" in capsys.readouterr().err
+    assert not stage_folder(out, "prune").exists()
