@@ -57,7 +57,9 @@ def round_blocks(
         widest = max(linear.in_features for block in linears for linear in block.values())
         n_bytes = rounding_bytes(input_ids.numel(), widest)
         what = f"rounding for {len(input_ids)} windows of {input_ids.shape[1]} tokens"
-        require_memory(n_bytes, what, "fewer windows (--nsamples, --windows), or shorter ones (--seqlen)")
+        require_memory(
+            n_bytes, what, "fewer windows (--nsamples, --rounding-windows), or shorter ones (--seqlen)"
+        )
     with torch.no_grad():
         windows, calls = enter_blocks(model, layers, input_ids)
         hidden, calls, first_calls = torch.cat(windows, dim=-3), calls.together(), calls.first()

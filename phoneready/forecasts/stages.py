@@ -340,7 +340,9 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
     {
         "draw": Stage(drawing, "less text (--nsamples, --seqlen), or a smaller model"),
         "prune": Stage(pruning, "less text (--nsamples, --seqlen), or a smaller model"),
-        "export": Stage(exporting, "less text (--nsamples, --windows, --seqlen), or a smaller model"),
+        "export": Stage(
+            exporting, "less text (--nsamples, --rounding-windows, --seqlen), or a smaller model"
+        ),
         "eval": Stage(judging, "shorter windows (--seqlen), or a smaller model"),
         "recover": Stage(recovering, "an adapter (--method lora), or a smaller model"),
         "frontier": Stage(surveying, "less text (--nsamples, --calibration-seqlen), or a smaller model"),
