@@ -82,7 +82,7 @@ rm -f "$seen"
 test "$idle" && (idle "$idle" >>"$seen")  # by itself: some shells end where they cannot write
 printf '%s\\n' "$request" | "$@" 3<&- &
 program=$!
-watch $program "$idle" 3<&- </dev/null >>"$seen" &
+{{ watch $program "$idle" 3<&- </dev/null >>"$seen"; }} 2>/dev/null &
 looker=$!
 (
     while read -r _ <&3; do :; done
@@ -92,11 +92,12 @@ watcher=$!
 exec 3<&-
 wait $program
 status=$?
-# Some shells say of what is killed that it was; the last word is the program's.
+# Some shells say of what is killed that it was, and looks at what ended at once may not have begun; the last word is
+# the program's.
 {{ kill $watcher $looker; wait $looker; }} 2>/dev/null
 echo
 echo {LOOKS_FOLLOW}
-cat "$seen"
+cat "$seen" 2>/dev/null
 rm -f "$seen"
 exit $status
 """

@@ -94,12 +94,18 @@ def test_nothing_is_left_when_nobody_listens_any_more(shell: str, tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("glances", ["", "1"])
-def test_where_nothing_may_be_written_there_are_no_looks(glances: str, tmp_path: Path) -> None:
-    with start("sh", tmp_path / "nowhere", "cat", glances=glances) as process:
+def test_where_nothing_may_be_written_there_are_no_looks_and_the_last_word_is_the_programs(
+    glances: str, shell: str, tmp_path: Path
+) -> None:
+    program = ("sh", "-c", "cat; echo cannot link executable >&2")
+    with start(shell, tmp_path / "nowhere", *program, glances=glances) as process:
         assert process.stdin is not None
         process.stdin.write("{}\n")
         process.stdin.flush()
         assert process.stdout is not None
-        output = process.stdout.read()
+        assert process.stderr is not None
+        output, said = process.stdout.read(), process.stderr.read()
     assert output == f"{{}}\n\n{LOOKS_FOLLOW}\n"
+    assert said.splitlines()[-1] == "cannot link executable"
