@@ -18,7 +18,6 @@ file of each recovered model lies in DIR/pieces, cut so that none is larger than
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -190,7 +189,7 @@ def _trained(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str
 
 
 def _weights(checkpoint: Path) -> int:
-    tied = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["tie_word_embeddings"]
+    tied = read_json(checkpoint / "config.json")["tie_word_embeddings"]
     return weight_count(safetensors_files(checkpoint), tied=tied)
 
 
