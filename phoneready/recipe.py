@@ -29,7 +29,7 @@ import torch
 
 from cfsp.devices import CPU, find_device
 from cfsp.errors import InputError, require_extra
-from cfsp.evaluation.tasks import tasks_sha256
+from cfsp.evaluation.tasks import needs_harness, tasks_sha256
 from cfsp.files import sha256_file, writable_place
 from cfsp.memory import usable_memory
 from cfsp.models.builtin import BUILTIN_MODELS
@@ -216,7 +216,7 @@ def check_extras(config: ReleaseConfig) -> None:
         require_extra("mlflow", "track")
     if config.recover is not None:
         require_extra("accelerate", "recover")
-    if config.evaluate.tasks:
+    if any(map(needs_harness, config.evaluate.tasks)):
         require_extra("lm_eval", "eval")
 
 

@@ -1,4 +1,4 @@
-"""Which tasks of lm-evaluation-harness, and how much of them."""
+"""Which tasks, and how much of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ class TaskSettings(Settings):
 
     tasks: tuple[str, ...] = setting(
         (),
-        "Tasks of lm-evaluation-harness: names, task files or folders of them (extra: eval).",
-        metavar="NAME|FILE.yaml,...",
+        "Chats whose last answer the model must write; or tasks of lm-evaluation-harness: names, task files or folders "
+        "of them (extra: eval).",
+        metavar="FILE.jsonl|NAME|FILE.yaml,...",
     )
     task_data: Path | None = setting(
         None, "Folder of the task files' data.", shown="the task file's", example="task-data"

@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness: its own by name, and task files of the same format, read without a network.
+"""Tasks: lm-evaluation-harness's own by name, task files of its format, and chats whose last answer is known.
 
-A task file is lm-eval's YAML. Relative `data_files` and `data_dir` in it start at the folder given for data, or at the
-file's own folder.
+A task file is lm-eval's YAML, read without a network. Relative `data_files` and `data_dir` in it start at the folder
+given for data, or at the file's own folder. Chats need nothing of lm-eval.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 
 from cfsp.devices import gpu_count
 from cfsp.errors import InputError, PhonereadyError
+from cfsp.evaluation.chat_tasks import ChatTask, is_chat_file, load_chat_task, run_chat_task
 from cfsp.evaluation.harness import harness_model, import_harness
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.settings import TaskSettings
+from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from cfsp.files import sha256_file
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_bytes
@@ -40,65 +42,26 @@ _TASK = kinds(task=str, dataset_kwargs=dict[str, Any] | None)
 
 
 @dataclass(frozen=True)
-class TaskMetric:
-    """One figure of a task.
-
-    Attributes:
-        name: Such as `acc` or `acc_norm`; with its filter where that is not `none`.
-        value: Mean over items.
-        stderr: Its standard error, where lm-eval has one.
-        higher_is_better: Direction.
-    """
-
-    name: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """A task done by one model.
-
-    Attributes:
-        task: Its name.
-        version: Of its definition, as the task states it.
-        source: `lm_eval` or the task file's name.
-        sha256: Hash of the task file and its data files, for a task file.
-        n_items: Items that were answered.
-        limit: Items that were asked for, where not all.
-        num_fewshot: Examples before each item.
-        metrics: Its figures.
-    """
-
-    task: str
-    version: str
-    source: str
-    sha256: str | None
-    n_items: int
-    limit: int | None
-    num_fewshot: int
-    metrics: tuple[TaskMetric, ...]
-
-
-@dataclass(frozen=True)
 class TaskSet:
     """Loaded tasks, which any number of models may do.
 
     Attributes:
-        loaded: What lm-eval's TaskManager gave.
-        origins: Task name -> (source, sha256).
         settings: How they were loaded.
+        chats: Those that are files of chats.
+        loaded: What lm-eval's TaskManager gave of all others.
+        origins: Name of one of these -> (source, sha256).
     """
 
+    settings: TaskSettings
+    chats: tuple[ChatTask, ...]
     loaded: Any
     origins: dict[str, tuple[str, str | None]]
-    settings: TaskSettings
 
     def is_what(self, done: Sequence[TaskResult]) -> bool:
         """Whether these results are of these tasks, as they are asked here."""
         few, limit = self.settings.num_fewshot, self.settings.limit
         wanted = {(name, self.origins.get(name, ("", None))[1], limit) for name in self.loaded["tasks"]}
+        wanted |= {(task.name, task.sha256, limit) for task in self.chats}
         same = {(one.task, one.sha256, one.limit) for one in done} == wanted
         return same and all(few in (None, one.num_fewshot) for one in done)
 
@@ -112,13 +75,33 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
         MissingExtraError: lm_eval is not installed.
     """
     check_settings(settings)
+    files = [name for name in settings.tasks if is_chat_file(name)]
+    if files and settings.num_fewshot is not None:
+        raise InputError(
+            "a chat has its examples in itself",
+            field="num_fewshot",
+            value=settings.num_fewshot,
+            allowed="none",
+        )
+    chats = tuple(load_chat_task(name, settings.limit) for name in files)
+    others = replace(settings, tasks=tuple(name for name in settings.tasks if name not in files))
     with tempfile.TemporaryDirectory(prefix="phoneready-tasks-") as cache:
-        with _quiet():
-            tasks = _load_all(settings, Path(cache))
-        yield tasks
+        loaded: Any = {"tasks": {}}
+        origins: dict[str, tuple[str, str | None]] = {}
+        if others.tasks:
+            with _quiet():
+                loaded, origins = _load_all(others, Path(cache))
+        _check_names([*loaded["tasks"], *(task.name for task in chats)])
+        yield TaskSet(settings, chats, loaded, origins)
 
 
-def _load_all(settings: TaskSettings, cache: Path) -> TaskSet:
+def needs_harness(name: str) -> bool:
+    """Whether a task is one of lm-evaluation-harness."""
+    return not is_chat_file(name)
+
+
+def _load_all(settings: TaskSettings, cache: Path) -> tuple[Any, dict[str, tuple[str, str | None]]]:
+    """What lm-eval made of its tasks, and where each comes from."""
     harness = import_harness()
     given = [(name, _task_files(name)) for name in settings.tasks]
     names = [name for name, files in given if not files]
@@ -135,7 +118,7 @@ def _load_all(settings: TaskSettings, cache: Path) -> TaskSet:
         loaded = _all_in_one(manager, tasks)
         for name, task in loaded["tasks"].items():
             _prepare(name, task, settings)
-    return TaskSet(loaded, origins, settings)
+    return loaded, origins
 
 
 def run_tasks(
@@ -144,8 +127,13 @@ def run_tasks(
     """Let a model do the tasks.
 
     Raises:
-        InputError: The harness cannot make the requests or read the answers; it says why.
+        InputError: The harness cannot make the requests or read the answers; it says why. Or as `run_chat_task`.
     """
+    chats = tuple(run_chat_task(model, task, progress=progress) for task in tasks.chats)
+    return chats + (_run_harness(model, tasks, progress) if tasks.loaded["tasks"] else ())
+
+
+def _run_harness(model: LanguageModel, tasks: TaskSet, progress: Progress) -> tuple[TaskResult, ...]:
     harness = import_harness()
     adapter = harness_model(model, progress=progress)
     state = random.getstate()
@@ -187,13 +175,15 @@ def _task_files(name: str) -> list[Path]:
 
 
 def tasks_sha256(name: str, data: Path | None) -> str:
-    """Hash of a task file, or a folder of them, with the data they name and what they may include; runs no code.
+    """Hash of a file of chats, of a task file, or a folder of them, with the data they name and what they may include.
 
-    Empty for a name that lm-eval knows.
+    Runs no code. Empty for a name that lm-eval knows.
 
     Raises:
         InputError: A file that is no task, or whose data is missing.
     """
+    if is_chat_file(name):
+        return _chat_file_sha256(Path(name))
     files = _task_files(name)
     if not files:
         return ""
@@ -204,6 +194,12 @@ def tasks_sha256(name: str, data: Path | None) -> str:
     digests = [_read_task_file(file, data, Path(), functions=False)[1] for file in files]
     digests += map(sha256_file, sorted(beside))
     return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _chat_file_sha256(path: Path) -> str:
+    if not path.is_file():
+        raise InputError("no such file of chats", field="tasks", value=str(path))
+    return sha256_file(path)
 
 
 def _read_task_file(
@@ -261,11 +257,14 @@ def _load(manager: Any, spec: Any, what: str) -> Any:
 
 
 def _all_in_one(manager: Any, tasks: Sequence[Any]) -> Any:
-    names = [task.config.task for task in tasks]
+    _check_names([task.config.task for task in tasks])
+    return manager.load(list(tasks))
+
+
+def _check_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError("given twice", field="tasks", value=", ".join(twice), allowed="each task once")
-    return manager.load(list(tasks))
 
 
 def _prepare(name: str, task: Any, settings: TaskSettings) -> None:

@@ -12,7 +12,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from cfsp.evaluation.divergence import Divergence
 from cfsp.evaluation.language_model import LanguageModel
-from cfsp.evaluation.tasks import TaskResult
+from cfsp.evaluation.task_results import TaskResult
 from cfsp.text.choosing import Sampling
 from cfsp.validation import Seed, Share, WhereSet
 

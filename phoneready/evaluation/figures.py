@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from cfsp.evaluation.tasks import TaskMetric, TaskResult
+from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from phoneready.evaluation.evaluation_record import Degeneration, Evaluation, TextResult, text_name
 from phoneready.figures.figure_set import DENSE, PRUNED, Figure
 from phoneready.figures.metrics import FigureKey, metric_of
@@ -89,10 +89,8 @@ def _text_figures(item: str, subject: str, dense: str, text: TextResult) -> Iter
 def _task_figures(item: str, role: str, subject: str, tasks: Sequence[TaskResult]) -> Iterator[Figure]:
     figures = []
     for task in tasks:
-        scores = [score for score in task.metrics if score.higher_is_better]
-        score = next((one for one in scores if one.name == "acc"), scores[0] if scores else None)
-        if score is not None:
-            figures.append(score_figure(item, role, subject, task, score))
+        if task.accuracy is not None:
+            figures.append(score_figure(item, role, subject, task, task.accuracy))
     yield from figures
     if figures:
         yield Figure(

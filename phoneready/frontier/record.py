@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cfsp.errors import InputError
-from cfsp.evaluation.tasks import TaskResult
+from cfsp.evaluation.task_results import TaskResult
 from cfsp.validation import Seed, Share
 from phoneready.evaluation.dominance import Best, Choice, Standing, best_of
 from phoneready.evaluation.measured_file import MeasuredFile

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 
 from cfsp.errors import InputError, LimitError, require_extra
-from cfsp.evaluation.tasks import TaskResult, TaskSet, load_tasks, run_tasks
+from cfsp.evaluation.task_results import TaskResult
+from cfsp.evaluation.tasks import TaskSet, load_tasks, run_tasks
 from cfsp.evaluation.torch_model import RememberedModel
 from cfsp.files import fsync_file, write_text
 from cfsp.progress import Progress, no_progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cfsp.evaluation.tasks import TaskMetric
+from cfsp.evaluation.task_results import TaskMetric
 from cfsp.recovery.settings import settled, token_budget
 from cfsp.units import format_bytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess

@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the gguf extra is not installed")
 
 from cfsp.errors import InputError
-from cfsp.evaluation.tasks import TaskMetric, TaskResult
+from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from cfsp.records import read_record, record_from_json, record_to_json
 from phoneready.evaluation.dominance import (
     DOMINATED,

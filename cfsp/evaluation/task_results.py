@@ -1,0 +1,53 @@
+"""What models did in tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """One figure of a task.
+
+    Attributes:
+        name: Such as `acc` or `acc_norm`; with its filter where that is not `none`.
+        value: Mean over items.
+        stderr: Its standard error, where there is one.
+        higher_is_better: Direction.
+    """
+
+    name: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task done by one model.
+
+    Attributes:
+        task: Its name.
+        version: Of its definition, as the task states it.
+        source: `lm_eval`, or the name of the task file or of the file of chats.
+        sha256: Hash of that file, of a task file with its data files.
+        n_items: Items that were answered.
+        limit: Items that were asked for, where not all.
+        num_fewshot: Examples before each item.
+        metrics: Its figures.
+    """
+
+    task: str
+    version: str
+    source: str
+    sha256: str | None
+    n_items: int
+    limit: int | None
+    num_fewshot: int
+    metrics: tuple[TaskMetric, ...]
+
+    @property
+    def accuracy(self) -> TaskMetric | None:
+        """The figure that speaks for the task: `acc`, or else the first that is better the higher it is."""
+        scores = [score for score in self.metrics if score.higher_is_better]
+        return next((one for one in scores if one.name == "acc"), scores[0] if scores else None)
