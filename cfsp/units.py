@@ -30,6 +30,11 @@ def format_bytes(count: float | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def megabytes(count: int) -> str:
+    """A size as limits are given: in powers of 1000."""
+    return f"{count / 1e6:.{1 if count >= 1e7 else 3}f} MB"
+
+
 def format_seconds(seconds: float) -> str:
     """A time as people say it: `40 s`, `4 min`, `2.5 h`."""
     if seconds < 90:

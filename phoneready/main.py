@@ -36,6 +36,7 @@ from phoneready.commands import (
     recover,
     release,
     report,
+    shrink,
     tune,
     verify,
 )
@@ -72,6 +73,7 @@ COMMANDS: MappingProxyType[str, Callable[..., None]] = MappingProxyType(
         "frontier": frontier.frontier,
         "prune": prune.prune,
         "recover": recover.recover,
+        "shrink": shrink.shrink,
         "eval": evaluate.evaluate,
         "export": export.export,
         "bench": bench.bench,

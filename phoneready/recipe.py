@@ -30,14 +30,11 @@ import torch
 from cfsp.devices import CPU, find_device
 from cfsp.errors import InputError, require_extra
 from cfsp.evaluation.tasks import needs_harness, tasks_sha256
-from cfsp.files import sha256_file, writable_place
+from cfsp.files import writable_place
 from cfsp.memory import usable_memory
-from cfsp.models.builtin import BUILTIN_MODELS
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
-from cfsp.text.settings import SELF
-from cfsp.text.written import digest
 from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
@@ -50,8 +47,9 @@ from phoneready.publish.publish import publish
 from phoneready.publish.tiers import choose_tiers
 from phoneready.release.beside import StageProcesses
 from phoneready.release.collect import collect_figures
-from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
+from phoneready.release.dependencies import made_with
 from phoneready.release.foretold import foretell_stage
+from phoneready.release.identities import identities, identity
 from phoneready.release.live import last_times, rest_text, stage_figures
 from phoneready.release.results import read_figures
 from phoneready.release.stages import RUNNING, Stage, claim_folder, explain_stages, run_stages, stage_folder
@@ -230,7 +228,7 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
         Stage("prune", lambda: _pruned(c), ("dense",), steps.prune),
     ]
     if c.recover is not None:
-        recovered = functools.partial(_recovered, c.recover, c.seed)
+        recovered = functools.partial(recovery_settings, c.recover, c.seed)
         stages.append(Stage(RECOVERY_STAGE, recovered, ("dense", "prune"), steps.recover))
 
     def exported() -> dict[str, Any]:
@@ -260,13 +258,13 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
 
 def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
     source = config.model.model_dump(mode="json", exclude={"device"}) | {
-        "identity": _identity(config.model.reference)
+        "identity": identity(config.model.reference)
     }
     return {
         "tool": tool_version(),
         "seed": config.seed,
         "model": source,
-        "calibration": _identities(config.prune.calibration),
+        "calibration": identities(config.prune.calibration),
         "windows": [config.prune.nsamples, config.prune.seqlen],
         "moments": steps.needs_moments,
         **made_with("dense"),
@@ -274,7 +272,7 @@ def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 
 
 def _pruned(config: ReleaseConfig) -> dict[str, Any]:
-    counted = {"vocabulary_text": _identities(config.prune.vocabulary_text)}
+    counted = {"vocabulary_text": identities(config.prune.vocabulary_text)}
     prune, target = config.prune, {}
     made = made_with("prune")
     if prune.target:
@@ -287,9 +285,10 @@ def _pruned(config: ReleaseConfig) -> dict[str, Any]:
     return dataclasses.asdict(config.prune_settings()) | counted | target | files | made
 
 
-def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
+def recovery_settings(settings: RecoverConfig, seed: int) -> dict[str, Any]:
+    """What a checkpoint that was trained depends on beside the one before."""
     training = dataclasses.asdict(settings.settings(seed)) | {"report_to": None}
-    data = {"data": _identities(settings.data), "validation": _identities(settings.validation)}
+    data = {"data": identities(settings.data), "validation": identities(settings.validation)}
     if settings.for_quant is None:
         return training | data | made_with("recover")
     through = made_with("recover", "through", families=(family_of(settings.for_quant).name,))
@@ -298,7 +297,7 @@ def _recovered(settings: RecoverConfig, seed: int) -> dict[str, Any]:
 
 def _measured_on(config: ReleaseConfig) -> dict[str, Any]:
     evaluate = config.evaluate
-    texts = {name: _identities(getattr(evaluate, name)) for name in ("text", "chats")}
+    texts = {name: identities(getattr(evaluate, name)) for name in ("text", "chats")}
     windows = {"windows": [evaluate.seqlen, evaluate.max_windows]}
     return windows | texts | made_with("side-by-side", families=config.export.formats)
 
@@ -311,10 +310,10 @@ def _files_judged(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
 def _judged(config: ReleaseConfig, steps: Steps, stage: str, families: Iterable[str] = ()) -> dict[str, Any]:
     evaluate = config.evaluate
     settings = _without(evaluate, "files", "task_data")
-    settings |= {name: _identities(getattr(evaluate, name)) for name in ("text", "chats")}
+    settings |= {name: identities(getattr(evaluate, name)) for name in ("text", "chats")}
     settings["tasks"] = [[name, tasks_sha256(name, evaluate.task_data)] for name in evaluate.tasks]
     if evaluate.task_data is not None:
-        settings["task_data"] = _identity(str(evaluate.task_data))
+        settings["task_data"] = identity(str(evaluate.task_data))
     settings["metrics"] = [[name, metric_sha256(name)] for name in evaluate.metrics]
     tasks = ("tasks",) if evaluate.tasks else ()
     return settings | {"prompts": list(steps.prompts)} | made_with(stage, *tasks, families=families)
@@ -328,7 +327,7 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
         # Other places and devices change nothing here.
         shared = _without(config.bench, "targets", "devices", "n_ctx", "anchor")
         if config.bench.anchor:
-            shared["anchor"] = _identity(config.bench.anchor)
+            shared["anchor"] = identity(config.bench.anchor)
         shared |= {"target": place, "details": place_details(place), "cpu": cpu_model()}
         return shared | made_with("bench", families=config.export.formats)
 
@@ -337,22 +336,3 @@ def _bench(config: ReleaseConfig, steps: Steps, place: str, exports: tuple[str, 
 
 def _without(section: Any, *names: str) -> dict[str, Any]:
     return {key: value for key, value in dataclasses.asdict(section).items() if key not in names}
-
-
-def _identities(references: Iterable[str]) -> list[list[str]]:
-    return [[reference, _identity(reference)] for reference in references]
-
-
-def _identity(reference: str) -> str:
-    """What stands behind a reference now: a hash of its files, or "" where the reference itself says it all."""
-    if reference == SELF:
-        return digest(made_with("text", families=WRITERS_FAMILIES))
-    if reference in BUILTIN_MODELS:
-        return BUILTIN_MODELS[reference].sha256
-    path = Path(reference)
-    if path.is_file():
-        return sha256_file(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return " ".join(f"{file.relative_to(path).as_posix()}:{sha256_file(file)}" for file in files)
-    return ""

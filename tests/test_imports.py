@@ -55,7 +55,7 @@ ROOMS = {
         {"publish", "history"},
         {"recipe", "tracking"},
         {"tune"},
-        {"frontier"},
+        {"frontier", "shrink"},
         {"commands"},
         {"main"},
         {"__main__"},

@@ -23,6 +23,7 @@ COMMANDS = (
         "frontier",
         "prune",
         "recover",
+        "shrink",
         "eval",
         "export",
         "bench",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cfsp.units import format_bytes
+from cfsp.units import format_bytes, megabytes
 from phoneready.evaluation.dominance import DOMINATED
 from phoneready.frontier.record import Frontier, FrontierPoint
 from phoneready.frontier.settings import BASE_QUANT
@@ -16,7 +16,6 @@ from phoneready.frontier.tables import (
     accuracy,
     conditions,
     frontier_table,
-    megabytes,
     sentences,
 )
 from phoneready.report.assets import plots_page

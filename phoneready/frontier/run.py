@@ -23,6 +23,7 @@ from cfsp.progress import Progress, no_progress
 from cfsp.records import read_record, write_record
 from cfsp.text.settings import BUILTIN_TEXT
 from cfsp.text.tokens import TokenWindows
+from cfsp.units import megabytes
 from exporters.gguf.family import GGUF
 from phoneready.evaluation.dominance import DOMINATED, choose, standing, telling_sizes
 from phoneready.evaluation.models import OpenSettings, open_language_model, runtime_for
@@ -44,7 +45,7 @@ from phoneready.frontier.points import (
 from phoneready.frontier.record import Frontier, FrontierPoint, choose_by_speed
 from phoneready.frontier.search import Search
 from phoneready.frontier.settings import BASE_QUANT, FrontierSettings
-from phoneready.frontier.tables import format_frontier, megabytes
+from phoneready.frontier.tables import format_frontier
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.settings.structures import Structures
 from phoneready.text import WRITERS

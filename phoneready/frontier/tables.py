@@ -7,7 +7,7 @@ from typing import Any
 
 from cfsp.evaluation.task_results import TaskMetric
 from cfsp.recovery.settings import settled, token_budget
-from cfsp.units import format_bytes
+from cfsp.units import format_bytes, megabytes
 from phoneready.evaluation.dominance import DOMINATED, Best, Choice, Excess
 from phoneready.evaluation.tables import WHAT_STANDINGS_MEAN, loss_columns, measured_on, standing_column
 from phoneready.frontier.record import Frontier, FrontierPoint, SpeedChoice
@@ -197,8 +197,3 @@ def _times(point: FrontierPoint) -> str | None:
 def _memory(point: FrontierPoint) -> str | None:
     peak = point.speed.peak_rss_bytes if point.speed else None
     return None if peak is None else format_bytes(peak)
-
-
-def megabytes(n_bytes: int) -> str:
-    """A size as limits are given: in powers of 1000."""
-    return f"{n_bytes / 1e6:.{1 if n_bytes >= 1e7 else 3}f} MB"

@@ -42,7 +42,7 @@ from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, Fi
 from phoneready.release.live import rows_so_far
 from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
-from phoneready.settings.schema import ReleaseConfig
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.settings.structures import Structures
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.files import size_of
@@ -195,25 +195,16 @@ class Steps:
 
     def recover(self, output: Path, progress: Progress) -> None:
         """Train back what pruning has cost; the best validation's weights are kept, which may be the untrained ones."""
-        from cfsp.recovery.recover import recover
-
         settings = self.config.recover
         assert settings is not None
-        if not (self.recovery_work / "inputs.json").is_file():
-            # Killed while it was made or removed: nothing in it can be used.
-            shutil.rmtree(self.recovery_work, ignore_errors=True)
-        recover(
-            str(self.checkpoint("prune")),
+        run_recovery(
+            self.checkpoint("prune"),
             output / "model",
-            settings.settings(self.config.seed),
-            data=settings.data,
-            validation=settings.validation,
-            teacher=str(self.checkpoint("dense")),
+            settings,
+            self.config.seed,
+            teacher=self.checkpoint("dense"),
             work=self.recovery_work,
             device=self.config.model.device,
-            force=True,
-            writers=WRITERS,
-            rounding=ROUNDING,
             progress=progress,
         )
 
@@ -346,6 +337,53 @@ class Steps:
         """The calibration windows, (nsamples, seqlen), in the ids of a stage's model."""
         path = stage_folder(self.folder, stage) / CALIBRATION_FILE
         return safetensors.torch.load_file(path)["input_ids"]
+
+
+def run_recovery(
+    checkpoint: Path,
+    output: Path,
+    how: RecoverConfig,
+    seed: int,
+    *,
+    teacher: Path | None,
+    work: Path,
+    device: str,
+    progress: Progress,
+) -> None:
+    """Train a stage's checkpoint; a killed one goes on.
+
+    Args:
+        checkpoint: What is trained.
+        output: Folder to create inside the stage's output.
+        how: Data and settings.
+        seed: Of everything that is drawn.
+        teacher: The dense model's checkpoint; by default what the checkpoint was pruned from.
+        work: Where training keeps its own checkpoints.
+        device: A name as `find_device` takes.
+        progress: Told about every step.
+
+    Raises:
+        InputError: As `cfsp.recovery.recover.recover`.
+    """
+    from cfsp.recovery.recover import recover
+
+    if not (work / "inputs.json").is_file():
+        # Killed while it was made or removed: nothing in it can be used.
+        shutil.rmtree(work, ignore_errors=True)
+    recover(
+        str(checkpoint),
+        output,
+        how.settings(seed),
+        data=how.data,
+        validation=how.validation,
+        teacher=None if teacher is None else str(teacher),
+        work=work,
+        device=device,
+        force=True,
+        writers=WRITERS,
+        rounding=ROUNDING,
+        progress=progress,
+    )
 
 
 def _save_windows(input_ids: torch.Tensor, output: Path) -> None:

@@ -1,0 +1,70 @@
+"""`phoneready shrink`: prune and recover in steps, as far as the result is good enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cfsp.records import record_to_json
+from cfsp.settings import setting
+from cfsp.text.settings import CalibrationSettings
+from phoneready.commands.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    Renamed,
+    SeedOption,
+    ThreadsOption,
+    TrustOption,
+)
+from phoneready.console import note, prepare_torch, show_progress, write_result
+from phoneready.settings.schema import CountedText, RecoverConfig
+from phoneready.shrink.settings import ShrinkSettings
+
+
+def shrink(
+    model: ModelArgument,
+    settings: ShrinkSettings,
+    counted: CountedText,
+    calibration: Annotated[CalibrationSettings, Renamed("Pruning: ", {"seqlen": "--calibration-seqlen"})],
+    training: Annotated[RecoverConfig, Renamed("Recovery: ", {"seqlen": "--training-seqlen"})],
+    output: Path = setting(
+        Path("shrunk"), "Folder to make; continued when a run was stopped in it.", option="-o --output"
+    ),
+    seed: SeedOption = 0,
+    trust_remote_code: TrustOption = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Prune and train in steps, judge each, and keep the smallest model that is good enough.
+
+    With --task a model for one task: it learns the task first, and the steps end where its accuracy in --tasks would
+    fall. A run that was stopped goes on with the same command. Leaves the curve (shrunk.md, shrunk.json) and the
+    checkpoint that is kept (model/), which `phoneready export` takes.
+    """
+    prepare_torch(threads)
+    from phoneready.settings.schema import ModelConfig, PruneConfig, ReleaseConfig
+    from phoneready.shrink.run import shrink as run_shrink
+    from phoneready.shrink.tables import format_shrunk
+
+    asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    prune = PruneConfig(
+        calibration=calibration.calibration,
+        nsamples=calibration.nsamples,
+        seqlen=calibration.seqlen,
+        vocabulary_text=counted.vocabulary_text,
+    )
+    config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=training)
+    found = run_shrink(
+        config,
+        settings,
+        output,
+        show=lambda name, state: note(f"{name:<14} {state}"),
+        progress=show_progress,
+        threads=threads,
+        tell=lambda line: note(f"{'':<14} {line}"),
+    )
+    write_result(format_shrunk(found), record_to_json(found), as_json=json)

@@ -1,0 +1,32 @@
+"""What stands behind references of models and text, so that a change of it is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from cfsp.files import sha256_file
+from cfsp.models.builtin import BUILTIN_MODELS
+from cfsp.text.settings import SELF
+from cfsp.text.written import digest
+from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
+
+
+def identities(references: Iterable[str]) -> list[list[str]]:
+    """(reference, what stands behind it now) of each."""
+    return [[reference, identity(reference)] for reference in references]
+
+
+def identity(reference: str) -> str:
+    """What stands behind a reference now: a hash of its files, or "" where the reference itself says it all."""
+    if reference == SELF:
+        return digest(made_with("text", families=WRITERS_FAMILIES))
+    if reference in BUILTIN_MODELS:
+        return BUILTIN_MODELS[reference].sha256
+    path = Path(reference)
+    if path.is_file():
+        return sha256_file(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return " ".join(f"{file.relative_to(path).as_posix()}:{sha256_file(file)}" for file in files)
+    return ""

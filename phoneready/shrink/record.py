@@ -1,0 +1,94 @@
+"""What shrinking found: a step after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cfsp.evaluation.task_results import TaskResult
+from phoneready.evaluation.evaluation_record import TextResult
+from phoneready.shrink.settings import ShrinkSettings
+
+START = 0
+"""Number of the step before the first: nothing is removed."""
+BASE_QUANT = "Q4_0"
+"""The quantization whose file's size is told."""
+
+
+@dataclass(frozen=True)
+class ShrunkStep:
+    """A model on the way.
+
+    Attributes:
+        number: Of the step; START for the model that the others are held against.
+        checkpoint: Its folder, relative to that of the record.
+        removed: Share of the dense model's FFN channels that is gone.
+        vocabulary: Tokens that it knows.
+        parameters: Its weights.
+        file_bytes: Size that its GGUF file in `BASE_QUANT` will have; None where there is none.
+        texts: The figures on each text, beside the start's.
+        tasks: What it does of the tasks.
+    """
+
+    KIND: ClassVar[str] = "shrunk-step"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    number: int
+    checkpoint: str
+    removed: float
+    vocabulary: int
+    parameters: int
+    file_bytes: int | None
+    texts: tuple[TextResult, ...]
+    tasks: tuple[TaskResult, ...]
+
+    @property
+    def accuracy(self) -> float | None:
+        """Mean over the tasks; None without tasks that have one."""
+        scores = [task.accuracy.value for task in self.tasks if task.accuracy is not None]
+        return sum(scores) / len(scores) if scores else None
+
+    def worse_than(self, start: ShrunkStep, settings: ShrinkSettings) -> str | None:
+        """Which limit it misses, in words; None where it keeps all."""
+        ours, theirs = self.accuracy, start.accuracy
+        if ours is not None and theirs is not None and ours < theirs - settings.max_accuracy_drop - 1e-9:
+            return f"accuracy is {ours:.3f}, at the start {theirs:.3f}"
+        most = settings.max_bits_ratio
+        for text in self.texts if most is not None else ():
+            own, dense = text.bits_per_byte, text.against_bits_per_byte
+            if most is not None and own and dense and own > most * dense:
+                return f"{text.source} takes {own / dense:.3f} times the start's bits per byte"
+        return None
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """All steps so far.
+
+    Attributes:
+        source: The model's reference.
+        source_sha256: Hash of its weights.
+        seed: Of everything that was drawn.
+        settings: How far, in what steps, and where to stop.
+        tokens: Training budget of each step in tokens; None where it is in epochs.
+        steps: The start first.
+        kept: Number of the last step within the limits.
+        missed: Why it stopped before the end; None where it did not.
+    """
+
+    KIND: ClassVar[str] = "shrunk"
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    source: str
+    source_sha256: str | None
+    seed: int
+    settings: ShrinkSettings
+    tokens: int | None
+    steps: tuple[ShrunkStep, ...]
+    kept: int
+    missed: str | None = None
+
+    @property
+    def best(self) -> ShrunkStep:
+        """The step that is kept."""
+        return self.steps[self.kept]

@@ -1,0 +1,185 @@
+"""Go step by step until all is removed or a limit is missed; a run that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from cfsp.errors import InputError, require_extra
+from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
+from cfsp.evaluation.tasks import load_tasks, needs_harness
+from cfsp.files import write_text
+from cfsp.models.checkpoint import read_checkpoint_info
+from cfsp.progress import Progress
+from cfsp.records import read_record, write_record
+from cfsp.recovery.settings import check_settings, token_budget
+from cfsp.text.settings import BUILTIN_TEXT
+from phoneready.evaluation.run import check_texts
+from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.publish.placing import place
+from phoneready.release.stages import RUNNING, claim_folder, run_stages, stage_folder
+from phoneready.settings.schema import PruneConfig, RecoverConfig, ReleaseConfig
+from phoneready.shrink.foretold import foretell_stage
+from phoneready.shrink.record import START, Shrunk, ShrunkStep
+from phoneready.shrink.settings import ShrinkSettings
+from phoneready.shrink.steps import DENSE, JUDGED, STEP_FILE, WORK, ShrinkSteps, kind_and_number
+from phoneready.shrink.tables import format_shrunk
+
+RESULT_FILE, TABLE_FILE, MODEL_FOLDER = "shrunk.json", "shrunk.md", "model"
+
+
+class _EnoughError(Exception):
+    """A step misses a limit, so that none is made after it."""
+
+
+def shrink(
+    config: ReleaseConfig,
+    settings: ShrinkSettings,
+    folder: Path,
+    *,
+    show: Callable[[str, str], None],
+    progress: Callable[[], AbstractContextManager[Progress]],
+    threads: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Shrunk:
+    """Prune and train in steps, judge every one, and keep the last that is good enough.
+
+    Args:
+        config: Model, seed, calibration, and how to train (`recover`).
+        settings: How far, in what steps, what is judged, and where to stop.
+        folder: Where; made when missing, continued when a run with the same settings was stopped.
+        show: Told each stage's name and state.
+        progress: Opens a progress display.
+        threads: Threads outside torch; torch's number by default.
+        tell: Told what each step came to.
+
+    Returns:
+        The curve; it is in `folder` as shrunk.json and shrunk.md, and the checkpoint that is kept as model/.
+
+    Raises:
+        InputError: A setting or an input that cannot be used, or a folder that something else has made.
+        MissingExtraError: Without the `recover` extra; `eval` for tasks of lm-evaluation-harness.
+    """
+    settings = _with_text(settings)
+    config = _for_task(config, settings)
+    _check(config, settings)
+    with claim_folder(folder):
+        steps = ShrinkSteps(config, settings, folder, threads)
+        stages, judged = {stage.name: stage for stage in steps.stages}, list[ShrunkStep]()
+
+        def shown(stage: str, state: str) -> None:
+            show(stage, state)
+            if state == RUNNING:
+                foretell_stage(steps, stages[stage], tell)
+
+        def check(stage: str) -> None:
+            if kind_and_number(stage)[0] != JUDGED:
+                return
+            judged.append(read_record(ShrunkStep, stage_folder(folder, stage) / STEP_FILE))
+            found = _found(config, settings, folder, judged)
+            write_record(folder / RESULT_FILE, found)
+            write_text(folder / TABLE_FILE, format_shrunk(found))
+            tell(_line(judged[-1]))
+            if found.missed is not None:
+                raise _EnoughError
+
+        with suppress(_EnoughError):
+            run_stages(
+                tuple(stages.values()), folder, show=shown, progress=progress, check=check, threads=threads
+            )
+        found = _found(config, settings, folder, judged)
+        place(folder / found.best.checkpoint, folder / MODEL_FOLDER)
+        for work in (folder / "stages").glob(f"*{WORK}"):
+            shutil.rmtree(work, ignore_errors=True)
+        return found
+
+
+def _with_text(settings: ShrinkSettings) -> ShrinkSettings:
+    """With some text to measure on: chats that are tasks, or else the built-in text."""
+    if settings.text or settings.chats:
+        return settings
+    chats = tuple(filter(is_chat_file, settings.tasks))
+    return replace(settings, chats=chats, text=() if chats else (BUILTIN_TEXT,))
+
+
+def _for_task(config: ReleaseConfig, settings: ShrinkSettings) -> ReleaseConfig:
+    """The configuration, with the task's chats for calibration, counting and training where nothing else is named."""
+    if not settings.task:
+        return config
+    task, prune, recover = (settings.task,), config.prune, config.recover or RecoverConfig()
+    own, plain = PruneConfig(), RecoverConfig()
+    prune = replace(
+        prune,
+        calibration=task if prune.calibration == own.calibration else prune.calibration,
+        vocabulary_text=prune.vocabulary_text or task,
+    )
+    recover = replace(recover, data=task if recover.data == plain.data else recover.data)
+    return config.model_copy(update={"prune": prune, "recover": recover})
+
+
+def _check(config: ReleaseConfig, settings: ShrinkSettings) -> None:
+    """What would end a run after hours is told at once; raises as `shrink`."""
+    assert config.recover is not None
+    if problem := settings.problem:
+        raise InputError(problem)
+    if config.recover.for_quant is not None:
+        raise InputError(
+            "a step's file is not what the next step prunes; train the kept checkpoint through its rounding",
+            field="for_quant",
+            value=config.recover.for_quant,
+            allowed="none",
+        )
+    check_settings(config.recover.settings(config.seed))
+    check_texts(EvaluationSettings(text=settings.text, chats=settings.chats))
+    require_extra("accelerate", "recover")
+    if any(map(needs_harness, settings.tasks)):
+        require_extra("lm_eval", "eval")
+    if settings.tasks:
+        with load_tasks(settings):
+            pass
+    if settings.task:
+        _check_held_out(settings.task, settings)
+
+
+def _check_held_out(task: str, settings: ShrinkSettings) -> None:
+    """Raise InputError where chats are judged that are trained on."""
+    if not is_chat_file(task):
+        raise InputError("not a file of chats", field="task", value=task, allowed="FILE.jsonl, FILE.parquet")
+    trained = {json.dumps(item.messages) for item in load_chat_task(task).items}
+    for name in filter(is_chat_file, settings.tasks):
+        held = [json.dumps(item.messages) for item in load_chat_task(name, settings.limit).items]
+        if both := sum(one in trained for one in held):
+            raise InputError(
+                f"{both} of its {len(held)} chats are in {task}, which is trained on",
+                field="tasks",
+                value=name,
+            )
+
+
+def _found(config: ReleaseConfig, settings: ShrinkSettings, folder: Path, judged: list[ShrunkStep]) -> Shrunk:
+    source = read_checkpoint_info(stage_folder(folder, DENSE) / MODEL_FOLDER).source
+    missed = judged[-1].worse_than(judged[START], settings)
+    assert config.recover is not None
+    return Shrunk(
+        source=config.model.reference,
+        source_sha256=source.sha256,
+        seed=config.seed,
+        settings=settings,
+        tokens=token_budget(config.recover.settings(config.seed)),
+        steps=tuple(judged),
+        kept=len(judged) - (1 if missed is None else 2),
+        missed=missed,
+    )
+
+
+def _line(step: ShrunkStep) -> str:
+    """What a step came to."""
+    figures = [
+        f"{text.bits_per_byte:.4f} bits a byte of {text.source}" for text in step.texts if text.bits_per_byte
+    ]
+    figures += [f"{one.task} {one.accuracy.value:.3f}" for one in step.tasks if one.accuracy is not None]
+    return f"{step.removed:.1%} of the channels removed, {step.parameters / 1e6:.1f} M parameters; {', '.join(figures)}"

@@ -1,0 +1,54 @@
+"""How far to shrink in what steps, what is judged, and where to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cfsp.evaluation.settings import TaskSettings
+from cfsp.settings import setting
+from phoneready.evaluation.settings import WindowSettings
+
+
+@dataclass(frozen=True)
+class ShrinkSettings(TaskSettings, WindowSettings):
+    """Shares are of the dense model's FFN channels."""
+
+    step: float = setting(0.05, "Share of the dense model's FFN channels that each step removes.", gt=0, lt=1)
+    until: float = setting(0.3, "Share that all steps remove together; 0: none.", ge=0, lt=1)
+    vocabulary: int = setting(
+        0, "Tokens of the vocabulary to keep from the first step on; 0 keeps all.", ge=0
+    )
+    task: str | None = setting(
+        None,
+        "Chats of the one task that the model is for: it learns the task first, and is calibrated, counted and trained "
+        "on it. What is judged is --tasks.",
+        metavar="FILE.jsonl",
+    )
+    max_accuracy_drop: float = setting(
+        0.01,
+        "Stop after a step whose accuracy in the tasks is lower by more than this than at the start.",
+        ge=0,
+        le=1,
+    )
+    max_bits_ratio: float | None = setting(
+        None,
+        "Stop after a step whose bits per byte of a text are more than this times those of the start.",
+        gt=0,
+    )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share that is gone after each step; one step of no channels where only the vocabulary goes."""
+        count = math.ceil(round(self.until / self.step, 9))
+        removed = tuple(min((n + 1) * self.step, self.until) for n in range(count))
+        return removed or ((0.0,) if self.vocabulary else ())
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong between fields."""
+        if not self.shares:
+            return "nothing is to be removed; allowed: --until above 0, or --vocabulary"
+        if self.task and not self.tasks:
+            return "the task has no held-out part: name chats that are not trained on with --tasks"
+        return None

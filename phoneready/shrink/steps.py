@@ -1,0 +1,254 @@
+"""What each stage of shrinking does: learn a task, prune a little more, train, judge."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.devices import find_device
+from cfsp.errors import InputError
+from cfsp.evaluation.tasks import load_tasks, run_tasks, tasks_sha256
+from cfsp.evaluation.torch_model import TorchLanguageModel
+from cfsp.models.architectures import model_shape
+from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
+from cfsp.models.reference import load_model
+from cfsp.models.source import LoadedModel
+from cfsp.progress import Progress
+from cfsp.pruning.prune import prune_model
+from cfsp.pruning.settings import PruneSettings
+from cfsp.records import tool_version, write_record
+from cfsp.recovery.settings import settled
+from cfsp.scratch import LargeScratch
+from cfsp.settings import pick
+from exporters.checkpoint_reader import read_config
+from exporters.families import DEFAULT_FORMAT, required_multiple
+from phoneready.evaluation.run import evaluate
+from phoneready.evaluation.settings import EvaluationSettings
+from phoneready.recipe import recovery_settings
+from phoneready.release.dependencies import made_with
+from phoneready.release.identities import identities, identity
+from phoneready.release.pruning_budget import fitting_settings
+from phoneready.release.stages import Stage, stage_folder
+from phoneready.release.steps import run_recovery
+from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.shrink.record import BASE_QUANT, START, ShrunkStep
+from phoneready.shrink.settings import ShrinkSettings
+from phoneready.sizes import Sizes
+from phoneready.text import WRITERS, load_calibration
+
+DENSE, LEARNT, PRUNED, TRAINED, JUDGED = "dense", "learn", "prune", "recover", "judge"
+"""Kinds of stages; of the last three each step has one."""
+STEP_FILE, WORK = "step.json", ".work"
+
+
+def kind_and_number(stage: str) -> tuple[str, int]:
+    """What a stage does, and for which step."""
+    kind, _, number = stage.partition("-")
+    return kind, int(number or START)
+
+
+@dataclass(frozen=True)
+class ShrinkSteps:
+    """The stages' work.
+
+    Attributes:
+        config: Model, seed, calibration, and how to train.
+        settings: How far, in what steps.
+        folder: Where.
+        threads: Threads outside torch; torch's number where None.
+    """
+
+    config: ReleaseConfig
+    settings: ShrinkSettings
+    folder: Path
+    threads: int | None
+
+    @property
+    def start(self) -> str:
+        """The stage whose model the others are held against, and learn from."""
+        return LEARNT if self.settings.task else DENSE
+
+    def trained(self, number: int) -> str:
+        """The stage that leaves a step's model."""
+        return f"{TRAINED}-{number}" if number != START else self.start
+
+    def checkpoint(self, stage: str) -> Path:
+        """The checkpoint that a stage left."""
+        return stage_folder(self.folder, stage) / "model"
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All of them in order, with what their results depend on."""
+        stages = [Stage(DENSE, self._of_dense, (), self.dense)]
+        if self.settings.task:
+            stages.append(Stage(LEARNT, lambda: self._of_training(LEARNT), (DENSE,), self.learn))
+        stages.append(self._judgement(START))
+        for number, share in enumerate(self.settings.shares, START + 1):
+            before, pruned, name = self.trained(number - 1), f"{PRUNED}-{number}", self.trained(number)
+            cut = functools.partial(self.prune, number, share)
+            taught = functools.partial(self.recover, number)
+            stages += [
+                Stage(pruned, functools.partial(self._of_pruning, number, share), (DENSE, before), cut),
+                Stage(name, functools.partial(self._of_training, name), (pruned, self.start), taught),
+                self._judgement(number),
+            ]
+        return stages
+
+    def _judgement(self, number: int) -> Stage:
+        after = dict.fromkeys((DENSE, self.start, self.trained(number)))
+        return Stage(
+            f"{JUDGED}-{number}", self._of_judging, tuple(after), functools.partial(self.judge, number)
+        )
+
+    def how_trained(self, stage: str) -> RecoverConfig | None:
+        """How a stage trains; None of one that does not.
+
+        The task is learnt as steps are trained, but from its chats alone, and with no plan to go by.
+        """
+        kind, how = kind_and_number(stage)[0], self.config.recover
+        if how is None or kind not in (LEARNT, TRAINED):
+            return None
+        if kind == TRAINED or self.settings.task is None:
+            return how
+        method = settled(how).method
+        method = "lora" if method == "ig-lora" else method
+        return replace(how, data=(self.settings.task,), method=method, loss="next-token")
+
+    def dense(self, output: Path, progress: Progress) -> None:
+        """Keep the model as a checkpoint."""
+        model = self.config.model
+        loaded = load_model(
+            model.reference,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            may_stream=True,
+            progress=progress,
+        )
+        save_checkpoint(loaded, output / "model", seed=self.config.seed)
+
+    def learn(self, output: Path, progress: Progress) -> None:
+        """Train the dense model for the task."""
+        self._train(DENSE, LEARNT, None, output, progress)
+
+    def prune(self, number: int, share: float, output: Path, progress: Progress) -> None:
+        """Remove channels of the step before until `share` of the dense model's are gone; tokens in the first step."""
+        loaded = self._load(self.trained(number - 1), progress)
+        wanted, seed = self.config.prune, self.config.seed
+        drawn = load_calibration(
+            wanted.calibration,
+            loaded,
+            nsamples=wanted.nsamples,
+            seqlen=wanted.seqlen,
+            seed=seed,
+            progress=progress,
+        )
+        there = sum(model_shape(loaded.model).ffn_widths)
+        stay = round((1 - share) * sum(self._dense_widths))
+        settings = replace(self.pruning(number), prune_ratio=max(0.0, 1 - stay / there))
+        settings = fitting_settings(wanted, settings, loaded.model)
+        result = prune_model(loaded, drawn, settings, counted=wanted.vocabulary_text, progress=progress)
+        save_checkpoint(
+            result.loaded, output / "model", plan=result.plan, input_moments=result.input_moments, seed=seed
+        )
+
+    def recover(self, number: int, output: Path, progress: Progress) -> None:
+        """Train what was pruned."""
+        teacher = self.checkpoint(self.start)
+        self._train(f"{PRUNED}-{number}", self.trained(number), teacher, output, progress)
+
+    def _train(self, source: str, name: str, teacher: Path | None, output: Path, progress: Progress) -> None:
+        how = self.how_trained(name)
+        assert how is not None
+        run_recovery(
+            self.checkpoint(source),
+            output / "model",
+            how,
+            self.config.seed,
+            teacher=teacher,
+            work=stage_folder(self.folder, f"{name}{WORK}"),
+            device=self.config.model.device,
+            progress=progress,
+        )
+
+    def judge(self, number: int, output: Path, progress: Progress) -> None:
+        """Measure a step's model beside the start's; the start's alone."""
+        stage = self.trained(number)
+        loaded = self._load(stage, progress)
+        model = TorchLanguageModel(loaded)
+        with ExitStack() as stack:
+            tasks = stack.enter_context(load_tasks(self.settings)) if self.settings.tasks else None
+            against = None if number == START else TorchLanguageModel(self._load(self.start, progress))
+            texts = evaluate(model, against, self._judged_on, writers=WRITERS, progress=progress).texts
+            done = run_tasks(model, tasks, progress=progress) if tasks else ()
+        widths = model_shape(loaded.model).ffn_widths
+        step = ShrunkStep(
+            number,
+            self.checkpoint(stage).relative_to(self.folder).as_posix(),
+            1 - sum(widths) / sum(self._dense_widths),
+            len(loaded.tokenizer),
+            sum(weight.numel() for weight in loaded.model.parameters()),
+            self._file_bytes(loaded),
+            texts,
+            done,
+        )
+        write_record(output / STEP_FILE, step)
+
+    @property
+    def _judged_on(self) -> EvaluationSettings:
+        # Not the calibration's seed: chats that pruning has seen prove nothing.
+        return pick(EvaluationSettings, self.settings, tasks=(), seed=self.config.seed + 1)
+
+    def _file_bytes(self, loaded: LoadedModel) -> int | None:
+        with LargeScratch("sizes") as scratch:
+            count = self.threads or torch.get_num_threads()
+            sizes = Sizes(loaded, scratch.path, False, self.config.seed, count, (BASE_QUANT,))
+            try:
+                return sizes.file_bytes(BASE_QUANT, model_shape(loaded.model))
+            except InputError:  # no GGUF file has such a shape
+                return None
+
+    @functools.cached_property
+    def _dense_widths(self) -> tuple[int, ...]:
+        return read_config(self.checkpoint(DENSE)).shape.ffn_widths
+
+    def pruning(self, number: int) -> PruneSettings:
+        """How a step is pruned, but for the share."""
+        plain = self.config.prune.settings(required_multiple((DEFAULT_FORMAT,)))
+        return replace(plain, vocabulary=self.settings.vocabulary if number == START + 1 else 0)
+
+    def _load(self, stage: str, progress: Progress) -> LoadedModel:
+        """A stage's checkpoint, with the origin of the model that it was made from."""
+        path, model = self.checkpoint(stage), self.config.model
+        device = find_device(model.device)
+        loaded = load_model(path, device=device, dtype=model.dtype, may_stream=True, progress=progress)
+        return replace(loaded, source=read_checkpoint_info(path).source)
+
+    def _of_dense(self) -> Mapping[str, Any]:
+        model = self.config.model
+        source = model.model_dump(mode="json", exclude={"device"}) | {"identity": identity(model.reference)}
+        return {"tool": tool_version(), "seed": self.config.seed, "model": source, **made_with("dense")}
+
+    def _of_training(self, stage: str) -> Mapping[str, Any]:
+        how = self.how_trained(stage)
+        assert how is not None
+        return recovery_settings(how, self.config.seed)
+
+    def _of_pruning(self, number: int, share: float) -> Mapping[str, Any]:
+        prune = self.config.prune
+        texts = {name: identities(getattr(prune, name)) for name in ("calibration", "vocabulary_text")}
+        windows = {"windows": [prune.nsamples, prune.seqlen], "removed": share}
+        return asdict(self.pruning(number)) | texts | windows | made_with("prune")
+
+    def _of_judging(self) -> Mapping[str, Any]:
+        settings = self.settings
+        texts = {name: identities(getattr(settings, name)) for name in ("text", "chats")}
+        tasks = [[name, tasks_sha256(name, settings.task_data)] for name in settings.tasks]
+        much = [settings.seqlen, settings.max_windows, settings.limit, settings.num_fewshot]
+        made = made_with("evaluate", *(("tasks",) if settings.tasks else ()))
+        return texts | {"tasks": tasks, "much": much} | made
