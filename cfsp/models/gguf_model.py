@@ -37,7 +37,7 @@ from cfsp.reading import as_input_error
 
 # rope_freqs holds no weights but the scaling of rotary frequencies; see _rope_settings.
 _ROPE_FREQUENCIES = "rope_freqs.weight"
-_SAMPLING = {
+SAMPLING = {
     "temp": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -209,7 +209,7 @@ def sampling_of_gguf(file: GGUFFile) -> dict[str, Any]:
 
     A penalty is of the last tokens in llama.cpp, and of all here.
     """
-    metadata = {name: file.metadata.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
+    metadata = {name: file.metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
     # 0.9 and not 0.8999999761581421, as which a float32 comes back.
     return {
         name: value if isinstance(value, int) else float(f"{value:.7g}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.models.gguf_model import SAMPLING
 from cfsp.records import tool_version
 from exporters.checkpoint_reader import DeltaNet, ModelConfig
 from exporters.gguf.architecture import ChosenLayout, Layout
@@ -54,6 +55,18 @@ def add_general(writer: Any, provenance: Provenance, file_type: int) -> None:
         writer.add_string(key, value)
     if provenance.seed is not None:
         writer.add_int64("phoneready.seed", provenance.seed)
+
+
+def add_sampling(writer: Any, stated: Mapping[str, Any]) -> None:
+    """Write how the model recommends to sample, which llama.cpp's programs do unless they are told otherwise.
+
+    Args:
+        writer: gguf.GGUFWriter.
+        stated: Fields of `cfsp.text.choosing.Sampling` that the checkpoint states.
+    """
+    for key, name in SAMPLING.items():
+        if name in stated:
+            getattr(writer, f"add_sampling_{key}")(stated[name])
 
 
 def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:

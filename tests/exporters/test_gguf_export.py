@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,10 +21,18 @@ import tokenizers
 import torch
 
 from cfsp.errors import InputError, LimitError
-from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
+from cfsp.models.checkpoint import (
+    load_pruned,
+    read_checkpoint_info,
+    read_generation_config,
+    save_checkpoint,
+)
+from cfsp.models.gguf_file import read_gguf
+from cfsp.models.gguf_model import sampling_of_gguf
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.records import read_record
+from cfsp.text.generation import stated_sampling
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
@@ -509,3 +518,31 @@ def test_a_file_names_the_weights_that_it_is_made_from(make_checkpoint: MakeChec
     weights["model.norm.weight"] += 1
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert read_provenance(folder).checkpoint_sha256 != stated
+
+
+@pytest.mark.parametrize(
+    ("stated", "written"),
+    [
+        (
+            {"do_sample": True, "temperature": 0.25, "top_p": 0.9, "top_k": 20},
+            {"temp": 0.25, "top_p": 0.9, "top_k": 20},
+        ),
+        ({"repetition_penalty": 1.125, "min_p": 0.0625}, {"penalty_repeat": 1.125, "min_p": 0.0625}),
+        ({"do_sample": True}, {"temp": 1.0}),
+        ({}, {}),
+    ],
+)
+def test_a_file_says_how_the_model_recommends_to_sample(
+    pruned: Path, tmp_path: Path, stated: dict[str, Any], written: dict[str, Any]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(pruned, folder)
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    (folder / "generation_config.json").write_text(json.dumps(settings | stated), encoding="utf-8")
+    export(folder, tmp_path / "out", "f32", "Q4_0")
+    for name in ("f32", "Q4_0"):
+        found = metadata(tmp_path / "out" / f"Dense-1B-{name}.gguf")
+        keys = {key.rpartition(".")[2]: value for key, value in found.items() if "general.sampling" in key}
+        assert keys == pytest.approx(written)
+        again = sampling_of_gguf(read_gguf(tmp_path / "out" / f"Dense-1B-{name}.gguf"))
+        assert again == stated_sampling(read_generation_config(folder))
