@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from cfsp.settings import SEED, Settings, setting
 from cfsp.text.settings import TEXT_FORMS
@@ -10,6 +11,10 @@ from cfsp.units import parse_bytes
 from exporters.families import DEFAULT_FORMAT, FAMILIES
 from exporters.gguf.family import GGUF
 from exporters.onnx.family import ONNX
+from exporters.options import ExportOptions
+
+if TYPE_CHECKING:
+    import torch  # a command line is read without it
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,28 @@ class QuantizerSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ExportSettings(RoundingSettings, QuantizerSettings, ExportFormats):
+class FileSettings(RoundingSettings, QuantizerSettings, ExportFormats):
+    """Formats, how they are rounded, and for what."""
+
+    def options(self, text: torch.Tensor | None, **others: Any) -> ExportOptions:
+        """What an export reads of them.
+
+        Args:
+            text: Token ids (nsamples, seqlen) that weights of few bits are rounded for; None for nearest numbers.
+            others: Further fields of ExportOptions, or other values of these.
+        """
+        own = ExportOptions(
+            use_imatrix=self.imatrix,
+            calibration=text,
+            gptq=self.gptq,
+            tune_scales=self.tune_scales,
+            mixed_bytes=self.mixed_bytes,
+        )
+        return replace(own, **others)
+
+
+@dataclass(frozen=True)
+class ExportSettings(FileSettings):
     """One export of a checkpoint."""
 
     name: str | None = setting(None, "Stem of GGUF files, name of graphs.", shown="the model's name")

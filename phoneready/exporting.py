@@ -29,7 +29,6 @@ from cfsp.text.settings import SELF
 from exporters.export_record import ExportFormat, ExportRecord
 from exporters.families import FAMILIES, find_format
 from exporters.job import has_dtype
-from exporters.options import ExportOptions
 from exporters.settings import ExportSettings
 from phoneready.text import load_calibration
 
@@ -150,15 +149,10 @@ def _export(
     progress: Progress,
 ) -> tuple[ExportRecord, ...]:
     formats = request.formats
-    options = ExportOptions(
+    wants_text = reads_text(request, read_rounded_format(checkpoint))
+    options = request.options(
+        _calibration(checkpoint, request, load, progress) if wants_text else None,
         name=request.name,
-        use_imatrix=request.imatrix,
-        calibration=_calibration(checkpoint, request, load, progress)
-        if reads_text(request, read_rounded_format(checkpoint))
-        else None,
-        gptq=request.gptq,
-        tune_scales=request.tune_scales,
-        mixed_bytes=request.mixed_bytes,
         opset=request.opset,
         ort=request.ort,
         device=device,

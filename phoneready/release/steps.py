@@ -28,7 +28,6 @@ from cfsp.scratch import LargeScratch
 from cfsp.text.calibration import Calibration
 from cfsp.text.tokens import tokens_sha256
 from exporters.families import FAMILIES, ROUNDING, family_of, find_format
-from exporters.options import ExportOptions
 from exporters.provenance import file_stem
 from phoneready.evaluation.answered import sampling_for
 from phoneready.evaluation.evaluation_record import Evaluation, ModelIdentity
@@ -269,12 +268,9 @@ class Steps:
     def export(self, role: str, output: Path, progress: Progress) -> None:
         """The pruned model's exports, or for comparison the dense one's."""
         export, text = self.config.export, self._calibration_ids("dense" if role == DENSE else "prune")
-        settings = ExportOptions(
+        settings = export.options(
+            spread_windows(text, export.rounding_windows),
             name=self._stem(role),
-            use_imatrix=export.imatrix,
-            gptq=export.gptq,
-            tune_scales=export.tune_scales,
-            calibration=spread_windows(text, export.rounding_windows),
             # The dense model is there for comparison; it need not fit what the pruned one must.
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else export.mixed_bytes,

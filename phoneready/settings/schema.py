@@ -17,7 +17,7 @@ from cfsp.units import parse_bytes
 from cfsp.validation import Section, as_value_error
 from exporters.families import find_format, required_multiple
 from exporters.gguf.cache_types import DEFAULT_CACHE, MEASURED_CACHES
-from exporters.settings import ExportFormats, QuantizerSettings, RoundingSettings
+from exporters.settings import FileSettings
 from phoneready.evaluation.settings import EvaluationSettings, JudgementSettings
 from phoneready.figures.budgets import BudgetConfig
 from phoneready.settings.structures import SearchedStructures
@@ -113,7 +113,7 @@ class EvaluateConfig(JudgementSettings):
 
 
 @dataclass(frozen=True)
-class ExportConfig(RoundingSettings, QuantizerSettings, ExportFormats):
+class ExportConfig(FileSettings):
     """What is made, of the dense model too."""
 
     @property

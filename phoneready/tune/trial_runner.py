@@ -35,7 +35,6 @@ from cfsp.pruning.statistics import BlockStatistics
 from cfsp.records import read_record, write_record
 from cfsp.text.calibration import Calibration
 from exporters.families import ROUNDING
-from exporters.options import ExportOptions
 from phoneready.figures.figure_set import DENSE, PRUNED
 from phoneready.release.artifact import Artifact
 from phoneready.release.pruning_budget import with_fitting_widths
@@ -241,12 +240,9 @@ class TrialRunner:
         side = 0 if role == DENSE else point.recipe.vocabulary
         guided = "calibration" in family.find(item).reads
         text = self.side(side).calibration.input_ids if guided else None
-        settings = ExportOptions(
+        settings = config.export.options(
+            None if text is None else spread_windows(text, config.export.rounding_windows),
             name=name,
-            use_imatrix=config.export.imatrix,
-            gptq=config.export.gptq,
-            tune_scales=config.export.tune_scales,
-            calibration=None if text is None else spread_windows(text, config.export.rounding_windows),
             # As in a release: the dense model need not fit what the pruned one must.
             must_fit=role != DENSE,
             mixed_bytes=None if role == DENSE else config.export.mixed_bytes,
