@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from cfsp.errors import InputError
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress, no_progress
 from cfsp.recovery.chats import LabelledTokens, labelled_chat
-from cfsp.recovery.settings import RecoverySettings, labels_whole_chats, token_budget
+from cfsp.recovery.settings import STUDENT, RecoverySettings, labels_whole_chats, token_budget
 from cfsp.text.respelling import Respelling
 from cfsp.text.self_sampling import sample_windows
 from cfsp.text.settings import SELF
@@ -124,6 +124,7 @@ def load_recovery_data(
     settings: RecoverySettings,
     *,
     dense: LoadedModel | None = None,
+    student: LoadedModel | None = None,
     respelling: Respelling | None = None,
     writers: Sequence[Writer] = (TRANSFORMERS,),
     progress: Progress = no_progress,
@@ -131,11 +132,12 @@ def load_recovery_data(
     """Read, label and pack training and validation data.
 
     Args:
-        references: `self`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
+        references: `self`, `student`, or text references as in `cfsp.text.tokens`; they are mixed in equal shares.
         validation: The same; nothing holds out a share of the training data.
         tokenizer: The model's; the teacher's where it has another one.
         settings: Sequence length, budget and seed.
         dense: The dense model, where a reference is `self`.
+        student: The model that is trained, where a reference is `student`.
         respelling: How the model spells the teacher's tokens, where it has fewer.
         writers: What may have the dense model write; the first that can does.
         progress: Told about reading and sampling.
@@ -149,7 +151,8 @@ def load_recovery_data(
     wanted = None
     if (tokens := token_budget(settings)) is not None:
         wanted = math.ceil(tokens / settings.seqlen / len(references)) + share
-    reader = _Reader(tokenizer, settings, dense, writers, progress)
+    authors = {SELF: dense, STUDENT: student}
+    reader = _Reader(tokenizer, settings, authors, respelling, writers, progress)
     loaded = [reader.read(reference, wanted, settings.seed) for reference in references]
     if validation:
         # A seed of its own: `self` as validation must not be the sequences that are trained on.
@@ -166,15 +169,16 @@ def load_recovery_data(
 class _Reader:
     tokenizer: Any
     settings: RecoverySettings
-    dense: LoadedModel | None
+    authors: Mapping[str, LoadedModel | None]
+    respelling: Respelling | None
     writers: Sequence[Writer]
     progress: Progress
 
     def read(self, reference: str, wanted: int | None, seed: int, most: int | None = None) -> Sequences:
         """At most about `wanted` sequences (all: None), never more than `most`."""
         seqlen = self.settings.seqlen
-        if reference == SELF:
-            return self._sample(wanted, seed)
+        if reference in self.authors:
+            return self._sample(reference, wanted, seed)
         limit = None if wanted is None else wanted * seqlen
         chats, stream = self._tokens(reference, limit, seed)
         ids, learnt = _pack_chats(chats, seqlen, self.tokenizer)
@@ -194,22 +198,25 @@ class _Reader:
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:most]
         return _sequences(ids[order], targets[order], reference)
 
-    def _sample(self, wanted: int | None, seed: int) -> Sequences:
-        if self.dense is None:
-            raise InputError("`self` needs the dense model that the text is sampled from", field="teacher")
-        seqlen = self.settings.seqlen
+    def _sample(self, reference: str, wanted: int | None, seed: int) -> Sequences:
+        """Text that a model writes, in the teacher's tokens, all of which a student has that has fewer."""
+        author, seqlen = self.authors[reference], self.settings.seqlen
+        if author is None:
+            raise InputError(f"`{reference}` needs the model that the text is sampled from", field="teacher")
         count = max(2, self.settings.self_tokens // seqlen)
         count = count if wanted is None else min(count, max(2, wanted))
         ids = sample_windows(
-            self.dense,
+            author,
             nsamples=count,
             seqlen=seqlen,
             seed=seed,
             writers=self.writers,
             progress=self.progress,
         )
+        if reference == STUDENT and self.respelling is not None:
+            ids = self.respelling.kept[ids]
         ids = started(ids, self.tokenizer)
-        return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), SELF)
+        return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), reference)
 
     def _tokens(self, reference: str, limit: int | None, seed: int) -> tuple[list[LabelledTokens], list[int]]:
         """Labelled chats, and the plain texts as one stream, up to `limit` tokens in all."""

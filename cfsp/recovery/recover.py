@@ -35,6 +35,7 @@ from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_re
 from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
     RecoverySettings,
+    check_references,
     check_settings,
     learning_rate,
     loss_weights,
@@ -98,7 +99,8 @@ def recover(
         checkpoint: A pruned checkpoint, or any model reference (to train a dense model alike).
         output: Folder to create.
         settings: How to train.
-        data: `self` (sampled from the teacher), or text references; mixed in equal shares.
+        data: `self` (sampled from the teacher), `student` (from the checkpoint), or text references; mixed in equal
+            shares.
         validation: The same; nothing holds out a share of `data`.
         teacher: Model reference; the checkpoint's dense model where the loss or the data needs one.
         work: Folder for training's own checkpoints; `output` with `.work` appended unless given. Removed at the end.
@@ -118,6 +120,7 @@ def recover(
     """
     check_settings(settings)
     settings = settled(settings)
+    check_references(settings, (*data, *validation))
     refuse_existing(output, force=force, inputs=[Path(checkpoint)])
     folder = WorkFolder(work or output.with_name(output.name + ".work"))
     _check_apart(folder.path, output)
@@ -228,6 +231,7 @@ def _read(
         teacher.tokenizer if teacher and inputs.respelling else loaded.tokenizer,
         settings,
         dense=teacher,
+        student=loaded,
         respelling=inputs.respelling,
         writers=writers,
         progress=progress,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeVar
@@ -55,6 +55,9 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
 CHAT_LABELS = ("auto", "answers", "all")
 """What of a chat is labelled; "auto" is the answers, and all of it where the loss is distillation alone: the teacher's
 distribution is as good a target in the user's turn."""
+
+STUDENT = "student"
+"""The reference that means: text sampled from the checkpoint itself, before it is trained."""
 
 DEFAULT_TOKENS = 1_000_000
 
@@ -131,7 +134,9 @@ class Training(Settings):
     )
     patience: int | None = setting(5, "Stop after so many validations without a new best; 0: never.", ge=0)
     validation_windows: int = setting(16, "Most validation sequences.", ge=1, le=2**20)
-    self_tokens: int = setting(131_072, "Most tokens sampled for the reference `self`.", ge=1)
+    self_tokens: int = setting(
+        131_072, "Most tokens sampled for the reference `self`, and for `student`.", ge=1
+    )
     report_to: tuple[str, ...] = setting(
         (), "Trackers, as transformers names them: tensorboard, mlflow, ...", metavar="NAME,...", shown="none"
     )
@@ -151,7 +156,8 @@ class RecoveryReferences(Settings):
     data: tuple[str, ...] = setting(
         ("self",),
         "Training data, mixed in equal shares. Chats (`messages`) are learnt from in their "
-        f"answers. `self` (sampled from the teacher), {TEXT_FORMS}.",
+        "answers. `self` (sampled from the teacher), `student` (from the checkpoint, for the teacher to judge), "
+        f"{TEXT_FORMS}.",
         least=1,
         metavar="REF",
     )
@@ -186,6 +192,17 @@ def settled(settings: _Training) -> _Training:
         raise InputError("does not go with for_quant", field="method", value=method, allowed=allowed)
     loss = settings.loss if settings.loss != AUTO else ("distill" if through else "next-token")
     return replace(settings, method=method, loss=loss)
+
+
+def check_references(settings: Training, references: Iterable[str]) -> None:
+    """Raise InputError where the checkpoint's own text is to be learnt, and no teacher says better."""
+    if STUDENT in references and not loss_weights(settings)[1]:
+        raise InputError(
+            "what a checkpoint writes itself teaches it nothing without the teacher's distribution",
+            field="data",
+            value=STUDENT,
+            allowed="with --loss distill or both",
+        )
 
 
 def method_of(settings: Training) -> Method:

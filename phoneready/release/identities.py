@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cfsp.files import sha256_file
 from cfsp.models.builtin import BUILTIN_MODELS
+from cfsp.recovery.settings import STUDENT
 from cfsp.text.settings import SELF
 from cfsp.text.written import digest
 from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
@@ -19,7 +20,7 @@ def identities(references: Iterable[str]) -> list[list[str]]:
 
 def identity(reference: str) -> str:
     """What stands behind a reference now: a hash of its files, or "" where the reference itself says it all."""
-    if reference == SELF:
+    if reference in (SELF, STUDENT):
         return digest(made_with("text", families=WRITERS_FAMILIES))
     if reference in BUILTIN_MODELS:
         return BUILTIN_MODELS[reference].sha256

@@ -26,7 +26,11 @@ from cfsp.models.architectures import model_shape
 from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
 from cfsp.models.gguf_file import read_gguf
 from cfsp.records import read_record
+from cfsp.recovery.data import load_recovery_data
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
+from cfsp.recovery.settings import RecoverySettings
+from cfsp.text.respelling import respelling
+from cfsp.text.self_sampling import sample_windows
 from exporters.export_record import ExportManifest
 from exporters.gguf import draft_gguf
 from phoneready.main import main
@@ -202,6 +206,37 @@ def test_the_dense_model_teaches_one_that_lost_tokens(dense: Path, chats: Path, 
     again, tokens = load_model(output), load_model(trimmed).tokenizer.get_vocab()
     assert again.tokenizer.get_vocab() == tokens
     assert again.model.get_output_embeddings().weight.shape[0] == 300
+
+
+def test_what_the_checkpoint_writes_is_judged_by_the_teacher(
+    dense: Path, pruned: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trimmed, output = tmp_path / "trimmed", tmp_path / "out"
+    sizes = ["--calibration", "builtin:python-docs", "--nsamples", "4", "--seqlen", "64"]
+    few = ["--prune-ratio", "0", "--vocabulary", "300", "--vocabulary-text", str(chats)]
+    assert main(["prune", str(dense), "-o", str(trimmed), *few, *sizes]) == 0
+    how = ["--method", "full", "--max-tokens", "2560", "--data", "student", "--self-tokens", "1280", *SMALL]
+    line = ["recover", str(trimmed), "-o", str(output), *how]
+    assert main([*line, "--loss", "distill", "--learning-rate", "5e-3"]) == 0
+    record = record_of(output)
+    assert [part.reference for part in record.training] == ["student"]
+    assert record.kept_step > 0
+    # The text is the student's own, token by token, and the teacher reads the same tokens of its own vocabulary.
+    student, teacher = load_model(trimmed), load_model(dense)
+    settings = RecoverySettings(loss="distill", seqlen=64, self_tokens=1280, max_tokens=640)
+    spelled = respelling(teacher.tokenizer, student.tokenizer)
+    data = load_recovery_data(
+        ["student"], [], teacher.tokenizer, settings, dense=teacher, student=student, respelling=spelled
+    )
+    parts = [*data.training, *data.validation]
+    count = sum(len(part.input_ids) for part in parts)
+    own = sample_windows(student, nsamples=count, seqlen=64, seed=0)
+    assert torch.equal(torch.cat([part.input_ids for part in parts]), own)
+    taught = torch.cat([part.teacher_ids for part in parts if part.teacher_ids is not None])
+    assert teacher.tokenizer.batch_decode(taught) == student.tokenizer.batch_decode(own)
+    capsys.readouterr()
+    assert main([*line, "--force", "--loss", "next-token"]) == 2
+    assert "teaches it nothing" in capsys.readouterr().err
 
 
 def test_training_that_diverges_keeps_the_best_and_says_so(
