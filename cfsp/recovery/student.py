@@ -72,8 +72,10 @@ class Teacher(nn.Module):
         chunk: slice,
     ) -> torch.Tensor:
         log_probabilities = respelling.log_probabilities(self._logits(hidden[chunk]))
-        certain = torch.full_like(log_probabilities, _IMPOSSIBLE).scatter_(1, targets[chunk, None], 0.0)
-        return torch.where(inside[chunk, None], certain, log_probabilities)
+        rows = inside[chunk].nonzero()[:, 0]
+        log_probabilities[rows] = _IMPOSSIBLE
+        log_probabilities[rows, targets[chunk][rows]] = 0.0
+        return log_probabilities
 
     @torch.no_grad()
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ class Respelling:
         """
         p = logits.softmax(-1)
         kept, removed, first = (index.to(logits.device) for index in (self.kept, *self._firsts))
-        probabilities = p[:, kept].index_add_(1, first, p[:, removed])
+        probabilities = p.index_select(1, kept).index_add_(1, first, p.index_select(1, removed))
         return probabilities.clamp_min_(torch.finfo(probabilities.dtype).tiny).log_()
 
     @cached_property
