@@ -64,12 +64,7 @@ def frontier(
     from phoneready.frontier.tables import format_frontier
     from phoneready.settings.schema import ExportConfig, ModelConfig, PruneConfig, ReleaseConfig
 
-    prune = PruneConfig(
-        calibration=calibration.calibration,
-        nsamples=calibration.nsamples,
-        seqlen=calibration.seqlen,
-        vocabulary_text=counted.vocabulary_text,
-    )
+    prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
     recover = training if settings.recover else None
     if recover:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cfsp.records import record_to_json
-from cfsp.settings import setting
+from cfsp.settings import pick, setting
 from cfsp.text.settings import CalibrationSettings
 from phoneready.commands.options import (
     DeviceOption,
@@ -51,12 +51,7 @@ def shrink(
     from phoneready.shrink.tables import format_shrunk
 
     asked = ModelConfig(reference=model, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
-    prune = PruneConfig(
-        calibration=calibration.calibration,
-        nsamples=calibration.nsamples,
-        seqlen=calibration.seqlen,
-        vocabulary_text=counted.vocabulary_text,
-    )
+    prune = pick(PruneConfig, calibration, vocabulary_text=counted.vocabulary_text)
     config = ReleaseConfig(model=asked, seed=seed, prune=prune, recover=training)
     found = run_shrink(
         config,
