@@ -52,6 +52,10 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
 )
 """Name to the weights (next-token, distillation), given `distill_weight`."""
 
+OPTIMIZERS = (ADAMW, MUON) = ("adamw", "muon")
+MUON_RATE = 2e-4
+"""Default peak learning rate of matrices that Muon moves."""
+
 CHAT_LABELS = ("auto", "answers", "all")
 """What of a chat is labelled; "auto" is the answers, and all of it where the loss is distillation alone: the teacher's
 distribution is as good a target in the user's turn."""
@@ -97,11 +101,16 @@ class Training(Settings):
         "What of a chat is learnt: answers, all, or auto (all for the loss `distill`, else answers).",
         choices=CHAT_LABELS,
     )
+    optimizer: str = setting(
+        ADAMW,
+        "adamw, or muon for the matrices of the blocks (full alone): learns more of a token, and takes longer.",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float | None = setting(
         None,
-        "Peak.",
+        "Peak; with Muon that of the matrices.",
         gt=0,
-        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5",
+        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5, with Muon 2e-4",
         example=1e-3,
     )
     max_tokens: int | None = setting(
@@ -190,6 +199,8 @@ def settled(settings: _Training) -> _Training:
             "scales, where for_quant is set" if through else "ig-lora, lora, full; scales with for_quant"
         )
         raise InputError("does not go with for_quant", field="method", value=method, allowed=allowed)
+    if settings.optimizer == MUON and METHODS[method] != METHODS["full"]:
+        raise InputError("moves whole matrices", field="optimizer", value=MUON, allowed="with --method full")
     loss = settings.loss if settings.loss != AUTO else ("distill" if through else "next-token")
     return replace(settings, method=method, loss=loss)
 
@@ -239,6 +250,11 @@ def learning_rate(settings: RecoverySettings) -> float:
     """The peak learning rate: the one set, or the method's for the loss."""
     if settings.learning_rate is not None:
         return settings.learning_rate
+    return MUON_RATE if settings.optimizer == MUON else plain_rate(settings)
+
+
+def plain_rate(settings: RecoverySettings) -> float:
+    """The method's own peak learning rate for the loss, with AdamW."""
     method = method_of(settings)
     distilled = not loss_weights(settings)[0]
     return method.distill_rate if distilled and method.distill_rate else method.learning_rate

@@ -27,10 +27,18 @@ from cfsp.devices import exact_device
 from cfsp.errors import InputError
 from cfsp.evaluation.perplexity import bounded_exp
 from cfsp.files import atomic_file, no_space_as_input_error
+from cfsp.models.architectures import decoder_layers
 from cfsp.models.weights import quiet_transformers, save_in_turn
 from cfsp.reading import as_input_error, one_line
+from cfsp.recovery.optimizer import MuonAndAdamW
 from cfsp.recovery.recovery_record import LossPoint, ValidationPoint
-from cfsp.recovery.settings import RecoverySettings, learning_rate, learning_rate_share
+from cfsp.recovery.settings import (
+    ADAMW,
+    RecoverySettings,
+    learning_rate,
+    learning_rate_share,
+    plain_rate,
+)
 from cfsp.recovery.sharding import (
     give,
     held_bytes,
@@ -186,6 +194,7 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
 
     control: Any
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(self, run: Run, arguments: Any) -> None:
         super().__init__(
@@ -204,6 +213,24 @@ class RecoveryTrainer(Trainer):  # type: ignore[misc]
         self._clock = time.monotonic()
         if run.student.teacher is not None:
             run.student.teacher.model.to(arguments.device)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, or what the settings ask for."""
+        settings, student = self.run.settings, self.run.student
+        if self.optimizer is not None or settings.optimizer == ADAMW:
+            return super().create_optimizer(*args, **kwargs)
+        blocks = {
+            id(p) for layer in decoder_layers(student.causal_lm) for p in layer.parameters() if p.ndim == 2
+        }
+        trained = [parameter for _, parameter in student.trainable()]
+        self.optimizer = MuonAndAdamW(
+            [parameter for parameter in trained if id(parameter) in blocks],
+            [parameter for parameter in trained if id(parameter) not in blocks],
+            rate=learning_rate(settings),
+            other_rate=plain_rate(settings),
+            weight_decay=settings.weight_decay,
+        )
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The schedule of `learning_rate_share`: transformers' own spends its first step at a rate of zero."""

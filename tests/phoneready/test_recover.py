@@ -27,6 +27,7 @@ from cfsp.models.checkpoint import load_input_moments, read_checkpoint_info
 from cfsp.models.gguf_file import read_gguf
 from cfsp.records import read_record
 from cfsp.recovery.data import load_recovery_data
+from cfsp.recovery.optimizer import MuonAndAdamW
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from cfsp.recovery.settings import RecoverySettings
 from cfsp.text.respelling import respelling
@@ -258,16 +259,61 @@ def test_training_that_diverges_keeps_the_best_and_says_so(
     assert not (tmp_path / "out.work").exists()
 
 
+def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(
+    pruned: Path, chats: Path, tmp_path: Path
+) -> None:
+    options = ["--method", "full", "--optimizer", "muon", "--max-tokens", "128", "--warmup-ratio", "0"]
+    assert main(command(pruned, tmp_path / "out", chats, *options)) in (0, 1)
+    record = record_of(tmp_path / "out")
+    assert (record.settings.optimizer, record.learning_rate) == ("muon", 2e-4)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 24, bias=True), torch.nn.Linear(24, 8, bias=False))
+    wide, bias, narrow = model.parameters()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = MuonAndAdamW([wide, narrow], [bias], rate=0.01, other_rate=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    moved = [now.detach() - then for now, then in zip(model.parameters(), before, strict=True)]
+    # AdamW's first step is its rate in every place; Muon's goes as far in every direction, to its few iterations.
+    assert moved[1].abs() == pytest.approx(torch.full((24,), 0.5), rel=1e-3)
+    for change in (moved[0], moved[2]):
+        lengths = torch.linalg.svdvals(change) / (0.01 * 0.2 * 24**0.5)
+        assert lengths.min() > 0.6
+        assert lengths.max() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--optimizer", "muon"), "whole matrices"),
+        (("--optimizer", "muon", "--method", "lora"), "whole matrices"),
+        (("--optimizer", "sgd"), "adamw, muon"),
+    ],
+)
+def test_what_an_optimizer_cannot_move_is_refused(
+    pruned: Path,
+    chats: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    reason: str,
+) -> None:
+    assert main(command(pruned, tmp_path / "out", chats, *options)) == 2
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ig-lora", "full"])
+@pytest.mark.parametrize("how", ["ig-lora", "full", "full --optimizer muon"])
 def test_a_killed_run_goes_on_to_the_same_result(
-    pruned: Path, chats: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+    pruned: Path, chats: Path, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--method", method, "--max-tokens", "12800", "--save-every", "5", "--eval-every", "10"]
+    options = ["--method", *how.split(), "--max-tokens", "12800", "--save-every", "5", "--eval-every", "10"]
     options += ["--patience", "0", "--threads", "1", "--device", "cpu"]
     whole = command(pruned, tmp_path / "whole", chats, *options)
     killed = command(pruned, tmp_path / "killed", chats, *options)
