@@ -2,8 +2,8 @@
 
     python benchmarks/quality/function_calls.py DIR
 
-writes DIR/calls_train.jsonl and DIR/calls_held.jsonl, chats of two messages. A fifth of the ways to say a thing, and of
-names, places and titles, is in the held-out file alone.
+writes chats of two messages: DIR/calls_train.jsonl; DIR/calls_held.jsonl, other commands, with names, places and titles of
+which a fifth is in no chat of the first; DIR/calls_new.jsonl, such commands said in ways that no chat of the others is.
 """
 
 from __future__ import annotations
@@ -151,6 +151,7 @@ HOURS = (
     *("twelve", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"),
 )
 HELD_SHARE = 0.2
+"""Of the words for a slot that no command of the training file has."""
 
 Slots = dict[str, tuple[str, Any]]
 """Slot -> (what is said, the argument)."""
@@ -365,17 +366,21 @@ FUNCTIONS = (
 )
 
 
-def chats(count: int, seed: int, *, without: Container[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Chats of a command and its call; with `without` held-out ones: none of these commands, each once.
+def chats(
+    count: int, seed: int, *, without: Container[str] | None = None, new: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Chats of a command and its call.
 
-    Half of the held-out ones are said in the held-out way.
+    Args:
+        count: How many.
+        seed: Of what is drawn.
+        without: For held-out ones: commands that are none of them; then each is there once.
+        new: Say them in the way that is kept for this.
     """
-    held = without is not None
-    values, seen = Values(random.Random(seed), held), set[str]()
+    values, seen = Values(random.Random(seed), held=without is not None), set[str]()
     while count:
         function = values.random.choice(FUNCTIONS)
-        last = held and values.random.random() < 0.5
-        way = function.said[-1] if last else values.random.choice(function.said[:-1])
+        way = function.said[-1] if new else values.random.choice(function.said[:-1])
         slots = function.slots(values)
         asked = way.format(**{name: said for name, (said, _) in slots.items()})
         asked = asked[0].upper() + asked[1:]
@@ -389,20 +394,24 @@ def chats(count: int, seed: int, *, without: Container[str] | None = None) -> It
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--train", type=int, default=4000, help="chats to train on")
-    parser.add_argument("--held", type=int, default=300, help="chats to judge on")
+    parser.add_argument("--held", type=int, default=300, help="chats to judge on, in each of the other files")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
     train = list(chats(asked.train, asked.seed))
     said = {row["messages"][0]["content"] for row in train}
-    held = list(chats(asked.held, asked.seed + 1, without=said))
-    for name, rows in (("train", train), ("held", held)):
+    files = {
+        "train": train,
+        "held": list(chats(asked.held, asked.seed + 1, without=said)),
+        "new": list(chats(asked.held, asked.seed + 2, without=said, new=True)),
+    }
+    for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (asked.folder / f"calls_{name}.jsonl").write_text(text, encoding="utf-8")
 
