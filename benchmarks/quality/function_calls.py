@@ -2,8 +2,9 @@
 
     python benchmarks/quality/function_calls.py DIR
 
-writes chats of two messages: DIR/calls_train.jsonl; DIR/calls_held.jsonl, other commands, with names, places and titles of
-which a fifth is in no chat of the first; DIR/calls_new.jsonl, such commands said in ways that no chat of the others is.
+writes chats of two messages: DIR/calls_train.jsonl; DIR/calls_held.jsonl, other commands, with names, places and
+titles of which a fifth is in no chat of the first; DIR/calls_new.jsonl, such commands said in ways that no chat of the
+others is.
 """
 
 from __future__ import annotations
