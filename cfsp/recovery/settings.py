@@ -53,8 +53,8 @@ LOSSES: Mapping[str, Callable[[float], tuple[float, float]]] = MappingProxyType(
 """Name to the weights (next-token, distillation), given `distill_weight`."""
 
 OPTIMIZERS = (ADAMW, MUON) = ("adamw", "muon")
-MUON_RATE = 2e-4
-"""Default peak learning rate of matrices that Muon moves."""
+MUON_TIMES = 4
+"""Default peak learning rate of matrices that Muon moves, in multiples of AdamW's."""
 
 CHAT_LABELS = ("auto", "answers", "all")
 """What of a chat is labelled; "auto" is the answers, and all of it where the loss is distillation alone: the teacher's
@@ -110,7 +110,7 @@ class Training(Settings):
         None,
         "Peak; with Muon that of the matrices.",
         gt=0,
-        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5, with Muon 2e-4",
+        shown="1e-3 for adapters, 5e-4 for scales; for full 2e-4, distilled 5e-5, with Muon four times that",
         example=1e-3,
     )
     max_tokens: int | None = setting(
@@ -250,7 +250,7 @@ def learning_rate(settings: RecoverySettings) -> float:
     """The peak learning rate: the one set, or the method's for the loss."""
     if settings.learning_rate is not None:
         return settings.learning_rate
-    return MUON_RATE if settings.optimizer == MUON else plain_rate(settings)
+    return plain_rate(settings) * (MUON_TIMES if settings.optimizer == MUON else 1)
 
 
 def plain_rate(settings: RecoverySettings) -> float:

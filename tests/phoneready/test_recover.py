@@ -265,7 +265,7 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_the_rest(
     options = ["--method", "full", "--optimizer", "muon", "--max-tokens", "128", "--warmup-ratio", "0"]
     assert main(command(pruned, tmp_path / "out", chats, *options)) in (0, 1)
     record = record_of(tmp_path / "out")
-    assert (record.settings.optimizer, record.learning_rate) == ("muon", 2e-4)
+    assert (record.settings.optimizer, record.learning_rate) == ("muon", 8e-4)
     model = torch.nn.Sequential(torch.nn.Linear(8, 24, bias=True), torch.nn.Linear(24, 8, bias=False))
     wide, bias, narrow = model.parameters()
     before = [parameter.detach().clone() for parameter in model.parameters()]
