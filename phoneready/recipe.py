@@ -35,6 +35,8 @@ from cfsp.memory import usable_memory
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import tool_version
+from cfsp.recovery.optimizer import check_optimizer
+from cfsp.recovery.settings import check_references
 from exporters.families import FAMILIES, family_of, makes_gguf
 from phoneready.evaluation.metrics import check_directions, metric_sha256
 from phoneready.figures.budgets import select
@@ -150,14 +152,19 @@ def _processes(config: ReleaseConfig, folder: Path, threads: int | None) -> Stag
 
 def _check_before_work(config: ReleaseConfig, folder: Path) -> None:
     """What would end a release after hours is told at once; raises as `run_release`."""
-    _check_place(config, folder)
+    check_place(config, folder)
     check_extras(config)
     check_directions(config.budgets)
+    if config.recover is not None:
+        training = config.recover.settings(config.seed)
+        check_references(training, (*config.recover.data, *config.recover.validation))
+        check_optimizer(training)
     if config.stores is not None:
         choose_tiers(config.stores, config.tiers)
 
 
-def _check_place(config: ReleaseConfig, folder: Path) -> None:
+def check_place(config: ReleaseConfig, folder: Path) -> None:
+    """Raise InputError where a folder cannot be written, or lies in the model's own."""
     writable_place(folder)
     model = Path(config.model.reference)
     if model.is_dir() and folder.resolve().is_relative_to(model.resolve()):
@@ -187,7 +194,7 @@ def explain_release(config: ReleaseConfig, folder: Path, threads: int | None = N
     Raises:
         InputError: As `run_release`, for the folder.
     """
-    _check_place(config, folder)
+    check_place(config, folder)
     return explain_stages(release_stages(config, folder, threads), folder)
 
 
@@ -256,14 +263,16 @@ def release_stages(config: ReleaseConfig, folder: Path, threads: int | None = No
     return stages
 
 
+def model_settings(config: ReleaseConfig) -> dict[str, Any]:
+    """What the dense model depends on."""
+    stated = config.model.model_dump(mode="json", exclude={"device"})
+    model = stated | {"identity": identity(config.model.reference)}
+    return {"tool": tool_version(), "seed": config.seed, "model": model}
+
+
 def _dense(config: ReleaseConfig, steps: Steps) -> dict[str, Any]:
-    source = config.model.model_dump(mode="json", exclude={"device"}) | {
-        "identity": identity(config.model.reference)
-    }
     return {
-        "tool": tool_version(),
-        "seed": config.seed,
-        "model": source,
+        **model_settings(config),
         "calibration": identities(config.prune.calibration),
         "windows": [config.prune.nsamples, config.prune.seqlen],
         "moments": steps.needs_moments,

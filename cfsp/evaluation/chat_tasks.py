@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import InputError
+from cfsp.evaluation.harness import MAX_CONTEXT
 from cfsp.evaluation.language_model import LanguageModel, check_length
 from cfsp.evaluation.task_results import TaskMetric, TaskResult
 from cfsp.files import sha256_file
@@ -104,7 +105,8 @@ def run_chat_task(model: LanguageModel, task: ChatTask, *, progress: Progress = 
     """Let a model answer greedily, in its own chat template, and count the answers that are the known ones.
 
     Raises:
-        InputError: The model has no chat template, or one that refuses a chat; a chat that is longer than its context.
+        InputError: The model has no chat template, or one that refuses a chat; or a chat that is longer with its answer
+            than the model's context or MAX_CONTEXT.
     """
     answers = _answers(model, task, progress)
     known = [item.answer for item in task.items]
@@ -116,20 +118,53 @@ def run_chat_task(model: LanguageModel, task: ChatTask, *, progress: Progress = 
     return TaskResult(task.name, _VERSION, task.source, task.sha256, n_items, task.limit, 0, tuple(metrics))
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A chat as a model is asked it.
+
+    Attributes:
+        ids: Up to where it has to answer.
+        n_known: Tokens of the known answer.
+    """
+
+    ids: list[int]
+    n_known: int
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may answer with."""
+        return self.n_known + _MARGIN
+
+
+def check_chat_task(model: LanguageModel, task: ChatTask) -> None:
+    """Raise InputError where a model cannot be asked: see `run_chat_task`."""
+    _asked(model, task)
+
+
+def _asked(model: LanguageModel, task: ChatTask) -> list[_Asked]:
+    """All chats, each short enough for every runtime with its answer."""
+    tokenizer = model.tokenizer
+    asked = [_Asked(asked_ids(tokenizer, item), len(encode(tokenizer, item.answer))) for item in task.items]
+    needed = max(len(one.ids) + one.most for one in asked)
+    check_length(model, needed, f"a chat of {task.source}")
+    if needed > MAX_CONTEXT:
+        why = f"a chat of {task.source} has {needed} tokens"
+        raise InputError(why, field="tasks", allowed=f"up to {MAX_CONTEXT}, its answer included")
+    return asked
+
+
 def _answers(model: LanguageModel, task: ChatTask, progress: Progress) -> list[str]:
     """What the model answers, in the chats' order; those of about the same length are written together."""
-    tokenizer = model.tokenizer
-    prompts = [asked_ids(tokenizer, item) for item in task.items]
-    lengths = [len(encode(tokenizer, item.answer)) for item in task.items]
-    order = sorted(range(len(prompts)), key=lambda index: lengths[index], reverse=True)
-    answers = [""] * len(prompts)
+    asked = _asked(model, task)
+    order = sorted(range(len(asked)), key=lambda index: asked[index].n_known, reverse=True)
+    answers = [""] * len(asked)
     for start in range(0, len(order), _AT_ONCE):
         part = order[start : start + _AT_ONCE]
-        longest = lengths[part[0]] + _MARGIN
-        check_length(model, max(len(prompts[i]) for i in part) + longest, f"a chat of {task.source}")
-        written = model.generate([prompts[index] for index in part], longest)
+        longest = asked[part[0]].most
+        written = model.generate([asked[index].ids for index in part], longest)
         for index, tokens in zip(part, written, strict=True):
-            answers[index] = str(tokenizer.decode(tokens)).strip()
+            text = model.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            answers[index] = str(text).strip()
         progress(f"answering {task.source}", start + len(part), len(order))
     return answers
 

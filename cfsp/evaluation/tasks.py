@@ -22,7 +22,13 @@ import torch
 
 from cfsp.devices import gpu_count
 from cfsp.errors import InputError, PhonereadyError
-from cfsp.evaluation.chat_tasks import ChatTask, is_chat_file, load_chat_task, run_chat_task
+from cfsp.evaluation.chat_tasks import (
+    ChatTask,
+    check_chat_task,
+    is_chat_file,
+    load_chat_task,
+    run_chat_task,
+)
 from cfsp.evaluation.harness import harness_model, import_harness
 from cfsp.evaluation.language_model import LanguageModel
 from cfsp.evaluation.settings import TaskSettings
@@ -93,6 +99,12 @@ def load_tasks(settings: TaskSettings) -> Iterator[TaskSet]:
                 loaded, origins = _load_all(others, Path(cache))
         _check_names([*loaded["tasks"], *(task.name for task in chats)])
         yield TaskSet(settings, chats, loaded, origins)
+
+
+def check_chat_tasks(model: LanguageModel, settings: TaskSettings) -> None:
+    """Raise InputError where a model cannot be asked the chats of these tasks, before anything is measured."""
+    for name in filter(is_chat_file, settings.tasks):
+        check_chat_task(model, load_chat_task(name, settings.limit))
 
 
 def needs_harness(name: str) -> bool:

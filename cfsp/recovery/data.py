@@ -214,7 +214,8 @@ class _Reader:
             progress=self.progress,
         )
         if reference == STUDENT and self.respelling is not None:
-            ids = self.respelling.kept[ids]
+            kept = self.respelling.kept
+            ids = kept[ids.clamp_max(len(kept) - 1)]  # rows beyond the tokens stand for none
         ids = started(ids, self.tokenizer)
         return _sequences(ids, _targets(ids, torch.ones_like(ids, dtype=torch.bool)), reference)
 

@@ -31,7 +31,7 @@ from cfsp.reading import as_input_error
 from cfsp.recovery.adapter import add_adapter, give_trained, merge_adapter
 from cfsp.recovery.data import RecoveryData, TrainingMix, load_recovery_data
 from cfsp.recovery.inputs import RecoveryInputs, load_inputs, read_extents
-from cfsp.recovery.optimizer import require_muon
+from cfsp.recovery.optimizer import check_optimizer
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord, data_record
 from cfsp.recovery.rounding import RoundedModel, Rounding
 from cfsp.recovery.settings import (
@@ -139,7 +139,12 @@ def recover(
             claims.enter_context(claim_output(path))
         sharded = _is_sharded(shard, settings, checkpoint, teacher, arguments)
         if sharded and settings.optimizer == MUON:
-            raise InputError("moves whole matrices, and these are shared out", field="optimizer", value=MUON)
+            raise InputError(
+                "moves whole matrices, and these are shared out",
+                field="optimizer",
+                value=MUON,
+                allowed="adamw, or --shard never",
+            )
         inputs = load_inputs(
             checkpoint,
             teacher,
@@ -211,8 +216,7 @@ def _check_means(settings: RecoverySettings, rounding: Rounding | None) -> None:
     """Refuse a format, or a package that is not there."""
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
         raise InputError("accelerate's own settings of FSDP are not read", allowed="--shard")
-    if settings.optimizer == MUON:
-        require_muon()
+    check_optimizer(settings)
     for package in ("accelerate", "peft") if method_of(settings).adapter else ("accelerate",):
         require_extra(package, "recover")
     if settings.for_quant is None:

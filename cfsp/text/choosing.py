@@ -18,11 +18,13 @@ import numpy.typing as npt
 from cfsp.errors import InputError
 from cfsp.settings import Setting, Settings, setting
 
-TEMPERATURE = Setting("Temperature.", gt=0, example=0.7)
+TEMPERATURE = Setting("Temperature.", gt=0, le=1000, example=0.7)
 TOP_P = Setting(
     "Share of the probability that the likeliest tokens must have together.", gt=0, le=1, example=0.9
 )
-TOP_K = Setting("Number of the likeliest tokens that may be drawn; 0 for all.", ge=0, example=40)
+TOP_K = Setting(
+    "Number of the likeliest tokens that may be drawn; 0 for all.", ge=0, le=2**31 - 1, example=40
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,9 @@ class Sampling(Settings):
     top_k: int = setting(0, TOP_K)
     top_p: float = setting(1.0, TOP_P)
     min_p: float = setting(0.0, "Least probability, over the likeliest token's.", ge=0, le=1)
-    repetition_penalty: float = setting(1.0, "What logits of tokens that occurred are divided by.", gt=0)
+    repetition_penalty: float = setting(
+        1.0, "What logits of tokens that occurred are divided by.", gt=0, le=1000
+    )
 
 
 class Chooser(Protocol):

@@ -8,6 +8,8 @@ from typing import Any
 from cfsp.errors import InputError
 from cfsp.models.gguf_model import SAMPLING
 from cfsp.records import tool_version
+from cfsp.settings import check_settings
+from cfsp.text.choosing import Sampling
 from exporters.checkpoint_reader import DeltaNet, ModelConfig
 from exporters.gguf.architecture import ChosenLayout, Layout
 from exporters.gguf.rope import rope_metadata
@@ -62,11 +64,20 @@ def add_sampling(writer: Any, stated: Mapping[str, Any]) -> None:
 
     Args:
         writer: gguf.GGUFWriter.
-        stated: Fields of `cfsp.text.choosing.Sampling` that the checkpoint states.
+        stated: Fields of `cfsp.text.choosing.Sampling` that the checkpoint states; what is out of range is left out.
     """
     for key, name in SAMPLING.items():
-        if name in stated:
+        if name in stated and _is_usable(name, stated[name]):
             getattr(writer, f"add_sampling_{key}")(stated[name])
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Whether a model that states this can be sampled so."""
+    try:
+        check_settings(Sampling(**{name: value}))
+    except InputError:
+        return False
+    return True
 
 
 def add_hyperparameters(writer: Any, chosen: ChosenLayout) -> None:

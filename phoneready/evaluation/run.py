@@ -15,7 +15,7 @@ from cfsp.evaluation.bits import bits_per_byte, losses_on_shared_text, predicted
 from cfsp.evaluation.divergence import divergence, respelled_divergence
 from cfsp.evaluation.language_model import LanguageModel, vocabulary_difference
 from cfsp.evaluation.perplexity import perplexity
-from cfsp.evaluation.tasks import load_tasks, run_tasks
+from cfsp.evaluation.tasks import check_chat_tasks, load_tasks, run_tasks
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.progress import Progress, no_progress
 from cfsp.reading import read_json_lines, read_text
@@ -64,6 +64,8 @@ def evaluate(
     with ExitStack() as stack:
         # Tasks are loaded first: a wrong name must not be found after an hour of measuring.
         tasks = stack.enter_context(load_tasks(settings)) if settings.tasks else None
+        for one in pair.models:
+            check_chat_tasks(one, settings)
         windows = [
             text_windows(source, against or model, settings, progress, writers)
             for _, source in settings.sources

@@ -14,14 +14,19 @@ from phoneready.release.dependencies import WRITERS_FAMILIES, made_with
 
 
 def identities(references: Iterable[str]) -> list[list[str]]:
-    """(reference, what stands behind it now) of each."""
-    return [[reference, identity(reference)] for reference in references]
+    """(reference, what stands behind it now) of each text."""
+    return [[reference, _text_identity(reference)] for reference in references]
+
+
+def _text_identity(reference: str) -> str:
+    """That of a text, which a model may be said to write."""
+    if reference in (SELF, STUDENT):
+        return digest(made_with("text", families=WRITERS_FAMILIES))
+    return identity(reference)
 
 
 def identity(reference: str) -> str:
     """What stands behind a reference now: a hash of its files, or "" where the reference itself says it all."""
-    if reference in (SELF, STUDENT):
-        return digest(made_with("text", families=WRITERS_FAMILIES))
     if reference in BUILTIN_MODELS:
         return BUILTIN_MODELS[reference].sha256
     path = Path(reference)

@@ -15,6 +15,7 @@ from cfsp.devices import find_device
 from cfsp.errors import PhonereadyError
 from cfsp.evaluation.answers import PROMPTS, answer
 from cfsp.evaluation.language_model import LanguageModel
+from cfsp.evaluation.tasks import check_chat_tasks
 from cfsp.evaluation.torch_model import RememberedModel, TorchLanguageModel
 from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
 from cfsp.models.reference import load_model, load_tokenizer
@@ -41,7 +42,7 @@ from phoneready.release.artifact import SIDE_BY_SIDE_FILE, Answers, Artifact, Fi
 from phoneready.release.live import rows_so_far
 from phoneready.release.pruning_budget import budget_of, fitting_settings, shape_check
 from phoneready.release.stages import stage_folder
-from phoneready.settings.schema import RecoverConfig, ReleaseConfig
+from phoneready.settings.schema import ModelConfig, RecoverConfig, ReleaseConfig
 from phoneready.settings.structures import Structures
 from phoneready.text import WRITERS, load_calibration
 from runtime_bench.files import size_of
@@ -149,8 +150,9 @@ class Steps:
             may_stream=True,
             progress=progress,
         )
-        # What nobody says how to sample must not be found after hours of recovery.
+        # What nobody says how to sample, and chats that cannot be asked, must not be found after hours of recovery.
         sampling_for([TorchLanguageModel(loaded)], self._judged_on)
+        check_chat_tasks(TorchLanguageModel(loaded), self._judged_on)
         ids = load_calibration(
             prune.calibration,
             loaded,
@@ -321,18 +323,19 @@ class Steps:
         return read_jsonl(stage_folder(self.folder, bench_stage(place)) / BENCH_FILE)
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
-        """A stage's checkpoint, with the origin of the model that it was made from."""
-        device = find_device(self.config.model.device)
-        dtype = self.config.model.dtype
-        loaded = load_model(
-            self.checkpoint(stage), device=device, dtype=dtype, may_stream=True, progress=progress
-        )
-        return dataclasses.replace(loaded, source=read_checkpoint_info(self.checkpoint(stage)).source)
+        return load_stage(self.checkpoint(stage), self.config.model, progress)
 
     def _calibration_ids(self, stage: str) -> torch.Tensor:
         """The calibration windows, (nsamples, seqlen), in the ids of a stage's model."""
         path = stage_folder(self.folder, stage) / CALIBRATION_FILE
         return safetensors.torch.load_file(path)["input_ids"]
+
+
+def load_stage(checkpoint: Path, model: ModelConfig, progress: Progress) -> LoadedModel:
+    """A stage's checkpoint, with the origin of the model that it was made from."""
+    device, dtype = find_device(model.device), model.dtype
+    loaded = load_model(checkpoint, device=device, dtype=dtype, may_stream=True, progress=progress)
+    return dataclasses.replace(loaded, source=read_checkpoint_info(checkpoint).source)
 
 
 def run_recovery(

@@ -48,6 +48,12 @@ class ShrunkStep:
         scores = [task.accuracy.value for task in self.tasks if task.accuracy is not None]
         return sum(scores) / len(scores) if scores else None
 
+    def cannot_start(self, settings: ShrinkSettings) -> str | None:
+        """What is wrong with it as the start, in words: an accuracy that no step can fall below."""
+        if self.accuracy is None or self.accuracy > settings.max_accuracy_drop:
+            return None
+        return f"the start's accuracy in the tasks is {self.accuracy:.3f}: train it longer, or for the task (--task)"
+
     def worse_than(self, start: ShrunkStep, settings: ShrinkSettings) -> str | None:
         """Which limit it misses, in words; None where it keeps all."""
         ours, theirs = self.accuracy, start.accuracy

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from cfsp.errors import InputError, require_extra
-from cfsp.evaluation.chat_tasks import is_chat_file, load_chat_task
-from cfsp.evaluation.tasks import load_tasks, needs_harness
+from cfsp.errors import LimitError, PhonereadyError
+from cfsp.evaluation.chat_tasks import is_chat_file
 from cfsp.files import write_text
 from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.progress import Progress
 from cfsp.records import read_record, write_record
-from cfsp.recovery.settings import check_settings, token_budget
+from cfsp.recovery.settings import token_budget
 from cfsp.text.settings import BUILTIN_TEXT
-from phoneready.evaluation.run import check_texts
-from phoneready.evaluation.settings import EvaluationSettings
 from phoneready.publish.placing import place
 from phoneready.release.stages import RUNNING, claim_folder, run_stages, stage_folder
 from phoneready.settings.schema import PruneConfig, RecoverConfig, ReleaseConfig
+from phoneready.shrink.checks import check_before_work
 from phoneready.shrink.foretold import foretell_stage
 from phoneready.shrink.record import START, Shrunk, ShrunkStep
 from phoneready.shrink.settings import ShrinkSettings
@@ -63,10 +60,12 @@ def shrink(
     Raises:
         InputError: A setting or an input that cannot be used, or a folder that something else has made.
         MissingExtraError: Without the `recover` extra; `eval` for tasks of lm-evaluation-harness.
+        LimitError: The model that the steps start from does the tasks so badly that nothing can be worse.
     """
     settings = _with_text(settings)
     config = _for_task(config, settings)
-    _check(config, settings)
+    training = config.recover or RecoverConfig()
+    check_before_work(config, training, settings, folder, (RESULT_FILE, TABLE_FILE, MODEL_FOLDER))
     with claim_folder(folder):
         steps = ShrinkSteps(config, settings, folder, threads)
         stages, judged = {stage.name: stage for stage in steps.stages}, list[ShrunkStep]()
@@ -84,13 +83,23 @@ def shrink(
             write_record(folder / RESULT_FILE, found)
             write_text(folder / TABLE_FILE, format_shrunk(found))
             tell(_line(judged[-1]))
+            if problem := judged[START].cannot_start(settings):
+                raise LimitError(problem)
             if found.missed is not None:
                 raise _EnoughError
 
-        with suppress(_EnoughError):
+        try:
             run_stages(
                 tuple(stages.values()), folder, show=shown, progress=progress, check=check, threads=threads
             )
+        except _EnoughError:
+            pass
+        except PhonereadyError:
+            if len(judged) > 1:  # a step that cannot be made leaves those before it
+                place(
+                    folder / _found(config, settings, folder, judged).best.checkpoint, folder / MODEL_FOLDER
+                )
+            raise
         found = _found(config, settings, folder, judged)
         place(folder / found.best.checkpoint, folder / MODEL_FOLDER)
         for work in (folder / "stages").glob(f"*{WORK}"):
@@ -119,45 +128,6 @@ def _for_task(config: ReleaseConfig, settings: ShrinkSettings) -> ReleaseConfig:
     )
     recover = replace(recover, data=task if recover.data == plain.data else recover.data)
     return config.model_copy(update={"prune": prune, "recover": recover})
-
-
-def _check(config: ReleaseConfig, settings: ShrinkSettings) -> None:
-    """What would end a run after hours is told at once; raises as `shrink`."""
-    assert config.recover is not None
-    if problem := settings.problem:
-        raise InputError(problem)
-    if config.recover.for_quant is not None:
-        raise InputError(
-            "a step's file is not what the next step prunes; train the kept checkpoint through its rounding",
-            field="for_quant",
-            value=config.recover.for_quant,
-            allowed="none",
-        )
-    check_settings(config.recover.settings(config.seed))
-    check_texts(EvaluationSettings(text=settings.text, chats=settings.chats))
-    require_extra("accelerate", "recover")
-    if any(map(needs_harness, settings.tasks)):
-        require_extra("lm_eval", "eval")
-    if settings.tasks:
-        with load_tasks(settings):
-            pass
-    if settings.task:
-        _check_held_out(settings.task, settings)
-
-
-def _check_held_out(task: str, settings: ShrinkSettings) -> None:
-    """Raise InputError where chats are judged that are trained on."""
-    if not is_chat_file(task):
-        raise InputError("not a file of chats", field="task", value=task, allowed="FILE.jsonl, FILE.parquet")
-    trained = {json.dumps(item.messages) for item in load_chat_task(task).items}
-    for name in filter(is_chat_file, settings.tasks):
-        held = [json.dumps(item.messages) for item in load_chat_task(name, settings.limit).items]
-        if both := sum(one in trained for one in held):
-            raise InputError(
-                f"{both} of its {len(held)} chats are in {task}, which is trained on",
-                field="tasks",
-                value=name,
-            )
 
 
 def _found(config: ReleaseConfig, settings: ShrinkSettings, folder: Path, judged: list[ShrunkStep]) -> Shrunk:

@@ -41,7 +41,7 @@ class ShrinkSettings(TaskSettings, WindowSettings):
     def shares(self) -> tuple[float, ...]:
         """Share that is gone after each step; one step of no channels where only the vocabulary goes."""
         count = math.ceil(round(self.until / self.step, 9))
-        removed = tuple(min((n + 1) * self.step, self.until) for n in range(count))
+        removed = tuple(round(min((n + 1) * self.step, self.until), 9) for n in range(count))
         return removed or ((0.0,) if self.vocabulary else ())
 
     @property

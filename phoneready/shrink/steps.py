@@ -11,31 +11,32 @@ from typing import Any
 
 import torch
 
-from cfsp.devices import find_device
-from cfsp.errors import InputError
-from cfsp.evaluation.tasks import load_tasks, run_tasks, tasks_sha256
+from cfsp.errors import InputError, MissingExtraError
+from cfsp.evaluation.tasks import check_chat_tasks, load_tasks, run_tasks, tasks_sha256
 from cfsp.evaluation.torch_model import TorchLanguageModel
 from cfsp.models.architectures import model_shape
-from cfsp.models.checkpoint import read_checkpoint_info, save_checkpoint
+from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.reference import load_model
 from cfsp.models.source import LoadedModel
 from cfsp.progress import Progress
 from cfsp.pruning.prune import prune_model
 from cfsp.pruning.settings import PruneSettings
-from cfsp.records import tool_version, write_record
+from cfsp.records import write_record
 from cfsp.recovery.settings import settled
 from cfsp.scratch import LargeScratch
 from cfsp.settings import pick
+from cfsp.text.calibration import Calibration
+from cfsp.text.settings import SELF
 from exporters.checkpoint_reader import read_config
 from exporters.families import DEFAULT_FORMAT, required_multiple
-from phoneready.evaluation.run import evaluate
+from phoneready.evaluation.run import evaluate, text_windows
 from phoneready.evaluation.settings import EvaluationSettings
-from phoneready.recipe import recovery_settings
+from phoneready.recipe import model_settings, recovery_settings
 from phoneready.release.dependencies import made_with
-from phoneready.release.identities import identities, identity
+from phoneready.release.identities import identities
 from phoneready.release.pruning_budget import fitting_settings
 from phoneready.release.stages import Stage, stage_folder
-from phoneready.release.steps import run_recovery
+from phoneready.release.steps import load_stage, run_recovery
 from phoneready.settings.schema import RecoverConfig, ReleaseConfig
 from phoneready.shrink.record import BASE_QUANT, START, ShrunkStep
 from phoneready.shrink.settings import ShrinkSettings
@@ -130,7 +131,30 @@ class ShrinkSteps:
             may_stream=True,
             progress=progress,
         )
+        self._check(loaded, progress)
         save_checkpoint(loaded, output / "model", seed=self.config.seed)
+
+    def _check(self, loaded: LoadedModel, progress: Progress) -> None:
+        """What the model cannot be asked, and text that is too short, must not be found after hours of training."""
+        model = TorchLanguageModel(loaded)
+        check_chat_tasks(model, self.settings)
+        if SELF not in self.config.prune.calibration:
+            self._drawn(loaded, progress)
+        for _, source in self._judged_on.sources:
+            if source != SELF:
+                text_windows(source, model, self._judged_on, progress, WRITERS)
+
+    def _drawn(self, loaded: LoadedModel, progress: Progress) -> Calibration:
+        """The calibration windows in a model's tokens."""
+        wanted = self.config.prune
+        return load_calibration(
+            wanted.calibration,
+            loaded,
+            nsamples=wanted.nsamples,
+            seqlen=wanted.seqlen,
+            seed=self.config.seed,
+            progress=progress,
+        )
 
     def learn(self, output: Path, progress: Progress) -> None:
         """Train the dense model for the task."""
@@ -140,14 +164,7 @@ class ShrinkSteps:
         """Remove channels of the step before until `share` of the dense model's are gone; tokens in the first step."""
         loaded = self._load(self.trained(number - 1), progress)
         wanted, seed = self.config.prune, self.config.seed
-        drawn = load_calibration(
-            wanted.calibration,
-            loaded,
-            nsamples=wanted.nsamples,
-            seqlen=wanted.seqlen,
-            seed=seed,
-            progress=progress,
-        )
+        drawn = self._drawn(loaded, progress)
         there = sum(model_shape(loaded.model).ffn_widths)
         stay = round((1 - share) * sum(self._dense_widths))
         settings = replace(self.pruning(number), prune_ratio=max(0.0, 1 - stay / there))
@@ -210,7 +227,10 @@ class ShrinkSteps:
             sizes = Sizes(loaded, scratch.path, False, self.config.seed, count, (BASE_QUANT,))
             try:
                 return sizes.file_bytes(BASE_QUANT, model_shape(loaded.model))
-            except InputError:  # no GGUF file has such a shape
+            except (
+                InputError,
+                MissingExtraError,
+            ):  # no GGUF file has such a shape, or nothing here makes one
                 return None
 
     @functools.cached_property
@@ -223,16 +243,10 @@ class ShrinkSteps:
         return replace(plain, vocabulary=self.settings.vocabulary if number == START + 1 else 0)
 
     def _load(self, stage: str, progress: Progress) -> LoadedModel:
-        """A stage's checkpoint, with the origin of the model that it was made from."""
-        path, model = self.checkpoint(stage), self.config.model
-        device = find_device(model.device)
-        loaded = load_model(path, device=device, dtype=model.dtype, may_stream=True, progress=progress)
-        return replace(loaded, source=read_checkpoint_info(path).source)
+        return load_stage(self.checkpoint(stage), self.config.model, progress)
 
     def _of_dense(self) -> Mapping[str, Any]:
-        model = self.config.model
-        source = model.model_dump(mode="json", exclude={"device"}) | {"identity": identity(model.reference)}
-        return {"tool": tool_version(), "seed": self.config.seed, "model": source, **made_with("dense")}
+        return model_settings(self.config) | made_with("dense")
 
     def _of_training(self, stage: str) -> Mapping[str, Any]:
         how = self.how_trained(stage)
@@ -250,5 +264,5 @@ class ShrinkSteps:
         texts = {name: identities(getattr(settings, name)) for name in ("text", "chats")}
         tasks = [[name, tasks_sha256(name, settings.task_data)] for name in settings.tasks]
         much = [settings.seqlen, settings.max_windows, settings.limit, settings.num_fewshot]
-        made = made_with("evaluate", *(("tasks",) if settings.tasks else ()))
+        made = made_with("evaluate", "target", *(("tasks",) if settings.tasks else ()))
         return texts | {"tasks": tasks, "much": much} | made

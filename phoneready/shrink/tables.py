@@ -49,7 +49,7 @@ def sentences(found: Shrunk) -> Iterator[str]:
     yield f"Kept: {what}, {best.vocabulary} tokens, {best.parameters / 1e6:.1f} M parameters, in {best.checkpoint}."
     counts = [f"{text.n_tokens} tokens of {text.source}" for text in best.texts]
     counts += [f"{task.n_items} items of {task.source}" for task in best.tasks]
-    trained = f" Each step was trained on {found.tokens} tokens." if found.tokens else ""
+    trained = f" Each step was trained on {found.tokens} tokens at most." if found.tokens else ""
     yield f"Measured on {', '.join(counts)}; KL is from the start's model.{trained}"
 
 

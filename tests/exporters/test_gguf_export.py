@@ -21,18 +21,12 @@ import tokenizers
 import torch
 
 from cfsp.errors import InputError, LimitError
-from cfsp.models.checkpoint import (
-    load_pruned,
-    read_checkpoint_info,
-    read_generation_config,
-    save_checkpoint,
-)
+from cfsp.models.checkpoint import load_pruned, read_checkpoint_info, save_checkpoint
 from cfsp.models.gguf_file import read_gguf
-from cfsp.models.gguf_model import sampling_of_gguf
+from cfsp.models.gguf_model import SAMPLING, sampling_of_gguf
 from cfsp.models.reference import load_tokenizer
 from cfsp.models.source import LoadedModel, ModelSource
 from cfsp.records import read_record
-from cfsp.text.generation import stated_sampling
 from cfsp.text.tokens import TokenWindows
 from exporters.checkpoint_reader import read_config
 from exporters.export_record import ExportManifest, ExportRecord, ParityLimits
@@ -530,6 +524,7 @@ def test_a_file_names_the_weights_that_it_is_made_from(make_checkpoint: MakeChec
         ({"repetition_penalty": 1.125, "min_p": 0.0625}, {"penalty_repeat": 1.125, "min_p": 0.0625}),
         ({"do_sample": True}, {"temp": 1.0}),
         ({}, {}),
+        ({"top_k": 10**12, "temperature": 1e300, "top_p": 3.0, "min_p": 0.25}, {"min_p": 0.25}),
     ],
 )
 def test_a_file_says_how_the_model_recommends_to_sample(
@@ -545,4 +540,4 @@ def test_a_file_says_how_the_model_recommends_to_sample(
         keys = {key.rpartition(".")[2]: value for key, value in found.items() if "general.sampling" in key}
         assert keys == pytest.approx(written)
         again = sampling_of_gguf(read_gguf(tmp_path / "out" / f"Dense-1B-{name}.gguf"))
-        assert again == stated_sampling(read_generation_config(folder))
+        assert again == {SAMPLING[key]: value for key, value in written.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from cfsp.models.checkpoint import read_checkpoint_info
 from cfsp.records import read_record
 from cfsp.recovery.recovery_record import RECOVERY_FILE, RecoveryRecord
 from phoneready.main import main
-from phoneready.release.stages import stage_folder
+from phoneready.release.identities import identities, identity
+from phoneready.release.stages import claim_folder, stage_folder
 from phoneready.shrink.record import Shrunk
 from phoneready.shrink.run import MODEL_FOLDER, RESULT_FILE, TABLE_FILE
 from phoneready.shrink.settings import ShrinkSettings
@@ -35,7 +37,8 @@ SMALL = (
     *("--training-seqlen", "64", "--batch-size", "2", "--validation-windows", "2", "--method", "full"),
 )
 TEXT = ("--calibration", "builtin:python-docs", "--data", "builtin:python-docs", "--max-tokens", "512")
-TWO_STEPS = (*TEXT, "--step", "0.15", "--until", "0.25")
+STEPS = (*TEXT, "--step", "0.1", "--until", "0.3")
+SHARES = (0.0, 0.1, 0.2, 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def dense(tiny_folder: TinyPath) -> Path:
 @pytest.fixture(scope="module")
 def shrunk(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shrink") / "out"
-    assert main(command(dense, folder, *TWO_STEPS)) == 0
+    assert main(command(dense, folder, *STEPS)) == 0
     return folder
 
 
@@ -65,8 +68,8 @@ def weights(folder: Path) -> dict[str, str]:
 def test_each_step_takes_its_share_of_the_dense_models_channels(dense: Path, shrunk: Path) -> None:
     found = found_in(shrunk)
     whole = sum(model_shape(load_model(dense).model).ffn_widths)
-    assert [step.number for step in found.steps] == [0, 1, 2]
-    for step, share in zip(found.steps, (0.0, 0.15, 0.25), strict=True):
+    assert [step.number for step in found.steps] == [0, 1, 2, 3]
+    for step, share in zip(found.steps, SHARES, strict=True):
         model = load_model(shrunk / step.checkpoint).model
         assert step.removed == 1 - sum(model_shape(model).ffn_widths) / whole
         assert step.removed == pytest.approx(share, abs=32 / whole)
@@ -77,7 +80,7 @@ def test_each_step_takes_its_share_of_the_dense_models_channels(dense: Path, shr
     start, *later = (step.texts[0] for step in found.steps)
     assert start.divergence is None
     assert all(text.divergence is not None and text.divergence.kl_mean > 0 for text in later)
-    assert (found.kept, found.missed, found.tokens) == (2, None, 512)
+    assert (found.kept, found.missed, found.tokens) == (3, None, 512)
 
 
 def test_the_last_is_kept_and_learnt_from_the_dense_model(dense: Path, shrunk: Path) -> None:
@@ -95,24 +98,24 @@ def test_the_last_is_kept_and_learnt_from_the_dense_model(dense: Path, shrunk: P
 def test_a_second_run_does_nothing(dense: Path, shrunk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in shrunk.rglob("*.safetensors")}
     capsys.readouterr()
-    assert main(command(dense, shrunk, *TWO_STEPS, "--json")) == 0
+    assert main(command(dense, shrunk, *STEPS, "--json")) == 0
     said = capsys.readouterr()
     assert "running" not in said.err
-    assert json.loads(said.out)["kept"] == 2
+    assert json.loads(said.out)["kept"] == 3
     assert {path: path.stat().st_mtime_ns for path in shrunk.rglob("*.safetensors")} == before
 
 
 def test_further_steps_go_on_from_those_that_are_there(
     dense: Path, shrunk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An aim beyond the first step leaves that step as it is."""
+    """A further aim leaves the last of the steps before as it is: 0.2 is not 0.1 and 0.1 again."""
     one = tmp_path / "one"
-    assert main(command(dense, one, *TEXT, "--step", "0.15", "--until", "0.15")) == 0
+    assert main(command(dense, one, *TEXT, "--step", "0.1", "--until", "0.2")) == 0
     capsys.readouterr()
-    assert main(command(dense, one, *TWO_STEPS)) == 0
+    assert main(command(dense, one, *STEPS)) == 0
     said = capsys.readouterr().err
-    assert "recover-1      done before" in said
-    assert "recover-2      running" in said
+    assert "recover-2      done before" in said
+    assert "recover-3      running" in said
     assert weights(one / MODEL_FOLDER) == weights(shrunk / MODEL_FOLDER)
 
 
@@ -121,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_model(
     dense: Path, shrunk: Path, tmp_path: Path, stage: str
 ) -> None:
     folder = tmp_path / "out"
-    line = [sys.executable, "-m", "phoneready", *command(dense, folder, *TWO_STEPS)]
+    line = [sys.executable, "-m", "phoneready", *command(dense, folder, *STEPS)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
@@ -131,7 +134,7 @@ def test_a_killed_run_goes_on_to_the_same_model(
         time.sleep(0.3)
         run.send_signal(signal.SIGKILL)
     assert not (folder / MODEL_FOLDER).exists()
-    assert main(command(dense, folder, *TWO_STEPS)) == 0
+    assert main(command(dense, folder, *STEPS)) == 0
     assert weights(folder / MODEL_FOLDER) == weights(shrunk / MODEL_FOLDER)
     assert not list((folder / "stages").glob("*.work"))
 
@@ -140,7 +143,7 @@ def test_a_step_that_is_too_bad_ends_it_and_the_one_before_is_kept(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "out"
-    assert main(command(dense, folder, *TWO_STEPS, "--max-bits-ratio", "0.5")) == 0
+    assert main(command(dense, folder, *STEPS, "--max-bits-ratio", "0.5")) == 0
     found = found_in(folder)
     assert [step.number for step in found.steps] == [0, 1]
     assert found.kept == 0
@@ -197,6 +200,7 @@ def test_a_step_that_unlearns_the_task_is_not_kept(dense: Path, tmp_path: Path) 
 
 def test_shares_of_the_steps() -> None:
     assert ShrinkSettings(step=0.05, until=0.3).shares == pytest.approx((0.05, 0.1, 0.15, 0.2, 0.25, 0.3))
+    assert ShrinkSettings(step=0.1, until=0.9).shares[2] == ShrinkSettings(step=0.1, until=0.3).shares[-1]
     assert ShrinkSettings(step=0.2, until=0.5).shares == pytest.approx((0.2, 0.4, 0.5))
     assert ShrinkSettings(step=0.05, until=0.0, vocabulary=300).shares == (0.0,)
     assert ShrinkSettings(step=0.05, until=0.0).shares == ()
@@ -214,6 +218,12 @@ def test_shares_of_the_steps() -> None:
         (("--step", "0"), "--step"),
         (("--tasks", "none.jsonl"), "none.jsonl does not exist"),
         (("--max-tokens", "100", "--epochs", "1"), "max_tokens"),
+        (("--data", "none.txt"), "none.txt does not exist"),
+        (("--calibration", "none.txt"), "none.txt does not exist"),
+        (("--data", "student"), "teaches it nothing"),
+        (("--optimizer", "muon", "--method", "lora"), "whole matrices"),
+        (("--report-to", "nonsense"), "report_to"),
+        (("--data", "CALLS", "--tasks", "CALLS"), "which is trained on"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(
@@ -233,10 +243,65 @@ def test_what_cannot_be_is_said_in_a_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--calibration", "CALLS"), "too few"),
+        (("--chats", "CALLS", "--windows", "2"), "too few for window"),
+        (("--text", "builtin:python-docs", "--tasks", "LONG"), "tokens"),
+    ],
+)
+def test_what_the_model_cannot_be_asked_is_found_before_it_is_trained(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], reason: str
+) -> None:
+    calls = {"CALLS": str(chats(tmp_path / "calls.jsonl", 0, 1))}
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        Path(calls["CALLS"]).read_text(encoding="utf-8").replace("Call", "Call " * 900), encoding="utf-8"
+    )
+    calls["LONG"] = str(long)
+    given = [calls.get(option, option) for option in options]
+    assert main(command(dense, tmp_path / "out", *TEXT[2:], *given)) == 2
+    said = capsys.readouterr().err.strip().split("\n")
+    assert reason in said[-1]
+    assert [line for line in said if "running" in line] == ["dense          running"]
+
+
+def test_a_start_that_cannot_do_the_tasks_ends_it(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = chats(tmp_path / "held.jsonl", 0, 6)
+    assert main(command(dense, tmp_path / "out", *STEPS, "--tasks", str(held))) == 1
+    assert "accuracy in the tasks is 0.000" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "stages" / "prune-1").exists()
+
+
+def test_a_model_folder_named_as_text_that_a_model_writes_is_read(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dense, "student")
+    before = identity("student")
+    (tmp_path / "student" / "notes.txt").write_text("other", encoding="utf-8")
+    assert identity("student") != before != ""
+    assert identities(["student"])[0][1] not in ("", identity("student"))
+
+
+def test_the_folder_of_a_release_is_left_alone(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with claim_folder(tmp_path / "out"):
+        (stage_folder(tmp_path / "out", "prune")).mkdir(parents=True)
+    assert main(command(dense, tmp_path / "out", *STEPS)) == 2
+    assert "stages/prune" in capsys.readouterr().err
+    assert main(command(dense, dense / "out", *STEPS)) == 2
+    assert "in the model's folder" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_left_alone(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert main(command(dense, tmp_path, *TWO_STEPS)) == 2
+    assert main(command(dense, tmp_path, *STEPS)) == 2
     assert "choose another one with -o" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
